@@ -1,0 +1,407 @@
+"""The YAML file as a frozen dataclass.
+
+Knows: every key, its type, its default and what is allowed; reports all errors of a file together.
+Refuses to know: torch, models, tokenizers. It must answer a typo in under a second.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+METHODS = ("lerp", "slerp", "slice", "cyclic", "gradient")
+STRATEGIES = ("cumulative", "all_phrases", "quantitive")
+
+
+class ConfigError(Exception):
+    """The configuration, the arguments or the models they name can't be used; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One phrase in one context: the unit that is scored."""
+
+    kind: str  # "BAD" or "GOOD"
+    phrase: str
+    context: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Directories:
+    """Where the models come from and where the merge goes."""
+
+    model_path1: str  # the base model's folder
+    output_directory: str  # the merged model's folder
+    model_directory: str | None = None  # its sub-folders are the candidates, unless models_to_merge names them
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Each field is the YAML key of the same name."""
+
+    directories: Directories
+    models_to_merge: tuple[str, ...] = ()  # candidates, in the order in which they are tried
+    merge_ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)  # shares of the candidate that are tried, 0 to 1
+    merge_method: tuple[str, ...] = ("lerp",)  # one of METHODS, or a list that is tried in order
+    merge_headers: bool = True  # try the input embedding and the output head after a candidate's layers
+    strategy: str = "cumulative"  # one of STRATEGIES
+    strategy_threshold: float = 0.6  # share of the pairs that must improve; quantitive only
+    auto_weights: bool = False  # weigh every pair by 1 / the base model's probability
+    bad_phrases: tuple[Pair, ...] = ()  # what the merged model should say less
+    good_phrases: tuple[Pair, ...] = ()  # what it should say more
+    phrase_files: tuple[str, ...] = ()  # YAML files whose bad_phrases and good_phrases are added
+    device: str = "auto"  # auto takes cuda, else mps, else cpu
+    dtype: str = "auto"  # auto computes in the checkpoint's half type and saves what the base stores
+    random_seed: int = 512
+    trust_remote_code: bool = False  # run Python code that a checkpoint brings along
+    text: str = field(default="", repr=False)  # the YAML file to the letter; not a key
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """All pairs, the bad ones first."""
+        return self.bad_phrases + self.good_phrases
+
+
+def load_config(path: str | Path, device: str | None = None, output: str | None = None) -> Config:
+    """Read and check a YAML file; `device` and `output` replace the file's own values.
+
+    Raises ConfigError with one line for every error found.
+    """
+    text, document = _read_yaml(Path(path))
+    errors: list[str] = []
+    config = replace(_parse(document, errors, device, output), text=text)
+    if errors:
+        noun = "error" if len(errors) == 1 else "errors"
+        raise ConfigError(f"{path} has {len(errors)} {noun}:\n" + "\n".join(f"  {line}" for line in errors))
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML to plain values
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but a key that stands twice in one mapping is an error: the first would be lost silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if isinstance(key, str) and key_node.tag != "tag:yaml.org,2002:merge":
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key '{key}' stands twice", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> tuple[str, Any]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Name a YAML file with --config.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start}).") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror}).") from None
+    try:
+        return text, yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
+        raise ConfigError(f"{path}: not valid YAML at {where}: {error.problem or error.context}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain values to fields: a check returns the value to keep or raises _Invalid with what is allowed
+# ---------------------------------------------------------------------------------------------------------------------
+
+Check = Callable[[Any], Any]
+_REQUIRED = object()
+
+
+class _Invalid(Exception):
+    pass
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise _Invalid("expected text" + (" (put it in quotes)" if isinstance(value, bool | int | float) else ""))
+    return value
+
+
+def _context_text(value: Any) -> str:
+    """Like text, but empty is allowed: an empty context scores the phrase from the beginning of a text."""
+    return value if value == "" else _text(value)
+
+
+def _folder(value: Any) -> str:
+    path = Path(_text(value)).expanduser()
+    if not path.is_dir():
+        raise _Invalid("no such folder")
+    return str(path)
+
+
+def _output(value: Any) -> str:
+    return str(Path(_text(value)).expanduser())
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _Invalid("expected true or false")
+    return value
+
+
+def _number(low: float, high: float, what: str) -> Check:
+    def check(value: Any) -> float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not (low <= value <= high) or not math.isfinite(value):
+            raise _Invalid(f"expected {what}")
+        return float(value)
+
+    return check
+
+
+_ratio = _number(0.0, 1.0, "a number from 0 to 1")
+_weight = _number(0.0, 1e300, "a number of at least 0")
+
+
+def _threshold(value: Any) -> float:
+    if _ratio(value) == 0.0:
+        raise _Invalid("expected a number above 0 and up to 1")
+    return float(value)
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise _Invalid("expected a whole number of at least 0")
+    return value
+
+
+def _choice(*allowed: str) -> Check:
+    def check(value: Any) -> str:
+        if value not in allowed:
+            guess = difflib.get_close_matches(str(value), allowed, 1)
+            hint = f"; did you mean '{guess[0]}'?" if guess else ""
+            raise _Invalid(f"expected {_listing(allowed)}{hint}")
+        return value
+
+    return check
+
+
+def _strategy(value: Any) -> str:
+    return "quantitive" if value == "quantitative" else _choice(*STRATEGIES)(value)
+
+
+def _device(value: Any) -> str:
+    name, colon, index = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if name not in ("auto", "cpu", "cuda", "mps") or (colon and (name != "cuda" or not index.isdecimal())):
+        raise _Invalid(f"expected {DEVICES}")
+    return value
+
+
+def _one_or_more(check: Check) -> Check:
+    """A single value or a non-empty list of them, as a tuple."""
+
+    def check_all(value: Any) -> tuple:
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise _Invalid("expected at least one value")
+        return tuple(check(item) for item in values)
+
+    return check_all
+
+
+class _Section:
+    """One mapping of the file, read key by key. What is wrong is noted, never raised, so that all of it is reported."""
+
+    def __init__(self, value: Any, where: str, known: tuple[str, ...], errors: list[str]) -> None:
+        self.where, self.errors = where, errors
+        self.values = value if isinstance(value, Mapping) else {}
+        if not isinstance(value, Mapping):
+            self.note("", value, "expected a mapping of keys to values")
+        for key in self.values:
+            if key not in known:
+                guess = difflib.get_close_matches(str(key), known, 1)
+                hint = f"did you mean '{guess[0]}'?" if guess else f"known keys: {', '.join(known)}"
+                errors.append(f"{self._name(key)}: unknown key; {hint}")
+
+    def _name(self, key: Any) -> str:
+        return ".".join(str(part) for part in (self.where, key) if part != "") or "the file"
+
+    def note(self, key: str, value: Any, problem: str) -> None:
+        self.errors.append(f"{self._name(key)}: {_shown(value)}: {problem}")
+
+    def take(self, key: str, check: Check, default: Any = _REQUIRED) -> Any:
+        """The checked value of a key; its default where it is absent or empty, None where it is wrong."""
+        value = self.values.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                self.errors.append(f"{self._name(key)}: missing")
+                return None
+            return default
+        try:
+            return check(value)
+        except _Invalid as error:
+            self.note(key, value, str(error))
+            return None
+
+    def each(self, key: str) -> list[tuple[str, Any]]:
+        """The items of a list with their names; an absent key is an empty list."""
+        value = self.values.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            self.note(key, value, "expected a list")
+            return []
+        return [(f"{self._name(key)}[{i}]", item) for i, item in enumerate(value)]
+
+
+_CONFIG_KEYS = (*tuple(f.name for f in fields(Config) if f.name != "text"), "mapper")
+_DEFAULTS = {f.name: f.default for f in fields(Config)}
+
+
+def _parse(document: Any, errors: list[str], device: str | None, output: str | None) -> Config:
+    top = _Section({} if document is None else document, "", _CONFIG_KEYS, errors)
+
+    def take(key: str, check: Check) -> Any:
+        return top.take(key, check, _DEFAULTS[key])
+
+    bad, good = _phrase_lists(top, errors)
+    directories = _parse_directories(top.values.get("directories", {}), errors, output)
+    config = Config(
+        directories=directories,
+        models_to_merge=_list_of(top, "models_to_merge", _folder),
+        merge_ratios=take("merge_ratios", _one_or_more(_ratio)),
+        merge_method=take("merge_method", _one_or_more(_choice(*METHODS))),
+        merge_headers=take("merge_headers", _boolean),
+        strategy=take("strategy", _strategy),
+        strategy_threshold=take("strategy_threshold", _threshold),
+        auto_weights=take("auto_weights", _boolean),
+        bad_phrases=bad,
+        good_phrases=good,
+        phrase_files=_list_of(top, "phrase_files", _text),
+        device=take("device", _device),
+        dtype=take("dtype", _choice(*DTYPES)),
+        random_seed=take("random_seed", _seed),
+        trust_remote_code=take("trust_remote_code", _boolean),
+    )
+    if device is not None:
+        config = replace(config, device=_argument("--device", device, _device, errors))
+    _check_together(config, top, errors)
+    return config
+
+
+def _parse_directories(value: Any, errors: list[str], output: str | None) -> Directories:
+    section = _Section(value, "directories", tuple(f.name for f in fields(Directories)), errors)
+    if output is not None:
+        output_directory = _argument("--output", output, _output, errors)
+    else:
+        output_directory = section.take("output_directory", _output)
+    return Directories(
+        model_path1=section.take("model_path1", _folder),
+        output_directory=output_directory,
+        model_directory=section.take("model_directory", _folder, None),
+    )
+
+
+def _argument(name: str, value: str, check: Check, errors: list[str]) -> Any:
+    try:
+        return check(value)
+    except _Invalid as error:
+        errors.append(f"{name}: {_shown(value)}: {error}")
+        return None
+
+
+def _check_together(config: Config, top: _Section, errors: list[str]) -> None:
+    has_list = bool(top.values.get("models_to_merge"))
+    has_directory = isinstance(top.values.get("directories"), Mapping) and top.values["directories"].get(
+        "model_directory"
+    )
+    if not has_list and not has_directory:
+        errors.append("models_to_merge: no candidates; list models here or set directories.model_directory")
+    if not config.pairs and not any("phrases[" in line for line in errors):
+        errors.append("bad_phrases, good_phrases: both are empty; there is nothing to score")
+
+
+def _list_of(section: _Section, key: str, check: Check) -> tuple:
+    return tuple(
+        _Section({name: item}, "", (name,), section.errors).take(name, check) for name, item in section.each(key)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phrase lists
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _phrase_lists(top: _Section, errors: list[str]) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+    """The file's own bad and good pairs, then those of its phrase files."""
+    bad, good = _phrases(top, "bad_phrases", "BAD"), _phrases(top, "good_phrases", "GOOD")
+    for name, item in top.each("phrase_files"):
+        if not isinstance(item, str):
+            continue  # noted where phrase_files itself is read
+        try:
+            _, document = _read_yaml(Path(item).expanduser())
+        except ConfigError as error:
+            errors.append(f"{name}: {error}")
+            continue
+        # A whole Merge Monster config may serve as a phrase file: only its phrases are taken.
+        section = _Section(document, f"{name} ({item})", _CONFIG_KEYS, errors)
+        bad += _phrases(section, "bad_phrases", "BAD")
+        good += _phrases(section, "good_phrases", "GOOD")
+    return tuple(bad), tuple(good)
+
+
+def _phrases(section: _Section, key: str, kind: str) -> list[Pair]:
+    pairs = []
+    for name, item in section.each(key):
+        entry = _Section(item, name, ("phrase", "weight", "contexts"), section.errors)
+        phrase = entry.take("phrase", _text)
+        weight = entry.take("weight", _weight, 1.0)
+        contexts = entry.each("contexts")
+        if not contexts:
+            entry.errors.append(f'{name}.contexts: missing or empty; list at least one context ("" is the empty one)')
+        for context_name, context in contexts:
+            text, own_weight = _context(context_name, context, weight, section.errors)
+            if None not in (phrase, text, own_weight):
+                pairs.append(Pair(kind, phrase, text, own_weight))
+    return pairs
+
+
+def _context(name: str, value: Any, weight: float | None, errors: list[str]) -> tuple[str | None, float | None]:
+    """A context is text, or a mapping of text and a weight of its own."""
+    if isinstance(value, Mapping):
+        section = _Section(value, name, ("context", "weight"), errors)
+        return section.take("context", _context_text), section.take("weight", _weight, weight)
+    return _argument(name, value, _context_text, errors), weight
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wording
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _shown(value: Any) -> str:
+    """A value as the YAML file would write it, short enough for one line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "nothing"
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _listing(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:-1]) + " or " + names[-1]

@@ -1,0 +1,83 @@
+"""What the person at the terminal sees, and the log file that keeps it.
+
+Knows: lines, the log, one progress bar. Refuses to know: what the lines mean.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from modules.config import ConfigError
+
+BANNER = r"""
+        ,-.         ,-.
+       ( o )=======( o )     M E R G E
+        `-'  _____  `-'      M O N S T E R
+         \  |V V V|  /
+          \ |     | /        it eats fine-tunes,
+           \|A_A_A|/         one layer at a time
+"""
+
+
+class Console:
+    """Prints lines above the progress bar and appends each to the log at once, so that a crash loses nothing."""
+
+    def __init__(self, name: str, folder: Path = Path("logs")) -> None:
+        """Open logs/<name>-YYYYmmdd_HHMMSS.txt. Raises ConfigError if it can't be written."""
+        stamp = f"{datetime.now():%Y%m%d_%H%M%S}"
+        try:
+            folder.mkdir(exist_ok=True)
+            self.log_path = _unused(folder, f"{name}-{stamp}")
+            self._log = self.log_path.open("x", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"the log can't be written to {folder.resolve()} ({error.strerror})") from None
+
+    def line(self, text: str = "") -> None:
+        """Print to standard output and to the log."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        self._record(text)
+
+    def lines(self, texts: Iterable[str]) -> None:
+        """Print several lines."""
+        for text in texts:
+            self.line(text)
+
+    def error(self, text: str) -> None:
+        """Print to standard error and to the log."""
+        tqdm.write(text, file=sys.stderr)
+        self._record(text)
+
+    def timed(self, text: str) -> None:
+        """A line with the time of day before it."""
+        self.line(f"{datetime.now():%H:%M:%S} - {text}")
+
+    @contextmanager
+    def progress(self, steps: float) -> Iterator[tqdm]:
+        """One bar for the whole run, on a terminal only; `steps` are in any unit that is proportional to time."""
+        layout = "{l_bar}{bar}| {elapsed} elapsed, {remaining} to go"
+        with tqdm(total=steps, bar_format=layout, dynamic_ncols=True, disable=None, smoothing=0.1) as bar:
+            yield bar
+
+    def _record(self, text: str) -> None:
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._log.close()
+
+
+def _unused(folder: Path, stem: str) -> Path:
+    """A file that does not exist yet: two runs may start in one second."""
+    names = [stem] + [f"{stem}-{number}" for number in range(2, 100)]
+    return next(path for path in (folder / f"{name}.txt" for name in names) if not path.exists())

@@ -1,0 +1,268 @@
+"""The base model, resident on its device: load it, find its layers and header, put tensors in, save it.
+
+Knows: torch modules, devices, dtypes. Refuses to know: phrases, scores, strategies.
+
+Layers and header are handed out as Parts: named tensors that can be merged, tried and installed, all alike.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from modules.checkpoints import Checkpoint, CheckpointError, copy_companions, write_shards
+from modules.config import ConfigError
+from modules.merging import merge
+
+Tensors = dict[str, Tensor]  # by full parameter name
+
+
+class BrokenWeights(Exception):
+    """Weights hold NaN or infinite values; the message names the tensor."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The mergeable tensors of one layer, or of the header, by their full names in the model."""
+
+    tensors: Tensors  # the model's own parameters and buffers, live
+    saved_dtypes: Mapping[str, torch.dtype]  # what each is stored as when the model is saved
+    input_axes: Mapping[str, int]  # which axis holds the input features, see merging.merge
+
+    def empty(self) -> Tensors:
+        """Tensors of the same shapes to merge into."""
+        return {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
+
+    def adopt(self, theirs: Mapping[str, Tensor], source: str) -> Tensors:
+        """A candidate's tensors on the model's device in its dtype.
+
+        Raises BrokenWeights if one holds NaN or infinity, CheckpointError if a value does not fit the dtype.
+        """
+        adopted = {}
+        for name, ours in self.tensors.items():
+            low, high = (float(bound) for bound in theirs[name].aminmax())
+            if not (-torch.inf < low and high < torch.inf):
+                raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
+            for dtype in (ours.dtype, self.saved_dtypes[name]):
+                if max(-low, high) > torch.finfo(dtype).max:
+                    raise CheckpointError(
+                        f"{source}: {name} reaches {max(-low, high):.4g}, too large for {_name(dtype)}; "
+                        "set dtype: bfloat16"
+                    )
+            adopted[name] = theirs[name].to(ours.device, ours.dtype)
+        return adopted
+
+    def merged(self, method: str, theirs: Tensors, ratio: float, out: Tensors) -> Tensors:
+        """The part merged with a candidate's tensors, in `out`, with the values that saving will keep."""
+        for name, ours in self.tensors.items():
+            merge(method, ours, theirs[name], ratio, input_axis=self.input_axes[name], out=out[name])
+            if self.saved_dtypes[name] != ours.dtype:
+                out[name].copy_(out[name].to(self.saved_dtypes[name]))
+        return out
+
+    @contextmanager
+    def holding(self, tensors: Tensors) -> Iterator[None]:
+        """The model works with other tensors in this part for a moment; they are not copied."""
+        own = {name: tensor.data for name, tensor in self.tensors.items()}
+        try:
+            for name, tensor in self.tensors.items():
+                tensor.data = tensors[name]
+            yield
+        finally:
+            for name, tensor in self.tensors.items():
+                tensor.data = own[name]
+
+    @contextmanager
+    def trying(self, method: str, theirs: Tensors, ratio: float, out: Tensors) -> Iterator[None]:
+        """The model works with the merged part for a moment; the merge is made in `out`."""
+        with self.holding(self.merged(method, theirs, ratio, out)):
+            yield
+
+    def install(self, tensors: Tensors) -> None:
+        """Copy tensors into the model for good."""
+        for name, tensor in self.tensors.items():
+            tensor.data.copy_(tensors[name])
+
+
+class ResidentModel:
+    """The base model in device memory, and all that saving it again needs."""
+
+    def __init__(self, module: PreTrainedModel, checkpoint: Checkpoint, saved_dtype: torch.dtype | None) -> None:
+        """saved_dtype: the dtype of all saved weights; None keeps what the checkpoint stores, tensor by tensor."""
+        self.module = module
+        self.checkpoint = checkpoint
+        self.saved_dtype = saved_dtype
+        self.layers_name, self.layers = find_layers(module)
+        self._state = module.state_dict(keep_vars=True)
+        self._input_first = {f"{name}.weight" for name, child in module.named_modules() if isinstance(child, Conv1D)}
+        self._stored_names = self._find_stored_names()
+
+    def describe(self) -> dict[str, object]:
+        """Device and dtype for the summary."""
+        saved = _name(self.saved_dtype or self.checkpoint.main_dtype())
+        return {"Device": self.device, "Dtype": f"{_name(self.dtype)}, saved as {saved}"}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.module.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What most of the model computes in."""
+        return self.module.dtype
+
+    def layer(self, index: int) -> Part:
+        """The floating-point parameters and persistent buffers of one decoder layer."""
+        prefix = f"{self.layers_name}.{index}."
+        return self._part([name for name in self._state if name.startswith(prefix)])
+
+    def header(self) -> Part:
+        """The input embedding and, unless it is tied to it, the output head."""
+        embedding, head = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        modules = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+        owned = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
+        # A tied head is the same tensor under a second name: it is taken once, under the first.
+        names = {id(tensor): name for name, tensor in reversed(self._state.items()) if id(tensor) in owned}
+        return self._part(sorted(names.values()))
+
+    def embedding_name(self) -> str:
+        """The full name of the input embedding's weight."""
+        weight = self.module.get_input_embeddings().weight
+        return next(name for name, tensor in self._state.items() if tensor is weight)
+
+    def _part(self, names: list[str]) -> Part:
+        names = [name for name in names if self._state[name].is_floating_point()]
+        return Part(
+            tensors={name: self._state[name] for name in names},
+            saved_dtypes={name: self._saved_dtype_of(name) for name in names},
+            input_axes={name: -2 if name in self._input_first else -1 for name in names},
+        )
+
+    def _saved_dtype_of(self, name: str) -> torch.dtype:
+        return self.saved_dtype or self.checkpoint.tensors[self._stored_names[name]].dtype
+
+    def _find_stored_names(self) -> dict[str, str]:
+        """Parameter name -> name in the base's own checkpoint. Tied tensors may be stored under either name."""
+        stored = {name: self.checkpoint.stored_name(name) for name in self._state}
+        by_tensor = {id(self._state[name]): found for name, found in stored.items() if found}
+        for name in stored:
+            stored[name] = stored[name] or by_tensor.get(id(self._state[name]))
+        missing = [name for name, found in stored.items() if found is None]
+        if missing:
+            raise ConfigError(
+                f"{self.checkpoint.path}: the tensor {missing[0]} is not stored under its own name "
+                f"({len(missing)} such tensors); checkpoints that are rearranged while loading are not supported"
+            )
+        return {name: found for name, found in stored.items() if found is not None}
+
+    def check_weights(self) -> None:
+        """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless."""
+        for name, tensor in self._state.items():
+            if tensor.is_floating_point() and not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():
+                stored = self.checkpoint.read([self._stored_names[name]]).popitem()[1]
+                if torch.isfinite(stored).all():
+                    raise ConfigError(
+                        f"{self.checkpoint.path}: {name} overflows in {_name(tensor.dtype)}; set dtype: bfloat16"
+                    )
+                raise ConfigError(f"{self.checkpoint.path}: {name} holds NaN or infinite values; it can't be merged")
+
+    def save(self, folder: Path) -> None:
+        """Write weights, in the base's own shards and names, and everything else that opens the model.
+
+        Raises CheckpointError if a file can't be written.
+        """
+        copy_companions(self.checkpoint.path, folder, self.saved_dtype)
+        by_file: dict[str, list[str]] = {}
+        for name, info in self.checkpoint.tensors.items():
+            by_file.setdefault(info.file, []).append(name)
+        write_shards(folder, {file: self._saved(names) for file, names in by_file.items()})
+
+    def _saved(self, stored_names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """One shard's tensors: the model's own where it has them, else as they lie in the base's file."""
+        resident = {stored: name for name, stored in reversed(self._stored_names.items())}
+        for stored in stored_names:
+            if stored in resident:
+                tensor = self._state[resident[stored]].detach()
+            else:
+                tensor = self.checkpoint.read([stored])[stored]
+            dtype = self.checkpoint.tensors[stored].dtype
+            if dtype.is_floating_point and self.saved_dtype is not None:
+                dtype = self.saved_dtype
+            yield stored, tensor.to("cpu", dtype).contiguous()
+
+
+def load_model(checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False) -> ResidentModel:
+    """Load a checkpoint's causal language model onto a device, ready to be searched.
+
+    device: auto, cpu, cuda, cuda:N or mps; dtype: auto, float16, bfloat16 or float32 (see resolve_dtype).
+    Raises ConfigError if the device is absent or the checkpoint is no complete causal language model.
+    """
+    target = resolve_device(device)
+    compute = resolve_dtype(dtype, checkpoint.main_dtype(), target)
+    try:
+        module, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=compute,
+            device_map=None if target.type == "cpu" else {"": target},
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
+        raise ConfigError(f"{checkpoint.path} can't be loaded: {str(error).strip().splitlines()[0]}") from None
+    if info["missing_keys"]:
+        raise ConfigError(f"{checkpoint.path}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    module.eval().requires_grad_(False)
+    model = ResidentModel(module, checkpoint, None if dtype == "auto" else compute)
+    model.check_weights()
+    return model
+
+
+def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The decoder layers and their name: the list of num_hidden_layers modules with the most parameters."""
+    count = module.config.get_text_config().num_hidden_layers
+    lists = [
+        (name, child)
+        for name, child in module.named_modules()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    if not lists:
+        raise ConfigError(f"{type(module).__name__}: no list of {count} decoder layers found in this architecture")
+    return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a configured name. Raises ConfigError, naming those that are there, if it is absent."""
+    present = ["cpu"]
+    if torch.cuda.is_available():
+        present += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        present.append("mps")
+    if name == "auto":
+        name = next((other for other in present if other != "cpu"), "cpu")
+    name = "cuda:0" if name == "cuda" else name
+    if name not in present:
+        raise ConfigError(f"device: '{name}' is not on this machine; there is {', '.join(present)}")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to compute in. auto: the checkpoint's own half type on an accelerator (float16 unless it is bfloat16); on a
+    CPU bfloat16 checkpoints in bfloat16, all others in float32, since float16 products are several times slower."""
+    if name != "auto":
+        return getattr(torch, name)
+    if stored == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,356 @@
+"""How probable the model finds each pair: whole forwards, and tail forwards for the search.
+
+Knows: packs, the model's forward, hidden states. Refuses to know: merging, strategies, weights of pairs.
+
+The tail forward, for layer i and R trials on one pack of T tokens (B batch, H hidden, V vocabulary, N layers):
+
+    embedding ─ layers 0..i-1 ─ layer i ─────────────── layers i+1..N-1 ─ norm, head
+                passed over:    once per trial, on the   once for all       only where a target
+                their output    cached (B, T, H), each    trials, as a       is read: (R, targets, V)
+                is cached       with its own weights      batch of R
+
+Everything but the layers stays the model's own forward: embedding, masks, position embeddings, norm and head.
+"""
+
+import inspect
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.config import ConfigError
+from modules.models import ResidentModel
+from modules.phrases import LAYOUTS, Encoded, Pack, build_packs
+
+TOKEN_BUDGET = 1024  # tokens in one pack: enough to fill the processor, little enough that attention stays cheap
+HEAD_BUDGET = 64 << 20  # bytes of float32 logits at a time
+SAMPLE = 16  # pairs on which a layout is verified
+
+# A layer's forward while a tail forward runs: the layer's own forward, then the arguments it was called with.
+Forward = Callable[..., Any]
+Trial = Callable[[], AbstractContextManager[None]]  # while it is entered, the model holds the trial's weights
+
+
+class Scorer:
+    """Scores a fixed list of pairs under a model whose weights change.
+
+    Deterministic: the same weights give the same bits. All results are joint log-probabilities of the phrases given
+    their contexts, one per pair, in the order of the pairs.
+    """
+
+    def __init__(
+        self, model: ResidentModel, encoded: Sequence[Encoded], layout: str, token_budget: int = TOKEN_BUDGET
+    ) -> None:
+        self.layout = layout
+        self.pairs = len(encoded)
+        self._module, self._layers = model.module, model.layers
+        self._takes_positions = "logits_to_keep" in inspect.signature(model.module.forward).parameters
+        packs = build_packs(encoded, layout, token_budget)
+        self.pair_tokens = sum(len(item.tokens) for item in encoded)
+        self.packed_tokens = sum(pack.tokens for pack in packs)
+        self._inputs = [_Input.of(pack, model.device, model.dtype) for pack in packs]
+        self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
+        self._returns_tuple = self._learn_return_form()
+        self._layer = 0  # the layer that the cached hidden states enter
+        self._hidden: list[Tensor] = []  # one (B, T, H) per pack
+
+    def describe(self) -> dict[str, object]:
+        """How the pairs go through the model, for the summary."""
+        tokens = f"{self.packed_tokens} tokens packed from {self.pair_tokens}"
+        return {"Phrase layout": f"{self.layout} ({tokens}, {len(self._inputs)} packs)".replace("1 packs", "1 pack")}
+
+    @torch.no_grad()
+    def score(self) -> list[float]:
+        """Joint log-probability of every pair under the model as it stands, by whole forwards."""
+        return self._collect(1, lambda index: {})[0]
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Put the cache before layer 0. Needed before the first `score_trials`, and after the embedding changed."""
+        self._layer = 0
+        self._hidden = [self._hidden_from(index, 0, _entering) for index in range(len(self._inputs))]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Move the cache over its layer, with the weights that the layer holds now."""
+        for index, hidden in enumerate(self._hidden):
+
+            def on_cached(forward: Forward, *args: Any, _hidden: Tensor = hidden, **kwargs: Any) -> Tensor:
+                return _first(_call_on(_hidden, forward, args, kwargs))
+
+            self._hidden[index] = self._hidden_from(index, self._layer, on_cached)
+        self._layer += 1
+
+    @torch.no_grad()
+    def score_trials(self, trials: Sequence[Trial]) -> list[list[float]]:
+        """Joint log-probabilities under each trial's weights for the cache's layer: (trials, pairs)."""
+        if self._inputs[0].stackable:
+            return self._collect(len(trials), lambda index: self._tail(index, trials))
+        return [self._collect(1, lambda index, one=trial: self._tail(index, [one]))[0] for trial in trials]
+
+    # -- the tail forward ---------------------------------------------------------------------------------------------
+
+    def _tail(self, index: int, trials: Sequence[Trial]) -> dict[int, Forward]:
+        """Layer forwards that begin with the cached hidden states and try each trial's weights on them."""
+
+        def stacked(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            outputs = []
+            for trial in trials:
+                with trial():
+                    outputs.append(_first(_call_on(self._hidden[index], forward, args, kwargs)))
+            return self._in_form(self._layer, torch.cat(outputs))  # (R * B, T, H)
+
+        return {**self._passing(range(self._layer)), self._layer: stacked}
+
+    def _passing(self, layers: range) -> dict[int, Forward]:
+        """Layer forwards that hand their hidden states on unchanged."""
+
+        def handing_on(layer: int) -> Forward:
+            return lambda _forward, *args, **kwargs: self._in_form(layer, _hidden_states(args, kwargs))
+
+        return {layer: handing_on(layer) for layer in layers}
+
+    def _hidden_from(self, index: int, layer: int, compute: Forward) -> Tensor:
+        """What `compute` returns in place of one layer's forward while all other layers are passed over: (B, T, H)."""
+        found: list[Tensor] = []
+
+        def recording(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            found.append(compute(forward, *args, **kwargs))
+            return self._in_form(layer, found[0])
+
+        one = self._inputs[index].columns[:1]
+        self._forward(index, {**self._passing(range(len(self._layers))), layer: recording}, one)
+        return found[0]
+
+    def _in_form(self, layer: int, hidden: Tensor) -> Any:
+        """Hidden states as this layer returns them."""
+        return (hidden, *self._returns_tuple[layer]) if layer in self._returns_tuple else hidden
+
+    def _learn_return_form(self) -> dict[int, tuple[None, ...]]:
+        """Layers that return a tuple, with what stands behind the hidden states in it (nothing we need)."""
+        forms: dict[int, tuple[None, ...]] = {}
+
+        def noting(layer: int) -> Forward:
+            def forward(own: Forward, *args: Any, **kwargs: Any) -> Any:
+                output = own(*args, **kwargs)
+                if isinstance(output, tuple):
+                    forms[layer] = (None,) * (len(output) - 1)
+                return output
+
+            return forward
+
+        shortest = min(range(len(self._inputs)), key=lambda index: self._inputs[index].ids.numel())
+        with torch.no_grad():
+            self._forward(shortest, {layer: noting(layer) for layer in range(len(self._layers))}, None)
+        return forms
+
+    # -- the model's forward and what is read from it -----------------------------------------------------------------
+
+    def _forward(self, index: int, forwards: Mapping[int, Forward], columns: Tensor | None) -> Tensor:
+        """Logits at the given columns of one pack, (R * B, columns, V), with some layers' forwards replaced."""
+        keep = self._inputs[index].columns[:1] if columns is None else columns
+        options = {"logits_to_keep": keep} if self._takes_positions else {}
+        with _replaced(self._layers, forwards):
+            logits = self._module(**self._inputs[index].arguments, use_cache=False, **options).logits
+        return logits if self._takes_positions else logits[:, keep]
+
+    def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]]) -> list[list[float]]:
+        """Run all packs, add up each phrase's token log-probabilities; one copy to the host. (stack, pairs)"""
+        # One place per token of each phrase, then a sum: unlike scattered additions, always in the same order.
+        places = torch.zeros(stack, self.pairs, self._longest_phrase, device=self._inputs[0].ids.device)
+        for index in range(len(self._inputs)):
+            for logits, targets in self._logits(index, stack, forwards_for(index)):
+                normaliser = logits.logsumexp(-1)  # (stack, B, columns)
+                chosen = logits[:, targets.rows, targets.columns, targets.tokens]
+                places[:, targets.pairs, targets.places] = chosen - normaliser[:, targets.rows, targets.columns]
+        return places.sum(-1).tolist()
+
+    def _logits(self, index: int, stack: int, forwards: dict[int, Forward]) -> Iterator[tuple[Tensor, "_Targets"]]:
+        """Float32 logits (stack, B, columns, V) of one pack and the targets in them, in chunks of bounded size."""
+        inputs, last = self._inputs[index], len(self._layers) - 1
+        final: list[Tensor] = []  # the hidden states behind the last layer, kept for the second chunk on
+
+        def recording(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            output = forwards[last](forward, *args, **kwargs) if last in forwards else forward(*args, **kwargs)
+            final.append(_first(output))
+            return output
+
+        def repeating(_forward: Forward, *_args: Any, **_kwargs: Any) -> Any:
+            return self._in_form(last, final[0])
+
+        column_bytes = 4 * stack * inputs.ids.shape[0] * self._module.config.get_text_config().vocab_size
+        chunk = max(1, HEAD_BUDGET // column_bytes)
+        for first, columns in zip(range(0, len(inputs.columns), chunk), inputs.columns.split(chunk), strict=True):
+            layers = {**forwards, last: recording} if first == 0 else {**self._passing(range(last)), last: repeating}
+            logits = self._forward(index, layers, columns).float()
+            yield logits.unflatten(0, (stack, -1)), inputs.targets_in(first, first + len(columns))
+
+
+def build_scorer(model: ResidentModel, encoded: Sequence[Encoded], token_budget: int = TOKEN_BUDGET) -> Scorer:
+    """A scorer in the fastest layout that is exact for this model.
+
+    Compares, on some pairs with the longest among them, each layout and its tail forward with plain forwards of one
+    pair at a time. Raises ConfigError if not even those agree with their tail forward.
+    """
+    by_length = sorted(encoded, key=lambda item: len(item.tokens), reverse=True)
+    sample = by_length[:: max(1, -(-len(by_length) // SAMPLE))]
+    exact = Scorer(model, sample, "single").score()
+    for layout in LAYOUTS:
+        if layout == "forest" and _window(model) < len(by_length[0].tokens):
+            continue  # a 4-D mask is used as given: it would lift the window
+        try:
+            holds = _agrees(Scorer(model, sample, layout, token_budget), exact, model.dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            holds = False  # an architecture that does not take these inputs
+        if holds:
+            return Scorer(model, encoded, layout, token_budget)
+    raise ConfigError(f"{type(model.module).__name__}: scoring from the middle of this architecture is not exact")
+
+
+def _agrees(scorer: Scorer, exact: Sequence[float], dtype: torch.dtype) -> bool:
+    """Whether whole and stacked tail forwards of a layout give the exact log-probabilities, within rounding."""
+    tolerance = 1e-3 if dtype == torch.float32 else 0.25
+    results = [scorer.score()]
+    scorer.restart()
+    for _ in range(len(scorer._layers) // 2):
+        scorer.advance()
+    results += scorer.score_trials([_unchanged, _unchanged])
+    return all(
+        abs(value - truth) <= tolerance * max(1.0, 0.01 * abs(truth))
+        for result in results
+        for value, truth in zip(result, exact, strict=True)
+    )
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    """A trial that leaves the model as it is."""
+    yield
+
+
+def _window(model: ResidentModel) -> float:
+    """How far back attention reaches in this model, in tokens."""
+    return getattr(model.module.config.get_text_config(), "sliding_window", None) or float("inf")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A pack as the model takes it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Index tensors of one length: where in (B, columns, V) a target is read and where in (pairs, places) it goes."""
+
+    rows: Tensor
+    columns: Tensor
+    tokens: Tensor
+    pairs: Tensor
+    places: Tensor  # number of the token within its phrase
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One pack on the device."""
+
+    arguments: Mapping[str, Tensor]  # of the model's forward
+    columns: Tensor  # the columns at which some row is read, ascending
+    targets: _Targets  # columns: numbers into `columns`, ascending
+    target_columns: Sequence[int]  # the same numbers on the host
+
+    @classmethod
+    def of(cls, pack: Pack, device: torch.device, dtype: torch.dtype) -> "_Input":
+        arguments = {"input_ids": torch.tensor(pack.rows)}
+        if pack.parents is not None:
+            arguments["attention_mask"], arguments["position_ids"] = _tree_mask(pack.parents, dtype)
+        columns = sorted({target.column for target in pack.targets})
+        number = {column: i for i, column in enumerate(columns)}
+        targets = sorted(pack.targets, key=lambda target: target.column)
+        table = [(t.row, number[t.column], t.token, t.pair, t.place) for t in targets]
+        return cls(
+            {name: tensor.to(device) for name, tensor in arguments.items()},
+            torch.tensor(columns, device=device),
+            _Targets(*torch.tensor(table, device=device).T.contiguous()),
+            [number[target.column] for target in targets],
+        )
+
+    @property
+    def ids(self) -> Tensor:
+        return self.arguments["input_ids"]
+
+    @property
+    def stackable(self) -> bool:
+        """Trials are stacked along the batch, where masks and position embeddings of batch 1 broadcast."""
+        return self.ids.shape[0] == 1
+
+    def targets_in(self, first: int, end: int) -> _Targets:
+        """The targets read at columns number first..end-1, their columns counted from `first`."""
+        t, cut = self.targets, slice(bisect_left(self.target_columns, first), bisect_left(self.target_columns, end))
+        return _Targets(t.rows[cut], t.columns[cut] - first, t.tokens[cut], t.pairs[cut], t.places[cut])
+
+
+def _tree_mask(parents: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Attention mask (1, 1, T, T) that lets a token see itself and its ancestors, and depths as positions (1, T).
+
+    The mask is added to the attention scores: 0 where a token is seen. A boolean one would be added as 0 and 1 by
+    eager attention.
+    """
+    size = len(parents)
+    seen = torch.zeros(size, size, dtype=torch.bool)
+    for token, parent in enumerate(parents):  # parents come before their children
+        if parent >= 0:
+            seen[token] = seen[parent]
+        seen[token, token] = True
+    mask = torch.zeros(size, size, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    return mask[None, None], seen.sum(-1)[None] - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers with another forward for a moment
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, forwards: Mapping[int, Forward]) -> Iterator[None]:
+    """Some layers run another forward; it is given the layer's own one as its first argument."""
+    before = {layer: layers[layer].__dict__.get("forward") for layer in forwards}
+    try:
+        for layer, forward in forwards.items():
+            layers[layer].forward = _bound(forward, layers[layer].forward)
+        yield
+    finally:
+        for layer, own in before.items():
+            if own is None:
+                layers[layer].__dict__.pop("forward", None)
+            else:
+                layers[layer].forward = own
+
+
+def _bound(forward: Forward, own: Forward) -> Forward:
+    return lambda *args, **kwargs: forward(own, *args, **kwargs)
+
+
+def _hidden_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _call_on(hidden: Tensor, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a layer with other hidden states than it was given."""
+    if args:
+        return forward(hidden, *args[1:], **kwargs)
+    return forward(**{**kwargs, "hidden_states": hidden})
+
+
+def _entering(_forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+    """The hidden states that enter a layer."""
+    return _hidden_states(args, kwargs)
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

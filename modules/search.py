@@ -1,0 +1,196 @@
+"""The search: every layer of a candidate, then its header; yields one Decision at a time.
+
+Knows: the order of trials, when one is kept. Refuses to know: printing, logs, how a forward is made.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from modules.checkpoints import Checkpoint, load_tokenizer
+from modules.config import Config, ConfigError, Pair
+from modules.merging import RECORDED_SHARE, align_rows, match_rows, ratios_for
+from modules.models import BrokenWeights, Part, ResidentModel, Tensors
+from modules.probability import Scorer, Trial
+from modules.strategies import choose, probability, scores, total
+
+MIN_SHARED_TOKENS = 0.9  # of the base's vocabulary, for the headers to be merged at all
+
+# Below this a probability has lost digits to underflow, and its reciprocal is no sensible weight.
+SMALLEST_PROBABILITY = 2.2250738585072014e-308
+
+ScoreTrials = Callable[[Sequence[Trial]], list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one layer (or the header) under one method, after all its ratios were tried."""
+
+    model: str  # the candidate's name
+    layer: int | None  # None is the header
+    method: str
+    ratio: float | None  # the ratio that won; None if the base's tensors were retained
+    before: float  # total score
+    after: float
+    warning: str | None = None  # why nothing could be tried
+
+    @property
+    def share(self) -> float:
+        """What an accepted merge adds to the composition: the ratio, or the method's own fixed share."""
+        return 0.0 if self.ratio is None else RECORDED_SHARE.get(self.method, self.ratio)
+
+
+class HeaderSkipped(Exception):
+    """A candidate's header can't be matched with the base's; the message says why."""
+
+
+class Search:
+    """A model that takes over what improves its scores. `log_probabilities` are those of its present state."""
+
+    def __init__(self, model: ResidentModel, scorer: Scorer, config: Config, tokenizer: Any) -> None:
+        """Score the base; its tokenizer is the one that candidates' vocabularies are matched with.
+
+        Raises ConfigError if the base's scores are not finite.
+        """
+        self.model, self.scorer, self.config, self.tokenizer = model, scorer, config, tokenizer
+        self.log_probabilities = scorer.score()
+        if not all(math.isfinite(value) for value in self.log_probabilities):
+            raise ConfigError("the base model's scores are not finite; try another dtype (bfloat16 or float32)")
+        self.weights, self.warnings = signed_weights(config.pairs, config.auto_weights, self.log_probabilities)
+
+    @property
+    def total(self) -> float:
+        """The total score of the present state."""
+        return total(scores(self.log_probabilities, self.weights))
+
+    def candidate(self, candidate: Checkpoint) -> Iterator[Decision]:
+        """Search all layers of a candidate and, if so configured, its header."""
+        yield from self._layers(candidate)
+        if self.config.merge_headers:
+            yield self._header(candidate)
+        # Whole forwards once more: the next candidate and the phrase table start from what a reader would measure.
+        self.log_probabilities = self.scorer.score()
+
+    def steps(self, layer: int | None, method: str) -> int:
+        """The work of one decision in forwards of one layer, the unit of the progress bar."""
+        return len(ratios_for(method, self.config.merge_ratios)) * (len(self.model.layers) - (layer or 0))
+
+    def steps_per_candidate(self) -> int:
+        """The work of all decisions on one candidate."""
+        layers: list[int | None] = list(range(len(self.model.layers)))
+        steps = sum(self.steps(layer, method) for layer in layers for method in self.config.merge_method)
+        return steps + (self.steps(None, "lerp") if self.config.merge_headers else 0)
+
+    def _layers(self, candidate: Checkpoint) -> Iterator[Decision]:
+        self.scorer.restart()
+        for index in range(len(self.model.layers)):
+            part = self.model.layer(index)
+            try:
+                theirs, warning = part.adopt(self._read(candidate, part), candidate.name), None
+            except BrokenWeights as error:
+                theirs, warning = None, f"{error}; layer {index + 1} stays as it is"
+            for method in self.config.merge_method:
+                if theirs is None:
+                    yield self._untried(candidate, index, method, warning)
+                else:
+                    ratios = ratios_for(method, self.config.merge_ratios)
+                    outcome = self._decide(part, theirs, method, ratios, self.scorer.score_trials)
+                    yield Decision(candidate.name, index, method, *outcome)
+            self.scorer.advance()
+
+    def _header(self, candidate: Checkpoint) -> Decision:
+        """The input embedding and the output head together, always by lerp."""
+        part = self.model.header()
+        try:
+            theirs = self._aligned_header(candidate, part)
+        except (BrokenWeights, HeaderSkipped) as error:
+            return self._untried(candidate, None, "lerp", f"{error}; the header stays as it is")
+        outcome = self._decide(part, theirs, "lerp", self.config.merge_ratios, self._score_whole)
+        return Decision(candidate.name, None, "lerp", *outcome)
+
+    def _untried(self, candidate: Checkpoint, layer: int | None, method: str, warning: str | None) -> Decision:
+        return Decision(candidate.name, layer, method, None, self.total, self.total, warning)
+
+    def _decide(
+        self, part: Part, theirs: Tensors, method: str, ratios: Sequence[float], score_trials: ScoreTrials
+    ) -> tuple[float | None, float, float]:
+        """Try all ratios on the unchanged part, install the best if one is accepted: ratio, total before, after."""
+        before, out = self.total, part.empty()
+        trials = score_trials([partial(part.trying, method, theirs, ratio, out) for ratio in ratios])
+        best = choose(
+            self.config.strategy,
+            scores(self.log_probabilities, self.weights),
+            [scores(trial, self.weights) for trial in trials],
+            self.config.strategy_threshold,
+        )
+        if best is None:
+            return None, before, before
+        part.install(part.merged(method, theirs, ratios[best], out))
+        self.log_probabilities = trials[best]
+        return ratios[best], before, self.total
+
+    def _score_whole(self, trials: Sequence[Trial]) -> list[list[float]]:
+        """Log-probabilities under each trial by whole forwards: an embedding changes what every layer sees."""
+        results = []
+        for trial in trials:
+            with trial():
+                results.append(self.scorer.score())
+        return results
+
+    # -- the candidate's tensors under the base's names ---------------------------------------------------------------
+
+    def _read(self, candidate: Checkpoint, part: Part) -> dict[str, Tensor]:
+        stored = {name: candidate.stored_name(name) for name in part.tensors}
+        tensors = candidate.read([name for name in stored.values() if name is not None])
+        return {name: tensors[found] for name, found in stored.items() if found is not None}
+
+    def _aligned_header(self, candidate: Checkpoint, part: Part) -> Tensors:
+        """The candidate's header with its rows in the base's order. Raises HeaderSkipped, BrokenWeights."""
+        matches = self._matching_rows(candidate)
+        theirs = self._read(candidate, part)
+        embedding = self.model.embedding_name()
+        for missing in part.tensors.keys() - theirs.keys():
+            # A candidate whose head is tied to its embedding stores one tensor for both.
+            if embedding not in theirs or part.tensors[missing].dim() < 2:
+                raise HeaderSkipped(f"{candidate.name} has no {missing}")
+            theirs[missing] = theirs[embedding]
+        adopted = part.adopt(theirs, candidate.name)
+        return {key: align_rows(ours, adopted[key], matches) for key, ours in part.tensors.items()}
+
+    def _matching_rows(self, candidate: Checkpoint) -> dict[int, int]:
+        """Base row -> candidate row of the same token; BOS and EOS by role. Raises HeaderSkipped if too few match."""
+        try:
+            other = load_tokenizer(candidate.path, self.config.trust_remote_code)
+        except ConfigError as error:
+            raise HeaderSkipped(str(error)) from None
+        ours, theirs = self.tokenizer.get_vocab(), other.get_vocab()
+        roles = {self.tokenizer.bos_token: other.bos_token, self.tokenizer.eos_token: other.eos_token}
+        roles = {token: part for token, part in roles.items() if token and part}
+        matches = match_rows(ours, theirs, roles)
+        if len(matches) < MIN_SHARED_TOKENS * len(ours):
+            shared = f"{len(matches)} of the base's {len(ours)} tokens"
+            raise HeaderSkipped(f"{candidate.name} shares only {shared} (at least {MIN_SHARED_TOKENS:.0%} are needed)")
+        return matches
+
+
+def signed_weights(
+    pairs: Sequence[Pair], auto: bool, log_probabilities: Sequence[float]
+) -> tuple[list[float], list[str]]:
+    """Weights of all pairs, good phrases negative, and warnings.
+
+    auto: 1 / the base's probability, so that every pair starts at 1 (or -1); a pair whose probability underflows keeps
+    its configured weight.
+    """
+    weights, warnings = [], []
+    for pair, log_probability in zip(pairs, log_probabilities, strict=True):
+        weight = pair.weight
+        if auto and probability(log_probability) < SMALLEST_PROBABILITY:
+            warnings.append(f"'{pair.phrase}' after '{pair.context}' is too improbable to weigh; it keeps {weight:g}")
+        elif auto:
+            weight = 1.0 / probability(log_probability)
+        weights.append(-weight if pair.kind == "GOOD" else weight)
+    return weights, warnings
