@@ -53,6 +53,7 @@ class Scorer:
         self.pair_tokens = sum(len(item.tokens) for item in encoded)
         self.packed_tokens = sum(pack.tokens for pack in packs)
         self._inputs = [_Input.of(pack, model.device, model.dtype) for pack in packs]
+        self.columns = sum(len(inputs.columns) for inputs in self._inputs)  # at which the head is read
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
         self._returns_tuple = self._learn_return_form()
         self._layer = 0  # the layer that the cached hidden states enter

@@ -1,0 +1,204 @@
+"""A deliberately naive Merge Monster: the slow, obvious twin of modules/, against which it is tested.
+
+Two whole models in memory, a whole-model copy per trial, one forward of one pair at a time, column by column merging
+in Python. No packing, no cache, no streaming, nothing shared with modules/ but the Pair it is given.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass
+class NaiveDecision:
+    model: str
+    layer: int | None
+    method: str
+    ratio: float | None
+    before: float
+    after: float
+
+
+@dataclass
+class NaiveMerge:
+    """S1 to S9 as they are written down, on models given as folders."""
+
+    base: str
+    candidates: list
+    pairs: list
+    ratios: list
+    methods: list
+    strategy: str = "cumulative"
+    threshold: float = 0.6
+    headers: bool = True
+    auto_weights: bool = False
+    dtype: torch.dtype = torch.float32
+    saved_dtype: torch.dtype | None = None
+    decisions: list = field(default_factory=list)
+
+    def run(self):
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+        self.model = load(self.base, self.dtype)
+        self.weights = [-p.weight if p.kind == "GOOD" else p.weight for p in self.pairs]
+        self.start = self.log_probabilities(self.model)
+        if self.auto_weights:
+            self.weights = [math.copysign(1 / math.exp(lp), w) for lp, w in zip(self.start, self.weights, strict=True)]
+        self.current = self.start
+        for folder in self.candidates:
+            other = load(folder, self.dtype)
+            for layer in range(self.model.config.num_hidden_layers):
+                for method in self.methods:
+                    self.decide(folder, layer, method, lambda m, r, i=layer, k=method, o=other: self.mix(m, o, i, k, r))
+            if self.headers:
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                self.decide(folder, None, "lerp", lambda m, r, o=other, t=tokenizer: self.mix_header(m, o, t, r))
+            self.current = self.log_probabilities(self.model)
+        return self
+
+    def decide(self, folder, layer, method, mix):
+        ratios = [0.25, 0.45, 0.65, 0.85] if method == "cyclic" else self.ratios
+        trials = []
+        for ratio in ratios:
+            trial = copy.deepcopy(self.model)
+            mix(trial, ratio)
+            trials.append((ratio, trial, self.log_probabilities(trial)))
+        before = self.scores(self.current)
+        best = None
+        for ratio, trial, log_probabilities in trials:
+            after = self.scores(log_probabilities)
+            if any(math.isnan(s) or math.isinf(s) for s in after):
+                continue
+            improved = sum(new < old for new, old in zip(after, before, strict=True))
+            if self.strategy == "cumulative":
+                fits, rank = sum(after) < sum(before), (sum(after),)
+            elif self.strategy == "all_phrases":
+                fits = all(new <= old for new, old in zip(after, before, strict=True)) and improved > 0
+                rank = (sum(after),)
+            else:
+                fits, rank = improved / len(after) >= self.threshold, (-improved, sum(after))
+            if fits and (best is None or rank < best[0]):
+                best = (rank, ratio, trial, log_probabilities)
+        if best is None:
+            self.decisions.append(NaiveDecision(folder, layer, method, None, sum(before), sum(before)))
+            return
+        _, ratio, self.model, self.current = best
+        self.decisions.append(NaiveDecision(folder, layer, method, ratio, sum(before), sum(self.scores(self.current))))
+
+    def scores(self, log_probabilities):
+        return [
+            math.exp(lp) * w if lp == lp else math.nan for lp, w in zip(log_probabilities, self.weights, strict=True)
+        ]
+
+    def log_probabilities(self, model):
+        return [log_probability(model, self.tokenizer, pair.context, pair.phrase) for pair in self.pairs]
+
+    def mix(self, model, other, layer, method, ratio):
+        ours, theirs = decoder_layers(model)[layer], decoder_layers(other)[layer]
+        input_first = {f"{n}.weight" for n, m in ours.named_modules() if isinstance(m, Conv1D)}
+        state, other_state = ours.state_dict(), theirs.state_dict()
+        for name, a in state.items():
+            b = other_state[name]
+            merged = naive_merge(method, a.T, b.T, ratio).T if name in input_first else naive_merge(method, a, b, ratio)
+            a.copy_(self.rounded(merged))
+
+    def mix_header(self, model, other, other_tokenizer, ratio):
+        ours, theirs = self.tokenizer.get_vocab(), other_tokenizer.get_vocab()
+        source = {}
+        for token, row in ours.items():
+            if token == self.tokenizer.bos_token and other_tokenizer.bos_token:
+                token = other_tokenizer.bos_token
+            elif token == self.tokenizer.eos_token and other_tokenizer.eos_token:
+                token = other_tokenizer.eos_token
+            if token in theirs:
+                source[row] = theirs[token]
+        if len(source) < 0.9 * len(ours):
+            return
+        tensors = [(model.get_input_embeddings().weight, other.get_input_embeddings().weight)]
+        head = model.get_output_embeddings()
+        if head.weight is not model.get_input_embeddings().weight:
+            tensors.append((head.weight, other.get_output_embeddings().weight))
+        for a, b in tensors:
+            for row in range(a.shape[0]):
+                if source.get(row, b.shape[0]) < b.shape[0]:
+                    a.data[row] = self.rounded(naive_merge("lerp", a.data[row], b.data[source[row]], ratio))
+
+    def rounded(self, tensor):
+        return tensor.to(self.saved_dtype or self.dtype).to(self.dtype)
+
+
+def load(folder, dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+
+
+def decoder_layers(model):
+    body = getattr(model, model.base_model_prefix)
+    return body.layers if hasattr(body, "layers") else body.h
+
+
+@torch.no_grad()
+def log_probability(model, tokenizer, context, phrase):
+    """One pair, one forward, a plain log-softmax."""
+    tokens, start = naive_encode(tokenizer, context, phrase)
+    logits = model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+    table = torch.log_softmax(logits.double(), dim=-1)
+    return sum(table[i - 1, tokens[i]].item() for i in range(start, len(tokens)))
+
+
+def naive_encode(tokenizer, context, phrase):
+    """The phrase's tokens are those that end beyond the context, trailing spaces not counted."""
+    encoding = tokenizer(context + phrase, return_offsets_mapping=True)
+    tokens, ends = encoding["input_ids"], [end for _, end in encoding["offset_mapping"]]
+    start = next(i for i, end in enumerate(ends) if end > len(context.rstrip(" ")))
+    if start == 0:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return [first, *tokens], 1
+    return tokens, start
+
+
+def naive_merge(method, a, b, t):
+    """One tensor, in float64, column by column."""
+    kind, a, b = a.dtype, a.double(), b.double()
+    if a.dim() == 3:
+        return torch.stack([naive_merge(method, x, y, t) for x, y in zip(a, b, strict=True)]).to(kind)
+    if method == "lerp" or (method == "slerp" and a.dim() == 1):
+        return ((1 - t) * a + t * b).to(kind)
+    if method == "slerp":
+        dot = ((a / a.norm()) * (b / b.norm())).sum().item()
+        if abs(dot) > 0.9995:
+            return ((1 - t) * a + t * b).to(kind)
+        angle = math.acos(dot)
+        return ((math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)).to(kind)
+    if a.dim() == 1:
+        return a.to(kind)
+    result = a.clone()
+    for column, share in enumerate(naive_shares(method, a.shape[1], t)):
+        result[:, column] = (1 - share) * a[:, column] + share * b[:, column]
+    return result.to(kind)
+
+
+def naive_shares(method, width, t):
+    """The other model's share of each column, written as the description is: piece by piece."""
+    c, e = int(width * (1 - t)), int(0.05 * width)
+    if method == "gradient":
+        return [0.9 * j / c if j < c else 0.9 * (width - 1 - j) / (width - c) for j in range(width)]
+    shares = {}
+    for j in range(-2 * width, c - e):
+        shares[j] = 0.0
+    for i in range(2 * e):
+        shares[c - e + i] = i / (2 * e)
+    if method == "slice":
+        for j in range(c + e, 3 * width):
+            shares[j] = 1.0
+    else:
+        band = int(0.10 * width)
+        for j in range(c + e, c + e + band):
+            shares[j] = 1.0
+        for i in range(2 * e):
+            shares[c + e + band + i] = 1 - i / (2 * e)
+        for j in range(c + 3 * e + band, 3 * width):
+            shares[j] = 0.0
+    return [shares[j] for j in range(width)]
