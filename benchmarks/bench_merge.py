@@ -89,7 +89,7 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 
 def phrase_pairs(count: int) -> list[Pair]:
-    """Bad pairs of 6 to 17 tokens, some sharing a context, and one good pair of 45 tokens."""
+    """Bad pairs of 7 to 18 tokens, a few of them sharing a context, and one good pair of 45 tokens."""
     rng = random.Random(0)
 
     def words(number: int) -> str:
@@ -97,8 +97,9 @@ def phrase_pairs(count: int) -> list[Pair]:
 
     pairs = [Pair("GOOD", words(7), words(38) + " ", 1.0)]
     while len(pairs) < count:
-        context = words(rng.randint(4, 13)) + " "
-        pairs += [Pair("BAD", words(rng.randint(2, 4)), context, 1.0) for _ in range(rng.randint(1, 2))]
+        context = words(rng.randint(6, 14)) + " "
+        phrases = 2 if len(pairs) % 5 == 0 else 1
+        pairs += [Pair("BAD", words(rng.randint(1, 4)), context, 1.0) for _ in range(phrases)]
     return pairs[:count]
 
 

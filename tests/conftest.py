@@ -1,0 +1,20 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import transformers
+
+transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Timings and sums do not depend on the machine's number of cores."""
+    torch.set_num_threads(2)

@@ -1,0 +1,254 @@
+"""Every kind of wrong input, with its message; all errors together; nothing heavy imported."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modules.config import Config, ConfigError, Pair, load_config
+
+ROOT = Path(__file__).parents[1]
+PHRASES = [{"phrase": "spine", "contexts": ["down her "]}]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("base", "one", "two"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def write(folder, drop=(), **changes):
+    document = {
+        "directories": {"model_path1": str(folder / "base"), "output_directory": str(folder / "out")},
+        "models_to_merge": [str(folder / "one")],
+        "bad_phrases": PHRASES,
+        **changes,
+    }
+    for key in drop:
+        del document[key]
+    path = folder / "my.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+def errors_of(path, **overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, **overrides)
+    return str(caught.value)
+
+
+def test_defaults(folders):
+    config = load_config(write(folders))
+    assert config.merge_ratios == (0.2, 0.4, 0.6, 0.8)
+    assert config.merge_method == ("lerp",)
+    assert (config.strategy, config.strategy_threshold, config.auto_weights) == ("cumulative", 0.6, False)
+    assert (config.device, config.dtype, config.merge_headers, config.random_seed) == ("auto", "auto", True, 512)
+    assert config.pairs == (Pair("BAD", "spine", "down her ", 1.0),)
+    assert config.text == (folders / "my.yaml").read_text()
+    assert config.directories.model_directory is None
+
+
+def test_all_keys(folders):
+    path = write(
+        folders,
+        device="cuda:1",
+        dtype="bfloat16",
+        random_seed=7,
+        models_to_merge=[str(folders / "two"), str(folders / "one")],
+        merge_ratios=[0, 0.5, 1],
+        merge_method=["slerp", "cyclic"],
+        merge_headers=False,
+        strategy="quantitative",
+        strategy_threshold=0.25,
+        auto_weights=True,
+        good_phrases=[{"phrase": "yes", "weight": 2, "contexts": ["a", {"context": "b", "weight": 5}, ""]}],
+        trust_remote_code=True,
+        mapper={"anything": ["goes"]},
+    )
+    config = load_config(path)
+    assert config.models_to_merge == (str(folders / "two"), str(folders / "one"))
+    assert config.merge_ratios == (0.0, 0.5, 1.0)
+    assert config.merge_method == ("slerp", "cyclic")
+    assert config.strategy == "quantitive"
+    assert config.good_phrases == (Pair("GOOD", "yes", "a", 2), Pair("GOOD", "yes", "b", 5), Pair("GOOD", "yes", "", 2))
+    assert config.device == "cuda:1" and config.trust_remote_code and not config.merge_headers
+
+
+def test_command_line_replaces_the_file(folders):
+    path = write(folders, device="cuda")
+    config = load_config(path, device="cpu", output=str(folders / "elsewhere"))
+    assert config.device == "cpu"
+    assert config.directories.output_directory == str(folders / "elsewhere")
+    assert "--device: 'gpu': expected auto, cpu, cuda, cuda:N or mps" in errors_of(path, device="gpu")
+
+
+def test_output_on_the_command_line_is_enough(folders):
+    path = write(folders, directories={"model_path1": str(folders / "base")})
+    assert load_config(path, output="out").directories.output_directory == "out"
+
+
+def test_phrase_files_are_added(folders):
+    (folders / "more.yaml").write_text(
+        yaml.safe_dump({"bad_phrases": [{"phrase": "x", "contexts": ["y"]}], "good_phrases": PHRASES})
+    )
+    config = load_config(write(folders, phrase_files=[str(folders / "more.yaml")]))
+    assert [(p.kind, p.phrase) for p in config.pairs] == [("BAD", "spine"), ("BAD", "x"), ("GOOD", "spine")]
+    config = load_config(write(folders, drop=["bad_phrases"], phrase_files=[str(folders / "more.yaml")]))
+    assert len(config.pairs) == 2
+
+
+# Each row: changes to a good file, and the line that must be among the errors.
+WRONG = [
+    ({"device": "gpu"}, "device: 'gpu': expected auto, cpu, cuda, cuda:N or mps"),
+    ({"device": "cpu:1"}, "device: 'cpu:1': expected"),
+    ({"device": 3}, "device: 3: expected"),
+    ({"dtype": "float61"}, "did you mean 'float16'?"),
+    ({"dtype": "fp16"}, "dtype: 'fp16': expected auto, float16, bfloat16 or float32"),
+    ({"random_seed": -1}, "random_seed: -1: expected a whole number of at least 0"),
+    ({"random_seed": 1.5}, "random_seed: 1.5: expected a whole number"),
+    ({"random_seed": True}, "random_seed: true: expected a whole number"),
+    ({"merge_ratios": [0.2, 1.5]}, "merge_ratios: [0.2, 1.5]: expected a number from 0 to 1"),
+    ({"merge_ratios": [-0.1]}, "merge_ratios: [-0.1]: expected a number from 0 to 1"),
+    ({"merge_ratios": []}, "merge_ratios: []: expected at least one value"),
+    ({"merge_ratios": ["half"]}, "merge_ratios: ['half']: expected a number from 0 to 1"),
+    ({"merge_ratios": [float("nan")]}, "merge_ratios: [nan]: expected a number from 0 to 1"),
+    ({"merge_method": "slurp"}, "merge_method: 'slurp': expected lerp, slerp, slice, cyclic or gradient; did you mean"),
+    ({"merge_method": ["lerp", 3]}, "merge_method: ['lerp', 3]: expected lerp"),
+    ({"merge_headers": "maybe"}, "merge_headers: 'maybe': expected true or false"),
+    ({"strategy": "best"}, "strategy: 'best': expected cumulative, all_phrases or quantitive"),
+    ({"strategy": ["cumulative"]}, "strategy: ['cumulative']: expected cumulative"),
+    ({"strategy_threshold": 0}, "strategy_threshold: 0: expected a number above 0 and up to 1"),
+    ({"strategy_threshold": 60}, "strategy_threshold: 60: expected a number from 0 to 1"),
+    ({"auto_weights": 1}, "auto_weights: 1: expected true or false"),
+    ({"trust_remote_code": "no!"}, "trust_remote_code: 'no!': expected true or false"),
+    ({"merge_ratio": [0.5]}, "merge_ratio: unknown key; did you mean 'merge_ratios'?"),
+    ({"zzz": 1}, "zzz: unknown key; known keys: "),
+    ({"models_to_merge": "one"}, "models_to_merge: 'one': expected a list"),
+    ({"models_to_merge": ["nowhere/model"]}, "models_to_merge[0]: 'nowhere/model': no such folder"),
+    ({"models_to_merge": [3]}, "models_to_merge[0]: 3: expected text (put it in quotes)"),
+    ({"models_to_merge": []}, "models_to_merge: no candidates; list models here or set directories.model_directory"),
+    ({"models_to_merge": None}, "models_to_merge: no candidates"),
+    ({"bad_phrases": []}, "bad_phrases, good_phrases: both are empty; there is nothing to score"),
+    ({"bad_phrases": None}, "bad_phrases, good_phrases: both are empty"),
+    ({"bad_phrases": "spine"}, "bad_phrases: 'spine': expected a list"),
+    ({"bad_phrases": ["spine"]}, "bad_phrases[0]: 'spine': expected a mapping of keys to values"),
+    ({"bad_phrases": [{"contexts": ["x"]}]}, "bad_phrases[0].phrase: missing"),
+    ({"bad_phrases": [{"phrase": "", "contexts": ["x"]}]}, "bad_phrases[0].phrase: '': expected text"),
+    ({"bad_phrases": [{"phrase": True, "contexts": ["x"]}]}, "bad_phrases[0].phrase: true: expected text (put it in q"),
+    ({"bad_phrases": [{"phrase": "x"}]}, "bad_phrases[0].contexts: missing or empty"),
+    ({"bad_phrases": [{"phrase": "x", "contexts": []}]}, "bad_phrases[0].contexts: missing or empty"),
+    ({"bad_phrases": [{"phrase": "x", "contexts": "y"}]}, "bad_phrases[0].contexts: 'y': expected a list"),
+    ({"bad_phrases": [{"phrase": "x", "contexts": [5]}]}, "bad_phrases[0].contexts[0]: 5: expected text"),
+    (
+        {"good_phrases": [{"phrase": "x", "contexts": [{"text": "y"}]}]},
+        "good_phrases[0].contexts[0].text: unknown key; did you mean 'context'?",
+    ),
+    (
+        {"bad_phrases": [{"phrase": "x", "wieght": 2, "contexts": ["y"]}]},
+        "bad_phrases[0].wieght: unknown key; did you mean 'weight'?",
+    ),
+    (
+        {"bad_phrases": [{"phrase": "x", "weight": "much", "contexts": ["y"]}]},
+        "bad_phrases[0].weight: 'much': expected a number of at least 0",
+    ),
+    (
+        {"bad_phrases": [{"phrase": "x", "weight": float("inf"), "contexts": ["y"]}]},
+        "bad_phrases[0].weight: inf: expected a number of at least 0",
+    ),
+    ({"phrase_files": ["nowhere.yaml"]}, "phrase_files[0]: nowhere.yaml: no such file"),
+    ({"phrase_files": "x.yaml"}, "phrase_files: 'x.yaml': expected a list"),
+    ({"directories": None}, "directories: nothing: expected a mapping"),
+    ({"directories": {}}, "directories.model_path1: missing"),
+    ({"directories": {}}, "directories.output_directory: missing"),
+    ({"directories": {"model_path": "x"}}, "directories.model_path: unknown key; did you mean 'model_path1'?"),
+    ({"directories": {"model_path1": "nowhere", "output_directory": "o"}}, "directories.model_path1: 'nowhere': no such"),
+]
+
+
+@pytest.mark.parametrize("changes, line", WRONG, ids=[line[:50] for _, line in WRONG])
+def test_wrong_values_are_named(folders, changes, line):
+    assert line in errors_of(write(folders, **changes))
+
+
+def test_all_errors_are_reported_together(folders):
+    message = errors_of(write(folders, dtype="int4", merge_ratios=[2], stratgy="cumulative", auto_weights="yes"))
+    assert message.splitlines()[0].endswith("my.yaml has 4 errors:")
+    assert [line.split(":")[0].strip() for line in message.splitlines()[1:]] == [
+        "stratgy",
+        "merge_ratios",
+        "auto_weights",
+        "dtype",
+    ]
+
+
+def test_a_wrong_phrase_in_a_phrase_file_names_the_file(folders):
+    (folders / "more.yaml").write_text("bad_phrases:\n  - phrase: x\n")
+    message = errors_of(write(folders, phrase_files=[str(folders / "more.yaml")]))
+    assert "phrase_files[0] (" in message and "more.yaml).bad_phrases[0].contexts: missing or empty" in message
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: [1, 2", "not valid YAML at line 1"),
+        ("a: 1\n\tb: 2", "not valid YAML at line 2"),
+        ("- just\n- a list", "expected a mapping of keys to values"),
+        ("", "directories.model_path1: missing"),
+        ("dtype: auto\ndtype: float16", "the key 'dtype' stands twice"),
+        ("? [a, b]\n: 1", "not valid YAML"),
+        ("x: !!python/object:os.system {}", "not valid YAML"),
+        ("3: 1", "3: unknown key"),
+        ("&a [*a]", "expected a mapping"),
+        ("x: 2024-99-99", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    assert message in errors_of(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "no such file" in errors_of(tmp_path / "absent.yaml")
+    assert "can't be read" in errors_of(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("phrase: caf\xe9".encode("latin-1"))
+    assert "not a UTF-8 text file" in errors_of(tmp_path / "latin.yaml")
+
+
+def test_the_config_is_frozen(folders):
+    with pytest.raises(AttributeError):
+        load_config(write(folders)).dtype = "float16"
+    assert isinstance(hash(Config.__name__), int)
+
+
+def run(*arguments):
+    start = time.perf_counter()
+    command = [sys.executable, str(ROOT / "merge_monster.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    return result, time.perf_counter() - start
+
+
+def test_help_and_errors_answer_in_under_a_second(folders):
+    path = write(folders, dtype="int4")
+    for arguments, code, words in (
+        (["--help"], 0, "--config FILE"),
+        (["--version"], 0, "Merge Monster 1."),
+        (["--config", str(path)], 2, "ERROR: "),
+        (["--config", "absent.yaml"], 2, "ERROR: absent.yaml: no such file"),
+        (["--confg", "x"], 2, "unrecognized arguments"),
+    ):
+        result, seconds = min((run(*arguments) for _ in range(3)), key=lambda item: item[1])
+        assert result.returncode == code
+        assert words in result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
+        assert seconds < 1.0
+
+
+def test_reading_a_config_imports_nothing_heavy():
+    program = "import sys, merge_monster; print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "[]"

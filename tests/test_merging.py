@@ -1,0 +1,171 @@
+"""The methods against closed-form column shares and the naive twin."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import naive_merge, naive_shares
+
+from modules.config import METHODS
+from modules.merging import (
+    CYCLIC_SCALE,
+    align_rows,
+    cyclic_shares,
+    gradient_shares,
+    match_rows,
+    merge,
+    ratios_for,
+    slice_shares,
+)
+
+SHARES = {"slice": slice_shares, "cyclic": cyclic_shares, "gradient": gradient_shares}
+SHAPES = [(7,), (5, 1), (5, 3), (4, 19), (3, 20), (6, 40), (2, 4, 20), (3, 5, 64)]
+
+
+def tensors(shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.25, 0.5, 0.8, 0.85, 1.0])
+def test_equals_the_naive_twin(method, shape, ratio):
+    base, other = tensors(shape)
+    merged = merge(method, base, other, ratio)
+    torch.testing.assert_close(merged, naive_merge(method, base, other, ratio), atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    method=st.sampled_from(METHODS),
+    rows=st.integers(1, 9),
+    width=st.integers(1, 70),
+    ratio=st.floats(0, 1),
+    seed=st.integers(0, 10**6),
+)
+def test_equals_the_naive_twin_on_any_matrix(method, rows, width, ratio, seed):
+    base, other = tensors((rows, width), seed=seed)
+    expected = naive_merge(method, base, other, ratio)
+    torch.testing.assert_close(merge(method, base, other, ratio), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", SHARES)
+@pytest.mark.parametrize("width", [1, 3, 19, 20, 40, 64, 1000])
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.25, 0.4, 0.45, 0.65, 0.85, 1.0])
+def test_column_shares_are_the_closed_form(method, width, ratio):
+    expected = torch.tensor(naive_shares(method, width, ratio), dtype=torch.float32)
+    torch.testing.assert_close(SHARES[method](width, ratio), expected, atol=1e-6, rtol=0)
+
+
+def test_slice_of_forty_columns_at_a_half_by_hand():
+    # c = 20, e = 2: a in columns 0..17, shares 0, 1/4, 2/4, 3/4 in 18..21, b from 22 on.
+    assert slice_shares(40, 0.5).tolist() == [0.0] * 18 + [0.0, 0.25, 0.5, 0.75] + [1.0] * 18
+
+
+def test_cyclic_of_forty_columns_by_hand():
+    # t = 0.65: c = 14, e = 2: blend 12..15, four columns of b 16..19, blend back 20..23.
+    blend = [0.0, 0.25, 0.5, 0.75]
+    back = [1.0, 0.75, 0.5, 0.25]
+    assert cyclic_shares(40, 0.65).tolist() == [0.0] * 12 + blend + [1.0] * 4 + back + [0.0] * 16
+
+
+def test_ends_give_the_models_themselves():
+    base, other = tensors((6, 40))
+    for method in ("lerp", "slerp"):
+        torch.testing.assert_close(merge(method, base, other, 0.0), base)
+        torch.testing.assert_close(merge(method, base, other, 1.0), other)
+    assert torch.equal(merge("lerp", base, other, 0.0), base)
+    assert torch.equal(merge("lerp", base, other, 1.0), other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9,), (33, 40), (2, 5, 40), (1100, 1000)])
+def test_half_types_are_computed_in_float32_and_rounded_once(method, dtype, shape):
+    base, other = tensors(shape, dtype)
+    merged = merge(method, base, other, 0.35)
+    assert merged.dtype == dtype
+    exact = merge(method, base.float(), other.float(), 0.35)
+    if method == "slerp":  # its angle is a sum over the whole tensor, whose order differs
+        torch.testing.assert_close(merged.float(), exact, atol=1e-7, rtol=torch.finfo(dtype).eps)
+    else:
+        assert torch.equal(merged, exact.to(dtype))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_are_unchanged(method, dtype):
+    base, other = tensors((6, 40), dtype)
+    copies = base.clone(), other.clone()
+    out = torch.full_like(base, torch.nan)
+    assert merge(method, base, other, 0.4, out=out) is out
+    assert torch.equal(base, copies[0]) and torch.equal(other, copies[1])
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_input_first_weights_are_merged_along_the_same_logical_axis(method, dtype):
+    base, other = tensors((12, 40), dtype)
+    turned = merge(method, base.T.contiguous(), other.T.contiguous(), 0.4, input_axis=-2)
+    torch.testing.assert_close(turned.T, merge(method, base, other, 0.4), atol=1e-3, rtol=1e-3)
+
+
+def test_slerp_keeps_length_and_turns_evenly():
+    base, other = torch.zeros(1, 4), torch.zeros(1, 4)
+    base[0, 0], other[0, 1] = 1.0, 1.0
+    merged = merge("slerp", base, other, 1 / 3)
+    torch.testing.assert_close(merged.norm(), torch.tensor(1.0))
+    torch.testing.assert_close(torch.arccos(merged[0, 0]).rad2deg(), torch.tensor(30.0))
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, -1.0])
+def test_slerp_of_parallel_tensors_is_linear(factor):
+    base, _ = tensors((6, 40))
+    torch.testing.assert_close(merge("slerp", base, factor * base, 0.25), 0.75 * base + 0.25 * factor * base)
+
+
+def test_slerp_of_zeros_is_finite():
+    base, other = torch.zeros(4, 20), tensors((4, 20))[0]
+    assert torch.isfinite(merge("slerp", base, other, 0.3)).all()
+    assert torch.equal(merge("slerp", base, base.clone(), 0.3), base)
+
+
+def test_cyclic_has_its_own_ratios():
+    assert ratios_for("cyclic", (0.1, 0.2)) == CYCLIC_SCALE == (0.25, 0.45, 0.65, 0.85)
+    assert ratios_for("lerp", (0.1, 0.2)) == (0.1, 0.2)
+
+
+def test_what_does_not_match_is_refused():
+    with pytest.raises(ValueError, match="can't merge"):
+        merge("lerp", torch.zeros(2, 3), torch.zeros(2, 4), 0.5)
+    with pytest.raises(ValueError, match="can't merge"):
+        merge("lerp", torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float16), 0.5)
+    with pytest.raises(ValueError, match="unknown merge method 'ties'"):
+        merge("ties", torch.zeros(2), torch.zeros(2), 0.5)
+
+
+def test_rows_are_matched_by_token_and_special_tokens_by_role():
+    base = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "gone": 4}
+    other = {"a": 0, "b": 1, "<bos>": 2, "</s>": 3, "<|im_end|>": 4, "new": 5}
+    roles = {"<s>": "<bos>", "</s>": "<|im_end|>"}
+    assert match_rows(base, other, roles) == {0: 2, 1: 4, 2: 0, 3: 1}
+
+
+def test_rows_are_brought_into_the_base_order():
+    base = torch.arange(10.0).reshape(5, 2)
+    other = 100 + torch.arange(12.0).reshape(6, 2)
+    aligned = align_rows(base, other, {0: 2, 1: 4, 2: 0, 3: 9})
+    assert aligned.tolist() == [[104, 105], [108, 109], [100, 101], [6, 7], [8, 9]]
+    assert torch.equal(base, torch.arange(10.0).reshape(5, 2))
+
+
+def test_equal_vocabularies_need_no_copy():
+    base, other = tensors((5, 2))
+    assert align_rows(base, other, {row: row for row in range(5)}) is other
+
+
+def test_biases_are_aligned_too():
+    base, other = torch.zeros(3), torch.tensor([1.0, 2.0])
+    assert align_rows(base, other, {0: 1, 2: 0}).tolist() == [2.0, 0.0, 1.0]

@@ -1,0 +1,205 @@
+"""From text to tokens to packs."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import naive_encode
+from tiny import PAIRS, TOKENIZERS, bpe_tokenizer, spm_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from modules.config import ConfigError, Pair
+from modules.phrases import LAYOUTS, Encoded, build_packs, encode_pair, encode_pairs
+
+TOKENIZER = {name: make() for name, make in TOKENIZERS.items()}
+
+
+def words(tokenizer, encoded):
+    return tokenizer.convert_ids_to_tokens(list(encoded.tokens[encoded.start :]))
+
+
+@pytest.mark.parametrize("family", TOKENIZER)
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.phrase)
+def test_equals_the_naive_twin(family, pair):
+    tokenizer = TOKENIZER[family]
+    encoded = encode_pair(tokenizer, pair.context, pair.phrase)
+    assert (list(encoded.tokens), encoded.start) == naive_encode(tokenizer, pair.context, pair.phrase)
+
+
+def test_a_trailing_space_belongs_to_the_phrase():
+    for tokenizer, word in ((TOKENIZER["bpe"], "\u0120anticipation"), (TOKENIZER["spm"], "\u2581anticipation")):
+        with_space = encode_pair(tokenizer, "The atmosphere is thick with ", "anticipation")
+        without = encode_pair(tokenizer, "The atmosphere is thick with", " anticipation")
+        assert with_space == without
+        assert words(tokenizer, with_space) == [word]
+
+
+@pytest.mark.parametrize("family", TOKENIZER)
+def test_a_space_that_is_a_token_of_its_own_still_belongs_to_the_phrase(family):
+    tokenizer = TOKENIZER[family]
+    encoded = encode_pair(tokenizer, "thick with ", "\U0001f642")
+    assert tokenizer.decode(encoded.tokens[encoded.start :]).strip() == "\U0001f642"
+    given = tokenizer("thick with")["input_ids"]
+    assert list(encoded.tokens[: encoded.start]) == given
+
+
+@pytest.mark.parametrize("family", TOKENIZER)
+def test_a_newline_at_the_end_stays_with_the_context(family):
+    tokenizer = TOKENIZER[family]
+    encoded = encode_pair(tokenizer, "Answer:\n", "The apple")
+    assert "\n" not in tokenizer.decode(encoded.tokens[encoded.start :])
+
+
+@pytest.mark.parametrize("family", TOKENIZER)
+def test_a_phrase_that_grows_into_the_contexts_last_token(family):
+    tokenizer = TOKENIZER[family]
+    encoded = encode_pair(tokenizer, "The atmosphere is thick with antici", "pation")
+    whole = encode_pair(tokenizer, "The atmosphere is thick with ", "anticipation")
+    assert encoded == whole
+
+
+@pytest.mark.parametrize("family", TOKENIZER)
+def test_an_empty_context_scores_from_the_beginning(family):
+    tokenizer = TOKENIZER[family]
+    for context in ("", "  "):
+        encoded = encode_pair(tokenizer, context, "The apple")
+        assert encoded.tokens[0] == tokenizer.bos_token_id
+        assert encoded.start == 1
+        assert "The apple" in tokenizer.decode(encoded.tokens[1:])
+
+
+def test_without_bos_a_text_begins_with_eos():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe_tokenizer()._tokenizer, eos_token="</s>")
+    assert encode_pair(tokenizer, "", "The apple").tokens[0] == tokenizer.eos_token_id
+    bare = PreTrainedTokenizerFast(tokenizer_object=bpe_tokenizer()._tokenizer)
+    with pytest.raises(ConfigError, match="'The apple' needs a context"):
+        encode_pair(bare, "", "The apple")
+
+
+def test_a_closing_special_token_is_not_the_phrases():
+    from tokenizers import processors
+
+    tokenizer = spm_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    closed = encode_pair(tokenizer, "The apple is ", "in the bedroom")
+    assert closed == encode_pair(TOKENIZER["spm"], "The apple is ", "in the bedroom")
+
+
+def test_a_phrase_without_tokens_is_an_error():
+    from tokenizers import normalizers
+
+    tokenizer = bpe_tokenizer()
+    tokenizer._tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    with pytest.raises(ConfigError, match="has no tokens"):
+        encode_pair(tokenizer, "The apple", "\u200b")
+
+
+class WithoutOffsets:
+    """A tokenizer of the kind that gives no offsets: a fast one, asked for ids only."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.all_special_ids = tokenizer.all_special_ids
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}
+
+
+@pytest.mark.parametrize("family", TOKENIZER)
+@pytest.mark.parametrize("pair", [*PAIRS, Pair("BAD", "The apple", ""), Pair("BAD", "\U0001f642!", "caf\xe9 ")])
+def test_tokenizers_without_offsets_find_the_same_phrase(family, pair):
+    tokenizer = TOKENIZER[family]
+    exact = encode_pair(tokenizer, pair.context, pair.phrase)
+    assert encode_pair(WithoutOffsets(tokenizer), pair.context, pair.phrase) == exact
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    family=st.sampled_from(sorted(TOKENIZER)),
+    context=st.text(alphabet="ab \u00e9\u65e5\U0001f642\n.", max_size=12),
+    phrase=st.text(alphabet="ab \u00e9\u65e5\U0001f642.", min_size=1, max_size=8).filter(lambda text: text.strip()),
+)
+def test_any_text_gives_a_phrase_that_reaches_the_end(family, context, phrase):
+    tokenizer = TOKENIZER[family]
+    encoded = encode_pair(tokenizer, context, phrase)
+    assert 1 <= encoded.start < len(encoded.tokens)
+    whole = tokenizer(context + phrase)["input_ids"]
+    assert list(encoded.tokens)[-len(whole) :] == whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def path_to(pack, column):
+    """The tokens that a column of a pack sees, itself last."""
+    if pack.parents is None:
+        raise AssertionError("rows have no tree")
+    tokens = []
+    while column >= 0:
+        tokens.append(pack.rows[0][column])
+        column = pack.parents[column]
+    return tuple(reversed(tokens))
+
+
+def answers(packs):
+    """(pair, place) -> (what the target sees, the token it asks for)"""
+    found = {}
+    for pack in packs:
+        for target in pack.targets:
+            seen = (
+                path_to(pack, target.column)
+                if pack.parents is not None
+                else pack.rows[target.row][: target.column + 1]
+            )
+            assert (target.pair, target.place) not in found
+            found[target.pair, target.place] = (seen, target.token)
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.lists(
+        st.tuples(st.lists(st.integers(0, 3), min_size=2, max_size=9), st.integers(1, 8)), min_size=1, max_size=12
+    ),
+    layout=st.sampled_from(LAYOUTS),
+    budget=st.integers(1, 40),
+)
+def test_every_layout_asks_for_every_token_of_every_phrase(data, layout, budget):
+    encoded = [Encoded(tuple(tokens), min(start, len(tokens) - 1)) for tokens, start in data]
+    packs = build_packs(encoded, layout, budget)
+    expected = {
+        (pair, index - item.start): (item.tokens[:index], item.tokens[index])
+        for pair, item in enumerate(encoded)
+        for index in range(item.start, len(item.tokens))
+    }
+    assert answers(packs) == expected
+    longest = max(len(item.tokens) for item in encoded)
+    assert all(pack.tokens <= max(budget, longest) for pack in packs)
+
+
+def test_the_forest_computes_a_shared_prefix_once():
+    encoded = [Encoded((1, 2, 3, 4), 2), Encoded((1, 2, 3, 5), 3), Encoded((1, 2, 6, 7), 2), Encoded((1, 2, 3, 4), 2)]
+    (pack,) = build_packs(encoded, "forest", 100)
+    assert sorted(pack.rows[0]) == [1, 2, 3, 6]  # a phrase's last token is never an input
+    assert pack.parents[0] == -1
+
+
+def test_rows_are_padded_on_the_right_and_sorted_by_length():
+    encoded = [Encoded((1, 2, 3, 4, 5), 3), Encoded((6, 7), 1), Encoded((8, 9, 10), 2)]
+    (pack,) = build_packs(encoded, "rows", 100)
+    assert [row[0] for row in pack.rows] == [6, 8, 1]
+    assert {len(row) for row in pack.rows} == {4}
+
+
+def test_duplicates_share_their_tokens_in_the_forest():
+    tokenizer = TOKENIZER["bpe"]
+    once = build_packs(encode_pairs(tokenizer, PAIRS), "forest", 10**6)
+    twice = build_packs(encode_pairs(tokenizer, PAIRS + PAIRS), "forest", 10**6)
+    assert twice[0].rows == once[0].rows
+    assert len(twice[0].targets) == 2 * len(once[0].targets)

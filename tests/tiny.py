@@ -1,0 +1,145 @@
+"""Tiny seeded models and tokenizers, written to disk as real checkpoints."""
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+from modules.config import Pair
+
+TEXT = [
+    "Her body quivers with anticipation, and the atmosphere is thick with anticipation.",
+    "Filled with an unwavering determination, her eyes were filled with determination.",
+    "It sent shivers down her spine. His voice was barely above a whisper.",
+    "The apple is in the bedroom because that is where you dropped the apple.",
+    "Question: where is the apple? Explain your reasoning. Answer: The apple is in the kitchen.",
+    "Crème brûlée, naïve café: \u65e5\u672c\u8a9e and \U0001f642 too.",
+]
+
+PAIRS = (
+    Pair("BAD", "anticipation", "Her body quivers with ", 10.0),
+    Pair("BAD", "anticipation", "The atmosphere is thick with ", 10.0),
+    Pair("BAD", "unwavering", "Filled with an", 1.0),
+    Pair("BAD", "determination", "Her eyes were filled with ", 2.0),
+    Pair("GOOD", "The apple is in the bedroom", "Question: where is the apple? Explain your reasoning. Answer: ", 3.0),
+)
+
+
+def bpe_tokenizer(extra=(), eos="</s>"):
+    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it; no BOS is added."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXT * 2, trainer)
+    tokenizer.add_special_tokens(list(extra))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos)
+
+
+def spm_tokenizer(extra=(), eos="</s>"):
+    """SentencePiece-like BPE, as Llama 1 and 2 and Mistral have it: a dummy space in front, byte fallback, BOS."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special)
+    tokenizer.train_from_iterator([line.encode("ascii", "ignore").decode() for line in TEXT * 2], trainer)
+    tokenizer.pre_tokenizer = None
+    data = json.loads(tokenizer.to_str())
+    # Bytes are ordinary tokens: a special one would be found in the middle of a text.
+    data["added_tokens"] = [token for token in data["added_tokens"] if not token["content"].startswith("<0x")]
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    tokenizer.add_special_tokens(list(extra))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, unk_token="<unk>")
+
+
+TOKENIZERS = {"bpe": bpe_tokenizer, "spm": spm_tokenizer}
+
+
+def llama_config(vocabulary, layers=3, hidden=32, tied=False, **more):
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
+        **more,
+    )
+
+
+def gpt2_config(vocabulary, layers=3):
+    return GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=layers, n_head=4, n_positions=128)
+
+
+def make_model(folder, config, tokenizer=None, seed=0, dtype=torch.float32, scale=4.0, shard=None):
+    """A seeded random model with weights large enough that phrases differ in probability by far more than rounding."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def make_candidate(folder, base, seed=1, amount=0.05, dtype=None, change=None):
+    """A fine-tune of a base: every weight moved, relative to its size; `change` may alter the model further."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape) * amount * 10 * parameter.float().std()
+            parameter.copy_((parameter.float() + noise).to(parameter.dtype))
+        if change:
+            change(model)
+    model.to(dtype or model.dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return Path(folder)
+
+
+def phrase_entries(pairs, kind):
+    return [
+        {"phrase": pair.phrase, "weight": pair.weight, "contexts": [pair.context]}
+        for pair in pairs
+        if pair.kind == kind
+    ]
+
+
+def write_config(path, base, candidates, output, pairs=PAIRS, **more):
+    """A YAML file as a user would write it."""
+    document = {
+        "device": "cpu",
+        "directories": {"model_path1": str(base), "output_directory": str(output)},
+        "models_to_merge": [str(candidate) for candidate in candidates],
+        "bad_phrases": phrase_entries(pairs, "BAD"),
+        "good_phrases": phrase_entries(pairs, "GOOD"),
+        **more,
+    }
+    path = Path(path)
+    path.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8")
+    return path
