@@ -165,7 +165,10 @@ WRONG = [
     ({"directories": {}}, "directories.model_path1: missing"),
     ({"directories": {}}, "directories.output_directory: missing"),
     ({"directories": {"model_path": "x"}}, "directories.model_path: unknown key; did you mean 'model_path1'?"),
-    ({"directories": {"model_path1": "nowhere", "output_directory": "o"}}, "directories.model_path1: 'nowhere': no such"),
+    (
+        {"directories": {"model_path1": "nowhere", "output_directory": "o"}},
+        "directories.model_path1: 'nowhere': no such",
+    ),
 ]
 
 

@@ -153,9 +153,7 @@ def answers(packs):
     for pack in packs:
         for target in pack.targets:
             seen = (
-                path_to(pack, target.column)
-                if pack.parents is not None
-                else pack.rows[target.row][: target.column + 1]
+                path_to(pack, target.column) if pack.parents is not None else pack.rows[target.row][: target.column + 1]
             )
             assert (target.pair, target.place) not in found
             found[target.pair, target.place] = (seen, target.token)

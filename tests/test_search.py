@@ -1,0 +1,197 @@
+"""The whole search against the naive twin: the same decisions, the same tensors."""
+
+import itertools
+
+import pytest
+import reference
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modules.checkpoints import open_checkpoint
+from modules.config import METHODS, STRATEGIES, Pair, load_config
+from modules.models import load_model
+from modules.phrases import encode_pairs
+from modules.probability import build_scorer
+from modules.search import Search, signed_weights
+
+RATIOS = [0.2, 0.5, 0.9]
+
+
+def search(tmp_path, base, candidates, pairs=tiny.PAIRS, token_budget=1024, **settings):
+    """Our own search: decisions, the model's tensors, the search itself."""
+    path = tiny.write_config(tmp_path / "my.yaml", base, candidates, tmp_path / "out", pairs, **settings)
+    config = load_config(path)
+    model = load_model(open_checkpoint(base, "base"), "cpu", config.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    state = Search(model, build_scorer(model, encode_pairs(tokenizer, config.pairs), token_budget), config, tokenizer)
+    start = state.log_probabilities
+    decisions = [d for folder in candidates for d in state.candidate(open_checkpoint(folder, str(folder)))]
+    return decisions, dict(model.module.state_dict()), state, start
+
+
+def naive(base, candidates, pairs=tiny.PAIRS, **settings):
+    method = settings.get("merge_method", "lerp")
+    return reference.NaiveMerge(
+        str(base),
+        [str(folder) for folder in candidates],
+        list(pairs),
+        settings.get("merge_ratios", [0.2, 0.4, 0.6, 0.8]),
+        [method] if isinstance(method, str) else method,
+        settings.get("strategy", "cumulative"),
+        settings.get("strategy_threshold", 0.6),
+        settings.get("merge_headers", True),
+        settings.get("auto_weights", False),
+    ).run()
+
+
+def compare(tmp_path, base, candidates, pairs=tiny.PAIRS, **settings):
+    """Run both; assert that decisions, totals, probabilities and tensors agree. Returns our decisions."""
+    pairs = sorted(pairs, key=lambda pair: pair.kind)  # a config's bad pairs come first
+    decisions, tensors, state, start = search(tmp_path, base, candidates, pairs, **settings)
+    twin = naive(base, candidates, pairs, **settings)
+    assert start == pytest.approx(twin.start, abs=1e-5)
+    ours = [(d.model, d.layer, d.method, d.ratio) for d in decisions]
+    assert ours == [(d.model, d.layer, d.method, d.ratio) for d in twin.decisions]
+    size = sum(abs(score) for score in twin.scores(twin.start))  # a total may be a difference of large sums
+    for ours, theirs in zip(decisions, twin.decisions, strict=True):
+        assert (ours.before, ours.after) == pytest.approx((theirs.before, theirs.after), rel=1e-4, abs=1e-4 * size)
+    assert state.log_probabilities == pytest.approx(twin.current, abs=1e-4)
+    for name, tensor in twin.model.state_dict().items():
+        torch.testing.assert_close(tensors[name], tensor, atol=1e-5, rtol=1e-5)
+    return decisions
+
+
+@pytest.fixture(scope="module", params=["bpe-untied", "spm-tied"])
+def llamas(request, tmp_path_factory):
+    """A base and two candidates; the second's vocabulary is moved, renamed at its end, and two tokens longer."""
+    family, tying = request.param.split("-")
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = tiny.TOKENIZERS[family]()
+    config = tiny.llama_config(len(tokenizer), layers=2, tied=tying == "tied")
+    base = tiny.make_model(folder / "base", config, tokenizer)
+    one = tiny.make_candidate(folder / "one", base, seed=1)
+    chat = tiny.TOKENIZERS[family](extra=["<|im_start|>", "<|im_end|>"], eos="<|im_end|>")
+    two = tiny.make_candidate(folder / "two", base, 2, change=lambda model: model.resize_token_embeddings(len(chat)))
+    chat.save_pretrained(two)
+    return base, one, two
+
+
+@pytest.mark.parametrize("method, strategy, headers", list(itertools.product(METHODS, STRATEGIES, [True, False])))
+def test_same_decisions_and_tensors_as_the_naive_twin(llamas, tmp_path, method, strategy, headers):
+    base, one, two = llamas
+    settings = {"merge_method": method, "strategy": strategy, "merge_headers": headers, "merge_ratios": RATIOS}
+    compare(tmp_path, base, [one, two], strategy_threshold=0.4, **settings)
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_lists_of_methods_go_on_from_each_others_results(llamas, tmp_path, auto):
+    base, one, two = llamas
+    methods = ["slerp", "slice", "lerp", "cyclic", "gradient"]
+    decisions = compare(tmp_path, base, [two, one], merge_method=methods, merge_ratios=[0.3, 0.6], auto_weights=auto)
+    assert any(decision.ratio is not None for decision in decisions)
+    assert [d.method for d in decisions[:5]] == methods
+
+
+def test_weights_with_input_first(tmp_path):
+    tokenizer = tiny.bpe_tokenizer()
+    base = tiny.make_model(tmp_path / "base", tiny.gpt2_config(len(tokenizer)), tokenizer)
+    candidates = [tiny.make_candidate(tmp_path / str(seed), base, seed) for seed in (1, 2)]
+    decisions = compare(tmp_path, base, candidates, merge_method=["slice", "gradient"], merge_ratios=RATIOS)
+    assert any(decision.ratio is not None and decision.layer is not None for decision in decisions)
+
+
+def test_accepted_merges_lower_the_total_and_the_odd_pairs_are_scored(llamas, tmp_path):
+    base, one, _ = llamas
+    pairs = (*tiny.PAIRS, Pair("BAD", "spine", ""), Pair("BAD", "pation", "quivers with antici"), tiny.PAIRS[0])
+    decisions = compare(tmp_path, base, [one], pairs)
+    assert any(decision.ratio is not None for decision in decisions)
+    assert all(decision.after < decision.before for decision in decisions if decision.ratio is not None)
+
+
+def test_several_packs_make_the_same_decisions(llamas, tmp_path, monkeypatch):
+    base, one, two = llamas
+    whole = search(tmp_path, base, [one, two])
+    monkeypatch.setattr("modules.probability.HEAD_BUDGET", 10_000)
+    split = search(tmp_path, base, [one, two], token_budget=12)
+    assert len(split[2].scorer._inputs) > 1
+    assert [(d.layer, d.ratio) for d in split[0]] == [(d.layer, d.ratio) for d in whole[0]]
+    for name, tensor in whole[1].items():
+        torch.testing.assert_close(split[1][name], tensor, atol=1e-6, rtol=1e-6)
+
+
+def test_tied_base_stays_tied_with_an_untied_candidate_and_the_reverse(tmp_path):
+    tokenizer = tiny.bpe_tokenizer()
+    for tied in (True, False):
+        folder = tmp_path / str(tied)
+        config = tiny.llama_config(len(tokenizer), layers=2, tied=tied)
+        base = tiny.make_model(folder / "base", config, tokenizer)
+        other = tiny.make_model(
+            folder / "other", tiny.llama_config(len(tokenizer), layers=2, tied=not tied), tokenizer, seed=3
+        )
+        decisions, tensors, state, _ = search(folder, base, [other])
+        header = decisions[-1]
+        assert header.layer is None and header.warning is None
+        module = state.model.module
+        shared = module.get_input_embeddings().weight is module.get_output_embeddings().weight
+        assert shared == tied
+        if header.ratio is not None:
+            theirs = AutoModelForCausalLM.from_pretrained(other).get_input_embeddings().weight
+            ours = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
+            expected = torch.lerp(ours, theirs, header.ratio)
+            torch.testing.assert_close(tensors["model.embed_tokens.weight"], expected)
+
+
+def test_a_strange_vocabulary_leaves_the_header_alone_and_says_so(tmp_path):
+    base_tokenizer, strange = tiny.bpe_tokenizer(), tiny.spm_tokenizer()
+    base = tiny.make_model(tmp_path / "base", tiny.llama_config(len(base_tokenizer), layers=2), base_tokenizer)
+    other = tiny.make_model(tmp_path / "other", tiny.llama_config(len(strange), layers=2), strange, seed=1)
+    decisions, *_ = search(tmp_path, base, [other])
+    assert [decision.layer for decision in decisions] == [0, 1, None]
+    assert decisions[-1].ratio is None
+    assert "shares only" in decisions[-1].warning and f"{len(base_tokenizer)} tokens" in decisions[-1].warning
+
+
+def test_a_candidate_without_tokenizer_leaves_the_header_alone_and_says_so(llamas, tmp_path):
+    base, *_ = llamas
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(tmp_path / "bare")
+    decisions, *_ = search(tmp_path, base, [tmp_path / "bare"])
+    assert "no usable tokenizer" in decisions[-1].warning
+
+
+def poison(name):
+    def change(model):
+        model.state_dict()[name].view(-1)[3] = float("nan")
+
+    return change
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_in_a_candidates_layer_never_wins(llamas, tmp_path, method):
+    base, *_ = llamas
+    bad = tiny.make_candidate(
+        tmp_path / "bad", base, 1, change=poison("model.layers.0.post_attention_layernorm.weight")
+    )
+    decisions, tensors, *_ = search(tmp_path, base, [bad], merge_method=method)
+    assert decisions[0].ratio is None
+    assert "model.layers.0.post_attention_layernorm.weight holds NaN" in decisions[0].warning
+    assert decisions[1].warning is None
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_nan_in_a_row_that_no_phrase_reads_never_wins(llamas, tmp_path):
+    base, *_ = llamas
+    bad = tiny.make_candidate(tmp_path / "bad", base, 1, change=poison("model.embed_tokens.weight"))
+    decisions, tensors, *_ = search(tmp_path, base, [bad])
+    assert decisions[-1].ratio is None and "holds NaN" in decisions[-1].warning
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_auto_weights_start_every_pair_at_one():
+    pairs = [Pair("BAD", "a", "x", 7), Pair("GOOD", "b", "x", 7), Pair("BAD", "c", "x", 7)]
+    weights, warnings = signed_weights(pairs, True, [-1.0, -2.0, -800.0])
+    assert weights[:2] == pytest.approx([2.718281828, -7.389056099])
+    assert weights[2] == 7
+    assert len(warnings) == 1 and "'c' after 'x' is too improbable" in warnings[0]
+    assert signed_weights(pairs, False, [-1.0, -2.0, -800.0]) == ([7, -7, 7], [])
