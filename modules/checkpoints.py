@@ -279,13 +279,12 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     output = output.resolve()
     partial = partial_folder(output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-    except FileExistsError:
+    if partial.exists():
         raise ConfigError(
             f"{partial} is left from a run that did not finish, or another run is writing it; delete it to go on"
-        ) from None
+        )
+    try:
+        partial.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"the output directory {output} can't be written ({error.strerror})") from None
     try:

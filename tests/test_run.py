@@ -1,0 +1,517 @@
+"""The whole program, from the YAML file to the reopened output."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import merge_monster
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of its own to run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base and two candidates, float32."""
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def make_models(folder, dtype=torch.float32, family="bpe", shard=None, tied=False):
+    tokenizer = tiny.TOKENIZERS[family]()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    config = tiny.llama_config(len(tokenizer), tied=tied)
+    base = tiny.make_model(folder / "base", config, tokenizer, dtype=dtype, shard=shard)
+    return base, tiny.make_candidate(folder / "one", base, 1), tiny.make_candidate(folder / "two", base, 2)
+
+
+def merge(place, models, *arguments, **settings):
+    """Run the program in this process; its exit code."""
+    base, *candidates = models
+    path = tiny.write_config(place / "my.yaml", base, candidates, place / "out", **settings)
+    return merge_monster.main(["--config", str(path), *arguments])
+
+
+def log_of(place):
+    logs = sorted((place / "logs").glob("merge-monster-*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    return logs[-1].read_text(encoding="utf-8")
+
+
+def tables(log):
+    """The rows of every phrase table in a log: lists of (type, phrase, context, raw, used, change)."""
+    found, rows = [], []
+    for line in log.splitlines():
+        if line.startswith("| "):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif line.startswith("* "):
+            found.append(rows[1:])
+            rows = []
+    return found
+
+
+def digest(folder):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.is_file()
+    }
+
+
+def stored(folder):
+    """Every tensor's dtype and shape, by name."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                view = shard.get_slice(name)
+                found[name] = (view.get_dtype(), tuple(view.get_shape()))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes out
+# ---------------------------------------------------------------------------------------------------------------------
+
+REOPEN = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import reference, tiny
+model, tokenizer = reference.load(sys.argv[1], "auto"), AutoTokenizer.from_pretrained(sys.argv[1])
+model = model.float()
+print(json.dumps([reference.log_probability(model, tokenizer, p.context, p.phrase) for p in tiny.PAIRS]))
+ids = tokenizer("The apple", return_tensors="pt")
+assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+"""
+
+
+def reopened_probabilities(folder):
+    """The pairs' probabilities in percent, by plain forwards in a process that knows nothing of the run."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", REOPEN, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return [100 * torch.tensor(value).exp().item() for value in json.loads(result.stdout)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_reopening_the_output_gives_the_last_table(place, dtype):
+    models = make_models(place, dtype)
+    # A CPU computes bfloat16 checkpoints in bfloat16; in float32 the one-by-one forwards are comparable to the digit.
+    settings = {"dtype": "float32"} if dtype == torch.bfloat16 else {}
+    assert merge(place, models, **settings) == 0
+    shown = [float(row[3].rstrip("%")) for row in tables(log_of(place))[-1][:-1]]
+    assert shown == pytest.approx(reopened_probabilities(place / "out"), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("setting", ["auto", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["bpe", "spm"])
+def test_a_run_on_the_output_begins_with_the_last_table(place, dtype, setting, family):
+    """The program's own scorer, in the run's own dtype: to the printed digit."""
+    base, one, two = make_models(place / "models", dtype, family)
+    assert merge(place, (base, one, two), dtype=setting) == 0
+    last = [row[3] for row in tables(log_of(place))[-1]]
+    assert "CHANGED" in log_of(place)
+    (place / "again").mkdir()
+    path = tiny.write_config(place / "again.yaml", place / "out", [one], place / "again/out", dtype=setting)
+    assert merge_monster.main(["--config", str(path)]) == 0
+    assert [row[3] for row in tables(log_of(place))[0]] == last
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shard", [None, "60KB"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_has_the_bases_tensors_and_files(place, dtype, shard, tied):
+    base, one, two = make_models(place, dtype, shard=shard, tied=tied)
+    assert merge(place, (base, one, two)) == 0
+    assert stored(place / "out") == stored(base)
+    assert {path.name for path in base.iterdir()} | {"merge_monster.yaml"} == {
+        p.name for p in (place / "out").iterdir()
+    }
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (place / "out" / name).read_bytes() == (base / name).read_bytes()
+    assert (place / "out/merge_monster.yaml").read_bytes() == (place / "my.yaml").read_bytes()
+    if shard:
+        index = json.loads((place / "out/model.safetensors.index.json").read_text())
+        assert index["weight_map"] == json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    model = AutoModelForCausalLM.from_pretrained(place / "out")
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    assert not (place / "out.partial").exists()
+
+
+def test_the_output_is_the_mixture_that_the_log_tells(place, models):
+    """Read the accepted ratios off the log, mix the checkpoints by hand, compare with what was saved."""
+    base, one, two = models
+    assert merge(place, models) == 0
+    log = log_of(place)
+    tensors = load_file(base / "model.safetensors")
+    for number, folder in enumerate((one, two), start=1):
+        section = log.split(f"Candidate {number}/2")[1]
+        other = load_file(folder / "model.safetensors")
+        merges = re.findall(r"^\[\[1\.0, 'base'\](.*)\]\n[\d:]+ - (?:Layer (\d)/3|Header) - (\w+)", section, re.M)
+        assert len(merges) >= 4
+        for accepted, layer, outcome in merges[:4]:
+            if outcome == "CHANGED":
+                share = float(re.findall(r"\[([\d.]+), '", accepted)[-1])
+                names = [f"model.layers.{int(layer) - 1}."] if layer else ["model.embed_tokens.", "lm_head."]
+                for name in tensors:
+                    if name.startswith(tuple(names)):
+                        tensors[name] = torch.lerp(tensors[name], other[name], share)
+    saved = load_file(place / "out/model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
+
+
+def test_an_explicit_dtype_is_what_is_saved(place, models):
+    assert merge(place, models, dtype="bfloat16") == 0
+    assert {dtype for dtype, _ in stored(place / "out").values()} == {"BF16"}
+    ours, base = (json.loads((folder / "config.json").read_text()) for folder in (place / "out", models[0]))
+    assert {key for key in ours if ours[key] != base[key]} == {"dtype"} and ours["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(place / "out").dtype == torch.bfloat16
+
+
+def test_the_same_config_gives_the_same_bits(place, models):
+    assert merge(place, models, merge_method=["slerp", "cyclic"]) == 0
+    first = digest(place / "out")
+    assert merge(place, models, "--overwrite", merge_method=["slerp", "cyclic"]) == 0
+    assert digest(place / "out") == first
+
+
+def test_console_and_log(place, models, capsys):
+    before = {folder: digest(folder) for folder in models}
+    assert merge(place, models, merge_headers=True) == 0
+    output, log = capsys.readouterr().out, log_of(place)
+    assert output == log
+    for line in ("THE MERGE MONSTER HUNGERS", "Phrase layout    : forest", "Strategy used    : cumulative"):
+        assert line in log
+    decision = r"""^\[\[1\.0, 'base'\](, \[0\.\d, '(one|two)'\])*\]
+\d\d:\d\d:\d\d - (Layer [123]/3|Header) - (CHANGED - -?\d+\.\d{5} > -?\d+\.\d{5} - [\d.]+%|RETAINED - -?\d+\.\d{5})
+----$"""
+    assert len(re.findall(decision, log, re.MULTILINE)) == 8
+    assert len(tables(log)) == 3
+    assert all(row[5] == "N/A" for row in tables(log)[0])
+    shares = [float(share) for share in re.findall(r"^ *([\d.]+)%  (?:base|one|two)$", log, re.MULTILINE)]
+    assert sum(shares) == pytest.approx(100, abs=0.02)
+    assert before == {folder: digest(folder) for folder in models}
+
+
+def test_methods_are_named_where_there_are_several(place, models):
+    assert merge(place, models, merge_method=["lerp", "slice"]) == 0
+    assert len(re.findall(r"Layer \d/3 - .* - (?:lerp|slice)$", log_of(place), re.MULTILINE)) == 12
+
+
+def test_quantitive_and_all_phrases_run(place, models):
+    for strategy in ("quantitive", "quantitative", "all_phrases"):
+        assert merge(place, models, "--overwrite", strategy=strategy) == 0
+
+
+def test_model_directory_is_scanned_alphabetically_without_base_and_output(place):
+    folder = place / "models"
+    make_models(folder)
+    (folder / ".hidden").mkdir()
+    (folder / "notes").mkdir()
+    settings = {
+        "models_to_merge": [],
+        "directories": {
+            "model_path1": str(folder / "base"),
+            "model_directory": str(folder),
+            "output_directory": str(folder / "out"),
+        },
+    }
+    for arguments in ([], ["--overwrite"]):
+        assert merge(place, (folder / "base",), *arguments, **settings) == 0
+        log = log_of(place)
+        assert "Models to merge  : one, two\n" in log
+        assert "base is the base model itself: skipped" in log
+        assert "notes holds no model (no config.json): skipped" in log
+    assert "out is the output directory: skipped" in log
+
+
+def test_the_base_among_the_candidates_is_skipped_by_resolved_path(place, models):
+    base, one, _ = models
+    (place / "link").symlink_to(base)
+    assert merge(place, (base, place / "link", one)) == 0
+    assert "link is the base model itself: skipped" in log_of(place)
+    assert "Models to merge  : one\n" in log_of(place)
+
+
+def test_models_of_one_name_are_told_apart(place, models):
+    base, one, two = models
+    for folder, source in (("a", one), ("b", two)):
+        (place / folder).mkdir()
+        (place / folder / "model").symlink_to(source)
+    # Names come from where the links lead.
+    assert merge(place, (base, place / "a/model", place / "b/model")) == 0
+    assert "Models to merge  : one, two\n" in log_of(place)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, and loses nothing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refused(place, models, capsys, words, *arguments, code=2, **settings):
+    """The run is refused with one readable line and leaves nothing behind."""
+    before = {folder: digest(folder) for folder in models}
+    assert merge(place, models, *arguments, **settings) == code
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    for word in [words] if isinstance(words, str) else words:
+        assert word in message
+    assert not (place / "out").exists() and not (place / "out.partial").exists()
+    assert before == {folder: digest(folder) for folder in models}
+
+
+def other_model(place, models, **changes):
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    return tiny.make_model(place / "other", tiny.llama_config(len(tokenizer), **changes), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"layers": 2}, "number of layers is 2, the base's is 3"),
+        ({"hidden": 48}, "hidden size is 48, the base's is 32"),
+        ({"attention_bias": True}, "the base has no model.layers.0.self_attn.q_proj.bias"),
+    ],
+)
+def test_a_candidate_of_another_shape(place, models, capsys, changes, words):
+    other = other_model(place, models, **changes)
+    refused(place, (models[0], models[1], other), capsys, [words, str(other)])
+
+
+def test_a_candidate_of_another_architecture(place, models, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    other = tiny.make_model(place / "gpt", tiny.gpt2_config(len(tokenizer)), tokenizer)
+    refused(place, (models[0], other), capsys, "architecture is gpt2, the base's is llama")
+
+
+def test_all_unfit_candidates_are_named_at_once(place, models, capsys):
+    other = other_model(place, models, layers=2)
+    (place / "empty").mkdir()
+    refused(place, (models[0], other, place / "empty"), capsys, ["number of layers", "empty: no model here"])
+
+
+def copy_with(models, place, change):
+    """A copy of the first candidate whose tensors are changed."""
+    folder = tiny.make_candidate(place / "changed", models[0], 1)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_missing_tensors(place, models, capsys):
+    other = copy_with(models, place, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    refused(place, (models[0], other), capsys, "the tensor model.layers.1.mlp.up_proj.weight is missing")
+
+
+def test_tensors_of_another_shape(place, models, capsys):
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 32)
+
+    other = copy_with(models, place, change)
+    refused(place, (models[0], other), capsys, "up_proj.weight has shape (3, 32), the base's has (64, 32)")
+
+
+def test_nan_in_a_candidate_is_a_warning(place, models):
+    def change(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+
+    other = copy_with(models, place, change)
+    assert merge(place, (models[0], other)) == 0
+    assert "WARNING: changed: model.layers.0.mlp.up_proj.weight holds NaN or infinite values" in log_of(place)
+    assert all(torch.isfinite(t).all() for t in load_file(place / "out/model.safetensors").values())
+
+
+def test_nan_in_the_base_is_an_error(place, models, capsys):
+    def change(tensors):
+        tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.nan
+
+    bad = copy_with(models, place, change)
+    refused(place, (bad, models[1]), capsys, "model.layers.2.mlp.up_proj.weight holds NaN or infinite values")
+
+
+def test_a_cast_that_overflows_names_the_tensor(place, models, capsys):
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5
+
+    other = copy_with(models, place, change)
+    words = ["model.layers.1.mlp.up_proj.weight", "1e+05", "too large for float16", "dtype: bfloat16"]
+    refused(place, (models[0], other), capsys, words, code=1, dtype="float16")
+    words = ["model.layers.1.mlp.up_proj.weight overflows in float16", "dtype: bfloat16"]
+    refused(place, (other, models[1]), capsys, words, dtype="float16")
+
+
+def test_missing_weights_in_the_base(place, models, capsys):
+    bad = copy_with(models, place, lambda tensors: tensors.pop("model.norm.weight"))
+    refused(place, (bad, models[1]), capsys, "model.norm.weight")
+
+
+def test_broken_checkpoints(place, models, capsys):
+    for number, (name, content, words) in enumerate(
+        (
+            ("config.json", b"{", "config.json can't be used"),
+            ("config.json", b'{"model_type": "no_such_model"}', "config.json can't be used"),
+            ("model.safetensors", b"not a checkpoint", "model.safetensors: can't be read"),
+            ("model.safetensors", b"", "model.safetensors: can't be read"),
+        )
+    ):
+        broken = tiny.make_candidate(place / f"broken{number}", models[0], 1)
+        (broken / name).write_bytes(content)
+        refused(place, (models[0], broken), capsys, words)
+
+
+def test_indexes_that_lead_elsewhere(place, models, capsys):
+    for number, (index, words) in enumerate(
+        (
+            ({"weight_map": {"x": "../one/model.safetensors"}}, "is not a plain file name"),
+            ({"weight_map": {"x": "/etc/passwd"}}, "is not a plain file name"),
+            ({"weight_map": {"x": "absent.safetensors"}}, "the shard absent.safetensors is missing"),
+            ({"weight_map": [1]}, "not a valid index"),
+            ({}, "not a valid index"),
+        )
+    ):
+        broken = tiny.make_candidate(place / f"broken{number}", models[0], 1)
+        (broken / "model.safetensors").unlink()
+        (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+        refused(place, (models[0], broken), capsys, words)
+
+
+def test_a_quantised_candidate(place, models, capsys):
+    other = tiny.make_candidate(place / "quantised", models[0], 1)
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (other / "config.json").write_text(json.dumps(config))
+    refused(place, (models[0], other), capsys, "quantised")
+
+
+def test_a_base_without_tokenizer(place, models, capsys):
+    bare = place / "bare"
+    AutoModelForCausalLM.from_pretrained(models[0]).save_pretrained(bare)
+    refused(place, (bare, models[1]), capsys, "no usable tokenizer")
+
+
+def test_only_the_base_as_candidate(place, models, capsys):
+    refused(place, (models[0], models[0]), capsys, "no candidates to merge")
+
+
+def test_a_device_that_is_not_there(place, models, capsys):
+    absent = "mps" if not torch.backends.mps.is_available() else "cuda:7"
+    refused(place, models, capsys, [f"'{absent}' is not on this machine", "cpu"], "--device", absent)
+
+
+def test_an_output_that_is_or_contains_an_input(place, models, capsys):
+    base, one, _ = models
+    before = digest(base)
+    for output, words in ((base, "is the input model"), (base.parent, "contains the input model")):
+        for arguments in ([], ["--overwrite"]):
+            assert merge(place, models, "--output", str(output), *arguments) == 2
+            assert words in capsys.readouterr().err
+    assert digest(base) == before and one.exists()
+
+
+def test_an_output_that_is_not_empty(place, models, capsys):
+    (place / "out").mkdir()
+    assert merge(place, models) == 0  # an empty folder is fine
+    first = digest(place / "out")
+    assert merge(place, models) == 2
+    assert "is not empty; move it, name another, or add --overwrite" in capsys.readouterr().err
+    assert digest(place / "out") == first
+    assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 0
+    assert digest(place / "out") != first
+    assert sorted(path.name for path in place.iterdir()) == ["logs", "my.yaml", "out"]
+
+
+def test_an_output_that_is_a_file(place, models, capsys):
+    (place / "out").write_text("mine")
+    assert merge(place, models) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (place / "out").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a file system that nobody can write to")
+def test_an_output_that_cannot_be_written(place, models, capsys):
+    refused(place, models, capsys, "can't be written", "--output", "/proc/merged")
+    (place / "file").write_text("")
+    refused(place, models, capsys, "can't be written", "--output", str(place / "file/merged"))
+
+
+def test_a_folder_left_by_another_run(place, models, capsys):
+    (place / "out.partial").mkdir()
+    assert merge(place, models) == 2
+    assert "left from a run that did not finish, or another run is writing it" in capsys.readouterr().err
+    assert (place / "out.partial").exists()
+
+
+def test_a_save_that_fails_keeps_the_old_output(place, models, capsys, monkeypatch):
+    assert merge(place, models) == 0
+    first = digest(place / "out")
+
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("modules.checkpoints.save_file", full)
+    assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 1
+    message = capsys.readouterr().err
+    assert "can't be written" in message and "No space left on device" in message and "Traceback" not in message
+    assert digest(place / "out") == first
+    assert not (place / "out.partial").exists()
+
+
+def test_logs_that_cannot_be_written(place, models, capsys):
+    (place / "logs").write_text("")
+    assert merge(place, models) == 2
+    assert "the log can't be written" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_130_and_nothing_written(place, models):
+    base, one, two = models
+    ratios = [number / 2000 for number in range(2000)]
+    path = tiny.write_config(place / "my.yaml", base, [one, two], place / "out", merge_ratios=ratios)
+    command = [sys.executable, "-u", str(ROOT / "merge_monster.py"), "--config", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        for line in child.stdout:
+            if "Candidate 1/2" in line:
+                child.send_signal(signal.SIGINT)
+                break
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "Interrupted" in errors and "Traceback" not in errors
+    assert not (place / "out").exists() and not (place / "out.partial").exists()
+
+
+def test_custom_code_is_not_run_unless_trusted(place, models, capsys):
+    other = tiny.make_candidate(place / "custom", models[0], 1)
+    config = json.loads((other / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "own.py").write_text(f"open({str(place / 'ran')!r}, 'w')\n")
+    refused(place, (models[0], other), capsys, "config.json can't be used")
+    assert not (place / "ran").exists()
+
+
+def test_reference_and_program_agree_on_the_whole_output(place, models):
+    base, one, two = models
+    assert merge(place, models, merge_method=["slerp", "gradient"]) == 0
+    twin = reference.NaiveMerge(
+        str(base), [str(one), str(two)], list(tiny.PAIRS), [0.2, 0.4, 0.6, 0.8], ["slerp", "gradient"]
+    ).run()
+    saved = AutoModelForCausalLM.from_pretrained(place / "out").state_dict()
+    for name, tensor in twin.model.state_dict().items():
+        torch.testing.assert_close(saved[name], tensor, atol=1e-5, rtol=1e-5)
