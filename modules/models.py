@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,12 @@ class Part:
     saved_dtypes: Mapping[str, torch.dtype]  # what each is stored as when the model is saved
     input_axes: Mapping[str, int]  # which axis holds the input features, see merging.merge
 
-    def empty(self) -> Tensors:
-        """Tensors of the same shapes to merge into."""
+    def space(self, used: Tensors | None = None) -> Tensors:
+        """Tensors of the same shapes to merge into; those of another part serve again if they fit."""
+        if used is not None and [_form(tensor) for tensor in used.values()] == [
+            _form(tensor) for tensor in self.tensors.values()
+        ]:
+            return dict(zip(self.tensors, used.values(), strict=True))
         return {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
 
     def adopt(self, theirs: Mapping[str, Tensor], source: str) -> Tensors:
@@ -206,14 +211,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, trust_remote_cod
     target = resolve_device(device)
     compute = resolve_dtype(dtype, checkpoint.main_dtype(), target)
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            dtype=compute,
-            device_map=None if target.type == "cpu" else {"": target},
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        module, info = _load_module(checkpoint, target, compute, trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
@@ -224,6 +222,32 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, trust_remote_cod
     model = ResidentModel(module, checkpoint, None if dtype == "auto" else compute)
     model.check_weights()
     return model
+
+
+def _load_module(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The module with its weights, and what transformers has to say about loading them."""
+    if device.type == "cpu" and dtype == checkpoint.main_dtype():
+        # transformers would map the files into memory. Weights that are changed must own their memory (a first write
+        # to a mapped page is slow), and a file that changes during a long run must not pull it down.
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=trust_remote_code)
+        return type(model).from_pretrained(
+            None,
+            config=checkpoint.config,
+            state_dict=checkpoint.read(checkpoint.tensors),
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint.path,
+        dtype=dtype,
+        device_map=None if device.type == "cpu" else {"": device},
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        output_loading_info=True,
+    )
 
 
 def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -262,6 +286,10 @@ def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch
     if stored == torch.bfloat16:
         return torch.bfloat16
     return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _name(dtype: torch.dtype) -> str:

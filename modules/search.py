@@ -57,6 +57,7 @@ class Search:
         Raises ConfigError if the base's scores are not finite.
         """
         self.model, self.scorer, self.config, self.tokenizer = model, scorer, config, tokenizer
+        self._space: Tensors | None = None  # where merges are made, one layer's worth
         self.log_probabilities = scorer.score()
         if not all(math.isfinite(value) for value in self.log_probabilities):
             raise ConfigError("the base model's scores are not finite; try another dtype (bfloat16 or float32)")
@@ -119,7 +120,8 @@ class Search:
         self, part: Part, theirs: Tensors, method: str, ratios: Sequence[float], score_trials: ScoreTrials
     ) -> tuple[float | None, float, float]:
         """Try all ratios on the unchanged part, install the best if one is accepted: ratio, total before, after."""
-        before, out = self.total, part.empty()
+        before = self.total
+        self._space = out = part.space(self._space)
         trials = score_trials([partial(part.trying, method, theirs, ratio, out) for ratio in ratios])
         best = choose(
             self.config.strategy,
