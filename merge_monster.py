@@ -19,6 +19,9 @@ VERSION = "1.0.0"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     options = parse_arguments(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without Unicode shows "?" rather than ending the run
+            stream.reconfigure(errors="replace")
     try:
         config = load_config(options.config, options.device, options.output)
         console = Console("merge-monster")

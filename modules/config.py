@@ -149,7 +149,8 @@ def _context_text(value: Any) -> str:
 def _folder(value: Any) -> str:
     path = Path(_text(value)).expanduser()
     if not path.is_dir():
-        raise _Invalid("no such folder")
+        hint = "; python demo/make_models.py makes it" if path.parts[:2] == ("demo", "models") else ""
+        raise _Invalid(f"no such folder{hint}")
     return str(path)
 
 

@@ -1,0 +1,38 @@
+# make demo   create .venv, install, train the demo models if they are missing, merge them
+# make test   the same environment, then style checks and all tests
+# make bench  the figures of the README's performance table (about ten minutes)
+
+PYTHON ?= python3
+VENV ?= .venv
+# Which PyTorch to install first. On Linux without an NVIDIA GPU this avoids gigabytes of CUDA packages:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/installed
+	$(RUN) demo/make_models.py
+	$(RUN) merge_monster.py --config default.yaml --overwrite
+
+test: $(VENV)/tested-with
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest
+
+bench: $(VENV)/installed $(VENV)/tested-with
+	$(RUN) benchmarks/bench_merge.py
+	$(RUN) benchmarks/bench_merge.py --dtype bfloat16
+
+clean:
+	rm -rf $(VENV) demo/models demo/merged
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet $(TORCH)
+	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/tested-with: tests/requirements.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet -r tests/requirements.txt
+	touch $@

@@ -1,0 +1,75 @@
+"""Out of the box: the README's plain commands, on the demo models and default.yaml as they are shipped."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_run import tables
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    """What the merge of the demo models prints; they are trained if they are missing."""
+    made = python("demo/make_models.py")
+    assert made.returncode == 0, made.stderr
+    output = tmp_path_factory.mktemp("demo") / "merged"
+    result = python("merge_monster.py", "--config", "default.yaml", "--output", str(output))
+    assert result.returncode == 0, result.stderr
+    assert (output / "model.safetensors").is_file()
+    return result.stdout
+
+
+def test_a_cliche_falls_by_half_and_the_apple_is_found(log):
+    first, last = tables(log)[0][:-1], tables(log)[-1][:-1]
+    raw = [
+        (row[0], float(row[3].rstrip("%")), float(after[3].rstrip("%"))) for row, after in zip(first, last, strict=True)
+    ]
+    assert any(after < before / 2 for kind, before, after in raw if kind == "BAD")
+    assert all(after > before for kind, before, after in raw if kind == "GOOD")
+    assert all(before > 20 for kind, before, _ in raw if kind == "BAD")  # the base does love its cliches
+
+
+def test_both_candidates_have_a_share(log):
+    shares = dict(re.findall(r"^ *([\d.]+)%  ([\w-]+)$", log, re.MULTILINE)[::1])
+    assert {"cliche-base", "plain-prose", "apple-logic"} == set(shares.values())
+
+
+def test_the_readme_shows_this_very_run(log):
+    """Line for line, but for the digits: another processor rounds differently."""
+
+    def without_digits(text):
+        # Which ratio wins, and whether a layer changes, may differ too: only what surrounds them is compared.
+        lines = [line for line in text.splitlines() if " - Layer " not in line and " - Header " not in line]
+        lines = [line for line in lines if not line.startswith(("[[", "Output directory")) and "Saving to" not in line]
+        lines = [re.sub(r"[-+]?\d[\d.e-]*", "0", line) for line in lines]
+        return sorted(re.sub(r"\s+", " ", line).strip() for line in lines if line.strip())
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("<summary>The whole output</summary>")[1].split("```")[1].removeprefix("text\n")
+    assert without_digits(shown) == without_digits(log)
+
+
+def test_default_yaml_has_every_key():
+    from modules.config import _CONFIG_KEYS
+
+    document = yaml.safe_load((ROOT / "default.yaml").read_text(encoding="utf-8"))
+    assert set(document) == set(_CONFIG_KEYS) - {"mapper"}
+    assert set(document["directories"]) == {"model_path1", "model_directory", "output_directory"}
+
+
+def test_without_the_demo_models_the_message_says_how_to_make_them(tmp_path):
+    (tmp_path / "default.yaml").write_text((ROOT / "default.yaml").read_text(encoding="utf-8"))
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "merge_monster.py")], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "demo/models/cliche-base': no such folder; python demo/make_models.py makes it" in result.stderr

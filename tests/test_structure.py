@@ -1,0 +1,90 @@
+"""The house rules that a machine can check: imports run one way, and the README's file tree is the real one."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module imports only from floors below its own.
+FLOORS = {
+    "config": 0,
+    "console": 1,
+    "strategies": 1,
+    "composition": 1,
+    "merging": 1,
+    "phrases": 1,
+    "checkpoints": 1,
+    "models": 2,
+    "probability": 3,
+    "search": 4,
+    "report": 5,
+    "run": 6,
+}
+MODULES = sorted(path.stem for path in (ROOT / "modules").glob("*.py"))
+
+
+def imports(path):
+    """Every module that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "modules":
+            yield from (f"modules.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_every_module_has_its_floor():
+    assert sorted(FLOORS) == MODULES
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way(name):
+    for imported in imports(ROOT / "modules" / f"{name}.py"):
+        if imported.startswith("modules"):
+            assert FLOORS[imported.removeprefix("modules.")] < FLOORS[name], f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_who_touches_what(name):
+    """The light floors stay light, and only model code touches torch modules."""
+    packages = {imported.split(".")[0] for imported in imports(ROOT / "modules" / f"{name}.py")}
+    if name in ("config", "console", "strategies", "composition", "phrases", "report"):
+        assert not packages & {"torch", "transformers", "safetensors"}
+    source = (ROOT / "modules" / f"{name}.py").read_text(encoding="utf-8")
+    if name not in ("models", "probability"):
+        assert not re.search(r"\bnn\b|\.forward\b|state_dict", source)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_opens_with_what_it_knows_and_refuses_to_know(name):
+    opening = ast.get_docstring(ast.parse((ROOT / "modules" / f"{name}.py").read_text(encoding="utf-8")))
+    assert "Knows:" in opening and "Refuses to know:" in opening
+
+
+def test_the_readme_shows_the_real_file_tree():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.split("## Files")[1].split("```")[1]
+    listed, folder = set(), ""
+    for line in tree.strip().splitlines()[1:]:
+        name = line.split()[0]
+        folder = folder if line.startswith("    ") else ""
+        if name.endswith("/"):
+            folder = name
+        else:
+            listed.add(folder + name)
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode:
+        pytest.skip("not a git checkout")
+    real = {path for path in result.stdout.split() if path != ".gitignore" and (ROOT / path).exists()}
+    assert listed == real
+
+
+def test_requirements_hold_nothing_but_what_the_run_needs():
+    names = [re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()]
+    assert sorted(names) == ["accelerate", "pyyaml", "safetensors", "torch", "tqdm", "transformers"]
