@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: Config, console: Console, overwrite: bool) -> int:
     """Merge, and turn every failure into one line and an exit code."""
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
+    import torch
+
     from modules.checkpoints import CheckpointError
     from modules.run import merge_models
 
@@ -45,6 +47,9 @@ def run(config: Config, console: Console, overwrite: bool) -> int:
         return 2
     except (CheckpointError, OSError) as error:
         console.error(f"ERROR: {error}\nNothing was written to {config.directories.output_directory}.")
+        return 1
+    except torch.OutOfMemoryError as error:
+        console.error(f"ERROR: out of memory: {str(error).splitlines()[0]}")
         return 1
     except KeyboardInterrupt:
         console.error(f"Interrupted. Nothing was written to {config.directories.output_directory}.")

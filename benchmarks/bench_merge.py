@@ -201,7 +201,7 @@ def search_once(
     before = reset_peak_memory()
     model = load_model(open_checkpoint(base, "base"), "cpu", options.dtype)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-    scorer = build_scorer(model, encode_pairs(tokenizer, config.pairs))
+    scorer = build_scorer(model, encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens))
     search = Search(model, scorer, config, tokenizer)
     start = time.perf_counter()
     for _ in search.candidate(open_checkpoint(candidate, "candidate")):

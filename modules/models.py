@@ -122,6 +122,16 @@ class ResidentModel:
         """What most of the model computes in."""
         return self.module.dtype
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of rows of the input embedding."""
+        return self.module.get_input_embeddings().weight.shape[0]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text the model takes, in tokens; None if its configuration sets no limit."""
+        return getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
+
     def layer(self, index: int) -> Part:
         """The floating-point parameters and persistent buffers of one decoder layer."""
         prefix = f"{self.layers_name}.{index}."
@@ -190,6 +200,7 @@ class ResidentModel:
 
     def _saved(self, stored_names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """One shard's tensors: the model's own where it has them, else as they lie in the base's file."""
+        written: set[int] = set()
         resident = {stored: name for name, stored in reversed(self._stored_names.items())}
         for stored in stored_names:
             if stored in resident:
@@ -199,7 +210,10 @@ class ResidentModel:
             dtype = self.checkpoint.tensors[stored].dtype
             if dtype.is_floating_point and self.saved_dtype is not None:
                 dtype = self.saved_dtype
-            yield stored, tensor.to("cpu", dtype).contiguous()
+            tensor = tensor.to("cpu", dtype).contiguous()
+            # A tied head may be stored beside its embedding; a file can't hold one piece of memory twice.
+            yield stored, tensor.clone() if tensor.data_ptr() in written else tensor
+            written.add(tensor.data_ptr())
 
 
 def load_model(checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False) -> ResidentModel:

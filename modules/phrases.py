@@ -59,9 +59,20 @@ class Pack:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encode_pairs(tokenizer: Any, pairs: Sequence[Pair]) -> list[Encoded]:
-    """Token ids of all pairs. Raises ConfigError for a phrase without tokens of its own."""
-    return [encode_pair(tokenizer, pair.context, pair.phrase) for pair in pairs]
+def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tokens: int | None) -> list[Encoded]:
+    """Token ids of all pairs, for a model of `vocabulary` embedding rows that takes at most `max_tokens` tokens.
+
+    Raises ConfigError for a phrase without tokens of its own, and for a pair that the model can't take.
+    """
+    encoded = [encode_pair(tokenizer, pair.context, pair.phrase) for pair in pairs]
+    for pair, item in zip(pairs, encoded, strict=True):
+        where = f"the phrase '{pair.phrase}' after the context '{pair.context}'"
+        if max_tokens is not None and len(item.tokens) - 1 > max_tokens:
+            raise ConfigError(f"{where} is {len(item.tokens)} tokens long; the base model takes {max_tokens}")
+        if max(item.tokens) >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(max(item.tokens))
+            raise ConfigError(f"{where}: the base model has no embedding for its token '{token}'")
+    return encoded
 
 
 def encode_pair(tokenizer: Any, context: str, phrase: str) -> Encoded:

@@ -48,7 +48,7 @@ class Scorer:
         self.layout = layout
         self.pairs = len(encoded)
         self._module, self._layers = model.module, model.layers
-        self._takes_positions = "logits_to_keep" in inspect.signature(model.module.forward).parameters
+        self._takes_columns = "logits_to_keep" in inspect.signature(model.module.forward).parameters
         packs = build_packs(encoded, layout, token_budget)
         self.pair_tokens = sum(len(item.tokens) for item in encoded)
         self.packed_tokens = sum(pack.tokens for pack in packs)
@@ -61,8 +61,9 @@ class Scorer:
 
     def describe(self) -> dict[str, object]:
         """How the pairs go through the model, for the summary."""
-        tokens = f"{self.packed_tokens} tokens packed from {self.pair_tokens}"
-        return {"Phrase layout": f"{self.layout} ({tokens}, {len(self._inputs)} packs)".replace("1 packs", "1 pack")}
+        packs = "1 pack" if len(self._inputs) == 1 else f"{len(self._inputs)} packs"
+        tokens = f"{self.packed_tokens:,} tokens packed from {self.pair_tokens:,}"
+        return {"Phrase layout": f"{self.layout} ({tokens}, {packs})"}
 
     @torch.no_grad()
     def score(self) -> list[float]:
@@ -154,10 +155,10 @@ class Scorer:
     def _forward(self, index: int, forwards: Mapping[int, Forward], columns: Tensor | None) -> Tensor:
         """Logits at the given columns of one pack, (R * B, columns, V), with some layers' forwards replaced."""
         keep = self._inputs[index].columns[:1] if columns is None else columns
-        options = {"logits_to_keep": keep} if self._takes_positions else {}
+        options = {"logits_to_keep": keep} if self._takes_columns else {}
         with _replaced(self._layers, forwards):
             logits = self._module(**self._inputs[index].arguments, use_cache=False, **options).logits
-        return logits if self._takes_positions else logits[:, keep]
+        return logits if self._takes_columns else logits[:, keep]
 
     def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]]) -> list[list[float]]:
         """Run all packs, add up each phrase's token log-probabilities; one copy to the host. (stack, pairs)"""

@@ -69,7 +69,9 @@ def phrase_table(
         before = raw if start is None else probability(start[index])
         change = "N/A" if start is None else _percent((raw - before) * abs(weight), signed=True)
         rows.append((pair.kind, pair.phrase, pair.context, _percent(raw), _percent(raw * abs(weight)), change))
-    raw_total = sum(probability(value) * (1 if weight >= 0 else -1) for value, weight in zip(now, weights, strict=True))
+    raw_total = sum(
+        probability(value) * (-1 if pair.kind == "GOOD" else 1) for pair, value in zip(pairs, now, strict=True)
+    )
     used_total = sum(probability(value) * weight for value, weight in zip(now, weights, strict=True))
     used_before = used_total
     if start is not None:

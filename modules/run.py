@@ -90,7 +90,7 @@ def _misfit(base: Checkpoint, candidate: Checkpoint) -> list[str]:
 def start_search(config: Config, console: Console, model: ResidentModel, candidates: Sequence[Checkpoint]) -> Search:
     """Score the base, print the summary and the phrase table; the search that goes on from there."""
     tokenizer = load_tokenizer(model.checkpoint.path, config.trust_remote_code)
-    scorer = build_scorer(model, encode_pairs(tokenizer, config.pairs))
+    scorer = build_scorer(model, encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens))
     search = Search(model, scorer, config, tokenizer)
     console.lines(report.summary(config, model.describe(), scorer.describe(), [c.name for c in candidates]))
     console.lines([f"WARNING: {warning}" for warning in search.warnings])

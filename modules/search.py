@@ -160,6 +160,10 @@ class Search:
             if embedding not in theirs or part.tensors[missing].dim() < 2:
                 raise HeaderSkipped(f"{candidate.name} has no {missing}")
             theirs[missing] = theirs[embedding]
+        for key, ours in part.tensors.items():
+            if theirs[key].shape[1:] != ours.shape[1:]:
+                shapes = f"{tuple(theirs[key].shape)}, the base's has {tuple(ours.shape)}"
+                raise HeaderSkipped(f"{candidate.name}'s {key} has shape {shapes}")
         adopted = part.adopt(theirs, candidate.name)
         return {key: align_rows(ours, adopted[key], matches) for key, ours in part.tensors.items()}
 

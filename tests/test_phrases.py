@@ -95,6 +95,14 @@ def test_a_phrase_without_tokens_is_an_error():
         encode_pair(tokenizer, "The apple", "\u200b")
 
 
+def test_a_pair_that_the_model_cannot_take_is_named():
+    pairs = [Pair("BAD", "spine", "down her "), Pair("BAD", "spine", "down " * 50)]
+    with pytest.raises(ConfigError, match=r"the phrase 'spine' after .* tokens long; the base model takes 40"):
+        encode_pairs(TOKENIZER["bpe"], pairs, 500, 40)
+    with pytest.raises(ConfigError, match="the base model has no embedding for its token"):
+        encode_pairs(TOKENIZER["bpe"], pairs, 200, None)
+
+
 class WithoutOffsets:
     """A tokenizer of the kind that gives no offsets: a fast one, asked for ids only."""
 
@@ -197,7 +205,7 @@ def test_rows_are_padded_on_the_right_and_sorted_by_length():
 
 def test_duplicates_share_their_tokens_in_the_forest():
     tokenizer = TOKENIZER["bpe"]
-    once = build_packs(encode_pairs(tokenizer, PAIRS), "forest", 10**6)
-    twice = build_packs(encode_pairs(tokenizer, PAIRS + PAIRS), "forest", 10**6)
+    once = build_packs(encode_pairs(tokenizer, PAIRS, 500, 100), "forest", 10**6)
+    twice = build_packs(encode_pairs(tokenizer, PAIRS + PAIRS, 500, 100), "forest", 10**6)
     assert twice[0].rows == once[0].rows
     assert len(twice[0].targets) == 2 * len(once[0].targets)

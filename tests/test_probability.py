@@ -48,7 +48,7 @@ def one_by_one(folder, pairs):
 
 
 def encode(folder, pairs):
-    return encode_pairs(AutoTokenizer.from_pretrained(folder), pairs)
+    return encode_pairs(AutoTokenizer.from_pretrained(folder), pairs, 10**9, None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -177,6 +177,22 @@ def test_the_output_is_the_mixture_that_the_log_tells(place, models):
     assert all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_tied_head_that_is_stored_beside_its_embedding(place):
+    models = make_models(place, tied=True)
+    tensors = load_file(models[0] / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, models[0] / "model.safetensors", metadata={"format": "pt"})
+    assert merge(place, models) == 0
+    saved = load_file(place / "out/model.safetensors")
+    assert stored(place / "out") == stored(models[0])
+    assert torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
+
+
+def test_pairs_that_the_base_cannot_take(place, models, capsys):
+    pairs = (tiny.Pair("BAD", "spine", "down her " * 200),)
+    refused(place, models, capsys, "tokens long; the base model takes 256", pairs=pairs)
+
+
 def test_an_explicit_dtype_is_what_is_saved(place, models):
     assert merge(place, models, dtype="bfloat16") == 0
     assert {dtype for dtype, _ in stored(place / "out").values()} == {"BF16"}

@@ -24,7 +24,12 @@ def search(tmp_path, base, candidates, pairs=tiny.PAIRS, token_budget=1024, **se
     config = load_config(path)
     model = load_model(open_checkpoint(base, "base"), "cpu", config.dtype)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    state = Search(model, build_scorer(model, encode_pairs(tokenizer, config.pairs), token_budget), config, tokenizer)
+    state = Search(
+        model,
+        build_scorer(model, encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens), token_budget),
+        config,
+        tokenizer,
+    )
     start = state.log_probabilities
     decisions = [d for folder in candidates for d in state.candidate(open_checkpoint(folder, str(folder)))]
     return decisions, dict(model.module.state_dict()), state, start
