@@ -19,6 +19,15 @@ VERSION = "1.0.0"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     options = parse_arguments(arguments)
+    try:
+        return start(options)
+    except KeyboardInterrupt:
+        print("Interrupted before any work.", file=sys.stderr)
+        return 130
+
+
+def start(options: argparse.Namespace) -> int:
+    """Read the configuration, open the log and run."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode shows "?" rather than ending the run
             stream.reconfigure(errors="replace")

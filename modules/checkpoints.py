@@ -8,6 +8,7 @@ A checkpoint is never loaded whole: `read` opens a shard, takes the tensors aske
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from modules.config import Config, ConfigError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
 
 _DTYPES = {
     "F64": torch.float64,
@@ -106,8 +108,8 @@ def open_checkpoint(path: Path, name: str, trust_remote_code: bool = False) -> C
         raise ConfigError(f"{path}: no model here (config.json is missing)")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: config.json can't be used: {_first_line(error)}") from None
+    except Exception as error:  # whatever a configuration class makes of a wrong value
+        raise ConfigError(f"{path}: config.json can't be used: {first_line(error)}") from None
     if getattr(config, "quantization_config", None):
         raise ConfigError(f"{path}: this model is quantised; merge the original weights instead")
     try:
@@ -124,7 +126,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the tokenizer library raises bare Exception for a broken tokenizer.json
-        raise ConfigError(f"{path}: no usable tokenizer ({_first_line(error)})") from None
+        raise ConfigError(f"{path}: no usable tokenizer ({first_line(error)})") from None
 
 
 def _headers(path: Path) -> dict[str, TensorInfo]:
@@ -165,11 +167,13 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: can't be read ({_first_line(error)})") from None
+        raise CheckpointError(f"{file}: can't be read ({first_line(error)})") from None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """An error of a library on one line, with its kind where the words alone would say little."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines and len(lines[0].split()) > 1 else f"{type(error).__name__}: {' '.join(lines)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +191,8 @@ def candidate_paths(config: Config) -> tuple[list[Path], list[str]]:
         found = [Path(path) for path in config.models_to_merge]
     else:
         entries = Path(config.directories.model_directory or ".").iterdir()
-        found = sorted(entry for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+        found = sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name))
     base, output = (Path(p).resolve() for p in (config.directories.model_path1, config.directories.output_directory))
     paths, notes = [], []
     for path in found:
@@ -213,8 +218,16 @@ def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
             raise ConfigError(f"the output directory {output} {what} the input model {path}; choose another one")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"the output directory {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
         raise ConfigError(f"the output directory {output} is not empty; move it, name another, or add --overwrite")
+    if not (output / SETTINGS_FILE).is_file():
+        raise ConfigError(
+            f"{output} was not written by Merge Monster (no {SETTINGS_FILE}); --overwrite won't delete it"
+        )
+    if resolved == Path.cwd().resolve() or resolved in Path.cwd().resolve().parents:
+        raise ConfigError(f"the output directory {output} is, or contains, the folder you are in; choose another one")
 
 
 def differences(base: Checkpoint, candidate: Checkpoint) -> list[str]:
@@ -244,6 +257,8 @@ def _tensor_differences(base: Checkpoint, candidate: Checkpoint) -> list[str]:
         stored = candidate.stored_name(name)
         if stored is None:
             found.append(f"the tensor {name} is missing")
+        elif not candidate.tensors[stored].dtype.is_floating_point:
+            found.append(f"{name} is stored as {candidate.tensors[stored].dtype}, not as a floating-point type")
         elif candidate.tensors[stored].shape != info.shape:
             found.append(f"{name} has shape {candidate.tensors[stored].shape}, the base's has {info.shape}")
     found += [f"the base has no {name}" for name, _ in _layer_tensors(candidate) if base.stored_name(name) is None]
@@ -251,12 +266,12 @@ def _tensor_differences(base: Checkpoint, candidate: Checkpoint) -> list[str]:
 
 
 def _layer_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
-    """Weights and biases of layers: a layer's number stands in their names. Old checkpoints also store masks and
-    rotary frequencies there, which no present model reads."""
+    """Weights of layers: a layer's number stands in their names. Old checkpoints also store masks and rotary
+    frequencies there, which no present model reads."""
     for name, info in checkpoint.tensors.items():
         numbered = any(part.isdecimal() for part in name.split("."))
-        weight = name.endswith(".weight") or (name.endswith(".bias") and len(info.shape) == 1)
-        if numbered and weight and info.dtype.is_floating_point:
+        mask = name.endswith("masked_bias") or (name.endswith(".bias") and len(info.shape) > 1)
+        if numbered and info.dtype.is_floating_point and not mask and not name.endswith("inv_freq"):
             yield name, info
 
 
@@ -295,12 +310,22 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    old = target.with_name(target.name + ".old")
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    if old.exists():
-        shutil.rmtree(old)
+    """Rename `new` to `target`; what stood there goes afterwards, or comes back if the renaming fails."""
+    if not target.exists():
+        new.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.rename(aside / target.name)
+        try:
+            new.rename(target)
+        except OSError:
+            (aside / target.name).rename(target)
+            raise
+    except OSError as error:
+        aside.rmdir()
+        raise CheckpointError(f"{target} can't be replaced ({error.strerror})") from None
+    shutil.rmtree(aside)
 
 
 def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]]) -> None:
@@ -313,7 +338,7 @@ def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / file}: can't be written ({_first_line(error)})") from None
+            raise CheckpointError(f"{folder / file}: can't be written ({first_line(error)})") from None
         weight_map.update((name, file) for name in tensors)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if set(shards) != {SINGLE_FILE}:

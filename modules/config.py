@@ -32,6 +32,11 @@ class Pair:
     context: str
     weight: float = 1.0
 
+    def __str__(self) -> str:
+        """The pair in a message; of a long context its end is shown."""
+        end = self.context if len(self.context) <= 40 else "..." + self.context[-37:]
+        return f"the phrase '{self.phrase}' after '{end}'"
+
 
 @dataclass(frozen=True)
 class Directories:
@@ -77,6 +82,7 @@ def load_config(path: str | Path, device: str | None = None, output: str | None 
     text, document = _read_yaml(Path(path))
     errors: list[str] = []
     config = replace(_parse(document, errors, device, output), text=text)
+    errors = list(dict.fromkeys(errors))
     if errors:
         noun = "error" if len(errors) == 1 else "errors"
         raise ConfigError(f"{path} has {len(errors)} {noun}:\n" + "\n".join(f"  {line}" for line in errors))
@@ -138,7 +144,21 @@ class _Invalid(Exception):
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise _Invalid("expected text" + (" (put it in quotes)" if isinstance(value, bool | int | float) else ""))
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _Invalid("holds half of a character (a lone surrogate)")
     return value
+
+
+def _path(value: Any) -> Path:
+    path = Path(_text(value))
+    try:
+        path = path.expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whether it must be there is another question
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _Invalid(f"not a usable path ({getattr(error, 'strerror', None) or error})") from None
+    return path
 
 
 def _context_text(value: Any) -> str:
@@ -147,7 +167,7 @@ def _context_text(value: Any) -> str:
 
 
 def _folder(value: Any) -> str:
-    path = Path(_text(value)).expanduser()
+    path = _path(value)
     if not path.is_dir():
         hint = "; python demo/make_models.py makes it" if path.parts[:2] == ("demo", "models") else ""
         raise _Invalid(f"no such folder{hint}")
@@ -155,7 +175,7 @@ def _folder(value: Any) -> str:
 
 
 def _output(value: Any) -> str:
-    return str(Path(_text(value)).expanduser())
+    return str(_path(value))
 
 
 def _boolean(value: Any) -> bool:
@@ -292,7 +312,7 @@ def _parse(document: Any, errors: list[str], device: str | None, output: str | N
         auto_weights=take("auto_weights", _boolean),
         bad_phrases=bad,
         good_phrases=good,
-        phrase_files=_list_of(top, "phrase_files", _text),
+        phrase_files=_list_of(top, "phrase_files", lambda value: str(_path(value))),
         device=take("device", _device),
         dtype=take("dtype", _choice(*DTYPES)),
         random_seed=take("random_seed", _seed),
@@ -332,7 +352,7 @@ def _check_together(config: Config, top: _Section, errors: list[str]) -> None:
     )
     if not has_list and not has_directory:
         errors.append("models_to_merge: no candidates; list models here or set directories.model_directory")
-    if not config.pairs and not any("phrases[" in line for line in errors):
+    if not config.pairs and not any("phrase" in line for line in errors):
         errors.append("bad_phrases, good_phrases: both are empty; there is nothing to score")
 
 
@@ -351,10 +371,10 @@ def _phrase_lists(top: _Section, errors: list[str]) -> tuple[tuple[Pair, ...], t
     """The file's own bad and good pairs, then those of its phrase files."""
     bad, good = _phrases(top, "bad_phrases", "BAD"), _phrases(top, "good_phrases", "GOOD")
     for name, item in top.each("phrase_files"):
-        if not isinstance(item, str):
-            continue  # noted where phrase_files itself is read
         try:
-            _, document = _read_yaml(Path(item).expanduser())
+            _, document = _read_yaml(_path(item))
+        except _Invalid:
+            continue  # noted where phrase_files itself is read
         except ConfigError as error:
             errors.append(f"{name}: {error}")
             continue
@@ -372,7 +392,7 @@ def _phrases(section: _Section, key: str, kind: str) -> list[Pair]:
         phrase = entry.take("phrase", _text)
         weight = entry.take("weight", _weight, 1.0)
         contexts = entry.each("contexts")
-        if not contexts:
+        if not contexts and not entry.values.get("contexts"):
             entry.errors.append(f'{name}.contexts: missing or empty; list at least one context ("" is the empty one)')
         for context_name, context in contexts:
             text, own_weight = _context(context_name, context, weight, section.errors)

@@ -163,11 +163,11 @@ def match_rows(base: Mapping[str, int], other: Mapping[str, int], roles: Mapping
     """Row of `base` -> row of `other` that holds the same token.
 
     base, other: token string -> row. roles: a token of the base -> the token that plays its part in the other (BOS,
-    EOS), used where it is named there. Tokens that the other lacks are absent from the result.
+    EOS), used where the other lacks the token itself. Tokens without a counterpart are absent from the result.
     """
     matches = {}
     for token, row in base.items():
-        counterpart = roles.get(token, token)
+        counterpart = token if token in other else roles.get(token, token)
         if counterpart in other:
             matches[row] = other[counterpart]
     return matches

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from modules.checkpoints import Checkpoint, CheckpointError, copy_companions, write_shards
+from modules.checkpoints import Checkpoint, CheckpointError, copy_companions, first_line, write_shards
 from modules.config import ConfigError
 from modules.merging import merge
 
@@ -57,7 +57,7 @@ class Part:
                 if max(-low, high) > torch.finfo(dtype).max:
                     raise CheckpointError(
                         f"{source}: {name} reaches {max(-low, high):.4g}, too large for {_name(dtype)}; "
-                        "set dtype: bfloat16"
+                        f"set dtype: {'bfloat16' if dtype == torch.float16 else 'float32'}"
                     )
             adopted[name] = theirs[name].to(ours.device, ours.dtype)
         return adopted
@@ -65,7 +65,10 @@ class Part:
     def merged(self, method: str, theirs: Tensors, ratio: float, out: Tensors) -> Tensors:
         """The part merged with a candidate's tensors, in `out`, with the values that saving will keep."""
         for name, ours in self.tensors.items():
-            merge(method, ours, theirs[name], ratio, input_axis=self.input_axes[name], out=out[name])
+            tensors = ours, theirs[name], out[name]
+            if name.endswith("bias"):  # a vector, even where a stack of experts has one each
+                tensors = tuple(tensor.flatten() for tensor in tensors)
+            merge(method, *tensors[:2], ratio, input_axis=self.input_axes[name], out=tensors[2])
             if self.saved_dtypes[name] != ours.dtype:
                 out[name].copy_(out[name].to(self.saved_dtypes[name]))
         return out
@@ -104,7 +107,7 @@ class ResidentModel:
         self.saved_dtype = saved_dtype
         self.layers_name, self.layers = find_layers(module)
         self._state = module.state_dict(keep_vars=True)
-        self._input_first = {f"{name}.weight" for name, child in module.named_modules() if isinstance(child, Conv1D)}
+        self._input_first = _input_first_weights(module)
         self._stored_names = self._find_stored_names()
 
     def describe(self) -> dict[str, object]:
@@ -226,10 +229,15 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, trust_remote_cod
     compute = resolve_dtype(dtype, checkpoint.main_dtype(), target)
     try:
         module, info = _load_module(checkpoint, target, compute, trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
-        raise ConfigError(f"{checkpoint.path} can't be loaded: {str(error).strip().splitlines()[0]}") from None
+    except torch.OutOfMemoryError:
+        raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
+    except Exception as error:  # whatever an architecture makes of a wrong configuration
+        raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
+    if info["mismatched_keys"]:
+        name, stored, expected = sorted(info["mismatched_keys"])[0]
+        raise ConfigError(
+            f"{checkpoint.path}: {name} has shape {tuple(stored)}, its config.json says {tuple(expected)}"
+        )
     if info["missing_keys"]:
         raise ConfigError(f"{checkpoint.path}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     module.eval().requires_grad_(False)
@@ -253,6 +261,7 @@ def _load_module(
             state_dict=checkpoint.read(checkpoint.tensors),
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported by load_model, in our words
         )
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
@@ -261,6 +270,7 @@ def _load_module(
         trust_remote_code=trust_remote_code,
         local_files_only=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
 
 
@@ -275,6 +285,17 @@ def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise ConfigError(f"{type(module).__name__}: no list of {count} decoder layers found in this architecture")
     return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def _input_first_weights(module: PreTrainedModel) -> set[str]:
+    """Names of the weights stored (input, output): GPT-2's Conv1D, and stacked experts that say so of themselves."""
+    names = set()
+    for prefix, child in module.named_modules():
+        if isinstance(child, Conv1D):
+            names.add(f"{prefix}.weight")
+        elif getattr(child, "is_transposed", False):
+            names.update(f"{prefix}.{name}" for name, _ in child.named_parameters(recurse=False))
+    return names
 
 
 def resolve_device(name: str) -> torch.device:

@@ -66,12 +66,11 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tok
     """
     encoded = [encode_pair(tokenizer, pair.context, pair.phrase) for pair in pairs]
     for pair, item in zip(pairs, encoded, strict=True):
-        where = f"the phrase '{pair.phrase}' after the context '{pair.context}'"
         if max_tokens is not None and len(item.tokens) - 1 > max_tokens:
-            raise ConfigError(f"{where} is {len(item.tokens)} tokens long; the base model takes {max_tokens}")
+            raise ConfigError(f"{pair} is {len(item.tokens)} tokens long; the base model takes {max_tokens}")
         if max(item.tokens) >= vocabulary:
             token = tokenizer.convert_ids_to_tokens(max(item.tokens))
-            raise ConfigError(f"{where}: the base model has no embedding for its token '{token}'")
+            raise ConfigError(f"{pair}: the base model has no embedding for its token '{token}'")
     return encoded
 
 
@@ -87,7 +86,7 @@ def encode_pair(tokenizer: Any, context: str, phrase: str) -> Encoded:
     else:
         tokens, start, end = _split_by_prefix(tokenizer, context + phrase, boundary)
     if start >= end:
-        raise ConfigError(f"the phrase '{phrase}' has no tokens in this model's vocabulary (context '{context}')")
+        raise ConfigError(f"{Pair('', phrase, context)} has no tokens in this model's vocabulary")
     if start == 0:
         tokens, start, end = [_first_token(tokenizer, phrase), *tokens], 1, end + 1
     return Encoded(tuple(tokens[:end]), start)

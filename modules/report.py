@@ -96,7 +96,7 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _fit(text: str, width: int) -> str:
     """Text on one line in exactly `width` characters; a long text keeps its end, where a context meets its phrase."""
-    text = " ".join(text.split())
+    text = "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
     return text.ljust(width) if len(text) <= width else "..." + text[len(text) - width + 3 :]
 
 

@@ -11,6 +11,7 @@ import transformers
 
 from modules import report
 from modules.checkpoints import (
+    SETTINGS_FILE,
     Checkpoint,
     candidate_paths,
     check_output,
@@ -44,7 +45,7 @@ def merge_models(config: Config, console: Console, overwrite: bool = False) -> N
         console.lines(["Merge composition:", *report.composition_lines(mean_shares(origins)), ""])
         console.timed(f"Saving to {config.directories.output_directory}")
         model.save(folder)
-        (folder / "merge_monster.yaml").write_text(config.text, encoding="utf-8", newline="")
+        (folder / SETTINGS_FILE).write_text(config.text, encoding="utf-8", newline="")
     console.timed(f"Done. The log is {console.log_path}")
 
 

@@ -161,7 +161,7 @@ class Search:
                 raise HeaderSkipped(f"{candidate.name} has no {missing}")
             theirs[missing] = theirs[embedding]
         for key, ours in part.tensors.items():
-            if theirs[key].shape[1:] != ours.shape[1:]:
+            if theirs[key].shape[1:] != ours.shape[1:] or theirs[key].numel() == 0:
                 shapes = f"{tuple(theirs[key].shape)}, the base's has {tuple(ours.shape)}"
                 raise HeaderSkipped(f"{candidate.name}'s {key} has shape {shapes}")
         adopted = part.adopt(theirs, candidate.name)
@@ -195,7 +195,7 @@ def signed_weights(
     for pair, log_probability in zip(pairs, log_probabilities, strict=True):
         weight = pair.weight
         if auto and probability(log_probability) < SMALLEST_PROBABILITY:
-            warnings.append(f"'{pair.phrase}' after '{pair.context}' is too improbable to weigh; it keeps {weight:g}")
+            warnings.append(f"{pair} is too improbable to weigh; it keeps its weight {weight:g}")
         elif auto:
             weight = 1.0 / probability(log_probability)
         weights.append(-weight if pair.kind == "GOOD" else weight)

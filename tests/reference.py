@@ -109,12 +109,12 @@ class NaiveMerge:
         ours, theirs = self.tokenizer.get_vocab(), other_tokenizer.get_vocab()
         source = {}
         for token, row in ours.items():
-            if token == self.tokenizer.bos_token and other_tokenizer.bos_token:
-                token = other_tokenizer.bos_token
-            elif token == self.tokenizer.eos_token and other_tokenizer.eos_token:
-                token = other_tokenizer.eos_token
             if token in theirs:
                 source[row] = theirs[token]
+            elif token == self.tokenizer.bos_token and other_tokenizer.bos_token:
+                source[row] = theirs[other_tokenizer.bos_token]
+            elif token == self.tokenizer.eos_token and other_tokenizer.eos_token:
+                source[row] = theirs[other_tokenizer.eos_token]
         if len(source) < 0.9 * len(ours):
             return
         tensors = [(model.get_input_embeddings().weight, other.get_input_embeddings().weight)]

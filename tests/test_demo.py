@@ -39,8 +39,9 @@ def test_a_cliche_falls_by_half_and_the_apple_is_found(log):
 
 
 def test_both_candidates_have_a_share(log):
-    shares = dict(re.findall(r"^ *([\d.]+)%  ([\w-]+)$", log, re.MULTILINE)[::1])
-    assert {"cliche-base", "plain-prose", "apple-logic"} == set(shares.values())
+    shares = {name: float(share) for share, name in re.findall(r"^ *([\d.]+)%  ([\w-]+)$", log, re.MULTILINE)}
+    assert {"cliche-base", "plain-prose", "apple-logic"} == set(shares)
+    assert all(share > 0 for share in shares.values())
 
 
 def test_the_readme_shows_this_very_run(log):

@@ -148,9 +148,11 @@ def test_what_does_not_match_is_refused():
 
 def test_rows_are_matched_by_token_and_special_tokens_by_role():
     base = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "gone": 4}
-    other = {"a": 0, "b": 1, "<bos>": 2, "</s>": 3, "<|im_end|>": 4, "new": 5}
+    other = {"a": 0, "b": 1, "<bos>": 2, "<|im_end|>": 4, "new": 5}
     roles = {"<s>": "<bos>", "</s>": "<|im_end|>"}
     assert match_rows(base, other, roles) == {0: 2, 1: 4, 2: 0, 3: 1}
+    # A candidate that ends its texts otherwise but still has the token: a token is merged with itself.
+    assert match_rows(base, {**other, "</s>": 3}, roles)[1] == 3
 
 
 def test_rows_are_brought_into_the_base_order():

@@ -7,7 +7,7 @@ import pytest
 import reference
 import tiny
 import torch
-from transformers import AutoTokenizer, BloomConfig, MistralConfig, Qwen2Config
+from transformers import AutoTokenizer, BloomConfig, MistralConfig, MptConfig, Qwen2Config
 
 from modules import probability
 from modules.checkpoints import open_checkpoint
@@ -171,6 +171,8 @@ ARCHITECTURES = {
         ),
         "rows",
     ),
+    # Takes a tree mask, but reckons positions from columns.
+    "mpt": (lambda size: MptConfig(vocab_size=size, d_model=32, n_layers=3, n_heads=4, max_seq_len=256), "rows"),
     # Builds its own position bias from a 2-D mask.
     "bloom": (lambda size: BloomConfig(vocab_size=size, hidden_size=32, n_layer=3, n_head=4), "rows"),
 }
@@ -192,6 +194,22 @@ def test_the_fastest_exact_layout_is_found(name, tmp_path):
     for trial, found in zip(trials, scorer.score_trials(trials), strict=True):
         with trial():
             assert found == pytest.approx(scorer.score(), abs=1e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_same_layout_is_found_in_half_precision(name, dtype, tmp_path):
+    make_config, layout = ARCHITECTURES[name]
+    tokenizer = tiny.bpe_tokenizer()
+    folder = tiny.make_model(tmp_path, make_config(len(tokenizer)), tokenizer)
+    assert build_scorer(load(folder, dtype), encode(folder, (*tiny.PAIRS, LONG))).layout == layout
+
+
+def test_a_window_is_never_lifted_however_little_it_shows(tmp_path):
+    """Weights so small that attention hardly matters: the scores alone would not tell."""
+    tokenizer = tiny.bpe_tokenizer()
+    folder = tiny.make_model(tmp_path, ARCHITECTURES["mistral"][0](len(tokenizer)), tokenizer, scale=0.01)
+    assert build_scorer(load(folder), encode(folder, (*tiny.PAIRS, LONG))).layout == "rows"
 
 
 def test_eager_attention_takes_the_tree_mask(llama):

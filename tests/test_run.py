@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,12 +269,11 @@ def test_the_base_among_the_candidates_is_skipped_by_resolved_path(place, models
 
 def test_models_of_one_name_are_told_apart(place, models):
     base, one, two = models
-    for folder, source in (("a", one), ("b", two)):
-        (place / folder).mkdir()
-        (place / folder / "model").symlink_to(source)
-    # Names come from where the links lead.
+    shutil.copytree(one, place / "a/model")
+    shutil.copytree(two, place / "b/model")
     assert merge(place, (base, place / "a/model", place / "b/model")) == 0
-    assert "Models to merge  : one, two\n" in log_of(place)
+    assert "Models to merge  : a/model, b/model\n" in log_of(place)
+    assert "'a/model']" in log_of(place)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,6 +345,23 @@ def test_tensors_of_another_shape(place, models, capsys):
     refused(place, (models[0], other), capsys, "up_proj.weight has shape (3, 32), the base's has (64, 32)")
 
 
+def test_tensors_of_another_kind(place, models, capsys):
+    def change(tensors):
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(torch.int8)
+
+    other = copy_with(models, place, change)
+    refused(place, (models[0], other), capsys, "up_proj.weight is stored as torch.int8")
+
+
+def test_an_empty_head_leaves_the_header_alone(place, models):
+    def change(tensors):
+        tensors["lm_head.weight"] = torch.zeros(0, 32)
+
+    assert merge(place, (models[0], copy_with(models, place, change))) == 0
+    assert "WARNING: changed's lm_head.weight has shape (0, 32)" in log_of(place)
+
+
 def test_nan_in_a_candidate_is_a_warning(place, models):
     def change(tensors):
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
@@ -372,6 +389,9 @@ def test_a_cast_that_overflows_names_the_tensor(place, models, capsys):
     refused(place, (models[0], other), capsys, words, code=1, dtype="float16")
     words = ["model.layers.1.mlp.up_proj.weight overflows in float16", "dtype: bfloat16"]
     refused(place, (other, models[1]), capsys, words, dtype="float16")
+    # Computed in float32 on a CPU, but saved as float16.
+    half = make_models(place / "half", torch.float16)[0]
+    refused(place, (half, other), capsys, ["too large for float16", "dtype: bfloat16"], code=1)
 
 
 def test_missing_weights_in_the_base(place, models, capsys):
@@ -379,11 +399,26 @@ def test_missing_weights_in_the_base(place, models, capsys):
     refused(place, (bad, models[1]), capsys, "model.norm.weight")
 
 
+def test_a_base_whose_config_does_not_fit_its_weights(place, models, capsys):
+    for number, (changes, words) in enumerate(
+        (
+            ({"vocab_size": 700}, "has shape (400, 32), its config.json says (700, 32)"),
+            ({"hidden_act": "nosuch"}, "can't be loaded: KeyError"),
+        )
+    ):
+        bad = tiny.make_candidate(place / f"bad{number}", models[0], 1)
+        config = json.loads((bad / "config.json").read_text())
+        (bad / "config.json").write_text(json.dumps({**config, **changes}))
+        refused(place, (bad, models[1]), capsys, words)
+
+
 def test_broken_checkpoints(place, models, capsys):
     for number, (name, content, words) in enumerate(
         (
             ("config.json", b"{", "config.json can't be used"),
             ("config.json", b'{"model_type": "no_such_model"}', "config.json can't be used"),
+            ("config.json", b'{"model_type": "llama", "hidden_size": "x"}', "config.json can't be used"),
+            ("config.json", b'{"model_type": "llama", "num_attention_heads": 0}', "config.json can't be used"),
             ("model.safetensors", b"not a checkpoint", "model.safetensors: can't be read"),
             ("model.safetensors", b"", "model.safetensors: can't be read"),
         )
@@ -451,6 +486,40 @@ def test_an_output_that_is_not_empty(place, models, capsys):
     assert digest(place / "out") == first
     assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 0
     assert digest(place / "out") != first
+    assert sorted(path.name for path in place.iterdir()) == ["logs", "my.yaml", "out"]
+
+
+def test_overwrite_deletes_nothing_but_earlier_outputs(place, models, capsys):
+    (place / "out").mkdir()
+    (place / "out/thesis.tex").write_text("years of work")
+    assert merge(place, models, "--overwrite") == 2
+    assert "was not written by Merge Monster" in capsys.readouterr().err
+    assert merge(place, models, "--overwrite", "--output", ".") == 2
+    assert (place / "out/thesis.tex").read_text() == "years of work"
+
+
+def test_folders_beside_the_output_are_nobodys_business(place, models):
+    assert merge(place, models) == 0
+    shutil.copytree(place / "out", place / "out.old")
+    before = digest(place / "out.old")
+    assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 0
+    assert digest(place / "out.old") == before
+    assert sorted(path.name for path in place.iterdir()) == ["logs", "my.yaml", "out", "out.old"]
+
+
+def test_an_old_output_comes_back_if_the_new_one_cannot_take_its_place(place, models, capsys, monkeypatch):
+    assert merge(place, models) == 0
+    first, rename = digest(place / "out"), Path.rename
+
+    def failing(self, target):
+        if self.name == "out.partial":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 1
+    assert "can't be replaced (Input/output error)" in capsys.readouterr().err
+    assert digest(place / "out") == first
     assert sorted(path.name for path in place.iterdir()) == ["logs", "my.yaml", "out"]
 
 

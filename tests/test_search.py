@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modules.checkpoints import open_checkpoint
 from modules.config import METHODS, STRATEGIES, Pair, load_config
+from modules.merging import slice_shares
 from modules.models import load_model
 from modules.phrases import encode_pairs
 from modules.probability import build_scorer
@@ -110,8 +111,44 @@ def test_accepted_merges_lower_the_total_and_the_odd_pairs_are_scored(llamas, tm
     base, one, _ = llamas
     pairs = (*tiny.PAIRS, Pair("BAD", "spine", ""), Pair("BAD", "pation", "quivers with antici"), tiny.PAIRS[0])
     decisions = compare(tmp_path, base, [one], pairs)
+    assert any(decision.layer is None for decision in decisions)
     assert any(decision.ratio is not None for decision in decisions)
     assert all(decision.after < decision.before for decision in decisions if decision.ratio is not None)
+
+
+def test_after_a_candidate_the_present_state_is_measured_afresh(llamas, tmp_path, monkeypatch):
+    base, one, _ = llamas
+    _, _, state, _ = search(tmp_path, base, [one], dtype="bfloat16")
+    assert state.log_probabilities == state.scorer.score()
+
+
+def test_experts_stored_input_first_are_merged_along_their_inputs(tmp_path):
+    from transformers import GptOssConfig
+
+    tokenizer = tiny.bpe_tokenizer()
+    config = GptOssConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+    )
+    base = tiny.make_model(tmp_path / "base", config, tokenizer)
+    model = load_model(open_checkpoint(base, "base"), "cpu", "auto")
+    part = model.layer(0)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert tuple(part.tensors[name].shape) == (4, 32, 48)
+    theirs = {key: tensor + 1 for key, tensor in part.tensors.items()}
+    merged = part.merged("slice", theirs, 0.5, part.space())
+    share = (merged[name] - part.tensors[name]).mean((0, 2))  # per input feature
+    torch.testing.assert_close(share, slice_shares(32, 0.5), atol=1e-5, rtol=0)
+    bias = name + "_bias"
+    assert torch.equal(merged[bias], part.tensors[bias])
 
 
 def test_several_packs_make_the_same_decisions(llamas, tmp_path, monkeypatch):
@@ -125,26 +162,30 @@ def test_several_packs_make_the_same_decisions(llamas, tmp_path, monkeypatch):
         torch.testing.assert_close(split[1][name], tensor, atol=1e-6, rtol=1e-6)
 
 
-def test_tied_base_stays_tied_with_an_untied_candidate_and_the_reverse(tmp_path):
-    tokenizer = tiny.bpe_tokenizer()
-    for tied in (True, False):
-        folder = tmp_path / str(tied)
-        config = tiny.llama_config(len(tokenizer), layers=2, tied=tied)
-        base = tiny.make_model(folder / "base", config, tokenizer)
-        other = tiny.make_model(
-            folder / "other", tiny.llama_config(len(tokenizer), layers=2, tied=not tied), tokenizer, seed=3
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_base_stays_tied_with_an_untied_candidate_and_the_reverse(tmp_path, tied):
+    tokenizer, accepted = tiny.bpe_tokenizer(), 0
+    base, other = (
+        tiny.make_model(
+            tmp_path / name, tiny.llama_config(len(tokenizer), layers=2, tied=tying), tokenizer, seed, scale=2.0
         )
-        decisions, tensors, state, _ = search(folder, base, [other])
+        for name, tying, seed in (("base", tied, 0), ("other", not tied, 3))
+    )
+    theirs, ours = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (other, base))
+    # The untied one's head has no part in a tied model; the tied one's embedding is its head too.
+    source = {"model.embed_tokens.weight": "model.embed_tokens.weight", "lm_head.weight": "model.embed_tokens.weight"}
+    for kind in ("BAD", "GOOD"):
+        pairs = [Pair(kind, pair.phrase.split()[0], pair.context) for pair in tiny.PAIRS]
+        decisions, tensors, state, _ = search(tmp_path, base, [other], pairs, merge_ratios=[0.1, 0.5, 0.9])
         header = decisions[-1]
         assert header.layer is None and header.warning is None
         module = state.model.module
-        shared = module.get_input_embeddings().weight is module.get_output_embeddings().weight
-        assert shared == tied
+        assert (module.get_input_embeddings().weight is module.get_output_embeddings().weight) == tied
         if header.ratio is not None:
-            theirs = AutoModelForCausalLM.from_pretrained(other).get_input_embeddings().weight
-            ours = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
-            expected = torch.lerp(ours, theirs, header.ratio)
-            torch.testing.assert_close(tensors["model.embed_tokens.weight"], expected)
+            accepted += 1
+            for name, counterpart in source.items():
+                torch.testing.assert_close(tensors[name], torch.lerp(ours[name], theirs[counterpart], header.ratio))
+    assert accepted
 
 
 def test_a_strange_vocabulary_leaves_the_header_alone_and_says_so(tmp_path):
