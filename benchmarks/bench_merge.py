@@ -6,7 +6,7 @@
 Builds a seeded random Llama and one candidate on disk, then measures in alternation, in one process:
   ours    the program's own search of the candidate's layers (read, merge, score, decide), headers off
   rate    the machine's matrix-product rate at the very shapes that the search multiplies
-  naive   whole-model copies and one forward per pair (tests/reference.py), on two layers, scaled to all
+  naive   whole-model copies and one forward per pair (tests/reference.py), a layer at a time, scaled to all
 Prints a table and, as its last line, JSON.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import math
+import multiprocessing
 import platform
 import random
 import statistics
@@ -50,9 +51,12 @@ def main() -> None:
     prepare_libraries(seed=0)
     with tempfile.TemporaryDirectory() as folder:
         base, candidate = (Path(folder) / name for name in ("base", "candidate"))
-        tokenizer = word_tokenizer(options.vocabulary)
-        make_model(options, tokenizer, base, None)
-        make_model(options, tokenizer, candidate, base)
+        # In a process of its own: what it leaves in the allocator would blur the memory that is measured.
+        maker = multiprocessing.get_context("spawn").Process(target=make_models, args=(options, base, candidate))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            sys.exit("the models could not be made")
         result = measure(options, base, candidate, phrase_pairs(options.pairs))
     print_table(result)
     print(json.dumps(result))
@@ -103,6 +107,13 @@ def phrase_pairs(count: int) -> list[Pair]:
     return pairs[:count]
 
 
+def make_models(options: argparse.Namespace, base: Path, candidate: Path) -> None:
+    """The base and one candidate, on disk."""
+    tokenizer = word_tokenizer(options.vocabulary)
+    make_model(options, tokenizer, base, None)
+    make_model(options, tokenizer, candidate, base)
+
+
 def make_model(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, folder: Path, base: Path | None
 ) -> None:
@@ -140,15 +151,19 @@ def measure(options: argparse.Namespace, base: Path, candidate: Path, pairs: lis
     """Alternate the measurements; times are medians. Memory is that of the first search, in a process still clean."""
     ratios = tuple(round((index + 1) / (options.ratios + 1), 3) for index in range(options.ratios))
     dtype = getattr(torch, options.dtype)
-    searches, ideals = [], []
-    for _ in range(options.repeats):
+    searches, ideals, naive = [], [], None
+    for repeat in range(options.repeats):
         searches.append(search_once(options, base, candidate, pairs, ratios))
         products = matrix_products(options, searches[-1])
         ideals.append(sum(count * product_seconds(shape, dtype) for shape, count in products.items()))
-    naive = None if options.no_naive else naive_seconds(options, base, candidate, pairs, ratios)
+        if not options.no_naive:
+            # Its two models come after the first search, whose memory is measured.
+            naive = naive or NaiveLayers(options, base, candidate, pairs, ratios)
+            naive.measure(repeat % options.layers)
     flops = sum(2 * count * math.prod(shape) for shape, count in products.items())
     seconds, ideal = (statistics.median(values) for values in ([s.seconds for s in searches], ideals))
     tokens = options.layers * (options.layers + 1) / 2 * options.ratios * searches[0].tokens
+    naive_total = naive and naive.seconds()
     base_bytes = parameter_count(base) * dtype.itemsize
     return {
         "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -163,8 +178,8 @@ def measure(options: argparse.Namespace, base: Path, candidate: Path, pairs: lis
         "packed_tokens": searches[0].tokens,
         "layout": searches[0].layout,
         "search_seconds": round(seconds, 2),
-        "naive_seconds": naive and round(naive, 1),
-        "times_naive": naive and round(naive / seconds, 1),
+        "naive_seconds": naive_total and round(naive_total, 1),
+        "times_naive": naive_total and round(naive_total / seconds, 1),
         "gflop": round(flops / 1e9),
         "machine_gflop_per_second": round(flops / ideal / 1e9, 1),
         "fraction_of_matrix_rate": round(ideal / seconds, 3),
@@ -260,22 +275,31 @@ def product_seconds(shape: Shape, dtype: torch.dtype) -> float:
     return statistics.median(times[number:])
 
 
-def naive_seconds(
-    options: argparse.Namespace, base: Path, candidate: Path, pairs: list[Pair], ratios: tuple[float, ...]
-) -> float:
-    """A naive merge in float32 of the first two layers, scaled to all layers."""
-    naive = reference.NaiveMerge(str(base), [], pairs, list(ratios), [options.method])
-    naive.run()
-    other = reference.load(str(candidate), torch.float32)
-    start = time.perf_counter()
-    for layer in range(2):
-        naive.decide(
+class NaiveLayers:
+    """A naive merge in float32, one layer at a time; whole models are copied, so it keeps two of its own."""
+
+    def __init__(
+        self, options: argparse.Namespace, base: Path, candidate: Path, pairs: list[Pair], ratios: tuple[float, ...]
+    ) -> None:
+        """Load both models and score the base; none of this is timed."""
+        self.layers, self.method, self.times = options.layers, options.method, []
+        self.merge = reference.NaiveMerge(str(base), [], pairs, list(ratios), [options.method]).run()
+        self.other = reference.load(str(candidate), torch.float32)
+
+    def measure(self, layer: int) -> None:
+        """Time the search of one layer."""
+        start = time.perf_counter()
+        self.merge.decide(
             "candidate",
             layer,
-            options.method,
-            lambda model, ratio, layer=layer: naive.mix(model, other, layer, options.method, ratio),
+            self.method,
+            lambda model, ratio: self.merge.mix(model, self.other, layer, self.method, ratio),
         )
-    return (time.perf_counter() - start) / 2 * options.layers
+        self.times.append(time.perf_counter() - start)
+
+    def seconds(self) -> float:
+        """The median layer, times the number of layers."""
+        return statistics.median(self.times) * self.layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------

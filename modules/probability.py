@@ -129,8 +129,8 @@ class Scorer:
             found.append(compute(forward, *args, **kwargs))
             return self._in_form(layer, found[0])
 
-        one = self._inputs[index].columns[:1]
-        self._forward(index, {**self._passing(range(len(self._layers))), layer: recording}, one)
+        no_columns = self._inputs[index].columns[:0]
+        self._forward(index, {**self._passing(range(len(self._layers))), layer: recording}, no_columns)
         return found[0]
 
     def _in_form(self, layer: int, hidden: Tensor) -> Any:
@@ -152,18 +152,18 @@ class Scorer:
 
         shortest = min(range(len(self._inputs)), key=lambda index: self._inputs[index].ids.numel())
         with torch.no_grad():
-            self._forward(shortest, {layer: noting(layer) for layer in range(len(self._layers))}, None)
+            columns = self._inputs[shortest].columns[:0]
+            self._forward(shortest, {layer: noting(layer) for layer in range(len(self._layers))}, columns)
         return forms
 
     # -- the model's forward and what is read from it -----------------------------------------------------------------
 
-    def _forward(self, index: int, forwards: Mapping[int, Forward], columns: Tensor | None) -> Tensor:
+    def _forward(self, index: int, forwards: Mapping[int, Forward], columns: Tensor) -> Tensor:
         """Logits at the given columns of one pack, (R * B, columns, V), with some layers' forwards replaced."""
-        keep = self._inputs[index].columns[:1] if columns is None else columns
-        options = {"logits_to_keep": keep} if self._takes_columns else {}
+        options = {"logits_to_keep": columns} if self._takes_columns else {}
         with _replaced(self._layers, forwards):
             logits = self._module(**self._inputs[index].arguments, use_cache=False, **options).logits
-        return logits if self._takes_columns else logits[:, keep]
+        return logits if self._takes_columns else logits[:, columns]
 
     def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]]) -> list[list[float]]:
         """Run all packs, add up each phrase's token log-probabilities; one copy to the host. (stack, pairs)"""

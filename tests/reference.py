@@ -66,6 +66,8 @@ class NaiveMerge:
             trial = copy.deepcopy(self.model)
             mix(trial, ratio)
             trials.append((ratio, trial, self.log_probabilities(trial)))
+        # Nothing is remembered: the present state is scored again, as the original script does before every layer.
+        self.current = self.log_probabilities(self.model)
         before = self.scores(self.current)
         best = None
         for ratio, trial, log_probabilities in trials:
