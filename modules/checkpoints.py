@@ -66,15 +66,19 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU, in their stored dtype. Raises CheckpointError if a file can't be read."""
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
         tensors = {}
-        for file, wanted in by_file.items():
+        for file, wanted in self.by_file(names).items():
             # pread, not a memory map: a file that shrinks or a mount that vanishes is then an error, not a crash.
             with _reading(self.path / file), safe_open(self.path / file, "pt", backend="pread") as shard:
                 tensors.update((name, shard.get_tensor(name)) for name in wanted)
         return tensors
+
+    def by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The names, grouped by the shard that holds them."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self.tensors[name].file, []).append(name)
+        return groups
 
     def stored_name(self, name: str) -> str | None:
         """The stored name of a module's tensor, or None if the checkpoint has no such tensor.

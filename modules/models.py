@@ -196,10 +196,8 @@ class ResidentModel:
         Raises CheckpointError if a file can't be written.
         """
         copy_companions(self.checkpoint.path, folder, self.saved_dtype)
-        by_file: dict[str, list[str]] = {}
-        for name, info in self.checkpoint.tensors.items():
-            by_file.setdefault(info.file, []).append(name)
-        write_shards(folder, {file: self._saved(names) for file, names in by_file.items()})
+        shards = self.checkpoint.by_file(self.checkpoint.tensors)
+        write_shards(folder, {file: self._saved(names) for file, names in shards.items()})
 
     def _saved(self, stored_names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """One shard's tensors: the model's own where it has them, else as they lie in the base's file."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from modules.composition import Merge, Shares
 from modules.config import Config, Pair
 from modules.search import Decision
-from modules.strategies import probability
+from modules.strategies import probability, scores, total
 
 PHRASE_WIDTH, CONTEXT_WIDTH = 24, 28
 
@@ -72,11 +72,8 @@ def phrase_table(
     raw_total = sum(
         probability(value) * (-1 if pair.kind == "GOOD" else 1) for pair, value in zip(pairs, now, strict=True)
     )
-    used_total = sum(probability(value) * weight for value, weight in zip(now, weights, strict=True))
-    used_before = used_total
-    if start is not None:
-        used_before = sum(probability(value) * weight for value, weight in zip(start, weights, strict=True))
-    change = "N/A" if start is None else _percent(used_total - used_before, signed=True)
+    used_total = total(scores(now, weights))
+    change = "N/A" if start is None else _percent(used_total - total(scores(start, weights)), signed=True)
     totals = ("", "Total (bad - good)", "", _percent(raw_total), _percent(used_total), change)
     widths = (4, PHRASE_WIDTH, CONTEXT_WIDTH, 10, 12, 12)
     body = [_row(row, widths) for row in (header, *rows, totals)]

@@ -145,30 +145,22 @@ def test_half_precision_is_close(llama, dtype):
 
 LONG = Pair("BAD", "spine", "It sent shivers down her spine. " * 6)
 
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 ARCHITECTURES = {
     "gpt2": (lambda size: tiny.gpt2_config(size), "forest"),
     "qwen2": (
-        lambda size: Qwen2Config(
-            vocab_size=size,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        ),
+        lambda size: Qwen2Config(vocab_size=size, **SMALL),
         "forest",
     ),
     # A window shorter than the longest pair: a tree mask would lift it.
     "mistral": (
-        lambda size: MistralConfig(
-            vocab_size=size,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            sliding_window=16,
-        ),
+        lambda size: MistralConfig(vocab_size=size, sliding_window=16, **SMALL),
         "rows",
     ),
     # Takes a tree mask, but reckons positions from columns.
