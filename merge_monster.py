@@ -7,11 +7,10 @@ Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't
 
 import argparse
 import sys
-import traceback
 from collections.abc import Sequence
 
 from modules.config import Config, ConfigError, load_config
-from modules.console import Console
+from modules.console import Console, show_any_character
 
 VERSION = "1.0.0"
 
@@ -28,9 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without Unicode shows "?" rather than ending the run
-            stream.reconfigure(errors="replace")
+    show_any_character()
     try:
         config = load_config(options.config, options.device, options.output)
         console = Console("merge-monster")
@@ -44,29 +41,11 @@ def start(options: argparse.Namespace) -> int:
 def run(config: Config, console: Console, overwrite: bool) -> int:
     """Merge, and turn every failure into one line and an exit code."""
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
-    import torch
-
-    from modules.checkpoints import CheckpointError
+    from modules.failures import exit_code
     from modules.run import merge_models
 
-    try:
-        merge_models(config, console, overwrite)
-    except ConfigError as error:
-        console.error(f"ERROR: {error}")
-        return 2
-    except (CheckpointError, OSError) as error:
-        console.error(f"ERROR: {error}\nNothing was written to {config.directories.output_directory}.")
-        return 1
-    except torch.OutOfMemoryError as error:
-        console.error(f"ERROR: out of memory: {str(error).splitlines()[0]}")
-        return 1
-    except KeyboardInterrupt:
-        console.error(f"Interrupted. Nothing was written to {config.directories.output_directory}.")
-        return 130
-    except Exception:
-        console.error(f"{traceback.format_exc()}\nThis is a bug in Merge Monster. The log is {console.log_path}.")
-        return 1
-    return 0
+    untouched = f"Nothing was written to {config.directories.output_directory}."
+    return exit_code(lambda: merge_models(config, console, overwrite), console, untouched)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

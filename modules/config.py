@@ -34,8 +34,12 @@ class Pair:
 
     def __str__(self) -> str:
         """The pair in a message; of a long context its end is shown."""
-        end = self.context if len(self.context) <= 40 else "..." + self.context[-37:]
-        return f"the phrase '{self.phrase}' after '{end}'"
+        return f"the phrase '{self.phrase}' after '{shortened(self.context)}'"
+
+
+def shortened(context: str) -> str:
+    """A context in a message: of a long one, its end."""
+    return context if len(context) <= 40 else "..." + context[-37:]
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,18 @@ class Directories:
     """Where the models come from and where the merge goes."""
 
     model_path1: str  # the base model's folder
-    output_directory: str  # the merged model's folder
+    output_directory: str  # the merged model's folder; empty if the mapper runs without one
     model_directory: str | None = None  # its sub-folders are the candidates, unless models_to_merge names them
+
+
+@dataclass(frozen=True)
+class Mapper:
+    """How far the mapper follows the model; `mapper` in the YAML file."""
+
+    prob_min: float = 10.0  # percent; a less probable next token is not followed
+    top_k: int = 3  # next tokens followed at every place
+    max_depth: int = 5  # tokens of a branch
+    additional_length: int = 20  # tokens by which every branch is continued greedily, to be read
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,7 @@ class Config:
     dtype: str = "auto"  # auto computes in the checkpoint's half type and saves what the base stores
     random_seed: int = 512
     trust_remote_code: bool = False  # run Python code that a checkpoint brings along
+    mapper: Mapper = field(default_factory=Mapper)  # read by monster_mapper.py only
     text: str = field(default="", repr=False)  # the YAML file to the letter; not a key
 
     @property
@@ -74,14 +89,31 @@ class Config:
         return self.bad_phrases + self.good_phrases
 
 
-def load_config(path: str | Path, device: str | None = None, output: str | None = None) -> Config:
-    """Read and check a YAML file; `device` and `output` replace the file's own values.
+@dataclass(frozen=True)
+class _Request:
+    """What the command line asks for: values in place of the file's own, and whether it is the mapper that asks."""
 
+    device: str | None
+    output: str | None
+    model: str | None
+    mapping: bool
+
+
+def load_config(
+    path: str | Path,
+    device: str | None = None,
+    output: str | None = None,
+    model: str | None = None,
+    mapping: bool = False,
+) -> Config:
+    """Read and check a YAML file; `device`, `output` and `model`, the base, replace the file's own values.
+
+    mapping: for the mapper, which needs neither candidates nor an output directory.
     Raises ConfigError with one line for every error found.
     """
     text, document = _read_yaml(Path(path))
     errors: list[str] = []
-    config = replace(_parse(document, errors, device, output), text=text)
+    config = replace(_parse(document, errors, _Request(device, output, model, mapping)), text=text)
     errors = list(dict.fromkeys(errors))
     if errors:
         noun = "error" if len(errors) == 1 else "errors"
@@ -204,10 +236,13 @@ def _threshold(value: Any) -> float:
     return float(value)
 
 
-def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise _Invalid("expected a whole number of at least 0")
-    return value
+def _whole_number(low: int) -> Check:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
+            raise _Invalid(f"expected a whole number of at least {low}")
+        return value
+
+    return check
 
 
 def _choice(*allowed: str) -> Check:
@@ -289,21 +324,21 @@ class _Section:
         return [(f"{self._name(key)}[{i}]", item) for i, item in enumerate(value)]
 
 
-_CONFIG_KEYS = (*tuple(f.name for f in fields(Config) if f.name != "text"), "mapper")
+_CONFIG_KEYS = tuple(f.name for f in fields(Config) if f.name != "text")
 _DEFAULTS = {f.name: f.default for f in fields(Config)}
 
 
-def _parse(document: Any, errors: list[str], device: str | None, output: str | None) -> Config:
+def _parse(document: Any, errors: list[str], request: _Request) -> Config:
     top = _Section({} if document is None else document, "", _CONFIG_KEYS, errors)
 
     def take(key: str, check: Check) -> Any:
         return top.take(key, check, _DEFAULTS[key])
 
     bad, good = _phrase_lists(top, errors)
-    directories = _parse_directories(top.values.get("directories", {}), errors, output)
+    directories = _parse_directories(top.values.get("directories", {}), errors, request)
     config = Config(
         directories=directories,
-        models_to_merge=_list_of(top, "models_to_merge", _folder),
+        models_to_merge=_list_of(top, "models_to_merge", _candidate_check(request)),
         merge_ratios=take("merge_ratios", _one_or_more(_ratio)),
         merge_method=take("merge_method", _one_or_more(_choice(*METHODS))),
         merge_headers=take("merge_headers", _boolean),
@@ -315,25 +350,46 @@ def _parse(document: Any, errors: list[str], device: str | None, output: str | N
         phrase_files=_list_of(top, "phrase_files", lambda value: str(_path(value))),
         device=take("device", _device),
         dtype=take("dtype", _choice(*DTYPES)),
-        random_seed=take("random_seed", _seed),
+        random_seed=take("random_seed", _whole_number(0)),
         trust_remote_code=take("trust_remote_code", _boolean),
+        mapper=_parse_mapper(top.values.get("mapper"), errors),
     )
-    if device is not None:
-        config = replace(config, device=_argument("--device", device, _device, errors))
-    _check_together(config, top, errors)
+    if request.device is not None:
+        config = replace(config, device=_argument("--device", request.device, _device, errors))
+    _check_together(config, top, errors, request)
     return config
 
 
-def _parse_directories(value: Any, errors: list[str], output: str | None) -> Directories:
+def _candidate_check(request: _Request) -> Check:
+    """The mapper reads no candidates: they may still be missing."""
+    return _output if request.mapping else _folder
+
+
+def _parse_directories(value: Any, errors: list[str], request: _Request) -> Directories:
     section = _Section(value, "directories", tuple(f.name for f in fields(Directories)), errors)
-    if output is not None:
-        output_directory = _argument("--output", output, _output, errors)
+    if request.output is not None:
+        output_directory = _argument("--output", request.output, _output, errors)
     else:
-        output_directory = section.take("output_directory", _output)
+        output_directory = section.take("output_directory", _output, "" if request.mapping else _REQUIRED)
+    if request.model is not None:
+        base = _argument("--model", request.model, _folder, errors)
+    else:
+        base = section.take("model_path1", _folder)
     return Directories(
-        model_path1=section.take("model_path1", _folder),
+        model_path1=base,
         output_directory=output_directory,
-        model_directory=section.take("model_directory", _folder, None),
+        model_directory=section.take("model_directory", _candidate_check(request), None),
+    )
+
+
+def _parse_mapper(value: Any, errors: list[str]) -> Mapper:
+    section = _Section({} if value is None else value, "mapper", tuple(f.name for f in fields(Mapper)), errors)
+    default = Mapper()
+    return Mapper(
+        prob_min=section.take("prob_min", _number(0.0, 100.0, "a number from 0 to 100"), default.prob_min),
+        top_k=section.take("top_k", _whole_number(1), default.top_k),
+        max_depth=section.take("max_depth", _whole_number(1), default.max_depth),
+        additional_length=section.take("additional_length", _whole_number(0), default.additional_length),
     )
 
 
@@ -345,12 +401,12 @@ def _argument(name: str, value: str, check: Check, errors: list[str]) -> Any:
         return None
 
 
-def _check_together(config: Config, top: _Section, errors: list[str]) -> None:
+def _check_together(config: Config, top: _Section, errors: list[str], request: _Request) -> None:
     has_list = bool(top.values.get("models_to_merge"))
     has_directory = isinstance(top.values.get("directories"), Mapping) and top.values["directories"].get(
         "model_directory"
     )
-    if not has_list and not has_directory:
+    if not has_list and not has_directory and not request.mapping:
         errors.append("models_to_merge: no candidates; list models here or set directories.model_directory")
     if not config.pairs and not any("phrase" in line for line in errors):
         errors.append("bad_phrases, good_phrases: both are empty; there is nothing to score")

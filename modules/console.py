@@ -1,8 +1,10 @@
 """What the person at the terminal sees, and the log file that keeps it.
 
-Knows: lines, the log, one progress bar. Refuses to know: what the lines mean.
+Knows: lines, the log, colours, one progress bar. Refuses to know: what the lines mean.
 """
 
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,24 +26,44 @@ BANNER = r"""
 """
 
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # what `coloured` puts around a text
+_RED_TO_GREEN = (196, 202, 208, 214, 220, 226, 190, 154, 118, 82, 46)  # of the 256 colours that terminals share
+
+
+def coloured(text: str, share: float) -> str:
+    """Text that a terminal shows in red (share 0) to green (share 1); the log has it plain."""
+    colour = _RED_TO_GREEN[round(min(max(share, 0.0), 1.0) * (len(_RED_TO_GREEN) - 1))]
+    return f"\x1b[38;5;{colour}m{text}\x1b[0m"
+
+
+def show_any_character() -> None:
+    """A terminal without Unicode shows "?" for what it can't show, rather than ending the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 class Console:
     """Prints lines above the progress bar and appends each to the log at once, so that a crash loses nothing."""
 
     def __init__(self, name: str, folder: Path = Path("logs")) -> None:
         """Open logs/<name>-YYYYmmdd_HHMMSS.txt. Raises ConfigError if it can't be written."""
+        # https://no-color.org: any value but an empty one
+        self._in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         stamp = f"{datetime.now():%Y%m%d_%H%M%S}"
         try:
             folder.mkdir(exist_ok=True)
             self.log_path = _unused(folder, f"{name}-{stamp}")
-            self._log = self.log_path.open("x", encoding="utf-8")
+            self._log = self.log_path.open("x", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise ConfigError(f"the log can't be written to {folder.resolve()} ({error.strerror})") from None
 
     def line(self, text: str = "") -> None:
-        """Print to standard output and to the log."""
-        tqdm.write(text, file=sys.stdout)
+        """Print to standard output and to the log; in colour on a terminal, unless NO_COLOR is set."""
+        plain = _COLOURS.sub("", text)
+        tqdm.write(text if self._in_colour else plain, file=sys.stdout)
         sys.stdout.flush()
-        self._record(text)
+        self._record(plain)
 
     def lines(self, texts: Iterable[str]) -> None:
         """Print several lines."""

@@ -5,6 +5,7 @@ Knows: torch modules, devices, dtypes. Refuses to know: phrases, scores, strateg
 Layers and header are handed out as Parts: named tensors that can be merged, tried and installed, all alike.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from modules.checkpoints import Checkpoint, CheckpointError, copy_companions, first_line, write_shards
@@ -106,14 +107,15 @@ class ResidentModel:
         self.checkpoint = checkpoint
         self.saved_dtype = saved_dtype
         self.layers_name, self.layers = find_layers(module)
+        self._takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
         self._state = module.state_dict(keep_vars=True)
         self._input_first = _input_first_weights(module)
         self._stored_names = self._find_stored_names()
 
-    def describe(self) -> dict[str, object]:
+    def describe(self, saving: bool = True) -> dict[str, object]:
         """Device and dtype for the summary."""
-        saved = _name(self.saved_dtype or self.checkpoint.main_dtype())
-        return {"Device": self.device, "Dtype": f"{_name(self.dtype)}, saved as {saved}"}
+        saved = f", saved as {_name(self.saved_dtype or self.checkpoint.main_dtype())}" if saving else ""
+        return {"Device": self.device, "Dtype": _name(self.dtype) + saved}
 
     @property
     def device(self) -> torch.device:
@@ -134,6 +136,21 @@ class ResidentModel:
     def max_tokens(self) -> int | None:
         """The longest text the model takes, in tokens; None if its configuration sets no limit."""
         return getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
+
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text, by the model's configuration and its generation settings."""
+        configs = [self.module.config.get_text_config(), self.module.config]
+        settings = self.checkpoint.path / "generation_config.json"
+        if settings.is_file():
+            configs.append(GenerationConfig.from_pretrained(self.checkpoint.path, local_files_only=True))
+        found = [getattr(config, "eos_token_id", None) for config in configs]
+        return frozenset(token for ids in found if ids is not None for token in _as_list(ids))
+
+    def logits(self, arguments: Mapping[str, Any], columns: Tensor) -> Tensor:
+        """The model's own forward, read at the given columns: (B, columns, V)."""
+        if self._takes_columns:
+            return self.module(**arguments, logits_to_keep=columns).logits
+        return self.module(**arguments).logits[:, columns]
 
     def layer(self, index: int) -> Part:
         """The floating-point parameters and persistent buffers of one decoder layer."""
@@ -319,6 +336,10 @@ def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch
     if stored == torch.bfloat16:
         return torch.bfloat16
     return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def _as_list(ids: int | list[int]) -> list[int]:
+    return ids if isinstance(ids, list) else [ids]
 
 
 def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

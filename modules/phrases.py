@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modules.config import ConfigError, Pair
+from modules.config import ConfigError, Pair, shortened
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,15 @@ class Encoded:
 
     tokens: tuple[int, ...]
     start: int
+
+
+@dataclass(frozen=True)
+class Root:
+    """A context as token ids: that with which its completions begin."""
+
+    context: str
+    tokens: tuple[int, ...]  # at least one
+    spaces: str  # the spaces at the context's end; they are in no token here, a completion begins with them
 
 
 @dataclass(frozen=True)
@@ -68,10 +77,14 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tok
     for pair, item in zip(pairs, encoded, strict=True):
         if max_tokens is not None and len(item.tokens) - 1 > max_tokens:
             raise ConfigError(f"{pair} is {len(item.tokens)} tokens long; the base model takes {max_tokens}")
-        if max(item.tokens) >= vocabulary:
-            token = tokenizer.convert_ids_to_tokens(max(item.tokens))
-            raise ConfigError(f"{pair}: the base model has no embedding for its token '{token}'")
+        _check_embedded(tokenizer, pair, item.tokens, vocabulary)
     return encoded
+
+
+def _check_embedded(tokenizer: Any, what: object, tokens: Sequence[int], vocabulary: int) -> None:
+    if max(tokens) >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(max(tokens))
+        raise ConfigError(f"{what}: the base model has no embedding for its token '{token}'")
 
 
 def encode_pair(tokenizer: Any, context: str, phrase: str) -> Encoded:
@@ -92,6 +105,21 @@ def encode_pair(tokenizer: Any, context: str, phrase: str) -> Encoded:
     return Encoded(tuple(tokens[:end]), start)
 
 
+def encode_contexts(tokenizer: Any, contexts: Sequence[str], vocabulary: int) -> list[Root]:
+    """Token ids of contexts as `encode_pair` sees them before a phrase: without the spaces at their ends.
+
+    Raises ConfigError for a context with a token that the model's `vocabulary` rows lack.
+    """
+    roots = []
+    for context in contexts:
+        given = context.rstrip(" ")
+        tokens = tokenizer(given)["input_ids"] if given else []
+        tokens = tokens[: len(tokens) - _closing(tokenizer, given, tokens)] or [_first_token(tokenizer, context)]
+        _check_embedded(tokenizer, f"the context '{shortened(context)}'", tokens, vocabulary)
+        roots.append(Root(context, tuple(tokens), context[len(given) :]))
+    return roots
+
+
 def _split_by_offsets(tokenizer: Any, text: str, boundary: int) -> tuple[list[int], int, int]:
     """Tokens of the text and the range of those that end after `boundary` (in characters)."""
     encoding = tokenizer(text, return_offsets_mapping=True)
@@ -106,20 +134,24 @@ def _split_by_prefix(tokenizer: Any, text: str, boundary: int) -> tuple[list[int
     shared = 0
     while shared < min(len(tokens), len(given)) and tokens[shared] == given[shared]:
         shared += 1
-    # A tokenizer that closes every text with a special token closes this one too; it is not the phrase's.
+    return tokens, shared, len(tokens) - _closing(tokenizer, text, tokens)
+
+
+def _closing(tokenizer: Any, text: str, tokens: Sequence[int]) -> int:
+    """How many of a text's tokens are special ones with which the tokenizer closes every text."""
     added = len(tokens) - len(tokenizer(text, add_special_tokens=False)["input_ids"])
     leading = 0
     while leading < min(added, len(tokens)) and tokens[leading] in tokenizer.all_special_ids:
         leading += 1
-    return tokens, shared, len(tokens) - (added - leading)
+    return added - leading
 
 
-def _first_token(tokenizer: Any, phrase: str) -> int:
-    """What a text begins with, for phrases with nothing before them: BOS, or EOS where there is no BOS."""
+def _first_token(tokenizer: Any, text: str) -> int:
+    """What a text begins with that has nothing before it: BOS, or EOS where there is no BOS."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
-    raise ConfigError(f"the phrase '{phrase}' needs a context: this tokenizer has neither a BOS nor an EOS token")
+    raise ConfigError(f"the phrase '{text}' needs a context: this tokenizer has neither a BOS nor an EOS token")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,49 +177,54 @@ def build_packs(encoded: Sequence[Encoded], layout: str, token_budget: int) -> l
     return [_row_pack([item]) for item in by_length]
 
 
-class _Tree:
-    """The token tree of one pack while it grows: one node per distinct token prefix, parents before children."""
+class TokenTree:
+    """Token paths that share their beginnings: one node per distinct prefix, parents before children."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.children: dict[tuple[int, int], int] = {}  # (parent, token) -> node
-        self.targets: list[Target] = []
+        self.parents: list[int] = []  # -1 for a root
+        self._children: dict[tuple[int, int], int] = {}  # (parent, token) -> node
 
-    def new_nodes(self, item: Encoded) -> int:
-        """How many nodes the pair would add."""
-        node, depth, inputs = -1, 0, item.tokens[:-1]
-        while depth < len(inputs) and (node, inputs[depth]) in self.children:
-            node, depth = self.children[node, inputs[depth]], depth + 1
-        return len(inputs) - depth
+    def __len__(self) -> int:
+        return len(self.tokens)
 
-    def add(self, pair: int, item: Encoded) -> None:
-        node = -1
-        for index, token in enumerate(item.tokens):
-            if index >= item.start:
-                self.targets.append(Target(0, node, token, pair, index - item.start))
-            if index < len(item.tokens) - 1:
-                node = self._child(node, token)
+    def known(self, path: Sequence[int]) -> list[int]:
+        """The nodes of the path's longest beginning that is in the tree."""
+        nodes: list[int] = []
+        for token in path:
+            node = self._children.get((nodes[-1] if nodes else -1, token))
+            if node is None:
+                break
+            nodes.append(node)
+        return nodes
 
-    def _child(self, parent: int, token: int) -> int:
-        if (parent, token) not in self.children:
-            self.children[parent, token] = len(self.tokens)
-            self.tokens.append(token)
-            self.parents.append(parent)
-        return self.children[parent, token]
+    def add(self, path: Sequence[int]) -> list[int]:
+        """All nodes of the path; those that are missing are made."""
+        nodes = self.known(path)
+        for token in path[len(nodes) :]:
+            nodes.append(self.new_node(nodes[-1] if nodes else -1, token))
+        return nodes
 
-    def pack(self) -> Pack:
-        return Pack((tuple(self.tokens),), tuple(self.targets), tuple(self.parents))
+    def new_node(self, parent: int, token: int) -> int:
+        """Another node behind a parent; a path that leads over this token leads over this node from now on."""
+        self._children[parent, token] = len(self.tokens)
+        self.tokens.append(token)
+        self.parents.append(parent)
+        return len(self.tokens) - 1
 
 
 def _forest_packs(ordered: Iterable[tuple[int, Encoded]], token_budget: int) -> list[Pack]:
     """Sorted pairs keep shared prefixes together, so cutting at the budget repeats few of them."""
-    trees = [_Tree()]
+    forests: list[tuple[TokenTree, list[Target]]] = [(TokenTree(), [])]
     for pair, item in ordered:
-        if trees[-1].tokens and len(trees[-1].tokens) + trees[-1].new_nodes(item) > token_budget:
-            trees.append(_Tree())
-        trees[-1].add(pair, item)
-    return [tree.pack() for tree in trees]
+        tree, inputs = forests[-1][0], item.tokens[:-1]
+        if len(tree) and len(tree) + len(inputs) - len(tree.known(inputs)) > token_budget:
+            forests.append((TokenTree(), []))
+        tree, targets = forests[-1]
+        nodes = tree.add(inputs)
+        for index in range(item.start, len(item.tokens)):
+            targets.append(Target(0, nodes[index - 1], item.tokens[index], pair, index - item.start))
+    return [Pack((tuple(tree.tokens),), tuple(targets), tuple(tree.parents)) for tree, targets in forests]
 
 
 def _groups(by_length: Iterable[tuple[int, Encoded]], token_budget: int) -> list[list[tuple[int, Encoded]]]:

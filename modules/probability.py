@@ -12,19 +12,17 @@ The tail forward, for layer i and R trials on one pack of T tokens (B batch, H h
 Everything but the layers stays the model's own forward: embedding, masks, position embeddings, norm and head.
 """
 
-import inspect
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modules.config import ConfigError
+from modules.inputs import Inputs, Targets
 from modules.models import ResidentModel
-from modules.phrases import LAYOUTS, Encoded, Pack, build_packs
+from modules.phrases import LAYOUTS, Encoded, build_packs
 
 TOKEN_BUDGET = 1024  # tokens in one pack: enough to fill the processor, little enough that attention stays cheap
 HEAD_BUDGET = 64 << 20  # bytes of float32 logits at a time
@@ -34,6 +32,9 @@ SAMPLE = 16  # pairs on which a layout is verified
 # do, and this much where it happens to do nothing. An inexact layout differs by more: 0.015 for a tiny random MPT.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MOST_ROUNDING = 0.2
+
+# What architectures raise that do not take these inputs.
+NOT_TAKEN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)
 
 # A layer's forward while a tail forward runs: the layer's own forward, then the arguments it was called with.
 Forward = Callable[..., Any]
@@ -48,16 +49,21 @@ class Scorer:
     """
 
     def __init__(
-        self, model: ResidentModel, encoded: Sequence[Encoded], layout: str, token_budget: int = TOKEN_BUDGET
+        self,
+        model: ResidentModel,
+        encoded: Sequence[Encoded],
+        layout: str,
+        token_budget: int = TOKEN_BUDGET,
+        tolerance: float = 0.0,
     ) -> None:
-        self.layout = layout
+        """tolerance: what rounding alone makes of a log-probability per token, as the layout was verified with."""
+        self.layout, self.tolerance = layout, tolerance
         self.pairs = len(encoded)
-        self._module, self._layers = model.module, model.layers
-        self._takes_columns = "logits_to_keep" in inspect.signature(model.module.forward).parameters
+        self._model, self._layers = model, model.layers
         packs = build_packs(encoded, layout, token_budget)
         self.pair_tokens = sum(len(item.tokens) for item in encoded)
         self.packed_tokens = sum(pack.tokens for pack in packs)
-        self._inputs = [_Input.of(pack, model.device, model.dtype) for pack in packs]
+        self._inputs = [Inputs.of(pack, model.device, model.dtype) for pack in packs]
         self.columns = sum(len(inputs.columns) for inputs in self._inputs)  # at which the head is read
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
         self._returns_tuple = self._learn_return_form()
@@ -160,10 +166,8 @@ class Scorer:
 
     def _forward(self, index: int, forwards: Mapping[int, Forward], columns: Tensor) -> Tensor:
         """Logits at the given columns of one pack, (R * B, columns, V), with some layers' forwards replaced."""
-        options = {"logits_to_keep": columns} if self._takes_columns else {}
         with _replaced(self._layers, forwards):
-            logits = self._module(**self._inputs[index].arguments, use_cache=False, **options).logits
-        return logits if self._takes_columns else logits[:, columns]
+            return self._model.logits({**self._inputs[index].arguments, "use_cache": False}, columns)
 
     def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]]) -> list[list[float]]:
         """Run all packs, add up each phrase's token log-probabilities; one copy to the host. (stack, pairs)"""
@@ -176,7 +180,7 @@ class Scorer:
                 places[:, targets.pairs, targets.places] = chosen - normaliser[:, targets.rows, targets.columns]
         return places.sum(-1).tolist()
 
-    def _logits(self, index: int, stack: int, forwards: dict[int, Forward]) -> Iterator[tuple[Tensor, "_Targets"]]:
+    def _logits(self, index: int, stack: int, forwards: dict[int, Forward]) -> Iterator[tuple[Tensor, Targets]]:
         """Float32 logits (stack, B, columns, V) of one pack and the targets in them, in chunks of bounded size."""
         inputs, last = self._inputs[index], len(self._layers) - 1
         final: list[Tensor] = []  # the hidden states behind the last layer, kept for the second chunk on
@@ -189,7 +193,7 @@ class Scorer:
         def repeating(_forward: Forward, *_args: Any, **_kwargs: Any) -> Any:
             return self._in_form(last, final[0])
 
-        column_bytes = 4 * stack * inputs.ids.shape[0] * self._module.config.get_text_config().vocab_size
+        column_bytes = 4 * stack * inputs.ids.shape[0] * self._model.vocabulary
         chunk = max(1, HEAD_BUDGET // column_bytes)
         for first, columns in zip(range(0, len(inputs.columns), chunk), inputs.columns.split(chunk), strict=True):
             layers = {**forwards, last: recording} if first == 0 else {**self._passing(range(last)), last: repeating}
@@ -210,16 +214,16 @@ def build_scorer(model: ResidentModel, encoded: Sequence[Encoded], token_budget:
     rounding = _deviation(Scorer(model, sample, "rows", token_budget).score(), exact, sample)
     limit = min(3 * rounding + ROUNDING[model.dtype], MOST_ROUNDING)
     for layout in LAYOUTS:
-        if layout == "forest" and _window(model) < len(by_length[0].tokens):
+        if layout == "forest" and reach(model) < len(by_length[0].tokens):
             continue  # a 4-D mask is used as given: it would lift the window
         try:
             results = _both_ways(Scorer(model, sample, layout, token_budget))
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            continue  # an architecture that does not take these inputs
+        except NOT_TAKEN:
+            continue
         if all(_deviation(result, exact, sample) <= limit for result in results):
-            return Scorer(model, encoded, layout, token_budget)
+            return Scorer(model, encoded, layout, token_budget, limit)
     raise ConfigError(f"{type(model.module).__name__}: scoring from the middle of this architecture is not exact")
 
 
@@ -247,81 +251,9 @@ def _unchanged() -> Iterator[None]:
     yield
 
 
-def _window(model: ResidentModel) -> float:
+def reach(model: ResidentModel) -> float:
     """How far back attention reaches in this model, in tokens."""
     return getattr(model.module.config.get_text_config(), "sliding_window", None) or float("inf")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A pack as the model takes it
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """Index tensors of one length: where in (B, columns, V) a target is read and where in (pairs, places) it goes."""
-
-    rows: Tensor
-    columns: Tensor
-    tokens: Tensor
-    pairs: Tensor
-    places: Tensor  # number of the token within its phrase
-
-
-@dataclass(frozen=True)
-class _Input:
-    """One pack on the device."""
-
-    arguments: Mapping[str, Tensor]  # of the model's forward
-    columns: Tensor  # the columns at which some row is read, ascending
-    targets: _Targets  # columns: numbers into `columns`, ascending
-    target_columns: Sequence[int]  # the same numbers on the host
-
-    @classmethod
-    def of(cls, pack: Pack, device: torch.device, dtype: torch.dtype) -> "_Input":
-        arguments = {"input_ids": torch.tensor(pack.rows)}
-        if pack.parents is not None:
-            arguments["attention_mask"], arguments["position_ids"] = _tree_mask(pack.parents, dtype)
-        columns = sorted({target.column for target in pack.targets})
-        number = {column: i for i, column in enumerate(columns)}
-        targets = sorted(pack.targets, key=lambda target: target.column)
-        table = [(t.row, number[t.column], t.token, t.pair, t.place) for t in targets]
-        return cls(
-            {name: tensor.to(device) for name, tensor in arguments.items()},
-            torch.tensor(columns, device=device),
-            _Targets(*torch.tensor(table, device=device).T.contiguous()),
-            [number[target.column] for target in targets],
-        )
-
-    @property
-    def ids(self) -> Tensor:
-        return self.arguments["input_ids"]
-
-    @property
-    def stackable(self) -> bool:
-        """Trials are stacked along the batch, where masks and position embeddings of batch 1 broadcast."""
-        return self.ids.shape[0] == 1
-
-    def targets_in(self, first: int, end: int) -> _Targets:
-        """The targets read at columns number first..end-1, their columns counted from `first`."""
-        t, cut = self.targets, slice(bisect_left(self.target_columns, first), bisect_left(self.target_columns, end))
-        return _Targets(t.rows[cut], t.columns[cut] - first, t.tokens[cut], t.pairs[cut], t.places[cut])
-
-
-def _tree_mask(parents: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Attention mask (1, 1, T, T) that lets a token see itself and its ancestors, and depths as positions (1, T).
-
-    The mask is added to the attention scores: 0 where a token is seen. A boolean one would be added as 0 and 1 by
-    eager attention.
-    """
-    size = len(parents)
-    seen = torch.zeros(size, size, dtype=torch.bool)
-    for token, parent in enumerate(parents):  # parents come before their children
-        if parent >= 0:
-            seen[token] = seen[parent]
-        seen[token, token] = True
-    mask = torch.zeros(size, size, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
-    return mask[None, None], seen.sum(-1)[None] - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

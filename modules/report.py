@@ -67,16 +67,16 @@ def phrase_table(
     for index, (pair, weight) in enumerate(zip(pairs, weights, strict=True)):
         raw = probability(now[index])
         before = raw if start is None else probability(start[index])
-        change = "N/A" if start is None else _percent((raw - before) * abs(weight), signed=True)
-        rows.append((pair.kind, pair.phrase, pair.context, _percent(raw), _percent(raw * abs(weight)), change))
+        change = "N/A" if start is None else percent((raw - before) * abs(weight), signed=True)
+        rows.append((pair.kind, pair.phrase, pair.context, percent(raw), percent(raw * abs(weight)), change))
     raw_total = sum(
         probability(value) * (-1 if pair.kind == "GOOD" else 1) for pair, value in zip(pairs, now, strict=True)
     )
     used_total = total(scores(now, weights))
-    change = "N/A" if start is None else _percent(used_total - total(scores(start, weights)), signed=True)
-    totals = ("", "Total (bad - good)", "", _percent(raw_total), _percent(used_total), change)
+    change = "N/A" if start is None else percent(used_total - total(scores(start, weights)), signed=True)
+    totals = ("", "Total (bad - good)", "", percent(raw_total), percent(used_total), change)
     widths = (4, PHRASE_WIDTH, CONTEXT_WIDTH, 10, 12, 12)
-    body = [_row(row, widths) for row in (header, *rows, totals)]
+    body = [row(cells, widths) for cells in (header, *rows, totals)]
     rule = "-" * len(body[0])
     notes = "* the model's own probability - ** after weighting; lower totals are better"
     return [rule, body[0], rule, *body[1:-1], rule, body[-1], rule, notes]
@@ -87,20 +87,21 @@ def composition_lines(shares: Shares) -> list[str]:
     return [f"{share * 100:6.2f}%  {model}" for model, share in shares.items()]
 
 
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "| " + " | ".join(_fit(cell, width) for cell, width in zip(cells, widths, strict=True)) + " |"
+def row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """One line of a table."""
+    return "| " + " | ".join(fit(cell, width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
 
-def _fit(text: str, width: int) -> str:
+def fit(text: str, width: int) -> str:
     """Text on one line in exactly `width` characters; a long text keeps its end, where a context meets its phrase."""
     text = "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
     return text.ljust(width) if len(text) <= width else "..." + text[len(text) - width + 3 :]
 
 
-def _percent(value: float, signed: bool = False) -> str:
+def percent(value: float, signed: bool = False) -> str:
     """A share as a percentage with five digits or so, whatever its size."""
-    percent = value * 100
-    digits = f"{percent:+.5f}" if signed else f"{percent:.5f}"
+    hundredths = value * 100
+    digits = f"{hundredths:+.5f}" if signed else f"{hundredths:.5f}"
     if len(digits) > 10:
-        digits = f"{percent:+.3e}" if signed else f"{percent:.3e}"
+        digits = f"{hundredths:+.3e}" if signed else f"{hundredths:.3e}"
     return digits + "%"

@@ -18,6 +18,8 @@ FLOORS = {
     "merging": 1,
     "phrases": 1,
     "checkpoints": 1,
+    "failures": 2,
+    "inputs": 2,
     "models": 2,
     "probability": 3,
     "search": 4,

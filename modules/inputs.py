@@ -1,0 +1,98 @@
+"""Packs as tensors on the device: what a model's forward takes, and where its answers are read.
+
+Knows: packs, tensors, attention masks. Refuses to know: models, probabilities, what the answers mean.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modules.phrases import Pack
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Index tensors of one length: where in (B, columns, V) a target is read and where in (pairs, places) it goes."""
+
+    rows: Tensor
+    columns: Tensor
+    tokens: Tensor
+    pairs: Tensor
+    places: Tensor  # number of the token within its phrase
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One pack on the device."""
+
+    arguments: Mapping[str, Tensor]  # of the model's forward
+    columns: Tensor  # the columns at which some row is read, ascending
+    targets: Targets  # columns: numbers into `columns`, ascending
+    target_columns: Sequence[int]  # the same numbers on the host
+
+    @classmethod
+    def of(cls, pack: Pack, device: torch.device, dtype: torch.dtype) -> "Inputs":
+        """A pack for a model on `device` that computes in `dtype`."""
+        arguments = {"input_ids": torch.tensor(pack.rows)}
+        if pack.parents is not None:
+            seen = sight(pack.parents)
+            arguments["attention_mask"], arguments["position_ids"] = tree_mask(seen, dtype), depths(seen)
+        columns = sorted({target.column for target in pack.targets})
+        number = {column: i for i, column in enumerate(columns)}
+        targets = sorted(pack.targets, key=lambda target: target.column)
+        table = [(t.row, number[t.column], t.token, t.pair, t.place) for t in targets]
+        return cls(
+            {name: tensor.to(device) for name, tensor in arguments.items()},
+            torch.tensor(columns, device=device),
+            Targets(*torch.tensor(table, device=device).T.contiguous()),
+            [number[target.column] for target in targets],
+        )
+
+    @property
+    def ids(self) -> Tensor:
+        """Input tokens, (B, T)."""
+        return self.arguments["input_ids"]
+
+    @property
+    def stackable(self) -> bool:
+        """Trials are stacked along the batch, where masks and position embeddings of batch 1 broadcast."""
+        return self.ids.shape[0] == 1
+
+    def targets_in(self, first: int, end: int) -> Targets:
+        """The targets read at columns number first..end-1, their columns counted from `first`."""
+        t, cut = self.targets, slice(bisect_left(self.target_columns, first), bisect_left(self.target_columns, end))
+        return Targets(t.rows[cut], t.columns[cut] - first, t.tokens[cut], t.pairs[cut], t.places[cut])
+
+
+def sight(parents: Sequence[int], before: Tensor | None = None) -> Tensor:
+    """Which tokens of a token tree each token sees, itself and its ancestors: (T, T), boolean.
+
+    parents: the column of each token's predecessor, -1 for a root; parents come before their children. before: the
+    sight (S, S) of tokens that are there already; the result is then that of the new ones, (T, S + T).
+    """
+    first = 0 if before is None else before.shape[0]
+    seen = torch.zeros(len(parents), first + len(parents), dtype=torch.bool)
+    for row, parent in enumerate(parents):
+        if parent >= first:
+            seen[row] = seen[parent - first]
+        elif parent >= 0 and before is not None:
+            seen[row, :first] = before[parent]
+        seen[row, first + row] = True
+    return seen
+
+
+def tree_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the attention scores of tokens with this sight, 0 where a token is seen: (1, 1, T, S + T).
+
+    A boolean mask would be added as 0 and 1 by eager attention.
+    """
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    return mask[None, None]
+
+
+def depths(seen: Tensor) -> Tensor:
+    """The positions of tokens with this sight, (1, T): a token's distance from its root."""
+    return seen.sum(-1)[None] - 1

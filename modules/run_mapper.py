@@ -1,0 +1,107 @@
+"""One whole mapping, from the configuration to the printed trees and the files that were asked for.
+
+Knows: the order of the steps. Refuses to know: how any of them is done.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modules import mapping_report
+from modules.checkpoints import load_tokenizer, open_checkpoint
+from modules.config import Config, ConfigError, Pair
+from modules.console import Console
+from modules.continuation import build_continuation
+from modules.mapping import CompletionTree, Explorer, Standing, standings
+from modules.models import ResidentModel, load_model
+from modules.phrases import Encoded, encode_contexts, encode_pairs
+from modules.probability import build_scorer
+from modules.run import prepare_libraries
+from modules.spelling import Spelling
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Files that are written beside the log; None for those that nobody asked for."""
+
+    json: Path | None
+    yaml: Path | None
+
+
+def map_model(config: Config, console: Console, exports: Exports) -> None:
+    """Explore every context of a config under its base model, print what was found, write what was asked for.
+
+    Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
+    """
+    prepare_libraries(config.random_seed)
+    console.timed("THE MONSTER MAPPER LOOKS AROUND")
+    checkpoint = open_checkpoint(Path(config.directories.model_path1), "model", config.trust_remote_code)
+    model = load_model(checkpoint, config.device, config.dtype, config.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
+    spelling = Spelling(tokenizer, model.vocabulary)
+    trees, phrases = explore(config, console, model, tokenizer, spelling)
+    everything = [standing for group in phrases for standing in group]
+    console.lines(mapping_report.table(everything, config.mapper))
+    if exports.json:
+        found = mapping_report.document(config, trees, phrases, spelling)
+        write_text(exports.json, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+        console.timed(f"The whole tree is in {exports.json}")
+    if exports.yaml:
+        write_text(exports.yaml, mapping_report.phrase_list(everything, config.directories.model_path1))
+        console.timed(f"The suggestions are in {exports.yaml}")
+    console.timed(f"Done. The log is {console.log_path}")
+
+
+def explore(
+    config: Config, console: Console, model: ResidentModel, tokenizer: Any, spelling: Spelling
+) -> tuple[list[CompletionTree], list[list[Standing]]]:
+    """The tree of every distinct context and how its phrases stand, printed one context after another."""
+    encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
+    scorer = build_scorer(model, encoded)
+    phrases: dict[str, list[tuple[Pair, Encoded, float]]] = {pair.context: [] for pair in config.pairs}
+    for pair, item, log_probability in zip(config.pairs, encoded, scorer.score(), strict=True):
+        phrases[pair.context].append((pair, item, log_probability))
+    roots = encode_contexts(tokenizer, list(phrases), model.vocabulary)
+    settings = config.mapper
+    longest = max(len(root.tokens) for root in roots) + settings.max_depth + settings.additional_length
+    continuation = build_continuation(model, spelling, scorer, [root.tokens for root in roots], longest)
+    console.lines(mapping_report.summary(config, len(roots), model.describe(saving=False), continuation.way))
+    trees, stands = [], []
+    with console.progress(len(roots)) as bar:
+        explorer = Explorer(continuation, settings, spelling, model.end_tokens(), bar.update)
+        for tree in explorer.explore(roots):
+            trees.append(tree)
+            stands.append(standings(tree, phrases[tree.root.context], settings, spelling))
+            number = f"{len(trees)}/{len(roots)}"
+            console.lines(mapping_report.tree_lines(number, tree, stands[-1], settings, spelling))
+    return trees, stands
+
+
+def check_exports(exports: Exports, inputs: Sequence[Path], overwrite: bool) -> None:
+    """Raise ConfigError if a file can't be written, or writing it would destroy something."""
+    for option, path in (("--json", exports.json), ("--yaml", exports.yaml)):
+        if path is None:
+            continue
+        if path.resolve() in [file.resolve() for file in inputs]:
+            raise ConfigError(f"{option} {path}: this file is read by this very run; name another one")
+        if path.is_dir() or not path.resolve().parent.is_dir():
+            raise ConfigError(f"{option} {path}: {'a folder' if path.is_dir() else 'its folder does not exist'}")
+        if path.exists() and not overwrite:
+            raise ConfigError(f"{option} {path}: this file exists; name another one, or add --overwrite")
+        if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+            raise ConfigError(f"{option} {path}: can't be written")
+    if exports.json and exports.yaml and exports.json.resolve() == exports.yaml.resolve():
+        raise ConfigError(f"--json and --yaml both name {exports.json}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or, if writing fails, as it was before."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""Show what a model would say in each context of a phrase list, and how the list's phrases compare.
+
+    python monster_mapper.py --config my.yaml
+
+Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or model can't be used, 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from merge_monster import VERSION
+from modules.config import Config, ConfigError, load_config
+from modules.console import Console, show_any_character
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    options = parse_arguments(arguments)
+    try:
+        return start(options)
+    except KeyboardInterrupt:
+        print("Interrupted before any work.", file=sys.stderr)
+        return 130
+
+
+def start(options: argparse.Namespace) -> int:
+    """Read the configuration, open the log and run."""
+    show_any_character()
+    try:
+        config = load_config(options.config, options.device, model=options.model, mapping=True)
+        console = Console("monster-mapper")
+    except ConfigError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return 2
+    with console:
+        return run(config, console, options)
+
+
+def run(config: Config, console: Console, options: argparse.Namespace) -> int:
+    """Map, and turn every failure into one line and an exit code."""
+    # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
+    from modules.failures import exit_code
+    from modules.run_mapper import Exports, check_exports, map_model
+
+    exports = Exports(options.json, options.yaml)
+    inputs = [Path(options.config), *map(Path, config.phrase_files)]
+
+    def work() -> None:
+        check_exports(exports, inputs, options.overwrite)
+        map_model(config, console, exports)
+
+    return exit_code(work, console, f"What was found so far is in {console.log_path}.")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Exits with code 2 on a wrong one."""
+    parser = argparse.ArgumentParser(
+        description="Show what a model would say in each context of a phrase list, and how the phrases compare.",
+        epilog="Any Merge Monster config will do; the mapper's own settings are explained in default-mapper.yaml.",
+    )
+    default = "default-mapper.yaml"
+    parser.add_argument("--config", metavar="FILE", default=default, help=f"settings (default: {default})")
+    parser.add_argument("--model", metavar="DIR", help="map this model in place of the file's base model")
+    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps; replaces the file's device")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that was found")
+    parser.add_argument("--yaml", metavar="FILE", type=Path, help="write the suggestions as a phrase list")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of --json and --yaml that exist")
+    parser.add_argument("--version", action="version", version=f"Monster Mapper {VERSION}")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
