@@ -24,7 +24,7 @@ from modules.probability import HEAD_BUDGET, NOT_TAKEN, Scorer, reach
 from modules.spelling import Spelling
 
 TOKEN_BUDGET = 2048  # tokens whose keys and values are kept: 1 GiB for a Llama 2 7B, a quarter for a Llama 3 8B
-VERIFIED = 4  # paths on which the kept keys and values are verified
+VERIFIED = 2  # paths on which the kept keys and values are verified
 COMPARED = 32  # likeliest next tokens that are compared
 
 Path = tuple[int, ...]  # token ids from the beginning of a text

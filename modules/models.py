@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,25 @@ class ResidentModel:
             configs.append(GenerationConfig.from_pretrained(self.checkpoint.path, local_files_only=True))
         found = [getattr(config, "eos_token_id", None) for config in configs]
         return frozenset(token for ids in found if ids is not None for token in _as_list(ids))
+
+    @cached_property
+    def tuples_returned(self) -> dict[int, tuple[None, ...]]:
+        """The layers that return a tuple, and what stands behind the hidden states in it: nothing that we need."""
+        forms: dict[int, tuple[None, ...]] = {}
+
+        def note(layer: int, output: Any) -> None:
+            if isinstance(output, tuple):
+                forms[layer] = (None,) * (len(output) - 1)
+
+        hooks = [
+            layer.register_forward_hook(lambda module, inputs, output, number=number: note(number, output))
+            for number, layer in enumerate(self.layers)
+        ]
+        with torch.no_grad():
+            self.module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return forms
 
     def logits(self, arguments: Mapping[str, Any], columns: Tensor) -> Tensor:
         """The model's own forward, read at the given columns: (B, columns, V)."""

@@ -59,14 +59,13 @@ class Scorer:
         """tolerance: what rounding alone makes of a log-probability per token, as the layout was verified with."""
         self.layout, self.tolerance = layout, tolerance
         self.pairs = len(encoded)
-        self._model, self._layers = model, model.layers
+        self._model, self._layers, self._returns = model, model.layers, model.tuples_returned
         packs = build_packs(encoded, layout, token_budget)
         self.pair_tokens = sum(len(item.tokens) for item in encoded)
         self.packed_tokens = sum(pack.tokens for pack in packs)
         self._inputs = [Inputs.of(pack, model.device, model.dtype) for pack in packs]
         self.columns = sum(len(inputs.columns) for inputs in self._inputs)  # at which the head is read
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
-        self._returns_tuple = self._learn_return_form()
         self._layer = 0  # the layer that the cached hidden states enter
         self._hidden: list[Tensor] = []  # one (B, T, H) per pack
 
@@ -141,26 +140,7 @@ class Scorer:
 
     def _in_form(self, layer: int, hidden: Tensor) -> Any:
         """Hidden states as this layer returns them."""
-        return (hidden, *self._returns_tuple[layer]) if layer in self._returns_tuple else hidden
-
-    def _learn_return_form(self) -> dict[int, tuple[None, ...]]:
-        """Layers that return a tuple, with what stands behind the hidden states in it (nothing we need)."""
-        forms: dict[int, tuple[None, ...]] = {}
-
-        def noting(layer: int) -> Forward:
-            def forward(own: Forward, *args: Any, **kwargs: Any) -> Any:
-                output = own(*args, **kwargs)
-                if isinstance(output, tuple):
-                    forms[layer] = (None,) * (len(output) - 1)
-                return output
-
-            return forward
-
-        shortest = min(range(len(self._inputs)), key=lambda index: self._inputs[index].ids.numel())
-        with torch.no_grad():
-            columns = self._inputs[shortest].columns[:0]
-            self._forward(shortest, {layer: noting(layer) for layer in range(len(self._layers))}, columns)
-        return forms
+        return (hidden, *self._returns[layer]) if layer in self._returns else hidden
 
     # -- the model's forward and what is read from it -----------------------------------------------------------------
 
@@ -201,8 +181,10 @@ class Scorer:
             yield logits.unflatten(0, (stack, -1)), inputs.targets_in(first, first + len(columns))
 
 
-def build_scorer(model: ResidentModel, encoded: Sequence[Encoded], token_budget: int = TOKEN_BUDGET) -> Scorer:
-    """A scorer in the fastest layout that is exact for this model.
+def build_scorer(
+    model: ResidentModel, encoded: Sequence[Encoded], token_budget: int = TOKEN_BUDGET, tails: bool = True
+) -> Scorer:
+    """A scorer in the fastest layout that is exact for this model. tails: whether it will score trials.
 
     Compares, on some pairs with the longest among them, each layout and its tail forward with plain forwards of one
     pair at a time. Raises ConfigError if not even those agree with their tail forward.
@@ -217,7 +199,8 @@ def build_scorer(model: ResidentModel, encoded: Sequence[Encoded], token_budget:
         if layout == "forest" and reach(model) < len(by_length[0].tokens):
             continue  # a 4-D mask is used as given: it would lift the window
         try:
-            results = _both_ways(Scorer(model, sample, layout, token_budget))
+            scorer = Scorer(model, sample, layout, token_budget)
+            results = [scorer.score(), *(_tail_scores(scorer) if tails else [])]
         except torch.OutOfMemoryError:
             raise
         except NOT_TAKEN:
@@ -227,13 +210,12 @@ def build_scorer(model: ResidentModel, encoded: Sequence[Encoded], token_budget:
     raise ConfigError(f"{type(model.module).__name__}: scoring from the middle of this architecture is not exact")
 
 
-def _both_ways(scorer: Scorer) -> list[list[float]]:
-    """The model's scores by whole forwards, and twice by a stacked tail forward from the middle."""
-    whole = scorer.score()
+def _tail_scores(scorer: Scorer) -> list[list[float]]:
+    """The model's own scores, twice, by a stacked tail forward from the middle."""
     scorer.restart()
     for _ in range(len(scorer._layers) // 2):
         scorer.advance()
-    return [whole, *scorer.score_trials([_unchanged, _unchanged])]
+    return scorer.score_trials([_unchanged, _unchanged])
 
 
 def _deviation(found: Sequence[float], exact: Sequence[float], encoded: Sequence[Encoded]) -> float:

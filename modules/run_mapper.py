@@ -60,7 +60,7 @@ def explore(
 ) -> tuple[list[CompletionTree], list[list[Standing]]]:
     """The tree of every distinct context and how its phrases stand, printed one context after another."""
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
-    scorer = build_scorer(model, encoded)
+    scorer = build_scorer(model, encoded, tails=False)
     phrases: dict[str, list[tuple[Pair, Encoded, float]]] = {pair.context: [] for pair in config.pairs}
     for pair, item, log_probability in zip(config.pairs, encoded, scorer.score(), strict=True):
         phrases[pair.context].append((pair, item, log_probability))

@@ -204,3 +204,91 @@ def naive_shares(method, width, t):
         for j in range(c + 3 * e + band, 3 * width):
             shares[j] = 0.0
     return [shares[j] for j in range(width)]
+
+
+@dataclass
+class NaiveBranch:
+    tokens: list
+    probabilities: list
+    extension: list
+
+    @property
+    def joint(self):
+        return math.prod(self.probabilities)
+
+
+@dataclass
+class NaiveMapper:
+    """The mapper as it is written down: one whole forward for every node and every token of a continuation."""
+
+    model: object
+    tokenizer: object
+    prob_min: float
+    top_k: int
+    max_depth: int
+    additional_length: int
+    ends: tuple = ()
+    answers: dict = field(default_factory=dict)  # what the model has said already, by path; None to ask each time
+
+    def branches(self, context):
+        given = context.rstrip(" ")
+        root = self.tokenizer(given)["input_ids"] if given else []
+        if not root:
+            bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            root = [bos if bos is not None else eos]
+        found = self.grow(root, [], [], context[len(given) :])
+        return sorted(found, key=lambda branch: (-branch.joint, branch.tokens))
+
+    def grow(self, root, tokens, probabilities, spaces):
+        if tokens and tokens[-1] in self.ends:
+            return [NaiveBranch(tokens, probabilities, [])]
+        children = []
+        if len(tokens) < self.max_depth:
+            likeliest = self.likeliest(root + tokens, spaces)[: self.top_k]
+            children = [(token, p) for token, p in likeliest if p * 100 >= self.prob_min]
+        if not children:
+            return [NaiveBranch(tokens, probabilities, self.continuation(root + tokens, spaces))]
+        return [
+            branch
+            for token, p in children
+            for branch in self.grow(root, [*tokens, token], [*probabilities, p], self.left(spaces, token))
+        ]
+
+    def continuation(self, path, spaces):
+        extension = []
+        while len(extension) < self.additional_length and not (extension and extension[-1] in self.ends):
+            likeliest = self.likeliest(path + extension, spaces)
+            if not likeliest:
+                break
+            extension.append(likeliest[0][0])
+            spaces = self.left(spaces, extension[-1])
+        return extension
+
+    @torch.no_grad()
+    def likeliest(self, path, spaces):
+        """All tokens that may come next, the likeliest first."""
+        if len(path) > getattr(self.model.config, "max_position_embeddings", math.inf):
+            return []
+        if self.answers is None or tuple(path) not in self.answers:
+            logits = self.model(torch.tensor([path]), use_cache=False).logits[0, -1]
+            values, tokens = logits.double().softmax(-1).sort(descending=True, stable=True)  # of equals the lower id
+            answer = list(zip(tokens.tolist(), values.tolist(), strict=True))
+            if self.answers is None:
+                return self.allowed(answer, spaces)
+            self.answers[tuple(path)] = answer
+        return self.allowed(self.answers[tuple(path)], spaces)
+
+    def allowed(self, answer, spaces):
+        return [(token, p) for token, p in answer if self.may_come(spaces, token)] if spaces else answer
+
+    def may_come(self, spaces, token):
+        text = self.text(token)
+        return text != "" and (text.startswith(spaces) or spaces.startswith(text))
+
+    def left(self, spaces, token):
+        return spaces[len(self.text(token)) :] if spaces else ""
+
+    def text(self, token):
+        """What a token spells behind another one."""
+        first = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        return self.tokenizer.decode([*first, token], skip_special_tokens=True)[1:]

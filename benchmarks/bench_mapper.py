@@ -1,0 +1,125 @@
+"""How fast the mapper is, against a naive one that asks the model anew for every token.
+
+    python benchmarks/bench_mapper.py
+
+Builds the seeded random Llama of bench_merge.py on disk, then measures in alternation, in one process:
+  ours    the program's own exploring of all contexts, the verification of its kept keys and values included
+  naive   one whole forward per node and per token of a continuation, no cache (tests/reference.py), one context at a
+          time, in turn with ours
+Prints a table and, as its last line, JSON.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+
+import bench_merge
+import reference
+
+from modules.checkpoints import load_tokenizer, open_checkpoint
+from modules.config import Mapper, Pair
+from modules.continuation import build_continuation
+from modules.mapping import CompletionTree, Explorer
+from modules.models import ResidentModel, load_model
+from modules.phrases import encode_contexts, encode_pairs
+from modules.probability import build_scorer
+from modules.run import prepare_libraries
+from modules.spelling import Spelling
+
+
+def main() -> None:
+    """Build, measure, print."""
+    options = parse_arguments()
+    prepare_libraries(seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        bench_merge.make_model(options, bench_merge.word_tokenizer(options.vocabulary), base, None)
+        result = measure(options, base)
+    bench_merge.print_table(result)
+    print(json.dumps(result))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Sizes of the model and of the trees."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, default=2816)
+    parser.add_argument("--vocabulary", type=int, default=16000)
+    parser.add_argument("--contexts", type=int, default=3)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--max-depth", type=int, default=4)
+    parser.add_argument("--additional-length", type=int, default=20)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    return parser.parse_args()
+
+
+def measure(options: argparse.Namespace, base: Path) -> dict[str, object]:
+    """Ours and naive in turn, one context of the naive mapper after each of ours; ours is the median."""
+    rng = random.Random(0)
+    lengths = [8 + 4 * (number % 3) for number in range(options.contexts)]
+    contexts = [" ".join(f"w{rng.randrange(4000)}" for _ in range(length)) for length in lengths]
+    settings = Mapper(0.0, options.top_k, options.max_depth, options.additional_length)
+    model, tokenizer = load_model(open_checkpoint(base, "base"), "cpu", options.dtype), load_tokenizer(base)
+    naive = reference.NaiveMapper(
+        reference.load(str(base), torch.float32),
+        tokenizer,
+        settings.prob_min,
+        settings.top_k,
+        settings.max_depth,
+        settings.additional_length,
+        answers=None,
+    )
+    ours, theirs, same = [], [], 0
+    for context in contexts:
+        start = time.perf_counter()
+        trees, way = explore(model, tokenizer, contexts, settings)
+        ours.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        branches = naive.branches(context)
+        theirs.append(time.perf_counter() - start)
+        found = {tuple(branch.tokens) for branch in branches}
+        tree = next(tree for tree in trees if tree.root.context == context)
+        same += sum(tuple(node.token for node in branch.nodes[: branch.length]) in found for branch in tree.branches)
+    leaves = sum(len(tree.branches) for tree in trees)
+    seconds, naive_seconds = statistics.median(ours), sum(theirs)
+    return {
+        "machine": f"{bench_merge.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "dtype": options.dtype,
+        "parameters": bench_merge.parameter_count(base),
+        "contexts": len(contexts),
+        "context_tokens": sum(len(tree.root.tokens) for tree in trees),
+        "leaves": leaves,
+        "same_branches_as_naive": same,
+        "tokens_said": sum(len(branch.nodes) for tree in trees for branch in tree.branches),
+        "way": way,
+        "mapper_seconds": round(seconds, 2),
+        "naive_seconds": round(naive_seconds, 1),
+        "times_naive": round(naive_seconds / seconds, 1),
+    }
+
+
+def explore(
+    model: ResidentModel, tokenizer: object, contexts: list[str], settings: Mapper
+) -> tuple[list[CompletionTree], str]:
+    """All trees, as the program finds them, and the way in which it did."""
+    spelling = Spelling(tokenizer, model.vocabulary)
+    pairs = [Pair("BAD", "w1", context + " ") for context in contexts]
+    scorer = build_scorer(model, encode_pairs(tokenizer, pairs, model.vocabulary, model.max_tokens), tails=False)
+    roots = encode_contexts(tokenizer, contexts, model.vocabulary)
+    longest = max(len(root.tokens) for root in roots) + settings.max_depth + settings.additional_length
+    continuation = build_continuation(model, spelling, scorer, [root.tokens for root in roots], longest)
+    return list(Explorer(continuation, settings, spelling, frozenset()).explore(roots)), continuation.way
+
+
+if __name__ == "__main__":
+    main()
