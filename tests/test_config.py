@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modules.config import ConfigError, Pair, load_config
+from modules.config import ConfigError, Mapper, Pair, load_config
 
 ROOT = Path(__file__).parents[1]
 PHRASES = [{"phrase": "spine", "contexts": ["down her "]}]
@@ -67,7 +67,7 @@ def test_all_keys(folders):
         auto_weights=True,
         good_phrases=[{"phrase": "yes", "weight": 2, "contexts": ["a", {"context": "b", "weight": 5}, ""]}],
         trust_remote_code=True,
-        mapper={"anything": ["goes"]},
+        mapper={"prob_min": 0.5, "top_k": 1, "max_depth": 9, "additional_length": 0},
     )
     config = load_config(path)
     assert config.models_to_merge == (str(folders / "two"), str(folders / "one"))
@@ -76,6 +76,47 @@ def test_all_keys(folders):
     assert config.strategy == "quantitive"
     assert config.good_phrases == (Pair("GOOD", "yes", "a", 2), Pair("GOOD", "yes", "b", 5), Pair("GOOD", "yes", "", 2))
     assert config.device == "cuda:1" and config.trust_remote_code and not config.merge_headers
+    assert config.mapper == Mapper(0.5, 1, 9, 0)
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("prob_min", -1, "-1: expected a number from 0 to 100"),
+        ("prob_min", 100.5, "100.5: expected a number from 0 to 100"),
+        ("prob_min", "10%", "'10%': expected a number from 0 to 100"),
+        ("prob_min", True, "true: expected a number from 0 to 100"),
+        ("top_k", 0, "0: expected a whole number of at least 1"),
+        ("top_k", -3, "-3: expected a whole number of at least 1"),
+        ("top_k", 2.5, "2.5: expected a whole number of at least 1"),
+        ("top_k", "many", "'many': expected a whole number of at least 1"),
+        ("max_depth", 0, "0: expected a whole number of at least 1"),
+        ("max_depth", "deep", "'deep': expected a whole number of at least 1"),
+        ("additional_length", -1, "-1: expected a whole number of at least 0"),
+        ("additional_length", [20], "[20]: expected a whole number of at least 0"),
+        ("max_dept", 5, "unknown key; did you mean 'max_depth'?"),
+    ],
+)
+def test_bad_mapper_options(folders, option, value, message):
+    assert f"mapper.{option}: {message}" in errors_of(write(folders, mapper={option: value}), mapping=True)
+
+
+def test_the_mapper_takes_a_config_whose_candidates_and_output_are_not_there_yet(folders):
+    directories = {"model_path1": str(folders / "base")}
+    absent = [str(folders / "absent")]
+    path = write(folders, directories=directories, models_to_merge=absent)
+    config = load_config(path, mapping=True)
+    assert config.mapper == Mapper(10.0, 3, 5, 20)
+    errors = errors_of(path)
+    assert "models_to_merge[0]" in errors and "output_directory: missing" in errors
+    assert load_config(write(folders, directories=directories, drop=["models_to_merge"]), mapping=True).pairs
+
+
+def test_another_model_replaces_the_base_even_where_that_is_missing(folders):
+    path = write(folders, directories={"model_path1": str(folders / "gone")})
+    config = load_config(path, model=str(folders / "two"), mapping=True)
+    assert config.directories.model_path1 == str(folders / "two")
+    assert "--model: 'nowhere': no such folder" in errors_of(path, model="nowhere", mapping=True)
 
 
 def test_command_line_replaces_the_file(folders):
@@ -257,3 +298,13 @@ def test_reading_a_config_imports_nothing_heavy():
     program = "import sys, merge_monster; print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("option, value", [("prob_min", -1), ("prob_min", 101), ("top_k", "x"), ("max_depth", 0)])
+def test_bad_mapper_options_end_the_mapper_with_code_2(folders, option, value):
+    path = write(folders, mapper={option: value})
+    command = [sys.executable, str(ROOT / "monster_mapper.py"), "--config", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folders, check=False)
+    assert result.returncode == 2
+    assert f"mapper.{option}: " in result.stderr and "Traceback" not in result.stderr
+    assert not (folders / "logs").exists()

@@ -71,7 +71,7 @@ def spm_tokenizer(extra=(), eos="</s>"):
 TOKENIZERS = {"bpe": bpe_tokenizer, "spm": spm_tokenizer}
 
 
-def llama_config(vocabulary, layers=3, hidden=32, tied=False, **more):
+def llama_config(vocabulary, layers=3, hidden=32, tied=False, positions=256, **more):
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -79,7 +79,7 @@ def llama_config(vocabulary, layers=3, hidden=32, tied=False, **more):
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,
