@@ -11,7 +11,7 @@ from modules.config import ConfigError
 from modules.phrases import Root, encode_pair
 
 UNFINISHED = "\ufffd"  # how tokenizers show a character of which some bytes are missing
-LONGEST_CHARACTER = 4  # bytes, and so tokens at most
+LONGEST_PIECE = 5  # tokens: a character's bytes are four at most, and a space before them may have no text of its own
 ANCHOR = 8  # tokens before a completion that are decoded along with it: what a token spells depends on its left
 
 
@@ -32,7 +32,7 @@ class Spelling:
         """What every token spells in the middle of a text; nothing for special tokens and unknown numbers."""
         anchor = self._tokenizer("a", add_special_tokens=False)["input_ids"]
         before = self._decode(anchor)
-        known = [token for token in range(min(self._vocabulary, len(self._tokenizer))) if token not in self._special]
+        known = [token for token in range(self._vocabulary) if self._is_text(token)]
         decoded = self._tokenizer.batch_decode(
             [[*anchor, token] for token in known], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -61,13 +61,14 @@ class Spelling:
     def pieces(self, root: Root, tokens: Sequence[int]) -> Pieces:
         """The completion as readable pieces, each with its number of tokens: one, or those of one character.
 
-        Special tokens are shown by their names. A character that stays unfinished is shown as U+FFFD.
+        Special tokens are shown by their names, others that add no text belong to the next piece. A character that
+        stays unfinished is shown as U+FFFD.
         """
         pieces, start, shown = [], 0, ""
         for end in range(1, len(tokens) + 1):
             text = self.text(root, tokens[:end])
-            waits = text.endswith(UNFINISHED) and end < len(tokens) and end - start < LONGEST_CHARACTER
-            if not waits:
+            waits = text.endswith(UNFINISHED) or (text == shown and self._is_text(tokens[end - 1]))
+            if not waits or end == len(tokens) or end - start == LONGEST_PIECE:
                 pieces.append((end - start, text[len(shown) :] or self._name(tokens[end - 1])))
                 start, shown = end, text
         return pieces
@@ -97,7 +98,10 @@ class Spelling:
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def _is_text(self, token: int) -> bool:
+        return token < len(self._tokenizer) and token not in self._special
+
     def _name(self, token: int) -> str:
-        """A token without text of its own: a special one, or one that only completes or separates others."""
+        """What stands for a token without text of its own."""
         known = token < len(self._tokenizer)
         return self._tokenizer.convert_ids_to_tokens(token) if known else f"<{token}>"

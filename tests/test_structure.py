@@ -31,7 +31,7 @@ FLOORS = {
     "run": 7,
     "run_mapper": 8,
 }
-LIGHT = "config console strategies composition phrases spelling mapping report mapping_report".split()
+LIGHT = ("config", "console", "strategies", "composition", "phrases", "spelling", "mapping", "report", "mapping_report")
 MODULES = sorted(path.stem for path in (ROOT / "modules").glob("*.py"))
 
 
