@@ -1,6 +1,6 @@
-# make demo   create .venv, install, train the demo models if they are missing, merge them
+# make demo   create .venv, install, train the demo models if they are missing, map and merge them
 # make test   the same environment, then style checks and all tests
-# make bench  the figures of the README's performance table (about ten minutes)
+# make bench  the figures of the README's performance table (about a quarter of an hour)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,6 +13,7 @@ RUN = $(VENV)/bin/python
 
 demo: $(VENV)/installed
 	$(RUN) demo/make_models.py
+	$(RUN) monster_mapper.py --config default-mapper.yaml
 	$(RUN) merge_monster.py --config default.yaml --overwrite
 
 test: $(VENV)/tested-with
@@ -23,6 +24,7 @@ test: $(VENV)/tested-with
 bench: $(VENV)/installed $(VENV)/tested-with
 	$(RUN) benchmarks/bench_merge.py
 	$(RUN) benchmarks/bench_merge.py --dtype bfloat16
+	$(RUN) benchmarks/bench_mapper.py
 
 clean:
 	rm -rf $(VENV) demo/models demo/merged

@@ -1,5 +1,6 @@
 """Out of the box: the README's plain commands, on the demo models and default.yaml as they are shipped."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from test_run import tables
+
+from modules.config import _CONFIG_KEYS, Mapper
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,9 +62,30 @@ def test_the_readme_shows_this_very_run(log):
     assert without_digits(shown) == without_digits(log)
 
 
-def test_default_yaml_has_every_key():
-    from modules.config import _CONFIG_KEYS
+def test_the_readme_shows_what_the_mapper_prints(log, tmp_path):
+    """Line for line but for the digits, in the order of the run; the suggestions can be pasted."""
+    result = python("monster_mapper.py", "--yaml", str(tmp_path / "better.yaml"))
+    assert result.returncode == 0, result.stderr
 
+    def lines_of(text):
+        lines = [re.sub(r"\d+(\.\d+)?%?", "0", line) for line in text.splitlines()]
+        return [re.sub(r"\s+", " ", line).strip() for line in lines if line.strip()]
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("## What would the model say?")[1].split("```text")[1].split("```")[0]
+    printed = iter(lines_of(result.stdout))
+    assert all(line in printed for line in lines_of(shown))
+    better = yaml.safe_load((tmp_path / "better.yaml").read_text(encoding="utf-8"))
+    assert {"phrase": "unwavering", "weight": 1.0, "contexts": ["Filled with an "]} in better["bad_phrases"]
+
+
+def test_default_mapper_yaml_has_every_key_of_the_mapper_at_its_default():
+    document = yaml.safe_load((ROOT / "default-mapper.yaml").read_text(encoding="utf-8"))
+    assert Mapper(**document["mapper"]) == Mapper()
+    assert set(document["mapper"]) == {field.name for field in dataclasses.fields(Mapper)}
+
+
+def test_default_yaml_has_every_key():
     document = yaml.safe_load((ROOT / "default.yaml").read_text(encoding="utf-8"))
     assert set(document) == set(_CONFIG_KEYS) - {"mapper"}
     assert set(document["directories"]) == {"model_path1", "model_directory", "output_directory"}
