@@ -34,6 +34,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import reference
 
+from modules.candidates import open_candidate
 from modules.checkpoints import open_checkpoint
 from modules.config import Config, Directories, Pair
 from modules.models import load_model
@@ -219,7 +220,7 @@ def search_once(
     scorer = build_scorer(model, encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens))
     search = Search(model, scorer, config, tokenizer)
     start = time.perf_counter()
-    for _ in search.candidate(open_checkpoint(candidate, "candidate")):
+    for _ in search.candidate(open_candidate(open_checkpoint(candidate, "candidate"), model.checkpoint, model.module)):
         pass
     seconds = time.perf_counter() - start
     return SearchRun(seconds, peak_memory() - before, scorer.packed_tokens, scorer.columns, scorer.layout)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from modules.checkpoints import CheckpointError
 from modules.config import ConfigError
 from modules.console import Console
+from modules.weights import CheckpointError
 
 
 def exit_code(work: Callable[[], None], console: Console, untouched: str) -> int:

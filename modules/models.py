@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from modules.checkpoints import Checkpoint, CheckpointError, copy_companions, first_line, write_shards
+from modules.checkpoints import Checkpoint, copy_companions
 from modules.config import ConfigError
+from modules.layouts import Layout, Tensors
 from modules.merging import merge
-
-Tensors = dict[str, Tensor]  # by full parameter name
+from modules.weights import CheckpointError, first_line, write_shards, written_name
 
 
 class BrokenWeights(Exception):
@@ -111,7 +111,9 @@ class ResidentModel:
         self._takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
         self._state = module.state_dict(keep_vars=True)
         self._input_first = _input_first_weights(module)
-        self._stored_names = self._find_stored_names()
+        self._layout = Layout(module, checkpoint.tensors)
+        self._layout.check_reversible()
+        self._stored_as = self._find_stored_names()
 
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device and dtype for the summary."""
@@ -200,27 +202,26 @@ class ResidentModel:
         )
 
     def _saved_dtype_of(self, name: str) -> torch.dtype:
-        return self.saved_dtype or self.checkpoint.tensors[self._stored_names[name]].dtype
+        return self.saved_dtype or self._layout.dtype(self._stored_as[name])
 
     def _find_stored_names(self) -> dict[str, str]:
-        """Parameter name -> name in the base's own checkpoint. Tied tensors may be stored under either name."""
-        stored = {name: self.checkpoint.stored_name(name) for name in self._state}
-        by_tensor = {id(self._state[name]): found for name, found in stored.items() if found}
-        for name in stored:
-            stored[name] = stored[name] or by_tensor.get(id(self._state[name]))
-        missing = [name for name, found in stored.items() if found is None]
+        """Parameter name -> the name under which the base stores it: another one only if it is tied to that."""
+        stored = {id(tensor): name for name, tensor in self._state.items() if name in self._layout}
+        found = {name: name if name in self._layout else stored.get(id(self._state[name])) for name in self._state}
+        missing = [name for name, other in found.items() if other is None]
         if missing:
-            raise ConfigError(
-                f"{self.checkpoint.path}: the tensor {missing[0]} is not stored under its own name "
-                f"({len(missing)} such tensors); checkpoints that are rearranged while loading are not supported"
-            )
-        return {name: found for name, found in stored.items() if found is not None}
+            raise ConfigError(f"{self.checkpoint.path}: the weights lack {', '.join(missing[:3])}")
+        mixed = [name for name in self._layout if len(self._layout.dtypes(name)) > 1]
+        if mixed and self.saved_dtype is None:
+            kinds = " and ".join(sorted(_name(dtype) for dtype in self._layout.dtypes(mixed[0])))
+            raise ConfigError(f"{self.checkpoint.path}: {mixed[0]} is stored as {kinds}; set dtype to one of them")
+        return {name: other for name, other in found.items() if other is not None}
 
     def check_weights(self) -> None:
         """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless."""
         for name, tensor in self._state.items():
             if tensor.is_floating_point() and not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():
-                stored = self.checkpoint.read([self._stored_names[name]]).popitem()[1]
+                stored = self._layout.load([self._stored_as[name]], self.checkpoint.read).popitem()[1]
                 if torch.isfinite(stored).all():
                     raise ConfigError(
                         f"{self.checkpoint.path}: {name} overflows in {_name(tensor.dtype)}; set dtype: bfloat16"
@@ -234,24 +235,26 @@ class ResidentModel:
         """
         copy_companions(self.checkpoint.path, folder, self.saved_dtype)
         shards = self.checkpoint.by_file(self.checkpoint.tensors)
-        write_shards(folder, {file: self._saved(names) for file, names in shards.items()})
+        write_shards(folder, {written_name(file): self._saved(names) for file, names in shards.items()})
 
     def _saved(self, stored_names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """One shard's tensors: the model's own where it has them, else as they lie in the base's file."""
+        """One file's tensors: the model's own where it has them, else as they lie in the base's file."""
         written: set[int] = set()
-        resident = {stored: name for name, stored in reversed(self._stored_names.items())}
+        ready: Tensors = {}
         for stored in stored_names:
-            if stored in resident:
-                tensor = self._state[resident[stored]].detach()
-            else:
-                tensor = self.checkpoint.read([stored])[stored]
+            names = self._layout.module_names(stored)
+            if not names:
+                ready[stored] = self.checkpoint.read([stored])[stored]
+            elif stored not in ready:
+                ready.update(self._layout.store(names, {name: self._state[name].detach() for name in names}))
             dtype = self.checkpoint.tensors[stored].dtype
             if dtype.is_floating_point and self.saved_dtype is not None:
                 dtype = self.saved_dtype
-            tensor = tensor.to("cpu", dtype).contiguous()
-            # A tied head may be stored beside its embedding; a file can't hold one piece of memory twice.
-            yield stored, tensor.clone() if tensor.data_ptr() in written else tensor
-            written.add(tensor.data_ptr())
+            tensor = ready.pop(stored).to("cpu", dtype).contiguous()
+            # Tensors that are fused or tied share memory, and a file can't hold one piece of memory twice.
+            memory = tensor.untyped_storage().data_ptr()
+            yield stored, tensor.clone() if memory in written else tensor
+            written.add(memory)
 
 
 def load_model(checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False) -> ResidentModel:
@@ -266,6 +269,8 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, trust_remote_cod
         module, info = _load_module(checkpoint, target, compute, trust_remote_code)
     except torch.OutOfMemoryError:
         raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
+    except ConfigError:
+        raise
     except Exception as error:  # whatever an architecture makes of a wrong configuration
         raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
     if info["mismatched_keys"]:
@@ -288,9 +293,7 @@ def _load_module(
     if device.type == "cpu" and dtype == checkpoint.main_dtype():
         # transformers would map the files into memory. Weights that are changed must own their memory (a first write
         # to a mapped page is slow), and a file that changes during a long run must not pull it down.
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=trust_remote_code)
-        return type(model).from_pretrained(
+        return type(without_weights(checkpoint, trust_remote_code)).from_pretrained(
             None,
             config=checkpoint.config,
             state_dict=checkpoint.read(checkpoint.tensors),
@@ -307,6 +310,18 @@ def _load_module(
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
+
+
+def without_weights(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A checkpoint's causal language model on the meta device: its names and shapes.
+
+    Raises ConfigError if its configuration makes none.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever an architecture makes of a wrong configuration
+        raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
 
 
 def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:

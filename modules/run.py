@@ -10,12 +10,12 @@ import torch
 import transformers
 
 from modules import report
+from modules.candidates import Candidate, open_candidate
 from modules.checkpoints import (
     SETTINGS_FILE,
     Checkpoint,
     candidate_paths,
     check_output,
-    differences,
     load_tokenizer,
     new_folder,
     open_checkpoint,
@@ -23,7 +23,7 @@ from modules.checkpoints import (
 from modules.composition import Merge, mean_shares
 from modules.config import Config, ConfigError
 from modules.console import BANNER, Console
-from modules.models import ResidentModel, load_model
+from modules.models import ResidentModel, load_model, without_weights
 from modules.phrases import encode_pairs
 from modules.probability import build_scorer
 from modules.search import Decision, Search
@@ -58,7 +58,7 @@ def prepare_libraries(seed: int) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def open_models(config: Config, console: Console, overwrite: bool) -> tuple[Checkpoint, list[Checkpoint]]:
+def open_models(config: Config, console: Console, overwrite: bool) -> tuple[Checkpoint, list[Candidate]]:
     """The base and the candidates, opened; everything that can be checked without their weights is.
 
     Raises ConfigError, for all unfit candidates together.
@@ -69,11 +69,12 @@ def open_models(config: Config, console: Console, overwrite: bool) -> tuple[Chec
     check_output(Path(config.directories.output_directory), [base_path, *paths], overwrite)
     names = distinct_names([base_path, *paths])
     base = open_checkpoint(base_path, names[0], config.trust_remote_code)
+    module = without_weights(base, config.trust_remote_code)
     candidates, problems = [], []
     for path, name in zip(paths, names[1:], strict=True):
         try:
-            candidates.append(open_checkpoint(path, name, config.trust_remote_code))
-            problems += _misfit(base, candidates[-1])
+            checkpoint = open_checkpoint(path, name, config.trust_remote_code)
+            candidates.append(open_candidate(checkpoint, base, module))
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -81,14 +82,7 @@ def open_models(config: Config, console: Console, overwrite: bool) -> tuple[Chec
     return base, candidates
 
 
-def _misfit(base: Checkpoint, candidate: Checkpoint) -> list[str]:
-    """One line, or none, on why a candidate can't be merged into the base."""
-    found = differences(base, candidate)
-    more = f" (and {len(found) - 3} more differences)" if len(found) > 3 else ""
-    return [f"{candidate.path} does not fit the base: {'; '.join(found[:3])}{more}"] if found else []
-
-
-def start_search(config: Config, console: Console, model: ResidentModel, candidates: Sequence[Checkpoint]) -> Search:
+def start_search(config: Config, console: Console, model: ResidentModel, candidates: Sequence[Candidate]) -> Search:
     """Score the base, print the summary and the phrase table; the search that goes on from there."""
     tokenizer = load_tokenizer(model.checkpoint.path, config.trust_remote_code)
     scorer = build_scorer(model, encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens))
@@ -99,7 +93,7 @@ def start_search(config: Config, console: Console, model: ResidentModel, candida
     return search
 
 
-def search_all(config: Config, console: Console, search: Search, candidates: Sequence[Checkpoint]) -> list[list[Merge]]:
+def search_all(config: Config, console: Console, search: Search, candidates: Sequence[Candidate]) -> list[list[Merge]]:
     """Search one candidate after another; the accepted merges of every layer and, last, of the header."""
     layers = len(search.model.layers)
     origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(layers + 1)]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
-from modules.checkpoints import Checkpoint, load_tokenizer
+from modules.candidates import Candidate
+from modules.checkpoints import load_tokenizer
 from modules.config import Config, ConfigError, Pair
+from modules.layouts import Tensors
 from modules.merging import RECORDED_SHARE, align_rows, match_rows, ratios_for
-from modules.models import BrokenWeights, Part, ResidentModel, Tensors
+from modules.models import BrokenWeights, Part, ResidentModel
 from modules.probability import Scorer, Trial
 from modules.strategies import choose, probability, scores, total
 
@@ -68,7 +68,7 @@ class Search:
         """The total score of the present state."""
         return total(scores(self.log_probabilities, self.weights))
 
-    def candidate(self, candidate: Checkpoint) -> Iterator[Decision]:
+    def candidate(self, candidate: Candidate) -> Iterator[Decision]:
         """Search all layers of a candidate and, if so configured, its header."""
         yield from self._layers(candidate)
         if self.config.merge_headers:
@@ -86,12 +86,12 @@ class Search:
         steps = sum(self.steps(layer, method) for layer in layers for method in self.config.merge_method)
         return steps + (self.steps(None, "lerp") if self.config.merge_headers else 0)
 
-    def _layers(self, candidate: Checkpoint) -> Iterator[Decision]:
+    def _layers(self, candidate: Candidate) -> Iterator[Decision]:
         self.scorer.restart()
         for index in range(len(self.model.layers)):
             part = self.model.layer(index)
             try:
-                theirs, warning = part.adopt(self._read(candidate, part), candidate.name), None
+                theirs, warning = part.adopt(candidate.read(part.tensors), candidate.name), None
             except BrokenWeights as error:
                 theirs, warning = None, f"{error}; layer {index + 1} stays as it is"
             for method in self.config.merge_method:
@@ -103,7 +103,7 @@ class Search:
                     yield Decision(candidate.name, index, method, *outcome)
             self.scorer.advance()
 
-    def _header(self, candidate: Checkpoint) -> Decision:
+    def _header(self, candidate: Candidate) -> Decision:
         """The input embedding and the output head together, always by lerp."""
         part = self.model.header()
         try:
@@ -113,7 +113,7 @@ class Search:
         outcome = self._decide(part, theirs, "lerp", self.config.merge_ratios, self._score_whole)
         return Decision(candidate.name, None, "lerp", *outcome)
 
-    def _untried(self, candidate: Checkpoint, layer: int | None, method: str, warning: str | None) -> Decision:
+    def _untried(self, candidate: Candidate, layer: int | None, method: str, warning: str | None) -> Decision:
         return Decision(candidate.name, layer, method, None, self.total, self.total, warning)
 
     def _decide(
@@ -143,17 +143,12 @@ class Search:
                 results.append(self.scorer.score())
         return results
 
-    # -- the candidate's tensors under the base's names ---------------------------------------------------------------
+    # -- the candidate's header in the base's order -------------------------------------------------------------------
 
-    def _read(self, candidate: Checkpoint, part: Part) -> dict[str, Tensor]:
-        stored = {name: candidate.stored_name(name) for name in part.tensors}
-        tensors = candidate.read([name for name in stored.values() if name is not None])
-        return {name: tensors[found] for name, found in stored.items() if found is not None}
-
-    def _aligned_header(self, candidate: Checkpoint, part: Part) -> Tensors:
+    def _aligned_header(self, candidate: Candidate, part: Part) -> Tensors:
         """The candidate's header with its rows in the base's order. Raises HeaderSkipped, BrokenWeights."""
         matches = self._matching_rows(candidate)
-        theirs = self._read(candidate, part)
+        theirs = candidate.read(part.tensors)
         embedding = self.model.embedding_name()
         for missing in part.tensors.keys() - theirs.keys():
             # A candidate whose head is tied to its embedding stores one tensor for both.
@@ -167,10 +162,10 @@ class Search:
         adopted = part.adopt(theirs, candidate.name)
         return {key: align_rows(ours, adopted[key], matches) for key, ours in part.tensors.items()}
 
-    def _matching_rows(self, candidate: Checkpoint) -> dict[int, int]:
+    def _matching_rows(self, candidate: Candidate) -> dict[int, int]:
         """Base row -> candidate row of the same token; BOS and EOS by role. Raises HeaderSkipped if too few match."""
         try:
-            other = load_tokenizer(candidate.path, self.config.trust_remote_code)
+            other = load_tokenizer(candidate.checkpoint.path, self.config.trust_remote_code)
         except ConfigError as error:
             raise HeaderSkipped(str(error)) from None
         ours, theirs = self.tokenizer.get_vocab(), other.get_vocab()

@@ -8,6 +8,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modules.candidates import open_candidate
 from modules.checkpoints import open_checkpoint
 from modules.config import METHODS, STRATEGIES, Pair, load_config
 from modules.merging import slice_shares
@@ -32,8 +33,12 @@ def search(tmp_path, base, candidates, pairs=tiny.PAIRS, token_budget=1024, **se
         tokenizer,
     )
     start = state.log_probabilities
-    decisions = [d for folder in candidates for d in state.candidate(open_checkpoint(folder, str(folder)))]
+    decisions = [d for folder in candidates for d in state.candidate(opened(folder, model))]
     return decisions, dict(model.module.state_dict()), state, start
+
+
+def opened(folder, model):
+    return open_candidate(open_checkpoint(folder, str(folder)), model.checkpoint, model.module)
 
 
 def naive(base, candidates, pairs=tiny.PAIRS, **settings):

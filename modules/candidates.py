@@ -1,0 +1,96 @@
+"""Candidates: a checkpoint, read under the base model's names, and whether it fits the base.
+
+Knows: configurations, shapes, stored names. Refuses to know: devices, scores, what is done with a layer.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modules.checkpoints import Checkpoint
+from modules.config import ConfigError
+from modules.layouts import Layout
+from modules.models import find_layers
+
+_MUST_AGREE = {
+    "model_type": "architecture",
+    "num_hidden_layers": "number of layers",
+    "hidden_size": "hidden size",
+    "num_attention_heads": "number of attention heads",
+    "num_key_value_heads": "number of key and value heads",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that may be merged into the base, its tensors under the names of the base's module."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.checkpoint.name
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The named tensors on the CPU, in their stored dtype; those that it lacks are absent.
+
+        Raises CheckpointError if a file can't be read.
+        """
+        return self.layout.load([name for name in names if name in self.layout], self.checkpoint.read)
+
+
+def open_candidate(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Candidate:
+    """A checkpoint as a candidate for the base, whose module may be without weights.
+
+    Raises ConfigError, naming both values, if it does not fit.
+    """
+    found = _config_differences(base, checkpoint)
+    if not found:
+        try:
+            candidate = Candidate(checkpoint, Layout(module, checkpoint.tensors))
+        except ConfigError as error:
+            raise ConfigError(f"{checkpoint.path} does not fit the base: {error}") from None
+        found = list(_layer_differences(candidate, base, module))
+    if found:
+        more = f" (and {len(found) - 3} more differences)" if len(found) > 3 else ""
+        raise ConfigError(f"{checkpoint.path} does not fit the base: {'; '.join(found[:3])}{more}")
+    return candidate
+
+
+def _config_differences(base: Checkpoint, candidate: Checkpoint) -> list[str]:
+    ours, theirs = base.config.get_text_config(), candidate.config.get_text_config()
+    return [
+        f"{words} is {getattr(theirs, key, None)}, the base's is {getattr(ours, key, None)}"
+        for key, words in _MUST_AGREE.items()
+        if getattr(theirs, key, None) != getattr(ours, key, None)
+    ]
+
+
+def _layer_differences(candidate: Candidate, base: Checkpoint, module: PreTrainedModel) -> Iterator[str]:
+    """Tensors of layers that one side lacks, or that differ in shape."""
+    layout, (layers_name, _) = candidate.layout, find_layers(module)
+    for name, ours in module.state_dict().items():
+        if not name.startswith(f"{layers_name}.") or not ours.is_floating_point():
+            continue
+        if name not in layout:
+            yield f"the tensor {name} is missing"
+        elif not layout.dtype(name).is_floating_point:
+            yield f"{name} is stored as {layout.dtype(name)}, not as a floating-point type"
+        elif layout.shape(name) != tuple(ours.shape):
+            yield f"{name} has shape {layout.shape(name)}, the base's has {tuple(ours.shape)}"
+    for name in layout.unused:
+        if name not in base.tensors and _is_layer_weight(candidate.checkpoint, name):
+            yield f"the base has no {name}"
+
+
+def _is_layer_weight(checkpoint: Checkpoint, name: str) -> bool:
+    """A layer's number stands in its name. Old checkpoints also store masks and rotary frequencies there, which no
+    present model reads."""
+    info = checkpoint.tensors[name]
+    numbered = any(part.isdecimal() for part in name.split("."))
+    mask = name.endswith("masked_bias") or (name.endswith(".bias") and len(info.shape) > 1)
+    return numbered and info.dtype.is_floating_point and not mask and not name.endswith("inv_freq")

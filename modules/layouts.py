@@ -1,0 +1,165 @@
+"""A module's tensors and the stored tensors that they are made of: other names, or several fused into one.
+
+Knows: transformers' own rules for loading an architecture's checkpoints. Refuses to know: files, devices, scores.
+
+Most tensors are stored as they are, under their name or under one with or without the first part ("model."). Some
+architectures rename (GPT-NeoX) or fuse (the experts of Mixtral). The rules are those by which transformers loads a
+whole model; here they are applied to the few tensors that one layer needs, and backwards when it is saved.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from modules.config import ConfigError
+from modules.weights import TensorInfo
+
+Tensors = dict[str, Tensor]
+Read = Callable[[Collection[str]], Mapping[str, Tensor]]  # stored names -> tensors
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stored tensors that become module tensors together. Mostly it is one that becomes one, unchanged."""
+
+    sources: tuple[str, ...]  # stored names, in the order in which they are fused
+    patterns: tuple[str, ...]  # the rule's pattern that each of them matched; empty without a rule
+    name: str  # the module's tensor, or the first of several
+    rule: WeightConverter | None
+
+    def convert(self, stored: Mapping[str, Tensor], module: PreTrainedModel) -> Tensors:
+        """The group's module tensors, by name."""
+        if self.rule is None:
+            return {self.name: stored[self.sources[0]]}
+        rule = deepcopy(self.rule)  # it collects tensors, and is good for one use
+        for source, pattern in zip(self.sources, self.patterns, strict=True):
+            rule.add_tensor(self.name, source, pattern, stored[source])
+        found = rule.convert(self.name, model=module, config=module.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+
+
+class Layout:
+    """How one checkpoint's stored tensors become the tensors of a module of its architecture."""
+
+    def __init__(self, module: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
+        """module: may be on the meta device; only names and rules are taken from it.
+
+        Raises ConfigError if the stored tensors can't be fused by the architecture's rules.
+        """
+        self._module, self._stored = module, stored
+        self._groups, self.unused = _grouped(module, stored)
+        self._group_of: dict[str, Group] = {}  # by module name
+        self._forms: Tensors = {}  # every module tensor that is stored, without its data
+        for group in self._groups:
+            try:
+                forms = group.convert({name: _form(stored[name]) for name in group.sources}, module)
+            except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+                raise ConfigError(f"{', '.join(group.sources[:3])} can't become {group.name} ({error})") from None
+            self._forms.update(forms)
+            self._group_of.update(dict.fromkeys(forms, group))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._forms
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._forms)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that a stored tensor has in the module."""
+        return tuple(self._forms[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is stored in; of several that are fused, the widest."""
+        return self._forms[name].dtype
+
+    def dtypes(self, name: str) -> set[torch.dtype]:
+        """The dtypes of all stored tensors that a module tensor is made of."""
+        return {self._stored[source].dtype for source in self._group_of[name].sources}
+
+    def load(self, names: Collection[str], read: Read) -> Tensors:
+        """The named module tensors. `read` is asked once, for all the stored tensors that they are made of."""
+        groups = {self._group_of[name].name: self._group_of[name] for name in names}
+        stored = dict(read([source for group in groups.values() for source in group.sources]))
+        tensors: Tensors = {}
+        for group in groups.values():
+            tensors.update(group.convert({source: stored.pop(source) for source in group.sources}, self._module))
+        return {name: tensors[name] for name in names}
+
+    def module_names(self, stored_name: str) -> list[str]:
+        """The module tensors that a stored one is a part of; none if the module has no use for it."""
+        return self._names_by_source.get(stored_name, [])
+
+    def store(self, names: Collection[str], tensors: Mapping[str, Tensor]) -> Tensors:
+        """Module tensors as they are stored, by stored name. names: all module tensors of a stored one."""
+        group = self._group_of[next(iter(names))]
+        if group.rule is None:
+            return {group.sources[0]: tensors[group.name]}
+        return revert_weight_conversion(self._module, {name: tensors[name] for name in names})
+
+    def check_reversible(self) -> None:
+        """Raise ConfigError if what was fused can't be written as it was stored."""
+        for group in self._groups:
+            if group.rule is not None:
+                names = self.module_names(group.sources[0])
+                found = self.store(names, {name: self._forms[name] for name in names})
+                shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+                if shapes != {name: self._stored[name].shape for name in group.sources}:
+                    raise ConfigError(
+                        f"{group.name} is fused from {', '.join(group.sources[:3])}, and this version of transformers "
+                        "can't write it under these names again"
+                    )
+
+    @cached_property
+    def _names_by_source(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name, group in self._group_of.items():
+            for source in group.sources:
+                names.setdefault(source, []).append(name)
+        return names
+
+
+def _grouped(module: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> tuple[list[Group], list[str]]:
+    """The groups of a checkpoint's tensors by the module's rules, and the tensors that the module has no use for."""
+    expected = module.state_dict(keep_vars=True)
+    rules = get_model_conversion_mapping(module)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    members: dict[str, list[tuple[str, str]]] = {}
+    unused = []
+    # Experts are fused in the order of their numbers: 2 before 10.
+    for source in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(source, renamings, converters, module.base_model_prefix, expected)
+        if name not in expected and source in expected:
+            name, pattern = source, None
+        if name in expected:
+            members.setdefault(name, []).append((source, pattern or ""))
+        else:
+            unused.append(source)
+    groups = []
+    for name, found in members.items():
+        fused = [(source, pattern) for source, pattern in found if pattern]
+        if fused:
+            rule = by_pattern[fused[0][1]]
+            groups.append(Group(tuple(s for s, _ in fused), tuple(p for _, p in fused), name, rule))
+        else:
+            groups.append(Group((found[-1][0],), (), name, None))
+            unused += [source for source, _ in found[:-1]]
+    return groups, unused
+
+
+def _form(info: TensorInfo) -> Tensor:
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")
