@@ -104,6 +104,8 @@ class NaiveMerge:
         state, other_state = ours.state_dict(), theirs.state_dict()
         for name, a in state.items():
             b = other_state[name]
+            if not a.is_floating_point():
+                continue
             merged = naive_merge(method, a.T, b.T, ratio).T if name in input_first else naive_merge(method, a, b, ratio)
             a.copy_(self.rounded(merged))
 
@@ -123,6 +125,8 @@ class NaiveMerge:
         head = model.get_output_embeddings()
         if head.weight is not model.get_input_embeddings().weight:
             tensors.append((head.weight, other.get_output_embeddings().weight))
+        if head.bias is not None:
+            tensors.append((head.bias, other.get_output_embeddings().bias))
         for a, b in tensors:
             for row in range(a.shape[0]):
                 if source.get(row, b.shape[0]) < b.shape[0]:
@@ -138,7 +142,8 @@ def load(folder, dtype):
 
 def decoder_layers(model):
     body = getattr(model, model.base_model_prefix)
-    return body.layers if hasattr(body, "layers") else body.h
+    body = getattr(body, "decoder", body)  # OPT
+    return next(getattr(body, name) for name in ("layers", "h", "blocks") if hasattr(body, name))
 
 
 @torch.no_grad()
