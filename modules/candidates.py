@@ -3,16 +3,19 @@
 Knows: configurations, shapes, stored names. Refuses to know: devices, scores, what is done with a layer.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modules.adapters import Adapted, Adapter, apply_adapter
 from modules.checkpoints import Checkpoint
 from modules.config import ConfigError
+from modules.hub import Job, Repository
 from modules.layouts import Layout
-from modules.models import find_layers
+from modules.models import find_layers, input_first_weights
 
 _MUST_AGREE = {
     "model_type": "architecture",
@@ -29,11 +32,23 @@ class Candidate:
 
     checkpoint: Checkpoint
     layout: Layout
+    notes: Sequence[str] = ()  # lines for the person at the terminal
+    repositories: Sequence[Repository] = ()  # of the hub, from which its files come
 
     @property
     def name(self) -> str:
         """What reports call it."""
         return self.checkpoint.name
+
+    @property
+    def job(self) -> Job:
+        """The files that must be there before it can be read."""
+        return Job(self.name, self.checkpoint.repository, self.checkpoint.files)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The folder that has its tokenizer, if it has any."""
+        return self.checkpoint.tokenizer_path
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """The named tensors on the CPU, in their stored dtype; those that it lacks are absent.
@@ -43,22 +58,44 @@ class Candidate:
         return self.layout.load([name for name in names if name in self.layout], self.checkpoint.read)
 
 
-def open_candidate(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Candidate:
+def open_candidate(
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    module: PreTrainedModel,
+    notes: Sequence[str] = (),
+    repositories: Sequence[Repository] = (),
+) -> Candidate:
     """A checkpoint as a candidate for the base, whose module may be without weights.
 
-    Raises ConfigError, naming both values, if it does not fit.
+    notes, repositories: of the candidate; the checkpoint's own repository is added. Raises ConfigError, naming both
+    values, if it does not fit.
     """
-    found = _config_differences(base, checkpoint)
-    if not found:
-        try:
-            candidate = Candidate(checkpoint, Layout(module, checkpoint.tensors))
-        except ConfigError as error:
-            raise ConfigError(f"{checkpoint.path} does not fit the base: {error}") from None
-        found = list(_layer_differences(candidate, base, module))
-    if found:
-        more = f" (and {len(found) - 3} more differences)" if len(found) > 3 else ""
-        raise ConfigError(f"{checkpoint.path} does not fit the base: {'; '.join(found[:3])}{more}")
+    layout = _layout(checkpoint, base, module)
+    repositories = (*repositories, *([checkpoint.repository] if checkpoint.repository else []))
+    candidate = Candidate(checkpoint, layout, notes, repositories)
+    _refuse(checkpoint, list(_layer_differences(candidate, base, module)))
     return candidate
+
+
+def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: PreTrainedModel) -> Adapted:
+    """A checkpoint that fits the base, with an adapter applied. Raises ConfigError if either does not fit."""
+    layout = _layout(checkpoint, base, module)
+    stored = (layout.stored_name(name) for name in input_first_weights(module))
+    return apply_adapter(adapter, checkpoint, layout.stored_name, {name for name in stored if name})
+
+
+def _layout(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Layout:
+    _refuse(checkpoint, _config_differences(base, checkpoint))
+    try:
+        return Layout(module, checkpoint.tensors)
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint.path} does not fit the base: {error}") from None
+
+
+def _refuse(checkpoint: Checkpoint, differences: Sequence[str]) -> None:
+    if differences:
+        more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
+        raise ConfigError(f"{checkpoint.path} does not fit the base: {'; '.join(differences[:3])}{more}")
 
 
 def _config_differences(base: Checkpoint, candidate: Checkpoint) -> list[str]:

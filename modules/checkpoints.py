@@ -1,15 +1,16 @@
-"""Model folders on disk: find them, check them from their headers, write new ones.
+"""Model folders: find them, check them from their headers, write new ones.
 
-Knows: folders, config.json, tokenizers. Refuses to know: modules, devices, scores.
+Knows: folders, config.json, tokenizers, which files a model needs. Refuses to know: modules, devices, scores.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,22 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from modules.config import Config, ConfigError
-from modules.weights import CheckpointError, TensorInfo, first_line, read_headers, read_tensors, weight_files
+from modules.hub import Repository, find
+from modules.sources import Location, Source, parse_source
+from modules.weights import (
+    CheckpointError,
+    Held,
+    TensorInfo,
+    first_line,
+    index_file,
+    local_files,
+    read_headers,
+    read_tensors,
+    weight_files,
+    whole_files,
+)
 
+ADAPTER_SETTINGS = "adapter_config.json"  # what makes a folder an adapter
 SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
 
 
@@ -31,14 +46,45 @@ class Checkpoint:
     name: str
     config: PreTrainedConfig
     tensors: Mapping[str, TensorInfo]  # by name, in file order
+    repository: Repository | None = None  # where files come from that are not in the folder yet
+    _held: Held = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of its weight files."""
+        return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The folder that has its tokenizer, if it has any."""
+        return self.path
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the person at the terminal about what it takes to read it. Its files must be there."""
+        sizes = {file: (self.path / file).stat().st_size for file in whole_files(self.path, self.files)}
+        if not sizes:
+            return []
+        largest = max(sizes, key=lambda file: sizes[file])
+        return [
+            f"{self.name}: {largest} is stored as before PyTorch 1.6 and can only be loaded whole, which takes "
+            f"{sizes[largest] / 1e9:.2f} GB of CPU memory; convert it to safetensors to avoid that"
+        ]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, on the CPU, in their stored dtype. Raises CheckpointError if a file can't be read."""
+        """The named tensors, on the CPU, in their stored dtype. Raises CheckpointError if a file can't be read.
+
+        A file that can only be loaded whole stays in memory until the next one is, or until `release`.
+        """
         return {
             name: tensor
             for file, wanted in self.by_file(names).items()
-            for name, tensor in read_tensors(self.path / file, wanted).items()
+            for name, tensor in read_tensors(self.path / file, wanted, self._held).items()
         }
+
+    def release(self) -> None:
+        """Let go of what `read` keeps in memory: nothing, or one file."""
+        self._held.clear()
 
     def by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
         """The names, grouped by the shard that holds them."""
@@ -56,26 +102,34 @@ class Checkpoint:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def open_checkpoint(path: Path, name: str, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path, name: str, trust_remote_code: bool = False, repository: Repository | None = None
+) -> Checkpoint:
     """Read a model folder's configuration and shard headers; no weights. `name` is what reports call it.
 
-    Raises ConfigError if it is no usable model.
+    repository: of the hub, which is asked for the headers of files that are not in the folder yet. Raises ConfigError
+    if it is no usable model.
     """
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{path}: no model here (config.json is missing)")
+    names = file_names(path, repository)
+    if "config.json" not in names:
+        is_adapter = ADAPTER_SETTINGS in names
+        what = "this is an adapter, not a model" if is_adapter else "no model here (config.json is missing)"
+        raise ConfigError(f"{path}: {what}")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a configuration class makes of a wrong value
         raise ConfigError(f"{path}: config.json can't be used: {first_line(error)}") from None
     if getattr(config, "quantization_config", None):
         raise ConfigError(f"{path}: this model is quantised; merge the original weights instead")
+    files = weight_files(path, names)
+    known = repository.headers(repository.absent(files)) if repository else {}
     try:
-        tensors = read_headers(path, weight_files(path))
+        tensors = read_headers(path, files, known)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     if not any(info.dtype.is_floating_point for info in tensors.values()):
         raise ConfigError(f"{path}: no weights found in its weight files")
-    return Checkpoint(path, name, config, tensors)
+    return Checkpoint(path, name, config, tensors, repository)
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -91,32 +145,36 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def candidate_paths(config: Config) -> tuple[list[Path], list[str]]:
-    """The candidates' folders in merge order, and a line about each one that is left out.
+def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
+    """The candidates in merge order, and a line about each folder that is left out.
 
-    models_to_merge overrides model_directory, whose visible sub-folders are taken alphabetically. The base and the
-    output are left out by resolved path. Raises ConfigError if none is left.
+    models_to_merge overrides model_directory, whose visible sub-folders are taken alphabetically; the output directory
+    is left out by resolved path.
     """
     if config.models_to_merge:
-        found = [Path(path) for path in config.models_to_merge]
-    else:
-        entries = Path(config.directories.model_directory or ".").iterdir()
-        folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-        found = sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name))
-    base, output = (Path(p).resolve() for p in (config.directories.model_path1, config.directories.output_directory))
-    paths, notes = [], []
-    for path in found:
-        if path.resolve() == base:
-            notes.append(f"{path} is the base model itself: skipped")
-        elif not config.models_to_merge and path.resolve() in (output, partial_folder(output)):
+        return [source for source in map(parse_source, config.models_to_merge) if source], []
+    entries = Path(config.directories.model_directory or ".").iterdir()
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    output = Path(config.directories.output_directory).resolve()
+    sources, notes = [], []
+    for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
+        if path.resolve() in (output, partial_folder(output)):
             notes.append(f"{path} is the output directory: skipped")
-        elif not config.models_to_merge and not (path / "config.json").is_file():
+        elif not {"config.json", ADAPTER_SETTINGS}.intersection(local_files(path)):
             notes.append(f"{path} holds no model (no config.json): skipped")
         else:
-            paths.append(path)
-    if not paths:
-        raise ConfigError("no candidates to merge: " + ("; ".join(notes) or "the model directory has no sub-folders"))
-    return paths, notes
+            sources.append(Source(str(path), Location(str(path), path)))
+    return sources, notes
+
+
+def find_repository(location: Location) -> Repository | None:
+    """The hub's repository of a location, its small files fetched; None for a folder. Raises ConfigError."""
+    return find(location, small_files) if location.folder is None else None
+
+
+def file_names(path: Path, repository: Repository | None = None) -> Collection[str]:
+    """The names of a model's files, those included that its repository still has to send."""
+    return local_files(path) if repository is None else repository.sizes
 
 
 def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
@@ -195,18 +253,30 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 # Everything of the base that another program needs to open the output: configuration, tokenizer, templates, code.
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+_TEMPLATES = "additional_chat_templates"  # a folder
 _NOT_COPIED = ("model.", "pytorch_model", "merge_monster", "license", "readme", "adapter_", "trainer_")
+
+
+def small_files(names: Iterable[str]) -> list[str]:
+    """Of the names of all files of a model, those that are needed before its weights: what describes and opens it."""
+    names = list(names)
+    needed = {"config.json", ADAPTER_SETTINGS, index_file(names)}
+    return [name for name in names if name in needed or _is_companion(name)]
+
+
+def _is_companion(name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    fits = any(fnmatch(file, pattern) for pattern in _COMPANIONS) and not file.lower().startswith(_NOT_COPIED)
+    return fits and folder in ("", _TEMPLATES)
 
 
 def copy_companions(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
     """Copy a model folder's files other than weights; config.json is changed only in its dtype, and only if given."""
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file() and not file.name.lower().startswith(_NOT_COPIED):
-                shutil.copyfile(file, folder / file.name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name)
+    for file in source.iterdir():
+        if file.is_file() and _is_companion(file.name):
+            shutil.copyfile(file, folder / file.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, folder / _TEMPLATES)
     if dtype is not None:
         _set_dtype(folder / "config.json", dtype)
 

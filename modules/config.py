@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from modules.sources import HUB_FORM, parse_location, parse_source
+
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 METHODS = ("lerp", "slerp", "slice", "cyclic", "gradient")
@@ -46,7 +48,7 @@ def shortened(context: str) -> str:
 class Directories:
     """Where the models come from and where the merge goes."""
 
-    model_path1: str  # the base model's folder
+    model_path1: str  # the base model: a folder or an id of the hub
     output_directory: str  # the merged model's folder; empty if the mapper runs without one
     model_directory: str | None = None  # its sub-folders are the candidates, unless models_to_merge names them
 
@@ -66,7 +68,8 @@ class Config:
     """Everything a run depends on. Each field is the YAML key of the same name."""
 
     directories: Directories
-    models_to_merge: tuple[str, ...] = ()  # candidates, in the order in which they are tried
+    models_to_merge: tuple[str, ...] = ()  # candidates in the order in which they are tried, see sources.py
+    keep_downloads: bool = True  # leave what is fetched from the hub in its cache after the run
     merge_ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)  # shares of the candidate that are tried, 0 to 1
     merge_method: tuple[str, ...] = ("lerp",)  # one of METHODS, or a list that is tried in order
     merge_headers: bool = True  # try the input embedding and the output head after a candidate's layers
@@ -201,9 +204,31 @@ def _context_text(value: Any) -> str:
 def _folder(value: Any) -> str:
     path = _path(value)
     if not path.is_dir():
-        hint = "; python demo/make_models.py makes it" if path.parts[:2] == ("demo", "models") else ""
-        raise _Invalid(f"no such folder{hint}")
+        raise _Invalid("no such folder")
     return str(path)
+
+
+def _model(value: Any) -> str:
+    """A folder or an id of the hub. Whether the hub has it can't be known here."""
+    return _model_named(value, parse_location, HUB_FORM)
+
+
+def _candidate(value: Any) -> str:
+    """A model, an adapter, or both joined by a plus."""
+    return _model_named(value, parse_source, f"{HUB_FORM}, either with +adapter behind it")
+
+
+def _model_named(value: Any, parse: Callable[[str], object], form: str) -> str:
+    path = _path(value)
+    try:
+        known = parse(value)
+    except (OSError, ValueError, RuntimeError):  # a part of it is no usable path
+        known = None
+    if not known:
+        of_demo = path.parts[:2] == ("demo", "models")
+        hint = "python demo/make_models.py makes it" if of_demo else f"a model of the hub is written {form}"
+        raise _Invalid(f"no such folder; {hint}")
+    return value
 
 
 def _output(value: Any) -> str:
@@ -339,6 +364,7 @@ def _parse(document: Any, errors: list[str], request: _Request) -> Config:
     config = Config(
         directories=directories,
         models_to_merge=_list_of(top, "models_to_merge", _candidate_check(request)),
+        keep_downloads=take("keep_downloads", _boolean),
         merge_ratios=take("merge_ratios", _one_or_more(_ratio)),
         merge_method=take("merge_method", _one_or_more(_choice(*METHODS))),
         merge_headers=take("merge_headers", _boolean),
@@ -362,7 +388,7 @@ def _parse(document: Any, errors: list[str], request: _Request) -> Config:
 
 def _candidate_check(request: _Request) -> Check:
     """The mapper reads no candidates: they may still be missing."""
-    return _output if request.mapping else _folder
+    return _output if request.mapping else _candidate
 
 
 def _parse_directories(value: Any, errors: list[str], request: _Request) -> Directories:
@@ -372,13 +398,13 @@ def _parse_directories(value: Any, errors: list[str], request: _Request) -> Dire
     else:
         output_directory = section.take("output_directory", _output, "" if request.mapping else _REQUIRED)
     if request.model is not None:
-        base = _argument("--model", request.model, _folder, errors)
+        base = _argument("--model", request.model, _model, errors)
     else:
-        base = section.take("model_path1", _folder)
+        base = section.take("model_path1", _model)
     return Directories(
         model_path1=base,
         output_directory=output_directory,
-        model_directory=section.take("model_directory", _candidate_check(request), None),
+        model_directory=section.take("model_directory", _output if request.mapping else _folder, None),
     )
 
 

@@ -86,6 +86,20 @@ class Console:
         with tqdm(total=steps, bar_format=layout, dynamic_ncols=True, disable=None, smoothing=0.1) as bar:
             yield bar
 
+    def download(self, name: str, size: int) -> tqdm:
+        """A bar for what comes from the hub meanwhile, `size` bytes; on a terminal only."""
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} to go]"
+        return tqdm(
+            total=size,
+            desc=f"Downloading {name}",
+            bar_format=layout,
+            unit="B",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=None,
+            leave=False,
+        )
+
     def _record(self, text: str) -> None:
         self._log.write(text + "\n")
         self._log.flush()

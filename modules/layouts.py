@@ -60,7 +60,8 @@ class Layout:
         Raises ConfigError if the stored tensors can't be fused by the architecture's rules.
         """
         self._module, self._stored = module, stored
-        self._groups, self.unused = _grouped(module, stored)
+        self._rules = Rules(module)
+        self._groups, self.unused = _grouped(self._rules, stored)
         self._group_of: dict[str, Group] = {}  # by module name
         self._forms: Tensors = {}  # every module tensor that is stored, without its data
         for group in self._groups:
@@ -98,6 +99,14 @@ class Layout:
             tensors.update(group.convert({source: stored.pop(source) for source in group.sources}, self._module))
         return {name: tensors[name] for name in names}
 
+    def stored_name(self, name: str) -> str | None:
+        """The stored tensor that has this name, or that becomes the module's tensor of this name, or of the name that
+        the architecture's rules make of it; None if there is none, or the module's is fused from several."""
+        if name in self._stored:
+            return name
+        group = self._group_of.get(self._rules.module_name(name)[0])
+        return group.sources[0] if group is not None and group.rule is None else None
+
     def module_names(self, stored_name: str) -> list[str]:
         """The module tensors that a stored one is a part of; none if the module has no use for it."""
         return self._names_by_source.get(stored_name, [])
@@ -131,29 +140,44 @@ class Layout:
         return names
 
 
-def _grouped(module: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> tuple[list[Group], list[str]]:
+class Rules:
+    """What transformers calls a stored tensor of an architecture in its module."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self._expected = module.state_dict(keep_vars=True)
+        rules = get_model_conversion_mapping(module)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._prefix = module.base_model_prefix
+        self.by_pattern = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the module has a tensor of this name."""
+        return name in self._expected
+
+    def module_name(self, stored: str) -> tuple[str, str]:
+        """The module's tensor that a stored one becomes, or becomes a part of, and then the pattern of the rule by
+        which it does; a name that is not the module's if it has no use for it."""
+        name, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._expected)
+        return (stored, "") if name not in self and stored in self else (name, pattern or "")
+
+
+def _grouped(rules: Rules, stored: Mapping[str, TensorInfo]) -> tuple[list[Group], list[str]]:
     """The groups of a checkpoint's tensors by the module's rules, and the tensors that the module has no use for."""
-    expected = module.state_dict(keep_vars=True)
-    rules = get_model_conversion_mapping(module)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     members: dict[str, list[tuple[str, str]]] = {}
     unused = []
     # Experts are fused in the order of their numbers: 2 before 10.
     for source in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(source, renamings, converters, module.base_model_prefix, expected)
-        if name not in expected and source in expected:
-            name, pattern = source, None
-        if name in expected:
-            members.setdefault(name, []).append((source, pattern or ""))
+        name, pattern = rules.module_name(source)
+        if name in rules:
+            members.setdefault(name, []).append((source, pattern))
         else:
             unused.append(source)
     groups = []
     for name, found in members.items():
         fused = [(source, pattern) for source, pattern in found if pattern]
         if fused:
-            rule = by_pattern[fused[0][1]]
+            rule = rules.by_pattern[fused[0][1]]
             groups.append(Group(tuple(s for s, _ in fused), tuple(p for _, p in fused), name, rule))
         else:
             groups.append(Group((found[-1][0],), (), name, None))

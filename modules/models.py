@@ -110,7 +110,7 @@ class ResidentModel:
         self.layers_name, self.layers = find_layers(module)
         self._takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
         self._state = module.state_dict(keep_vars=True)
-        self._input_first = _input_first_weights(module)
+        self._input_first = input_first_weights(module)
         self._layout = Layout(module, checkpoint.tensors)
         self._layout.check_reversible()
         self._stored_as = self._find_stored_names()
@@ -240,12 +240,10 @@ class ResidentModel:
     def _saved(self, stored_names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """One file's tensors: the model's own where it has them, else as they lie in the base's file."""
         written: set[int] = set()
-        ready: Tensors = {}
+        ready = self.checkpoint.read([name for name in stored_names if not self._layout.module_names(name)])
         for stored in stored_names:
-            names = self._layout.module_names(stored)
-            if not names:
-                ready[stored] = self.checkpoint.read([stored])[stored]
-            elif stored not in ready:
+            if stored not in ready:
+                names = self._layout.module_names(stored)
                 ready.update(self._layout.store(names, {name: self._state[name].detach() for name in names}))
             dtype = self.checkpoint.tensors[stored].dtype
             if dtype.is_floating_point and self.saved_dtype is not None:
@@ -283,6 +281,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, trust_remote_cod
     module.eval().requires_grad_(False)
     model = ResidentModel(module, checkpoint, None if dtype == "auto" else compute)
     model.check_weights()
+    checkpoint.release()
     return model
 
 
@@ -337,7 +336,7 @@ def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 
-def _input_first_weights(module: PreTrainedModel) -> set[str]:
+def input_first_weights(module: PreTrainedModel) -> set[str]:
     """Names of the weights stored (input, output): GPT-2's Conv1D, and stacked experts that say so of themselves."""
     names = set()
     for prefix, child in module.named_modules():

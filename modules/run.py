@@ -3,27 +3,23 @@
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 
 from modules import report
-from modules.candidates import Candidate, open_candidate
-from modules.checkpoints import (
-    SETTINGS_FILE,
-    Checkpoint,
-    candidate_paths,
-    check_output,
-    load_tokenizer,
-    new_folder,
-    open_checkpoint,
-)
+from modules.candidates import Candidate
+from modules.checkpoints import SETTINGS_FILE, load_tokenizer, new_folder
 from modules.composition import Merge, mean_shares
-from modules.config import Config, ConfigError
+from modules.config import Config
 from modules.console import BANNER, Console
-from modules.models import ResidentModel, load_model, without_weights
+from modules.hub import Ahead, Bar, Job, Repository, check_space
+from modules.models import ResidentModel, load_model
+from modules.opening import open_models
 from modules.phrases import encode_pairs
 from modules.probability import build_scorer
 from modules.search import Decision, Search
@@ -37,15 +33,25 @@ def merge_models(config: Config, console: Console, overwrite: bool = False) -> N
     prepare_libraries(config.random_seed)
     console.line(BANNER)
     console.timed("THE MERGE MONSTER HUNGERS")
-    base, candidates = open_models(config, console, overwrite)
-    with new_folder(Path(config.directories.output_directory)) as folder:
+    models = open_models(config, overwrite, partial(fetch_now, console))
+    console.lines(models.notes)
+    base, candidates = models.base, models.candidates
+    jobs = [Job(base.name, base.repository, base.files), *(candidate.job for candidate in candidates)]
+    check_space(jobs, config.keep_downloads)
+    with (
+        new_folder(Path(config.directories.output_directory)) as folder,
+        Ahead(jobs, partial(begin_download, console)) as ahead,
+    ):
+        ahead.wait(0)
         model = load_model(base, config.device, config.dtype, config.trust_remote_code)
         search = start_search(config, console, model, candidates)
-        origins = search_all(config, console, search, candidates)
+        origins = search_all(config, console, search, candidates, ahead)
         console.lines(["Merge composition:", *report.composition_lines(mean_shares(origins)), ""])
         console.timed(f"Saving to {config.directories.output_directory}")
         model.save(folder)
         (folder / SETTINGS_FILE).write_text(config.text, encoding="utf-8", newline="")
+    if not config.keep_downloads:
+        remove_downloads([base.repository] if base.repository else [], [])
     console.timed(f"Done. The log is {console.log_path}")
 
 
@@ -56,30 +62,8 @@ def prepare_libraries(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def open_models(config: Config, console: Console, overwrite: bool) -> tuple[Checkpoint, list[Candidate]]:
-    """The base and the candidates, opened; everything that can be checked without their weights is.
-
-    Raises ConfigError, for all unfit candidates together.
-    """
-    paths, notes = candidate_paths(config)
-    console.lines(notes)
-    base_path = Path(config.directories.model_path1)
-    check_output(Path(config.directories.output_directory), [base_path, *paths], overwrite)
-    names = distinct_names([base_path, *paths])
-    base = open_checkpoint(base_path, names[0], config.trust_remote_code)
-    module = without_weights(base, config.trust_remote_code)
-    candidates, problems = [], []
-    for path, name in zip(paths, names[1:], strict=True):
-        try:
-            checkpoint = open_checkpoint(path, name, config.trust_remote_code)
-            candidates.append(open_candidate(checkpoint, base, module))
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return base, candidates
+    huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()
 
 
 def start_search(config: Config, console: Console, model: ResidentModel, candidates: Sequence[Candidate]) -> Search:
@@ -93,14 +77,20 @@ def start_search(config: Config, console: Console, model: ResidentModel, candida
     return search
 
 
-def search_all(config: Config, console: Console, search: Search, candidates: Sequence[Candidate]) -> list[list[Merge]]:
-    """Search one candidate after another; the accepted merges of every layer and, last, of the header."""
+def search_all(
+    config: Config, console: Console, search: Search, candidates: Sequence[Candidate], ahead: Ahead
+) -> list[list[Merge]]:
+    """Search one candidate after another; the accepted merges of every layer and, last, of the header.
+
+    ahead: brings the base as number 0, then the candidates; each while the one before it is searched.
+    """
     layers = len(search.model.layers)
     origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(layers + 1)]
     start = search.log_probabilities
     with console.progress(len(candidates) * search.steps_per_candidate()) as bar:
         for number, candidate in enumerate(candidates, start=1):
             console.timed(f"Candidate {number}/{len(candidates)}: {candidate.name}")
+            ahead.wait(number)
             for decision in search.candidate(candidate):
                 merges = origins[layers if decision.layer is None else decision.layer]
                 if decision.ratio is not None:
@@ -108,28 +98,42 @@ def search_all(config: Config, console: Console, search: Search, candidates: Seq
                 show_decision(console, decision, merges, layers, len(config.merge_method) > 1)
                 bar.update(search.steps(decision.layer, decision.method))
             console.lines(report.phrase_table(config.pairs, search.weights, search.log_probabilities, start))
+            if not config.keep_downloads:
+                needed = [search.model.checkpoint.repository, *(r for c in candidates[number:] for r in c.repositories)]
+                remove_downloads(candidate.repositories, needed)
     return origins
+
+
+def fetch_now(console: Console, job: Job) -> None:
+    """Fetch a job's files from the hub, if any are missing, and return when they are here."""
+    with Ahead([job], partial(begin_download, console)) as ahead:
+        ahead.wait(0)
+
+
+def begin_download(console: Console, job: Job) -> Bar:
+    """Say that a download begins; the bar that shows how far it is."""
+    count = len(job.absent)
+    console.timed(f"Downloading {job.name} ({count} {'file' if count == 1 else 'files'}, {job.size / 1e9:.2f} GB)")
+    return console.download(job.name, job.size)
+
+
+def remove_downloads(repositories: Iterable[Repository], needed: Iterable[Repository | None]) -> None:
+    """Remove from the hub's cache what this run has fetched of these, but for what is needed still."""
+    folders = {repository.folder for repository in needed if repository}
+    for repository in repositories:
+        if repository.folder not in folders:
+            repository.remove_fetched()
 
 
 def show_decision(
     console: Console, decision: Decision, merges: Sequence[Merge], layers: int, name_method: bool
 ) -> None:
-    """The two lines of a decision and the rule below them."""
+    """The two lines of a decision and the rule below them; before them, what there is to say about it."""
     if decision.warning:
         console.line(f"WARNING: {decision.warning}")
+    if decision.note:
+        console.line(decision.note)
     composition, outcome = report.decision_lines(decision, merges, layers, name_method)
     console.line(composition)
     console.timed(outcome)
     console.line("----")
-
-
-def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names; where different folders have the same one, as much of their paths as tells them apart."""
-    paths = [path.resolve() for path in paths]
-    names = []
-    for path in paths:
-        parts = 1
-        while any(other.parts[-parts:] == path.parts[-parts:] for other in paths if other != path):
-            parts += 1
-        names.append("/".join(path.parts[-parts:]))
-    return names

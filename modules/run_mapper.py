@@ -7,19 +7,22 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from modules import mapping_report
-from modules.checkpoints import load_tokenizer, open_checkpoint
+from modules.checkpoints import load_tokenizer
 from modules.config import Config, ConfigError, Pair
 from modules.console import Console
 from modules.continuation import build_continuation
+from modules.hub import Job
 from modules.mapping import CompletionTree, Explorer, Standing, standings
 from modules.models import ResidentModel, load_model
+from modules.opening import base_of, find_location, open_base
 from modules.phrases import Encoded, encode_contexts, encode_pairs
 from modules.probability import build_scorer
-from modules.run import prepare_libraries
+from modules.run import fetch_now, prepare_libraries
 from modules.spelling import Spelling
 
 
@@ -38,7 +41,11 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     """
     prepare_libraries(config.random_seed)
     console.timed("THE MONSTER MAPPER LOOKS AROUND")
-    checkpoint = open_checkpoint(Path(config.directories.model_path1), "model", config.trust_remote_code)
+    fetch = partial(fetch_now, console)
+    found = find_location(base_of(config))
+    console.lines(found.notes())
+    checkpoint = open_base(found, "model", config.trust_remote_code, fetch)
+    fetch(Job(found.location.text, checkpoint.repository, checkpoint.files))
     model = load_model(checkpoint, config.device, config.dtype, config.trust_remote_code)
     tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
     spelling = Spelling(tokenizer, model.vocabulary)

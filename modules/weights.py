@@ -2,14 +2,13 @@
 
 Knows: safetensors headers, .bin files, indexes of shards. Refuses to know: what a tensor is for, models, devices.
 
-Nothing is loaded whole: `read_tensors` opens a file, takes the tensors asked for and closes it again. Nothing in a
-file is executed: a .bin file is a pickle, and one that would need more than tensors is refused.
+`read_tensors` opens a file, takes the tensors asked for and closes it again; only `whole_files` have to be loaded whole.
+Nothing in a file is executed: a .bin file is a pickle, and one that would need more than tensors is refused.
 """
 
 import json
 import pickle
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,13 @@ _DTYPES = {
 }
 
 
+# Tensor name -> dtype, torch's or the name that safetensors gives it, and shape.
+Forms = Mapping[str, tuple[Any, tuple[int, ...]]]
+
+# The last file that had to be loaded whole, if there was one, and its tensors.
+Held = dict[Path, dict[str, Tensor]]
+
+
 class CheckpointError(Exception):
     """A checkpoint can't be read or written; the message is for the user."""
 
@@ -55,19 +61,40 @@ class TensorInfo:
     dtype: torch.dtype
 
 
-def weight_files(folder: Path) -> list[str]:
-    """The names of a model folder's weight files, of one format. Raises ConfigError if there are none, or an index
-    names files that are not there."""
+def local_files(folder: Path) -> list[str]:
+    """The names of the files in a folder, sub-folders left out."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def holds_weights(names: Collection[str]) -> bool:
+    """Whether a model folder with files of these names has a model's weights."""
+    return any(name in names for form in _FORMATS for name in form)
+
+
+def index_file(names: Collection[str]) -> str | None:
+    """Of files of these names, the index of a model's weights; None if they are no shards."""
     for single, index in _FORMATS:
-        if (folder / single).is_file():
+        if single in names or index in names:
+            return None if single in names else index
+    return None
+
+
+def weight_files(folder: Path, names: Collection[str]) -> list[str]:
+    """The names of a model's weight files, of one format.
+
+    names: of all the model's files; an index among them must be in the folder, shards need not. Raises ConfigError if
+    there are no weights, or an index names files that are not among the names.
+    """
+    for single, index in _FORMATS:
+        if single in names:
             return [single]
-        if (folder / index).is_file():
-            return _indexed(folder, index)
-    looked_for = ", ".join(name for names in _FORMATS for name in names)
+        if index in names:
+            return _indexed(folder, index, names)
+    looked_for = ", ".join(name for form in _FORMATS for name in form)
     raise ConfigError(f"{folder}: no weights here; looked for {looked_for}")
 
 
-def _indexed(folder: Path, index: str) -> list[str]:
+def _indexed(folder: Path, index: str, names: Collection[str]) -> list[str]:
     try:
         weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -76,54 +103,80 @@ def _indexed(folder: Path, index: str) -> list[str]:
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise ConfigError(f"{folder / index}: '{file}' is not a plain file name")
-        if not (folder / file).is_file():
+        if file not in names:
             raise ConfigError(f"{folder}: the shard {file} is missing")
     return files
 
 
-def read_headers(folder: Path, files: Iterable[str]) -> dict[str, TensorInfo]:
+def read_headers(folder: Path, files: Iterable[str], known: Mapping[str, Forms] | None = None) -> dict[str, TensorInfo]:
     """Every tensor of some weight files, by name and in file order; no weights are read.
 
-    Raises ConfigError for a type that can't be merged, CheckpointError if a file can't be read.
+    known: what is in those of the files that are not in the folder yet. Raises ConfigError for a type that can't be
+    merged, CheckpointError if a file can't be read.
     """
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        forms = _pickled_forms(folder / file) if _is_pickled(file) else _safetensors_forms(folder / file)
-        tensors.update(tensor_infos(f"{folder / file}", file, forms))
+        tensors.update(tensor_infos(f"{folder / file}", file, (known or {}).get(file) or _forms(folder / file)))
     return tensors
 
 
-def tensor_infos(where: str, file: str, forms: Mapping[str, tuple[Any, tuple[int, ...]]]) -> dict[str, TensorInfo]:
+def _forms(path: Path) -> Forms:
+    return _pickled_forms(path) if is_pickled(path.name) else _safetensors_forms(path)
+
+
+def tensor_infos(where: str, file: str, forms: Forms) -> dict[str, TensorInfo]:
     """Dtype (torch's, or the name that safetensors gives it) and shape by tensor name, as TensorInfo.
 
-    Raises ConfigError, beginning with `where`, for a dtype that can't be merged.
+    Raises ConfigError, beginning with `where`, for a dtype that can't be merged, and for weights that are no floating-
+    point numbers: what quantised models are made of, whatever their config.json says.
     """
     tensors = {}
     for name, (stored, shape) in forms.items():
         dtype = stored if stored in _DTYPES.values() else _DTYPES.get(stored)
-        if dtype is None:
-            raise ConfigError(f"{where}: {name} is stored as {stored}, which can't be merged")
+        if dtype is None or (not dtype.is_floating_point and "weight" in name.rpartition(".")[2]):
+            raise ConfigError(
+                f"{where}: {name} is stored as {dtype or stored}, which can't be merged; "
+                "if this model is quantised, merge the original weights instead"
+            )
         tensors[name] = TensorInfo(file, tuple(shape), dtype)
     return tensors
 
 
-def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named tensors of one file, on the CPU, in their stored dtype. Raises CheckpointError if it can't be read."""
-    if _is_pickled(path.name):
-        everything = _unpickled(path)
-        # Copied: a tensor in a memory map would die with the file.
-        return {name: everything[name].clone(memory_format=torch.contiguous_format) for name in names}
+def read_tensors(path: Path, names: Iterable[str], held: Held | None = None) -> dict[str, Tensor]:
+    """The named tensors of one file, on the CPU, in their stored dtype. Raises CheckpointError if it can't be read.
+
+    held: what the caller keeps of one call for the next.
+    """
+    if is_pickled(path.name):
+        everything = _held(path, held) if held is not None and _is_whole(path) else _unpickled(path)
+        # Copied: a tensor in a memory map would die with the file. Detached: it may be a module's parameter.
+        return {name: everything[name].detach().clone(memory_format=torch.contiguous_format) for name in names}
     # pread, not a memory map: a file that shrinks or a mount that vanishes is then an error, not a crash.
     with _reading(path), safe_open(path, "pt", backend="pread") as shard:
         return {name: shard.get_tensor(name) for name in names}
 
 
-def loads_whole(folder: Path, files: Iterable[str]) -> bool:
-    """Whether reading one tensor takes a whole file into memory: .bin files written before PyTorch 1.6."""
-    return any(_is_pickled(file) and not zipfile.is_zipfile(folder / file) for file in files)
+def whole_files(folder: Path, files: Iterable[str]) -> list[str]:
+    """Those of the files of which one tensor can't be read without the rest."""
+    return [file for file in files if is_pickled(file) and _is_whole(folder / file)]
 
 
-def _is_pickled(file: str) -> bool:
+def _is_whole(path: Path) -> bool:
+    """Whether a .bin file is of the kind from before PyTorch 1.6. Since then it is an archive, which can be mapped."""
+    with _reading(path), path.open("rb") as file:
+        return file.read(4) != b"PK\x03\x04"
+
+
+def _held(path: Path, held: Held) -> dict[str, Tensor]:
+    """A file that was loaded whole, and is kept until another one is asked for: the next layer may be in it, too."""
+    if path not in held:
+        held.clear()  # first, so that there are never two
+        held[path] = _unpickled(path)
+    return held[path]
+
+
+def is_pickled(file: str) -> bool:
+    """Whether a weight file of this name is a pickle: its shapes can't be seen without the whole file."""
     return file.endswith(".bin")
 
 
@@ -134,16 +187,27 @@ def _safetensors_forms(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _pickled_forms(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in _unpickled(path).items()}
+    # A file that can't be mapped is read, but on the meta device nothing of it stays in memory.
+    tensors = _unpickled(path, "meta" if _is_whole(path) else "cpu")
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """A .bin file's tensors, in a memory map unless the file is of the old kind."""
+def _unpickled(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """A .bin file's tensors, in a memory map if it can be mapped; on the meta device they have no data."""
+    mapped = not _is_whole(path)
     with _reading(path):
-        tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        tensors = torch.load(path, map_location=device, mmap=mapped, weights_only=True)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and _is_plain(tensor, device)
+        for name, tensor in tensors.items()
+    ):
         raise CheckpointError(f"{path}: holds something else than named tensors; convert it to safetensors")
     return dict(tensors)
+
+
+def _is_plain(tensor: Tensor, device: str) -> bool:
+    """Neither sparse, nor without data where there should be some."""
+    return tensor.layout == torch.strided and tensor.device.type == device
 
 
 @contextmanager
@@ -155,7 +219,7 @@ def _reading(file: Path) -> Iterator[None]:
             f"{file}: is damaged, or opening it would run code that it brings along, which is refused; "
             "convert it to safetensors where you trust it"
         ) from None
-    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever a damaged file makes of its reader
         raise CheckpointError(f"{file}: can't be read ({first_line(error)})") from None
 
 
@@ -167,7 +231,7 @@ def first_line(error: BaseException) -> str:
 
 def written_name(file: str) -> str:
     """What a weight file is called when its tensors are written again: .bin files become safetensors."""
-    return file.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors" if _is_pickled(file) else file
+    return file.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors" if is_pickled(file) else file
 
 
 def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]]) -> None:

@@ -110,27 +110,29 @@ class NaiveMerge:
             a.copy_(self.rounded(merged))
 
     def mix_header(self, model, other, other_tokenizer, ratio):
-        ours, theirs = self.tokenizer.get_vocab(), other_tokenizer.get_vocab()
-        source = {}
-        for token, row in ours.items():
-            if token in theirs:
-                source[row] = theirs[token]
-            elif token == self.tokenizer.bos_token and other_tokenizer.bos_token:
-                source[row] = theirs[other_tokenizer.bos_token]
-            elif token == self.tokenizer.eos_token and other_tokenizer.eos_token:
-                source[row] = theirs[other_tokenizer.eos_token]
-        if len(source) < 0.9 * len(ours):
-            return
         tensors = [(model.get_input_embeddings().weight, other.get_input_embeddings().weight)]
         head = model.get_output_embeddings()
         if head.weight is not model.get_input_embeddings().weight:
             tensors.append((head.weight, other.get_output_embeddings().weight))
         if head.bias is not None:
             tensors.append((head.bias, other.get_output_embeddings().bias))
+        rows, other_rows = min(len(a) for a, _ in tensors), min(len(b) for _, b in tensors)
+        # Tokens without a row might as well not be there.
+        ours = {token: row for token, row in self.tokenizer.get_vocab().items() if row < rows}
+        theirs = {token: row for token, row in other_tokenizer.get_vocab().items() if row < other_rows}
+        source = {}
+        for token, row in ours.items():
+            if token in theirs:
+                source[row] = theirs[token]
+            elif token == self.tokenizer.eos_token and other_tokenizer.eos_token in theirs:
+                source[row] = theirs[other_tokenizer.eos_token]
+            elif token == self.tokenizer.bos_token and other_tokenizer.bos_token in theirs:
+                source[row] = theirs[other_tokenizer.bos_token]
+        if len(source) < 0.9 * len(ours):
+            return
         for a, b in tensors:
-            for row in range(a.shape[0]):
-                if source.get(row, b.shape[0]) < b.shape[0]:
-                    a.data[row] = self.rounded(naive_merge("lerp", a.data[row], b.data[source[row]], ratio))
+            for row, other_row in source.items():
+                a.data[row] = self.rounded(naive_merge("lerp", a.data[row], b.data[other_row], ratio))
 
     def rounded(self, tensor):
         return tensor.to(self.saved_dtype or self.dtype).to(self.dtype)

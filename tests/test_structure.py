@@ -11,30 +11,45 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from floors below its own.
 FLOORS = {
-    "config": 0,
-    "console": 1,
-    "strategies": 1,
-    "composition": 1,
-    "merging": 1,
-    "phrases": 1,
-    "weights": 1,
-    "failures": 2,
-    "inputs": 2,
-    "spelling": 2,
-    "checkpoints": 2,
-    "layouts": 2,
-    "models": 3,
-    "mapping": 3,
-    "candidates": 4,
-    "probability": 4,
-    "continuation": 5,
-    "search": 5,
-    "report": 6,
-    "mapping_report": 7,
-    "run": 8,
-    "run_mapper": 9,
+    "sources": 0,
+    "strategies": 0,
+    "composition": 0,
+    "merging": 0,
+    "config": 1,
+    "console": 2,
+    "phrases": 2,
+    "weights": 2,
+    "failures": 3,
+    "hub": 3,
+    "inputs": 3,
+    "layouts": 3,
+    "spelling": 3,
+    "checkpoints": 4,
+    "mapping": 4,
+    "adapters": 5,
+    "models": 5,
+    "candidates": 6,
+    "probability": 6,
+    "continuation": 7,
+    "opening": 7,
+    "search": 7,
+    "report": 8,
+    "mapping_report": 9,
+    "run": 9,
+    "run_mapper": 10,
 }
-LIGHT = ("config", "console", "strategies", "composition", "phrases", "spelling", "mapping", "report", "mapping_report")
+LIGHT = (
+    "sources",
+    "config",
+    "console",
+    "strategies",
+    "composition",
+    "phrases",
+    "spelling",
+    "mapping",
+    "report",
+    "mapping_report",
+)
 MODULES = sorted(path.stem for path in (ROOT / "modules").glob("*.py"))
 
 
@@ -98,4 +113,4 @@ def test_the_readme_shows_the_real_file_tree():
 
 def test_requirements_hold_nothing_but_what_the_run_needs():
     names = [re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()]
-    assert sorted(names) == ["accelerate", "pyyaml", "safetensors", "torch", "tqdm", "transformers"]
+    assert sorted(names) == ["accelerate", "huggingface_hub", "pyyaml", "safetensors", "torch", "tqdm", "transformers"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
@@ -143,3 +144,61 @@ def write_config(path, base, candidates, output, pairs=PAIRS, **more):
     path = Path(path)
     path.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8")
     return path
+
+
+def save_as_bin(folder):
+    """Turn a checkpoint's safetensors file into a .bin file."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def rewritten_tokenizer(tokenizer, rows=None, names=None, **special):
+    """A tokenizer's vocabulary at other rows (by token) or under other names (by token); it can't encode.
+
+    special: its bos_token and eos_token, where they are others.
+    """
+    data, names = json.loads(tokenizer.backend_tokenizer.to_str()), names or {}
+    rows = rows or tokenizer.get_vocab()
+    data["model"]["merges"], data["post_processor"] = [], None
+    data["model"]["vocab"] = {names.get(token, token): rows[token] for token in data["model"]["vocab"]}
+    for token in data["added_tokens"]:
+        token["id"], token["content"] = rows[token["content"]], names.get(token["content"], token["content"])
+    roles = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, **special}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), **roles)
+
+
+def change_vocabulary(folder, tokenizer, rows=None, names=None):
+    """Give a checkpoint another tokenizer and so many rows: a token's row moves with it, other rows are random.
+
+    names: what a token of the new tokenizer was called in the old one.
+    """
+    old, names = AutoTokenizer.from_pretrained(folder).get_vocab(), names or {}
+    model, rows = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), rows or len(tokenizer)
+    before = [tensor.clone() for tensor in header_tensors(model)]
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for tensor, was in zip(header_tensors(model), before, strict=True):
+            tensor.copy_(torch.randn(tensor.shape) * was.float().std())
+            for token, row in tokenizer.get_vocab().items():
+                place = old.get(names.get(token, token), len(was))
+                if row < rows and place < len(was):
+                    tensor[row] = was[place]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def header_tensors(model):
+    """The weights of a model that have a row for every token."""
+    head = model.get_output_embeddings()
+    tensors = {id(tensor): tensor for tensor in (model.get_input_embeddings().weight, head.weight, head.bias)}
+    return [tensor for tensor in tensors.values() if tensor is not None]
+
+
+def edit_checkpoint(folder, change=None, **settings):
+    """Change the tensors of a checkpoint's only file, a dict, and settings of its config.json."""
+    tensors = load_file(folder / "model.safetensors")
+    if change:
+        change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **settings}), encoding="utf-8")

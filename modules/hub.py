@@ -1,0 +1,308 @@
+"""Models of the hub: found at one commit, small files first, weights when they are needed.
+
+Knows: huggingface_hub, its cache, what can go wrong on the way. Refuses to know: what is in the files.
+
+The token is the one that huggingface_hub finds (HF_TOKEN, or `hf auth login`), the cache its own (HF_HOME), and
+HF_HUB_OFFLINE and HF_ENDPOINT mean what they mean there.
+"""
+
+import glob
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from huggingface_hub import HfApi, constants, hf_hub_download, scan_cache_dir, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from modules.config import ConfigError
+from modules.sources import Location
+from modules.weights import CheckpointError, Forms, first_line
+
+PAUSES = (2.0, 10.0, 30.0, 120.0)  # seconds before a file whose download failed is asked for again
+PARALLEL = 4  # files that are fetched at a time
+
+Report = Callable[[int], Any]  # is told how many bytes have come
+
+
+class Bar(Protocol):
+    """What shows how far a download is."""
+
+    def update(self, count: int) -> Any:
+        """So many bytes more have come."""
+
+
+# Asking again changes nothing about these.
+_FINAL = (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError, OfflineModeIsEnabled)
+
+
+class Repository:
+    """One model of the hub at one commit. Its folder, in the cache, has the files that were fetched so far."""
+
+    def __init__(
+        self, location: Location, folder: Path, sizes: Mapping[str, int], fetched: Iterable[str], trouble: str | None
+    ) -> None:
+        """sizes: of all files that can be had, in bytes. fetched: what this run has put into the folder. trouble: why
+        the hub can't be asked for more than is in the folder; None if it can."""
+        self.location, self.folder, self.sizes, self.trouble = location, folder, sizes, trouble
+        self._fetched = set(fetched)
+
+    def absent(self, files: Iterable[str]) -> list[str]:
+        """Those of the files that are not in the folder yet."""
+        return [file for file in files if not (self.folder / file).is_file()]
+
+    def headers(self, files: Sequence[str]) -> dict[str, Forms]:
+        """What is in safetensors files, by file; the hub is asked for their headers only.
+
+        Raises ConfigError if it can't be.
+        """
+
+        def header(file: str) -> Forms:
+            found = HfApi().parse_safetensors_file_metadata(self.location.repo, file, revision=self.folder.name)
+            return {name: (info.dtype, tuple(info.shape)) for name, info in found.tensors.items()}
+
+        try:
+            with ThreadPoolExecutor(PARALLEL) as pool:
+                return dict(zip(files, pool.map(header, files), strict=True))
+        except Exception as error:  # whatever the network library raises
+            raise ConfigError(f"{self.location.text}: {reason(self.location, error)}") from None
+
+    def fetch(self, files: Iterable[str], report: Report = lambda count: None) -> None:
+        """Put files into the folder, several at a time; those that are there already are left alone.
+
+        A connection that breaks is taken up where it broke; a file that can't be had is asked for again after a while.
+        Raises CheckpointError if that does not help.
+        """
+        waiting, failures = self.absent(files), []
+        self._fetched.update(waiting)
+
+        def work() -> None:
+            while waiting and not failures:
+                try:
+                    self._fetch_patiently(waiting.pop(0), report)
+                except Exception as error:  # raised again below, where it can be caught
+                    failures.append(error)
+
+        # Not a pool: Python waits for a pool's threads when it exits, and a person who presses Ctrl-C does not.
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(PARALLEL, len(waiting)))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def _fetch_patiently(self, file: str, report: Report) -> None:
+        """Fetch one file; between attempts, take back what was reported of a file that begins again."""
+        reported = 0
+
+        def count(received: int) -> None:
+            nonlocal reported
+            reported += received
+            report(received)
+
+        for pause in (*PAUSES, None):
+            try:
+                hf_hub_download(self.location.repo, file, revision=self.folder.name, tqdm_class=_reporting(count))
+                return
+            except _Cancelled:
+                raise
+            except Exception as error:  # whatever the network library raises
+                machines_own = getattr(error, "errno", None) is not None  # a full disk, say
+                if pause is None or machines_own or isinstance(error, _FINAL):
+                    why = reason(self.location, error)
+                    raise CheckpointError(f"{self.location.text}: {file} can't be had: {why}") from None
+            count(-reported)
+            time.sleep(pause)
+
+    def remove_fetched(self) -> None:
+        """Remove from the cache what this run has put there, and nothing else."""
+        cache = scan_cache_dir(constants.HF_HUB_CACHE)
+        for revision in (revision for repo in cache.repos for revision in repo.revisions):
+            if revision.snapshot_path.resolve() == self.folder.resolve():
+                names = {file: _relative(file.file_path, revision.snapshot_path) for file in revision.files}
+                ours = [file for file, name in names.items() if name in self._fetched]
+                all_ours = len(ours) == len(names)
+                (cache.delete_revisions(revision.commit_hash) if all_ours else cache.delete_files(*ours)).execute()
+        self._fetched.clear()
+
+
+def find(location: Location, wanted: Callable[[Collection[str]], list[str]]) -> Repository:
+    """A model of the hub, some of its files fetched. wanted: of the names of all its files, those to fetch.
+
+    What the cache has is taken where the hub can't be asked. Raises ConfigError if the cache has nothing either.
+    """
+    repo, revision = location.repo, location.revision
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        names = wanted(sizes)
+        new = [n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
+        folder = snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in names])
+        return Repository(location, Path(folder), sizes, new, None)
+    except Exception as error:  # whatever the network library raises
+        trouble = reason(location, error)
+    try:
+        # The patterns are those files of which at least one is there: of the others nothing is said.
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=["config.json"], local_files_only=True))
+    except Exception:  # not in the cache
+        cache = constants.HF_HUB_CACHE
+        raise ConfigError(f"{location.text}: no such folder, not in the hub's cache ({cache}), and {trouble}") from None
+    sizes = {_relative(file, folder): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    return Repository(location, folder, sizes, (), trouble)
+
+
+def reason(location: Location, error: BaseException) -> str:
+    """Why a file of the hub can't be had, and what can be done about it."""
+    page = f"{constants.ENDPOINT}/{location.repo}"
+    log_in = "set HF_TOKEN or run 'hf auth login'"
+    if isinstance(error, GatedRepoError):
+        return f"it is gated: ask for access at {page}, then {log_in}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no such model at {page}; if it is a private one, {log_in}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{page} has no revision '{location.revision}'"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return f"{page} answers {error.response.status_code} ({first_line(error)})"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"it can't be stored in {constants.HF_HUB_CACHE} ({error.strerror})"
+    return f"{page} can't be reached ({first_line(error)})"
+
+
+def _relative(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+class _Cancelled(Exception):
+    """The run is over; what is still being fetched is not needed."""
+
+
+def _reporting(report: Report) -> Any:
+    """What huggingface_hub takes for the class of a progress bar, and tells how far it is."""
+
+    class Reporting:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def __enter__(self) -> "Reporting":
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def update(self, count: float | None = 1) -> None:
+            report(int(count or 0))
+
+        def update_transfer(self, count: float | None = 1) -> None:
+            """Bytes from the network; `update` counts those that arrived in the file."""
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_, **__: None  # all else is about how a bar looks
+
+    return Reporting
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One after another, ahead of their use
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """Files of a repository that will be needed together. Without a repository there is nothing to do."""
+
+    name: str
+    repository: Repository | None = None
+    files: tuple[str, ...] = ()
+
+    @property
+    def absent(self) -> list[str]:
+        """What is still to be fetched."""
+        return self.repository.absent(self.files) if self.repository else []
+
+    @property
+    def size(self) -> int:
+        """The same in bytes."""
+        return sum(self.repository.sizes.get(file, 0) for file in self.absent) if self.repository else 0
+
+
+class Ahead:
+    """Does jobs in their order in the background, never more than one ahead of the one that is in use."""
+
+    def __init__(self, jobs: Sequence[Job], begin: Callable[[Job], AbstractContextManager[Bar]]) -> None:
+        """begin: is called, in the caller's thread, when a job's download begins; returns a bar for its progress."""
+        self._jobs, self._begin, self._bars = jobs, begin, ExitStack()
+        self._threads: dict[int, threading.Thread] = {}
+        self._failures: dict[int, Exception] = {}
+        self._over = False
+
+    def start(self, number: int) -> None:
+        """Begin a job, if there is such a one and it has anything to do."""
+        if number in self._threads or number >= len(self._jobs) or not self._jobs[number].absent:
+            return
+        bar = self._bars.enter_context(self._begin(self._jobs[number]))
+
+        def checked(count: int) -> None:
+            if self._over:
+                raise _Cancelled
+            bar.update(count)
+
+        self._threads[number] = threading.Thread(target=self._work, args=(number, checked), daemon=True)
+        self._threads[number].start()
+
+    def wait(self, number: int) -> None:
+        """Return when a job is done, the next one begun. Raises CheckpointError if a file can't be had."""
+        self.start(number)
+        if number in self._threads:
+            self._threads[number].join()
+            self._bars.close()  # no other one is open
+        if number in self._failures:
+            raise self._failures[number]
+        self.start(number + 1)
+
+    def _work(self, number: int, report: Report) -> None:
+        job = self._jobs[number]
+        try:
+            if job.repository is not None:
+                job.repository.fetch(job.files, report)
+        except Exception as error:  # raised again by `wait`
+            self._failures[number] = error
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over = True
+        for thread in self._threads.values():
+            thread.join(1.0)  # time to remove what is half done
+        self._bars.close()
+
+
+def check_space(jobs: Sequence[Job], keep: bool) -> None:
+    """Raise ConfigError if the cache's disk is too small for all jobs or, where they are not kept, for the first one
+    and any two that follow each other."""
+    sizes = [job.size for job in jobs]
+    needed = sum(sizes) if keep else sizes[0] + max(map(sum, zip(sizes[1:], [*sizes[2:], 0], strict=True)))
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(path for path in (cache, *cache.resolve().parents) if path.exists())).free
+    if needed > free:
+        hint = "make room, or set HF_HOME to a folder on a larger disk"
+        hint += ", or keep_downloads: false" if keep and len(jobs) > 2 else ""
+        raise ConfigError(f"{needed / 1e9:.1f} GB are to be downloaded, {cache} has room for {free / 1e9:.1f}: {hint}")

@@ -1,0 +1,76 @@
+"""What a model is called in the YAML file: a folder, an id of the hub, or either with an adapter behind a plus.
+
+Knows: how names are spelt, which folders are there. Refuses to know: the network, what is in a folder.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+HUB_FORM = "org/name or org/name@revision"
+
+# Letters, digits, "_", "-" and "."; neither "-" nor "." at an end, neither doubled: the hub's own rules.
+_NAME = r"\w(?:(?!--|\.\.)[\w.-])*(?<![.-])"
+_HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model lies: in a folder or, if that is None, on the hub."""
+
+    text: str  # as it was written
+    folder: Path | None
+    repo: str = ""
+    revision: str | None = None  # a branch, a tag or a commit; None is the hub's main branch
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """From the widest to the narrowest, what tells this location from another one."""
+        if self.folder is not None:
+            return self.folder.resolve().parts
+        owner, name = self.repo.split("/")
+        return owner, f"{name}@{self.revision}" if self.revision else name
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a candidate is made of: a model, or an adapter alone, or a model and an adapter for it."""
+
+    text: str  # as it was written
+    model: Location
+    adapter: Location | None = None  # only where the text names both
+
+
+def parse_location(text: str) -> Location | None:
+    """A folder that is there or, failing that, a text with the form of an id of the hub; None if it is neither."""
+    folder = Path(text).expanduser()
+    if text and folder.is_dir():
+        return Location(text, folder)
+    hub_id = _HUB_ID.fullmatch(text)
+    return Location(text, None, hub_id["repo"], hub_id["revision"]) if hub_id else None
+
+
+def parse_source(text: str) -> Source | None:
+    """`location` or `location+location`; None if it is neither. A folder with a plus in its name is a folder."""
+    whole = parse_location(text)
+    if whole is not None:
+        return Source(text, whole)
+    for plus in (match.start() for match in re.finditer(r"\+", text)):
+        model, adapter = parse_location(text[:plus].strip()), parse_location(text[plus + 1 :].strip())
+        if model is not None and adapter is not None:
+            return Source(text, model, adapter)
+    return None
+
+
+def names_of(sources: list[Source]) -> list[str]:
+    """What reports call the sources: their last parts, or as many more as tell different locations apart."""
+    locations = [location for source in sources for location in (source.model, source.adapter) if location]
+    found = {location.parts for location in locations}
+
+    def name(location: Location) -> str:
+        count = 1
+        while any(other[-count:] == location.parts[-count:] for other in found if other != location.parts):
+            count += 1
+        return "/".join(location.parts[-count:])
+
+    return ["+".join(name(location) for location in (s.model, s.adapter) if location) for s in sources]
