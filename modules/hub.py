@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from modules.config import ConfigError
@@ -34,6 +36,7 @@ from modules.weights import CheckpointError, Forms, first_line
 
 PAUSES = (2.0, 10.0, 30.0, 120.0)  # seconds before a file whose download failed is asked for again
 PARALLEL = 4  # files that are fetched at a time
+TIMEOUT = 30.0  # seconds for the hub to say what a model consists of
 
 Report = Callable[[int], Any]  # is told how many bytes have come
 
@@ -86,18 +89,23 @@ class Repository:
         A connection that breaks is taken up where it broke; a file that can't be had is asked for again after a while.
         Raises CheckpointError if that does not help.
         """
-        waiting, failures = self.absent(files), []
-        self._fetched.update(waiting)
+        wanted = self.absent(files)
+        waiting, failures = SimpleQueue(), []
+        for file in wanted:
+            waiting.put(file)
+        self._fetched.update(wanted)
 
         def work() -> None:
-            while waiting and not failures:
+            while not failures:
                 try:
-                    self._fetch_patiently(waiting.pop(0), report)
+                    self._fetch_patiently(waiting.get_nowait(), report)
+                except Empty:
+                    return
                 except Exception as error:  # raised again below, where it can be caught
                     failures.append(error)
 
         # Not a pool: Python waits for a pool's threads when it exits, and a person who presses Ctrl-C does not.
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(PARALLEL, len(waiting)))]
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(PARALLEL, len(wanted)))]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -147,7 +155,7 @@ def find(location: Location, wanted: Callable[[Collection[str]], list[str]]) -> 
     """
     repo, revision = location.repo, location.revision
     try:
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         names = wanted(sizes)
         new = [n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
@@ -156,7 +164,7 @@ def find(location: Location, wanted: Callable[[Collection[str]], list[str]]) -> 
     except Exception as error:  # whatever the network library raises
         trouble = reason(location, error)
     try:
-        # The patterns are those files of which at least one is there: of the others nothing is said.
+        # Whether more than this one file is there, and enough of it, is for the caller to see.
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=["config.json"], local_files_only=True))
     except Exception:  # not in the cache
         cache = constants.HF_HUB_CACHE
@@ -179,6 +187,8 @@ def reason(location: Location, error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"{page} answers {error.response.status_code} ({first_line(error)})"
+    if isinstance(error, SafetensorsParsingError):
+        return f"{page} has a weight file that is none ({first_line(error)})"
     if isinstance(error, OSError) and error.errno is not None:
         return f"it can't be stored in {constants.HF_HUB_CACHE} ({error.strerror})"
     return f"{page} can't be reached ({first_line(error)})"

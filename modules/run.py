@@ -51,7 +51,7 @@ def merge_models(config: Config, console: Console, overwrite: bool = False) -> N
         model.save(folder)
         (folder / SETTINGS_FILE).write_text(config.text, encoding="utf-8", newline="")
     if not config.keep_downloads:
-        remove_downloads([base.repository] if base.repository else [], [])
+        remove_downloads(console, [base.repository])
     console.timed(f"Done. The log is {console.log_path}")
 
 
@@ -100,7 +100,7 @@ def search_all(
             console.lines(report.phrase_table(config.pairs, search.weights, search.log_probabilities, start))
             if not config.keep_downloads:
                 needed = [search.model.checkpoint.repository, *(r for c in candidates[number:] for r in c.repositories)]
-                remove_downloads(candidate.repositories, needed)
+                remove_downloads(console, candidate.repositories, needed)
     return origins
 
 
@@ -117,12 +117,17 @@ def begin_download(console: Console, job: Job) -> Bar:
     return console.download(job.name, job.size)
 
 
-def remove_downloads(repositories: Iterable[Repository], needed: Iterable[Repository | None]) -> None:
+def remove_downloads(
+    console: Console, repositories: Iterable[Repository | None], needed: Iterable[Repository | None] = ()
+) -> None:
     """Remove from the hub's cache what this run has fetched of these, but for what is needed still."""
     folders = {repository.folder for repository in needed if repository}
     for repository in repositories:
-        if repository.folder not in folders:
-            repository.remove_fetched()
+        if repository is not None and repository.folder not in folders:
+            try:
+                repository.remove_fetched()
+            except OSError as error:  # no reason to lose a merge
+                console.line(f"WARNING: {repository.folder} could not be removed ({error.strerror})")
 
 
 def show_decision(

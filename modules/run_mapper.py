@@ -22,7 +22,7 @@ from modules.models import ResidentModel, load_model
 from modules.opening import base_of, find_location, open_base
 from modules.phrases import Encoded, encode_contexts, encode_pairs
 from modules.probability import build_scorer
-from modules.run import fetch_now, prepare_libraries
+from modules.run import fetch_now, prepare_libraries, remove_downloads
 from modules.spelling import Spelling
 
 
@@ -59,6 +59,8 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     if exports.yaml:
         write_text(exports.yaml, mapping_report.phrase_list(everything, config.directories.model_path1))
         console.timed(f"The suggestions are in {exports.yaml}")
+    if not config.keep_downloads:
+        remove_downloads(console, [checkpoint.repository])
     console.timed(f"Done. The log is {console.log_path}")
 
 

@@ -281,6 +281,13 @@ def test_what_does_not_fit_is_found_before_any_weights_are_fetched(hub, models, 
     assert hub.fetched("safetensors") == [] and hub.fetched("safetensors", whole=False) != []
 
 
+def test_a_shard_that_is_none(hub, models, tmp_path, capsys):
+    broken = shutil.copytree(models / "one", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\x05\x00\x00\x00\x00\x00\x00\x00hello and more")
+    hub.add("org/broken", broken)
+    refused(tmp_path, capsys, "org/broken: ", "has a weight file that is none", candidates=["org/broken"])
+
+
 def test_a_disk_that_is_too_small(hub, models, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
     refused(tmp_path, capsys, "are to be downloaded", "has room for 0.0", "make room")
@@ -365,3 +372,6 @@ def test_the_mapper_maps_a_model_of_the_hub(hub, tmp_path):
     config = tiny.write_config(tmp_path / "my.yaml", "nowhere/base", [], tmp_path / "out")
     assert monster_mapper.main(["--config", str(config), "--model", "org/two"]) == 0
     assert hub.fetched("pytorch_model.bin") == ["org/two/pytorch_model.bin"]
+    config = tiny.write_config(tmp_path / "my.yaml", "org/one@v1", [], tmp_path / "out", keep_downloads=False)
+    assert monster_mapper.main(["--config", str(config)]) == 0
+    assert not (tmp_path / "cache/models--org--one").exists() and (tmp_path / "cache/models--org--two").exists()
