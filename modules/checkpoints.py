@@ -135,9 +135,13 @@ def open_checkpoint(
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     """A model folder's tokenizer. Raises ConfigError if it has none that can be used."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the tokenizer library raises bare Exception for a broken tokenizer.json
         raise ConfigError(f"{path}: no usable tokenizer ({first_line(error)})") from None
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        # What transformers makes, for many architectures, of a folder without tokenizer files.
+        raise ConfigError(f"{path}: no usable tokenizer (its files are missing)")
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

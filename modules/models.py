@@ -180,9 +180,9 @@ class ResidentModel:
         return self._part([name for name in self._state if name.startswith(prefix)])
 
     def header(self) -> Part:
-        """The input embedding and, unless it is tied to it, the output head."""
-        embedding, head = self.module.get_input_embeddings(), self.module.get_output_embeddings()
-        modules = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+        """The input embedding and the output head; one weight for both where they are tied."""
+        both = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        modules = [module for module in both if module is not None]
         owned = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
         # A tied head is the same tensor under a second name: it is taken once, under the first.
         names = {id(tensor): name for name, tensor in reversed(self._state.items()) if id(tensor) in owned}
@@ -192,6 +192,11 @@ class ResidentModel:
         """The full name of the input embedding's weight."""
         weight = self.module.get_input_embeddings().weight
         return next(name for name, tensor in self._state.items() if tensor is weight)
+
+    def head_name(self) -> str | None:
+        """The full name of the output head's weight, which a tied model has too; None without a head."""
+        head = self.module.get_output_embeddings()
+        return next((f"{name}.weight" for name, child in self.module.named_modules() if child is head), None)
 
     def _part(self, names: list[str]) -> Part:
         names = [name for name in names if self._state[name].is_floating_point()]
@@ -211,6 +216,10 @@ class ResidentModel:
         missing = [name for name, other in found.items() if other is None]
         if missing:
             raise ConfigError(f"{self.checkpoint.path}: the weights lack {', '.join(missing[:3])}")
+        for name, tensor in self._state.items():
+            dtype = self._layout.dtype(found[name])
+            if tensor.is_floating_point() and not dtype.is_floating_point:
+                raise ConfigError(f"{self.checkpoint.path}: {name} is stored as {dtype}, not as a floating-point type")
         mixed = [name for name in self._layout if len(self._layout.dtypes(name)) > 1]
         if mixed and self.saved_dtype is None:
             kinds = " and ".join(sorted(_name(dtype) for dtype in self._layout.dtypes(mixed[0])))

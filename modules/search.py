@@ -4,23 +4,19 @@ Knows: the order of trials, when one is kept. Refuses to know: printing, logs, h
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from modules.candidates import Candidate
-from modules.checkpoints import load_tokenizer
 from modules.config import Config, ConfigError, Pair
+from modules.headers import HeaderSkipped, aligned_header
 from modules.layouts import Tensors
-from modules.merging import RECORDED_SHARE, align_rows, match_rows, ratios_for
+from modules.merging import RECORDED_SHARE, ratios_for
 from modules.models import BrokenWeights, Part, ResidentModel
 from modules.probability import Scorer, Trial
 from modules.strategies import choose, probability, scores, total
-
-MIN_SHARED_TOKENS = 0.9  # of the base's vocabulary, for the headers to be merged at all
 
 # Below this a probability has lost digits to underflow, and its reciprocal is no sensible weight.
 SMALLEST_PROBABILITY = 2.2250738585072014e-308
@@ -45,59 +41,6 @@ class Decision:
     def share(self) -> float:
         """What an accepted merge adds to the composition: the ratio, or the method's own fixed share."""
         return 0.0 if self.ratio is None else RECORDED_SHARE.get(self.method, self.ratio)
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A model's tokens that have a row in its header, and the number of rows: some may have no token."""
-
-    tokens: Mapping[str, int]
-    rows: int
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """Two vocabularies, side by side."""
-
-    base: Vocabulary
-    candidate: Vocabulary
-    roles: Mapping[str, str]  # BOS and EOS of the base -> those of the candidate
-    matches: Mapping[int, int]  # base row -> candidate row
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the vocabularies are the same, row for row."""
-        return self.base == self.candidate
-
-    @property
-    def known(self) -> int:
-        """How many rows of the base have a token."""
-        return len(set(self.base.tokens.values()))
-
-    def describe(self, candidate: str) -> str:
-        """How many rows were matched, how, and what becomes of the others. candidate: its name."""
-        by_role = [
-            f"{token} with {part}"
-            for token, part in self.roles.items()
-            if token in self.base.tokens and token not in self.candidate.tokens and part in self.candidate.tokens
-        ]
-        moved = sum(row != other for row, other in self.matches.items())
-        lacking, nameless = self.known - len(self.matches), self.base.rows - self.known
-        added = len(set(self.candidate.tokens.values()) - set(self.matches.values()))
-        text = f"{len(self.matches)} of {self.base.rows} rows matched by token"
-        text += f", BOS or EOS by role ({', '.join(by_role)})" if by_role else ""
-        text += f", {moved} of them at another place" if moved else ""
-        kept = [f"{lacking} ({candidate} has no row for their tokens)"] if lacking else []
-        kept += [f"{nameless} (they have no token)"] if nameless else []
-        text += f"; the base keeps its own in {' and in '.join(kept)}" if kept else ""
-        if added or self.candidate.rows != self.base.rows:
-            text += f"; {candidate} has {self.candidate.rows} rows"
-            text += f", {added} of them for tokens that the base lacks" if added else ""
-        return text
-
-
-class HeaderSkipped(Exception):
-    """A candidate's header can't be matched with the base's; the message says why."""
 
 
 class Search:
@@ -159,7 +102,7 @@ class Search:
         """The input embedding and the output head together, always by lerp."""
         part = self.model.header()
         try:
-            theirs, note = self._aligned_header(candidate, part)
+            theirs, note = aligned_header(self.model, self.tokenizer, candidate, self.config.trust_remote_code)
         except (BrokenWeights, HeaderSkipped) as error:
             return self._untried(candidate, None, "lerp", f"{error}; the header stays as it is")
         outcome = self._decide(part, theirs, "lerp", self.config.merge_ratios, self._score_whole)
@@ -194,100 +137,6 @@ class Search:
             with trial():
                 results.append(self.scorer.score())
         return results
-
-    # -- the candidate's header in the base's order -------------------------------------------------------------------
-
-    def _aligned_header(self, candidate: Candidate, part: Part) -> tuple[Tensors, str | None]:
-        """The candidate's header with its rows in the base's order, and a line about what had to be matched.
-
-        Raises HeaderSkipped, BrokenWeights.
-        """
-        sources = self._header_sources(candidate, part)
-        rows = min(tensor.shape[0] for tensor in part.tensors.values())
-        their_rows = min(candidate.layout.shape(source)[0] for source in sources.values())
-        alignment = self._align(candidate, rows, their_rows)
-        stored = candidate.read(set(sources.values()))
-        theirs = part.adopt({name: stored[source] for name, source in sources.items()}, candidate.name)
-        aligned = {name: align_rows(ours, theirs[name], alignment.matches) for name, ours in part.tensors.items()}
-        tying = self._about_tying(candidate, part)
-        if alignment.is_plain and not tying:
-            return aligned, None
-        return aligned, f"Header: {alignment.describe(candidate.name)}" + (f"; {tying}" if tying else "")
-
-    def _header_sources(self, candidate: Candidate, part: Part) -> dict[str, str]:
-        """Tensor of the base's header -> the candidate's tensor that is merged into it. Raises HeaderSkipped.
-
-        A candidate whose head is tied to its embedding may store only one of the two, which then stands for both.
-        """
-        embedding, head = self.model.embedding_name(), self._head_name()
-        twins = {embedding: head, head: embedding} if _is_tied(candidate) else {}
-        sources = {}
-        for name, ours in part.tensors.items():
-            source = name if name in candidate.layout else twins.get(name)
-            if source is None or source not in candidate.layout:
-                raise HeaderSkipped(f"{candidate.name} has no {name}")
-            shape = candidate.layout.shape(source)
-            if shape[1:] != ours.shape[1:] or 0 in shape:
-                raise HeaderSkipped(
-                    f"{candidate.name}'s {source} has shape {shape}, the base's has {tuple(ours.shape)}"
-                )
-            sources[name] = source
-        return sources
-
-    def _head_name(self) -> str | None:
-        """The full name of the output head's weight, which a tied model has too."""
-        head = self.model.module.get_output_embeddings()
-        return next((f"{name}.weight" for name, child in self.model.module.named_modules() if child is head), None)
-
-    def _about_tying(self, candidate: Candidate, part: Part) -> str | None:
-        """What becomes of the candidate's head where one model has a head of its own and the other has not."""
-        embedding, head = self.model.embedding_name(), self._head_name()
-        if head is None:
-            return None
-        ours_is_own = head in part.tensors
-        theirs_is_own = embedding in candidate.layout and head in candidate.layout
-        if theirs_is_own and _is_tied(candidate):
-            # As transformers has it: such a model is tied if, and only if, the two are equal. In .bin files they are.
-            theirs_is_own = not torch.equal(*candidate.read([embedding, head]).values())
-        if theirs_is_own and not ours_is_own:
-            return f"the base's head is its embedding, so {candidate.name}'s own head is not used"
-        if ours_is_own and not theirs_is_own:
-            return f"{candidate.name}'s head is its embedding, which is merged into both of the base's"
-        return None
-
-    def _align(self, candidate: Candidate, rows: int, their_rows: int) -> Alignment:
-        """The candidate's vocabulary beside the base's: rows of the same token, BOS and EOS by role.
-
-        rows, their_rows: of the headers. Raises HeaderSkipped if too few match.
-        """
-        try:
-            other = load_tokenizer(candidate.checkpoint.path, self.config.trust_remote_code)
-        except ConfigError as error:
-            raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
-        if len(other.get_vocab()) <= len(other.all_special_ids):
-            # What transformers makes of a folder without tokenizer files, for many architectures.
-            raise HeaderSkipped(f"{candidate.name} has no tokenizer files, so none of the {rows} rows can be matched")
-        ours, theirs = _vocabulary(self.tokenizer, rows), _vocabulary(other, their_rows)
-        # Where one token of the base plays both parts, as in GPT-2, it is matched as the one that ends a text.
-        roles = {self.tokenizer.bos_token: other.bos_token, self.tokenizer.eos_token: other.eos_token}
-        roles = {token: part for token, part in roles.items() if token and part}
-        alignment = Alignment(ours, theirs, roles, match_rows(ours.tokens, theirs.tokens, roles))
-        matched, known = len(alignment.matches), alignment.known
-        if matched < MIN_SHARED_TOKENS * known:
-            shared = f"{matched} of the base's {known} tokens (at least {MIN_SHARED_TOKENS:.0%} are needed)"
-            raise HeaderSkipped(f"{candidate.name} shares only {shared}")
-        return alignment
-
-
-def _vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
-    """The tokens of a tokenizer that a header of so many rows has room for."""
-    return Vocabulary({token: row for token, row in tokenizer.get_vocab().items() if row < rows}, rows)
-
-
-def _is_tied(candidate: Candidate) -> bool:
-    """Whether a candidate's configuration ties its head to its embedding."""
-    config = candidate.checkpoint.config
-    return any(getattr(one, "tie_word_embeddings", False) for one in (config, config.get_text_config()))
 
 
 def signed_weights(

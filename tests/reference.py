@@ -124,6 +124,7 @@ class NaiveMerge:
         for token, row in ours.items():
             if token in theirs:
                 source[row] = theirs[token]
+            # A token that plays both parts is taken for the one that ends a text.
             elif token == self.tokenizer.eos_token and other_tokenizer.eos_token in theirs:
                 source[row] = theirs[other_tokenizer.eos_token]
             elif token == self.tokenizer.bos_token and other_tokenizer.bos_token in theirs:

@@ -31,12 +31,13 @@ FLOORS = {
     "candidates": 6,
     "probability": 6,
     "continuation": 7,
+    "headers": 7,
     "opening": 7,
-    "search": 7,
-    "report": 8,
-    "mapping_report": 9,
-    "run": 9,
-    "run_mapper": 10,
+    "search": 8,
+    "report": 9,
+    "mapping_report": 10,
+    "run": 10,
+    "run_mapper": 11,
 }
 LIGHT = (
     "sources",
