@@ -10,7 +10,7 @@ an adapter may hold besides are whole tensors that take the place of the model's
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from modules.checkpoints import ADAPTER_SETTINGS, Checkpoint
 from modules.config import ConfigError
-from modules.weights import CheckpointError, TensorInfo, read_headers, read_tensors
+from modules.layouts import Layout
+from modules.weights import CheckpointError, Fingerprint, TensorInfo, fingerprint, read_headers, read_tensors
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # safetensors win
 
@@ -71,52 +72,28 @@ class Adapter:
         return read_tensors(self.path / self.tensors[next(iter(names))].file, names) if names else {}
 
 
-def open_adapter(path: Path, name: str) -> Adapter:
-    """Read an adapter's settings and its file's header. Raises ConfigError if it is none that can be applied."""
-    settings = _read_settings(path)
+def read_settings(path: Path) -> dict[str, Any]:
+    """An adapter's settings. Raises ConfigError if they are none, or those of a kind that can't be applied."""
+    try:
+        settings = json.loads((path / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
+        alphas = [settings.get("lora_alpha", 8), *(settings.get("alpha_pattern") or {}).values()]
+        for pattern in settings.get("alpha_pattern") or {}:
+            re.compile(pattern)
+        valid = all(map(_is_number, alphas)) and isinstance(settings.get("use_rslora", False), bool)
+    except (OSError, ValueError, AttributeError, TypeError, re.error):
+        valid = False
+    if not valid:
+        raise ConfigError(f"{path / ADAPTER_SETTINGS}: not the settings of an adapter")
     problem = _refusal(settings)
     if problem:
         raise ConfigError(
             f"{path}: {problem} can't be applied while streaming; merge it into its model with PEFT first"
         )
-    file = next((file for file in WEIGHTS if (path / file).is_file()), None)
-    if file is None:
-        raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}")
-    try:
-        tensors = read_headers(path, [file])
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
-    whole, sides = {}, {}
-    for stored in tensors:
-        low_rank = _LOW_RANK.fullmatch(stored.removeprefix(_PREFIX))
-        if low_rank:
-            sides.setdefault((low_rank["module"], bool(low_rank["embedding"])), {})[low_rank["side"]] = stored
-        elif "lora_" in stored or not stored.endswith((".weight", ".bias")):
-            raise ConfigError(f"{path}: {stored} is no part of plain LoRA; merge the adapter with PEFT first")
-        else:
-            whole[_WHOLE.sub("", stored.removeprefix(_PREFIX))] = stored
-    products = {}
-    for (module, is_embedding), names in sides.items():
-        if set(names) != {"A", "B"}:
-            raise ConfigError(f"{path}: {module} has only one of lora_A and lora_B")
-        scale = _scale(settings, module, tensors[names["A"]].shape[0])
-        products[f"{module}.weight"] = Product(names["A"], names["B"], scale, is_embedding)
-    return Adapter(path, name, str(settings.get("base_model_name_or_path") or ""), tensors, whole, products)
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((path / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
-        rank, alpha = settings.get("r", 8), settings.get("lora_alpha", 8)
-        patterns = settings.get("alpha_pattern") or {}
-        valid = isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(patterns, dict)
-        for pattern in patterns:
-            re.compile(pattern)
-    except (OSError, ValueError, AttributeError, re.error):
-        valid = False
-    if not valid:
-        raise ConfigError(f"{path / ADAPTER_SETTINGS}: not the settings of an adapter")
     return settings
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _refusal(settings: Mapping[str, Any]) -> str | None:
@@ -130,6 +107,48 @@ def _refusal(settings: Mapping[str, Any]) -> str | None:
     if beginning not in _HARMLESS_BEGINNINGS:
         return f"an adapter begun as {beginning} (init_lora_weights), for which the model's own weights were changed,"
     return None
+
+
+def open_adapter(path: Path, name: str) -> Adapter:
+    """Read an adapter's settings and its file's header. Raises ConfigError if it is none that can be applied."""
+    settings = read_settings(path)
+    file = next((file for file in WEIGHTS if (path / file).is_file()), None)
+    if file is None:
+        raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}")
+    try:
+        tensors = read_headers(path, [file])
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    whole, sides = _sorted_out(path, tensors)
+    if not whole and not sides:
+        raise ConfigError(f"{path / file}: the adapter is empty")
+    products = {}
+    for (module, is_embedding), names in sides.items():
+        if set(names) != {"A", "B"}:
+            raise ConfigError(f"{path}: {module} has only one of lora_A and lora_B")
+        a, b = (tensors[names[side]].shape for side in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
+            hint = "DeepSpeed and FSDP save such adapters if their shards were not gathered first"
+            raise ConfigError(f"{path}: lora_A {a} and lora_B {b} of {module} make no product; {hint}")
+        scale = _scale(settings, module, a[0])
+        products[f"{module}.weight"] = Product(names["A"], names["B"], scale, is_embedding)
+    return Adapter(path, name, str(settings.get("base_model_name_or_path") or ""), tensors, whole, products)
+
+
+def _sorted_out(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[tuple[str, bool], dict[str, str]]]:
+    """An adapter's tensors: those in the place of the model's, by the model's name; and of every module, and whether it
+    is an embedding, the names of A and B. Raises ConfigError for any other."""
+    whole: dict[str, str] = {}
+    sides: dict[tuple[str, bool], dict[str, str]] = {}
+    for stored in names:
+        low_rank = _LOW_RANK.fullmatch(stored.removeprefix(_PREFIX))
+        if low_rank:
+            sides.setdefault((low_rank["module"], bool(low_rank["embedding"])), {})[low_rank["side"]] = stored
+        elif "lora_" in stored or not stored.endswith((".weight", ".bias")):
+            raise ConfigError(f"{path}: {stored} is no part of plain LoRA; merge the adapter with PEFT first")
+        elif ".original_module." not in stored:  # what a whole tensor took the place of
+            whole[_WHOLE.sub("", stored.removeprefix(_PREFIX))] = stored
+    return whole, sides
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
@@ -159,6 +178,17 @@ class Adapted(Checkpoint):
         own = self.adapter.whole and (self.adapter.path / "tokenizer_config.json").is_file()
         return self.adapter.path if own else self.path
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the model's weight files; the adapter's own is no part of them."""
+        stored = (info.file for name, info in self.tensors.items() if name not in self.adapter.whole)
+        return tuple(dict.fromkeys(stored))
+
+    def fingerprint(self) -> dict[str, Fingerprint]:
+        """By which model and adapter are known again."""
+        files = {ADAPTER_SETTINGS, *(info.file for info in self.adapter.tensors.values())}
+        return super().fingerprint() | {file: fingerprint(self.adapter.path / file) for file in sorted(files)}
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors with the adapter applied, on the CPU. Raises CheckpointError if a file can't be read."""
         names = list(names)
@@ -178,27 +208,26 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:
     return (weight.float() + (added.T if product.transposed else added)).to(weight.dtype)
 
 
-def apply_adapter(
-    adapter: Adapter, checkpoint: Checkpoint, stored_name: Callable[[str], str | None], input_first: Collection[str]
-) -> Adapted:
+def apply_adapter(adapter: Adapter, checkpoint: Checkpoint, layout: Layout, input_first: Collection[str]) -> Adapted:
     """The checkpoint with the adapter applied.
 
-    stored_name: what the checkpoint calls a module's tensor, None if it stores none of this name. input_first: stored
-    names of weights (input, output). Raises ConfigError if the adapter changes what the checkpoint lacks, or what has
-    another shape there.
+    layout: the checkpoint's. input_first: stored names of weights (input, output). Raises ConfigError if the adapter
+    changes what the checkpoint lacks, or what has another shape there.
     """
     whole, products, tensors = {}, {}, dict(checkpoint.tensors)
     for name, own in adapter.whole.items():
         # A head that the model ties to its embedding, and therefore does not store, is the adapter's own.
-        stored = stored_name(name) or name
+        stored = layout.stored_name(name) or (name if layout.knows(name) else None)
+        if stored is None:
+            raise ConfigError(f"{adapter.path}: {checkpoint.name} has no {name}, which the adapter brings")
         whole[stored], form = own, adapter.tensors[own]
         if stored in tensors and tensors[stored].shape != form.shape:
             shapes = f"has shape {form.shape}, that of {checkpoint.name} {tensors[stored].shape}"
             raise ConfigError(f"{adapter.path}: {name} {shapes}; merge the adapter into its model with PEFT first")
         tensors[stored] = form
     for name, product in adapter.products.items():
-        stored = stored_name(name)
-        if stored is None or stored not in tensors:
+        stored = layout.stored_name(name)
+        if stored is None:
             raise ConfigError(f"{adapter.path}: {checkpoint.name} stores no {name}, which the adapter changes")
         product = replace(product, transposed=product.transposed or stored in input_first)
         added = adapter.tensors[product.b].shape[:1] + adapter.tensors[product.a].shape[1:]

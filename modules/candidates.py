@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from modules.adapters import Adapted, Adapter, apply_adapter
 from modules.checkpoints import Checkpoint
@@ -34,6 +34,8 @@ class Candidate:
     layout: Layout
     notes: Sequence[str] = ()  # lines for the person at the terminal
     repositories: Sequence[Repository] = ()  # of the hub, from which its files come
+    text: str = ""  # what the configuration calls it
+    where: str = ""  # absolute paths, ids of the hub with their commit
 
     @property
     def name(self) -> str:
@@ -73,7 +75,7 @@ def open_candidate(
     layout = _layout(checkpoint, base, module)
     repositories = (*repositories, *([checkpoint.repository] if checkpoint.repository else []))
     candidate = Candidate(checkpoint, layout, notes, repositories)
-    _refuse(checkpoint, list(_layer_differences(candidate, base, module)))
+    _refuse(checkpoint.path, list(_layer_differences(candidate, base, module)))
     return candidate
 
 
@@ -81,25 +83,30 @@ def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: Pr
     """A checkpoint that fits the base, with an adapter applied. Raises ConfigError if either does not fit."""
     layout = _layout(checkpoint, base, module)
     stored = (layout.stored_name(name) for name in input_first_weights(module))
-    return apply_adapter(adapter, checkpoint, layout.stored_name, {name for name in stored if name})
+    return apply_adapter(adapter, checkpoint, layout, {name for name in stored if name})
+
+
+def check_configuration(path: Path, config: PreTrainedConfig, base: Checkpoint) -> None:
+    """Raise ConfigError, naming both values, if a model with this configuration can't fit the base."""
+    _refuse(path, _config_differences(base.config, config))
 
 
 def _layout(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Layout:
-    _refuse(checkpoint, _config_differences(base, checkpoint))
+    check_configuration(checkpoint.path, checkpoint.config, base)
     try:
         return Layout(module, checkpoint.tensors)
     except ConfigError as error:
         raise ConfigError(f"{checkpoint.path} does not fit the base: {error}") from None
 
 
-def _refuse(checkpoint: Checkpoint, differences: Sequence[str]) -> None:
+def _refuse(path: Path, differences: Sequence[str]) -> None:
     if differences:
         more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
-        raise ConfigError(f"{checkpoint.path} does not fit the base: {'; '.join(differences[:3])}{more}")
+        raise ConfigError(f"{path} does not fit the base: {'; '.join(differences[:3])}{more}")
 
 
-def _config_differences(base: Checkpoint, candidate: Checkpoint) -> list[str]:
-    ours, theirs = base.config.get_text_config(), candidate.config.get_text_config()
+def _config_differences(base: PreTrainedConfig, candidate: PreTrainedConfig) -> list[str]:
+    ours, theirs = base.get_text_config(), candidate.get_text_config()
     return [
         f"{words} is {getattr(theirs, key, None)}, the base's is {getattr(ours, key, None)}"
         for key, words in _MUST_AGREE.items()

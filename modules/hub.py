@@ -6,11 +6,12 @@ The token is the one that huggingface_hub finds (HF_TOKEN, or `hf auth login`), 
 HF_HUB_OFFLINE and HF_ENDPOINT mean what they mean there.
 """
 
+import errno
 import glob
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -19,8 +20,17 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol
 
-from huggingface_hub import HfApi, constants, hf_hub_download, scan_cache_dir, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_cached_repo_tree,
+    hf_hub_download,
+    scan_cache_dir,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     OfflineModeIsEnabled,
@@ -50,6 +60,7 @@ class Bar(Protocol):
 
 # Asking again changes nothing about these.
 _FINAL = (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError, OfflineModeIsEnabled)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 class Repository:
@@ -129,8 +140,7 @@ class Repository:
             except _Cancelled:
                 raise
             except Exception as error:  # whatever the network library raises
-                machines_own = getattr(error, "errno", None) is not None  # a full disk, say
-                if pause is None or machines_own or isinstance(error, _FINAL):
+                if pause is None or isinstance(error, _FINAL) or _is_of_the_disk(error):
                     why = reason(self.location, error)
                     raise CheckpointError(f"{self.location.text}: {file} can't be had: {why}") from None
             count(-reported)
@@ -148,8 +158,8 @@ class Repository:
         self._fetched.clear()
 
 
-def find(location: Location, wanted: Callable[[Collection[str]], list[str]]) -> Repository:
-    """A model of the hub, some of its files fetched. wanted: of the names of all its files, those to fetch.
+def find(location: Location, wanted: Callable[[Mapping[str, int]], list[str]]) -> Repository:
+    """A model of the hub, some of its files fetched. wanted: of all its files, with their sizes, those to fetch.
 
     What the cache has is taken where the hub can't be asked. Raises ConfigError if the cache has nothing either.
     """
@@ -164,13 +174,25 @@ def find(location: Location, wanted: Callable[[Collection[str]], list[str]]) -> 
     except Exception as error:  # whatever the network library raises
         trouble = reason(location, error)
     try:
-        # Whether more than this one file is there, and enough of it, is for the caller to see.
+        # Of an older cache nobody knows what is missing; of this one the first file that is.
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=["config.json"], local_files_only=True))
+        sizes = _cached_sizes(repo, folder)
     except Exception:  # not in the cache
         cache = constants.HF_HUB_CACHE
         raise ConfigError(f"{location.text}: no such folder, not in the hub's cache ({cache}), and {trouble}") from None
-    sizes = {_relative(file, folder): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    return Repository(location, folder, sizes, (), trouble)
+    missing = [name for name in wanted(sizes) if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(f"{location.text}: {missing[0]} is not in the cache, and {trouble}")
+    here = {name: size for name, size in sizes.items() if (folder / name).is_file()}
+    return Repository(location, folder, here, (), trouble)
+
+
+def _cached_sizes(repo: str, folder: Path) -> dict[str, int]:
+    """All files of a repository as the cache remembers them or, if it does not, those that it has."""
+    try:
+        return {file.path: file.size for file in get_cached_repo_tree(repo, revision=folder.name)}
+    except CachedRepoTreeNotFoundError:
+        return {_relative(file, folder): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
 
 
 def reason(location: Location, error: BaseException) -> str:
@@ -186,12 +208,17 @@ def reason(location: Location, error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return f"{page} answers {error.response.status_code} ({first_line(error)})"
+        token = "; the token in HF_TOKEN may have expired" if error.response.status_code == 401 else ""
+        return f"{page} answers {error.response.status_code} ({first_line(error)}){token}"
     if isinstance(error, SafetensorsParsingError):
         return f"{page} has a weight file that is none ({first_line(error)})"
-    if isinstance(error, OSError) and error.errno is not None:
+    if _is_of_the_disk(error):
         return f"it can't be stored in {constants.HF_HUB_CACHE} ({error.strerror})"
     return f"{page} can't be reached ({first_line(error)})"
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _DISK_ERRORS
 
 
 def _relative(file: Path, folder: Path) -> str:
@@ -206,6 +233,8 @@ def _reporting(report: Report) -> Any:
     """What huggingface_hub takes for the class of a progress bar, and tells how far it is."""
 
     class Reporting:
+        n = total = 0  # read and set from outside
+
         def __init__(self, *_: Any, **__: Any) -> None:
             pass
 
@@ -246,9 +275,16 @@ class Job:
         return self.repository.absent(self.files) if self.repository else []
 
     @property
+    def sizes(self) -> dict[tuple[Path, str], int]:
+        """The same with its sizes in bytes, by folder and name."""
+        if self.repository is None:
+            return {}
+        return {(self.repository.folder, file): self.repository.sizes.get(file, 0) for file in self.absent}
+
+    @property
     def size(self) -> int:
-        """The same in bytes."""
-        return sum(self.repository.sizes.get(file, 0) for file in self.absent) if self.repository else 0
+        """The same altogether."""
+        return sum(self.sizes.values())
 
 
 class Ahead:
@@ -276,14 +312,26 @@ class Ahead:
         self._threads[number].start()
 
     def wait(self, number: int) -> None:
-        """Return when a job is done, the next one begun. Raises CheckpointError if a file can't be had."""
+        """Return when a job is done, the next one begun. Raises CheckpointError if a file can't be had.
+
+        What has failed hours ago, when it was not needed yet, is tried once more.
+        """
+        ahead = number in self._threads
+        failure = self._outcome(number)
+        if failure is not None and ahead:
+            failure = self._outcome(number)
+        if failure is not None:
+            raise failure
+        self.start(number + 1)
+
+    def _outcome(self, number: int) -> Exception | None:
+        """Begin a job, unless it was begun before, and see it through; why it failed, if it has."""
         self.start(number)
         if number in self._threads:
             self._threads[number].join()
+            del self._threads[number]
             self._bars.close()  # no other one is open
-        if number in self._failures:
-            raise self._failures[number]
-        self.start(number + 1)
+        return self._failures.pop(number, None)
 
     def _work(self, number: int, report: Report) -> None:
         job = self._jobs[number]
@@ -305,12 +353,31 @@ class Ahead:
         self._bars.close()
 
 
+def bytes_needed(jobs: Sequence[Job], keep: bool) -> int:
+    """What the jobs put on the cache's disk at a time; a file that several need counts once.
+
+    Where downloads are not kept, these are there together: the first job's, one in use, the one after it, and what
+    earlier ones share with later ones.
+    """
+    files = [job.sizes for job in jobs]
+    if keep:
+        return sum(_union(files).values())
+
+    def at(number: int) -> int:
+        later = _union(files[number:])
+        shared = {file: size for file, size in _union(files[:number]).items() if file in later}
+        return sum(_union([files[0], *files[number : number + 2], shared]).values())
+
+    return max(at(number) for number in range(len(files)))
+
+
+def _union(groups: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
+    return {file: size for group in groups for file, size in group.items()}
+
+
 def check_space(jobs: Sequence[Job], keep: bool) -> None:
-    """Raise ConfigError if the cache's disk is too small for all jobs or, where they are not kept, for the first one
-    and any two that follow each other."""
-    sizes = [job.size for job in jobs]
-    needed = sum(sizes) if keep else sizes[0] + max(map(sum, zip(sizes[1:], [*sizes[2:], 0], strict=True)))
-    cache = Path(constants.HF_HUB_CACHE)
+    """Raise ConfigError if the cache's disk is too small for the jobs."""
+    needed, cache = bytes_needed(jobs, keep), Path(constants.HF_HUB_CACHE)
     free = shutil.disk_usage(next(path for path in (cache, *cache.resolve().parents) if path.exists())).free
     if needed > free:
         hint = "make room, or set HF_HOME to a folder on a larger disk"

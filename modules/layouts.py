@@ -107,6 +107,10 @@ class Layout:
         group = self._group_of.get(self._rules.module_name(name)[0])
         return group.sources[0] if group is not None and group.rule is None else None
 
+    def knows(self, name: str) -> bool:
+        """Whether the module has a tensor of this name, or of the name that the rules make of it, stored or not."""
+        return self._rules.module_name(name)[0] in self._rules
+
     def module_names(self, stored_name: str) -> list[str]:
         """The module tensors that a stored one is a part of; none if the module has no use for it."""
         return self._names_by_source.get(stored_name, [])

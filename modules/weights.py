@@ -2,12 +2,14 @@
 
 Knows: safetensors headers, .bin files, indexes of shards. Refuses to know: what a tensor is for, models, devices.
 
-`read_tensors` opens a file, takes the tensors asked for and closes it again; only `whole_files` have to be loaded whole.
+`read_tensors` opens a file, takes the tensors asked for and closes it again; only `whole_files` are loaded whole.
 Nothing in a file is executed: a .bin file is a pickle, and one that would need more than tensors is refused.
 """
 
+import hashlib
 import json
 import pickle
+import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +48,10 @@ Forms = Mapping[str, tuple[Any, tuple[int, ...]]]
 
 # The last file that had to be loaded whole, if there was one, and its tensors.
 Held = dict[Path, dict[str, Tensor]]
+
+
+Fingerprint = dict[str, int | str]  # "size" in bytes, "sha256"
+_BLOCKS, _BLOCK = 64, 1 << 16  # of a large file, how many blocks of how many bytes a fingerprint looks at
 
 
 class CheckpointError(Exception):
@@ -145,11 +151,11 @@ def tensor_infos(where: str, file: str, forms: Forms) -> dict[str, TensorInfo]:
 def read_tensors(path: Path, names: Iterable[str], held: Held | None = None) -> dict[str, Tensor]:
     """The named tensors of one file, on the CPU, in their stored dtype. Raises CheckpointError if it can't be read.
 
-    held: what the caller keeps of one call for the next.
+    held: kept by the caller for its next call, which may want more of a file that had to be loaded whole.
     """
     if is_pickled(path.name):
-        everything = _held(path, held) if held is not None and _is_whole(path) else _unpickled(path)
-        # Copied: a tensor in a memory map would die with the file. Detached: it may be a module's parameter.
+        everything = _unpickled_once(path, {} if held is None else held)
+        # Copied: a tensor in a memory map changes with its file. Detached: it may be a module's parameter.
         return {name: everything[name].detach().clone(memory_format=torch.contiguous_format) for name in names}
     # pread, not a memory map: a file that shrinks or a mount that vanishes is then an error, not a crash.
     with _reading(path), safe_open(path, "pt", backend="pread") as shard:
@@ -167,12 +173,27 @@ def _is_whole(path: Path) -> bool:
         return file.read(4) != b"PK\x03\x04"
 
 
-def _held(path: Path, held: Held) -> dict[str, Tensor]:
-    """A file that was loaded whole, and is kept until another one is asked for: the next layer may be in it, too."""
-    if path not in held:
-        held.clear()  # first, so that there are never two
-        held[path] = _unpickled(path)
-    return held[path]
+def fingerprint(path: Path) -> Fingerprint:
+    """By which a file is known again without being read through: its size, and a hash of its header and of blocks from
+    all over it, since the headers of two fine-tunes are the same. Small files are hashed whole.
+
+    Raises CheckpointError if it can't be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if size <= _BLOCKS * _BLOCK:
+                digest.update(file.read())
+            else:
+                header = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
+                digest.update(file.read(min(header, size)))
+                for number in range(_BLOCKS):
+                    file.seek((size - _BLOCK) * number // (_BLOCKS - 1))
+                    digest.update(file.read(_BLOCK))
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def is_pickled(file: str) -> bool:
@@ -187,9 +208,25 @@ def _safetensors_forms(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _pickled_forms(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    is_whole = _is_whole(path)
+    with _reading(path):
+        if not is_whole and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            # PyTorch would map the packed bytes as if they were the weights.
+            raise ValueError("another program has compressed it; load it in PyTorch and save it again")
     # A file that can't be mapped is read, but on the meta device nothing of it stays in memory.
-    tensors = _unpickled(path, "meta" if _is_whole(path) else "cpu")
+    tensors = _unpickled(path, "meta" if is_whole else "cpu")
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _unpickled_once(path: Path, held: Held) -> dict[str, Tensor]:
+    """A .bin file's tensors; those of a file that has to be loaded whole are held until there is another one."""
+    if path in held:
+        return held[path]
+    if not _is_whole(path):
+        return _unpickled(path)
+    held.clear()  # first, so that there are never two
+    held[path] = _unpickled(path)
+    return held[path]
 
 
 def _unpickled(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -236,7 +273,7 @@ def written_name(file: str) -> str:
 
 def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]]) -> None:
     """Write weight files and, for more than one, their index. Each shard's tensors are asked for in turn, one shard in
-    memory at a time. Raises CheckpointError if a file can't be written."""
+    memory at a time, and compared with what is then in the file. Raises CheckpointError if a file can't be written."""
     weight_map: dict[str, str] = {}
     total_size = 0
     for file, named_tensors in shards.items():
@@ -245,8 +282,25 @@ def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder / file}: can't be written ({first_line(error)})") from None
+        _verify(folder / file, tensors)
         weight_map.update((name, file) for name in tensors)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if set(shards) != {SINGLE_FILE}:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _verify(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a file does not hold these very tensors, bit for bit."""
+    with _reading(path), safe_open(path, "pt", backend="pread") as shard:
+        written = set(shard.keys())
+        wrong = written ^ tensors.keys() or [
+            name for name, tensor in tensors.items() if not _same(shard.get_tensor(name), tensor)
+        ]
+    if wrong:
+        raise CheckpointError(f"{path}: {min(wrong)} reads otherwise than it was written; check the disk")
+
+
+def _same(found: Tensor, written: Tensor) -> bool:
+    same_form = found.dtype == written.dtype and found.shape == written.shape
+    return same_form and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (found, written)))

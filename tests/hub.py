@@ -19,7 +19,7 @@ class Shelf:
     gated: bool = False  # everybody may look, nobody may fetch
 
     def commit(self, revision):
-        return hashlib.sha1(str(self.folders[revision]).encode()).hexdigest()
+        return hashlib.sha1(str(self.folders[revision]).encode()).hexdigest()  # the same folder is the same commit
 
     def folder(self, revision):
         """The folder of a revision or commit; None if there is none."""
@@ -80,9 +80,9 @@ class Hub:
                 self.answer()
 
             def answer(self):
-                path = unquote(urlsplit(self.path).path)
-                hub.requests.append((self.command, path, self.headers.get("Range")))
-                parts = path.strip("/").split("/")
+                path = urlsplit(self.path).path
+                hub.requests.append((self.command, unquote(path), self.headers.get("Range")))
+                parts = [unquote(part) for part in path.strip("/").split("/")]
                 if parts[:2] == ["api", "models"]:
                     self.answer_api("/".join(parts[2:4]), parts[4:])
                 elif "resolve" in parts:

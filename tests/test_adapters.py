@@ -120,11 +120,11 @@ def test_a_merge_with_an_adapter_is_that_with_the_merged_model(place, bases, nam
     for candidate in (adapter, whole):
         arguments = ["--overwrite", "--output", str(place / candidate.name / "out")]
         assert merge(place, (bases[base], candidate), *arguments) == 0
-        totals.append(
-            [float(total) for total in re.findall(r" - (?:CHANGED - \S+ > |RETAINED - )(\S+)", log_of(place))]
-        )
+        found = re.findall(r" - (?:CHANGED - \S+ > |RETAINED - )(\S+)", log_of(place))
+        totals.append([float(total) for total in found])
         assert "CHANGED" in log_of(place)
-    assert totals[0] == pytest.approx(totals[1], rel=1e-3 if base != "half" else 0.3, abs=1e-5)
+    # In bfloat16 the two differ by a rounding of every weight; the weights themselves are compared above.
+    assert totals[0] == pytest.approx(totals[1], rel=1e-3 if base != "half" else 0.1, abs=1e-5)
     assert stored(place / "adapter/out") == stored(bases[base])
     assert digest(adapter) == before and AutoModelForCausalLM.from_pretrained(place / "adapter/out")
 
@@ -268,7 +268,10 @@ def test_broken_adapters(place, bases, capsys):
         (
             ("adapter_config.json", b"{", "not the settings of an adapter"),
             ("adapter_config.json", b"[]", "not the settings of an adapter"),
-            ("adapter_config.json", b'{"peft_type": "LORA", "r": "x"}', "not the settings of an adapter"),
+            ("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": "x"}', "not the settings of an adapter"),
+            ("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": NaN}', "not the settings of an adapter"),
+            ("adapter_config.json", b'{"peft_type": "LORA", "alpha_pattern": {"q": null}}', "not the settings of an"),
+            ("adapter_config.json", b'{"peft_type": "LORA", "use_rslora": "false"}', "not the settings of an adapter"),
             (
                 "adapter_config.json",
                 b'{"peft_type": "LORA", "alpha_pattern": {"(": 1}}',
@@ -292,6 +295,35 @@ def test_half_a_product(place, bases, capsys):
     tensors.popitem()
     save_file(tensors, adapter / "adapter_model.safetensors")
     refused(place, (bases["llama"], adapter), capsys, "has only one of lora_A and lora_B")
+
+
+SHAPES = {"gathered by nobody": ((0,), (0,)), "rank 0": ((0, 32), (32, 0)), "two ranks": ((3, 32), (32, 4))}
+SHAPES |= {"a number": ((), (32, 4)), "three axes": ((4, 32), (32, 4, 1))}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_that_make_no_product(place, bases, capsys, name):
+    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    module = "base_model.model.model.layers.2.self_attn.q_proj"
+    for side, shape in zip("AB", SHAPES[name], strict=True):
+        tensors[f"{module}.lora_{side}.weight"] = torch.zeros(shape)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    refused(place, (bases["llama"], adapter), capsys, "make no product; DeepSpeed and FSDP save such adapters")
+
+
+def test_an_empty_adapter(place, bases, capsys):
+    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
+    save_file({}, adapter / "adapter_model.safetensors")
+    refused(place, (bases["llama"], adapter), capsys, "the adapter is empty")
+
+
+@pytest.mark.parametrize("name", ["score.weight", "model.embed_tokens_extra.weight"])
+def test_whole_tensors_that_the_model_has_no_place_for(place, bases, capsys, name):
+    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({**tensors, f"base_model.model.{name}": torch.ones(2, 32)}, adapter / "adapter_model.safetensors")
+    refused(place, (bases["llama"], adapter), capsys, f"llama has no {name}, which the adapter brings")
 
 
 @pytest.mark.parametrize("name", ["q_proj.lora_magnitude_vector", "q_proj.vera_lambda_b", "q_proj.lora_C.weight"])

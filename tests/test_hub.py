@@ -15,11 +15,13 @@ import termios
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from hub import Hub
 from huggingface_hub import constants
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from safetensors.torch import load_file, save_file
 from test_adapters import make_adapter
 from test_run import digest, log_of, make_models
@@ -28,6 +30,8 @@ from transformers import AutoModelForCausalLM
 import merge_monster
 import modules.hub
 import monster_mapper
+from modules.hub import Job, bytes_needed
+from modules.sources import Location
 
 ROOT = Path(__file__).parents[1]
 JUNK = ("model.gguf", "optimizer.pt", "training_args.bin", "original/params.json", "onnx/model.onnx", "README.md")
@@ -185,6 +189,44 @@ def test_a_candidate_comes_while_the_one_before_it_is_searched(hub, models, tmp_
     assert seen == [True]
 
 
+def test_what_failed_before_it_was_needed_is_tried_again(hub, models, tmp_path):
+    hub.add("org/three", tiny.make_candidate(tmp_path / "three", models / "base", 3))
+    hub.delays["model.safetensors"] = 0.1
+    hub.failures["model.safetensors"] = 3  # as often as it is tried: "three" fails while "two" is searched
+    assert merge(tmp_path, candidates=["org/two", "org/three"]) == 0
+    assert hub.failures["model.safetensors"] == 0
+
+
+def test_a_file_that_several_candidates_need_counts_once(tmp_path):
+    location = Location("org/base", None, "org/base")
+    base = modules.hub.Repository(location, tmp_path / "base", {"a": 100, "b": 50}, (), None)
+    other = modules.hub.Repository(location, tmp_path / "other", {"a": 30}, (), None)
+    jobs = [Job("base", base, ("a", "b")), Job("one", base, ("a", "b")), Job("two", other, ("a",)), Job("local")]
+    assert bytes_needed(jobs, keep=True) == 180
+    assert bytes_needed([*jobs, Job("three", other, ("a",))], keep=False) == 180
+    assert bytes_needed(jobs[:2], keep=False) == 150
+
+
+def test_progress_is_told_by_the_hubs_own_protocol_too():
+    """Large files of the real hub come by Xet, which reports otherwise than a plain download."""
+    got = []
+    reporting = modules.hub._reporting(got.append)
+    with XetDownloadProgressReporter(
+        reconstruction_desc="x", log_level=30, total=100, tqdm_class=reporting
+    ) as reporter:
+        for done in (10, 60, 100):
+            reporter.update_progress(
+                SimpleNamespace(
+                    total_bytes=100,
+                    total_bytes_completed=done,
+                    total_transfer_bytes_completed=done,
+                    total_bytes_completion_rate=1.0,
+                    total_transfer_bytes_completion_rate=1.0,
+                )
+            )
+    assert got == [10, 50, 40]
+
+
 def test_never_more_than_one_ahead(hub, models, tmp_path):
     for name in ("three", "four"):
         hub.add(f"org/{name}", tiny.make_candidate(tmp_path / name, models / "base", 3))
@@ -288,6 +330,46 @@ def test_a_shard_that_is_none(hub, models, tmp_path, capsys):
     refused(tmp_path, capsys, "org/broken: ", "has a weight file that is none", candidates=["org/broken"])
 
 
+def test_a_cache_in_which_small_files_are_missing(hub, models, tmp_path, capsys, monkeypatch):
+    assert merge(tmp_path) == 0
+    shutil.rmtree(tmp_path / "out")
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        next((tmp_path / "cache").glob(f"models--org--base/snapshots/*/{name}")).unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(tmp_path, capsys, "org/base: chat_template.jinja is not in the cache, and HF_HUB_OFFLINE is set")
+
+
+def test_bin_files_that_can_not_fit_are_not_fetched(hub, models, tmp_path, capsys):
+    tokenizer = tiny.bpe_tokenizer()
+    tiny.make_model(tmp_path / "gpt", tiny.gpt2_config(len(tokenizer)), tokenizer)
+    tiny.save_as_bin(tmp_path / "gpt")
+    hub.add("org/gpt", tmp_path / "gpt")
+    refused(tmp_path, capsys, "architecture is gpt2, the base's is llama", candidates=["org/gpt"])
+    assert hub.fetched("pytorch_model.bin") == []
+
+
+def test_an_adapter_that_can_not_be_applied_is_not_fetched(hub, models, tmp_path, capsys):
+    adapter, _ = make_adapter(tmp_path, models / "base")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
+    hub.add("org/dora", adapter)
+    refused(tmp_path, capsys, "DoRA (use_dora) can't be applied", candidates=["org/dora"])
+    assert hub.fetched("safetensors") == []
+
+
+def test_the_model_that_an_adapter_was_trained_on(hub, models, tmp_path):
+    adapter, _ = make_adapter(tmp_path, models / "base")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    for name, trained_on in (("right", "Org/Base"), ("wrong", "mistralai/Mistral-7B-v0.2")):
+        folder = shutil.copytree(adapter, tmp_path / name)
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": trained_on}))
+        hub.add(f"org/{name}", folder)
+    assert merge(tmp_path, candidates=["org/right", "org/wrong"]) == 0
+    log = log_of(tmp_path)
+    assert "wrong: the adapter was trained on mistralai/Mistral-7B-v0.2, and is applied to base\n" in log
+    assert "right: the adapter was trained on" not in log
+
+
 def test_a_disk_that_is_too_small(hub, models, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
     refused(tmp_path, capsys, "are to be downloaded", "has room for 0.0", "make room")
@@ -304,6 +386,23 @@ def test_downloads_are_removed_if_they_are_not_to_be_kept(hub, models, tmp_path)
     assert merge(tmp_path, keep_downloads=False) == 0
     same_weights(tmp_path / "out", models / "out")
     assert not [path for path in cached(tmp_path) if "blobs" in path or "snapshots" in path]
+
+
+def test_one_commit_under_two_names_is_removed_once(hub, models, tmp_path):
+    adapter, _ = make_adapter(tmp_path, models / "base")
+    hub.add("org/lora", adapter)
+    commit = hub.shelves["org/one"].commit("v1")
+    assert merge(tmp_path, candidates=["org/one@v1", f"org/one@{commit}+org/lora"], keep_downloads=False) == 0
+    assert hub.fetched("one/resolve/" + commit + "/model.safetensors") == ["org/one/model.safetensors"]
+    assert not [path for path in cached(tmp_path) if "blobs" in path or "snapshots" in path]
+
+
+def test_the_base_under_another_name_is_skipped(hub, models, tmp_path):
+    hub.add("old/name", models / "base")
+    hub.add("org/base", models / "base", "refs/pr/7")
+    assert merge(tmp_path, "org/base", ["old/name", "org/base@refs/pr/7", "org/one@v1"]) == 0
+    log = log_of(tmp_path)
+    assert "Models to merge  : one@v1\n" in log and "old/name is the base model itself: skipped" in log
 
 
 def test_only_what_this_run_fetched_is_removed(hub, models, tmp_path):

@@ -1,0 +1,737 @@
+"""Every way in which weights lie on a disk: the same weights give the same decisions and the same bits.
+
+One run per family of models reads plain safetensors files and is held against the naive merge. Every other run reads
+the same weights in another format, as base or as candidate, and is held against that one.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import reference
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from test_architectures import Merged
+from torch import nn
+from transformers import MixtralConfig
+
+import merge_monster
+from modules.checkpoints import open_checkpoint
+from modules.config import ConfigError
+from modules.weights import CheckpointError, read_headers, read_tensors
+
+ROOT = Path(__file__).parents[1]
+RATIOS = [0.3, 0.7]
+ONE, BIN = "model.safetensors", "pytorch_model.bin"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# In a process of its own, which knows nothing of the run: the pairs' log-probabilities in the dtype that the run
+# computed in, then how many tokens it generates.
+REOPEN = """
+import json, sys
+import torch
+from transformers import AutoTokenizer, logging
+import reference, tiny
+logging.set_verbosity_error()
+torch.set_num_threads(1)
+found = {}
+for folder in sys.argv[1:]:
+    model, tokenizer = reference.load(folder, "auto"), AutoTokenizer.from_pretrained(folder)
+    model = model if model.dtype == torch.bfloat16 else model.float()
+    scores = [reference.log_probability(model, tokenizer, p.context, p.phrase) for p in tiny.PAIRS]
+    ids = tokenizer("The apple", return_tensors="pt")["input_ids"]
+    new = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=1).shape[1]
+    found[folder] = [scores, new - ids.shape[1]]
+print(json.dumps(found))
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats: each is a function that writes tensors into a folder that has no weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def as_safetensors(folder, tensors):
+    save_file(tensors, folder / ONE, metadata={"format": "pt"})
+
+
+def as_bin(folder, tensors, file=BIN, legacy=False):
+    torch.save(tensors, folder / file, _use_new_zipfile_serialization=not legacy)
+
+
+def as_legacy_bin(folder, tensors):
+    as_bin(folder, tensors, legacy=True)
+
+
+def in_shards(folder, tensors, single, save):
+    """Three shards among which neighbouring tensors are spread."""
+    stem, suffix = single.rsplit(".", 1)
+    names, weight_map = sorted(tensors), {}
+    for number in range(3):
+        file = f"{stem}-{number + 1:05}-of-00003.{suffix}"
+        save({name: tensors[name] for name in names[number::3]}, folder / file)
+        weight_map.update(dict.fromkeys(names[number::3], file))
+    (folder / f"{single}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def as_shards(folder, tensors):
+    in_shards(folder, tensors, ONE, lambda shard, path: save_file(shard, path, metadata={"format": "pt"}))
+
+
+def as_bin_shards(folder, tensors):
+    in_shards(folder, tensors, BIN, torch.save)
+
+
+def as_legacy_bin_shards(folder, tensors):
+    in_shards(folder, tensors, BIN, lambda s, path: torch.save(s, path, _use_new_zipfile_serialization=False))
+
+
+def as_safetensors_beside_another_bin(folder, tensors):
+    as_safetensors(folder, tensors)
+    as_bin(folder, {name: -tensor for name, tensor in tensors.items()})
+
+
+def as_shards_beside_another_bin(folder, tensors):
+    as_shards(folder, tensors)
+    as_bin(folder, {name: -tensor for name, tensor in tensors.items()})
+
+
+def as_state_dict(folder, tensors):
+    """As torch.save(model.state_dict(), ...) has it: an ordered dictionary with versions attached."""
+    as_safetensors(folder, tensors)
+    state = reference.load(folder, "auto").state_dict()
+    (folder / ONE).unlink()
+    as_bin(folder, state)
+
+
+def as_parameters(folder, tensors):
+    as_bin(folder, {name: nn.Parameter(tensor) for name, tensor in tensors.items()})
+
+
+def as_views(folder, tensors):
+    """All tensors are cut from one long one."""
+    everything, found = torch.cat([tensor.flatten() for tensor in tensors.values()]), {}
+    for name, tensor in tensors.items():
+        found[name], everything = everything[: tensor.numel()].view(tensor.shape), everything[tensor.numel() :]
+    as_bin(folder, found)
+
+
+def as_transposed(folder, tensors):
+    """Nothing is contiguous: every matrix lies column by column, every vector has gaps."""
+    found = {
+        name: tensor.T.contiguous().T if tensor.dim() == 2 else torch.stack([tensor, tensor], dim=-1)[..., 0]
+        for name, tensor in tensors.items()
+    }
+    assert not any(tensor.is_contiguous() for tensor in found.values())
+    as_bin(folder, found)
+
+
+def without_prefix(folder, tensors):
+    as_safetensors(folder, {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+
+
+def without_prefix_as_bin(folder, tensors):
+    as_bin(folder, {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+
+
+def extras(tensors):
+    """What checkpoints of 2023 and before hold besides weights."""
+    found = {}
+    for layer in range(2):
+        attention = f"model.layers.{layer}.self_attn"
+        found[f"{attention}.rotary_emb.inv_freq"] = torch.arange(4.0) + layer
+        found[f"{attention}.masked_bias"] = torch.tensor(-1e4)
+        found[f"{attention}.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8).tril()
+    return {**tensors, **found, "model.embed_positions": torch.arange(8)}
+
+
+def with_extras(folder, tensors):
+    as_safetensors(folder, extras(tensors))
+
+
+def with_extras_as_legacy_bin(folder, tensors):
+    as_legacy_bin(folder, extras(tensors))
+
+
+def head_shares_its_storage(tensors):
+    return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+
+
+def with_shared_head(folder, tensors):
+    as_bin(folder, head_shares_its_storage(tensors))
+
+
+def with_shared_head_as_legacy_bin(folder, tensors):
+    as_legacy_bin(folder, head_shares_its_storage(tensors))
+
+
+EVERY_KIND = [
+    as_bin,
+    as_legacy_bin,
+    as_shards,
+    as_bin_shards,
+    as_legacy_bin_shards,
+    as_safetensors_beside_another_bin,
+    as_shards_beside_another_bin,
+    as_state_dict,
+    as_parameters,
+    as_views,
+    as_transposed,
+    without_prefix,
+    without_prefix_as_bin,
+    with_extras,
+    with_extras_as_legacy_bin,
+]
+# Family of models -> the formats that its models are tried in.
+FORMATS = {
+    "whole": EVERY_KIND,
+    "half": EVERY_KIND,
+    "tied": [without_prefix, without_prefix_as_bin, with_shared_head, with_shared_head_as_legacy_bin],
+    "mixtral": [as_shards, as_bin, as_bin_shards, as_legacy_bin_shards],
+}
+SEEDS = {"whole": 6, "half": 6, "tied": 5, "mixtral": 10}  # of the candidates; with these, layers and header change
+# A base of half precision is loaded in another way than others; candidates are read alike.
+ROLES = {family: ["base"] if family == "half" else ["base", "candidate"] for family in FORMATS}
+ROWS = [(family, role, write) for family in FORMATS for role in ROLES[family] for write in FORMATS[family]]
+DTYPE_ROWS = [(ours, theirs) for ours in DTYPES for theirs in DTYPES]
+
+
+def row_name(row):
+    parts = [row] if isinstance(row, str) else row
+    return "-".join(getattr(part, "__name__", str(part).removeprefix("torch.")) for part in parts)
+
+
+def family_config(family, vocabulary):
+    if family != "mixtral":
+        return tiny.llama_config(vocabulary, layers=2, tied=family == "tied", attention_bias=True)
+    # Twelve experts: in the order of their numbers, the tenth comes before the second where names are merely sorted.
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_local_experts": 12}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return MixtralConfig(vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, **sizes, **heads)
+
+
+def make_plain(place, family):
+    """A base and a candidate with a single safetensors file each."""
+    tokenizer, dtype = tiny.bpe_tokenizer(), torch.float16 if family == "half" else torch.float32
+    base = tiny.make_model(place / "base", family_config(family, len(tokenizer)), tokenizer, dtype=dtype)
+    return base, tiny.make_candidate(place / "candidate", base, SEEDS[family])
+
+
+def rewritten(folder, source, write):
+    """A copy of a plain checkpoint in another format."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(ONE))
+    write(folder, load_file(source / ONE))
+    return folder
+
+
+def run(place, base, candidate):
+    """The whole program, in this process."""
+    settings = {"merge_ratios": RATIOS, "auto_weights": True}
+    config = tiny.write_config(place / "my.yaml", base, [candidate], place / "out", **settings)
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        patch.chdir(place)
+        code = merge_monster.main(["--config", str(config)])
+    return Merged(place, code, output.getvalue(), [])
+
+
+def make_mixed(place, source, *dtypes):
+    """The base and the candidate of another place in dtypes of their own."""
+    folders = []
+    for name, dtype in zip(("base", "candidate"), dtypes, strict=True):
+        folders.append(rewritten(place / name, source / name, as_safetensors))
+        name_of_dtype = str(dtype).removeprefix("torch.")
+        tiny.edit_checkpoint(folders[-1], lambda tensors, d=dtype: cast(tensors, d), dtype=name_of_dtype)
+    return folders
+
+
+def cast(tensors, dtype):
+    tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+
+def everything_in(folder):
+    """All tensors of a folder's safetensors files."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def same_bits(ours, theirs):
+    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs)
+
+
+def in_format(write, tensors):
+    """The tensors as a format names them, and what it adds to them."""
+    if write in (without_prefix, without_prefix_as_bin):
+        return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    if write in (with_extras, with_extras_as_legacy_bin):
+        return extras(tensors)
+    if write in (with_shared_head, with_shared_head_as_legacy_bin):
+        return head_shares_its_storage(tensors)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The run on plain safetensors files, by family."""
+    torch.set_num_threads(1)
+    found = {}
+    for family in FORMATS:
+        place = tmp_path_factory.mktemp(family)
+        found[family] = run(place, *make_plain(place, family))
+    return found
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory, plain):
+    """A run for each row, and one for each pair of dtypes; all outputs reopened together in one other process."""
+    runs = {family: plain[family] for family in plain}
+    for row in ROWS:
+        family, role, write = row
+        place = tmp_path_factory.mktemp(row_name(row))
+        models = {name: plain[family].folder / name for name in ("base", "candidate")}
+        models[role] = rewritten(place / role, models[role], write)
+        runs[row] = run(place, *models.values())
+    for row in DTYPE_ROWS:
+        place = tmp_path_factory.mktemp(row_name(row))
+        runs[row] = run(place, *make_mixed(place, plain["whole"].folder, *row))
+    outputs = [str(one.folder / "out") for one in runs.values() if one.code == 0]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", REOPEN, *outputs]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    for one in runs.values():
+        one.reopened = found[str(one.folder / "out")] if one.code == 0 else []
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ratios(one):
+    """The ratio that won, or None, for every decision of a run."""
+    return [s[-1] if changed else None for s, (_, changed, _) in zip(one.shares, one.decisions, strict=True)]
+
+
+def totals(one):
+    return [total for _, _, total in one.decisions]
+
+
+def naive_twin(base, candidate, dtype=torch.float32, saved_dtype=None):
+    more = {"auto_weights": True, "dtype": dtype, "saved_dtype": saved_dtype}
+    return reference.NaiveMerge(base, [candidate], tiny.PAIRS, RATIOS, ["lerp"], **more).run()
+
+
+def check_weights(output, model, forms):
+    """An output holds tensors of these forms, and a model's weights: to the last digit of what they are stored in."""
+    stored = everything_in(output)
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()} == forms
+    step = torch.finfo(next(iter(stored.values())).dtype).eps
+    found = reference.load(output, model.dtype).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(found[name], tensor, rtol=step, atol=1e-6), name
+
+
+@pytest.mark.parametrize("family", FORMATS)
+def test_the_plain_run_decides_as_the_naive_merge(plain, family):
+    one, saved_dtype = plain[family], torch.float16 if family == "half" else None
+    assert one.code == 0, one.output
+    naive = naive_twin(one.folder / "base", one.folder / "candidate", saved_dtype=saved_dtype)
+    assert ratios(one) == [decision.ratio for decision in naive.decisions]
+    assert totals(one) == pytest.approx([decision.after for decision in naive.decisions], rel=1e-4, abs=1e-4)
+    base = everything_in(one.folder / "base")
+    check_weights(
+        one.folder / "out", naive.model, {name: (tensor.dtype, tensor.shape) for name, tensor in base.items()}
+    )
+    assert any(ratios(one)[:-1]) and ratios(one)[-1], "no layer or no header was merged: the rows would show nothing"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=row_name)
+def test_every_format_gives_the_same_decisions_and_bits(plain, merged, row):
+    family, role, write = row
+    one, other = merged[row], plain[family]
+    assert one.code == 0, one.output
+    assert (one.decisions, one.shares, one.last_table) == (other.decisions, other.shares, other.last_table)
+    expected = everything_in(other.folder / "out")
+    if role == "base":  # its names, and what it holds besides weights
+        expected = in_format(write, expected)
+    found = everything_in(one.folder / "out")
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert same_bits(found[name], tensor), name
+
+
+def test_shards_of_a_bin_base_become_shards_of_safetensors(merged):
+    for family in ("whole", "mixtral"):
+        one = merged[family, "base", as_bin_shards]
+        files = {f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)}
+        weights = {path.name for path in (one.folder / "out").iterdir() if "model" in path.name}
+        assert weights == {*files, "model.safetensors.index.json"}
+        ours, theirs = (
+            json.loads((folder / f"{single}.index.json").read_text())["weight_map"]
+            for folder, single in ((one.folder / "out", ONE), (one.folder / "base", BIN))
+        )
+        assert {
+            name: file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+            for name, file in theirs.items()
+        } == ours
+
+
+def test_the_experts_of_one_layer_are_spread_over_shards_under_their_old_names(merged):
+    index = merged["mixtral", "base", as_bin_shards].folder / "out" / f"{ONE}.index.json"
+    stem = "model.layers.0.block_sparse_moe.experts."
+    files = {name: file for name, file in json.loads(index.read_text())["weight_map"].items() if name.startswith(stem)}
+    assert set(files) == {f"{stem}{expert}.w{part}.weight" for expert in range(12) for part in (1, 2, 3)}
+    assert len(set(files.values())) == 3
+
+
+@pytest.mark.parametrize("row", [*FORMATS, *ROWS, *DTYPE_ROWS], ids=row_name)
+def test_what_was_scored_is_what_was_saved(merged, row):
+    scores, new_tokens = merged[row].reopened
+    percent = [100 * torch.tensor(score).exp().item() for score in scores]
+    # The run scores all pairs in one row: in bfloat16 that rounds otherwise than one pair at a time.
+    tolerance = 0.1 if row[0] == torch.bfloat16 else 1e-4
+    assert merged[row].last_table == pytest.approx(percent, rel=tolerance, abs=1e-5)
+    assert new_tokens == 3
+
+
+@pytest.mark.parametrize("row", DTYPE_ROWS, ids=row_name)
+def test_the_dtypes_of_base_and_candidate_may_differ(merged, row):
+    one, (dtype, _) = merged[row], row
+    assert one.code == 0, one.output
+    in_half = dtype == torch.bfloat16  # what a CPU computes in, too
+    naive = naive_twin(one.folder / "base", one.folder / "candidate", dtype if in_half else torch.float32, dtype)
+    tolerance = 0.1 if in_half else 1e-4
+    assert ratios(one) == [decision.ratio for decision in naive.decisions]
+    assert totals(one) == pytest.approx([d.after for d in naive.decisions], rel=tolerance, abs=tolerance)
+    base = everything_in(one.folder / "base")
+    check_weights(one.folder / "out", naive.model, {name: (dtype, tensor.shape) for name, tensor in base.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that can only be loaded whole
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def opened(place, plain, write):
+    """A candidate in another format, opened, and the names of its tensors."""
+    checkpoint = open_checkpoint(rewritten(place / "other", plain["whole"].folder / "candidate", write), "other")
+    return checkpoint, list(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("role", ["base", "candidate"])
+def test_the_run_says_beforehand_what_must_be_loaded_whole(merged, role):
+    one = merged["whole", role, as_legacy_bin]
+    assert f"\n{role}: {BIN} is stored as before PyTorch 1.6" in one.output.split("Candidate 1/1")[0]
+
+
+def delete(checkpoint, *files):
+    for file in files:
+        (checkpoint.path / file).unlink()
+
+
+@pytest.mark.parametrize("write", [as_legacy_bin, as_legacy_bin_shards])
+def test_what_must_be_loaded_whole_is_said(tmp_path, plain, write):
+    checkpoint, _ = opened(tmp_path, plain, write)
+    (note,) = checkpoint.notes
+    largest = max(checkpoint.path.glob("*.bin"), key=lambda path: path.stat().st_size)
+    assert note.startswith(f"other: {largest.name} is stored as before PyTorch 1.6 and can only be loaded whole")
+    assert f"takes {largest.stat().st_size / 1e9:.2f} GB of CPU memory" in note
+
+
+@pytest.mark.parametrize("write", [as_safetensors, as_shards, as_bin, as_bin_shards])
+def test_nothing_else_is_loaded_whole_or_kept(tmp_path, plain, write):
+    checkpoint, (first, *_, last) = opened(tmp_path, plain, write)
+    assert checkpoint.notes == []
+    checkpoint.read([first, last])
+    delete(checkpoint, *checkpoint.files)
+    with pytest.raises(CheckpointError, match="can't be read"):
+        checkpoint.read([first])
+
+
+@pytest.mark.parametrize("write", [as_safetensors, as_bin, as_legacy_bin])
+def test_what_was_read_does_not_change_with_its_file(tmp_path, plain, write):
+    checkpoint, names = opened(tmp_path, plain, write)
+    tensors, (file,) = checkpoint.read(names), checkpoint.files
+    with (checkpoint.path / file).open("r+b") as stream:  # written over in place, as a download or a copy would
+        stream.write(bytes((checkpoint.path / file).stat().st_size))
+    expected = load_file(plain["whole"].folder / "candidate" / ONE)
+    assert all(same_bits(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+def test_a_file_that_must_be_loaded_whole_is_loaded_once(tmp_path, plain):
+    checkpoint, (first, *others) = opened(tmp_path, plain, as_legacy_bin)
+    checkpoint.read([first])
+    delete(checkpoint, BIN)
+    expected = load_file(plain["whole"].folder / "candidate" / ONE)
+    assert all(same_bits(tensor, expected[name]) for name, tensor in checkpoint.read(others).items())
+    checkpoint.release()
+    with pytest.raises(CheckpointError, match="can't be read"):
+        checkpoint.read([first])
+
+
+def test_only_one_such_file_is_in_memory_at_a_time(tmp_path, plain):
+    checkpoint, _ = opened(tmp_path, plain, as_legacy_bin_shards)
+    first, second, _ = checkpoint.by_file(checkpoint.tensors).values()
+    checkpoint.read(first + second)
+    delete(checkpoint, *checkpoint.files)
+    assert set(checkpoint.read(second)) == set(second)
+    with pytest.raises(CheckpointError, match="can't be read"):
+        checkpoint.read(first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code in a checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Code:
+    """Makes a folder when it is unpickled by a reader that does as a pickle tells it."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def trace_of(folder):
+    """What the code in a checkpoint leaves behind if it runs."""
+    return folder.with_name("ran")
+
+
+def with_code(folder, tensors):
+    as_bin(folder, {**tensors, "code": Code(trace_of(folder))})
+
+
+def with_code_in_legacy_bin(folder, tensors):
+    as_legacy_bin(folder, {**tensors, "code": Code(trace_of(folder))})
+
+
+def with_code_alone(folder, tensors):
+    (folder / BIN).write_bytes(pickle.dumps(Code(trace_of(folder)), protocol=2))
+
+
+def with_code_in_a_shard(folder, tensors):
+    as_bin_shards(folder, tensors)
+    as_bin(folder, {"code": Code(trace_of(folder))}, "pytorch_model-00003-of-00003.bin")
+
+
+def with_code_beside(folder, tensors):
+    as_safetensors(folder, tensors)
+    for file in BESIDE:
+        as_bin(folder, Code(trace_of(folder)), file)
+
+
+BESIDE = {BIN, "training_args.bin", "optimizer.pt"}
+
+
+@pytest.mark.parametrize("role", ["base", "candidate"])
+@pytest.mark.parametrize("write", [with_code, with_code_in_legacy_bin, with_code_alone, with_code_in_a_shard])
+def test_code_in_a_pickle_is_not_run(tmp_path, plain, write, role):
+    folder = refused(tmp_path, plain, role, write, "opening it would run code that it brings along, which is refused")
+    assert not trace_of(folder).exists()
+    # And code it is: a reader that trusts the file runs it.
+    reader = pickle.loads if write is with_code_alone else lambda file: torch.load(io.BytesIO(file), weights_only=False)
+    reader(max(folder.glob("*.bin")).read_bytes())
+    assert trace_of(folder).exists()
+
+
+def test_pickles_beside_the_weights_are_not_opened(tmp_path, plain):
+    models = [
+        rewritten(tmp_path / name, plain["whole"].folder / name, with_code_beside) for name in ("base", "candidate")
+    ]
+    one = run(tmp_path, *models)
+    assert one.code == 0, one.output
+    assert not trace_of(models[0]).exists()
+    assert not BESIDE.intersection(os.listdir(tmp_path / "out"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+MATRIX, VECTOR = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"
+
+
+def nothing(folder, tensors):
+    pass
+
+
+def empty(folder, tensors):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def as_gguf(folder, tensors):
+    (folder / "model-q4_k_m.gguf").write_bytes(b"GGUF" + bytes(64))
+
+
+def as_gguf_alone(folder, tensors):
+    as_gguf(folder, tensors)
+    (folder / "config.json").unlink()
+
+
+def as_gptq(folder, tensors):
+    packed = {MATRIX.replace("weight", part): torch.zeros(4, 32, dtype=torch.int32) for part in ("qweight", "qzeros")}
+    kept = {name: tensor for name, tensor in tensors.items() if name != MATRIX}
+    as_safetensors(folder, {**kept, **packed, MATRIX.replace("weight", "scales"): torch.ones(1, 32)})
+
+
+def as_bitsandbytes(folder, tensors):
+    packed = {MATRIX: torch.zeros(512, 1, dtype=torch.uint8), f"{MATRIX}.absmax": torch.ones(16)}
+    as_safetensors(folder, {**tensors, **packed})
+
+
+def leading_elsewhere(folder, tensors):
+    """The index names a shard that is a good one, in the folder above."""
+    as_bin_shards(folder, tensors)
+    shard, index = "pytorch_model-00001-of-00003.bin", folder / f"{BIN}.index.json"
+    (folder / shard).rename(folder.parent / shard)
+    index.write_text(index.read_text().replace(shard, f"../{shard}"))
+
+
+def compressed(folder, tensors):
+    """An archive that another program has packed: its tensors can't be mapped."""
+    as_bin(folder, tensors)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(folder / BIN) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    (folder / BIN).write_bytes(packed.getvalue())
+
+
+def holding(change):
+    """A .bin file with something else in it."""
+    return lambda folder, tensors: as_bin(folder, change(tensors))
+
+
+def with_one(name, change, save):
+    """One tensor of another kind, and nothing in config.json to say so."""
+    return lambda folder, tensors: save(folder, {**tensors, name: change(tensors[name])})
+
+
+def truncated(save, share):
+    def write(folder, tensors):
+        save(folder, tensors)
+        content = (folder / BIN).read_bytes()
+        (folder / BIN).write_bytes(content[: int(share * len(content))])
+
+    return write
+
+
+def without(file, save):
+    def write(folder, tensors):
+        save(folder, tensors)
+        (folder / file).unlink()
+
+    return write
+
+
+def quantised_by(method, **settings):
+    def write(folder, tensors):
+        as_safetensors(folder, tensors)
+        tiny.edit_checkpoint(folder, quantization_config={"quant_method": method, **settings})
+
+    return write
+
+
+def to(dtype):
+    return lambda tensor: tensor.to(dtype)
+
+
+SHARD_2, BIN_SHARD_2 = "model-00002-of-00003.safetensors", "pytorch_model-00002-of-00003.bin"
+SOMETHING_ELSE = f"{BIN}: holds something else than named tensors; convert it to safetensors"
+UNREADABLE = f"{BIN}: can't be read"
+QUANTISED = "this model is quantised; merge the original weights instead"
+UNMERGEABLE = "which can't be merged; if this model is quantised, merge the original weights instead"
+FLOAT8 = torch.float8_e4m3fn
+
+REFUSED = {
+    "a model in a dict": (holding(lambda tensors: {"model": tensors}), SOMETHING_ELSE),
+    "a list": (holding(lambda tensors: list(tensors.values())), SOMETHING_ELSE),
+    "a string": (holding(lambda tensors: "weights"), SOMETHING_ELSE),
+    "one tensor": (holding(lambda tensors: tensors[MATRIX]), SOMETHING_ELSE),
+    "weights and a number": (holding(lambda tensors: {**tensors, "epoch": 3}), SOMETHING_ELSE),
+    "numbers as names": (holding(lambda tensors: dict(enumerate(tensors.values()))), SOMETHING_ELSE),
+    "a sparse tensor": (with_one(MATRIX, torch.Tensor.to_sparse, as_bin), SOMETHING_ELSE),
+    "a tensor without data": (with_one(MATRIX, to("meta"), as_bin), SOMETHING_ELSE),
+    "half a bin": (truncated(as_bin, 0.5), UNREADABLE),
+    "half a legacy bin": (truncated(as_legacy_bin, 0.5), UNREADABLE),
+    "the beginning of a legacy bin": (truncated(as_legacy_bin, 0.001), f"{BIN}: "),
+    "an empty bin": (truncated(as_bin, 0), UNREADABLE),
+    "a compressed bin": (compressed, f"{UNREADABLE} (another program has compressed it"),
+    "an index that leads elsewhere": (leading_elsewhere, "'../pytorch_model-00001-of-00003.bin' is not a plain file"),
+    "a missing shard": (without(SHARD_2, as_shards), f"the shard {SHARD_2} is missing"),
+    "a missing bin shard": (without(BIN_SHARD_2, as_bin_shards), f"the shard {BIN_SHARD_2} is missing"),
+    "no weights": (nothing, "no weights here; looked for model.safetensors"),
+    "an empty folder": (empty, "no model here (config.json is missing)"),
+    "GGUF": (as_gguf, "no weights here; looked for model.safetensors"),
+    "GGUF alone": (as_gguf_alone, "no model here (config.json is missing)"),
+    "GPTQ": (quantised_by("gptq", bits=4, group_size=128), QUANTISED),
+    "AWQ": (quantised_by("awq", bits=4, version="gemm"), QUANTISED),
+    "bitsandbytes": (quantised_by("bitsandbytes", load_in_4bit=True), QUANTISED),
+    "GPTQ without settings": (as_gptq, f"qweight is stored as torch.int32, {UNMERGEABLE}"),
+    "bitsandbytes without settings": (as_bitsandbytes, f"{MATRIX} is stored as torch.uint8, {UNMERGEABLE}"),
+    "int8": (with_one(MATRIX, to(torch.int8), as_safetensors), f"{MATRIX} is stored as torch.int8, {UNMERGEABLE}"),
+    "int8 bin": (with_one(MATRIX, to(torch.int8), as_bin), f"{MATRIX} is stored as torch.int8, {UNMERGEABLE}"),
+    "int8 vector": (with_one(VECTOR, to(torch.int8), as_bin), f"{VECTOR} is stored as torch.int8, not as a floating-"),
+    "float8": (with_one(MATRIX, to(FLOAT8), as_safetensors), f"{MATRIX} is stored as F8_E4M3, {UNMERGEABLE}"),
+    "float8 bin": (with_one(MATRIX, to(FLOAT8), as_bin), f"{MATRIX} is stored as {FLOAT8}, {UNMERGEABLE}"),
+}
+
+
+def contents(*folders):
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(place, plain, role, write, words):
+    """A model's folder, which the program has refused; nothing was written, and nothing of the models has changed."""
+    models = {name: plain["whole"].folder / name for name in ("base", "candidate")}
+    models[role] = rewritten(place / role, models[role], write)
+    before = contents(*models.values())
+    one = run(place, *models.values())
+    assert one.code == 2, one.output
+    assert "Traceback" not in one.output
+    assert f"ERROR: {models[role]}" in one.output and words in one.output
+    assert contents(*models.values()) == before
+    assert not (place / "out").exists() and not (place / "out.partial").exists()
+    return models[role]
+
+
+@pytest.mark.parametrize("role", ["base", "candidate"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_merged_is_refused(tmp_path, plain, name, role):
+    refused(tmp_path, plain, role, *REFUSED[name])
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("save", [as_bin, as_legacy_bin])
+def test_a_damaged_pickle_is_an_error_in_our_words(tmp_path, plain, save):
+    """Whatever the reader makes of bytes that were changed at random."""
+    folder = rewritten(tmp_path / "damaged", plain["whole"].folder / "candidate", nothing)
+    save(folder, {f"layers.{number}.weight": torch.ones(2, 2) for number in range(3)})
+    content, chance, outcomes = (folder / BIN).read_bytes(), random.Random(0), set()
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(3):
+            damaged[chance.randrange(min(len(damaged), 1000))] = chance.randrange(256)
+        (folder / BIN).write_bytes(damaged)
+        try:
+            read_tensors(folder / BIN, read_headers(folder, [BIN]))
+            outcomes.add("read")
+        except (ConfigError, CheckpointError) as error:
+            assert f"{folder / BIN}: " in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
