@@ -8,11 +8,10 @@ Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from modules.config import Config, ConfigError, load_config
+from modules.config import VERSION, Config, ConfigError, load_config
 from modules.console import Console, show_any_character
-
-VERSION = "1.0.0"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,23 +28,36 @@ def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
     show_any_character()
     try:
-        config = load_config(options.config, options.device, options.output)
+        config = None if options.replay else load_config(options.config, options.device, options.output)
         console = Console("merge-monster")
     except ConfigError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 2
     with console:
-        return run(config, console, options.overwrite)
+        return replay(console, options) if config is None else run(config, console, options)
 
 
-def run(config: Config, console: Console, overwrite: bool) -> int:
-    """Merge, and turn every failure into one line and an exit code."""
+def run(config: Config, console: Console, options: argparse.Namespace) -> int:
+    """Merge, and turn every failure into one message and an exit code."""
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
     from modules.failures import exit_code
-    from modules.run import merge_models
+    from modules.outputs import kept_progress
+    from modules.run import Options, merge_models
 
-    untouched = f"Nothing was written to {config.directories.output_directory}."
-    return exit_code(lambda: merge_models(config, console, overwrite), console, untouched)
+    asked = Options(options.overwrite, options.resume, options.restart)
+    output = Path(config.directories.output_directory)
+    return exit_code(lambda: merge_models(config, console, asked), console, lambda: kept_progress(output))
+
+
+def replay(console: Console, options: argparse.Namespace) -> int:
+    """Build a recipe's model again, and turn every failure into one message and an exit code."""
+    from modules.failures import exit_code
+    from modules.replay import Replay, replay_recipe
+
+    elsewhere = dict(options.source or [])
+    asked = Replay(options.replay, Path(options.output), elsewhere, options.device, options.overwrite)
+    left = f"Nothing was written to {options.output}."
+    return exit_code(lambda: replay_recipe(asked, console), console, lambda: left)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -60,8 +72,31 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an output that exists, once the new one stands"
     )
+    unfinished = parser.add_mutually_exclusive_group()
+    unfinished.add_argument("--resume", action="store_true", help="go on with a run that did not finish")
+    unfinished.add_argument("--restart", action="store_true", help="forget a run that did not finish, and begin again")
+    parser.add_argument(
+        "--replay", metavar="RECIPE", type=Path, help="build the model of a recipe again, into --output"
+    )
+    parser.add_argument(
+        "--source", metavar="NAME=PATH", type=_named_path, action="append", help="where a recipe's source lies now"
+    )
     parser.add_argument("--version", action="version", version=f"Merge Monster {VERSION}")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.replay and not options.output:
+        parser.error("--replay needs --output, the directory for the model")
+    if options.source and not options.replay:
+        parser.error("--source goes with --replay")
+    if options.replay and (options.resume or options.restart):
+        parser.error("--replay begins at the beginning; --resume and --restart are for a search")
+    return options
+
+
+def _named_path(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"'{text}': expected NAME=PATH")
+    return name, path
 
 
 if __name__ == "__main__":

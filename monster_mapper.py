@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from merge_monster import VERSION
-from modules.config import Config, ConfigError, load_config
+from modules.config import VERSION, Config, ConfigError, load_config
 from modules.console import Console, show_any_character
 
 
@@ -51,7 +50,7 @@ def run(config: Config, console: Console, options: argparse.Namespace) -> int:
         check_exports(exports, inputs, options.overwrite)
         map_model(config, console, exports)
 
-    return exit_code(work, console, f"What was found so far is in {console.log_path}.")
+    return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}.")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

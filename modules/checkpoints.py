@@ -6,9 +6,7 @@ Knows: folders, config.json, tokenizers, which files a model needs. Refuses to k
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,11 +18,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from modules.config import Config, ConfigError
 from modules.hub import Repository, find
+from modules.outputs import partial_folder
 from modules.sources import Location, Source, parse_source
 from modules.weights import (
     CheckpointError,
+    Fingerprint,
     Held,
     TensorInfo,
+    fingerprint,
     first_line,
     index_file,
     local_files,
@@ -34,8 +35,9 @@ from modules.weights import (
     whole_files,
 )
 
+_DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+_LARGEST = 100_000_000  # bytes of a file that describes or opens a model; tokenizers have some ten million
 ADAPTER_SETTINGS = "adapter_config.json"  # what makes a folder an adapter
-SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Checkpoint:
             f"{sizes[largest] / 1e9:.2f} GB of CPU memory; convert it to safetensors to avoid that"
         ]
 
+    def fingerprint(self) -> dict[str, Fingerprint]:
+        """By which it is known again: of every file that decides what a merge makes of it, its size and a hash."""
+        described = [file for file in _DECISIVE if (self.path / file).is_file()]
+        return {file: fingerprint(self.path / file) for file in (*described, *self.files)}
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU, in their stored dtype. Raises CheckpointError if a file can't be read.
 
@@ -102,15 +109,8 @@ class Checkpoint:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def open_checkpoint(
-    path: Path, name: str, trust_remote_code: bool = False, repository: Repository | None = None
-) -> Checkpoint:
-    """Read a model folder's configuration and shard headers; no weights. `name` is what reports call it.
-
-    repository: of the hub, which is asked for the headers of files that are not in the folder yet. Raises ConfigError
-    if it is no usable model.
-    """
-    names = file_names(path, repository)
+def read_configuration(path: Path, names: Collection[str], trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A model folder's configuration. names: of all its files. Raises ConfigError if it is that of no usable model."""
     if "config.json" not in names:
         is_adapter = ADAPTER_SETTINGS in names
         what = "this is an adapter, not a model" if is_adapter else "no model here (config.json is missing)"
@@ -121,6 +121,19 @@ def open_checkpoint(
         raise ConfigError(f"{path}: config.json can't be used: {first_line(error)}") from None
     if getattr(config, "quantization_config", None):
         raise ConfigError(f"{path}: this model is quantised; merge the original weights instead")
+    return config
+
+
+def open_checkpoint(
+    path: Path, name: str, trust_remote_code: bool = False, repository: Repository | None = None
+) -> Checkpoint:
+    """Read a model folder's configuration and shard headers; no weights. `name` is what reports call it.
+
+    repository: of the hub, which is asked for the headers of files that are not in the folder yet. Raises ConfigError
+    if it is no usable model.
+    """
+    names = file_names(path, repository)
+    config = read_configuration(path, names, trust_remote_code)
     files = weight_files(path, names)
     known = repository.headers(repository.absent(files)) if repository else {}
     try:
@@ -181,79 +194,9 @@ def file_names(path: Path, repository: Repository | None = None) -> Collection[s
     return local_files(path) if repository is None else repository.sizes
 
 
-def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """Raise ConfigError if writing `output` would destroy an input, or anything else that is already there."""
-    resolved = output.resolve()
-    for path in inputs:
-        if resolved == path.resolve() or resolved in path.resolve().parents:
-            what = "is" if resolved == path.resolve() else "contains"
-            raise ConfigError(f"the output directory {output} {what} the input model {path}; choose another one")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"the output directory {output} is a file")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(f"the output directory {output} is not empty; move it, name another, or add --overwrite")
-    if not (output / SETTINGS_FILE).is_file():
-        raise ConfigError(
-            f"{output} was not written by Merge Monster (no {SETTINGS_FILE}); --overwrite won't delete it"
-        )
-    if resolved == Path.cwd().resolve() or resolved in Path.cwd().resolve().parents:
-        raise ConfigError(f"the output directory {output} is, or contains, the folder you are in; choose another one")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# Files other than weights
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def partial_folder(output: Path) -> Path:
-    """Where an output is written until it is complete: beside its final place, on the same file system."""
-    return output.with_name(output.name + ".partial")
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `output` when the block ends well, and vanishes when it does not.
-
-    Raises ConfigError if it can't be made. A complete folder that stands at `output` goes only after the new one
-    stands.
-    """
-    output = output.resolve()
-    partial = partial_folder(output)
-    if partial.exists():
-        raise ConfigError(
-            f"{partial} is left from a run that did not finish, or another run is writing it; delete it to go on"
-        )
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"the output directory {output} can't be written ({error.strerror})") from None
-    try:
-        yield partial
-        _replace_folder(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace_folder(new: Path, target: Path) -> None:
-    """Rename `new` to `target`; what stood there goes afterwards, or comes back if the renaming fails."""
-    if not target.exists():
-        new.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        target.rename(aside / target.name)
-        try:
-            new.rename(target)
-        except OSError:
-            (aside / target.name).rename(target)
-            raise
-    except OSError as error:
-        aside.rmdir()
-        raise CheckpointError(f"{target} can't be replaced ({error.strerror})") from None
-    shutil.rmtree(aside)
-
 
 # Everything of the base that another program needs to open the output: configuration, tokenizer, templates, code.
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
@@ -261,11 +204,13 @@ _TEMPLATES = "additional_chat_templates"  # a folder
 _NOT_COPIED = ("model.", "pytorch_model", "merge_monster", "license", "readme", "adapter_", "trainer_")
 
 
-def small_files(names: Iterable[str]) -> list[str]:
-    """Of the names of all files of a model, those that are needed before its weights: what describes and opens it."""
-    names = list(names)
-    needed = {"config.json", ADAPTER_SETTINGS, index_file(names)}
-    return [name for name in names if name in needed or _is_companion(name)]
+def small_files(sizes: Mapping[str, int]) -> list[str]:
+    """Of all files of a model, those that are needed before its weights: what describes and opens it.
+
+    sizes: in bytes, by name. What calls itself text or JSON but is large is somebody's data.
+    """
+    needed = {"config.json", ADAPTER_SETTINGS, index_file(sizes)}
+    return [name for name, size in sizes.items() if name in needed or (_is_companion(name) and size <= _LARGEST)]
 
 
 def _is_companion(name: str) -> bool:

@@ -15,9 +15,12 @@ import yaml
 
 from modules.sources import HUB_FORM, parse_location, parse_source
 
+VERSION = "1.0.0"  # of the program
+
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 METHODS = ("lerp", "slerp", "slice", "cyclic", "gradient")
+ON_ERROR = ("stop", "skip")
 STRATEGIES = ("cumulative", "all_phrases", "quantitive")
 
 
@@ -69,6 +72,7 @@ class Config:
 
     directories: Directories
     models_to_merge: tuple[str, ...] = ()  # candidates in the order in which they are tried, see sources.py
+    on_error: str = "stop"  # what becomes of the run if a candidate can't be read any more; skip goes on without it
     keep_downloads: bool = True  # leave what is fetched from the hub in its cache after the run
     merge_ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)  # shares of the candidate that are tried, 0 to 1
     merge_method: tuple[str, ...] = ("lerp",)  # one of METHODS, or a list that is tried in order
@@ -364,6 +368,7 @@ def _parse(document: Any, errors: list[str], request: _Request) -> Config:
     config = Config(
         directories=directories,
         models_to_merge=_list_of(top, "models_to_merge", _candidate_check(request)),
+        on_error=take("on_error", _choice(*ON_ERROR)),
         keep_downloads=take("keep_downloads", _boolean),
         merge_ratios=take("merge_ratios", _one_or_more(_ratio)),
         merge_method=take("merge_method", _one_or_more(_choice(*METHODS))),

@@ -100,6 +100,10 @@ class Console:
             leave=False,
         )
 
+    def heard(self) -> None:
+        """Answer the first Ctrl-C. It may come in the middle of a line: this goes past everything that is buffered."""
+        os.write(2, b"\nEnding after this decision; once more to end at once.\n")
+
     def _record(self, text: str) -> None:
         self._log.write(text + "\n")
         self._log.flush()

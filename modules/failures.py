@@ -10,26 +10,32 @@ import torch
 
 from modules.config import ConfigError
 from modules.console import Console
-from modules.weights import CheckpointError
+from modules.stopping import termination_interrupts
+from modules.weights import CheckpointError, first_line
 
 
-def exit_code(work: Callable[[], None], console: Console, untouched: str) -> int:
-    """Run `work`: 0 done, 1 failed, 2 it can't be done as asked, 130 interrupted. untouched: what was not written."""
+def exit_code(work: Callable[[], None], console: Console, left: Callable[[], str]) -> int:
+    """Run `work`: 0 done, 1 failed, 2 it can't be done as asked, 130 interrupted by Ctrl-C or SIGTERM.
+
+    left: is asked, after a failure, what there is and how to go on.
+    """
     try:
-        work()
+        with termination_interrupts():
+            work()
     except ConfigError as error:
         console.error(f"ERROR: {error}")
         return 2
     except (CheckpointError, OSError) as error:
-        console.error(f"ERROR: {error}\n{untouched}")
+        console.error(f"ERROR: {error}\n{left()}")
         return 1
     except torch.OutOfMemoryError as error:
-        console.error(f"ERROR: out of memory: {str(error).splitlines()[0]}")
+        console.error(f"ERROR: out of memory: {first_line(error)}\n{left()}")
         return 1
     except KeyboardInterrupt:
-        console.error(f"Interrupted. {untouched}")
+        console.error(f"Interrupted. {left()}")
         return 130
     except Exception:
-        console.error(f"{traceback.format_exc()}\nThis is a bug in Merge Monster. The log is {console.log_path}.")
+        bug = f"This is a bug in Merge Monster. The log is {console.log_path}."
+        console.error(f"{traceback.format_exc()}\n{bug}\n{left()}")
         return 1
     return 0

@@ -120,6 +120,11 @@ class ResidentModel:
         saved = f", saved as {_name(self.saved_dtype or self.checkpoint.main_dtype())}" if saving else ""
         return {"Device": self.device, "Dtype": _name(self.dtype) + saved}
 
+    def dtypes(self) -> dict[str, str | None]:
+        """The same for the recipe; saved_dtype None: what the checkpoint stores, tensor by tensor."""
+        saved = None if self.saved_dtype is None else _name(self.saved_dtype)
+        return {"device": str(self.device), "dtype": _name(self.dtype), "saved_dtype": saved}
+
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
@@ -229,9 +234,9 @@ class ResidentModel:
     def check_weights(self) -> None:
         """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless."""
         for name, tensor in self._state.items():
-            if tensor.is_floating_point() and not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():
+            if not _is_finite(tensor.detach()):
                 stored = self._layout.load([self._stored_as[name]], self.checkpoint.read).popitem()[1]
-                if torch.isfinite(stored).all():
+                if _is_finite(stored):
                     raise ConfigError(
                         f"{self.checkpoint.path}: {name} overflows in {_name(tensor.dtype)}; set dtype: bfloat16"
                     )
@@ -258,22 +263,27 @@ class ResidentModel:
             if dtype.is_floating_point and self.saved_dtype is not None:
                 dtype = self.saved_dtype
             tensor = ready.pop(stored).to("cpu", dtype).contiguous()
+            if names and not _is_finite(tensor):
+                raise CheckpointError(f"{stored} has come to hold NaN or infinite values; nothing was put in place")
             # Tensors that are fused or tied share memory, and a file can't hold one piece of memory twice.
             memory = tensor.untyped_storage().data_ptr()
             yield stored, tensor.clone() if memory in written else tensor
             written.add(memory)
 
 
-def load_model(checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False) -> ResidentModel:
+def load_model(
+    checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False, compute: str | None = None
+) -> ResidentModel:
     """Load a checkpoint's causal language model onto a device, ready to be searched.
 
-    device: auto, cpu, cuda, cuda:N or mps; dtype: auto, float16, bfloat16 or float32 (see resolve_dtype).
+    device: auto, cpu, cuda, cuda:N or mps; dtype: auto, float16, bfloat16 or float32 (see resolve_dtype); compute: what
+    to compute in, if it is not what follows from dtype.
     Raises ConfigError if the device is absent or the checkpoint is no complete causal language model.
     """
     target = resolve_device(device)
-    compute = resolve_dtype(dtype, checkpoint.main_dtype(), target)
+    computed = resolve_dtype(compute or dtype, checkpoint.main_dtype(), target)
     try:
-        module, info = _load_module(checkpoint, target, compute, trust_remote_code)
+        module, info = _load_module(checkpoint, target, computed, trust_remote_code)
     except torch.OutOfMemoryError:
         raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
     except ConfigError:
@@ -288,7 +298,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, trust_remote_cod
     if info["missing_keys"]:
         raise ConfigError(f"{checkpoint.path}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     module.eval().requires_grad_(False)
-    model = ResidentModel(module, checkpoint, None if dtype == "auto" else compute)
+    model = ResidentModel(module, checkpoint, None if dtype == "auto" else getattr(torch, dtype))
     model.check_weights()
     checkpoint.release()
     return model
@@ -356,13 +366,19 @@ def input_first_weights(module: PreTrainedModel) -> set[str]:
     return names
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device of a configured name. Raises ConfigError, naming those that are there, if it is absent."""
+def present_devices() -> list[str]:
+    """The names of the devices of this machine."""
     present = ["cpu"]
     if torch.cuda.is_available():
         present += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         present.append("mps")
+    return present
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a configured name. Raises ConfigError, naming those that are there, if it is absent."""
+    present = present_devices()
     if name == "auto":
         name = next((other for other in present if other != "cpu"), "cpu")
     name = "cuda:0" if name == "cuda" else name
@@ -379,6 +395,13 @@ def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch
     if stored == torch.bfloat16:
         return torch.bfloat16
     return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinite values."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def _as_list(ids: int | list[int]) -> list[int]:

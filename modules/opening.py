@@ -5,27 +5,28 @@ printing.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedModel
 
 from modules.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from modules.adapters import open_adapter
-from modules.candidates import Candidate, adapt, open_candidate
+from modules.adapters import Adapter, open_adapter, read_settings
+from modules.candidates import Candidate, adapt, check_configuration, open_candidate
 from modules.checkpoints import (
     ADAPTER_SETTINGS,
     Checkpoint,
     candidate_sources,
-    check_output,
     file_names,
     find_repository,
     open_checkpoint,
+    read_configuration,
 )
 from modules.config import Config, ConfigError
 from modules.hub import Job, Repository
 from modules.models import without_weights
+from modules.outputs import check_output
 from modules.sources import Location, Source, names_of, parse_location
 from modules.weights import holds_weights, is_pickled, weight_files
 
@@ -38,6 +39,7 @@ class Models:
     """A base and the candidates that fit it; weights of the hub may still be missing."""
 
     base: Checkpoint
+    base_where: str  # see Found.where
     candidates: list[Candidate]
     notes: list[str]  # lines for the person at the terminal
 
@@ -50,6 +52,17 @@ class Found:
     folder: Path
     repository: Repository | None  # None for a local folder
     names: frozenset[str]  # of all its files, those included that are still to be fetched
+
+    def same_as(self, other: "Found") -> bool:
+        """Whether both are the same files: one folder, or one commit under two ids of the hub."""
+        both_on_hub = self.repository is not None and other.repository is not None
+        one, two = (found.folder.name if both_on_hub else found.folder.resolve() for found in (self, other))
+        return one == two
+
+    @property
+    def where(self) -> str:
+        """Where exactly these files are, from wherever one looks."""
+        return f"{self.location.repo}@{self.folder.name}" if self.repository else str(self.folder.resolve())
 
     @property
     def has_adapter(self) -> bool:
@@ -80,10 +93,9 @@ def open_models(config: Config, overwrite: bool, fetch: Fetch) -> Models:
     output = Path(config.directories.output_directory)
     check_output(output, [location.folder for location in locations if location.folder], overwrite)
     locations = list(dict.fromkeys(locations))
-    found = dict(zip(locations, _all_or_problems(find_location, locations), strict=True))
+    found = _one_repository_each(dict(zip(locations, _all_or_problems(find_location, locations), strict=True)))
     notes += [note for one in found.values() for note in one.notes()]
-    base_folder = found[base_location].folder.resolve()
-    for source in [s for s in sources if s.adapter is None and found[s.model].folder.resolve() == base_folder]:
+    for source in [s for s in sources if s.adapter is None and found[s.model].same_as(found[base_location])]:
         sources.remove(source)
         notes.append(f"{source.text} is the base model itself: skipped")
     if not sources:
@@ -93,10 +105,17 @@ def open_models(config: Config, overwrite: bool, fetch: Fetch) -> Models:
     module = without_weights(base, config.trust_remote_code)
 
     def open_one(named: tuple[str, Source]) -> Candidate:
-        return _open_candidate(*named, found, base, module, config.trust_remote_code, fetch)
+        candidate = _open_candidate(*named, found, base, module, config.trust_remote_code, fetch)
+        places = [place for place in (named[1].model, named[1].adapter) if place]
+        return replace(candidate, text=named[1].text, where="+".join(found[place].where for place in places))
 
     candidates = _all_or_problems(open_one, zip(names, sources, strict=True))
-    return Models(base, candidates, notes + [note for candidate in candidates for note in candidate.notes])
+    return Models(
+        base,
+        found[base_location].where,
+        candidates,
+        notes + base.notes + [note for c in candidates for note in (*c.notes, *c.checkpoint.notes)],
+    )
 
 
 def base_of(config: Config) -> Location:
@@ -126,10 +145,25 @@ def open_base(found: Found, name: str, trust_remote_code: bool, fetch: Fetch) ->
     return _open_model(found, name, trust_remote_code, fetch)
 
 
-def _open_model(found: Found, name: str, trust_remote_code: bool, fetch: Fetch) -> Checkpoint:
-    """A location's model. The shapes in .bin files can't be seen from afar: those are fetched here."""
+def _one_repository_each(found: dict[Location, Found]) -> dict[Location, Found]:
+    """The same, but two locations that are one commit share their repository, which knows what was fetched of it."""
+    first: dict[Path, Repository | None] = {}
+    return {
+        location: replace(one, repository=first.setdefault(one.folder, one.repository))
+        for location, one in found.items()
+    }
+
+
+def _open_model(
+    found: Found, name: str, trust_remote_code: bool, fetch: Fetch, base: Checkpoint | None = None
+) -> Checkpoint:
+    """A location's model, that of a candidate if there is a base. The shapes in .bin files can't be seen from afar:
+    those are fetched here, once the configuration fits."""
     try:
         if found.repository is not None and holds_weights(found.names):
+            config = read_configuration(found.folder, found.names, trust_remote_code)
+            if base is not None:
+                check_configuration(found.folder, config, base)
             files = weight_files(found.folder, found.names)
             if any(is_pickled(file) for file in files):
                 fetch(Job(name, found.repository, tuple(files)))
@@ -152,23 +186,31 @@ def _open_candidate(
     """A model, an adapter for the base, or a model with its adapter. Raises ConfigError if it does not fit the base."""
     model = found[source.model]
     if source.adapter is None and not model.is_adapter:
-        checkpoint = _open_model(model, name, trust_remote_code, fetch)
+        checkpoint = _open_model(model, name, trust_remote_code, fetch, base)
         note = f"{source.text} also holds an adapter, which is not applied; to apply it, name it behind a plus"
         return open_candidate(checkpoint, base, module, notes=[note] if model.has_adapter else [])
     where = found[source.adapter] if source.adapter else model
     if not where.has_adapter:
         raise ConfigError(f"{where.location.text}: no adapter here ({ADAPTER_SETTINGS} is missing)")
     if where.repository is not None:
+        read_settings(where.folder)  # before anything is fetched in vain
         weights = [file for file in ADAPTER_WEIGHTS if file in where.names][:1]
         fetch(Job(name, where.repository, tuple(weights)))
     adapter = open_adapter(where.folder, name)
-    underlying = _open_model(model, name.split("+")[0], trust_remote_code, fetch) if source.adapter else base
-    checkpoint = adapt(underlying, adapter, base, module)
-    trained_on, applied_to = Path(adapter.trained_on).name, underlying.path.name
-    differs = trained_on and where.repository is None and trained_on.casefold() != applied_to.casefold()
-    note = f"{name}: the adapter was trained on {adapter.trained_on}, and is applied to {underlying.name}"
+    underlying = _open_model(model, name.split("+")[0], trust_remote_code, fetch, base) if source.adapter else base
     repositories = [where.repository] if where.repository else []
-    return open_candidate(checkpoint, base, module, notes=[note] if differs else [], repositories=repositories)
+    adapted = adapt(underlying, adapter, base, module)
+    return open_candidate(adapted, base, module, notes=_about_adapter(adapter, underlying), repositories=repositories)
+
+
+def _about_adapter(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
+    """A line if an adapter was trained on something else than it is applied to, as far as names tell."""
+    trained_on = adapter.trained_on.rstrip("/").rsplit("/")[-1]
+    repository = checkpoint.repository
+    applied_to = repository.location.repo.split("/")[-1] if repository else checkpoint.path.resolve().name
+    if not trained_on or trained_on.casefold() == applied_to.casefold():
+        return []
+    return [f"{adapter.name}: the adapter was trained on {adapter.trained_on}, and is applied to {checkpoint.name}"]
 
 
 def _all_or_problems(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:

@@ -3,7 +3,9 @@
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,43 +15,75 @@ import transformers
 
 from modules import report
 from modules.candidates import Candidate
-from modules.checkpoints import SETTINGS_FILE, load_tokenizer, new_folder
+from modules.checkpoints import load_tokenizer
 from modules.composition import Merge, mean_shares
 from modules.config import Config
 from modules.console import BANNER, Console
 from modules.hub import Ahead, Bar, Job, Repository, check_space
 from modules.models import ResidentModel, load_model
 from modules.opening import open_models
+from modules.outputs import SETTINGS_FILE, unfinished_output
 from modules.phrases import encode_pairs
 from modules.probability import build_scorer
+from modules.record import RunRecord, is_finished, write_recipe
 from modules.search import Decision, Search
+from modules.stopping import postponed
+from modules.weights import CheckpointError
 
 
-def merge_models(config: Config, console: Console, overwrite: bool = False) -> None:
-    """Search, merge and save as configured. Nothing is left at the output directory unless all went well.
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about an output, or a part of one, that is there already."""
+
+    overwrite: bool = False
+    resume: bool = False
+    restart: bool = False
+
+
+def merge_models(config: Config, console: Console, options: Options) -> None:
+    """Search, merge and save as configured. Nothing is at the output directory before all is well.
 
     Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
     console.line(BANNER)
     console.timed("THE MERGE MONSTER HUNGERS")
-    models = open_models(config, overwrite, partial(fetch_now, console))
+    output = Path(config.directories.output_directory)
+    if options.resume and is_finished(config, output):
+        console.line(f"This run has finished: its output is in {output}")
+        return
+    models = open_models(config, options.overwrite, partial(fetch_now, console))
     console.lines(models.notes)
     base, candidates = models.base, models.candidates
     jobs = [Job(base.name, base.repository, base.files), *(candidate.job for candidate in candidates)]
     check_space(jobs, config.keep_downloads)
+    clock = Clock()
     with (
-        new_folder(Path(config.directories.output_directory)) as folder,
+        unfinished_output(output, options.resume, options.restart) as unfinished,
         Ahead(jobs, partial(begin_download, console)) as ahead,
     ):
+        record = RunRecord(unfinished.journal, config)
         ahead.wait(0)
+        clock.lap("download")
+        record.source(0, config.directories.model_path1, models.base_where, base)
         model = load_model(base, config.device, config.dtype, config.trust_remote_code)
+        clock.lap("load")
         search = start_search(config, console, model, candidates)
-        origins = search_all(config, console, search, candidates, ahead)
-        console.lines(["Merge composition:", *report.composition_lines(mean_shares(origins)), ""])
-        console.timed(f"Saving to {config.directories.output_directory}")
-        model.save(folder)
-        (folder / SETTINGS_FILE).write_text(config.text, encoding="utf-8", newline="")
+        start = resume_search(console, search, record, options.resume)
+        conductor = Conductor(config, console, search, record, ahead)
+        conductor.conduct(candidates, start)
+        composition = mean_shares(conductor.origins)
+        console.lines(["Merge composition:", *report.composition_lines(composition), ""])
+        clock.lap("search")
+        console.timed(f"Saving to {output}")
+        model.save(unfinished.folder)
+        (unfinished.folder / SETTINGS_FILE).write_text(config.text, encoding="utf-8", newline="")
+        clock.lap("save")
+        recipe = record.recipe(
+            config.pairs, search.weights, search.log_probabilities, composition, model.dtypes(), clock.seconds
+        )
+        write_recipe(unfinished.folder, recipe)
+        unfinished.take_place(output, options.overwrite)
     if not config.keep_downloads:
         remove_downloads(console, [base.repository])
     console.timed(f"Done. The log is {console.log_path}")
@@ -77,35 +111,108 @@ def start_search(config: Config, console: Console, model: ResidentModel, candida
     return search
 
 
-def search_all(
-    config: Config, console: Console, search: Search, candidates: Sequence[Candidate], ahead: Ahead
-) -> list[list[Merge]]:
-    """Search one candidate after another; the accepted merges of every layer and, last, of the header.
+def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:
+    """Note the base's scores or, where an earlier run has, go on from its own; those scores."""
+    measured = list(search.log_probabilities)
+    search.log_probabilities, search.weights = record.start(measured, search.weights)
+    if record.count:
+        console.lines([f"WARNING: {warning}" for warning in record.warnings()])
+        if measured != search.log_probabilities:
+            console.line(
+                "WARNING: the base scores otherwise here than where the run began: its end may differ slightly"
+            )
+        console.timed(f"Resuming: {record.count} decisions are carried out again from the journal")
+    elif resume:
+        console.timed("Nothing to resume: beginning at the beginning")
+    return list(search.log_probabilities)
 
-    ahead: brings the base as number 0, then the candidates; each while the one before it is searched.
-    """
-    layers = len(search.model.layers)
-    origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(layers + 1)]
-    start = search.log_probabilities
-    with console.progress(len(candidates) * search.steps_per_candidate()) as bar:
-        for number, candidate in enumerate(candidates, start=1):
-            console.timed(f"Candidate {number}/{len(candidates)}: {candidate.name}")
-            ahead.wait(number)
-            for decision in search.candidate(candidate):
-                merges = origins[layers if decision.layer is None else decision.layer]
-                if decision.ratio is not None:
-                    merges.append((decision.share, candidate.name))
-                show_decision(console, decision, merges, layers, len(config.merge_method) > 1)
-                bar.update(search.steps(decision.layer, decision.method))
-            console.lines(report.phrase_table(config.pairs, search.weights, search.log_probabilities, start))
-            if not config.keep_downloads:
-                needed = [search.model.checkpoint.repository, *(r for c in candidates[number:] for r in c.repositories)]
-                remove_downloads(console, candidate.repositories, needed)
-    return origins
+
+class Conductor:
+    """Leads a search through all candidates, from where an earlier run has left it."""
+
+    def __init__(self, config: Config, console: Console, search: Search, record: RunRecord, ahead: Ahead) -> None:
+        """ahead: brings the base as number 0, then the candidates; each while the one before it is searched."""
+        self.config, self.console, self.search, self.record, self.ahead = config, console, search, record, ahead
+        self.layers = len(search.model.layers)
+        # The accepted merges of every layer and, last, of the header.
+        self.origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(self.layers + 1)]
+
+    def conduct(self, candidates: Sequence[Candidate], start: Sequence[float]) -> None:
+        """Search one candidate after another. start: the base's log-probabilities."""
+        console, search = self.console, self.search
+        steps = len(candidates) * search.steps_per_candidate()
+        with console.progress(steps) as self.bar, postponed(console.heard) as self.end_if_asked:
+            for number, candidate in enumerate(candidates, start=1):
+                console.timed(f"Candidate {number}/{len(candidates)}: {candidate.name}")
+                self._candidate(number, candidate)
+                console.lines(report.phrase_table(self.config.pairs, search.weights, search.log_probabilities, start))
+                if not self.config.keep_downloads:
+                    later = [repository for other in candidates[number:] for repository in other.repositories]
+                    remove_downloads(console, candidate.repositories, [search.model.checkpoint.repository, *later])
+
+    def _candidate(self, number: int, candidate: Candidate) -> None:
+        failure = None
+        try:
+            self.ahead.wait(number)
+            self.record.source(number, candidate.text, candidate.where, candidate.checkpoint)
+            failure = self._search(number, candidate)
+        except CheckpointError as error:
+            if self.config.on_error == "stop":
+                raise
+            failure = str(error)
+            self.search.measure()
+        finally:
+            candidate.checkpoint.release()
+        if failure:
+            self.console.line(f"WARNING: {candidate.name} is given up; what was accepted of it stays: {failure}")
+        if self.record.end(number) is None:
+            self.record.closed(number, self.search.log_probabilities, failure)
+
+    def _search(self, number: int, candidate: Candidate) -> str | None:
+        """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""
+        done, end = self.record.decisions(number), self.record.end(number)
+        for decision in done:
+            self._count(decision)
+        if end is not None:
+            self.search.repeat(candidate, done)
+            self.search.log_probabilities, failure = end
+            return failure
+        began = time.monotonic()
+        for decision in self.search.candidate(candidate, done):
+            self.record.decided(number, decision, time.monotonic() - began)
+            self._count(decision)
+            merges = self.origins[self._place(decision)]
+            show_decision(self.console, decision, merges, self.layers, len(self.config.merge_method) > 1)
+            self.end_if_asked()
+            began = time.monotonic()
+        return None
+
+    def _count(self, decision: Decision) -> None:
+        if decision.ratio is not None:
+            self.origins[self._place(decision)].append((decision.share, decision.model))
+        self.bar.update(self.search.steps(decision.layer, decision.method))
+
+    def _place(self, decision: Decision) -> int:
+        return self.layers if decision.layer is None else decision.layer
+
+
+class Clock:
+    """Seconds that the phases of a run have taken."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """A phase is over, the next one begins."""
+        now = time.monotonic()
+        self.seconds[phase], self._began = round(now - self._began, 1), now
 
 
 def fetch_now(console: Console, job: Job) -> None:
-    """Fetch a job's files from the hub, if any are missing, and return when they are here."""
+    """Fetch a job's files from the hub, if any are missing, and return when they are here. Raises ConfigError if the
+    disk is too small, CheckpointError if they can't be had."""
+    check_space([job], keep=True)
     with Ahead([job], partial(begin_download, console)) as ahead:
         ahead.wait(0)
 

@@ -4,6 +4,7 @@ Knows: the order of trials, when one is kept. Refuses to know: printing, logs, h
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ class Decision:
     ratio: float | None  # the ratio that won; None if the base's tensors were retained
     before: float  # total score
     after: float
+    log_probabilities: tuple[float, ...]  # joint, of every pair, afterwards
     warning: str | None = None  # why nothing could be tried
     note: str | None = None  # how the header was matched, if its rows are not simply the base's
 
@@ -43,16 +45,39 @@ class Decision:
         return 0.0 if self.ratio is None else RECORDED_SHARE.get(self.method, self.ratio)
 
 
-class Search:
+class Merger:
+    """A model into which decisions are carried out, without any forward."""
+
+    def __init__(self, model: ResidentModel, tokenizer: Any, trust_remote_code: bool = False) -> None:
+        """tokenizer: the model's, with which candidates' vocabularies are matched."""
+        self.model, self.tokenizer, self.trust_remote_code = model, tokenizer, trust_remote_code
+        self._space: Tensors | None = None  # where merges are made, one layer's worth
+
+    def repeat(self, candidate: Candidate, done: Sequence[Decision]) -> None:
+        """Carry out decisions that were taken on a candidate."""
+        for decision in done:
+            if decision.ratio is None:
+                continue
+            if decision.layer is None:
+                theirs, _ = aligned_header(self.model, self.tokenizer, candidate, self.trust_remote_code)
+                self._install(self.model.header(), theirs, decision.method, decision.ratio)
+            else:
+                part = self.model.layer(decision.layer)
+                theirs = part.adopt(candidate.read(part.tensors), candidate.name)
+                self._install(part, theirs, decision.method, decision.ratio)
+
+    def _install(self, part: Part, theirs: Tensors, method: str, ratio: float) -> None:
+        self._space = out = part.space(self._space)
+        part.install(part.merged(method, theirs, ratio, out))
+
+
+class Search(Merger):
     """A model that takes over what improves its scores. `log_probabilities` are those of its present state."""
 
     def __init__(self, model: ResidentModel, scorer: Scorer, config: Config, tokenizer: Any) -> None:
-        """Score the base; its tokenizer is the one that candidates' vocabularies are matched with.
-
-        Raises ConfigError if the base's scores are not finite.
-        """
-        self.model, self.scorer, self.config, self.tokenizer = model, scorer, config, tokenizer
-        self._space: Tensors | None = None  # where merges are made, one layer's worth
+        """Score the base. Raises ConfigError if its scores are not finite."""
+        super().__init__(model, tokenizer, config.trust_remote_code)
+        self.scorer, self.config = scorer, config
         self.log_probabilities = scorer.score()
         if not all(math.isfinite(value) for value in self.log_probabilities):
             raise ConfigError("the base model's scores are not finite; try another dtype (bfloat16 or float32)")
@@ -63,12 +88,22 @@ class Search:
         """The total score of the present state."""
         return total(scores(self.log_probabilities, self.weights))
 
-    def candidate(self, candidate: Candidate) -> Iterator[Decision]:
-        """Search all layers of a candidate and, if so configured, its header."""
-        yield from self._layers(candidate)
-        if self.config.merge_headers:
+    def candidate(self, candidate: Candidate, done: Sequence[Decision] = ()) -> Iterator[Decision]:
+        """Search all layers of a candidate and, if so configured, its header.
+
+        done: the first decisions, taken by an earlier run; they are carried out without scoring, and not yielded.
+        """
+        past = deque(done)
+        yield from self._layers(candidate, past)
+        if past:
+            self._go_on_from(past[-1])
+            self.repeat(candidate, past)
+        elif self.config.merge_headers:
             yield self._header(candidate)
-        # Whole forwards once more: the next candidate and the phrase table start from what a reader would measure.
+        self.measure()
+
+    def measure(self) -> None:
+        """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find."""
         self.log_probabilities = self.scorer.score()
 
     def steps(self, layer: int | None, method: str) -> int:
@@ -81,40 +116,53 @@ class Search:
         steps = sum(self.steps(layer, method) for layer in layers for method in self.config.merge_method)
         return steps + (self.steps(None, "lerp") if self.config.merge_headers else 0)
 
-    def _layers(self, candidate: Candidate) -> Iterator[Decision]:
+    def _layers(self, candidate: Candidate, past: deque[Decision]) -> Iterator[Decision]:
         self.scorer.restart()
         for index in range(len(self.model.layers)):
-            part = self.model.layer(index)
-            try:
-                theirs, warning = part.adopt(candidate.read(part.tensors), candidate.name), None
-            except BrokenWeights as error:
-                theirs, warning = None, f"{error}; layer {index + 1} stays as it is"
-            for method in self.config.merge_method:
-                if theirs is None:
-                    yield self._untried(candidate, index, method, warning)
-                else:
-                    ratios = ratios_for(method, self.config.merge_ratios)
-                    outcome = self._decide(part, theirs, method, ratios, self.scorer.score_trials)
-                    yield Decision(candidate.name, index, method, *outcome)
+            part, methods = self.model.layer(index), list(self.config.merge_method)
+            done = [past.popleft() for _ in methods if past]
+            if done:
+                self.repeat(candidate, done)
+                self._go_on_from(done[-1])
+            if len(done) < len(methods):
+                yield from self._layer(candidate, index, part, methods[len(done) :])
             self.scorer.advance()
+
+    def _layer(self, candidate: Candidate, index: int, part: Part, methods: Sequence[str]) -> Iterator[Decision]:
+        try:
+            theirs, warning = part.adopt(candidate.read(part.tensors), candidate.name), None
+        except BrokenWeights as error:
+            theirs, warning = None, f"{error}; layer {index + 1} stays as it is"
+        for method in methods:
+            if theirs is None:
+                yield self._untried(candidate, index, method, warning)
+            else:
+                ratios = ratios_for(method, self.config.merge_ratios)
+                outcome = self._decide(part, theirs, method, ratios, self.scorer.score_trials)
+                yield Decision(candidate.name, index, method, *outcome)
 
     def _header(self, candidate: Candidate) -> Decision:
         """The input embedding and the output head together, always by lerp."""
         part = self.model.header()
         try:
-            theirs, note = aligned_header(self.model, self.tokenizer, candidate, self.config.trust_remote_code)
+            theirs, note = aligned_header(self.model, self.tokenizer, candidate, self.trust_remote_code)
         except (BrokenWeights, HeaderSkipped) as error:
             return self._untried(candidate, None, "lerp", f"{error}; the header stays as it is")
         outcome = self._decide(part, theirs, "lerp", self.config.merge_ratios, self._score_whole)
         return Decision(candidate.name, None, "lerp", *outcome, note=note)
 
+    def _go_on_from(self, decision: Decision) -> None:
+        self.log_probabilities = list(decision.log_probabilities)
+
     def _untried(self, candidate: Candidate, layer: int | None, method: str, warning: str | None) -> Decision:
-        return Decision(candidate.name, layer, method, None, self.total, self.total, warning)
+        same = self.total, self.total, tuple(self.log_probabilities)
+        return Decision(candidate.name, layer, method, None, *same, warning)
 
     def _decide(
         self, part: Part, theirs: Tensors, method: str, ratios: Sequence[float], score_trials: ScoreTrials
-    ) -> tuple[float | None, float, float]:
-        """Try all ratios on the unchanged part, install the best if one is accepted: ratio, total before, after."""
+    ) -> tuple[float | None, float, float, tuple[float, ...]]:
+        """Try all ratios on the unchanged part, install the best if one is accepted: ratio, total before, after,
+        log-probabilities."""
         before = self.total
         self._space = out = part.space(self._space)
         trials = score_trials([partial(part.trying, method, theirs, ratio, out) for ratio in ratios])
@@ -125,10 +173,10 @@ class Search:
             self.config.strategy_threshold,
         )
         if best is None:
-            return None, before, before
-        part.install(part.merged(method, theirs, ratios[best], out))
+            return None, before, before, tuple(self.log_probabilities)
+        self._install(part, theirs, method, ratios[best])
         self.log_probabilities = trials[best]
-        return ratios[best], before, self.total
+        return ratios[best], before, self.total, tuple(self.log_probabilities)
 
     def _score_whole(self, trials: Sequence[Trial]) -> list[list[float]]:
         """Log-probabilities under each trial by whole forwards: an embedding changes what every layer sees."""

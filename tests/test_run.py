@@ -142,9 +142,8 @@ def test_the_output_has_the_bases_tensors_and_files(place, dtype, shard, tied):
     base, one, two = make_models(place, dtype, shard=shard, tied=tied)
     assert merge(place, (base, one, two)) == 0
     assert stored(place / "out") == stored(base)
-    assert {path.name for path in base.iterdir()} | {"merge_monster.yaml"} == {
-        p.name for p in (place / "out").iterdir()
-    }
+    ours = {"merge_monster.yaml", "merge_monster_recipe.json", "merge_monster_journal.jsonl"}
+    assert {path.name for path in base.iterdir()} | ours == {path.name for path in (place / "out").iterdir()}
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (place / "out" / name).read_bytes() == (base / name).read_bytes()
     assert (place / "out/merge_monster.yaml").read_bytes() == (place / "my.yaml").read_bytes()
@@ -206,7 +205,9 @@ def test_the_same_config_gives_the_same_bits(place, models):
     assert merge(place, models, merge_method=["slerp", "cyclic"]) == 0
     first = digest(place / "out")
     assert merge(place, models, "--overwrite", merge_method=["slerp", "cyclic"]) == 0
-    assert digest(place / "out") == first
+    timed = {"merge_monster_recipe.json", "merge_monster_journal.jsonl"}  # they say how long it took
+    second = digest(place / "out")
+    assert first.keys() == second.keys() and {name for name in first if first[name] != second[name]} <= timed
 
 
 def test_console_and_log(place, models, capsys):
@@ -289,7 +290,11 @@ def refused(place, models, capsys, words, *arguments, code=2, **settings):
     assert "Traceback" not in message
     for word in [words] if isinstance(words, str) else words:
         assert word in message
-    assert not (place / "out").exists() and not (place / "out.partial").exists()
+    assert not (place / "out").exists()
+    if (place / "out.partial").exists():  # a run that has decided something keeps it, and nothing else
+        assert code == 1 and "--resume" in message
+        assert [path.name for path in (place / "out.partial").iterdir()] == ["merge_monster_journal.jsonl"]
+        shutil.rmtree(place / "out.partial")
     assert before == {folder: digest(folder) for folder in models}
 
 
@@ -518,8 +523,13 @@ def test_an_old_output_comes_back_if_the_new_one_cannot_take_its_place(place, mo
 
     monkeypatch.setattr(Path, "rename", failing)
     assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 1
-    assert "can't be replaced (Input/output error)" in capsys.readouterr().err
+    assert "can't be put into its place (Input/output error)" in capsys.readouterr().err
     assert digest(place / "out") == first
+    assert sorted(path.name for path in place.iterdir()) == ["logs", "my.yaml", "out", "out.partial"]
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert merge(place, models, "--overwrite", "--resume", merge_ratios=[0.3]) == 0
+    assert digest(place / "out") != first
     assert sorted(path.name for path in place.iterdir()) == ["logs", "my.yaml", "out"]
 
 
@@ -537,11 +547,15 @@ def test_an_output_that_cannot_be_written(place, models, capsys):
     refused(place, models, capsys, "can't be written", "--output", str(place / "file/merged"))
 
 
-def test_a_folder_left_by_another_run(place, models, capsys):
+def test_a_folder_of_somebody_else_in_the_place_of_the_partial_one(place, models, capsys):
     (place / "out.partial").mkdir()
-    assert merge(place, models) == 2
-    assert "left from a run that did not finish, or another run is writing it" in capsys.readouterr().err
-    assert (place / "out.partial").exists()
+    (place / "out.partial/thesis.tex").write_text("years of work")
+    for arguments in ([], ["--resume"], ["--restart"]):
+        assert merge(place, models, *arguments) == 2
+        assert "out.partial was not written by Merge Monster and is in its way; move it" in capsys.readouterr().err
+    assert (place / "out.partial/thesis.tex").read_text() == "years of work"
+    (place / "out.partial/thesis.tex").unlink()
+    assert merge(place, models) == 0  # an empty one is in nobody's way
 
 
 def test_a_save_that_fails_keeps_the_old_output(place, models, capsys, monkeypatch):
@@ -556,7 +570,11 @@ def test_a_save_that_fails_keeps_the_old_output(place, models, capsys, monkeypat
     message = capsys.readouterr().err
     assert "can't be written" in message and "No space left on device" in message and "Traceback" not in message
     assert digest(place / "out") == first
-    assert not (place / "out.partial").exists()
+    assert "is kept in" in message and "--resume" in message
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert merge(place, models, "--overwrite", "--resume", merge_ratios=[0.3]) == 0
+    assert digest(place / "out") != first and not (place / "out.partial").exists()
 
 
 def test_logs_that_cannot_be_written(place, models, capsys):
@@ -565,7 +583,7 @@ def test_logs_that_cannot_be_written(place, models, capsys):
     assert "the log can't be written" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_with_130_and_nothing_written(place, models):
+def test_ctrl_c_ends_with_130_after_the_decision(place, models):
     base, one, two = models
     ratios = [number / 2000 for number in range(2000)]
     path = tiny.write_config(place / "my.yaml", base, [one, two], place / "out", merge_ratios=ratios)
@@ -577,8 +595,11 @@ def test_ctrl_c_ends_with_130_and_nothing_written(place, models):
                 break
         _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert "Interrupted" in errors and "Traceback" not in errors
-    assert not (place / "out").exists() and not (place / "out.partial").exists()
+    assert "Ending after this decision; once more to end at once." in errors
+    assert "Interrupted. Nothing was written to" in errors and "--resume" in errors and "Traceback" not in errors
+    assert not (place / "out").exists()
+    kinds = [json.loads(line)["kind"] for line in (place / "out.partial/merge_monster_journal.jsonl").open()]
+    assert kinds == ["run", "source", "start", "source", "decision"]
 
 
 def test_custom_code_is_not_run_unless_trusted(place, models, capsys):

@@ -1,0 +1,118 @@
+"""A model built again from a recipe: the sources, the decisions, and no search.
+
+Knows: the order of the steps. Refuses to know: phrases, scores, how a decision was taken.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from modules.checkpoints import load_tokenizer
+from modules.config import Config, ConfigError, Directories
+from modules.console import BANNER, Console
+from modules.hub import Ahead, Job, check_space
+from modules.journal import Record
+from modules.models import load_model, present_devices
+from modules.opening import open_models
+from modules.outputs import SETTINGS_FILE, unfinished_output
+from modules.record import compare_fingerprints, decision_of, read_recipe, write_recipe
+from modules.run import begin_download, fetch_now, prepare_libraries
+from modules.search import Merger
+from modules.sources import parse_source
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What the command line asks for."""
+
+    recipe: Path
+    output: Path
+    elsewhere: Mapping[str, str]  # a source's name in the recipe -> where it lies now
+    device: str | None = None  # the recipe's own, if None and if it is there
+    overwrite: bool = False
+
+
+def replay_recipe(asked: Replay, console: Console) -> None:
+    """Carry out a recipe's decisions on its sources and save the result.
+
+    Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
+    """
+    recipe = read_recipe(asked.recipe)
+    console.line(BANNER)
+    console.timed(f"THE MERGE MONSTER REMEMBERS {asked.recipe}")
+    base_source, *sources = _needed_sources(recipe)
+    config = _configuration(asked, recipe, [base_source, *sources])
+    prepare_libraries(config.random_seed)
+    models = open_models(config, asked.overwrite, partial(fetch_now, console))
+    console.lines(models.notes)
+    base, candidates = models.base, models.candidates
+    if len(candidates) != len(sources):
+        raise ConfigError(f"of the recipe's {len(sources)} candidates {len(candidates)} were found")
+    jobs = [Job(base.name, base.repository, base.files), *(candidate.job for candidate in candidates)]
+    check_space(jobs, config.keep_downloads)
+    with (
+        unfinished_output(asked.output, resume=False, restart=False) as unfinished,
+        Ahead(jobs, partial(begin_download, console)) as ahead,
+    ):
+        ahead.wait(0)
+        compare_fingerprints(base_source, base, "since the recipe was written")
+        console.lines(_other_device(recipe, config.device))
+        model = load_model(base, config.device, recipe["saved_dtype"] or "auto", compute=recipe["dtype"])
+        merger = Merger(model, load_tokenizer(base.path, config.trust_remote_code), config.trust_remote_code)
+        for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
+            ahead.wait(number)
+            compare_fingerprints(source, candidate.checkpoint, "since the recipe was written")
+            decisions = [decision_of(record) for record in _accepted(recipe, source["number"])]
+            console.timed(f"Candidate {number}/{len(sources)}: {source['name']}, {len(decisions)} merges")
+            merger.repeat(candidate, decisions)
+            candidate.checkpoint.release()
+        console.timed(f"Saving to {asked.output}")
+        model.save(unfinished.folder)
+        (unfinished.folder / SETTINGS_FILE).write_text(recipe["config"], encoding="utf-8", newline="")
+        write_recipe(unfinished.folder, recipe)
+        unfinished.take_place(asked.output, asked.overwrite)
+    console.timed(f"Done. The log is {console.log_path}")
+
+
+def _needed_sources(recipe: Record) -> list[Record]:
+    """The base and those candidates of which something was accepted."""
+    return [s for s in recipe["sources"] if s["number"] == 0 or _accepted(recipe, s["number"])]
+
+
+def _accepted(recipe: Record, number: int) -> list[Record]:
+    return [record for record in recipe["decisions"] if record["candidate"] == number and record["ratio"] is not None]
+
+
+def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> Config:
+    """What the models are opened with. Raises ConfigError for a source that the recipe does not have."""
+    names = [source["name"] for source in sources]
+    unknown = sorted(asked.elsewhere.keys() - {source["name"] for source in recipe["sources"]})
+    if unknown:
+        raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {', '.join(names)}")
+    texts = [asked.elsewhere.get(source["name"], source["where"]) for source in sources]
+    lost = [
+        f"{text}: no such folder; name where it lies with --source {source['name']}=PATH"
+        for source, text in zip(sources, texts, strict=True)
+        if parse_source(text) is None
+    ]
+    if lost:
+        raise ConfigError("\n".join(lost))
+    settings = recipe["settings"]
+    return Config(
+        directories=Directories(texts[0], str(asked.output)),
+        models_to_merge=tuple(texts[1:]),
+        device=_device(asked, recipe),
+        random_seed=settings["random_seed"],
+        trust_remote_code=settings["trust_remote_code"],
+    )
+
+
+def _device(asked: Replay, recipe: Record) -> str:
+    return asked.device or (recipe["device"] if recipe["device"] in present_devices() else "auto")
+
+
+def _other_device(recipe: Record, device: str) -> list[str]:
+    if device == recipe["device"]:
+        return []
+    return [f"The recipe was made on {recipe['device']}; on another device last digits may differ"]

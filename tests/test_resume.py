@@ -1,0 +1,576 @@
+"""Runs that break off, at any moment and for any reason, and go on; models built again from their recipe."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_run import digest, log_of, make_models, tables
+
+import merge_monster
+import modules.weights
+from modules.candidates import Candidate
+
+JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"
+OWN = {JOURNAL, RECIPE, "merge_monster.yaml"}  # they say how long it took, and where the output is
+SETTINGS = {"merge_method": ["slerp", "lerp"], "auto_weights": True}
+KILLS = 36
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of its own to run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A sharded base and two candidates."""
+    return make_models(tmp_path_factory.mktemp("models"), shard="60KB")
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory):
+    """What a run leaves that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert merge(folder, models) == 0
+    return folder / "out"
+
+
+def merge(place, models, *arguments, **settings):
+    base, *candidates = models
+    path = tiny.write_config(place / "my.yaml", base, candidates, place / "out", **{**SETTINGS, **settings})
+    return merge_monster.main(["--config", str(path), *arguments])
+
+
+def same(folder, whole):
+    """The same files, to the bit, but for what tells of this very run."""
+    ours, theirs = digest(folder), digest(whole)
+    return ours.keys() == theirs.keys() and {name for name in ours if ours[name] != theirs[name]} <= OWN
+
+
+def journal(folder):
+    return [json.loads(line) for line in (folder / JOURNAL).read_text(encoding="utf-8").splitlines()]
+
+
+def break_off(place, whole, records, torn=b""):
+    """Leave what a run leaves that was killed after so many records."""
+    lines = (whole / JOURNAL).read_bytes().splitlines(keepends=True)
+    partial = place / "out.partial"
+    partial.mkdir()
+    own = json.loads(lines[0])
+    own["settings"]["directories"]["output_directory"] = str(place / "out")
+    own["config"] = (place / "my.yaml").read_text() if (place / "my.yaml").exists() else own["config"]
+    lines[0] = json.dumps(own).encode() + b"\n"
+    (partial / JOURNAL).write_bytes(b"".join(lines[:records]) + torn)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The journal
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_journal_tells_the_whole_run(models, whole):
+    records = journal(whole)
+    kinds = [record["kind"] for record in records]
+    each = ["source", *["decision"] * 7, "candidate"]
+    assert kinds == ["run", "source", "start", *each, *each]
+    decisions = [record for record in records if record["kind"] == "decision"]
+    assert [(d["candidate"], d["layer"], d["method"]) for d in decisions[:7]] == [
+        *((1, layer, method) for layer in range(3) for method in ("slerp", "lerp")),
+        (1, None, "lerp"),
+    ]
+    assert all(len(d["log_probabilities"]) == len(tiny.PAIRS) for d in decisions)
+    assert any(d["ratio"] for d in decisions) and decisions[1]["before"] == decisions[0]["after"]
+    for source, folder in zip((r for r in records if r["kind"] == "source"), models, strict=True):
+        assert source["text"] == source["where"] == str(folder)
+        assert {name for name in source["fingerprint"] if name.endswith("safetensors")} == {
+            path.name for path in folder.glob("*.safetensors")
+        }
+
+
+def test_a_run_goes_on_from_every_record(place, models, whole):
+    records, table = journal(whole), None
+    for count in range(len(records) + 1):
+        if count and not any(record["kind"] == "decision" for record in records[:count]):
+            continue
+        if count:
+            break_off(place, whole, count)
+            assert merge(place, models, "--resume") == 0
+            expected = sum(record["kind"] == "decision" for record in records[:count])
+            assert f"Resuming: {expected} decisions are carried out again" in log_of(place)
+        else:
+            assert merge(place, models, "--resume") == 0
+            assert "Nothing to resume: beginning at the beginning" in log_of(place)
+            table = tables(log_of(place))[-1]
+        assert same(place / "out", whole), count
+        assert tables(log_of(place))[-1] == table
+        assert [r["kind"] for r in journal(place / "out")] == [r["kind"] for r in records]
+        assert sorted(path.name for path in place.iterdir()) == ["logs", "my.yaml", "out"]
+        shutil.rmtree(place / "out")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_torn_last_line_is_dropped(place, models, whole, share):
+    line = (whole / JOURNAL).read_bytes().splitlines(keepends=True)[6]
+    break_off(place, whole, 6, line[: max(1, int(len(line) * share))])
+    assert merge(place, models, "--resume") == 0
+    assert same(place / "out", whole)
+
+
+def test_a_line_damaged_in_the_middle_is_refused(place, models, whole, capsys):
+    break_off(place, whole, 8)
+    lines = (place / "out.partial" / JOURNAL).read_bytes().splitlines(keepends=True)
+    (place / "out.partial" / JOURNAL).write_bytes(b"".join([*lines[:5], b"\x00\x00\n", *lines[5:]]))
+    assert merge(place, models, "--resume") == 2
+    assert "line 6 is damaged; begin again with --restart" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_never_overwritten(place, models, whole, capsys):
+    break_off(place, whole, 8)
+    before = digest(place / "out.partial")
+    for arguments in ([], ["--overwrite"]):
+        assert merge(place, models, *arguments) == 2
+        error = capsys.readouterr().err
+        assert "has 4 decisions of a run that did not finish" in error
+        assert "--resume to go on from there" in error and "--restart to begin again" in error
+    assert digest(place / "out.partial") == before
+    assert merge(place, models, "--restart") == 0
+    assert same(place / "out", whole) and "Resuming" not in log_of(place)
+
+
+def test_a_finished_run_has_nothing_to_resume(place, models, whole):
+    assert merge(place, models) == 0
+    first = digest(place / "out")
+    for arguments in (["--resume"], ["--resume", "--overwrite"]):
+        assert merge(place, models, *arguments) == 0
+        assert f"This run has finished: its output is in {place / 'out'}" in log_of(place)
+    assert digest(place / "out") == first
+    assert merge(place, models, "--resume", merge_ratios=[0.5]) == 2  # another run's output is in its way
+
+
+CHANGES = [
+    ({"merge_ratios": [0.1, 0.2]}, "merge_ratios was [0.2, 0.4, 0.6, 0.8], is [0.1, 0.2]"),
+    ({"strategy": "all_phrases"}, 'strategy was "cumulative", is "all_phrases"'),
+    ({"pairs": tiny.PAIRS[:3]}, "bad_phrases is not the same; good_phrases is not the same"),
+]
+
+
+@pytest.mark.parametrize("changes, words", CHANGES, ids=[words for _, words in CHANGES])
+def test_another_configuration_is_refused(place, models, whole, capsys, changes, words):
+    break_off(place, whole, 8)
+    before = digest(place / "out.partial")
+    assert merge(place, models, "--resume", **changes) == 2
+    assert words in capsys.readouterr().err
+    assert digest(place / "out.partial") == before
+
+
+@pytest.mark.parametrize("key, words", [("format", "another version of journals 0"), ("program", "Merge Monster 0")])
+def test_a_journal_of_another_version_is_refused(place, models, whole, capsys, key, words):
+    break_off(place, whole, 8)
+    path = place / "out.partial" / JOURNAL
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(json.dumps({**json.loads(first), key: 0}).encode() + b"\n" + b"".join(others))
+    assert merge(place, models, "--resume") == 2
+    assert f"was begun by {words}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_source_that_has_changed_is_refused(place, models, whole, capsys, number):
+    ours = [Path(shutil.copytree(folder, place / "models" / folder.name)) for folder in models]
+    assert merge(place, ours) == 0
+    records = len(journal(place / "out"))
+    shutil.move(place / "out", place / "before")
+    break_off(place, place / "before", records - 1)
+    files = sorted(ours[number].glob("*.safetensors"))
+    files[0].write_bytes(files[0].read_bytes() + b"\0")
+    assert merge(place, ours, "--resume") in (1, 2)
+    error = capsys.readouterr().err
+    assert f"{files[0].name} has changed since" in error or "can't be read" in error or "can't be loaded" in error
+    assert (place / "out.partial" / JOURNAL).is_file() and not (place / "out").exists()
+
+
+def test_another_library_is_a_warning(place, models, whole):
+    break_off(place, whole, 8)
+    path = place / "out.partial" / JOURNAL
+    path.write_bytes(path.read_bytes().replace(torch.__version__.encode(), b"1.0", 1))
+    assert merge(place, models, "--resume") == 0
+    assert f"the run began with torch 1.0, this is {torch.__version__}: the last digits may differ" in log_of(place)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start(place, models, *arguments, before=lambda: None, **settings):
+    """The run in a child process that has everything loaded already; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        log = os.open(place / "child.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        before()
+        code = merge(place, models, *arguments, **settings)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def end(child):
+    """A child's exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(place, models, whole):
+    """During load, search, header and save: kill -9 at random, as often as it takes until the run is done."""
+    began = time.monotonic()
+    assert end(start(place, models)) == 0
+    length = time.monotonic() - began
+    dice, kills, finished = random.Random(5), 0, 0
+    phases = set()
+    while kills < KILLS:
+        shutil.rmtree(place / "out", ignore_errors=True)
+        while True:
+            child = start(place, models, "--resume")
+            time.sleep(dice.uniform(0.02, 1.0) * length)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            code = end(child)
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, (place / "child.txt").read_text()[-2000:]
+            kills += 1
+            partial = place / "out.partial"
+            kept = {path.name for path in partial.iterdir()} if partial.exists() else set()
+            phases.add("save" if len(kept) > 1 else "search" if b'"decision"' in read(partial / JOURNAL) else "load")
+        finished += 1
+        assert same(place / "out", whole), f"after {kills} kills"
+        assert sorted(path.name for path in place.iterdir()) == ["child.txt", "logs", "my.yaml", "out"]
+    assert phases >= {"load", "search"} and finished >= 3, (phases, finished)
+
+
+def read(path):
+    return path.read_bytes() if path.exists() else b""
+
+
+def test_a_run_killed_while_it_saves(place, models, whole, monkeypatch):
+    """One shard after another, and between the renames."""
+
+    def dies_at(number):
+        calls = [0]
+
+        def counting(*_):
+            calls[0] += 1
+            if calls[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sync, rename = os.fsync, Path.rename
+
+        def before():
+            monkeypatch.setattr(os, "fsync", lambda *a: (saving() and counting(), sync(*a))[1])
+            monkeypatch.setattr(Path, "rename", lambda *a: (counting(), rename(*a), counting())[1])
+
+        def saving():
+            return any((place / "out.partial").glob("model-*"))
+
+        return before
+
+    assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 0
+    earlier = digest(place / "out")
+    for number in range(1, 100):
+        code = end(start(place, models, "--overwrite", "--resume", before=dies_at(number)))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, (place / "child.txt").read_text()[-2000:]
+        # The old output, or the new one, or the old one aside for the blink of an eye.
+        if (place / "out").exists():
+            assert digest(place / "out") == earlier or same(place / "out", whole)
+        if same_or_none(place / "out", whole):
+            assert merge(place, models, "--overwrite", "--resume") == 0
+            assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 0
+            earlier = digest(place / "out")
+    assert number > 8, "it was hardly interrupted"
+    assert same(place / "out", whole)
+    assert sorted(path.name for path in place.iterdir()) == ["child.txt", "logs", "my.yaml", "out"]
+
+
+def same_or_none(folder, whole):
+    return folder.exists() and same(folder, whole)
+
+
+def test_a_full_disk(place, models, whole):
+    limit = 40_000  # bytes that a file may have: more than the journal's, less than a shard's
+    before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+    assert end(start(place, models, before=before)) == 1
+    told = (place / "child.txt").read_text()
+    assert "can't be written" in told and "--resume goes on from there" in told and "Traceback" not in told
+    assert not (place / "out").exists()
+    assert merge(place, models, "--resume") == 0
+    assert same(place / "out", whole)
+    assert len(tables(log_of(place))) == 3
+
+
+def test_a_shard_that_the_disk_spoils_is_noticed(place, models, whole, monkeypatch, capsys):
+    save = modules.weights.save_file
+
+    def spoiling(tensors, path, **more):
+        save(tensors, path, **more)
+        if "00002" in path.name:
+            with path.open("r+b") as file:
+                file.seek(-3, os.SEEK_END)
+                file.write(b"\x55")
+
+    monkeypatch.setattr(modules.weights, "save_file", spoiling)
+    assert merge(place, models) == 1
+    error = capsys.readouterr().err
+    assert "model-00002-of-00004.safetensors: " in error and "reads otherwise than it was written" in error
+    assert not (place / "out").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert merge(place, models, "--resume") == 0
+    assert same(place / "out", whole)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_the_search(place, models, whole):
+    limit = 9_000  # the journal does not fit
+    before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+    assert end(start(place, models, before=before)) == 1
+    assert "Traceback" not in (place / "child.txt").read_text()
+    assert merge(place, models, "--resume") == 0
+    assert same(place / "out", whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_decision(place, models, whole, number):
+    child = start(place, models)
+    while read(place / "out.partial" / JOURNAL).count(b'"decision"') < 2:
+        time.sleep(0.005)
+    os.kill(child, number)
+    assert end(child) == 130
+    told = (place / "child.txt").read_text()
+    assert "Ending after this decision; once more to end at once." in told
+    assert "Interrupted. Nothing was written to" in told and "with --restart begins again" in told
+    records = journal(place / "out.partial")
+    assert records[-1]["kind"] in ("decision", "candidate", "source")
+    assert merge(place, models, "--resume") == 0
+    assert same(place / "out", whole)
+
+
+def test_a_second_signal_ends_the_run_at_once(place, models):
+    child = start(place, models, merge_ratios=[number / 20000 for number in range(20000)])
+    while "Candidate 1/2" not in (place / "child.txt").read_text() if (place / "child.txt").exists() else True:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(child, signal.SIGINT)
+    time.sleep(0.2)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0), "the first one only asks"
+    began = time.monotonic()
+    os.kill(child, signal.SIGINT)
+    assert end(child) == 130
+    assert time.monotonic() - began < 5
+    assert not (place / "out.partial").exists()  # it had decided nothing
+
+
+def test_two_runs_into_one_output(place, models, whole, capsys):
+    child = start(place, models, merge_ratios=[number / 20000 for number in range(20000)])
+    while not (place / "out.partial" / JOURNAL).exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    for arguments in ([], ["--resume"], ["--restart"]):
+        assert merge(place, models, *arguments) == 2
+        assert "another run is writing here" in capsys.readouterr().err
+    os.kill(child, signal.SIGKILL)
+    end(child)
+    assert merge(place, models, "--restart") == 0
+    assert same(place / "out", whole)
+
+
+def broken_after(monkeypatch, folder, count):
+    """The candidate's file is cut off after so many reads, as on a mount that fails."""
+    read, calls = Candidate.read, [0]
+
+    def failing(self, names):
+        if self.checkpoint.path == folder:
+            calls[0] += 1
+            if calls[0] == count:
+                os.truncate(folder / "model.safetensors", 5000)
+        return read(self, names)
+
+    monkeypatch.setattr(Candidate, "read", failing)
+
+
+def test_a_candidate_that_breaks_in_the_middle_stops_the_run(place, models, whole, monkeypatch, capsys):
+    base, one, two = models
+    ours = Path(shutil.copytree(two, place / "models/two"))
+    broken_after(monkeypatch, ours, 3)
+    assert merge(place, (base, one, ours)) == 1
+    error = capsys.readouterr().err
+    assert f"{ours / 'model.safetensors'}: can't be read" in error and "--resume" in error
+    shutil.copy(two / "model.safetensors", ours)
+    assert merge(place, (base, one, ours), "--resume") == 0
+    theirs = load_file(next(whole.glob("*.safetensors")))
+    found = load_file(place / "out" / next(whole.glob("*.safetensors")).name)
+    assert all(torch.equal(found[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_candidate_that_breaks_in_the_middle_is_skipped_if_so_asked(place, models, monkeypatch, capsys):
+    base, one, two = models
+    ours = Path(shutil.copytree(one, place / "models/one"))
+    broken_after(monkeypatch, ours, 3)
+    assert merge(place, (base, ours, two), on_error="skip") == 0
+    log = log_of(place)
+    assert "WARNING: one is given up; what was accepted of it stays: " in log
+    assert "Candidate 2/2: two" in log and "[0." in log.split("Candidate 2/2")[1]
+    recipe = json.loads((place / "out" / RECIPE).read_text())
+    assert "can't be read" in recipe["failures"]["1"]
+    assert len([d for d in recipe["decisions"] if d["candidate"] == 1]) == 4  # two layers, two methods
+    shutil.copy(one / "model.safetensors", ours)
+    # Two layers of it were merged: the recipe knows how, and a run that goes on from here does, too.
+    records = len(journal(place / "out"))
+    shutil.move(place / "out", place / "whole")
+    break_off(place, place / "whole", records - 3)
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert merge(place, (base, ours, two), "--resume", on_error="skip") == 0
+    assert same(place / "out", place / "whole")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_directory(place, models, capsys):
+    place.chmod(0o500)
+    try:
+        assert merge(place, models) == 2
+        assert "can't be written" in capsys.readouterr().err
+    finally:
+        place.chmod(0o700)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def replay(recipe, output, *arguments):
+    return merge_monster.main(["--replay", str(recipe), "--output", str(output), *arguments])
+
+
+def test_a_recipe_builds_the_same_bits(place, models, whole):
+    before = {folder: digest(folder) for folder in models}
+    assert replay(whole / RECIPE, place / "again") == 0
+    ours, theirs = digest(place / "again"), digest(whole)
+    assert ours == {name: value for name, value in theirs.items() if name != JOURNAL}
+    assert before == {folder: digest(folder) for folder in models}
+    assert sorted(path.name for path in place.iterdir()) == ["again", "logs"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("setting", ["auto", "float32", "bfloat16"])
+def test_a_recipe_in_every_dtype(place, dtype, setting):
+    models = make_models(place / "models", dtype)
+    assert merge(place, models, dtype=setting, merge_method=["slerp", "slice"]) == 0
+    assert replay(place / "out" / RECIPE, place / "again") == 0
+    assert digest(place / "again")["model.safetensors"] == digest(place / "out")["model.safetensors"]
+
+
+def test_sources_that_lie_elsewhere(place, models, whole, capsys):
+    recipe = json.loads((whole / RECIPE).read_text())
+    for source in recipe["sources"]:
+        source["where"] = source["text"] = "/nowhere/" + source["name"]
+    (place / "recipe.json").write_text(json.dumps(recipe))
+    assert replay(place / "recipe.json", place / "again") == 2
+    assert "/nowhere/base: no such folder; name where it lies with --source base=PATH" in capsys.readouterr().err
+    arguments = [f"--source={folder.name}={folder}" for folder in models]
+    assert replay(place / "recipe.json", place / "again", *arguments) == 0
+    assert [path for path in digest(place / "again") if "safetensors" in path]
+    assert all(digest(place / "again")[path] == digest(whole)[path] for path in digest(whole) if "safetensors" in path)
+    assert replay(place / "recipe.json", place / "other", "--source=three=x") == 2
+    assert "--source three: the recipe has no such source; it has base, one, two" in capsys.readouterr().err
+
+
+def test_sources_that_are_others(place, models, whole, capsys):
+    two = models[2]
+    assert replay(whole / RECIPE, place / "again", f"--source=one={two}") == 2
+    assert f"{two}: model.safetensors has changed since the recipe was written" in capsys.readouterr().err
+    assert not (place / "again").exists() and not (place / "again.partial").exists()
+
+
+def test_what_is_no_recipe(place, models, whole, capsys):
+    recipe = json.loads((whole / RECIPE).read_text())
+    for content, words in (
+        ("{", "not a recipe"),
+        ("[]", "not a recipe"),
+        ("{}", "not a recipe"),
+        (json.dumps({**recipe, "decisions": 1}), "not a recipe"),
+        (json.dumps({**recipe, "format": 9}), "a recipe of format 9, this program reads format 1"),
+    ):
+        (place / "recipe.json").write_text(content)
+        assert replay(place / "recipe.json", place / "again") == 2
+        assert words in capsys.readouterr().err
+    assert replay(place / "nowhere.json", place / "again") == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_a_recipe_does_not_overwrite(place, whole, capsys):
+    (place / "again").mkdir()
+    (place / "again/mine.txt").write_text("mine")
+    assert replay(whole / RECIPE, place / "again") == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert (place / "again/mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--replay", "x"], "--replay needs --output"),
+        (["--source", "a=b"], "--source goes with --replay"),
+        (["--replay", "x", "--output", "y", "--resume"], "are for a search"),
+        (["--replay", "x", "--output", "y", "--source", "a"], "expected NAME=PATH"),
+        (["--resume", "--restart"], "not allowed with argument"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        merge_monster.main(arguments)
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_what_a_recipe_tells(models, whole):
+    recipe = json.loads((whole / RECIPE).read_text())
+    assert {source["name"] for source in recipe["sources"]} == {"base", "one", "two"}
+    assert sum(recipe["composition"].values()) == pytest.approx(1)
+    assert len(recipe["phrases"]) == len(tiny.PAIRS)
+    before, after = (sum(p[key] * p["weight"] for p in recipe["phrases"]) for key in ("before", "after"))
+    assert recipe["total"] == {"before": pytest.approx(before), "after": pytest.approx(after)}
+    assert after < before and set(recipe["seconds"]) == {"download", "load", "search", "save"}
+    assert recipe["config"].encode() == (whole / "merge_monster.yaml").read_bytes()
+
+
+def test_a_shell_sees_how_to_go_on(place, models):
+    """The message's own words, pasted."""
+    base, one, two = models
+    config = tiny.write_config(place / "my.yaml", base, [one, two], place / "out", on_error="stop")
+    command = [sys.executable, str(Path(merge_monster.__file__)), "--config", str(config)]
+    result = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Nothing to resume: beginning at the beginning" in result.stdout
