@@ -55,19 +55,26 @@ class Scorer:
         layout: str,
         token_budget: int = TOKEN_BUDGET,
         tolerance: float = 0.0,
+        stacked: bool = True,
     ) -> None:
-        """tolerance: what rounding alone makes of a log-probability per token, as the layout was verified with."""
+        """tolerance: what rounding alone makes of a log-probability per token, as the layout was verified with.
+        stacked: several trials at a time, where inputs allow it."""
         self.layout, self.tolerance = layout, tolerance
         self.pairs = len(encoded)
         self._model, self._layers, self._returns = model, model.layers, model.tuples_returned
-        packs = build_packs(encoded, layout, token_budget)
+        self._encoded, self._stacked = encoded, stacked
         self.pair_tokens = sum(len(item.tokens) for item in encoded)
-        self.packed_tokens = sum(pack.tokens for pack in packs)
-        self._inputs = [Inputs.of(pack, model.device, model.dtype) for pack in packs]
-        self.columns = sum(len(inputs.columns) for inputs in self._inputs)  # at which the head is read
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
         self._layer = 0  # the layer that the cached hidden states enter
         self._hidden: list[Tensor] = []  # one (B, T, H) per pack
+        self._pack(token_budget)
+
+    def _pack(self, token_budget: int) -> None:
+        packs = build_packs(self._encoded, self.layout, token_budget)
+        self.token_budget = token_budget
+        self.packed_tokens = sum(pack.tokens for pack in packs)
+        self._inputs = [Inputs.of(pack, self._model.device, self._model.dtype) for pack in packs]
+        self.columns = sum(len(inputs.columns) for inputs in self._inputs)  # at which the head is read
 
     def describe(self) -> dict[str, object]:
         """How the pairs go through the model, for the summary."""
@@ -97,10 +104,35 @@ class Scorer:
             self._hidden[index] = self._hidden_from(index, self._layer, on_cached)
         self._layer += 1
 
+    def take_less_memory(self) -> str | None:
+        """Halve the packs or, when no pack can be halved, try one trial at a time.
+
+        Returns what was done, None if there is nothing left to be done. The cache is made anew when it is needed.
+        """
+        self._hidden = []
+        packs, budget = len(self._inputs), self.token_budget
+        while budget > 1:
+            budget //= 2
+            self._pack(budget)
+            if len(self._inputs) > packs:
+                return f"packs of {budget} tokens from here on"
+        if self._stacked:
+            self._stacked = False
+            return "one ratio at a time from here on"
+        return None
+
+    def _recache(self) -> None:
+        layer = self._layer
+        self.restart()
+        for _ in range(layer):
+            self.advance()
+
     @torch.no_grad()
     def score_trials(self, trials: Sequence[Trial]) -> list[list[float]]:
         """Joint log-probabilities under each trial's weights for the cache's layer: (trials, pairs)."""
-        if self._inputs[0].stackable:
+        if not self._hidden:
+            self._recache()
+        if self._inputs[0].stackable and self._stacked:
             return self._collect(len(trials), lambda index: self._tail(index, trials))
         return [self._collect(1, lambda index, one=trial: self._tail(index, [one]))[0] for trial in trials]
 
@@ -184,11 +216,26 @@ class Scorer:
 def build_scorer(
     model: ResidentModel, encoded: Sequence[Encoded], token_budget: int = TOKEN_BUDGET, tails: bool = True
 ) -> Scorer:
-    """A scorer in the fastest layout that is exact for this model. tails: whether it will score trials.
+    """A scorer in the fastest layout that is exact for this model, in packs that fit into memory.
 
-    Compares, on some pairs with the longest among them, each layout and its tail forward with plain forwards of one
-    pair at a time. Raises ConfigError if not even those agree with their tail forward.
+    tails: whether it will score trials. Raises ConfigError if no layout is exact, torch.OutOfMemoryError if not even
+    one pair fits.
     """
+    stacked = True
+    while True:
+        try:
+            return _verified_scorer(model, encoded, token_budget, tails, stacked)
+        except torch.OutOfMemoryError:
+            if token_budget == 1 and not stacked:
+                raise
+            token_budget, stacked = max(1, token_budget // 2), token_budget > 1
+
+
+def _verified_scorer(
+    model: ResidentModel, encoded: Sequence[Encoded], token_budget: int, tails: bool, stacked: bool
+) -> Scorer:
+    """The first layout that agrees, as does its tail forward, with plain forwards of one pair at a time; compared on
+    some pairs with the longest among them."""
     by_length = sorted(encoded, key=lambda item: len(item.tokens), reverse=True)
     sample = by_length[:: max(1, -(-len(by_length) // SAMPLE))]
     exact = Scorer(model, sample, "single").score()
@@ -199,14 +246,14 @@ def build_scorer(
         if layout == "forest" and reach(model) < len(by_length[0].tokens):
             continue  # a 4-D mask is used as given: it would lift the window
         try:
-            scorer = Scorer(model, sample, layout, token_budget)
+            scorer = Scorer(model, sample, layout, token_budget, stacked=stacked)
             results = [scorer.score(), *(_tail_scores(scorer) if tails else [])]
         except torch.OutOfMemoryError:
             raise
         except NOT_TAKEN:
             continue
         if all(_deviation(result, exact, sample) <= limit for result in results):
-            return Scorer(model, encoded, layout, token_budget, limit)
+            return Scorer(model, encoded, layout, token_budget, limit, stacked)
     raise ConfigError(f"{type(model.module).__name__}: scoring from the middle of this architecture is not exact")
 
 

@@ -182,10 +182,15 @@ class Conductor:
             self.record.decided(number, decision, time.monotonic() - began)
             self._count(decision)
             merges = self.origins[self._place(decision)]
+            self._tell_of_memory()
             show_decision(self.console, decision, merges, self.layers, len(self.config.merge_method) > 1)
             self.end_if_asked()
             began = time.monotonic()
         return None
+
+    def _tell_of_memory(self) -> None:
+        self.console.lines(self.search.memory_notes)
+        self.search.memory_notes.clear()
 
     def _count(self, decision: Decision) -> None:
         if decision.ratio is not None:

@@ -8,7 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from modules.candidates import Candidate
 from modules.config import Config, ConfigError, Pair
@@ -22,6 +24,7 @@ from modules.strategies import choose, probability, scores, total
 # Below this a probability has lost digits to underflow, and its reciprocal is no sensible weight.
 SMALLEST_PROBABILITY = 2.2250738585072014e-308
 
+Scored = TypeVar("Scored")
 ScoreTrials = Callable[[Sequence[Trial]], list[list[float]]]
 
 
@@ -78,7 +81,8 @@ class Search(Merger):
         """Score the base. Raises ConfigError if its scores are not finite."""
         super().__init__(model, tokenizer, config.trust_remote_code)
         self.scorer, self.config = scorer, config
-        self.log_probabilities = scorer.score()
+        self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
+        self.log_probabilities = self._in_memory(scorer.score)
         if not all(math.isfinite(value) for value in self.log_probabilities):
             raise ConfigError("the base model's scores are not finite; try another dtype (bfloat16 or float32)")
         self.weights, self.warnings = signed_weights(config.pairs, config.auto_weights, self.log_probabilities)
@@ -104,7 +108,7 @@ class Search(Merger):
 
     def measure(self) -> None:
         """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find."""
-        self.log_probabilities = self.scorer.score()
+        self.log_probabilities = self._in_memory(self.scorer.score)
 
     def steps(self, layer: int | None, method: str) -> int:
         """The work of one decision in forwards of one layer, the unit of the progress bar."""
@@ -117,7 +121,7 @@ class Search(Merger):
         return steps + (self.steps(None, "lerp") if self.config.merge_headers else 0)
 
     def _layers(self, candidate: Candidate, past: deque[Decision]) -> Iterator[Decision]:
-        self.scorer.restart()
+        self._in_memory(self.scorer.restart)
         for index in range(len(self.model.layers)):
             part, methods = self.model.layer(index), list(self.config.merge_method)
             done = [past.popleft() for _ in methods if past]
@@ -126,7 +130,7 @@ class Search(Merger):
                 self._go_on_from(done[-1])
             if len(done) < len(methods):
                 yield from self._layer(candidate, index, part, methods[len(done) :])
-            self.scorer.advance()
+            self._in_memory(self.scorer.advance)
 
     def _layer(self, candidate: Candidate, index: int, part: Part, methods: Sequence[str]) -> Iterator[Decision]:
         try:
@@ -165,7 +169,8 @@ class Search(Merger):
         log-probabilities."""
         before = self.total
         self._space = out = part.space(self._space)
-        trials = score_trials([partial(part.trying, method, theirs, ratio, out) for ratio in ratios])
+        tries = [partial(part.trying, method, theirs, ratio, out) for ratio in ratios]
+        trials = self._in_memory(lambda: score_trials(tries))
         best = choose(
             self.config.strategy,
             scores(self.log_probabilities, self.weights),
@@ -177,6 +182,20 @@ class Search(Merger):
         self._install(part, theirs, method, ratios[best])
         self.log_probabilities = trials[best]
         return ratios[best], before, self.total, tuple(self.log_probabilities)
+
+    def _in_memory(self, work: Callable[[], Scored]) -> Scored:
+        """Do work that needs memory, again and again with less of it where it is not there.
+
+        Raises torch.OutOfMemoryError if not even one pair and one ratio fit.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                done = self.scorer.take_less_memory()
+                if done is None:
+                    raise
+                self.memory_notes.append(f"Out of memory: {done}")
 
     def _score_whole(self, trials: Sequence[Trial]) -> list[list[float]]:
         """Log-probabilities under each trial by whole forwards: an embedding changes what every layer sees."""

@@ -1,6 +1,7 @@
 """The whole search against the naive twin: the same decisions, the same tensors."""
 
 import itertools
+import sys
 
 import pytest
 import reference
@@ -8,6 +9,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import modules.models
 from modules.candidates import open_candidate
 from modules.checkpoints import open_checkpoint
 from modules.config import METHODS, STRATEGIES, Pair, load_config
@@ -246,3 +248,53 @@ def test_auto_weights_start_every_pair_at_one():
     assert weights[2] == 7
     assert len(warnings) == 1 and "'c' after 'x' is too improbable" in warnings[0]
     assert signed_weights(pairs, False, [-1.0, -2.0, -800.0]) == ([7, -7, 7], [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Too little memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def limited(monkeypatch, tokens, from_call=0):
+    """Every model's last layer is out of memory for more than so many tokens at a time, all ratios together."""
+    calls, own = [0], modules.models.load_model
+
+    def checking(_layer, arguments, keywords):
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        calls[0] += 1
+        if calls[0] > from_call and hidden.shape[0] * hidden.shape[1] > tokens:
+            raise torch.OutOfMemoryError(f"{hidden.shape[0]} x {hidden.shape[1]} tokens")
+
+    def loaded(*arguments, **keywords):
+        model = own(*arguments, **keywords)
+        model.layers[-1].register_forward_pre_hook(checking, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(sys.modules[__name__], "load_model", loaded)
+
+
+@pytest.mark.parametrize("from_call", [0, 8, 15, 25])
+@pytest.mark.parametrize("tokens, told", [(120, "packs of"), (60, "of"), (32, "one ratio at a time")])
+def test_out_of_memory_takes_smaller_packs_and_the_same_decisions(tmp_path, monkeypatch, tokens, told, from_call):
+    base = tiny.make_model(tmp_path / "base", tiny.llama_config(400), tiny.bpe_tokenizer())
+    candidates = [tiny.make_candidate(tmp_path / name, base, seed) for name, seed in (("one", 1), ("two", 2))]
+    settings = {"merge_ratios": RATIOS, "merge_method": ["slerp", "lerp"]}
+    expected, tensors, _, _ = search(tmp_path, base, candidates, **settings)
+    limited(monkeypatch, tokens, from_call)
+    found, limited_tensors, state, _ = search(tmp_path, base, candidates, **settings)
+    assert [(d.layer, d.method, d.ratio) for d in found] == [(d.layer, d.method, d.ratio) for d in expected]
+    assert [d.after for d in found] == pytest.approx([d.after for d in expected], rel=1e-4, abs=1e-7)
+    assert all(torch.equal(limited_tensors[name], tensor) for name, tensor in tensors.items())
+    # Before the search, while layouts are compared, it only begins with smaller packs.
+    assert state.scorer.token_budget < 1024 and (from_call < 15 or any(told in note for note in state.memory_notes))
+
+
+def test_not_even_one_pair_fits(tmp_path, monkeypatch):
+    base = tiny.make_model(tmp_path / "base", tiny.llama_config(400), tiny.bpe_tokenizer())
+    candidate = tiny.make_candidate(tmp_path / "one", base, 1)
+    limited(monkeypatch, 10)
+    with pytest.raises(torch.OutOfMemoryError):
+        search(tmp_path, base, [candidate])
+    limited(monkeypatch, 10, from_call=20)
+    with pytest.raises(torch.OutOfMemoryError):
+        search(tmp_path, base, [candidate])
