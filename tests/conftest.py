@@ -18,3 +18,10 @@ transformers.logging.set_verbosity_error()
 def one_thread():
     """Models this small only wait for a second thread, and sums do not depend on the number of cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of its own to run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

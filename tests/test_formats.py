@@ -4,56 +4,29 @@ One run per family of models reads plain safetensors files and is held against t
 the same weights in another format, as base or as candidate, and is held against that one.
 """
 
-import contextlib
 import io
 import json
 import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import reference
 import tiny
 import torch
+import whole
 from safetensors.torch import load_file, save_file
-from test_architectures import Merged
 from torch import nn
 from transformers import MixtralConfig
 
-import merge_monster
 from modules.checkpoints import open_checkpoint
 from modules.config import ConfigError
 from modules.weights import CheckpointError, read_headers, read_tensors
 
-ROOT = Path(__file__).parents[1]
-RATIOS = [0.3, 0.7]
 ONE, BIN = "model.safetensors", "pytorch_model.bin"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# In a process of its own, which knows nothing of the run: the pairs' log-probabilities in the dtype that the run
-# computed in, then how many tokens it generates.
-REOPEN = """
-import json, sys
-import torch
-from transformers import AutoTokenizer, logging
-import reference, tiny
-logging.set_verbosity_error()
-torch.set_num_threads(1)
-found = {}
-for folder in sys.argv[1:]:
-    model, tokenizer = reference.load(folder, "auto"), AutoTokenizer.from_pretrained(folder)
-    model = model if model.dtype == torch.bfloat16 else model.float()
-    scores = [reference.log_probability(model, tokenizer, p.context, p.phrase) for p in tiny.PAIRS]
-    ids = tokenizer("The apple", return_tensors="pt")["input_ids"]
-    new = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=1).shape[1]
-    found[folder] = [scores, new - ids.shape[1]]
-print(json.dumps(found))
-"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,17 +207,6 @@ def rewritten(folder, source, write):
     return folder
 
 
-def run(place, base, candidate):
-    """The whole program, in this process."""
-    settings = {"merge_ratios": RATIOS, "auto_weights": True}
-    config = tiny.write_config(place / "my.yaml", base, [candidate], place / "out", **settings)
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        patch.chdir(place)
-        code = merge_monster.main(["--config", str(config)])
-    return Merged(place, code, output.getvalue(), [])
-
-
 def make_mixed(place, source, *dtypes):
     """The base and the candidate of another place in dtypes of their own."""
     folders = []
@@ -279,6 +241,10 @@ def in_format(write, tensors):
     return tensors
 
 
+def run(place, base, candidate):
+    return whole.run(place, base, [candidate])
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """The run on plain safetensors files, by family."""
@@ -303,14 +269,7 @@ def merged(tmp_path_factory, plain):
     for row in DTYPE_ROWS:
         place = tmp_path_factory.mktemp(row_name(row))
         runs[row] = run(place, *make_mixed(place, plain["whole"].folder, *row))
-    outputs = [str(one.folder / "out") for one in runs.values() if one.code == 0]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [sys.executable, "-c", REOPEN, *outputs]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(result.stdout.splitlines()[-1])
-    for one in runs.values():
-        one.reopened = found[str(one.folder / "out")] if one.code == 0 else []
+    whole.reopen(runs.values())
     return runs
 
 
@@ -330,7 +289,7 @@ def totals(one):
 
 def naive_twin(base, candidate, dtype=torch.float32, saved_dtype=None):
     more = {"auto_weights": True, "dtype": dtype, "saved_dtype": saved_dtype}
-    return reference.NaiveMerge(base, [candidate], tiny.PAIRS, RATIOS, ["lerp"], **more).run()
+    return reference.NaiveMerge(base, [candidate], tiny.PAIRS, whole.RATIOS, ["lerp"], **more).run()
 
 
 def check_weights(output, model, forms):

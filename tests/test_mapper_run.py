@@ -28,13 +28,6 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = {"prob_min": 5, "top_k": 3, "max_depth": 3, "additional_length": 4}
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder of its own to run in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module", params=["bpe", "spm"])
 def base(request, tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("models") / "base", request.param)

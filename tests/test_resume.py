@@ -28,13 +28,6 @@ SETTINGS = {"merge_method": ["slerp", "lerp"], "auto_weights": True}
 KILLS = 36
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder of its own to run in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A sharded base and two candidates."""

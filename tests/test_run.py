@@ -23,13 +23,6 @@ import merge_monster
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder of its own to run in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A base and two candidates, float32."""

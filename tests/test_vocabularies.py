@@ -1,12 +1,7 @@
 """Candidates with another vocabulary, or tied otherwise than the base: what is merged, said and saved."""
 
-import contextlib
-import io
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,13 +9,11 @@ import pytest
 import reference
 import tiny
 import torch
+import whole
 from safetensors.torch import load_file
-from test_architectures import REOPEN, ROOT, Merged, stored
+from test_architectures import stored
 from transformers import PhiConfig
 
-import merge_monster
-
-RATIOS = [0.3, 0.7]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -369,30 +362,13 @@ def merged(tmp_path_factory):
     torch.set_num_threads(1)  # the fixture that does this for every test comes after this one
     place = tmp_path_factory.mktemp("vocabularies")
     runs = {name: run(place / str(number), case) for number, (name, case) in enumerate(CASES.items())}
-    outputs = [str(one.folder / "out") for one in runs.values() if one.code == 0]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    command = [sys.executable, "-c", REOPEN, *outputs]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(result.stdout.splitlines()[-1])
-    for one in runs.values():
-        one.reopened = found[str(one.folder / "out")] if one.code == 0 else []
+    whole.reopen(runs.values())
     return runs
 
 
 def run(folder, case):
     base, one = case.build(folder)
-    settings = {"merge_ratios": RATIOS, "auto_weights": True}
-    config = tiny.write_config(folder / "my.yaml", base, [one], folder / "out", **settings)
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        patch.chdir(folder)
-        code = merge_monster.main(["--config", str(config)])
-    return Merged(folder, code, output.getvalue(), [])
+    return whole.run(folder, base, [one])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -414,7 +390,7 @@ def test_the_run_decides_as_the_naive_merge(merged, name):
         one.folder / "base",
         [one.folder / "one"],
         tiny.PAIRS,
-        RATIOS,
+        whole.RATIOS,
         ["lerp"],
         headers=not case.skipped,
         auto_weights=True,
