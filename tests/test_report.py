@@ -21,7 +21,7 @@ def logs(*probabilities):
 
 
 def decision(layer=2, method="lerp", ratio=0.5, before=0.38319, after=0.38261, **more):
-    return Decision("one", layer, method, ratio, before, after, **more)
+    return Decision("one", layer, method, ratio, before, after, (), **more)
 
 
 def lines(made, merges=((1.0, "base"), (0.5, "one")), name_method=False):
