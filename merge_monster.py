@@ -44,7 +44,7 @@ def run(config: Config, console: Console, options: argparse.Namespace) -> int:
     from modules.outputs import kept_progress
     from modules.run import Options, merge_models
 
-    asked = Options(options.overwrite, options.resume, options.restart)
+    asked = Options(options.overwrite, options.resume, options.restart, options.dry_run)
     output = Path(config.directories.output_directory)
     return exit_code(lambda: merge_models(config, console, asked), console, lambda: kept_progress(output))
 
@@ -71,6 +71,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="DIR", help="replaces the file's output directory")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an output that exists, once the new one stands"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print what the run would take, and stop"
     )
     unfinished = parser.add_mutually_exclusive_group()
     unfinished.add_argument("--resume", action="store_true", help="go on with a run that did not finish")

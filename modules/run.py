@@ -19,11 +19,13 @@ from modules.checkpoints import load_tokenizer
 from modules.composition import Merge, mean_shares
 from modules.config import Config
 from modules.console import BANNER, Console
+from modules.forecast import calibrate, estimate, plan_lines
 from modules.hub import Ahead, Bar, Job, Repository, check_space
 from modules.models import ResidentModel, load_model
 from modules.opening import open_models
 from modules.outputs import SETTINGS_FILE, unfinished_output
 from modules.phrases import encode_pairs
+from modules.preflight import check, find_room, plan_run
 from modules.probability import build_scorer
 from modules.record import RunRecord, is_finished, write_recipe
 from modules.search import Decision, Search
@@ -38,6 +40,7 @@ class Options:
     overwrite: bool = False
     resume: bool = False
     restart: bool = False
+    dry_run: bool = False  # check everything and say what it would take, and no more
 
 
 def merge_models(config: Config, console: Console, options: Options) -> None:
@@ -49,7 +52,7 @@ def merge_models(config: Config, console: Console, options: Options) -> None:
     console.line(BANNER)
     console.timed("THE MERGE MONSTER HUNGERS")
     output = Path(config.directories.output_directory)
-    if options.resume and is_finished(config, output):
+    if options.resume and not options.dry_run and is_finished(config, output):
         console.line(f"This run has finished: its output is in {output}")
         return
     models = open_models(config, options.overwrite, partial(fetch_now, console))
@@ -57,6 +60,13 @@ def merge_models(config: Config, console: Console, options: Options) -> None:
     base, candidates = models.base, models.candidates
     jobs = [Job(base.name, base.repository, base.files), *(candidate.job for candidate in candidates)]
     check_space(jobs, config.keep_downloads)
+    plan = plan_run(config, models)
+    room = find_room(plan)
+    console.lines([f"WARNING: {warning}" for warning in check(plan, room)])
+    if options.dry_run:
+        console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
+        console.timed("Dry run: nothing was written")
+        return
     clock = Clock()
     with (
         unfinished_output(output, options.resume, options.restart) as unfinished,

@@ -1,0 +1,420 @@
+"""Before a run: what it will do, what that takes, and whether it is there.
+
+Knows: what a search computes, reads, holds and writes; how much room this machine has. Refuses to know: weights (it
+counts them, from headers and shapes alone), how fast anything is.
+"""
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from huggingface_hub import constants
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modules.candidates import Candidate
+from modules.checkpoints import Checkpoint, load_tokenizer, small_files
+from modules.config import Config, ConfigError
+from modules.hub import Job
+from modules.merging import ratios_for
+from modules.models import find_layers, resolve_device, resolve_dtype, without_weights
+from modules.opening import Models
+from modules.outputs import partial_folder
+from modules.phrases import build_packs, encode_pairs
+from modules.probability import HEAD_BUDGET, TOKEN_BUDGET
+from modules.weights import local_files
+
+# On a disk: what an index, the headers of shards and rounding up to blocks may take beyond the tensors.
+MARGIN = 0.01
+MARGIN_FLAT = 1 << 20
+MARGIN_FILES = 16  # folders, settings, an index
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A base model in numbers. "Weights" are counts of values, not bytes."""
+
+    layers: int
+    hidden: int  # features of a hidden state
+    widest: int  # the longest side of any matrix in a layer: mostly the MLP's
+    heads: int  # of attention in a layer; 0 if there are none
+    head_size: int  # features of one head
+    vocabulary: int  # rows of the input embedding
+    layer_weights: float  # in one layer, the mean over layers
+    active_weights: float  # of these, what one token is multiplied with: not all of a mixture of experts
+    header_weights: int  # input embedding and output head
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run holds on its device, in bytes."""
+
+    base: int  # the whole base model
+    layers: int  # three layers: the candidate's, the one that is merged into, one on its way
+    header: int  # the same for the header, while it is tried: two of it, and a layer; 0 if it is not tried
+    activations: int  # hidden states, mask and logits; about, and at their most
+
+    @property
+    def held(self) -> int:
+        """What weights take, whatever the phrases are."""
+        return self.base + max(self.layers, self.header)
+
+    @property
+    def total(self) -> int:
+        """Weights and activations."""
+        return self.held + self.activations
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a run reads and writes, in bytes."""
+
+    base: int  # read of the base
+    candidates: tuple[tuple[str, int], ...]  # name and what is read of it
+    output: int  # weights and the files beside them
+    output_files: int  # how many files that is
+    downloads: int  # what is still to be fetched from the hub
+    downloads_kept: int  # of that, what is in the cache when the output is written
+
+    @property
+    def needed(self) -> int:
+        """What the output's file system must have room for, a margin included."""
+        return self.output + int(self.output * MARGIN) + MARGIN_FLAT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, and what that takes. Phrases are taken to be packed as a forest, which most models allow."""
+
+    output: Path
+    device: torch.device
+    dtype: torch.dtype  # computed in
+    sizes: Sizes
+    methods: tuple[tuple[str, int], ...]  # in order: a method and how many ratios it tries
+    header_ratios: int  # 0 if the header is not tried
+    pairs: int
+    text_tokens: int  # of all pairs, each on its own
+    packs: tuple[int, ...]  # tokens in every pack of the forest
+    columns: int  # at which the output head is read
+    disk: Disk
+    memory: Memory
+    weight_files: tuple[Path, ...]  # the candidates'; those that come from the hub may not be here yet
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens that go through the model together."""
+        return sum(self.packs)
+
+    @property
+    def decisions(self) -> int:
+        """How often one candidate is decided about: every layer under every method, and the header."""
+        return self.sizes.layers * len(self.methods) + bool(self.header_ratios)
+
+    @property
+    def forwards(self) -> int:
+        """The work of all decisions on one candidate in forwards of one layer, as the progress bar counts it."""
+        return self.forwards_alone + self.forwards_stacked
+
+    @property
+    def forwards_alone(self) -> int:
+        """Of these, those that only one ratio's tokens go through: the searched layers, and all for a header."""
+        return self.trials + self.header_ratios * self.sizes.layers
+
+    @property
+    def forwards_stacked(self) -> int:
+        """Of these, those that all ratios' tokens go through together: the layers above the searched one."""
+        return self.trials * (self.sizes.layers - 1) // 2
+
+    @property
+    def trials(self) -> int:
+        """How many merges of a layer are scored for one candidate, the header's not included."""
+        return self.sizes.layers * sum(ratios for _, ratios in self.methods)
+
+    @property
+    def stack(self) -> int:
+        """The most ratios that go through the model at once."""
+        return max(ratios for _, ratios in self.methods)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run will do
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plan_run(config: Config, models: Models) -> Plan:
+    """The plan of a run whose models are open; no weight is read.
+
+    Raises ConfigError if the device is absent, the base has no usable tokenizer or can't take a phrase.
+    """
+    base = models.base
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, base.main_dtype(), device)
+    module = without_weights(base, config.trust_remote_code)
+    sizes = sizes_of(module)
+    tokenizer = load_tokenizer(base.path, config.trust_remote_code)
+    longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
+    packs = build_packs(encoded, "forest", TOKEN_BUDGET)
+    tokens = tuple(pack.tokens for pack in packs)
+    columns = [len({target.column for target in pack.targets}) for pack in packs]
+    methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
+    activations = _activations(sizes, dtype, max(count for _, count in methods), tokens, max(columns))
+    return Plan(
+        output=Path(config.directories.output_directory),
+        device=device,
+        dtype=dtype,
+        sizes=sizes,
+        methods=methods,
+        header_ratios=len(config.merge_ratios) if config.merge_headers else 0,
+        pairs=len(encoded),
+        text_tokens=sum(len(item.tokens) for item in encoded),
+        packs=tokens,
+        columns=sum(columns),
+        disk=_disk(config, models, module, dtype),
+        memory=_memory(module, dtype, config.merge_headers, activations),
+        weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
+    )
+
+
+def sizes_of(module: PreTrainedModel) -> Sizes:
+    """A model in numbers; it may be without weights."""
+    layers, text = find_layers(module)[1], module.config.get_text_config()
+    weights = [weight for layer in layers for weight in layer.parameters()]
+    heads, chosen = getattr(text, "num_attention_heads", None) or 0, getattr(text, "num_experts_per_tok", None)
+
+    def active(weight: Tensor) -> float:
+        """Stacked experts are (experts, ..., ...), of which a token meets a few."""
+        share = min(1.0, chosen / weight.shape[0]) if chosen and weight.dim() == 3 else 1.0
+        return weight.numel() * share
+
+    return Sizes(
+        layers=len(layers),
+        hidden=text.hidden_size,
+        widest=max(max(weight.shape[-2:], default=1) for weight in weights),
+        heads=heads,
+        head_size=getattr(text, "head_dim", None) or text.hidden_size // max(1, heads),
+        vocabulary=module.get_input_embeddings().weight.shape[0],
+        layer_weights=sum(weight.numel() for weight in weights) / len(layers),
+        active_weights=sum(map(active, weights)) / len(layers),
+        header_weights=sum(weight.numel() for weight in _header(module)),
+    )
+
+
+def _header(module: PreTrainedModel) -> list[Tensor]:
+    """The weights of input embedding and output head; where they are tied there is one."""
+    parts = [part for part in (module.get_input_embeddings(), module.get_output_embeddings()) if part is not None]
+    return list({id(weight): weight for part in parts for weight in part.parameters()}.values())
+
+
+def _memory(module: PreTrainedModel, dtype: torch.dtype, with_header: bool, activations: int) -> Memory:
+    """What is held while layers and, if it is tried, the header are searched in this dtype."""
+
+    def size(weights: Iterable[Tensor]) -> int:
+        return sum(weight.numel() for weight in weights) * dtype.itemsize
+
+    layer = max(size(layer.parameters()) for layer in find_layers(module)[1])
+    return Memory(
+        base=size(module.parameters()) + sum(buffer.nbytes for buffer in module.buffers()),
+        layers=3 * layer,
+        header=2 * size(_header(module)) + layer if with_header else 0,
+        activations=activations,
+    )
+
+
+def _activations(sizes: Sizes, dtype: torch.dtype, stack: int, packs: Sequence[int], columns: int) -> int:
+    """Bytes of the hidden states that are cached, of a layer at work on the longest pack with all ratios, of the mask
+    and of a chunk of logits. columns: at which the head is read, the most in a pack."""
+    longest = max(packs)
+    # In a layer: hidden states before and after the norm, queries, keys, values, and an MLP's three wide tensors.
+    in_layer = stack * longest * (5 * sizes.hidden + 3 * sizes.widest)
+    in_model = sum(packs) * sizes.hidden + in_layer + longest**2
+    row = 4 * stack * sizes.vocabulary  # float32 logits of one column
+    chunk = max(row, min(HEAD_BUDGET, row * columns))
+    return in_model * dtype.itemsize + 2 * chunk  # the logits as the model has them, then in float32
+
+
+def _disk(config: Config, models: Models, module: PreTrainedModel, dtype: torch.dtype) -> Disk:
+    """What is read and written."""
+    base = models.base
+    saved = None if config.dtype == "auto" else dtype
+    local = {name: (base.path / name).stat().st_size for name in local_files(base.path)}
+    beside = [local[name] for name in small_files(local)]
+    of_base = Job(base.name, base.repository, base.files).sizes
+    downloads = dict(of_base)  # by file: several adapters may need the same model
+    for candidate in models.candidates:
+        downloads.update(candidate.job.sizes)
+    return Disk(
+        base=_stored_bytes(base, None),
+        candidates=tuple((one.name, _bytes_read(one, module, config.merge_headers)) for one in models.candidates),
+        output=_stored_bytes(base, saved) + sum(beside),
+        output_files=len(base.files) + len(beside),
+        downloads=sum(downloads.values()),
+        # Searched candidates are removed again if they are not to be kept; the base is needed to the end.
+        downloads_kept=sum((downloads if config.keep_downloads else of_base).values()),
+    )
+
+
+def _stored_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+    """Bytes of a checkpoint's tensors, its floating-point ones in another dtype if one is given."""
+    return sum(
+        math.prod(info.shape) * (dtype if dtype and info.dtype.is_floating_point else info.dtype).itemsize
+        for info in checkpoint.tensors.values()
+    )
+
+
+def _bytes_read(candidate: Candidate, module: PreTrainedModel, with_header: bool) -> int:
+    """Bytes of a candidate's layers and, if it is tried, of its header, as they are stored."""
+    layout, layers = candidate.layout, f"{find_layers(module)[0]}."
+    header = {id(weight) for weight in _header(module)} if with_header else set()
+    tried = {name for name, weight in module.named_parameters() if name.startswith(layers) or id(weight) in header}
+    return sum(math.prod(layout.shape(name)) * layout.dtype(name).itemsize for name in layout if name in tried)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether it can
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is free where a run needs it."""
+
+    folder: Path  # the output goes to its file system
+    disk: int  # bytes
+    files: int | None  # how many more files can be made there; None if there is no limit that could be seen
+    memory: int | None  # bytes on the device; None if it can't be asked
+    refusal: str | None  # why nothing can be made in the folder; None if something can
+
+
+def find_room(plan: Plan) -> Room:
+    """Ask the machine. To see whether a folder can be written, an empty one is made in it and removed."""
+    output = plan.output.resolve()
+    folder = next(path for path in output.parents if path.exists())
+    # A run that did not finish may have left a part of its output; it is removed before this one is written.
+    left = sum(file.stat().st_size for file in partial_folder(output).rglob("*") if file.is_file())
+    return Room(
+        folder=folder,
+        disk=shutil.disk_usage(folder).free + left,
+        files=_free_files(folder),
+        memory=_free_memory(plan.device),
+        refusal=_refusal(folder),
+    )
+
+
+def _free_files(folder: Path) -> int | None:
+    """Free inodes. Some file systems have no fixed number of them and report none at all; Windows reports nothing."""
+    if not hasattr(os, "statvfs"):
+        return None
+    found = os.statvfs(folder)
+    return found.f_favail if found.f_files else None
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+def _refusal(folder: Path) -> str | None:
+    """Permission bits don't tell everything (read-only mounts, quotas, lists of rights), so it is tried."""
+    try:
+        Path(tempfile.mkdtemp(prefix=".merge-monster-", dir=folder)).rmdir()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def check(plan: Plan, room: Room) -> list[str]:
+    """What might go wrong, a line each. Raises ConfigError, naming everything at once, for what surely would."""
+    problems = [*_writing_problems(plan, room), *_memory_problems(plan, room)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return _memory_warnings(plan, room)
+
+
+def _writing_problems(plan: Plan, room: Room) -> list[str]:
+    problems = []
+    if room.refusal:
+        problems.append(
+            f"the output directory {plan.output} can't be written: nothing can be made in {room.folder} "
+            f"({room.refusal}); name another one with --output"
+        )
+    fetched = plan.disk.downloads_kept if _same_disk(room.folder, cache_folder()) else 0
+    if plan.disk.needed + fetched > room.disk:
+        what = f"writing {plan.output} takes {on_disk(plan.disk.needed)}"
+        what += f" beside {on_disk(fetched)} of downloads" if fetched else ""
+        advice = "make room, or name a directory on a larger disk with --output"
+        if plan.output.is_dir() and any(plan.output.iterdir()):
+            advice += "; the output that stands there goes only after the new one stands, so moving it away makes room"
+        problems.append(f"{what}, the disk of {room.folder} has {on_disk(room.disk)} free: {advice}")
+    files = plan.disk.output_files + MARGIN_FILES
+    if room.files is not None and files > room.files:
+        problems.append(
+            f"writing {plan.output} takes {files} files, the file system of {room.folder} has room for {room.files} "
+            "(it is out of inodes): delete files there, or name a directory elsewhere with --output"
+        )
+    return problems
+
+
+def cache_folder() -> Path:
+    """Where the hub's files are kept, or the nearest folder above it that is there already."""
+    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    return next(path for path in (cache, *cache.parents) if path.exists())
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    return one.stat().st_dev == other.stat().st_dev
+
+
+def _memory_problems(plan: Plan, room: Room) -> list[str]:
+    """Only what can't be avoided counts: the weights that a run holds at the same time."""
+    memory = plan.memory
+    if room.memory is None or memory.held <= room.memory:
+        return []
+    beside = f"three layers ({in_memory(memory.layers)})"
+    advice = ["end other programs that use it" if plan.device.type == "cuda" else "close other programs"]
+    if memory.header > memory.layers:
+        beside = f"what the header takes while it is tried ({in_memory(memory.header)})"
+        if memory.base + memory.layers <= room.memory:
+            advice.append("set merge_headers: false")
+    if plan.dtype == torch.float32:
+        advice.append("set dtype: bfloat16, which takes half")
+    advice.append("choose a device with more memory" if plan.device.type == "cuda" else "use a machine with more")
+    what = f"the base ({in_memory(memory.base)} in {_name(plan.dtype)}) and {beside}"
+    free = f"{in_memory(room.memory)} free, {in_memory(memory.held)} are needed"
+    return [f"{what} don't fit into the memory of {plan.device}, which has {free}: {', or '.join(advice)}"]
+
+
+def _memory_warnings(plan: Plan, room: Room) -> list[str]:
+    if room.memory is None or plan.memory.total <= room.memory:
+        return []
+    return [
+        f"memory may not suffice: {plan.device} has {in_memory(room.memory)} free, about "
+        f"{in_memory(plan.memory.total)} are needed, of which {in_memory(plan.memory.activations)} for activations; "
+        "fewer merge_ratios need less"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def on_disk(count: int) -> str:
+    """Bytes as files are counted: GB, or MB where that would say little."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
+
+
+def in_memory(count: int) -> str:
+    """Bytes as memory is counted: GiB, or MiB where that would say little."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 1e8 else f"{count / 2**20:,.2f} MiB"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

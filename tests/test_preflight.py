@@ -1,0 +1,349 @@
+"""The plan of a run against what a run then really does, and what is refused before one begins."""
+
+import math
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import tiny
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file
+from test_run import log_of, make_models
+from transformers import AutoTokenizer
+
+import merge_monster
+from modules import preflight
+from modules.checkpoints import Checkpoint
+from modules.config import ConfigError, Pair, load_config
+from modules.hub import Repository
+from modules.models import load_model
+from modules.opening import open_models
+from modules.phrases import encode_pairs
+from modules.preflight import Disk, Memory, Plan, Room, Sizes, check, find_room, plan_run
+from modules.probability import build_scorer
+from modules.search import Search
+from modules.sources import Location
+
+GB, GIB = 10**9, 2**30
+PLENTY = Room(Path("/"), disk=10**15, files=None, memory=10**15, refusal=None)
+METHODS = ["lerp", "cyclic", "lerp"]  # nothing forbids to try one twice
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of its own to run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base and two candidates, float32."""
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def opened(place, models, **settings):
+    """A configuration and its models, as a run has them before anything is loaded."""
+    base, *candidates = models
+    path = tiny.write_config(place / "my.yaml", base, candidates, place / "out", **settings)
+    config = load_config(path)
+    return config, open_models(config, True, fetch=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is planned is what happens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype, setting, family, shard, tied",
+    [
+        (torch.float32, "auto", "bpe", None, False),
+        (torch.float16, "auto", "spm", "60KB", True),
+        (torch.float32, "bfloat16", "spm", None, True),
+        (torch.bfloat16, "float32", "bpe", "60KB", False),
+    ],
+)
+def test_the_plan_is_what_a_run_does(place, dtype, setting, family, shard, tied):
+    models = make_models(place / "models", dtype, family, shard, tied)
+    settings = {"dtype": setting, "merge_method": METHODS, "merge_ratios": [0.3, 0.5, 0.7]}
+    plan = plan_run(*opened(place, models, **settings))
+    assert check(plan, find_room(plan)) == []
+    assert merge_monster.main(["--config", str(place / "my.yaml")]) == 0
+    log = log_of(place)
+    packed = f"forest ({plan.packed_tokens} tokens packed from {plan.text_tokens}, {len(plan.packs)} pack)"
+    assert f"Phrase layout    : {packed}\n" in log
+    assert f"Dtype            : {str(plan.dtype).removeprefix('torch.')}, saved as" in log
+    assert len(re.findall("CHANGED|RETAINED", log)) == 2 * plan.decisions == 2 * (3 * len(METHODS) + 1)
+    weights = sorted(place.glob("out/*.safetensors"))
+    others = [path for path in models[0].iterdir() if path.suffix != ".safetensors"]
+    tensors = sum(tensor.nbytes for file in weights for tensor in load_file(file).values())
+    assert plan.disk.output == tensors + sum(path.stat().st_size for path in others)
+    assert plan.disk.output_files == len(weights) + len(others)
+    written = [path for path in (place / "out").rglob("*") if path.is_file()]
+    assert len(written) + 2 <= plan.disk.output_files + preflight.MARGIN_FILES
+    assert plan.disk.output < sum(path.stat().st_size for path in written) < plan.disk.needed
+
+
+@pytest.mark.parametrize("setting", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_memory_is_that_of_the_real_tensors(place, setting, tied):
+    models = make_models(place / "models", tied=tied)
+    config, found = opened(place, models, dtype=setting)
+    memory = plan_run(config, found).memory
+    model = load_model(found.base, "cpu", setting)
+    everything = {id(t): t.nbytes for t in (*model.module.parameters(), *model.module.buffers())}
+    parts = [sum(tensor.nbytes for tensor in part.tensors.values()) for part in (model.layer(1), model.header())]
+    assert (memory.base, memory.layers) == (sum(everything.values()), 3 * parts[0])
+    assert memory.header == 2 * parts[1] + parts[0]
+    assert memory.held == memory.base + max(memory.layers, memory.header)
+    assert plan_run(*opened(place, models, dtype=setting, merge_headers=False)).memory.header == 0
+
+
+def test_activations_hold_what_grows_with_ratios_and_phrases(place, models):
+    def activations(count, **settings):
+        config, found = opened(place, models, **settings)
+        pairs = tuple(Pair("BAD", f"apple{number}", f"Question {number}: where ") for number in range(count))
+        return plan_run(replace(config, bad_phrases=pairs), found).memory.activations
+
+    few, more, stacked = activations(2), activations(20), activations(2, merge_ratios=[0.1 * n for n in range(1, 9)])
+    assert few < more and few < stacked
+    # Logits are read in chunks and phrases are packed: more pairs do not take more memory for ever.
+    assert activations(300) < 1.1 * activations(200)
+
+
+@pytest.mark.parametrize("headers", [True, False])
+def test_work_and_reading_are_those_of_the_search(place, models, headers):
+    config, found = opened(place, models, merge_method=["lerp", "cyclic"], merge_headers=headers)
+    plan, search, read = plan_run(config, found), start(config, found), []
+    candidate, stored = found.candidates[0], found.candidates[0].checkpoint.tensors
+    reading = replace(candidate, checkpoint=Recorded.of(candidate.checkpoint, read))
+    decisions = list(search.candidate(reading))
+    assert plan.decisions == len(decisions)
+    assert plan.forwards == search.steps_per_candidate()
+    assert plan.columns == search.scorer.columns
+    assert dict(plan.disk.candidates)["one"] == sum(4 * math.prod(stored[name].shape) for name in set(read))
+
+
+class Recorded(Checkpoint):
+    """A checkpoint that notes what is read of it."""
+
+    @classmethod
+    def of(cls, checkpoint, noted):
+        recorded = cls(checkpoint.path, checkpoint.name, checkpoint.config, checkpoint.tensors)
+        object.__setattr__(recorded, "noted", noted)
+        return recorded
+
+    def read(self, names):
+        names = list(names)
+        self.noted.extend(names)
+        return super().read(names)
+
+
+def start(config, found):
+    """A search on the base, as a run begins it."""
+    model, tokenizer = load_model(found.base, "cpu", config.dtype), AutoTokenizer.from_pretrained(found.base.path)
+    encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
+    return Search(model, build_scorer(model, encoded), config, tokenizer)
+
+
+def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
+    def read(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    monkeypatch.setattr("modules.weights.read_tensors", read)
+    config, found = opened(place, models)
+    plan = plan_run(config, found)
+    assert check(plan, find_room(plan)) == []
+
+
+def test_of_stacked_experts_a_token_meets_a_few(place):
+    from architectures import configuration
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(configuration("Mixtral", 300))
+    experts = module.model.layers[0].mlp.experts
+    idle = sum(weight.numel() for weight in experts.parameters()) / 2  # two of four are chosen
+    sizes = preflight.sizes_of(module)
+    assert sizes.active_weights == sizes.layer_weights - idle
+
+
+def test_what_the_base_cannot_take_is_found_by_the_plan(place, models):
+    config, found = opened(place, models)
+    long = Pair("BAD", "apple", "apple " * 300)
+    with pytest.raises(ConfigError, match="the base model takes 256"):
+        plan_run(replace(config, bad_phrases=(long,)), found)
+
+
+def test_downloads_are_those_that_are_missing_and_kept(place, models):
+    config, found = opened(place, models)
+
+    def of_hub(checkpoint, folder, size):
+        """The same checkpoint, its weights still to be fetched."""
+        sizes = {"model.safetensors": size}
+        return replace(checkpoint, repository=Repository(Location("org/x", None), place / folder, sizes, (), None))
+
+    base = of_hub(found.base, "base", 5 * GB)
+    one, two = found.candidates
+    one = replace(one, checkpoint=of_hub(one.checkpoint, "one", 7 * GB))
+    two = replace(two, checkpoint=of_hub(two.checkpoint, "base", 5 * GB))  # as an adapter of the base: fetched once
+    found = replace(found, base=base, candidates=[one, two])
+    disk = plan_run(config, found).disk
+    assert (disk.downloads, disk.downloads_kept) == (12 * GB, 12 * GB)
+    disk = plan_run(replace(config, keep_downloads=False), found).disk
+    assert (disk.downloads, disk.downloads_kept) == (12 * GB, 5 * GB)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def made_up(place, **changes):
+    """The plan of a search on a model of 8 billion weights in half precision."""
+    plan = Plan(
+        output=place / "out",
+        device=torch.device("cuda:0"),
+        dtype=torch.bfloat16,
+        sizes=Sizes(32, 4096, 14336, 32, 128, 128256, 218.1e6, 218.1e6, 1_050_673_152),
+        methods=(("lerp", 4), ("slerp", 4)),
+        header_ratios=4,
+        pairs=14,
+        text_tokens=1207,
+        packs=(1000, 76),
+        columns=40,
+        disk=Disk(16 * GB, (("one", 16 * GB), ("two", 15 * GB)), 16 * GB, 9, 0, 0),
+        memory=Memory(15 * GIB, 2 * GIB, 4 * GIB, GIB // 2),
+        weight_files=(),
+    )
+    return replace(plan, **changes)
+
+
+def refusal(plan, **room):
+    with pytest.raises(ConfigError) as caught:
+        check(plan, replace(PLENTY, folder=plan.output.parent, **room))
+    return str(caught.value).splitlines()
+
+
+def test_with_room_for_everything_there_is_nothing_to_say(place):
+    assert check(made_up(place), PLENTY) == []
+    assert check(made_up(place), replace(PLENTY, memory=None)) == []
+
+
+def test_all_that_is_missing_is_named_at_once(place):
+    lines = refusal(made_up(place), disk=GB, files=3, memory=GIB, refusal="Permission denied")
+    assert [
+        re.search("can't be written|free: make room|out of inodes|fit into the memory", line)[0] for line in lines
+    ] == [
+        "can't be written",
+        "free: make room",
+        "out of inodes",
+        "fit into the memory",
+    ]
+
+
+def test_a_disk_that_is_too_small(place, monkeypatch):
+    plan = made_up(place)
+    assert plan.disk.needed == 16 * GB + 160_000_000 + 2**20
+    assert check(plan, replace(PLENTY, disk=plan.disk.needed)) == []
+    assert refusal(plan, disk=plan.disk.needed - 1) == [
+        f"writing {place / 'out'} takes 16.16 GB, the disk of {place} has 16.16 GB free: make room, or name a "
+        "directory on a larger disk with --output"
+    ]
+    (place / "out").mkdir()
+    (place / "out/model.safetensors").write_text("")
+    line = refusal(plan, disk=GB)[0]
+    assert line.endswith("goes only after the new one stands, so moving it away makes room")
+    # What is fetched meanwhile counts where it lies on the same disk.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "not/there/yet"))
+    fetching = replace(plan, disk=replace(plan.disk, downloads=9 * GB, downloads_kept=9 * GB))
+    assert "takes 16.16 GB beside 9.00 GB of downloads, " in refusal(fetching, disk=20 * GB)[0]
+    monkeypatch.setattr(preflight, "_same_disk", lambda *_: False)
+    assert check(fetching, replace(PLENTY, disk=20 * GB)) == []
+
+
+def test_too_few_inodes(place):
+    plan = made_up(place)
+    assert check(plan, replace(PLENTY, files=25)) == []
+    assert "takes 25 files, the file system of " in refusal(plan, files=24)[0]
+
+
+def test_memory_that_surely_does_not_suffice(place):
+    plan = made_up(place, memory=Memory(15 * GIB, 2 * GIB, 0, GIB // 2))
+    assert refusal(plan, memory=17 * GIB - 1) == [
+        "the base (15.00 GiB in bfloat16) and three layers (2.00 GiB) don't fit into the memory of cuda:0, which has "
+        "17.00 GiB free, 17.00 GiB are needed: end other programs that use it, or choose a device with more memory"
+    ]
+    # The activations alone refuse nothing: what they take is not known so well.
+    assert check(plan, replace(PLENTY, memory=plan.memory.total)) == []
+    (warning,) = check(plan, replace(PLENTY, memory=17 * GIB))
+    assert warning == (
+        "memory may not suffice: cuda:0 has 17.00 GiB free, about 17.50 GiB are needed, of which 0.50 GiB for "
+        "activations; fewer merge_ratios need less"
+    )
+
+
+def test_what_would_help_against_too_little_memory(place):
+    line = refusal(made_up(place), memory=18 * GIB)[0]
+    assert "what the header takes while it is tried (4.00 GiB)" in line and "or set merge_headers: false, or" in line
+    assert "merge_headers" not in refusal(made_up(place), memory=16 * GIB)[0]  # it would not help
+    line = refusal(made_up(place, dtype=torch.float32, device=torch.device("cpu")), memory=18 * GIB)[0]
+    assert (
+        "close other programs" in line and "set dtype: bfloat16, which takes half, or use a machine with more" in line
+    )
+
+
+def test_room_is_what_the_machine_says(place, models, monkeypatch):
+    plan = made_up(place, output=place / "new/deeper/out", device=torch.device("cpu"))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 if path == place else 0))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_files=100, f_favail=7), raising=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=11))
+    assert find_room(plan) == Room(place, disk=5, files=7, memory=11, refusal=None)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_files=0, f_favail=0))  # btrfs: no fixed number
+    assert find_room(plan).files is None
+    monkeypatch.delattr(os, "statvfs")  # Windows
+    assert find_room(plan).files is None
+    assert find_room(replace(plan, device=torch.device("mps"))).memory is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (13 if device.index == 1 else 0, 99))
+    assert find_room(replace(plan, device=torch.device("cuda:1"))).memory == 13
+    assert list(place.iterdir()) == []  # the folder that was tried is gone
+
+
+def test_what_an_unfinished_run_has_left_makes_room(place, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    (place / "out.partial").mkdir()
+    (place / "out.partial/model-00001-of-00002.safetensors").write_bytes(b"weights")
+    assert find_room(made_up(place, device=torch.device("cpu"))).disk == 107
+
+
+def test_a_place_where_nothing_can_be_made(place, monkeypatch):
+    (place / "file").write_text("")
+    plan = made_up(place, output=place / "file/out", device=torch.device("cpu"))
+    assert "Not a directory" in find_room(plan).refusal
+
+    def read_only(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(preflight.tempfile, "mkdtemp", read_only)
+    assert find_room(replace(plan, output=place / "out")).refusal == "Read-only file system"
+    assert "nothing can be made in" in refusal(plan, refusal="Read-only file system")[0]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
+    tokenizer = tiny.bpe_tokenizer()
+    base = tiny.make_model(place / "base", tiny.llama_config(len(tokenizer)), tokenizer)
+    candidate = tiny.make_candidate(place / "one", base)
+    path = tiny.write_config(place / "my.yaml", base, [candidate], place / "out")
+    before = sorted(place.iterdir())
+    assert merge_monster.main(["--config", str(path), "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "Decisions        : 4 a candidate, 4 in all" in output and "Time (estimate)" in output
+    assert "Dry run: nothing was written" in output and "Layer 1/3" not in output
+    assert sorted(path for path in place.iterdir() if path.name != "logs") == before
