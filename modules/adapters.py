@@ -80,7 +80,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         for pattern in settings.get("alpha_pattern") or {}:
             re.compile(pattern)
         valid = all(map(_is_number, alphas)) and isinstance(settings.get("use_rslora", False), bool)
-    except (OSError, ValueError, AttributeError, TypeError, re.error):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, re.error):
         valid = False
     if not valid:
         raise ConfigError(f"{path / ADAPTER_SETTINGS}: not the settings of an adapter")

@@ -36,6 +36,7 @@ from modules.weights import (
 )
 
 _DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+_MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
 _LARGEST = 100_000_000  # bytes of a file that describes or opens a model; tokenizers have some ten million
 ADAPTER_SETTINGS = "adapter_config.json"  # what makes a folder an adapter
 
@@ -116,12 +117,28 @@ def read_configuration(path: Path, names: Collection[str], trust_remote_code: bo
         what = "this is an adapter, not a model" if is_adapter else "no model here (config.json is missing)"
         raise ConfigError(f"{path}: {what}")
     try:
+        stated = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if _layers(stated) > _MOST_LAYERS:
+            raise ValueError(f"it has {_layers(stated):.4g} layers")
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a configuration class makes of a wrong value
         raise ConfigError(f"{path}: config.json can't be used: {first_line(error)}") from None
     if getattr(config, "quantization_config", None):
         raise ConfigError(f"{path}: this model is quantised; merge the original weights instead")
     return config
+
+
+def _layers(settings: Any) -> float:
+    """The largest number of layers that a configuration states (num_hidden_layers, n_layer, ...), in any part."""
+    if not isinstance(settings, Mapping):
+        return 0
+    return max(
+        (
+            value if isinstance(value, int | float) and key.endswith(("layers", "n_layer")) else _layers(value)
+            for key, value in settings.items()
+        ),
+        default=0,
+    )
 
 
 def open_checkpoint(
@@ -149,6 +166,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     """A model folder's tokenizer. Raises ConfigError if it has none that can be used."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer("a")  # some wrong settings only show when it is used
     except Exception as error:  # the tokenizer library raises bare Exception for a broken tokenizer.json
         raise ConfigError(f"{path}: no usable tokenizer ({first_line(error)})") from None
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
@@ -179,6 +197,8 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
             notes.append(f"{path} is the output directory: skipped")
         elif not {"config.json", ADAPTER_SETTINGS}.intersection(local_files(path)):
             notes.append(f"{path} holds no model (no config.json): skipped")
+        elif any("\ud800" <= character <= "\udfff" for character in path.name):
+            notes.append(f"{path.name!r} in {path.parent} is no text in UTF-8, so no report could name it: skipped")
         else:
             sources.append(Source(str(path), Location(str(path), path)))
     return sources, notes

@@ -6,6 +6,7 @@ Refuses to know: torch, models, tokenizers. It must answer a typo in under a sec
 
 import difflib
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ import yaml
 from modules.sources import HUB_FORM, parse_location, parse_source
 
 VERSION = "1.0.0"  # of the program
+
+_LARGEST = 100_000_000  # bytes of a YAML file; what has more is none, and may have no end (/dev/zero)
 
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -148,10 +151,20 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys (<<) resolved. A mapping merged twice counts once: mappings of such mappings would grow without
+        end."""
+        super().flatten_mapping(node)
+        node.value = list({id(key): (key, value) for key, value in node.value}.values())
+
 
 def _read_yaml(path: Path) -> tuple[str, Any]:
     try:
-        text = path.read_bytes().decode("utf-8")
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ConfigError(f"{path}: has more than {_LARGEST // 1_000_000} MB; this is no YAML file of settings")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Name a YAML file with --config.") from None
     except UnicodeDecodeError as error:
@@ -164,8 +177,9 @@ def _read_yaml(path: Path) -> tuple[str, Any]:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
         raise ConfigError(f"{path}: not valid YAML at {where}: {error.problem or error.context}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever the library makes of a value that its tag does not fit
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +291,7 @@ def _whole_number(low: int) -> Check:
 def _choice(*allowed: str) -> Check:
     def check(value: Any) -> str:
         if value not in allowed:
-            guess = difflib.get_close_matches(str(value), allowed, 1)
+            guess = difflib.get_close_matches(value, allowed, 1) if isinstance(value, str) else []
             hint = f"; did you mean '{guess[0]}'?" if guess else ""
             raise _Invalid(f"expected {_listing(allowed)}{hint}")
         return value
@@ -318,12 +332,13 @@ class _Section:
             self.note("", value, "expected a mapping of keys to values")
         for key in self.values:
             if key not in known:
-                guess = difflib.get_close_matches(str(key), known, 1)
+                guess = difflib.get_close_matches(key, known, 1) if isinstance(key, str) else []
                 hint = f"did you mean '{guess[0]}'?" if guess else f"known keys: {', '.join(known)}"
                 errors.append(f"{self._name(key)}: unknown key; {hint}")
 
     def _name(self, key: Any) -> str:
-        return ".".join(str(part) for part in (self.where, key) if part != "") or "the file"
+        parts = (part if isinstance(part, str) else _shown(part) for part in (self.where, key) if part != "")
+        return ".".join(parts) or "the file"
 
     def note(self, key: str, value: Any, problem: str) -> None:
         self.errors.append(f"{self._name(key)}: {_shown(value)}: {problem}")
@@ -501,13 +516,25 @@ def _context(name: str, value: Any, weight: float | None, errors: list[str]) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _Excerpt(reprlib.Repr):
+    """The beginning of what `repr` would write, in a time that does not grow with the value: the aliases of a short
+    file can stand for more than there is memory for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 4, 100, 100
+
+    def repr_int(self, value: int, level: int) -> str:
+        return repr(value) if abs(value) < 10**60 else "a number of more than 60 digits"
+
+
 def _shown(value: Any) -> str:
     """A value as the YAML file would write it, short enough for one line."""
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:
         return "nothing"
-    shown = repr(value)
+    shown = _Excerpt().repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 

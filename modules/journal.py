@@ -65,7 +65,7 @@ class Journal:
                 record = json.loads(line)
                 if not isinstance(record, Mapping) or not isinstance(record.get("kind"), str):
                     raise ValueError
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ConfigError(f"{self.path}: line {number} is damaged; begin again with --restart") from None
             records.append(dict(record))
         if len(whole) < len(content):

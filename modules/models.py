@@ -298,8 +298,15 @@ def load_model(
     if info["missing_keys"]:
         raise ConfigError(f"{checkpoint.path}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     module.eval().requires_grad_(False)
+    module.config.return_dict = True  # its outputs are read by name, whatever its configuration says
     model = ResidentModel(module, checkpoint, None if dtype == "auto" else getattr(torch, dtype))
     model.check_weights()
+    try:
+        _ = model.tuples_returned  # a first token
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a setting that only matters once the model is used
+        raise ConfigError(f"{checkpoint.path} can't be used: {first_line(error)}") from None
     checkpoint.release()
     return model
 

@@ -6,7 +6,8 @@ Knows: what each record holds. Refuses to know: how a decision is taken or carri
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import transformers
 
 from modules.checkpoints import Checkpoint
 from modules.composition import Shares
-from modules.config import VERSION, Config, ConfigError, Pair
+from modules.config import DTYPES, METHODS, VERSION, Config, ConfigError, Pair
 from modules.journal import Journal, Record
 from modules.search import Decision
 from modules.strategies import probability, scores, total
@@ -29,14 +30,22 @@ class RunRecord:
     """A run's journal, in terms of what happens in a run. Candidates are numbered from 1; the base is number 0."""
 
     def __init__(self, journal: Journal, config: Config) -> None:
-        """Begin a journal, or go on with one. Raises ConfigError, saying what has changed, if it is another run's."""
+        """Begin a journal, or go on with one. Raises ConfigError, saying what has changed, if it is another run's, or
+        naming the line that no run can have written."""
         self.journal = journal
         now = {"format": FORMAT, "program": VERSION, "settings": settings_of(config), "config": config.text}
-        begun = journal.of_kind("run")
-        if begun:
-            _refuse_changes(begun[0], now, journal.path)
-        else:
+        if not journal.records:
             journal.append("run", **now, libraries=_libraries())
+            return
+        begun = journal.records[0]
+        if begun["kind"] == "run":
+            _refuse_other_version(begun, now, journal.path)
+        damaged = 1 if begun["kind"] != "run" or not _is_sound("run", begun) else None
+        if damaged is None:
+            _refuse_changes(begun, now, journal.path)
+            damaged = _first_damaged(journal.records, config)
+        if damaged is not None:
+            raise ConfigError(f"{journal.path}: line {damaged} is damaged; begin again with --restart")
 
     @property
     def count(self) -> int:
@@ -136,15 +145,19 @@ def read_recipe(path: Path) -> Record:
     """A recipe of this version. Raises ConfigError if it is none."""
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(recipe, ensure_ascii=False, allow_nan=False).encode()  # as it will be written into the output
         sound = all(isinstance(recipe[key], kind) for key, kind in _PARTS.items())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; a recipe is the {RECIPE_FILE} of an output") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise ConfigError(f"{path}: not a recipe; it is the {RECIPE_FILE} of an output")
     if recipe["format"] != FORMAT:
         raise ConfigError(f"{path}: a recipe of format {recipe['format']}, this program reads format {FORMAT}")
+    problem = _recipe_problem(recipe)
+    if problem:
+        raise ConfigError(f"{path}: damaged, {problem}; take the {RECIPE_FILE} of the output once more")
     return recipe
 
 
@@ -157,6 +170,106 @@ def is_finished(config: Config, output: Path) -> bool:
 
 
 _PARTS = {"format": int, "settings": dict, "sources": list, "decisions": list, "dtype": str, "device": str}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was read is not what was written: a disk or an editor may have changed it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+def _are_scores(value: Any) -> bool:
+    return isinstance(value, list) and all(item is None or _is_number(item) for item in value)
+
+
+_is_text, _is_text_or_none = _is(str), _is(str, type(None))
+
+# By kind of record, each key that is read again, and what its value must be.
+_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "run": {"settings": _is(dict), "libraries": _is(dict), "config": _is_text},
+    "source": {"number": _is_count, "name": _is_text, "text": _is_text, "where": _is_text, "fingerprint": _is(dict)},
+    "start": {"log_probabilities": _are_scores, "weights": _are_numbers},
+    "decision": {
+        "candidate": _is_count,
+        "model": _is_text,
+        "layer": lambda value: value is None or _is_count(value),
+        "method": lambda value: value in METHODS,
+        "ratio": lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
+        "before": _is(int, float),
+        "after": _is(int, float),
+        "log_probabilities": _are_scores,
+        "warning": _is_text_or_none,
+        "note": _is_text_or_none,
+        "seconds": _is_number,
+    },
+    "candidate": {"number": _is_count, "log_probabilities": _are_scores, "failure": _is_text_or_none},
+}
+
+
+def _is_sound(kind: str, record: Any) -> bool:
+    """Whether a record has all that is read of its kind."""
+    return isinstance(record, Mapping) and all(
+        key in record and check(record[key]) for key, check in _FIELDS.get(kind, {}).items()
+    )
+
+
+def _first_damaged(records: Sequence[Record], config: Config) -> int | None:
+    """The line of a journal's first record that a run of this configuration can't have written there."""
+    methods, pairs = config.merge_method, len(config.pairs)
+    sources: set[int] = set()
+    counts: dict[int, int] = {}  # decisions of each candidate
+    begun = False
+    for line, record in enumerate(records, start=1):
+        kind = record["kind"]
+        sound = _is_sound(kind, record)
+        sound = sound and all(len(record[key]) == pairs for key in ("log_probabilities", "weights") if key in record)
+        if sound and kind == "source":
+            sources.add(record["number"])
+        elif sound and kind == "decision":
+            count = counts[record["candidate"]] = counts.get(record["candidate"], 0) + 1
+            due = (count - 1) // len(methods), methods[(count - 1) % len(methods)]
+            sound = begun and record["candidate"] in sources
+            sound = sound and (record["layer"], record["method"]) in (due, (None, "lerp"))
+        begun = begun or kind == "start"
+        if not sound:
+            return line
+    return None
+
+
+def _recipe_problem(recipe: Mapping[str, Any]) -> str | None:
+    """What keeps a recipe from being carried out, if anything does."""
+    settings, dtypes = recipe["settings"], DTYPES[1:]
+    for kind in ("source", "decision"):
+        for number, record in enumerate(recipe[f"{kind}s"], start=1):
+            if not _is_sound(kind, record):
+                return f"its {kind} {number} is none"
+    if [source["number"] for source in recipe["sources"]] != list(range(len(recipe["sources"]))) or not recipe[
+        "sources"
+    ]:
+        return "its sources are not numbered from 0"
+    if any(not 0 < decision["candidate"] < len(recipe["sources"]) for decision in recipe["decisions"]):
+        return "a decision is on no source"
+    if recipe["dtype"] not in dtypes or recipe.get("saved_dtype") not in (None, *dtypes):
+        return "its dtypes are none"
+    if not _is_count(settings.get("random_seed")) or not isinstance(settings.get("trust_remote_code"), bool):
+        return "its settings are none"
+    return None if isinstance(recipe.get("config"), str) else "its config is missing"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,15 +315,20 @@ def _libraries() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _refuse_changes(begun: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    hint = "use what it was begun with, or begin again with --restart"
+_HINT = "use what it was begun with, or begin again with --restart"
+
+
+def _refuse_other_version(begun: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     for key, what in (("format", "another version of journals"), ("program", "Merge Monster")):
         if begun.get(key) != now[key]:
-            raise ConfigError(f"{path} was begun by {what} {begun.get(key)}, this is {now[key]}; {hint}")
+            raise ConfigError(f"{path} was begun by {what} {begun.get(key)}, this is {now[key]}; {_HINT}")
+
+
+def _refuse_changes(begun: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     changed = sorted(key for key in now["settings"] if begun["settings"].get(key) != now["settings"][key])
     if changed:
         details = "; ".join(_change(key, begun["settings"].get(key), now["settings"][key]) for key in changed)
-        raise ConfigError(f"the configuration has changed since {path} was begun: {details}; {hint}")
+        raise ConfigError(f"the configuration has changed since {path} was begun: {details}; {_HINT}")
 
 
 def _change(key: str, before: Any, after: Any) -> str:

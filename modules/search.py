@@ -57,17 +57,27 @@ class Merger:
         self._space: Tensors | None = None  # where merges are made, one layer's worth
 
     def repeat(self, candidate: Candidate, done: Sequence[Decision]) -> None:
-        """Carry out decisions that were taken on a candidate."""
-        for decision in done:
-            if decision.ratio is None:
-                continue
-            if decision.layer is None:
-                theirs, _ = aligned_header(self.model, self.tokenizer, candidate, self.trust_remote_code)
-                self._install(self.model.header(), theirs, decision.method, decision.ratio)
-            else:
-                part = self.model.layer(decision.layer)
-                theirs = part.adopt(candidate.read(part.tensors), candidate.name)
-                self._install(part, theirs, decision.method, decision.ratio)
+        """Carry out decisions that were taken on a candidate.
+
+        Raises ConfigError if the models are not such that they could have been taken.
+        """
+        try:
+            for decision in done:
+                if decision.ratio is not None:
+                    self._carry_out(candidate, decision.layer, decision.method, decision.ratio)
+        except (BrokenWeights, HeaderSkipped, IndexError) as error:
+            raise ConfigError(f"what was decided on {candidate.name} can't be carried out: {error}") from None
+
+    def _carry_out(self, candidate: Candidate, layer: int | None, method: str, ratio: float) -> None:
+        if layer is None:
+            part = self.model.header()
+            theirs, _ = aligned_header(self.model, self.tokenizer, candidate, self.trust_remote_code)
+        elif layer < len(self.model.layers):
+            part = self.model.layer(layer)
+            theirs = part.adopt(candidate.read(part.tensors), candidate.name)
+        else:
+            raise IndexError(f"the base has {len(self.model.layers)} layers, and no number {layer + 1}")
+        self._install(part, theirs, method, ratio)
 
     def _install(self, part: Part, theirs: Tensors, method: str, ratio: float) -> None:
         self._space = out = part.space(self._space)

@@ -43,11 +43,20 @@ class Source:
 
 def parse_location(text: str) -> Location | None:
     """A folder that is there or, failing that, a text with the form of an id of the hub; None if it is neither."""
-    folder = Path(text).expanduser()
-    if text and folder.is_dir():
+    folder = _folder(text)
+    if folder is not None:
         return Location(text, folder)
     hub_id = _HUB_ID.fullmatch(text)
     return Location(text, None, hub_id["repo"], hub_id["revision"]) if hub_id else None
+
+
+def _folder(text: str) -> Path | None:
+    """The folder of this name; None if there is none, or the text can't be the name of one."""
+    try:
+        folder = Path(text).expanduser()
+        return folder if text and folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, an unknown user
+        return None
 
 
 def parse_source(text: str) -> Source | None:

@@ -42,8 +42,11 @@ def choose(strategy: str, current: Scores, trials: Sequence[Scores], threshold: 
 
 
 def total(values: Scores) -> float:
-    """The sum of all scores, exact to the last digit whatever their order."""
-    return math.fsum(values)
+    """The sum of all scores, exact to the last digit whatever their order; infinite if it is too large for a number."""
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
 
 
 # Each rank is None where a strategy rejects the trial, else a tuple: the smallest wins.

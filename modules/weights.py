@@ -95,20 +95,24 @@ def weight_files(folder: Path, names: Collection[str]) -> list[str]:
         if single in names:
             return [single]
         if index in names:
-            return _indexed(folder, index, names)
+            return _indexed(folder, index, names, Path(single).suffix)
     looked_for = ", ".join(name for form in _FORMATS for name in form)
     raise ConfigError(f"{folder}: no weights here; looked for {looked_for}")
 
 
-def _indexed(folder: Path, index: str, names: Collection[str]) -> list[str]:
+def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> list[str]:
+    """The shards that an index names. suffix: of every one of them; under any other, a shard could take the
+    place of another file when the model is written again."""
     try:
         weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{folder / index}: not a valid index of shards") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise ConfigError(f"{folder / index}: '{file}' is not a plain file name")
+        if not file.endswith(suffix):
+            raise ConfigError(f"{folder / index}: '{file}' is no {suffix} file")
         if file not in names:
             raise ConfigError(f"{folder}: the shard {file} is missing")
     return files

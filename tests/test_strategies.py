@@ -78,3 +78,11 @@ def test_the_total_is_the_mean_over_layers_and_header():
     assert shares == pytest.approx({"base": 1.4 / 3, "a": 0.2, "b": 1 / 3})
     assert list(shares) == ["base", "b", "a"]
     assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_a_total_too_large_for_a_number_never_wins():
+    huge = [1.7e308, 1.7e308]
+    assert total(huge) == math.inf
+    for strategy in ("cumulative", "all_phrases", "quantitive"):
+        assert choose(strategy, [1.0, 1.0], [huge, [0.5, 0.5]]) == 1
+    assert choose("cumulative", [1.0, 1.0], [huge]) is None
