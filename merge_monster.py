@@ -55,7 +55,8 @@ def replay(console: Console, options: argparse.Namespace) -> int:
     from modules.replay import Replay, replay_recipe
 
     elsewhere = dict(options.source or [])
-    asked = Replay(options.replay, Path(options.output), elsewhere, options.device, options.overwrite)
+    trust = options.trust_remote_code
+    asked = Replay(options.replay, Path(options.output), elsewhere, options.device, options.overwrite, trust)
     left = f"Nothing was written to {options.output}."
     return exit_code(lambda: replay_recipe(asked, console), console, lambda: left)
 
@@ -84,14 +85,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--source", metavar="NAME=PATH", type=_named_path, action="append", help="where a recipe's source lies now"
     )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let a recipe that was made so run code that its models bring"
+    )
     parser.add_argument("--version", action="version", version=f"Merge Monster {VERSION}")
     options = parser.parse_args(arguments)
     if options.replay and not options.output:
         parser.error("--replay needs --output, the directory for the model")
     if options.source and not options.replay:
         parser.error("--source goes with --replay")
-    if options.replay and (options.resume or options.restart):
-        parser.error("--replay begins at the beginning; --resume and --restart are for a search")
+    if options.trust_remote_code and not options.replay:
+        parser.error("--trust-remote-code goes with --replay; for a search it is a key of the YAML file")
+    if options.replay and (options.resume or options.restart or options.dry_run):
+        parser.error("--replay begins at the beginning; --resume, --restart and --dry-run are for a search")
     return options
 
 

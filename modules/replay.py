@@ -31,6 +31,7 @@ class Replay:
     elsewhere: Mapping[str, str]  # a source's name in the recipe -> where it lies now
     device: str | None = None  # the recipe's own, if None and if it is there
     overwrite: bool = False
+    trust_remote_code: bool = False  # whether a recipe may have code run that its models bring along
 
 
 def replay_recipe(asked: Replay, console: Console) -> None:
@@ -41,6 +42,11 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     recipe = read_recipe(asked.recipe)
     console.line(BANNER)
     console.timed(f"THE MERGE MONSTER REMEMBERS {asked.recipe}")
+    if recipe["settings"]["trust_remote_code"] and not asked.trust_remote_code:
+        raise ConfigError(
+            f"{asked.recipe}: was made with trust_remote_code: Python code that its models bring along would be run; "
+            "if you trust them, add --trust-remote-code"
+        )
     base_source, *sources = _needed_sources(recipe)
     config = _configuration(asked, recipe, [base_source, *sources])
     prepare_libraries(config.random_seed)
@@ -58,7 +64,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         ahead.wait(0)
         compare_fingerprints(base_source, base, "since the recipe was written")
         console.lines(_other_device(recipe, config.device))
-        model = load_model(base, config.device, recipe["saved_dtype"] or "auto", compute=recipe["dtype"])
+        model = load_model(base, config.device, recipe.get("saved_dtype") or "auto", compute=recipe["dtype"])
         merger = Merger(model, load_tokenizer(base.path, config.trust_remote_code), config.trust_remote_code)
         for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
             ahead.wait(number)

@@ -508,6 +508,16 @@ def test_sources_that_are_others(place, models, whole, capsys):
     assert not (place / "again").exists() and not (place / "again.partial").exists()
 
 
+def test_decisions_that_can_not_be_carried_out(place, models, whole, capsys):
+    recipe = json.loads((whole / RECIPE).read_text())
+    next(d for d in recipe["decisions"] if d["ratio"] is not None and d["layer"] is not None)["layer"] = 7
+    (place / "recipe.json").write_text(json.dumps(recipe))
+    assert replay(place / "recipe.json", place / "again") == 2
+    error = capsys.readouterr().err
+    assert "can't be carried out: the base has 3 layers, and no number 8" in error and "Traceback" not in error
+    assert not (place / "again").exists() and not (place / "again.partial").exists()
+
+
 def test_what_is_no_recipe(place, models, whole, capsys):
     recipe = json.loads((whole / RECIPE).read_text())
     for content, words in (
@@ -524,6 +534,16 @@ def test_what_is_no_recipe(place, models, whole, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
+def test_a_recipe_does_not_decide_that_code_is_run(place, whole, capsys):
+    recipe = json.loads((whole / RECIPE).read_text())
+    recipe["settings"]["trust_remote_code"] = True
+    (place / "recipe.json").write_text(json.dumps(recipe))
+    assert replay(place / "recipe.json", place / "again") == 2
+    assert "if you trust them, add --trust-remote-code" in capsys.readouterr().err
+    assert not (place / "again").exists()
+    assert replay(place / "recipe.json", place / "again", "--trust-remote-code") == 0
+
+
 def test_a_recipe_does_not_overwrite(place, whole, capsys):
     (place / "again").mkdir()
     (place / "again/mine.txt").write_text("mine")
@@ -538,6 +558,8 @@ def test_a_recipe_does_not_overwrite(place, whole, capsys):
         (["--replay", "x"], "--replay needs --output"),
         (["--source", "a=b"], "--source goes with --replay"),
         (["--replay", "x", "--output", "y", "--resume"], "are for a search"),
+        (["--replay", "x", "--output", "y", "--dry-run"], "are for a search"),
+        (["--trust-remote-code"], "--trust-remote-code goes with --replay"),
         (["--replay", "x", "--output", "y", "--source", "a"], "expected NAME=PATH"),
         (["--resume", "--restart"], "not allowed with argument"),
     ],
