@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 test: $(VENV)/tested-with
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/installed $(VENV)/tested-with
 	$(RUN) benchmarks/bench_merge.py
