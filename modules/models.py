@@ -256,8 +256,8 @@ class ResidentModel:
         written: set[int] = set()
         ready = self.checkpoint.read([name for name in stored_names if not self._layout.module_names(name)])
         for stored in stored_names:
+            names = self._layout.module_names(stored)
             if stored not in ready:
-                names = self._layout.module_names(stored)
                 ready.update(self._layout.store(names, {name: self._state[name].detach() for name in names}))
             dtype = self.checkpoint.tensors[stored].dtype
             if dtype.is_floating_point and self.saved_dtype is not None:

@@ -170,6 +170,19 @@ def test_the_output_is_the_mixture_that_the_log_tells(place, models):
     assert all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
 
 
+def test_tensors_that_the_model_has_no_use_for_are_saved_as_they_are(place):
+    """Wherever they stand in their file, and whatever they hold: they are the base's own."""
+    models = make_models(place)
+    tensors = load_file(models[0] / "model.safetensors")
+    # A file's tensors are sorted by size and name: the first is larger than all others, the last smaller.
+    more = {"a_large_one": torch.full((500, 64), torch.nan), "z.small": torch.full((1,), torch.inf)}
+    save_file({**more, **tensors}, models[0] / "model.safetensors", metadata={"format": "pt"})
+    assert merge(place, models) == 0
+    saved = load_file(place / "out/model.safetensors")
+    assert all(torch.equal(saved[name].nan_to_num(7.0), tensor.nan_to_num(7.0)) for name, tensor in more.items())
+    assert stored(place / "out") == stored(models[0])
+
+
 def test_a_tied_head_that_is_stored_beside_its_embedding(place):
     models = make_models(place, tied=True)
     tensors = load_file(models[0] / "model.safetensors")
