@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from modules.checkpoints import ADAPTER_SETTINGS, Checkpoint
-from modules.config import ConfigError
+from modules.config import ConfigError, is_number
 from modules.layouts import Layout
 from modules.weights import CheckpointError, Fingerprint, TensorInfo, fingerprint, read_headers, read_tensors
 
@@ -79,7 +79,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         alphas = [settings.get("lora_alpha", 8), *(settings.get("alpha_pattern") or {}).values()]
         for pattern in settings.get("alpha_pattern") or {}:
             re.compile(pattern)
-        valid = all(map(_is_number, alphas)) and isinstance(settings.get("use_rslora", False), bool)
+        valid = all(map(is_number, alphas)) and isinstance(settings.get("use_rslora", False), bool)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError, re.error):
         valid = False
     if not valid:
@@ -90,10 +90,6 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path}: {problem} can't be applied while streaming; merge it into its model with PEFT first"
         )
     return settings
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _refusal(settings: Mapping[str, Any]) -> str | None:

@@ -5,8 +5,8 @@ Refuses to know: torch, models, tokenizers. It must answer a typo in under a sec
 """
 
 import difflib
-import math
 import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -259,10 +259,14 @@ def _boolean(value: Any) -> bool:
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value from YAML or JSON is a finite number that a float can hold; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _number(low: float, high: float, what: str) -> Check:
     def check(value: Any) -> float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not (low <= value <= high) or not math.isfinite(value):
+        if not is_number(value) or not low <= value <= high:
             raise _Invalid(f"expected {what}")
         return float(value)
 

@@ -6,7 +6,6 @@ Knows: what each record holds. Refuses to know: how a decision is taken or carri
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ import transformers
 
 from modules.checkpoints import Checkpoint
 from modules.composition import Shares
-from modules.config import DTYPES, METHODS, VERSION, Config, ConfigError, Pair
+from modules.config import DTYPES, METHODS, VERSION, Config, ConfigError, Pair, is_number
 from modules.journal import Journal, Record
 from modules.search import Decision
 from modules.strategies import probability, scores, total
@@ -185,17 +184,12 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max
-
-
 def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
+    return isinstance(value, list) and all(map(is_number, value))
 
 
 def _are_scores(value: Any) -> bool:
-    return isinstance(value, list) and all(item is None or _is_number(item) for item in value)
+    return isinstance(value, list) and all(item is None or is_number(item) for item in value)
 
 
 _is_text, _is_text_or_none = _is(str), _is(str, type(None))
@@ -210,13 +204,13 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "model": _is_text,
         "layer": lambda value: value is None or _is_count(value),
         "method": lambda value: value in METHODS,
-        "ratio": lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
+        "ratio": lambda value: value is None or (is_number(value) and 0 <= value <= 1),
         "before": _is(int, float),
         "after": _is(int, float),
         "log_probabilities": _are_scores,
         "warning": _is_text_or_none,
         "note": _is_text_or_none,
-        "seconds": _is_number,
+        "seconds": is_number,
     },
     "candidate": {"number": _is_count, "log_probabilities": _are_scores, "failure": _is_text_or_none},
 }

@@ -263,6 +263,11 @@ def test_broken_adapters(place, bases, capsys):
             ("adapter_config.json", b"[]", "not the settings of an adapter"),
             ("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": "x"}', "not the settings of an adapter"),
             ("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": NaN}', "not the settings of an adapter"),
+            (
+                "adapter_config.json",
+                b'{"peft_type": "LORA", "lora_alpha": 1' + b"0" * 400 + b"}",
+                "not the settings of",
+            ),
             ("adapter_config.json", b'{"peft_type": "LORA", "alpha_pattern": {"q": null}}', "not the settings of an"),
             ("adapter_config.json", b'{"peft_type": "LORA", "use_rslora": "false"}', "not the settings of an adapter"),
             (
