@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from modules.adapters import Adapted, Adapter, apply_adapter
 from modules.checkpoints import Checkpoint
 from modules.config import ConfigError
-from modules.hub import Job, Repository
+from modules.hub import Repository
 from modules.layouts import Layout
 from modules.models import find_layers, input_first_weights
 
@@ -41,11 +41,6 @@ class Candidate:
     def name(self) -> str:
         """What reports call it."""
         return self.checkpoint.name
-
-    @property
-    def job(self) -> Job:
-        """The files that must be there before it can be read."""
-        return Job(self.name, self.checkpoint.repository, self.checkpoint.files)
 
     @property
     def tokenizer_path(self) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from modules.config import Config, ConfigError
-from modules.hub import Repository, find
+from modules.hub import Job, Repository, find
 from modules.outputs import partial_folder
 from modules.sources import Location, Source, parse_source
 from modules.weights import (
@@ -25,6 +25,7 @@ from modules.weights import (
     Fingerprint,
     Held,
     TensorInfo,
+    dtype_name,
     fingerprint,
     first_line,
     index_file,
@@ -56,6 +57,11 @@ class Checkpoint:
     def files(self) -> tuple[str, ...]:
         """The names of its weight files."""
         return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    @property
+    def job(self) -> Job:
+        """The files that must be there before it can be read."""
+        return Job(self.name, self.repository, self.files)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -252,5 +258,5 @@ def copy_companions(source: Path, folder: Path, dtype: torch.dtype | None) -> No
 
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(dtype)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + os.linesep, encoding="utf-8")

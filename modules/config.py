@@ -238,11 +238,7 @@ def _candidate(value: Any) -> str:
 
 def _model_named(value: Any, parse: Callable[[str], object], form: str) -> str:
     path = _path(value)
-    try:
-        known = parse(value)
-    except (OSError, ValueError, RuntimeError):  # a part of it is no usable path
-        known = None
-    if not known:
+    if parse(value) is None:
         of_demo = path.parts[:2] == ("demo", "models")
         hint = "python demo/make_models.py makes it" if of_demo else f"a model of the hub is written {form}"
         raise _Invalid(f"no such folder; {hint}")

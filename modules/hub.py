@@ -375,10 +375,16 @@ def _union(groups: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
     return {file: size for group in groups for file, size in group.items()}
 
 
+def cache_folder() -> Path:
+    """Where the hub's files are kept, or the nearest folder above it that is there already."""
+    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    return next(path for path in (cache, *cache.parents) if path.exists())
+
+
 def check_space(jobs: Sequence[Job], keep: bool) -> None:
     """Raise ConfigError if the cache's disk is too small for the jobs."""
-    needed, cache = bytes_needed(jobs, keep), Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(path for path in (cache, *cache.resolve().parents) if path.exists())).free
+    needed, cache = bytes_needed(jobs, keep), constants.HF_HUB_CACHE
+    free = shutil.disk_usage(cache_folder()).free
     if needed > free:
         hint = "make room, or set HF_HOME to a folder on a larger disk"
         hint += ", or keep_downloads: false" if keep and len(jobs) > 2 else ""

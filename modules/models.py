@@ -22,7 +22,7 @@ from modules.checkpoints import Checkpoint, copy_companions
 from modules.config import ConfigError
 from modules.layouts import Layout, Tensors
 from modules.merging import merge
-from modules.weights import CheckpointError, first_line, write_shards, written_name
+from modules.weights import CheckpointError, dtype_name, first_line, write_shards, written_name
 
 
 class BrokenWeights(Exception):
@@ -58,7 +58,7 @@ class Part:
             for dtype in (ours.dtype, self.saved_dtypes[name]):
                 if max(-low, high) > torch.finfo(dtype).max:
                     raise CheckpointError(
-                        f"{source}: {name} reaches {max(-low, high):.4g}, too large for {_name(dtype)}; "
+                        f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}; "
                         f"set dtype: {'bfloat16' if dtype == torch.float16 else 'float32'}"
                     )
             adopted[name] = theirs[name].to(ours.device, ours.dtype)
@@ -117,13 +117,13 @@ class ResidentModel:
 
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device and dtype for the summary."""
-        saved = f", saved as {_name(self.saved_dtype or self.checkpoint.main_dtype())}" if saving else ""
-        return {"Device": self.device, "Dtype": _name(self.dtype) + saved}
+        saved = f", saved as {dtype_name(self.saved_dtype or self.checkpoint.main_dtype())}" if saving else ""
+        return {"Device": self.device, "Dtype": dtype_name(self.dtype) + saved}
 
     def dtypes(self) -> dict[str, str | None]:
         """The same for the recipe; saved_dtype None: what the checkpoint stores, tensor by tensor."""
-        saved = None if self.saved_dtype is None else _name(self.saved_dtype)
-        return {"device": str(self.device), "dtype": _name(self.dtype), "saved_dtype": saved}
+        saved = None if self.saved_dtype is None else dtype_name(self.saved_dtype)
+        return {"device": str(self.device), "dtype": dtype_name(self.dtype), "saved_dtype": saved}
 
     @property
     def device(self) -> torch.device:
@@ -227,7 +227,7 @@ class ResidentModel:
                 raise ConfigError(f"{self.checkpoint.path}: {name} is stored as {dtype}, not as a floating-point type")
         mixed = [name for name in self._layout if len(self._layout.dtypes(name)) > 1]
         if mixed and self.saved_dtype is None:
-            kinds = " and ".join(sorted(_name(dtype) for dtype in self._layout.dtypes(mixed[0])))
+            kinds = " and ".join(sorted(dtype_name(dtype) for dtype in self._layout.dtypes(mixed[0])))
             raise ConfigError(f"{self.checkpoint.path}: {mixed[0]} is stored as {kinds}; set dtype to one of them")
         return {name: other for name, other in found.items() if other is not None}
 
@@ -238,7 +238,7 @@ class ResidentModel:
                 stored = self._layout.load([self._stored_as[name]], self.checkpoint.read).popitem()[1]
                 if _is_finite(stored):
                     raise ConfigError(
-                        f"{self.checkpoint.path}: {name} overflows in {_name(tensor.dtype)}; set dtype: bfloat16"
+                        f"{self.checkpoint.path}: {name} overflows in {dtype_name(tensor.dtype)}; set dtype: bfloat16"
                     )
                 raise ConfigError(f"{self.checkpoint.path}: {name} holds NaN or infinite values; it can't be merged")
 
@@ -417,7 +417,3 @@ def _as_list(ids: int | list[int]) -> list[int]:
 
 def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return tensor.shape, tensor.dtype, tensor.device
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -40,8 +40,14 @@ class Models:
 
     base: Checkpoint
     base_where: str  # see Found.where
+    module: PreTrainedModel  # the base's, without weights
     candidates: list[Candidate]
     notes: list[str]  # lines for the person at the terminal
+
+    @property
+    def jobs(self) -> list[Job]:
+        """What must be fetched before the base can be loaded, then before each candidate can be searched."""
+        return [self.base.job, *(candidate.checkpoint.job for candidate in self.candidates)]
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ def open_models(config: Config, overwrite: bool, fetch: Fetch) -> Models:
     return Models(
         base,
         found[base_location].where,
+        module,
         candidates,
         notes + base.notes + [note for c in candidates for note in (*c.notes, *c.checkpoint.notes)],
     )

@@ -14,21 +14,20 @@ from pathlib import Path
 
 import psutil
 import torch
-from huggingface_hub import constants
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from modules.candidates import Candidate
 from modules.checkpoints import Checkpoint, load_tokenizer, small_files
 from modules.config import Config, ConfigError
-from modules.hub import Job
+from modules.hub import bytes_needed, cache_folder
 from modules.merging import ratios_for
-from modules.models import find_layers, resolve_device, resolve_dtype, without_weights
+from modules.models import find_layers, resolve_device, resolve_dtype
 from modules.opening import Models
 from modules.outputs import partial_folder
 from modules.phrases import build_packs, encode_pairs
 from modules.probability import HEAD_BUDGET, TOKEN_BUDGET
-from modules.weights import local_files
+from modules.weights import dtype_name, local_files
 
 # On a disk: what an index, the headers of shards and rounding up to blocks may take beyond the tensors.
 MARGIN = 0.01
@@ -155,7 +154,7 @@ def plan_run(config: Config, models: Models) -> Plan:
     base = models.base
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, base.main_dtype(), device)
-    module = without_weights(base, config.trust_remote_code)
+    module = models.module
     sizes = sizes_of(module)
     tokenizer = load_tokenizer(base.path, config.trust_remote_code)
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
@@ -245,18 +244,14 @@ def _disk(config: Config, models: Models, module: PreTrainedModel, dtype: torch.
     saved = None if config.dtype == "auto" else dtype
     local = {name: (base.path / name).stat().st_size for name in local_files(base.path)}
     beside = [local[name] for name in small_files(local)]
-    of_base = Job(base.name, base.repository, base.files).sizes
-    downloads = dict(of_base)  # by file: several adapters may need the same model
-    for candidate in models.candidates:
-        downloads.update(candidate.job.sizes)
     return Disk(
         base=_stored_bytes(base, None),
         candidates=tuple((one.name, _bytes_read(one, module, config.merge_headers)) for one in models.candidates),
         output=_stored_bytes(base, saved) + sum(beside),
         output_files=len(base.files) + len(beside),
-        downloads=sum(downloads.values()),
+        downloads=bytes_needed(models.jobs, keep=True),
         # Searched candidates are removed again if they are not to be kept; the base is needed to the end.
-        downloads_kept=sum((downloads if config.keep_downloads else of_base).values()),
+        downloads_kept=bytes_needed(models.jobs if config.keep_downloads else [base.job], keep=True),
     )
 
 
@@ -362,12 +357,6 @@ def _writing_problems(plan: Plan, room: Room) -> list[str]:
     return problems
 
 
-def cache_folder() -> Path:
-    """Where the hub's files are kept, or the nearest folder above it that is there already."""
-    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
-    return next(path for path in (cache, *cache.parents) if path.exists())
-
-
 def _same_disk(one: Path, other: Path) -> bool:
     return one.stat().st_dev == other.stat().st_dev
 
@@ -386,7 +375,7 @@ def _memory_problems(plan: Plan, room: Room) -> list[str]:
     if plan.dtype == torch.float32:
         advice.append("set dtype: bfloat16, which takes half")
     advice.append("choose a device with more memory" if plan.device.type == "cuda" else "use a machine with more")
-    what = f"the base ({in_memory(memory.base)} in {_name(plan.dtype)}) and {beside}"
+    what = f"the base ({in_memory(memory.base)} in {dtype_name(plan.dtype)}) and {beside}"
     free = f"{in_memory(room.memory)} free, {in_memory(memory.held)} are needed"
     return [f"{what} don't fit into the memory of {plan.device}, which has {free}: {', or '.join(advice)}"]
 
@@ -414,7 +403,3 @@ def on_disk(count: int) -> str:
 def in_memory(count: int) -> str:
     """Bytes as memory is counted: GiB, or MiB where that would say little."""
     return f"{count / 2**30:,.2f} GiB" if count >= 1e8 else f"{count / 2**20:,.2f} MiB"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,13 +11,13 @@ from pathlib import Path
 from modules.checkpoints import load_tokenizer
 from modules.config import Config, ConfigError, Directories
 from modules.console import BANNER, Console
-from modules.hub import Ahead, Job, check_space
+from modules.hub import Ahead, check_space
 from modules.journal import Record
 from modules.models import load_model, present_devices
 from modules.opening import open_models
-from modules.outputs import SETTINGS_FILE, unfinished_output
+from modules.outputs import unfinished_output
 from modules.record import compare_fingerprints, decision_of, read_recipe, write_recipe
-from modules.run import begin_download, fetch_now, prepare_libraries
+from modules.run import begin_download, fetch_now, prepare_libraries, save
 from modules.search import Merger
 from modules.sources import parse_source
 
@@ -55,11 +55,10 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     base, candidates = models.base, models.candidates
     if len(candidates) != len(sources):
         raise ConfigError(f"of the recipe's {len(sources)} candidates {len(candidates)} were found")
-    jobs = [Job(base.name, base.repository, base.files), *(candidate.job for candidate in candidates)]
-    check_space(jobs, config.keep_downloads)
+    check_space(models.jobs, config.keep_downloads)
     with (
         unfinished_output(asked.output, resume=False, restart=False) as unfinished,
-        Ahead(jobs, partial(begin_download, console)) as ahead,
+        Ahead(models.jobs, partial(begin_download, console)) as ahead,
     ):
         ahead.wait(0)
         compare_fingerprints(base_source, base, "since the recipe was written")
@@ -73,9 +72,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
             console.timed(f"Candidate {number}/{len(sources)}: {source['name']}, {len(decisions)} merges")
             merger.repeat(candidate, decisions)
             candidate.checkpoint.release()
-        console.timed(f"Saving to {asked.output}")
-        model.save(unfinished.folder)
-        (unfinished.folder / SETTINGS_FILE).write_text(recipe["config"], encoding="utf-8", newline="")
+        save(console, model, unfinished, asked.output, recipe["config"])
         write_recipe(unfinished.folder, recipe)
         unfinished.take_place(asked.output, asked.overwrite)
     console.timed(f"Done. The log is {console.log_path}")

@@ -23,7 +23,7 @@ from modules.forecast import calibrate, estimate, plan_lines
 from modules.hub import Ahead, Bar, Job, Repository, check_space
 from modules.models import ResidentModel, load_model
 from modules.opening import open_models
-from modules.outputs import SETTINGS_FILE, unfinished_output
+from modules.outputs import SETTINGS_FILE, Unfinished, unfinished_output
 from modules.phrases import encode_pairs
 from modules.preflight import check, find_room, plan_run
 from modules.probability import build_scorer
@@ -58,8 +58,7 @@ def merge_models(config: Config, console: Console, options: Options) -> None:
     models = open_models(config, options.overwrite, partial(fetch_now, console))
     console.lines(models.notes)
     base, candidates = models.base, models.candidates
-    jobs = [Job(base.name, base.repository, base.files), *(candidate.job for candidate in candidates)]
-    check_space(jobs, config.keep_downloads)
+    check_space(models.jobs, config.keep_downloads)
     plan = plan_run(config, models)
     room = find_room(plan)
     console.lines([f"WARNING: {warning}" for warning in check(plan, room)])
@@ -70,7 +69,7 @@ def merge_models(config: Config, console: Console, options: Options) -> None:
     clock = Clock()
     with (
         unfinished_output(output, options.resume, options.restart) as unfinished,
-        Ahead(jobs, partial(begin_download, console)) as ahead,
+        Ahead(models.jobs, partial(begin_download, console)) as ahead,
     ):
         record = RunRecord(unfinished.journal, config)
         ahead.wait(0)
@@ -85,9 +84,7 @@ def merge_models(config: Config, console: Console, options: Options) -> None:
         composition = mean_shares(conductor.origins)
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
-        console.timed(f"Saving to {output}")
-        model.save(unfinished.folder)
-        (unfinished.folder / SETTINGS_FILE).write_text(config.text, encoding="utf-8", newline="")
+        save(console, model, unfinished, output, config.text)
         clock.lap("save")
         recipe = record.recipe(
             config.pairs, search.weights, search.log_probabilities, composition, model.dtypes(), clock.seconds
@@ -97,6 +94,13 @@ def merge_models(config: Config, console: Console, options: Options) -> None:
     if not config.keep_downloads:
         remove_downloads(console, [base.repository])
     console.timed(f"Done. The log is {console.log_path}")
+
+
+def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: Path, settings: str) -> None:
+    """Write the model and the text of the settings that made it; `output` is where they will be in the end."""
+    console.timed(f"Saving to {output}")
+    model.save(unfinished.folder)
+    (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 
 
 def prepare_libraries(seed: int) -> None:

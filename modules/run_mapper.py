@@ -16,7 +16,6 @@ from modules.checkpoints import load_tokenizer
 from modules.config import Config, ConfigError, Pair
 from modules.console import Console
 from modules.continuation import build_continuation
-from modules.hub import Job
 from modules.mapping import CompletionTree, Explorer, Standing, standings
 from modules.models import ResidentModel, load_model
 from modules.opening import base_of, find_location, open_base
@@ -44,8 +43,8 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     fetch = partial(fetch_now, console)
     found = find_location(base_of(config))
     console.lines(found.notes())
-    checkpoint = open_base(found, "model", config.trust_remote_code, fetch)
-    fetch(Job(found.location.text, checkpoint.repository, checkpoint.files))
+    checkpoint = open_base(found, found.location.text, config.trust_remote_code, fetch)
+    fetch(checkpoint.job)
     model = load_model(checkpoint, config.device, config.dtype, config.trust_remote_code)
     tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
     spelling = Spelling(tokenizer, model.vocabulary)

@@ -42,13 +42,11 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
-
 # Tensor name -> dtype, torch's or the name that safetensors gives it, and shape.
 Forms = Mapping[str, tuple[Any, tuple[int, ...]]]
 
 # The last file that had to be loaded whole, if there was one, and its tensors.
 Held = dict[Path, dict[str, Tensor]]
-
 
 Fingerprint = dict[str, int | str]  # "size" in bytes, "sha256"
 _BLOCKS, _BLOCK = 64, 1 << 16  # of a large file, how many blocks of how many bytes a fingerprint looks at
@@ -65,6 +63,11 @@ class TensorInfo:
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float16 and so on, as settings and messages have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def local_files(folder: Path) -> list[str]:

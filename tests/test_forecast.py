@@ -17,13 +17,6 @@ from modules.forecast import Estimate, Rates, calibrate
 from modules.preflight import Disk, Memory, Room, Sizes, plan_run
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder of its own to run in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A base and two candidates, float32."""

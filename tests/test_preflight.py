@@ -34,13 +34,6 @@ PLENTY = Room(Path("/"), disk=10**15, files=None, memory=10**15, refusal=None)
 METHODS = ["lerp", "cyclic", "lerp"]  # nothing forbids to try one twice
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder of its own to run in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A base and two candidates, float32."""

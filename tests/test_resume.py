@@ -230,6 +230,14 @@ def start(place, models, *arguments, before=lambda: None, **settings):
     os._exit(code)
 
 
+def wait_until(condition, seconds=60):
+    """Wait for something that a child does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
 def end(child):
     """A child's exit code, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -357,8 +365,7 @@ def test_a_disk_that_is_full_in_the_middle_of_the_search(place, models, whole):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_the_decision(place, models, whole, number):
     child = start(place, models)
-    while read(place / "out.partial" / JOURNAL).count(b'"decision"') < 2:
-        time.sleep(0.005)
+    wait_until(lambda: read(place / "out.partial" / JOURNAL).count(b'"decision"') >= 2)
     os.kill(child, number)
     assert end(child) == 130
     told = (place / "child.txt").read_text()
@@ -372,8 +379,7 @@ def test_a_signal_ends_the_run_after_the_decision(place, models, whole, number):
 
 def test_a_second_signal_ends_the_run_at_once(place, models):
     child = start(place, models, merge_ratios=[number / 20000 for number in range(20000)])
-    while "Candidate 1/2" not in (place / "child.txt").read_text() if (place / "child.txt").exists() else True:
-        time.sleep(0.01)
+    wait_until(lambda: b"Candidate 1/2" in read(place / "child.txt"))
     time.sleep(0.2)
     os.kill(child, signal.SIGINT)
     time.sleep(0.2)
@@ -387,8 +393,7 @@ def test_a_second_signal_ends_the_run_at_once(place, models):
 
 def test_two_runs_into_one_output(place, models, whole, capsys):
     child = start(place, models, merge_ratios=[number / 20000 for number in range(20000)])
-    while not (place / "out.partial" / JOURNAL).exists():
-        time.sleep(0.01)
+    wait_until((place / "out.partial" / JOURNAL).exists)
     time.sleep(0.1)
     for arguments in ([], ["--resume"], ["--restart"]):
         assert merge(place, models, *arguments) == 2
