@@ -10,8 +10,9 @@ an adapter may hold besides are whole tensors that take the place of the model's
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ from torch import Tensor
 from modules.checkpoints import ADAPTER_SETTINGS, Checkpoint
 from modules.config import ConfigError, is_number
 from modules.layouts import Layout
-from modules.weights import CheckpointError, Fingerprint, TensorInfo, fingerprint, read_headers, read_tensors
+from modules.weights import (
+    CheckpointError,
+    Fingerprint,
+    Room,
+    TensorInfo,
+    fingerprint,
+    fresh,
+    read_headers,
+    stream_tensors,
+)
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # safetensors win
 
@@ -69,7 +79,7 @@ class Adapter:
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """Some of the adapter's own tensors, on the CPU. Raises CheckpointError if a file can't be read."""
-        return read_tensors(self.path / self.tensors[next(iter(names))].file, names) if names else {}
+        return dict(stream_tensors(self.path / self.tensors[next(iter(names))].file, names)) if names else {}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -185,17 +195,16 @@ class Adapted(Checkpoint):
         files = {ADAPTER_SETTINGS, *(info.file for info in self.adapter.tensors.values())}
         return super().fingerprint() | {file: fingerprint(self.adapter.path / file) for file in sorted(files)}
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def stream(self, names: Iterable[str], room: Room = fresh) -> Iterator[tuple[str, Tensor]]:
         """The named tensors with the adapter applied, on the CPU. Raises CheckpointError if a file can't be read."""
         names = list(names)
         whole = {name: self.adapter.whole[name] for name in names if name in self.adapter.whole}
         products = {name: self.adapter.products[name] for name in names if name in self.adapter.products}
-        tensors = super().read([name for name in names if name not in whole])
         own = self.adapter.read({*whole.values(), *(side for p in products.values() for side in (p.a, p.b))})
-        tensors.update({name: own[stored] for name, stored in whole.items()})
-        for name, product in products.items():
-            tensors[name] = _sum(tensors[name], own[product.a], own[product.b], product)
-        return tensors
+        ready = ((name, own[stored]) for name, stored in whole.items())
+        for name, weight in chain(ready, super().stream([name for name in names if name not in whole], room)):
+            product = products.get(name)
+            yield name, _sum(weight, own[product.a], own[product.b], product) if product else weight
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:

@@ -5,6 +5,7 @@ Knows: configurations, shapes, stored names. Refuses to know: devices, scores, w
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from modules.config import ConfigError
 from modules.hub import Repository
 from modules.layouts import Layout
 from modules.models import find_layers, input_first_weights
+from modules.weights import Room, fresh
 
 _MUST_AGREE = {
     "model_type": "architecture",
@@ -47,12 +49,18 @@ class Candidate:
         """The folder that has its tokenizer, if it has any."""
         return self.checkpoint.tokenizer_path
 
-    def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        """The named tensors on the CPU, in their stored dtype; those that it lacks are absent.
+    def stream(self, names: Collection[str], room: Room = fresh) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors on the CPU, in their stored dtype, each as soon as it is read; those that it lacks are
+        absent.
 
-        Raises CheckpointError if a file can't be read.
+        room: where tensors are read into, if they need not be made. Raises CheckpointError if a file can't be read.
         """
-        return self.layout.load([name for name in names if name in self.layout], self.checkpoint.read)
+        present = [name for name in names if name in self.layout]
+        return self.layout.stream(present, partial(self.checkpoint.stream, room=room))
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The same, all together and in the order of the names."""
+        return self.layout.load([name for name in names if name in self.layout], self.checkpoint.stream)
 
 
 def open_candidate(

@@ -6,7 +6,7 @@ Knows: folders, config.json, tokenizers, which files a model needs. Refuses to k
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,14 +24,16 @@ from modules.weights import (
     CheckpointError,
     Fingerprint,
     Held,
+    Room,
     TensorInfo,
     dtype_name,
     fingerprint,
     first_line,
+    fresh,
     index_file,
     local_files,
     read_headers,
-    read_tensors,
+    stream_tensors,
     weight_files,
     whole_files,
 )
@@ -85,19 +87,21 @@ class Checkpoint:
         described = [file for file in _DECISIVE if (self.path / file).is_file()]
         return {file: fingerprint(self.path / file) for file in (*described, *self.files)}
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, on the CPU, in their stored dtype. Raises CheckpointError if a file can't be read.
+    def stream(self, names: Iterable[str], room: Room = fresh) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, on the CPU, in their stored dtype, each as soon as it is read, one file after another.
 
-        A file that can only be loaded whole stays in memory until the next one is, or until `release`.
+        A file that can only be loaded whole stays in memory until the next one is, or until `release`. room: where
+        tensors are read into, if they need not be made. Raises CheckpointError if a file can't be read.
         """
-        return {
-            name: tensor
-            for file, wanted in self.by_file(names).items()
-            for name, tensor in read_tensors(self.path / file, wanted, self._held).items()
-        }
+        for file, wanted in self.by_file(names).items():
+            yield from stream_tensors(self.path / file, wanted, self._held, room)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The same, all together."""
+        return dict(self.stream(names))
 
     def release(self) -> None:
-        """Let go of what `read` keeps in memory: nothing, or one file."""
+        """Let go of what `stream` keeps in memory: nothing, or one file."""
         self._held.clear()
 
     def by_file(self, names: Iterable[str]) -> dict[str, list[str]]:

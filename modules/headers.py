@@ -89,7 +89,7 @@ def aligned_header(
         raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
     alignment = _align(tokenizer, rows, other, their_rows, candidate.name)
     stored = candidate.read(set(sources.values()))
-    theirs = part.adopt({name: stored[source] for name, source in sources.items()}, candidate.name)
+    theirs = part.adopt(((name, stored[source]) for name, source in sources.items()), candidate.name)
     aligned = {name: align_rows(ours, theirs[name], alignment.matches) for name, ours in part.tensors.items()}
     tying = _about_tying(model, candidate, part)
     if alignment.is_plain and not tying:

@@ -7,7 +7,7 @@ architectures rename (GPT-NeoX) or fuse (the experts of Mixtral). The rules are 
 whole model; here they are applied to the few tensors that one layer needs, and backwards when it is saved.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ from modules.config import ConfigError
 from modules.weights import TensorInfo
 
 Tensors = dict[str, Tensor]
-Read = Callable[[Collection[str]], Mapping[str, Tensor]]  # stored names -> tensors
+Read = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]  # stored names -> each with its tensor, in any order
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,24 @@ class Layout:
         """The dtypes of all stored tensors that a module tensor is made of."""
         return {self._stored[source].dtype for source in self._group_of[name].sources}
 
-    def load(self, names: Collection[str], read: Read) -> Tensors:
-        """The named module tensors. `read` is asked once, for all the stored tensors that they are made of."""
+    def stream(self, names: Collection[str], read: Read) -> Iterator[tuple[str, Tensor]]:
+        """The named module tensors, each as soon as all is there that it is made of.
+
+        `read` is asked once, for all the stored tensors that they are made of.
+        """
         groups = {self._group_of[name].name: self._group_of[name] for name in names}
-        stored = dict(read([source for group in groups.values() for source in group.sources]))
-        tensors: Tensors = {}
-        for group in groups.values():
-            tensors.update(group.convert({source: stored.pop(source) for source in group.sources}, self._module))
+        group_of = {source: group for group in groups.values() for source in group.sources}
+        stored: Tensors = {}
+        for source, tensor in read(list(group_of)):
+            stored[source] = tensor
+            group = group_of[source]
+            if all(other in stored for other in group.sources):
+                made = group.convert({other: stored.pop(other) for other in group.sources}, self._module)
+                yield from ((name, value) for name, value in made.items() if name in names)
+
+    def load(self, names: Collection[str], read: Read) -> Tensors:
+        """The named module tensors, all together."""
+        tensors = dict(self.stream(names, read))
         return {name: tensors[name] for name in names}
 
     def stored_name(self, name: str) -> str | None:

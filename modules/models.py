@@ -6,7 +6,7 @@ Layers and header are handed out as Parts: named tensors that can be merged, tri
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +37,11 @@ class Part:
     saved_dtypes: Mapping[str, torch.dtype]  # what each is stored as when the model is saved
     input_axes: Mapping[str, int]  # which axis holds the input features, see merging.merge
 
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where its tensors are; mostly it is one device."""
+        return {tensor.device for tensor in self.tensors.values()}
+
     def space(self, used: Tensors | None = None) -> Tensors:
         """Tensors of the same shapes to merge into; those of another part serve again if they fit."""
         if used is not None and [_form(tensor) for tensor in used.values()] == [
@@ -45,24 +50,27 @@ class Part:
             return dict(zip(self.tensors, used.values(), strict=True))
         return {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
 
-    def adopt(self, theirs: Mapping[str, Tensor], source: str) -> Tensors:
-        """A candidate's tensors on the model's device in its dtype.
+    def adopt(self, theirs: Iterable[tuple[str, Tensor]], source: str) -> Tensors:
+        """A candidate's tensors, which may just be arriving, on the model's device in its dtype.
 
         Raises BrokenWeights if one holds NaN or infinity, CheckpointError if a value does not fit the dtype.
         """
-        adopted = {}
-        for name, ours in self.tensors.items():
-            low, high = (float(bound) for bound in theirs[name].aminmax())
-            if not (-torch.inf < low and high < torch.inf):
-                raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
-            for dtype in (ours.dtype, self.saved_dtypes[name]):
-                if max(-low, high) > torch.finfo(dtype).max:
-                    raise CheckpointError(
-                        f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}; "
-                        f"set dtype: {'bfloat16' if dtype == torch.float16 else 'float32'}"
-                    )
-            adopted[name] = theirs[name].to(ours.device, ours.dtype)
-        return adopted
+        # On their way to the device while the next one is read; looked at when all are there.
+        arrived = {name: tensor.to(self.tensors[name].device, non_blocking=True) for name, tensor in theirs}
+        return {name: self._checked(name, arrived.pop(name), source) for name in self.tensors}
+
+    def _checked(self, name: str, tensor: Tensor, source: str) -> Tensor:
+        """A candidate's tensor in the model's dtype. Raises as `adopt`."""
+        low, high = (float(bound) for bound in tensor.aminmax())
+        if not (-torch.inf < low and high < torch.inf):
+            raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
+        for dtype in (self.tensors[name].dtype, self.saved_dtypes[name]):
+            if max(-low, high) > torch.finfo(dtype).max:
+                raise CheckpointError(
+                    f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}; "
+                    f"set dtype: {'bfloat16' if dtype == torch.float16 else 'float32'}"
+                )
+        return tensor.to(self.tensors[name].dtype)
 
     def merged(self, method: str, theirs: Tensors, ratio: float, out: Tensors) -> Tensors:
         """The part merged with a candidate's tensors, in `out`, with the values that saving will keep."""
@@ -235,7 +243,7 @@ class ResidentModel:
         """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless."""
         for name, tensor in self._state.items():
             if not _is_finite(tensor.detach()):
-                stored = self._layout.load([self._stored_as[name]], self.checkpoint.read).popitem()[1]
+                stored = self._layout.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
                 if _is_finite(stored):
                     raise ConfigError(
                         f"{self.checkpoint.path}: {name} overflows in {dtype_name(tensor.dtype)}; set dtype: bfloat16"

@@ -5,6 +5,7 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -192,14 +193,16 @@ class Conductor:
             self.search.log_probabilities, failure = end
             return failure
         began = time.monotonic()
-        for decision in self.search.candidate(candidate, done):
-            self.record.decided(number, decision, time.monotonic() - began)
-            self._count(decision)
-            merges = self.origins[self._place(decision)]
-            self._tell_of_memory()
-            show_decision(self.console, decision, merges, self.layers, len(self.config.merge_method) > 1)
-            self.end_if_asked()
-            began = time.monotonic()
+        # Closed whatever happens: the candidate is read by a thread.
+        with closing(self.search.candidate(candidate, done)) as decisions:
+            for decision in decisions:
+                self.record.decided(number, decision, time.monotonic() - began)
+                self._count(decision)
+                merges = self.origins[self._place(decision)]
+                self._tell_of_memory()
+                show_decision(self.console, decision, merges, self.layers, len(self.config.merge_method) > 1)
+                self.end_if_asked()
+                began = time.monotonic()
         return None
 
     def _tell_of_memory(self) -> None:

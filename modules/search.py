@@ -5,7 +5,7 @@ Knows: the order of trials, when one is kept. Refuses to know: printing, logs, h
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from modules.merging import RECORDED_SHARE, ratios_for
 from modules.models import BrokenWeights, Part, ResidentModel
 from modules.probability import Scorer, Trial
 from modules.strategies import choose, probability, scores, total
+from modules.streaming import ReadAhead
 
 # Below this a probability has lost digits to underflow, and its reciprocal is no sensible weight.
 SMALLEST_PROBABILITY = 2.2250738585072014e-308
@@ -74,7 +75,7 @@ class Merger:
             theirs, _ = aligned_header(self.model, self.tokenizer, candidate, self.trust_remote_code)
         elif layer < len(self.model.layers):
             part = self.model.layer(layer)
-            theirs = part.adopt(candidate.read(part.tensors), candidate.name)
+            theirs = part.adopt(candidate.stream(part.tensors), candidate.name)
         else:
             raise IndexError(f"the base has {len(self.model.layers)} layers, and no number {layer + 1}")
         self._install(part, theirs, method, ratio)
@@ -102,7 +103,7 @@ class Search(Merger):
         """The total score of the present state."""
         return total(scores(self.log_probabilities, self.weights))
 
-    def candidate(self, candidate: Candidate, done: Sequence[Decision] = ()) -> Iterator[Decision]:
+    def candidate(self, candidate: Candidate, done: Sequence[Decision] = ()) -> Generator[Decision, None, None]:
         """Search all layers of a candidate and, if so configured, its header.
 
         done: the first decisions, taken by an earlier run; they are carried out without scoring, and not yielded.
@@ -132,19 +133,24 @@ class Search(Merger):
 
     def _layers(self, candidate: Candidate, past: deque[Decision]) -> Iterator[Decision]:
         self._in_memory(self.scorer.restart)
-        for index in range(len(self.model.layers)):
-            part, methods = self.model.layer(index), list(self.config.merge_method)
-            done = [past.popleft() for _ in methods if past]
-            if done:
-                self.repeat(candidate, done)
-                self._go_on_from(done[-1])
-            if len(done) < len(methods):
-                yield from self._layer(candidate, index, part, methods[len(done) :])
-            self._in_memory(self.scorer.advance)
+        methods = self.config.merge_method
+        parts = [self.model.layer(index) for index in range(len(self.model.layers))]
+        with ReadAhead(candidate, parts[len(past) // len(methods) :]) as ahead:
+            for index, part in enumerate(parts):
+                done = [past.popleft() for _ in methods if past]
+                if done:
+                    self.repeat(candidate, done)
+                    self._go_on_from(done[-1])
+                if len(done) < len(methods):
+                    yield from self._layer(candidate, index, part, ahead, methods[len(done) :])
+                self._in_memory(self.scorer.advance)
 
-    def _layer(self, candidate: Candidate, index: int, part: Part, methods: Sequence[str]) -> Iterator[Decision]:
+    def _layer(
+        self, candidate: Candidate, index: int, part: Part, ahead: ReadAhead, methods: Sequence[str]
+    ) -> Iterator[Decision]:
+        """Try a layer under some methods, with the candidate's tensors that come next."""
         try:
-            theirs, warning = part.adopt(candidate.read(part.tensors), candidate.name), None
+            theirs, warning = self._in_memory(ahead.take), None
         except BrokenWeights as error:
             theirs, warning = None, f"{error}; layer {index + 1} stays as it is"
         for method in methods:

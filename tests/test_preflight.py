@@ -132,10 +132,10 @@ class Recorded(Checkpoint):
         object.__setattr__(recorded, "noted", noted)
         return recorded
 
-    def read(self, names):
+    def stream(self, names, **room):
         names = list(names)
         self.noted.extend(names)
-        return super().read(names)
+        return super().stream(names, **room)
 
 
 def start(config, found):
@@ -149,8 +149,8 @@ def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
     def read(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(Checkpoint, "read", read)
-    monkeypatch.setattr("modules.weights.read_tensors", read)
+    monkeypatch.setattr(Checkpoint, "stream", read)
+    monkeypatch.setattr("modules.checkpoints.stream_tensors", read)
     config, found = opened(place, models)
     plan = plan_run(config, found)
     assert check(plan, find_room(plan)) == []

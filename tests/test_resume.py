@@ -406,16 +406,16 @@ def test_two_runs_into_one_output(place, models, whole, capsys):
 
 def broken_after(monkeypatch, folder, count):
     """The candidate's file is cut off after so many reads, as on a mount that fails."""
-    read, calls = Candidate.read, [0]
+    stream, calls = Candidate.stream, [0]
 
-    def failing(self, names):
+    def failing(self, names, *room):
         if self.checkpoint.path == folder:
             calls[0] += 1
             if calls[0] == count:
                 os.truncate(folder / "model.safetensors", 5000)
-        return read(self, names)
+        return stream(self, names, *room)
 
-    monkeypatch.setattr(Candidate, "read", failing)
+    monkeypatch.setattr(Candidate, "stream", failing)
 
 
 def test_a_candidate_that_breaks_in_the_middle_stops_the_run(place, models, whole, monkeypatch, capsys):

@@ -36,6 +36,7 @@ FLOORS = {
     "continuation": 7,
     "headers": 7,
     "opening": 7,
+    "streaming": 7,
     "preflight": 8,
     "search": 8,
     "forecast": 9,

@@ -1,0 +1,148 @@
+"""A candidate's layers, read ahead: the same tensors as read one by one, in memory that is used again."""
+
+import threading
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from modules.candidates import open_candidate
+from modules.checkpoints import open_checkpoint
+from modules.models import BrokenWeights, load_model
+from modules.streaming import ReadAhead
+from modules.weights import CheckpointError
+
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("streaming"), tiny.bpe_tokenizer()
+    base = tiny.make_model(folder / "base", tiny.llama_config(len(tokenizer), layers=LAYERS), tokenizer, shard="60KB")
+    return (
+        base,
+        tiny.make_candidate(folder / "other", base),
+        tiny.make_candidate(folder / "half", base, dtype=torch.half),
+    )
+
+
+def opened(base, other, dtype="float32"):
+    model = load_model(open_checkpoint(base, "base"), "cpu", dtype)
+    candidate = open_candidate(open_checkpoint(other, "other"), model.checkpoint, model.module)
+    return [model.layer(index) for index in range(LAYERS)], candidate
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("which", [1, 2])
+def test_what_is_read_ahead_is_what_is_read(folders, which, dtype):
+    parts, candidate = opened(folders[0], folders[which], dtype)
+    with ReadAhead(candidate, parts) as ahead:
+        for part in parts:
+            expected, found = part.adopt(candidate.read(part.tensors).items(), "other"), ahead.take()
+            assert list(found) == list(part.tensors)
+            for name, tensor in found.items():
+                assert tensor.dtype == part.tensors[name].dtype and torch.equal(tensor, expected[name])
+
+
+def test_memory_is_used_again(folders):
+    parts, candidate = opened(*folders[:2])
+    with ReadAhead(candidate, parts) as ahead:
+        places = [[tensor.data_ptr() for tensor in ahead.take().values()] for _ in parts]
+    assert places[0] == places[2] == places[4] and places[1] == places[3]
+    assert not set(places[0]) & set(places[1])
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A candidate that lets the test know, and decide, when which part is read."""
+
+    candidate: object
+    begun: list
+    gate: threading.Semaphore
+    failure: dict
+
+    @property
+    def name(self):
+        return "other"
+
+    def stream(self, names, *room):
+        assert self.gate.acquire(timeout=60)
+        layer = int(next(iter(names)).split(".")[2])
+        self.begun.append((layer, threading.current_thread()))
+        if layer in self.failure:
+            raise self.failure.pop(layer)
+        return self.candidate.stream(names, *room)
+
+
+def watched(candidate, count, **failure):
+    return Watched(candidate, [], threading.Semaphore(count), {int(key[1:]): value for key, value in failure.items()})
+
+
+def test_one_part_is_read_ahead_and_no_more(folders):
+    parts, candidate = opened(*folders[:2])
+    candidate = watched(candidate, 100)
+    with ReadAhead(candidate, parts) as ahead:
+        for number in range(LAYERS):
+            ahead.take()
+            ahead._next and ahead._next[1].result()  # until what is read ahead is there
+            assert [layer for layer, _ in candidate.begun] == list(range(min(number + 2, LAYERS)))
+    assert all(thread is not threading.main_thread() for _, thread in candidate.begun)
+
+
+def test_reading_goes_on_while_a_part_is_searched(folders):
+    """The second part arrives although the one who took the first does not ask for it."""
+    parts, candidate = opened(*folders[:2])
+    candidate = watched(candidate, 1)
+    with ReadAhead(candidate, parts) as ahead:
+        first = ahead.take()
+        kept = {name: tensor.clone() for name, tensor in first.items()}
+        candidate.gate.release()
+        ahead._next[1].result(timeout=60)
+        assert len(candidate.begun) == 2
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in first.items())
+
+
+def test_out_of_memory_is_no_end(folders):
+    parts, candidate = opened(*folders[:2])
+    candidate = watched(candidate, 100, _1=torch.OutOfMemoryError("none left"))
+    with ReadAhead(candidate, parts) as ahead:
+        ahead.take()
+        with pytest.raises(torch.OutOfMemoryError):
+            ahead.take()
+        again = ahead.take()
+        assert next(iter(again)).startswith("model.layers.1.")
+        assert torch.equal(next(iter(again.values())), candidate.candidate.read(list(again)[:1]).popitem()[1])
+
+
+def test_a_part_that_cannot_be_used_is_passed_over(folders, tmp_path):
+    base, other, _ = folders
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
+    tiny.make_candidate(tmp_path / "broken", base)
+    save_file(tensors, tmp_path / "broken/model.safetensors", metadata={"format": "pt"})
+    parts, candidate = opened(base, tmp_path / "broken")
+    with ReadAhead(candidate, parts) as ahead:
+        ahead.take()
+        with pytest.raises(BrokenWeights, match=r"other: model.layers.1.mlp.up_proj.weight"):
+            ahead.take()
+        assert next(iter(ahead.take())).startswith("model.layers.2.")
+
+
+def test_a_file_that_goes_away_is_an_error(folders, tmp_path):
+    base = folders[0]
+    other = tiny.make_candidate(tmp_path / "other", base)
+    parts, candidate = opened(base, other)
+    (other / "model.safetensors").unlink()
+    with ReadAhead(candidate, parts) as ahead, pytest.raises(CheckpointError, match="can't be read"):
+        ahead.take()
+
+
+def test_leaving_ends_the_thread(folders):
+    parts, candidate = opened(*folders[:2])
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), ReadAhead(candidate, parts) as ahead:
+        ahead.take()
+        raise KeyboardInterrupt
+    assert threading.active_count() == before
