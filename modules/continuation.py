@@ -18,9 +18,10 @@ from transformers.cache_utils import DynamicCache
 
 from modules.config import ConfigError
 from modules.inputs import Inputs, depths, sight, tree_mask
+from modules.memory import LOGITS_ON_CPU
 from modules.models import ResidentModel
 from modules.phrases import Encoded, TokenTree, build_packs
-from modules.probability import HEAD_BUDGET, NOT_TAKEN, Scorer, reach
+from modules.probability import NOT_TAKEN, Scorer, reach
 from modules.spelling import Spelling
 
 TOKEN_BUDGET = 2048  # tokens whose keys and values are kept: 1 GiB for a Llama 2 7B, a quarter for a Llama 3 8B
@@ -39,7 +40,7 @@ class Continuation(ABC):
     def __init__(self, model: ResidentModel, spelling: Spelling, token_budget: int = TOKEN_BUDGET) -> None:
         self.token_budget = token_budget  # distinct tokens that should be asked about at once; one path may be longer
         self.max_tokens = model.max_tokens  # longest path; None if the model sets no limit
-        self.max_paths = max(1, HEAD_BUDGET // (4 * model.vocabulary))  # at once, for the size of the answer
+        self.max_paths = max(1, LOGITS_ON_CPU // (4 * model.vocabulary))  # at once, for the size of the answer
         self._model, self._spelling = model, spelling
         self._allowed: dict[str, Tensor] = {}  # by spaces: (V,), whether a completion can begin with the token
 
@@ -156,7 +157,7 @@ class Recomputed(Continuation):
             asked = [Encoded((*paths[number], paths[number][-1]), len(paths[number])) for number in numbers]
             for pack in build_packs(asked, self._layout, self.token_budget):
                 inputs = Inputs.of(pack, self._model.device, self._model.dtype)
-                logits = self._model.logits({**inputs.arguments, "use_cache": False}, inputs.columns)
+                logits = self._model.logits({**inputs.arguments(), "use_cache": False}, inputs.columns)
                 chosen = logits[inputs.targets.rows, inputs.targets.columns].float()
                 index = torch.tensor(numbers, device=self._model.device)[inputs.targets.pairs]
                 found[index] = chosen.log_softmax(-1)

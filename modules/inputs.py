@@ -4,7 +4,7 @@ Knows: packs, tensors, attention masks. Refuses to know: models, probabilities, 
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,10 @@ class Targets:
 class Inputs:
     """One pack on the device."""
 
-    arguments: Mapping[str, Tensor]  # of the model's forward
+    ids: Tensor  # input tokens, (B, T)
+    positions: Tensor | None  # (1, T); None where they are simply counted
+    ends: Tensor | None  # of a forest: how far the tokens reach that see each token, (T,)
+    dtype: torch.dtype  # that the model computes in
     columns: Tensor  # the columns at which some row is read, ascending
     targets: Targets  # columns: numbers into `columns`, ascending
     target_columns: Sequence[int]  # the same numbers on the host
@@ -36,25 +39,31 @@ class Inputs:
     @classmethod
     def of(cls, pack: Pack, device: torch.device, dtype: torch.dtype) -> "Inputs":
         """A pack for a model on `device` that computes in `dtype`."""
-        arguments = {"input_ids": torch.tensor(pack.rows)}
+        positions = ends = None
         if pack.parents is not None:
-            seen = sight(pack.parents)
-            arguments["attention_mask"], arguments["position_ids"] = tree_mask(seen, dtype), depths(seen)
+            positions, ends = (torch.tensor(values, device=device) for values in _reach(pack.parents))
         columns = sorted({target.column for target in pack.targets})
         number = {column: i for i, column in enumerate(columns)}
         targets = sorted(pack.targets, key=lambda target: target.column)
         table = [(t.row, number[t.column], t.token, t.pair, t.place) for t in targets]
         return cls(
-            {name: tensor.to(device) for name, tensor in arguments.items()},
+            torch.tensor(pack.rows, device=device),
+            positions if positions is None else positions[None],
+            ends,
+            dtype,
             torch.tensor(columns, device=device),
             Targets(*torch.tensor(table, device=device).T.contiguous()),
             [number[target.column] for target in targets],
         )
 
-    @property
-    def ids(self) -> Tensor:
-        """Input tokens, (B, T)."""
-        return self.arguments["input_ids"]
+    def arguments(self) -> dict[str, Tensor]:
+        """What the model's forward takes. The mask is made anew each time: kept for all packs it would take more
+        memory than everything else."""
+        if self.ends is None:
+            return {"input_ids": self.ids}
+        number = torch.arange(len(self.ends), device=self.ends.device)
+        seen = (number <= number[:, None]) & (number[:, None] < self.ends)
+        return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": tree_mask(seen, self.dtype)}
 
     @property
     def stackable(self) -> bool:
@@ -65,6 +74,20 @@ class Inputs:
         """The targets read at columns number first..end-1, their columns counted from `first`."""
         t, cut = self.targets, slice(bisect_left(self.target_columns, first), bisect_left(self.target_columns, end))
         return Targets(t.rows[cut], t.columns[cut] - first, t.tokens[cut], t.pairs[cut], t.places[cut])
+
+
+def _reach(parents: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Of each token of a pack its position, and the column behind the last token that sees it.
+
+    A pack's tree is in preorder, so the tokens that see one, itself and all behind it, stand side by side.
+    """
+    depth, ends = [], list(range(1, len(parents) + 1))
+    for parent in parents:
+        depth.append(depth[parent] + 1 if parent >= 0 else 0)
+    for column in reversed(range(len(parents))):
+        if parents[column] >= 0:
+            ends[parents[column]] = max(ends[parents[column]], ends[column])
+    return depth, ends
 
 
 def sight(parents: Sequence[int], before: Tensor | None = None) -> Tensor:
@@ -89,7 +112,7 @@ def tree_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
     A boolean mask would be added as 0 and 1 by eager attention.
     """
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
     return mask[None, None]
 
 

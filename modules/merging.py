@@ -19,8 +19,9 @@ RECORDED_SHARE = {"cyclic": 0.15, "gradient": 0.45}
 # Two tensors closer than this in direction are merged linearly: the angle between them is too small to divide by.
 SLERP_DOT_THRESHOLD = 0.9995
 
-# Elements that half-precision tensors take through float32 at a time: the temporaries stay in a processor's cache.
-_BLOCK = 1 << 19
+# Elements that half-precision tensors take through float32 at a time: on a CPU the temporaries stay in its cache, on an
+# accelerator each block costs the time of a few launches, and its temporaries a little memory (128 MiB each).
+_BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 1 << 19, 1 << 25
 
 
 def ratios_for(method: str, merge_ratios: Sequence[float]) -> tuple[float, ...]:
@@ -151,7 +152,8 @@ def _cosine(base: Tensor, other: Tensor) -> Tensor:
 
 
 def _row_blocks(tensor: Tensor) -> Sequence[Tensor]:
-    return tensor.split(max(1, _BLOCK // max(1, tensor[0].numel())))
+    block = _BLOCK_ON_CPU if tensor.device.type == "cpu" else _BLOCK_ELSEWHERE
+    return tensor.split(max(1, block // max(1, tensor[0].numel())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ Which position answers for which token (phrase "a b" in context "x y"):
     answers for                 y->a a->b  <- the output at y scores a, the output at a scores b
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +48,9 @@ class Target:
 class Pack:
     """What goes through the model at once: B rows of T input tokens each, and the targets that are read from them.
 
-    A forest pack has one row (B = 1) that holds a token tree: `parents[i]` is the column of token i's predecessor, -1
-    for a root, and a token sees its ancestors only. Otherwise `parents` is None and rows are plain text, padded on the
-    right, where causal attention never looks.
+    A forest pack has one row (B = 1) that holds a token tree in preorder: `parents[i]` is the column of token i's
+    predecessor, -1 for a root, and a token sees its ancestors only. Otherwise `parents` is None and rows are plain
+    text, padded on the right, where causal attention never looks.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -161,8 +161,10 @@ def _first_token(tokenizer: Any, text: str) -> int:
 LAYOUTS = ("forest", "rows", "single")
 
 
-def build_packs(encoded: Sequence[Encoded], layout: str, token_budget: int) -> list[Pack]:
+def build_packs(encoded: Sequence[Encoded], layout: str, token_budget: int) -> Iterator[Pack]:
     """Pack all pairs; a pack holds at most `token_budget` tokens unless a single pair is longer.
+
+    One pack after another is made: all together, they would take more memory than the phrases themselves.
 
     forest: all pairs share one row, each distinct token prefix computed once.
     rows:   one row a pair, sorted by length, padded on the right.
@@ -170,11 +172,11 @@ def build_packs(encoded: Sequence[Encoded], layout: str, token_budget: int) -> l
     """
     numbered = list(enumerate(encoded))
     if layout == "forest":
-        return _forest_packs(sorted(numbered, key=lambda item: item[1].tokens), token_budget)
+        yield from _forest_packs(sorted(numbered, key=lambda item: item[1].tokens), token_budget)
+        return
     by_length = sorted(numbered, key=lambda item: len(item[1].tokens))
-    if layout == "rows":
-        return [_row_pack(group) for group in _groups(by_length, token_budget)]
-    return [_row_pack([item]) for item in by_length]
+    groups = _groups(by_length, token_budget) if layout == "rows" else ([item] for item in by_length)
+    yield from map(_row_pack, groups)
 
 
 class TokenTree:
@@ -213,18 +215,22 @@ class TokenTree:
         return len(self.tokens) - 1
 
 
-def _forest_packs(ordered: Iterable[tuple[int, Encoded]], token_budget: int) -> list[Pack]:
+def _forest_packs(ordered: Iterable[tuple[int, Encoded]], token_budget: int) -> Iterator[Pack]:
     """Sorted pairs keep shared prefixes together, so cutting at the budget repeats few of them."""
-    forests: list[tuple[TokenTree, list[Target]]] = [(TokenTree(), [])]
+    tree, targets = TokenTree(), list[Target]()
     for pair, item in ordered:
-        tree, inputs = forests[-1][0], item.tokens[:-1]
+        inputs = item.tokens[:-1]
         if len(tree) and len(tree) + len(inputs) - len(tree.known(inputs)) > token_budget:
-            forests.append((TokenTree(), []))
-        tree, targets = forests[-1]
+            yield _forest_pack(tree, targets)
+            tree, targets = TokenTree(), []
         nodes = tree.add(inputs)
         for index in range(item.start, len(item.tokens)):
             targets.append(Target(0, nodes[index - 1], item.tokens[index], pair, index - item.start))
-    return [Pack((tuple(tree.tokens),), tuple(targets), tuple(tree.parents)) for tree, targets in forests]
+    yield _forest_pack(tree, targets)
+
+
+def _forest_pack(tree: TokenTree, targets: Iterable[Target]) -> Pack:
+    return Pack((tuple(tree.tokens),), tuple(targets), tuple(tree.parents))
 
 
 def _groups(by_length: Iterable[tuple[int, Encoded]], token_budget: int) -> list[list[tuple[int, Encoded]]]:

@@ -9,10 +9,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,33 +20,27 @@ from modules.candidates import Candidate
 from modules.checkpoints import Checkpoint, load_tokenizer, small_files
 from modules.config import Config, ConfigError
 from modules.hub import bytes_needed, cache_folder
+from modules.memory import (
+    Budget,
+    Sizes,
+    budget_of,
+    free_memory,
+    header_weights,
+    layer_bytes,
+    logits_bytes,
+    sizes_of,
+)
 from modules.merging import ratios_for
 from modules.models import find_layers, resolve_device, resolve_dtype
 from modules.opening import Models
 from modules.outputs import partial_folder
 from modules.phrases import build_packs, encode_pairs
-from modules.probability import HEAD_BUDGET, TOKEN_BUDGET
 from modules.weights import dtype_name, local_files
 
 # On a disk: what an index, the headers of shards and rounding up to blocks may take beyond the tensors.
 MARGIN = 0.01
 MARGIN_FLAT = 1 << 20
 MARGIN_FILES = 16  # folders, settings, an index
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A base model in numbers. "Weights" are counts of values, not bytes."""
-
-    layers: int
-    hidden: int  # features of a hidden state
-    widest: int  # the longest side of any matrix in a layer: mostly the MLP's
-    heads: int  # of attention in a layer; 0 if there are none
-    head_size: int  # features of one head
-    vocabulary: int  # rows of the input embedding
-    layer_weights: float  # in one layer, the mean over layers
-    active_weights: float  # of these, what one token is multiplied with: not all of a mixture of experts
-    header_weights: int  # input embedding and output head
 
 
 @dataclass(frozen=True)
@@ -103,6 +96,7 @@ class Plan:
     columns: int  # at which the output head is read
     disk: Disk
     memory: Memory
+    budget: Budget  # of scoring
     weight_files: tuple[Path, ...]  # the candidates'; those that come from the hub may not be here yet
 
     @property
@@ -159,11 +153,16 @@ def plan_run(config: Config, models: Models) -> Plan:
     tokenizer = load_tokenizer(base.path, config.trust_remote_code)
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
-    packs = build_packs(encoded, "forest", TOKEN_BUDGET)
-    tokens = tuple(pack.tokens for pack in packs)
-    columns = [len({target.column for target in pack.targets}) for pack in packs]
     methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
-    activations = _activations(sizes, dtype, max(count for _, count in methods), tokens, max(columns))
+    stack = max(count for _, count in methods)
+    weights = _weights(module, dtype, config.merge_headers)
+    free = free_memory(device)
+    budget = budget_of(sizes, dtype, device, stack, None if free is None else free - weights.held)
+    packs = build_packs(encoded, "forest", budget.tokens)
+    tokens, columns = zip(
+        *((pack.tokens, len({target.column for target in pack.targets})) for pack in packs), strict=True
+    )
+    activations = _activations(sizes, dtype, stack, tokens, max(columns), budget)
     return Plan(
         output=Path(config.directories.output_directory),
         device=device,
@@ -176,43 +175,14 @@ def plan_run(config: Config, models: Models) -> Plan:
         packs=tokens,
         columns=sum(columns),
         disk=_disk(config, models, module, dtype),
-        memory=_memory(module, dtype, config.merge_headers, activations),
+        memory=replace(weights, activations=activations),
+        budget=budget,
         weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
     )
 
 
-def sizes_of(module: PreTrainedModel) -> Sizes:
-    """A model in numbers; it may be without weights."""
-    layers, text = find_layers(module)[1], module.config.get_text_config()
-    weights = [weight for layer in layers for weight in layer.parameters()]
-    heads, chosen = getattr(text, "num_attention_heads", None) or 0, getattr(text, "num_experts_per_tok", None)
-
-    def active(weight: Tensor) -> float:
-        """Stacked experts are (experts, ..., ...), of which a token meets a few."""
-        share = min(1.0, chosen / weight.shape[0]) if chosen and weight.dim() == 3 else 1.0
-        return weight.numel() * share
-
-    return Sizes(
-        layers=len(layers),
-        hidden=text.hidden_size,
-        widest=max(max(weight.shape[-2:], default=1) for weight in weights),
-        heads=heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // max(1, heads),
-        vocabulary=module.get_input_embeddings().weight.shape[0],
-        layer_weights=sum(weight.numel() for weight in weights) / len(layers),
-        active_weights=sum(map(active, weights)) / len(layers),
-        header_weights=sum(weight.numel() for weight in _header(module)),
-    )
-
-
-def _header(module: PreTrainedModel) -> list[Tensor]:
-    """The weights of input embedding and output head; where they are tied there is one."""
-    parts = [part for part in (module.get_input_embeddings(), module.get_output_embeddings()) if part is not None]
-    return list({id(weight): weight for part in parts for weight in part.parameters()}.values())
-
-
-def _memory(module: PreTrainedModel, dtype: torch.dtype, with_header: bool, activations: int) -> Memory:
-    """What is held while layers and, if it is tried, the header are searched in this dtype."""
+def _weights(module: PreTrainedModel, dtype: torch.dtype, with_header: bool) -> Memory:
+    """The weights that are held while layers and, if it is tried, the header are searched in this dtype."""
 
     def size(weights: Iterable[Tensor]) -> int:
         return sum(weight.numel() for weight in weights) * dtype.itemsize
@@ -221,21 +191,19 @@ def _memory(module: PreTrainedModel, dtype: torch.dtype, with_header: bool, acti
     return Memory(
         base=size(module.parameters()) + sum(buffer.nbytes for buffer in module.buffers()),
         layers=3 * layer,
-        header=2 * size(_header(module)) + layer if with_header else 0,
-        activations=activations,
+        header=2 * size(header_weights(module)) + layer if with_header else 0,
+        activations=0,
     )
 
 
-def _activations(sizes: Sizes, dtype: torch.dtype, stack: int, packs: Sequence[int], columns: int) -> int:
+def _activations(
+    sizes: Sizes, dtype: torch.dtype, stack: int, packs: Sequence[int], columns: int, budget: Budget
+) -> int:
     """Bytes of the hidden states that are cached, of a layer at work on the longest pack with all ratios, of the mask
     and of a chunk of logits. columns: at which the head is read, the most in a pack."""
-    longest = max(packs)
-    # In a layer: hidden states before and after the norm, queries, keys, values, and an MLP's three wide tensors.
-    in_layer = stack * longest * (5 * sizes.hidden + 3 * sizes.widest)
-    in_model = sum(packs) * sizes.hidden + in_layer + longest**2
-    row = 4 * stack * sizes.vocabulary  # float32 logits of one column
-    chunk = max(row, min(HEAD_BUDGET, row * columns))
-    return in_model * dtype.itemsize + 2 * chunk  # the logits as the model has them, then in float32
+    cached = min(budget.cache, sum(packs) * sizes.hidden * dtype.itemsize)
+    logits = logits_bytes(sizes, stack, columns, budget)  # as the model has them, then in float32
+    return cached + layer_bytes(sizes, dtype, max(packs), stack) + 2 * logits
 
 
 def _disk(config: Config, models: Models, module: PreTrainedModel, dtype: torch.dtype) -> Disk:
@@ -266,7 +234,7 @@ def _stored_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
 def _bytes_read(candidate: Candidate, module: PreTrainedModel, with_header: bool) -> int:
     """Bytes of a candidate's layers and, if it is tried, of its header, as they are stored."""
     layout, layers = candidate.layout, f"{find_layers(module)[0]}."
-    header = {id(weight) for weight in _header(module)} if with_header else set()
+    header = {id(weight) for weight in header_weights(module)} if with_header else set()
     tried = {name for name, weight in module.named_parameters() if name.startswith(layers) or id(weight) in header}
     return sum(math.prod(layout.shape(name)) * layout.dtype(name).itemsize for name in layout if name in tried)
 
@@ -297,7 +265,7 @@ def find_room(plan: Plan) -> Room:
         folder=folder,
         disk=shutil.disk_usage(folder).free + left,
         files=_free_files(folder),
-        memory=_free_memory(plan.device),
+        memory=free_memory(plan.device),
         refusal=_refusal(folder),
     )
 
@@ -308,12 +276,6 @@ def _free_files(folder: Path) -> int | None:
         return None
     found = os.statvfs(folder)
     return found.f_favail if found.f_files else None
-
-
-def _free_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
 def _refusal(folder: Path) -> str | None:

@@ -21,17 +21,18 @@ from torch import Tensor, nn
 
 from modules.config import ConfigError
 from modules.inputs import Inputs, Targets
+from modules.memory import Budget
 from modules.models import ResidentModel
 from modules.phrases import LAYOUTS, Encoded, build_packs
 
-TOKEN_BUDGET = 1024  # tokens in one pack: enough to fill the processor, little enough that attention stays cheap
-HEAD_BUDGET = 64 << 20  # bytes of float32 logits at a time
 SAMPLE = 16  # pairs on which a layout is verified
 
 # What a layout may differ by from plain forwards, in log-probability per token: three times what rounding is seen to
 # do, and this much where it happens to do nothing. An inexact layout differs by more: 0.015 for a tiny random MPT.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MOST_ROUNDING = 0.2
+
+DEFAULT = Budget()
 
 # What architectures raise that do not take these inputs.
 NOT_TAKEN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)
@@ -53,7 +54,7 @@ class Scorer:
         model: ResidentModel,
         encoded: Sequence[Encoded],
         layout: str,
-        token_budget: int = TOKEN_BUDGET,
+        budget: Budget = DEFAULT,
         tolerance: float = 0.0,
         stacked: bool = True,
     ) -> None:
@@ -66,14 +67,14 @@ class Scorer:
         self.pair_tokens = sum(len(item.tokens) for item in encoded)
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
         self._layer = 0  # the layer that the cached hidden states enter
-        self._hidden: list[Tensor] = []  # one (B, T, H) per pack
-        self._pack(token_budget)
+        self._cache: Cache | None = None  # of every pack the hidden states, (B, T, H)
+        self._pack(budget)
 
-    def _pack(self, token_budget: int) -> None:
-        packs = build_packs(self._encoded, self.layout, token_budget)
-        self.token_budget = token_budget
-        self.packed_tokens = sum(pack.tokens for pack in packs)
+    def _pack(self, budget: Budget) -> None:
+        packs = build_packs(self._encoded, self.layout, budget.tokens)
+        self.budget = budget
         self._inputs = [Inputs.of(pack, self._model.device, self._model.dtype) for pack in packs]
+        self.packed_tokens = sum(inputs.ids.numel() for inputs in self._inputs)
         self.columns = sum(len(inputs.columns) for inputs in self._inputs)  # at which the head is read
 
     def describe(self) -> dict[str, object]:
@@ -90,18 +91,22 @@ class Scorer:
     @torch.no_grad()
     def restart(self) -> None:
         """Put the cache before layer 0. Needed before the first `score_trials`, and after the embedding changed."""
-        self._layer = 0
-        self._hidden = [self._hidden_from(index, 0, _entering) for index in range(len(self._inputs))]
+        self._layer, self._cache = 0, None  # the old one goes before there is a new one
+        cache = Cache(self.budget, self._model.device)
+        for index in range(len(self._inputs)):
+            cache.add(self._hidden_from(index, 0, _entering))
+        self._cache = cache
 
     @torch.no_grad()
     def advance(self) -> None:
         """Move the cache over its layer, with the weights that the layer holds now."""
-        for index, hidden in enumerate(self._hidden):
+        cache = self._filled_cache()
+        for index in cache.kept():
 
-            def on_cached(forward: Forward, *args: Any, _hidden: Tensor = hidden, **kwargs: Any) -> Tensor:
+            def on_cached(forward: Forward, *args: Any, _hidden: Tensor = cache[index], **kwargs: Any) -> Tensor:
                 return _first(_call_on(_hidden, forward, args, kwargs))
 
-            self._hidden[index] = self._hidden_from(index, self._layer, on_cached)
+            cache.replace(index, self._hidden_from(index, self._layer, on_cached))
         self._layer += 1
 
     def take_less_memory(self) -> str | None:
@@ -109,29 +114,31 @@ class Scorer:
 
         Returns what was done, None if there is nothing left to be done. The cache is made anew when it is needed.
         """
-        self._hidden = []
-        packs, budget = len(self._inputs), self.token_budget
-        while budget > 1:
-            budget //= 2
-            self._pack(budget)
+        self._cache = None
+        packs = len(self._inputs)
+        while self.budget.tokens > 1:
+            self._pack(self.budget.halved())
             if len(self._inputs) > packs:
-                return f"packs of {budget} tokens from here on"
+                return f"packs of {self.budget.tokens} tokens from here on"
         if self._stacked:
             self._stacked = False
             return "one ratio at a time from here on"
         return None
 
-    def _recache(self) -> None:
-        layer = self._layer
-        self.restart()
-        for _ in range(layer):
-            self.advance()
+    def _filled_cache(self) -> "Cache":
+        """The cache, made anew if it had to go."""
+        if self._cache is None:
+            layer = self._layer
+            self.restart()
+            for _ in range(layer):
+                self.advance()
+        assert self._cache is not None
+        return self._cache
 
     @torch.no_grad()
     def score_trials(self, trials: Sequence[Trial]) -> list[list[float]]:
         """Joint log-probabilities under each trial's weights for the cache's layer: (trials, pairs)."""
-        if not self._hidden:
-            self._recache()
+        self._filled_cache()
         if self._inputs[0].stackable and self._stacked:
             return self._collect(len(trials), lambda index: self._tail(index, trials))
         return [self._collect(1, lambda index, one=trial: self._tail(index, [one]))[0] for trial in trials]
@@ -140,12 +147,13 @@ class Scorer:
 
     def _tail(self, index: int, trials: Sequence[Trial]) -> dict[int, Forward]:
         """Layer forwards that begin with the cached hidden states and try each trial's weights on them."""
+        hidden = self._hidden_at(index)
 
         def stacked(forward: Forward, *args: Any, **kwargs: Any) -> Any:
             outputs = []
             for trial in trials:
                 with trial():
-                    outputs.append(_first(_call_on(self._hidden[index], forward, args, kwargs)))
+                    outputs.append(_first(_call_on(hidden, forward, args, kwargs)))
             return self._in_form(self._layer, torch.cat(outputs))  # (R * B, T, H)
 
         return {**self._passing(range(self._layer)), self._layer: stacked}
@@ -158,8 +166,14 @@ class Scorer:
 
         return {layer: handing_on(layer) for layer in layers}
 
-    def _hidden_from(self, index: int, layer: int, compute: Forward) -> Tensor:
-        """What `compute` returns in place of one layer's forward while all other layers are passed over: (B, T, H)."""
+    def _hidden_at(self, index: int) -> Tensor:
+        """The hidden states of a pack that enter the cache's layer, (B, T, H); computed where they are not kept."""
+        hidden = self._filled_cache()[index]
+        return self._hidden_from(index, self._layer, _entering, first=self._layer) if hidden is None else hidden
+
+    def _hidden_from(self, index: int, layer: int, compute: Forward, first: int = 0) -> Tensor:
+        """What `compute` returns in place of one layer's forward, (B, T, H); of the other layers only those before
+        `first` run, the rest are passed over."""
         found: list[Tensor] = []
 
         def recording(forward: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +181,8 @@ class Scorer:
             return self._in_form(layer, found[0])
 
         no_columns = self._inputs[index].columns[:0]
-        self._forward(index, {**self._passing(range(len(self._layers))), layer: recording}, no_columns)
+        passed = self._passing(range(first, len(self._layers)))
+        self._forward(self._inputs[index].arguments(), {**passed, layer: recording}, no_columns)
         return found[0]
 
     def _in_form(self, layer: int, hidden: Tensor) -> Any:
@@ -176,10 +191,10 @@ class Scorer:
 
     # -- the model's forward and what is read from it -----------------------------------------------------------------
 
-    def _forward(self, index: int, forwards: Mapping[int, Forward], columns: Tensor) -> Tensor:
+    def _forward(self, arguments: Mapping[str, Tensor], forwards: Mapping[int, Forward], columns: Tensor) -> Tensor:
         """Logits at the given columns of one pack, (R * B, columns, V), with some layers' forwards replaced."""
         with _replaced(self._layers, forwards):
-            return self._model.logits({**self._inputs[index].arguments, "use_cache": False}, columns)
+            return self._model.logits({**arguments, "use_cache": False}, columns)
 
     def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]]) -> list[list[float]]:
         """Run all packs, add up each phrase's token log-probabilities; one copy to the host. (stack, pairs)"""
@@ -195,6 +210,7 @@ class Scorer:
     def _logits(self, index: int, stack: int, forwards: dict[int, Forward]) -> Iterator[tuple[Tensor, Targets]]:
         """Float32 logits (stack, B, columns, V) of one pack and the targets in them, in chunks of bounded size."""
         inputs, last = self._inputs[index], len(self._layers) - 1
+        arguments = inputs.arguments()
         final: list[Tensor] = []  # the hidden states behind the last layer, kept for the second chunk on
 
         def recording(forward: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -206,17 +222,51 @@ class Scorer:
             return self._in_form(last, final[0])
 
         column_bytes = 4 * stack * inputs.ids.shape[0] * self._model.vocabulary
-        chunk = max(1, HEAD_BUDGET // column_bytes)
+        chunk = max(1, self.budget.logits // column_bytes)
         for first, columns in zip(range(0, len(inputs.columns), chunk), inputs.columns.split(chunk), strict=True):
             layers = {**forwards, last: recording} if first == 0 else {**self._passing(range(last)), last: repeating}
-            logits = self._forward(index, layers, columns).float()
+            logits = self._forward(arguments, layers, columns).float()
             yield logits.unflatten(0, (stack, -1)), inputs.targets_in(first, first + len(columns))
 
 
+class Cache:
+    """The hidden states of all packs that enter one layer: on the device, in the CPU's memory beside it or, where
+    neither has room, nowhere: such a pack's are computed anew."""
+
+    def __init__(self, budget: Budget, device: torch.device) -> None:
+        self._places = device, torch.device("cpu")
+        self._room = [budget.cache, budget.cache_beside]
+        self._tensors: list[Tensor | None] = []
+
+    def add(self, hidden: Tensor) -> None:
+        """The next pack's, where there is room."""
+        for number, place in enumerate(self._places):
+            if hidden.nbytes <= self._room[number]:
+                self._room[number] -= hidden.nbytes
+                self._tensors.append(hidden.to(place))
+                return
+        self._tensors.append(None)
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        """A pack's, on the device; None if they were not kept."""
+        hidden = self._tensors[index]
+        return None if hidden is None else hidden.to(self._places[0])
+
+    def kept(self) -> list[int]:
+        """The packs whose hidden states are somewhere."""
+        return [index for index, hidden in enumerate(self._tensors) if hidden is not None]
+
+    def replace(self, index: int, hidden: Tensor) -> None:
+        """The same pack's, that enter another layer; kept where the old ones were."""
+        old = self._tensors[index]
+        assert old is not None, "only what is kept is replaced"
+        self._tensors[index] = hidden.to(old.device)
+
+
 def build_scorer(
-    model: ResidentModel, encoded: Sequence[Encoded], token_budget: int = TOKEN_BUDGET, tails: bool = True
+    model: ResidentModel, encoded: Sequence[Encoded], budget: Budget = DEFAULT, tails: bool = True
 ) -> Scorer:
-    """A scorer in the fastest layout that is exact for this model, in packs that fit into memory.
+    """A scorer in the fastest layout that is exact for this model, with what fits into memory of the budget.
 
     tails: whether it will score trials. Raises ConfigError if no layout is exact, torch.OutOfMemoryError if not even
     one pair fits.
@@ -224,15 +274,15 @@ def build_scorer(
     stacked = True
     while True:
         try:
-            return _verified_scorer(model, encoded, token_budget, tails, stacked)
+            return _verified_scorer(model, encoded, budget, tails, stacked)
         except torch.OutOfMemoryError:
-            if token_budget == 1 and not stacked:
+            if budget.tokens == 1 and not stacked:
                 raise
-            token_budget, stacked = max(1, token_budget // 2), token_budget > 1
+            budget, stacked = budget.halved(), budget.tokens > 1
 
 
 def _verified_scorer(
-    model: ResidentModel, encoded: Sequence[Encoded], token_budget: int, tails: bool, stacked: bool
+    model: ResidentModel, encoded: Sequence[Encoded], budget: Budget, tails: bool, stacked: bool
 ) -> Scorer:
     """The first layout that agrees, as does its tail forward, with plain forwards of one pair at a time; compared on
     some pairs with the longest among them."""
@@ -240,20 +290,20 @@ def _verified_scorer(
     sample = by_length[:: max(1, -(-len(by_length) // SAMPLE))]
     exact = Scorer(model, sample, "single").score()
     # Padded rows compute the same with products of other sizes: what they differ by is this machine's rounding.
-    rounding = _deviation(Scorer(model, sample, "rows", token_budget).score(), exact, sample)
+    rounding = _deviation(Scorer(model, sample, "rows", budget).score(), exact, sample)
     limit = min(3 * rounding + ROUNDING[model.dtype], MOST_ROUNDING)
     for layout in LAYOUTS:
         if layout == "forest" and reach(model) < len(by_length[0].tokens):
             continue  # a 4-D mask is used as given: it would lift the window
         try:
-            scorer = Scorer(model, sample, layout, token_budget, stacked=stacked)
+            scorer = Scorer(model, sample, layout, budget, stacked=stacked)
             results = [scorer.score(), *(_tail_scores(scorer) if tails else [])]
         except torch.OutOfMemoryError:
             raise
         except NOT_TAKEN:
             continue
         if all(_deviation(result, exact, sample) <= limit for result in results):
-            return Scorer(model, encoded, layout, token_budget, limit, stacked)
+            return Scorer(model, encoded, layout, budget, limit, stacked)
     raise ConfigError(f"{type(model.module).__name__}: scoring from the middle of this architecture is not exact")
 
 

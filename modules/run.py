@@ -22,6 +22,7 @@ from modules.config import Config
 from modules.console import BANNER, Console
 from modules.forecast import calibrate, estimate, plan_lines
 from modules.hub import Ahead, Bar, Job, Repository, check_space
+from modules.memory import Budget
 from modules.models import ResidentModel, load_model
 from modules.opening import open_models
 from modules.outputs import SETTINGS_FILE, Unfinished, unfinished_output
@@ -78,7 +79,7 @@ def merge_models(config: Config, console: Console, options: Options) -> None:
         record.source(0, config.directories.model_path1, models.base_where, base)
         model = load_model(base, config.device, config.dtype, config.trust_remote_code)
         clock.lap("load")
-        search = start_search(config, console, model, candidates)
+        search = start_search(config, console, model, candidates, plan.budget)
         start = resume_search(console, search, record, options.resume)
         conductor = Conductor(config, console, search, record, ahead)
         conductor.conduct(candidates, start)
@@ -115,10 +116,13 @@ def prepare_libraries(seed: int) -> None:
     huggingface_hub.logging.set_verbosity_error()
 
 
-def start_search(config: Config, console: Console, model: ResidentModel, candidates: Sequence[Candidate]) -> Search:
+def start_search(
+    config: Config, console: Console, model: ResidentModel, candidates: Sequence[Candidate], budget: Budget
+) -> Search:
     """Score the base, print the summary and the phrase table; the search that goes on from there."""
     tokenizer = load_tokenizer(model.checkpoint.path, config.trust_remote_code)
-    scorer = build_scorer(model, encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens))
+    encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
+    scorer = build_scorer(model, encoded, budget)
     search = Search(model, scorer, config, tokenizer)
     console.lines(report.summary(config, model.describe(), scorer.describe(), [c.name for c in candidates]))
     console.lines([f"WARNING: {warning}" for warning in search.warnings])

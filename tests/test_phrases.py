@@ -178,7 +178,7 @@ def answers(packs):
 )
 def test_every_layout_asks_for_every_token_of_every_phrase(data, layout, budget):
     encoded = [Encoded(tuple(tokens), min(start, len(tokens) - 1)) for tokens, start in data]
-    packs = build_packs(encoded, layout, budget)
+    packs = list(build_packs(encoded, layout, budget))
     expected = {
         (pair, index - item.start): (item.tokens[:index], item.tokens[index])
         for pair, item in enumerate(encoded)
@@ -205,7 +205,7 @@ def test_rows_are_padded_on_the_right_and_sorted_by_length():
 
 def test_duplicates_share_their_tokens_in_the_forest():
     tokenizer = TOKENIZER["bpe"]
-    once = build_packs(encode_pairs(tokenizer, PAIRS, 500, 100), "forest", 10**6)
-    twice = build_packs(encode_pairs(tokenizer, PAIRS + PAIRS, 500, 100), "forest", 10**6)
+    once = list(build_packs(encode_pairs(tokenizer, PAIRS, 500, 100), "forest", 10**6))
+    twice = list(build_packs(encode_pairs(tokenizer, PAIRS + PAIRS, 500, 100), "forest", 10**6))
     assert twice[0].rows == once[0].rows
     assert len(twice[0].targets) == 2 * len(once[0].targets)

@@ -21,6 +21,7 @@ from modules import preflight
 from modules.checkpoints import Checkpoint
 from modules.config import ConfigError, Pair, load_config
 from modules.hub import Repository
+from modules.memory import Budget
 from modules.models import load_model
 from modules.opening import open_models
 from modules.phrases import encode_pairs
@@ -214,6 +215,7 @@ def made_up(place, **changes):
         columns=40,
         disk=Disk(16 * GB, (("one", 16 * GB), ("two", 15 * GB)), 16 * GB, 9, 0, 0),
         memory=Memory(15 * GIB, 2 * GIB, 4 * GIB, GIB // 2),
+        budget=Budget(),
         weight_files=(),
     )
     return replace(plan, **changes)

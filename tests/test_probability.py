@@ -9,9 +9,9 @@ import tiny
 import torch
 from transformers import AutoTokenizer, BloomConfig, MistralConfig, MptConfig, Qwen2Config
 
-from modules import probability
 from modules.checkpoints import open_checkpoint
 from modules.config import Pair
+from modules.memory import Budget
 from modules.models import load_model
 from modules.phrases import LAYOUTS, encode_pairs
 from modules.probability import Scorer, build_scorer
@@ -53,10 +53,9 @@ def encode(folder, pairs):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", [1, 20, 45, 10**6])
-@pytest.mark.parametrize("head_budget", [1, 100_000, 1 << 26])
-def test_probabilities_equal_a_plain_log_softmax(llama, layout, budget, head_budget, monkeypatch):
-    monkeypatch.setattr(probability, "HEAD_BUDGET", head_budget)
-    scorer = Scorer(load(llama), encode(llama, ODD_PAIRS), layout, budget)
+@pytest.mark.parametrize("logits", [1, 100_000, 1 << 26])
+def test_probabilities_equal_a_plain_log_softmax(llama, layout, budget, logits):
+    scorer = Scorer(load(llama), encode(llama, ODD_PAIRS), layout, Budget(budget, logits))
     assert scorer.score() == pytest.approx(one_by_one(llama, ODD_PAIRS), abs=1e-5, rel=1e-5)
 
 
@@ -73,11 +72,11 @@ def changed(model, layer, seed):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", [30, 10**6])
-@pytest.mark.parametrize("head_budget", [20_000, 1 << 26])
-def test_tail_forward_equals_whole_forwards(llama, layout, budget, head_budget, monkeypatch):
-    monkeypatch.setattr(probability, "HEAD_BUDGET", head_budget)
+@pytest.mark.parametrize("logits", [20_000, 1 << 26])
+@pytest.mark.parametrize("cache", [1, 10_000, 1 << 30])
+def test_tail_forward_equals_whole_forwards(llama, layout, budget, logits, cache):
     model = load(llama)
-    scorer = Scorer(model, encode(llama, ODD_PAIRS), layout, budget)
+    scorer = Scorer(model, encode(llama, ODD_PAIRS), layout, Budget(budget, logits, cache))
     scorer.restart()
     for layer in range(len(model.layers)):
         trials = [changed(model, layer, seed) for seed in range(3)]

@@ -13,16 +13,17 @@ import modules.models
 from modules.candidates import open_candidate
 from modules.checkpoints import open_checkpoint
 from modules.config import METHODS, STRATEGIES, Pair, load_config
+from modules.memory import Budget
 from modules.merging import slice_shares
 from modules.models import load_model
 from modules.phrases import encode_pairs
-from modules.probability import build_scorer
+from modules.probability import DEFAULT, build_scorer
 from modules.search import Search, signed_weights
 
 RATIOS = [0.2, 0.5, 0.9]
 
 
-def search(tmp_path, base, candidates, pairs=tiny.PAIRS, token_budget=1024, **settings):
+def search(tmp_path, base, candidates, pairs=tiny.PAIRS, budget=DEFAULT, **settings):
     """Our own search: decisions, the model's tensors, the search itself."""
     path = tiny.write_config(tmp_path / "my.yaml", base, candidates, tmp_path / "out", pairs, **settings)
     config = load_config(path)
@@ -30,7 +31,7 @@ def search(tmp_path, base, candidates, pairs=tiny.PAIRS, token_budget=1024, **se
     tokenizer = AutoTokenizer.from_pretrained(base)
     state = Search(
         model,
-        build_scorer(model, encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens), token_budget),
+        build_scorer(model, encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens), budget),
         config,
         tokenizer,
     )
@@ -158,11 +159,10 @@ def test_experts_stored_input_first_are_merged_along_their_inputs(tmp_path):
     assert torch.equal(merged[bias], part.tensors[bias])
 
 
-def test_several_packs_make_the_same_decisions(llamas, tmp_path, monkeypatch):
+def test_several_packs_make_the_same_decisions(llamas, tmp_path):
     base, one, two = llamas
     whole = search(tmp_path, base, [one, two])
-    monkeypatch.setattr("modules.probability.HEAD_BUDGET", 10_000)
-    split = search(tmp_path, base, [one, two], token_budget=12)
+    split = search(tmp_path, base, [one, two], budget=Budget(tokens=12, logits=10_000))
     assert len(split[2].scorer._inputs) > 1
     assert [(d.layer, d.ratio) for d in split[0]] == [(d.layer, d.ratio) for d in whole[0]]
     for name, tensor in whole[1].items():
@@ -286,7 +286,7 @@ def test_out_of_memory_takes_smaller_packs_and_the_same_decisions(tmp_path, monk
     assert [d.after for d in found] == pytest.approx([d.after for d in expected], rel=1e-4, abs=1e-7)
     assert all(torch.equal(limited_tensors[name], tensor) for name, tensor in tensors.items())
     # Before the search, while layouts are compared, it only begins with smaller packs.
-    assert state.scorer.token_budget < 1024 and (from_call < 15 or any(told in note for note in state.memory_notes))
+    assert state.scorer.budget.tokens < 1024 and (from_call < 15 or any(told in note for note in state.memory_notes))
 
 
 def test_not_even_one_pair_fits(tmp_path, monkeypatch):
