@@ -1,8 +1,9 @@
-"""What scoring takes in memory, and how much of it a run allows itself.
+"""What a model and its activations take in memory, where its layers go, how much scoring allows itself.
 
-Knows: a model's shapes, what its activations take, what is free. Refuses to know: phrases, weights, files.
+Knows: a model's shapes, devices, what is free on them. Refuses to know: phrases, files, what weights hold.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modules.models import find_layers
+from modules.models import find_layers, resolve_device
 
 # Enough tokens in one pack to fill a processor, few enough that attention within it stays cheap.
 TOKENS, FEWEST_TOKENS = 1024, 64
@@ -50,6 +51,26 @@ class Sizes:
     active_weights: float  # of these, what one token is multiplied with: not all of a mixture of experts
     header_weights: int  # input embedding and output head
     keeps_attention: bool = False  # whether a layer's whole attention matrices are in memory ("eager")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run holds on its device, in bytes."""
+
+    base: int  # the whole base model
+    layers: int  # three layers: the candidate's, the one that is merged into, one on its way
+    header: int  # the same for the header, while it is tried: two of it, and a layer; 0 if it is not tried
+    activations: int = 0  # hidden states, mask and logits; about, and at their most
+
+    @property
+    def held(self) -> int:
+        """What weights take, whatever the phrases are."""
+        return self.base + max(self.layers, self.header)
+
+    @property
+    def total(self) -> int:
+        """Weights and activations."""
+        return self.held + self.activations
 
 
 def sizes_of(module: PreTrainedModel) -> Sizes:
@@ -116,8 +137,64 @@ def budget_of(sizes: Sizes, dtype: torch.dtype, device: torch.device, stack: int
     return Budget(tokens, max(1, min(most, int(free * LOGITS_SHARE))), int(free * CACHE_SHARE), beside)
 
 
+def weights_of(module: PreTrainedModel, dtype: torch.dtype, with_header: bool) -> Memory:
+    """The weights that are held while layers and, if it is tried, the header are searched in this dtype."""
+    layer = max(_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1])
+    return Memory(
+        base=_bytes(module.parameters(), dtype) + sum(buffer.nbytes for buffer in module.buffers()),
+        layers=3 * layer,
+        header=2 * _bytes(header_weights(module), dtype) + layer if with_header else 0,
+    )
+
+
+def _bytes(weights: Iterable[Tensor], dtype: torch.dtype) -> int:
+    return sum(weight.numel() for weight in weights) * dtype.itemsize
+
+
+def placement_of(
+    device: str, module: PreTrainedModel, dtype: torch.dtype, weights: Memory, activations: int = 0
+) -> list[torch.device] | None:
+    """Where a model's layers go if `device`, as it is configured, leaves the choice and they don't fit on one GPU.
+
+    None if they fit, or it leaves no choice. module: may be without weights.
+    """
+    if device not in ("auto", "cuda") or resolve_device(device).type != "cuda":
+        return None
+    layers = [_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1]]
+    reserve = weights.held - weights.base + activations
+    return place_layers(layers, weights.base - sum(layers), reserve, free_on_gpus())
+
+
+def place_layers(
+    layers: Sequence[int], others: int, reserve: int, free: Mapping[torch.device, int]
+) -> list[torch.device] | None:
+    """Where each layer goes if they don't all fit on the first device: the devices are filled in order, what is left
+    over stays in the CPU's memory. None if all fit.
+
+    layers: bytes of each; others: bytes of everything else, which is on the first device; reserve: bytes to be kept
+    free on each; free: bytes that are free on each.
+    """
+    places: list[torch.device] = []
+    first, *_ = free
+    rooms = {device: room - reserve - (others if device == first else 0) for device, room in free.items()}
+    for size in layers:
+        # In order: once a device is full it stays so, and hidden states move from device to device only once.
+        while rooms and next(iter(rooms.values())) < size:
+            del rooms[next(iter(rooms))]
+        places.append(next(iter(rooms), torch.device("cpu")))
+        if rooms:
+            rooms[places[-1]] -= size
+    return None if all(place == first for place in places) else places
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device; None if it can't be asked."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+def free_on_gpus() -> dict[torch.device, int]:
+    """Bytes that are free on each CUDA device."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return {device: torch.cuda.mem_get_info(device)[0] for device in devices}

@@ -6,7 +6,7 @@ Layers and header are handed out as Parts: named tensors that can be merged, tri
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,7 +117,7 @@ class ResidentModel:
         self.saved_dtype = saved_dtype
         self.layers_name, self.layers = find_layers(module)
         self._takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
-        self._state = module.state_dict(keep_vars=True)
+        self._state = _tensors_of(module)
         self._input_first = input_first_weights(module)
         self._layout = Layout(module, checkpoint.tensors)
         self._layout.check_reversible()
@@ -126,7 +126,7 @@ class ResidentModel:
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device and dtype for the summary."""
         saved = f", saved as {dtype_name(self.saved_dtype or self.checkpoint.main_dtype())}" if saving else ""
-        return {"Device": self.device, "Dtype": dtype_name(self.dtype) + saved}
+        return {"Device": self._where(), "Dtype": dtype_name(self.dtype) + saved}
 
     def dtypes(self) -> dict[str, str | None]:
         """The same for the recipe; saved_dtype None: what the checkpoint stores, tensor by tensor."""
@@ -135,8 +135,16 @@ class ResidentModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """Where the model lives; of a model that is spread over several devices, where its embedding and head are."""
         return self.module.device
+
+    def _where(self) -> str:
+        """The device or, if there are several, how many layers are on each."""
+        places = [next(iter(self.layer(index).devices)) for index in range(len(self.layers))]
+        counts = {place: places.count(place) for place in dict.fromkeys([self.device, *places])}
+        if len(counts) == 1:
+            return str(self.device)
+        return ", ".join(f"{place} ({count} layers)" for place, count in counts.items())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -280,18 +288,24 @@ class ResidentModel:
 
 
 def load_model(
-    checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False, compute: str | None = None
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    compute: str | None = None,
+    placement: Sequence[torch.device] | None = None,
 ) -> ResidentModel:
     """Load a checkpoint's causal language model onto a device, ready to be searched.
 
     device: auto, cpu, cuda, cuda:N or mps; dtype: auto, float16, bfloat16 or float32 (see resolve_dtype); compute: what
-    to compute in, if it is not what follows from dtype.
+    to compute in, if it is not what follows from dtype; placement: where each layer goes, if not all of them to the
+    device; those that go to the CPU are computed on the device all the same, to which accelerate then copies them.
     Raises ConfigError if the device is absent or the checkpoint is no complete causal language model.
     """
     target = resolve_device(device)
     computed = resolve_dtype(compute or dtype, checkpoint.main_dtype(), target)
     try:
-        module, info = _load_module(checkpoint, target, computed, trust_remote_code)
+        module, info = _load_module(checkpoint, target, computed, trust_remote_code, placement)
     except torch.OutOfMemoryError:
         raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
     except ConfigError:
@@ -320,7 +334,11 @@ def load_model(
 
 
 def _load_module(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    placement: Sequence[torch.device] | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The module with its weights, and what transformers has to say about loading them."""
     if device.type == "cpu" and dtype == checkpoint.main_dtype():
@@ -334,10 +352,13 @@ def _load_module(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported by load_model, in our words
         )
+    device_map: dict[str, torch.device] | None = None if device.type == "cpu" else {"": device}
+    if placement is not None:
+        device_map = device_map_of(without_weights(checkpoint, trust_remote_code), device, placement)
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         dtype=dtype,
-        device_map=None if device.type == "cpu" else {"": device},
+        device_map=device_map,
         trust_remote_code=trust_remote_code,
         local_files_only=True,
         output_loading_info=True,
@@ -368,6 +389,36 @@ def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise ConfigError(f"{type(module).__name__}: no list of {count} decoder layers found in this architecture")
     return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def device_map_of(
+    module: PreTrainedModel, device: torch.device, placement: Sequence[torch.device]
+) -> dict[str, torch.device]:
+    """Accelerate's map from parts of a model to devices: its layers as placed, everything else on one device."""
+    layers_name, layers = find_layers(module)
+    found = {f"{layers_name}.{index}": place for index, place in zip(range(len(layers)), placement, strict=True)}
+    for name, child in module.named_modules():
+        if name == layers_name or name.startswith(f"{layers_name}."):
+            continue
+        if not any(child.children()):
+            found[name] = device
+        else:
+            own = (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False))
+            found.update({f"{name}.{tensor}".lstrip("."): device for tensor, _ in own})
+    return found
+
+
+def _tensors_of(module: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's own parameters and buffers, by name. A layer that accelerate copies to its device for every forward has
+    no data itself; of such a one, they are the tensors that are copied."""
+    tensors = module.state_dict(keep_vars=True)
+    for prefix, child in module.named_modules():
+        hook = getattr(child, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):  # accelerate's SequentialHook has several
+            for name, tensor in child.named_parameters(recurse=False):
+                if tensor.is_meta and getattr(one, "weights_map", None) is not None:
+                    tensors[f"{prefix}.{name}"] = one.weights_map[name]
+    return tensors
 
 
 def input_first_weights(module: PreTrainedModel) -> set[str]:

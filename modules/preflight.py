@@ -8,12 +8,12 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from modules.candidates import Candidate
@@ -21,14 +21,19 @@ from modules.checkpoints import Checkpoint, load_tokenizer, small_files
 from modules.config import Config, ConfigError
 from modules.hub import bytes_needed, cache_folder
 from modules.memory import (
+    TOKENS,
     Budget,
+    Memory,
     Sizes,
     budget_of,
     free_memory,
+    free_on_gpus,
     header_weights,
     layer_bytes,
     logits_bytes,
+    placement_of,
     sizes_of,
+    weights_of,
 )
 from modules.merging import ratios_for
 from modules.models import find_layers, resolve_device, resolve_dtype
@@ -41,26 +46,6 @@ from modules.weights import dtype_name, local_files
 MARGIN = 0.01
 MARGIN_FLAT = 1 << 20
 MARGIN_FILES = 16  # folders, settings, an index
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What a run holds on its device, in bytes."""
-
-    base: int  # the whole base model
-    layers: int  # three layers: the candidate's, the one that is merged into, one on its way
-    header: int  # the same for the header, while it is tried: two of it, and a layer; 0 if it is not tried
-    activations: int  # hidden states, mask and logits; about, and at their most
-
-    @property
-    def held(self) -> int:
-        """What weights take, whatever the phrases are."""
-        return self.base + max(self.layers, self.header)
-
-    @property
-    def total(self) -> int:
-        """Weights and activations."""
-        return self.held + self.activations
 
 
 @dataclass(frozen=True)
@@ -97,6 +82,7 @@ class Plan:
     disk: Disk
     memory: Memory
     budget: Budget  # of scoring
+    placement: tuple[torch.device, ...] | None  # where each layer goes, if not all of them to the device
     weight_files: tuple[Path, ...]  # the candidates'; those that come from the hub may not be here yet
 
     @property
@@ -155,9 +141,11 @@ def plan_run(config: Config, models: Models) -> Plan:
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
     stack = max(count for _, count in methods)
-    weights = _weights(module, dtype, config.merge_headers)
+    weights = weights_of(module, dtype, config.merge_headers)
     free = free_memory(device)
-    budget = budget_of(sizes, dtype, device, stack, None if free is None else free - weights.held)
+    placement = placement_of(config.device, module, dtype, weights, layer_bytes(sizes, dtype, TOKENS, stack))
+    held = weights.held if placement is None else weights.held - weights.base
+    budget = budget_of(sizes, dtype, device, stack, None if free is None else free - held)
     packs = build_packs(encoded, "forest", budget.tokens)
     tokens, columns = zip(
         *((pack.tokens, len({target.column for target in pack.targets})) for pack in packs), strict=True
@@ -177,22 +165,8 @@ def plan_run(config: Config, models: Models) -> Plan:
         disk=_disk(config, models, module, dtype),
         memory=replace(weights, activations=activations),
         budget=budget,
+        placement=None if placement is None else tuple(placement),
         weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
-    )
-
-
-def _weights(module: PreTrainedModel, dtype: torch.dtype, with_header: bool) -> Memory:
-    """The weights that are held while layers and, if it is tried, the header are searched in this dtype."""
-
-    def size(weights: Iterable[Tensor]) -> int:
-        return sum(weight.numel() for weight in weights) * dtype.itemsize
-
-    layer = max(size(layer.parameters()) for layer in find_layers(module)[1])
-    return Memory(
-        base=size(module.parameters()) + sum(buffer.nbytes for buffer in module.buffers()),
-        layers=3 * layer,
-        header=2 * size(header_weights(module)) + layer if with_header else 0,
-        activations=0,
     )
 
 
@@ -265,7 +239,7 @@ def find_room(plan: Plan) -> Room:
         folder=folder,
         disk=shutil.disk_usage(folder).free + left,
         files=_free_files(folder),
-        memory=free_memory(plan.device),
+        memory=_free_for(plan),
         refusal=_refusal(folder),
     )
 
@@ -276,6 +250,14 @@ def _free_files(folder: Path) -> int | None:
         return None
     found = os.statvfs(folder)
     return found.f_favail if found.f_files else None
+
+
+def _free_for(plan: Plan) -> int | None:
+    """Bytes that are free where the plan puts its weights; None if that can't be asked."""
+    if plan.placement is None:
+        return free_memory(plan.device)
+    on_cpu = psutil.virtual_memory().available
+    return sum(free_on_gpus().values()) + on_cpu
 
 
 def _refusal(folder: Path) -> str | None:
@@ -292,7 +274,7 @@ def check(plan: Plan, room: Room) -> list[str]:
     problems = [*_writing_problems(plan, room), *_memory_problems(plan, room)]
     if problems:
         raise ConfigError("\n".join(problems))
-    return _memory_warnings(plan, room)
+    return [*_memory_warnings(plan, room), *_placement_warnings(plan)]
 
 
 def _writing_problems(plan: Plan, room: Room) -> list[str]:
@@ -349,6 +331,16 @@ def _memory_warnings(plan: Plan, room: Room) -> list[str]:
         f"memory may not suffice: {plan.device} has {in_memory(room.memory)} free, about "
         f"{in_memory(plan.memory.total)} are needed, of which {in_memory(plan.memory.activations)} for activations; "
         "fewer merge_ratios need less"
+    ]
+
+
+def _placement_warnings(plan: Plan) -> list[str]:
+    left_over = [place for place in plan.placement or () if place.type == "cpu"]
+    if not left_over:
+        return []
+    return [
+        f"{len(left_over)} of {plan.sizes.layers} layers don't fit on the GPUs: they stay in the CPU's memory, and "
+        "every forward copies them, which takes several times as long"
     ]
 
 

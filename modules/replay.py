@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from modules.checkpoints import load_tokenizer
 from modules.config import Config, ConfigError, Directories
 from modules.console import BANNER, Console
 from modules.hub import Ahead, check_space
 from modules.journal import Record
+from modules.memory import placement_of, weights_of
 from modules.models import load_model, present_devices
 from modules.opening import open_models
 from modules.outputs import unfinished_output
@@ -63,7 +66,9 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         ahead.wait(0)
         compare_fingerprints(base_source, base, "since the recipe was written")
         console.lines(_other_device(recipe, config.device))
-        model = load_model(base, config.device, recipe.get("saved_dtype") or "auto", compute=recipe["dtype"])
+        dtype, saved = getattr(torch, recipe["dtype"]), recipe.get("saved_dtype") or "auto"
+        placement = placement_of(config.device, models.module, dtype, weights_of(models.module, dtype, True))
+        model = load_model(base, config.device, saved, compute=recipe["dtype"], placement=placement)
         merger = Merger(model, load_tokenizer(base.path, config.trust_remote_code), config.trust_remote_code)
         for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
             ahead.wait(number)

@@ -77,7 +77,7 @@ def merge_models(config: Config, console: Console, options: Options) -> None:
         ahead.wait(0)
         clock.lap("download")
         record.source(0, config.directories.model_path1, models.base_where, base)
-        model = load_model(base, config.device, config.dtype, config.trust_remote_code)
+        model = load_model(base, config.device, config.dtype, config.trust_remote_code, placement=plan.placement)
         clock.lap("load")
         search = start_search(config, console, model, candidates, plan.budget)
         start = resume_search(console, search, record, options.resume)

@@ -17,7 +17,8 @@ from modules.config import Config, ConfigError, Pair
 from modules.console import Console
 from modules.continuation import build_continuation
 from modules.mapping import CompletionTree, Explorer, Standing, standings
-from modules.models import ResidentModel, load_model
+from modules.memory import placement_of, weights_of
+from modules.models import ResidentModel, load_model, resolve_device, resolve_dtype, without_weights
 from modules.opening import base_of, find_location, open_base
 from modules.phrases import Encoded, encode_contexts, encode_pairs
 from modules.probability import build_scorer
@@ -45,7 +46,10 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     console.lines(found.notes())
     checkpoint = open_base(found, found.location.text, config.trust_remote_code, fetch)
     fetch(checkpoint.job)
-    model = load_model(checkpoint, config.device, config.dtype, config.trust_remote_code)
+    module = without_weights(checkpoint, config.trust_remote_code)
+    dtype = resolve_dtype(config.dtype, checkpoint.main_dtype(), resolve_device(config.device))
+    placement = placement_of(config.device, module, dtype, weights_of(module, dtype, False))
+    model = load_model(checkpoint, config.device, config.dtype, config.trust_remote_code, placement=placement)
     tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
     spelling = Spelling(tokenizer, model.vocabulary)
     trees, phrases = explore(config, console, model, tokenizer, spelling)

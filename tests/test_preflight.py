@@ -216,6 +216,7 @@ def made_up(place, **changes):
         disk=Disk(16 * GB, (("one", 16 * GB), ("two", 15 * GB)), 16 * GB, 9, 0, 0),
         memory=Memory(15 * GIB, 2 * GIB, 4 * GIB, GIB // 2),
         budget=Budget(),
+        placement=None,
         weight_files=(),
     )
     return replace(plan, **changes)
