@@ -1,6 +1,7 @@
 """Merge fine-tunes into a base model, layer by layer, keeping what makes unwanted phrases less probable.
 
     python merge_monster.py --config my.yaml
+    torchrun --nproc-per-node 4 merge_monster.py --config my.yaml
 
 Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't be used, 130 interrupted.
 """
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modules.config import VERSION, Config, ConfigError, load_config
-from modules.console import Console, show_any_character
+from modules.console import Console, Quiet, show_any_character
+from modules.processes import find_seat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,26 +29,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
     show_any_character()
+    seat = find_seat()
     try:
         config = None if options.replay else load_config(options.config, options.device, options.output)
-        console = Console("merge-monster")
+        console = Console("merge-monster") if seat.leads else Quiet(seat.number)
     except ConfigError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
+        if seat.leads:
+            print(f"ERROR: {error}", file=sys.stderr)
         return 2
     with console:
-        return replay(console, options) if config is None else run(config, console, options)
+        if config is not None:
+            return run(config, console, options)
+        return replay(console, options) if seat.leads else 0
 
 
 def run(config: Config, console: Console, options: argparse.Namespace) -> int:
     """Merge, and turn every failure into one message and an exit code."""
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
     from modules.failures import exit_code
+    from modules.following import follow_merge
+    from modules.group import joined
     from modules.outputs import kept_progress
     from modules.run import Options, merge_models
 
     asked = Options(options.overwrite, options.resume, options.restart, options.dry_run)
     output = Path(config.directories.output_directory)
-    return exit_code(lambda: merge_models(config, console, asked), console, lambda: kept_progress(output))
+
+    def work() -> None:
+        with joined(find_seat()) as group:
+            if isinstance(console, Quiet):
+                follow_merge(config, console, asked, group)
+            else:
+                merge_models(config, console, asked, group)
+
+    return exit_code(work, console, lambda: kept_progress(output))
 
 
 def replay(console: Console, options: argparse.Namespace) -> int:

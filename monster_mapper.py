@@ -12,6 +12,7 @@ from pathlib import Path
 
 from modules.config import VERSION, Config, ConfigError, load_config
 from modules.console import Console, show_any_character
+from modules.processes import find_seat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
     show_any_character()
+    seat = find_seat()
+    if seat.count > 1:
+        if seat.leads:
+            print("ERROR: the mapper runs in one process; start it with python, not with torchrun", file=sys.stderr)
+        return 2
     try:
         config = load_config(options.config, options.device, model=options.model, mapping=True)
         console = Console("monster-mapper")

@@ -100,6 +100,10 @@ class Console:
             leave=False,
         )
 
+    def ending(self, text: str) -> None:
+        """Why a run ends that is not at fault itself: it was told to, or another process has ended."""
+        self.error(text)
+
     def heard(self) -> None:
         """Answer the first Ctrl-C. It may come in the middle of a line: this goes past everything that is buffered."""
         os.write(2, b"\nEnding after this decision; once more to end at once.\n")
@@ -115,6 +119,43 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._log.close()
+
+
+class Quiet(Console):
+    """Of a process that does not lead: only its own errors are seen, and no log is written."""
+
+    def __init__(self, number: int) -> None:
+        """number: the process's."""
+        self._in_colour, self._number = False, number
+        self.log_path = Path(os.devnull)
+
+    def line(self, text: str = "") -> None:
+        """Nothing."""
+
+    def error(self, text: str) -> None:
+        """Print to standard error, with the process's number."""
+        print(f"[process {self._number}] {text}", file=sys.stderr)
+
+    def ending(self, text: str) -> None:
+        """Nothing: the process that leads says it."""
+
+    @contextmanager
+    def progress(self, steps: float) -> Iterator[tqdm]:
+        """A bar that is not seen."""
+        with tqdm(total=steps, disable=True) as bar:
+            yield bar
+
+    def download(self, name: str, size: int) -> tqdm:
+        """A bar that is not seen."""
+        return tqdm(total=size, disable=True)
+
+    def heard(self) -> None:
+        """Nothing."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """There is no log to be closed."""
 
 
 def _unused(folder: Path, stem: str) -> Path:

@@ -10,6 +10,7 @@ import torch
 
 from modules.config import ConfigError
 from modules.console import Console
+from modules.group import ProcessLost
 from modules.stopping import termination_interrupts
 from modules.weights import CheckpointError, first_line
 
@@ -31,8 +32,11 @@ def exit_code(work: Callable[[], None], console: Console, left: Callable[[], str
     except torch.OutOfMemoryError as error:
         console.error(f"ERROR: out of memory: {first_line(error)}\n{left()}")
         return 1
+    except ProcessLost as error:
+        console.ending(f"ERROR: {error}\n{left()}")
+        return 1
     except KeyboardInterrupt:
-        console.error(f"Interrupted. {left()}")
+        console.ending(f"Interrupted. {left()}")
         return 130
     except Exception:
         bug = f"This is a bug in Merge Monster. The log is {console.log_path}."

@@ -22,6 +22,7 @@ from modules.checkpoints import Checkpoint, copy_companions
 from modules.config import ConfigError
 from modules.layouts import Layout, Tensors
 from modules.merging import merge
+from modules.processes import Seat
 from modules.weights import CheckpointError, dtype_name, first_line, write_shards, written_name
 
 
@@ -451,6 +452,21 @@ def resolve_device(name: str) -> torch.device:
     if name not in present:
         raise ConfigError(f"device: '{name}' is not on this machine; there is {', '.join(present)}")
     return torch.device(name)
+
+
+def own_device(name: str, seat: Seat) -> str:
+    """The configured name of a device or, where several processes are to have one each, that of this process's.
+
+    Raises ConfigError if there are fewer GPUs than processes.
+    """
+    gpus = [device for device in present_devices() if device.startswith("cuda")]
+    if seat.count_here == 1 or name not in ("auto", "cuda") or not gpus:
+        return name
+    if seat.number_here >= len(gpus):
+        raise ConfigError(
+            f"{seat.count_here} processes were started on a machine with {len(gpus)} GPUs; start as many as GPUs"
+        )
+    return gpus[seat.number_here]
 
 
 def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -83,6 +83,7 @@ class Plan:
     memory: Memory
     budget: Budget  # of scoring
     placement: tuple[torch.device, ...] | None  # where each layer goes, if not all of them to the device
+    sharing: int  # how many processes have the device's memory to share
     weight_files: tuple[Path, ...]  # the candidates'; those that come from the hub may not be here yet
 
     @property
@@ -126,10 +127,11 @@ class Plan:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def plan_run(config: Config, models: Models) -> Plan:
+def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
     """The plan of a run whose models are open; no weight is read.
 
-    Raises ConfigError if the device is absent, the base has no usable tokenizer or can't take a phrase.
+    sharing: how many processes on this machine do the same; where they compute on the CPU, each has its share of the
+    memory. Raises ConfigError if the device is absent, the base has no usable tokenizer or can't take a phrase.
     """
     base = models.base
     device = resolve_device(config.device)
@@ -142,7 +144,8 @@ def plan_run(config: Config, models: Models) -> Plan:
     methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
     stack = max(count for _, count in methods)
     weights = weights_of(module, dtype, config.merge_headers)
-    free = free_memory(device)
+    sharing = sharing if device.type == "cpu" else 1
+    free = _share(free_memory(device), sharing)
     placement = placement_of(config.device, module, dtype, weights, layer_bytes(sizes, dtype, TOKENS, stack))
     held = weights.held if placement is None else weights.held - weights.base
     budget = budget_of(sizes, dtype, device, stack, None if free is None else free - held)
@@ -166,6 +169,7 @@ def plan_run(config: Config, models: Models) -> Plan:
         memory=replace(weights, activations=activations),
         budget=budget,
         placement=None if placement is None else tuple(placement),
+        sharing=sharing,
         weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
     )
 
@@ -255,9 +259,13 @@ def _free_files(folder: Path) -> int | None:
 def _free_for(plan: Plan) -> int | None:
     """Bytes that are free where the plan puts its weights; None if that can't be asked."""
     if plan.placement is None:
-        return free_memory(plan.device)
+        return _share(free_memory(plan.device), plan.sharing)
     on_cpu = psutil.virtual_memory().available
     return sum(free_on_gpus().values()) + on_cpu
+
+
+def _share(free: int | None, sharing: int) -> int | None:
+    return None if free is None else free // sharing
 
 
 def _refusal(folder: Path) -> str | None:

@@ -14,6 +14,7 @@ Everything but the layers stays the model's own forward: embedding, masks, posit
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 
 from modules.config import ConfigError
 from modules.inputs import Inputs, Targets
-from modules.memory import Budget
+from modules.memory import FEWEST_TOKENS, Budget
 from modules.models import ResidentModel
 from modules.phrases import LAYOUTS, Encoded, build_packs
+from modules.processes import Seat
 
+PACKS_EACH = 4  # at least so many for each of several processes, that none has much more to do than another
 SAMPLE = 16  # pairs on which a layout is verified
 
 # What a layout may differ by from plain forwards, in log-probability per token: three times what rounding is seen to
@@ -32,7 +35,7 @@ SAMPLE = 16  # pairs on which a layout is verified
 ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MOST_ROUNDING = 0.2
 
-DEFAULT = Budget()
+DEFAULT, ONLY = Budget(), Seat()
 
 # What architectures raise that do not take these inputs.
 NOT_TAKEN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)
@@ -57,10 +60,12 @@ class Scorer:
         budget: Budget = DEFAULT,
         tolerance: float = 0.0,
         stacked: bool = True,
+        seat: Seat = ONLY,
     ) -> None:
         """tolerance: what rounding alone makes of a log-probability per token, as the layout was verified with.
-        stacked: several trials at a time, where inputs allow it."""
-        self.layout, self.tolerance = layout, tolerance
+        stacked: several trials at a time, where inputs allow it. seat: of several processes that share the packs; each
+        has zeros for the pairs of the others."""
+        self.layout, self.tolerance, self._seat = layout, tolerance, seat
         self.pairs = len(encoded)
         self._model, self._layers, self._returns = model, model.layers, model.tuples_returned
         self._encoded, self._stacked = encoded, stacked
@@ -71,17 +76,33 @@ class Scorer:
         self._pack(budget)
 
     def _pack(self, budget: Budget) -> None:
-        packs = build_packs(self._encoded, self.layout, budget.tokens)
+        """Pack the pairs and keep this process's share; smaller packs where there are too few to share them evenly."""
         self.budget = budget
-        self._inputs = [Inputs.of(pack, self._model.device, self._model.dtype) for pack in packs]
-        self.packed_tokens = sum(inputs.ids.numel() for inputs in self._inputs)
-        self.columns = sum(len(inputs.columns) for inputs in self._inputs)  # at which the head is read
+        self._inputs: list[Inputs] = []
+        self.packs = self.packed_tokens = self.columns = 0  # of all processes; columns: at which the head is read
+        loads = [0] * self._seat.count
+        for pack in build_packs(self._encoded, self.layout, budget.tokens):
+            owner = loads.index(min(loads))
+            loads[owner] += pack.tokens
+            if owner == self._seat.number:
+                self._inputs.append(Inputs.of(pack, self._model.device, self._model.dtype))
+            self.packs += 1
+            self.packed_tokens += pack.tokens
+            self.columns += len({target.column for target in pack.targets})
+        if self.packs < PACKS_EACH * self._seat.count and self._seat.count > 1 and budget.tokens > FEWEST_TOKENS:
+            self._pack(replace(budget, tokens=budget.tokens // 2))
 
     def describe(self) -> dict[str, object]:
         """How the pairs go through the model, for the summary."""
-        packs = "1 pack" if len(self._inputs) == 1 else f"{len(self._inputs)} packs"
+        packs = "1 pack" if self.packs == 1 else f"{self.packs} packs"
+        packs += f" shared by {self._seat.count} processes" if self._seat.count > 1 else ""
         tokens = f"{self.packed_tokens:,} tokens packed from {self.pair_tokens:,}"
         return {"Phrase layout": f"{self.layout} ({tokens}, {packs})"}
+
+    @property
+    def settings(self) -> tuple[str, Budget, float, bool]:
+        """With which another process builds the same scorer: layout, budget, tolerance, stacked."""
+        return self.layout, self.budget, self.tolerance, self._stacked
 
     @torch.no_grad()
     def score(self) -> list[float]:
@@ -115,10 +136,10 @@ class Scorer:
         Returns what was done, None if there is nothing left to be done. The cache is made anew when it is needed.
         """
         self._cache = None
-        packs = len(self._inputs)
+        packs = self.packs
         while self.budget.tokens > 1:
             self._pack(self.budget.halved())
-            if len(self._inputs) > packs:
+            if self.packs > packs:
                 return f"packs of {self.budget.tokens} tokens from here on"
         if self._stacked:
             self._stacked = False
@@ -139,7 +160,7 @@ class Scorer:
     def score_trials(self, trials: Sequence[Trial]) -> list[list[float]]:
         """Joint log-probabilities under each trial's weights for the cache's layer: (trials, pairs)."""
         self._filled_cache()
-        if self._inputs[0].stackable and self._stacked:
+        if self._stacked and all(inputs.stackable for inputs in self._inputs):
             return self._collect(len(trials), lambda index: self._tail(index, trials))
         return [self._collect(1, lambda index, one=trial: self._tail(index, [one]))[0] for trial in trials]
 
@@ -199,7 +220,7 @@ class Scorer:
     def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]]) -> list[list[float]]:
         """Run all packs, add up each phrase's token log-probabilities; one copy to the host. (stack, pairs)"""
         # One place per token of each phrase, then a sum: unlike scattered additions, always in the same order.
-        places = torch.zeros(stack, self.pairs, self._longest_phrase, device=self._inputs[0].ids.device)
+        places = torch.zeros(stack, self.pairs, self._longest_phrase, device=self._model.device)
         for index in range(len(self._inputs)):
             for logits, targets in self._logits(index, stack, forwards_for(index)):
                 normaliser = logits.logsumexp(-1)  # (stack, B, columns)
@@ -264,28 +285,28 @@ class Cache:
 
 
 def build_scorer(
-    model: ResidentModel, encoded: Sequence[Encoded], budget: Budget = DEFAULT, tails: bool = True
+    model: ResidentModel, encoded: Sequence[Encoded], budget: Budget = DEFAULT, tails: bool = True, seat: Seat = ONLY
 ) -> Scorer:
     """A scorer in the fastest layout that is exact for this model, with what fits into memory of the budget.
 
-    tails: whether it will score trials. Raises ConfigError if no layout is exact, torch.OutOfMemoryError if not even
-    one pair fits.
+    tails: whether it will score trials; seat: see Scorer. Raises ConfigError if no layout is exact,
+    torch.OutOfMemoryError if not even one pair fits.
     """
     stacked = True
     while True:
         try:
-            return _verified_scorer(model, encoded, budget, tails, stacked)
+            return Scorer(model, encoded, *_verified(model, encoded, budget, tails, stacked), seat)
         except torch.OutOfMemoryError:
             if budget.tokens == 1 and not stacked:
                 raise
             budget, stacked = budget.halved(), budget.tokens > 1
 
 
-def _verified_scorer(
+def _verified(
     model: ResidentModel, encoded: Sequence[Encoded], budget: Budget, tails: bool, stacked: bool
-) -> Scorer:
-    """The first layout that agrees, as does its tail forward, with plain forwards of one pair at a time; compared on
-    some pairs with the longest among them."""
+) -> tuple[str, Budget, float, bool]:
+    """A scorer's settings, with the first layout that agrees, as does its tail forward, with plain forwards of one pair
+    at a time; compared on some pairs with the longest among them."""
     by_length = sorted(encoded, key=lambda item: len(item.tokens), reverse=True)
     sample = by_length[:: max(1, -(-len(by_length) // SAMPLE))]
     exact = Scorer(model, sample, "single").score()
@@ -303,7 +324,7 @@ def _verified_scorer(
         except NOT_TAKEN:
             continue
         if all(_deviation(result, exact, sample) <= limit for result in results):
-            return Scorer(model, encoded, layout, budget, limit, stacked)
+            return layout, budget, limit, stacked
     raise ConfigError(f"{type(model.module).__name__}: scoring from the middle of this architecture is not exact")
 
 

@@ -60,17 +60,18 @@ class RunRecord:
             if begun.get(name) != version
         ]
 
-    def source(self, number: int, text: str, where: str, checkpoint: Checkpoint) -> None:
+    def source(self, number: int, text: str, where: str, checkpoint: Checkpoint) -> Record:
         """Note a model, or compare it with what was noted; text: what the configuration calls it, where: exactly.
 
-        Raises ConfigError if it is another one.
+        Returns what is noted. Raises ConfigError if it is another one.
         """
         known = [record for record in self.journal.of_kind("source") if record["number"] == number]
         if known:
-            compare_fingerprints(known[0], checkpoint, f"since {self.journal.path} was begun; --restart begins again")
-        else:
-            identity = {"number": number, "name": checkpoint.name, "text": text, "where": where}
-            self.journal.append("source", **identity, fingerprint=checkpoint.fingerprint())
+            since = f"has changed since {self.journal.path} was begun; --restart begins again"
+            compare_fingerprints(known[0], checkpoint, since)
+            return known[0]
+        identity = {"number": number, "name": checkpoint.name, "text": text, "where": where}
+        return self.journal.append("source", **identity, fingerprint=checkpoint.fingerprint())
 
     def start(self, log_probabilities: Sequence[float], weights: Sequence[float]) -> tuple[list[float], list[float]]:
         """Note the base's scores, or find what was noted: joint log-probabilities, signed weights."""
@@ -278,12 +279,15 @@ def settings_of(config: Config) -> Record:
     return json.loads(json.dumps(values))
 
 
-def compare_fingerprints(record: Mapping[str, Any], checkpoint: Checkpoint, since: str) -> None:
-    """Raise ConfigError, naming the first file that differs, if a source is not what was recorded."""
+def compare_fingerprints(record: Mapping[str, Any], checkpoint: Checkpoint, trouble: str) -> None:
+    """Raise ConfigError, naming the first file that differs, if a source is not what was recorded.
+
+    trouble: what that means, to be said of the file.
+    """
     now = checkpoint.fingerprint()
     for file in sorted(now.keys() | record["fingerprint"].keys()):
         if now.get(file) != record["fingerprint"].get(file):
-            raise ConfigError(f"{checkpoint.path}: {file} has changed {since}")
+            raise ConfigError(f"{checkpoint.path}: {file} {trouble}")
 
 
 def decision_of(record: Mapping[str, Any]) -> Decision:

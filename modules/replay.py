@@ -64,7 +64,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         Ahead(models.jobs, partial(begin_download, console)) as ahead,
     ):
         ahead.wait(0)
-        compare_fingerprints(base_source, base, "since the recipe was written")
+        compare_fingerprints(base_source, base, "has changed since the recipe was written")
         console.lines(_other_device(recipe, config.device))
         dtype, saved = getattr(torch, recipe["dtype"]), recipe.get("saved_dtype") or "auto"
         placement = placement_of(config.device, models.module, dtype, weights_of(models.module, dtype, True))
@@ -72,7 +72,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         merger = Merger(model, load_tokenizer(base.path, config.trust_remote_code), config.trust_remote_code)
         for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
             ahead.wait(number)
-            compare_fingerprints(source, candidate.checkpoint, "since the recipe was written")
+            compare_fingerprints(source, candidate.checkpoint, "has changed since the recipe was written")
             decisions = [decision_of(record) for record in _accepted(recipe, source["number"])]
             console.timed(f"Candidate {number}/{len(sources)}: {source['name']}, {len(decisions)} merges")
             merger.repeat(candidate, decisions)

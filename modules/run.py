@@ -6,7 +6,7 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,23 +16,36 @@ import transformers
 
 from modules import report
 from modules.candidates import Candidate
-from modules.checkpoints import load_tokenizer
+from modules.checkpoints import Checkpoint, load_tokenizer
 from modules.composition import Merge, mean_shares
 from modules.config import Config
 from modules.console import BANNER, Console
 from modules.forecast import calibrate, estimate, plan_lines
+from modules.group import ALONE, Group
 from modules.hub import Ahead, Bar, Job, Repository, check_space
+from modules.journal import Record
 from modules.memory import Budget
-from modules.models import ResidentModel, load_model
-from modules.opening import open_models
+from modules.models import ResidentModel, load_model, own_device
+from modules.opening import Models, open_models
 from modules.outputs import SETTINGS_FILE, Unfinished, unfinished_output
 from modules.phrases import encode_pairs
 from modules.preflight import check, find_room, plan_run
-from modules.probability import build_scorer
-from modules.record import RunRecord, is_finished, write_recipe
+from modules.probability import Scorer, build_scorer
+from modules.record import RunRecord, compare_fingerprints, is_finished, write_recipe
 from modules.search import Decision, Search
 from modules.stopping import postponed
 from modules.weights import CheckpointError
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the process that leads tells the others, for them to begin the search: all that is not in the YAML file."""
+
+    records: list[Record]  # the journal's
+    budget: Budget
+
+
+NOTHING_TO_SEARCH = None  # said in place of a Start
 
 
 @dataclass(frozen=True)
@@ -45,10 +58,11 @@ class Options:
     dry_run: bool = False  # check everything and say what it would take, and no more
 
 
-def merge_models(config: Config, console: Console, options: Options) -> None:
+def merge_models(config: Config, console: Console, options: Options, group: Group = ALONE) -> None:
     """Search, merge and save as configured. Nothing is at the output directory before all is well.
 
-    Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
+    group: of which this process leads; the others follow. Raises ConfigError for what can't be used, found before any
+    work; CheckpointError or OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
     console.line(BANNER)
@@ -56,17 +70,18 @@ def merge_models(config: Config, console: Console, options: Options) -> None:
     output = Path(config.directories.output_directory)
     if options.resume and not options.dry_run and is_finished(config, output):
         console.line(f"This run has finished: its output is in {output}")
+        group.from_first(NOTHING_TO_SEARCH)
         return
     models = open_models(config, options.overwrite, partial(fetch_now, console))
     console.lines(models.notes)
-    base, candidates = models.base, models.candidates
     check_space(models.jobs, config.keep_downloads)
-    plan = plan_run(config, models)
+    plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
     room = find_room(plan)
     console.lines([f"WARNING: {warning}" for warning in check(plan, room)])
     if options.dry_run:
         console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
         console.timed("Dry run: nothing was written")
+        group.from_first(NOTHING_TO_SEARCH)
         return
     clock = Clock()
     with (
@@ -76,13 +91,11 @@ def merge_models(config: Config, console: Console, options: Options) -> None:
         record = RunRecord(unfinished.journal, config)
         ahead.wait(0)
         clock.lap("download")
-        record.source(0, config.directories.model_path1, models.base_where, base)
-        model = load_model(base, config.device, config.dtype, config.trust_remote_code, placement=plan.placement)
+        group.from_first(Start(record.journal.records, plan.budget))
+        conductor = begin_search(config, console, models, record, ahead, plan.budget, group, plan.placement)
         clock.lap("load")
-        search = start_search(config, console, model, candidates, plan.budget)
-        start = resume_search(console, search, record, options.resume)
-        conductor = Conductor(config, console, search, record, ahead)
-        conductor.conduct(candidates, start)
+        conductor.conduct(models.candidates, options.resume)
+        search, model = conductor.search, conductor.search.model
         composition = mean_shares(conductor.origins)
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
@@ -94,7 +107,7 @@ def merge_models(config: Config, console: Console, options: Options) -> None:
         write_recipe(unfinished.folder, recipe)
         unfinished.take_place(output, options.overwrite)
     if not config.keep_downloads:
-        remove_downloads(console, [base.repository])
+        remove_downloads(console, [models.base.repository])
     console.timed(f"Done. The log is {console.log_path}")
 
 
@@ -116,18 +129,44 @@ def prepare_libraries(seed: int) -> None:
     huggingface_hub.logging.set_verbosity_error()
 
 
-def start_search(
-    config: Config, console: Console, model: ResidentModel, candidates: Sequence[Candidate], budget: Budget
-) -> Search:
-    """Score the base, print the summary and the phrase table; the search that goes on from there."""
-    tokenizer = load_tokenizer(model.checkpoint.path, config.trust_remote_code)
+def begin_search(
+    config: Config,
+    console: Console,
+    models: Models,
+    record: RunRecord,
+    ahead: Ahead,
+    budget: Budget,
+    group: Group,
+    placement: Sequence[torch.device] | None = None,
+) -> "Conductor":
+    """Load the base and score it, print the summary and the phrase table; who leads the search from there.
+
+    ahead: brings the base as number 0, then the candidates; each while the one before it is searched.
+    """
+    base = models.base
+    note_source(record, group, 0, config.directories.model_path1, models.base_where, base)
+    device = own_device(config.device, group.seat)
+    model = load_model(base, device, config.dtype, config.trust_remote_code, placement=placement)
+    tokenizer = load_tokenizer(base.path, config.trust_remote_code)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
-    scorer = build_scorer(model, encoded, budget)
-    search = Search(model, scorer, config, tokenizer)
-    console.lines(report.summary(config, model.describe(), scorer.describe(), [c.name for c in candidates]))
+    # How to score is measured once: another machine's rounding must not make another choice.
+    leads = group.seat.leads
+    scorer = build_scorer(model, encoded, budget, seat=group.seat) if leads else None
+    settings = group.from_first(scorer and scorer.settings)
+    scorer = scorer or Scorer(model, encoded, *settings, group.seat)
+    search = Search(model, scorer, config, tokenizer, group)
+    names = [candidate.name for candidate in models.candidates]
+    console.lines(report.summary(config, model.describe(), scorer.describe(), names))
     console.lines([f"WARNING: {warning}" for warning in search.warnings])
     console.lines(report.phrase_table(config.pairs, search.weights, search.log_probabilities))
-    return search
+    return Conductor(config, console, search, record, ahead)
+
+
+def note_source(record: RunRecord, group: Group, number: int, text: str, where: str, checkpoint: Checkpoint) -> None:
+    """Note which model a number is. Raises ConfigError if it is not what an earlier run, or another process, has."""
+    noted = group.from_first(group.together(lambda: record.source(number, text, where, checkpoint)))
+    here = f"is not the same in process {group.seat.number} as in process 0"
+    group.together(lambda: compare_fingerprints(noted, checkpoint, here) if not group.seat.leads else None)
 
 
 def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:
@@ -150,15 +189,15 @@ class Conductor:
     """Leads a search through all candidates, from where an earlier run has left it."""
 
     def __init__(self, config: Config, console: Console, search: Search, record: RunRecord, ahead: Ahead) -> None:
-        """ahead: brings the base as number 0, then the candidates; each while the one before it is searched."""
         self.config, self.console, self.search, self.record, self.ahead = config, console, search, record, ahead
         self.layers = len(search.model.layers)
         # The accepted merges of every layer and, last, of the header.
         self.origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(self.layers + 1)]
 
-    def conduct(self, candidates: Sequence[Candidate], start: Sequence[float]) -> None:
-        """Search one candidate after another. start: the base's log-probabilities."""
+    def conduct(self, candidates: Sequence[Candidate], resume: bool = False) -> None:
+        """Search one candidate after another. resume: whether to go on with an earlier run was asked for."""
         console, search = self.console, self.search
+        start = resume_search(console, search, self.record, resume)
         steps = len(candidates) * search.steps_per_candidate()
         with console.progress(steps) as self.bar, postponed(console.heard) as self.end_if_asked:
             for number, candidate in enumerate(candidates, start=1):
@@ -170,10 +209,10 @@ class Conductor:
                     remove_downloads(console, candidate.repositories, [search.model.checkpoint.repository, *later])
 
     def _candidate(self, number: int, candidate: Candidate) -> None:
-        failure = None
+        failure, group = None, self.search.group
         try:
-            self.ahead.wait(number)
-            self.record.source(number, candidate.text, candidate.where, candidate.checkpoint)
+            group.together(lambda: self.ahead.wait(number))
+            note_source(self.record, group, number, candidate.text, candidate.where, candidate.checkpoint)
             failure = self._search(number, candidate)
         except CheckpointError as error:
             if self.config.on_error == "stop":

@@ -14,6 +14,7 @@ import torch
 
 from modules.candidates import Candidate
 from modules.config import Config, ConfigError, Pair
+from modules.group import ALONE, Group
 from modules.headers import HeaderSkipped, aligned_header
 from modules.layouts import Tensors
 from modules.merging import RECORDED_SHARE, ratios_for
@@ -25,7 +26,7 @@ from modules.streaming import ReadAhead
 # Below this a probability has lost digits to underflow, and its reciprocal is no sensible weight.
 SMALLEST_PROBABILITY = 2.2250738585072014e-308
 
-Scored = TypeVar("Scored")
+Result = TypeVar("Result")
 ScoreTrials = Callable[[Sequence[Trial]], list[list[float]]]
 
 
@@ -88,15 +89,25 @@ class Merger:
 class Search(Merger):
     """A model that takes over what improves its scores. `log_probabilities` are those of its present state."""
 
-    def __init__(self, model: ResidentModel, scorer: Scorer, config: Config, tokenizer: Any) -> None:
-        """Score the base. Raises ConfigError if its scores are not finite."""
+    def __init__(
+        self, model: ResidentModel, scorer: Scorer, config: Config, tokenizer: Any, group: Group = ALONE
+    ) -> None:
+        """Score the base. group: processes that search together; each has the model and a share of the scorer's packs.
+
+        Raises ConfigError if its scores are not finite.
+        """
         super().__init__(model, tokenizer, config.trust_remote_code)
-        self.scorer, self.config = scorer, config
+        self.scorer, self.config, self.group = scorer, config, group
         self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
-        self.log_probabilities = self._in_memory(scorer.score)
+        self.log_probabilities: list[float] = []
+        self.measure()
         if not all(math.isfinite(value) for value in self.log_probabilities):
             raise ConfigError("the base model's scores are not finite; try another dtype (bfloat16 or float32)")
         self.weights, self.warnings = signed_weights(config.pairs, config.auto_weights, self.log_probabilities)
+
+    def repeat(self, candidate: Candidate, done: Sequence[Decision]) -> None:
+        """As a Merger does, in all processes."""
+        self.group.together(lambda: Merger.repeat(self, candidate, done))
 
     @property
     def total(self) -> float:
@@ -119,7 +130,7 @@ class Search(Merger):
 
     def measure(self) -> None:
         """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find."""
-        self.log_probabilities = self._in_memory(self.scorer.score)
+        (self.log_probabilities,) = self._scored(lambda: [self.scorer.score()])
 
     def steps(self, layer: int | None, method: str) -> int:
         """The work of one decision in forwards of one layer, the unit of the progress bar."""
@@ -165,7 +176,9 @@ class Search(Merger):
         """The input embedding and the output head together, always by lerp."""
         part = self.model.header()
         try:
-            theirs, note = aligned_header(self.model, self.tokenizer, candidate, self.trust_remote_code)
+            theirs, note = self._in_memory(
+                lambda: aligned_header(self.model, self.tokenizer, candidate, self.trust_remote_code)
+            )
         except (BrokenWeights, HeaderSkipped) as error:
             return self._untried(candidate, None, "lerp", f"{error}; the header stays as it is")
         outcome = self._decide(part, theirs, "lerp", self.config.merge_ratios, self._score_whole)
@@ -186,7 +199,7 @@ class Search(Merger):
         before = self.total
         self._space = out = part.space(self._space)
         tries = [partial(part.trying, method, theirs, ratio, out) for ratio in ratios]
-        trials = self._in_memory(lambda: score_trials(tries))
+        trials = self._scored(lambda: score_trials(tries))
         best = choose(
             self.config.strategy,
             scores(self.log_probabilities, self.weights),
@@ -199,14 +212,18 @@ class Search(Merger):
         self.log_probabilities = trials[best]
         return ratios[best], before, self.total, tuple(self.log_probabilities)
 
-    def _in_memory(self, work: Callable[[], Scored]) -> Scored:
-        """Do work that needs memory, again and again with less of it where it is not there.
+    def _scored(self, work: Callable[[], list[list[float]]]) -> list[list[float]]:
+        """What scoring gives, for the pairs of all processes."""
+        return self.group.sum(self._in_memory(work))
+
+    def _in_memory(self, work: Callable[[], Result]) -> Result:
+        """Do work that needs memory, in all processes, again and again with less of it where it is not there.
 
         Raises torch.OutOfMemoryError if not even one pair and one ratio fit.
         """
         while True:
             try:
-                return work()
+                return self.group.together(work)
             except torch.OutOfMemoryError:
                 done = self.scorer.take_less_memory()
                 if done is None:

@@ -217,6 +217,7 @@ def made_up(place, **changes):
         memory=Memory(15 * GIB, 2 * GIB, 4 * GIB, GIB // 2),
         budget=Budget(),
         placement=None,
+        sharing=1,
         weight_files=(),
     )
     return replace(plan, **changes)

@@ -1,6 +1,7 @@
 """The whole search against the naive twin: the same decisions, the same tensors."""
 
 import itertools
+import random
 import sys
 
 import pytest
@@ -167,6 +168,26 @@ def test_several_packs_make_the_same_decisions(llamas, tmp_path):
     assert [(d.layer, d.ratio) for d in split[0]] == [(d.layer, d.ratio) for d in whole[0]]
     for name, tensor in whole[1].items():
         torch.testing.assert_close(split[1][name], tensor, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_the_phrases_changes_nothing(llamas, tmp_path, seed):
+    base, one, two = llamas
+    pairs = list(tiny.PAIRS)
+    random.Random(seed).shuffle(pairs)
+    expected, found = (search(tmp_path, base, [one, two], some, Budget(tokens=20)) for some in (tiny.PAIRS, pairs))
+    assert [(d.layer, d.method, d.ratio) for d in found[0]] == [(d.layer, d.method, d.ratio) for d in expected[0]]
+    assert all(torch.equal(found[1][name], tensor) for name, tensor in expected[1].items())
+
+
+def test_hidden_states_that_are_not_kept_change_nothing(llamas, tmp_path):
+    """Beside the device, partly nowhere, or nowhere at all."""
+    base, one, two = llamas
+    expected = search(tmp_path, base, [one, two], budget=Budget(tokens=20))
+    for budget in (Budget(20, cache=0, cache_beside=1 << 20), Budget(20, cache=6000), Budget(20, cache=0)):
+        found = search(tmp_path, base, [one, two], budget=budget)
+        assert found[0] == expected[0]
+        assert all(torch.equal(found[1][name], tensor) for name, tensor in expected[1].items())
 
 
 @pytest.mark.parametrize("tied", [True, False])
