@@ -2,7 +2,7 @@
 
     python benchmarks/bench_mapper.py
 
-Builds the seeded random Llama of bench_merge.py on disk, then measures in alternation, in one process:
+Builds a seeded random Llama on disk, then measures in alternation, in one process:
   ours    the program's own exploring of all contexts, the verification of its kept keys and values included
   naive   one whole forward per node and per token of a continuation, no cache (tests/reference.py), one context at a
           time, in turn with ours
@@ -22,8 +22,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
-import bench_merge
 import reference
+from workload import Shape, machine, make_models, parameter_count, print_table, shape_of, shape_options
 
 from modules.checkpoints import load_tokenizer, open_checkpoint
 from modules.config import Mapper, Pair
@@ -42,24 +42,20 @@ def main() -> None:
     prepare_libraries(seed=0)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        bench_merge.make_model(options, bench_merge.word_tokenizer(options.vocabulary), base, None)
+        make_models({shape_of(options): [base]})
         result = measure(options, base)
-    bench_merge.print_table(result)
+    print_table(result)
     print(json.dumps(result))
 
 
 def parse_arguments() -> argparse.Namespace:
     """Sizes of the model and of the trees."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--intermediate", type=int, default=2816)
-    parser.add_argument("--vocabulary", type=int, default=16000)
+    shape_options(parser, Shape())
     parser.add_argument("--contexts", type=int, default=3)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--max-depth", type=int, default=4)
     parser.add_argument("--additional-length", type=int, default=20)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     return parser.parse_args()
 
 
@@ -93,9 +89,9 @@ def measure(options: argparse.Namespace, base: Path) -> dict[str, object]:
     leaves = sum(len(tree.branches) for tree in trees)
     seconds, naive_seconds = statistics.median(ours), sum(theirs)
     return {
-        "machine": f"{bench_merge.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(torch.device("cpu")),
         "dtype": options.dtype,
-        "parameters": bench_merge.parameter_count(base),
+        "parameters": parameter_count(base),
         "contexts": len(contexts),
         "context_tokens": sum(len(tree.root.tokens) for tree in trees),
         "leaves": leaves,

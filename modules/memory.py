@@ -59,7 +59,7 @@ class Memory:
 
     base: int  # the whole base model
     layers: int  # three layers: the candidate's, the one that is merged into, one on its way
-    header: int  # the same for the header, while it is tried: two of it, and a layer; 0 if it is not tried
+    header: int  # two of the header, and two layers: those that are searched when it arrives; 0 if it is not tried
     activations: int = 0  # hidden states, mask and logits; about, and at their most
 
     @property
@@ -143,7 +143,7 @@ def weights_of(module: PreTrainedModel, dtype: torch.dtype, with_header: bool) -
     return Memory(
         base=_bytes(module.parameters(), dtype) + sum(buffer.nbytes for buffer in module.buffers()),
         layers=3 * layer,
-        header=2 * _bytes(header_weights(module), dtype) + layer if with_header else 0,
+        header=2 * (_bytes(header_weights(module), dtype) + layer) if with_header else 0,
     )
 
 

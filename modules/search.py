@@ -119,13 +119,17 @@ class Search(Merger):
 
         done: the first decisions, taken by an earlier run; they are carried out without scoring, and not yielded.
         """
-        past = deque(done)
-        yield from self._layers(candidate, past)
-        if past:
-            self._go_on_from(past[-1])
-            self.repeat(candidate, past)
-        elif self.config.merge_headers:
-            yield self._header(candidate)
+        past, count = deque(done), len(self.config.merge_method)
+        parts = [self.model.layer(index) for index in range(len(self.model.layers))]
+        tries_header = self.config.merge_headers and len(past) <= count * len(parts)
+        header = partial(aligned_header, self.model, self.tokenizer, candidate, self.trust_remote_code)
+        with ReadAhead(candidate, parts[len(past) // count :], header if tries_header else None) as ahead:
+            yield from self._layers(candidate, parts, past, ahead)
+            if past:
+                self._go_on_from(past[-1])
+                self.repeat(candidate, past)
+            elif tries_header:
+                yield self._header(candidate, ahead)
         self.measure()
 
     def measure(self) -> None:
@@ -142,19 +146,19 @@ class Search(Merger):
         steps = sum(self.steps(layer, method) for layer in layers for method in self.config.merge_method)
         return steps + (self.steps(None, "lerp") if self.config.merge_headers else 0)
 
-    def _layers(self, candidate: Candidate, past: deque[Decision]) -> Iterator[Decision]:
+    def _layers(
+        self, candidate: Candidate, parts: Sequence[Part], past: deque[Decision], ahead: ReadAhead
+    ) -> Iterator[Decision]:
         self._in_memory(self.scorer.restart)
         methods = self.config.merge_method
-        parts = [self.model.layer(index) for index in range(len(self.model.layers))]
-        with ReadAhead(candidate, parts[len(past) // len(methods) :]) as ahead:
-            for index, part in enumerate(parts):
-                done = [past.popleft() for _ in methods if past]
-                if done:
-                    self.repeat(candidate, done)
-                    self._go_on_from(done[-1])
-                if len(done) < len(methods):
-                    yield from self._layer(candidate, index, part, ahead, methods[len(done) :])
-                self._in_memory(self.scorer.advance)
+        for index, part in enumerate(parts):
+            done = [past.popleft() for _ in methods if past]
+            if done:
+                self.repeat(candidate, done)
+                self._go_on_from(done[-1])
+            if len(done) < len(methods):
+                yield from self._layer(candidate, index, part, ahead, methods[len(done) :])
+            self._in_memory(self.scorer.advance)
 
     def _layer(
         self, candidate: Candidate, index: int, part: Part, ahead: ReadAhead, methods: Sequence[str]
@@ -172,13 +176,11 @@ class Search(Merger):
                 outcome = self._decide(part, theirs, method, ratios, self.scorer.score_trials)
                 yield Decision(candidate.name, index, method, *outcome)
 
-    def _header(self, candidate: Candidate) -> Decision:
+    def _header(self, candidate: Candidate, ahead: ReadAhead) -> Decision:
         """The input embedding and the output head together, always by lerp."""
         part = self.model.header()
         try:
-            theirs, note = self._in_memory(
-                lambda: aligned_header(self.model, self.tokenizer, candidate, self.trust_remote_code)
-            )
+            theirs, note = self._in_memory(ahead.take_header)
         except (BrokenWeights, HeaderSkipped) as error:
             return self._untried(candidate, None, "lerp", f"{error}; the header stays as it is")
         outcome = self._decide(part, theirs, "lerp", self.config.merge_ratios, self._score_whole)

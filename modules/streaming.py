@@ -1,14 +1,16 @@
 """A candidate's layers on their way to the device: the next one is read while the present one is searched.
 
-Knows: one reading thread, memory that is used again, side streams. Refuses to know: what is done with a layer.
+Knows: one reading thread, memory that is used again, side streams. Refuses to know: what is done with a layer, how a
+header is made.
 
     thread    read 1 | read 2 |      read 3      |          two layers of the candidate are in memory at most:
     main             | search 1      | search 2  | ...      the one that is searched and the one that arrives
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import cycle
 from types import TracebackType
 
@@ -19,32 +21,43 @@ from modules.candidates import Candidate
 from modules.layouts import Tensors
 from modules.models import Part
 
+Header = tuple[Tensors, str | None]  # its tensors, and what there is to say about them
+Job = Callable[[], tuple[Tensors, str | None]]
+
 
 class ReadAhead:
-    """A candidate's tensors for some parts of the base, one part after another, each read ahead by a thread."""
+    """A candidate's tensors for some layers of the base, one layer after another, and then for its header; each is
+    read ahead by a thread."""
 
-    def __init__(self, candidate: Candidate, parts: Sequence[Part]) -> None:
-        """Begin to read what the first part needs."""
-        self._candidate, self._parts = candidate, iter(parts)
+    def __init__(self, candidate: Candidate, parts: Sequence[Part], header: Callable[[], Header] | None = None) -> None:
+        """Begin to read what the first layer needs. parts: the layers; header: makes the header, if it is wanted."""
+        self._candidate = candidate
+        jobs: list[Job] = [partial(self._read, part) for part in parts]
+        jobs += [partial(_made, header)] if header else []
+        self._jobs = iter(jobs)
         on_cuda = any(device.type == "cuda" for part in parts for device in part.devices)
         # Two, in turn: on a CPU the tensors that are searched are the memory that they were read into.
         self._memories = cycle([_Memory(on_cuda), _Memory(on_cuda)])
         self._thread = ThreadPoolExecutor(1, "read-ahead")
-        self._next: tuple[Part, Future[Tensors]] | None = None
+        self._next: tuple[Job, Future[Header]] | None = None
         self._begin_next()
 
     def take(self) -> Tensors:
-        """The next part's tensors, on its device in its dtype; what was taken before must not be used any more.
+        """The next layer's tensors, on its device in its dtype; what was taken before must not be used any more.
 
-        Raises BrokenWeights or CheckpointError as `Part.adopt` and reading do; the part after it can then be taken.
+        Raises BrokenWeights or CheckpointError as `Part.adopt` and reading do; the layer after it can then be taken.
         Raises torch.OutOfMemoryError if it does not fit; it can then be taken again.
         """
-        assert self._next is not None, "there are no more parts"
-        part, arriving = self._next
+        return self.take_header()[0]
+
+    def take_header(self) -> Header:
+        """The header, when all layers are taken. Raises what making it raises."""
+        assert self._next is not None, "everything was taken"
+        job, arriving = self._next
         try:
-            tensors = arriving.result()
+            tensors, note = arriving.result()
         except torch.OutOfMemoryError:
-            self._next = part, self._thread.submit(self._read, part)
+            self._next = job, self._thread.submit(job)
             raise
         except Exception:
             self._begin_next()
@@ -53,17 +66,17 @@ class ReadAhead:
         for tensor in tensors.values():
             if tensor.is_cuda:  # made on a side stream: its memory may be used again only when this stream is done
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return tensors
+        return tensors, note
 
     def _begin_next(self) -> None:
-        part = next(self._parts, None)
-        self._next = None if part is None else (part, self._thread.submit(self._read, part))
+        job = next(self._jobs, None)
+        self._next = None if job is None else (job, self._thread.submit(job))
 
-    def _read(self, part: Part) -> Tensors:
+    def _read(self, part: Part) -> Header:
         memory = next(self._memories)
         memory.free()
         with torch.no_grad(), _beside(part.devices):
-            return part.adopt(self._candidate.stream(part.tensors, memory.room), self._candidate.name)
+            return part.adopt(self._candidate.stream(part.tensors, memory.room), self._candidate.name), None
 
     def __enter__(self) -> "ReadAhead":
         return self
@@ -72,6 +85,12 @@ class ReadAhead:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown(cancel_futures=True)
+
+
+def _made(header: Callable[[], Header]) -> Header:
+    """The header, made beside what goes on on the GPUs meanwhile."""
+    with torch.no_grad(), _beside(torch.device("cuda", index) for index in range(torch.cuda.device_count())):
+        return header()
 
 
 class _Memory:

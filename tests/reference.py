@@ -38,18 +38,19 @@ class NaiveMerge:
     auto_weights: bool = False
     dtype: torch.dtype = torch.float32
     saved_dtype: torch.dtype | None = None
+    device: str = "cpu"
     decisions: list = field(default_factory=list)
 
     def run(self):
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
-        self.model = load(self.base, self.dtype)
+        self.model = load(self.base, self.dtype, self.device)
         self.weights = [-p.weight if p.kind == "GOOD" else p.weight for p in self.pairs]
         self.start = self.log_probabilities(self.model)
         if self.auto_weights:
             self.weights = [math.copysign(1 / math.exp(lp), w) for lp, w in zip(self.start, self.weights, strict=True)]
         self.current = self.start
         for folder in self.candidates:
-            other = load(folder, self.dtype)
+            other = load(folder, self.dtype, self.device)
             for layer in range(self.model.config.num_hidden_layers):
                 for method in self.methods:
                     self.decide(folder, layer, method, lambda m, r, i=layer, k=method, o=other: self.mix(m, o, i, k, r))
@@ -61,16 +62,14 @@ class NaiveMerge:
 
     def decide(self, folder, layer, method, mix):
         ratios = [0.25, 0.45, 0.65, 0.85] if method == "cyclic" else self.ratios
-        trials = []
-        for ratio in ratios:
-            trial = copy.deepcopy(self.model)
-            mix(trial, ratio)
-            trials.append((ratio, trial, self.log_probabilities(trial)))
         # Nothing is remembered: the present state is scored again, as the original script does before every layer.
         self.current = self.log_probabilities(self.model)
         before = self.scores(self.current)
         best = None
-        for ratio, trial, log_probabilities in trials:
+        for ratio in ratios:
+            trial = copy.deepcopy(self.model)
+            mix(trial, ratio)
+            log_probabilities = self.log_probabilities(trial)
             after = self.scores(log_probabilities)
             if any(math.isnan(s) or math.isinf(s) for s in after):
                 continue
@@ -139,8 +138,8 @@ class NaiveMerge:
         return tensor.to(self.saved_dtype or self.dtype).to(self.dtype)
 
 
-def load(folder, dtype):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+def load(folder, dtype, device="cpu"):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False).to(device)
 
 
 def decoder_layers(model):
@@ -153,7 +152,7 @@ def decoder_layers(model):
 def log_probability(model, tokenizer, context, phrase):
     """One pair, one forward, a plain log-softmax."""
     tokens, start = naive_encode(tokenizer, context, phrase)
-    logits = model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+    logits = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].float()
     table = torch.log_softmax(logits.double(), dim=-1)
     return sum(table[i - 1, tokens[i]].item() for i in range(start, len(tokens)))
 

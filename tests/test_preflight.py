@@ -94,7 +94,7 @@ def test_memory_is_that_of_the_real_tensors(place, setting, tied):
     everything = {id(t): t.nbytes for t in (*model.module.parameters(), *model.module.buffers())}
     parts = [sum(tensor.nbytes for tensor in part.tensors.values()) for part in (model.layer(1), model.header())]
     assert (memory.base, memory.layers) == (sum(everything.values()), 3 * parts[0])
-    assert memory.header == 2 * parts[1] + parts[0]
+    assert memory.header == 2 * (parts[1] + parts[0])
     assert memory.held == memory.base + max(memory.layers, memory.header)
     assert plan_run(*opened(place, models, dtype=setting, merge_headers=False)).memory.header == 0
 

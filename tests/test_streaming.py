@@ -139,6 +139,46 @@ def test_a_file_that_goes_away_is_an_error(folders, tmp_path):
         ahead.take()
 
 
+def test_the_header_comes_after_the_layers(folders):
+    parts, candidate = opened(*folders[:2])
+    made = {"a": torch.ones(3)}, "a note"
+    with ReadAhead(candidate, parts, lambda: made) as ahead:
+        for part in parts:
+            assert list(ahead.take()) == list(part.tensors)
+        assert ahead.take_header() == made
+    with ReadAhead(candidate, [], lambda: made) as ahead:
+        assert ahead.take_header() == made
+
+
+def test_what_keeps_a_header_from_being_made_is_raised(folders):
+    def broken():
+        raise BrokenWeights("no numbers")
+
+    parts, candidate = opened(*folders[:2])
+    with ReadAhead(candidate, parts[:1], broken) as ahead:
+        ahead.take()
+        with pytest.raises(BrokenWeights, match="no numbers"):
+            ahead.take_header()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_arrives_on_a_gpu_is_what_is_read(folders, dtype):
+    """While the device is busy, in memory that is used again."""
+    model = load_model(open_checkpoint(folders[0], "base"), "cuda", dtype)
+    candidate = open_candidate(open_checkpoint(folders[1], "other"), model.checkpoint, model.module)
+    parts, busy = [model.layer(index) for index in range(LAYERS)], torch.randn(4000, 4000, device="cuda")
+    with ReadAhead(candidate, parts * 20) as ahead:
+        for part in parts * 20:
+            found = ahead.take()
+            for _ in range(5):
+                busy = busy @ busy / 60
+            kept = {name: tensor.clone() for name, tensor in found.items()}
+            del found
+            for name, tensor in candidate.read(part.tensors).items():
+                assert torch.equal(kept[name].cpu(), tensor.to(kept[name].dtype))
+
+
 def test_leaving_ends_the_thread(folders):
     parts, candidate = opened(*folders[:2])
     before = threading.active_count()
