@@ -254,11 +254,11 @@ def _recipe_problem(recipe: Mapping[str, Any]) -> str | None:
         for number, record in enumerate(recipe[f"{kind}s"], start=1):
             if not _is_sound(kind, record):
                 return f"its {kind} {number} is none"
-    if [source["number"] for source in recipe["sources"]] != list(range(len(recipe["sources"]))) or not recipe[
-        "sources"
-    ]:
+    # A number is missing where a candidate was given up before it could be opened.
+    numbers = [source["number"] for source in recipe["sources"]]
+    if numbers[:1] != [0] or numbers != sorted(set(numbers)):
         return "its sources are not numbered from 0"
-    if any(not 0 < decision["candidate"] < len(recipe["sources"]) for decision in recipe["decisions"]):
+    if any(decision["candidate"] not in numbers[1:] for decision in recipe["decisions"]):
         return "a decision is on no source"
     if recipe["dtype"] not in dtypes or recipe.get("saved_dtype") not in (None, *dtypes):
         return "its dtypes are none"

@@ -21,6 +21,8 @@ from test_run import digest, log_of, make_models, tables
 import merge_monster
 import modules.weights
 from modules.candidates import Candidate
+from modules.hub import Ahead
+from modules.weights import CheckpointError
 
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"
 OWN = {JOURNAL, RECIPE, "merge_monster.yaml"}  # they say how long it took, and where the output is
@@ -452,6 +454,25 @@ def test_a_candidate_that_breaks_in_the_middle_is_skipped_if_so_asked(place, mod
     monkeypatch.chdir(place)
     assert merge(place, (base, ours, two), "--resume", on_error="skip") == 0
     assert same(place / "out", place / "whole")
+
+
+def test_a_candidate_that_never_comes_is_skipped_and_the_recipe_still_builds_the_model(place, models, monkeypatch):
+    wait = Ahead.wait
+
+    def failing(self, number):
+        if number == 1:
+            raise CheckpointError("one: the hub does not answer")
+        wait(self, number)
+
+    monkeypatch.setattr(Ahead, "wait", failing)
+    assert merge(place, models, on_error="skip") == 0
+    recipe = json.loads((place / "out" / RECIPE).read_text())
+    assert [source["number"] for source in recipe["sources"]] == [0, 2] and list(recipe["failures"]) == ["1"]
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert merge_monster.main(["--replay", str(place / "out" / RECIPE), "--output", "again"]) == 0
+    for file in (place / "out").glob("*.safetensors"):
+        assert file.read_bytes() == (place / "again" / file.name).read_bytes()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
