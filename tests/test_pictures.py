@@ -1,9 +1,12 @@
-"""The two pictures of a recipe: what they show, how large they are, and that no name or number breaks them."""
+"""The pictures: what they show, how large they are, and that no name or number breaks them."""
 
+import importlib.util
 import json
+import math
 import random
 import warnings
 from itertools import groupby, pairwise
+from pathlib import Path
 
 import pytest
 import tiny
@@ -14,7 +17,11 @@ from matplotlib.text import Text
 import merge_monster
 from modules import pictures
 from modules.composition import mean_shares, shares_of
+from modules.config import METHODS
+from modules.merging import CYCLIC_SCALE, cyclic_shares, gradient_shares, slice_shares
 from modules.record import decision_of
+
+IMAGES = Path(__file__).parents[1] / "images"
 
 ODD_NAMES = ["Ba$e_x^2", "_$\\frac{1}{2", "名前\u202e\n🙂", "n" * 200, "$", "%s {0}", "\\alpha^$_", "m" * 200, "a\tb"]
 
@@ -401,3 +408,45 @@ def test_the_recipe_of_a_run(place):
     assert sorted(row[1:] for axes in chart.axes for row in rows_of(axes)) == probabilities
     drawn(figure, place)
     drawn(chart, place)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README's
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def make_images():
+    spec = importlib.util.spec_from_file_location("make_images", IMAGES / "make_images.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readmes_pictures_are_there_and_small():
+    sizes = {path.stem: path.stat().st_size for path in IMAGES.glob("*.png")}
+    assert sizes.keys() == {*METHODS, "merge_map", "phrase_chart"}
+    assert max(sizes.values()) < 120_000
+
+
+@pytest.mark.parametrize("method", ["lerp", "slerp"])
+def test_the_picture_of_a_path(place, make_images, method):
+    figure = make_images.path_figure(method)
+    x, y = figure.axes[0].lines[0].get_data()
+    middle = math.cos(math.radians(50)) if method == "lerp" else 1.0
+    assert math.hypot(x[25], y[25]) == pytest.approx(middle) and math.hypot(x[0], y[0]) == pytest.approx(1.0)
+    assert_nothing_is_cut_off(figure)
+    drawn(figure, place)
+
+
+@pytest.mark.parametrize(
+    "method, shares", [("slice", slice_shares), ("cyclic", cyclic_shares), ("gradient", gradient_shares)]
+)
+def test_the_picture_of_columns(place, make_images, method, shares):
+    figure = make_images.columns_figure(method)
+    ratios = CYCLIC_SCALE if method == "cyclic" else (0.25, 0.5, 0.75)
+    assert [axes.get_title("left") for axes in figure.axes] == [f"ratio {ratio:g}" for ratio in ratios]
+    for axes, ratio in zip(figure.axes, ratios, strict=True):
+        assert list(axes.patches[1].get_data().values) == pytest.approx(shares(400, ratio).tolist())
+    assert_nothing_is_cut_off(figure)
+    drawn(figure, place)
