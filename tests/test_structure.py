@@ -46,10 +46,11 @@ FLOORS = {
     "record": 9,
     "report": 9,
     "mapping_report": 10,
-    "run": 10,
-    "following": 11,
-    "replay": 11,
-    "run_mapper": 11,
+    "pictures": 10,
+    "run": 11,
+    "following": 12,
+    "replay": 12,
+    "run_mapper": 12,
 }
 LIGHT = (
     "sources",
@@ -129,5 +130,5 @@ def test_the_readme_shows_the_real_file_tree():
 
 def test_requirements_hold_nothing_but_what_the_run_needs():
     names = [re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()]
-    needed = "accelerate huggingface_hub psutil pyyaml safetensors torch tqdm transformers"
+    needed = "accelerate huggingface_hub matplotlib psutil pyyaml safetensors torch tqdm transformers"
     assert sorted(names) == needed.split()
