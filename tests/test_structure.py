@@ -45,6 +45,7 @@ FLOORS = {
     "forecast": 9,
     "record": 9,
     "report": 9,
+    "comparison": 10,
     "mapping_report": 10,
     "run": 10,
     "following": 11,
@@ -64,6 +65,7 @@ LIGHT = (
     "spelling",
     "mapping",
     "report",
+    "comparison",
     "mapping_report",
 )
 MODULES = sorted(path.stem for path in (ROOT / "modules").glob("*.py"))
