@@ -45,12 +45,13 @@ FLOORS = {
     "forecast": 9,
     "record": 9,
     "report": 9,
+    "card": 10,
     "comparison": 10,
     "mapping_report": 10,
-    "run": 10,
-    "following": 11,
-    "replay": 11,
-    "run_mapper": 11,
+    "run": 11,
+    "run_mapper": 12,
+    "following": 12,
+    "replay": 12,
 }
 LIGHT = (
     "sources",
@@ -65,6 +66,7 @@ LIGHT = (
     "spelling",
     "mapping",
     "report",
+    "card",
     "comparison",
     "mapping_report",
 )
