@@ -49,7 +49,8 @@ def run(tmp_path_factory):
         for text, other in zip(printable, printable[::-1], strict=True)
     ]
     base, *candidates = models
-    config = tiny.write_config(folder / "my.yaml", base, candidates, folder / "out", [*tiny.PAIRS, *pairs])
+    pairs = [*tiny.PAIRS, *pairs]
+    config = tiny.write_config(folder / "my.yaml", base, candidates, folder / "out", pairs, merge_ratios=[0.7])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert merge_monster.main(["--config", str(config)]) == 0
