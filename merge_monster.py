@@ -2,6 +2,7 @@
 
     python merge_monster.py --config my.yaml
     torchrun --nproc-per-node 4 merge_monster.py --config my.yaml
+    python merge_monster.py --compare one-output another-output
 
 Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't be used, 130 interrupted.
 """
@@ -30,6 +31,8 @@ def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
     show_any_character()
     seat = find_seat()
+    if options.compare:
+        return compare(options.compare) if seat.leads else 0
     try:
         config = None if options.replay else load_config(options.config, options.device, options.output)
         console = Console("merge-monster") if seat.leads else Quiet(seat.number)
@@ -77,6 +80,20 @@ def replay(console: Console, options: argparse.Namespace) -> int:
     return exit_code(lambda: replay_recipe(asked, console), console, lambda: left)
 
 
+def compare(outputs: Sequence[Path]) -> int:
+    """Print what finished outputs have become, side by side; 2 if some are not finished outputs."""
+    from modules.comparison import comparison
+    from modules.record import read_outputs
+
+    try:
+        recipes = read_outputs(outputs)
+    except ConfigError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(comparison(recipes)))
+    return 0
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
     parser = argparse.ArgumentParser(
@@ -104,8 +121,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a recipe that was made so run code that its models bring"
     )
+    parser.add_argument(
+        "--compare", metavar="OUTPUT", type=Path, nargs="+", help="print finished outputs side by side, and stop"
+    )
     parser.add_argument("--version", action="version", version=f"Merge Monster {VERSION}")
     options = parser.parse_args(arguments)
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    if options.compare and given != ["compare"]:
+        parser.error("--compare only reads finished outputs; it goes with no other option")
     if options.replay and not options.output:
         parser.error("--replay needs --output, the directory for the model")
     if options.source and not options.replay:

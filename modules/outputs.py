@@ -41,9 +41,17 @@ def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
         raise ConfigError(f"the output directory {output} is, or contains, the folder you are in; choose another one")
 
 
+_PARTIAL = ".partial"  # behind an output's name until it is complete
+
+
 def partial_folder(output: Path) -> Path:
     """Where an output is written until it is complete: beside its final place, on the same file system."""
-    return output.with_name(output.name + ".partial")
+    return output.with_name(output.name + _PARTIAL)
+
+
+def final_name(folder: Path) -> str:
+    """What an output will be called that is being written in a partial folder."""
+    return folder.name.removesuffix(_PARTIAL)
 
 
 def kept_progress(output: Path) -> str:

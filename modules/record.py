@@ -6,6 +6,7 @@ Knows: what each record holds. Refuses to know: how a decision is taken or carri
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +17,10 @@ import transformers
 
 from modules.checkpoints import Checkpoint
 from modules.composition import Shares
-from modules.config import DTYPES, METHODS, VERSION, Config, ConfigError, Pair, is_number
+from modules.config import DTYPES, METHODS, STRATEGIES, VERSION, Config, ConfigError, Pair, is_number
 from modules.journal import Journal, Record
 from modules.search import Decision
-from modules.strategies import probability, scores, total
+from modules.strategies import improved, probability, scores, total
 
 FORMAT = 1  # of journals and recipes
 RECIPE_FILE = "merge_monster_recipe.json"
@@ -169,7 +170,59 @@ def is_finished(config: Config, output: Path) -> bool:
         return False
 
 
-_PARTS = {"format": int, "settings": dict, "sources": list, "decisions": list, "dtype": str, "device": str}
+def read_outputs(outputs: Iterable[Path]) -> dict[str, Record]:
+    """The recipes of finished outputs by the outputs' names; each is given as its folder or as its recipe.
+
+    Raises ConfigError, naming all that are no finished output.
+    """
+    recipes, problems = {}, []
+    for output in outputs:
+        try:
+            recipe = read_recipe(output / RECIPE_FILE if os.path.isdir(output) else output)
+        except ConfigError as error:
+            problems.append(f"  {error}")
+            continue
+        recipes[str(output.parent if output.name == RECIPE_FILE else output)] = recipe
+    if problems:
+        raise ConfigError("\n".join(["not all of these are finished outputs:", *problems]))
+    return recipes
+
+
+_PARTS = {
+    "format": int,
+    "program": str,
+    "settings": dict,
+    "sources": list,
+    "decisions": list,
+    "failures": dict,
+    "phrases": list,
+    "total": dict,
+    "composition": dict,
+    "seconds": dict,
+    "dtype": str,
+    "device": str,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a recipe says
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def accepted_of(recipe: Record, number: int) -> list[Record]:
+    """The decisions of a recipe that merged something of a candidate."""
+    return [record for record in recipe["decisions"] if record["candidate"] == number and record["ratio"] is not None]
+
+
+def needed_sources(recipe: Record) -> list[Record]:
+    """The base and those candidates of which something was accepted."""
+    return [s for s in recipe["sources"] if s["number"] == 0 or accepted_of(recipe, s["number"])]
+
+
+def improved_phrases(recipe: Record) -> int:
+    """How many phrases score better in the output than in the base."""
+    before, after = ([phrase[key] * phrase["weight"] for phrase in recipe["phrases"]] for key in ("before", "after"))
+    return improved(before, after)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,6 +267,14 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "seconds": is_number,
     },
     "candidate": {"number": _is_count, "log_probabilities": _are_scores, "failure": _is_text_or_none},
+    "phrase": {
+        "kind": lambda value: value in ("BAD", "GOOD"),
+        "phrase": _is_text,
+        "context": _is_text,
+        "weight": is_number,
+        "before": is_number,
+        "after": is_number,
+    },
 }
 
 
@@ -247,10 +308,20 @@ def _first_damaged(records: Sequence[Record], config: Config) -> int | None:
     return None
 
 
+# Of a recipe's settings, those that are read again.
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "merge_method": lambda value: isinstance(value, list) and all(method in METHODS for method in value),
+    "strategy": lambda value: value in STRATEGIES,
+    "strategy_threshold": is_number,
+    "random_seed": _is_count,
+    "trust_remote_code": _is(bool),
+}
+
+
 def _recipe_problem(recipe: Mapping[str, Any]) -> str | None:
     """What keeps a recipe from being carried out, if anything does."""
-    settings, dtypes = recipe["settings"], DTYPES[1:]
-    for kind in ("source", "decision"):
+    dtypes = DTYPES[1:]
+    for kind in ("source", "decision", "phrase"):
         for number, record in enumerate(recipe[f"{kind}s"], start=1):
             if not _is_sound(kind, record):
                 return f"its {kind} {number} is none"
@@ -262,8 +333,13 @@ def _recipe_problem(recipe: Mapping[str, Any]) -> str | None:
         return "a decision is on no source"
     if recipe["dtype"] not in dtypes or recipe.get("saved_dtype") not in (None, *dtypes):
         return "its dtypes are none"
-    if not _is_count(settings.get("random_seed")) or not isinstance(settings.get("trust_remote_code"), bool):
+    if not all(key in recipe["settings"] and check(recipe["settings"][key]) for key, check in _SETTINGS.items()):
         return "its settings are none"
+    if not {"before", "after"} <= recipe["total"].keys():
+        return "its total is none"
+    for part in ("total", "composition", "seconds"):
+        if not all(map(is_number, recipe[part].values())):
+            return f"its {part} has a value that is no number"
     return None if isinstance(recipe.get("config"), str) else "its config is missing"
 
 

@@ -19,7 +19,7 @@ from modules.memory import placement_of, weights_of
 from modules.models import load_model, present_devices
 from modules.opening import open_models
 from modules.outputs import unfinished_output
-from modules.record import compare_fingerprints, decision_of, read_recipe, write_recipe
+from modules.record import accepted_of, compare_fingerprints, decision_of, needed_sources, read_recipe, write_recipe
 from modules.run import begin_download, fetch_now, prepare_libraries, save
 from modules.search import Merger
 from modules.sources import parse_source
@@ -50,7 +50,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
             f"{asked.recipe}: was made with trust_remote_code: Python code that its models bring along would be run; "
             "if you trust them, add --trust-remote-code"
         )
-    base_source, *sources = _needed_sources(recipe)
+    base_source, *sources = needed_sources(recipe)
     config = _configuration(asked, recipe, [base_source, *sources])
     prepare_libraries(config.random_seed)
     models = open_models(config, asked.overwrite, partial(fetch_now, console))
@@ -73,7 +73,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
             ahead.wait(number)
             compare_fingerprints(source, candidate.checkpoint, "has changed since the recipe was written")
-            decisions = [decision_of(record) for record in _accepted(recipe, source["number"])]
+            decisions = [decision_of(record) for record in accepted_of(recipe, source["number"])]
             console.timed(f"Candidate {number}/{len(sources)}: {source['name']}, {len(decisions)} merges")
             merger.repeat(candidate, decisions)
             candidate.checkpoint.release()
@@ -81,15 +81,6 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         write_recipe(unfinished.folder, recipe)
         unfinished.take_place(asked.output, asked.overwrite)
     console.timed(f"Done. The log is {console.log_path}")
-
-
-def _needed_sources(recipe: Record) -> list[Record]:
-    """The base and those candidates of which something was accepted."""
-    return [s for s in recipe["sources"] if s["number"] == 0 or _accepted(recipe, s["number"])]
-
-
-def _accepted(recipe: Record, number: int) -> list[Record]:
-    return [record for record in recipe["decisions"] if record["candidate"] == number and record["ratio"] is not None]
 
 
 def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> Config:

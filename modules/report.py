@@ -100,7 +100,7 @@ def fit(text: str, width: int) -> str:
 
 def percent(value: float, signed: bool = False) -> str:
     """A share as a percentage with five digits or so, whatever its size."""
-    hundredths = value * 100
+    hundredths = value * 100.0
     digits = f"{hundredths:+.5f}" if signed else f"{hundredths:.5f}"
     if len(digits) > 10:
         digits = f"{hundredths:+.3e}" if signed else f"{hundredths:.3e}"

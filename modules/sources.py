@@ -13,6 +13,9 @@ HUB_FORM = "org/name or org/name@revision"
 _NAME = r"\w(?:(?!--|\.\.)[\w.-])*(?<![.-])"
 _HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
 
+# As a recipe writes down where a model of the hub is: to the commit.
+_EXACT = re.compile(rf"(?:^|\+)(?P<repo>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}})(?=\+|\Z)", re.ASCII)
+
 
 @dataclass(frozen=True)
 class Location:
@@ -83,3 +86,13 @@ def names_of(sources: list[Source]) -> list[str]:
         return "/".join(location.parts[-count:])
 
     return ["+".join(name(location) for location in (s.model, s.adapter) if location) for s in sources]
+
+
+def repositories_in(where: str) -> list[tuple[str, str]]:
+    """The hub's repositories, each with its commit, among the places that a recipe's `where` names."""
+    return [(place["repo"], place["commit"]) for place in _EXACT.finditer(where)]
+
+
+def names_folder(where: str) -> bool:
+    """Whether a recipe's `where` names a folder, be it beside a repository of the hub."""
+    return bool(_EXACT.sub("", where))

@@ -49,6 +49,11 @@ def total(values: Scores) -> float:
         return math.inf
 
 
+def improved(current: Scores, trial: Scores) -> int:
+    """How many pairs score better under a trial."""
+    return sum(new < old for new, old in zip(trial, current, strict=True))
+
+
 # Each rank is None where a strategy rejects the trial, else a tuple: the smallest wins.
 
 
@@ -58,18 +63,14 @@ def _cumulative(current: Scores, trial: Scores, _threshold: float) -> tuple | No
 
 def _all_phrases(current: Scores, trial: Scores, _threshold: float) -> tuple | None:
     none_worse = all(new <= old for new, old in zip(trial, current, strict=True))
-    return (total(trial),) if none_worse and _improved(current, trial) > 0 else None
+    return (total(trial),) if none_worse and improved(current, trial) > 0 else None
 
 
 def _quantitive(current: Scores, trial: Scores, threshold: float) -> tuple | None:
-    improved = _improved(current, trial)
+    count = improved(current, trial)
     # 0.55 x 20 is 11.000000000000002 in binary: compare with a hair's breadth to spare.
-    enough = improved >= threshold * len(trial) - 1e-9
-    return (-improved, total(trial)) if enough else None
-
-
-def _improved(current: Scores, trial: Scores) -> int:
-    return sum(new < old for new, old in zip(trial, current, strict=True))
+    enough = count >= threshold * len(trial) - 1e-9
+    return (-count, total(trial)) if enough else None
 
 
 _RANKS = {"cumulative": _cumulative, "all_phrases": _all_phrases, "quantitive": _quantitive}

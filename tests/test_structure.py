@@ -45,12 +45,18 @@ FLOORS = {
     "forecast": 9,
     "record": 9,
     "report": 9,
+    "card": 10,
+    "comparison": 10,
     "mapping_report": 10,
     "pictures": 10,
     "run": 11,
     "following": 12,
     "replay": 12,
     "run_mapper": 12,
+    "run": 11,
+    "run_mapper": 12,
+    "following": 12,
+    "replay": 12,
 }
 LIGHT = (
     "sources",
@@ -65,6 +71,8 @@ LIGHT = (
     "spelling",
     "mapping",
     "report",
+    "card",
+    "comparison",
     "mapping_report",
 )
 MODULES = sorted(path.stem for path in (ROOT / "modules").glob("*.py"))
