@@ -19,8 +19,8 @@ from modules.memory import placement_of, weights_of
 from modules.models import load_model, present_devices
 from modules.opening import open_models
 from modules.outputs import unfinished_output
-from modules.record import accepted_of, compare_fingerprints, decision_of, needed_sources, read_recipe, write_recipe
-from modules.run import begin_download, fetch_now, prepare_libraries, save
+from modules.record import accepted_of, compare_fingerprints, decision_of, needed_sources, read_recipe
+from modules.run import begin_download, fetch_now, prepare_libraries, save, write_results
 from modules.search import Merger
 from modules.sources import parse_source
 
@@ -78,7 +78,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
             merger.repeat(candidate, decisions)
             candidate.checkpoint.release()
         save(console, model, unfinished, asked.output, recipe["config"])
-        write_recipe(unfinished.folder, recipe)
+        write_results(console, unfinished.folder, recipe, base.path)
         unfinished.take_place(asked.output, asked.overwrite)
     console.timed(f"Done. The log is {console.log_path}")
 

@@ -16,6 +16,7 @@ import transformers
 
 from modules import report
 from modules.candidates import Candidate
+from modules.card import write_card
 from modules.checkpoints import Checkpoint, load_tokenizer
 from modules.composition import Merge, mean_shares
 from modules.config import Config
@@ -29,12 +30,13 @@ from modules.models import ResidentModel, load_model, own_device
 from modules.opening import Models, open_models
 from modules.outputs import SETTINGS_FILE, Unfinished, unfinished_output
 from modules.phrases import encode_pairs
+from modules.pictures import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
 from modules.preflight import check, find_room, plan_run
 from modules.probability import Scorer, build_scorer
 from modules.record import RunRecord, compare_fingerprints, is_finished, write_recipe
 from modules.search import Decision, Search
 from modules.stopping import postponed
-from modules.weights import CheckpointError
+from modules.weights import CheckpointError, first_line
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
         recipe = record.recipe(
             config.pairs, search.weights, search.log_probabilities, composition, model.dtypes(), clock.seconds
         )
-        write_recipe(unfinished.folder, recipe)
+        write_results(console, unfinished.folder, recipe, models.base.path)
         unfinished.take_place(output, options.overwrite)
     if not config.keep_downloads:
         remove_downloads(console, [models.base.repository])
@@ -116,6 +118,17 @@ def save(console: Console, model: ResidentModel, unfinished: Unfinished, output:
     console.timed(f"Saving to {output}")
     model.save(unfinished.folder)
     (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
+
+
+def write_results(console: Console, folder: Path, recipe: Record, base: Path) -> None:
+    """Write the recipe, and what shows people what is in it: two pictures and a model card. base: the base's folder."""
+    write_recipe(folder, recipe)
+    try:
+        merge_map(recipe, folder / MERGE_MAP_FILE)
+        phrase_chart(recipe, folder / PHRASE_CHART_FILE)
+        write_card(folder, recipe, base, (MERGE_MAP_FILE, PHRASE_CHART_FILE))
+    except Exception as error:  # no reason to lose a merge
+        console.line(f"WARNING: the pictures and the model card are not complete ({first_line(error)})")
 
 
 def prepare_libraries(seed: int) -> None:

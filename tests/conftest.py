@@ -20,6 +20,20 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_pictures():
+    """Drawing takes longer than merging models this small. Tests of pictures call the real functions, or start the
+    program in another process, which draws."""
+
+    def write_nothing(_recipe, file):
+        file.write_bytes(b"")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modules.run.merge_map", write_nothing)
+        patch.setattr("modules.run.phrase_chart", write_nothing)
+        yield
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder of its own to run in."""

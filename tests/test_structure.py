@@ -53,10 +53,6 @@ FLOORS = {
     "following": 12,
     "replay": 12,
     "run_mapper": 12,
-    "run": 11,
-    "run_mapper": 12,
-    "following": 12,
-    "replay": 12,
 }
 LIGHT = (
     "sources",
