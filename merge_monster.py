@@ -32,7 +32,7 @@ def start(options: argparse.Namespace) -> int:
     seat = find_seat()
     try:
         config = None if options.replay else load_config(options.config, options.device, options.output)
-        console = Console("merge-monster") if seat.leads else Quiet(seat.number)
+        console = Console("merge-monster", quiet=options.quiet) if seat.leads else Quiet(seat.number)
     except ConfigError as error:
         if seat.leads:
             print(f"ERROR: {error}", file=sys.stderr)
@@ -104,6 +104,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a recipe that was made so run code that its models bring"
     )
+    parser.add_argument("--quiet", action="store_true", help="show only warnings, errors and the last line")
     parser.add_argument("--version", action="version", version=f"Merge Monster {VERSION}")
     options = parser.parse_args(arguments)
     if options.replay and not options.output:

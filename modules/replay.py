@@ -80,7 +80,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         save(console, model, unfinished, asked.output, recipe["config"])
         write_recipe(unfinished.folder, recipe)
         unfinished.take_place(asked.output, asked.overwrite)
-    console.timed(f"Done. The log is {console.log_path}")
+    console.final(f"Done. The log is {console.log_path}")
 
 
 def _needed_sources(recipe: Record) -> list[Record]:

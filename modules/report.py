@@ -40,14 +40,22 @@ def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, nam
 
     merges: (share, model) of all accepted merges, the base first. name_method: add the method, where there are several.
     """
-    part = "Header" if decision.layer is None else f"Layer {decision.layer + 1}/{layers}"
     method = f" - {decision.method}" if name_method and decision.layer is not None else ""
     if decision.ratio is None:
         outcome = f"RETAINED - {decision.after:.5f}"
     else:
         change = _relative_change(decision.before, decision.after)
         outcome = f"CHANGED - {decision.before:.5f} > {decision.after:.5f} - {change}"
-    return [str([[share, model] for share, model in merges]), f"{part} - {outcome}{method}"]
+    return [str([[share, model] for share, model in merges]), f"{_part(decision, layers)} - {outcome}{method}"]
+
+
+def standing(turn: str, decision: Decision, layers: int, accepted: int) -> str:
+    """How far a run is, for the progress bar. turn: which candidate of how many. accepted: merges so far."""
+    return f"candidate {turn}, {_part(decision, layers).lower()}, {accepted} accepted"
+
+
+def _part(decision: Decision, layers: int) -> str:
+    return "Header" if decision.layer is None else f"Layer {decision.layer + 1}/{layers}"
 
 
 def _relative_change(before: float, after: float) -> str:

@@ -69,7 +69,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     console.timed("THE MERGE MONSTER HUNGERS")
     output = Path(config.directories.output_directory)
     if options.resume and not options.dry_run and is_finished(config, output):
-        console.line(f"This run has finished: its output is in {output}")
+        console.final(f"This run has finished: its output is in {output}")
         group.from_first(NOTHING_TO_SEARCH)
         return
     models = open_models(config, options.overwrite, partial(fetch_now, console))
@@ -77,10 +77,10 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     check_space(models.jobs, config.keep_downloads)
     plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
     room = find_room(plan)
-    console.lines([f"WARNING: {warning}" for warning in check(plan, room)])
+    console.warnings(check(plan, room))
     if options.dry_run:
         console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
-        console.timed("Dry run: nothing was written")
+        console.final("Dry run: nothing was written")
         group.from_first(NOTHING_TO_SEARCH)
         return
     clock = Clock()
@@ -108,7 +108,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
         unfinished.take_place(output, options.overwrite)
     if not config.keep_downloads:
         remove_downloads(console, [models.base.repository])
-    console.timed(f"Done. The log is {console.log_path}")
+    console.final(f"Done. The log is {console.log_path}")
 
 
 def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: Path, settings: str) -> None:
@@ -157,7 +157,7 @@ def begin_search(
     search = Search(model, scorer, config, tokenizer, group)
     names = [candidate.name for candidate in models.candidates]
     console.lines(report.summary(config, model.describe(), scorer.describe(), names))
-    console.lines([f"WARNING: {warning}" for warning in search.warnings])
+    console.warnings(search.warnings)
     console.lines(report.phrase_table(config.pairs, search.weights, search.log_probabilities))
     return Conductor(config, console, search, record, ahead)
 
@@ -174,11 +174,9 @@ def resume_search(console: Console, search: Search, record: RunRecord, resume: b
     measured = list(search.log_probabilities)
     search.log_probabilities, search.weights = record.start(measured, search.weights)
     if record.count:
-        console.lines([f"WARNING: {warning}" for warning in record.warnings()])
+        console.warnings(record.warnings())
         if measured != search.log_probabilities:
-            console.line(
-                "WARNING: the base scores otherwise here than where the run began: its end may differ slightly"
-            )
+            console.warning("the base scores otherwise here than where the run began: its end may differ slightly")
         console.timed(f"Resuming: {record.count} decisions are carried out again from the journal")
     elif resume:
         console.timed("Nothing to resume: beginning at the beginning")
@@ -201,8 +199,10 @@ class Conductor:
         steps = len(candidates) * search.steps_per_candidate()
         with console.progress(steps) as self.bar, postponed(console.heard) as self.end_if_asked:
             for number, candidate in enumerate(candidates, start=1):
-                console.timed(f"Candidate {number}/{len(candidates)}: {candidate.name}")
+                self._turn = f"{number}/{len(candidates)}"
+                console.timed(f"Candidate {self._turn}: {candidate.name}")
                 self._candidate(number, candidate)
+                self.bar.left((len(candidates) - number) * search.steps_per_candidate())
                 console.lines(report.phrase_table(self.config.pairs, search.weights, search.log_probabilities, start))
                 if not self.config.keep_downloads:
                     later = [repository for other in candidates[number:] for repository in other.repositories]
@@ -222,40 +222,48 @@ class Conductor:
         finally:
             candidate.checkpoint.release()
         if failure:
-            self.console.line(f"WARNING: {candidate.name} is given up; what was accepted of it stays: {failure}")
+            self.console.warning(f"{candidate.name} is given up; what was accepted of it stays: {failure}")
         if self.record.end(number) is None:
             self.record.closed(number, self.search.log_probabilities, failure)
 
     def _search(self, number: int, candidate: Candidate) -> str | None:
         """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""
         done, end = self.record.decisions(number), self.record.end(number)
-        for decision in done:
-            self._count(decision)
         if end is not None:
             self.search.repeat(candidate, done)
             self.search.log_probabilities, failure = end
+            self._count_repeated(done)
             return failure
-        began = time.monotonic()
+        self._count_repeated(done)
+        began, timed = time.monotonic(), not done  # the first one waits until what was done is done again
         # Closed whatever happens: the candidate is read by a thread.
         with closing(self.search.candidate(candidate, done)) as decisions:
             for decision in decisions:
                 self.record.decided(number, decision, time.monotonic() - began)
-                self._count(decision)
+                self._count(decision, timed)
                 merges = self.origins[self._place(decision)]
                 self._tell_of_memory()
                 show_decision(self.console, decision, merges, self.layers, len(self.config.merge_method) > 1)
                 self.end_if_asked()
-                began = time.monotonic()
+                began, timed = time.monotonic(), True
         return None
 
     def _tell_of_memory(self) -> None:
         self.console.lines(self.search.memory_notes)
         self.search.memory_notes.clear()
 
-    def _count(self, decision: Decision) -> None:
+    def _count_repeated(self, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
+            self._count(decision, timed=False)
+
+    def _count(self, decision: Decision, timed: bool) -> None:
+        """Take note of a decision. timed: whether it took what a decision takes."""
         if decision.ratio is not None:
             self.origins[self._place(decision)].append((decision.share, decision.model))
-        self.bar.update(self.search.steps(decision.layer, decision.method))
+        accepted = sum(len(merges) - 1 for merges in self.origins)
+        self.bar.tell(report.standing(self._turn, decision, self.layers, accepted))
+        count = self.bar.update if timed else self.bar.skip
+        count(self.search.steps(decision.layer, decision.method))
 
     def _place(self, decision: Decision) -> int:
         return self.layers if decision.layer is None else decision.layer
@@ -299,7 +307,7 @@ def remove_downloads(
             try:
                 repository.remove_fetched()
             except OSError as error:  # no reason to lose a merge
-                console.line(f"WARNING: {repository.folder} could not be removed ({error.strerror})")
+                console.warning(f"{repository.folder} could not be removed ({error.strerror})")
 
 
 def show_decision(
@@ -307,7 +315,7 @@ def show_decision(
 ) -> None:
     """The two lines of a decision and the rule below them; before them, what there is to say about it."""
     if decision.warning:
-        console.line(f"WARNING: {decision.warning}")
+        console.warning(decision.warning)
     if decision.note:
         console.line(decision.note)
     composition, outcome = report.decision_lines(decision, merges, layers, name_method)

@@ -64,7 +64,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
         console.timed(f"The suggestions are in {exports.yaml}")
     if not config.keep_downloads:
         remove_downloads(console, [checkpoint.repository])
-    console.timed(f"Done. The log is {console.log_path}")
+    console.final(f"Done. The log is {console.log_path}")
 
 
 def explore(
