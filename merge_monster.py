@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules.config import VERSION, Config, ConfigError, load_config
+from modules.config import TABLES, VERSION, Config, ConfigError, load_config
 from modules.console import Console, Quiet, show_any_character
 from modules.processes import find_seat
 
@@ -52,7 +52,7 @@ def run(config: Config, console: Console, options: argparse.Namespace) -> int:
     from modules.outputs import kept_progress
     from modules.run import Options, merge_models
 
-    asked = Options(options.overwrite, options.resume, options.restart, options.dry_run)
+    asked = Options(options.overwrite, options.resume, options.restart, options.dry_run, options.table)
     output = Path(config.directories.output_directory)
 
     def work() -> None:
@@ -103,6 +103,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a recipe that was made so run code that its models bring"
+    )
+    parser.add_argument(
+        "--table", choices=TABLES, default="full", help="how much of the phrase tables is shown (default: full)"
     )
     parser.add_argument("--quiet", action="store_true", help="show only warnings, errors and the last line")
     parser.add_argument("--version", action="version", version=f"Merge Monster {VERSION}")

@@ -25,6 +25,7 @@ DTYPES = ("auto", "float16", "bfloat16", "float32")
 METHODS = ("lerp", "slerp", "slice", "cyclic", "gradient")
 ON_ERROR = ("stop", "skip")
 STRATEGIES = ("cumulative", "all_phrases", "quantitive")
+TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
 
 
 class ConfigError(Exception):

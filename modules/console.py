@@ -6,7 +6,7 @@ Knows: lines, the log, colours, one progress bar, what a quiet run shows. Refuse
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -95,10 +95,12 @@ class Console:
             self._show(text)
         self._record(text)
 
-    def lines(self, texts: Iterable[str]) -> None:
-        """Print several lines."""
-        for text in texts:
-            self.line(text)
+    def lines(self, texts: Sequence[str], logged: Sequence[str] | None = None) -> None:
+        """Print several lines. logged: what the log gets in their place."""
+        for text in texts if not self._quiet else ():
+            self._show(text)
+        for text in texts if logged is None else logged:
+            self._record(text)
 
     def warning(self, text: str) -> None:
         """A line that is seen in a quiet run too."""

@@ -50,12 +50,13 @@ NOTHING_TO_SEARCH = None  # said in place of a Start
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about an output, or a part of one, that is there already."""
+    """What the command line says beside what is in the configuration."""
 
-    overwrite: bool = False
+    overwrite: bool = False  # an output that is there already
     resume: bool = False
     restart: bool = False
     dry_run: bool = False  # check everything and say what it would take, and no more
+    table: str = "full"  # one of TABLES: how much of the phrase table is shown
 
 
 def merge_models(config: Config, console: Console, options: Options, group: Group = ALONE) -> None:
@@ -94,7 +95,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
         group.from_first(Start(record.journal.records, plan.budget))
         conductor = begin_search(config, console, models, record, ahead, plan.budget, group, plan.placement)
         clock.lap("load")
-        conductor.conduct(models.candidates, options.resume)
+        conductor.conduct(models.candidates, options.resume, options.table)
         search, model = conductor.search, conductor.search.model
         composition = mean_shares(conductor.origins)
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
@@ -139,7 +140,7 @@ def begin_search(
     group: Group,
     placement: Sequence[torch.device] | None = None,
 ) -> "Conductor":
-    """Load the base and score it, print the summary and the phrase table; who leads the search from there.
+    """Load the base and score it, print the summary; who leads the search from there.
 
     ahead: brings the base as number 0, then the candidates; each while the one before it is searched.
     """
@@ -158,7 +159,6 @@ def begin_search(
     names = [candidate.name for candidate in models.candidates]
     console.lines(report.summary(config, model.describe(), scorer.describe(), names))
     console.warnings(search.warnings)
-    console.lines(report.phrase_table(config.pairs, search.weights, search.log_probabilities))
     return Conductor(config, console, search, record, ahead)
 
 
@@ -192,9 +192,13 @@ class Conductor:
         # The accepted merges of every layer and, last, of the header.
         self.origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(self.layers + 1)]
 
-    def conduct(self, candidates: Sequence[Candidate], resume: bool = False) -> None:
-        """Search one candidate after another. resume: whether to go on with an earlier run was asked for."""
+    def conduct(self, candidates: Sequence[Candidate], resume: bool = False, table: str = "full") -> None:
+        """Search one candidate after another, with a phrase table before the first and after each.
+
+        resume: whether to go on with an earlier run was asked for. table: how much of the tables is shown.
+        """
         console, search = self.console, self.search
+        self._show_table(table, whole_in_log=True)
         start = resume_search(console, search, self.record, resume)
         steps = len(candidates) * search.steps_per_candidate()
         with console.progress(steps) as self.bar, postponed(console.heard) as self.end_if_asked:
@@ -203,10 +207,15 @@ class Conductor:
                 console.timed(f"Candidate {self._turn}: {candidate.name}")
                 self._candidate(number, candidate)
                 self.bar.left((len(candidates) - number) * search.steps_per_candidate())
-                console.lines(report.phrase_table(self.config.pairs, search.weights, search.log_probabilities, start))
+                self._show_table(table, start, whole_in_log=number == len(candidates))
                 if not self.config.keep_downloads:
                     later = [repository for other in candidates[number:] for repository in other.repositories]
                     remove_downloads(console, candidate.repositories, [search.model.checkpoint.repository, *later])
+
+    def _show_table(self, kind: str, start: Sequence[float] | None = None, whole_in_log: bool = False) -> None:
+        state = self.config.pairs, self.search.weights, self.search.log_probabilities, start
+        whole = report.phrase_table(*state, "full") if whole_in_log else None
+        self.console.lines(report.phrase_table(*state, kind), whole)
 
     def _candidate(self, number: int, candidate: Candidate) -> None:
         failure, group = None, self.search.group

@@ -82,7 +82,7 @@ def shown_seconds(terminal):
 
 
 def rehearse(console, terminal, clock, plan, candidates, seconds, repeated=0):
-    """Run the bar through a search; at every tenth of its time (share passed, seconds shown, true seconds to go).
+    """Run the bar through a search; at 10, 50 and 90 % of its time (share passed, seconds shown, true seconds to go).
 
     seconds: what a decision of so many steps takes. repeated: decisions that an earlier run has taken.
     """
