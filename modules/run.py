@@ -28,7 +28,7 @@ from modules.memory import Budget
 from modules.models import ResidentModel, load_model, own_device
 from modules.opening import Models, open_models
 from modules.outputs import SETTINGS_FILE, Unfinished, unfinished_output
-from modules.phrases import encode_pairs
+from modules.phrases import doubtful_phrases, encode_pairs
 from modules.preflight import check, find_room, plan_run
 from modules.probability import Scorer, build_scorer
 from modules.record import RunRecord, compare_fingerprints, is_finished, write_recipe
@@ -78,7 +78,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     check_space(models.jobs, config.keep_downloads)
     plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
     room = find_room(plan)
-    console.warnings(check(plan, room))
+    console.warnings([*doubtful_phrases(config.pairs), *check(plan, room)])
     if options.dry_run:
         console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
         console.final("Dry run: nothing was written")

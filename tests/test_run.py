@@ -253,6 +253,13 @@ def test_how_much_of_the_tables_is_shown(place, models, capsys, kind):
         assert len(shown[0]) == 1 and shown[2][:-1] == last
 
 
+def test_phrases_that_are_listed_twice_are_told_before_the_search(place, models):
+    for arguments in (["--dry-run"], []):
+        assert merge(place, models, *arguments, pairs=(*tiny.PAIRS, tiny.PAIRS[0])) == 0
+        told = "WARNING: the phrase 'anticipation' after 'Her body quivers with ' is listed twice and counts double\n"
+        assert log_of(place).count(told) == 1
+
+
 def test_a_kind_of_table_that_there_is_not(place, models, capsys):
     with pytest.raises(SystemExit):
         merge(place, models, "--table", "some")
