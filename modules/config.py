@@ -505,10 +505,13 @@ def _phrase_file(name: str, item: Any, errors: list[str]) -> _Section | None:
     return section
 
 
+PHRASE_KEYS = ("phrase", "weight", "contexts")
+
+
 def _phrases(section: _Section, key: str, kind: str) -> list[Pair]:
     pairs = []
     for name, item in section.each(key):
-        entry = _Section(item, name, ("phrase", "weight", "contexts"), section.errors)
+        entry = _Section(item, name, PHRASE_KEYS, section.errors)
         phrase = entry.take("phrase", _text)
         weight = entry.take("weight", _weight, 1.0)
         contexts = entry.each("contexts")

@@ -1,7 +1,7 @@
 """Phrase lists to token ids, and token ids to packs: the rows that a model is asked about.
 
-Knows: tokenizers, token ids, which position answers for which token, which pairs are one and the same. Refuses to
-know: torch, models, weights.
+Knows: tokenizers, token ids, which position answers for which token, which pairs are one and the same.
+Refuses to know: torch, models, weights.
 
 Which position answers for which token (phrase "a b" in context "x y"):
 
