@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules.config import VERSION, Config, ConfigError, load_config
+from modules.config import TABLES, VERSION, Config, ConfigError, load_config
 from modules.console import Console, Quiet, show_any_character
 from modules.processes import find_seat
 
@@ -35,7 +35,7 @@ def start(options: argparse.Namespace) -> int:
         return compare(options.compare) if seat.leads else 0
     try:
         config = None if options.replay else load_config(options.config, options.device, options.output)
-        console = Console("merge-monster") if seat.leads else Quiet(seat.number)
+        console = Console("merge-monster", quiet=options.quiet) if seat.leads else Quiet(seat.number)
     except ConfigError as error:
         if seat.leads:
             print(f"ERROR: {error}", file=sys.stderr)
@@ -55,7 +55,7 @@ def run(config: Config, console: Console, options: argparse.Namespace) -> int:
     from modules.outputs import kept_progress
     from modules.run import Options, merge_models
 
-    asked = Options(options.overwrite, options.resume, options.restart, options.dry_run)
+    asked = Options(options.overwrite, options.resume, options.restart, options.dry_run, options.table)
     output = Path(config.directories.output_directory)
 
     def work() -> None:
@@ -124,6 +124,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compare", metavar="OUTPUT", type=Path, nargs="+", help="print finished outputs side by side, and stop"
     )
+    parser.add_argument(
+        "--table", choices=TABLES, default="full", help="how much of the phrase tables is shown (default: full)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show only warnings, errors and the last line")
     parser.add_argument("--version", action="version", version=f"Merge Monster {VERSION}")
     options = parser.parse_args(arguments)
     given = [name for name, value in vars(options).items() if value != parser.get_default(name)]

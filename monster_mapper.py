@@ -35,7 +35,7 @@ def start(options: argparse.Namespace) -> int:
         return 2
     try:
         config = load_config(options.config, options.device, model=options.model, mapping=True)
-        console = Console("monster-mapper")
+        console = Console("monster-mapper", quiet=options.quiet)
     except ConfigError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 2
@@ -72,6 +72,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that was found")
     parser.add_argument("--yaml", metavar="FILE", type=Path, help="write the suggestions as a phrase list")
     parser.add_argument("--overwrite", action="store_true", help="replace files of --json and --yaml that exist")
+    parser.add_argument("--quiet", action="store_true", help="show only warnings, errors and the last line")
     parser.add_argument("--version", action="version", version=f"Monster Mapper {VERSION}")
     return parser.parse_args(arguments)
 

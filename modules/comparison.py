@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from modules.composition import Shares
 from modules.journal import Record
 from modules.record import improved_phrases, needed_sources
-from modules.report import fit, percent, row
+from modules.report import columns, fit, percent, row
 
 # The widest that a column gets; of a longer text the end is shown.
 NAME_WIDTH, COMPOSITION_WIDTH, METHODS_WIDTH, OTHER_WIDTH = 32, 56, 20, 16
@@ -32,8 +32,8 @@ _NOTE = "Total: bad - good, lower is better - Improved: phrases - Taken: candida
 def comparison(recipes: Mapping[str, Record]) -> list[str]:
     """A table of outputs, one row each, and which totals may be compared. recipes: by the output's name."""
     rows = [list(_COLUMNS), *(_cells(name, recipe) for name, recipe in recipes.items())]
-    columns = zip(*rows, strict=True)
-    widths = [min(most, max(map(len, cells))) for most, cells in zip(_COLUMNS.values(), columns, strict=True)]
+    by_column = zip(*rows, strict=True)
+    widths = [min(most, max(map(columns, cells))) for most, cells in zip(_COLUMNS.values(), by_column, strict=True)]
     header, *body = [row(cells, widths) for cells in rows]
     rule = "-" * len(header)
     return [rule, header, rule, *body, rule, _NOTE, *_about_totals(recipes)]
@@ -59,11 +59,11 @@ def _cells(name: str, recipe: Record) -> list[str]:
 
 def _short(shares: Shares) -> str:
     """As many models as there is room for, the largest first, and how many more there are."""
-    parts = [f"{share * 100.0:.1f}% {fit(name, min(len(name), _MODEL_WIDTH))}" for name, share in shares.items()]
+    parts = [f"{share * 100.0:.1f}% {fit(name, min(columns(name), _MODEL_WIDTH))}" for name, share in shares.items()]
     for count in range(len(parts), 0, -1):
         more = f" and {len(parts) - count} more" if count < len(parts) else ""
         text = ", ".join(parts[:count]) + more
-        if len(text) <= COMPOSITION_WIDTH:
+        if columns(text) <= COMPOSITION_WIDTH:
             return text
     return f"{len(parts)} models"
 
@@ -72,7 +72,7 @@ def _about_totals(recipes: Mapping[str, Record]) -> list[str]:
     """A line that says which outputs have the same phrases, if not all have: only their totals mean the same."""
     groups: dict[tuple, list[str]] = {}
     for name, recipe in recipes.items():
-        groups.setdefault(_phrase_list(recipe), []).append(fit(name, len(name)).strip())
+        groups.setdefault(_phrase_list(recipe), []).append(fit(name, columns(name)).strip())
     if len(groups) < 2:
         return []
     told = " | ".join(", ".join(names) for names in groups.values())

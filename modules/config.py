@@ -25,6 +25,7 @@ DTYPES = ("auto", "float16", "bfloat16", "float32")
 METHODS = ("lerp", "slerp", "slice", "cyclic", "gradient")
 ON_ERROR = ("stop", "skip")
 STRATEGIES = ("cumulative", "all_phrases", "quantitive")
+TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
 
 
 class ConfigError(Exception):
@@ -121,7 +122,7 @@ def load_config(
     mapping: for the mapper, which needs neither candidates nor an output directory.
     Raises ConfigError with one line for every error found.
     """
-    text, document = _read_yaml(Path(path))
+    text, document = _read_yaml(Path(path), "Name a YAML file with --config.")
     errors: list[str] = []
     config = replace(_parse(document, errors, _Request(device, output, model, mapping)), text=text)
     errors = list(dict.fromkeys(errors))
@@ -158,7 +159,8 @@ class _Loader(yaml.SafeLoader):
         node.value = list({id(key): (key, value) for key, value in node.value}.values())
 
 
-def _read_yaml(path: Path) -> tuple[str, Any]:
+def _read_yaml(path: Path, if_absent: str) -> tuple[str, Any]:
+    """A file's text and what it says. if_absent: what to do where there is no such file."""
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST + 1)
@@ -166,7 +168,7 @@ def _read_yaml(path: Path) -> tuple[str, Any]:
             raise ConfigError(f"{path}: has more than {_LARGEST // 1_000_000} MB; this is no YAML file of settings")
         text = content.decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Name a YAML file with --config.") from None
+        raise ConfigError(f"{path}: no such file. {if_absent}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start}).") from None
     except OSError as error:
@@ -473,24 +475,43 @@ def _phrase_lists(top: _Section, errors: list[str]) -> tuple[tuple[Pair, ...], t
     """The file's own bad and good pairs, then those of its phrase files."""
     bad, good = _phrases(top, "bad_phrases", "BAD"), _phrases(top, "good_phrases", "GOOD")
     for name, item in top.each("phrase_files"):
-        try:
-            _, document = _read_yaml(_path(item))
-        except _Invalid:
-            continue  # noted where phrase_files itself is read
-        except ConfigError as error:
-            errors.append(f"{name}: {error}")
-            continue
-        # A whole Merge Monster config may serve as a phrase file: only its phrases are taken.
-        section = _Section(document, f"{name} ({item})", _CONFIG_KEYS, errors)
-        bad += _phrases(section, "bad_phrases", "BAD")
-        good += _phrases(section, "good_phrases", "GOOD")
+        section = _phrase_file(name, item, errors)
+        if section is not None:
+            bad += _phrases(section, "bad_phrases", "BAD")
+            good += _phrases(section, "good_phrases", "GOOD")
     return tuple(bad), tuple(good)
+
+
+def _phrase_file(name: str, item: Any, errors: list[str]) -> _Section | None:
+    """A phrase file; None if it is none. A whole Merge Monster config may serve as one: only its phrases are taken."""
+    where = f"{name} ({item})"
+    try:
+        _, document = _read_yaml(_path(item), "A relative path begins in the folder you start the program in.")
+    except _Invalid:
+        return None  # noted where phrase_files itself is read
+    except ConfigError as error:
+        errors.append(f"{name}: {error}")
+        return None
+    if document is None:
+        errors.append(f"{where}: the file is empty")
+        return None
+    if isinstance(document, list):
+        errors.append(f"{where}: a bare list; bad_phrases: or good_phrases: is missing above it")
+        return None
+    section = _Section(document, where, _CONFIG_KEYS, errors)
+    others = section.values.get("phrase_files")
+    if others:
+        section.note("phrase_files", others, "a phrase file can't name others; name them all in the first file")
+    return section
+
+
+PHRASE_KEYS = ("phrase", "weight", "contexts")
 
 
 def _phrases(section: _Section, key: str, kind: str) -> list[Pair]:
     pairs = []
     for name, item in section.each(key):
-        entry = _Section(item, name, ("phrase", "weight", "contexts"), section.errors)
+        entry = _Section(item, name, PHRASE_KEYS, section.errors)
         phrase = entry.take("phrase", _text)
         weight = entry.take("weight", _weight, 1.0)
         contexts = entry.each("contexts")

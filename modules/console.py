@@ -1,12 +1,12 @@
 """What the person at the terminal sees, and the log file that keeps it.
 
-Knows: lines, the log, colours, one progress bar. Refuses to know: what the lines mean.
+Knows: lines, the log, colours, one progress bar, what a quiet run shows. Refuses to know: what the lines mean.
 """
 
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from modules.config import ConfigError
+from modules.config import ConfigError, shortened
 
 BANNER = r"""
         ,-.         ,-.
@@ -43,11 +43,42 @@ def show_any_character() -> None:
             stream.reconfigure(errors="replace")
 
 
+class Progress:
+    """How far a run is, and about how long the rest will take: as long as its steps take at the speed so far."""
+
+    def __init__(self, bar: tqdm) -> None:
+        """bar: shows it. Its steps are in any unit that is proportional to time."""
+        self._bar = bar
+
+    def update(self, steps: float = 1) -> None:
+        """So many steps more are done."""
+        self._bar.update(steps)
+
+    def skip(self, steps: float) -> None:
+        """Before any others: so many steps that say nothing of the speed to come. The clock begins after them."""
+        self._bar.initial = self._bar.n = self._bar.n + steps
+        self._bar.unpause()
+        self._bar.refresh()
+
+    def left(self, steps: float) -> None:
+        """So many steps are left, whatever was expected."""
+        self._bar.total = self._bar.n + steps
+        self._bar.refresh()
+
+    def tell(self, state: str) -> None:
+        """What is shown beside the bar from now on."""
+        self._bar.set_postfix_str(state)
+
+
 class Console:
     """Prints lines above the progress bar and appends each to the log at once, so that a crash loses nothing."""
 
-    def __init__(self, name: str, folder: Path = Path("logs")) -> None:
-        """Open logs/<name>-YYYYmmdd_HHMMSS.txt. Raises ConfigError if it can't be written."""
+    def __init__(self, name: str, folder: Path = Path("logs"), quiet: bool = False) -> None:
+        """Open logs/<name>-YYYYmmdd_HHMMSS.txt. Raises ConfigError if it can't be written.
+
+        quiet: only warnings, errors and the last line are seen; the log has everything all the same.
+        """
+        self._quiet = quiet
         # https://no-color.org: any value but an empty one
         self._in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         stamp = f"{datetime.now():%Y%m%d_%H%M%S}"
@@ -60,15 +91,26 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """Print to standard output and to the log; in colour on a terminal, unless NO_COLOR is set."""
-        plain = _COLOURS.sub("", text)
-        tqdm.write(text if self._in_colour else plain, file=sys.stdout)
-        sys.stdout.flush()
-        self._record(plain)
+        if not self._quiet:
+            self._show(text)
+        self._record(text)
 
-    def lines(self, texts: Iterable[str]) -> None:
-        """Print several lines."""
+    def lines(self, texts: Sequence[str], logged: Sequence[str] | None = None) -> None:
+        """Print several lines. logged: what the log gets in their place."""
+        for text in texts if not self._quiet else ():
+            self._show(text)
+        for text in texts if logged is None else logged:
+            self._record(text)
+
+    def warning(self, text: str) -> None:
+        """A line that is seen in a quiet run too."""
+        self._show(f"WARNING: {text}")
+        self._record(f"WARNING: {text}")
+
+    def warnings(self, texts: Iterable[str]) -> None:
+        """Several of them."""
         for text in texts:
-            self.line(text)
+            self.warning(text)
 
     def error(self, text: str) -> None:
         """Print to standard error and to the log."""
@@ -77,26 +119,34 @@ class Console:
 
     def timed(self, text: str) -> None:
         """A line with the time of day before it."""
-        self.line(f"{datetime.now():%H:%M:%S} - {text}")
+        self.line(_timed(text))
+
+    def final(self, text: str) -> None:
+        """The last line, with the time of day before it; it is seen in a quiet run too."""
+        self._show(_timed(text))
+        self._record(_timed(text))
 
     @contextmanager
-    def progress(self, steps: float) -> Iterator[tqdm]:
+    def progress(self, steps: float) -> Iterator[Progress]:
         """One bar for the whole run, on a terminal only; `steps` are in any unit that is proportional to time."""
-        layout = "{l_bar}{bar}| {elapsed} elapsed, {remaining} to go"
-        with tqdm(total=steps, bar_format=layout, dynamic_ncols=True, disable=None, smoothing=0.1) as bar:
-            yield bar
+        layout = "{percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go{postfix}"
+        # smoothing: the speed is that of all steps. Of the last ones alone it would jump with every candidate.
+        with tqdm(
+            total=steps, bar_format=layout, dynamic_ncols=True, disable=self._no_bars, smoothing=0, miniters=0
+        ) as bar:
+            yield Progress(bar)
 
     def download(self, name: str, size: int) -> tqdm:
         """A bar for what comes from the hub meanwhile, `size` bytes; on a terminal only."""
         layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} to go]"
         return tqdm(
             total=size,
-            desc=f"Downloading {name}",
+            desc=f"Downloading {shortened(name)}",
             bar_format=layout,
             unit="B",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=None,
+            disable=self._no_bars,
             leave=False,
         )
 
@@ -108,8 +158,16 @@ class Console:
         """Answer the first Ctrl-C. It may come in the middle of a line: this goes past everything that is buffered."""
         os.write(2, b"\nEnding after this decision; once more to end at once.\n")
 
+    @property
+    def _no_bars(self) -> bool | None:
+        return True if self._quiet else None  # None leaves it to tqdm: none but on a terminal
+
+    def _show(self, text: str) -> None:
+        tqdm.write(text if self._in_colour else _COLOURS.sub("", text), file=sys.stdout)
+        sys.stdout.flush()
+
     def _record(self, text: str) -> None:
-        self._log.write(text + "\n")
+        self._log.write(_COLOURS.sub("", text) + "\n")
         self._log.flush()
 
     def __enter__(self) -> "Console":
@@ -126,11 +184,8 @@ class Quiet(Console):
 
     def __init__(self, number: int) -> None:
         """number: the process's."""
-        self._in_colour, self._number = False, number
+        self._quiet, self._number = True, number
         self.log_path = Path(os.devnull)
-
-    def line(self, text: str = "") -> None:
-        """Nothing."""
 
     def error(self, text: str) -> None:
         """Print to standard error, with the process's number."""
@@ -139,23 +194,23 @@ class Quiet(Console):
     def ending(self, text: str) -> None:
         """Nothing: the process that leads says it."""
 
-    @contextmanager
-    def progress(self, steps: float) -> Iterator[tqdm]:
-        """A bar that is not seen."""
-        with tqdm(total=steps, disable=True) as bar:
-            yield bar
-
-    def download(self, name: str, size: int) -> tqdm:
-        """A bar that is not seen."""
-        return tqdm(total=size, disable=True)
-
     def heard(self) -> None:
+        """Nothing."""
+
+    def _show(self, text: str) -> None:
+        """Nothing."""
+
+    def _record(self, text: str) -> None:
         """Nothing."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """There is no log to be closed."""
+
+
+def _timed(text: str) -> str:
+    return f"{datetime.now():%H:%M:%S} - {text}"
 
 
 def _unused(folder: Path, stem: str) -> Path:

@@ -1,6 +1,7 @@
 """Phrase lists to token ids, and token ids to packs: the rows that a model is asked about.
 
-Knows: tokenizers, token ids, which position answers for which token. Refuses to know: torch, models, weights.
+Knows: tokenizers, token ids, which position answers for which token, which pairs are one and the same.
+Refuses to know: torch, models, weights.
 
 Which position answers for which token (phrase "a b" in context "x y"):
 
@@ -61,6 +62,42 @@ class Pack:
     def tokens(self) -> int:
         """Number of input tokens, padding included."""
         return len(self.rows) * len(self.rows[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists
+# ---------------------------------------------------------------------------------------------------------------------
+
+MOST_DOUBTS = 10  # that are told one by one
+
+
+def doubtful_phrases(pairs: Sequence[Pair]) -> list[str]:
+    """What may be a mistake in the lists, a line for each; of many, the first ones and how many more there are."""
+    alike: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        alike.setdefault(_as_scored(pair), []).append(pair)
+    doubts = [doubt for same in alike.values() for doubt in _doubts(same)]
+    more = len(doubts) - MOST_DOUBTS
+    return [*doubts[:MOST_DOUBTS], f"and {more} more of this kind"] if more > 0 else doubts
+
+
+def _as_scored(pair: Pair) -> tuple[str, str]:
+    """What is given and what is asked for: spaces between context and phrase belong to the phrase on either side."""
+    given = pair.context.rstrip(" ")
+    return given, pair.context[len(given) :] + pair.phrase
+
+
+def _doubts(same: Sequence[Pair]) -> Iterator[str]:
+    """What is doubtful about pairs that are scored alike."""
+    first, kinds = same[0], [pair.kind for pair in same]
+    for count in (kinds.count("BAD"), kinds.count("GOOD")):
+        if count > 1:
+            yield f"{first} is listed " + ("twice and counts double" if count == 2 else f"and counts {count} times")
+    if len(set(kinds)) > 1:
+        yield f"{first} is listed as bad and as good"
+    for pair in same:
+        if pair.context.endswith(" ") and pair.phrase.startswith(" "):
+            yield f"{pair} begins with a space, and so the two are scored with two spaces between them"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         save(console, model, unfinished, asked.output, recipe["config"])
         write_results(console, unfinished.folder, recipe, base.path)
         unfinished.take_place(asked.output, asked.overwrite)
-    console.timed(f"Done. The log is {console.log_path}")
+    console.final(f"Done. The log is {console.log_path}")
 
 
 def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> Config:

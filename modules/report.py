@@ -3,14 +3,18 @@
 Knows: widths, digits, wording. Refuses to know: how anything was measured, where the text goes.
 """
 
+import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from modules.composition import Merge, Shares
 from modules.config import Config, Pair
 from modules.search import Decision
 from modules.strategies import probability, scores, total
 
-PHRASE_WIDTH, CONTEXT_WIDTH = 24, 28
+PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH = 24, 28, 10, 12
+WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
+CHANGED = 0.005  # percentage points of Used Prob: a pair that moved no more has not changed
 
 
 def summary(
@@ -40,14 +44,22 @@ def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, nam
 
     merges: (share, model) of all accepted merges, the base first. name_method: add the method, where there are several.
     """
-    part = "Header" if decision.layer is None else f"Layer {decision.layer + 1}/{layers}"
     method = f" - {decision.method}" if name_method and decision.layer is not None else ""
     if decision.ratio is None:
         outcome = f"RETAINED - {decision.after:.5f}"
     else:
         change = _relative_change(decision.before, decision.after)
         outcome = f"CHANGED - {decision.before:.5f} > {decision.after:.5f} - {change}"
-    return [str([[share, model] for share, model in merges]), f"{part} - {outcome}{method}"]
+    return [str([[share, model] for share, model in merges]), f"{_part(decision, layers)} - {outcome}{method}"]
+
+
+def standing(turn: str, decision: Decision, layers: int, accepted: int) -> str:
+    """How far a run is, for the progress bar. turn: which candidate of how many. accepted: merges so far."""
+    return f"candidate {turn}, {_part(decision, layers).lower()}, {accepted} accepted"
+
+
+def _part(decision: Decision, layers: int) -> str:
+    return "Header" if decision.layer is None else f"Layer {decision.layer + 1}/{layers}"
 
 
 def _relative_change(before: float, after: float) -> str:
@@ -55,31 +67,70 @@ def _relative_change(before: float, after: float) -> str:
     return f"{abs(after - before) / abs(before) * 100:.1f}%" if before else "n/a"
 
 
-def phrase_table(
-    pairs: Sequence[Pair], weights: Sequence[float], now: Sequence[float], start: Sequence[float] | None = None
-) -> list[str]:
-    """Probabilities of all pairs, and how they changed since the start if `start` is given.
+class _Standing(NamedTuple):
+    """How probable a pair is, and how much more than at the start."""
 
-    weights: signed, good phrases negative. now, start: joint log-probabilities.
+    pair: Pair
+    weight: float  # without a sign
+    raw: float
+    move: float
+
+
+def phrase_table(
+    pairs: Sequence[Pair],
+    weights: Sequence[float],
+    now: Sequence[float],
+    start: Sequence[float] | None = None,
+    kind: str = "full",
+) -> list[str]:
+    """Probabilities of the pairs, and how they changed since the start if `start` is given.
+
+    weights: signed, good phrases negative. now, start: joint log-probabilities. kind: one of TABLES.
     """
-    header = ("Type", "Phrase", "Context", "Raw Prob*", "Used Prob**", "Change")
-    rows = []
-    for index, (pair, weight) in enumerate(zip(pairs, weights, strict=True)):
-        raw = probability(now[index])
-        before = raw if start is None else probability(start[index])
-        change = "N/A" if start is None else percent((raw - before) * abs(weight), signed=True)
-        rows.append((pair.kind, pair.phrase, pair.context, percent(raw), percent(raw * abs(weight)), change))
-    raw_total = sum(
-        probability(value) * (-1 if pair.kind == "GOOD" else 1) for pair, value in zip(pairs, now, strict=True)
+    standings = [
+        _Standing(pair, abs(weight), probability(after), probability(after) - probability(before))
+        for pair, weight, after, before in zip(pairs, weights, now, start or now, strict=True)
+    ]
+    changed = [one for one in standings if abs(one.move * one.weight) * 100 > CHANGED]
+    shown, notes = {
+        "full": (standings, []),
+        "changed": (changed, [_not_shown(len(standings) - len(changed), len(standings))]),
+        "summary": ([], [_moved_well(standings)]),
+    }[kind]
+    header = row(("Type", "Phrase", "Context", "Raw Prob*", "Used Prob**", "Change"), WIDTHS)
+    rule = "-" * len(header)
+    body = [*(_pair_row(one, start is not None) for one in shown), rule] if shown else []
+    notes = [*notes, "* the model's own probability - ** after weighting; lower totals are better"]
+    return [rule, header, rule, *body, _total_row(pairs, weights, now, start), rule, *notes]
+
+
+def _pair_row(one: _Standing, with_change: bool) -> str:
+    raw, used = percent(one.raw, RAW_WIDTH), percent(one.raw * one.weight)
+    change = percent(one.move * one.weight, signed=True) if with_change else "N/A"
+    return row((one.pair.kind, one.pair.phrase, one.pair.context, raw, used, change), WIDTHS)
+
+
+def _total_row(
+    pairs: Sequence[Pair], weights: Sequence[float], now: Sequence[float], start: Sequence[float] | None
+) -> str:
+    raw = sum(probability(value) * (-1 if pair.kind == "GOOD" else 1) for pair, value in zip(pairs, now, strict=True))
+    used = total(scores(now, weights))
+    change = "N/A" if start is None else percent(used - total(scores(start, weights)), signed=True)
+    return row(("", "Total (bad - good)", "", percent(raw, RAW_WIDTH), percent(used), change), WIDTHS)
+
+
+def _not_shown(count: int, pairs: int) -> str:
+    return f"not shown: {count} of {pairs} pairs, whose Used Prob has changed by {CHANGED:g} percentage points or less"
+
+
+def _moved_well(standings: Sequence[_Standing]) -> str:
+    """How many pairs have gone where they should."""
+    bad = [one.move < 0 for one in standings if one.pair.kind == "BAD"]
+    good = [one.move > 0 for one in standings if one.pair.kind == "GOOD"]
+    return (
+        f"since the start: {sum(bad)} of {len(bad)} bad pairs less probable, "
+        f"{sum(good)} of {len(good)} good pairs more probable"
     )
-    used_total = total(scores(now, weights))
-    change = "N/A" if start is None else percent(used_total - total(scores(start, weights)), signed=True)
-    totals = ("", "Total (bad - good)", "", percent(raw_total), percent(used_total), change)
-    widths = (4, PHRASE_WIDTH, CONTEXT_WIDTH, 10, 12, 12)
-    body = [row(cells, widths) for cells in (header, *rows, totals)]
-    rule = "-" * len(body[0])
-    notes = "* the model's own probability - ** after weighting; lower totals are better"
-    return [rule, body[0], rule, *body[1:-1], rule, body[-1], rule, notes]
 
 
 def composition_lines(shares: Shares) -> list[str]:
@@ -93,15 +144,33 @@ def row(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def fit(text: str, width: int) -> str:
-    """Text on one line in exactly `width` characters; a long text keeps its end, where a context meets its phrase."""
-    text = "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
-    return text.ljust(width) if len(text) <= width else "..." + text[len(text) - width + 3 :]
+    """Text on one line in exactly `width` columns; a long text keeps its end, where a context meets its phrase."""
+    text = unicodedata.normalize("NFC", " ".join(text.split()))
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    if columns(text) > width:
+        text = "..." + _ending(text, width - 3)
+    return text + " " * (width - columns(text))
 
 
-def percent(value: float, signed: bool = False) -> str:
-    """A share as a percentage with five digits or so, whatever its size."""
-    hundredths = value * 100.0
-    digits = f"{hundredths:+.5f}" if signed else f"{hundredths:.5f}"
-    if len(digits) > 10:
-        digits = f"{hundredths:+.3e}" if signed else f"{hundredths:.3e}"
-    return digits + "%"
+def _ending(text: str, width: int) -> str:
+    """As much of a text's end as fits into so many columns, without the marks of a letter that does not."""
+    start = len(text)
+    while start and columns(text[start - 1]) <= width:
+        start -= 1
+        width -= columns(text[start])
+    while start < len(text) and not columns(text[start]):
+        start += 1
+    return text[start:]
+
+
+def columns(text: str) -> int:
+    """How wide a terminal shows a text: Chinese characters and emoji take two columns, marks on a letter none."""
+    letters = [character for character in text if unicodedata.category(character) not in ("Mn", "Me")]
+    return len(letters) + sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in letters)
+
+
+def percent(value: float, width: int = USED_WIDTH, signed: bool = False) -> str:
+    """A share as a percentage in at most `width` characters, with five decimals if there is room."""
+    sign = "+" if signed else ""
+    texts = [f"{value * 100.0:{sign}.{decimals}f}%" for decimals in range(5, -1, -1)]
+    return next((text for text in texts if len(text) <= width), f"{value * 100.0:{sign}.3e}%")

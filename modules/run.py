@@ -29,7 +29,7 @@ from modules.memory import Budget
 from modules.models import ResidentModel, load_model, own_device
 from modules.opening import Models, open_models
 from modules.outputs import SETTINGS_FILE, Unfinished, unfinished_output
-from modules.phrases import encode_pairs
+from modules.phrases import doubtful_phrases, encode_pairs
 from modules.pictures import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
 from modules.preflight import check, find_room, plan_run
 from modules.probability import Scorer, build_scorer
@@ -52,12 +52,13 @@ NOTHING_TO_SEARCH = None  # said in place of a Start
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about an output, or a part of one, that is there already."""
+    """What the command line says beside what is in the configuration."""
 
-    overwrite: bool = False
+    overwrite: bool = False  # an output that is there already
     resume: bool = False
     restart: bool = False
     dry_run: bool = False  # check everything and say what it would take, and no more
+    table: str = "full"  # one of TABLES: how much of the phrase table is shown
 
 
 def merge_models(config: Config, console: Console, options: Options, group: Group = ALONE) -> None:
@@ -71,7 +72,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     console.timed("THE MERGE MONSTER HUNGERS")
     output = Path(config.directories.output_directory)
     if options.resume and not options.dry_run and is_finished(config, output):
-        console.line(f"This run has finished: its output is in {output}")
+        console.final(f"This run has finished: its output is in {output}")
         group.from_first(NOTHING_TO_SEARCH)
         return
     models = open_models(config, options.overwrite, partial(fetch_now, console))
@@ -79,10 +80,10 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     check_space(models.jobs, config.keep_downloads)
     plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
     room = find_room(plan)
-    console.lines([f"WARNING: {warning}" for warning in check(plan, room)])
+    console.warnings([*doubtful_phrases(config.pairs), *check(plan, room)])
     if options.dry_run:
         console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
-        console.timed("Dry run: nothing was written")
+        console.final("Dry run: nothing was written")
         group.from_first(NOTHING_TO_SEARCH)
         return
     clock = Clock()
@@ -96,7 +97,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
         group.from_first(Start(record.journal.records, plan.budget))
         conductor = begin_search(config, console, models, record, ahead, plan.budget, group, plan.placement)
         clock.lap("load")
-        conductor.conduct(models.candidates, options.resume)
+        conductor.conduct(models.candidates, options.resume, options.table)
         search, model = conductor.search, conductor.search.model
         composition = mean_shares(conductor.origins)
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
@@ -110,7 +111,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
         unfinished.take_place(output, options.overwrite)
     if not config.keep_downloads:
         remove_downloads(console, [models.base.repository])
-    console.timed(f"Done. The log is {console.log_path}")
+    console.final(f"Done. The log is {console.log_path}")
 
 
 def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: Path, settings: str) -> None:
@@ -152,7 +153,7 @@ def begin_search(
     group: Group,
     placement: Sequence[torch.device] | None = None,
 ) -> "Conductor":
-    """Load the base and score it, print the summary and the phrase table; who leads the search from there.
+    """Load the base and score it, print the summary; who leads the search from there.
 
     ahead: brings the base as number 0, then the candidates; each while the one before it is searched.
     """
@@ -170,8 +171,7 @@ def begin_search(
     search = Search(model, scorer, config, tokenizer, group)
     names = [candidate.name for candidate in models.candidates]
     console.lines(report.summary(config, model.describe(), scorer.describe(), names))
-    console.lines([f"WARNING: {warning}" for warning in search.warnings])
-    console.lines(report.phrase_table(config.pairs, search.weights, search.log_probabilities))
+    console.warnings(search.warnings)
     return Conductor(config, console, search, record, ahead)
 
 
@@ -187,11 +187,9 @@ def resume_search(console: Console, search: Search, record: RunRecord, resume: b
     measured = list(search.log_probabilities)
     search.log_probabilities, search.weights = record.start(measured, search.weights)
     if record.count:
-        console.lines([f"WARNING: {warning}" for warning in record.warnings()])
+        console.warnings(record.warnings())
         if measured != search.log_probabilities:
-            console.line(
-                "WARNING: the base scores otherwise here than where the run began: its end may differ slightly"
-            )
+            console.warning("the base scores otherwise here than where the run began: its end may differ slightly")
         console.timed(f"Resuming: {record.count} decisions are carried out again from the journal")
     elif resume:
         console.timed("Nothing to resume: beginning at the beginning")
@@ -207,19 +205,30 @@ class Conductor:
         # The accepted merges of every layer and, last, of the header.
         self.origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(self.layers + 1)]
 
-    def conduct(self, candidates: Sequence[Candidate], resume: bool = False) -> None:
-        """Search one candidate after another. resume: whether to go on with an earlier run was asked for."""
+    def conduct(self, candidates: Sequence[Candidate], resume: bool = False, table: str = "full") -> None:
+        """Search one candidate after another, with a phrase table before the first and after each.
+
+        resume: whether to go on with an earlier run was asked for. table: how much of the tables is shown.
+        """
         console, search = self.console, self.search
+        self._show_table(table, whole_in_log=True)
         start = resume_search(console, search, self.record, resume)
         steps = len(candidates) * search.steps_per_candidate()
         with console.progress(steps) as self.bar, postponed(console.heard) as self.end_if_asked:
             for number, candidate in enumerate(candidates, start=1):
-                console.timed(f"Candidate {number}/{len(candidates)}: {candidate.name}")
+                self._turn = f"{number}/{len(candidates)}"
+                console.timed(f"Candidate {self._turn}: {candidate.name}")
                 self._candidate(number, candidate)
-                console.lines(report.phrase_table(self.config.pairs, search.weights, search.log_probabilities, start))
+                self.bar.left((len(candidates) - number) * search.steps_per_candidate())
+                self._show_table(table, start, whole_in_log=number == len(candidates))
                 if not self.config.keep_downloads:
                     later = [repository for other in candidates[number:] for repository in other.repositories]
                     remove_downloads(console, candidate.repositories, [search.model.checkpoint.repository, *later])
+
+    def _show_table(self, kind: str, start: Sequence[float] | None = None, whole_in_log: bool = False) -> None:
+        state = self.config.pairs, self.search.weights, self.search.log_probabilities, start
+        whole = report.phrase_table(*state, "full") if whole_in_log else None
+        self.console.lines(report.phrase_table(*state, kind), whole)
 
     def _candidate(self, number: int, candidate: Candidate) -> None:
         failure, group = None, self.search.group
@@ -235,40 +244,48 @@ class Conductor:
         finally:
             candidate.checkpoint.release()
         if failure:
-            self.console.line(f"WARNING: {candidate.name} is given up; what was accepted of it stays: {failure}")
+            self.console.warning(f"{candidate.name} is given up; what was accepted of it stays: {failure}")
         if self.record.end(number) is None:
             self.record.closed(number, self.search.log_probabilities, failure)
 
     def _search(self, number: int, candidate: Candidate) -> str | None:
         """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""
         done, end = self.record.decisions(number), self.record.end(number)
-        for decision in done:
-            self._count(decision)
         if end is not None:
             self.search.repeat(candidate, done)
             self.search.log_probabilities, failure = end
+            self._count_repeated(done)
             return failure
-        began = time.monotonic()
+        self._count_repeated(done)
+        began, timed = time.monotonic(), not done  # the first one waits until what was done is done again
         # Closed whatever happens: the candidate is read by a thread.
         with closing(self.search.candidate(candidate, done)) as decisions:
             for decision in decisions:
                 self.record.decided(number, decision, time.monotonic() - began)
-                self._count(decision)
+                self._count(decision, timed)
                 merges = self.origins[self._place(decision)]
                 self._tell_of_memory()
                 show_decision(self.console, decision, merges, self.layers, len(self.config.merge_method) > 1)
                 self.end_if_asked()
-                began = time.monotonic()
+                began, timed = time.monotonic(), True
         return None
 
     def _tell_of_memory(self) -> None:
         self.console.lines(self.search.memory_notes)
         self.search.memory_notes.clear()
 
-    def _count(self, decision: Decision) -> None:
+    def _count_repeated(self, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
+            self._count(decision, timed=False)
+
+    def _count(self, decision: Decision, timed: bool) -> None:
+        """Take note of a decision. timed: whether it took what a decision takes."""
         if decision.ratio is not None:
             self.origins[self._place(decision)].append((decision.share, decision.model))
-        self.bar.update(self.search.steps(decision.layer, decision.method))
+        accepted = sum(len(merges) - 1 for merges in self.origins)
+        self.bar.tell(report.standing(self._turn, decision, self.layers, accepted))
+        count = self.bar.update if timed else self.bar.skip
+        count(self.search.steps(decision.layer, decision.method))
 
     def _place(self, decision: Decision) -> int:
         return self.layers if decision.layer is None else decision.layer
@@ -312,7 +329,7 @@ def remove_downloads(
             try:
                 repository.remove_fetched()
             except OSError as error:  # no reason to lose a merge
-                console.line(f"WARNING: {repository.folder} could not be removed ({error.strerror})")
+                console.warning(f"{repository.folder} could not be removed ({error.strerror})")
 
 
 def show_decision(
@@ -320,7 +337,7 @@ def show_decision(
 ) -> None:
     """The two lines of a decision and the rule below them; before them, what there is to say about it."""
     if decision.warning:
-        console.line(f"WARNING: {decision.warning}")
+        console.warning(decision.warning)
     if decision.note:
         console.line(decision.note)
     composition, outcome = report.decision_lines(decision, merges, layers, name_method)

@@ -20,7 +20,7 @@ from modules.mapping import CompletionTree, Explorer, Standing, standings
 from modules.memory import placement_of, weights_of
 from modules.models import ResidentModel, load_model, resolve_device, resolve_dtype, without_weights
 from modules.opening import base_of, find_location, open_base
-from modules.phrases import Encoded, encode_contexts, encode_pairs
+from modules.phrases import Encoded, doubtful_phrases, encode_contexts, encode_pairs
 from modules.probability import build_scorer
 from modules.run import fetch_now, prepare_libraries, remove_downloads
 from modules.spelling import Spelling
@@ -41,6 +41,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     """
     prepare_libraries(config.random_seed)
     console.timed("THE MONSTER MAPPER LOOKS AROUND")
+    console.warnings(doubtful_phrases(config.pairs))
     fetch = partial(fetch_now, console)
     found = find_location(base_of(config))
     console.lines(found.notes())
@@ -64,7 +65,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
         console.timed(f"The suggestions are in {exports.yaml}")
     if not config.keep_downloads:
         remove_downloads(console, [checkpoint.repository])
-    console.timed(f"Done. The log is {console.log_path}")
+    console.final(f"Done. The log is {console.log_path}")
 
 
 def explore(

@@ -248,6 +248,38 @@ def test_a_wrong_phrase_in_a_phrase_file_names_the_file(folders):
 @pytest.mark.parametrize(
     "text, message",
     [
+        ("", ": the file is empty"),
+        ("# nothing but a comment", ": the file is empty"),
+        ("- phrase: x\n  contexts: [y]", ": a bare list; bad_phrases: or good_phrases: is missing above it"),
+        ("phrase_files: [b.yaml]", ".phrase_files: ['b.yaml']: a phrase file can't name others; name them all in the"),
+        ("spine", ": 'spine': expected a mapping of keys to values"),
+        ("bad_phrase: []", ".bad_phrase: unknown key; did you mean 'bad_phrases'?"),
+    ],
+)
+def test_phrase_files_that_are_none(folders, text, message):
+    more = folders / "more.yaml"
+    more.write_text(text)
+    assert f"  phrase_files[0] ({more}){message}" in errors_of(write(folders, phrase_files=[str(more)]))
+
+
+def test_a_phrase_file_that_is_not_there(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    message = errors_of(write(folders, phrase_files=["more/p.yaml"]))
+    expected = (
+        "phrase_files[0]: more/p.yaml: no such file. A relative path begins in the folder you start the program in."
+    )
+    assert expected in message and "--config" not in message
+
+
+def test_a_whole_config_may_be_a_phrase_file(folders):
+    other = write(folders, phrase_files=[]).rename(folders / "other.yaml")
+    config = load_config(write(folders, drop=["bad_phrases"], phrase_files=[str(other)]))
+    assert config.pairs == (Pair("BAD", "spine", "down her "),)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
         ("a: [1, 2", "not valid YAML at line 1"),
         ("a: 1\n\tb: 2", "not valid YAML at line 2"),
         ("- just\n- a list", "expected a mapping of keys to values"),

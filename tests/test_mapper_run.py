@@ -174,6 +174,12 @@ def test_branches_fall_in_joint_probability(place, bpe):
         assert joints == sorted(joints, reverse=True) and joints
 
 
+def test_phrases_that_are_listed_as_bad_and_as_good_are_told(place, bpe):
+    pairs = [Pair("BAD", "spine", "down her "), Pair("GOOD", "spine", "down her ")]
+    assert mapped(place, bpe, pairs=pairs) == 0
+    assert "WARNING: the phrase 'spine' after 'down her ' is listed as bad and as good\n" in log_of(place)
+
+
 def test_the_same_config_gives_the_same_lines_and_files(place, bpe):
     found = []
     for number in range(2):

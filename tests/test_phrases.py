@@ -8,7 +8,7 @@ from tiny import PAIRS, TOKENIZERS, bpe_tokenizer, spm_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from modules.config import ConfigError, Pair
-from modules.phrases import LAYOUTS, Encoded, build_packs, encode_pair, encode_pairs
+from modules.phrases import LAYOUTS, MOST_DOUBTS, Encoded, build_packs, doubtful_phrases, encode_pair, encode_pairs
 
 TOKENIZER = {name: make() for name, make in TOKENIZERS.items()}
 
@@ -31,6 +31,52 @@ def test_a_trailing_space_belongs_to_the_phrase():
         without = encode_pair(tokenizer, "The atmosphere is thick with", " anticipation")
         assert with_space == without
         assert words(tokenizer, with_space) == [word]
+
+
+def listed(*pairs):
+    """Pairs of bad phrases, or good ones where the phrase begins with a plus."""
+    return [Pair("GOOD" if phrase[0] == "+" else "BAD", phrase.lstrip("+"), context) for phrase, context in pairs]
+
+
+@pytest.mark.parametrize(
+    "pairs, doubts",
+    [
+        ([("a", "x "), ("b", "x "), ("a", "y "), ("A", "x ")], []),
+        ([("a", "x "), ("a", "x ")], ["the phrase 'a' after 'x ' is listed twice and counts double"]),
+        ([("a", "x "), (" a", "x")], ["the phrase 'a' after 'x ' is listed twice and counts double"]),
+        ([("+a", "x ")] * 3, ["the phrase 'a' after 'x ' is listed and counts 3 times"]),
+        ([("a", "x "), ("a", "x")], []),
+        ([("a", "x\n"), ("a", "x")], []),
+        ([("a", ""), (" a", "")], []),
+        ([("a", "x "), ("+ a", "x")], ["the phrase 'a' after 'x ' is listed as bad and as good"]),
+        (
+            [(" a", "x ")],
+            ["the phrase ' a' after 'x ' begins with a space, and so the two are scored with two spaces between them"],
+        ),
+        ([(" a", "x"), (" a", "x\n"), (" a", "")], []),
+        ([("a", "x  "), ("b", "x ")], []),
+    ],
+)
+def test_what_may_be_a_mistake_is_told(pairs, doubts):
+    assert doubtful_phrases(listed(*pairs)) == doubts
+
+
+def test_of_many_mistakes_the_first_are_told():
+    pairs = listed(*[(f"{number}", "x ") for number in range(30)] * 2)
+    doubts = doubtful_phrases(pairs)
+    assert len(doubts) == MOST_DOUBTS + 1
+    assert doubts[0].startswith("the phrase '0' ") and doubts[-1] == f"and {30 - MOST_DOUBTS} more of this kind"
+
+
+@pytest.mark.parametrize("family", TOKENIZER)
+def test_what_is_told_as_listed_twice_is_the_same_to_the_scorer(family):
+    """Of all ways to share out up to three spaces between context and phrase."""
+    pairs = [Pair("BAD", " " * own + "spine", "down her" + " " * before) for own in range(3) for before in range(3)]
+    for one in pairs:
+        for other in pairs:
+            told = any("listed twice" in doubt for doubt in doubtful_phrases([one, other]))
+            same = [encode_pair(TOKENIZER[family], pair.context, pair.phrase) for pair in (one, other)]
+            assert told == (same[0] == same[1])
 
 
 @pytest.mark.parametrize("family", TOKENIZER)

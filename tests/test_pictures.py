@@ -425,7 +425,7 @@ def make_images():
 
 def test_the_readmes_pictures_are_there_and_small():
     sizes = {path.stem: path.stat().st_size for path in IMAGES.glob("*.png")}
-    assert sizes.keys() == {*METHODS, "merge_map", "phrase_chart"}
+    assert sizes.keys() == {*METHODS, "merge_map", "phrase_chart", "scaling"}
     assert max(sizes.values()) < 120_000
 
 

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from modules import report
 from modules.config import Pair
@@ -88,6 +90,137 @@ def test_probabilities_of_any_size_keep_the_table_in_shape():
     table = report.phrase_table(pairs, weights, logs(1e-30, 1.0, 0.0), logs(0.5, 1e-300, 1.0))
     assert len({len(line) for line in table[:-1]}) == 1
     assert "1.000e+14%" in table[4]
+
+
+def table_of(kind, start=(0.09, 0.5, 0.25), now=(0.04, 0.5, 0.5)):
+    return report.phrase_table(PAIRS, WEIGHTS, logs(*now), start and logs(*start), kind)
+
+
+def shown(table):
+    """The type and the change of every row."""
+    rows = [[cell.strip() for cell in line.split("|")] for line in table if line.startswith("| ")]
+    return [(cells[1], cells[6]) for cells in rows[1:]]
+
+
+def test_a_table_of_what_has_changed():
+    table = table_of("changed")
+    assert shown(table) == [("BAD", "-50.00000%"), ("GOOD", "+50.00000%"), ("", "-100.00000%")]
+    assert table[-2] == "not shown: 1 of 3 pairs, whose Used Prob has changed by 0.005 percentage points or less"
+    assert len({len(line) for line in table[:-2]}) == 1
+
+
+@pytest.mark.parametrize("kind", ["changed", "summary"])
+def test_before_the_first_merge_nothing_has_changed(kind):
+    table = table_of(kind, start=None)
+    assert shown(table) == [("", "N/A")]
+    assert table[0] == table[2] == table[4] and len(table) == 7
+    assert (
+        table[5]
+        == {
+            "changed": "not shown: 3 of 3 pairs, whose Used Prob has changed by 0.005 percentage points or less",
+            "summary": "since the start: 0 of 2 bad pairs less probable, 0 of 1 good pairs more probable",
+        }[kind]
+    )
+
+
+def test_what_counts_as_changed_is_the_used_probability():
+    moves = {0.5: False, 0.50004: False, 0.49996: False, 0.50006: True, 0.49994: True}
+    for now, changed in moves.items():
+        pairs = [Pair("BAD", "p", "c", 1.0), Pair("BAD", "p", "d", 0.5)]
+        table = report.phrase_table(pairs, [1.0, 0.5], logs(now, now), logs(0.5, 0.5), "changed")
+        assert len(shown(table)) == 1 + changed
+        assert f"not shown: {2 - changed} of 2 pairs" in table[-2]
+
+
+def test_a_summary_counts_the_pairs_that_went_where_they_should():
+    table = table_of("summary", now=(0.04, 0.6, 0.25))
+    assert shown(table) == [("", "-40.00000%")]
+    assert table[-2] == "since the start: 1 of 2 bad pairs less probable, 0 of 1 good pairs more probable"
+
+
+def test_400_pairs_keep_the_table_in_shape():
+    pairs = [Pair("BAD" if number % 3 else "GOOD", f"phrase {number}", "context " * 9) for number in range(400)]
+    weights = [7.0 if pair.kind == "BAD" else -7.0 for pair in pairs]
+    table = report.phrase_table(pairs, weights, logs(*[0.999] * 400), logs(*[0.001] * 400))
+    assert len(table) == 400 + 7 and len({len(line) for line in table[:-1]}) == 1
+    assert table[-3].split("|")[4:7] == [" 13186.800% ", " 92307.60000% ", " +92215.2000% "]
+
+
+@pytest.mark.parametrize(
+    "value, width, shown",
+    [
+        (0.5, 12, "50.00000%"),
+        (10.0, 10, "1000.0000%"),
+        (-3.2012345, 10, "-320.1234%"),
+        (99999.999996, 12, "10000000.00%"),
+        (12345678.9, 10, "1.235e+09%"),
+        (math.inf, 10, "inf%"),
+        (0.0, 10, "0.00000%"),
+    ],
+)
+def test_percentages_keep_their_width(value, width, shown):
+    assert report.percent(value, width) == shown and len(shown) <= width
+
+
+@pytest.mark.parametrize(
+    "text, fitted",
+    [
+        ("spine", "spine     "),
+        ("exactly 10", "exactly 10"),
+        ("eleven long", "...en long"),
+        ("two\nlines\t x", "...lines x"),
+        ("\u65e5\u672c\u8a9e", "\u65e5\u672c\u8a9e    "),
+        ("\u65e5\u672c\u8a9e\u65e5\u672c\u8a9e", "...\u65e5\u672c\u8a9e "),
+        ("\U0001f642 yes", "\U0001f642 yes    "),
+        ("e\u0301", "\xe9         "),
+        ("x\u0301\u0302", "x\u0301\u0302         "),
+        ("x\u0301234567890", "x\u0301234567890"),
+        ("12345x\u0301567890", "...x\u0301567890"),
+        ("\u1112\u1161\u11ab", "\ud55c        "),
+        ("a\u200d\x1bb", "a??b      "),
+        ("", "          "),
+    ],
+)
+def test_cells_have_ten_columns(text, fitted):
+    assert report.fit(text, 10) == fitted
+
+
+def test_the_marks_of_a_letter_that_is_cut_off_go_with_it():
+    assert report.fit("123" + "x\u0301" + "4567890", 10) == "...4567890"
+    assert report.fit("4567890" + "\u0301" * 10**5 + "4567890", 10) == "...4567890"
+
+
+ODD = st.text(
+    st.sampled_from("ab \n\t\u3000\u65e5\uff21\U0001f642\u0301\u20dd\u302a\u200d\ufe0f\u1161\u0e33\x1b\xad\xa0")
+)
+
+
+@settings(deadline=None)
+@given(st.text() | ODD, st.text(max_size=200) | ODD, st.integers(4, 40))
+@example("n" * 200, "\U0001f642" * 200, 24)
+def test_a_row_of_any_text_is_as_wide_as_all_others(phrase, context, width):
+    line = report.row((phrase, context, "x"), (width, width, 3))
+    assert report.columns(line) == 2 * width + 3 + 10
+    assert line.isprintable() and line.count("\n") == 0
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(ODD, ODD, st.floats(0, 1e6), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=5))
+def test_a_table_of_any_phrases_is_a_rectangle(rows):
+    pairs = [Pair("BAD", phrase, context, weight) for phrase, context, weight, _, _ in rows]
+    weights = [pair.weight for pair in pairs]
+    before, after = (logs(*(row[place] for row in rows)) for place in (3, 4))
+    for kind in ("full", "changed", "summary"):
+        table = report.phrase_table(pairs, weights, after, before, kind)
+        assert {report.columns(line) for line in table if line[0] in "|-"} == {109}
+
+
+def test_long_names_keep_to_their_lines():
+    name = "n" * 200
+    made = Decision(name, 0, "lerp", 0.5, 1.0, 0.5, ())
+    assert lines(made, [(1.0, "base"), (0.5, name)])[1] == "Layer 1/32 - CHANGED - 1.00000 > 0.50000 - 50.0%"
+    assert report.composition_lines({name: 1.0}) == [f"100.00%  {name}"]
+    assert report.standing("2/3", made, 32, 12) == "candidate 2/3, layer 1/32, 12 accepted"
 
 
 def test_composition_lines():

@@ -235,6 +235,38 @@ def test_console_and_log(place, models, capsys):
     assert before == {folder: digest(folder) for folder in models}
 
 
+@pytest.mark.parametrize("kind", ["full", "changed", "summary"])
+def test_how_much_of_the_tables_is_shown(place, models, capsys, kind):
+    """The log has the first and the last one whole."""
+    assert merge(place, models, "--table", kind) == 0
+    shown, logged = tables(capsys.readouterr().out), tables(log_of(place))
+    whole = len(tiny.PAIRS) + 1
+    assert [len(table) for table in logged] == [whole, len(shown[1]), whole]
+    assert [table[-1] for table in shown] == [table[-1] for table in logged]
+    for table, of_log in zip(shown, logged, strict=True):
+        assert all(row in of_log for row in table)
+    if kind == "full":
+        assert shown == logged
+    elif kind == "summary":
+        assert [len(table) for table in shown] == [1, 1, 1]
+    else:
+        last = [row for row in logged[2][:-1] if abs(float(row[5].rstrip("%"))) > 0.005]
+        assert len(shown[0]) == 1 and shown[2][:-1] == last
+
+
+def test_phrases_that_are_listed_twice_are_told_before_the_search(place, models):
+    for arguments in (["--dry-run"], []):
+        assert merge(place, models, *arguments, pairs=(*tiny.PAIRS, tiny.PAIRS[0])) == 0
+        told = "WARNING: the phrase 'anticipation' after 'Her body quivers with ' is listed twice and counts double\n"
+        assert log_of(place).count(told) == 1
+
+
+def test_a_kind_of_table_that_there_is_not(place, models, capsys):
+    with pytest.raises(SystemExit):
+        merge(place, models, "--table", "some")
+    assert "argument --table: invalid choice: 'some'" in capsys.readouterr().err
+
+
 def test_methods_are_named_where_there_are_several(place, models):
     assert merge(place, models, merge_method=["lerp", "slice"]) == 0
     assert len(re.findall(r"Layer \d/3 - .* - (?:lerp|slice)$", log_of(place), re.MULTILINE)) == 12
