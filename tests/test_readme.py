@@ -204,3 +204,11 @@ def test_what_is_referred_to_by_its_name_is_there():
     names = re.findall(r"\bsee \"([^\"]+)\"", PROSE)
     headings = re.findall(r"^#+ (.*)$", PROSE, flags=re.MULTILINE)
     assert names and all(name in bold or name in headings for name in names)
+
+
+def test_what_the_first_screen_shows_is_part_of_the_whole_output():
+    first, whole = README.split("## Try it")[0], README.split("<summary>The whole output</summary>")[1]
+    shown = first.split("```text\n")[1].split("```")[0].splitlines()
+    lines = whole.split("```")[1].splitlines()
+    start = lines.index(shown[0])
+    assert lines[start : start + len(shown)] == shown and len(shown) > 5
