@@ -282,10 +282,10 @@ class Conductor:
         """Take note of a decision. timed: whether it took what a decision takes."""
         if decision.ratio is not None:
             self.origins[self._place(decision)].append((decision.share, decision.model))
-        accepted = sum(len(merges) - 1 for merges in self.origins)
-        self.bar.tell(report.standing(self._turn, decision, self.layers, accepted))
         count = self.bar.update if timed else self.bar.skip
         count(self.search.steps(decision.layer, decision.method))
+        accepted = sum(len(merges) - 1 for merges in self.origins)
+        self.bar.tell(report.standing(self._turn, decision, self.layers, accepted))
 
     def _place(self, decision: Decision) -> int:
         return self.layers if decision.layer is None else decision.layer
