@@ -123,8 +123,9 @@ class Console:
 
     def final(self, text: str) -> None:
         """The last line, with the time of day before it; it is seen in a quiet run too."""
-        self._show(_timed(text))
-        self._record(_timed(text))
+        timed = _timed(text)
+        self._show(timed)
+        self._record(timed)
 
     @contextmanager
     def progress(self, steps: float) -> Iterator[Progress]:
