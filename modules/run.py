@@ -129,7 +129,7 @@ def write_results(console: Console, folder: Path, recipe: Record, base: Path) ->
         phrase_chart(recipe, folder / PHRASE_CHART_FILE)
         write_card(folder, recipe, base, (MERGE_MAP_FILE, PHRASE_CHART_FILE))
     except Exception as error:  # no reason to lose a merge
-        console.line(f"WARNING: the pictures and the model card are not complete ({first_line(error)})")
+        console.warning(f"the pictures and the model card are not complete ({first_line(error)})")
 
 
 def prepare_libraries(seed: int) -> None:
