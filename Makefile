@@ -1,6 +1,6 @@
 # make demo   create .venv, install, train the demo models if they are missing, map and merge them
 # make test   the same environment, then style checks and all tests
-# make bench  the figures of the README's performance table (about a quarter of an hour)
+# make bench  the figures of the README's performance table (about twenty minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,6 +25,8 @@ bench: $(VENV)/installed $(VENV)/tested-with
 	$(RUN) benchmarks/bench_merge.py
 	$(RUN) benchmarks/bench_merge.py --dtype bfloat16
 	$(RUN) benchmarks/bench_mapper.py
+	$(RUN) benchmarks/bench_processes.py
+	$(RUN) benchmarks/bench_scaling.py --picture images/scaling.png
 
 clean:
 	rm -rf $(VENV) demo/models demo/merged

@@ -26,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 from modules.checkpoints import open_checkpoint
 from modules.config import Pair
+from modules.memory import TOKENS
 
 Product = tuple[int, int, int, int]  # batch, rows, inner, columns
 
@@ -194,6 +195,8 @@ def limit_of(
 def matrix_products(shape: Shape, tokens: int, columns: int, ratios: int, headers: bool) -> Counter[Product]:
     """Every matrix product that the search of a candidate can't do without, with its number."""
     hidden, wide, kv = shape.hidden, shape.intermediate, shape.kv_heads * shape.head_size
+    packs = -(-tokens // TOKENS)  # attention is within each
+    seen = -(-tokens // packs)
 
     def layer(batch: int) -> list[tuple[Product, int]]:
         rows = batch * tokens
@@ -202,8 +205,8 @@ def matrix_products(shape: Shape, tokens: int, columns: int, ratios: int, header
             ((1, rows, hidden, kv), 2),
             ((1, rows, hidden, wide), 2),
             ((1, rows, wide, hidden), 1),
-            ((batch * shape.heads, tokens, shape.head_size, tokens), 1),
-            ((batch * shape.heads, tokens, tokens, shape.head_size), 1),
+            ((batch * shape.heads, seen, shape.head_size, seen), packs),
+            ((batch * shape.heads, seen, seen, shape.head_size), packs),
         ]
 
     def head(batch: int) -> list[tuple[Product, int]]:

@@ -32,16 +32,19 @@ def test_the_whole_program_against_its_limit(tmp_path):
     assert result["reading_seconds"] > 0 and result["products_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_the_search_against_its_limit(tmp_path):
     _, result = run(tmp_path, "bench_merge.py", *SMALL, "--repeats", "1", "--pairs", "5")
     assert result["times_naive"] > 1 and result["layout"] == "forest" and result["pairs"] == 5
 
 
+@pytest.mark.slow
 def test_the_mapper(tmp_path):
     _, result = run(tmp_path, "bench_mapper.py", *SMALL, "--contexts", "1", "--max-depth", "2")
     assert result["same_branches_as_naive"] == result["leaves"] > 1
 
 
+@pytest.mark.slow
 def test_growth_is_drawn(tmp_path):
     output, result = run(tmp_path, "bench_scaling.py", "--quick", "--picture", "scaling.png")
     assert {"layers", "ratios", "pairs", "vocabulary", "hidden"} < set(result)
