@@ -32,6 +32,9 @@ class ConfigError(Exception):
     """The configuration, the arguments or the models they name can't be used; the message is for the user."""
 
 
+DEMO_MODELS = ("cliche-base", "plain-prose", "apple-logic")  # what demo/make_models.py makes
+
+
 @dataclass(frozen=True)
 class Pair:
     """One phrase in one context: the unit that is scored."""
@@ -241,7 +244,7 @@ def _candidate(value: Any) -> str:
 def _model_named(value: Any, parse: Callable[[str], object], form: str) -> str:
     path = _path(value)
     if parse(value) is None:
-        of_demo = path.parts[:2] == ("demo", "models")
+        of_demo = path.parts[:2] == ("demo", "models") and path.name in DEMO_MODELS
         hint = "python demo/make_models.py makes it" if of_demo else f"a model of the hub is written {form}"
         raise _Invalid(f"no such folder; {hint}")
     return value

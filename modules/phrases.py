@@ -113,7 +113,9 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tok
     encoded = [encode_pair(tokenizer, pair.context, pair.phrase) for pair in pairs]
     for pair, item in zip(pairs, encoded, strict=True):
         if max_tokens is not None and len(item.tokens) - 1 > max_tokens:
-            raise ConfigError(f"{pair} is {len(item.tokens)} tokens long; the base model takes {max_tokens}")
+            raise ConfigError(
+                f"{pair} is {len(item.tokens)} tokens long; the base model takes {max_tokens}: shorten it"
+            )
         _check_embedded(tokenizer, pair, item.tokens, vocabulary)
     return encoded
 

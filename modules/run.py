@@ -4,6 +4,7 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -100,6 +101,8 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
         conductor.conduct(models.candidates, options.resume, options.table)
         search, model = conductor.search, conductor.search.model
         composition = mean_shares(conductor.origins)
+        if all(decision.ratio is None for decision in record.decisions()):
+            console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
         save(console, model, unfinished, output, config.text)
@@ -137,6 +140,7 @@ def prepare_libraries(seed: int) -> None:
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, about later versions of theirs
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.disable_progress_bars()

@@ -9,6 +9,7 @@ Nothing in a file is executed: a .bin file is a pickle, and one that would need 
 
 import hashlib
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -315,6 +316,7 @@ def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]
         tensors = dict(named_tensors)
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(_usual_mode())  # safetensors lets nobody but the owner read it
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder / file}: can't be written ({first_line(error)})") from None
         _verify(folder / file, tensors)
@@ -323,6 +325,13 @@ def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]
     if set(shards) != {SINGLE_FILE}:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _usual_mode() -> int:
+    """The rights of a new file, as the umask has them."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _verify(path: Path, tensors: Mapping[str, Tensor]) -> None:
