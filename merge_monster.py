@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modules.config import TABLES, VERSION, Config, ConfigError, load_config
-from modules.console import Console, Quiet, show_any_character
-from modules.processes import find_seat
+from modules.console import Console, Silent, show_any_character
+from modules.processes import Seat, find_seat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,18 +35,18 @@ def start(options: argparse.Namespace) -> int:
         return compare(options.compare) if seat.leads else 0
     try:
         config = None if options.replay else load_config(options.config, options.device, options.output)
-        console = Console("merge-monster", quiet=options.quiet) if seat.leads else Quiet(seat.number)
+        console = Console("merge-monster", quiet=options.quiet) if seat.leads else Silent(seat.number)
     except ConfigError as error:
         if seat.leads:
             print(f"ERROR: {error}", file=sys.stderr)
         return 2
     with console:
         if config is not None:
-            return run(config, console, options)
+            return run(config, console, options, seat)
         return replay(console, options) if seat.leads else 0
 
 
-def run(config: Config, console: Console, options: argparse.Namespace) -> int:
+def run(config: Config, console: Console, options: argparse.Namespace, seat: Seat) -> int:
     """Merge, and turn every failure into one message and an exit code."""
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
     from modules.failures import exit_code
@@ -59,11 +59,9 @@ def run(config: Config, console: Console, options: argparse.Namespace) -> int:
     output = Path(config.directories.output_directory)
 
     def work() -> None:
-        with joined(find_seat()) as group:
-            if isinstance(console, Quiet):
-                follow_merge(config, console, asked, group)
-            else:
-                merge_models(config, console, asked, group)
+        with joined(seat) as group:
+            merge = merge_models if seat.leads else follow_merge
+            merge(config, console, asked, group)
 
     return exit_code(work, console, lambda: kept_progress(output))
 

@@ -180,7 +180,7 @@ class Console:
         self._log.close()
 
 
-class Quiet(Console):
+class Silent(Console):
     """Of a process that does not lead: only its own errors are seen, and no log is written."""
 
     def __init__(self, number: int) -> None:

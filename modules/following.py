@@ -6,7 +6,7 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 from functools import partial
 
 from modules.config import Config
-from modules.console import Quiet
+from modules.console import Console
 from modules.group import Group
 from modules.hub import Ahead
 from modules.journal import JournalCopy
@@ -15,7 +15,7 @@ from modules.record import RunRecord
 from modules.run import NOTHING_TO_SEARCH, Options, begin_download, begin_search, fetch_now, prepare_libraries
 
 
-def follow_merge(config: Config, console: Quiet, options: Options, group: Group) -> None:
+def follow_merge(config: Config, console: Console, options: Options, group: Group) -> None:
     """Search along from when the process that leads begins, until all candidates are searched.
 
     Raises as `merge_models` does, and ProcessLost when another process ends before its time.

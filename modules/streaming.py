@@ -21,15 +21,15 @@ from modules.candidates import Candidate
 from modules.layouts import Tensors
 from modules.models import Part
 
-Header = tuple[Tensors, str | None]  # its tensors, and what there is to say about them
-Job = Callable[[], tuple[Tensors, str | None]]
+Arrived = tuple[Tensors, str | None]  # a layer's or the header's tensors, and what there is to say about the header
+Job = Callable[[], Arrived]
 
 
 class ReadAhead:
     """A candidate's tensors for some layers of the base, one layer after another, and then for its header; each is
     read ahead by a thread."""
 
-    def __init__(self, candidate: Candidate, parts: Sequence[Part], header: Callable[[], Header] | None = None) -> None:
+    def __init__(self, candidate: Candidate, parts: Sequence[Part], header: Job | None = None) -> None:
         """Begin to read what the first layer needs. parts: the layers; header: makes the header, if it is wanted."""
         self._candidate = candidate
         jobs: list[Job] = [partial(self._read, part) for part in parts]
@@ -39,7 +39,7 @@ class ReadAhead:
         # Two, in turn: on a CPU the tensors that are searched are the memory that they were read into.
         self._memories = cycle([_Memory(on_cuda), _Memory(on_cuda)])
         self._thread = ThreadPoolExecutor(1, "read-ahead")
-        self._next: tuple[Job, Future[Header]] | None = None
+        self._next: tuple[Job, Future[Arrived]] | None = None
         self._begin_next()
 
     def take(self) -> Tensors:
@@ -48,10 +48,13 @@ class ReadAhead:
         Raises BrokenWeights or CheckpointError as `Part.adopt` and reading do; the layer after it can then be taken.
         Raises torch.OutOfMemoryError if it does not fit; it can then be taken again.
         """
-        return self.take_header()[0]
+        return self._take_next()[0]
 
-    def take_header(self) -> Header:
+    def take_header(self) -> Arrived:
         """The header, when all layers are taken. Raises what making it raises."""
+        return self._take_next()
+
+    def _take_next(self) -> Arrived:
         assert self._next is not None, "everything was taken"
         job, arriving = self._next
         try:
@@ -72,7 +75,7 @@ class ReadAhead:
         job = next(self._jobs, None)
         self._next = None if job is None else (job, self._thread.submit(job))
 
-    def _read(self, part: Part) -> Header:
+    def _read(self, part: Part) -> Arrived:
         memory = next(self._memories)
         memory.free()
         with torch.no_grad(), _beside(part.devices):
@@ -87,7 +90,7 @@ class ReadAhead:
         self._thread.shutdown(cancel_futures=True)
 
 
-def _made(header: Callable[[], Header]) -> Header:
+def _made(header: Job) -> Arrived:
     """The header, made beside what goes on on the GPUs meanwhile."""
     with torch.no_grad(), _beside(torch.device("cuda", index) for index in range(torch.cuda.device_count())):
         return header()
