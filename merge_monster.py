@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from modules.apart import check_apart, input_paths, written_paths
 from modules.config import TABLES, VERSION, Config, ConfigError, load_config
-from modules.console import Console, Silent, show_any_character
+from modules.console import LOGS, Console, Silent, show_any_character
 from modules.processes import Seat, find_seat
 
 
@@ -35,6 +36,9 @@ def start(options: argparse.Namespace) -> int:
         return compare(options.compare) if seat.leads else 0
     try:
         config = None if options.replay else load_config(options.config, options.device, options.output)
+        if config is not None:
+            written = written_paths(Path(config.directories.output_directory))
+            check_apart([*written, LOGS], [Path(options.config), *input_paths(config)])
         console = Console("merge-monster", quiet=options.quiet) if seat.leads else Silent(seat.number)
     except ConfigError as error:
         if seat.leads:
@@ -52,7 +56,7 @@ def run(config: Config, console: Console, options: argparse.Namespace, seat: Sea
     from modules.failures import exit_code
     from modules.following import follow_merge
     from modules.group import joined
-    from modules.outputs import kept_progress
+    from modules.outputs import stamp, what_stands
     from modules.run import Options, merge_models
 
     asked = Options(options.overwrite, options.resume, options.restart, options.dry_run, options.table)
@@ -63,19 +67,21 @@ def run(config: Config, console: Console, options: argparse.Namespace, seat: Sea
             merge = merge_models if seat.leads else follow_merge
             merge(config, console, asked, group)
 
-    return exit_code(work, console, lambda: kept_progress(output))
+    earlier = stamp(output)
+    return exit_code(work, console, lambda: what_stands(output, earlier))
 
 
 def replay(console: Console, options: argparse.Namespace) -> int:
     """Build a recipe's model again, and turn every failure into one message and an exit code."""
     from modules.failures import exit_code
+    from modules.outputs import stamp, what_stands
     from modules.replay import Replay, replay_recipe
 
     elsewhere = dict(options.source or [])
     trust = options.trust_remote_code
     asked = Replay(options.replay, Path(options.output), elsewhere, options.device, options.overwrite, trust)
-    left = f"Nothing was written to {options.output}."
-    return exit_code(lambda: replay_recipe(asked, console), console, lambda: left)
+    earlier = stamp(asked.output)
+    return exit_code(lambda: replay_recipe(asked, console), console, lambda: what_stands(asked.output, earlier))
 
 
 def compare(outputs: Sequence[Path]) -> int:

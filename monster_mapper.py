@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from modules.apart import check_apart, input_paths
 from modules.config import VERSION, Config, ConfigError, load_config
-from modules.console import Console, show_any_character
+from modules.console import LOGS, Console, show_any_character
 from modules.processes import find_seat
 
 
@@ -35,6 +36,8 @@ def start(options: argparse.Namespace) -> int:
         return 2
     try:
         config = load_config(options.config, options.device, model=options.model, mapping=True)
+        inputs = [Path(options.config), *input_paths(config)]
+        check_apart([LOGS, *(path for path in (options.json, options.yaml) if path)], inputs)
         console = Console("monster-mapper", quiet=options.quiet)
     except ConfigError as error:
         print(f"ERROR: {error}", file=sys.stderr)
@@ -50,10 +53,9 @@ def run(config: Config, console: Console, options: argparse.Namespace) -> int:
     from modules.run_mapper import Exports, check_exports, map_model
 
     exports = Exports(options.json, options.yaml)
-    inputs = [Path(options.config), *map(Path, config.phrase_files)]
 
     def work() -> None:
-        check_exports(exports, inputs, options.overwrite)
+        check_exports(exports, options.overwrite)
         map_model(config, console, exports)
 
     return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}.")

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from modules.journal import Record
-from modules.outputs import SETTINGS_FILE, final_name
+from modules.places import SETTINGS_FILE
 from modules.record import RECIPE_FILE, improved_phrases, needed_sources
 from modules.report import percent
 from modules.sources import names_folder, repositories_in
@@ -35,12 +35,13 @@ class Licence:
     stated: tuple[str, ...] = ()  # in the front matter of its card
 
 
-def write_card(folder: Path, recipe: Record, base_path: Path, pictures: tuple[str, str]) -> None:
-    """Write the model card of an output that is being written in a partial folder.
+def write_card(folder: Path, recipe: Record, name: str, base_path: Path, pictures: tuple[str, str]) -> None:
+    """Write the model card of an output, in the folder in which it is being written.
 
-    base_path: the base model's folder. pictures: see `model_card`. Raises OSError if it can't be written.
+    name: the output's. base_path: the base model's folder. pictures: see `model_card`. Raises OSError if it can't be
+    written.
     """
-    card = model_card(recipe, final_name(folder), licence_of(base_path), pictures)
+    card = model_card(recipe, name, licence_of(base_path), pictures)
     (folder / CARD_FILE).write_text(card, encoding="utf-8", newline="\n")
 
 

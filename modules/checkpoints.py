@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from modules.config import Config, ConfigError
 from modules.hub import Job, Repository, find
-from modules.outputs import partial_folder
+from modules.places import Beside
 from modules.sources import Location, Source, parse_source
 from modules.weights import (
     CheckpointError,
@@ -203,7 +203,7 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
     output = Path(config.directories.output_directory).resolve()
     sources, notes = [], []
     for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
-        if path.resolve() in (output, partial_folder(output)):
+        if path.resolve() in (output, Beside(output).partial):
             notes.append(f"{path} is the output directory: skipped")
         elif not {"config.json", ADAPTER_SETTINGS}.intersection(local_files(path)):
             notes.append(f"{path} holds no model (no config.json): skipped")

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from modules.config import ConfigError, shortened
 
+LOGS = Path("logs")  # in the folder in which the program is started
+
 BANNER = r"""
         ,-.         ,-.
        ( o )=======( o )     M E R G E
@@ -73,7 +75,7 @@ class Progress:
 class Console:
     """Prints lines above the progress bar and appends each to the log at once, so that a crash loses nothing."""
 
-    def __init__(self, name: str, folder: Path = Path("logs"), quiet: bool = False) -> None:
+    def __init__(self, name: str, folder: Path = LOGS, quiet: bool = False) -> None:
         """Open logs/<name>-YYYYmmdd_HHMMSS.txt. Raises ConfigError if it can't be written.
 
         quiet: only warnings, errors and the last line are seen; the log has everything all the same.

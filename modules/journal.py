@@ -1,9 +1,8 @@
 """The record of a run: every line is on the disk before the run goes on.
 
-Knows: JSON lines, locks, what survives a crash. Refuses to know: what a record means, models, tensors.
+Knows: JSON lines, what survives a crash. Refuses to know: what a record means, models, tensors.
 
-A journal may end in the middle of a line, where a run was killed while it wrote; that line is dropped. It is locked as
-long as it is open: a run that ends, however it ends, lets go of it.
+A journal may end in the middle of a line, where a run was killed while it wrote; that line is dropped.
 """
 
 import json
@@ -11,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from modules.config import ConfigError
 
@@ -24,14 +23,13 @@ class Journal:
     """An open journal: the records that were in it, and those that are added."""
 
     def __init__(self, path: Path) -> None:
-        """Open a journal, or begin one. Raises ConfigError if another run has it open, or it is damaged."""
+        """Open a journal, or begin one. Raises ConfigError if it can't be written, or is damaged."""
         self.path, self.records = path, []
         try:
             self._file = path.open("a+b")
         except OSError as error:
             raise ConfigError(f"{path}: can't be written ({error.strerror})") from None
         try:
-            _lock(self._file, path)
             self.records = self._read()
         except BaseException:
             self._file.close()
@@ -95,19 +93,3 @@ class JournalCopy(Journal):
         """Add a record."""
         self.records.append({"kind": kind, **fields})
         return self.records[-1]
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Lock an open file until it is closed. Raises ConfigError if another process has it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ConfigError(f"{path.parent}: another run is writing here; wait for it, or name another output") from None

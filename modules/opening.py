@@ -26,7 +26,6 @@ from modules.checkpoints import (
 from modules.config import Config, ConfigError
 from modules.hub import Job, Repository
 from modules.models import without_weights
-from modules.outputs import check_output
 from modules.sources import Location, Source, names_of, parse_location
 from modules.weights import holds_weights, is_pickled, weight_files
 
@@ -88,23 +87,21 @@ class Found:
         return [f"{self.location.text} is at commit {self.folder.name}{trouble}"]
 
 
-def open_models(config: Config, overwrite: bool, fetch: Fetch) -> Models:
+def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Models:
     """The base and the candidates of a configuration, opened and checked against each other.
 
-    Raises ConfigError, for all models that can't be used together.
+    no_candidates: only the base is wanted. Raises ConfigError, for all models that can't be used together.
     """
-    sources, notes = candidate_sources(config)
+    sources, notes = ([], []) if no_candidates else candidate_sources(config)
     base_location = base_of(config)
     locations = [base_location, *(place for s in sources for place in (s.model, s.adapter) if place)]
-    output = Path(config.directories.output_directory)
-    check_output(output, [location.folder for location in locations if location.folder], overwrite)
     locations = list(dict.fromkeys(locations))
     found = _one_repository_each(dict(zip(locations, _all_or_problems(find_location, locations), strict=True)))
     notes += [note for one in found.values() for note in one.notes()]
     for source in [s for s in sources if s.adapter is None and found[s.model].same_as(found[base_location])]:
         sources.remove(source)
         notes.append(f"{source.text} is the base model itself: skipped")
-    if not sources:
+    if not sources and not no_candidates:
         raise ConfigError("no candidates to merge: " + ("; ".join(notes) or "the model directory has no sub-folders"))
     base_name, *names = names_of([Source(base_location.text, base_location), *sources])
     base = open_base(found[base_location], base_name, config.trust_remote_code, fetch)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from modules.apart import check_apart, input_paths, written_paths
 from modules.checkpoints import load_tokenizer
 from modules.config import Config, ConfigError, Directories
 from modules.console import BANNER, Console
@@ -17,10 +18,11 @@ from modules.hub import Ahead, check_space
 from modules.journal import Record
 from modules.memory import placement_of, weights_of
 from modules.models import load_model, present_devices
-from modules.opening import open_models
-from modules.outputs import unfinished_output
+from modules.opening import Models, open_models
+from modules.outputs import check_output, held_place, unfinished_output
+from modules.places import Place
 from modules.record import accepted_of, compare_fingerprints, decision_of, needed_sources, read_recipe
-from modules.run import begin_download, fetch_now, prepare_libraries, save, write_results
+from modules.run import begin_download, fetch_now, prepare_libraries, put_in_place, save, write_results
 from modules.search import Merger
 from modules.sources import parse_source
 
@@ -50,17 +52,26 @@ def replay_recipe(asked: Replay, console: Console) -> None:
             f"{asked.recipe}: was made with trust_remote_code: Python code that its models bring along would be run; "
             "if you trust them, add --trust-remote-code"
         )
-    base_source, *sources = needed_sources(recipe)
-    config = _configuration(asked, recipe, [base_source, *sources])
+    config = _configuration(asked, recipe, needed_sources(recipe))
     prepare_libraries(config.random_seed)
-    models = open_models(config, asked.overwrite, partial(fetch_now, console))
-    console.lines(models.notes)
+    check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])
+    with held_place(asked.output, console) as place:
+        check_output(place, asked.overwrite)
+        models = open_models(config, partial(fetch_now, console), no_candidates=not config.models_to_merge)
+        console.lines(models.notes)
+        check_space(models.jobs, config.keep_downloads)
+        _rebuild(asked, recipe, config, console, place, models)
+    console.final(f"Done. The log is {console.log_path}")
+
+
+def _rebuild(asked: Replay, recipe: Record, config: Config, console: Console, place: Place, models: Models) -> None:
+    """Merge what the recipe accepted, and put the result into its place."""
+    base_source, *sources = needed_sources(recipe)
     base, candidates = models.base, models.candidates
     if len(candidates) != len(sources):
         raise ConfigError(f"of the recipe's {len(sources)} candidates {len(candidates)} were found")
-    check_space(models.jobs, config.keep_downloads)
     with (
-        unfinished_output(asked.output, resume=False, restart=False) as unfinished,
+        unfinished_output(place, resume=False, restart=False) as unfinished,
         Ahead(models.jobs, partial(begin_download, console)) as ahead,
     ):
         ahead.wait(0)
@@ -77,10 +88,9 @@ def replay_recipe(asked: Replay, console: Console) -> None:
             console.timed(f"Candidate {number}/{len(sources)}: {source['name']}, {len(decisions)} merges")
             merger.repeat(candidate, decisions)
             candidate.checkpoint.release()
-        save(console, model, unfinished, asked.output, recipe["config"])
-        write_results(console, unfinished.folder, recipe, base.path)
-        unfinished.take_place(asked.output, asked.overwrite)
-    console.final(f"Done. The log is {console.log_path}")
+        save(console, model, unfinished, str(asked.output), recipe["config"])
+        write_results(console, unfinished.folder, recipe, place.output.name, base.path)
+        put_in_place(console, unfinished, asked.overwrite)
 
 
 def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> Config:

@@ -29,10 +29,11 @@ from modules.journal import Record
 from modules.memory import Budget
 from modules.models import ResidentModel, load_model, own_device
 from modules.opening import Models, open_models
-from modules.outputs import SETTINGS_FILE, Unfinished, unfinished_output
+from modules.outputs import Unfinished, check_output, held_place, unfinished_output
 from modules.phrases import doubtful_phrases, encode_pairs
 from modules.pictures import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
-from modules.preflight import check, find_room, plan_run
+from modules.places import SETTINGS_FILE, Place
+from modules.preflight import Plan, Room, check, find_room, plan_run
 from modules.probability import Scorer, build_scorer
 from modules.record import RunRecord, compare_fingerprints, is_finished, write_recipe
 from modules.search import Decision, Search
@@ -72,24 +73,38 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     console.line(BANNER)
     console.timed("THE MERGE MONSTER HUNGERS")
     output = Path(config.directories.output_directory)
-    if options.resume and not options.dry_run and is_finished(config, output):
-        console.final(f"This run has finished: its output is in {output}")
-        group.from_first(NOTHING_TO_SEARCH)
-        return
-    models = open_models(config, options.overwrite, partial(fetch_now, console))
+    with held_place(output, console, options.dry_run) as place:
+        if options.resume and not options.dry_run and is_finished(config, output):
+            console.final(f"This run has finished: its output is in {output}")
+        else:
+            check_output(place, options.overwrite)
+            models = open_models(config, partial(fetch_now, console))
+            plan, room = _checked_plan(config, console, models, group)
+            if not options.dry_run:
+                _merge(config, console, options, group, place, models, plan)
+                return
+            console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
+            console.final("Dry run: nothing was written")
+    group.from_first(NOTHING_TO_SEARCH)
+
+
+def _checked_plan(config: Config, console: Console, models: Models, group: Group) -> tuple[Plan, Room]:
+    """What the run will do and take, and what room there is. Raises ConfigError if it is too little."""
     console.lines(models.notes)
     check_space(models.jobs, config.keep_downloads)
     plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
     room = find_room(plan)
     console.warnings([*doubtful_phrases(config.pairs), *check(plan, room)])
-    if options.dry_run:
-        console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
-        console.final("Dry run: nothing was written")
-        group.from_first(NOTHING_TO_SEARCH)
-        return
+    return plan, room
+
+
+def _merge(
+    config: Config, console: Console, options: Options, group: Group, place: Place, models: Models, plan: Plan
+) -> None:
+    """Search, and put the result into its place."""
     clock = Clock()
     with (
-        unfinished_output(output, options.resume, options.restart) as unfinished,
+        unfinished_output(place, options.resume, options.restart) as unfinished,
         Ahead(models.jobs, partial(begin_download, console)) as ahead,
     ):
         record = RunRecord(unfinished.journal, config)
@@ -105,32 +120,41 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
-        save(console, model, unfinished, output, config.text)
+        save(console, model, unfinished, config.directories.output_directory, config.text)
         clock.lap("save")
         recipe = record.recipe(
             config.pairs, search.weights, search.log_probabilities, composition, model.dtypes(), clock.seconds
         )
-        write_results(console, unfinished.folder, recipe, models.base.path)
-        unfinished.take_place(output, options.overwrite)
+        write_results(console, unfinished.folder, recipe, place.output.name, models.base.path)
+        put_in_place(console, unfinished, options.overwrite)
     if not config.keep_downloads:
         remove_downloads(console, [models.base.repository])
     console.final(f"Done. The log is {console.log_path}")
 
 
-def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: Path, settings: str) -> None:
+def put_in_place(console: Console, unfinished: Unfinished, overwrite: bool) -> None:
+    """Make what is written the output. It takes a moment, in which Ctrl-C is not heard unless it comes twice."""
+    with postponed(lambda: None):
+        console.warnings(unfinished.take_place(overwrite))
+
+
+def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: str, settings: str) -> None:
     """Write the model and the text of the settings that made it; `output` is where they will be in the end."""
     console.timed(f"Saving to {output}")
     model.save(unfinished.folder)
     (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 
 
-def write_results(console: Console, folder: Path, recipe: Record, base: Path) -> None:
-    """Write the recipe, and what shows people what is in it: two pictures and a model card. base: the base's folder."""
+def write_results(console: Console, folder: Path, recipe: Record, name: str, base: Path) -> None:
+    """Write the recipe, and what shows people what is in it: two pictures and a model card.
+
+    name: the output's. base: the base's folder.
+    """
     write_recipe(folder, recipe)
     try:
         merge_map(recipe, folder / MERGE_MAP_FILE)
         phrase_chart(recipe, folder / PHRASE_CHART_FILE)
-        write_card(folder, recipe, base, (MERGE_MAP_FILE, PHRASE_CHART_FILE))
+        write_card(folder, recipe, name, base, (MERGE_MAP_FILE, PHRASE_CHART_FILE))
     except Exception as error:  # no reason to lose a merge
         console.warning(f"the pictures and the model card are not complete ({first_line(error)})")
 

@@ -5,7 +5,6 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,13 +92,11 @@ def explore(
     return trees, stands
 
 
-def check_exports(exports: Exports, inputs: Sequence[Path], overwrite: bool) -> None:
-    """Raise ConfigError if a file can't be written, or writing it would destroy something."""
+def check_exports(exports: Exports, overwrite: bool) -> None:
+    """Raise ConfigError if a file can't be written, or another one stands there."""
     for option, path in (("--json", exports.json), ("--yaml", exports.yaml)):
         if path is None:
             continue
-        if path.resolve() in [file.resolve() for file in inputs]:
-            raise ConfigError(f"{option} {path}: this file is read by this very run; name another one")
         if path.is_dir() or not path.resolve().parent.is_dir():
             raise ConfigError(f"{option} {path}: {'a folder' if path.is_dir() else 'its folder does not exist'}")
         if path.exists() and not overwrite:
@@ -112,9 +109,10 @@ def check_exports(exports: Exports, inputs: Sequence[Path], overwrite: bool) -> 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there as a whole or, if writing fails, as it was before."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -316,7 +316,8 @@ def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]
         tensors = dict(named_tensors)
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(_usual_mode())  # safetensors lets nobody but the owner read it
+            with suppress(OSError):  # not every file system has rights
+                (folder / file).chmod(_usual_mode())  # safetensors lets nobody but the owner read it
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder / file}: can't be written ({first_line(error)})") from None
         _verify(folder / file, tensors)

@@ -16,7 +16,6 @@ from test_run import make_models
 
 import merge_monster
 from modules.card import CARD_FILE, MOST_PHRASES, Licence, licence_of, model_card, write_card
-from modules.outputs import partial_folder
 from modules.record import RECIPE_FILE
 from modules.report import percent
 
@@ -105,9 +104,9 @@ def on_hub(recipe, *wheres):
 
 
 def test_the_card_of_a_run(run, recipe):
-    partial = partial_folder(run / "merged")
+    partial = run / "merged.partial"
     partial.mkdir(exist_ok=True)
-    write_card(partial, recipe, run / "base", PICTURES)
+    write_card(partial, recipe, "merged", run / "base", PICTURES)
     text = (partial / CARD_FILE).read_bytes().decode()
     assert "base_model" not in accepted(text) and metadata_load(partial / CARD_FILE)["tags"]
     assert text.split("---\n")[2].startswith("\n# merged\n")

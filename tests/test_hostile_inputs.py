@@ -160,7 +160,7 @@ def opened(bench, settings):
     """How opening a configuration's models ends."""
     (bench / "my.yaml").write_bytes(settings)
     try:
-        models = open_models(load_config("my.yaml"), False, lambda job: None)
+        models = open_models(load_config("my.yaml"), lambda job: None)
     except ConfigError as error:
         assert str(error).strip()
         return Ended(2, str(error), None)

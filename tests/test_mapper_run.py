@@ -259,8 +259,8 @@ def test_half_precision_checkpoints(place, bpe):
     "arguments, words",
     [
         (["--json", "there.json"], "this file exists; name another one, or add --overwrite"),
-        (["--json", "my.yaml", "--overwrite"], "read by this very run"),
-        (["--yaml", "phrases.yaml", "--overwrite"], "read by this very run"),
+        (["--json", "my.yaml", "--overwrite"], "which this run would write, is the input"),
+        (["--yaml", "phrases.yaml", "--overwrite"], "which this run would write, is the input"),
         (["--json", "nowhere/tree.json"], "its folder does not exist"),
         (["--yaml", "folder"], "a folder"),
         (["--json", "a.json", "--yaml", "./a.json"], "--json and --yaml both name"),
@@ -288,10 +288,13 @@ def test_files_are_replaced_when_asked_and_only_as_a_whole(place, bpe, monkeypat
     whole = (place / "tree.json").read_bytes()
     assert json.loads(whole)["contexts"]
 
-    def full(self, *arguments, **settings):
-        raise OSError(28, "No space left on device", str(self))
+    def full(self, mode="r", *arguments, **settings):
+        if mode == "x" and "tree" in self.name:
+            raise OSError(28, "No space left on device", str(self))
+        return opened(self, mode, *arguments, **settings)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", full)
     path = place / "my.yaml"
     assert monster_mapper.main(["--config", str(path), "--json", "tree.json", "--overwrite"]) == 1
     assert "No space left on device" in capsys.readouterr().err

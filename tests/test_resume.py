@@ -22,6 +22,7 @@ import merge_monster
 import modules.weights
 from modules.candidates import Candidate
 from modules.hub import Ahead
+from modules.places import UNFINISHED
 from modules.weights import CheckpointError
 
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"
@@ -72,6 +73,7 @@ def break_off(place, whole, records, torn=b""):
     own["config"] = (place / "my.yaml").read_text() if (place / "my.yaml").exists() else own["config"]
     lines[0] = json.dumps(own).encode() + b"\n"
     (partial / JOURNAL).write_bytes(b"".join(lines[:records]) + torn)
+    (partial / UNFINISHED).touch()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,6 +135,13 @@ def test_a_line_damaged_in_the_middle_is_refused(place, models, whole, capsys):
     (place / "out.partial" / JOURNAL).write_bytes(b"".join([*lines[:5], b"\x00\x00\n", *lines[5:]]))
     assert merge(place, models, "--resume") == 2
     assert "line 6 is damaged; begin again with --restart" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_of_before_there_were_marks_goes_on(place, models, whole):
+    break_off(place, whole, 8)
+    (place / "out.partial" / UNFINISHED).unlink()
+    assert merge(place, models, "--resume") == 0
+    assert same(place / "out", whole)
 
 
 def test_an_unfinished_run_is_never_overwritten(place, models, whole, capsys):
@@ -266,7 +275,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(place, models, whol
             kills += 1
             partial = place / "out.partial"
             kept = {path.name for path in partial.iterdir()} if partial.exists() else set()
-            phases.add("save" if len(kept) > 1 else "search" if b'"decision"' in read(partial / JOURNAL) else "load")
+            phases.add("save" if len(kept) > 2 else "search" if b'"decision"' in read(partial / JOURNAL) else "load")
         finished += 1
         assert same(place / "out", whole), f"after {kills} kills"
         assert sorted(path.name for path in place.iterdir()) == ["child.txt", "logs", "my.yaml", "out"]

@@ -514,7 +514,7 @@ def test_a_device_that_is_not_there(place, models, capsys):
 def test_an_output_that_is_or_contains_an_input(place, models, capsys):
     base, one, _ = models
     before = digest(base)
-    for output, words in ((base, "is the input model"), (base.parent, "contains the input model")):
+    for output, words in ((base, "is the input"), (base.parent, "contains the input")):
         for arguments in ([], ["--overwrite"]):
             assert merge(place, models, "--output", str(output), *arguments) == 2
             assert words in capsys.readouterr().err
