@@ -1,11 +1,10 @@
-"""What file systems can and can't do: locks, rights, making sure of what is written, moving out of a folder.
+"""What file systems can and can't do: locks, rights, making sure of what is written.
 
 Knows: files, folders, what a system says of them. Refuses to know: what any of them is for.
 """
 
 import errno
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -106,18 +105,4 @@ def has_rights(file: Path) -> bool:
         file.chmod(0o644)
     except OSError:
         return False
-    return True
-
-
-def can_leave(folder: Path) -> bool:
-    """Whether what is in a folder can be moved beside it: not out of a mount point, nor where nothing can be made."""
-    trial = None
-    try:
-        trial = Path(tempfile.mkdtemp(prefix=".", suffix=".trial", dir=folder))
-        trial = trial.rename(folder.parent / trial.name)
-    except OSError:
-        return trial is None  # nothing can be made within: then beside is no worse
-    finally:
-        if trial is not None:
-            trial.rmdir()
     return True

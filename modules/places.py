@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modules.config import ConfigError
-from modules.filesystem import Lock, can_leave, has_locks, has_rights, sync
+from modules.filesystem import Lock, has_locks, has_rights, sync
 
 SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
 UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is no output yet
@@ -108,8 +108,7 @@ class Place(ABC):
 
         Raises OSError for what a run can't do without.
         """
-        before, after = self.hidden("try-").name.split("try-")
-        trial = Path(tempfile.mkdtemp(prefix=f"{before}try-", suffix=after, dir=self.nearest))
+        trial = self.trial(self.nearest)
         try:
             (trial / "old").mkdir()
             file = trial / "old" / "file"
@@ -123,6 +122,10 @@ class Place(ABC):
             return [f"the file system of {self.folder} {what}" for can, what in tries if not can]
         finally:
             shutil.rmtree(trial, ignore_errors=True)
+
+    def trial(self, folder: Path) -> Path:
+        """Make a folder of ours in another one, to try something. `discard` removes those that were left."""
+        return Path(tempfile.mkdtemp(prefix=self.hidden("try-").name.removesuffix(_OWN), suffix=_OWN, dir=folder))
 
     @property
     def nearest(self) -> Path:
@@ -291,7 +294,21 @@ def place_of(output: Path) -> Place:
         return inside
     if beside.before.is_dir() or not output.is_dir() or (inside.contents() and not holds_output(output)):
         return beside
-    return beside if can_leave(output) else inside
+    return beside if _can_leave(beside, inside) else inside
+
+
+def _can_leave(beside: Beside, inside: Inside) -> bool:
+    """Whether what is in the output can be moved beside it: not out of a mount point, nor where nothing can be made."""
+    trial = None
+    try:
+        trial = inside.trial(inside.output)
+        trial = trial.rename(beside.hidden(trial.name[1:].removesuffix(_OWN)))
+    except OSError:
+        return trial is None  # nothing can be made within: then beside is no worse
+    finally:
+        if trial is not None:
+            trial.rmdir()
+    return True
 
 
 def holds_output(folder: Path) -> bool:
