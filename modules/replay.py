@@ -17,12 +17,12 @@ from modules.hub import Ahead, check_space
 from modules.journal import Record
 from modules.memory import placement_of, weights_of
 from modules.models import load_model, present_devices
-from modules.opening import open_models
+from modules.opening import locations_of, looked_up, open_models
 from modules.outputs import unfinished_output
 from modules.record import accepted_of, compare_fingerprints, decision_of, needed_sources, read_recipe
 from modules.run import begin_download, fetch_now, prepare_libraries, save, write_results
 from modules.search import Merger
-from modules.sources import parse_source
+from modules.sources import missing_folder, parse_source
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
     """
     recipe = read_recipe(asked.recipe)
-    console.line(BANNER)
+    console.lines(BANNER.split("\n"))
     console.timed(f"THE MERGE MONSTER REMEMBERS {asked.recipe}")
     if recipe["settings"]["trust_remote_code"] and not asked.trust_remote_code:
         raise ConfigError(
@@ -53,6 +53,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     base_source, *sources = needed_sources(recipe)
     config = _configuration(asked, recipe, [base_source, *sources])
     prepare_libraries(config.random_seed)
+    console.lines(looked_up(locations_of(config)))
     models = open_models(config, asked.overwrite, partial(fetch_now, console))
     console.lines(models.notes)
     base, candidates = models.base, models.candidates
@@ -91,12 +92,12 @@ def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> 
         raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {', '.join(names)}")
     texts = [asked.elsewhere.get(source["name"], source["where"]) for source in sources]
     lost = [
-        f"{text}: no such folder; name where it lies with --source {source['name']}=PATH"
+        f"{text}: {missing_folder(text)}; name where it lies with --source {source['name']}=PATH"
         for source, text in zip(sources, texts, strict=True)
         if parse_source(text) is None
     ]
     if lost:
-        raise ConfigError("\n".join(lost))
+        raise ConfigError(*lost)
     settings = recipe["settings"]
     return Config(
         directories=Directories(texts[0], str(asked.output)),
