@@ -15,8 +15,6 @@ from modules.sources import parse_location, parse_source
 
 def written_paths(output: Path) -> list[Path]:
     """What a run may make, replace or delete for an output."""
-    if output.resolve().parent == output.resolve():
-        return [output]
     beside = Beside(output.resolve())
     return [output, beside.partial, beside.before, beside.hidden("lock")]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from modules.console import visible
 from modules.journal import Record
 from modules.places import SETTINGS_FILE
 from modules.record import RECIPE_FILE, improved_phrases, needed_sources
@@ -38,17 +39,18 @@ class Licence:
 def write_card(folder: Path, recipe: Record, name: str, base_path: Path, pictures: tuple[str, str]) -> None:
     """Write the model card of an output, in the folder in which it is being written.
 
-    name: the output's. base_path: the base model's folder. pictures: see `model_card`. Raises OSError if it can't be
-    written.
+    name: the output's. base_path: the base model's folder. pictures: see `model_card`; one that could not be made is
+    left out. Raises OSError if it can't be written.
     """
-    card = model_card(recipe, name, licence_of(base_path), pictures)
+    made = tuple(picture if (folder / picture).is_file() else None for picture in pictures)
+    card = model_card(recipe, name, licence_of(base_path), made)
     (folder / CARD_FILE).write_text(card, encoding="utf-8", newline="\n")
 
 
-def model_card(recipe: Record, name: str, licence: Licence, pictures: tuple[str, str]) -> str:
+def model_card(recipe: Record, name: str, licence: Licence, pictures: Sequence[str | None]) -> str:
     """The text of a model card. licence: what lies beside the base.
 
-    pictures: the names of the merge map's file and of the phrase chart's, beside the card.
+    pictures: the names of the merge map's file and of the phrase chart's, beside the card; None for one that is not.
     """
     merge_map, phrase_chart = pictures
     sections = [
@@ -57,11 +59,11 @@ def model_card(recipe: Record, name: str, licence: Licence, pictures: tuple[str,
         _introduction(recipe),
         "## Composition",
         _composition(recipe),
-        f"![The models that every layer is made of]({merge_map})",
+        merge_map and f"![The models that every layer is made of]({merge_map})",
         "## Phrases",
         _about_phrases(recipe),
         _phrases(recipe),
-        f"![Every phrase's probability before and after the merge]({phrase_chart})",
+        phrase_chart and f"![Every phrase's probability before and after the merge]({phrase_chart})",
         "## Licence",
         _about_licence(recipe, licence),
         "## Settings",
@@ -69,7 +71,7 @@ def model_card(recipe: Record, name: str, licence: Licence, pictures: tuple[str,
         "## Building it again",
         _rebuilding(recipe),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def licence_of(folder: Path) -> Licence:
@@ -193,7 +195,7 @@ def _settings(config: str) -> str:
 
 
 def _rebuilding(recipe: Record) -> str:
-    folders = [source["name"] for source in needed_sources(recipe) if names_folder(source["where"])]
+    folders = [visible(source["name"]) for source in needed_sources(recipe) if names_folder(source["where"])]
     command = ["python", "merge_monster.py", "--replay", RECIPE_FILE, "--output", "rebuilt"]
     command += ["--trust-remote-code"] if recipe["settings"]["trust_remote_code"] else []
     command += [word for name in folders for word in ("--source", f"{name}=PATH")]
@@ -233,11 +235,12 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _fenced(language: str, text: str) -> str:
-    """A block of text to the letter, whatever fences are in it."""
+    """A block of text to the letter, whatever fences are in it; what can't be seen is escaped, save tabs."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
-    return f"{fence}{language}\n{lines}\n{fence}"
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+    shown = ("\t".join(map(visible, line.split("\t"))) for line in lines)
+    return "\n".join([f"{fence}{language}", *shown, fence])
 
 
 def _end_of(text: str) -> str:

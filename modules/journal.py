@@ -7,7 +7,8 @@ A journal may end in the middle of a line, where a run was killed while it wrote
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,17 @@ from modules.config import ConfigError
 JOURNAL_FILE = "merge_monster_journal.jsonl"
 
 Record = dict[str, Any]  # "kind" says which
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that comes from this file its name, which those of writing lack."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 class Journal:
@@ -42,9 +54,10 @@ class Journal:
     def append(self, kind: str, **fields: Any) -> Record:
         """Add a record; it is on the disk when this returns. Raises OSError if it can't be written."""
         record = {"kind": kind, **fields}
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.records.append(record)
         return record
 

@@ -122,6 +122,20 @@ def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Mo
     )
 
 
+def looked_up(locations: Iterable[Location]) -> list[str]:
+    """A line for each location that could be meant as a folder, and will be looked for on the hub."""
+    return [
+        f"{one.text} is no folder here: looking on the hub" for one in locations if not (one.folder or one.revision)
+    ]
+
+
+def locations_of(config: Config) -> list[Location]:
+    """The base's location and those of all candidates."""
+    sources, _ = candidate_sources(config)
+    places = [base_of(config), *(place for s in sources for place in (s.model, s.adapter) if place)]
+    return list(dict.fromkeys(places))
+
+
 def base_of(config: Config) -> Location:
     """Where the base model lies. Raises ConfigError if its folder has gone."""
     location = parse_location(config.directories.model_path1)
@@ -224,7 +238,7 @@ def _all_or_problems(function: Callable[[In], Out], items: Iterable[In]) -> list
         try:
             results.append(function(item))
         except ConfigError as error:
-            problems.append(str(error))
+            problems += error.args
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     return results

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from modules.config import ConfigError
+from modules.config import CheckpointError, ConfigError
 from modules.console import Console
 from modules.filesystem import sync
 from modules.journal import JOURNAL_FILE, Journal
 from modules.places import SETTINGS_FILE, UNFINISHED, Beside, Inside, Place, holds_output, place_of
-from modules.weights import CheckpointError
 
 Stamp = tuple[int, int, int] | None  # by which an output is known from another one; None if there is none
 
@@ -166,10 +165,7 @@ def what_stands(output: Path, earlier: Stamp) -> str:
     return text
 
 
-def _places(output: Path) -> list[Place]:
-    """Both places that an output may have; none, if it can't have one."""
+def _places(output: Path) -> tuple[Place, Place]:
+    """Both places that an output may have."""
     output = output.resolve()
-    try:
-        return [place for place in (Beside(output), Inside(output)) if not place.partial.is_file()]
-    except (OSError, ValueError):  # a root, or a name that is too long
-        return []
+    return Beside(output), Inside(output)

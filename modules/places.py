@@ -40,7 +40,6 @@ _ABOUT_IT = (
 )
 _OWN = "-merge-monster"  # at the end of every hidden name
 _OF_THE_DISK = ("lost+found",)  # what a fresh volume has
-_LONGEST_NAME = 200  # bytes; file systems have room for 255, and ours are longer
 
 
 class Place(ABC):
@@ -277,18 +276,8 @@ class Inside(Place):
 
 
 def place_of(output: Path) -> Place:
-    """The place of an output, by what its file system allows and where an earlier run has left something.
-
-    Raises ConfigError for a path that can't be an output's.
-    """
+    """The place of an output, by what its file system allows and where an earlier run has left something."""
     output = output.resolve()
-    if output.parent == output:
-        raise ConfigError(f"{output} can't be the output directory: it holds everything; name a folder in it")
-    if len(os.fsencode(output.name)) > _LONGEST_NAME:
-        raise ConfigError(
-            f"the name of the output directory is too long ({len(os.fsencode(output.name))} bytes; {_LONGEST_NAME} are "
-            f"possible): {output.name}"
-        )
     beside, inside = Beside(output), Inside(output)
     if any(path.is_dir() for path in (inside.partial, inside.before, inside.new)) or os.path.ismount(output):
         return inside

@@ -277,7 +277,7 @@ def check(plan: Plan, room: Room) -> list[str]:
     """What might go wrong, a line each. Raises ConfigError, naming everything at once, for what surely would."""
     problems = [*_writing_problems(plan, room), *_memory_problems(plan, room)]
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     return [*room.lacking, *_memory_warnings(plan, room), *_placement_warnings(plan)]
 
 

@@ -18,13 +18,13 @@ from modules.hub import Ahead, check_space
 from modules.journal import Record
 from modules.memory import placement_of, weights_of
 from modules.models import load_model, present_devices
-from modules.opening import Models, open_models
+from modules.opening import Models, locations_of, looked_up, open_models
 from modules.outputs import check_output, held_place, unfinished_output
 from modules.places import Place
 from modules.record import accepted_of, compare_fingerprints, decision_of, needed_sources, read_recipe
 from modules.run import begin_download, fetch_now, prepare_libraries, put_in_place, save, write_results
 from modules.search import Merger
-from modules.sources import parse_source
+from modules.sources import missing_folder, parse_source
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
     """
     recipe = read_recipe(asked.recipe)
-    console.line(BANNER)
+    console.lines(BANNER.split("\n"))
     console.timed(f"THE MERGE MONSTER REMEMBERS {asked.recipe}")
     if recipe["settings"]["trust_remote_code"] and not asked.trust_remote_code:
         raise ConfigError(
@@ -57,6 +57,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])
     with held_place(asked.output, console) as place:
         check_output(place, asked.overwrite)
+        console.lines(looked_up(locations_of(config)))
         models = open_models(config, partial(fetch_now, console), no_candidates=not config.models_to_merge)
         console.lines(models.notes)
         check_space(models.jobs, config.keep_downloads)
@@ -101,12 +102,12 @@ def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> 
         raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {', '.join(names)}")
     texts = [asked.elsewhere.get(source["name"], source["where"]) for source in sources]
     lost = [
-        f"{text}: no such folder; name where it lies with --source {source['name']}=PATH"
+        f"{text}: {missing_folder(text)}; name where it lies with --source {source['name']}=PATH"
         for source, text in zip(sources, texts, strict=True)
         if parse_source(text) is None
     ]
     if lost:
-        raise ConfigError("\n".join(lost))
+        raise ConfigError(*lost)
     settings = recipe["settings"]
     return Config(
         directories=Directories(texts[0], str(asked.output)),

@@ -17,7 +17,7 @@ import transformers
 
 from modules import report
 from modules.candidates import Candidate
-from modules.card import write_card
+from modules.card import CARD_FILE, write_card
 from modules.checkpoints import Checkpoint, load_tokenizer
 from modules.composition import Merge, mean_shares
 from modules.config import Config
@@ -25,10 +25,10 @@ from modules.console import BANNER, Console
 from modules.forecast import calibrate, estimate, plan_lines
 from modules.group import ALONE, Group
 from modules.hub import Ahead, Bar, Job, Repository, check_space
-from modules.journal import Record
+from modules.journal import Record, naming
 from modules.memory import Budget
 from modules.models import ResidentModel, load_model, own_device
-from modules.opening import Models, open_models
+from modules.opening import Models, locations_of, looked_up, open_models
 from modules.outputs import Unfinished, check_output, held_place, unfinished_output
 from modules.phrases import doubtful_phrases, encode_pairs
 from modules.pictures import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
@@ -70,7 +70,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     work; CheckpointError or OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
-    console.line(BANNER)
+    console.lines(BANNER.split("\n"))
     console.timed("THE MERGE MONSTER HUNGERS")
     output = Path(config.directories.output_directory)
     with held_place(output, console, options.dry_run) as place:
@@ -78,6 +78,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             console.final(f"This run has finished: its output is in {output}")
         else:
             check_output(place, options.overwrite)
+            console.lines(looked_up(locations_of(config)))
             models = open_models(config, partial(fetch_now, console))
             plan, room = _checked_plan(config, console, models, group)
             if not options.dry_run:
@@ -107,7 +108,7 @@ def _merge(
         unfinished_output(place, options.resume, options.restart) as unfinished,
         Ahead(models.jobs, partial(begin_download, console)) as ahead,
     ):
-        record = RunRecord(unfinished.journal, config)
+        record = RunRecord(unfinished.journal, config, models.base)
         ahead.wait(0)
         clock.lap("download")
         group.from_first(Start(record.journal.records, plan.budget))
@@ -141,8 +142,10 @@ def put_in_place(console: Console, unfinished: Unfinished, overwrite: bool) -> N
 def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: str, settings: str) -> None:
     """Write the model and the text of the settings that made it; `output` is where they will be in the end."""
     console.timed(f"Saving to {output}")
-    model.save(unfinished.folder)
-    (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
+    with naming(unfinished.folder):
+        model.save(unfinished.folder)
+    with naming(unfinished.folder / SETTINGS_FILE):
+        (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 
 
 def write_results(console: Console, folder: Path, recipe: Record, name: str, base: Path) -> None:
@@ -151,12 +154,18 @@ def write_results(console: Console, folder: Path, recipe: Record, name: str, bas
     name: the output's. base: the base's folder.
     """
     write_recipe(folder, recipe)
-    try:
-        merge_map(recipe, folder / MERGE_MAP_FILE)
-        phrase_chart(recipe, folder / PHRASE_CHART_FILE)
-        write_card(folder, recipe, name, base, (MERGE_MAP_FILE, PHRASE_CHART_FILE))
-    except Exception as error:  # no reason to lose a merge
-        console.warning(f"the pictures and the model card are not complete ({first_line(error)})")
+    drawn = {
+        MERGE_MAP_FILE: lambda: merge_map(recipe, folder / MERGE_MAP_FILE),
+        PHRASE_CHART_FILE: lambda: phrase_chart(recipe, folder / PHRASE_CHART_FILE),
+        CARD_FILE: lambda: write_card(folder, recipe, name, base, (MERGE_MAP_FILE, PHRASE_CHART_FILE)),
+    }
+    for file, write in drawn.items():
+        try:
+            with naming(folder / file):
+                write()
+        except Exception as error:  # no reason to lose a merge
+            (folder / file).unlink(missing_ok=True)
+            console.warning(f"{file} could not be made ({first_line(error)})")
 
 
 def prepare_libraries(seed: int) -> None:

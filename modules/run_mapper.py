@@ -12,13 +12,14 @@ from typing import Any
 
 from modules import mapping_report
 from modules.checkpoints import load_tokenizer
-from modules.config import Config, ConfigError, Pair
+from modules.config import Config, ConfigError, Pair, unusable
 from modules.console import Console
 from modules.continuation import build_continuation
+from modules.journal import naming
 from modules.mapping import CompletionTree, Explorer, Standing, standings
 from modules.memory import placement_of, weights_of
 from modules.models import ResidentModel, load_model, resolve_device, resolve_dtype, without_weights
-from modules.opening import base_of, find_location, open_base
+from modules.opening import base_of, find_location, looked_up, open_base
 from modules.phrases import Encoded, doubtful_phrases, encode_contexts, encode_pairs
 from modules.probability import build_scorer
 from modules.run import fetch_now, prepare_libraries, remove_downloads
@@ -42,6 +43,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     console.timed("THE MONSTER MAPPER LOOKS AROUND")
     console.warnings(doubtful_phrases(config.pairs))
     fetch = partial(fetch_now, console)
+    console.lines(looked_up([base_of(config)]))
     found = find_location(base_of(config))
     console.lines(found.notes())
     checkpoint = open_base(found, found.location.text, config.trust_remote_code, fetch)
@@ -88,7 +90,7 @@ def explore(
             trees.append(tree)
             stands.append(standings(tree, phrases[tree.root.context], settings, spelling))
             number = f"{len(trees)}/{len(roots)}"
-            console.lines(mapping_report.tree_lines(number, tree, stands[-1], settings, spelling))
+            console.coloured_lines(mapping_report.tree_lines(number, tree, stands[-1], settings, spelling))
     return trees, stands
 
 
@@ -97,6 +99,9 @@ def check_exports(exports: Exports, overwrite: bool) -> None:
     for option, path in (("--json", exports.json), ("--yaml", exports.yaml)):
         if path is None:
             continue
+        trouble = unusable(path)
+        if trouble:
+            raise ConfigError(f"{option} {path}: not a usable path ({trouble})")
         if path.is_dir() or not path.resolve().parent.is_dir():
             raise ConfigError(f"{option} {path}: {'a folder' if path.is_dir() else 'its folder does not exist'}")
         if path.exists() and not overwrite:
@@ -111,7 +116,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file that is there as a whole or, if writing fails, as it was before."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        with naming(path), partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         partial.replace(path)
     finally:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.config import ConfigError
+from modules.config import CheckpointError, ConfigError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -54,10 +54,6 @@ Held = dict[Path, dict[str, Tensor]]
 
 Fingerprint = dict[str, int | str]  # "size" in bytes, "sha256"
 _BLOCKS, _BLOCK = 64, 1 << 16  # of a large file, how many blocks of how many bytes a fingerprint looks at
-
-
-class CheckpointError(Exception):
-    """A checkpoint can't be read or written; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -325,7 +321,10 @@ def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if set(shards) != {SINGLE_FILE}:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        try:
+            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{folder / INDEX_FILE}: can't be written ({error.strerror})") from None
 
 
 def _usual_mode() -> int:

@@ -106,6 +106,8 @@ def on_hub(recipe, *wheres):
 def test_the_card_of_a_run(run, recipe):
     partial = run / "merged.partial"
     partial.mkdir(exist_ok=True)
+    for picture in PICTURES:
+        (partial / picture).touch()
     write_card(partial, recipe, "merged", run / "base", PICTURES)
     text = (partial / CARD_FILE).read_bytes().decode()
     assert "base_model" not in accepted(text) and metadata_load(partial / CARD_FILE)["tags"]

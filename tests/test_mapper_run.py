@@ -20,8 +20,9 @@ from test_run import digest, tables
 import merge_monster
 import monster_mapper
 from modules.checkpoints import load_tokenizer
-from modules.config import Pair, load_config
+from modules.config import ConfigError, Pair, load_config
 from modules.phrases import encode_contexts
+from modules.run_mapper import Exports, check_exports
 from modules.spelling import Spelling
 
 ROOT = Path(__file__).parents[1]
@@ -315,3 +316,10 @@ def test_the_yaml_of_a_run_without_better_phrases_is_an_empty_list(place, bpe):
     assert document == {"bad_phrases": [], "good_phrases": []}
     again = write(place, bpe, "again.yaml", phrase_files=["a.yaml", "b.yaml"])
     assert len(load_config(again, mapping=True).pairs) == len(tiny.PAIRS) + 1
+
+
+@pytest.mark.parametrize("name", ["a" * 250, "a" * 300, "loop/x"])
+def test_exports_that_cannot_be_written_are_refused_before_the_work(place, name):
+    (place / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match=r"--json .*: not a usable path"):
+        check_exports(Exports(Path(name), None), [], False)
