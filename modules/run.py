@@ -121,6 +121,7 @@ def save(console: Console, model: ResidentModel, unfinished: Unfinished, output:
     """Write the model and the text of the settings that made it; `output` is where they will be in the end."""
     console.timed(f"Saving to {output}")
     model.save(unfinished.folder)
+    console.lines(model.checkpoint.companions.describe())
     (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 
 
@@ -165,7 +166,7 @@ def begin_search(
     note_source(record, group, 0, config.directories.model_path1, models.base_where, base)
     device = own_device(config.device, group.seat)
     model = load_model(base, device, config.dtype, config.trust_remote_code, placement=placement)
-    tokenizer = load_tokenizer(base.path, config.trust_remote_code)
+    tokenizer = load_tokenizer(base.path, config.trust_remote_code, base.companions)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     # How to score is measured once: another machine's rounding must not make another choice.
     leads = group.seat.leads
