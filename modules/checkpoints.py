@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,12 +134,15 @@ def read_configuration(path: Path, names: Collection[str], trust_remote_code: bo
         is_adapter = ADAPTER_SETTINGS in names
         what = "this is an adapter, not a model" if is_adapter else "no model here (config.json is missing)"
         raise ConfigError(f"{path}: {what}")
-    content = read_file(path / "config.json")
     try:
-        stated = json.loads(content.decode("utf-8"))
+        stated = json.loads(read_file(path / "config.json").decode("utf-8"))
         if _layers(stated) > _MOST_LAYERS:
             raise ValueError(f"it has {_layers(stated):.4g} layers")
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        with _copied(path, _code_of(find_companions(path, trust_remote_code))) as copies:
+            config = AutoConfig.from_pretrained(copies, trust_remote_code=trust_remote_code, local_files_only=True)
+        config.name_or_path = str(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a configuration class makes of a wrong value
         _raise_if_unread(path, "its configuration", error)
         raise ConfigError(f"{path}: config.json can't be used: {first_line(error)}") from None
@@ -187,13 +191,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False, companions: Comp
     Raises ConfigError if it has none that can be used, CheckpointError if a file can't be read.
     """
     companions = companions or find_companions(path, trust_remote_code)
-    with TemporaryDirectory(prefix="merge-monster-", ignore_cleanup_errors=True) as place:
-        # transformers goes on without a file that it can't read, and makes another tokenizer of the rest. So the files
-        # are read here, and it is given copies, in a folder of the same name: under that it keeps code.
-        copies = Path(place) / (path.resolve().name or "model")
-        copies.mkdir()
-        for name in companions.sizes:
-            _copy(path / name, copies / name)
+    with _copied(path, companions.sizes) as copies:
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 copies, trust_remote_code=trust_remote_code, local_files_only=True
@@ -208,6 +206,22 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False, companions: Comp
         why = _plain_cause(path, companions) or "its files are missing"
         raise ConfigError(f"{path}: no usable tokenizer ({why})")
     return tokenizer
+
+
+@contextmanager
+def _copied(path: Path, names: Iterable[str]) -> Iterator[Path]:
+    """A folder with copies of some of a model's files, for transformers: it goes on without a file that it can't read,
+    and makes something else of the rest. Raises CheckpointError if one can't be read."""
+    with TemporaryDirectory(prefix="merge-monster-", ignore_cleanup_errors=True) as place:
+        copies = Path(place) / (path.resolve().name or "model")  # code is kept under its folder's name
+        copies.mkdir()
+        for name in names:
+            _copy(path / name, copies / name)
+        yield copies
+
+
+def _code_of(companions: Companions) -> list[str]:
+    return [name for name in companions.sizes if name == "config.json" or name.endswith(".py")]
 
 
 def _plain_cause(path: Path, companions: Companions) -> str | None:

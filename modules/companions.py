@@ -138,7 +138,7 @@ def find_companions(folder: Path, trust_remote_code: bool) -> Companions:
     trust_remote_code: whether Python files are among them, those that the model's settings name, with what these need.
     """
     present = [*local_files(folder), *_templates(folder)]
-    sizes = {name: (folder / name).stat().st_size for name in present if not name.startswith(".")}
+    sizes = {name: (folder / name).stat().st_size for name in present if not Path(name).name.startswith(".")}
     found = [name for name in sizes if belongs(name)]
     if trust_remote_code:
         found += _code(folder, found, sizes)

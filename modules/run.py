@@ -237,6 +237,7 @@ class Conductor:
 
     def _candidate(self, number: int, candidate: Candidate) -> None:
         failure, group = None, self.search.group
+        behind = self.search.repeated + len(self.record.decisions(number))
         try:
             group.together(lambda: self.ahead.wait(number))
             note_source(self.record, group, number, candidate.text, candidate.where, candidate.checkpoint)
@@ -244,6 +245,9 @@ class Conductor:
         except CheckpointError as error:
             if self.config.on_error == "stop":
                 raise
+            if self.search.repeated < behind:  # the recipe would tell of merges that the output does not have
+                kept = f"what was accepted of {candidate.name} can't be built again, so it is not skipped"
+                raise CheckpointError(f"{error}; {kept}") from None
             failure = str(error)
             self.search.measure()
         finally:
