@@ -1,6 +1,7 @@
 """Models whose only tokenizer file is one of SentencePiece, or looks like one."""
 
 import base64
+import importlib
 import io
 import json
 import subprocess
@@ -10,7 +11,6 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tiny
-import transformers.convert_slow_tokenizer
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -110,8 +110,9 @@ def test_packages_that_are_not_installed_are_named(tmp_path, monkeypatch, conten
     def lacking(*_):
         raise ImportError("requires a library")
 
-    monkeypatch.setattr(transformers.convert_slow_tokenizer, "requires_backends", lacking)
-    monkeypatch.setattr(transformers.convert_slow_tokenizer.TikTokenConverter, "load_tiktoken_bpe", lacking)
+    converters = importlib.import_module("transformers.convert_slow_tokenizer")
+    monkeypatch.setattr(converters, "requires_backends", lacking)
+    monkeypatch.setattr(converters.TikTokenConverter, "load_tiktoken_bpe", lacking)
     for package in ("sentencepiece", "protobuf", "tiktoken"):
         monkeypatch.setattr(f"modules.checkpoints.is_{package}_available", lambda: False)
     with pytest.raises(ConfigError, match=words):
