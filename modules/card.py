@@ -12,28 +12,30 @@ from pathlib import Path
 
 import yaml
 
+from modules.companions import is_licence
 from modules.console import visible
 from modules.journal import Record
 from modules.places import SETTINGS_FILE
 from modules.record import RECIPE_FILE, improved_phrases, needed_sources
 from modules.report import percent
 from modules.sources import names_folder, repositories_in
+from modules.weights import CheckpointError, is_there, local_files
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
 MOST_CHARACTERS = 160  # of a phrase or a context in the table; of a longer one the end is shown
 MOST_SETTINGS = 50_000  # characters of YAML that are shown; they all are in the output too
 
-_LICENCE_FILES = ("license", "licence", "copying", "notice")  # beginnings of names, in small letters
 _LARGEST_CARD = 100_000  # characters of the base's card that are looked at for its licence
 
 
 @dataclass(frozen=True)
 class Licence:
-    """What there is about a licence beside a model."""
+    """What there is about the licence of a base."""
 
-    files: tuple[str, ...] = ()  # the names of its texts
-    stated: tuple[str, ...] = ()  # in the front matter of its card
+    files: tuple[str, ...] = ()  # its texts, by the names that they have in the output too
+    stated: tuple[str, ...] = ()  # in the front matter of the base's card
+    unread: bool = False  # whether there is a card that could not be read
 
 
 def write_card(folder: Path, recipe: Record, name: str, base_path: Path, pictures: tuple[str, str]) -> None:
@@ -43,12 +45,12 @@ def write_card(folder: Path, recipe: Record, name: str, base_path: Path, picture
     left out. Raises OSError if it can't be written.
     """
     made = tuple(picture if (folder / picture).is_file() else None for picture in pictures)
-    card = model_card(recipe, name, licence_of(base_path), made)
+    card = model_card(recipe, name, licence_of(base_path, folder), made)
     (folder / CARD_FILE).write_text(card, encoding="utf-8", newline="\n")
 
 
 def model_card(recipe: Record, name: str, licence: Licence, pictures: Sequence[str | None]) -> str:
-    """The text of a model card. licence: what lies beside the base.
+    """The text of a model card. licence: the base's.
 
     pictures: the names of the merge map's file and of the phrase chart's, beside the card; None for one that is not.
     """
@@ -74,15 +76,18 @@ def model_card(recipe: Record, name: str, licence: Licence, pictures: Sequence[s
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def licence_of(folder: Path) -> Licence:
-    """What there is about a licence in a model's folder."""
-    files = [file.name for file in folder.iterdir() if file.name.lower().startswith(_LICENCE_FILES) and file.is_file()]
+def licence_of(base: Path, folder: Path) -> Licence:
+    """What there is about the licence of a base; folder: to which its files were copied."""
+    files = tuple(file for file in local_files(folder) if is_licence(file))
     try:
-        with (folder / CARD_FILE).open(encoding="utf-8-sig") as card:
-            stated = _stated_in(card.read(_LARGEST_CARD))
-    except (OSError, ValueError):  # there is no card, or it is not text
-        stated = ()
-    return Licence(tuple(sorted(files)), stated)
+        if is_there(base / CARD_FILE):
+            with (base / CARD_FILE).open(encoding="utf-8-sig") as card:
+                return Licence(files, _stated_in(card.read(_LARGEST_CARD)))
+    except ValueError:  # it is not text
+        pass
+    except (OSError, CheckpointError):
+        return Licence(files, unread=True)
+    return Licence(files)
 
 
 def _stated_in(card: str) -> tuple[str, ...]:
@@ -182,8 +187,10 @@ def _about_licence(recipe: Record, licence: Licence) -> str:
     lines = [f"The base is {place}; its licence is stated there." for place in _links(recipe["sources"][0]["where"])]
     if licence.stated:
         lines.append(f"The base's card states its licence as {_plain(_end_of(', '.join(licence.stated)))}.")
+    if licence.unread:
+        lines.append("The base's card, which may state one, could not be read.")
     if licence.files:
-        lines.append(f"The base's licence files are {', '.join(map(_plain, licence.files))}; they are not copied.")
+        lines.append(f"The base's licence files lie beside this page: {', '.join(map(_plain, licence.files))}.")
     lines.append("Merge Monster states no licence for this model: look at those of all models in the composition.")
     return " ".join(lines)
 

@@ -105,6 +105,7 @@ def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Mo
         raise ConfigError("no candidates to merge: " + ("; ".join(notes) or "the model directory has no sub-folders"))
     base_name, *names = names_of([Source(base_location.text, base_location), *sources])
     base = open_base(found[base_location], base_name, config.trust_remote_code, fetch)
+    _refuse_links(base)
     module = without_weights(base, config.trust_remote_code)
 
     def open_one(named: tuple[str, Source]) -> Candidate:
@@ -118,7 +119,10 @@ def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Mo
         found[base_location].where,
         module,
         candidates,
-        notes + base.notes + [note for c in candidates for note in (*c.notes, *c.checkpoint.notes)],
+        notes
+        + base.notes
+        + base.companions.notes
+        + [note for c in candidates for note in (*c.notes, *c.checkpoint.notes)],
     )
 
 
@@ -161,6 +165,17 @@ def open_base(found: Found, name: str, trust_remote_code: bool, fetch: Fetch) ->
             f"{found.location.text}: holds an adapter beside a model's weights; move {ADAPTER_SETTINGS} away"
         )
     return _open_model(found, name, trust_remote_code, fetch)
+
+
+def _refuse_links(base: Checkpoint) -> None:
+    """Raise ConfigError if what is copied of a base could not be opened."""
+    lacking = base.companions.lacking
+    if lacking:
+        links = f"{', '.join(lacking)} {'is a link' if len(lacking) == 1 else 'are links'} out of this folder"
+        raise ConfigError(
+            f"{base.path}: {links}, which is not followed when the output is written; put a copy in its place, or name "
+            f"the model's own folder ({(base.path / lacking[0]).resolve().parent})"
+        )
 
 
 def _one_repository_each(found: dict[Location, Found]) -> dict[Location, Found]:
@@ -214,7 +229,7 @@ def _open_candidate(
         read_settings(where.folder)  # before anything is fetched in vain
         weights = [file for file in ADAPTER_WEIGHTS if file in where.names][:1]
         fetch(Job(name, where.repository, tuple(weights)))
-    adapter = open_adapter(where.folder, name)
+    adapter = open_adapter(where.folder, name, trust_remote_code)
     underlying = _open_model(model, name.split("+")[0], trust_remote_code, fetch, base) if source.adapter else base
     repositories = [where.repository] if where.repository else []
     adapted = adapt(underlying, adapter, base, module)

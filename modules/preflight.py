@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modules.candidates import Candidate
-from modules.checkpoints import Checkpoint, load_tokenizer, small_files
+from modules.checkpoints import Checkpoint, load_tokenizer
 from modules.config import Config, ConfigError
 from modules.hub import bytes_needed, cache_folder
 from modules.memory import (
@@ -39,7 +39,7 @@ from modules.models import find_layers, resolve_device, resolve_dtype
 from modules.opening import Models
 from modules.phrases import build_packs, encode_pairs
 from modules.places import place_of
-from modules.weights import dtype_name, local_files
+from modules.weights import dtype_name, index_file, local_files
 
 # On a disk: what an index, the headers of shards and rounding up to blocks may take beyond the tensors.
 MARGIN = 0.01
@@ -137,7 +137,7 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
     dtype = resolve_dtype(config.dtype, base.main_dtype(), device)
     module = models.module
     sizes = sizes_of(module)
-    tokenizer = load_tokenizer(base.path, config.trust_remote_code)
+    tokenizer = load_tokenizer(base.path, config.trust_remote_code, base.companions)
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
@@ -187,8 +187,8 @@ def _disk(config: Config, models: Models, module: PreTrainedModel, dtype: torch.
     """What is read and written."""
     base = models.base
     saved = None if config.dtype == "auto" else dtype
-    local = {name: (base.path / name).stat().st_size for name in local_files(base.path)}
-    beside = [local[name] for name in small_files(local)]
+    index = index_file(local_files(base.path))
+    beside = [*base.companions.published.values(), *([(base.path / index).stat().st_size] if index else [])]
     return Disk(
         base=_stored_bytes(base, None),
         candidates=tuple((one.name, _bytes_read(one, module, config.merge_headers)) for one in models.candidates),

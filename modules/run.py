@@ -144,6 +144,7 @@ def save(console: Console, model: ResidentModel, unfinished: Unfinished, output:
     console.timed(f"Saving to {output}")
     with naming(unfinished.folder):
         model.save(unfinished.folder)
+    console.lines(model.checkpoint.companions.describe())
     with naming(unfinished.folder / SETTINGS_FILE):
         (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 
@@ -198,7 +199,7 @@ def begin_search(
     note_source(record, group, 0, config.directories.model_path1, models.base_where, base)
     device = own_device(config.device, group.seat)
     model = load_model(base, device, config.dtype, config.trust_remote_code, placement=placement)
-    tokenizer = load_tokenizer(base.path, config.trust_remote_code)
+    tokenizer = load_tokenizer(base.path, config.trust_remote_code, base.companions)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     # How to score is measured once: another machine's rounding must not make another choice.
     leads = group.seat.leads
@@ -269,6 +270,7 @@ class Conductor:
 
     def _candidate(self, number: int, candidate: Candidate) -> None:
         failure, group = None, self.search.group
+        behind = self.search.repeated + len(self.record.decisions(number))
         try:
             group.together(lambda: self.ahead.wait(number))
             note_source(self.record, group, number, candidate.text, candidate.where, candidate.checkpoint)
@@ -276,6 +278,9 @@ class Conductor:
         except CheckpointError as error:
             if self.config.on_error == "stop":
                 raise
+            if self.search.repeated < behind:  # the recipe would tell of merges that the output does not have
+                kept = f"what was accepted of {candidate.name} can't be built again, so it is not skipped"
+                raise CheckpointError(f"{error}; {kept}") from None
             failure = str(error)
             self.search.measure()
         finally:

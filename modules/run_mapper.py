@@ -52,7 +52,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     dtype = resolve_dtype(config.dtype, checkpoint.main_dtype(), resolve_device(config.device))
     placement = placement_of(config.device, module, dtype, weights_of(module, dtype, False))
     model = load_model(checkpoint, config.device, config.dtype, config.trust_remote_code, placement=placement)
-    tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code, checkpoint.companions)
     spelling = Spelling(tokenizer, model.vocabulary)
     trees, phrases = explore(config, console, model, tokenizer, spelling)
     everything = [standing for group in phrases for standing in group]

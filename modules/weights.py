@@ -7,10 +7,12 @@ loaded whole.
 Nothing in a file is executed: a .bin file is a pickle, and one that would need more than tensors is refused.
 """
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import stat
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -71,8 +73,35 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def local_files(folder: Path) -> list[str]:
-    """The names of the files in a folder, sub-folders left out."""
-    return sorted(path.name for path in folder.iterdir() if path.is_file())
+    """The names of the files in a folder, sub-folders left out. Raises CheckpointError if it can't be read."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise _unread(folder, error) from None
+    return sorted(path.name for path in paths if is_there(path))
+
+
+def is_there(path: Path, kind: Callable[[int], bool] = stat.S_ISREG) -> bool:
+    """Whether there is a file or, by another `kind`, a folder of this name. Raises CheckpointError if the system can't
+    tell: what can't be read is not missing."""
+    try:
+        return kind(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise _unread(path, error) from None
+
+
+def _unread(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: can't be read ({error.strerror or error})")
+
+
+def read_file(path: Path) -> bytes:
+    """All of a small file. Raises CheckpointError if it can't be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unread(path, error) from None
 
 
 def holds_weights(names: Collection[str]) -> bool:
@@ -92,7 +121,7 @@ def weight_files(folder: Path, names: Collection[str]) -> list[str]:
     """The names of a model's weight files, of one format.
 
     names: of all the model's files; an index among them must be in the folder, shards need not. Raises ConfigError if
-    there are no weights, or an index names files that are not among the names.
+    there are no weights, or an index names files that are not among the names; CheckpointError if it can't be read.
     """
     for single, index in _FORMATS:
         if single in names:
@@ -107,9 +136,9 @@ def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> l
     """The shards that an index names. suffix: of every one of them; under any other, a shard could take the
     place of another file when the model is written again."""
     try:
-        weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_file(folder / index).decode("utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{folder / index}: not a valid index of shards") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
@@ -224,7 +253,7 @@ def fingerprint(path: Path) -> Fingerprint:
                     file.seek((size - _BLOCK) * number // (_BLOCKS - 1))
                     digest.update(file.read(_BLOCK))
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
+        raise _unread(path, error) from None
     return {"size": size, "sha256": digest.hexdigest()}
 
 

@@ -129,7 +129,7 @@ class Recorded(Checkpoint):
 
     @classmethod
     def of(cls, checkpoint, noted):
-        recorded = cls(checkpoint.path, checkpoint.name, checkpoint.config, checkpoint.tensors)
+        recorded = cls(checkpoint.path, checkpoint.name, checkpoint.config, checkpoint.tensors, checkpoint.companions)
         object.__setattr__(recorded, "noted", noted)
         return recorded
 
