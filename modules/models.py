@@ -103,9 +103,9 @@ class Part:
             yield
 
     def install(self, tensors: Tensors) -> None:
-        """Copy tensors into the model for good."""
-        for name, tensor in self.tensors.items():
-            tensor.data.copy_(tensors[name])
+        """Copy tensors, all of the part's or some, into the model for good."""
+        for name, tensor in tensors.items():
+            self.tensors[name].data.copy_(tensor)
 
 
 class ResidentModel:
