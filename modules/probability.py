@@ -12,6 +12,7 @@ The tail forward, for layer i and R trials on one pack of T tokens (B batch, H h
 Everything but the layers stays the model's own forward: embedding, masks, position embeddings, norm and head.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from modules.config import ConfigError
 from modules.inputs import Inputs, Targets
 from modules.memory import FEWEST_TOKENS, Budget, Packing
-from modules.models import ResidentModel
+from modules.models import ResidentModel, wider
 from modules.phrases import LAYOUTS, Encoded, build_packs
 from modules.processes import Seat
+from modules.weights import dtype_name
 
 PACKS_EACH = 4  # at least so many for each of several processes, that none has much more to do than another
 SAMPLE = 16  # pairs on which a layout is verified
@@ -331,6 +333,7 @@ def _verified(
     by_length = sorted(encoded, key=lambda item: len(item.tokens), reverse=True)
     sample = by_length[:: max(1, -(-len(by_length) // SAMPLE))]
     exact = Scorer(model, sample, "single").score()
+    check_numbers(model, exact)
     # Padded rows compute the same with products of other sizes: what they differ by is this machine's rounding.
     rounding = _deviation(Scorer(model, sample, "rows", budget).score(), exact, sample)
     limit = min(3 * rounding + ROUNDING[model.dtype], MOST_ROUNDING)
@@ -347,6 +350,20 @@ def _verified(
         if all(_deviation(result, exact, sample) <= limit for result in results):
             return layout, budget, limit, stacked
     raise ConfigError(f"{type(model.module).__name__}: scoring from the middle of this architecture is not exact")
+
+
+def check_numbers(model: ResidentModel, log_probabilities: Sequence[float]) -> None:
+    """Raise ConfigError, naming the dtype if that is the cause, if the base's scores are not finite."""
+    wrong = [value for value in log_probabilities if not math.isfinite(value)]
+    if any(value != -math.inf for value in wrong):
+        raise model.no_numbers()
+    if wrong:
+        advice = "remove phrases that it can't say"
+        advice += f", or, if it is an overflow, {wider(model.dtype)}" if model.dtype == torch.float16 else ""
+        raise ConfigError(
+            f"{model.checkpoint.path}: gives {len(wrong)} of {len(log_probabilities)} phrases a probability of exactly "
+            f"0 in {dtype_name(model.dtype)}, from which nothing can be searched: {advice}"
+        )
 
 
 def _tail_scores(scorer: Scorer) -> list[list[float]]:

@@ -3,7 +3,6 @@
 Knows: the order of trials, when one is kept. Refuses to know: printing, logs, how a forward is made.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from modules.headers import HeaderSkipped, aligned_header
 from modules.layouts import Tensors
 from modules.merging import RECORDED_SHARE, ratios_for
 from modules.models import BrokenWeights, Part, ResidentModel
-from modules.probability import Scorer, Trial
+from modules.probability import Scorer, Trial, check_numbers
 from modules.strategies import choose, probability, scores, total
 from modules.streaming import ReadAhead
 
@@ -115,8 +114,7 @@ class Search(Merger):
         self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
         self.log_probabilities: list[float] = []
         self.measure()
-        if not all(math.isfinite(value) for value in self.log_probabilities):
-            raise ConfigError("the base model's scores are not finite; try another dtype (bfloat16 or float32)")
+        check_numbers(model, self.log_probabilities)
         self.weights, self.warnings = signed_weights(config.pairs, config.auto_weights, self.log_probabilities)
 
     @property
