@@ -478,7 +478,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("logged", [True, False])
-@pytest.mark.parametrize("error, code, said", FAILURES, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize("error, code, said", FAILURES, ids=lambda value: getattr(value, "__name__", repr(value))[:30])
 def test_every_failure_has_its_message_and_its_code(place, capsys, error, code, said, logged):
     def work():
         if callable(error):
