@@ -144,7 +144,8 @@ def save(console: Console, model: ResidentModel, unfinished: Unfinished, output:
     console.timed(f"Saving to {output}")
     with naming(unfinished.folder):
         model.save(unfinished.folder)
-    console.lines(model.checkpoint.companions.describe())
+    copied, *others = model.checkpoint.companions.describe()
+    console.lines(others, logged=[copied, *others])
     with naming(unfinished.folder / SETTINGS_FILE):
         (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 

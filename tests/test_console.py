@@ -434,7 +434,8 @@ def test_a_full_disk_ends_the_log_and_not_the_run(place, capsys):
 
 
 def test_a_place_without_room_for_a_log_is_named(place, capsys):
-    path = tiny.write_config(place / "my.yaml", place, [place], place / "out")
+    (place / "base").mkdir()
+    path = tiny.write_config(place / "my.yaml", place / "base", [place / "base"], place / "out")
     (place / "logs").write_text("a file")
     assert merge_monster.main(["--config", str(path)]) == 2
     assert "the log can't be written to logs/ (File exists); start the program in" in capsys.readouterr().err

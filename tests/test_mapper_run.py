@@ -322,4 +322,4 @@ def test_the_yaml_of_a_run_without_better_phrases_is_an_empty_list(place, bpe):
 def test_exports_that_cannot_be_written_are_refused_before_the_work(place, name):
     (place / "loop").symlink_to("loop")
     with pytest.raises(ConfigError, match=r"--json .*: not a usable path"):
-        check_exports(Exports(Path(name), None), [], False)
+        check_exports(Exports(Path(name), None), False)

@@ -93,7 +93,7 @@ def an_adapter(folder, models):
 
 def outcome(config, base):
     """What becomes of a candidate's header, with all that precedes it: its tensors and what is said of it."""
-    (candidate,) = open_models(config, True, lambda job: None).candidates
+    (candidate,) = open_models(config, lambda job: None).candidates
     candidate.checkpoint.fingerprint()
     layer = candidate.read(base.layer(0).tensors)
     header, note = aligned_header(base, load_tokenizer(base.checkpoint.path), candidate, False)
@@ -107,7 +107,7 @@ def test_a_call_fails_once(place, models, make, every):
     folder = make(place / "one", models)
     path = tiny.write_config(place / "my.yaml", models[0], [folder], place / "out")
     config = load_config(path)
-    base = load_model(open_models(config, True, lambda job: None).base, "cpu", "auto")
+    base = load_model(open_models(config, lambda job: None).base, "cpu", "auto")
     with Disk(folder)() as disk:
         tensors, note = outcome(config, base)
     assert {name for _, name in disk.calls} >= {"tokenizer.json", "tokenizer_config.json"}
