@@ -55,6 +55,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     prepare_libraries(config.random_seed)
     models = open_models(config, asked.overwrite, partial(fetch_now, console))
     console.lines(models.notes)
+    console.warnings(models.warnings)
     base, candidates = models.base, models.candidates
     if len(candidates) != len(sources):
         raise ConfigError(f"of the recipe's {len(sources)} candidates {len(candidates)} were found")

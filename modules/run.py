@@ -78,6 +78,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
         return
     models = open_models(config, options.overwrite, partial(fetch_now, console))
     console.lines(models.notes)
+    console.warnings(models.warnings)
     check_space(models.jobs, config.keep_downloads)
     plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
     room = find_room(plan)
