@@ -14,6 +14,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import merge_monster
 import monster_mapper
+from modules.candidates import check_configuration
 from modules.checkpoints import open_checkpoint
 from modules.config import ConfigError, load_config
 from modules.models import load_model, settle_attention
@@ -478,6 +479,15 @@ def test_heads_of_the_same_shapes_are_refused_by_both_numbers(bench, tmp_path):
     change = settings(num_attention_heads=8, num_key_value_heads=4, head_dim=2)
     with pytest.raises(ConfigError, match="number of attention heads is 8, the base's is 4"):
         opened(bench, tmp_path, "one", change)
+
+
+def test_other_sizes_of_heads_are_refused_before_any_weight_is_looked_at(tmp_path):
+    tokenizer = tiny.bpe_tokenizer()
+    base = tiny.make_model(tmp_path / "base", architectures.configuration("DeepSeek V3", len(tokenizer)), tokenizer)
+    other = architectures.configuration("DeepSeek V3", len(tokenizer))
+    other.qk_nope_head_dim, other.qk_rope_head_dim = 12, 4
+    with pytest.raises(ConfigError, match="qk_nope_head_dim is 12, the base's 8"):
+        check_configuration(tmp_path, other, open_checkpoint(base, "base"))
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
