@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from modules.causes import disguise, found_instead, pointers
 from modules.checkpoints import ADAPTER_SETTINGS, Checkpoint
 from modules.companions import Companions, find_companions
 from modules.config import ConfigError, is_number
@@ -30,6 +31,7 @@ from modules.weights import (
     fingerprint,
     fresh,
     is_there,
+    local_files,
     read_file,
     read_headers,
     stream_tensors,
@@ -89,6 +91,9 @@ class Adapter:
 def read_settings(path: Path) -> dict[str, Any]:
     """An adapter's settings. Raises ConfigError if they are none, or those of a kind that can't be applied,
     CheckpointError if they can't be read."""
+    pointer = pointers(path, (ADAPTER_SETTINGS, *WEIGHTS))
+    if pointer:
+        raise ConfigError(pointer)
     content = read_file(path / ADAPTER_SETTINGS)
     try:
         settings = json.loads(content.decode("utf-8"))
@@ -99,7 +104,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, AttributeError, TypeError, RecursionError, re.error):
         valid = False
     if not valid:
-        raise ConfigError(f"{path / ADAPTER_SETTINGS}: not the settings of an adapter")
+        what = disguise(path / ADAPTER_SETTINGS) or "not the settings of an adapter"
+        raise ConfigError(f"{path / ADAPTER_SETTINGS}: {what}")
     problem = _refusal(settings)
     if problem:
         raise ConfigError(
@@ -127,7 +133,8 @@ def open_adapter(path: Path, name: str, trust_remote_code: bool = False) -> Adap
     settings = read_settings(path)
     file = next((file for file in WEIGHTS if is_there(path / file)), None)
     if file is None:
-        raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}")
+        instead = found_instead(path, local_files(path), WEIGHTS)
+        raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}{instead}")
     try:
         tensors = read_headers(path, [file])
     except CheckpointError as error:
@@ -155,13 +162,14 @@ def _sorted_out(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[
     whole: dict[str, str] = {}
     sides: dict[tuple[str, bool], dict[str, str]] = {}
     for stored in names:
-        low_rank = _LOW_RANK.fullmatch(stored.removeprefix(_PREFIX))
+        name = stored.rpartition(_PREFIX)[2]  # a wrapper may have put something in front
+        low_rank = _LOW_RANK.fullmatch(name)
         if low_rank:
             sides.setdefault((low_rank["module"], bool(low_rank["embedding"])), {})[low_rank["side"]] = stored
         elif "lora_" in stored or not stored.endswith((".weight", ".bias")):
             raise ConfigError(f"{path}: {stored} is no part of plain LoRA; merge the adapter with PEFT first")
         elif ".original_module." not in stored:  # what a whole tensor took the place of
-            whole[_WHOLE.sub("", stored.removeprefix(_PREFIX))] = stored
+            whole[_WHOLE.sub("", name)] = stored
     return whole, sides
 
 
@@ -255,5 +263,6 @@ def apply_adapter(adapter: Adapter, checkpoint: Checkpoint, layout: Layout, inpu
         tensors,
         checkpoint.companions,
         checkpoint.repository,
+        checkpoint.twice,
         adapter=replace(adapter, whole=whole, products=products),
     )

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
+from modules.causes import disguise, found_instead, pointers
 from modules.companions import LARGEST, Companions, find_companions, is_licence, is_small
 from modules.config import Config, ConfigError
 from modules.hub import Job, Repository, find
@@ -45,6 +47,13 @@ from modules.weights import (
 
 _DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
+_QUANTISED = ("quantization_config", "compression_config")  # keys of config.json
+
+# The last parts of the names of tensors beside quantised weights (GPTQ, AWQ, bitsandbytes, FP8, compressed-tensors).
+_OF_QUANTISATION = (
+    *("qweight", "qzeros", "scales", "g_idx", "absmax", "quant_map", "nested_absmax", "SCB", "weight_format"),
+    *("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point", "input_scale"),
+)
 ADAPTER_SETTINGS = "adapter_config.json"  # what makes a folder an adapter
 
 
@@ -58,6 +67,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]  # by name, in file order
     companions: Companions  # as they were when it was opened
     repository: Repository | None = None  # where files come from that are not in the folder yet
+    twice: tuple[str, ...] = ()  # tensors that several files hold; the last one counts, as for transformers
     _held: Held = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -78,13 +88,19 @@ class Checkpoint:
     @property
     def notes(self) -> list[str]:
         """Lines for the person at the terminal about what it takes to read it. Its files must be there."""
+        notes = []
+        if self.twice:
+            name = self.twice[0]
+            more = f" ({len(self.twice)} such tensors)" if len(self.twice) > 1 else ""
+            notes.append(f"{self.name}: {name} is stored twice; that in {self.tensors[name].file} counts{more}")
         sizes = {file: (self.path / file).stat().st_size for file in whole_files(self.path, self.files)}
         if not sizes:
-            return []
+            return notes
         largest = max(sizes, key=lambda file: sizes[file])
         return [
+            *notes,
             f"{self.name}: {largest} is stored as before PyTorch 1.6 and can only be loaded whole, which takes "
-            f"{sizes[largest] / 1e9:.2f} GB of CPU memory; convert it to safetensors to avoid that"
+            f"{sizes[largest] / 1e9:.2f} GB of CPU memory; convert it to safetensors to avoid that",
         ]
 
     def fingerprint(self) -> dict[str, Fingerprint]:
@@ -132,10 +148,13 @@ def read_configuration(path: Path, names: Collection[str], trust_remote_code: bo
     """
     if "config.json" not in names:
         is_adapter = ADAPTER_SETTINGS in names
-        what = "this is an adapter, not a model" if is_adapter else "no model here (config.json is missing)"
+        instead = found_instead(path, names, ["config.json"])
+        what = "this is an adapter, not a model" if is_adapter else f"no model here (config.json is missing){instead}"
         raise ConfigError(f"{path}: {what}")
     try:
         stated = json.loads(read_file(path / "config.json").decode("utf-8"))
+        if isinstance(stated, Mapping) and "peft_type" in stated:
+            raise ValueError(f"it holds an adapter's settings; if this is an adapter, call it {ADAPTER_SETTINGS}")
         if _layers(stated) > _MOST_LAYERS:
             raise ValueError(f"it has {_layers(stated):.4g} layers")
         with _copied(path, _code_of(find_companions(path, trust_remote_code))) as copies:
@@ -145,10 +164,31 @@ def read_configuration(path: Path, names: Collection[str], trust_remote_code: bo
         raise
     except Exception as error:  # whatever a configuration class makes of a wrong value
         _raise_if_unread(path, "its configuration", error)
-        raise ConfigError(f"{path}: config.json can't be used: {first_line(error)}") from None
-    if getattr(config, "quantization_config", None):
-        raise ConfigError(f"{path}: this model is quantised; merge the original weights instead")
+        what = disguise(path / "config.json") or f"can't be used: {first_line(error)}"
+        raise ConfigError(f"{path}: config.json {what}") from None
     return config
+
+
+def check_quantisation(path: Path, names: Collection[str] | None = None) -> None:
+    """Raise ConfigError if config.json says that a model is quantised. names: of its tensors, if they are known."""
+    key = _quantisation(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    if key is None:
+        return
+    problem = f"{path}: by {key} in config.json this model is quantised; merge the original weights instead"
+    if names is not None and not any(name.rpartition(".")[2] in _OF_QUANTISATION for name in names):
+        problem += f" (its weights are plain numbers, though: if they were converted back, remove {key} there)"
+    raise ConfigError(problem)
+
+
+def _quantisation(settings: Any) -> str | None:
+    """The key that says how a model is quantised, with those above it; None if none does."""
+    if not isinstance(settings, Mapping):
+        return None
+    for key, value in settings.items():
+        inner = key if key in _QUANTISED and value else _quantisation(value)
+        if inner:
+            return inner if inner == key else f"{key}.{inner}"
+    return None
 
 
 def _layers(settings: Any) -> float:
@@ -173,16 +213,26 @@ def open_checkpoint(
     if it is no usable model, CheckpointError if a file that describes it can't be read.
     """
     names = file_names(path, repository)
+    problem = pointers(path, small_files(dict.fromkeys(names, 0)))
+    if problem:
+        raise ConfigError(problem)
     config = read_configuration(path, names, trust_remote_code)
     files = weight_files(path, names)
     known = repository.headers(repository.absent(files)) if repository else {}
     try:
-        tensors = read_headers(path, files, known)
+        by_file = [read_headers(path, [file], known) for file in files]
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
+    except ConfigError:
+        check_quantisation(path)  # which says it more plainly
+        raise
+    tensors = {name: info for found in by_file for name, info in found.items()}
     if not any(info.dtype.is_floating_point for info in tensors.values()):
         raise ConfigError(f"{path}: no weights found in its weight files")
-    return Checkpoint(path, name, config, tensors, find_companions(path, trust_remote_code), repository)
+    check_quantisation(path, tensors)
+    count = Counter(name for found in by_file for name in found)
+    twice = tuple(name for name in count if count[name] > 1)
+    return Checkpoint(path, name, config, tensors, find_companions(path, trust_remote_code), repository, twice)
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False, companions: Companions | None = None) -> Any:
@@ -226,10 +276,11 @@ def _code_of(companions: Companions) -> list[str]:
 
 def _plain_cause(path: Path, companions: Companions) -> str | None:
     """What keeps a tokenizer from being read, where transformers tells of something else."""
+    disguised = [f"{name} {what}" for name in companions.sizes if (what := disguise(path / name))]
+    if disguised:
+        return "; ".join(disguised)
     for name in companions.sizes:
         beginning = read_file(path / name)[:200]
-        if beginning.startswith(b"version https://git-lfs"):
-            return f"{name} is a pointer of git-lfs, not the file itself; fetch it with: git lfs pull"
         if "tokenizer.json" in companions.sizes or not name.endswith((".model", ".spm")):
             continue
         if re.match(rb"[\w+/=]+ \d+\n", beginning):
@@ -275,7 +326,8 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
         if path.resolve() in (output, Beside(output).partial):
             notes.append(f"{path} is the output directory: skipped")
         elif not {"config.json", ADAPTER_SETTINGS}.intersection(local_files(path)):
-            notes.append(f"{path} holds no model (no config.json): skipped")
+            instead = found_instead(path, local_files(path), ["config.json"])
+            notes.append(f"{path} holds no model (no config.json{instead}): skipped")
         elif any("\ud800" <= character <= "\udfff" for character in path.name):
             notes.append(f"{path.name!r} in {path.parent} is no text in UTF-8, so no report could name it: skipped")
         else:

@@ -5,6 +5,7 @@ Refuses to know: torch, models, tokenizers. It must answer a typo in under a sec
 """
 
 import difflib
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ _LARGEST = 100_000_000  # bytes of a YAML file; what has more is none, and may h
 _MOST_VALUES = 2_000_000  # in a YAML file: many times as many lists can stand in a short one that refers to itself
 _MOST_PAIRS = 100_000
 _MOST_ERRORS = 50  # of a file that are told one by one
+
+_NUMBER = re.compile(r"[+-]?\d{1,20}[.,]?\d{0,20}(e[+-]?\d{1,3})?", re.IGNORECASE)
 
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -344,10 +347,24 @@ def is_number(value: Any) -> bool:
 def _number(low: float, high: float, what: str) -> Check:
     def check(value: Any) -> float:
         if not is_number(value) or not low <= value <= high:
-            raise _Invalid(f"expected {what}")
+            raise _Invalid(f"expected {what}{_number_as_text(value)}")
         return float(value)
 
     return check
+
+
+def _number_as_text(value: Any, whole: bool = False) -> str:
+    """What to write in place of a number that YAML reads as text: 1e-3 has no point, 0,5 a comma, "0.5" quotes."""
+    if not isinstance(value, str) or not _NUMBER.fullmatch(value.strip()):
+        return ""
+    number, exponent, power = value.strip().lower().replace(",", ".").partition("e")
+    if whole:
+        meant = float(number + exponent + power)
+        return f"; YAML reads this as text: write {meant:.0f}" if meant.is_integer() else ""
+    if exponent:
+        number += "" if "." in number else ".0"
+        power = power if power.startswith(("+", "-")) else f"+{power}"
+    return f"; YAML reads this as text: write {number}{exponent}{power}"
 
 
 _ratio = _number(0.0, 1.0, "a number from 0 to 1")
@@ -363,7 +380,7 @@ def _threshold(value: Any) -> float:
 def _whole_number(low: int) -> Check:
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
-            raise _Invalid(f"expected a whole number of at least {low}")
+            raise _Invalid(f"expected a whole number of at least {low}{_number_as_text(value, whole=True)}")
         return value
 
     return check

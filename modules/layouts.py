@@ -4,7 +4,8 @@ Knows: transformers' own rules for loading an architecture's checkpoints. Refuse
 
 Most tensors are stored as they are, under their name or under one with or without the first part ("model."). Some
 architectures rename (GPT-NeoX) or fuse (the experts of Mixtral). The rules are those by which transformers loads a
-whole model; here they are applied to the few tensors that one layer needs, and backwards when it is saved.
+whole model; here they are applied to the few tensors that one layer needs, and backwards when it is saved. What
+training wrappers (DDP, FSDP, torch.compile, PEFT) add to names is left out where they fit without it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -26,6 +27,11 @@ from transformers.core_model_loading import (
 
 from modules.config import ConfigError
 from modules.weights import TensorInfo
+
+# Parts of names that wrappers put anywhere.
+_WRAPPERS = frozenset(
+    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "_forward_module")
+)
 
 Tensors = dict[str, Tensor]
 Read = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]  # stored names -> each with its tensor, in any order
@@ -57,11 +63,15 @@ class Layout:
     def __init__(self, module: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
         """module: may be on the meta device; only names and rules are taken from it.
 
+        `prefix`, mostly empty, stands before the stored names and is left out; `unused` are those of no use to the
+        module.
+
         Raises ConfigError if the stored tensors can't be fused by the architecture's rules.
         """
         self._module, self._stored = module, stored
         self._rules = Rules(module)
-        self._groups, self.unused = _grouped(self._rules, stored)
+        self.prefix = _foreign_prefix(self._rules, stored)
+        self._groups, self.unused = _grouped(self._rules, stored, self.prefix)
         self._group_of: dict[str, Group] = {}  # by module name
         self._forms: Tensors = {}  # every module tensor that is stored, without its data
         for group in self._groups:
@@ -109,6 +119,13 @@ class Layout:
         """The named module tensors, all together."""
         tensors = dict(self.stream(names, read))
         return {name: tensors[name] for name in names}
+
+    @property
+    def wrappers(self) -> list[str]:
+        """What the stored names have that the architecture's names lack, as a training wrapper adds it."""
+        sources = [source for group in self._groups for source in group.sources]
+        parts = {part for source in sources for part in self._rules.wrappers_in(source.removeprefix(self.prefix))}
+        return [*([self.prefix] if self.prefix else []), *sorted(f"{part}." for part in parts)]
 
     def stored_name(self, name: str) -> str | None:
         """The stored tensor that has this name, or that becomes the module's tensor of this name, or of the name that
@@ -174,22 +191,73 @@ class Rules:
         """The module's tensor that a stored one becomes, or becomes a part of, and then the pattern of the rule by
         which it does; a name that is not the module's if it has no use for it."""
         name, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._expected)
-        return (stored, "") if name not in self and stored in self else (name, pattern or "")
+        if name in self:
+            return name, pattern or ""
+        plain = ".".join(part for part in stored.split(".") if part not in _WRAPPERS)
+        if stored in self or plain == stored:
+            return (stored, "") if stored in self else (name, pattern or "")
+        return self.module_name(plain)
+
+    def wrappers_in(self, stored: str) -> set[str]:
+        """The parts of a stored name that wrappers put there: without them it becomes one of the module's."""
+        parts = _WRAPPERS.intersection(stored.split("."))
+        return parts - set(self.module_name(stored)[0].split(".")) if parts else set()
 
 
-def _grouped(rules: Rules, stored: Mapping[str, TensorInfo]) -> tuple[list[Group], list[str]]:
-    """The groups of a checkpoint's tensors by the module's rules, and the tensors that the module has no use for."""
+def _foreign_prefix(rules: Rules, stored: Collection[str]) -> str:
+    """What stands before the names of a checkpoint of which no layer would be found otherwise; mostly nothing.
+
+    Raises ConfigError if several parts of the checkpoint would do.
+    """
+    numbered = [name for name in stored if _number_at(name)]
+    if any(rules.module_name(name)[0] in rules for name in numbered):
+        return ""
+
+    def fit(prefix: str) -> tuple[int, int, int]:
+        """How many names are the module's without it, then how many of them to the letter."""
+        names = [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
+        return (
+            sum(rules.module_name(name)[0] in rules for name in names),
+            sum(name in rules for name in names),
+            -len(prefix),
+        )
+
+    starts = (".".join(name.split(".")[:count]) for name in numbered for count in range(1, _number_at(name) + 1))
+    fits = {f"{start}.": fit(f"{start}.") for start in dict.fromkeys(starts)}
+    best = max(fits, key=lambda prefix: fits[prefix], default="")
+    if not best or not fits[best][0]:
+        return ""
+    for other in fits:
+        if fits[other][:2] == fits[best][:2] and not other.startswith(best) and not best.startswith(other):
+            raise ConfigError(
+                f"its tensors fit without '{best}' and without '{other}' before their names; keep one of them"
+            )
+    return best
+
+
+def _number_at(name: str) -> int:
+    """How many parts of a name stand before its first number; 0 if it has none."""
+    return next((place for place, part in enumerate(name.split(".")) if part.isdecimal()), 0)
+
+
+def _grouped(rules: Rules, stored: Mapping[str, TensorInfo], prefix: str) -> tuple[list[Group], list[str]]:
+    """The groups of a checkpoint's tensors by the module's rules, and the tensors that the module has no use for.
+
+    prefix: stands before names, and is no part of them.
+    """
     members: dict[str, list[tuple[str, str]]] = {}
     unused = []
     # Experts are fused in the order of their numbers: 2 before 10.
     for source in sorted(stored, key=dot_natural_key):
-        name, pattern = rules.module_name(source)
+        name, pattern = rules.module_name(source.removeprefix(prefix))
         if name in rules:
             members.setdefault(name, []).append((source, pattern))
         else:
             unused.append(source)
     groups = []
     for name, found in members.items():
+        if len(found) > 1:  # beside a tensor of the right name, a wrapped one is not meant
+            found.sort(key=lambda one: not rules.wrappers_in(one[0]))
         fused = [(source, pattern) for source, pattern in found if pattern]
         if fused:
             rule = rules.by_pattern[fused[0][1]]

@@ -386,6 +386,7 @@ def _load_module(
         device_map = device_map_of(without_weights(checkpoint, trust_remote_code), device, placement)
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
+        config=checkpoint.config,
         dtype=dtype,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
@@ -405,6 +406,29 @@ def without_weights(checkpoint: Checkpoint, trust_remote_code: bool = False) -> 
             return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever an architecture makes of a wrong configuration
         raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
+
+
+def settle_attention(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[str]:
+    """Where a configuration asks for an attention implementation that can't be used here, take the usual one instead;
+    a line about it."""
+    wanted = checkpoint.config._attn_implementation
+    if wanted is None:
+        return []
+    try:
+        without_weights(checkpoint, trust_remote_code)
+        return []
+    except ConfigError as error:
+        trouble = str(error)
+    checkpoint.config._attn_implementation = None
+    try:
+        without_weights(checkpoint, trust_remote_code)
+    except ConfigError:
+        checkpoint.config._attn_implementation = wanted
+        return []  # there is more than that; who makes the module says what
+    return [
+        f"{checkpoint.path}: its config.json asks for the attention implementation {wanted}, which can't be used here "
+        f"({trouble.partition('loaded: ')[2]}); the usual one is taken"
+    ]
 
 
 def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:

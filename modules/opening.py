@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from modules.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from modules.adapters import Adapter, open_adapter, read_settings
-from modules.candidates import Candidate, adapt, check_configuration, open_candidate
+from modules.candidates import Candidate, adapt, check_base, check_configuration, open_candidate
 from modules.checkpoints import (
     ADAPTER_SETTINGS,
     Checkpoint,
     candidate_sources,
+    check_quantisation,
     file_names,
     find_repository,
     open_checkpoint,
@@ -25,7 +26,7 @@ from modules.checkpoints import (
 )
 from modules.config import Config, ConfigError
 from modules.hub import Job, Repository
-from modules.models import without_weights
+from modules.models import settle_attention, without_weights
 from modules.sources import Location, Source, names_of, parse_location
 from modules.weights import holds_weights, is_pickled, weight_files
 
@@ -42,6 +43,7 @@ class Models:
     module: PreTrainedModel  # the base's, without weights
     candidates: list[Candidate]
     notes: list[str]  # lines for the person at the terminal
+    warnings: list[str]  # the same, of what may spoil the merge
 
     @property
     def jobs(self) -> list[Job]:
@@ -106,7 +108,7 @@ def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Mo
     base_name, *names = names_of([Source(base_location.text, base_location), *sources])
     base = open_base(found[base_location], base_name, config.trust_remote_code, fetch)
     _refuse_links(base)
-    module = without_weights(base, config.trust_remote_code)
+    module, warnings = base_module(base, config.trust_remote_code)
 
     def open_one(named: tuple[str, Source]) -> Candidate:
         candidate = _open_candidate(*named, found, base, module, config.trust_remote_code, fetch)
@@ -123,6 +125,7 @@ def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Mo
         + base.notes
         + base.companions.notes
         + [note for c in candidates for note in (*c.notes, *c.checkpoint.notes)],
+        warnings + [warning for candidate in candidates for warning in candidate.warnings],
     )
 
 
@@ -178,6 +181,14 @@ def _refuse_links(base: Checkpoint) -> None:
         )
 
 
+def base_module(base: Checkpoint, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
+    """The base's module without weights, and warnings. Raises ConfigError if its tensors are not the module's."""
+    warnings = settle_attention(base, trust_remote_code)
+    module = without_weights(base, trust_remote_code)
+    check_base(base, module)
+    return module, warnings
+
+
 def _one_repository_each(found: dict[Location, Found]) -> dict[Location, Found]:
     """The same, but two locations that are one commit share their repository, which knows what was fetched of it."""
     first: dict[Path, Repository | None] = {}
@@ -199,6 +210,7 @@ def _open_model(
                 check_configuration(found.folder, config, base)
             files = weight_files(found.folder, found.names)
             if any(is_pickled(file) for file in files):
+                check_quantisation(found.folder)
                 fetch(Job(name, found.repository, tuple(files)))
         return open_checkpoint(found.folder, name, trust_remote_code, found.repository)
     except ConfigError as error:

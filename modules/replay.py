@@ -24,7 +24,7 @@ from modules.places import Place
 from modules.record import accepted_of, compare_fingerprints, decision_of, needed_sources, read_recipe
 from modules.run import begin_download, fetch_now, prepare_libraries, put_in_place, save, write_results
 from modules.search import Merger
-from modules.sources import parse_source
+from modules.sources import missing_folder, parse_source
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         console.lines(looked_up(locations_of(config)))
         models = open_models(config, partial(fetch_now, console), no_candidates=not config.models_to_merge)
         console.lines(models.notes)
+        console.warnings(models.warnings)
         check_space(models.jobs, config.keep_downloads)
         _rebuild(asked, recipe, config, console, place, models)
     console.final(f"Done. The log is {console.log_path}")
@@ -105,7 +106,7 @@ def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> 
         raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {', '.join(names)}")
     texts = [asked.elsewhere.get(source["name"], source["where"]) for source in sources]
     lost = [
-        f"{text}: no such folder; name where it lies with --source {source['name']}=PATH"
+        f"{text}: {missing_folder(text)}; name where it lies with --source {source['name']}=PATH"
         for source, text in zip(sources, texts, strict=True)
         if parse_source(text) is None
     ]

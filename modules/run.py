@@ -92,6 +92,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
 def _checked_plan(config: Config, console: Console, models: Models, group: Group) -> tuple[Plan, Room]:
     """What the run will do and take, and what room there is. Raises ConfigError if it is too little."""
     console.lines(models.notes)
+    console.warnings(models.warnings)
     check_space(models.jobs, config.keep_downloads)
     plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
     room = find_room(plan)

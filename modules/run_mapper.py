@@ -19,8 +19,8 @@ from modules.continuation import build_continuation
 from modules.journal import naming
 from modules.mapping import CompletionTree, Explorer, Standing, standings
 from modules.memory import placement_of, weights_of
-from modules.models import ResidentModel, load_model, resolve_device, resolve_dtype, without_weights
-from modules.opening import base_of, find_location, looked_up, open_base
+from modules.models import ResidentModel, load_model, resolve_device, resolve_dtype
+from modules.opening import base_module, base_of, find_location, looked_up, open_base
 from modules.phrases import Encoded, doubtful_phrases, encode_contexts, encode_pairs
 from modules.probability import build_scorer
 from modules.run import fetch_now, prepare_libraries, remove_downloads
@@ -49,7 +49,8 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     console.lines(found.notes())
     checkpoint = open_base(found, found.location.text, config.trust_remote_code, fetch)
     fetch(checkpoint.job)
-    module = without_weights(checkpoint, config.trust_remote_code)
+    module, warnings = base_module(checkpoint, config.trust_remote_code)
+    console.warnings(warnings)
     dtype = resolve_dtype(config.dtype, checkpoint.main_dtype(), resolve_device(config.device))
     placement = placement_of(config.device, module, dtype, weights_of(module, dtype, False))
     model = load_model(checkpoint, config.device, config.dtype, config.trust_remote_code, placement=placement)

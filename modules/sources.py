@@ -76,6 +76,8 @@ def missing_folder(text: str) -> str:
             hints.append(f"the hub's would be written {part}@main")
         if hints:
             return f"no such folder; {'; '.join(hints)}"
+    if Path(text).is_absolute():
+        return "no such folder"
     return f"no such folder; a model of the hub is written {HUB_FORM}, either with +adapter behind it"
 
 

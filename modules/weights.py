@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modules.causes import disguise, found_instead
 from modules.config import CheckpointError, ConfigError
 
 SINGLE_FILE = "model.safetensors"
@@ -128,8 +129,9 @@ def weight_files(folder: Path, names: Collection[str]) -> list[str]:
             return [single]
         if index in names:
             return _indexed(folder, index, names, Path(single).suffix)
-    looked_for = ", ".join(name for form in _FORMATS for name in form)
-    raise ConfigError(f"{folder}: no weights here; looked for {looked_for}")
+    looked_for = [name for form in _FORMATS for name in form]
+    instead = found_instead(folder, names, looked_for)
+    raise ConfigError(f"{folder}: no weights here; looked for {', '.join(looked_for)}{instead}")
 
 
 def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> list[str]:
@@ -139,7 +141,8 @@ def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> l
         weight_map = json.loads(read_file(folder / index).decode("utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError(f"{folder / index}: not a valid index of shards") from None
+        what = disguise(folder / index) or "not a valid index of shards"
+        raise ConfigError(f"{folder / index}: {what}") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise ConfigError(f"{folder / index}: '{file}' is not a plain file name")
@@ -162,7 +165,19 @@ def read_headers(folder: Path, files: Iterable[str], known: Mapping[str, Forms] 
     return tensors
 
 
+def place_in_index(folder: Path, name: str) -> str | None:
+    """The shard in which a tensor is by the index that a folder has; None if it has none, or that does not know it."""
+    index = index_file(local_files(folder))
+    try:
+        return json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].get(name) if index else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # what is said of a tensor does without
+
+
 def _forms(path: Path) -> Forms:
+    problem = disguise(path)
+    if problem:
+        raise CheckpointError(f"{path}: can't be read (it {problem})")
     return _pickled_forms(path) if is_pickled(path.name) else _safetensors_forms(path)
 
 
@@ -263,14 +278,31 @@ def is_pickled(file: str) -> bool:
 
 
 def _safetensors_forms(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    with _reading(path):
+        _check_length(path)
     with _reading(path), safe_open(path, "pt", backend="pread") as shard:
         views = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - a shard is no mapping
         return {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
 
 
+def _check_length(path: Path) -> None:
+    """Raise ValueError if a safetensors file ends before what its header announces."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        announced = 8 + header
+        if announced <= size:
+            entries = json.loads(file.read(header))
+            announced += max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
+    if size < announced:
+        raise ValueError(f"it is cut short: {size:,} bytes of {announced:,}; fetch it again")
+
+
 def _pickled_forms(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     is_whole = _is_whole(path)
     with _reading(path):
+        if not is_whole and not zipfile.is_zipfile(path):
+            raise ValueError("it is cut short: its end is missing; fetch it again")
         if not is_whole and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
             # PyTorch would map the packed bytes as if they were the weights.
             raise ValueError("another program has compressed it; load it in PyTorch and save it again")

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from floors below its own.
 FLOORS = {
+    "causes": 0,
     "sources": 0,
     "strategies": 0,
     "composition": 0,
@@ -31,6 +32,7 @@ FLOORS = {
     "hub": 3,
     "inputs": 3,
     "layouts": 3,
+    "meaning": 3,
     "outputs": 3,
     "spelling": 3,
     "checkpoints": 4,
