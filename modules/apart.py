@@ -15,20 +15,20 @@ from modules.sources import parse_location, parse_source
 
 def written_paths(output: Path) -> list[Path]:
     """What a run may make, replace or delete for an output."""
-    beside = Beside(output.resolve())
+    beside = Beside(_real(output))
     return [output, beside.partial, beside.before, beside.hidden("lock")]
 
 
 def input_paths(config: Config) -> list[Path]:
     """The folders and files on this machine that a run of this configuration reads, its YAML file not included."""
     directories = config.directories
-    written = [path.resolve() for path in written_paths(Path(directories.output_directory))]
+    written = [_real(path) for path in written_paths(Path(directories.output_directory))]
     sources = [parse_source(text) for text in config.models_to_merge]
     places = [parse_location(directories.model_path1), *(part for s in sources if s for part in (s.model, s.adapter))]
     folders = [place.folder for place in places if place and place.folder]
     if directories.model_directory and not config.models_to_merge and os.path.isdir(directories.model_directory):
         within = [path for path in Path(directories.model_directory).iterdir() if path.is_dir()]
-        folders += [path for path in within if path.resolve() not in written]
+        folders += [path for path in within if _real(path) not in written]
     return [*folders, *map(Path, config.phrase_files)]
 
 
@@ -57,9 +57,16 @@ def _linked(folder: Path) -> list[Path]:
 
 def _is_in(inner: Path, outer: Path) -> bool:
     """Whether a path is another one, or lies in it, however the two are spelt."""
-    # Not Path.resolve, which raises an error where links lead round in a circle.
-    inner, outer = Path(os.path.realpath(inner)), Path(os.path.realpath(outer))
+    inner, outer = _real(inner), _real(outer)
     return any(place == outer or _is_same(place, outer) for place in (inner, *inner.parents))
+
+
+def _real(path: Path) -> Path:
+    """Unlike Path.resolve, this raises no error where links lead round in a circle."""
+    try:
+        return Path(os.path.realpath(path))
+    except OSError:
+        raise ConfigError("the folder that you are in is gone; go to one that is there") from None
 
 
 def _is_same(one: Path, other: Path) -> bool:

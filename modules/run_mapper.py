@@ -104,7 +104,7 @@ def check_exports(exports: Exports, overwrite: bool) -> None:
     for option, path in (("--json", exports.json), ("--yaml", exports.yaml)):
         if path is None:
             continue
-        trouble = unusable(path)
+        trouble = unusable(path) or unusable(_unfinished(path))
         if trouble:
             raise ConfigError(f"{option} {path}: not a usable path ({trouble})")
         if path.is_dir() or not path.resolve().parent.is_dir():
@@ -117,9 +117,14 @@ def check_exports(exports: Exports, overwrite: bool) -> None:
         raise ConfigError(f"--json and --yaml both name {exports.json}")
 
 
+def _unfinished(path: Path) -> Path:
+    """Where a file is written until it is complete: under a name that nobody else has."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial") if path.name else path
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there as a whole or, if writing fails, as it was before."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _unfinished(path)
     try:
         with naming(path), partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)

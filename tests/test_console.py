@@ -444,7 +444,7 @@ def test_a_place_without_room_for_a_log_is_named(place, capsys):
     os.chdir(gone)
     gone.rmdir()
     assert merge_monster.main(["--config", str(path)]) == 2
-    assert "the log can't be written to logs/ (No such file" in capsys.readouterr().err
+    assert "the folder that you are in is gone" in capsys.readouterr().err
     assert merge_monster.main(["--config", str(path), "--output", "out"]) == 2
     assert "the folder that you are in is gone" in capsys.readouterr().err
 

@@ -291,7 +291,7 @@ def opened(bench, place, role, change):
     models[role] = shutil.copytree(models[role], place / role)
     change(models[role])
     config = tiny.write_config(place / "my.yaml", models["base"], [models["one"]], place / "out")
-    return open_models(load_config(config), overwrite=False, fetch=lambda job: None)
+    return open_models(load_config(config), fetch=lambda job: None)
 
 
 @pytest.mark.parametrize("prefix", WRAPPED)
@@ -330,7 +330,7 @@ def test_an_adapter_with_a_wrapper_is_applied(bench, tmp_path, start):
         found = load_file(folder / "adapter_model.safetensors")
         save_file({change(name): tensor for name, tensor in found.items()}, folder / "adapter_model.safetensors")
     config = tiny.write_config(tmp_path / "my.yaml", bench / "base", [plain, wrapped], tmp_path / "out")
-    one, other = open_models(load_config(config), overwrite=False, fetch=lambda job: None).candidates
+    one, other = open_models(load_config(config), fetch=lambda job: None).candidates
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(one.read([name])[name], other.read([name])[name])
     assert not torch.equal(one.read([name])[name], load_file(bench / "base" / ONE)[name])
@@ -356,7 +356,7 @@ def test_a_refused_adapter_names_its_cause(bench, tmp_path, file, content, words
     (adapter / file).write_bytes(content)
     config = tiny.write_config(tmp_path / "my.yaml", bench / "base", [adapter], tmp_path / "out")
     with pytest.raises(ConfigError) as refused:
-        open_models(load_config(config), overwrite=False, fetch=lambda job: None)
+        open_models(load_config(config), fetch=lambda job: None)
     assert all(word in str(refused.value) for word in [file, *words]), refused.value
 
 
@@ -372,7 +372,7 @@ def test_what_a_folder_of_candidates_leaves_out_is_told_with_its_cause(bench, tm
         .replace("output_", f"model_directory: {place}\n  output_")
     )
     config.write_text(text)
-    notes = open_models(load_config(config), overwrite=False, fetch=lambda job: None).notes
+    notes = open_models(load_config(config), fetch=lambda job: None).notes
     assert any("GGUF" in note and "skipped" in note for note in notes)
     assert any(f"name {place / 'b' / 'inner' / 'model'}" in note for note in notes)
 
@@ -434,11 +434,11 @@ def test_layers_that_predict_further_tokens_are_no_layers_too_many(tmp_path):
     for folder in (base, candidate):
         tensors(change)(folder)
     config = tiny.write_config(tmp_path / "my.yaml", base, [candidate], tmp_path / "out")
-    assert len(open_models(load_config(config), overwrite=False, fetch=lambda job: None).candidates) == 1
+    assert len(open_models(load_config(config), fetch=lambda job: None).candidates) == 1
     for folder in (base, candidate):
         tiny.edit_checkpoint(folder, num_nextn_predict_layers=0)
     with pytest.raises(ConfigError, match="its weights have 3 layers"):
-        open_models(load_config(config), overwrite=False, fetch=lambda job: None)
+        open_models(load_config(config), fetch=lambda job: None)
 
 
 @pytest.fixture(scope="module")
@@ -457,7 +457,7 @@ def multimodal(tmp_path_factory):
 
 def test_the_text_part_of_a_multimodal_candidate_is_merged(multimodal, tmp_path):
     config = tiny.write_config(tmp_path / "my.yaml", multimodal / "text", [multimodal / "whole"], tmp_path / "out")
-    models = open_models(load_config(config), overwrite=False, fetch=lambda job: None)
+    models = open_models(load_config(config), fetch=lambda job: None)
     assert any("the text part of a multimodal gemma3); only that part is merged" in note for note in models.notes)
     name = "model.layers.1.mlp.up_proj.weight"
     stored = load_file(multimodal / "whole" / ONE)
@@ -472,7 +472,7 @@ def test_a_text_candidate_beside_a_multimodal_base_is_refused_by_what_both_are(m
     with pytest.raises(
         ConfigError, match=r"it is gemma3_text, the base is gemma3_text \(the text part of a multimodal"
     ):
-        open_models(load_config(config), overwrite=False, fetch=lambda job: None)
+        open_models(load_config(config), fetch=lambda job: None)
 
 
 def test_heads_of_the_same_shapes_are_refused_by_both_numbers(bench, tmp_path):
@@ -539,7 +539,7 @@ def test_the_model_under_an_adapter_is_compared_too(bench, tmp_path):
     adapter = bench / "adapter"
     candidates = [f"{one}+{adapter}", adapter]
     config = tiny.write_config(tmp_path / "my.yaml", bench / "base", candidates, tmp_path / "out")
-    warnings = open_models(load_config(config), overwrite=False, fetch=lambda job: None).warnings
+    warnings = open_models(load_config(config), fetch=lambda job: None).warnings
     assert len(warnings) == 1 and "one+adapter: " in warnings[0] and "hidden_act is gelu" in warnings[0]
 
 
@@ -551,4 +551,4 @@ def test_experts_of_another_number_are_refused_by_both_numbers(tmp_path):
         folders.append(tiny.make_model(tmp_path / name, config, tiny.bpe_tokenizer()))
     config = tiny.write_config(tmp_path / "my.yaml", folders[0], folders[1:], tmp_path / "out")
     with pytest.raises(ConfigError, match="num_local_experts is 2, the base's 4"):
-        open_models(load_config(config), overwrite=False, fetch=lambda job: None)
+        open_models(load_config(config), fetch=lambda job: None)

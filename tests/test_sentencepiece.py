@@ -89,8 +89,9 @@ def ranks():
     ("content", "words"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n", "git lfs pull"),
-        (b"<!doctype html>", "tokenizer.model is no model of SentencePiece"),
-        (b"", "tokenizer.model is no model of SentencePiece"),
+        (b"<!doctype html>", "tokenizer.model is a web page"),
+        (b"", "tokenizer.model is empty"),
+        (b"anything else", "tokenizer.model is no model of SentencePiece"),
     ],
 )
 def test_a_file_that_is_none(tmp_path, content, words):
