@@ -16,7 +16,7 @@ from modules.checkpoints import Checkpoint
 from modules.config import ConfigError
 from modules.hub import Repository
 from modules.layouts import Layout
-from modules.models import find_layers, input_first_weights
+from modules.models import find_layers, input_first_weights, setting
 from modules.weights import Room, fresh
 
 _MUST_AGREE = {
@@ -111,9 +111,9 @@ def _refuse(path: Path, differences: Sequence[str]) -> None:
 def _config_differences(base: PreTrainedConfig, candidate: PreTrainedConfig) -> list[str]:
     ours, theirs = base.get_text_config(), candidate.get_text_config()
     return [
-        f"{words} is {getattr(theirs, key, None)}, the base's is {getattr(ours, key, None)}"
+        f"{words} is {setting(theirs, key)}, the base's is {setting(ours, key)}"
         for key, words in _MUST_AGREE.items()
-        if getattr(theirs, key, None) != getattr(ours, key, None)
+        if setting(theirs, key) != setting(ours, key)
     ]
 
 
