@@ -211,14 +211,17 @@ class ResidentModel:
         if not self._takes_columns:
             return
         ids, column = torch.arange(3, device=self.device)[None], torch.tensor([1], device=self.device)
+        failures = (TypeError, ValueError, IndexError)
         try:
-            there = self.logits({"input_ids": ids, "use_cache": False}, column)
-        except (TypeError, ValueError, IndexError):
+            everywhere = self.module(input_ids=ids, use_cache=False).logits
+        except failures:
+            return  # it can only be told
+        try:
+            there = self.module(input_ids=ids, use_cache=False, logits_to_keep=column).logits
+        except failures:
             there = torch.empty(0)
-        self._takes_columns = False
-        everywhere = self.logits({"input_ids": ids, "use_cache": False}, torch.arange(3, device=self.device))
-        if there.shape == everywhere[:, column].shape:
-            self._takes_columns = int((everywhere - there).abs().amax(-1).argmin()) == 1
+        same_shape = there.shape == everywhere[:, column].shape
+        self._takes_columns = same_shape and int((everywhere - there).abs().amax(-1).argmin()) == 1
 
     def logits(self, arguments: Mapping[str, Any], columns: Tensor) -> Tensor:
         """The model's own forward, read at the given columns: (B, columns, V)."""

@@ -39,7 +39,7 @@ from modules.merging import ratios_for
 from modules.models import find_layers, resolve_device, resolve_dtype
 from modules.opening import Models
 from modules.outputs import partial_folder
-from modules.phrases import build_packs, encode_pairs
+from modules.phrases import build_packs, doubled_tokens, encode_pairs
 from modules.weights import dtype_name, local_files
 
 # On a disk: what an index, the headers of shards and rounding up to blocks may take beyond the tensors.
@@ -85,6 +85,7 @@ class Plan:
     placement: tuple[torch.device, ...] | None  # where each layer goes, if not all of them to the device
     sharing: int  # how many processes have the device's memory to share
     weight_files: tuple[Path, ...]  # the candidates'; those that come from the hub may not be here yet
+    doubts: tuple[str, ...] = ()  # what may be a mistake in the phrases, as this base's tokenizer reads them
 
     @property
     def packed_tokens(self) -> int:
@@ -170,6 +171,7 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
         budget=budget,
         placement=None if placement is None else tuple(placement),
         sharing=sharing,
+        doubts=tuple(doubled_tokens(tokenizer, config.pairs)),
         weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
     )
 

@@ -81,7 +81,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     check_space(models.jobs, config.keep_downloads)
     plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
     room = find_room(plan)
-    console.warnings([*doubtful_phrases(config.pairs), *check(plan, room)])
+    console.warnings([*doubtful_phrases(config.pairs), *plan.doubts, *check(plan, room)])
     if options.dry_run:
         console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
         console.final("Dry run: nothing was written")

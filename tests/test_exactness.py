@@ -75,7 +75,7 @@ ARCHITECTURES = {
     "qwen2": lambda c: {
         **without(common(c), "head_dim"),
         **mixed(c),
-        "use_sliding_window": c.random() < 0.5,
+        "use_sliding_window": True,
         "rope_parameters": rope(c),
     },
     "gemma2": lambda c: {**common(c), **mixed(c), "rope_parameters": rope(c, "default", "linear")},
@@ -85,9 +85,8 @@ ARCHITECTURES = {
         **mixed(c),
         "global_head_dim": 16,
         "vocab_size_per_layer_input": VOCABULARY,
-        "hidden_size_per_layer_input": c.choice((0, 8)),
         "layer_types": [SLIDING, FULL, FULL],
-        "num_kv_shared_layers": c.choice((0, 1)),
+        **c.choice(({"hidden_size_per_layer_input": 0}, {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1})),
     },
     "phi3": lambda c: {
         **without(common(c), "head_dim"),
@@ -141,7 +140,7 @@ ARCHITECTURES = {
 }
 OTHERS = {
     "gpt2": lambda c: {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": LONGEST},
-    "qwen3": ARCHITECTURES["qwen2"],
+    "qwen3": lambda c: {**common(c), **mixed(c), "use_sliding_window": True, "rope_parameters": rope(c)},
     "cohere2": lambda c: {**common(c), **mixed(c), "rope_parameters": rope(c, "default", "linear")},
     "olmo3": lambda c: {**without(common(c), "head_dim"), **mixed(c), "rope_parameters": rope(c, "default", "yarn")},
     "exaone4": lambda c: {**common(c), **mixed(c), "rope_parameters": rope(c)},
