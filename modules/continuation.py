@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from modules.config import ConfigError
 from modules.exactness import Plain, spread
 from modules.inputs import Inputs, depths, sight, tree_mask
 from modules.memory import LOGITS_ON_CPU
@@ -56,7 +55,7 @@ class Continuation(ABC):
         """
         log_probabilities = self._log_probabilities(paths)
         if torch.isnan(log_probabilities).any():
-            raise ConfigError("the model's answers are no numbers (NaN); set dtype: bfloat16 or float32")
+            raise self._model.no_numbers()
         for row, needed in enumerate(spaces):
             if needed:
                 log_probabilities[row, ~self._beginning_with(needed)] = -torch.inf

@@ -58,11 +58,12 @@ class Plain:
         """
         inputs, targets = tokens[:-1], tokens[-LOOKED_AT - 1 :][1:]
         asked = range(len(inputs) - len(targets), len(inputs))
-        most = min(token_budget // len(inputs), logits_budget // (4 * len(targets) * self._model.vocabulary))
+        most = max(2, logits_budget // (4 * len(targets) * self._model.vocabulary))
+        copies = max(1, min(most, -(-token_budget // len(inputs))))
         alone = _chosen(self._log_probabilities([inputs], asked), targets)
         with self._model.embeddings_moved():
-            copies = _chosen(self._log_probabilities([inputs] * max(2, most), asked), targets)
-        rounding = float((copies - alone).abs().max())
+            repeated = _chosen(self._log_probabilities([inputs] * copies, asked), targets)
+        rounding = float((repeated - alone).abs().max())
         return min(max(2 * rounding, ROUNDING[self._model.dtype]), MOST_ROUNDING)
 
     @torch.no_grad()

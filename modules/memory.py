@@ -38,6 +38,24 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What the last digits of scores depend on, beside the weights: sizes and order of what is computed together."""
+
+    layout: str
+    tokens: int  # in one pack
+    logits: int  # bytes at a time
+    stacked: bool  # several ratios at a time
+
+    def __str__(self) -> str:
+        ratios = "all ratios" if self.stacked else "one ratio"
+        return f"{self.layout} of {self.tokens:,} tokens with {ratios} and {self.logits:,} bytes of logits at a time"
+
+    def applied_to(self, budget: Budget) -> Budget:
+        """The budget, with these sizes."""
+        return replace(budget, tokens=self.tokens, logits=self.logits)
+
+
+@dataclass(frozen=True)
 class Sizes:
     """A base model in numbers. "Weights" are counts of values, not bytes."""
 

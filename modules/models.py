@@ -6,7 +6,7 @@ Layers and header are handed out as Parts: named tensors that can be merged, tri
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +37,7 @@ class Part:
     tensors: Tensors  # the model's own parameters and buffers, live
     saved_dtypes: Mapping[str, torch.dtype]  # what each is stored as when the model is saved
     input_axes: Mapping[str, int]  # which axis holds the input features, see merging.merge
+    touched: set[str]  # of the whole model, live: the tensors that are no longer the base's
 
     @property
     def devices(self) -> set[torch.device]:
@@ -68,8 +69,7 @@ class Part:
         for dtype in (self.tensors[name].dtype, self.saved_dtypes[name]):
             if max(-low, high) > torch.finfo(dtype).max:
                 raise CheckpointError(
-                    f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}; "
-                    f"set dtype: {'bfloat16' if dtype == torch.float16 else 'float32'}"
+                    f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}; {wider(dtype)}"
                 )
         return tensor.to(self.tensors[name].dtype)
 
@@ -103,9 +103,10 @@ class Part:
             yield
 
     def install(self, tensors: Tensors) -> None:
-        """Copy tensors into the model for good."""
-        for name, tensor in self.tensors.items():
-            tensor.data.copy_(tensors[name])
+        """Copy tensors, all of the part's or some, into the model for good."""
+        for name, tensor in tensors.items():
+            self.tensors[name].data.copy_(tensor)
+            self.touched.add(name)
 
 
 class ResidentModel:
@@ -123,6 +124,7 @@ class ResidentModel:
         self._layout = Layout(module, checkpoint.tensors)
         self._layout.check_reversible()
         self._stored_as = self._find_stored_names()
+        self._touched: set[str] = set()
 
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device and dtype for the summary."""
@@ -259,6 +261,7 @@ class ResidentModel:
             tensors={name: self._state[name] for name in names},
             saved_dtypes={name: self._saved_dtype_of(name) for name in names},
             input_axes={name: -2 if name in self._input_first else -1 for name in names},
+            touched=self._touched,
         )
 
     def _saved_dtype_of(self, name: str) -> torch.dtype:
@@ -288,9 +291,18 @@ class ResidentModel:
                 stored = self._layout.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
                 if _is_finite(stored):
                     raise ConfigError(
-                        f"{self.checkpoint.path}: {name} overflows in {dtype_name(tensor.dtype)}; set dtype: bfloat16"
+                        f"{self.checkpoint.path}: {name} overflows in {dtype_name(tensor.dtype)}; {wider(tensor.dtype)}"
                     )
                 raise ConfigError(f"{self.checkpoint.path}: {name} holds NaN or infinite values; it can't be merged")
+
+    def no_numbers(self) -> ConfigError:
+        """What there is to say if the base's answers are NaN or infinite although its weights are not."""
+        if self.dtype == torch.float16:
+            return ConfigError(f"{self.checkpoint.path}: its activations overflow in float16; {wider(self.dtype)}")
+        return ConfigError(
+            f"{self.checkpoint.path}: its answers are NaN or infinite, and no dtype has more room than "
+            f"{dtype_name(self.dtype)}: its weights are damaged, or config.json does not fit them"
+        )
 
     def save(self, folder: Path) -> None:
         """Write weights, in the base's own shards and names, and everything else that opens the model.
@@ -298,21 +310,37 @@ class ResidentModel:
         Raises CheckpointError if a file can't be written.
         """
         copy_companions(self.checkpoint.path, folder, self.saved_dtype)
-        shards = self.checkpoint.by_file(self.checkpoint.tensors)
-        write_shards(folder, {written_name(file): self._saved(names) for file, names in shards.items()})
+        shards, copied = self.checkpoint.by_file(self.checkpoint.tensors), self._only_in_file()
+        write_shards(folder, {written_name(file): self._saved(names, copied) for file, names in shards.items()})
 
-    def _saved(self, stored_names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """One file's tensors: the model's own where it has them, else as they lie in the base's file."""
+    def _only_in_file(self) -> set[str]:
+        """The stored tensors that must be copied: the model has no use for them, or they are to be saved as they were
+        stored, no merge has touched them, and what the model has instead is rounded."""
+        touched = {id(self._state[name]) for name in self._touched}
+        found = set()
+        for stored, info in self.checkpoint.tensors.items():
+            ours = [self._state[name] for name in self._layout.module_names(stored)]
+            is_rounded = any(tensor.dtype != info.dtype for tensor in ours)
+            is_kept = self._written_dtype(stored) == info.dtype and not any(id(tensor) in touched for tensor in ours)
+            if not ours or (is_kept and is_rounded):
+                found.add(stored)
+        return found
+
+    def _written_dtype(self, stored: str) -> torch.dtype:
+        """What a stored tensor is saved as."""
+        dtype = self.checkpoint.tensors[stored].dtype
+        return self.saved_dtype if dtype.is_floating_point and self.saved_dtype is not None else dtype
+
+    def _saved(self, stored_names: list[str], copied: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """One file's tensors: the model's own or, of some, those that lie in the base's file."""
         written: set[int] = set()
-        ready = self.checkpoint.read([name for name in stored_names if not self._layout.module_names(name)])
+        ready = self.checkpoint.read([name for name in stored_names if name in copied])
         for stored in stored_names:
             names = self._layout.module_names(stored)
             if stored not in ready:
-                ready.update(self._layout.store(names, {name: self._state[name].detach() for name in names}))
-            dtype = self.checkpoint.tensors[stored].dtype
-            if dtype.is_floating_point and self.saved_dtype is not None:
-                dtype = self.saved_dtype
-            tensor = ready.pop(stored).to("cpu", dtype).contiguous()
+                own = self._layout.store(names, {name: self._state[name].detach() for name in names})
+                ready = {**own, **ready}
+            tensor = ready.pop(stored).to("cpu", self._written_dtype(stored)).contiguous()
             if names and not _is_finite(tensor):
                 raise CheckpointError(f"{stored} has come to hold NaN or infinite values; nothing was put in place")
             # Tensors that are fused or tied share memory, and a file can't hold one piece of memory twice.
@@ -525,6 +553,12 @@ def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch
     if stored == torch.bfloat16:
         return torch.bfloat16
     return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def wider(dtype: torch.dtype) -> str:
+    """What to do about values that are too large for a dtype."""
+    others = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}  # bfloat16 ends a little before float32
+    return f"set dtype: {others[dtype]}" if dtype in others else "no dtype holds such values"
 
 
 def _is_finite(tensor: Tensor) -> bool:

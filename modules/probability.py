@@ -12,6 +12,7 @@ The tail forward, for layer i and R trials on one pack of T tokens (B batch, H h
 Everything but the layers stays the model's own forward: embedding, masks, position embeddings, norm and head.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from modules.config import ConfigError
 from modules.exactness import Plain, spread
 from modules.inputs import Inputs, Targets
-from modules.memory import FEWEST_TOKENS, Budget
-from modules.models import ResidentModel, layer_settings
+from modules.memory import FEWEST_TOKENS, Budget, Packing
+from modules.models import ResidentModel, layer_settings, wider
 from modules.phrases import LAYOUTS, Encoded, build_packs
 from modules.processes import Seat
 from modules.weights import dtype_name
@@ -70,13 +71,16 @@ class Scorer:
         self._encoded, self._stacked, self._tails = encoded, stacked, tails
         self.pair_tokens = sum(len(item.tokens) for item in encoded)
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
-        self._layer = 0  # the layer that the cached hidden states enter
+        self._layer = 0  # the layer on which trials are scored
         self._cache: Cache | None = None  # of every pack the hidden states, (B, T, H)
         self._pack(budget)
+        # Smaller packs where there are too few to share them evenly.
+        while self.packs < PACKS_EACH * seat.count and seat.count > 1 and self.budget.tokens > FEWEST_TOKENS:
+            self._pack(replace(self.budget, tokens=self.budget.tokens // 2))
         self._verified = True  # whether these packs are; whoever gives the layout has seen to it
 
     def _pack(self, budget: Budget) -> None:
-        """Pack the pairs and keep this process's share; smaller packs where there are too few to share them evenly."""
+        """Pack the pairs and keep this process's share."""
         self.budget, self._verified = budget, False
         self._inputs: list[Inputs] = []
         self.packs = self.packed_tokens = self.columns = 0  # of all processes; columns: at which the head is read
@@ -89,8 +93,6 @@ class Scorer:
             self.packs += 1
             self.packed_tokens += pack.tokens
             self.columns += len({target.column for target in pack.targets})
-        if self.packs < PACKS_EACH * self._seat.count and self._seat.count > 1 and budget.tokens > FEWEST_TOKENS:
-            self._pack(replace(budget, tokens=budget.tokens // 2))
 
     def describe(self) -> dict[str, object]:
         """How the pairs go through the model, for the summary."""
@@ -105,6 +107,16 @@ class Scorer:
         """With which another process builds the same scorer: layout, budget, tolerance, stacked, tails."""
         return self.layout, self.budget, self.tolerance, self._stacked, self._tails
 
+    @property
+    def packing(self) -> Packing:
+        """What the last digits of the scores depend on, beside the weights."""
+        return Packing(self.layout, self.budget.tokens, self.budget.logits, self._stacked)
+
+    def pack_as(self, packing: Packing) -> None:
+        """Score with the last digits of another scorer of the same layout, whatever share of the packs it had."""
+        self._cache, self._stacked = None, self._stacked and packing.stacked
+        self._pack(packing.applied_to(self.budget))
+
     @torch.no_grad()
     def score(self) -> list[float]:
         """Joint log-probability of every pair under the model as it stands, by whole forwards."""
@@ -116,32 +128,19 @@ class Scorer:
         """The same by the phrases' tokens, zeros behind shorter phrases: (pairs, longest phrase)."""
         return self._collect(1, lambda index: {})[0]
 
-    @torch.no_grad()
     def restart(self) -> None:
-        """Put the cache before layer 0. Needed before the first `score_trials`, and after the embedding changed."""
-        self._verify_new_packs()
-        self._layer, self._cache = 0, None  # the old one goes before there is a new one
-        cache = Cache(self.budget, self._model.device)
-        for index in range(len(self._inputs) if self._tails else 0):
-            cache.add(self._hidden_from(index, 0, _entering))
-        self._cache = cache
+        """Forget what is cached and go to layer 0. Needed after the embedding, or a layer before the present one,
+        changed."""
+        self._layer, self._cache = 0, None
 
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Move the cache over its layer, with the weights that the layer holds now."""
-        cache = self._filled_cache()
-        for index in cache.kept():
-
-            def on_cached(forward: Forward, *args: Any, _hidden: Tensor = cache[index], **kwargs: Any) -> Tensor:
-                return _first(_call_on(_hidden, forward, args, kwargs))
-
-            cache.replace(index, self._hidden_from(index, self._layer, on_cached))
-        self._layer += 1
+    def at_layer(self, layer: int) -> None:
+        """Go to a layer: `score_trials` tries weights for it, and takes those before it as they are then."""
+        self._layer = layer
 
     def take_less_memory(self) -> str | None:
         """Halve the packs or, when no pack can be halved, try one trial at a time.
 
-        Returns what was done, None if there is nothing left to be done. The cache is made anew when it is needed.
+        Returns what was done, None if there is nothing left to be done.
         """
         self._cache = None
         packs = self.packs
@@ -155,24 +154,47 @@ class Scorer:
         return None
 
     def _filled_cache(self) -> "Cache":
-        """The cache, made anew if it had to go."""
-        if self._cache is None:
-            layer = self._layer
-            self.restart()
-            for _ in range(layer):
-                self.advance()
-        assert self._cache is not None
-        return self._cache
+        """The hidden states that enter the present layer: moved on from an earlier one or, without any, made anew.
+
+        While they are moved they are nobody's: where memory ends halfway, some would enter another layer than others.
+        """
+        cache, self._cache = self._cache, None
+        if cache is None or cache.layer > self._layer:
+            cache = None  # the old one goes before there is a new one
+            cache = self._first_cache()
+        while cache.layer < self._layer:
+            self._advance(cache)
+        self._cache = cache
+        return cache
+
+    def _first_cache(self) -> "Cache":
+        """The hidden states that enter layer 0."""
+        cache = Cache(self.budget, self._model.device)
+        for index in range(len(self._inputs)):
+            cache.add(self._hidden_from(index, 0, _entering))
+        return cache
+
+    def _advance(self, cache: "Cache") -> None:
+        """Move hidden states over the layer that they enter, with the weights that it holds now."""
+        for index in cache.kept():
+
+            def on_cached(forward: Forward, *args: Any, _hidden: Tensor = cache[index], **kwargs: Any) -> Tensor:
+                return _first(_call_on(_hidden, forward, args, kwargs))
+
+            cache.replace(index, self._hidden_from(index, cache.layer, on_cached))
+        cache.layer += 1
 
     @torch.no_grad()
     def score_trials(self, trials: Sequence[Trial]) -> list[list[float]]:
-        """Joint log-probabilities under each trial's weights for the cache's layer: (trials, pairs)."""
+        """Joint log-probabilities under each trial's weights for the present layer: (trials, pairs)."""
         return self.trial_token_scores(trials).sum(-1).tolist()
 
     @torch.no_grad()
     def trial_token_scores(self, trials: Sequence[Trial]) -> Tensor:
         """The same by the phrases' tokens: (trials, pairs, longest phrase)."""
-        self._filled_cache()
+        self._verify_new_packs()
+        if self._tails:
+            self._filled_cache()
         if self.stacks:
             return self._collect(len(trials), lambda index: self._tail(index, trials))
         return torch.cat([self._under(trial) for trial in trials])
@@ -211,13 +233,13 @@ class Scorer:
         this process go one at a time."""
         if self._verified:
             return
-        self._verified = True
         own = {pair for inputs in self._inputs for pair in inputs.targets.pairs.tolist()}
         if own and not self.agrees(self.token_scores(), Plain(self._model)):
             packs = build_packs(self._encoded, "single", self.budget.tokens)
             mine = (pack for pack in packs if pack.targets[0].pair in own)
             self._inputs = [Inputs.of(pack, self._model.device, self._model.dtype) for pack in mine]
             self._stacked, self._cache = False, None
+        self._verified = True
 
     # -- the tail forward ---------------------------------------------------------------------------------------------
 
@@ -243,7 +265,7 @@ class Scorer:
         return {layer: handing_on(layer) for layer in layers}
 
     def _hidden_at(self, index: int) -> Tensor:
-        """The hidden states of a pack that enter the cache's layer, (B, T, H); computed where they are not kept."""
+        """The hidden states of a pack that enter the present layer, (B, T, H); computed where they are not kept."""
         hidden = self._filled_cache()[index]
         return self._hidden_from(index, self._layer, _entering, first=self._layer) if hidden is None else hidden
 
@@ -312,6 +334,7 @@ class Cache:
     def __init__(self, budget: Budget, device: torch.device) -> None:
         self._places = device, torch.device("cpu")
         self._room = [budget.cache, budget.cache_beside]
+        self.layer = 0  # that they enter
         self._tensors: list[Tensor | None] = []
 
     def add(self, hidden: Tensor) -> None:
@@ -362,7 +385,9 @@ def build_scorer(
 
 def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain, budget: Budget, seat: Seat) -> Scorer:
     """All packs, of all processes, in the first layout whose scores are those of plain forwards."""
-    longest = max(encoded, key=lambda item: len(item.tokens)).tokens
+    by_length = sorted(encoded, key=lambda item: len(item.tokens))
+    longest = by_length[-1].tokens
+    check_numbers(model, [float(plain.token_scores(item).sum()) for item in spread(by_length, SAMPLE)])
     limit = plain.tolerance(longest, budget.tokens, budget.logits)
     for layout in LAYOUTS:
         if layout == "forest" and reach(model) < len(longest):
@@ -372,15 +397,29 @@ def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain
         if _is_taken(partial(_scores_agree, scorer, plain)):
             return scorer
     if not plain.is_finite:
-        kind = dtype_name(model.dtype)
-        raise ConfigError(f"the base model's scores are not finite in {kind}; try another dtype (bfloat16 or float32)")
+        raise model.no_numbers()
     raise ConfigError(f"{type(model.module).__name__}: the same text scored twice gives different scores")
+
+
+def check_numbers(model: ResidentModel, log_probabilities: Sequence[float]) -> None:
+    """Raise ConfigError, naming the dtype if that is the cause, if the base's scores are not finite."""
+    wrong = [value for value in log_probabilities if not math.isfinite(value)]
+    if any(value != -math.inf for value in wrong):
+        raise model.no_numbers()
+    if wrong:
+        advice = "remove phrases that it can't say"
+        advice += f", or, if it is an overflow, {wider(model.dtype)}" if model.dtype == torch.float16 else ""
+        raise ConfigError(
+            f"{model.checkpoint.path}: gives {len(wrong)} of {len(log_probabilities)} phrases a probability of exactly "
+            f"0 in {dtype_name(model.dtype)}, from which nothing can be searched: {advice}"
+        )
 
 
 def _exact_trials(scorer: Scorer, plain: Plain, stacked: bool) -> tuple[bool, bool]:
     """How a scorer may score trials, the first way that is exact, as (stacked, tails); whole forwards always are."""
     for stacks in (True, False) if stacked and scorer.stacks else (False,):
         scorer._stacked = stacks
+        scorer.restart()
         if _is_taken(partial(_tails_agree, scorer, plain)):
             return stacks, True
     return False, False
@@ -396,11 +435,9 @@ def _tails_agree(scorer: Scorer, plain: Plain) -> bool:
     From the first layer, all others run on several trials at once. Moving the cache, each layer has run alone; from the
     last layer it shows whether that is the same: then nothing reaches a layer but the hidden states.
     """
-    scorer.restart()
     if not scorer.agrees(scorer.trial_token_scores([_altered(scorer), _unchanged])[1], plain):
         return False
-    for _ in range(len(scorer._layers) - 1):
-        scorer.advance()
+    scorer.at_layer(len(scorer._layers) - 1)
     return scorer.agrees(scorer.trial_token_scores([_unchanged, _altered(scorer)])[0], plain)
 
 

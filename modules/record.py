@@ -19,6 +19,7 @@ from modules.checkpoints import Checkpoint
 from modules.composition import Shares
 from modules.config import DTYPES, METHODS, STRATEGIES, VERSION, Config, ConfigError, Pair, is_number
 from modules.journal import Journal, Record
+from modules.memory import Packing
 from modules.search import Decision
 from modules.strategies import improved, probability, scores, total
 
@@ -52,14 +53,32 @@ class RunRecord:
         """How many decisions were taken."""
         return len(self.journal.of_kind("decision"))
 
-    def warnings(self) -> list[str]:
-        """What may keep the rest of the run from being what it would have been without the break."""
+    @property
+    def packing(self) -> Packing | None:
+        """How the phrases were packed for the last scores that are noted; None if there are none, or it was not."""
+        known = [record["packing"] for record in self.journal.records if record.get("packing")]
+        return Packing(**known[-1]) if known else None
+
+    def warnings(self, packing: Packing) -> list[str]:
+        """What may keep the rest of the run from being what it would have been without the break.
+
+        packing: that it goes on with.
+        """
         begun = self.journal.of_kind("run")[0]["libraries"]
-        return [
-            f"the run began with {name} {begun.get(name)}, this is {version}: the last digits may differ"
+        changes = [
+            f"the run began with {name} {begun.get(name)}, this is {version}"
             for name, version in _libraries().items()
             if begun.get(name) != version
         ]
+        if self.packing is None:
+            changes.append("how phrases were packed before the break is not in the journal")
+        elif self.packing != packing:
+            changes.append(f"phrases were scored as {self.packing} before the break, and here as {packing}")
+        return [f"{change}: the last digits may differ" for change in changes]
+
+    def compares(self, packing: Packing) -> bool:
+        """Whether the base's noted scores, and those with this packing, must be the same to the last digit."""
+        return self.journal.of_kind("start")[0].get("packing") in (None, asdict(packing))
 
     def source(self, number: int, text: str, where: str, checkpoint: Checkpoint) -> Record:
         """Note a model, or compare it with what was noted; text: what the configuration calls it, where: exactly.
@@ -74,30 +93,34 @@ class RunRecord:
         identity = {"number": number, "name": checkpoint.name, "text": text, "where": where}
         return self.journal.append("source", **identity, fingerprint=checkpoint.fingerprint())
 
-    def start(self, log_probabilities: Sequence[float], weights: Sequence[float]) -> tuple[list[float], list[float]]:
+    def start(
+        self, log_probabilities: Sequence[float], weights: Sequence[float], packing: Packing
+    ) -> tuple[list[float], list[float]]:
         """Note the base's scores, or find what was noted: joint log-probabilities, signed weights."""
         known = self.journal.of_kind("start")
         record = (
-            known[0] if known else self.journal.append("start", **_scores(log_probabilities), weights=list(weights))
+            known[0]
+            if known
+            else self.journal.append(
+                "start", **_scores(log_probabilities), weights=list(weights), packing=asdict(packing)
+            )
         )
         return _log_probabilities(record), record["weights"]
 
-    def decided(self, number: int, decision: Decision, seconds: float) -> None:
+    def decided(self, number: int, decision: Decision, seconds: float, packing: Packing) -> None:
         """Note a decision."""
-        fields = asdict(decision)
-        del fields["log_probabilities"]
-        self.journal.append(
-            "decision", candidate=number, **fields, **_scores(decision.log_probabilities), seconds=round(seconds, 3)
-        )
+        fields = {**asdict(decision), **_scores(decision.log_probabilities), "packing": asdict(packing)}
+        self.journal.append("decision", candidate=number, **fields, seconds=round(seconds, 3))
 
     def decisions(self, number: int | None = None) -> list[Decision]:
         """What was decided, on one candidate or altogether."""
         records = [r for r in self.journal.of_kind("decision") if number is None or r["candidate"] == number]
         return [decision_of(record) for record in records]
 
-    def closed(self, number: int, log_probabilities: Sequence[float], failure: str | None = None) -> None:
+    def closed(self, number: int, log_probabilities: Sequence[float], failure: str | None, packing: Packing) -> None:
         """Note that a candidate has been searched, or given up."""
-        self.journal.append("candidate", number=number, **_scores(log_probabilities), failure=failure)
+        fields = {**_scores(log_probabilities), "packing": asdict(packing)}
+        self.journal.append("candidate", number=number, **fields, failure=failure)
 
     def end(self, number: int) -> tuple[list[float], str | None] | None:
         """The scores after a candidate and why it was given up, if it was; None if its search is not over."""
@@ -126,8 +149,8 @@ class RunRecord:
         return {
             **{key: begun[key] for key in ("format", "program", "libraries", "settings", "config")},
             **model,
-            "sources": [_without_kind(record) for record in self.journal.of_kind("source")],
-            "decisions": [_without_kind(record) for record in decisions],
+            "sources": [_for_others(record) for record in self.journal.of_kind("source")],
+            "decisions": [_for_others(record) for record in decisions],
             "failures": {r["number"]: r["failure"] for r in self.journal.of_kind("candidate") if r["failure"]},
             "phrases": phrases,
             "total": {"before": total(scores(start, weights)), "after": total(scores(scores_now, weights))},
@@ -242,6 +265,14 @@ def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(map(is_number, value))
 
 
+def _is_packing(value: Any) -> bool:
+    """Or none: what a journal says of it is younger than journals are."""
+    kinds = {"layout": _is(str), "tokens": _is_count, "logits": _is_count, "stacked": _is(bool)}
+    return value is None or (
+        isinstance(value, dict) and value.keys() == kinds.keys() and all(kinds[key](value[key]) for key in kinds)
+    )
+
+
 def _are_scores(value: Any) -> bool:
     return isinstance(value, list) and all(item is None or is_number(item) for item in value)
 
@@ -293,7 +324,7 @@ def _first_damaged(records: Sequence[Record], config: Config) -> int | None:
     begun = False
     for line, record in enumerate(records, start=1):
         kind = record["kind"]
-        sound = _is_sound(kind, record)
+        sound = _is_sound(kind, record) and _is_packing(record.get("packing"))
         sound = sound and all(len(record[key]) == pairs for key in ("log_probabilities", "weights") if key in record)
         if sound and kind == "source":
             sources.add(record["number"])
@@ -381,8 +412,9 @@ def _log_probabilities(record: Mapping[str, Any]) -> list[float]:
     return [-math.inf if value is None else value for value in record["log_probabilities"]]
 
 
-def _without_kind(record: Mapping[str, Any]) -> Record:
-    return {key: value for key, value in record.items() if key != "kind"}
+def _for_others(record: Mapping[str, Any]) -> Record:
+    """A record without what only the journal needs."""
+    return {key: value for key, value in record.items() if key not in ("kind", "packing")}
 
 
 def _libraries() -> dict[str, str]:

@@ -26,11 +26,11 @@ from modules.forecast import calibrate, estimate, plan_lines
 from modules.group import ALONE, Group
 from modules.hub import Ahead, Bar, Job, Repository, check_space
 from modules.journal import Record
-from modules.memory import Budget
+from modules.memory import Budget, Packing
 from modules.models import ResidentModel, load_model, own_device
 from modules.opening import Models, open_models
 from modules.outputs import SETTINGS_FILE, Unfinished, unfinished_output
-from modules.phrases import doubtful_phrases, encode_pairs
+from modules.phrases import Encoded, doubtful_phrases, encode_pairs
 from modules.pictures import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
 from modules.preflight import check, find_room, plan_run
 from modules.probability import Scorer, build_scorer
@@ -167,16 +167,31 @@ def begin_search(
     model = load_model(base, device, config.dtype, config.trust_remote_code, placement=placement)
     tokenizer = load_tokenizer(base.path, config.trust_remote_code)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
-    # How to score is measured once: another machine's rounding must not make another choice.
-    leads = group.seat.leads
-    scorer = build_scorer(model, encoded, budget, seat=group.seat) if leads else None
-    settings = group.from_first(scorer and scorer.settings)
-    scorer = scorer or Scorer(model, encoded, *settings, group.seat)
+    scorer = build_shared_scorer(model, encoded, budget, record.packing, group)
     search = Search(model, scorer, config, tokenizer, group)
     names = [candidate.name for candidate in models.candidates]
     console.lines(report.summary(config, model.describe(), scorer.describe(), names))
     console.warnings(search.warnings)
     return Conductor(config, console, search, record, ahead)
+
+
+def build_shared_scorer(
+    model: ResidentModel, encoded: Sequence[Encoded], budget: Budget, before: Packing | None, group: Group
+) -> Scorer:
+    """The same scorer in all processes, with a share of the packs in each.
+
+    before: the packing with which an earlier run has scored; it is kept if the model still takes its layout and, on a
+    CPU, where too little memory is the end, if the budget has room for it.
+    """
+    if before is not None and (model.device.type != "cpu" or before.tokens <= budget.tokens):
+        budget = before.applied_to(budget)
+    # How to score is measured once: another machine's rounding must not make another choice.
+    scorer = group.together(lambda: build_scorer(model, encoded, budget, seat=group.seat) if group.seat.leads else None)
+    settings = group.from_first(scorer and scorer.settings)
+    scorer = group.together(lambda: scorer or Scorer(model, encoded, *settings, group.seat))
+    if before is not None and before.layout == scorer.layout and before.applied_to(budget) == budget:
+        group.together(lambda: scorer.pack_as(before))
+    return scorer
 
 
 def note_source(record: RunRecord, group: Group, number: int, text: str, where: str, checkpoint: Checkpoint) -> None:
@@ -188,11 +203,11 @@ def note_source(record: RunRecord, group: Group, number: int, text: str, where: 
 
 def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:
     """Note the base's scores or, where an earlier run has, go on from its own; those scores."""
-    measured = list(search.log_probabilities)
-    search.log_probabilities, search.weights = record.start(measured, search.weights)
+    measured, packing = list(search.log_probabilities), search.scorer.packing
+    search.log_probabilities, search.weights = record.start(measured, search.weights, packing)
     if record.count:
-        console.warnings(record.warnings())
-        if measured != search.log_probabilities:
+        console.warnings(record.warnings(packing))
+        if measured != search.log_probabilities and record.compares(packing):
             console.warning("the base scores otherwise here than where the run began: its end may differ slightly")
         console.timed(f"Resuming: {record.count} decisions are carried out again from the journal")
     elif resume:
@@ -215,6 +230,7 @@ class Conductor:
         resume: whether to go on with an earlier run was asked for. table: how much of the tables is shown.
         """
         console, search = self.console, self.search
+        self._tell_of_memory()
         self._show_table(table, whole_in_log=True)
         start = resume_search(console, search, self.record, resume)
         steps = len(candidates) * search.steps_per_candidate()
@@ -249,8 +265,9 @@ class Conductor:
             candidate.checkpoint.release()
         if failure:
             self.console.warning(f"{candidate.name} is given up; what was accepted of it stays: {failure}")
+        self._tell_of_memory()
         if self.record.end(number) is None:
-            self.record.closed(number, self.search.log_probabilities, failure)
+            self.record.closed(number, self.search.log_probabilities, failure, self.search.scorer.packing)
 
     def _search(self, number: int, candidate: Candidate) -> str | None:
         """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""
@@ -265,7 +282,7 @@ class Conductor:
         # Closed whatever happens: the candidate is read by a thread.
         with closing(self.search.candidate(candidate, done)) as decisions:
             for decision in decisions:
-                self.record.decided(number, decision, time.monotonic() - began)
+                self.record.decided(number, decision, time.monotonic() - began, self.search.scorer.packing)
                 self._count(decision, timed)
                 merges = self.origins[self._place(decision)]
                 self._tell_of_memory()

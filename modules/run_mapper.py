@@ -4,6 +4,7 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +77,10 @@ def explore(
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     scorer = build_scorer(model, encoded, tails=False)
     phrases: dict[str, list[tuple[Pair, Encoded, float]]] = {pair.context: [] for pair in config.pairs}
-    for pair, item, log_probability in zip(config.pairs, encoded, scorer.score(), strict=True):
+    log_probabilities = scorer.score()
+    if any(map(math.isnan, log_probabilities)):
+        raise model.no_numbers()
+    for pair, item, log_probability in zip(config.pairs, encoded, log_probabilities, strict=True):
         phrases[pair.context].append((pair, item, log_probability))
     roots = encode_contexts(tokenizer, list(phrases), model.vocabulary)
     settings = config.mapper

@@ -3,7 +3,6 @@
 Knows: the order of trials, when one is kept. Refuses to know: printing, logs, how a forward is made.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from modules.headers import HeaderSkipped, aligned_header
 from modules.layouts import Tensors
 from modules.merging import RECORDED_SHARE, ratios_for
 from modules.models import BrokenWeights, Part, ResidentModel
-from modules.probability import Scorer, Trial
+from modules.probability import Scorer, Trial, check_numbers
 from modules.strategies import choose, probability, scores, total
 from modules.streaming import ReadAhead
 
@@ -66,24 +65,38 @@ class Merger:
         try:
             for decision in done:
                 if decision.ratio is not None:
-                    self._carry_out(candidate, decision.layer, decision.method, decision.ratio)
+                    part, theirs = self._in_memory(partial(self._found, candidate, decision.layer))
+                    self._install(part, theirs, decision.method, decision.ratio)
         except (BrokenWeights, HeaderSkipped, IndexError) as error:
             raise ConfigError(f"what was decided on {candidate.name} can't be carried out: {error}") from None
 
-    def _carry_out(self, candidate: Candidate, layer: int | None, method: str, ratio: float) -> None:
+    def _found(self, candidate: Candidate, layer: int | None) -> tuple[Part, Tensors]:
+        """A part of the model, and the candidate's tensors for it."""
         if layer is None:
-            part = self.model.header()
             theirs, _ = aligned_header(self.model, self.tokenizer, candidate, self.trust_remote_code)
-        elif layer < len(self.model.layers):
-            part = self.model.layer(layer)
-            theirs = part.adopt(candidate.stream(part.tensors), candidate.name)
-        else:
+            return self.model.header(), theirs
+        if layer >= len(self.model.layers):
             raise IndexError(f"the base has {len(self.model.layers)} layers, and no number {layer + 1}")
-        self._install(part, theirs, method, ratio)
+        part = self.model.layer(layer)
+        return part, part.adopt(candidate.stream(part.tensors), candidate.name)
 
     def _install(self, part: Part, theirs: Tensors, method: str, ratio: float) -> None:
-        self._space = out = part.space(self._space)
-        part.install(part.merged(method, theirs, ratio, out))
+        """Merge for good. All that takes memory, and may be done again, comes before anything changes."""
+        part.install(self._in_memory(partial(self._changes, part, theirs, method, ratio)))
+
+    def _changes(self, part: Part, theirs: Tensors, method: str, ratio: float) -> Tensors:
+        """The tensors that a merge makes others of."""
+        merged = part.merged(method, theirs, ratio, self._room(part))
+        return {name: tensor for name, tensor in merged.items() if not torch.equal(tensor, part.tensors[name])}
+
+    def _room(self, part: Part) -> Tensors:
+        """Where the part is merged."""
+        self._space = part.space(self._space)
+        return self._space
+
+    def _in_memory(self, work: Callable[[], Result]) -> Result:
+        """Do work that needs memory."""
+        return work()
 
 
 class Search(Merger):
@@ -101,13 +114,8 @@ class Search(Merger):
         self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
         self.log_probabilities: list[float] = []
         self.measure()
-        if not all(math.isfinite(value) for value in self.log_probabilities):
-            raise ConfigError("the base model's scores are not finite; try another dtype (bfloat16 or float32)")
+        check_numbers(model, self.log_probabilities)
         self.weights, self.warnings = signed_weights(config.pairs, config.auto_weights, self.log_probabilities)
-
-    def repeat(self, candidate: Candidate, done: Sequence[Decision]) -> None:
-        """As a Merger does, in all processes."""
-        self.group.together(lambda: Merger.repeat(self, candidate, done))
 
     @property
     def total(self) -> float:
@@ -123,7 +131,8 @@ class Search(Merger):
         parts = [self.model.layer(index) for index in range(len(self.model.layers))]
         tries_header = self.config.merge_headers and len(past) <= count * len(parts)
         header = partial(aligned_header, self.model, self.tokenizer, candidate, self.trust_remote_code)
-        with ReadAhead(candidate, parts[len(past) // count :], header if tries_header else None) as ahead:
+        wanted = dict(list(enumerate(parts))[len(past) // count :])
+        with ReadAhead(candidate, wanted, header if tries_header else None) as ahead:
             yield from self._layers(candidate, parts, past, ahead)
             if past:
                 self._go_on_from(past[-1])
@@ -149,7 +158,7 @@ class Search(Merger):
     def _layers(
         self, candidate: Candidate, parts: Sequence[Part], past: deque[Decision], ahead: ReadAhead
     ) -> Iterator[Decision]:
-        self._in_memory(self.scorer.restart)
+        self.scorer.restart()
         methods = self.config.merge_method
         for index, part in enumerate(parts):
             done = [past.popleft() for _ in methods if past]
@@ -158,14 +167,14 @@ class Search(Merger):
                 self._go_on_from(done[-1])
             if len(done) < len(methods):
                 yield from self._layer(candidate, index, part, ahead, methods[len(done) :])
-            self._in_memory(self.scorer.advance)
 
     def _layer(
         self, candidate: Candidate, index: int, part: Part, ahead: ReadAhead, methods: Sequence[str]
     ) -> Iterator[Decision]:
-        """Try a layer under some methods, with the candidate's tensors that come next."""
+        """Try a layer under some methods."""
+        self.scorer.at_layer(index)
         try:
-            theirs, warning = self._in_memory(ahead.take), None
+            theirs, warning = self._in_memory(partial(ahead.take, index)), None
         except BrokenWeights as error:
             theirs, warning = None, f"{error}; layer {index + 1} stays as it is"
         for method in methods:
@@ -199,7 +208,7 @@ class Search(Merger):
         """Try all ratios on the unchanged part, install the best if one is accepted: ratio, total before, after,
         log-probabilities."""
         before = self.total
-        self._space = out = part.space(self._space)
+        out = self._in_memory(partial(self._room, part))
         tries = [partial(part.trying, method, theirs, ratio, out) for ratio in ratios]
         trials = self._scored(lambda: score_trials(tries))
         best = choose(
@@ -221,13 +230,14 @@ class Search(Merger):
     def _in_memory(self, work: Callable[[], Result]) -> Result:
         """Do work that needs memory, in all processes, again and again with less of it where it is not there.
 
+        It is begun again in those too where it had succeeded, so that what it does once, and twice, must be the same.
         Raises torch.OutOfMemoryError if not even one pair and one ratio fit.
         """
         while True:
             try:
                 return self.group.together(work)
             except torch.OutOfMemoryError:
-                done = self.scorer.take_less_memory()
+                done = self.group.together(self.scorer.take_less_memory)
                 if done is None:
                     raise
                 self.memory_notes.append(f"Out of memory: {done}")

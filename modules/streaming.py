@@ -7,11 +7,10 @@ header is made.
     main             | search 1      | search 2  | ...      the one that is searched and the one that arrives
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import cycle
 from types import TracebackType
 
 import torch
@@ -26,57 +25,61 @@ Job = Callable[[], Arrived]
 
 
 class ReadAhead:
-    """A candidate's tensors for some layers of the base, one layer after another, and then for its header; each is
-    read ahead by a thread."""
+    """A candidate's tensors for some layers of the base, and for its header; while one is used, a thread reads the one
+    behind it. What is taken is named, so that asking again, whatever has failed meanwhile, gives the same."""
 
-    def __init__(self, candidate: Candidate, parts: Sequence[Part], header: Job | None = None) -> None:
-        """Begin to read what the first layer needs. parts: the layers; header: makes the header, if it is wanted."""
+    def __init__(self, candidate: Candidate, parts: Mapping[int, Part], header: Job | None = None) -> None:
+        """Begin to read what the first layer needs. parts: the layers by number, in order; header: makes the header,
+        which comes last, if it is wanted."""
         self._candidate = candidate
-        jobs: list[Job] = [partial(self._read, part) for part in parts]
-        jobs += [partial(_made, header)] if header else []
-        self._jobs = iter(jobs)
-        on_cuda = any(device.type == "cuda" for part in parts for device in part.devices)
+        self._jobs: dict[int | None, Job] = {layer: partial(self._read, layer, part) for layer, part in parts.items()}
+        if header:
+            self._jobs[None] = partial(_made, header)
+        on_cuda = any(device.type == "cuda" for part in parts.values() for device in part.devices)
         # Two, in turn: on a CPU the tensors that are searched are the memory that they were read into.
-        self._memories = cycle([_Memory(on_cuda), _Memory(on_cuda)])
+        self._memories = _Memory(on_cuda), _Memory(on_cuda)
         self._thread = ThreadPoolExecutor(1, "read-ahead")
-        self._next: tuple[Job, Future[Arrived]] | None = None
-        self._begin_next()
+        self._begun: dict[int | None, Future[Arrived]] = {}  # the one that was taken, and the one behind it
+        for place in list(self._jobs)[:1]:
+            self._begin(place)
 
-    def take(self) -> Tensors:
-        """The next layer's tensors, on its device in its dtype; what was taken before must not be used any more.
+    def take(self, layer: int) -> Tensors:
+        """A layer's tensors, on its device in its dtype; those of layers before it must not be used any more.
 
-        Raises BrokenWeights or CheckpointError as `Part.adopt` and reading do; the layer after it can then be taken.
-        Raises torch.OutOfMemoryError if it does not fit; it can then be taken again.
+        Raises BrokenWeights or CheckpointError as `Part.adopt` and reading do, torch.OutOfMemoryError if it does not
+        fit; it is then read anew when it is taken again.
         """
-        return self._take_next()[0]
+        return self._take(layer)[0]
 
     def take_header(self) -> Arrived:
-        """The header, when all layers are taken. Raises what making it raises."""
-        return self._take_next()
+        """The header. Raises what making it raises."""
+        return self._take(None)
 
-    def _take_next(self) -> Arrived:
-        assert self._next is not None, "everything was taken"
-        job, arriving = self._next
-        try:
-            tensors, note = arriving.result()
-        except torch.OutOfMemoryError:
-            self._next = job, self._thread.submit(job)
-            raise
-        except Exception:
-            self._begin_next()
-            raise
-        self._begin_next()
+    def _take(self, place: int | None) -> Arrived:
+        order = list(self._jobs)
+        behind = order[order.index(place) + 1 :][:1]
+        # What was taken before goes before more is read.
+        self._begun = {one: self._begun[one] for one in (place, *behind) if one in self._begun}
+        arriving = self._begin(place)
+        if isinstance(arriving.exception(), torch.OutOfMemoryError):
+            del self._begun[place]
+        else:
+            for one in behind:
+                self._begin(one)
+        tensors, note = arriving.result()
         for tensor in tensors.values():
             if tensor.is_cuda:  # made on a side stream: its memory may be used again only when this stream is done
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return tensors, note
 
-    def _begin_next(self) -> None:
-        job = next(self._jobs, None)
-        self._next = None if job is None else (job, self._thread.submit(job))
+    def _begin(self, place: int | None) -> "Future[Arrived]":
+        """Read, if it is not read already."""
+        if place not in self._begun:
+            self._begun[place] = self._thread.submit(self._jobs[place])
+        return self._begun[place]
 
-    def _read(self, part: Part) -> Arrived:
-        memory = next(self._memories)
+    def _read(self, layer: int, part: Part) -> Arrived:
+        memory = self._memories[layer % 2]
         memory.free()
         with torch.no_grad(), _beside(part.devices):
             return part.adopt(self._candidate.stream(part.tensors, memory.room), self._candidate.name), None
@@ -88,6 +91,7 @@ class ReadAhead:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown(cancel_futures=True)
+        self._begun.clear()
 
 
 def _made(header: Job) -> Arrived:

@@ -231,11 +231,10 @@ def check(folder, name, seed):
     truths = [plain_scores(plain, item) for item in encoded]
     scorer = build_scorer(model, encoded, budget)
     assert_exact(scorer.token_scores(), truths)
-    scorer.restart()
-    for _ in range(LAYERS):
+    for layer in range(LAYERS):
+        scorer.at_layer(layer)
         for trial in scorer.trial_token_scores([nullcontext] * 3):
             assert_exact(trial, truths)
-        scorer.advance()
     while scorer.take_less_memory() and scorer.budget.tokens > 8:
         assert scorer.score() == pytest.approx([float(truth.sum()) for truth in truths], abs=1e-3)
     for layout in LAYOUTS:

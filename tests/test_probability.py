@@ -77,15 +77,14 @@ def changed(model, layer, seed):
 def test_tail_forward_equals_whole_forwards(llama, layout, budget, logits, cache):
     model = load(llama)
     scorer = Scorer(model, encode(llama, ODD_PAIRS), layout, Budget(budget, logits, cache))
-    scorer.restart()
     for layer in range(len(model.layers)):
+        scorer.at_layer(layer)
         trials = [changed(model, layer, seed) for seed in range(3)]
         found = scorer.score_trials([hold for _, hold in trials])
         for (_, hold), result in zip(trials, found, strict=True):
             with hold():
                 assert result == pytest.approx(scorer.score(), abs=1e-5, rel=1e-5)
         model.layer(layer).install(trials[1][0])  # the cache must take over what is installed
-        scorer.advance()
     assert found[1] == pytest.approx(scorer.score(), abs=1e-5, rel=1e-5)
 
 
@@ -94,7 +93,6 @@ def test_trials_leave_no_trace(llama):
     scorer = build_scorer(model, encode(llama, tiny.PAIRS))
     before = scorer.score()
     forwards = [layer.forward for layer in model.layers]
-    scorer.restart()
     scorer.score_trials([changed(model, 0, 1)[1]])
     assert scorer.score() == before
     assert [layer.forward for layer in model.layers] == forwards
@@ -111,7 +109,6 @@ def test_an_error_in_a_trial_leaves_no_trace(llama):
         raise RuntimeError("a trial that fails")
         yield
 
-    scorer.restart()
     with pytest.raises(RuntimeError, match="a trial that fails"):
         scorer.score_trials([failing])
     assert all("forward" not in layer.__dict__ for layer in model.layers)
@@ -179,8 +176,7 @@ def test_the_fastest_exact_layout_is_found(name, tmp_path):
     scorer = build_scorer(model, encode(folder, pairs))
     assert scorer.layout == layout
     assert scorer.score() == pytest.approx(one_by_one(folder, pairs), abs=1e-5, rel=1e-5)
-    scorer.restart()
-    scorer.advance()
+    scorer.at_layer(1)
     trials = [changed(model, 1, seed)[1] for seed in range(2)]
     for trial, found in zip(trials, scorer.score_trials(trials), strict=True):
         with trial():

@@ -38,9 +38,9 @@ def opened(base, other, dtype="float32"):
 @pytest.mark.parametrize("which", [1, 2])
 def test_what_is_read_ahead_is_what_is_read(folders, which, dtype):
     parts, candidate = opened(folders[0], folders[which], dtype)
-    with ReadAhead(candidate, parts) as ahead:
-        for part in parts:
-            expected, found = part.adopt(candidate.read(part.tensors).items(), "other"), ahead.take()
+    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+        for layer, part in enumerate(parts):
+            expected, found = part.adopt(candidate.read(part.tensors).items(), "other"), ahead.take(layer)
             assert list(found) == list(part.tensors)
             for name, tensor in found.items():
                 assert tensor.dtype == part.tensors[name].dtype and torch.equal(tensor, expected[name])
@@ -48,8 +48,8 @@ def test_what_is_read_ahead_is_what_is_read(folders, which, dtype):
 
 def test_memory_is_used_again(folders):
     parts, candidate = opened(*folders[:2])
-    with ReadAhead(candidate, parts) as ahead:
-        places = [[tensor.data_ptr() for tensor in ahead.take().values()] for _ in parts]
+    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+        places = [[tensor.data_ptr() for tensor in ahead.take(layer).values()] for layer in range(LAYERS)]
     assert places[0] == places[2] == places[4] and places[1] == places[3]
     assert not set(places[0]) & set(places[1])
 
@@ -83,10 +83,10 @@ def watched(candidate, count, **failure):
 def test_one_part_is_read_ahead_and_no_more(folders):
     parts, candidate = opened(*folders[:2])
     candidate = watched(candidate, 100)
-    with ReadAhead(candidate, parts) as ahead:
+    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
         for number in range(LAYERS):
-            ahead.take()
-            ahead._next and ahead._next[1].result()  # until what is read ahead is there
+            ahead.take(number)
+            ahead._begun[min(number + 1, LAYERS - 1)].result()  # until what is read ahead is there
             assert [layer for layer, _ in candidate.begun] == list(range(min(number + 2, LAYERS)))
     assert all(thread is not threading.main_thread() for _, thread in candidate.begun)
 
@@ -95,11 +95,11 @@ def test_reading_goes_on_while_a_part_is_searched(folders):
     """The second part arrives although the one who took the first does not ask for it."""
     parts, candidate = opened(*folders[:2])
     candidate = watched(candidate, 1)
-    with ReadAhead(candidate, parts) as ahead:
-        first = ahead.take()
+    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+        first = ahead.take(0)
         kept = {name: tensor.clone() for name, tensor in first.items()}
         candidate.gate.release()
-        ahead._next[1].result(timeout=60)
+        ahead._begun[1].result(timeout=60)
         assert len(candidate.begun) == 2
         assert all(torch.equal(tensor, kept[name]) for name, tensor in first.items())
 
@@ -107,11 +107,11 @@ def test_reading_goes_on_while_a_part_is_searched(folders):
 def test_out_of_memory_is_no_end(folders):
     parts, candidate = opened(*folders[:2])
     candidate = watched(candidate, 100, _1=torch.OutOfMemoryError("none left"))
-    with ReadAhead(candidate, parts) as ahead:
-        ahead.take()
+    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+        ahead.take(0)
         with pytest.raises(torch.OutOfMemoryError):
-            ahead.take()
-        again = ahead.take()
+            ahead.take(1)
+        again = ahead.take(1)
         assert next(iter(again)).startswith("model.layers.1.")
         assert torch.equal(next(iter(again.values())), candidate.candidate.read(list(again)[:1]).popitem()[1])
 
@@ -123,11 +123,12 @@ def test_a_part_that_cannot_be_used_is_passed_over(folders, tmp_path):
     tiny.make_candidate(tmp_path / "broken", base)
     save_file(tensors, tmp_path / "broken/model.safetensors", metadata={"format": "pt"})
     parts, candidate = opened(base, tmp_path / "broken")
-    with ReadAhead(candidate, parts) as ahead:
-        ahead.take()
-        with pytest.raises(BrokenWeights, match=r"other: model.layers.1.mlp.up_proj.weight"):
-            ahead.take()
-        assert next(iter(ahead.take())).startswith("model.layers.2.")
+    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+        ahead.take(0)
+        for _ in range(2):
+            with pytest.raises(BrokenWeights, match=r"other: model.layers.1.mlp.up_proj.weight"):
+                ahead.take(1)
+        assert next(iter(ahead.take(2))).startswith("model.layers.2.")
 
 
 def test_a_file_that_goes_away_is_an_error(folders, tmp_path):
@@ -135,18 +136,18 @@ def test_a_file_that_goes_away_is_an_error(folders, tmp_path):
     other = tiny.make_candidate(tmp_path / "other", base)
     parts, candidate = opened(base, other)
     (other / "model.safetensors").unlink()
-    with ReadAhead(candidate, parts) as ahead, pytest.raises(CheckpointError, match="can't be read"):
-        ahead.take()
+    with ReadAhead(candidate, dict(enumerate(parts))) as ahead, pytest.raises(CheckpointError, match="can't be read"):
+        ahead.take(0)
 
 
 def test_the_header_comes_after_the_layers(folders):
     parts, candidate = opened(*folders[:2])
     made = {"a": torch.ones(3)}, "a note"
-    with ReadAhead(candidate, parts, lambda: made) as ahead:
-        for part in parts:
-            assert list(ahead.take()) == list(part.tensors)
-        assert ahead.take_header() == made
-    with ReadAhead(candidate, [], lambda: made) as ahead:
+    with ReadAhead(candidate, dict(enumerate(parts)), lambda: made) as ahead:
+        for layer, part in enumerate(parts):
+            assert list(ahead.take(layer)) == list(part.tensors)
+        assert ahead.take_header() == made == ahead.take_header()
+    with ReadAhead(candidate, {}, lambda: made) as ahead:
         assert ahead.take_header() == made
 
 
@@ -155,8 +156,8 @@ def test_what_keeps_a_header_from_being_made_is_raised(folders):
         raise BrokenWeights("no numbers")
 
     parts, candidate = opened(*folders[:2])
-    with ReadAhead(candidate, parts[:1], broken) as ahead:
-        ahead.take()
+    with ReadAhead(candidate, {0: parts[0]}, broken) as ahead:
+        ahead.take(0)
         with pytest.raises(BrokenWeights, match="no numbers"):
             ahead.take_header()
 
@@ -168,9 +169,9 @@ def test_what_arrives_on_a_gpu_is_what_is_read(folders, dtype):
     model = load_model(open_checkpoint(folders[0], "base"), "cuda", dtype)
     candidate = open_candidate(open_checkpoint(folders[1], "other"), model.checkpoint, model.module)
     parts, busy = [model.layer(index) for index in range(LAYERS)], torch.randn(4000, 4000, device="cuda")
-    with ReadAhead(candidate, parts * 20) as ahead:
-        for part in parts * 20:
-            found = ahead.take()
+    with ReadAhead(candidate, dict(enumerate(parts * 20))) as ahead:
+        for number, part in enumerate(parts * 20):
+            found = ahead.take(number)
             for _ in range(5):
                 busy = busy @ busy / 60
             kept = {name: tensor.clone() for name, tensor in found.items()}
@@ -182,7 +183,7 @@ def test_what_arrives_on_a_gpu_is_what_is_read(folders, dtype):
 def test_leaving_ends_the_thread(folders):
     parts, candidate = opened(*folders[:2])
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), ReadAhead(candidate, parts) as ahead:
-        ahead.take()
+    with pytest.raises(KeyboardInterrupt), ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+        ahead.take(0)
         raise KeyboardInterrupt
     assert threading.active_count() == before
