@@ -12,35 +12,40 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules.config import TABLES, VERSION, Config, ConfigError, load_config
-from modules.console import Console, Silent, show_any_character
-from modules.processes import Seat, find_seat
+try:
+    from modules.apart import check_apart, input_paths, written_paths
+    from modules.config import TABLES, VERSION, Config, ConfigError, load_config, output_directory
+    from modules.console import LOGS, Arguments, Console, Silent, Unlogged, open_streams, show, visible
+    from modules.failures import exit_code, leave
+    from modules.outputs import stamp, what_stands
+    from modules.processes import Seat, find_seat
+except KeyboardInterrupt:  # imports take a moment
+    sys.exit(130)
+
+LOG = "merge-monster"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    options = parse_arguments(arguments)
-    try:
-        return start(options)
-    except KeyboardInterrupt:
-        print("Interrupted before any work.", file=sys.stderr)
-        return 130
+    open_streams()
+    return exit_code(lambda: start(parse_arguments(arguments)), Unlogged(LOG))
 
 
 def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
-    show_any_character()
     seat = find_seat()
     if options.compare:
         return compare(options.compare) if seat.leads else 0
     try:
         config = None if options.replay else load_config(options.config, options.device, options.output)
-        console = Console("merge-monster", quiet=options.quiet) if seat.leads else Silent(seat.number)
-    except ConfigError as error:
+        if config is not None:
+            written = written_paths(Path(config.directories.output_directory))
+            check_apart([*written, LOGS], [Path(options.config), *input_paths(config)])
+    except ConfigError:
         if seat.leads:
-            print(f"ERROR: {error}", file=sys.stderr)
+            raise
         return 2
-    with console:
+    with Console(LOG, quiet=options.quiet) if seat.leads else Silent(seat.number) as console:
         if config is not None:
             return run(config, console, options, seat)
         return replay(console, options) if seat.leads else 0
@@ -48,53 +53,50 @@ def start(options: argparse.Namespace) -> int:
 
 def run(config: Config, console: Console, options: argparse.Namespace, seat: Seat) -> int:
     """Merge, and turn every failure into one message and an exit code."""
-    # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
-    from modules.failures import exit_code
-    from modules.following import follow_merge
-    from modules.group import joined
-    from modules.outputs import kept_progress
-    from modules.run import Options, merge_models
-
-    asked = Options(options.overwrite, options.resume, options.restart, options.dry_run, options.table)
     output = Path(config.directories.output_directory)
 
     def work() -> None:
+        # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
+        from modules.following import follow_merge
+        from modules.group import joined
+        from modules.run import Options, merge_models
+
+        asked = Options(options.overwrite, options.resume, options.restart, options.dry_run, options.table)
         with joined(seat) as group:
             merge = merge_models if seat.leads else follow_merge
             merge(config, console, asked, group)
 
-    return exit_code(work, console, lambda: kept_progress(output))
+    earlier = stamp(output)
+    return exit_code(work, console, lambda: what_stands(output, earlier))
 
 
 def replay(console: Console, options: argparse.Namespace) -> int:
     """Build a recipe's model again, and turn every failure into one message and an exit code."""
-    from modules.failures import exit_code
-    from modules.replay import Replay, replay_recipe
+    output = output_directory("--output", options.output)
+    earlier = stamp(output)
 
-    elsewhere = dict(options.source or [])
-    trust = options.trust_remote_code
-    asked = Replay(options.replay, Path(options.output), elsewhere, options.device, options.overwrite, trust)
-    left = f"Nothing was written to {options.output}."
-    return exit_code(lambda: replay_recipe(asked, console), console, lambda: left)
+    def work() -> None:
+        from modules.replay import Replay, replay_recipe
+
+        elsewhere, trust = dict(options.source or []), options.trust_remote_code
+        replay_recipe(Replay(options.replay, output, elsewhere, options.device, options.overwrite, trust), console)
+
+    return exit_code(work, console, lambda: what_stands(output, earlier))
 
 
 def compare(outputs: Sequence[Path]) -> int:
-    """Print what finished outputs have become, side by side; 2 if some are not finished outputs."""
+    """Print what finished outputs have become, side by side. Raises ConfigError if some are not finished outputs."""
     from modules.comparison import comparison
     from modules.record import read_outputs
 
-    try:
-        recipes = read_outputs(outputs)
-    except ConfigError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(comparison(recipes)))
+    for line in comparison(read_outputs(outputs)):
+        show(visible(line), sys.stdout)
     return 0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         description="Merge fine-tunes into a base model, keeping what makes unwanted phrases less probable.",
         epilog="The YAML file is explained in default.yaml, key by key.",
     )
@@ -150,4 +152,4 @@ def _named_path(text: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,50 +10,47 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules.config import VERSION, Config, ConfigError, load_config
-from modules.console import Console, show_any_character
-from modules.processes import find_seat
+try:
+    from modules.apart import check_apart, input_paths
+    from modules.config import VERSION, Config, ConfigError, load_config
+    from modules.console import LOGS, Arguments, Console, Unlogged, open_streams
+    from modules.failures import exit_code, leave
+    from modules.processes import find_seat
+except KeyboardInterrupt:  # imports take a moment
+    sys.exit(130)
+
+LOG = "monster-mapper"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    options = parse_arguments(arguments)
-    try:
-        return start(options)
-    except KeyboardInterrupt:
-        print("Interrupted before any work.", file=sys.stderr)
-        return 130
+    open_streams()
+    return exit_code(lambda: start(parse_arguments(arguments)), Unlogged(LOG))
 
 
 def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
-    show_any_character()
     seat = find_seat()
+    if seat.count > 1 and not seat.leads:
+        return 2
     if seat.count > 1:
-        if seat.leads:
-            print("ERROR: the mapper runs in one process; start it with python, not with torchrun", file=sys.stderr)
-        return 2
-    try:
-        config = load_config(options.config, options.device, model=options.model, mapping=True)
-        console = Console("monster-mapper", quiet=options.quiet)
-    except ConfigError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        return 2
-    with console:
+        raise ConfigError("the mapper runs in one process; start it with python, not with torchrun")
+    config = load_config(options.config, options.device, model=options.model, mapping=True)
+    exports = [path for path in (options.json, options.yaml) if path]
+    check_apart([LOGS, *exports], [Path(options.config), *input_paths(config)])
+    with Console(LOG, quiet=options.quiet) as console:
         return run(config, console, options)
 
 
 def run(config: Config, console: Console, options: argparse.Namespace) -> int:
     """Map, and turn every failure into one line and an exit code."""
-    # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
-    from modules.failures import exit_code
-    from modules.run_mapper import Exports, check_exports, map_model
-
-    exports = Exports(options.json, options.yaml)
-    inputs = [Path(options.config), *map(Path, config.phrase_files)]
 
     def work() -> None:
-        check_exports(exports, inputs, options.overwrite)
+        # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
+        from modules.run_mapper import Exports, check_exports, map_model
+
+        exports = Exports(options.json, options.yaml)
+        check_exports(exports, options.overwrite)
         map_model(config, console, exports)
 
     return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}.")
@@ -61,7 +58,7 @@ def run(config: Config, console: Console, options: argparse.Namespace) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         description="Show what a model would say in each context of a phrase list, and how the phrases compare.",
         epilog="Any Merge Monster config will do; the mapper's own settings are explained in default-mapper.yaml.",
     )
@@ -78,4 +75,4 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from modules.checkpoints import ADAPTER_SETTINGS, Checkpoint
+from modules.companions import Companions, find_companions
 from modules.config import ConfigError, is_number
 from modules.layouts import Layout
 from modules.weights import (
@@ -28,6 +29,8 @@ from modules.weights import (
     TensorInfo,
     fingerprint,
     fresh,
+    is_there,
+    read_file,
     read_headers,
     stream_tensors,
 )
@@ -76,6 +79,7 @@ class Adapter:
     tensors: Mapping[str, TensorInfo]
     whole: Mapping[str, str]  # the model's tensor -> the adapter's that takes its place
     products: Mapping[str, Product]  # the model's weight -> what is added to it
+    companions: Companions  # as they were when it was opened
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """Some of the adapter's own tensors, on the CPU. Raises CheckpointError if a file can't be read."""
@@ -83,14 +87,16 @@ class Adapter:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """An adapter's settings. Raises ConfigError if they are none, or those of a kind that can't be applied."""
+    """An adapter's settings. Raises ConfigError if they are none, or those of a kind that can't be applied,
+    CheckpointError if they can't be read."""
+    content = read_file(path / ADAPTER_SETTINGS)
     try:
-        settings = json.loads((path / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads(content.decode("utf-8"))
         alphas = [settings.get("lora_alpha", 8), *(settings.get("alpha_pattern") or {}).values()]
         for pattern in settings.get("alpha_pattern") or {}:
             re.compile(pattern)
         valid = all(map(is_number, alphas)) and isinstance(settings.get("use_rslora", False), bool)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError, re.error):
+    except (ValueError, AttributeError, TypeError, RecursionError, re.error):
         valid = False
     if not valid:
         raise ConfigError(f"{path / ADAPTER_SETTINGS}: not the settings of an adapter")
@@ -115,10 +121,11 @@ def _refusal(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def open_adapter(path: Path, name: str) -> Adapter:
-    """Read an adapter's settings and its file's header. Raises ConfigError if it is none that can be applied."""
+def open_adapter(path: Path, name: str, trust_remote_code: bool = False) -> Adapter:
+    """Read an adapter's settings and its file's header. Raises ConfigError if it is none that can be applied,
+    CheckpointError if its settings can't be read."""
     settings = read_settings(path)
-    file = next((file for file in WEIGHTS if (path / file).is_file()), None)
+    file = next((file for file in WEIGHTS if is_there(path / file)), None)
     if file is None:
         raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}")
     try:
@@ -138,7 +145,8 @@ def open_adapter(path: Path, name: str) -> Adapter:
             raise ConfigError(f"{path}: lora_A {a} and lora_B {b} of {module} make no product; {hint}")
         scale = _scale(settings, module, a[0])
         products[f"{module}.weight"] = Product(names["A"], names["B"], scale, is_embedding)
-    return Adapter(path, name, str(settings.get("base_model_name_or_path") or ""), tensors, whole, products)
+    trained_on = str(settings.get("base_model_name_or_path") or "")
+    return Adapter(path, name, trained_on, tensors, whole, products, find_companions(path, trust_remote_code))
 
 
 def _sorted_out(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[tuple[str, bool], dict[str, str]]]:
@@ -179,10 +187,10 @@ class Adapted(Checkpoint):
     adapter: Adapter  # by the checkpoint's stored names
 
     @property
-    def tokenizer_path(self) -> Path:
+    def tokenizer_files(self) -> tuple[Path, Companions]:
         """The adapter's own tokenizer counts where it brings whole tensors along, which may be the vocabulary's."""
-        own = self.adapter.whole and (self.adapter.path / "tokenizer_config.json").is_file()
-        return self.adapter.path if own else self.path
+        own = self.adapter.whole and "tokenizer_config.json" in self.adapter.companions.sizes
+        return (self.adapter.path, self.adapter.companions) if own else super().tokenizer_files
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -245,6 +253,7 @@ def apply_adapter(adapter: Adapter, checkpoint: Checkpoint, layout: Layout, inpu
         adapter.name,
         checkpoint.config,
         tensors,
+        checkpoint.companions,
         checkpoint.repository,
         adapter=replace(adapter, whole=whole, products=products),
     )

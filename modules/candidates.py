@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from modules.adapters import Adapted, Adapter, apply_adapter
 from modules.checkpoints import Checkpoint
+from modules.companions import Companions
 from modules.config import ConfigError
 from modules.hub import Repository
 from modules.layouts import Layout
@@ -45,9 +46,9 @@ class Candidate:
         return self.checkpoint.name
 
     @property
-    def tokenizer_path(self) -> Path:
-        """The folder that has its tokenizer, if it has any."""
-        return self.checkpoint.tokenizer_path
+    def tokenizer_files(self) -> tuple[Path, Companions]:
+        """The folder that has its tokenizer, if it has any, and the files that are read there."""
+        return self.checkpoint.tokenizer_files
 
     def stream(self, names: Collection[str], room: Room = fresh) -> Iterator[tuple[str, Tensor]]:
         """The named tensors on the CPU, in their stored dtype, each as soon as it is read; those that it lacks are

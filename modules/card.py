@@ -12,42 +12,47 @@ from pathlib import Path
 
 import yaml
 
+from modules.companions import is_licence
+from modules.console import visible
 from modules.journal import Record
-from modules.outputs import SETTINGS_FILE, final_name
+from modules.places import SETTINGS_FILE
 from modules.record import RECIPE_FILE, improved_phrases, needed_sources
 from modules.report import percent
 from modules.sources import names_folder, repositories_in
+from modules.weights import CheckpointError, is_there, local_files
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
 MOST_CHARACTERS = 160  # of a phrase or a context in the table; of a longer one the end is shown
 MOST_SETTINGS = 50_000  # characters of YAML that are shown; they all are in the output too
 
-_LICENCE_FILES = ("license", "licence", "copying", "notice")  # beginnings of names, in small letters
 _LARGEST_CARD = 100_000  # characters of the base's card that are looked at for its licence
 
 
 @dataclass(frozen=True)
 class Licence:
-    """What there is about a licence beside a model."""
+    """What there is about the licence of a base."""
 
-    files: tuple[str, ...] = ()  # the names of its texts
-    stated: tuple[str, ...] = ()  # in the front matter of its card
+    files: tuple[str, ...] = ()  # its texts, by the names that they have in the output too
+    stated: tuple[str, ...] = ()  # in the front matter of the base's card
+    unread: bool = False  # whether there is a card that could not be read
 
 
-def write_card(folder: Path, recipe: Record, base_path: Path, pictures: tuple[str, str]) -> None:
-    """Write the model card of an output that is being written in a partial folder.
+def write_card(folder: Path, recipe: Record, name: str, base_path: Path, pictures: tuple[str, str]) -> None:
+    """Write the model card of an output, in the folder in which it is being written.
 
-    base_path: the base model's folder. pictures: see `model_card`. Raises OSError if it can't be written.
+    name: the output's. base_path: the base model's folder. pictures: see `model_card`; one that could not be made is
+    left out. Raises OSError if it can't be written.
     """
-    card = model_card(recipe, final_name(folder), licence_of(base_path), pictures)
+    made = tuple(picture if (folder / picture).is_file() else None for picture in pictures)
+    card = model_card(recipe, name, licence_of(base_path, folder), made)
     (folder / CARD_FILE).write_text(card, encoding="utf-8", newline="\n")
 
 
-def model_card(recipe: Record, name: str, licence: Licence, pictures: tuple[str, str]) -> str:
-    """The text of a model card. licence: what lies beside the base.
+def model_card(recipe: Record, name: str, licence: Licence, pictures: Sequence[str | None]) -> str:
+    """The text of a model card. licence: the base's.
 
-    pictures: the names of the merge map's file and of the phrase chart's, beside the card.
+    pictures: the names of the merge map's file and of the phrase chart's, beside the card; None for one that is not.
     """
     merge_map, phrase_chart = pictures
     sections = [
@@ -56,11 +61,11 @@ def model_card(recipe: Record, name: str, licence: Licence, pictures: tuple[str,
         _introduction(recipe),
         "## Composition",
         _composition(recipe),
-        f"![The models that every layer is made of]({merge_map})",
+        merge_map and f"![The models that every layer is made of]({merge_map})",
         "## Phrases",
         _about_phrases(recipe),
         _phrases(recipe),
-        f"![Every phrase's probability before and after the merge]({phrase_chart})",
+        phrase_chart and f"![Every phrase's probability before and after the merge]({phrase_chart})",
         "## Licence",
         _about_licence(recipe, licence),
         "## Settings",
@@ -68,18 +73,21 @@ def model_card(recipe: Record, name: str, licence: Licence, pictures: tuple[str,
         "## Building it again",
         _rebuilding(recipe),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def licence_of(folder: Path) -> Licence:
-    """What there is about a licence in a model's folder."""
-    files = [file.name for file in folder.iterdir() if file.name.lower().startswith(_LICENCE_FILES) and file.is_file()]
+def licence_of(base: Path, folder: Path) -> Licence:
+    """What there is about the licence of a base; folder: to which its files were copied."""
+    files = tuple(file for file in local_files(folder) if is_licence(file))
     try:
-        with (folder / CARD_FILE).open(encoding="utf-8-sig") as card:
-            stated = _stated_in(card.read(_LARGEST_CARD))
-    except (OSError, ValueError):  # there is no card, or it is not text
-        stated = ()
-    return Licence(tuple(sorted(files)), stated)
+        if is_there(base / CARD_FILE):
+            with (base / CARD_FILE).open(encoding="utf-8-sig") as card:
+                return Licence(files, _stated_in(card.read(_LARGEST_CARD)))
+    except ValueError:  # it is not text
+        pass
+    except (OSError, CheckpointError):
+        return Licence(files, unread=True)
+    return Licence(files)
 
 
 def _stated_in(card: str) -> tuple[str, ...]:
@@ -179,8 +187,10 @@ def _about_licence(recipe: Record, licence: Licence) -> str:
     lines = [f"The base is {place}; its licence is stated there." for place in _links(recipe["sources"][0]["where"])]
     if licence.stated:
         lines.append(f"The base's card states its licence as {_plain(_end_of(', '.join(licence.stated)))}.")
+    if licence.unread:
+        lines.append("The base's card, which may state one, could not be read.")
     if licence.files:
-        lines.append(f"The base's licence files are {', '.join(map(_plain, licence.files))}; they are not copied.")
+        lines.append(f"The base's licence files lie beside this page: {', '.join(map(_plain, licence.files))}.")
     lines.append("Merge Monster states no licence for this model: look at those of all models in the composition.")
     return " ".join(lines)
 
@@ -192,7 +202,7 @@ def _settings(config: str) -> str:
 
 
 def _rebuilding(recipe: Record) -> str:
-    folders = [source["name"] for source in needed_sources(recipe) if names_folder(source["where"])]
+    folders = [visible(source["name"]) for source in needed_sources(recipe) if names_folder(source["where"])]
     command = ["python", "merge_monster.py", "--replay", RECIPE_FILE, "--output", "rebuilt"]
     command += ["--trust-remote-code"] if recipe["settings"]["trust_remote_code"] else []
     command += [word for name in folders for word in ("--source", f"{name}=PATH")]
@@ -232,11 +242,12 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _fenced(language: str, text: str) -> str:
-    """A block of text to the letter, whatever fences are in it."""
+    """A block of text to the letter, whatever fences are in it; what can't be seen is escaped, save tabs."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
-    return f"{fence}{language}\n{lines}\n{fence}"
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+    shown = ("\t".join(map(visible, line.split("\t"))) for line in lines)
+    return "\n".join([f"{fence}{language}", *shown, fence])
 
 
 def _end_of(text: str) -> str:

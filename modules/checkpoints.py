@@ -3,22 +3,26 @@
 Knows: folders, config.json, tokenizers, which files a model needs. Refuses to know: modules, devices, scores.
 """
 
+import errno
 import json
 import os
-import shutil
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
+from modules.companions import LARGEST, Companions, find_companions, is_licence, is_small
 from modules.config import Config, ConfigError
 from modules.hub import Job, Repository, find
-from modules.outputs import partial_folder
+from modules.places import Beside
 from modules.sources import Location, Source, parse_source
 from modules.weights import (
     CheckpointError,
@@ -32,6 +36,7 @@ from modules.weights import (
     fresh,
     index_file,
     local_files,
+    read_file,
     read_headers,
     stream_tensors,
     weight_files,
@@ -40,7 +45,6 @@ from modules.weights import (
 
 _DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
-_LARGEST = 100_000_000  # bytes of a file that describes or opens a model; tokenizers have some ten million
 ADAPTER_SETTINGS = "adapter_config.json"  # what makes a folder an adapter
 
 
@@ -52,6 +56,7 @@ class Checkpoint:
     name: str
     config: PreTrainedConfig
     tensors: Mapping[str, TensorInfo]  # by name, in file order
+    companions: Companions  # as they were when it was opened
     repository: Repository | None = None  # where files come from that are not in the folder yet
     _held: Held = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -66,9 +71,9 @@ class Checkpoint:
         return Job(self.name, self.repository, self.files)
 
     @property
-    def tokenizer_path(self) -> Path:
-        """The folder that has its tokenizer, if it has any."""
-        return self.path
+    def tokenizer_files(self) -> tuple[Path, Companions]:
+        """The folder that has its tokenizer, if it has any, and the files that are read there."""
+        return self.path, self.companions
 
     @property
     def notes(self) -> list[str]:
@@ -84,7 +89,7 @@ class Checkpoint:
 
     def fingerprint(self) -> dict[str, Fingerprint]:
         """By which it is known again: of every file that decides what a merge makes of it, its size and a hash."""
-        described = [file for file in _DECISIVE if (self.path / file).is_file()]
+        described = [file for file in _DECISIVE if file in self.companions.sizes]
         return {file: fingerprint(self.path / file) for file in (*described, *self.files)}
 
     def stream(self, names: Iterable[str], room: Room = fresh) -> Iterator[tuple[str, Tensor]]:
@@ -121,17 +126,25 @@ class Checkpoint:
 
 
 def read_configuration(path: Path, names: Collection[str], trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A model folder's configuration. names: of all its files. Raises ConfigError if it is that of no usable model."""
+    """A model folder's configuration. names: of all its files.
+
+    Raises ConfigError if it is that of no usable model, CheckpointError if it can't be read.
+    """
     if "config.json" not in names:
         is_adapter = ADAPTER_SETTINGS in names
         what = "this is an adapter, not a model" if is_adapter else "no model here (config.json is missing)"
         raise ConfigError(f"{path}: {what}")
     try:
-        stated = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        stated = json.loads(read_file(path / "config.json").decode("utf-8"))
         if _layers(stated) > _MOST_LAYERS:
             raise ValueError(f"it has {_layers(stated):.4g} layers")
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        with _copied(path, _code_of(find_companions(path, trust_remote_code))) as copies:
+            config = AutoConfig.from_pretrained(copies, trust_remote_code=trust_remote_code, local_files_only=True)
+        config.name_or_path = str(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a configuration class makes of a wrong value
+        _raise_if_unread(path, "its configuration", error)
         raise ConfigError(f"{path}: config.json can't be used: {first_line(error)}") from None
     if getattr(config, "quantization_config", None):
         raise ConfigError(f"{path}: this model is quantised; merge the original weights instead")
@@ -157,7 +170,7 @@ def open_checkpoint(
     """Read a model folder's configuration and shard headers; no weights. `name` is what reports call it.
 
     repository: of the hub, which is asked for the headers of files that are not in the folder yet. Raises ConfigError
-    if it is no usable model.
+    if it is no usable model, CheckpointError if a file that describes it can't be read.
     """
     names = file_names(path, repository)
     config = read_configuration(path, names, trust_remote_code)
@@ -169,20 +182,76 @@ def open_checkpoint(
         raise ConfigError(str(error)) from None
     if not any(info.dtype.is_floating_point for info in tensors.values()):
         raise ConfigError(f"{path}: no weights found in its weight files")
-    return Checkpoint(path, name, config, tensors, repository)
+    return Checkpoint(path, name, config, tensors, find_companions(path, trust_remote_code), repository)
 
 
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """A model folder's tokenizer. Raises ConfigError if it has none that can be used."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-        tokenizer("a")  # some wrong settings only show when it is used
-    except Exception as error:  # the tokenizer library raises bare Exception for a broken tokenizer.json
-        raise ConfigError(f"{path}: no usable tokenizer ({first_line(error)})") from None
+def load_tokenizer(path: Path, trust_remote_code: bool = False, companions: Companions | None = None) -> Any:
+    """A model folder's tokenizer. companions: the folder's, if they are known; each of them must then be there.
+
+    Raises ConfigError if it has none that can be used, CheckpointError if a file can't be read.
+    """
+    companions = companions or find_companions(path, trust_remote_code)
+    with _copied(path, companions.sizes) as copies:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                copies, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            tokenizer("a")  # some wrong settings only show when it is used
+        except Exception as error:  # the tokenizer library raises bare Exception for a broken tokenizer.json
+            _raise_if_unread(path, "its tokenizer", error)
+            why = _plain_cause(path, companions) or first_line(error).replace(str(copies), str(path))
+            raise ConfigError(f"{path}: no usable tokenizer ({why})") from None
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
         # What transformers makes, for many architectures, of a folder without tokenizer files.
-        raise ConfigError(f"{path}: no usable tokenizer (its files are missing)")
+        why = _plain_cause(path, companions) or "its files are missing"
+        raise ConfigError(f"{path}: no usable tokenizer ({why})")
     return tokenizer
+
+
+@contextmanager
+def _copied(path: Path, names: Iterable[str]) -> Iterator[Path]:
+    """A folder with copies of some of a model's files, for transformers: it goes on without a file that it can't read,
+    and makes something else of the rest. Raises CheckpointError if one can't be read."""
+    with TemporaryDirectory(prefix="merge-monster-", ignore_cleanup_errors=True) as place:
+        copies = Path(place) / (path.resolve().name or "model")  # code is kept under its folder's name
+        copies.mkdir()
+        for name in names:
+            _copy(path / name, copies / name)
+        yield copies
+
+
+def _code_of(companions: Companions) -> list[str]:
+    return [name for name in companions.sizes if name == "config.json" or name.endswith(".py")]
+
+
+def _plain_cause(path: Path, companions: Companions) -> str | None:
+    """What keeps a tokenizer from being read, where transformers tells of something else."""
+    for name in companions.sizes:
+        beginning = read_file(path / name)[:200]
+        if beginning.startswith(b"version https://git-lfs"):
+            return f"{name} is a pointer of git-lfs, not the file itself; fetch it with: git lfs pull"
+        if "tokenizer.json" in companions.sizes or not name.endswith((".model", ".spm")):
+            continue
+        if re.match(rb"[\w+/=]+ \d+\n", beginning):
+            return None if is_tiktoken_available() else f"to read {name}, run: pip install tiktoken"
+        if not beginning.startswith(b"\n"):
+            return f"{name} is no model of SentencePiece"
+        if not is_sentencepiece_available() or not is_protobuf_available():
+            return f"to read {name}, run: pip install sentencepiece protobuf"
+    return None
+
+
+def _raise_if_unread(path: Path, what: str, error: BaseException) -> None:
+    """Raise CheckpointError if an error of a library began as one of the operating system, or a lack of memory: that
+    says nothing about what is in the files."""
+    cause: BaseException | None = error
+    while cause is not None:
+        of_the_system = isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)
+        # As the tokenizer library, which is written in Rust, words it.
+        in_words = re.search(rf"\(os error (?!{errno.ENOENT}\))", str(cause))
+        if of_the_system or in_words or isinstance(cause, MemoryError):
+            raise CheckpointError(f"{path}: {what} can't be read ({first_line(cause)})") from None
+        cause = cause.__cause__ or cause.__context__
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +272,7 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
     output = Path(config.directories.output_directory).resolve()
     sources, notes = [], []
     for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
-        if path.resolve() in (output, partial_folder(output)):
+        if path.resolve() in (output, Beside(output).partial):
             notes.append(f"{path} is the output directory: skipped")
         elif not {"config.json", ADAPTER_SETTINGS}.intersection(local_files(path)):
             notes.append(f"{path} holds no model (no config.json): skipped")
@@ -216,7 +285,7 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
 
 def find_repository(location: Location) -> Repository | None:
     """The hub's repository of a location, its small files fetched; None for a folder. Raises ConfigError."""
-    return find(location, small_files) if location.folder is None else None
+    return find(location, small_files, licence_files) if location.folder is None else None
 
 
 def file_names(path: Path, repository: Repository | None = None) -> Collection[str]:
@@ -228,11 +297,6 @@ def file_names(path: Path, repository: Repository | None = None) -> Collection[s
 # Files other than weights
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Everything of the base that another program needs to open the output: configuration, tokenizer, templates, code.
-_COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
-_TEMPLATES = "additional_chat_templates"  # a folder
-_NOT_COPIED = ("model.", "pytorch_model", "merge_monster", "license", "readme", "adapter_", "trainer_")
-
 
 def small_files(sizes: Mapping[str, int]) -> list[str]:
     """Of all files of a model, those that are needed before its weights: what describes and opens it.
@@ -240,24 +304,29 @@ def small_files(sizes: Mapping[str, int]) -> list[str]:
     sizes: in bytes, by name. What calls itself text or JSON but is large is somebody's data.
     """
     needed = {"config.json", ADAPTER_SETTINGS, index_file(sizes)}
-    return [name for name, size in sizes.items() if name in needed or (_is_companion(name) and size <= _LARGEST)]
+    return [name for name, size in sizes.items() if name in needed or (is_small(name) and size <= LARGEST)]
 
 
-def _is_companion(name: str) -> bool:
-    folder, _, file = name.rpartition("/")
-    fits = any(fnmatch(file, pattern) for pattern in _COMPANIONS) and not file.lower().startswith(_NOT_COPIED)
-    return fits and folder in ("", _TEMPLATES)
+def licence_files(sizes: Mapping[str, int]) -> list[str]:
+    """Of all files of a model, those that go with it wherever it goes, and that no program needs."""
+    return [name for name, size in sizes.items() if is_licence(name) and size <= LARGEST]
 
 
-def copy_companions(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
-    """Copy a model folder's files other than weights; config.json is changed only in its dtype, and only if given."""
-    for file in source.iterdir():
-        if file.is_file() and _is_companion(file.name):
-            shutil.copyfile(file, folder / file.name)
-    if (source / _TEMPLATES).is_dir():
-        shutil.copytree(source / _TEMPLATES, folder / _TEMPLATES)
+def copy_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
+    """Copy a model's files other than weights; config.json is changed only in its dtype, and only if given.
+
+    Raises CheckpointError if one can't be read.
+    """
+    for name in checkpoint.companions.published:
+        _copy(checkpoint.path / name, folder / name)
     if dtype is not None:
         _set_dtype(folder / "config.json", dtype)
+
+
+def _copy(file: Path, to: Path) -> None:
+    content = read_file(file)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(content)
 
 
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:

@@ -9,16 +9,20 @@ import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from modules.sources import HUB_FORM, parse_location, parse_source
+from modules.sources import missing_folder, parse_location, parse_source
 
 VERSION = "1.0.0"  # of the program
 
 _LARGEST = 100_000_000  # bytes of a YAML file; what has more is none, and may have no end (/dev/zero)
+_MOST_VALUES = 2_000_000  # in a YAML file: many times as many lists can stand in a short one that refers to itself
+_MOST_PAIRS = 100_000
+_MOST_ERRORS = 50  # of a file that are told one by one
 
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -29,7 +33,17 @@ TABLES = ("full", "changed", "summary")  # of the command line: how much of the 
 
 
 class ConfigError(Exception):
-    """The configuration, the arguments or the models they name can't be used; the message is for the user."""
+    """The configuration, the arguments or the models they name can't be used.
+
+    The message is for the user. Each argument is a line of it: names in it may have line ends of their own.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
+
+
+class CheckpointError(Exception):
+    """A checkpoint can't be read or written; the message is for the user."""
 
 
 DEMO_MODELS = ("cliche-base", "plain-prose", "apple-logic")  # what demo/make_models.py makes
@@ -103,6 +117,11 @@ class Config:
         return self.bad_phrases + self.good_phrases
 
 
+# Keys that have no part in what a search finds: a run goes on that was begun with others. (What phrase_files name is in
+# bad_phrases and good_phrases.) All other keys have one, those of `directories` as far as they name models.
+NO_PART = ("on_error", "keep_downloads", "phrase_files", "mapper")
+
+
 @dataclass(frozen=True)
 class _Request:
     """What the command line asks for: values in place of the file's own, and whether it is the mapper that asks."""
@@ -131,7 +150,9 @@ def load_config(
     errors = list(dict.fromkeys(errors))
     if errors:
         noun = "error" if len(errors) == 1 else "errors"
-        raise ConfigError(f"{path} has {len(errors)} {noun}:\n" + "\n".join(f"  {line}" for line in errors))
+        more = [f"and {len(errors) - _MOST_ERRORS} more"] if len(errors) > _MOST_ERRORS else []
+        lines = [f"  {line}" for line in errors[:_MOST_ERRORS] + more]
+        raise ConfigError(f"{path} has {len(errors)} {noun}:", *lines)
     return config
 
 
@@ -141,7 +162,27 @@ def load_config(
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but a key that stands twice in one mapping is an error: the first would be lost silently."""
+    """The safe loader, but a key that stands twice in one mapping is an error, since the first would be lost silently;
+    and so are aliases of aliases that stand for more than there is time to look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._sizes: dict[int, int] = {}  # of each node, how many it stands for, itself included; by its id
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node of the file; of an alias, the node that it stands for."""
+        node = super().compose_node(parent, index)
+        if node is not None and id(node) not in self._sizes:
+            size = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(self._size(child) for child in node.value)
+            self._sizes[id(node)] = size
+            if size > _MOST_VALUES:
+                problem = f"this stands for more than {_MOST_VALUES:,} values"
+                raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
+
+    def _size(self, child: Any) -> int:
+        """Of an item of a list, or of a key with its value. A node that holds itself has no size yet."""
+        return sum(self._sizes.get(id(node), 1) for node in (child if isinstance(child, tuple) else (child,)))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -208,15 +249,25 @@ def _text(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    path = Path(_text(value))
     try:
-        path = path.expanduser()
+        path = Path(_text(value)).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise _Invalid(f"not a usable path ({error})") from None
+    trouble = unusable(path)
+    if trouble:
+        raise _Invalid(f"not a usable path ({trouble})")
+    return path
+
+
+def unusable(path: Path) -> str | None:
+    """Why nothing can be at this path, such as too long a name; None if something is, or could be."""
+    try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        pass  # whether it must be there is another question
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _Invalid(f"not a usable path ({getattr(error, 'strerror', None) or error})") from None
-    return path
+        return None
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
 
 
 def _context_text(value: Any) -> str:
@@ -233,25 +284,50 @@ def _folder(value: Any) -> str:
 
 def _model(value: Any) -> str:
     """A folder or an id of the hub. Whether the hub has it can't be known here."""
-    return _model_named(value, parse_location, HUB_FORM)
+    return _model_named(value, parse_location)
 
 
 def _candidate(value: Any) -> str:
     """A model, an adapter, or both joined by a plus."""
-    return _model_named(value, parse_source, f"{HUB_FORM}, either with +adapter behind it")
+    return _model_named(value, parse_source)
 
 
-def _model_named(value: Any, parse: Callable[[str], object], form: str) -> str:
+def _model_named(value: Any, parse: Callable[[str], object]) -> str:
     path = _path(value)
     if parse(value) is None:
         of_demo = path.parts[:2] == ("demo", "models") and path.name in DEMO_MODELS
-        hint = "python demo/make_models.py makes it" if of_demo else f"a model of the hub is written {form}"
-        raise _Invalid(f"no such folder; {hint}")
+        raise _Invalid("no such folder; python demo/make_models.py makes it" if of_demo else missing_folder(value))
     return value
 
 
-def _output(value: Any) -> str:
+def _any_path(value: Any) -> str:
     return str(_path(value))
+
+
+_BESIDE = 40  # characters by which the names are longer, at most, that stand beside an output while it is made
+
+
+def _output(value: Any) -> str:
+    path = _path(value)
+    try:
+        whole = path.resolve()
+    except OSError:
+        raise _Invalid("the folder that you are in is gone; go to one that is there") from None
+    if not whole.name:
+        raise _Invalid("a whole file system can't be an output; name a folder in it")
+    if path.name in ("", ".."):
+        path = whole
+    if unusable(whole.with_name(whole.name + "-" * _BESIDE)):
+        raise _Invalid(f"its name is too long; the names that stand beside it for a while add {_BESIDE} to it")
+    return str(path)
+
+
+def output_directory(name: str, value: str) -> Path:
+    """An output as an option called `name` gives it. Raises ConfigError if none can be written there."""
+    try:
+        return Path(_output(value))
+    except _Invalid as error:
+        raise ConfigError(f"{name}: {_shown(value)}: {error}") from None
 
 
 def _boolean(value: Any) -> bool:
@@ -398,7 +474,7 @@ def _parse(document: Any, errors: list[str], request: _Request) -> Config:
         auto_weights=take("auto_weights", _boolean),
         bad_phrases=bad,
         good_phrases=good,
-        phrase_files=_list_of(top, "phrase_files", lambda value: str(_path(value))),
+        phrase_files=_list_of(top, "phrase_files", _any_path),
         device=take("device", _device),
         dtype=take("dtype", _choice(*DTYPES)),
         random_seed=take("random_seed", _whole_number(0)),
@@ -413,7 +489,7 @@ def _parse(document: Any, errors: list[str], request: _Request) -> Config:
 
 def _candidate_check(request: _Request) -> Check:
     """The mapper reads no candidates: they may still be missing."""
-    return _output if request.mapping else _candidate
+    return _any_path if request.mapping else _candidate
 
 
 def _parse_directories(value: Any, errors: list[str], request: _Request) -> Directories:
@@ -429,7 +505,7 @@ def _parse_directories(value: Any, errors: list[str], request: _Request) -> Dire
     return Directories(
         model_path1=base,
         output_directory=output_directory,
-        model_directory=section.take("model_directory", _output if request.mapping else _folder, None),
+        model_directory=section.take("model_directory", _any_path if request.mapping else _folder, None),
     )
 
 
@@ -476,13 +552,22 @@ def _list_of(section: _Section, key: str, check: Check) -> tuple:
 
 def _phrase_lists(top: _Section, errors: list[str]) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
     """The file's own bad and good pairs, then those of its phrase files."""
-    bad, good = _phrases(top, "bad_phrases", "BAD"), _phrases(top, "good_phrases", "GOOD")
-    for name, item in top.each("phrase_files"):
-        section = _phrase_file(name, item, errors)
-        if section is not None:
-            bad += _phrases(section, "bad_phrases", "BAD")
-            good += _phrases(section, "good_phrases", "GOOD")
+    bad, good, count = list[Pair](), list[Pair](), 0
+    files = (_phrase_file(name, item, errors) for name, item in top.each("phrase_files"))
+    for section in filter(None, chain([top], files)):
+        count += _count_pairs(section)
+        if count > _MOST_PAIRS:  # said before they are made: a short file can stand for very many
+            errors.append(f"phrase lists: {count:,} pairs of a phrase and a context; at most {_MOST_PAIRS:,} are taken")
+            break
+        bad += _phrases(section, "bad_phrases", "BAD")
+        good += _phrases(section, "good_phrases", "GOOD")
     return tuple(bad), tuple(good)
+
+
+def _count_pairs(section: _Section) -> int:
+    lists = [section.values.get(key) for key in ("bad_phrases", "good_phrases")]
+    entries = [entry for value in lists if isinstance(value, list) for entry in value if isinstance(entry, Mapping)]
+    return sum(len(entry["contexts"]) for entry in entries if isinstance(entry.get("contexts"), list))
 
 
 def _phrase_file(name: str, item: Any, errors: list[str]) -> _Section | None:

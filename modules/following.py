@@ -24,7 +24,7 @@ def follow_merge(config: Config, console: Console, options: Options, group: Grou
     start = group.from_first()
     if start is NOTHING_TO_SEARCH:
         return
-    models = open_models(config, options.overwrite, partial(fetch_now, console))
+    models = open_models(config, partial(fetch_now, console))
     with Ahead(models.jobs, partial(begin_download, console)) as ahead:
         ahead.wait(0)
         record = RunRecord(JournalCopy(start.records), config)

@@ -15,16 +15,12 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
-from modules.processes import Seat
+from modules.processes import ProcessLost, Seat
 
 Value = TypeVar("Value")
 
 # How long one process may wait for another, which may be downloading a model meanwhile.
 PATIENCE = timedelta(days=1)
-
-
-class ProcessLost(Exception):
-    """Another process has ended, or can't be reached; the message is for the user."""
 
 
 class Group:

@@ -77,14 +77,16 @@ def aligned_header(
 ) -> tuple[Tensors, str | None]:
     """The candidate's header with its rows in the base's order, and a line about what had to be matched.
 
-    tokenizer: the base's. Raises HeaderSkipped if too few rows match, BrokenWeights if they are no numbers.
+    tokenizer: the base's. Raises HeaderSkipped if too few rows match, BrokenWeights if they are no numbers,
+    CheckpointError if a file can't be read.
     """
     part = model.header()
     sources = _sources(model, candidate, part)
     rows = min(tensor.shape[0] for tensor in part.tensors.values())
     their_rows = min(candidate.layout.shape(source)[0] for source in sources.values())
     try:
-        other = load_tokenizer(candidate.tokenizer_path, trust_remote_code)
+        folder, companions = candidate.tokenizer_files
+        other = load_tokenizer(folder, trust_remote_code, companions)
     except ConfigError as error:
         raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
     alignment = _align(tokenizer, rows, other, their_rows, candidate.name)

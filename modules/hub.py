@@ -42,7 +42,7 @@ from huggingface_hub.errors import (
 
 from modules.config import ConfigError
 from modules.sources import Location
-from modules.weights import CheckpointError, Forms, first_line
+from modules.weights import CheckpointError, Forms, first_line, is_there
 
 PAUSES = (2.0, 10.0, 30.0, 120.0)  # seconds before a file whose download failed is asked for again
 PARALLEL = 4  # files that are fetched at a time
@@ -76,7 +76,7 @@ class Repository:
 
     def absent(self, files: Iterable[str]) -> list[str]:
         """Those of the files that are not in the folder yet."""
-        return [file for file in files if not (self.folder / file).is_file()]
+        return [file for file in files if not is_there(self.folder / file)]
 
     def headers(self, files: Sequence[str]) -> dict[str, Forms]:
         """What is in safetensors files, by file; the hub is asked for their headers only.
@@ -158,8 +158,12 @@ class Repository:
         self._fetched.clear()
 
 
-def find(location: Location, wanted: Callable[[Mapping[str, int]], list[str]]) -> Repository:
-    """A model of the hub, some of its files fetched. wanted: of all its files, with their sizes, those to fetch.
+Choice = Callable[[Mapping[str, int]], list[str]]  # of all files of a model, with their sizes, some
+
+
+def find(location: Location, wanted: Choice, welcome: Choice = lambda sizes: []) -> Repository:
+    """A model of the hub, some of its files fetched. wanted: those to fetch; welcome: those that are not missed where
+    the hub can't be asked.
 
     What the cache has is taken where the hub can't be asked. Raises ConfigError if the cache has nothing either.
     """
@@ -167,7 +171,7 @@ def find(location: Location, wanted: Callable[[Mapping[str, int]], list[str]]) -
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        names = wanted(sizes)
+        names = wanted(sizes) + welcome(sizes)
         new = [n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
         folder = snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in names])
         return Repository(location, Path(folder), sizes, new, None)
@@ -180,10 +184,10 @@ def find(location: Location, wanted: Callable[[Mapping[str, int]], list[str]]) -
     except Exception:  # not in the cache
         cache = constants.HF_HUB_CACHE
         raise ConfigError(f"{location.text}: no such folder, not in the hub's cache ({cache}), and {trouble}") from None
-    missing = [name for name in wanted(sizes) if not (folder / name).is_file()]
+    missing = [name for name in wanted(sizes) if not is_there(folder / name)]
     if missing:
         raise ConfigError(f"{location.text}: {missing[0]} is not in the cache, and {trouble}")
-    here = {name: size for name, size in sizes.items() if (folder / name).is_file()}
+    here = {name: size for name, size in sizes.items() if is_there(folder / name)}
     return Repository(location, folder, here, (), trouble)
 
 

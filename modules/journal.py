@@ -1,17 +1,17 @@
 """The record of a run: every line is on the disk before the run goes on.
 
-Knows: JSON lines, locks, what survives a crash. Refuses to know: what a record means, models, tensors.
+Knows: JSON lines, what survives a crash. Refuses to know: what a record means, models, tensors.
 
-A journal may end in the middle of a line, where a run was killed while it wrote; that line is dropped. It is locked as
-long as it is open: a run that ends, however it ends, lets go of it.
+A journal may end in the middle of a line, where a run was killed while it wrote; that line is dropped.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from modules.config import ConfigError
 
@@ -20,18 +20,28 @@ JOURNAL_FILE = "merge_monster_journal.jsonl"
 Record = dict[str, Any]  # "kind" says which
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that comes from this file its name, which those of writing lack."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 class Journal:
     """An open journal: the records that were in it, and those that are added."""
 
     def __init__(self, path: Path) -> None:
-        """Open a journal, or begin one. Raises ConfigError if another run has it open, or it is damaged."""
+        """Open a journal, or begin one. Raises ConfigError if it can't be written, or is damaged."""
         self.path, self.records = path, []
         try:
             self._file = path.open("a+b")
         except OSError as error:
             raise ConfigError(f"{path}: can't be written ({error.strerror})") from None
         try:
-            _lock(self._file, path)
             self.records = self._read()
         except BaseException:
             self._file.close()
@@ -44,9 +54,10 @@ class Journal:
     def append(self, kind: str, **fields: Any) -> Record:
         """Add a record; it is on the disk when this returns. Raises OSError if it can't be written."""
         record = {"kind": kind, **fields}
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.records.append(record)
         return record
 
@@ -95,19 +106,3 @@ class JournalCopy(Journal):
         """Add a record."""
         self.records.append({"kind": kind, **fields})
         return self.records[-1]
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Lock an open file until it is closed. Raises ConfigError if another process has it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ConfigError(f"{path.parent}: another run is writing here; wait for it, or name another output") from None

@@ -4,21 +4,19 @@ Knows: widths, digits, wording, file formats. Refuses to know: how anything was 
 """
 
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from modules.config import Config, Mapper
-from modules.console import coloured
+from modules.console import coloured, visible
 from modules.mapping import Branch, CompletionTree, Node, Standing, path_of, tokens_of
 from modules.report import CONTEXT_WIDTH, PHRASE_WIDTH, percent, row
 from modules.spelling import Spelling
 from modules.strategies import probability
 
 INDENT = "     "
-JOINERS = "\u200c\u200d"  # not printable by themselves, but they hold one character together
 
 
 def summary(config: Config, contexts: int, model: Mapping[str, object], way: str) -> list[str]:
@@ -224,19 +222,6 @@ def folded(text: str) -> str:
     return visible(" ".join(text.split()))
 
 
-def visible(text: str) -> str:
-    """Text in which control characters, odd spaces and invisible marks are escaped, and whole characters are not."""
-    return "".join(
-        character if character.isprintable() or character in JOINERS else _escaped(character) for character in text
-    )
-
-
-def _escaped(character: str) -> str:
-    if unicodedata.category(character) == "Co":
-        return character  # private use: a font may have it
-    return character.encode("unicode_escape").decode("ascii")
-
-
 def quoted(phrase: str) -> str:
     """A phrase as a YAML file takes it, in double quotes on one line."""
-    return yaml.safe_dump(phrase, default_style='"', allow_unicode=True, width=math.inf).strip()
+    return visible(yaml.safe_dump(phrase, default_style='"', allow_unicode=True, width=math.inf).strip())

@@ -23,7 +23,7 @@ from modules.config import ConfigError
 from modules.layouts import Layout, Tensors
 from modules.merging import merge
 from modules.processes import Seat
-from modules.weights import CheckpointError, dtype_name, first_line, write_shards, written_name
+from modules.weights import CheckpointError, dtype_name, first_line, read_file, write_shards, written_name
 
 
 class BrokenWeights(Exception):
@@ -167,8 +167,8 @@ class ResidentModel:
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text, by the model's configuration and its generation settings."""
         configs = [self.module.config.get_text_config(), self.module.config]
-        settings = self.checkpoint.path / "generation_config.json"
-        if settings.is_file():
+        if "generation_config.json" in self.checkpoint.companions.sizes:
+            read_file(self.checkpoint.path / "generation_config.json")  # transformers takes it for missing if it can't
             configs.append(GenerationConfig.from_pretrained(self.checkpoint.path, local_files_only=True))
         found = [getattr(config, "eos_token_id", None) for config in configs]
         return frozenset(token for ids in found if ids is not None for token in _as_list(ids))
@@ -309,7 +309,7 @@ class ResidentModel:
 
         Raises CheckpointError if a file can't be written.
         """
-        copy_companions(self.checkpoint.path, folder, self.saved_dtype)
+        copy_companions(self.checkpoint, folder, self.saved_dtype)
         shards, copied = self.checkpoint.by_file(self.checkpoint.tensors), self._only_in_file()
         write_shards(folder, {written_name(file): self._saved(names, copied) for file, names in shards.items()})
 

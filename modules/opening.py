@@ -26,7 +26,6 @@ from modules.checkpoints import (
 from modules.config import Config, ConfigError
 from modules.hub import Job, Repository
 from modules.models import without_weights
-from modules.outputs import check_output
 from modules.sources import Location, Source, names_of, parse_location
 from modules.weights import holds_weights, is_pickled, weight_files
 
@@ -88,26 +87,25 @@ class Found:
         return [f"{self.location.text} is at commit {self.folder.name}{trouble}"]
 
 
-def open_models(config: Config, overwrite: bool, fetch: Fetch) -> Models:
+def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Models:
     """The base and the candidates of a configuration, opened and checked against each other.
 
-    Raises ConfigError, for all models that can't be used together.
+    no_candidates: only the base is wanted. Raises ConfigError, for all models that can't be used together.
     """
-    sources, notes = candidate_sources(config)
+    sources, notes = ([], []) if no_candidates else candidate_sources(config)
     base_location = base_of(config)
     locations = [base_location, *(place for s in sources for place in (s.model, s.adapter) if place)]
-    output = Path(config.directories.output_directory)
-    check_output(output, [location.folder for location in locations if location.folder], overwrite)
     locations = list(dict.fromkeys(locations))
     found = _one_repository_each(dict(zip(locations, _all_or_problems(find_location, locations), strict=True)))
     notes += [note for one in found.values() for note in one.notes()]
     for source in [s for s in sources if s.adapter is None and found[s.model].same_as(found[base_location])]:
         sources.remove(source)
         notes.append(f"{source.text} is the base model itself: skipped")
-    if not sources:
+    if not sources and not no_candidates:
         raise ConfigError("no candidates to merge: " + ("; ".join(notes) or "the model directory has no sub-folders"))
     base_name, *names = names_of([Source(base_location.text, base_location), *sources])
     base = open_base(found[base_location], base_name, config.trust_remote_code, fetch)
+    _refuse_links(base)
     module = without_weights(base, config.trust_remote_code)
 
     def open_one(named: tuple[str, Source]) -> Candidate:
@@ -121,8 +119,25 @@ def open_models(config: Config, overwrite: bool, fetch: Fetch) -> Models:
         found[base_location].where,
         module,
         candidates,
-        notes + base.notes + [note for c in candidates for note in (*c.notes, *c.checkpoint.notes)],
+        notes
+        + base.notes
+        + base.companions.notes
+        + [note for c in candidates for note in (*c.notes, *c.checkpoint.notes)],
     )
+
+
+def looked_up(locations: Iterable[Location]) -> list[str]:
+    """A line for each location that could be meant as a folder, and will be looked for on the hub."""
+    return [
+        f"{one.text} is no folder here: looking on the hub" for one in locations if not (one.folder or one.revision)
+    ]
+
+
+def locations_of(config: Config) -> list[Location]:
+    """The base's location and those of all candidates."""
+    sources, _ = candidate_sources(config)
+    places = [base_of(config), *(place for s in sources for place in (s.model, s.adapter) if place)]
+    return list(dict.fromkeys(places))
 
 
 def base_of(config: Config) -> Location:
@@ -150,6 +165,17 @@ def open_base(found: Found, name: str, trust_remote_code: bool, fetch: Fetch) ->
             f"{found.location.text}: holds an adapter beside a model's weights; move {ADAPTER_SETTINGS} away"
         )
     return _open_model(found, name, trust_remote_code, fetch)
+
+
+def _refuse_links(base: Checkpoint) -> None:
+    """Raise ConfigError if what is copied of a base could not be opened."""
+    lacking = base.companions.lacking
+    if lacking:
+        links = f"{', '.join(lacking)} {'is a link' if len(lacking) == 1 else 'are links'} out of this folder"
+        raise ConfigError(
+            f"{base.path}: {links}, which is not followed when the output is written; put a copy in its place, or name "
+            f"the model's own folder ({(base.path / lacking[0]).resolve().parent})"
+        )
 
 
 def _one_repository_each(found: dict[Location, Found]) -> dict[Location, Found]:
@@ -203,7 +229,7 @@ def _open_candidate(
         read_settings(where.folder)  # before anything is fetched in vain
         weights = [file for file in ADAPTER_WEIGHTS if file in where.names][:1]
         fetch(Job(name, where.repository, tuple(weights)))
-    adapter = open_adapter(where.folder, name)
+    adapter = open_adapter(where.folder, name, trust_remote_code)
     underlying = _open_model(model, name.split("+")[0], trust_remote_code, fetch, base) if source.adapter else base
     repositories = [where.repository] if where.repository else []
     adapted = adapt(underlying, adapter, base, module)
@@ -227,7 +253,7 @@ def _all_or_problems(function: Callable[[In], Out], items: Iterable[In]) -> list
         try:
             results.append(function(item))
         except ConfigError as error:
-            problems.append(str(error))
+            problems += error.args
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     return results

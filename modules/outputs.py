@@ -1,114 +1,110 @@
-"""The output directory: written beside its place, kept if the run breaks off, in place only when it is complete.
+"""The output of a run: refused where it would destroy something, kept if the run breaks off, looked up when it ends.
 
-Knows: folders, renames, what may be deleted. Refuses to know: what is in the files.
+Knows: when an output may be written or replaced, what to say of it. Refuses to know: how it takes its place, what is in
+its files.
 """
 
-import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from modules.config import ConfigError
+from modules.config import CheckpointError, ConfigError
+from modules.console import Console
+from modules.filesystem import sync
 from modules.journal import JOURNAL_FILE, Journal
-from modules.weights import CheckpointError
+from modules.places import SETTINGS_FILE, UNFINISHED, Beside, Inside, Place, holds_output, place_of
 
-SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
-
-# An old output stands here while the new one takes its place.
-_ASIDE = ".{name}.before-merge-monster"
+Stamp = tuple[int, int, int] | None  # by which an output is known from another one; None if there is none
 
 
-def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """Raise ConfigError if writing `output` would destroy an input, or anything else that is already there."""
-    _put_back(output)
-    resolved = output.resolve()
-    for path in inputs:
-        if resolved == path.resolve() or resolved in path.resolve().parents:
-            what = "is" if resolved == path.resolve() else "contains"
-            raise ConfigError(f"the output directory {output} {what} the input model {path}; choose another one")
+def check_output(place: Place, overwrite: bool) -> None:
+    """Raise ConfigError if writing the output would destroy anything that is already there."""
+    output = place.output
     if output.exists() and not output.is_dir():
         raise ConfigError(f"the output directory {output} is a file")
-    if not output.is_dir() or not any(output.iterdir()):
+    if not place.contents():
         return
     if not overwrite:
         raise ConfigError(f"the output directory {output} is not empty; move it, name another, or add --overwrite")
-    if not (output / SETTINGS_FILE).is_file():
+    if not holds_output(output):
         raise ConfigError(
             f"{output} was not written by Merge Monster (no {SETTINGS_FILE}); --overwrite won't delete it"
         )
-    if resolved == Path.cwd().resolve() or resolved in Path.cwd().resolve().parents:
+    here = Path.cwd()
+    if output in (here, *here.parents):
         raise ConfigError(f"the output directory {output} is, or contains, the folder you are in; choose another one")
 
 
-_PARTIAL = ".partial"  # behind an output's name until it is complete
+@contextmanager
+def held_place(output: Path, console: Console, dry_run: bool = False) -> Iterator[Place]:
+    """The place of an output, locked, and put right where an earlier run was killed while its output took it.
 
-
-def partial_folder(output: Path) -> Path:
-    """Where an output is written until it is complete: beside its final place, on the same file system."""
-    return output.with_name(output.name + _PARTIAL)
-
-
-def final_name(folder: Path) -> str:
-    """What an output will be called that is being written in a partial folder."""
-    return folder.name.removesuffix(_PARTIAL)
-
-
-def kept_progress(output: Path) -> str:
-    """What there is to say, after a run has broken off, about the output and how to go on."""
-    nothing = f"Nothing was written to {output}."
-    if not (partial_folder(output) / JOURNAL_FILE).is_file():
-        return nothing
-    kept = f"What was decided so far is kept in {partial_folder(output)}"
-    return f"{nothing} {kept}: the same command with --resume goes on from there, with --restart begins again."
+    dry_run: nothing is deleted, and a place where another run writes is left to it. Raises ConfigError if the output
+    can't be written, another run writes there, or it can't be put right.
+    """
+    place = place_of(output)
+    with place.locked(needed=not dry_run) as held:
+        if held:
+            console.warnings(place.settle(delete=not dry_run))
+        yield place
 
 
 class Unfinished:
     """An output that is being written, and the run's journal beside what is written."""
 
-    def __init__(self, folder: Path, journal: Journal) -> None:
-        self.folder, self.journal = folder, journal
+    def __init__(self, place: Place, journal: Journal) -> None:
+        self.folder, self.journal, self._place = place.partial, journal, place
 
     def clear(self) -> None:
         """Remove what an earlier attempt at saving has left; the journal stays."""
         for path in self.folder.iterdir():
-            if path.name != JOURNAL_FILE:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name not in (JOURNAL_FILE, UNFINISHED):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def take_place(self, output: Path, overwrite: bool) -> None:
-        """Make this the output, all at once; an older one goes only after this one stands.
+    def take_place(self, overwrite: bool) -> list[str]:
+        """Make this the output; an older one goes only after this one stands. Lines about what could not be removed.
 
-        Raises CheckpointError if it can't be done; the journal then stays.
+        Raises CheckpointError if it can't be done: everything is then as it was, or the message names where it is.
         """
+        place = self._place
         try:
             for path in [*self.folder.rglob("*"), self.folder]:
-                _sync(path)
+                sync(path)
             self.journal.close()
             if not self.journal.records:
                 self.journal.path.unlink()
-            if output.is_dir() and any(output.iterdir()) and not overwrite:
-                raise CheckpointError(f"{output} has come to be meanwhile; move it away and go on with --resume")
-            _replace_folder(self.folder, output.resolve())
-            _sync(output.resolve().parent)
+            if place.contents() and not overwrite:
+                raise CheckpointError(f"{place.output} has come to be meanwhile; move it away and go on with --resume")
+            place.take()
         except OSError as error:
-            raise CheckpointError(f"{output} can't be put into its place ({error.strerror})") from None
+            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+            try:
+                place.settle(delete=False)
+            except ConfigError as worse:
+                raise CheckpointError(str(worse)) from None
+            if self.folder.exists():
+                raise CheckpointError(f"{place.output} can't be put into its place ({what})") from None
+            return [f"the new output stands, but it is not sure that the disk has it ({what})"]
+        return place.discard()
 
 
 @contextmanager
-def unfinished_output(output: Path, resume: bool, restart: bool) -> Iterator[Unfinished]:
-    """The folder in which an output is written, with its journal.
+def unfinished_output(place: Place, resume: bool, restart: bool) -> Iterator[Unfinished]:
+    """The folder in which an output is written, with its journal. The place is locked, and settled.
 
     What an earlier run has decided is there, if `resume`, or has been removed, if `restart`. If the block ends with an
-    error, the folder stays as soon as it has a decision; without one it is removed. Raises ConfigError if another run
-    is writing here, an earlier one did not finish and neither option was given, or the folder can't be made.
+    error, the folder stays as soon as it has a decision; without one it is removed. Raises ConfigError if an earlier
+    run did not finish and neither option was given, or the folder can't be made.
     """
-    folder = partial_folder(output.resolve())
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / JOURNAL_FILE).is_file():
-        raise ConfigError(f"{folder} was not written by Merge Monster and is in its way; move it")
+    folder = place.partial
+    if folder.exists() and not _is_unfinished(folder):
+        what = "is a finished output" if holds_output(folder) else "was not written by Merge Monster"
+        raise ConfigError(f"{folder} {what} and is in its way; move it")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"the output directory {output} can't be written ({error.strerror})") from None
+        raise ConfigError(place.refusal(error)) from None
     with Journal(folder / JOURNAL_FILE) as journal:
         if journal.of_kind("decision") and not resume and not restart:
             count = len(journal.of_kind("decision"))
@@ -118,7 +114,8 @@ def unfinished_output(output: Path, resume: bool, restart: bool) -> Iterator[Unf
             )
         if restart or not journal.of_kind("decision"):
             journal.clear()
-        unfinished = Unfinished(folder, journal)
+        place.mark()
+        unfinished = Unfinished(place, journal)
         unfinished.clear()
         try:
             yield unfinished
@@ -128,37 +125,47 @@ def unfinished_output(output: Path, resume: bool, restart: bool) -> Iterator[Unf
             raise
 
 
-def _replace_folder(new: Path, target: Path) -> None:
-    """Rename `new` to `target`; what stood there goes afterwards, or comes back if the renaming fails."""
-    if not target.exists():
-        new.rename(target)
-        return
-    aside = target.with_name(_ASIDE.format(name=target.name))
-    target.rename(aside)
-    try:
-        new.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside)
+def _is_unfinished(folder: Path) -> bool:
+    """Whether a folder with a partial output's name is one: marked as such or, as before there were marks, with a
+    journal and nothing of a finished output. A finished output may be called so too."""
+    if not folder.is_dir():
+        return False
+    marked = (folder / UNFINISHED).is_file()
+    return marked or not any(folder.iterdir()) or ((folder / JOURNAL_FILE).is_file() and not holds_output(folder))
 
 
-def _put_back(output: Path) -> None:
-    """Mend what a run has left that was killed while one output took the place of another."""
-    target = output.resolve()
-    aside = target.with_name(_ASIDE.format(name=target.name))
-    if aside.is_dir() and target.exists():
-        shutil.rmtree(aside)
-    elif aside.is_dir():
-        aside.rename(target)
+def stamp(output: Path) -> Stamp:
+    """What tells the output that stands here, or is aside for the moment, from any other one."""
+    for folder in (output, *(place.before for place in _places(output))):
+        try:
+            found = (folder / SETTINGS_FILE).stat()
+        except OSError:
+            continue
+        return found.st_dev, found.st_ino, found.st_mtime_ns
+    return None
 
 
-def _sync(path: Path) -> None:
-    """Have a file's content, or a folder's list of files, on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no such thing for folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def what_stands(output: Path, earlier: Stamp) -> str:
+    """What there is, after a run has broken off, at the output's place, and how to go on. It is looked up.
+
+    earlier: the output's stamp before the run.
+    """
+    places = _places(output)
+    half = [path for place in places for path in place.parts() if path.is_dir() and path.name.startswith(".")]
+    kept = [place.partial for place in places if (place.partial / JOURNAL_FILE).is_file()]
+    if half and (len(half) > 1 or not holds_output(output)):
+        text = f"The output is in {' and '.join(map(str, half))}: the next command for {output} puts it into its place."
+    elif holds_output(output) and stamp(output) != earlier:
+        text = f"A whole new output stands in {output}."
+    else:
+        text = f"Nothing was written to {output}" + (": what stood there still does." if earlier else ".")
+    if kept:
+        text += f" What was decided so far is kept in {kept[0]}: the same command with --resume goes on from there, "
+        text += "with --restart begins again."
+    return text
+
+
+def _places(output: Path) -> tuple[Place, Place]:
+    """Both places that an output may have."""
+    output = output.resolve()
+    return Beside(output), Inside(output)

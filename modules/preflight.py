@@ -7,7 +7,6 @@ counts them, from headers and shapes alone), how fast anything is.
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modules.candidates import Candidate
-from modules.checkpoints import Checkpoint, load_tokenizer, small_files
+from modules.checkpoints import Checkpoint, load_tokenizer
 from modules.config import Config, ConfigError
 from modules.hub import bytes_needed, cache_folder
 from modules.memory import (
@@ -38,9 +37,9 @@ from modules.memory import (
 from modules.merging import ratios_for
 from modules.models import find_layers, resolve_device, resolve_dtype
 from modules.opening import Models
-from modules.outputs import partial_folder
 from modules.phrases import build_packs, doubled_tokens, encode_pairs
-from modules.weights import dtype_name, local_files
+from modules.places import place_of
+from modules.weights import dtype_name, index_file, local_files
 
 # On a disk: what an index, the headers of shards and rounding up to blocks may take beyond the tensors.
 MARGIN = 0.01
@@ -139,7 +138,7 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
     dtype = resolve_dtype(config.dtype, base.main_dtype(), device)
     module = models.module
     sizes = sizes_of(module)
-    tokenizer = load_tokenizer(base.path, config.trust_remote_code)
+    tokenizer = load_tokenizer(base.path, config.trust_remote_code, base.companions)
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
@@ -190,8 +189,8 @@ def _disk(config: Config, models: Models, module: PreTrainedModel, dtype: torch.
     """What is read and written."""
     base = models.base
     saved = None if config.dtype == "auto" else dtype
-    local = {name: (base.path / name).stat().st_size for name in local_files(base.path)}
-    beside = [local[name] for name in small_files(local)]
+    index = index_file(local_files(base.path))
+    beside = [*base.companions.published.values(), *([(base.path / index).stat().st_size] if index else [])]
     return Disk(
         base=_stored_bytes(base, None),
         candidates=tuple((one.name, _bytes_read(one, module, config.merge_headers)) for one in models.candidates),
@@ -232,21 +231,27 @@ class Room:
     disk: int  # bytes
     files: int | None  # how many more files can be made there; None if there is no limit that could be seen
     memory: int | None  # bytes on the device; None if it can't be asked
-    refusal: str | None  # why nothing can be made in the folder; None if something can
+    refusal: str | None  # why the output can't be written; None if it can
+    lacking: tuple[str, ...] = ()  # what its file system can't do, a line each
 
 
 def find_room(plan: Plan) -> Room:
-    """Ask the machine. To see whether a folder can be written, an empty one is made in it and removed."""
-    output = plan.output.resolve()
-    folder = next(path for path in output.parents if path.exists())
+    """Ask the machine. What can be done where the output goes is tried, on a small folder that is removed again."""
+    place = place_of(plan.output)
+    folder = place.nearest
     # A run that did not finish may have left a part of its output; it is removed before this one is written.
-    left = sum(file.stat().st_size for file in partial_folder(output).rglob("*") if file.is_file())
+    left = sum(file.stat().st_size for file in place.partial.rglob("*") if file.is_file())
+    try:
+        refusal, lacking = None, place.lacks()
+    except OSError as error:
+        refusal, lacking = place.refusal(error), []
     return Room(
         folder=folder,
         disk=shutil.disk_usage(folder).free + left,
         files=_free_files(folder),
         memory=_free_for(plan),
-        refusal=_refusal(folder),
+        refusal=refusal,
+        lacking=tuple(lacking),
     )
 
 
@@ -270,30 +275,18 @@ def _share(free: int | None, sharing: int) -> int | None:
     return None if free is None else free // sharing
 
 
-def _refusal(folder: Path) -> str | None:
-    """Permission bits don't tell everything (read-only mounts, quotas, lists of rights), so it is tried."""
-    try:
-        Path(tempfile.mkdtemp(prefix=".merge-monster-", dir=folder)).rmdir()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
 def check(plan: Plan, room: Room) -> list[str]:
     """What might go wrong, a line each. Raises ConfigError, naming everything at once, for what surely would."""
     problems = [*_writing_problems(plan, room), *_memory_problems(plan, room)]
     if problems:
-        raise ConfigError("\n".join(problems))
-    return [*_memory_warnings(plan, room), *_placement_warnings(plan)]
+        raise ConfigError(*problems)
+    return [*room.lacking, *_memory_warnings(plan, room), *_placement_warnings(plan)]
 
 
 def _writing_problems(plan: Plan, room: Room) -> list[str]:
     problems = []
     if room.refusal:
-        problems.append(
-            f"the output directory {plan.output} can't be written: nothing can be made in {room.folder} "
-            f"({room.refusal}); name another one with --output"
-        )
+        problems.append(room.refusal)
     fetched = plan.disk.downloads_kept if _same_disk(room.folder, cache_folder()) else 0
     if plan.disk.needed + fetched > room.disk:
         what = f"writing {plan.output} takes {on_disk(plan.disk.needed)}"

@@ -7,7 +7,7 @@ Knows: what each record holds. Refuses to know: how a decision is taken or carri
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,25 @@ from typing import Any
 import torch
 import transformers
 
-from modules.checkpoints import Checkpoint
+from modules.checkpoints import Checkpoint, candidate_sources
 from modules.composition import Shares
-from modules.config import DTYPES, METHODS, STRATEGIES, VERSION, Config, ConfigError, Pair, is_number
-from modules.journal import Journal, Record
+from modules.config import (
+    DTYPES,
+    METHODS,
+    NO_PART,
+    STRATEGIES,
+    VERSION,
+    Config,
+    ConfigError,
+    Directories,
+    Pair,
+    is_number,
+)
+from modules.journal import Journal, Record, naming
 from modules.memory import Packing
+from modules.models import resolve_device, resolve_dtype
 from modules.search import Decision
+from modules.sources import Source, parse_source
 from modules.strategies import improved, probability, scores, total
 
 FORMAT = 1  # of journals and recipes
@@ -30,11 +43,15 @@ RECIPE_FILE = "merge_monster_recipe.json"
 class RunRecord:
     """A run's journal, in terms of what happens in a run. Candidates are numbered from 1; the base is number 0."""
 
-    def __init__(self, journal: Journal, config: Config) -> None:
+    def __init__(self, journal: Journal, config: Config, base: Checkpoint | None = None) -> None:
         """Begin a journal, or go on with one. Raises ConfigError, saying what has changed, if it is another run's, or
-        naming the line that no run can have written."""
-        self.journal = journal
+        naming the line that no run can have written.
+
+        base: the model that the dtype was chosen for; without one, nothing is said of what has changed.
+        """
+        self.journal, self._device = journal, resolve_device(config.device).type
         now = {"format": FORMAT, "program": VERSION, "settings": settings_of(config), "config": config.text}
+        now |= {"device": self._device, "folder": os.path.abspath("")}
         if not journal.records:
             journal.append("run", **now, libraries=_libraries())
             return
@@ -43,7 +60,8 @@ class RunRecord:
             _refuse_other_version(begun, now, journal.path)
         damaged = 1 if begun["kind"] != "run" or not _is_sound("run", begun) else None
         if damaged is None:
-            _refuse_changes(begun, now, journal.path)
+            if base is not None:
+                _refuse_changes(begun, now, base, journal.path)
             damaged = _first_damaged(journal.records, config)
         if damaged is not None:
             raise ConfigError(f"{journal.path}: line {damaged} is damaged; begin again with --restart")
@@ -64,11 +82,13 @@ class RunRecord:
 
         packing: that it goes on with.
         """
-        begun = self.journal.of_kind("run")[0]["libraries"]
+        run = self.journal.of_kind("run")[0]
+        now = {**_libraries(), "device": self._device}
+        begun = {**run["libraries"], "device": run.get("device", self._device)}
         changes = [
-            f"the run began with {name} {begun.get(name)}, this is {version}"
-            for name, version in _libraries().items()
-            if begun.get(name) != version
+            f"the run began with {name} {begun.get(name)}, this is {value}"
+            for name, value in now.items()
+            if begun.get(name) != value
         ]
         if self.packing is None:
             changes.append("how phrases were packed before the break is not in the journal")
@@ -162,11 +182,13 @@ class RunRecord:
 def write_recipe(folder: Path, recipe: Record) -> None:
     """Write a recipe into an output. Raises OSError if it can't be written."""
     text = json.dumps(recipe, ensure_ascii=False, indent=1, allow_nan=False)
-    (folder / RECIPE_FILE).write_text(text + "\n", encoding="utf-8")
+    with naming(folder / RECIPE_FILE):
+        (folder / RECIPE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_recipe(path: Path) -> Record:
-    """A recipe of this version. Raises ConfigError if it is none."""
+    """A recipe of this version, named itself or as the output that holds it. Raises ConfigError if it is none."""
+    path = path / RECIPE_FILE if os.path.isdir(path) else path
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(recipe, ensure_ascii=False, allow_nan=False).encode()  # as it will be written into the output
@@ -188,8 +210,10 @@ def read_recipe(path: Path) -> Record:
 def is_finished(config: Config, output: Path) -> bool:
     """Whether an output is what a run of this configuration has written."""
     try:
-        return read_recipe(output / RECIPE_FILE)["settings"] == settings_of(config)
-    except ConfigError:
+        recipe = read_recipe(output / RECIPE_FILE)
+        begun = {"settings": recipe["settings"], "device": recipe["device"].partition(":")[0]}
+        return not _changes(begun, {"settings": settings_of(config)})
+    except (ConfigError, *_NOT_SETTINGS):
         return False
 
 
@@ -201,13 +225,13 @@ def read_outputs(outputs: Iterable[Path]) -> dict[str, Record]:
     recipes, problems = {}, []
     for output in outputs:
         try:
-            recipe = read_recipe(output / RECIPE_FILE if os.path.isdir(output) else output)
+            recipe = read_recipe(output)
         except ConfigError as error:
             problems.append(f"  {error}")
             continue
         recipes[str(output.parent if output.name == RECIPE_FILE else output)] = recipe
     if problems:
-        raise ConfigError("\n".join(["not all of these are finished outputs:", *problems]))
+        raise ConfigError("not all of these are finished outputs:", *problems)
     return recipes
 
 
@@ -430,13 +454,79 @@ def _refuse_other_version(begun: Mapping[str, Any], now: Mapping[str, Any], path
             raise ConfigError(f"{path} was begun by {what} {begun.get(key)}, this is {now[key]}; {_HINT}")
 
 
-def _refuse_changes(begun: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    changed = sorted(key for key in now["settings"] if begun["settings"].get(key) != now["settings"][key])
+def _refuse_changes(begun: Mapping[str, Any], now: Mapping[str, Any], base: Checkpoint, path: Path) -> None:
+    try:
+        changed = _changes(begun, now, base)
+    except _NOT_SETTINGS:
+        raise ConfigError(f"{path}: line 1 is damaged; begin again with --restart") from None
     if changed:
-        details = "; ".join(_change(key, begun["settings"].get(key), now["settings"][key]) for key in changed)
+        details = "; ".join(_change(key, begun["settings"].get(key), now["settings"].get(key)) for key in changed)
         raise ConfigError(f"the configuration has changed since {path} was begun: {details}; {_HINT}")
+
+
+_NOT_SETTINGS = (KeyError, TypeError, AttributeError, ValueError)  # what damaged ones make of those who read them
+
+
+def _changes(begun: Record, now: Record, base: Checkpoint | None = None) -> list[str]:
+    """The keys in which two runs' settings differ in what they mean for the search, in alphabetical order.
+
+    begun, now: settings and, if known, the device that was meant and the folder where relative paths begin.
+    """
+    same = {key for key in ("device", "dtype") if begun["settings"][key] == now["settings"][key]}
+    one, other = (_meaning(run, same, base) for run in (begun, now))
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
+
+def _meaning(run: Record, same: Collection[str], base: Checkpoint | None) -> Record:
+    """What decides the result of a search, by key, in one spelling.
+
+    same: keys that are spelt the same in both runs; if they mean something else on this machine, a warning says so.
+    """
+    settings, folder = run["settings"], run.get("folder", "")
+    told = {key: value for key, value in settings.items() if key not in NO_PART}
+    directories = dict(settings["directories"])
+    if directories["model_directory"] is not None:
+        directories["model_directory"] = os.path.join(folder, directories["model_directory"])
+    texts = [_found_from(folder, text) for text in (directories["model_path1"], *settings["models_to_merge"])]
+    candidates, _ = candidate_sources(Config(Directories(**directories), models_to_merge=tuple(texts[1:])))
+    base_source = parse_source(texts[0])
+    told["directories"] = base_source and _identity(base_source)
+    told["models_to_merge"] = [_identity(source) for source in candidates]
+    if settings["strategy"] != "quantitive":
+        del told["strategy_threshold"]
+    device = run.get("device") or _device_meant(settings["device"])
+    if "device" not in same:
+        told["device"] = device
+    if "dtype" not in same and base is not None:
+        told["dtype"] = _dtype_meant(settings["dtype"], base, device)
+    return told
+
+
+def _found_from(folder: str, text: str) -> str:
+    """A model's name as it can be read from anywhere, if it is that of a folder."""
+    path = os.path.join(folder, os.path.expanduser(text))
+    return path if os.path.isdir(path) else text
+
+
+def _identity(source: Source) -> list[str]:
+    places = (place for place in (source.model, source.adapter) if place)
+    return [
+        str(place.folder.resolve()) if place.folder else f"{place.repo}@{place.revision or 'main'}" for place in places
+    ]
+
+
+def _device_meant(name: str) -> str:
+    return resolve_device(name).type if name == "auto" else name.partition(":")[0]
+
+
+def _dtype_meant(name: str, base: Checkpoint, device: str) -> list[str]:
+    """What is computed in and, if it is not what the base stores, what is saved."""
+    compute = str(resolve_dtype(name, base.main_dtype(), torch.device(device)))
+    stored = {str(info.dtype) for info in base.tensors.values() if info.dtype.is_floating_point}
+    return [compute, "stored" if name == "auto" or stored == {compute} else compute]
 
 
 def _change(key: str, before: Any, after: Any) -> str:
     texts = [json.dumps(value, ensure_ascii=False) for value in (before, after)]
-    return f"{key} was {texts[0]}, is {texts[1]}" if max(map(len, texts)) <= 60 else f"{key} is not the same"
+    told = texts[0] != texts[1] and max(map(len, texts)) <= 60
+    return f"{key} was {texts[0]}, is {texts[1]}" if told else f"{key} is not the same"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from modules.apart import check_apart, input_paths, written_paths
 from modules.checkpoints import load_tokenizer
 from modules.config import Config, ConfigError, Directories
 from modules.console import BANNER, Console
@@ -17,12 +18,13 @@ from modules.hub import Ahead, check_space
 from modules.journal import Record
 from modules.memory import placement_of, weights_of
 from modules.models import load_model, present_devices
-from modules.opening import open_models
-from modules.outputs import unfinished_output
+from modules.opening import Models, locations_of, looked_up, open_models
+from modules.outputs import check_output, held_place, unfinished_output
+from modules.places import Place
 from modules.record import accepted_of, compare_fingerprints, decision_of, needed_sources, read_recipe
-from modules.run import begin_download, fetch_now, prepare_libraries, save, write_results
+from modules.run import begin_download, fetch_now, prepare_libraries, put_in_place, save, write_results
 from modules.search import Merger
-from modules.sources import parse_source
+from modules.sources import missing_folder, parse_source
 
 
 @dataclass(frozen=True)
@@ -43,24 +45,34 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
     """
     recipe = read_recipe(asked.recipe)
-    console.line(BANNER)
+    console.lines(BANNER.split("\n"))
     console.timed(f"THE MERGE MONSTER REMEMBERS {asked.recipe}")
     if recipe["settings"]["trust_remote_code"] and not asked.trust_remote_code:
         raise ConfigError(
             f"{asked.recipe}: was made with trust_remote_code: Python code that its models bring along would be run; "
             "if you trust them, add --trust-remote-code"
         )
-    base_source, *sources = needed_sources(recipe)
-    config = _configuration(asked, recipe, [base_source, *sources])
+    config = _configuration(asked, recipe, needed_sources(recipe))
     prepare_libraries(config.random_seed)
-    models = open_models(config, asked.overwrite, partial(fetch_now, console))
-    console.lines(models.notes)
+    check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])
+    with held_place(asked.output, console) as place:
+        check_output(place, asked.overwrite)
+        console.lines(looked_up(locations_of(config)))
+        models = open_models(config, partial(fetch_now, console), no_candidates=not config.models_to_merge)
+        console.lines(models.notes)
+        check_space(models.jobs, config.keep_downloads)
+        _rebuild(asked, recipe, config, console, place, models)
+    console.final(f"Done. The log is {console.log_path}")
+
+
+def _rebuild(asked: Replay, recipe: Record, config: Config, console: Console, place: Place, models: Models) -> None:
+    """Merge what the recipe accepted, and put the result into its place."""
+    base_source, *sources = needed_sources(recipe)
     base, candidates = models.base, models.candidates
     if len(candidates) != len(sources):
         raise ConfigError(f"of the recipe's {len(sources)} candidates {len(candidates)} were found")
-    check_space(models.jobs, config.keep_downloads)
     with (
-        unfinished_output(asked.output, resume=False, restart=False) as unfinished,
+        unfinished_output(place, resume=False, restart=False) as unfinished,
         Ahead(models.jobs, partial(begin_download, console)) as ahead,
     ):
         ahead.wait(0)
@@ -68,8 +80,11 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         console.lines(_other_device(recipe, config.device))
         dtype, saved = getattr(torch, recipe["dtype"]), recipe.get("saved_dtype") or "auto"
         placement = placement_of(config.device, models.module, dtype, weights_of(models.module, dtype, True))
-        model = load_model(base, config.device, saved, compute=recipe["dtype"], placement=placement)
-        merger = Merger(model, load_tokenizer(base.path, config.trust_remote_code), config.trust_remote_code)
+        trusted = config.trust_remote_code
+        model = load_model(base, config.device, saved, trusted, compute=recipe["dtype"], placement=placement)
+        merger = Merger(
+            model, load_tokenizer(base.path, config.trust_remote_code, base.companions), config.trust_remote_code
+        )
         for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
             ahead.wait(number)
             compare_fingerprints(source, candidate.checkpoint, "has changed since the recipe was written")
@@ -77,10 +92,9 @@ def replay_recipe(asked: Replay, console: Console) -> None:
             console.timed(f"Candidate {number}/{len(sources)}: {source['name']}, {len(decisions)} merges")
             merger.repeat(candidate, decisions)
             candidate.checkpoint.release()
-        save(console, model, unfinished, asked.output, recipe["config"])
-        write_results(console, unfinished.folder, recipe, base.path)
-        unfinished.take_place(asked.output, asked.overwrite)
-    console.final(f"Done. The log is {console.log_path}")
+        save(console, model, unfinished, str(asked.output), recipe["config"])
+        write_results(console, unfinished.folder, recipe, place.output.name, base.path)
+        put_in_place(console, unfinished, asked.overwrite)
 
 
 def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> Config:
@@ -91,12 +105,12 @@ def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> 
         raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {', '.join(names)}")
     texts = [asked.elsewhere.get(source["name"], source["where"]) for source in sources]
     lost = [
-        f"{text}: no such folder; name where it lies with --source {source['name']}=PATH"
+        f"{text}: {missing_folder(text)}; name where it lies with --source {source['name']}=PATH"
         for source, text in zip(sources, texts, strict=True)
         if parse_source(text) is None
     ]
     if lost:
-        raise ConfigError("\n".join(lost))
+        raise ConfigError(*lost)
     settings = recipe["settings"]
     return Config(
         directories=Directories(texts[0], str(asked.output)),

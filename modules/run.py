@@ -17,7 +17,7 @@ import transformers
 
 from modules import report
 from modules.candidates import Candidate
-from modules.card import write_card
+from modules.card import CARD_FILE, write_card
 from modules.checkpoints import Checkpoint, load_tokenizer
 from modules.composition import Merge, mean_shares
 from modules.config import Config
@@ -25,14 +25,15 @@ from modules.console import BANNER, Console
 from modules.forecast import calibrate, estimate, plan_lines
 from modules.group import ALONE, Group
 from modules.hub import Ahead, Bar, Job, Repository, check_space
-from modules.journal import Record
+from modules.journal import Record, naming
 from modules.memory import Budget, Packing
 from modules.models import ResidentModel, load_model, own_device
-from modules.opening import Models, open_models
-from modules.outputs import SETTINGS_FILE, Unfinished, unfinished_output
+from modules.opening import Models, locations_of, looked_up, open_models
+from modules.outputs import Unfinished, check_output, held_place, unfinished_output
 from modules.phrases import Encoded, doubtful_phrases, encode_pairs
 from modules.pictures import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
-from modules.preflight import check, find_room, plan_run
+from modules.places import SETTINGS_FILE, Place
+from modules.preflight import Plan, Room, check, find_room, plan_run
 from modules.probability import Scorer, build_scorer
 from modules.record import RunRecord, compare_fingerprints, is_finished, write_recipe
 from modules.search import Decision, Search
@@ -69,30 +70,45 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     work; CheckpointError or OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
-    console.line(BANNER)
+    console.lines(BANNER.split("\n"))
     console.timed("THE MERGE MONSTER HUNGERS")
     output = Path(config.directories.output_directory)
-    if options.resume and not options.dry_run and is_finished(config, output):
-        console.final(f"This run has finished: its output is in {output}")
-        group.from_first(NOTHING_TO_SEARCH)
-        return
-    models = open_models(config, options.overwrite, partial(fetch_now, console))
+    with held_place(output, console, options.dry_run) as place:
+        if options.resume and not options.dry_run and is_finished(config, output):
+            console.final(f"This run has finished: its output is in {output}")
+        else:
+            check_output(place, options.overwrite)
+            console.lines(looked_up(locations_of(config)))
+            models = open_models(config, partial(fetch_now, console))
+            plan, room = _checked_plan(config, console, models, group)
+            if not options.dry_run:
+                _merge(config, console, options, group, place, models, plan)
+                return
+            console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
+            console.final("Dry run: nothing was written")
+    group.from_first(NOTHING_TO_SEARCH)
+
+
+def _checked_plan(config: Config, console: Console, models: Models, group: Group) -> tuple[Plan, Room]:
+    """What the run will do and take, and what room there is. Raises ConfigError if it is too little."""
     console.lines(models.notes)
     check_space(models.jobs, config.keep_downloads)
     plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
     room = find_room(plan)
     console.warnings([*doubtful_phrases(config.pairs), *plan.doubts, *check(plan, room)])
-    if options.dry_run:
-        console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
-        console.final("Dry run: nothing was written")
-        group.from_first(NOTHING_TO_SEARCH)
-        return
+    return plan, room
+
+
+def _merge(
+    config: Config, console: Console, options: Options, group: Group, place: Place, models: Models, plan: Plan
+) -> None:
+    """Search, and put the result into its place."""
     clock = Clock()
     with (
-        unfinished_output(output, options.resume, options.restart) as unfinished,
+        unfinished_output(place, options.resume, options.restart) as unfinished,
         Ahead(models.jobs, partial(begin_download, console)) as ahead,
     ):
-        record = RunRecord(unfinished.journal, config)
+        record = RunRecord(unfinished.journal, config, models.base)
         ahead.wait(0)
         clock.lap("download")
         group.from_first(Start(record.journal.records, plan.budget))
@@ -105,34 +121,52 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
-        save(console, model, unfinished, output, config.text)
+        save(console, model, unfinished, config.directories.output_directory, config.text)
         clock.lap("save")
         recipe = record.recipe(
             config.pairs, search.weights, search.log_probabilities, composition, model.dtypes(), clock.seconds
         )
-        write_results(console, unfinished.folder, recipe, models.base.path)
-        unfinished.take_place(output, options.overwrite)
+        write_results(console, unfinished.folder, recipe, place.output.name, models.base.path)
+        put_in_place(console, unfinished, options.overwrite)
     if not config.keep_downloads:
         remove_downloads(console, [models.base.repository])
     console.final(f"Done. The log is {console.log_path}")
 
 
-def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: Path, settings: str) -> None:
+def put_in_place(console: Console, unfinished: Unfinished, overwrite: bool) -> None:
+    """Make what is written the output. It takes a moment, in which Ctrl-C is not heard unless it comes twice."""
+    with postponed(lambda: None):
+        console.warnings(unfinished.take_place(overwrite))
+
+
+def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: str, settings: str) -> None:
     """Write the model and the text of the settings that made it; `output` is where they will be in the end."""
     console.timed(f"Saving to {output}")
-    model.save(unfinished.folder)
-    (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
+    with naming(unfinished.folder):
+        model.save(unfinished.folder)
+    console.lines(model.checkpoint.companions.describe())
+    with naming(unfinished.folder / SETTINGS_FILE):
+        (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 
 
-def write_results(console: Console, folder: Path, recipe: Record, base: Path) -> None:
-    """Write the recipe, and what shows people what is in it: two pictures and a model card. base: the base's folder."""
+def write_results(console: Console, folder: Path, recipe: Record, name: str, base: Path) -> None:
+    """Write the recipe, and what shows people what is in it: two pictures and a model card.
+
+    name: the output's. base: the base's folder.
+    """
     write_recipe(folder, recipe)
-    try:
-        merge_map(recipe, folder / MERGE_MAP_FILE)
-        phrase_chart(recipe, folder / PHRASE_CHART_FILE)
-        write_card(folder, recipe, base, (MERGE_MAP_FILE, PHRASE_CHART_FILE))
-    except Exception as error:  # no reason to lose a merge
-        console.warning(f"the pictures and the model card are not complete ({first_line(error)})")
+    drawn = {
+        MERGE_MAP_FILE: lambda: merge_map(recipe, folder / MERGE_MAP_FILE),
+        PHRASE_CHART_FILE: lambda: phrase_chart(recipe, folder / PHRASE_CHART_FILE),
+        CARD_FILE: lambda: write_card(folder, recipe, name, base, (MERGE_MAP_FILE, PHRASE_CHART_FILE)),
+    }
+    for file, write in drawn.items():
+        try:
+            with naming(folder / file):
+                write()
+        except Exception as error:  # no reason to lose a merge
+            (folder / file).unlink(missing_ok=True)
+            console.warning(f"{file} could not be made ({first_line(error)})")
 
 
 def prepare_libraries(seed: int) -> None:
@@ -165,7 +199,7 @@ def begin_search(
     note_source(record, group, 0, config.directories.model_path1, models.base_where, base)
     device = own_device(config.device, group.seat)
     model = load_model(base, device, config.dtype, config.trust_remote_code, placement=placement)
-    tokenizer = load_tokenizer(base.path, config.trust_remote_code)
+    tokenizer = load_tokenizer(base.path, config.trust_remote_code, base.companions)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     scorer = build_shared_scorer(model, encoded, budget, record.packing, group)
     search = Search(model, scorer, config, tokenizer, group)
@@ -252,6 +286,7 @@ class Conductor:
 
     def _candidate(self, number: int, candidate: Candidate) -> None:
         failure, group = None, self.search.group
+        behind = self.search.repeated + len(self.record.decisions(number))
         try:
             group.together(lambda: self.ahead.wait(number))
             note_source(self.record, group, number, candidate.text, candidate.where, candidate.checkpoint)
@@ -259,6 +294,9 @@ class Conductor:
         except CheckpointError as error:
             if self.config.on_error == "stop":
                 raise
+            if self.search.repeated < behind:  # the recipe would tell of merges that the output does not have
+                kept = f"what was accepted of {candidate.name} can't be built again, so it is not skipped"
+                raise CheckpointError(f"{error}; {kept}") from None
             failure = str(error)
             self.search.measure()
         finally:

@@ -6,7 +6,6 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any
 
 from modules import mapping_report
 from modules.checkpoints import load_tokenizer
-from modules.config import Config, ConfigError, Pair
+from modules.config import Config, ConfigError, Pair, unusable
 from modules.console import Console
 from modules.continuation import build_continuation
+from modules.journal import naming
 from modules.mapping import CompletionTree, Explorer, Standing, standings
 from modules.memory import placement_of, weights_of
 from modules.models import ResidentModel, load_model, resolve_device, resolve_dtype, without_weights
-from modules.opening import base_of, find_location, open_base
+from modules.opening import base_of, find_location, looked_up, open_base
 from modules.phrases import Encoded, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
 from modules.probability import build_scorer
 from modules.run import fetch_now, prepare_libraries, remove_downloads
@@ -44,6 +44,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     console.timed("THE MONSTER MAPPER LOOKS AROUND")
     console.warnings(doubtful_phrases(config.pairs))
     fetch = partial(fetch_now, console)
+    console.lines(looked_up([base_of(config)]))
     found = find_location(base_of(config))
     console.lines(found.notes())
     checkpoint = open_base(found, found.location.text, config.trust_remote_code, fetch)
@@ -52,7 +53,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     dtype = resolve_dtype(config.dtype, checkpoint.main_dtype(), resolve_device(config.device))
     placement = placement_of(config.device, module, dtype, weights_of(module, dtype, False))
     model = load_model(checkpoint, config.device, config.dtype, config.trust_remote_code, placement=placement)
-    tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code, checkpoint.companions)
     spelling = Spelling(tokenizer, model.vocabulary)
     trees, phrases = explore(config, console, model, tokenizer, spelling)
     everything = [standing for group in phrases for standing in group]
@@ -94,17 +95,18 @@ def explore(
             trees.append(tree)
             stands.append(standings(tree, phrases[tree.root.context], settings, spelling))
             number = f"{len(trees)}/{len(roots)}"
-            console.lines(mapping_report.tree_lines(number, tree, stands[-1], settings, spelling))
+            console.coloured_lines(mapping_report.tree_lines(number, tree, stands[-1], settings, spelling))
     return trees, stands
 
 
-def check_exports(exports: Exports, inputs: Sequence[Path], overwrite: bool) -> None:
-    """Raise ConfigError if a file can't be written, or writing it would destroy something."""
+def check_exports(exports: Exports, overwrite: bool) -> None:
+    """Raise ConfigError if a file can't be written, or another one stands there."""
     for option, path in (("--json", exports.json), ("--yaml", exports.yaml)):
         if path is None:
             continue
-        if path.resolve() in [file.resolve() for file in inputs]:
-            raise ConfigError(f"{option} {path}: this file is read by this very run; name another one")
+        trouble = unusable(path)
+        if trouble:
+            raise ConfigError(f"{option} {path}: not a usable path ({trouble})")
         if path.is_dir() or not path.resolve().parent.is_dir():
             raise ConfigError(f"{option} {path}: {'a folder' if path.is_dir() else 'its folder does not exist'}")
         if path.exists() and not overwrite:
@@ -117,9 +119,10 @@ def check_exports(exports: Exports, inputs: Sequence[Path], overwrite: bool) -> 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there as a whole or, if writing fails, as it was before."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with naming(path), partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -55,18 +55,21 @@ class Merger:
     def __init__(self, model: ResidentModel, tokenizer: Any, trust_remote_code: bool = False) -> None:
         """tokenizer: the model's, with which candidates' vocabularies are matched."""
         self.model, self.tokenizer, self.trust_remote_code = model, tokenizer, trust_remote_code
+        self.repeated = 0  # decisions that were carried out again, of all candidates
         self._space: Tensors | None = None  # where merges are made, one layer's worth
 
     def repeat(self, candidate: Candidate, done: Sequence[Decision]) -> None:
         """Carry out decisions that were taken on a candidate.
 
-        Raises ConfigError if the models are not such that they could have been taken.
+        Raises ConfigError if the models are not such that they could have been taken, CheckpointError if a file can't
+        be read.
         """
         try:
             for decision in done:
                 if decision.ratio is not None:
                     part, theirs = self._in_memory(partial(self._found, candidate, decision.layer))
                     self._install(part, theirs, decision.method, decision.ratio)
+                self.repeated += 1
         except (BrokenWeights, HeaderSkipped, IndexError) as error:
             raise ConfigError(f"what was decided on {candidate.name} can't be carried out: {error}") from None
 

@@ -3,6 +3,8 @@
 Knows: how names are spelt, which folders are there. Refuses to know: the network, what is in a folder.
 """
 
+import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +47,36 @@ class Source:
 
 
 def parse_location(text: str) -> Location | None:
-    """A folder that is there or, failing that, a text with the form of an id of the hub; None if it is neither."""
+    """A folder that is there or, failing that, a text with the form of an id of the hub; None if it is neither.
+
+    models/one means a folder, and not the hub's, where there is a folder models; models/one@main means the hub's.
+    """
     folder = _folder(text)
     if folder is not None:
         return Location(text, folder)
     hub_id = _HUB_ID.fullmatch(text)
-    return Location(text, None, hub_id["repo"], hub_id["revision"]) if hub_id else None
+    if hub_id is None or (hub_id["revision"] is None and _folder(os.path.dirname(text)) is not None):
+        return None
+    return Location(text, None, hub_id["repo"], hub_id["revision"])
+
+
+def missing_folder(text: str) -> str:
+    """What to say of a text that is no model: what there is in its place, or how a model of the hub is written."""
+    parts = (part.strip() for part in (text, *text.split("+")))
+    for part in (part for part in parts if parse_location(part) is None):
+        parent, name = os.path.split(part.rstrip("/"))
+        folder = _folder(parent or ".")
+        if folder is None:
+            continue
+        guess = difflib.get_close_matches(name, _folders_in(folder), 1)
+        hints = [f"did you mean '{os.path.join(parent, guess[0])}'?"] if guess else []
+        if parent:
+            hints.insert(0, f"{parent} is there, {name} is not in it")
+        if _HUB_ID.fullmatch(part):
+            hints.append(f"the hub's would be written {part}@main")
+        if hints:
+            return f"no such folder; {'; '.join(hints)}"
+    return f"no such folder; a model of the hub is written {HUB_FORM}, either with +adapter behind it"
 
 
 def _folder(text: str) -> Path | None:
@@ -60,6 +86,13 @@ def _folder(text: str) -> Path | None:
         return folder if text and folder.is_dir() else None
     except (OSError, ValueError, RuntimeError):  # too long, a null character, an unknown user
         return None
+
+
+def _folders_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    except OSError:  # may not be looked into
+        return []
 
 
 def parse_source(text: str) -> Source | None:

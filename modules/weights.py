@@ -7,13 +7,15 @@ loaded whole.
 Nothing in a file is executed: a .bin file is a pickle, and one that would need more than tensors is refused.
 """
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import stat
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.config import ConfigError
+from modules.config import CheckpointError, ConfigError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -56,10 +58,6 @@ Fingerprint = dict[str, int | str]  # "size" in bytes, "sha256"
 _BLOCKS, _BLOCK = 64, 1 << 16  # of a large file, how many blocks of how many bytes a fingerprint looks at
 
 
-class CheckpointError(Exception):
-    """A checkpoint can't be read or written; the message is for the user."""
-
-
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies and what it looks like, from the file's header."""
@@ -75,8 +73,35 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def local_files(folder: Path) -> list[str]:
-    """The names of the files in a folder, sub-folders left out."""
-    return sorted(path.name for path in folder.iterdir() if path.is_file())
+    """The names of the files in a folder, sub-folders left out. Raises CheckpointError if it can't be read."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise _unread(folder, error) from None
+    return sorted(path.name for path in paths if is_there(path))
+
+
+def is_there(path: Path, kind: Callable[[int], bool] = stat.S_ISREG) -> bool:
+    """Whether there is a file or, by another `kind`, a folder of this name. Raises CheckpointError if the system can't
+    tell: what can't be read is not missing."""
+    try:
+        return kind(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise _unread(path, error) from None
+
+
+def _unread(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: can't be read ({error.strerror or error})")
+
+
+def read_file(path: Path) -> bytes:
+    """All of a small file. Raises CheckpointError if it can't be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unread(path, error) from None
 
 
 def holds_weights(names: Collection[str]) -> bool:
@@ -96,7 +121,7 @@ def weight_files(folder: Path, names: Collection[str]) -> list[str]:
     """The names of a model's weight files, of one format.
 
     names: of all the model's files; an index among them must be in the folder, shards need not. Raises ConfigError if
-    there are no weights, or an index names files that are not among the names.
+    there are no weights, or an index names files that are not among the names; CheckpointError if it can't be read.
     """
     for single, index in _FORMATS:
         if single in names:
@@ -111,9 +136,9 @@ def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> l
     """The shards that an index names. suffix: of every one of them; under any other, a shard could take the
     place of another file when the model is written again."""
     try:
-        weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_file(folder / index).decode("utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{folder / index}: not a valid index of shards") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
@@ -228,7 +253,7 @@ def fingerprint(path: Path) -> Fingerprint:
                     file.seek((size - _BLOCK) * number // (_BLOCKS - 1))
                     digest.update(file.read(_BLOCK))
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
+        raise _unread(path, error) from None
     return {"size": size, "sha256": digest.hexdigest()}
 
 
@@ -316,7 +341,8 @@ def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]
         tensors = dict(named_tensors)
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(_usual_mode())  # safetensors lets nobody but the owner read it
+            with suppress(OSError):  # not every file system has rights
+                (folder / file).chmod(_usual_mode())  # safetensors lets nobody but the owner read it
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder / file}: can't be written ({first_line(error)})") from None
         _verify(folder / file, tensors)
@@ -324,7 +350,10 @@ def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if set(shards) != {SINGLE_FILE}:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        try:
+            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{folder / INDEX_FILE}: can't be written ({error.strerror})") from None
 
 
 def _usual_mode() -> int:

@@ -58,7 +58,7 @@ def make_adapter(folder, base, seed=5, **settings):
 def candidate_of(place, base, source):
     """A candidate as the program opens it, with the names of its layers' and header's tensors."""
     config = load_config(tiny.write_config(place / "open.yaml", base, [source], place / "out"))
-    models = open_models(config, False, lambda job: None)
+    models = open_models(config, lambda job: None)
     return models.candidates[0]
 
 

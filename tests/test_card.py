@@ -16,7 +16,6 @@ from test_run import make_models
 
 import merge_monster
 from modules.card import CARD_FILE, MOST_PHRASES, Licence, licence_of, model_card, write_card
-from modules.outputs import partial_folder
 from modules.record import RECIPE_FILE
 from modules.report import percent
 
@@ -105,9 +104,12 @@ def on_hub(recipe, *wheres):
 
 
 def test_the_card_of_a_run(run, recipe):
-    partial = partial_folder(run / "merged")
+    partial = run / "merged.partial"
     partial.mkdir(exist_ok=True)
-    write_card(partial, recipe, run / "base", PICTURES)
+    for picture in PICTURES:
+        (partial / picture).touch()
+    shutil.copy(run / "out/LICENSE", partial)
+    write_card(partial, recipe, "merged", run / "base", PICTURES)
     text = (partial / CARD_FILE).read_bytes().decode()
     assert "base_model" not in accepted(text) and metadata_load(partial / CARD_FILE)["tags"]
     assert text.split("---\n")[2].startswith("\n# merged\n")
@@ -132,15 +134,15 @@ def test_the_card_of_a_run(run, recipe):
     assert phrases[-1][-2:] == total and f"went from {total[0]} to {total[1]}" in prose
     for picture in PICTURES:
         assert f"]({picture})" in prose
-    assert "card states its licence as apache-2.0" in prose and "files are LICENSE; they are not copied" in prose
+    assert "card states its licence as apache-2.0" in prose and "licence files lie beside this page: LICENSE." in prose
     # Before it is written down and read again a recipe is the same but for the type of some keys.
     numbered = {**recipe, "failures": {1: "broken"}}
     assert card_of(numbered) == card_of(json.loads(json.dumps(numbered)))
 
 
-def test_the_base_s_own_card_and_licence_are_not_copied(run):
+def test_the_base_s_licence_is_copied_and_its_card_is_not(run):
     files = {path.name for path in (run / "out").iterdir()}
-    assert "LICENSE" not in files
+    assert (run / "out/LICENSE").read_bytes() == (run / "base/LICENSE").read_bytes()
     assert CARD_FILE not in files or "# The base" not in (run / "out" / CARD_FILE).read_text()
 
 
@@ -311,13 +313,13 @@ def test_long_phrases_keep_their_end(recipe):
 )
 def test_what_a_card_states(tmp_path, content, stated):
     (tmp_path / "README.md").write_text(content, encoding="utf-8", newline="")
-    assert licence_of(tmp_path) == Licence((), stated)
+    assert licence_of(tmp_path, tmp_path) == Licence((), stated)
 
 
 def test_a_card_that_would_grow_without_end(tmp_path):
     lines = ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60)), "license: mit"]
     (tmp_path / "README.md").write_text("\n".join(["---", *lines, "---", ""]))
-    assert licence_of(tmp_path).stated == ("mit",)
+    assert licence_of(tmp_path, tmp_path).stated == ("mit",)
 
 
 def test_licence_files(tmp_path):
@@ -325,7 +327,9 @@ def test_licence_files(tmp_path):
         (tmp_path / name).write_text("text")
     (tmp_path / "licenses").mkdir()
     (tmp_path / "README.md").write_bytes(b"\xff\xfe")
-    assert licence_of(tmp_path) == Licence(("COPYING", "LICENSE", "Licence.md", "NOTICE", "license.txt"))
+    assert licence_of(tmp_path, tmp_path) == Licence(
+        ("COPYING", "LICENSE", "Licence.md", "NOTICE", "USE_POLICY.md", "license.txt")
+    )
 
 
 @pytest.mark.parametrize("value", [0, -1e300, 1e308, 10**308], ids=str)

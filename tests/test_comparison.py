@@ -12,6 +12,7 @@ from test_run import make_models
 
 import merge_monster
 from modules.comparison import COMPOSITION_WIDTH, comparison
+from modules.console import visible
 from modules.record import RECIPE_FILE, read_outputs
 from modules.report import columns, percent
 
@@ -181,7 +182,7 @@ def test_all_that_are_no_finished_output_are_named_in_one_message(here, recipe, 
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("ERROR") == 1 and "Traceback" not in shown.err
     lines = shown.err.splitlines()[1:]
-    assert all(line.startswith(f"  {name}") for name, line in zip(bad, lines, strict=True))
+    assert all(line.startswith(f"  {visible(name)}") for name, line in zip(bad, lines, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every kind of wrong input, with its message; all errors together; nothing heavy imported."""
 
+import re
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modules.config import ConfigError, Mapper, Pair, load_config
+from modules.config import ConfigError, Mapper, Pair, load_config, output_directory
 
 ROOT = Path(__file__).parents[1]
 PHRASES = [{"phrase": "spine", "contexts": ["down her "]}]
@@ -347,3 +348,134 @@ def test_bad_mapper_options_end_the_mapper_with_code_2(folders, option, value):
     assert result.returncode == 2
     assert f"mapper.{option}: " in result.stderr and "Traceback" not in result.stderr
     assert not (folders / "logs").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Short files that stand for much, and long ones
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lists(entries, contexts):
+    """Phrase lists of so many pairs, in a short file."""
+    shared = f"[{', '.join(['a'] * contexts)}]"
+    return f"bad_phrases:\n- &entry\n  phrase: x\n  contexts: {shared}\n" + "- *entry\n" * (entries - 1)
+
+
+MERGES = "x0: &x0 {a0: 1}\n" + "".join(f"x{i}: &x{i} {{<<: *x{i - 1}, a{i}: 1}}\n" for i in range(1, 2200))
+LEVELS = "l0: &l0 [a, a]\n" + "".join(f"l{i}: &l{i} [*l{i - 1}, *l{i - 1}]\n" for i in range(1, 40))
+BOMBS = {
+    "pairs in millions": (lists(3000, 3000), "stands for more than 2,000,000 values"),
+    "merge keys": (MERGES, "stands for more than 2,000,000 values"),
+    "lists of lists": (LEVELS, "stands for more than 2,000,000 values"),
+    "pairs": (lists(251, 400), "100,400 pairs of a phrase and a context; at most 100,000 are taken"),
+}
+
+
+@pytest.mark.parametrize("where", ["the file", "a phrase file", "the mapper"])
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_short_file_that_stands_for_too_much_is_refused_at_once(place, name, where):
+    text, words = BOMBS[name]
+    head = f"directories: {{model_path1: {place}, output_directory: out}}\nmodels_to_merge: [{place}]\n"
+    if where == "a phrase file":
+        (place / "bomb.yaml").write_text(text)
+        text = "phrase_files: [bomb.yaml]\n"
+    (place / "my.yaml").write_text(head + text)
+    began = time.process_time()
+    with pytest.raises(ConfigError, match=words):
+        load_config("my.yaml", mapping=where == "the mapper")
+    assert time.process_time() - began < 2
+
+
+def test_pairs_are_counted_over_all_files(place):
+    for name, entries in (("one", 125), ("two", 125), ("three", 1)):
+        (place / f"{name}.yaml").write_text(lists(entries, 400))
+    head = f"directories: {{model_path1: {place}, output_directory: out}}\nmodels_to_merge: [{place}]\n"
+    (place / "my.yaml").write_text(head + "phrase_files: [one.yaml, two.yaml]\n")
+    assert len(load_config("my.yaml").pairs) == 100_000
+    (place / "my.yaml").write_text(head + "phrase_files: [one.yaml, two.yaml, three.yaml]\n")
+    with pytest.raises(ConfigError, match="100,400 pairs"):
+        load_config("my.yaml")
+
+
+def test_a_list_that_holds_itself_is_refused(place):
+    (place / "my.yaml").write_text("bad_phrases: &all [*all]\nmodels_to_merge: &more [*more, {a: *more}]\n")
+    with pytest.raises(ConfigError, match="errors"):
+        load_config("my.yaml")
+
+
+def test_of_very_many_errors_the_first_ones_are_told(place):
+    (place / "my.yaml").write_text("".join(f"key{i}: 1\n" for i in range(200)))
+    with pytest.raises(ConfigError) as error:
+        load_config("my.yaml")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 52 and re.search(r"^  and \d+ more$", lines[-1]) and "errors:" in lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths
+# ---------------------------------------------------------------------------------------------------------------------
+
+OUTPUTS = {
+    "/": "a whole file system can't be an output",
+    "../" * 60: "a whole file system can't be an output",
+    "a" * 250: "its name is too long",
+    "\u65e5" * 80: "its name is too long",
+    "a" * 300: "not a usable path",
+    "/".join(["a" * 100] * 60): "not a usable path",
+    "a\0b": "not a usable path",
+    "~nobody-of-this-name/out": "not a usable path",
+    "loop/out": "not a usable path",
+    " ": "expected text",
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=lambda text: repr(text[:12]))
+def test_an_output_that_cannot_be_one_is_refused(place, output):
+    (place / "loop").symlink_to("loop")
+    write_named(place / "my.yaml", output)
+    with pytest.raises(ConfigError, match=OUTPUTS[output]):
+        load_config("my.yaml")
+    with pytest.raises(ConfigError, match=f"--output: .*{OUTPUTS[output]}"):
+        output_directory("--output", output)
+
+
+@pytest.mark.parametrize("output, found", [(".", "here"), ("..", "above"), ("x/..", "here"), ("x/../y", "x/../y")])
+def test_an_output_without_a_name_of_its_own_is_named(place, monkeypatch, output, found):
+    here = place / "above" / "here"
+    (here / "x").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert output_directory("--output", output) == {"here": here, "above": here.parent}.get(found, Path(found))
+
+
+def write_named(path, output="out", base=None, candidate=None):
+    directories = {"model_path1": str(base or path.parent), "output_directory": output}
+    phrases = [{"phrase": "x", "contexts": ["y"]}]
+    settings = {"directories": directories, "models_to_merge": [candidate or str(path.parent)], "bad_phrases": phrases}
+    path.write_text(yaml.safe_dump(settings))
+
+
+MISSING = {
+    "models/foo": "models is there, foo is not in it; did you mean 'models/fooo'?; the hub's would be written",
+    "models/zzz": "models is there, zzz is not in it; the hub's would be written models/zzz@main",
+    "./models/foo": "did you mean './models/fooo'?",
+    "models/foo/": "did you mean 'models/fooo'?",
+    "modles": "did you mean 'models'?",
+    "no/such/thing": "a model of the hub is written org/name",
+    "models/fooo+models/bat": "did you mean 'models/bar'?",
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_folder_that_is_missed_is_not_looked_for_on_the_hub(place, name):
+    for folder in ("fooo", "bar"):
+        (place / "models" / folder).mkdir(parents=True)
+    write_named(place / "my.yaml", candidate=name)
+    with pytest.raises(ConfigError, match=re.escape(MISSING[name])):
+        load_config("my.yaml")
+
+
+@pytest.mark.parametrize("name", ["org/name", "models/foo@main", "org/name+models/fooo"])
+def test_what_can_only_be_the_hubs_is_taken(place, name):
+    (place / "models" / "fooo").mkdir(parents=True)
+    write_named(place / "my.yaml", candidate=name)
+    assert load_config("my.yaml").models_to_merge == (name,)

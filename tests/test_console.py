@@ -5,20 +5,27 @@ import io
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 import tqdm.std
 from test_run import make_models
 
 import merge_monster
 import monster_mapper
-from modules.config import Config, Directories
-from modules.console import Console, Progress, coloured
+from modules.config import CheckpointError, Config, ConfigError, Directories
+from modules.console import Console, Progress, Unlogged, coloured, visible
+from modules.failures import exit_code
+from modules.journal import naming
+from modules.processes import ProcessLost, find_seat
 from modules.search import Search
 
 ROOT = Path(__file__).parents[1]
@@ -232,10 +239,9 @@ def test_colours_go_to_a_terminal_unless_no_color_is_set(place, monkeypatch):
         if value is not None:
             monkeypatch.setenv("NO_COLOR", value)
         with on_terminal() as terminal, Console("test") as console:
-            console.line(text)
-            console.warning(text)
-        assert terminal.getvalue().splitlines() == [seen, f"WARNING: {seen}"]
-        assert console.log_path.read_text() == "12%\nWARNING: 12%\n"
+            console.coloured_lines([text])
+        assert terminal.getvalue().splitlines() == [seen]
+        assert console.log_path.read_text() == "12%\n"
 
 
 def test_what_is_no_terminal_gets_neither_bar_nor_colour(place, capsys):
@@ -244,7 +250,7 @@ def test_what_is_no_terminal_gets_neither_bar_nor_colour(place, capsys):
         bar.skip(5)
         bar.update(5)
         bar.left(0)
-        console.line(coloured("12%", 0.5))
+        console.coloured_lines([coloured("12%", 0.5)])
     assert capsys.readouterr() == ("12%\n", "")
 
 
@@ -260,11 +266,12 @@ def test_a_long_name_leaves_room_for_the_bar_of_its_download(place):
 
 ALL_LINES = """
 import sys
-from modules.console import BANNER, Console, coloured, show_any_character
-show_any_character()
+from modules.console import BANNER, Console, coloured, open_streams
+open_streams()
 text = "caf\\xe9, \\u65e5\\u672c\\u8a9e, \\U0001f642, \\u0301, \\u2713 \\x1b"
 with Console(text) as console, console.progress(2) as bar:
-    console.lines([BANNER, text, coloured(text, 0.5)])
+    console.lines([*BANNER.split("\\n"), text])
+    console.coloured_lines([coloured(text, 0.5)])
     console.warning(text)
     console.timed(text)
     bar.tell(text)
@@ -298,3 +305,248 @@ def test_a_whole_run_on_a_terminal_without_unicode(place):
     path.write_text(path.read_text(encoding="utf-8") + "\u65e5: 1\n", encoding="utf-8")
     result = narrow("cp1252", [sys.executable, str(ROOT / "merge_monster.py"), "--config", str(path)], place)
     assert result.returncode == 2 and b"unknown key" in result.stderr and b"Traceback" not in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What strangers have written
+# ---------------------------------------------------------------------------------------------------------------------
+
+EVIL = "\x1b]0;FORGED\x07\x1b[2J\x1b[0m\r\n00:00:00 - Done.\x7f\x85\x9b\u2028\u2029\u202e\u2066\u200b\ufeff\ud800\u200d"
+
+
+def test_no_character_can_do_more_than_be_seen():
+    characters = [chr(number) for number in (*range(0x20000), *range(0xE0000, 0xE0200))]
+    seen = [one for one in characters if one.isprintable() or unicodedata.category(one) == "Co"]  # Co: a font's own
+    assert [visible(one) for one in seen] == seen
+    for character in set(characters) - set(seen):
+        shown = visible(character)
+        assert shown.isascii() and shown.isprintable() and shown[0] == "\\"
+    risky = [*map(chr, range(0x20)), *map(chr, range(0x7F, 0xA0)), *"\u200b\u2028\u2029\u202e\u2066\ufeff\ud800"]
+    assert not set(risky) & set(seen)
+
+
+def test_what_holds_a_letter_together_stays():
+    for text in ("\U0001f469\u200d\U0001f680", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "e\u0301"):
+        assert visible(text) == text
+    assert visible("base\u200d") == "base\\u200d" and visible("a\u200cb") == "a\\u200cb"
+
+
+@pytest.mark.parametrize("way", ["line", "warning", "error", "ending", "timed", "final", "lines", "coloured", "bug"])
+def test_a_strangers_text_is_one_line_without_effect(place, capsys, way):
+    ways = {
+        "lines": lambda console: console.lines([EVIL]),
+        "coloured": lambda console: console.coloured_lines([EVIL.replace("\x1b[0m", "")]),
+        "bug": lambda console: console.bug(EVIL, ["Traceback", EVIL]),
+    }
+    with Console("test") as console:
+        ways.get(way, lambda console: getattr(console, way)(EVIL))(console)
+    shown = "".join(capsys.readouterr())
+    for text in (shown, console.log_path.read_text(encoding="utf-8")):
+        lines = text.removesuffix("\n").split("\n")
+        assert len(lines) == (3 if way == "bug" and text != shown else 1) and all(line.isprintable() for line in lines)
+        assert "\\x1b]0;FORGED\\x07" in text and "\\r\\n00:00:00 - Done." in text
+
+
+def test_errors_before_there_is_a_log_show_names_as_they_are(place, capsys):
+    (place / "bad\n\x1b[2J.yaml").write_text("a\x1b: 1")
+    refused = (
+        (merge_monster, ["--config", "bad\n\x1b[2J.yaml"]),
+        (merge_monster, ["--config", "no\nsuch\x1b.yaml"]),
+        (monster_mapper, ["--config", "no\nsuch\x1b.yaml"]),
+        (merge_monster, ["--replay", "no\x1b\n.json", "--output", "out"]),
+        (merge_monster, ["--compare", "no\x1b\nfolder", "other"]),
+        (merge_monster, ["\x1b\nFORGED"]),
+        (monster_mapper, ["--top\x1b\nFORGED"]),
+    )
+    for program, arguments in refused:
+        try:
+            code = program.main(arguments)
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr().err
+        assert code == 2 and said.replace("\n", "").isprintable(), said
+        assert not re.search(r"(?m)^(such|FORGED|folder|\.json)", said), said
+    assert not any("\x1b" in file.read_text() for file in (place / "logs").glob("*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams and logs that fail
+# ---------------------------------------------------------------------------------------------------------------------
+
+MANY_LINES = """
+import sys
+from modules.console import Console, open_streams
+from modules.failures import leave
+open_streams()
+with Console("test") as console, console.progress(1000) as bar:
+    for number in range(1000):
+        console.line(f"line {number} {'x' * 100}")
+        console.warning("careful")
+        bar.update(1)
+    console.heard()
+    console.final("over")
+leave(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| head -1", ">/dev/full", "2>/dev/full"]
+)
+def test_a_run_goes_on_when_nobody_can_read_what_it_shows(place, streams):
+    script = place / "script.py"
+    script.write_text(MANY_LINES)
+    command = f'set -o pipefail; "{sys.executable}" "{script}" {streams}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr and "Exception" not in result.stderr
+    assert result.stderr.count("nothing more can be shown here") == (streams in ("| head -1", ">/dev/full"))
+    logged = only_log(place).splitlines()
+    assert len([line for line in logged if line.startswith("line")]) == 1000 and logged[-1].endswith("over")
+
+
+@pytest.mark.parametrize("program", ["merge_monster.py", "monster_mapper.py"])
+def test_help_that_is_cut_short_is_no_failure(place, program):
+    command = f'set -o pipefail; "{sys.executable}" "{ROOT / program}" --help | true'
+    result = subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_every_run_has_a_log_of_its_own(place):
+    with ThreadPoolExecutor(32) as pool:
+        consoles = list(pool.map(Console, ["test"] * 150))
+    for number, console in enumerate(consoles):
+        with console:
+            console.line(str(number))
+    assert [console.log_path.read_text() for console in consoles] == [f"{number}\n" for number in range(150)]
+
+
+def test_a_full_disk_ends_the_log_and_not_the_run(place, capsys):
+    with Console("test", quiet=True) as console:
+        console.line("before")
+        console._log.close()
+        console._log = open("/dev/full", "w")  # noqa: SIM115
+        for _ in range(3):
+            console.line("during")
+        console.final("over")
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2 and "the log ends here" in shown[0] and str(console.log_path) in shown[0]
+    assert shown[1].endswith("over") and console.log_path.read_text() == "before\n"
+
+
+def test_a_place_without_room_for_a_log_is_named(place, capsys):
+    path = tiny.write_config(place / "my.yaml", place, [place], place / "out")
+    (place / "logs").write_text("a file")
+    assert merge_monster.main(["--config", str(path)]) == 2
+    assert "the log can't be written to logs/ (File exists); start the program in" in capsys.readouterr().err
+    gone = place / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    assert merge_monster.main(["--config", str(path)]) == 2
+    assert "the log can't be written to logs/ (No such file" in capsys.readouterr().err
+    assert merge_monster.main(["--config", str(path), "--output", "out"]) == 2
+    assert "the folder that you are in is gone" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How a program ends
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def full(path):
+    with naming(path), open("/dev/full", "w") as file:
+        file.write("x")
+
+
+FAILURES = [
+    (ConfigError("one", "two"), 2, "ERROR: one\ntwo\n"),
+    (CheckpointError("gone"), 1, "ERROR: gone\nkept\n"),
+    (ProcessLost("gone"), 1, "ERROR: gone\nkept\n"),
+    (FileNotFoundError(2, "No such file", "a\nb"), 1, "ERROR: a\\nb: No such file\nkept\n"),
+    (OSError(28, "No room", "a", None, "b"), 1, "ERROR: a -> b: No room\nkept\n"),
+    (OSError("odd"), 1, "ERROR: OSError: odd\nkept\n"),
+    (lambda: full("here/it.is"), 1, "ERROR: here/it.is: No space left on device\nkept\n"),
+    (MemoryError(), 1, "ERROR: out of memory: nothing more is known\nkept\n"),
+    (torch.OutOfMemoryError("CUDA"), 1, "ERROR: out of memory: CUDA\nkept\n"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate"), 1, "out of memory"),
+    (ModuleNotFoundError("No module", name="tiktoken"), 1, "the package tiktoken is not installed: pip install"),
+    (KeyboardInterrupt(), 130, "Interrupted. kept\n"),
+    (RecursionError("too deep"), 1, "ERROR: internal error: RecursionError: too deep; the traceback is in logs/"),
+    (KeyError("a\n\x1b"), 1, "ERROR: internal error: KeyError: 'a\\n\\x1b'; the traceback is in logs/"),
+    (AssertionError(), 1, "ERROR: internal error: AssertionError: nothing more is known"),
+]
+
+
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("error, code, said", FAILURES, ids=lambda value: getattr(value, "__name__", repr(value))[:30])
+def test_every_failure_has_its_message_and_its_code(place, capsys, error, code, said, logged):
+    def work():
+        if callable(error):
+            error()
+        raise error
+
+    with Console("test") if logged else Unlogged("test") as console:
+        assert exit_code(work, console, lambda: "kept") == code
+    shown = capsys.readouterr().err
+    assert said in shown and "Traceback" not in shown
+    logs = "".join(file.read_text() for file in (place / "logs").glob("*")) if (place / "logs").exists() else ""
+    assert ("Traceback" in logs) == ("internal error" in said)
+
+
+@pytest.mark.parametrize("second", [KeyboardInterrupt, OSError, RecursionError])
+def test_what_fails_while_a_failure_is_told_is_no_traceback(place, capsys, second):
+    def left():
+        raise second
+
+    def work():
+        with Console("test") as console:
+            return exit_code(lambda: int("x"), console, left)
+
+    assert exit_code(work, Unlogged("test")) == (130 if second is KeyboardInterrupt else 1)
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown and "internal error: ValueError" in shown
+
+
+@pytest.mark.parametrize("value", ["x", "", "-1", "1.5", "\u0661", "9" * 30, "0"])
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_an_environment_that_torchrun_did_not_set(name, value):
+    if value == "0" and name.endswith("RANK"):
+        return
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", name: value}
+    with pytest.raises(ConfigError, match=f"{name}={value}, .*torchrun did not set"):
+        find_seat(environment)
+
+
+SLEEPER = """
+import sys, time
+from modules.console import Unlogged
+from modules.failures import exit_code
+from modules.stopping import postponed
+def work():
+    with postponed(lambda: print("heard", flush=True)) as end_if_asked:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        end_if_asked()
+sys.exit(exit_code(work, Unlogged("test")))
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_end_a_run_unless_they_were_ignored_from_the_beginning(place, name, ignored):
+    number = getattr(signal, name)
+    with subprocess.Popen(
+        [sys.executable, "-c", SLEEPER],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL),
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        heard = "" if ignored else process.stdout.readline()
+        out, err = process.communicate("go on\n", timeout=20)
+    assert (heard, out, process.returncode) == (("", "", 0) if ignored else ("heard\n", "", 130))
+    assert err == ("" if ignored else "Interrupted.\n")

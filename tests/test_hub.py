@@ -79,6 +79,18 @@ def merge(place, base="org/base", candidates=("org/one@v1", "org/two"), *argumen
     return merge_monster.main(["--config", str(path), *arguments])
 
 
+def test_what_is_no_folder_here_is_told_before_the_hub_is_asked(hub, tmp_path, capsys):
+    assert merge(tmp_path, "org/base", ["org/one@v1", "org/nothing"]) == 2
+    said = capsys.readouterr()
+    told = [line for line in said.out.splitlines() if line.endswith("looking on the hub")]
+    assert told == [f"{name} is no folder here: looking on the hub" for name in ("org/base", "org/nothing")]
+    asked = len(hub.requests)
+    (tmp_path / "org" / "bose").mkdir(parents=True)
+    assert merge(tmp_path, "org/base") == 2
+    assert "org is there, base is not in it; did you mean 'org/bose'?" in capsys.readouterr().err
+    assert len(hub.requests) == asked
+
+
 def same_weights(folder, other):
     for file in sorted(path.name for path in other.glob("*.safetensors")):
         found = load_file(folder / file)

@@ -20,8 +20,9 @@ from test_run import digest, tables
 import merge_monster
 import monster_mapper
 from modules.checkpoints import load_tokenizer
-from modules.config import Pair, load_config
+from modules.config import ConfigError, Pair, load_config
 from modules.phrases import encode_contexts
+from modules.run_mapper import Exports, check_exports
 from modules.spelling import Spelling
 
 ROOT = Path(__file__).parents[1]
@@ -259,8 +260,8 @@ def test_half_precision_checkpoints(place, bpe):
     "arguments, words",
     [
         (["--json", "there.json"], "this file exists; name another one, or add --overwrite"),
-        (["--json", "my.yaml", "--overwrite"], "read by this very run"),
-        (["--yaml", "phrases.yaml", "--overwrite"], "read by this very run"),
+        (["--json", "my.yaml", "--overwrite"], "which this run would write, is the input"),
+        (["--yaml", "phrases.yaml", "--overwrite"], "which this run would write, is the input"),
         (["--json", "nowhere/tree.json"], "its folder does not exist"),
         (["--yaml", "folder"], "a folder"),
         (["--json", "a.json", "--yaml", "./a.json"], "--json and --yaml both name"),
@@ -288,10 +289,13 @@ def test_files_are_replaced_when_asked_and_only_as_a_whole(place, bpe, monkeypat
     whole = (place / "tree.json").read_bytes()
     assert json.loads(whole)["contexts"]
 
-    def full(self, *arguments, **settings):
-        raise OSError(28, "No space left on device", str(self))
+    def full(self, mode="r", *arguments, **settings):
+        if mode == "x" and "tree" in self.name:
+            raise OSError(28, "No space left on device", str(self))
+        return opened(self, mode, *arguments, **settings)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", full)
     path = place / "my.yaml"
     assert monster_mapper.main(["--config", str(path), "--json", "tree.json", "--overwrite"]) == 1
     assert "No space left on device" in capsys.readouterr().err
@@ -312,3 +316,10 @@ def test_the_yaml_of_a_run_without_better_phrases_is_an_empty_list(place, bpe):
     assert document == {"bad_phrases": [], "good_phrases": []}
     again = write(place, bpe, "again.yaml", phrase_files=["a.yaml", "b.yaml"])
     assert len(load_config(again, mapping=True).pairs) == len(tiny.PAIRS) + 1
+
+
+@pytest.mark.parametrize("name", ["a" * 250, "a" * 300, "loop/x"])
+def test_exports_that_cannot_be_written_are_refused_before_the_work(place, name):
+    (place / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match=r"--json .*: not a usable path"):
+        check_exports(Exports(Path(name), None), [], False)

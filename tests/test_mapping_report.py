@@ -10,7 +10,7 @@ from test_spelling import completed
 
 from modules import mapping_report
 from modules.config import Config, Directories, Mapper, Pair
-from modules.console import _COLOURS, coloured
+from modules.console import _COLOUR, coloured
 from modules.mapping import Standing, Suggestion
 from modules.spelling import Spelling
 
@@ -37,7 +37,7 @@ def standing(phrase="spine", context="down her ", probability=0.5, rare=False, b
 
 def plain(lines):
     """Without the colours, which the console takes out for the log."""
-    return [_COLOURS.sub("", line) for line in lines]
+    return [_COLOUR.sub("", line) for line in lines]
 
 
 def lines_of(model, tree, standings=(), prob_min=10.0):

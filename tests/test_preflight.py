@@ -17,7 +17,7 @@ from test_run import log_of, make_models
 from transformers import AutoTokenizer
 
 import merge_monster
-from modules import preflight
+from modules import places, preflight
 from modules.checkpoints import Checkpoint
 from modules.config import ConfigError, Pair, load_config
 from modules.hub import Repository
@@ -46,7 +46,7 @@ def opened(place, models, **settings):
     base, *candidates = models
     path = tiny.write_config(place / "my.yaml", base, candidates, place / "out", **settings)
     config = load_config(path)
-    return config, open_models(config, True, fetch=None)
+    return config, open_models(config, fetch=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Recorded(Checkpoint):
 
     @classmethod
     def of(cls, checkpoint, noted):
-        recorded = cls(checkpoint.path, checkpoint.name, checkpoint.config, checkpoint.tensors)
+        recorded = cls(checkpoint.path, checkpoint.name, checkpoint.config, checkpoint.tensors, checkpoint.companions)
         object.__setattr__(recorded, "noted", noted)
         return recorded
 
@@ -275,7 +275,7 @@ def test_with_room_for_everything_there_is_nothing_to_say(place):
 
 
 def test_all_that_is_missing_is_named_at_once(place):
-    lines = refusal(made_up(place), disk=GB, files=3, memory=GIB, refusal="Permission denied")
+    lines = refusal(made_up(place), disk=GB, files=3, memory=GIB, refusal="it can't be written")
     assert [
         re.search("can't be written|free: make room|out of inodes|fit into the memory", line)[0] for line in lines
     ] == [
@@ -368,9 +368,10 @@ def test_a_place_where_nothing_can_be_made(place, monkeypatch):
     def read_only(**_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(preflight.tempfile, "mkdtemp", read_only)
-    assert find_room(replace(plan, output=place / "out")).refusal == "Read-only file system"
-    assert "nothing can be made in" in refusal(plan, refusal="Read-only file system")[0]
+    monkeypatch.setattr(places.tempfile, "mkdtemp", read_only)
+    told = find_room(replace(plan, output=place / "out")).refusal
+    assert f"nothing can be made in {place} (Read-only file system); name another one" in told
+    assert refusal(plan, refusal=told) == [told]
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):

@@ -10,18 +10,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_run import digest, log_of, make_models, tables
 
 import merge_monster
 import modules.weights
 from modules.candidates import Candidate
+from modules.checkpoints import open_checkpoint
+from modules.config import NO_PART, Config, ConfigError, load_config
 from modules.hub import Ahead
+from modules.journal import JournalCopy
+from modules.places import UNFINISHED, Beside
+from modules.record import RunRecord
 from modules.weights import CheckpointError
 
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"
@@ -52,9 +59,11 @@ def merge(place, models, *arguments, **settings):
     return merge_monster.main(["--config", str(path), *arguments])
 
 
-def same(folder, whole):
-    """The same files, to the bit, but for what tells of this very run."""
+def same(folder, whole, marked=False):
+    """The same files, to the bit, but for what tells of this very run. marked: a mark of before may still be there."""
     ours, theirs = digest(folder), digest(whole)
+    if marked:
+        ours.pop(UNFINISHED, None)
     return ours.keys() == theirs.keys() and {name for name in ours if ours[name] != theirs[name]} <= OWN
 
 
@@ -72,6 +81,7 @@ def break_off(place, whole, records, torn=b""):
     own["config"] = (place / "my.yaml").read_text() if (place / "my.yaml").exists() else own["config"]
     lines[0] = json.dumps(own).encode() + b"\n"
     (partial / JOURNAL).write_bytes(b"".join(lines[:records]) + torn)
+    Beside(place / "out").mark()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,6 +145,13 @@ def test_a_line_damaged_in_the_middle_is_refused(place, models, whole, capsys):
     assert "line 6 is damaged; begin again with --restart" in capsys.readouterr().err
 
 
+def test_an_unfinished_run_of_before_there_were_marks_goes_on(place, models, whole):
+    break_off(place, whole, 8)
+    (place / "out.partial" / UNFINISHED).unlink()
+    assert merge(place, models, "--resume") == 0
+    assert same(place / "out", whole)
+
+
 def test_an_unfinished_run_is_never_overwritten(place, models, whole, capsys):
     break_off(place, whole, 8)
     before = digest(place / "out.partial")
@@ -172,6 +189,144 @@ def test_another_configuration_is_refused(place, models, whole, capsys, changes,
     assert merge(place, models, "--resume", **changes) == 2
     assert words in capsys.readouterr().err
     assert digest(place / "out.partial") == before
+
+
+def harmless(place, models):
+    """By name: what a run was begun with, and what it may go on with."""
+    base, one, two = models
+    (place / "link").symlink_to(one)
+    (place / "mine").mkdir()
+    for model in (one, two):
+        shutil.copytree(model, place / "mine" / model.name)
+    pairs = [{"phrase": "x", "contexts": ["a", {"context": "b", "weight": 2.0}]}]
+    (place / "phrases.yaml").write_text(yaml.safe_dump({"bad_phrases": pairs}))
+    mine = [str(place / "mine" / model.name) for model in (one, two)]
+    return {
+        "nothing": ({}, {}),
+        "on_error": ({}, {"on_error": "skip"}),
+        "keep_downloads": ({}, {"keep_downloads": False}),
+        "mapper": ({}, {"mapper": {"top_k": 4}}),
+        "device": ({}, {"device": "auto"}),
+        "device back": ({"device": "auto"}, {"device": "cpu"}),
+        "dtype": ({}, {"dtype": "float32"}),
+        "dtype back": ({"dtype": "float32"}, {"dtype": "auto"}),
+        "output": ({}, {"directories": {"output_directory": "elsewhere/.."}}),
+        "base": ({}, {"directories": {"model_path1": os.path.relpath(base) + "/"}}),
+        "slashes": ({}, {"models_to_merge": [f"{one}/", f"{two}//"]}),
+        "relative": ({}, {"models_to_merge": [os.path.relpath(one), str(two)]}),
+        "links": ({}, {"models_to_merge": [str(place / "link"), str(two)]}),
+        "a folder of them": (
+            {"models_to_merge": mine},
+            {"models_to_merge": [], "directories": {"model_directory": "mine"}},
+        ),
+        "hub": ({"models_to_merge": ["org/name"]}, {"models_to_merge": ["org/name@main"]}),
+        "phrase file": ({"bad_phrases": pairs}, {"bad_phrases": [], "phrase_files": ["phrases.yaml"]}),
+        "spelling": ({"strategy": "quantitive"}, {"strategy": "quantitative"}),
+        "threshold": ({}, {"strategy_threshold": 0.9}),
+        "scalars": ({"merge_ratios": [0.5]}, {"merge_ratios": 0.5}),
+        "defaults": ({}, {"merge_headers": True, "random_seed": 512, "merge_method": "lerp", "auto_weights": False}),
+    }
+
+
+def real(place, models):
+    """The same of what it may not go on with, and the key that is named."""
+    _, one, two = map(str, models)
+    return {
+        "directories": ({}, {"directories": {"model_path1": one}}),
+        "models_to_merge": ({}, {"models_to_merge": [two, one]}),
+        "merge_ratios": ({}, {"merge_ratios": [0.8, 0.6, 0.4, 0.2]}),
+        "merge_method": ({}, {"merge_method": "slerp"}),
+        "merge_headers": ({}, {"merge_headers": False}),
+        "strategy": ({}, {"strategy": "all_phrases"}),
+        "strategy_threshold": ({"strategy": "quantitive"}, {"strategy": "quantitive", "strategy_threshold": 0.9}),
+        "auto_weights": ({}, {"auto_weights": True}),
+        "bad_phrases": ({}, {"bad_phrases": [{"phrase": "x", "contexts": ["y"]}]}),
+        "good_phrases": ({}, {"good_phrases": []}),
+        "device": ({}, {"device": "mps"}),
+        "dtype": ({}, {"dtype": "bfloat16"}),
+        "random_seed": ({}, {"random_seed": 1}),
+        "trust_remote_code": ({}, {"trust_remote_code": True}),
+    }
+
+
+def test_every_key_either_has_a_part_in_the_search_or_none(place, models):
+    keys = {field.name for field in fields(Config)} - {"text"}
+    assert set(real(place, models)) | set(NO_PART) == keys and not set(real(place, models)) & set(NO_PART)
+
+
+def settings_at(place, models, changes):
+    directories = {
+        "model_path1": str(models[0]),
+        "output_directory": str(place / "out"),
+        **changes.get("directories", {}),
+    }
+    more = {"models_to_merge": [str(model) for model in models[1:]], **changes, "directories": directories}
+    return load_config(tiny.write_config(place / "my.yaml", models[0], models[1:], place / "out", **more))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["", "a journal without what newer ones note"])
+def test_a_run_goes_on_where_only_what_has_no_part_in_it_has_changed(place, models, old):
+    base = open_checkpoint(models[0], "base")
+    for name, (before, after) in harmless(place, models).items():
+        begun = JournalCopy([])
+        RunRecord(begun, settings_at(place, models, before), base)
+        if old:
+            begun.records = [{key: value for key, value in begun.records[0].items() if key not in ("device", "folder")}]
+        assert RunRecord(begun, settings_at(place, models, after), base).warnings() == [], name
+
+
+def test_a_run_does_not_go_on_where_what_is_searched_has_changed(place, models, monkeypatch):
+    base = open_checkpoint(models[0], "base")
+    for key, (before, after) in real(place, models).items():
+        begun = JournalCopy([])
+        RunRecord(begun, settings_at(place, models, before), base)
+        if key == "device":
+            monkeypatch.setattr("modules.models.present_devices", lambda: ["mps", "cpu"])
+        with pytest.raises(ConfigError, match=rf"has changed since .* was begun: {key} (was|is not the same)"):
+            RunRecord(begun, settings_at(place, models, after), base)
+        monkeypatch.undo()
+        os.chdir(place)
+
+
+def test_another_device_than_auto_meant_before_is_told(place, models):
+    base, begun = open_checkpoint(models[0], "base"), JournalCopy([])
+    config = settings_at(place, models, {"device": "auto"})
+    RunRecord(begun, config, base)
+    begun.records[0]["device"] = "elsewhere"
+    told = RunRecord(begun, config, base).warnings()
+    assert told == ["the run began with device elsewhere, this is cpu: the last digits may differ"]
+
+
+def test_a_run_goes_on_from_another_folder_with_everything_spelt_otherwise(place, models, whole, monkeypatch):
+    break_off(place, whole, 8)
+    (place / "deeper").mkdir()
+    monkeypatch.chdir(place / "deeper")
+    changes = {
+        "on_error": "skip",
+        "keep_downloads": False,
+        "mapper": {"top_k": 4},
+        "device": "auto",
+        "dtype": "float32",
+    }
+    directories = {"model_path1": os.path.relpath(models[0]), "output_directory": "../out"}
+    changes |= {"directories": directories, "models_to_merge": [os.path.relpath(model) for model in models[1:]]}
+    assert merge(place, models, "--resume", **changes) == 0
+    assert same(place / "out", whole)
+    assert merge(place, models, "--resume", on_error="stop") == 0
+    assert "This run has finished" in log_of(place / "deeper")
+
+
+@pytest.mark.parametrize("damage", [{}, {"directories": 3}, {"models_to_merge": [3]}])
+def test_settings_that_no_run_has_written_are_damaged(place, models, whole, capsys, damage):
+    break_off(place, whole, 8)
+    path = place / "out.partial" / JOURNAL
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    run = json.loads(first)
+    run["settings"] = {**run["settings"], **damage} if damage else {}
+    path.write_bytes(json.dumps(run).encode() + b"\n" + b"".join(others))
+    assert merge(place, models, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "line 1 is damaged" in error
 
 
 @pytest.mark.parametrize("key, words", [("format", "another version of journals 0"), ("program", "Merge Monster 0")])
@@ -266,7 +421,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(place, models, whol
             kills += 1
             partial = place / "out.partial"
             kept = {path.name for path in partial.iterdir()} if partial.exists() else set()
-            phases.add("save" if len(kept) > 1 else "search" if b'"decision"' in read(partial / JOURNAL) else "load")
+            phases.add("save" if len(kept) > 2 else "search" if b'"decision"' in read(partial / JOURNAL) else "load")
         finished += 1
         assert same(place / "out", whole), f"after {kills} kills"
         assert sorted(path.name for path in place.iterdir()) == ["child.txt", "logs", "my.yaml", "out"]
@@ -308,7 +463,7 @@ def test_a_run_killed_while_it_saves(place, models, whole, monkeypatch):
         assert code == -signal.SIGKILL, (place / "child.txt").read_text()[-2000:]
         # The old output, or the new one, or the old one aside for the blink of an eye.
         if (place / "out").exists():
-            assert digest(place / "out") == earlier or same(place / "out", whole)
+            assert digest(place / "out") == earlier or same(place / "out", whole, marked=True)
         if same_or_none(place / "out", whole):
             assert merge(place, models, "--overwrite", "--resume") == 0
             assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 0
@@ -319,7 +474,7 @@ def test_a_run_killed_while_it_saves(place, models, whole, monkeypatch):
 
 
 def same_or_none(folder, whole):
-    return folder.exists() and same(folder, whole)
+    return folder.exists() and same(folder, whole, marked=True)
 
 
 def test_a_full_disk(place, models, whole):
@@ -384,6 +539,7 @@ def test_a_second_signal_ends_the_run_at_once(place, models):
     wait_until(lambda: b"Candidate 1/2" in read(place / "child.txt"))
     time.sleep(0.2)
     os.kill(child, signal.SIGINT)
+    wait_until(lambda: b"once more to end at once" in read(place / "child.txt"))
     time.sleep(0.2)
     assert os.waitpid(child, os.WNOHANG) == (0, 0), "the first one only asks"
     began = time.monotonic()
@@ -616,3 +772,26 @@ def test_a_shell_sees_how_to_go_on(place, models):
     result = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "Nothing to resume: beginning at the beginning" in result.stdout
+
+
+def test_a_recipe_may_be_named_as_the_output_that_holds_it(place, whole):
+    assert merge_monster.main(["--replay", str(whole), "--output", "again"]) == 0
+    ours, theirs = digest(place / "again"), digest(whole)
+    assert {name for name in theirs if ours.get(name) != theirs[name]} <= OWN
+
+
+REPLAYS = {
+    "/": ["--output", "/"],
+    "its name is too long": ["--output", "a" * 250],
+    "not on this machine": ["--output", "again", "--device", "\x1b[2J"],
+    "no such source": ["--output", "again", "--source", "no\n=here"],
+    "one is there, zzz is not in it": ["--output", "again", "--source", "one=one/zzz"],
+}
+
+
+@pytest.mark.parametrize("words", REPLAYS)
+def test_a_replay_that_cannot_be_done_as_asked_is_refused(place, whole, capsys, words):
+    (place / "one").mkdir()
+    assert merge_monster.main(["--replay", str(whole), *REPLAYS[words]]) == 2
+    shown = capsys.readouterr().err
+    assert words in shown and shown.replace("\n", "").isprintable()

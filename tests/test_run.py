@@ -1,6 +1,7 @@
 """The whole program, from the YAML file to the reopened output."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_monster
+from modules.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 
@@ -332,7 +334,8 @@ def refused(place, models, capsys, words, *arguments, code=2, **settings):
     assert not (place / "out").exists()
     if (place / "out.partial").exists():  # a run that has decided something keeps it, and nothing else
         assert code == 1 and "--resume" in message
-        assert [path.name for path in (place / "out.partial").iterdir()] == ["merge_monster_journal.jsonl"]
+        kept = {path.name for path in (place / "out.partial").iterdir()}
+        assert kept == {"merge_monster_journal.jsonl", "merge_monster_unfinished.txt"}
         shutil.rmtree(place / "out.partial")
     assert before == {folder: digest(folder) for folder in models}
 
@@ -514,7 +517,7 @@ def test_a_device_that_is_not_there(place, models, capsys):
 def test_an_output_that_is_or_contains_an_input(place, models, capsys):
     base, one, _ = models
     before = digest(base)
-    for output, words in ((base, "is the input model"), (base.parent, "contains the input model")):
+    for output, words in ((base, "is the input"), (base.parent, "contains the input")):
         for arguments in ([], ["--overwrite"]):
             assert merge(place, models, "--output", str(output), *arguments) == 2
             assert words in capsys.readouterr().err
@@ -614,6 +617,96 @@ def test_a_save_that_fails_keeps_the_old_output(place, models, capsys, monkeypat
     monkeypatch.chdir(place)
     assert merge(place, models, "--overwrite", "--resume", merge_ratios=[0.3]) == 0
     assert digest(place / "out") != first and not (place / "out.partial").exists()
+
+
+@pytest.mark.parametrize("broken", ["merge_map", "phrase_chart", "write_card"])
+def test_a_picture_that_fails_costs_nothing_else(place, models, capsys, monkeypatch, broken):
+    def failing(*_arguments):
+        full("/dev/full")
+
+    monkeypatch.setattr(f"modules.run.{broken}", failing)
+    assert merge(place, models, merge_ratios=[0.5]) == 0
+    file = {"write_card": "README.md"}.get(broken, f"{broken}.png")
+    assert f"WARNING: {file} could not be made ([Errno 28] No space left on device" in capsys.readouterr().out
+    others = {"merge_map.png", "phrase_chart.png", "README.md", "merge_monster_recipe.json"} - {file}
+    names = {path.name for path in (place / "out").iterdir()}
+    assert others <= names and file not in names
+    if broken != "write_card":
+        card = (place / "out" / "README.md").read_text()
+        assert [f"]({name})" in card for name in sorted(others - {"README.md"}) if name.endswith("png")] == [True]
+        assert f"]({file})" not in card
+
+
+def full(path):
+    """As if the disk had no room for this file."""
+    with open("/dev/full", "w") as file:
+        file.write(str(path))
+
+
+FILES = ["merge_monster.yaml", "merge_monster_recipe.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_names_the_file(place, models, capsys, monkeypatch, name):
+    real = io.open
+
+    def opened(file, mode="r", *arguments, **options):
+        writes = "r" not in mode and os.path.basename(str(file)) == name
+        return real("/dev/full" if writes else file, mode, *arguments, **options)
+
+    monkeypatch.setattr("io.open", opened)
+    assert merge(place, models, merge_ratios=[0.5]) == 1
+    assert f"ERROR: {place / 'out.partial' / name}: No space left on device\n" in capsys.readouterr().err
+
+
+def test_a_journal_on_a_full_disk_is_named(place):
+    with Journal(place / "journal") as journal:
+        journal._file.close()
+        journal._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        with pytest.raises(OSError) as error:
+            journal.append("run")
+    assert error.value.filename == str(place / "journal") and journal.records == []
+
+
+def test_strangers_names_are_shown_without_effect(place, models, capsys):
+    """Names of folders, what is in their files, and library errors on them; on terminal, log and card."""
+    base, one, _ = models
+    evil = "\x1b]0;FORGED\x07\nFORGED Done.\u202e"
+    for name, change in {
+        "a": {},
+        "b": {"model_type": evil},
+        "c": {"quantization_config": {"quant_method": evil}},
+    }.items():
+        folder = shutil.copytree(one, place / "models" / f"{name}{evil}")
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**settings, **change}))
+    for code, kept in ((2, "abc"), (0, "a")):
+        for folder in list((place / "models").iterdir()):
+            if folder.name[0] not in kept:
+                shutil.rmtree(folder)
+        directories = {"model_path1": str(base), "output_directory": evil, "model_directory": str(place / "models")}
+        path = tiny.write_config(place / "my.yaml", base, [], evil, directories=directories, merge_ratios=[0.5])
+        assert merge_monster.main(["--config", str(path)]) == code
+        card = [(place / evil / "README.md").read_text(encoding="utf-8")] if code == 0 else []
+        for text in ("".join(capsys.readouterr()), log_of(place), *card):
+            assert "FORGED" in text and not re.search(r"(?m)^FORGED|[\x07\x1b\u202e]", text), text
+
+
+@pytest.mark.parametrize("program", ["merge_monster", "monster_mapper"])
+def test_ctrl_c_during_the_first_imports(place, program):
+    hook = f"""
+import builtins, runpy, sys
+real = builtins.__import__
+def importing(name, *rest):
+    if name == "modules.console":
+        raise KeyboardInterrupt
+    return real(name, *rest)
+builtins.__import__ = importing
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path({str(ROOT / program)!r} + ".py", run_name="__main__")
+"""
+    result = subprocess.run([sys.executable, "-c", hook], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 def test_logs_that_cannot_be_written(place, models, capsys):

@@ -1,0 +1,108 @@
+"""What file systems can and can't do: locks, rights, making sure of what is written.
+
+Knows: files, folders, what a system says of them. Refuses to know: what any of them is for.
+"""
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+# What a system says of something that a file system does not have, rather than of something that failed.
+_LACKING = (
+    *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY),
+    *(errno.EPERM, errno.EACCES, errno.EISDIR, errno.EBADF),
+)
+
+_LOCK_TRIES = 100
+
+
+def sync(path: Path) -> bool:
+    """Have a file's content, or a folder's list of files, on the disk; False where the file system has no such thing.
+
+    Raises OSError if it fails.
+    """
+    if os.name == "nt" and path.is_dir():
+        return True  # Windows has no such thing for folders
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _LACKING:
+            raise
+        return False
+    return True
+
+
+class Lock:
+    """A locked file that is there as long as the lock is held; a process that ends, however it ends, lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises BlockingIOError if another process has the lock, OSError if the file can't be made."""
+        self._path = path
+        for _ in range(_LOCK_TRIES):
+            self._file = path.open("a+b")
+            try:
+                _lock(self._file)
+                if os.name == "nt" or _is_open_file(path, self._file):
+                    return
+            except BaseException:
+                self._file.close()
+                raise
+            self._file.close()  # whoever had it locked has removed it meanwhile
+        raise BlockingIOError
+
+    def release(self) -> None:
+        """Let go, and remove the file."""
+        if os.name == "nt":  # where an open file can't be removed
+            self._file.close()
+        with suppress(OSError):
+            self._path.unlink()
+        self._file.close()
+
+
+def _is_open_file(path: Path, file: BinaryIO) -> bool:
+    try:
+        found, opened = path.stat(), os.fstat(file.fileno())
+    except FileNotFoundError:
+        return False
+    return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock an open file until it is closed; False where the file system has no locks. Raises BlockingIOError if
+    another process has locked it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise BlockingIOError from None
+        return False
+    return True
+
+
+def has_locks(file: Path) -> bool:
+    """Whether a file can be locked. Raises BlockingIOError if another process has it locked."""
+    with file.open("a+b") as opened:
+        return _lock(opened)
+
+
+def has_rights(file: Path) -> bool:
+    """Whether it can be said who may read a file."""
+    try:
+        file.chmod(0o644)
+    except OSError:
+        return False
+    return True
