@@ -19,7 +19,7 @@ from modules.config import ConfigError
 from modules.hub import Repository
 from modules.layouts import Layout
 from modules.meaning import clashes, differences
-from modules.models import find_layers, input_first_weights
+from modules.models import find_layers, input_first_weights, setting
 from modules.weights import Room, fresh, place_in_index
 
 _MUST_AGREE = {
@@ -145,9 +145,9 @@ def _config_differences(base: PreTrainedConfig, candidate: PreTrainedConfig) -> 
     if ours.model_type != theirs.model_type:
         return [f"architecture is {_kind(candidate)}, the base's is {_kind(base)}"]
     found = [
-        f"{words} is {getattr(theirs, key, None)}, the base's is {getattr(ours, key, None)}"
+        f"{words} is {setting(theirs, key)}, the base's is {setting(ours, key)}"
         for key, words in _MUST_AGREE.items()
-        if getattr(theirs, key, None) != getattr(ours, key, None)
+        if setting(theirs, key) != setting(ours, key)
     ]
     return found or clashes(base, candidate)
 

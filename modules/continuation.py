@@ -2,29 +2,32 @@
 
 Knows: the model's forward, keys and values, memory. Refuses to know: what the paths mean, which of them are worth it.
 
-Two ways, the first that is exact for the model:
+Two ways, the fastest that is exact for the model:
 
     Cached       a token tree that grows: each token goes through the model once, and its keys and values are kept
-    Recomputed   all paths from their beginnings, as a token tree, or as rows of one length where that is not exact
+    Recomputed   all paths from their beginnings, as a token tree, as rows of one length, or one at a time
 """
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from modules.exactness import Plain, spread
 from modules.inputs import Inputs, depths, sight, tree_mask
 from modules.memory import LOGITS_ON_CPU
 from modules.models import ResidentModel
-from modules.phrases import Encoded, TokenTree, build_packs
+from modules.phrases import LAYOUTS, Encoded, TokenTree, build_packs
 from modules.probability import NOT_TAKEN, Scorer, reach
 from modules.spelling import Spelling
 
 TOKEN_BUDGET = 2048  # tokens whose keys and values are kept: 1 GiB for a Llama 2 7B, a quarter for a Llama 3 8B
-VERIFIED = 2  # paths on which the kept keys and values are verified
+VERIFIED = 8  # paths on which a way is verified
 COMPARED = 32  # likeliest next tokens that are compared
 
 Path = tuple[int, ...]  # token ids from the beginning of a text
@@ -144,10 +147,10 @@ class Recomputed(Continuation):
     """Keeps nothing: every path goes through the model from its beginning."""
 
     def __init__(self, model: ResidentModel, spelling: Spelling, layout: str, token_budget: int = TOKEN_BUDGET) -> None:
-        """layout: forest, or rows."""
+        """layout: one of phrases.LAYOUTS."""
         super().__init__(model, spelling, token_budget)
         self._layout = layout
-        self.way = f"recomputed {'token tree' if layout == 'forest' else 'rows'}"
+        self.way = "recomputed " + {"forest": "token tree", "rows": "rows", "single": "one at a time"}[layout]
 
     def _log_probabilities(self, paths: Sequence[Path]) -> Tensor:
         found = torch.empty(len(paths), self._model.vocabulary, device=self._model.device)
@@ -178,29 +181,42 @@ def build_continuation(
 ) -> Continuation:
     """The fastest way to continue `paths`, up to `longest` tokens, that is exact for this model.
 
-    The scorer has found out whether token trees are exact, and what rounding does here; kept keys and values are
-    compared, token by token, with plain forwards.
+    Every way is compared, token by token, with plain forwards of some paths, the shortest and the longest among them:
+    as they are, and as they grow.
     """
-    if scorer.layout != "forest" or longest > reach(model):
-        return Recomputed(model, spelling, "rows")
-    cached = Cached(model, spelling)
-    sample = sorted(set(paths), key=len, reverse=True)[:VERIFIED]
+    sample = spread(sorted(set(paths), key=len), VERIFIED)
+    stages = _growing(sample, longest - max(map(len, paths)), model.max_tokens)
+    plain = Plain(model)
+    exact = [torch.stack([plain.next_tokens(path) for path in stage]) for stage in stages]
+    trees = scorer.layout == "forest" and longest <= reach(model)
+    ways: list[Callable[[], Continuation]] = [partial(Cached, model, spelling)] if trees else []
+    ways += [partial(Recomputed, model, spelling, layout) for layout in (LAYOUTS if trees else LAYOUTS[1:])]
+    exact_ways = (make for make in ways[:-1] if _agrees(make(), stages, exact, scorer.tolerance))
+    return next(exact_ways, ways[-1])()
+
+
+def _growing(paths: Sequence[Path], steps: int, max_tokens: int | None) -> list[list[Path]]:
+    """Paths as they are, one token longer, then one step from their full length, then there; with their own tokens."""
+    most = max_tokens or max(map(len, paths)) + steps
+    lengths = sorted({0, min(1, steps), max(0, steps - 1), steps})
+    return [[tuple(islice(cycle(path), min(len(path) + more, most))) for path in paths] for more in lengths]
+
+
+def _agrees(way: Continuation, stages: Sequence[Sequence[Path]], exact: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether a way gives, at each stage, the log-probabilities of plain forwards, for the likeliest tokens."""
     try:
-        likeliest = cached._log_probabilities(sample).argmax(-1).tolist()
-        sample = [(*path, token) for path, token in zip(sample, likeliest, strict=True)]
-        found = cached._log_probabilities(sample)
+        found = [way._log_probabilities(stage) for stage in stages]
     except torch.OutOfMemoryError:
         raise
     except NOT_TAKEN:
-        return Recomputed(model, spelling, "forest")
-    exact = Recomputed(model, spelling, "rows", token_budget=1)._log_probabilities(sample)
-    return cached if _deviation(found, exact) <= scorer.tolerance else Recomputed(model, spelling, "forest")
+        return False
+    return all(_deviation(*pair) <= tolerance for pair in zip(found, exact, strict=True))
 
 
 def _deviation(found: Tensor, exact: Tensor) -> float:
-    """Root mean square of the difference in log-probability, over the likeliest tokens."""
+    """The largest difference in log-probability of the likeliest tokens; NaN if any is."""
     values, tokens = exact.topk(min(COMPARED, exact.shape[-1]))
-    return float((found.gather(-1, tokens) - values).square().mean().sqrt())
+    return float((found.gather(-1, tokens) - values).abs().max())
 
 
 def _best(log_probabilities: Tensor, count: int) -> list[list[Guess]]:

@@ -33,13 +33,15 @@ CACHE = 64 << 20  # bytes; matrices that are used in turn take more than a proce
 # The most that one calibrating product computes, in FLOP: a fraction of a second on a CPU, enough to fill a GPU.
 PRODUCT_ON_CPU, PRODUCT_ELSEWHERE = 2e10, 1e12
 ATTENTION_SHARE = 0.1  # of that, what attention may compute, which is slower
+CHECKS = 4  # forwards of all packs that verify them: whole, two trials from the first layer, each layer alone
 
 
 @dataclass(frozen=True)
 class Rates:
     """How fast this machine is, measured."""
 
-    alone: float  # matrix products with the packed tokens of one ratio, FLOP/s
+    plain: float  # matrix products with the tokens of one pair, FLOP/s
+    alone: float  # the same with the packed tokens of one ratio
     stacked: float  # the same with all ratios' tokens
     attention: float  # the products within attention and all between them, FLOP/s
     merging: Mapping[str, float]  # method -> weights/s
@@ -100,6 +102,7 @@ def calibrate(plan: Plan) -> Rates:
 
     methods = dict.fromkeys([*(method for method, _ in plan.methods), "lerp"])  # lerp is what headers are merged by
     return Rates(
+        plain=product_rate(max(1, plan.text_tokens // plan.pairs)),
         alone=product_rate(longest),
         stacked=product_rate(stack * longest),
         attention=attention_rate() if sizes.heads else math.inf,
@@ -176,9 +179,11 @@ def _search_seconds(plan: Plan, rates: Rates) -> float:
 
 
 def _start_seconds(plan: Plan, rates: Rates) -> float:
-    """The phrases are scored in every layout, some of them, before one is chosen: about seven forwards."""
-    tokens = 7 * min(1.0, SAMPLE / plan.pairs) * plan.text_tokens + plan.packed_tokens
-    return plan.sizes.layers * _layer_seconds(plan, tokens, rates.alone, rates.attention)
+    """Up to SAMPLE pairs of each pack are scored one at a time, all packs once or, as trials, on CHECKS forwards; then
+    the search scores the base."""
+    compared = min(1.0, SAMPLE * len(plan.packs) / plan.pairs) * plan.text_tokens
+    packed = _layer_seconds(plan, (CHECKS + 1) * plan.packed_tokens, rates.alone, rates.attention)
+    return plan.sizes.layers * (_layer_seconds(plan, compared, rates.plain, rates.attention) + packed)
 
 
 def _layer_seconds(plan: Plan, tokens: float, products: float, attention: float) -> float:

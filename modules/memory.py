@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from modules.models import find_layers, resolve_device
+from modules.models import find_layers, layer_settings, resolve_device
 
 # Enough tokens in one pack to fill a processor, few enough that attention within it stays cheap.
 TOKENS, FEWEST_TOKENS = 1024, 64
@@ -62,8 +62,8 @@ class Sizes:
     layers: int
     hidden: int  # features of a hidden state
     widest: int  # the longest side of any matrix in a layer: mostly the MLP's
-    heads: int  # of attention in a layer; 0 if there are none
-    head_size: int  # features of one head
+    heads: int  # of attention in a layer, the most; 0 if there are none
+    head_size: int  # features of one head, the most
     vocabulary: int  # rows of the input embedding
     layer_weights: float  # in one layer, the mean over layers
     active_weights: float  # of these, what one token is multiplied with: not all of a mixture of experts
@@ -95,7 +95,9 @@ def sizes_of(module: PreTrainedModel) -> Sizes:
     """A model in numbers; it may be without weights."""
     layers, text = find_layers(module)[1], module.config.get_text_config()
     weights = [weight for layer in layers for weight in layer.parameters()]
-    heads, chosen = getattr(text, "num_attention_heads", None) or 0, getattr(text, "num_experts_per_tok", None)
+    chosen = max(_counts(text, "num_experts_per_tok"), default=None)
+    hidden = max(_counts(text, "hidden_size"), default=module.get_input_embeddings().weight.shape[1])
+    heads = max(_counts(text, "num_attention_heads"), default=0)
 
     def active(weight: Tensor) -> float:
         """Stacked experts are (experts, ..., ...), of which a token meets a few."""
@@ -104,16 +106,21 @@ def sizes_of(module: PreTrainedModel) -> Sizes:
 
     return Sizes(
         layers=len(layers),
-        hidden=text.hidden_size,
+        hidden=hidden,
         widest=max(max(weight.shape[-2:], default=1) for weight in weights),
         heads=heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // max(1, heads),
+        head_size=max(_counts(text, "head_dim"), default=hidden // max(1, heads)),
         vocabulary=module.get_input_embeddings().weight.shape[0],
         layer_weights=sum(weight.numel() for weight in weights) / len(layers),
         active_weights=sum(map(active, weights)) / len(layers),
         header_weights=sum(weight.numel() for weight in header_weights(module)),
         keeps_attention=getattr(text, "_attn_implementation", None) == "eager",
     )
+
+
+def _counts(config: PreTrainedConfig, key: str) -> list[int]:
+    """A setting of the layers that have it."""
+    return [value for value in layer_settings(config, key) if isinstance(value, int) and value]
 
 
 def header_weights(module: PreTrainedModel) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from modules.checkpoints import Checkpoint, copy_companions
@@ -192,6 +192,39 @@ class ResidentModel:
             hook.remove()
         return forms
 
+    @contextmanager
+    def embeddings_moved(self) -> Iterator[None]:
+        """What the input embedding gives is moved at random, by up to half of its last bit: always alike."""
+        chance = torch.Generator().manual_seed(0)
+
+        def move(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            amount = torch.rand(output.shape, generator=chance).to(output.device) - 0.5
+            return (output.float() * (1 + torch.finfo(output.dtype).eps * amount)).to(output.dtype)
+
+        hook = self.module.get_input_embeddings().register_forward_hook(move)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def try_columns(self) -> None:
+        """Find out whether the forward can be told at which columns the head is read, and reads it there."""
+        if not self._takes_columns:
+            return
+        ids, column = torch.arange(3, device=self.device)[None], torch.tensor([1], device=self.device)
+        failures = (TypeError, ValueError, IndexError)
+        try:
+            everywhere = self.module(input_ids=ids, use_cache=False).logits
+        except failures:
+            return  # it can only be told
+        try:
+            there = self.module(input_ids=ids, use_cache=False, logits_to_keep=column).logits
+        except failures:
+            there = torch.empty(0)
+        same_shape = there.shape == everywhere[:, column].shape
+        self._takes_columns = same_shape and int((everywhere - there).abs().amax(-1).argmin()) == 1
+
     def logits(self, arguments: Mapping[str, Any], columns: Tensor) -> Tensor:
         """The model's own forward, read at the given columns: (B, columns, V)."""
         if self._takes_columns:
@@ -354,6 +387,7 @@ def load_model(
     model.check_weights()
     try:
         _ = model.tuples_returned  # a first token
+        model.try_columns()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a setting that only matters once the model is used
@@ -442,6 +476,20 @@ def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise ConfigError(f"{type(module).__name__}: no list of {count} decoder layers found in this architecture")
     return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def layer_settings(config: PreTrainedConfig, key: str) -> list[Any]:
+    """A setting of each decoder layer, None where there is none: most configurations have one for all layers, some a
+    list, some another configuration for each layer, and then none for all."""
+    text = config.get_text_config()
+    found = [getattr(layer, key, None) for layer in text.per_layer_config]
+    return list(found[0]) if found and isinstance(found[0], list) and len(found[0]) == len(found) else found
+
+
+def setting(config: PreTrainedConfig, key: str) -> Any:
+    """A setting that all layers have alike, or a list with each layer's."""
+    found = layer_settings(config, key)
+    return found if any(value != found[0] for value in found) else next(iter(found), None)
 
 
 def device_map_of(

@@ -16,6 +16,9 @@ from typing import Any
 
 from modules.config import ConfigError, Pair, shortened
 
+# The special tokens that a tokenizer puts before every text (BOS, others, mostly one or none), and behind it.
+Frame = tuple[list[int], list[int]]
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -105,12 +108,29 @@ def _doubts(same: Sequence[Pair]) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def doubled_tokens(tokenizer: Any, pairs: Sequence[Pair]) -> list[str]:
+    """A line if pairs write out what the tokenizer begins every text with anyway: it is taken once."""
+    prefix, _ = _frame(tokenizer)
+    names = tokenizer.convert_ids_to_tokens(prefix)
+    texts = [pair.context + pair.phrase for pair in pairs]
+    doubled = [
+        text for text in texts if text.lstrip().startswith(tuple(names)) and _doubled(_tokens(tokenizer, text), prefix)
+    ]
+    if not doubled:
+        return []
+    pairs_write, shown = "1 pair writes" if len(doubled) == 1 else f"{len(doubled)} pairs write", "".join(names)
+    return [
+        f"{pairs_write} out {shown}, which the tokenizer adds to every text ('{shortened(doubled[0])}'): one is kept"
+    ]
+
+
 def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tokens: int | None) -> list[Encoded]:
     """Token ids of all pairs, for a model of `vocabulary` embedding rows that takes at most `max_tokens` tokens.
 
     Raises ConfigError for a phrase without tokens of its own, and for a pair that the model can't take.
     """
-    encoded = [encode_pair(tokenizer, pair.context, pair.phrase) for pair in pairs]
+    frame = _frame(tokenizer)
+    encoded = [encode_pair(tokenizer, pair.context, pair.phrase, frame) for pair in pairs]
     for pair, item in zip(pairs, encoded, strict=True):
         if max_tokens is not None and len(item.tokens) - 1 > max_tokens:
             raise ConfigError(
@@ -126,21 +146,28 @@ def _check_embedded(tokenizer: Any, what: object, tokens: Sequence[int], vocabul
         raise ConfigError(f"{what}: the base model has no embedding for its token '{token}'")
 
 
-def encode_pair(tokenizer: Any, context: str, phrase: str) -> Encoded:
+def encode_pair(tokenizer: Any, context: str, phrase: str, frame: Frame | None = None) -> Encoded:
     """Encode context and phrase together and find where the phrase's tokens begin.
 
     The phrase's tokens are those that reach past the end of the context. Trailing spaces of the context belong to the
-    phrase: most tokenizers write a space as the beginning of the next word.
+    phrase: most tokenizers write a space as the beginning of the next word. What the text writes out of the prefix that
+    the tokenizer adds is taken once. frame: what it adds, looked up if it is not given.
     """
     boundary = len(context.rstrip(" "))
+    prefix, suffix = frame or _frame(tokenizer)
     if tokenizer.is_fast:
         tokens, start, end = _split_by_offsets(tokenizer, context + phrase, boundary)
     else:
-        tokens, start, end = _split_by_prefix(tokenizer, context + phrase, boundary)
+        tokens, start, end = _split_by_prefix(tokenizer, context + phrase, boundary, suffix)
+    doubled = _doubled(tokens, prefix)
+    if doubled:
+        tokens, start, end = _once(tokens, prefix), max(start - doubled, len(prefix)), end - doubled
     if start >= end:
         raise ConfigError(f"{Pair('', phrase, context)} has no tokens in this model's vocabulary")
     if start == 0:
-        tokens, start, end = [_first_token(tokenizer, phrase), *tokens], 1, end + 1
+        first = _first_token(tokenizer, phrase)
+        begins = tokens[0] == first and end > 1  # it is written out
+        tokens, start, end = (tokens, 1, end) if begins else ([first, *tokens], 1, end + 1)
     return Encoded(tuple(tokens[:end]), start)
 
 
@@ -149,14 +176,39 @@ def encode_contexts(tokenizer: Any, contexts: Sequence[str], vocabulary: int) ->
 
     Raises ConfigError for a context with a token that the model's `vocabulary` rows lack.
     """
-    roots = []
+    roots, (prefix, suffix) = [], _frame(tokenizer)
     for context in contexts:
         given = context.rstrip(" ")
-        tokens = tokenizer(given)["input_ids"] if given else []
-        tokens = tokens[: len(tokens) - _closing(tokenizer, given, tokens)] or [_first_token(tokenizer, context)]
+        tokens = _tokens(tokenizer, given) if given else []
+        tokens = _once(_open(tokens, suffix), prefix) or [_first_token(tokenizer, context)]
         _check_embedded(tokenizer, f"the context '{shortened(context)}'", tokens, vocabulary)
         roots.append(Root(context, tuple(tokens), context[len(given) :]))
     return roots
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text)["input_ids"]
+
+
+def _frame(tokenizer: Any) -> Frame:
+    """What the tokenizer puts around every text."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], _tokens(tokenizer, "a")
+    for first in range(len(whole) - len(plain) + 1):
+        if whole[first : first + len(plain)] == plain:
+            return whole[:first], whole[first + len(plain) :]
+    return [], []
+
+
+def _doubled(tokens: Sequence[int], prefix: Sequence[int]) -> int:
+    """With how many tokens of the prefix, which the tokenizer has put before a text, the text begins itself."""
+    own = tokens[len(prefix) :] if list(tokens[: len(prefix)]) == list(prefix) else []
+    runs = (prefix[first:end] for end in range(len(prefix) + 1) for first in range(end))
+    return max((len(run) for run in runs if list(own[: len(run)]) == list(run)), default=0)
+
+
+def _once(tokens: Sequence[int], prefix: Sequence[int]) -> list[int]:
+    """Tokens without those that are in the prefix already."""
+    return [*tokens[: len(prefix)], *tokens[len(prefix) + _doubled(tokens, prefix) :]]
 
 
 def _split_by_offsets(tokenizer: Any, text: str, boundary: int) -> tuple[list[int], int, int]:
@@ -166,23 +218,19 @@ def _split_by_offsets(tokenizer: Any, text: str, boundary: int) -> tuple[list[in
     return encoding["input_ids"], (beyond or [0])[0], (beyond or [-1])[-1] + 1
 
 
-def _split_by_prefix(tokenizer: Any, text: str, boundary: int) -> tuple[list[int], int, int]:
+def _split_by_prefix(tokenizer: Any, text: str, boundary: int, suffix: Sequence[int]) -> tuple[list[int], int, int]:
     """The same for tokenizers without offsets: the tokens after the longest prefix shared with the context alone."""
-    tokens = tokenizer(text)["input_ids"]
-    given = tokenizer(text[:boundary])["input_ids"]
+    tokens, given = _tokens(tokenizer, text), _open(_tokens(tokenizer, text[:boundary]), suffix)
     shared = 0
     while shared < min(len(tokens), len(given)) and tokens[shared] == given[shared]:
         shared += 1
-    return tokens, shared, len(tokens) - _closing(tokenizer, text, tokens)
+    return tokens, shared, len(_open(tokens, suffix))
 
 
-def _closing(tokenizer: Any, text: str, tokens: Sequence[int]) -> int:
-    """How many of a text's tokens are special ones with which the tokenizer closes every text."""
-    added = len(tokens) - len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    leading = 0
-    while leading < min(added, len(tokens)) and tokens[leading] in tokenizer.all_special_ids:
-        leading += 1
-    return added - leading
+def _open(tokens: list[int], suffix: Sequence[int]) -> list[int]:
+    """Tokens without those with which the tokenizer closes every text."""
+    end = len(tokens) - len(suffix)
+    return tokens[:end] if tokens[end:] == list(suffix) else tokens
 
 
 def _first_token(tokenizer: Any, text: str) -> int:

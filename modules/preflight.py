@@ -37,7 +37,7 @@ from modules.memory import (
 from modules.merging import ratios_for
 from modules.models import find_layers, resolve_device, resolve_dtype
 from modules.opening import Models
-from modules.phrases import build_packs, encode_pairs
+from modules.phrases import build_packs, doubled_tokens, encode_pairs
 from modules.places import place_of
 from modules.weights import dtype_name, index_file, local_files
 
@@ -84,6 +84,7 @@ class Plan:
     placement: tuple[torch.device, ...] | None  # where each layer goes, if not all of them to the device
     sharing: int  # how many processes have the device's memory to share
     weight_files: tuple[Path, ...]  # the candidates'; those that come from the hub may not be here yet
+    doubts: tuple[str, ...] = ()  # what may be a mistake in the phrases, as this base's tokenizer reads them
 
     @property
     def packed_tokens(self) -> int:
@@ -169,6 +170,7 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
         budget=budget,
         placement=None if placement is None else tuple(placement),
         sharing=sharing,
+        doubts=tuple(doubled_tokens(tokenizer, config.pairs)),
         weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
     )
 

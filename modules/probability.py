@@ -16,26 +16,23 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modules.config import ConfigError
+from modules.exactness import Plain, spread
 from modules.inputs import Inputs, Targets
 from modules.memory import FEWEST_TOKENS, Budget, Packing
-from modules.models import ResidentModel, wider
+from modules.models import ResidentModel, layer_settings, wider
 from modules.phrases import LAYOUTS, Encoded, build_packs
 from modules.processes import Seat
 from modules.weights import dtype_name
 
 PACKS_EACH = 4  # at least so many for each of several processes, that none has much more to do than another
-SAMPLE = 16  # pairs on which a layout is verified
-
-# What a layout may differ by from plain forwards, in log-probability per token: three times what rounding is seen to
-# do, and this much where it happens to do nothing. An inexact layout differs by more: 0.015 for a tiny random MPT.
-ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-MOST_ROUNDING = 0.2
+SAMPLE = 16  # pairs of each pack that are compared with plain forwards
 
 DEFAULT, ONLY = Budget(), Seat()
 
@@ -62,15 +59,16 @@ class Scorer:
         budget: Budget = DEFAULT,
         tolerance: float = 0.0,
         stacked: bool = True,
+        tails: bool = True,
         seat: Seat = ONLY,
     ) -> None:
-        """tolerance: what rounding alone makes of a log-probability per token, as the layout was verified with.
-        stacked: several trials at a time, where inputs allow it. seat: of several processes that share the packs; each
-        has zeros for the pairs of the others."""
+        """tolerance: what rounding alone makes of a token's log-probability, as the layout was verified with. stacked:
+        several trials at a time, where inputs allow it. tails: trials are scored from their layer on, not by whole
+        forwards. seat: of several processes that share the packs; each has zeros for the pairs of the others."""
         self.layout, self.tolerance, self._seat = layout, tolerance, seat
         self.pairs = len(encoded)
         self._model, self._layers, self._returns = model, model.layers, model.tuples_returned
-        self._encoded, self._stacked = encoded, stacked
+        self._encoded, self._stacked, self._tails = encoded, stacked, tails
         self.pair_tokens = sum(len(item.tokens) for item in encoded)
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
         self._layer = 0  # the layer on which trials are scored
@@ -79,10 +77,11 @@ class Scorer:
         # Smaller packs where there are too few to share them evenly.
         while self.packs < PACKS_EACH * seat.count and seat.count > 1 and self.budget.tokens > FEWEST_TOKENS:
             self._pack(replace(self.budget, tokens=self.budget.tokens // 2))
+        self._verified = True  # whether these packs are; whoever gives the layout has seen to it
 
     def _pack(self, budget: Budget) -> None:
         """Pack the pairs and keep this process's share."""
-        self.budget = budget
+        self.budget, self._verified = budget, False
         self._inputs: list[Inputs] = []
         self.packs = self.packed_tokens = self.columns = 0  # of all processes; columns: at which the head is read
         loads = [0] * self._seat.count
@@ -100,12 +99,13 @@ class Scorer:
         packs = "1 pack" if self.packs == 1 else f"{self.packs} packs"
         packs += f" shared by {self._seat.count} processes" if self._seat.count > 1 else ""
         tokens = f"{self.packed_tokens:,} tokens packed from {self.pair_tokens:,}"
-        return {"Phrase layout": f"{self.layout} ({tokens}, {packs})"}
+        whole = "" if self._tails else "; every ratio by whole forwards"
+        return {"Phrase layout": f"{self.layout} ({tokens}, {packs}){whole}"}
 
     @property
-    def settings(self) -> tuple[str, Budget, float, bool]:
-        """With which another process builds the same scorer: layout, budget, tolerance, stacked."""
-        return self.layout, self.budget, self.tolerance, self._stacked
+    def settings(self) -> tuple[str, Budget, float, bool, bool]:
+        """With which another process builds the same scorer: layout, budget, tolerance, stacked, tails."""
+        return self.layout, self.budget, self.tolerance, self._stacked, self._tails
 
     @property
     def packing(self) -> Packing:
@@ -114,12 +114,18 @@ class Scorer:
 
     def pack_as(self, packing: Packing) -> None:
         """Score with the last digits of another scorer of the same layout, whatever share of the packs it had."""
-        self._cache, self._stacked = None, packing.stacked
+        self._cache, self._stacked = None, self._stacked and packing.stacked
         self._pack(packing.applied_to(self.budget))
 
     @torch.no_grad()
     def score(self) -> list[float]:
         """Joint log-probability of every pair under the model as it stands, by whole forwards."""
+        self._verify_new_packs()
+        return self.token_scores().sum(-1).tolist()
+
+    @torch.no_grad()
+    def token_scores(self) -> Tensor:
+        """The same by the phrases' tokens, zeros behind shorter phrases: (pairs, longest phrase)."""
         return self._collect(1, lambda index: {})[0]
 
     def restart(self) -> None:
@@ -181,10 +187,59 @@ class Scorer:
     @torch.no_grad()
     def score_trials(self, trials: Sequence[Trial]) -> list[list[float]]:
         """Joint log-probabilities under each trial's weights for the present layer: (trials, pairs)."""
-        self._filled_cache()
-        if self._stacked and all(inputs.stackable for inputs in self._inputs):
+        return self.trial_token_scores(trials).sum(-1).tolist()
+
+    @torch.no_grad()
+    def trial_token_scores(self, trials: Sequence[Trial]) -> Tensor:
+        """The same by the phrases' tokens: (trials, pairs, longest phrase)."""
+        self._verify_new_packs()
+        if self._tails:
+            self._filled_cache()
+        if self.stacks:
             return self._collect(len(trials), lambda index: self._tail(index, trials))
-        return [self._collect(1, lambda index, one=trial: self._tail(index, [one]))[0] for trial in trials]
+        return torch.cat([self._under(trial) for trial in trials])
+
+    @property
+    def stacks(self) -> bool:
+        """Whether several trials go through the model at a time."""
+        return self._tails and self._stacked and all(inputs.stackable for inputs in self._inputs)
+
+    def _under(self, trial: Trial) -> Tensor:
+        """What one trial scores, (1, pairs, longest phrase)."""
+        if self._tails:
+            return self._collect(1, lambda index: self._tail(index, [trial]))
+        with trial():
+            return self._collect(1, lambda index: {})
+
+    # -- whether packs are exact --------------------------------------------------------------------------------------
+
+    def agrees(self, found: Tensor, plain: Plain) -> bool:
+        """Whether token scores, (pairs, longest phrase), are those of plain forwards: every token of up to SAMPLE pairs
+        of each pack, the shortest, the longest, the first and the last among them."""
+        deviations = []
+        for pair in {pair for inputs in self._inputs for pair in self._compared(inputs)}:
+            exact = plain.token_scores(self._encoded[pair])
+            deviations.append((found[pair, : len(exact)] - exact).abs().max())
+        return bool(torch.stack(deviations).max() <= self.tolerance)  # NaN is not
+
+    def _compared(self, inputs: Inputs) -> list[int]:
+        """The pairs of a pack that are compared with plain forwards."""
+        pairs = list(dict.fromkeys(inputs.targets.pairs.tolist()))
+        by_length = sorted(pairs, key=lambda pair: len(self._encoded[pair].tokens))
+        return [*spread(pairs, SAMPLE // 2), *spread(by_length, SAMPLE // 2)]
+
+    def _verify_new_packs(self) -> None:
+        """Smaller packs hold other pairs together than those that were verified. Where they are not exact, the pairs of
+        this process go one at a time."""
+        if self._verified:
+            return
+        own = {pair for inputs in self._inputs for pair in inputs.targets.pairs.tolist()}
+        if own and not self.agrees(self.token_scores(), Plain(self._model)):
+            packs = build_packs(self._encoded, "single", self.budget.tokens)
+            mine = (pack for pack in packs if pack.targets[0].pair in own)
+            self._inputs = [Inputs.of(pack, self._model.device, self._model.dtype) for pack in mine]
+            self._stacked, self._cache = False, None
+        self._verified = True
 
     # -- the tail forward ---------------------------------------------------------------------------------------------
 
@@ -239,16 +294,16 @@ class Scorer:
         with _replaced(self._layers, forwards):
             return self._model.logits({**arguments, "use_cache": False}, columns)
 
-    def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]]) -> list[list[float]]:
-        """Run all packs, add up each phrase's token log-probabilities; one copy to the host. (stack, pairs)"""
-        # One place per token of each phrase, then a sum: unlike scattered additions, always in the same order.
+    def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]]) -> Tensor:
+        """Run all packs; the phrases' token log-probabilities, (stack, pairs, longest phrase)."""
+        # One place per token of each phrase, for a sum: unlike scattered additions, always in the same order.
         places = torch.zeros(stack, self.pairs, self._longest_phrase, device=self._model.device)
         for index in range(len(self._inputs)):
             for logits, targets in self._logits(index, stack, forwards_for(index)):
                 normaliser = logits.logsumexp(-1)  # (stack, B, columns)
                 chosen = logits[:, targets.rows, targets.columns, targets.tokens]
                 places[:, targets.pairs, targets.places] = chosen - normaliser[:, targets.rows, targets.columns]
-        return places.sum(-1).tolist()
+        return places
 
     def _logits(self, index: int, stack: int, forwards: dict[int, Forward]) -> Iterator[tuple[Tensor, Targets]]:
         """Float32 logits (stack, B, columns, V) of one pack and the targets in them, in chunks of bounded size."""
@@ -312,44 +367,38 @@ def build_scorer(
 ) -> Scorer:
     """A scorer in the fastest layout that is exact for this model, with what fits into memory of the budget.
 
-    tails: whether it will score trials; seat: see Scorer. Raises ConfigError if no layout is exact,
-    torch.OutOfMemoryError if not even one pair fits.
+    tails: whether it will score trials; seat: see Scorer. Raises ConfigError if the model's scores are not finite or
+    don't repeat, torch.OutOfMemoryError if not even one pair fits.
     """
-    stacked = True
+    plain, stacked = Plain(model), True
     while True:
         try:
-            return Scorer(model, encoded, *_verified(model, encoded, budget, tails, stacked), seat)
+            scorer = _exact_scorer(model, encoded, plain, budget, seat)
+            if tails:
+                scorer._stacked, scorer._tails = _exact_trials(scorer, plain, stacked)
+            return scorer if seat.count == 1 else Scorer(model, encoded, *scorer.settings, seat)
         except torch.OutOfMemoryError:
             if budget.tokens == 1 and not stacked:
                 raise
             budget, stacked = budget.halved(), budget.tokens > 1
 
 
-def _verified(
-    model: ResidentModel, encoded: Sequence[Encoded], budget: Budget, tails: bool, stacked: bool
-) -> tuple[str, Budget, float, bool]:
-    """A scorer's settings, with the first layout that agrees, as does its tail forward, with plain forwards of one pair
-    at a time; compared on some pairs with the longest among them."""
-    by_length = sorted(encoded, key=lambda item: len(item.tokens), reverse=True)
-    sample = by_length[:: max(1, -(-len(by_length) // SAMPLE))]
-    exact = Scorer(model, sample, "single").score()
-    check_numbers(model, exact)
-    # Padded rows compute the same with products of other sizes: what they differ by is this machine's rounding.
-    rounding = _deviation(Scorer(model, sample, "rows", budget).score(), exact, sample)
-    limit = min(3 * rounding + ROUNDING[model.dtype], MOST_ROUNDING)
+def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain, budget: Budget, seat: Seat) -> Scorer:
+    """All packs, of all processes, in the first layout whose scores are those of plain forwards."""
+    by_length = sorted(encoded, key=lambda item: len(item.tokens))
+    longest = by_length[-1].tokens
+    check_numbers(model, [float(plain.token_scores(item).sum()) for item in spread(by_length, SAMPLE)])
+    limit = plain.tolerance(longest, budget.tokens, budget.logits)
     for layout in LAYOUTS:
-        if layout == "forest" and reach(model) < len(by_length[0].tokens):
+        if layout == "forest" and reach(model) < len(longest):
             continue  # a 4-D mask is used as given: it would lift the window
-        try:
-            scorer = Scorer(model, sample, layout, budget, stacked=stacked)
-            results = [scorer.score(), *(_tail_scores(scorer) if tails else [])]
-        except torch.OutOfMemoryError:
-            raise
-        except NOT_TAKEN:
-            continue
-        if all(_deviation(result, exact, sample) <= limit for result in results):
-            return layout, budget, limit, stacked
-    raise ConfigError(f"{type(model.module).__name__}: scoring from the middle of this architecture is not exact")
+        shared = budget if seat.count == 1 else Scorer(model, encoded, layout, budget, seat=seat).budget
+        scorer = Scorer(model, encoded, layout, shared, limit)
+        if _is_taken(partial(_scores_agree, scorer, plain)):
+            return scorer
+    if not plain.is_finite:
+        raise model.no_numbers()
+    raise ConfigError(f"{type(model.module).__name__}: the same text scored twice gives different scores")
 
 
 def check_numbers(model: ResidentModel, log_probabilities: Sequence[float]) -> None:
@@ -366,19 +415,40 @@ def check_numbers(model: ResidentModel, log_probabilities: Sequence[float]) -> N
         )
 
 
-def _tail_scores(scorer: Scorer) -> list[list[float]]:
-    """The model's own scores, twice, by a stacked tail forward from the middle."""
-    scorer.at_layer(len(scorer._layers) // 2)
-    return scorer.score_trials([_unchanged, _unchanged])
+def _exact_trials(scorer: Scorer, plain: Plain, stacked: bool) -> tuple[bool, bool]:
+    """How a scorer may score trials, the first way that is exact, as (stacked, tails); whole forwards always are."""
+    for stacks in (True, False) if stacked and scorer.stacks else (False,):
+        scorer._stacked = stacks
+        scorer.restart()
+        if _is_taken(partial(_tails_agree, scorer, plain)):
+            return stacks, True
+    return False, False
 
 
-def _deviation(found: Sequence[float], exact: Sequence[float], encoded: Sequence[Encoded]) -> float:
-    """Root mean square, over the pairs, of the difference in log-probability per token of the phrase; NaN if any is."""
-    squares = [
-        ((value - truth) / (len(item.tokens) - item.start)) ** 2
-        for value, truth, item in zip(found, exact, encoded, strict=True)
-    ]
-    return (sum(squares) / len(squares)) ** 0.5
+def _scores_agree(scorer: Scorer, plain: Plain) -> bool:
+    return scorer.agrees(scorer.token_scores(), plain)
+
+
+def _tails_agree(scorer: Scorer, plain: Plain) -> bool:
+    """Whether a trial that leaves the model as it is scores as plain forwards do, beside one that alters it.
+
+    From the first layer, all others run on several trials at once. Moving the cache, each layer has run alone; from the
+    last layer it shows whether that is the same: then nothing reaches a layer but the hidden states.
+    """
+    if not scorer.agrees(scorer.trial_token_scores([_altered(scorer), _unchanged])[1], plain):
+        return False
+    scorer.at_layer(len(scorer._layers) - 1)
+    return scorer.agrees(scorer.trial_token_scores([_unchanged, _altered(scorer)])[0], plain)
+
+
+def _is_taken(agrees: Callable[[], bool]) -> bool:
+    """Whether a way to score is exact; one that the architecture does not take is not."""
+    try:
+        return agrees()
+    except torch.OutOfMemoryError:
+        raise
+    except NOT_TAKEN:
+        return False
 
 
 @contextmanager
@@ -387,9 +457,17 @@ def _unchanged() -> Iterator[None]:
     yield
 
 
+def _altered(scorer: Scorer) -> Trial:
+    """A trial of the cache's layer with other weights."""
+    part = scorer._model.layer(scorer._layer)
+    tensors = {name: tensor / 2 for name, tensor in part.tensors.items()}
+    return lambda: part.holding(tensors)
+
+
 def reach(model: ResidentModel) -> float:
     """How far back attention reaches in this model, in tokens."""
-    return getattr(model.module.config.get_text_config(), "sliding_window", None) or float("inf")
+    windows = layer_settings(model.module.config, "sliding_window")
+    return min((window for window in windows if window), default=float("inf"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

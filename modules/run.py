@@ -96,7 +96,7 @@ def _checked_plan(config: Config, console: Console, models: Models, group: Group
     check_space(models.jobs, config.keep_downloads)
     plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
     room = find_room(plan)
-    console.warnings([*doubtful_phrases(config.pairs), *check(plan, room)])
+    console.warnings([*doubtful_phrases(config.pairs), *plan.doubts, *check(plan, room)])
     return plan, room
 
 

@@ -21,7 +21,7 @@ from modules.mapping import CompletionTree, Explorer, Standing, standings
 from modules.memory import placement_of, weights_of
 from modules.models import ResidentModel, load_model, resolve_device, resolve_dtype
 from modules.opening import base_module, base_of, find_location, looked_up, open_base
-from modules.phrases import Encoded, doubtful_phrases, encode_contexts, encode_pairs
+from modules.phrases import Encoded, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
 from modules.probability import build_scorer
 from modules.run import fetch_now, prepare_libraries, remove_downloads
 from modules.spelling import Spelling
@@ -75,6 +75,7 @@ def explore(
     config: Config, console: Console, model: ResidentModel, tokenizer: Any, spelling: Spelling
 ) -> tuple[list[CompletionTree], list[list[Standing]]]:
     """The tree of every distinct context and how its phrases stand, printed one context after another."""
+    console.warnings(doubled_tokens(tokenizer, config.pairs))
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     scorer = build_scorer(model, encoded, tails=False)
     phrases: dict[str, list[tuple[Pair, Encoded, float]]] = {pair.context: [] for pair in config.pairs}

@@ -30,7 +30,7 @@ def test_an_estimate_counts_what_a_search_computes(place, models, headers):
     # The counter does not know the fused attention of a CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         assert list(search.candidate(found.candidates[0]))
-    free_merges = Rates(1.0, 1.0, 1.0, merging={"lerp": math.inf, "cyclic": math.inf}, reading=None)
+    free_merges = Rates(1.0, 1.0, 1.0, 1.0, merging={"lerp": math.inf, "cyclic": math.inf}, reading=None)
     planned, counted = forecast.estimate(plan_run(config, found), free_merges).search, counter.get_total_flops()
     # Vectors (norms) are weights too, but no product: a little more is planned than is counted.
     assert counted < planned < 1.03 * counted
@@ -42,7 +42,7 @@ def test_rates_are_measured_for_every_method(place, models, monkeypatch):
     assert plan.weight_files == tuple(folder / "model.safetensors" for folder in models[1:])
     rates = calibrate(plan)
     assert list(rates.merging) == ["slerp", "gradient", "lerp"]
-    values = [rates.alone, rates.stacked, rates.attention, rates.reading, *rates.merging.values()]
+    values = [rates.plain, rates.alone, rates.stacked, rates.attention, rates.reading, *rates.merging.values()]
     assert all(0 < value < math.inf for value in values)
     without_attention = replace(plan, sizes=replace(plan.sizes, heads=0))
     assert calibrate(without_attention).attention == math.inf
@@ -101,17 +101,18 @@ def test_an_estimate_is_the_work_over_the_rates(place):
         place, sizes=sizes, methods=(("lerp", 3),), header_ratios=3, pairs=32, text_tokens=80, packs=(25,), columns=5
     )
     plan = replace(plan, disk=Disk(600, (("one", 600), ("two", 300)), 0, 0, 0, 0))
-    found = forecast.estimate(plan, Rates(10.0, 100.0, attention=2.0, merging={"lerp": 50.0}, reading=3.0))
+    found = forecast.estimate(plan, Rates(5.0, 10.0, 100.0, attention=2.0, merging={"lerp": 50.0}, reading=3.0))
     layer, attention, head = 2 * 25 * 500, 4 * 25 * 25 * (3 * 4), 2 * 5 * 10 * 100
     alone, stacked = 2 * 3 + 2 * 3 + 2 * 2, 3  # searched layers, header, cache and a whole forward; the second layer
     products = (alone * layer + 4 * head) / 10 + (stacked * layer + 6 * head) / 100
     merges = 4 * 2 * 1000 + 4 * 4000
     assert found.search == pytest.approx(products + (alone + stacked) * attention / 2 + merges / 50)
-    tokens = 7 * 40 + 25
-    assert found.start == pytest.approx(2 * tokens * (2 * 500 / 10 + 4 * 25 * (3 * 4) / 2))
+    compared, packed = 40, 5 * 25  # half of the pairs one at a time; four forwards to verify, one to score
+    products = 2 * 500 * (compared / 5 + packed / 10)
+    assert found.start == pytest.approx(2 * (products + (compared + packed) * 4 * 25 * (3 * 4) / 2))
     assert (found.loading, found.reading) == (200.0, (200.0, 100.0))
     assert found.total == pytest.approx(found.start + 2 * found.search + 200 + 300)
-    unknown = forecast.estimate(plan, Rates(10.0, 100.0, 2.0, {"lerp": 50.0}, None))
+    unknown = forecast.estimate(plan, Rates(5.0, 10.0, 100.0, 2.0, {"lerp": 50.0}, None))
     assert unknown.reading is None and unknown.total == pytest.approx(found.start + 2 * found.search)
 
 
@@ -119,7 +120,7 @@ def test_an_estimate_is_the_work_over_the_rates(place):
 # In words
 # ---------------------------------------------------------------------------------------------------------------------
 
-RATES = Rates(300e12, 412e12, 90e12, {"lerp": 250e9, "slerp": 90e9}, 2.1e9)
+RATES = Rates(100e12, 300e12, 412e12, 90e12, {"lerp": 250e9, "slerp": 90e9}, 2.1e9)
 LINES = """\
 Candidates       : 2 (one, two)
 Layers           : 32 of about 218.1 million weights

@@ -220,7 +220,7 @@ def troubled(folders, tmp_path_factory):
 
     def short_of_memory(self, trials):
         count.append(1)
-        if len(count) in (4, 5):  # the first one was a comparison of layouts
+        if len(count) in (3, 4):
             raise torch.OutOfMemoryError("no memory here")
         return own(self, trials)
 

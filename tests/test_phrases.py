@@ -8,7 +8,17 @@ from tiny import PAIRS, TOKENIZERS, bpe_tokenizer, spm_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from modules.config import ConfigError, Pair
-from modules.phrases import LAYOUTS, MOST_DOUBTS, Encoded, build_packs, doubtful_phrases, encode_pair, encode_pairs
+from modules.phrases import (
+    LAYOUTS,
+    MOST_DOUBTS,
+    Encoded,
+    build_packs,
+    doubled_tokens,
+    doubtful_phrases,
+    encode_contexts,
+    encode_pair,
+    encode_pairs,
+)
 
 TOKENIZER = {name: make() for name, make in TOKENIZERS.items()}
 
@@ -121,6 +131,64 @@ def test_without_bos_a_text_begins_with_eos():
         encode_pair(bare, "", "The apple")
 
 
+def adding(before, after=()):
+    """A tokenizer that puts special tokens around every text; with offsets, and as one without."""
+    from tokenizers import processors
+
+    special = ["[gMASK]", "<sop>", "<s>", "</s>"]
+    tokenizer = spm_tokenizer(extra=special[:2])._tokenizer
+    ids = [(name, tokenizer.token_to_id(name)) for name in special]
+    single = " ".join([*before, "$A", *after])
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.add_special_tokens({"additional_special_tokens": special[:2]})
+    return [fast, WithoutOffsets(fast)]
+
+
+PREFIXES = [(["<s>"], "<s>"), (["[gMASK]", "<sop>"], "[gMASK]<sop>"), (["[gMASK]", "<sop>"], "<sop>")]
+
+
+@pytest.mark.parametrize("after", [(), ("</s>",)])
+@pytest.mark.parametrize(("before", "written"), PREFIXES)
+def test_a_special_token_that_is_written_out_and_added_is_taken_once(before, written, after):
+    for tokenizer in adding(before, after):
+        prefix = tuple(tokenizer.convert_tokens_to_ids(before))
+        for context, phrase in (("", "The apple"), ("Her body quivers with ", "anticipation"), ("Answer:\n", "x")):
+            there = f"{written}{context}"
+            found = encode_pair(tokenizer, there, phrase)
+            given = tokenizer(there.rstrip(" "), add_special_tokens=False)["input_ids"][
+                len(tokenizer.tokenize(written)) :
+            ]
+            assert found.tokens[: len(prefix)] == prefix
+            assert set(found.tokens[len(prefix) :]).isdisjoint({*prefix, *tokenizer.convert_tokens_to_ids(after)})
+            assert found.tokens[: found.start] == (*prefix, *given)
+            (root,) = encode_contexts(tokenizer, [there], 10**6)
+            assert root.tokens == found.tokens[: found.start]
+            line = doubled_tokens(tokenizer, listed((phrase, there), (phrase, context or "a")))
+            assert len(line) == 1 and line[0].startswith(f"1 pair writes out {''.join(before)}")
+        whole = encode_pair(tokenizer, "", f"{written}The apple")
+        assert whole == encode_pair(tokenizer, written, "The apple")
+
+
+def test_where_the_tokenizer_adds_nothing_nothing_is_taken_away():
+    for tokenizer in adding([]):
+        beginning = tokenizer.convert_tokens_to_ids("<s>")
+        found = encode_pair(tokenizer, "<s><s>Her eyes ", "shine")
+        assert found.tokens[:2] == (beginning, beginning) and found.tokens[2] != beginning
+        assert encode_contexts(tokenizer, ["<s>Her"], 10**6)[0].tokens[0] == beginning
+        assert doubled_tokens(tokenizer, listed(("shine", "<s>Her eyes "))) == []
+        # A text without a context begins with BOS; here it does so itself.
+        assert encode_pair(tokenizer, "", "<s>The").tokens.count(beginning) == 1
+
+
+def test_of_two_that_are_written_out_two_are_kept():
+    for tokenizer in adding(["<s>"]):
+        beginning = tokenizer.convert_tokens_to_ids("<s>")
+        assert encode_pair(tokenizer, "<s><s>Her eyes ", "shine").tokens.count(beginning) == 2
+        with pytest.raises(ConfigError, match="no tokens"):
+            encode_pair(tokenizer, "", "<s>")
+
+
 def test_a_closing_special_token_is_not_the_phrases():
     from tokenizers import processors
 
@@ -156,8 +224,9 @@ class WithoutOffsets:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.all_special_ids = tokenizer.all_special_ids
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
 
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}

@@ -21,8 +21,8 @@ from modules import places, preflight
 from modules.checkpoints import Checkpoint
 from modules.config import ConfigError, Pair, load_config
 from modules.hub import Repository
-from modules.memory import Budget
-from modules.models import load_model
+from modules.memory import Budget, weights_of
+from modules.models import layer_settings, load_model, setting
 from modules.opening import open_models
 from modules.phrases import encode_pairs
 from modules.preflight import Disk, Memory, Plan, Room, Sizes, check, find_room, plan_run
@@ -167,6 +167,46 @@ def test_of_stacked_experts_a_token_meets_a_few(place):
     idle = sum(weight.numel() for weight in experts.parameters()) / 2  # two of four are chosen
     sizes = preflight.sizes_of(module)
     assert sizes.active_weights == sizes.layer_weights - idle
+
+
+def sizes_by_layer(model_type, **settings):
+    from architectures import SIZES
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        config = AutoConfig.for_model(model_type, **{**SIZES, "num_hidden_layers": 4, "vocab_size": 300, **settings})
+        module = AutoModelForCausalLM.from_config(config)
+    return preflight.sizes_of(module), module, config
+
+
+def test_layers_of_different_heads_are_planned_for_by_the_largest():
+    settings = {"head_dim": 8, "global_head_dim": 16, "vocab_size_per_layer_input": 300}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 0}
+    sizes, module, config = sizes_by_layer("gemma4_text", **settings, **kinds)
+    assert (sizes.heads, sizes.head_size, sizes.hidden) == (4, 16, 32)
+    assert layer_settings(config, "head_dim") == [8, 16, 8, 16] and setting(config, "head_dim") == [8, 16, 8, 16]
+    assert sizes.layer_weights == sum(p.numel() for p in module.model.layers.parameters()) / 4
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in module.model.layers)
+    assert weights_of(module, torch.float32, False).layers == 3 * 4 * largest > 3 * 4 * sizes.layer_weights
+
+
+def test_a_setting_is_that_of_each_layer():
+    from transformers import AutoConfig
+
+    own = {1: {"num_attention_heads": 8}, 3: {"num_key_value_heads": 4, "sliding_window": 8}}
+    config = AutoConfig.for_model(
+        "qwen3", num_hidden_layers=4, num_attention_heads=4, hidden_size=32, per_layer_config=own
+    )
+    assert setting(config, "num_attention_heads") == [4, 8, 4, 4] and setting(config, "hidden_size") == 32
+    assert layer_settings(config, "hidden_size") == [32] * 4 and setting(config, "nothing of the kind") is None
+    listed = AutoConfig.for_model("llama", num_hidden_layers=3)
+    listed.num_query_heads = [2, 4, 6]
+    assert setting(listed, "num_query_heads") == [2, 4, 6]
+
+
+def test_layers_with_and_without_attention_are_planned_for():
+    sizes, _, _ = sizes_by_layer("jamba", mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1, num_experts=2)
+    assert (sizes.heads, sizes.head_size) == (4, 8)
 
 
 def test_what_the_base_cannot_take_is_found_by_the_plan(place, models):

@@ -39,6 +39,7 @@ FLOORS = {
     "mapping": 4,
     "adapters": 5,
     "models": 5,
+    "exactness": 6,
     "memory": 6,
     "candidates": 6,
     "probability": 7,
