@@ -44,6 +44,7 @@ from modules.weights import dtype_name, index_file, local_files
 # On a disk: what an index, the headers of shards and rounding up to blocks may take beyond the tensors.
 MARGIN = 0.01
 MARGIN_FLAT = 1 << 20
+RECORD, RECORD_OF_PAIR = 500, 24  # bytes of a decision in the journal, and of each pair's score in it
 MARGIN_FILES = 16  # folders, settings, an index
 
 
@@ -57,11 +58,12 @@ class Disk:
     output_files: int  # how many files that is
     downloads: int  # what is still to be fetched from the hub
     downloads_kept: int  # of that, what is in the cache when the output is written
+    records: int = 0  # about, of all decisions: the journal and the recipe
 
     @property
     def needed(self) -> int:
         """What the output's file system must have room for, a margin included."""
-        return self.output + int(self.output * MARGIN) + MARGIN_FLAT
+        return self.output + self.records + int(self.output * MARGIN) + MARGIN_FLAT
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,9 @@ def _activations(
 
 def _disk(config: Config, models: Models, module: PreTrainedModel, dtype: torch.dtype) -> Disk:
     """What is read and written."""
-    base = models.base
+    base, layers = models.base, len(find_layers(module)[1])
     saved = None if config.dtype == "auto" else dtype
+    decisions = len(models.candidates) * (layers * len(config.merge_method) + config.merge_headers)
     index = index_file(local_files(base.path))
     beside = [*base.companions.published.values(), *([(base.path / index).stat().st_size] if index else [])]
     return Disk(
@@ -199,6 +202,7 @@ def _disk(config: Config, models: Models, module: PreTrainedModel, dtype: torch.
         downloads=bytes_needed(models.jobs, keep=True),
         # Searched candidates are removed again if they are not to be kept; the base is needed to the end.
         downloads_kept=bytes_needed(models.jobs if config.keep_downloads else [base.job], keep=True),
+        records=2 * decisions * (RECORD + RECORD_OF_PAIR * len(config.pairs)),
     )
 
 

@@ -27,6 +27,7 @@ from modules.opening import open_models
 from modules.phrases import encode_pairs
 from modules.preflight import Disk, Memory, Plan, Room, Sizes, check, find_room, plan_run
 from modules.probability import build_scorer
+from modules.record import RECIPE_FILE
 from modules.search import Search
 from modules.sources import Location
 
@@ -82,6 +83,8 @@ def test_the_plan_is_what_a_run_does(place, dtype, setting, family, shard, tied)
     written = [path for path in (place / "out").rglob("*") if path.is_file()]
     assert len(written) + 2 <= plan.disk.output_files + preflight.MARGIN_FILES
     assert plan.disk.output < sum(path.stat().st_size for path in written) < plan.disk.needed
+    records = sum((place / "out" / name).stat().st_size for name in ("merge_monster_journal.jsonl", RECIPE_FILE))
+    assert 0.5 < records / plan.disk.records < 1.5
 
 
 @pytest.mark.parametrize("setting", ["float32", "bfloat16"])

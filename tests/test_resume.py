@@ -650,6 +650,16 @@ def replay(recipe, output, *arguments):
     return merge_monster.main(["--replay", str(recipe), "--output", str(output), *arguments])
 
 
+def test_a_recipe_of_a_run_that_accepted_nothing_builds_the_base(place, models, monkeypatch):
+    same_as_base = shutil.copytree(models[0], place / "same")
+    assert merge(place, (models[0], same_as_base)) == 0
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    assert replay(place / "out" / RECIPE, "again") == 0
+    for file in models[0].glob("*.safetensors"):
+        assert file.read_bytes() == (place / "elsewhere/again" / file.name).read_bytes()
+
+
 def test_a_recipe_builds_the_same_bits(place, models, whole):
     before = {folder: digest(folder) for folder in models}
     assert replay(whole / RECIPE, place / "again") == 0
