@@ -335,7 +335,7 @@ def test_the_mapper_sees_that_a_text_will_grow_too_long_for_its_kept_keys(switch
 
 def test_where_texts_of_a_batch_touch_each_other_trials_go_one_at_a_time(tmp_path):
     model, _ = make(tmp_path, "gpt2", random.Random(1))
-    model.layers[-1].register_forward_hook(lambda _layer, _inputs, output: 2 * output - output.mean(0))
+    model.layers[-1].mlp.register_forward_hook(lambda _layer, _inputs, output: 2 * output - output.mean(0))
     encoded = texts(8, 12, 10)
     scorer = build_scorer(model, encoded)
     assert (scorer.layout, scorer.stacks) == ("forest", False)
