@@ -18,8 +18,8 @@ from modules.companions import Companions
 from modules.config import ConfigError
 from modules.hub import Repository
 from modules.layouts import Layout
-from modules.meaning import clashes, differences
-from modules.models import find_layers, input_first_weights, setting
+from modules.meaning import clashes, differences, setting
+from modules.models import find_layers, input_first_weights
 from modules.weights import Room, fresh, place_in_index
 
 _MUST_AGREE = {

@@ -57,6 +57,20 @@ def clashes(base: PreTrainedConfig, other: PreTrainedConfig) -> list[str]:
     return [_in_words(key, theirs[key], ours[key]) for key in both if theirs[key] != ours[key]]
 
 
+def layer_settings(config: PreTrainedConfig, key: str) -> list[Any]:
+    """A setting of each decoder layer, None where there is none: most configurations have one for all layers, some a
+    list, some another configuration for each layer, and then none for all."""
+    text = config.get_text_config()
+    found = [getattr(layer, key, None) for layer in text.per_layer_config]
+    return list(found[0]) if found and isinstance(found[0], list) and len(found[0]) == len(found) else found
+
+
+def setting(config: PreTrainedConfig, key: str) -> Any:
+    """A setting that all layers have alike, or a list with each layer's."""
+    found = layer_settings(config, key)
+    return found if any(value != found[0] for value in found) else next(iter(found), None)
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -81,7 +95,8 @@ def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
         ignored.update(_KINDS_OF_LAYERS)
         if "sliding" not in str(known["layer_types"]):
             ignored.add("sliding_window")
-    heads, width = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
+    known |= {key: setting(text, key) for key in getattr(text, "per_layer_attributes", None) or ()}
+    heads, width = setting(text, "num_attention_heads"), setting(text, "hidden_size")
     if "head_dim" in keys and known.get("head_dim") is None and _is_count(heads) and _is_count(width):
         known["head_dim"] = width // max(heads, 1)
     known["rope_parameters"] = _rope(known.get("rope_parameters"))

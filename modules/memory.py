@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modules.models import find_layers, layer_settings, resolve_device
+from modules.meaning import layer_settings
+from modules.models import find_layers, resolve_device
 
 # Enough tokens in one pack to fill a processor, few enough that attention within it stays cheap.
 TOKENS, FEWEST_TOKENS = 1024, 64

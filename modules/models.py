@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from modules.checkpoints import Checkpoint, copy_companions
@@ -476,20 +476,6 @@ def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise ConfigError(f"{type(module).__name__}: no list of {count} decoder layers found in this architecture")
     return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
-
-
-def layer_settings(config: PreTrainedConfig, key: str) -> list[Any]:
-    """A setting of each decoder layer, None where there is none: most configurations have one for all layers, some a
-    list, some another configuration for each layer, and then none for all."""
-    text = config.get_text_config()
-    found = [getattr(layer, key, None) for layer in text.per_layer_config]
-    return list(found[0]) if found and isinstance(found[0], list) and len(found[0]) == len(found) else found
-
-
-def setting(config: PreTrainedConfig, key: str) -> Any:
-    """A setting that all layers have alike, or a list with each layer's."""
-    found = layer_settings(config, key)
-    return found if any(value != found[0] for value in found) else next(iter(found), None)
 
 
 def device_map_of(

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from modules.config import ConfigError
 from modules.exactness import Plain, spread
 from modules.inputs import Inputs, Targets
+from modules.meaning import layer_settings
 from modules.memory import FEWEST_TOKENS, Budget, Packing
-from modules.models import ResidentModel, layer_settings, wider
+from modules.models import ResidentModel, wider
 from modules.phrases import LAYOUTS, Encoded, build_packs
 from modules.processes import Seat
 from modules.weights import dtype_name

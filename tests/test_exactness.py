@@ -13,7 +13,7 @@ import whole
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modules.checkpoints import open_checkpoint
-from modules.continuation import build_continuation
+from modules.continuation import Cached, build_continuation
 from modules.exactness import Plain
 from modules.memory import Budget
 from modules.models import load_model
@@ -270,6 +270,83 @@ def test_every_way_that_is_accepted_gives_what_plain_transformers_gives(name, tm
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])
 def test_many_random_models(name, seed, tmp_path):
     check(tmp_path, name, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What random models seldom show
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def switching(tmp_path):
+    """A model that switches its rotary factors for texts of more than 16 tokens; and as transformers has it."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+    rope_parameters = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1000.0, **factors}
+    tiny.make_model(tmp_path, tiny.llama_config(VOCABULARY, layers=LAYERS, rope_parameters=rope_parameters))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    return load_model(open_checkpoint(tmp_path, "model"), "cpu", "float32"), plain
+
+
+def texts(*lengths):
+    """Random pairs of so many input tokens, of which the phrases are the last three."""
+    chance = random.Random(0)
+    rows = [[chance.randrange(VOCABULARY) for _ in range(length + 1)] for length in lengths]
+    return [Encoded(tuple(row), len(row) - 3) for row in rows]
+
+
+def test_one_long_pair_changes_no_other(switching):
+    model, plain = switching
+    encoded = texts(8, 12, 10, 40)
+    scorer = build_scorer(model, encoded)
+    assert scorer.layout == "single"
+    assert_exact(scorer.token_scores(), [plain_scores(plain, item) for item in encoded])
+    assert build_scorer(model, encoded[:3]).layout == "forest"
+
+
+def test_packs_that_are_made_smaller_are_verified_again(switching):
+    """As rows, seven pairs fill a pack before the longer ones; of half the size, one pack holds both kinds."""
+    model, plain = switching
+    encoded = texts(*[16] * 7, *[17] * 4)
+    scorer = build_scorer(model, encoded, Budget(tokens=112))
+    assert scorer.layout == "rows" and scorer.packs == 2
+    assert scorer.take_less_memory() == "packs of 56 tokens from here on"
+    truths = [plain_scores(plain, item) for item in encoded]
+    assert scorer.score() == pytest.approx([float(truth.sum()) for truth in truths], abs=1e-4)
+    scorer.at_layer(1)
+    for trial in scorer.trial_token_scores([nullcontext] * 2):
+        assert_exact(trial, truths)
+
+
+def test_the_mapper_sees_that_a_text_will_grow_too_long_for_its_kept_keys(switching):
+    model, plain = switching
+    encoded = texts(12, 10, 13)
+    scorer = build_scorer(model, encoded, tails=False)
+    assert scorer.layout == "forest"
+    paths = [item.tokens[:-1] for item in encoded]
+    assert isinstance(build_continuation(model, None, scorer, paths, 16), Cached)
+    continuation = build_continuation(model, None, scorer, paths, 20)
+    for length in range(10, 20):
+        asked = [(path * 2)[:length] for path in paths]
+        found = continuation._log_probabilities(asked)
+        for row, path in zip(found, asked, strict=True):
+            truth = plain(torch.tensor([path])).logits[0, -1].float().log_softmax(-1)
+            assert (row - truth).abs().max() < 1e-4
+
+
+def test_where_texts_of_a_batch_touch_each_other_trials_go_one_at_a_time(tmp_path):
+    model, _ = make(tmp_path, "gpt2", random.Random(1))
+    model.layers[-1].mlp.register_forward_hook(lambda _layer, _inputs, output: 2 * output - output.mean(0))
+    encoded = texts(8, 12, 10)
+    scorer = build_scorer(model, encoded)
+    assert (scorer.layout, scorer.stacks) == ("forest", False)
+    truths = [plain_scores(model.module, item) for item in encoded]
+    assert_exact(scorer.trial_token_scores([lambda: halved(model), nullcontext])[1], truths)
+
+
+def halved(model):
+    """The first layer's weights, for a moment."""
+    part = model.layer(0)
+    return part.holding({name: tensor / 2 for name, tensor in part.tensors.items()})
 
 
 def gemma4(folder, shared):

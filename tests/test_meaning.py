@@ -2,7 +2,7 @@
 
 import architectures
 import pytest
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from modules.meaning import clashes, differences
 
@@ -165,3 +165,18 @@ def test_heads_that_give_the_same_shapes_clash():
     assert "num_attention_heads is 8, the base's 4" in clashes(ours, theirs)
     assert "head_dim is 4, the base's 8" in clashes(ours, theirs)
     assert clashes(ours, ours) == []
+
+
+def test_settings_of_each_layers_own_are_compared_layer_by_layer():
+    sizes = {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "hidden_size": 32,
+        "head_dim": 8,
+    }
+    ours = AutoConfig.for_model("qwen3", **sizes, per_layer_config={1: {"num_attention_heads": 8, "sliding_window": 8}})
+    same = AutoConfig.for_model("qwen3", **sizes, per_layer_config={1: {"num_attention_heads": 8, "sliding_window": 8}})
+    assert differences(ours, same) == []
+    said = differences(ours, AutoConfig.for_model("qwen3", **sizes))
+    assert said == ["num_attention_heads is 4, the base's [4, 8, 4]"]

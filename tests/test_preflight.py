@@ -21,8 +21,9 @@ from modules import places, preflight
 from modules.checkpoints import Checkpoint
 from modules.config import ConfigError, Pair, load_config
 from modules.hub import Repository
+from modules.meaning import layer_settings, setting
 from modules.memory import Budget, weights_of
-from modules.models import layer_settings, load_model, setting
+from modules.models import load_model
 from modules.opening import open_models
 from modules.phrases import encode_pairs
 from modules.preflight import Disk, Memory, Plan, Room, Sizes, check, find_room, plan_run
