@@ -145,8 +145,7 @@ def save(console: Console, model: ResidentModel, unfinished: Unfinished, output:
     console.timed(f"Saving to {output}")
     with naming(unfinished.folder):
         model.save(unfinished.folder)
-    copied, *others = model.checkpoint.companions.describe()
-    console.lines(others, logged=[copied, *others])
+    console.lines(model.checkpoint.companions.describe())
     with naming(unfinished.folder / SETTINGS_FILE):
         (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 

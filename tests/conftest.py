@@ -9,9 +9,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import transformers
+from hypothesis import settings
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
+
+
+def pytest_configure(config):
+    """Where slow tests are left out, so are most generated inputs."""
+    settings.register_profile("all", max_examples=100)
+    settings.register_profile("some", max_examples=20)
+    settings.load_profile("some" if "not slow" in config.getoption("markexpr") else "all")
 
 
 @pytest.fixture(autouse=True)

@@ -33,12 +33,12 @@ COUNTS = {}  # test -> number of inputs that it generates
 
 
 def hostile(count, **strategies):
-    """A test of so many generated inputs."""
+    """A test of so many generated inputs, or of the share of them that conftest's profile leaves."""
 
     def decorate(test):
         COUNTS[test.__name__] = count
         generated = settings(
-            max_examples=count,
+            max_examples=max(1, count * settings.default.max_examples // 100),
             derandomize=True,
             database=None,
             deadline=None,

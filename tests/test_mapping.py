@@ -1,5 +1,6 @@
 """Completion trees: the fast explorer against the naive one, and how phrases stand among branches."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -102,10 +103,14 @@ def make(folder, family, config=tiny.llama_config, scale=20.0, **more):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", [1, MANY])
-@pytest.mark.parametrize("prob_min", [0.0, 10.0, 100.0])
-@pytest.mark.parametrize("max_depth", [1, 2, 3, 4, 5, 6])
-@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+# Of all combinations, every seventh is in each run of the tests.
+CASES = [
+    pytest.param(*case, marks=[pytest.mark.slow] if number % 7 else [])
+    for number, case in enumerate(itertools.product([1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [0.0, 10.0, 100.0], [1, MANY]))
+]
+
+
+@pytest.mark.parametrize("top_k, max_depth, prob_min, budget", CASES)
 def test_same_tree_and_probabilities_as_naive(model, top_k, max_depth, prob_min, budget):
     full = top_k**max_depth > 100 and prob_min == 0.0
     contexts = CONTEXTS[:1] if full else CONTEXTS

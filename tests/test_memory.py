@@ -147,7 +147,7 @@ def searched(folder, count):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from /proc")
-@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, *(pytest.param(count, marks=pytest.mark.slow) for count in (60, 500))])
 def test_four_times_as_many_long_pairs_take_hardly_more_memory(small_model, count):
     few, many = searched(small_model, count), searched(small_model, 4 * count)
     assert many["layout"] == "forest" and many["tokens"] > 3 * few["tokens"] > 600 * count
@@ -155,5 +155,5 @@ def test_four_times_as_many_long_pairs_take_hardly_more_memory(small_model, coun
     assert all(score < 0 for trial in many["scores"] for score in trial) and len(many["scores"][0]) == 4 * count
     # Four times the tokens. What grows is their ids and positions, and what Python makes of them on the way; the masks
     # of all packs would be 4,000 bytes for each of them.
-    assert many["bytes"] - few["bytes"] < 100 * (many["tokens"] - few["tokens"])
+    assert many["bytes"] - few["bytes"] < 100 * (many["tokens"] - few["tokens"]) + (4 << 20)
     assert many["bytes"] < 100 << 20

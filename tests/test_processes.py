@@ -86,7 +86,7 @@ def assert_same(output, one_process):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(output).items())
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_take_the_decisions_of_one(tmp_path, models, one_process, count):
     result = merge(tmp_path, models, *several(count))
     assert result.returncode == 0, result.stderr

@@ -34,7 +34,6 @@ from modules.weights import CheckpointError
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"
 OWN = {JOURNAL, RECIPE, "merge_monster.yaml", "README.md"}  # they say how long it took, and where the output is
 SETTINGS = {"merge_method": ["slerp", "lerp"], "auto_weights": True}
-KILLS = 36
 
 
 @pytest.fixture(scope="module")
@@ -400,14 +399,15 @@ def end(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(place, models, whole):
+@pytest.mark.parametrize("most", [12, pytest.param(36, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(place, models, whole, most):
     """During load, search, header and save: kill -9 at random, as often as it takes until the run is done."""
     began = time.monotonic()
     assert end(start(place, models)) == 0
     length = time.monotonic() - began
     dice, kills, finished = random.Random(5), 0, 0
     phases = set()
-    while kills < KILLS:
+    while kills < most:
         shutil.rmtree(place / "out", ignore_errors=True)
         while True:
             child = start(place, models, "--resume")
@@ -425,7 +425,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(place, models, whol
         finished += 1
         assert same(place / "out", whole), f"after {kills} kills"
         assert sorted(path.name for path in place.iterdir()) == ["child.txt", "logs", "my.yaml", "out"]
-    assert phases >= {"load", "search"} and finished >= 3, (phases, finished)
+    assert phases >= {"load", "search"} and finished >= most // 12, (phases, finished)
 
 
 def read(path):

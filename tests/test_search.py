@@ -92,7 +92,13 @@ def llamas(request, tmp_path_factory):
     return base, one, two
 
 
-@pytest.mark.parametrize("method, strategy, headers", list(itertools.product(METHODS, STRATEGIES, [True, False])))
+CASES = [
+    pytest.param(*case, marks=[pytest.mark.slow] if case[0] != "lerp" and not case[2] else [])
+    for case in itertools.product(METHODS, STRATEGIES, [True, False])
+]
+
+
+@pytest.mark.parametrize("method, strategy, headers", CASES)
 def test_same_decisions_and_tensors_as_the_naive_twin(llamas, tmp_path, method, strategy, headers):
     base, one, two = llamas
     settings = {"merge_method": method, "strategy": strategy, "merge_headers": headers, "merge_ratios": RATIOS}
