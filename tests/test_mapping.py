@@ -83,7 +83,7 @@ def probabilities(branch):
     return [math.exp(node.log_probability) for node in path_of(branch.leaf)]
 
 
-@pytest.fixture(scope="module", params=["bpe", "spm"])
+@pytest.fixture(scope="module", params=["bpe", pytest.param("spm", marks=pytest.mark.slow)])
 def model(request, tmp_path_factory):
     return make(tmp_path_factory.mktemp("model"), request.param)
 
@@ -128,7 +128,7 @@ def test_some_branches_end_early_and_others_do_not(model):
     assert len(lengths) >= 3 and 6 in lengths
 
 
-@pytest.mark.parametrize("budget", [1, 20, 60, MANY])
+@pytest.mark.parametrize("budget", [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 60)), 20, MANY])
 def test_the_budget_changes_nothing(model, budget):
     """Neither where branches are followed one after another nor where kept keys and values are dropped."""
     model.check(CONTEXTS, Mapper(2.0, 3, 4, 8), budget)

@@ -183,7 +183,7 @@ def test_the_fastest_exact_layout_is_found(name, tmp_path):
             assert found == pytest.approx(scorer.score(), abs=1e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_same_layout_is_found_in_half_precision(name, dtype, tmp_path):
     make_config, layout = ARCHITECTURES[name]

@@ -117,6 +117,7 @@ def test_one_that_dies_ends_the_run_and_loses_nothing(tmp_path, models, one_proc
     assert_same(tmp_path / "out", one_process)
 
 
+@pytest.mark.slow
 def test_one_that_cannot_read_a_candidate_makes_all_give_it_up(tmp_path, models):
     result = merge(tmp_path, models, *several(2, "cannot read"), on_error="skip")
     assert result.returncode == 0, result.stderr
@@ -132,6 +133,7 @@ def test_a_wrong_configuration_is_said_once(tmp_path, models):
     assert result.stderr.count("strategy: 'best'") == 1
 
 
+@pytest.mark.slow
 def test_nothing_to_do_is_no_failure_of_the_others(tmp_path, models):
     result = merge(tmp_path, models, *several(2), "--dry-run")
     assert result.returncode == 0, result.stderr

@@ -105,7 +105,11 @@ def reopened_probabilities(folder):
     return [100 * torch.tensor(value).exp().item() for value in json.loads(result.stdout)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [*(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16)), torch.bfloat16],
+    ids=str,
+)
 def test_reopening_the_output_gives_the_last_table(place, dtype):
     models = make_models(place, dtype)
     # A CPU computes bfloat16 checkpoints in bfloat16; in float32 the one-by-one forwards are comparable to the digit.
@@ -717,7 +721,7 @@ def test_logs_that_cannot_be_written(place, models, capsys):
 
 def test_ctrl_c_ends_with_130_after_the_decision(place, models):
     base, one, two = models
-    ratios = [number / 600 for number in range(600)]
+    ratios = [number / 200 for number in range(200)]
     path = tiny.write_config(place / "my.yaml", base, [one, two], place / "out", merge_ratios=ratios)
     command = [sys.executable, "-u", str(ROOT / "merge_monster.py"), "--config", str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:

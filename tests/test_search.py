@@ -300,7 +300,7 @@ def limited(monkeypatch, tokens, from_call=0):
     monkeypatch.setattr(sys.modules[__name__], "load_model", loaded)
 
 
-@pytest.mark.parametrize("from_call", [0, 8, 15, 25])
+@pytest.mark.parametrize("from_call", [0, 15, *(pytest.param(call, marks=pytest.mark.slow) for call in (8, 25))])
 @pytest.mark.parametrize("tokens, told", [(120, "packs of"), (60, "of"), (32, "one ratio at a time")])
 def test_out_of_memory_takes_smaller_packs_and_the_same_decisions(tmp_path, monkeypatch, tokens, told, from_call):
     base = tiny.make_model(tmp_path / "base", tiny.llama_config(400), tiny.bpe_tokenizer())
