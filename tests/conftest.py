@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,17 @@ def pytest_configure(config):
     settings.register_profile("all", max_examples=100)
     settings.register_profile("some", max_examples=20)
     settings.load_profile("some" if "not slow" in config.getoption("markexpr") else "all")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heard_signals():
+    """Signals that a shell has the tests ignore, as it does in the background, are none to the programs they start."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ignored = [
+        number for number in (getattr(signal, name) for name in names) if signal.getsignal(number) == signal.SIG_IGN
+    ]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

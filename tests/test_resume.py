@@ -652,7 +652,8 @@ def replay(recipe, output, *arguments):
 
 def test_a_recipe_of_a_run_that_accepted_nothing_builds_the_base(place, models, monkeypatch):
     same_as_base = shutil.copytree(models[0], place / "same")
-    assert merge(place, (models[0], same_as_base)) == 0
+    assert merge(place, (models[0], same_as_base), merge_method="lerp") == 0
+    assert "nothing was accepted" in log_of(place)
     (place / "elsewhere").mkdir()
     monkeypatch.chdir(place / "elsewhere")
     assert replay(place / "out" / RECIPE, "again") == 0
