@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    from modules.apart import check_apart, input_paths, written_paths
+    from modules.apart import check_apart, input_paths
     from modules.config import TABLES, VERSION, Config, ConfigError, load_config, output_directory
     from modules.console import LOGS, Arguments, Console, Silent, Unlogged, open_streams, show, visible
     from modules.failures import exit_code, leave
@@ -39,8 +39,7 @@ def start(options: argparse.Namespace) -> int:
     try:
         config = None if options.replay else load_config(options.config, options.device, options.output)
         if config is not None:
-            written = written_paths(Path(config.directories.output_directory))
-            check_apart([*written, LOGS], [Path(options.config), *input_paths(config)])
+            check_apart([LOGS], [Path(options.config), *input_paths(config)])
     except ConfigError:
         if seat.leads:
             raise
@@ -61,7 +60,8 @@ def run(config: Config, console: Console, options: argparse.Namespace, seat: Sea
         from modules.group import joined
         from modules.run import Options, merge_models
 
-        asked = Options(options.overwrite, options.resume, options.restart, options.dry_run, options.table)
+        choices = options.overwrite, options.resume, options.restart, options.dry_run, options.table
+        asked = Options(Path(options.config), *choices)
         with joined(seat) as group:
             merge = merge_models if seat.leads else follow_merge
             merge(config, console, asked, group)

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from modules import report
+from modules.apart import check_apart, input_paths, written_paths
 from modules.candidates import Candidate
 from modules.card import CARD_FILE, write_card
 from modules.checkpoints import Checkpoint, load_tokenizer
@@ -56,6 +57,7 @@ NOTHING_TO_SEARCH = None  # said in place of a Start
 class Options:
     """What the command line says beside what is in the configuration."""
 
+    settings_file: Path  # which is read, and must not be written
     overwrite: bool = False  # an output that is there already
     resume: bool = False
     restart: bool = False
@@ -73,6 +75,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     console.lines(BANNER.split("\n"))
     console.timed("THE MERGE MONSTER HUNGERS")
     output = Path(config.directories.output_directory)
+    check_apart(written_paths(output), [options.settings_file, *input_paths(config)])
     with held_place(output, console, options.dry_run) as place:
         if options.resume and not options.dry_run and is_finished(config, output):
             console.final(f"This run has finished: its output is in {output}")
