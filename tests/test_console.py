@@ -519,14 +519,15 @@ def test_an_environment_that_torchrun_did_not_set(name, value):
 
 
 SLEEPER = """
-import sys, time
+import select, sys
 from modules.console import Unlogged
 from modules.failures import exit_code
 from modules.stopping import postponed
 def work():
     with postponed(lambda: print("heard", flush=True)) as end_if_asked:
         print("ready", flush=True)
-        sys.stdin.readline()
+        while not select.select([sys.stdin], [], [], 0.05)[0]:
+            pass  # a signal that comes just before a read that waits would be told only after it
         end_if_asked()
 sys.exit(exit_code(work, Unlogged("test")))
 """
