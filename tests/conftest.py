@@ -1,11 +1,18 @@
 import os
 import signal
 import sys
+import tempfile
+from collections import Counter
+from collections.abc import Hashable
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Of this process and of every program that a test starts: two that share two cores only wait for each other's threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Code from checkpoints is copied here before it is imported; two processes of tests must not share the copies.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -21,6 +28,17 @@ def pytest_configure(config):
     settings.register_profile("all", max_examples=100)
     settings.register_profile("some", max_examples=20)
     settings.load_profile("some" if "not slow" in config.getoption("markexpr") else "all")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The cases that `sampled` leaves out of the default run are slow."""
+    seen = Counter()
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is not None and seen[item.function] % sampled.args[0]:
+            item.add_marker("slow")
+        seen[item.function] += 1
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -52,6 +70,13 @@ def no_pictures():
         patch.setattr("modules.run.merge_map", write_nothing)
         patch.setattr("modules.run.phrase_chart", write_nothing)
         yield
+
+
+@pytest.fixture(scope="module")
+def asked(request):
+    """Every value that a test of this module takes as its parameter in this session."""
+    items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+    return {value for item in items for value in item.callspec.params.values() if isinstance(value, Hashable)}
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ class Hub:
         return found
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
@@ -69,6 +69,7 @@ class Hub:
     def handler(hub):
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # an answer is sent in parts, none of which shall wait for the one before
 
             def log_message(self, *_):
                 pass

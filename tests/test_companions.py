@@ -229,8 +229,7 @@ CODE = {
 
 
 @pytest.mark.parametrize("trust", [True, False])
-def test_code_goes_along_only_where_it_is_trusted(place, base, models, monkeypatch, trust):
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(place / "cache"))
+def test_code_goes_along_only_where_it_is_trusted(place, base, models, trust):
     one = shutil.copytree(models[1], place / "one")
     auto_map = {"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "modeling_own.OwnModel"}
     for folder in (base, one):

@@ -295,6 +295,7 @@ def test_what_a_terminal_cannot_show_is_a_question_mark(place, encoding):
     assert only_log(place).count("\u65e5\u672c\u8a9e, \U0001f642") == 6
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_a_terminal_without_unicode(place):
     base, one, two = make_models(place / "\u65e5\u672c \U0001f642")
     pairs = (tiny.Pair("BAD", "\u65e5\u672c\u8a9e", "naïve café: "), tiny.Pair("GOOD", "\U0001f642", "e\u0301 and "))

@@ -38,6 +38,7 @@ def test_there_are_enough():
     assert len(LISTS) >= 6
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("file", LISTS, ids=lambda file: file.stem)
 def test_a_list_runs(place, models, capsys, file):
     config = write_config(place, models, [file])

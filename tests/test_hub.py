@@ -445,6 +445,7 @@ def child(hub, place, config, **options):
     return subprocess.Popen(command, env=environment, cwd=place, **options)
 
 
+@pytest.mark.slow
 def test_a_bar_shows_the_download_and_ctrl_c_ends_it(hub, models, tmp_path):
     hub.delays = {f"model-0000{number}-of-00004.safetensors": 0.4 * number for number in (1, 2, 3)}
     hub.holds["model-00004-of-00004.safetensors"] = threading.Event()

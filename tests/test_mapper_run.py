@@ -217,11 +217,16 @@ def test_colours_are_for_terminals_only(place, bpe):
     coloured = on_a_terminal(place, path)
     assert re.search(r"\x1b\[38;5;\d+m\d+\.\d\d% \[", coloured)
     assert "\x1b" not in log_of(place)
-    assert "\x1b[38" not in on_a_terminal(place, path, NO_COLOR="1")
-    assert "\x1b[38" in on_a_terminal(place, path, NO_COLOR="")
     shares = [int(share) for share in re.findall(r"(\d+)%\|", coloured)]
     assert shares[-1] == 100 and shares == sorted(shares)
     assert "%|" not in log_of(place)
+
+
+@pytest.mark.slow
+def test_no_color_is_heard_unless_it_is_empty(place, bpe):
+    path = write(place, bpe)
+    assert "\x1b[38" not in on_a_terminal(place, path, NO_COLOR="1")
+    assert "\x1b[38" in on_a_terminal(place, path, NO_COLOR="")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -134,6 +134,7 @@ def test_the_budget_changes_nothing(model, budget):
     model.check(CONTEXTS, Mapper(2.0, 3, 4, 8), budget)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["forest", "rows"])
 @pytest.mark.parametrize("budget", [1, MANY])
 def test_without_kept_keys_and_values(model, layout, budget):
@@ -236,6 +237,7 @@ def mistral_config(vocabulary, layers, window):
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "config, more, way",
     [

@@ -146,8 +146,9 @@ def searched(folder, count):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from /proc")
-@pytest.mark.parametrize("count", [20, *(pytest.param(count, marks=pytest.mark.slow) for count in (60, 500))])
+@pytest.mark.parametrize("count", [20, 60, 500])
 def test_four_times_as_many_long_pairs_take_hardly_more_memory(small_model, count):
     few, many = searched(small_model, count), searched(small_model, 4 * count)
     assert many["layout"] == "forest" and many["tokens"] > 3 * few["tokens"] > 600 * count

@@ -117,6 +117,7 @@ def shown_ticks(figure):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("candidates", [1, 8])
 @pytest.mark.parametrize("layers", [32, 80, 126])
 def test_the_merge_map(place, layers, candidates):
@@ -439,6 +440,7 @@ def test_the_picture_of_a_path(place, make_images, method):
     drawn(figure, place)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "method, shares", [("slice", slice_shares), ("cyclic", cyclic_shares), ("gradient", gradient_shares)]
 )

@@ -97,6 +97,7 @@ def test_several_processes_take_the_decisions_of_one(tmp_path, models, one_proce
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow  # in one process: test_lack_of_memory
 def test_one_that_runs_out_of_memory_makes_all_take_less(tmp_path, models, one_process):
     result = merge(tmp_path, models, *several(2, "runs out of memory"))
     assert result.returncode == 0, result.stderr
@@ -104,6 +105,7 @@ def test_one_that_runs_out_of_memory_makes_all_take_less(tmp_path, models, one_p
     assert "Out of memory: packs of" in result.stdout
 
 
+@pytest.mark.slow
 def test_one_that_dies_ends_the_run_and_loses_nothing(tmp_path, models, one_process):
     result = merge(tmp_path, models, *several(2, "dies"))
     assert result.returncode != 0

@@ -105,11 +105,8 @@ def reopened_probabilities(folder):
     return [100 * torch.tensor(value).exp().item() for value in json.loads(result.stdout)]
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [*(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16)), torch.bfloat16],
-    ids=str,
-)
+@pytest.mark.slow  # together, for many runs: test_architectures
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_reopening_the_output_gives_the_last_table(place, dtype):
     models = make_models(place, dtype)
     # A CPU computes bfloat16 checkpoints in bfloat16; in float32 the one-by-one forwards are comparable to the digit.
@@ -119,6 +116,7 @@ def test_reopening_the_output_gives_the_last_table(place, dtype):
     assert shown == pytest.approx(reopened_probabilities(place / "out"), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("setting", ["auto", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["bpe", "spm"])
@@ -134,6 +132,7 @@ def test_a_run_on_the_output_begins_with_the_last_table(place, dtype, setting, f
     assert [row[3] for row in tables(log_of(place))[0]] == last
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shard", [None, "60KB"])
 @pytest.mark.parametrize("tied", [True, False])

@@ -92,19 +92,15 @@ def llamas(request, tmp_path_factory):
     return base, one, two
 
 
-CASES = [
-    pytest.param(*case, marks=[pytest.mark.slow] if case[0] != "lerp" and not case[2] else [])
-    for case in itertools.product(METHODS, STRATEGIES, [True, False])
-]
-
-
-@pytest.mark.parametrize("method, strategy, headers", CASES)
+@pytest.mark.sampled(5)
+@pytest.mark.parametrize("method, strategy, headers", itertools.product(METHODS, STRATEGIES, [True, False]))
 def test_same_decisions_and_tensors_as_the_naive_twin(llamas, tmp_path, method, strategy, headers):
     base, one, two = llamas
     settings = {"merge_method": method, "strategy": strategy, "merge_headers": headers, "merge_ratios": RATIOS}
     compare(tmp_path, base, [one, two], strategy_threshold=0.4, **settings)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("auto", [True, False])
 def test_lists_of_methods_go_on_from_each_others_results(llamas, tmp_path, auto):
     base, one, two = llamas
@@ -300,6 +296,7 @@ def limited(monkeypatch, tokens, from_call=0):
     monkeypatch.setattr(sys.modules[__name__], "load_model", loaded)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("from_call", [0, 15, *(pytest.param(call, marks=pytest.mark.slow) for call in (8, 25))])
 @pytest.mark.parametrize("tokens, told", [(120, "packs of"), (60, "of"), (32, "one ratio at a time")])
 def test_out_of_memory_takes_smaller_packs_and_the_same_decisions(tmp_path, monkeypatch, tokens, told, from_call):

@@ -357,11 +357,11 @@ CASES = VOCABULARIES | TYINGS
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory):
-    """All cases, merged by the program; the outputs reopened together in one other process."""
+def merged(tmp_path_factory, asked):
+    """The cases, merged by the program; the outputs reopened together in one other process."""
     torch.set_num_threads(1)  # the fixture that does this for every test comes after this one
     place = tmp_path_factory.mktemp("vocabularies")
-    runs = {name: run(place / str(number), case) for number, (name, case) in enumerate(CASES.items())}
+    runs = {name: run(place / str(number), case) for number, (name, case) in enumerate(CASES.items()) if name in asked}
     whole.reopen(runs.values())
     return runs
 
@@ -371,6 +371,7 @@ def run(folder, case):
     return whole.run(folder, base, [one])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_one_line_says_what_became_of_the_header(merged, name):
     assert merged[name].code == 0, merged[name].output
@@ -384,6 +385,7 @@ def test_one_line_says_what_became_of_the_header(merged, name):
         assert composition.startswith("[[1.0, 'base']") and " - Header - " in decision
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_the_run_decides_as_the_naive_merge(merged, name):
     one, case = merged[name], CASES[name]
@@ -407,6 +409,7 @@ def test_the_run_decides_as_the_naive_merge(merged, name):
         assert torch.allclose(tensor, weights[key], atol=tolerance), key
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_layers_are_merged_and_the_header_unless_it_is_skipped(merged, name):
     *layers, (what, header_changed, _) = merged[name].decisions
@@ -415,6 +418,7 @@ def test_layers_are_merged_and_the_header_unless_it_is_skipped(merged, name):
     assert header_changed != CASES[name].skipped
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_scored_is_what_was_saved(merged, name):
     scores, new_tokens = merged[name].reopened
@@ -423,6 +427,7 @@ def test_what_was_scored_is_what_was_saved(merged, name):
     assert new_tokens == 3
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_the_output_has_the_bases_tensors(merged, name):
     base = stored(merged[name].folder / "base")
