@@ -86,6 +86,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_adapter_reads_as_peft_merges_it(place, bases, name):
     base, settings = SETTINGS[name]
@@ -104,6 +105,7 @@ def test_an_adapter_reads_as_peft_merges_it(place, bases, name):
     assert changed >= 2
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["plain", "embedding and head", "whole tensors", "GPT-2", "bfloat16", "tied"])
 def test_a_merge_with_an_adapter_is_that_with_the_merged_model(place, bases, name):
     base, settings = SETTINGS[name]

@@ -11,7 +11,7 @@ import torch
 import whole
 from safetensors import safe_open
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(5)
 CANDIDATES = {"one": 5, "two": 6}  # and their seeds
 
 

@@ -73,6 +73,7 @@ def plain(module):
     return module
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("spread", [hooked, offloaded], ids=lambda spread: spread.__name__)
 def test_a_spread_model_is_searched_and_saved_like_any_other(tmp_path, folders, spread):
     expected, tensors = searched(tmp_path, *folders, plain)

@@ -260,6 +260,7 @@ def check_continuation(model, plain, scorer, encoded, chance):
         paths = [(*path, chance.randrange(VOCABULARY)) for path in paths]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_way_that_is_accepted_gives_what_plain_transformers_gives(name, tmp_path):
     check(tmp_path, name, 0)

@@ -469,6 +469,7 @@ def test_a_bar_shows_the_download_and_ctrl_c_ends_it(hub, models, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_the_environment_alone_leads_to_the_hub(hub, models, tmp_path):
     hub.cuts["model-00001-of-00004.safetensors"] = 1000
     config = tiny.write_config(tmp_path / "my.yaml", "org/base", ["org/one@v1", "org/two"], tmp_path / "out")

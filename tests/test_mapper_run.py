@@ -212,6 +212,7 @@ def on_a_terminal(place, path, **environment):
     return received.decode("utf-8")
 
 
+@pytest.mark.slow
 def test_colours_are_for_terminals_only(place, bpe):
     path = write(place, bpe)
     coloured = on_a_terminal(place, path)

@@ -128,6 +128,7 @@ def test_some_branches_end_early_and_others_do_not(model):
     assert len(lengths) >= 3 and 6 in lengths
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("budget", [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 60)), 20, MANY])
 def test_the_budget_changes_nothing(model, budget):
     """Neither where branches are followed one after another nor where kept keys and values are dropped."""

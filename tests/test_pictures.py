@@ -296,6 +296,7 @@ def test_the_height_grows_up_to_a_limit(place):
     assert 150 < heights[0] < heights[1] < heights[2] <= heights[3] <= 1700
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("count, kinds, shown", [(60, 2, (30, 30)), (61, 2, (30, 30)), (400, 1, (30,))])
 def test_of_many_pairs_those_that_changed_the_most(count, kinds, shown):
     phrases = make_pairs(count, ("BAD", "GOOD")[:kinds])
@@ -311,6 +312,7 @@ def test_of_many_pairs_those_that_changed_the_most(count, kinds, shown):
     assert_nothing_is_cut_off(figure)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "values, scale, left",
     [

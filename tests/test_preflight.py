@@ -56,6 +56,7 @@ def opened(place, models, **settings):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "dtype, setting, family, shard, tied",
     [

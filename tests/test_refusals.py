@@ -490,6 +490,7 @@ def test_other_sizes_of_heads_are_refused_before_any_weight_is_looked_at(tmp_pat
         check_configuration(tmp_path, other, open_checkpoint(base, "base"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
 def test_an_attention_implementation_that_is_not_here_is_told_and_done_without(bench, tmp_path, key, more):

@@ -672,6 +672,7 @@ def test_a_recipe_builds_the_same_bits(place, models, whole):
     assert sorted(path.name for path in place.iterdir()) == ["again", "logs"]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("setting", ["auto", "float32", "bfloat16"])
 def test_a_recipe_in_every_dtype(place, dtype, setting):

@@ -76,6 +76,7 @@ def changed(stored, saved):
     return {name for name, tensor in stored.items() if not torch.equal(saved[name], tensor)}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("compute", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_untouched_tensors_are_the_bases_bytes(place, folders, kind, compute):

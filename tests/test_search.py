@@ -172,6 +172,7 @@ def test_several_packs_make_the_same_decisions(llamas, tmp_path):
         torch.testing.assert_close(split[1][name], tensor, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_order_of_the_phrases_changes_nothing(llamas, tmp_path, seed):
     base, one, two = llamas

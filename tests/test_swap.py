@@ -290,6 +290,7 @@ def test_a_run_goes_on_from_every_state_of_the_swap(bench, states, monkeypatch):
         assert {path.name for path in bench.place.iterdir()} == {"logs", "my.yaml", "out"}, where
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("arguments", COMMANDS, ids=str)
 def test_a_real_kill_between_the_renames(bench, monkeypatch, arguments):
     """And somebody makes the folder that is missing since."""
