@@ -193,6 +193,12 @@ def test_the_commands_are_found():
         assert command in found
 
 
+def test_the_table_has_every_marker_of_the_tests():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    markers = re.findall(r'^    "([^:"]+): ', settings.split("markers = [")[1].split("]")[0], re.MULTILINE)
+    assert [cells[0].strip("`") for cells in rows(section("docs/development.md", "Tests"), "marker")] == markers
+
+
 @pytest.mark.parametrize(
     "command",
     [
