@@ -1,6 +1,6 @@
 # make demo   create .venv, install, train the demo models if they are missing, map and merge them
 # make test   the same environment, then style checks and all tests
-# make bench  the figures of the README's performance table (about twenty minutes)
+# make bench  the figures of docs/performance.md (about twenty minutes)
 
 PYTHON ?= python3
 VENV ?= .venv

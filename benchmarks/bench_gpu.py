@@ -7,7 +7,7 @@ Builds a random base and two candidates on the spot, checks the search of a smal
 device, then runs merge_monster.py itself, in this process, with 14 pairs, 4 ratios, lerp and headers. Measured besides:
   limit   the candidate's bytes read once from the page cache; its matrix products, one after another
   naive   whole-model copies and one forward per pair (tests/reference.py) on two layers, scaled to all
-Prints a table, a line for the README and, as its last line, JSON.
+Prints a table, a line for docs/performance.md and, as its last line, JSON.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from workload import (
     limit_rows,
     machine,
     make_models,
+    page_row,
     parameter_count,
     peak_memory,
     phrase_pairs,
     print_table,
-    readme_row,
     reset_peak_memory,
 )
 
@@ -63,7 +63,7 @@ def main() -> None:
         check(Path(folder), device)
         result = measure(shape, Path(folder), device, options)
     print_table(result)
-    print(readme_row(result, shlex.join(["python", *sys.argv])))
+    print(page_row(result, shlex.join(["python", *sys.argv])))
     print(json.dumps(result))
 
 

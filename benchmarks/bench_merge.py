@@ -7,7 +7,7 @@ Builds a seeded random Llama and one candidate on disk, then measures in alterna
   ours    the program's own search of the candidate's layers (read, merge, score, decide), headers off
   limit   its matrix products, one after another at the machine's own rate, and reading the candidate once
   naive   whole-model copies and one forward per pair (tests/reference.py), a layer at a time, scaled to all
-Prints a table, a line for the README and, as its last line, JSON.
+Prints a table, a line for docs/performance.md and, as its last line, JSON.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from workload import (
     limit_rows,
     machine,
     make_models,
+    page_row,
     parameter_count,
     peak_memory,
     phrase_pairs,
     print_table,
-    readme_row,
     reset_peak_memory,
     shape_of,
     shape_options,
@@ -65,7 +65,7 @@ def main() -> None:
         make_models({shape: [base, candidate]})
         result = measure(options, shape, base, candidate, phrase_pairs(options.pairs))
     print_table(result)
-    print(readme_row(result, shlex.join(["python", *sys.argv])))
+    print(page_row(result, shlex.join(["python", *sys.argv])))
     print(json.dumps(result))
 
 

@@ -1,4 +1,4 @@
-"""Draw the README's pictures: each merge method as it computes, and the demo's merge map and phrase chart.
+"""Draw the pages' pictures: each merge method as it computes, and the demo's merge map and phrase chart.
 
 python demo/make_models.py
 python merge_monster.py --overwrite

@@ -156,7 +156,7 @@ class RunRecord:
         model: Mapping[str, str | None],
         seconds: Mapping[str, float],
     ) -> Record:
-        """Everything that another person needs to build the same model and to see what it is; see the README.
+        """Everything that another person needs to build the same model and to see what it is; see docs/recipe.md.
 
         model: device, compute dtype, saved dtype. seconds: by phase; those of the search are in the journal.
         """

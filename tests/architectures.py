@@ -1,4 +1,4 @@
-"""One tiny configuration of every architecture that the README's table names."""
+"""One tiny configuration of every architecture that the table of docs/architectures.md names."""
 
 from transformers import AutoConfig
 
@@ -13,7 +13,7 @@ SIZES = {
 HEAD = {"head_dim": 8}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
 
-# Name in the README's table -> model type and what it needs beside the sizes.
+# Name in that table -> model type and what it needs beside the sizes.
 ARCHITECTURES = {
     "Llama": ("llama", {}),
     "Mistral": ("mistral", {"sliding_window": None}),

@@ -1,4 +1,4 @@
-"""Every architecture of the README's table: the whole program against the naive merge, and what it saved."""
+"""Every architecture of the documentation's table: the whole program against the naive merge, and what it saved."""
 
 import re
 from pathlib import Path
@@ -81,16 +81,16 @@ def test_the_output_has_the_bases_tensors(merged, name):
 
 
 def told_layouts():
-    """Of the README's table: the layout of each architecture that it names."""
-    readme = (whole.ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (forest|rows|single) \| (.*) \|$", readme, re.MULTILINE)
+    """Of the table of docs/architectures.md: the layout of each architecture that it names."""
+    page = (whole.ROOT / "docs/architectures.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (forest|rows|single) \| (.*) \|$", page, re.MULTILINE)
     return {name: layout for layout, names in rows for name in names.split(" · ")}
 
 
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
-def test_the_readme_tells_the_architectures_layout(merged, name):
+def test_the_page_tells_the_architectures_layout(merged, name):
     assert told_layouts()[name] == merged[name].layout
 
 
-def test_the_readme_names_no_other_architecture():
+def test_the_page_names_no_other_architecture():
     assert set(told_layouts()) == set(architectures.ARCHITECTURES)

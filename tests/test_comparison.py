@@ -241,9 +241,9 @@ def test_outputs_are_told_by_name(here):
     ]
 
 
-def test_the_readme_shows_these_columns(recipe):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    shown = readme.split("### Several outputs side by side")[1].split("```text\n")[1].split("```")[0].splitlines()
+def test_the_page_shows_these_columns(recipe):
+    page = (Path(__file__).parents[1] / "docs/comparison.md").read_text(encoding="utf-8")
+    shown = page.split("python merge_monster.py --compare")[1].split("```text\n")[1].split("```")[0].splitlines()
     lines = comparison({"out": recipe})
     assert cells(shown[1]) == cells(lines[1]) and shown[-1] == lines[-1]
     assert len({len(line) for line in shown[:-1]}) == 1

@@ -1,4 +1,4 @@
-"""Out of the box: the README's plain commands, on the demo models and default.yaml as they are shipped."""
+"""Out of the box: the plain commands of the pages, on the demo models and default.yaml as they are shipped."""
 
 import dataclasses
 import re
@@ -47,22 +47,43 @@ def test_both_candidates_have_a_share(log):
     assert all(share > 0 for share in shares.values())
 
 
-def test_the_readme_shows_this_very_run(log):
-    """Line for line, but for the digits: another processor rounds differently."""
+def without_digits(text):
+    """Lines as another processor, which rounds differently, prints them too."""
+    # Which ratio wins, and whether a layer changes, may differ too: only what surrounds them is compared.
+    lines = [line for line in text.splitlines() if " - Layer " not in line and " - Header " not in line]
+    lines = [line for line in lines if not line.startswith(("[[", "Output directory")) and "Saving to" not in line]
+    lines = [re.sub(r"[-+]?\d[\d.e-]*", "0", line) for line in lines]
+    return [re.sub(r"\s+", " ", line).strip() for line in lines if line.strip()]
 
-    def without_digits(text):
-        # Which ratio wins, and whether a layer changes, may differ too: only what surrounds them is compared.
-        lines = [line for line in text.splitlines() if " - Layer " not in line and " - Header " not in line]
-        lines = [line for line in lines if not line.startswith(("[[", "Output directory")) and "Saving to" not in line]
-        lines = [re.sub(r"[-+]?\d[\d.e-]*", "0", line) for line in lines]
-        return sorted(re.sub(r"\s+", " ", line).strip() for line in lines if line.strip())
 
+def test_the_page_shows_this_very_run(log):
+    page = (ROOT / "docs/try-it.md").read_text(encoding="utf-8")
+    shown = page.split("## What merging prints")[1].split("```text\n")[1].split("```")[0]
+    assert sorted(without_digits(shown)) == sorted(without_digits(log))
+
+
+def test_the_readmes_example_prints_what_it_shows(log, tmp_path):
+    """Ten lines, as they stand there; what is shown is the end of the search, without a gap."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.split("<summary>The whole output</summary>")[1].split("```")[1].removeprefix("text\n")
-    assert without_digits(shown) == without_digits(log)
+    example = readme.split("```yaml\n")[1].split("```")[0]
+    assert len(example.splitlines()) == 10
+    (tmp_path / "my.yaml").write_text(example, encoding="utf-8")
+    result = python("merge_monster.py", "--config", str(tmp_path / "my.yaml"), "--output", str(tmp_path / "merged"))
+    assert result.returncode == 0, result.stderr
+
+    shown = readme.split("```yaml\n")[1].split("```text\n")[1].split("```")[0]
+    assert shown.startswith("[[1.0, 'cliche-base'], ") and " - Layer " in shown
+    end = without_digits(result.stdout.split("Saving to")[0])[:-1]  # its last line is the time of that one
+    expected = without_digits(shown)
+    assert len(expected) > 10
+    # The order of the composition, and only it, may differ.
+    assert sorted(end[-len(expected) :]) == sorted(expected) and end[-5:-3] == expected[-5:-3]
+    first, last = tables(result.stdout)[0][:-1], tables(result.stdout)[-1][:-1]
+    better = [float(after[3].rstrip("%")) - float(row[3].rstrip("%")) for row, after in zip(first, last, strict=True)]
+    assert better[0] < 0 and better[1] < 0 and better[2] > 0  # as the text below it says
 
 
-def test_the_readme_shows_what_the_mapper_prints(log, tmp_path):
+def test_the_page_shows_what_the_mapper_prints(log, tmp_path):
     """Line for line, in the order of the run, but for digits and what this machine's training makes the model say."""
     result = python("monster_mapper.py", "--yaml", str(tmp_path / "better.yaml"))
     assert result.returncode == 0, result.stderr
@@ -72,8 +93,8 @@ def test_the_readme_shows_what_the_mapper_prints(log, tmp_path):
         own = re.sub(r"\d+(\.\d+)?%?", "0", own)
         return [re.sub(r"\s+", " ", line).strip() for line in own.splitlines() if line.strip()]
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.split("## What would the model say?")[1].split("```text")[1].split("```")[0]
+    page = (ROOT / "docs/mapper.md").read_text(encoding="utf-8")
+    shown = page.split("# What would the model say?")[1].split("```text")[1].split("```")[0]
     printed = iter(lines_of(result.stdout))
     assert all(line in printed for line in lines_of(shown))
     better = yaml.safe_load((tmp_path / "better.yaml").read_text(encoding="utf-8"))

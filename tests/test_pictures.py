@@ -414,7 +414,7 @@ def test_the_recipe_of_a_run(place):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The README's
+# The pages'
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -426,7 +426,7 @@ def make_images():
     return module
 
 
-def test_the_readmes_pictures_are_there_and_small():
+def test_the_pages_pictures_are_there_and_small():
     sizes = {path.stem: path.stat().st_size for path in IMAGES.glob("*.png")}
     assert sizes.keys() == {*METHODS, "merge_map", "phrase_chart", "scaling"}
     assert max(sizes.values()) < 120_000

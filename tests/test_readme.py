@@ -1,4 +1,4 @@
-"""The README against what it tells of: keys and defaults, options, commands, links."""
+"""The README and the pages of docs/ against what they tell of: keys and defaults, options, commands, figures, links."""
 
 import contextlib
 import dataclasses
@@ -16,17 +16,20 @@ import yaml
 from modules import config
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-PROSE = FENCE.sub("", README)
-HEADINGS = re.findall(r"^#+ (.+)$", PROSE, re.MULTILINE)
+PAGES = {
+    file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+PROSE = {page: FENCE.sub("", text) for page, text in PAGES.items()}
+HEADINGS = {page: re.findall(r"^#+ (.+)$", text, re.MULTILINE) for page, text in PROSE.items()}
 THEIRS = {"my.yaml", "merge_monster_recipe.json"}  # files that the reader has, or will have
 REQUIRED = object()
 
 
-def section(heading):
+def section(page, heading):
     """The text below a heading, up to the next one of any rank."""
-    return re.split(r"^#+ ", PROSE.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    return re.split(r"^#+ ", PROSE[page].split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def rows(text, first):
@@ -36,10 +39,38 @@ def rows(text, first):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The first page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_page_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 12_000
+
+
+def test_the_first_page_leads_to_every_other():
+    listed = [re.search(r"\]\((.+)\)", cells[0])[1] for cells in rows(section("README.md", "Read on"), "page")]
+    assert sorted(listed) == sorted(set(PAGES) - {"README.md"})
+
+
+def test_the_first_pages_figures_are_those_of_the_benchmarks():
+    """Beside the same command, on the page that says how each was measured."""
+    lines = [line for line in PAGES["docs/performance.md"].splitlines() if line.startswith("| ")]
+    costs = rows(section("README.md", "What it costs"), "what")
+    assert len(costs) == 3
+    for _, *figures, command in costs:
+        assert command.startswith("`python benchmarks/")
+        [line] = [line for line in lines if f"| {command} |" in line]
+        shown = [cell.strip() for cell in line.split("|")]
+        assert all(figure in shown for figure in figures if re.match(r"\d", figure))
+        assert sum(bool(re.match(r"\d", figure)) for figure in figures) >= 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Keys
 # ---------------------------------------------------------------------------------------------------------------------
 
-KEYS = {cells[0].strip("`"): cells for cells in rows(section("Configuration"), "key")}
+KEY_ROWS = rows(section("docs/configuration.md", "Keys of the YAML file"), "key")
+KEYS = {cells[0].strip("`"): cells for cells in KEY_ROWS}
 
 
 def default_of(field):
@@ -59,7 +90,7 @@ def expected_keys():
 
 
 def test_the_table_has_every_key_and_no_other():
-    assert len(KEYS) == len(rows(section("Configuration"), "key"))
+    assert len(KEYS) == len(KEY_ROWS)
     assert set(KEYS) == set(expected_keys())
 
 
@@ -108,19 +139,23 @@ def options_of(script):
 
 
 @pytest.mark.parametrize(
-    "script, heading",
-    [("merge_monster.py", "Your own models"), ("monster_mapper.py", "What would the model say? Monster Mapper")],
+    "script, page, heading",
+    [
+        ("merge_monster.py", "docs/configuration.md", "Options of the merge"),
+        ("monster_mapper.py", "docs/mapper.md", "Options"),
+    ],
 )
-def test_the_tables_have_every_option_and_no_other(script, heading):
-    shown = [cells[0].strip("`").split()[0] for cells in rows(section(heading), "option")]
+def test_the_tables_have_every_option_and_no_other(script, page, heading):
+    shown = [cells[0].strip("`").split()[0] for cells in rows(section(page, heading), "option")]
     assert len(shown) == len(set(shown)) and set(shown) == options_of(script)
 
 
 def commands():
-    """Every command line: fenced, indented, or between backticks in a line."""
-    blocks = "\n".join(block.strip("`") for block in FENCE.findall(README))
-    lines = [*blocks.splitlines(), *(line for line in PROSE.splitlines() if line.startswith("    "))]
-    lines += re.findall(r"`([^`\n]+)`", PROSE)
+    """Every command line of any page: fenced, indented, or between backticks, be it on one line or on two."""
+    blocks = "\n".join(block.strip("`") for text in PAGES.values() for block in FENCE.findall(text))
+    prose = "\n".join(PROSE.values())
+    lines = [*blocks.splitlines(), *(line for line in prose.splitlines() if line.startswith("    "))]
+    lines += [re.sub(r"\s+", " ", text) for text in re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", prose)]
     words = ("python", "python3", "make", "pip", "torchrun")
     return [line.strip() for line in lines if line.split() and line.split()[0] in words]
 
@@ -158,6 +193,12 @@ def test_the_commands_are_found():
         assert command in found
 
 
+def test_the_table_has_every_marker_of_the_tests():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    markers = re.findall(r'^    "([^:"]+): ', settings.split("markers = [")[1].split("]")[0], re.MULTILINE)
+    assert [cells[0].strip("`") for cells in rows(section("docs/development.md", "Tests"), "marker")] == markers
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -179,7 +220,7 @@ def test_what_there_is_not_would_be_found(command):
 # Links
 # ---------------------------------------------------------------------------------------------------------------------
 
-LINKS = re.findall(r"\[[^\]]+\]\(([^)]+)\)", PROSE)
+LINKS = [(page, link) for page, text in PROSE.items() for link in re.findall(r"\[[^\]]+\]\(([^)]+)\)", text)]
 
 
 def anchor(heading):
@@ -187,28 +228,40 @@ def anchor(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("link", dict.fromkeys(LINKS))
-def test_a_link_leads_somewhere(link):
-    if link.startswith("#"):
-        assert link[1:] in map(anchor, HEADINGS)
-    elif "://" not in link:
-        assert (ROOT / link.split("#")[0]).exists()
+def target(page, link):
+    """The file and the heading that a link of a page leads to."""
+    path, _, heading = link.partition("#")
+    return ((ROOT / page).parent / path).resolve() if path else ROOT / page, heading
 
 
-def test_headings_are_told_apart():
-    assert len(LINKS) >= 5 and len(set(map(anchor, HEADINGS))) == len(HEADINGS)
+@pytest.mark.parametrize("page, link", dict.fromkeys(LINKS))
+def test_a_link_leads_somewhere(page, link):
+    if "://" in link:
+        return
+    file, heading = target(page, link)
+    assert file.exists() and file.is_relative_to(ROOT)
+    if heading:
+        assert heading in map(anchor, HEADINGS[file.relative_to(ROOT).as_posix()])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_headings_are_told_apart(page):
+    assert PAGES[page].startswith("# ") and len(set(map(anchor, HEADINGS[page]))) == len(HEADINGS[page])
+
+
+def test_there_are_links():
+    assert all(any(page == start for start, _ in LINKS) for page in ("README.md", "docs/own-models.md"))
+    pictures = {file.name for file in (ROOT / "images").glob("*.png")}
+    assert pictures == {Path(link).name for _, link in LINKS if link.endswith(".png")}
 
 
 def test_what_is_referred_to_by_its_name_is_there():
-    bold = [name.rstrip(".") for name in re.findall(r"\*\*([^*]+)\*\*", PROSE)]
-    names = re.findall(r"\bsee \"([^\"]+)\"", PROSE)
-    headings = re.findall(r"^#+ (.*)$", PROSE, flags=re.MULTILINE)
-    assert names and all(name in bold or name in headings for name in names)
-
-
-def test_what_the_first_screen_shows_is_part_of_the_whole_output():
-    first, whole = README.split("## Try it")[0], README.split("<summary>The whole output</summary>")[1]
-    shown = first.split("```text\n")[1].split("```")[0].splitlines()
-    lines = whole.split("```")[1].splitlines()
-    start = lines.index(shown[0])
-    assert lines[start : start + len(shown)] == shown and len(shown) > 5
+    """On the page itself, or on the one that is named with it."""
+    found = 0
+    for page, text in PROSE.items():
+        for name, link in re.findall(r"\bsee \"([^\"]+)\"(?: in \[[^\]]+\]\(([^)]+)\))?", text):
+            there = target(page, link)[0].relative_to(ROOT).as_posix() if link else page
+            bold = [name.rstrip(".") for name in re.findall(r"\*\*([^*]+)\*\*", PROSE[there])]
+            assert name in bold or name in HEADINGS[there]
+            found += 1
+    assert found >= 3

@@ -1,4 +1,4 @@
-"""A recipe has the keys that the README lists, of the types that it states, and no others."""
+"""A recipe has the keys that its page lists, of the types that it states, and no others."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from test_run import make_models
 import merge_monster
 from modules.record import RECIPE_FILE
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/recipe.md"
 TYPES = {
     "text": lambda value: isinstance(value, str),
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
@@ -52,8 +52,8 @@ def run(output, base, candidates, pairs, settings, directory=None):
 
 
 def documented():
-    """Of every key that the README lists, as a path: its types and whether it may be absent."""
-    section = README.read_text(encoding="utf-8").split("## The recipe\n")[1].split("\n## ")[0]
+    """Of every key that the page lists, as a path: its types and whether it may be absent."""
+    section = PAGE.read_text(encoding="utf-8").split("## The keys\n")[1].split("\n## ")[0]
     found = {}
     for keys, kinds in re.findall(r"^\| (`.*?) \| (.*?) \|", section, re.MULTILINE):
         kinds, _, optional = kinds.partition(", ")
@@ -116,7 +116,7 @@ def test_items_of_every_list_have_the_same_keys(recipes):
             assert len({tuple(item) for item in recipe[key]}) == 1
 
 
-def test_what_the_readme_says_of_the_values(recipes):
+def test_what_the_page_says_of_the_values(recipes):
     for recipe in recipes:
         assert recipe["format"] == 1
         assert recipe["sources"][0]["number"] == 0 and [s["number"] for s in recipe["sources"]] == sorted(
