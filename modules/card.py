@@ -19,11 +19,12 @@ from modules.places import SETTINGS_FILE
 from modules.record import RECIPE_FILE, improved_phrases, needed_sources
 from modules.report import percent
 from modules.sources import names_folder, repositories_in
+from modules.text import shortened
 from modules.weights import CheckpointError, is_there, local_files
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
-MOST_CHARACTERS = 160  # of a phrase or a context in the table; of a longer one the end is shown
+MOST_COLUMNS = 160  # of a phrase or a context in the table; of a longer one the end is shown
 MOST_SETTINGS = 50_000  # characters of YAML that are shown; they all are in the output too
 
 _LARGEST_CARD = 100_000  # characters of the base's card that are looked at for its licence
@@ -165,7 +166,7 @@ def _about_phrases(recipe: Record) -> str:
 def _phrases(recipe: Record) -> str:
     rows = [("", "phrase", "context", "weight", "before", "after")]
     for phrase in _changed_most(recipe["phrases"]):
-        texts = _plain(_end_of(phrase["phrase"])), _plain(_end_of(phrase["context"])) or "*the beginning of a text*"
+        texts = _excerpt(phrase["phrase"]), _excerpt(phrase["context"]) or "*the beginning of a text*"
         probabilities = percent(phrase["before"]), percent(phrase["after"])
         rows.append((phrase["kind"].lower(), *texts, f"{abs(phrase['weight']):g}", *probabilities))
     total = percent(recipe["total"]["before"]), percent(recipe["total"]["after"])
@@ -186,7 +187,7 @@ def _changed_most(phrases: Sequence[Record]) -> list[Record]:
 def _about_licence(recipe: Record, licence: Licence) -> str:
     lines = [f"The base is {place}; its licence is stated there." for place in _links(recipe["sources"][0]["where"])]
     if licence.stated:
-        lines.append(f"The base's card states its licence as {_plain(_end_of(', '.join(licence.stated)))}.")
+        lines.append(f"The base's card states its licence as {_excerpt(', '.join(licence.stated))}.")
     if licence.unread:
         lines.append("The base's card, which may state one, could not be read.")
     if licence.files:
@@ -250,8 +251,8 @@ def _fenced(language: str, text: str) -> str:
     return "\n".join([f"{fence}{language}", *shown, fence])
 
 
-def _end_of(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else "..." + text[3 - MOST_CHARACTERS :]
+def _excerpt(text: str) -> str:
+    return _plain(shortened(text, MOST_COLUMNS))
 
 
 _LINE_END = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
