@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from huggingface_hub import ModelCardData
 
 from modules.companions import is_licence
 from modules.console import visible
@@ -104,23 +105,18 @@ def _stated_in(card: str) -> tuple[str, ...]:
     return tuple(item.value for item in items if isinstance(item, yaml.ScalarNode) and item.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the sections say
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _front_matter(recipe: Record) -> str:
     """For the hub, which takes nothing but its own ids as base models: folders are named in the text only."""
     repositories = [repo for source in needed_sources(recipe) for repo, _ in repositories_in(source["where"])]
-    # With one base model the hub would take the output for a fine-tune.
-    bases = {"base_model": list(dict.fromkeys(repositories)), "base_model_relation": "merge"} if repositories else {}
-    fields = {
-        **bases,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["merge", "mergemonster"],
-    }
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(repositories)) or None,
+        # With one base model the hub would take the output for a fine-tune.
+        base_model_relation="merge" if repositories else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merge", "mergemonster"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _introduction(recipe: Record) -> str:
@@ -175,12 +171,8 @@ def _phrases(recipe: Record) -> str:
 
 def _changed_most(phrases: Sequence[Record]) -> list[Record]:
     """As many as a card shows, in their own order: those whose weighted probability moved furthest."""
-
-    def change(number: int) -> float:
-        phrase = phrases[number]
-        return abs((phrase["after"] - phrase["before"]) * phrase["weight"])
-
-    chosen = sorted(range(len(phrases)), key=change, reverse=True)[:MOST_PHRASES]
+    changes = [abs((phrase["after"] - phrase["before"]) * phrase["weight"]) for phrase in phrases]
+    chosen = sorted(range(len(phrases)), key=changes.__getitem__, reverse=True)[:MOST_PHRASES]
     return [phrases[number] for number in sorted(chosen)]
 
 
@@ -210,11 +202,6 @@ def _rebuilding(recipe: Record) -> str:
     text = f"`{RECIPE_FILE}` has every decision. Merge Monster builds the same model from it without a search"
     where = ", PATH being where the model lies:" if folders else ":"
     return f"{text}{where}\n\n{_fenced('sh', shlex.join(command))}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Markdown
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _named(source: Record) -> str:
