@@ -58,7 +58,7 @@ STYLE: list[str | dict[str, Any]] = [
 
 _NARROWEST, _WIDEST = 8.0, 40.0  # inches of a merge map
 _COLUMN = 0.125  # inches of a layer, up to the widest
-_LETTERS = 7  # that fit into an inch, however wide they are
+_LETTERS, _SMALL_LETTERS = 7, 11  # that fit into an inch: of a title, however wide they are, and of a label
 _MOST_NAMES = 8  # candidates that a title names
 _NAME, _PHRASE, _CONTEXT = 32, 28, 36  # columns of text
 
@@ -102,7 +102,7 @@ def merge_map_figure(recipe: Record) -> Figure:
     shares = {model: percent(share) for model, share in mean_shares(parts).items()}
     labels = [f"{n or 'base'}: {_name(model)} ({shares.get(model, '0%')})" for n, model in enumerate(models)]
     width = min(max(2.0 + _COLUMN * len(parts), _NARROWEST), _WIDEST)
-    side_by_side = max(1, int(width * _LETTERS / (5 + max(map(columns, labels)))))
+    side_by_side = max(1, int(width * _SMALL_LETTERS / (5 + max(map(columns, labels)))))
     figure = new_figure(width, 6.2 + 0.2 * len(models) / side_by_side)
     figure.suptitle(_title("Merge map", models, width))
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])
