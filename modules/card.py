@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from huggingface_hub import ModelCardData
 
 from modules.companions import is_licence
 from modules.console import visible
@@ -19,11 +20,12 @@ from modules.places import SETTINGS_FILE
 from modules.record import RECIPE_FILE, improved_phrases, needed_sources
 from modules.report import percent
 from modules.sources import names_folder, repositories_in
+from modules.text import shortened
 from modules.weights import CheckpointError, is_there, local_files
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
-MOST_CHARACTERS = 160  # of a phrase or a context in the table; of a longer one the end is shown
+MOST_COLUMNS = 160  # of a phrase or a context in the table; of a longer one the end is shown
 MOST_SETTINGS = 50_000  # characters of YAML that are shown; they all are in the output too
 
 _LARGEST_CARD = 100_000  # characters of the base's card that are looked at for its licence
@@ -103,23 +105,18 @@ def _stated_in(card: str) -> tuple[str, ...]:
     return tuple(item.value for item in items if isinstance(item, yaml.ScalarNode) and item.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the sections say
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _front_matter(recipe: Record) -> str:
     """For the hub, which takes nothing but its own ids as base models: folders are named in the text only."""
     repositories = [repo for source in needed_sources(recipe) for repo, _ in repositories_in(source["where"])]
-    # With one base model the hub would take the output for a fine-tune.
-    bases = {"base_model": list(dict.fromkeys(repositories)), "base_model_relation": "merge"} if repositories else {}
-    fields = {
-        **bases,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["merge", "mergemonster"],
-    }
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(repositories)) or None,
+        # With one base model the hub would take the output for a fine-tune.
+        base_model_relation="merge" if repositories else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merge", "mergemonster"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _introduction(recipe: Record) -> str:
@@ -165,7 +162,7 @@ def _about_phrases(recipe: Record) -> str:
 def _phrases(recipe: Record) -> str:
     rows = [("", "phrase", "context", "weight", "before", "after")]
     for phrase in _changed_most(recipe["phrases"]):
-        texts = _plain(_end_of(phrase["phrase"])), _plain(_end_of(phrase["context"])) or "*the beginning of a text*"
+        texts = _excerpt(phrase["phrase"]), _excerpt(phrase["context"]) or "*the beginning of a text*"
         probabilities = percent(phrase["before"]), percent(phrase["after"])
         rows.append((phrase["kind"].lower(), *texts, f"{abs(phrase['weight']):g}", *probabilities))
     total = percent(recipe["total"]["before"]), percent(recipe["total"]["after"])
@@ -174,19 +171,15 @@ def _phrases(recipe: Record) -> str:
 
 def _changed_most(phrases: Sequence[Record]) -> list[Record]:
     """As many as a card shows, in their own order: those whose weighted probability moved furthest."""
-
-    def change(number: int) -> float:
-        phrase = phrases[number]
-        return abs((phrase["after"] - phrase["before"]) * phrase["weight"])
-
-    chosen = sorted(range(len(phrases)), key=change, reverse=True)[:MOST_PHRASES]
+    changes = [abs((phrase["after"] - phrase["before"]) * phrase["weight"]) for phrase in phrases]
+    chosen = sorted(range(len(phrases)), key=changes.__getitem__, reverse=True)[:MOST_PHRASES]
     return [phrases[number] for number in sorted(chosen)]
 
 
 def _about_licence(recipe: Record, licence: Licence) -> str:
     lines = [f"The base is {place}; its licence is stated there." for place in _links(recipe["sources"][0]["where"])]
     if licence.stated:
-        lines.append(f"The base's card states its licence as {_plain(_end_of(', '.join(licence.stated)))}.")
+        lines.append(f"The base's card states its licence as {_excerpt(', '.join(licence.stated))}.")
     if licence.unread:
         lines.append("The base's card, which may state one, could not be read.")
     if licence.files:
@@ -209,11 +202,6 @@ def _rebuilding(recipe: Record) -> str:
     text = f"`{RECIPE_FILE}` has every decision. Merge Monster builds the same model from it without a search"
     where = ", PATH being where the model lies:" if folders else ":"
     return f"{text}{where}\n\n{_fenced('sh', shlex.join(command))}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Markdown
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _named(source: Record) -> str:
@@ -250,8 +238,8 @@ def _fenced(language: str, text: str) -> str:
     return "\n".join([f"{fence}{language}", *shown, fence])
 
 
-def _end_of(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else "..." + text[3 - MOST_CHARACTERS :]
+def _excerpt(text: str) -> str:
+    return _plain(shortened(text, MOST_COLUMNS))
 
 
 _LINE_END = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from modules.composition import Shares
 from modules.journal import Record
 from modules.record import improved_phrases, needed_sources
-from modules.report import columns, fit, percent, row
+from modules.report import fit, percent, row
+from modules.text import columns
 
 # The widest that a column gets; of a longer text the end is shown.
 NAME_WIDTH, COMPOSITION_WIDTH, METHODS_WIDTH, OTHER_WIDTH = 32, 56, 20, 16

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from modules.sources import missing_folder, parse_location, parse_source
+from modules.text import shortened
 
 VERSION = "1.0.0"  # of the program
 
@@ -64,11 +65,6 @@ class Pair:
     def __str__(self) -> str:
         """The pair in a message; of a long context its end is shown."""
         return f"the phrase '{self.phrase}' after '{shortened(self.context)}'"
-
-
-def shortened(context: str) -> str:
-    """A context in a message: of a long one, its end."""
-    return context if len(context) <= 40 else "..." + context[-37:]
 
 
 @dataclass(frozen=True)
@@ -660,8 +656,7 @@ def _shown(value: Any) -> str:
         return str(value).lower()
     if value is None:
         return "nothing"
-    shown = _Excerpt().repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    return shortened(_Excerpt().repr(value), 60, keep="start")
 
 
 def _listing(names: tuple[str, ...]) -> str:

@@ -21,7 +21,8 @@ from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
-from modules.config import ConfigError, shortened
+from modules.config import ConfigError
+from modules.text import shortened
 
 LOGS = Path("logs")  # in the folder in which the program is started
 

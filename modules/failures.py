@@ -3,6 +3,7 @@
 Knows: which exceptions a program may end in. Refuses to know: what it was doing; torch, which takes seconds to import.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -45,6 +46,8 @@ def leave(code: int) -> NoReturn:
     end_at_once(code)
     for stream in (sys.stdout, sys.stderr):
         show(None, stream)
+    if code:
+        os._exit(code)  # a download that has stalled has threads for which Python would wait
     sys.exit(code)
 
 

@@ -16,15 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import Any, Protocol
 
 from huggingface_hub import (
     HfApi,
     constants,
     get_cached_repo_tree,
-    hf_hub_download,
     scan_cache_dir,
     snapshot_download,
     try_to_load_from_cache,
@@ -39,6 +36,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
+from huggingface_hub.utils import tqdm
 
 from modules.config import ConfigError
 from modules.sources import Location
@@ -79,10 +77,7 @@ class Repository:
         return [file for file in files if not is_there(self.folder / file)]
 
     def headers(self, files: Sequence[str]) -> dict[str, Forms]:
-        """What is in safetensors files, by file; the hub is asked for their headers only.
-
-        Raises ConfigError if it can't be.
-        """
+        """What is in safetensors files, of which only the headers are fetched. Raises ConfigError if they can't be."""
 
         def header(file: str) -> Forms:
             found = HfApi().parse_safetensors_file_metadata(self.location.repo, file, revision=self.folder.name)
@@ -97,36 +92,11 @@ class Repository:
     def fetch(self, files: Iterable[str], report: Report = lambda count: None) -> None:
         """Put files into the folder, several at a time; those that are there already are left alone.
 
-        A connection that breaks is taken up where it broke; a file that can't be had is asked for again after a while.
-        Raises CheckpointError if that does not help.
+        A connection that breaks is taken up where it broke; what can't be had is asked for again after a while. Raises
+        CheckpointError if that does not help.
         """
-        wanted = self.absent(files)
-        waiting, failures = SimpleQueue(), []
-        for file in wanted:
-            waiting.put(file)
+        wanted, reported = self.absent(files), 0
         self._fetched.update(wanted)
-
-        def work() -> None:
-            while not failures:
-                try:
-                    self._fetch_patiently(waiting.get_nowait(), report)
-                except Empty:
-                    return
-                except Exception as error:  # raised again below, where it can be caught
-                    failures.append(error)
-
-        # Not a pool: Python waits for a pool's threads when it exits, and a person who presses Ctrl-C does not.
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(PARALLEL, len(wanted)))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
-
-    def _fetch_patiently(self, file: str, report: Report) -> None:
-        """Fetch one file; between attempts, take back what was reported of a file that begins again."""
-        reported = 0
 
         def count(received: int) -> None:
             nonlocal reported
@@ -134,17 +104,22 @@ class Repository:
             report(received)
 
         for pause in (*PAUSES, None):
-            try:
-                hf_hub_download(self.location.repo, file, revision=self.folder.name, tqdm_class=_reporting(count))
+            absent = self.absent(wanted)
+            if not absent:
                 return
+            # What was reported of a file that broke off is reported again.
+            count(sum(self.sizes.get(file, 0) for file in wanted if file not in absent) - reported)
+            try:
+                _snapshot(
+                    self.location.repo, self.folder.name, absent, max_workers=PARALLEL, tqdm_class=_reporting(count)
+                )
             except _Cancelled:
                 raise
             except Exception as error:  # whatever the network library raises
                 if pause is None or isinstance(error, _FINAL) or _is_of_the_disk(error):
-                    why = reason(self.location, error)
-                    raise CheckpointError(f"{self.location.text}: {file} can't be had: {why}") from None
-            count(-reported)
-            time.sleep(pause)
+                    what, why = (self.absent(absent) or absent)[0], reason(self.location, error)
+                    raise CheckpointError(f"{self.location.text}: {what} can't be had: {why}") from None
+                time.sleep(pause)
 
     def remove_fetched(self) -> None:
         """Remove from the cache what this run has put there, and nothing else."""
@@ -173,13 +148,12 @@ def find(location: Location, wanted: Choice, welcome: Choice = lambda sizes: [])
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         names = wanted(sizes) + welcome(sizes)
         new = [n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
-        folder = snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in names])
-        return Repository(location, Path(folder), sizes, new, None)
+        return Repository(location, _snapshot(repo, revision, names), sizes, new, None)
     except Exception as error:  # whatever the network library raises
         trouble = reason(location, error)
     try:
         # Of an older cache nobody knows what is missing; of this one the first file that is.
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=["config.json"], local_files_only=True))
+        folder = _snapshot(repo, revision, ["config.json"], local_files_only=True)
         sizes = _cached_sizes(repo, folder)
     except Exception:  # not in the cache
         cache = constants.HF_HUB_CACHE
@@ -189,6 +163,12 @@ def find(location: Location, wanted: Choice, welcome: Choice = lambda sizes: [])
         raise ConfigError(f"{location.text}: {missing[0]} is not in the cache, and {trouble}")
     here = {name: size for name, size in sizes.items() if is_there(folder / name)}
     return Repository(location, folder, here, (), trouble)
+
+
+def _snapshot(repo: str, revision: str | None, names: Iterable[str], **settings: Any) -> Path:
+    """The folder of a repository at one revision in the cache, with these files in it."""
+    patterns = [glob.escape(name) for name in names]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, **settings))
 
 
 def _cached_sizes(repo: str, folder: Path) -> dict[str, int]:
@@ -233,36 +213,19 @@ class _Cancelled(Exception):
     """The run is over; what is still being fetched is not needed."""
 
 
-def _reporting(report: Report) -> Any:
-    """What huggingface_hub takes for the class of a progress bar, and tells how far it is."""
+def _reporting(report: Report) -> type[tqdm]:
+    """A class for the bars of a snapshot's download, none of which is shown: the one for bytes on the disk reports."""
 
-    class Reporting:
-        n = total = 0  # read and set from outside
+    class Reporting(tqdm):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            self._counts = settings.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **{**settings, "disable": True})
 
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
-
-        def __enter__(self) -> "Reporting":
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-        def update(self, count: float | None = 1) -> None:
-            report(int(count or 0))
-
-        def update_transfer(self, count: float | None = 1) -> None:
-            """Bytes from the network; `update` counts those that arrived in the file."""
-
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            return lambda *_, **__: None  # all else is about how a bar looks
+        def update(self, n: float | None = 1) -> None:
+            if self._counts:
+                report(int(n or 0))
 
     return Reporting
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One after another, ahead of their use
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -281,9 +244,8 @@ class Job:
     @property
     def sizes(self) -> dict[tuple[Path, str], int]:
         """The same with its sizes in bytes, by folder and name."""
-        if self.repository is None:
-            return {}
-        return {(self.repository.folder, file): self.repository.sizes.get(file, 0) for file in self.absent}
+        hub = self.repository
+        return {(hub.folder, file): hub.sizes.get(file, 0) for file in self.absent} if hub else {}
 
     @property
     def size(self) -> int:
@@ -320,22 +282,17 @@ class Ahead:
 
         What has failed hours ago, when it was not needed yet, is tried once more.
         """
-        ahead = number in self._threads
-        failure = self._outcome(number)
-        if failure is not None and ahead:
-            failure = self._outcome(number)
-        if failure is not None:
-            raise failure
-        self.start(number + 1)
-
-    def _outcome(self, number: int) -> Exception | None:
-        """Begin a job, unless it was begun before, and see it through; why it failed, if it has."""
-        self.start(number)
-        if number in self._threads:
-            self._threads[number].join()
-            del self._threads[number]
-            self._bars.close()  # no other one is open
-        return self._failures.pop(number, None)
+        for _ in range(2 if number in self._threads else 1):
+            self.start(number)
+            if number in self._threads:
+                self._threads[number].join()
+                del self._threads[number]
+                self._bars.close()  # no other one is open
+            failure = self._failures.pop(number, None)
+            if failure is None:
+                self.start(number + 1)
+                return
+        raise failure
 
     def _work(self, number: int, report: Report) -> None:
         job = self._jobs[number]
@@ -348,9 +305,7 @@ class Ahead:
     def __enter__(self) -> "Ahead":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over = True
         for thread in self._threads.values():
             thread.join(1.0)  # time to remove what is half done
@@ -387,8 +342,7 @@ def cache_folder() -> Path:
 
 def check_space(jobs: Sequence[Job], keep: bool) -> None:
     """Raise ConfigError if the cache's disk is too small for the jobs."""
-    needed, cache = bytes_needed(jobs, keep), constants.HF_HUB_CACHE
-    free = shutil.disk_usage(cache_folder()).free
+    needed, cache, free = bytes_needed(jobs, keep), constants.HF_HUB_CACHE, shutil.disk_usage(cache_folder()).free
     if needed > free:
         hint = "make room, or set HF_HOME to a folder on a larger disk"
         hint += ", or keep_downloads: false" if keep and len(jobs) > 2 else ""

@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from modules.text import shortened
+
 # Training, generation, housekeeping; sizes of the vocabulary, which the header looks after.
 _WITHOUT_MEANING = (
     "*_token_id", "*_token_index", "*dropout*", "*pdrop", "*layerdrop", "init_*", "initializer*", "*_init_*",
@@ -151,5 +153,4 @@ def _in_words(key: str, theirs: Any, ours: Any) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "not set"
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(str(value), 60, keep="start")

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modules.config import ConfigError, Pair, shortened
+from modules.config import ConfigError, Pair
+from modules.text import shortened
 
 # The special tokens that a tokenizer puts before every text (BOS, others, mostly one or none), and behind it.
 Frame = tuple[list[int], list[int]]

@@ -5,7 +5,6 @@ counts them, from headers and shapes alone), how fast anything is.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +44,6 @@ from modules.weights import dtype_name, index_file, local_files
 MARGIN = 0.01
 MARGIN_FLAT = 1 << 20
 RECORD, RECORD_OF_PAIR = 500, 24  # bytes of a decision in the journal, and of each pair's score in it
-MARGIN_FILES = 16  # folders, settings, an index
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class Disk:
     base: int  # read of the base
     candidates: tuple[tuple[str, int], ...]  # name and what is read of it
     output: int  # weights and the files beside them
-    output_files: int  # how many files that is
     downloads: int  # what is still to be fetched from the hub
     downloads_kept: int  # of that, what is in the cache when the output is written
     records: int = 0  # about, of all decisions: the journal and the recipe
@@ -99,18 +96,13 @@ class Plan:
         return self.sizes.layers * len(self.methods) + bool(self.header_ratios)
 
     @property
-    def forwards(self) -> int:
-        """The work of all decisions on one candidate in forwards of one layer, as the progress bar counts it."""
-        return self.forwards_alone + self.forwards_stacked
-
-    @property
     def forwards_alone(self) -> int:
-        """Of these, those that only one ratio's tokens go through: the searched layers, and all for a header."""
+        """A candidate's forwards of one layer for one ratio's tokens: the searched layers, and all for a header."""
         return self.trials + self.header_ratios * self.sizes.layers
 
     @property
     def forwards_stacked(self) -> int:
-        """Of these, those that all ratios' tokens go through together: the layers above the searched one."""
+        """The same for all ratios' tokens together: the layers above the searched one."""
         return self.trials * (self.sizes.layers - 1) // 2
 
     @property
@@ -122,11 +114,6 @@ class Plan:
     def stack(self) -> int:
         """The most ratios that go through the model at once."""
         return max(ratios for _, ratios in self.methods)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run will do
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
@@ -198,7 +185,6 @@ def _disk(config: Config, models: Models, module: PreTrainedModel, dtype: torch.
         base=_stored_bytes(base, None),
         candidates=tuple((one.name, _bytes_read(one, module, config.merge_headers)) for one in models.candidates),
         output=_stored_bytes(base, saved) + sum(beside),
-        output_files=len(base.files) + len(beside),
         downloads=bytes_needed(models.jobs, keep=True),
         # Searched candidates are removed again if they are not to be kept; the base is needed to the end.
         downloads_kept=bytes_needed(models.jobs if config.keep_downloads else [base.job], keep=True),
@@ -222,18 +208,12 @@ def _bytes_read(candidate: Candidate, module: PreTrainedModel, with_header: bool
     return sum(math.prod(layout.shape(name)) * layout.dtype(name).itemsize for name in layout if name in tried)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whether it can
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Room:
     """What is free where a run needs it."""
 
     folder: Path  # the output goes to its file system
     disk: int  # bytes
-    files: int | None  # how many more files can be made there; None if there is no limit that could be seen
     memory: int | None  # bytes on the device; None if it can't be asked
     refusal: str | None  # why the output can't be written; None if it can
     lacking: tuple[str, ...] = ()  # what its file system can't do, a line each
@@ -242,7 +222,6 @@ class Room:
 def find_room(plan: Plan) -> Room:
     """Ask the machine. What can be done where the output goes is tried, on a small folder that is removed again."""
     place = place_of(plan.output)
-    folder = place.nearest
     # A run that did not finish may have left a part of its output; it is removed before this one is written.
     left = sum(file.stat().st_size for file in place.partial.rglob("*") if file.is_file())
     try:
@@ -250,29 +229,19 @@ def find_room(plan: Plan) -> Room:
     except OSError as error:
         refusal, lacking = place.refusal(error), []
     return Room(
-        folder=folder,
-        disk=shutil.disk_usage(folder).free + left,
-        files=_free_files(folder),
+        folder=place.nearest,
+        disk=shutil.disk_usage(place.nearest).free + left,
         memory=_free_for(plan),
         refusal=refusal,
         lacking=tuple(lacking),
     )
 
 
-def _free_files(folder: Path) -> int | None:
-    """Free inodes. Some file systems have no fixed number of them and report none at all; Windows reports nothing."""
-    if not hasattr(os, "statvfs"):
-        return None
-    found = os.statvfs(folder)
-    return found.f_favail if found.f_files else None
-
-
 def _free_for(plan: Plan) -> int | None:
     """Bytes that are free where the plan puts its weights; None if that can't be asked."""
     if plan.placement is None:
         return _share(free_memory(plan.device), plan.sharing)
-    on_cpu = psutil.virtual_memory().available
-    return sum(free_on_gpus().values()) + on_cpu
+    return sum(free_on_gpus().values()) + psutil.virtual_memory().available
 
 
 def _share(free: int | None, sharing: int) -> int | None:
@@ -284,13 +253,11 @@ def check(plan: Plan, room: Room) -> list[str]:
     problems = [*_writing_problems(plan, room), *_memory_problems(plan, room)]
     if problems:
         raise ConfigError(*problems)
-    return [*room.lacking, *_memory_warnings(plan, room), *_placement_warnings(plan)]
+    return [*room.lacking, *_memory_warnings(plan, room)]
 
 
 def _writing_problems(plan: Plan, room: Room) -> list[str]:
-    problems = []
-    if room.refusal:
-        problems.append(room.refusal)
+    problems = [room.refusal] if room.refusal else []
     fetched = plan.disk.downloads_kept if _same_disk(room.folder, cache_folder()) else 0
     if plan.disk.needed + fetched > room.disk:
         what = f"writing {plan.output} takes {on_disk(plan.disk.needed)}"
@@ -299,12 +266,6 @@ def _writing_problems(plan: Plan, room: Room) -> list[str]:
         if plan.output.is_dir() and any(plan.output.iterdir()):
             advice += "; the output that stands there goes only after the new one stands, so moving it away makes room"
         problems.append(f"{what}, the disk of {room.folder} has {on_disk(room.disk)} free: {advice}")
-    files = plan.disk.output_files + MARGIN_FILES
-    if room.files is not None and files > room.files:
-        problems.append(
-            f"writing {plan.output} takes {files} files, the file system of {room.folder} has room for {room.files} "
-            "(it is out of inodes): delete files there, or name a directory elsewhere with --output"
-        )
     return problems
 
 
@@ -332,28 +293,19 @@ def _memory_problems(plan: Plan, room: Room) -> list[str]:
 
 
 def _memory_warnings(plan: Plan, room: Room) -> list[str]:
-    if room.memory is None or plan.memory.total <= room.memory:
-        return []
-    return [
-        f"memory may not suffice: {plan.device} has {in_memory(room.memory)} free, about "
-        f"{in_memory(plan.memory.total)} are needed, of which {in_memory(plan.memory.activations)} for activations; "
-        "fewer merge_ratios need less"
-    ]
-
-
-def _placement_warnings(plan: Plan) -> list[str]:
+    warnings, memory = [], plan.memory
+    if room.memory is not None and memory.total > room.memory:
+        warnings.append(
+            f"memory may not suffice: {plan.device} has {in_memory(room.memory)} free, about {in_memory(memory.total)} "
+            f"are needed, of which {in_memory(memory.activations)} for activations; fewer merge_ratios need less"
+        )
     left_over = [place for place in plan.placement or () if place.type == "cpu"]
-    if not left_over:
-        return []
-    return [
-        f"{len(left_over)} of {plan.sizes.layers} layers don't fit on the GPUs: they stay in the CPU's memory, and "
-        "every forward copies them, which takes several times as long"
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In words
-# ---------------------------------------------------------------------------------------------------------------------
+    if left_over:
+        warnings.append(
+            f"{len(left_over)} of {plan.sizes.layers} layers don't fit on the GPUs: they stay in the CPU's memory, and "
+            "every forward copies them, which takes several times as long"
+        )
+    return warnings
 
 
 def on_disk(count: int) -> str:

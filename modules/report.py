@@ -3,7 +3,6 @@
 Knows: widths, digits, wording. Refuses to know: how anything was measured, where the text goes.
 """
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from modules.composition import Merge, Shares
 from modules.config import Config, Pair
 from modules.search import Decision
 from modules.strategies import probability, scores, total
+from modules.text import columns, one_line, shortened
 
 PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH = 24, 28, 10, 12
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
@@ -145,28 +145,8 @@ def row(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def fit(text: str, width: int) -> str:
     """Text on one line in exactly `width` columns; a long text keeps its end, where a context meets its phrase."""
-    text = unicodedata.normalize("NFC", " ".join(text.split()))
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    if columns(text) > width:
-        text = "..." + _ending(text, width - 3)
+    text = shortened(one_line(text), width)
     return text + " " * (width - columns(text))
-
-
-def _ending(text: str, width: int) -> str:
-    """As much of a text's end as fits into so many columns, without the marks of a letter that does not."""
-    start = len(text)
-    while start and columns(text[start - 1]) <= width:
-        start -= 1
-        width -= columns(text[start])
-    while start < len(text) and not columns(text[start]):
-        start += 1
-    return text[start:]
-
-
-def columns(text: str) -> int:
-    """How wide a terminal shows a text: Chinese characters and emoji take two columns, marks on a letter none."""
-    letters = [character for character in text if unicodedata.category(character) not in ("Mn", "Me")]
-    return len(letters) + sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in letters)
 
 
 def percent(value: float, width: int = USED_WIDTH, signed: bool = False) -> str:

@@ -14,7 +14,8 @@ import merge_monster
 from modules.comparison import COMPOSITION_WIDTH, comparison
 from modules.console import visible
 from modules.record import RECIPE_FILE, read_outputs
-from modules.report import columns, percent
+from modules.report import percent
+from modules.text import columns
 
 
 @pytest.fixture(scope="module")

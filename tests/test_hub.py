@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 from hub import Hub
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from safetensors.torch import load_file, save_file
 from test_adapters import make_adapter
@@ -224,7 +224,7 @@ def test_progress_is_told_by_the_hubs_own_protocol_too():
     got = []
     reporting = modules.hub._reporting(got.append)
     with XetDownloadProgressReporter(
-        reconstruction_desc="x", log_level=30, total=100, tqdm_class=reporting
+        reconstruction_desc="x", log_level=30, total=100, name="huggingface_hub.snapshot_download", tqdm_class=reporting
     ) as reporter:
         for done in (10, 60, 100):
             reporter.update_progress(
@@ -418,11 +418,10 @@ def test_the_base_under_another_name_is_skipped(hub, models, tmp_path):
 
 
 def test_only_what_this_run_fetched_is_removed(hub, models, tmp_path):
-    hub_download = modules.hub.hf_hub_download
     hub.add("org/one", models / "one", "v2")  # the same files in another revision: their blobs are shared
-    hub_download("org/one", "model.safetensors", revision="v2")
-    hub_download("org/one", "config.json", revision="v1")
-    hub_download("org/two", "pytorch_model.bin")
+    hf_hub_download("org/one", "model.safetensors", revision="v2")
+    hf_hub_download("org/one", "config.json", revision="v1")
+    hf_hub_download("org/two", "pytorch_model.bin")
     before = cached(tmp_path)
     assert merge(tmp_path, keep_downloads=False) == 0
     after = cached(tmp_path)

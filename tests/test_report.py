@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from modules import report
 from modules.config import Pair
 from modules.search import Decision
+from modules.text import columns, shortened
 
 PAIRS = [
     Pair("BAD", "anticipation", "Her body quivers with ", 10.0),
@@ -190,6 +191,12 @@ def test_the_marks_of_a_letter_that_is_cut_off_go_with_it():
     assert report.fit("4567890" + "\u0301" * 10**5 + "4567890", 10) == "...4567890"
 
 
+@pytest.mark.parametrize("keep, left", [("start", "1234567..."), ("end", "...4567890"), ("both", "123...7890")])
+def test_what_is_kept_of_a_long_text(keep, left):
+    assert shortened("1234567890", 10, keep) == "1234567890"
+    assert shortened("12345678901234567890", 10, keep) == left
+
+
 ODD = st.text(
     st.sampled_from("ab \n\t\u3000\u65e5\uff21\U0001f642\u0301\u20dd\u302a\u200d\ufe0f\u1161\u0e33\x1b\xad\xa0")
 )
@@ -200,7 +207,7 @@ ODD = st.text(
 @example("n" * 200, "\U0001f642" * 200, 24)
 def test_a_row_of_any_text_is_as_wide_as_all_others(phrase, context, width):
     line = report.row((phrase, context, "x"), (width, width, 3))
-    assert report.columns(line) == 2 * width + 3 + 10
+    assert columns(line) == 2 * width + 3 + 10
     assert line.isprintable() and line.count("\n") == 0
 
 
@@ -212,7 +219,7 @@ def test_a_table_of_any_phrases_is_a_rectangle(rows):
     before, after = (logs(*(row[place] for row in rows)) for place in (3, 4))
     for kind in ("full", "changed", "summary"):
         table = report.phrase_table(pairs, weights, after, before, kind)
-        assert {report.columns(line) for line in table if line[0] in "|-"} == {109}
+        assert {columns(line) for line in table if line[0] in "|-"} == {109}
 
 
 def test_long_names_keep_to_their_lines():
