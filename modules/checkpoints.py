@@ -24,8 +24,7 @@ from modules.causes import disguise, found_instead, pointers
 from modules.companions import LARGEST, Companions, find_companions, is_licence, is_small
 from modules.config import Config, ConfigError
 from modules.hub import Job, Repository, find
-from modules.places import Beside
-from modules.sources import Location, Source, parse_source
+from modules.sources import Location, Source, parse_source, partial_of
 from modules.weights import (
     CheckpointError,
     Fingerprint,
@@ -323,7 +322,7 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
     output = Path(config.directories.output_directory).resolve()
     sources, notes = [], []
     for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
-        if path.resolve() in (output, Beside(output).partial):
+        if path.resolve() in (output, partial_of(output)):
             notes.append(f"{path} is the output directory: skipped")
         elif not {"config.json", ADAPTER_SETTINGS}.intersection(local_files(path)):
             instead = found_instead(path, local_files(path), ["config.json"])

@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 from modules.checkpoints import Checkpoint, copy_companions
 from modules.config import ConfigError
 from modules.layouts import Layout, Tensors
-from modules.merging import merge
 from modules.processes import Seat
 from modules.weights import CheckpointError, dtype_name, first_line, read_file, write_shards, written_name
 
@@ -73,17 +72,6 @@ class Part:
                 )
         return tensor.to(self.tensors[name].dtype)
 
-    def merged(self, method: str, theirs: Tensors, ratio: float, out: Tensors) -> Tensors:
-        """The part merged with a candidate's tensors, in `out`, with the values that saving will keep."""
-        for name, ours in self.tensors.items():
-            tensors = ours, theirs[name], out[name]
-            if name.endswith("bias"):  # a vector, even where a stack of experts has one each
-                tensors = tuple(tensor.flatten() for tensor in tensors)
-            merge(method, *tensors[:2], ratio, input_axis=self.input_axes[name], out=tensors[2])
-            if self.saved_dtypes[name] != ours.dtype:
-                out[name].copy_(out[name].to(self.saved_dtypes[name]))
-        return out
-
     @contextmanager
     def holding(self, tensors: Tensors) -> Iterator[None]:
         """The model works with other tensors in this part for a moment; they are not copied."""
@@ -95,12 +83,6 @@ class Part:
         finally:
             for name, tensor in self.tensors.items():
                 tensor.data = own[name]
-
-    @contextmanager
-    def trying(self, method: str, theirs: Tensors, ratio: float, out: Tensors) -> Iterator[None]:
-        """The model works with the merged part for a moment; the merge is made in `out`."""
-        with self.holding(self.merged(method, theirs, ratio, out)):
-            yield
 
     def install(self, tensors: Tensors) -> None:
         """Copy tensors, all of the part's or some, into the model for good."""

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from modules.config import ConfigError
 from modules.filesystem import Lock, has_locks, has_rights, sync
+from modules.sources import partial_of
 
 SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
 UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is no output yet
@@ -189,7 +190,7 @@ class Beside(Place):
     def __init__(self, output: Path) -> None:
         super().__init__(output)
         self.folder = output.parent
-        self.partial = output.with_name(output.name + ".partial")
+        self.partial = partial_of(output)
         self.before = self.hidden("before")
 
     def hidden(self, what: str) -> Path:

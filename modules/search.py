@@ -16,7 +16,7 @@ from modules.config import Config, ConfigError, Pair
 from modules.group import ALONE, Group
 from modules.headers import HeaderSkipped, aligned_header
 from modules.layouts import Tensors
-from modules.merging import RECORDED_SHARE, ratios_for
+from modules.merging import RECORDED_SHARE, merge, ratios_for
 from modules.models import BrokenWeights, Part, ResidentModel
 from modules.probability import Scorer, Trial, check_numbers
 from modules.strategies import choose, probability, scores, total
@@ -47,6 +47,25 @@ class Decision:
     def share(self) -> float:
         """What an accepted merge adds to the composition: the ratio, or the method's own fixed share."""
         return 0.0 if self.ratio is None else RECORDED_SHARE.get(self.method, self.ratio)
+
+
+def merged(part: Part, method: str, theirs: Tensors, ratio: float, out: Tensors) -> Tensors:
+    """A part merged with a candidate's tensors, in `out`, with the values that saving will keep."""
+    for name, ours in part.tensors.items():
+        tensors = ours, theirs[name], out[name]
+        if name.endswith("bias"):  # a vector, even where a stack of experts has one each
+            tensors = tuple(tensor.flatten() for tensor in tensors)
+        merge(method, *tensors[:2], ratio, input_axis=part.input_axes[name], out=tensors[2])
+        if part.saved_dtypes[name] != ours.dtype:
+            out[name].copy_(out[name].to(part.saved_dtypes[name]))
+    return out
+
+
+@contextmanager
+def trying(part: Part, method: str, theirs: Tensors, ratio: float, out: Tensors) -> Iterator[None]:
+    """The model works with the merged part for a moment; the merge is made in `out`."""
+    with part.holding(merged(part, method, theirs, ratio, out)):
+        yield
 
 
 class Merger:
@@ -89,8 +108,8 @@ class Merger:
 
     def _changes(self, part: Part, theirs: Tensors, method: str, ratio: float) -> Tensors:
         """The tensors that a merge makes others of."""
-        merged = part.merged(method, theirs, ratio, self._room(part))
-        return {name: tensor for name, tensor in merged.items() if not torch.equal(tensor, part.tensors[name])}
+        found = merged(part, method, theirs, ratio, self._room(part))
+        return {name: tensor for name, tensor in found.items() if not torch.equal(tensor, part.tensors[name])}
 
     def _room(self, part: Part) -> Tensors:
         """Where the part is merged."""
@@ -212,7 +231,7 @@ class Search(Merger):
         log-probabilities."""
         before = self.total
         out = self._in_memory(partial(self._room, part))
-        tries = [partial(part.trying, method, theirs, ratio, out) for ratio in ratios]
+        tries = [partial(trying, part, method, theirs, ratio, out) for ratio in ratios]
         trials = self._scored(lambda: score_trials(tries))
         best = choose(
             self.config.strategy,

@@ -19,6 +19,11 @@ _HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>\w[\w./-]*))?"
 _EXACT = re.compile(rf"(?:^|\+)(?P<repo>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}})(?=\+|\Z)", re.ASCII)
 
 
+def partial_of(output: Path) -> Path:
+    """Where an output that can be renamed is written until it is complete."""
+    return output.with_name(output.name + ".partial")
+
+
 @dataclass(frozen=True)
 class Location:
     """Where a model lies: in a folder or, if that is None, on the hub."""

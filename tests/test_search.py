@@ -20,6 +20,7 @@ from modules.models import load_model
 from modules.phrases import encode_pairs
 from modules.probability import DEFAULT, build_scorer
 from modules.search import Search, signed_weights
+from modules.search import merged as mix
 
 RATIOS = [0.2, 0.5, 0.9]
 
@@ -155,7 +156,7 @@ def test_experts_stored_input_first_are_merged_along_their_inputs(tmp_path):
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert tuple(part.tensors[name].shape) == (4, 32, 48)
     theirs = {key: tensor + 1 for key, tensor in part.tensors.items()}
-    merged = part.merged("slice", theirs, 0.5, part.space())
+    merged = mix(part, "slice", theirs, 0.5, part.space())
     share = (merged[name] - part.tensors[name]).mean((0, 2))  # per input feature
     torch.testing.assert_close(share, slice_shares(32, 0.5), atol=1e-5, rtol=0)
     bias = name + "_bias"
