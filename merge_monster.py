@@ -13,12 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    from modules.apart import check_apart, input_paths
-    from modules.config import TABLES, VERSION, Config, ConfigError, load_config, output_directory
-    from modules.console import LOGS, Arguments, Console, Silent, Unlogged, open_streams, show, visible
-    from modules.failures import exit_code, leave
-    from modules.outputs import stamp, what_stands
-    from modules.processes import Seat, find_seat
+    from modules.config import TABLES, VERSION, Config, load_config, output_directory
+    from modules.runtime import (
+        LOGS,
+        Arguments,
+        ConfigError,
+        Console,
+        Seat,
+        Silent,
+        Unlogged,
+        exit_code,
+        find_seat,
+        leave,
+        open_streams,
+        show,
+        visible,
+    )
 except KeyboardInterrupt:  # imports take a moment
     sys.exit(130)
 
@@ -39,6 +49,9 @@ def start(options: argparse.Namespace) -> int:
     try:
         config = None if options.replay else load_config(options.config, options.device, options.output)
         if config is not None:
+            # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
+            from modules.output import check_apart, input_paths
+
             check_apart([LOGS], [Path(options.config), *input_paths(config)])
     except ConfigError:
         if seat.leads:
@@ -52,13 +65,13 @@ def start(options: argparse.Namespace) -> int:
 
 def run(config: Config, console: Console, options: argparse.Namespace, seat: Seat) -> int:
     """Merge, and turn every failure into one message and an exit code."""
+    from modules.output import stamp, what_stands
+
     output = Path(config.directories.output_directory)
 
     def work() -> None:
-        # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
-        from modules.following import follow_merge
-        from modules.group import joined
-        from modules.run import Options, merge_models
+        from modules.run import Options, follow_merge, merge_models
+        from modules.runtime.distributed import joined
 
         choices = options.overwrite, options.resume, options.restart, options.dry_run, options.table
         asked = Options(Path(options.config), *choices)
@@ -72,11 +85,13 @@ def run(config: Config, console: Console, options: argparse.Namespace, seat: Sea
 
 def replay(console: Console, options: argparse.Namespace) -> int:
     """Build a recipe's model again, and turn every failure into one message and an exit code."""
+    from modules.output import stamp, what_stands
+
     output = output_directory("--output", options.output)
     earlier = stamp(output)
 
     def work() -> None:
-        from modules.replay import Replay, replay_recipe
+        from modules.run import Replay, replay_recipe
 
         elsewhere, trust = dict(options.source or []), options.trust_remote_code
         replay_recipe(Replay(options.replay, output, elsewhere, options.device, options.overwrite, trust), console)
@@ -86,8 +101,7 @@ def replay(console: Console, options: argparse.Namespace) -> int:
 
 def compare(outputs: Sequence[Path]) -> int:
     """Print what finished outputs have become, side by side. Raises ConfigError if some are not finished outputs."""
-    from modules.comparison import comparison
-    from modules.record import read_outputs
+    from modules.output import comparison, read_outputs
 
     for line in comparison(read_outputs(outputs)):
         show(visible(line), sys.stdout)

@@ -11,11 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    from modules.apart import check_apart, input_paths
-    from modules.config import VERSION, Config, ConfigError, load_config
-    from modules.console import LOGS, Arguments, Console, Unlogged, open_streams
-    from modules.failures import exit_code, leave
-    from modules.processes import find_seat
+    from modules.config import VERSION, Config, load_config
+    from modules.runtime import (
+        LOGS,
+        Arguments,
+        ConfigError,
+        Console,
+        Unlogged,
+        exit_code,
+        find_seat,
+        leave,
+        open_streams,
+    )
 except KeyboardInterrupt:  # imports take a moment
     sys.exit(130)
 
@@ -36,6 +43,9 @@ def start(options: argparse.Namespace) -> int:
     if seat.count > 1:
         raise ConfigError("the mapper runs in one process; start it with python, not with torchrun")
     config = load_config(options.config, options.device, model=options.model, mapping=True)
+    # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
+    from modules.output import check_apart, input_paths
+
     exports = [path for path in (options.json, options.yaml) if path]
     check_apart([LOGS, *exports], [Path(options.config), *input_paths(config)])
     with Console(LOG, quiet=options.quiet) as console:
@@ -46,8 +56,7 @@ def run(config: Config, console: Console, options: argparse.Namespace) -> int:
     """Map, and turn every failure into one line and an exit code."""
 
     def work() -> None:
-        # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
-        from modules.run_mapper import Exports, check_exports, map_model
+        from modules.run import Exports, check_exports, map_model
 
         exports = Exports(options.json, options.yaml)
         check_exports(exports, options.overwrite)

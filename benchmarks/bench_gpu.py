@@ -41,9 +41,10 @@ from workload import (
 )
 
 import merge_monster
-from modules.checkpoints import load_tokenizer
-from modules.models import resolve_device
-from modules.phrases import build_packs, encode_pairs
+from modules.checkpoints.checkpoint import load_tokenizer
+from modules.model.devices import resolve_device
+from modules.scoring.packing import build_packs
+from modules.scoring.tokenization import encode_pairs
 
 LLAMA_7B = Shape(32, 4096, 14336, 32000, heads=32, kv_heads=8, dtype="float16")
 # float16 products are slow on a CPU; these checkpoints are stored, and computed, in bfloat16.

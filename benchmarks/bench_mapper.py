@@ -25,15 +25,16 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 import reference
 from workload import Shape, machine, make_models, parameter_count, print_table, shape_of, shape_options
 
-from modules.checkpoints import load_tokenizer, open_checkpoint
+from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
 from modules.config import Mapper, Pair
-from modules.continuation import build_continuation
-from modules.mapping import CompletionTree, Explorer
-from modules.models import ResidentModel, load_model
-from modules.phrases import encode_contexts, encode_pairs
-from modules.probability import build_scorer
-from modules.run import prepare_libraries
-from modules.spelling import Spelling
+from modules.mapper.completion_tree import CompletionTree, Explorer
+from modules.mapper.detokenize import Spelling
+from modules.mapper.next_tokens import build_continuation
+from modules.model.base_model import ResidentModel
+from modules.model.loading import load_model
+from modules.run.steps import prepare_libraries
+from modules.scoring.layout import build_scorer
+from modules.scoring.tokenization import encode_contexts, encode_pairs
 
 
 def main() -> None:

@@ -43,14 +43,14 @@ from workload import (
     shape_options,
 )
 
-from modules.candidates import open_candidate
-from modules.checkpoints import open_checkpoint
+from modules.checkpoints.candidate import open_candidate
+from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import Config, Directories, Pair
-from modules.models import load_model
-from modules.phrases import encode_pairs
-from modules.probability import build_scorer
-from modules.run import prepare_libraries
-from modules.search import Search
+from modules.model.loading import load_model
+from modules.run.steps import prepare_libraries
+from modules.scoring.layout import build_scorer
+from modules.scoring.tokenization import encode_pairs
+from modules.search.search import Search
 
 CPU = torch.device("cpu")
 

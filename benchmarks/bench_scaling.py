@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from bench_merge import SearchRun, search_once
 from workload import Limit, Shape, even_ratios, limit_of, machine, make_models, phrase_pairs
 
-from modules.run import prepare_libraries
+from modules.run.steps import prepare_libraries
 
 CPU = torch.device("cpu")
 BASE = Shape(8, 256, 704, 4000, heads=4, kv_heads=4, dtype="bfloat16", positions=512)

@@ -23,15 +23,16 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from workload import Shape, even_ratios, machine, make_models, phrase_pairs, print_table, shape_of, shape_options
 
-from modules.candidates import open_candidate
-from modules.checkpoints import open_checkpoint
+from modules.checkpoints.candidate import open_candidate
+from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import Config, Directories
-from modules.models import load_model, resolve_device
-from modules.phrases import encode_pairs
-from modules.probability import build_scorer
-from modules.run import prepare_libraries
-from modules.search import Search
-from modules.streaming import ReadAhead
+from modules.model.devices import resolve_device
+from modules.model.loading import load_model
+from modules.run.steps import prepare_libraries
+from modules.scoring.layout import build_scorer
+from modules.scoring.tokenization import encode_pairs
+from modules.search.prefetch import ReadAhead
+from modules.search.search import Search
 
 Span = tuple[float, float]  # begin and end, in seconds
 

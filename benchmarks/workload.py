@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
-from modules.checkpoints import open_checkpoint
+from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import Pair
-from modules.memory import TOKENS
+from modules.scoring.budget import TOKENS
 
 Product = tuple[int, int, int, int]  # batch, rows, inner, columns
 

@@ -15,9 +15,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from modules.config import ConfigError
-from modules.merging import merge, ratios_for
-from modules.pictures import (
+from modules.output.plots import (
     BASE_COLOUR,
     COLOURS,
     DARK,
@@ -29,7 +27,9 @@ from modules.pictures import (
     phrase_chart,
     save_figure,
 )
-from modules.record import RECIPE_FILE, read_recipe
+from modules.output.recipe import RECIPE_FILE, read_recipe
+from modules.runtime.errors import ConfigError
+from modules.search.methods import merge, ratios_for
 
 FOLDER = Path(__file__).parent
 RECIPE = FOLDER.parent / "demo/merged" / RECIPE_FILE

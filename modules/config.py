@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
+from modules.runtime import ConfigError, shortened
 from modules.sources import missing_folder, parse_location, parse_source
-from modules.text import shortened
 
 VERSION = "1.0.0"  # of the program
 
@@ -34,21 +34,6 @@ METHODS = ("lerp", "slerp", "slice", "cyclic", "gradient")
 ON_ERROR = ("stop", "skip")
 STRATEGIES = ("cumulative", "all_phrases", "quantitive")
 TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
-
-
-class ConfigError(Exception):
-    """The configuration, the arguments or the models they name can't be used.
-
-    The message is for the user. Each argument is a line of it: names in it may have line ends of their own.
-    """
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.args))
-
-
-class CheckpointError(Exception):
-    """A checkpoint can't be read or written; the message is for the user."""
-
 
 DEMO_MODELS = ("cliche-base", "plain-prose", "apple-logic")  # what demo/make_models.py makes
 

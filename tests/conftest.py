@@ -67,8 +67,8 @@ def no_pictures():
         file.write_bytes(b"")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modules.run.merge_map", write_nothing)
-        patch.setattr("modules.run.phrase_chart", write_nothing)
+        patch.setattr("modules.run.steps.merge_map", write_nothing)
+        patch.setattr("modules.run.steps.phrase_chart", write_nothing)
         yield
 
 

@@ -13,10 +13,10 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 import torch
 
 import merge_monster
-from modules.candidates import Candidate
-from modules.probability import Scorer
-from modules.search import Search
-from modules.weights import CheckpointError
+from modules.checkpoints.candidate import Candidate
+from modules.runtime.errors import CheckpointError
+from modules.scoring.scorer import Scorer
+from modules.search.search import Search
 
 
 def dies(after=3):

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from test_run import digest, log_of, merge, refused, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modules.checkpoints import open_checkpoint
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.checkpoints.open_models import open_models
 from modules.config import load_config
-from modules.opening import open_models
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

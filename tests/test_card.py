@@ -15,9 +15,9 @@ from huggingface_hub.utils import validate_repo_id
 from test_run import make_models
 
 import merge_monster
-from modules.card import CARD_FILE, MOST_PHRASES, Licence, licence_of, model_card, write_card
-from modules.record import RECIPE_FILE
-from modules.report import percent
+from modules.output.model_card import CARD_FILE, MOST_PHRASES, Licence, licence_of, model_card, write_card
+from modules.output.recipe import RECIPE_FILE
+from modules.runtime.text import percent
 
 PICTURES = ("merge_map.png", "phrase_chart.png")
 COMMITS = ("0123456789abcdef" * 3)[:40], ("fedcba9876543210" * 3)[:40]

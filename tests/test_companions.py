@@ -14,7 +14,7 @@ from test_run import log_of, make_models
 from transformers import AutoTokenizer
 
 import merge_monster
-from modules.companions import LARGEST, belongs, find_companions
+from modules.checkpoints.companions import LARGEST, belongs, find_companions
 
 MODELS_OWN = [
     "config.json",

@@ -11,11 +11,10 @@ import tiny
 from test_run import make_models
 
 import merge_monster
-from modules.comparison import COMPOSITION_WIDTH, comparison
-from modules.console import visible
-from modules.record import RECIPE_FILE, read_outputs
-from modules.report import percent
-from modules.text import columns
+from modules.output.comparison import COMPOSITION_WIDTH, comparison
+from modules.output.recipe import RECIPE_FILE, read_outputs
+from modules.runtime.console import visible
+from modules.runtime.text import columns, percent
 
 
 @pytest.fixture(scope="module")

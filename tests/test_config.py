@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modules.config import ConfigError, Mapper, Pair, load_config, output_directory
+from modules.config import Mapper, Pair, load_config, output_directory
+from modules.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 PHRASES = [{"phrase": "spine", "contexts": ["down her "]}]

@@ -21,12 +21,13 @@ from test_run import make_models
 
 import merge_monster
 import monster_mapper
-from modules.config import CheckpointError, Config, ConfigError, Directories
-from modules.console import Console, Progress, Unlogged, coloured, visible
-from modules.failures import exit_code
-from modules.journal import naming
-from modules.processes import ProcessLost, find_seat
-from modules.search import Search
+from modules.config import Config, Directories
+from modules.output.journal import naming
+from modules.runtime.console import Console, Progress, Unlogged, coloured, visible
+from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost
+from modules.runtime.exit_codes import exit_code
+from modules.runtime.ranks import find_seat
+from modules.search.search import Search
 
 ROOT = Path(__file__).parents[1]
 
@@ -266,7 +267,7 @@ def test_a_long_name_leaves_room_for_the_bar_of_its_download(place):
 
 ALL_LINES = """
 import sys
-from modules.console import BANNER, Console, coloured, open_streams
+from modules.runtime import BANNER, Console, coloured, open_streams
 open_streams()
 text = "caf\\xe9, \\u65e5\\u672c\\u8a9e, \\U0001f642, \\u0301, \\u2713 \\x1b"
 with Console(text) as console, console.progress(2) as bar:
@@ -376,8 +377,8 @@ def test_errors_before_there_is_a_log_show_names_as_they_are(place, capsys):
 
 MANY_LINES = """
 import sys
-from modules.console import Console, open_streams
-from modules.failures import leave
+from modules.runtime import Console, open_streams
+from modules.runtime import leave
 open_streams()
 with Console("test") as console, console.progress(1000) as bar:
     for number in range(1000):
@@ -521,9 +522,9 @@ def test_an_environment_that_torchrun_did_not_set(name, value):
 
 SLEEPER = """
 import select, sys
-from modules.console import Unlogged
-from modules.failures import exit_code
-from modules.stopping import postponed
+from modules.runtime import Unlogged
+from modules.runtime import exit_code
+from modules.runtime import postponed
 def work():
     with postponed(lambda: print("heard", flush=True)) as end_if_asked:
         print("ready", flush=True)

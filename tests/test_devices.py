@@ -11,14 +11,16 @@ from accelerate import cpu_offload, dispatch_model
 from architectures import ARCHITECTURES, configuration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modules.candidates import open_candidate
-from modules.checkpoints import open_checkpoint
+from modules.checkpoints.candidate import open_candidate
+from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import load_config
-from modules.memory import Budget, place_layers, placement_of, weights_of
-from modules.models import ResidentModel, device_map_of, load_model
-from modules.phrases import encode_pairs
-from modules.probability import build_scorer
-from modules.search import Search
+from modules.model.base_model import ResidentModel
+from modules.model.loading import device_map_of, load_model
+from modules.model.memory import place_layers, placement_of, weights_of
+from modules.scoring.budget import Budget
+from modules.scoring.layout import build_scorer
+from modules.scoring.tokenization import encode_pairs
+from modules.search.search import Search
 
 CPU = torch.device("cpu")
 GPUS = [torch.device("cuda", index) for index in range(3)]
@@ -125,10 +127,10 @@ def test_only_where_the_choice_is_left_layers_are_spread(folders, monkeypatch):
     weights = weights_of(module, torch.float16, True)
     assert placement_of("cpu", module, torch.float16, weights) is None
     assert placement_of("cuda:1", module, torch.float16, weights) is None
-    monkeypatch.setattr("modules.memory.resolve_device", lambda name: GPUS[0])
-    monkeypatch.setattr("modules.memory.free_on_gpus", lambda: {GPUS[0]: weights.held - 1, GPUS[1]: 10**9})
+    monkeypatch.setattr("modules.model.memory.resolve_device", lambda name: GPUS[0])
+    monkeypatch.setattr("modules.model.memory.free_on_gpus", lambda: {GPUS[0]: weights.held - 1, GPUS[1]: 10**9})
     assert placement_of("cuda", module, torch.float16, weights) == [GPUS[0]] * 2 + [GPUS[1]]
-    monkeypatch.setattr("modules.memory.free_on_gpus", lambda: {GPUS[0]: weights.held, GPUS[1]: 10**9})
+    monkeypatch.setattr("modules.model.memory.free_on_gpus", lambda: {GPUS[0]: weights.held, GPUS[1]: 10**9})
     assert placement_of("auto", module, torch.float16, weights) is None
 
 

@@ -12,13 +12,15 @@ import torch
 import whole
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from modules.checkpoints import open_checkpoint
-from modules.continuation import Cached, build_continuation
-from modules.exactness import Plain
-from modules.memory import Budget
-from modules.models import load_model
-from modules.phrases import LAYOUTS, Encoded
-from modules.probability import Scorer, _is_taken, _scores_agree, build_scorer, reach
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.mapper.next_tokens import Cached, build_continuation
+from modules.model.loading import load_model
+from modules.scoring.budget import Budget
+from modules.scoring.exactness import Plain
+from modules.scoring.layout import _is_taken, _scores_agree, build_scorer, reach
+from modules.scoring.packing import LAYOUTS
+from modules.scoring.scorer import Scorer
+from modules.scoring.tokenization import Encoded
 
 VOCABULARY, LONGEST, LAYERS = 60, 64, 3
 WINDOW = 16  # the middle one of those that are tried

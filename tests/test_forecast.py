@@ -12,9 +12,10 @@ from test_run import make_models
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from modules import forecast
-from modules.forecast import Estimate, Rates, calibrate
-from modules.preflight import Disk, Memory, Room, Sizes, plan_run
+from modules.model.memory import Memory, Sizes
+from modules.run import estimate as forecast
+from modules.run.estimate import Estimate, Rates, calibrate
+from modules.run.plan import Disk, Room, plan_run
 
 
 @pytest.fixture(scope="module")

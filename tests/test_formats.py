@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralConfig
 
-from modules.checkpoints import open_checkpoint
-from modules.config import ConfigError
-from modules.weights import CheckpointError, read_headers, stream_tensors
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.checkpoints.weight_files import read_headers, stream_tensors
+from modules.runtime.errors import CheckpointError, ConfigError
 
 ONE, BIN = "model.safetensors", "pytorch_model.bin"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import merge_monster
-from modules.config import Config, ConfigError, load_config
-from modules.opening import Models, open_models
+from modules.checkpoints.open_models import Models, open_models
+from modules.config import Config, load_config
+from modules.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"

@@ -28,9 +28,9 @@ from test_run import digest, log_of, make_models
 from transformers import AutoModelForCausalLM
 
 import merge_monster
-import modules.hub
+import modules.checkpoints.hub
 import monster_mapper
-from modules.hub import Job, bytes_needed
+from modules.checkpoints.hub import Job, bytes_needed
 from modules.sources import Location
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def hub(models, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
-        monkeypatch.setattr(modules.hub, "PAUSES", (0.01, 0.01))
+        monkeypatch.setattr(modules.checkpoints.hub, "PAUSES", (0.01, 0.01))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub
 
@@ -211,8 +211,8 @@ def test_what_failed_before_it_was_needed_is_tried_again(hub, models, tmp_path):
 
 def test_a_file_that_several_candidates_need_counts_once(tmp_path):
     location = Location("org/base", None, "org/base")
-    base = modules.hub.Repository(location, tmp_path / "base", {"a": 100, "b": 50}, (), None)
-    other = modules.hub.Repository(location, tmp_path / "other", {"a": 30}, (), None)
+    base = modules.checkpoints.hub.Repository(location, tmp_path / "base", {"a": 100, "b": 50}, (), None)
+    other = modules.checkpoints.hub.Repository(location, tmp_path / "other", {"a": 30}, (), None)
     jobs = [Job("base", base, ("a", "b")), Job("one", base, ("a", "b")), Job("two", other, ("a",)), Job("local")]
     assert bytes_needed(jobs, keep=True) == 180
     assert bytes_needed([*jobs, Job("three", other, ("a",))], keep=False) == 180
@@ -222,7 +222,7 @@ def test_a_file_that_several_candidates_need_counts_once(tmp_path):
 def test_progress_is_told_by_the_hubs_own_protocol_too():
     """Large files of the real hub come by Xet, which reports otherwise than a plain download."""
     got = []
-    reporting = modules.hub._reporting(got.append)
+    reporting = modules.checkpoints.hub._reporting(got.append)
     with XetDownloadProgressReporter(
         reconstruction_desc="x", log_level=30, total=100, name="huggingface_hub.snapshot_download", tqdm_class=reporting
     ) as reporter:

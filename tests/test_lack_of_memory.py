@@ -13,17 +13,17 @@ from torch import distributed
 from transformers import AutoTokenizer
 
 import merge_monster
-from modules.candidates import open_candidate
-from modules.checkpoints import open_checkpoint
+from modules.checkpoints.candidate import open_candidate
+from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import Pair, load_config
-from modules.group import ALONE, Group
-from modules.memory import Budget
-from modules.models import load_model
-from modules.phrases import encode_pairs
-from modules.probability import Scorer
-from modules.processes import Seat
-from modules.run import build_shared_scorer
-from modules.search import Search
+from modules.model.loading import load_model
+from modules.run.merge import build_shared_scorer
+from modules.runtime.distributed import ALONE, Group
+from modules.runtime.ranks import Seat
+from modules.scoring.budget import Budget
+from modules.scoring.scorer import Scorer
+from modules.scoring.tokenization import encode_pairs
+from modules.search.search import Search
 
 # What takes memory in a search: products, what is moved to a device, what is merged into, merges, comparisons.
 HUNGRY = (

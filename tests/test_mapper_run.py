@@ -19,11 +19,12 @@ from test_run import digest, tables
 
 import merge_monster
 import monster_mapper
-from modules.checkpoints import load_tokenizer
-from modules.config import ConfigError, Pair, load_config
-from modules.phrases import encode_contexts
-from modules.run_mapper import Exports, check_exports
-from modules.spelling import Spelling
+from modules.checkpoints.checkpoint import load_tokenizer
+from modules.config import Pair, load_config
+from modules.mapper.detokenize import Spelling
+from modules.run.map import Exports, check_exports
+from modules.runtime.errors import ConfigError
+from modules.scoring.tokenization import encode_contexts
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"prob_min": 5, "top_k": 3, "max_depth": 3, "additional_length": 4}

@@ -10,14 +10,16 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, MambaConfig, MistralConfig
 
-from modules.checkpoints import load_tokenizer, open_checkpoint
-from modules.config import ConfigError, Mapper, Pair
-from modules.continuation import Cached, Recomputed, build_continuation
-from modules.mapping import Branch, CompletionTree, Explorer, Node, path_of, standings, tokens_of
-from modules.models import load_model
-from modules.phrases import encode_contexts, encode_pair, encode_pairs
-from modules.probability import build_scorer
-from modules.spelling import Spelling
+from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
+from modules.config import Mapper, Pair
+from modules.mapper.completion_tree import Branch, CompletionTree, Explorer, Node, path_of, tokens_of
+from modules.mapper.detokenize import Spelling
+from modules.mapper.next_tokens import Cached, Recomputed, build_continuation
+from modules.mapper.ranking import standings
+from modules.model.loading import load_model
+from modules.runtime.errors import ConfigError
+from modules.scoring.layout import build_scorer
+from modules.scoring.tokenization import encode_contexts, encode_pair, encode_pairs
 
 CONTEXTS = ["Her body quivers with ", "Her body quivers with", "The apple"]
 MANY = 2048

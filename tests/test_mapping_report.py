@@ -8,11 +8,11 @@ import yaml
 from test_mapping import scripted
 from test_spelling import completed
 
-from modules import mapping_report
 from modules.config import Config, Directories, Mapper, Pair
-from modules.console import _COLOUR, coloured
-from modules.mapping import Standing, Suggestion
-from modules.spelling import Spelling
+from modules.mapper import report as mapping_report
+from modules.mapper.detokenize import Spelling
+from modules.mapper.ranking import Standing, Suggestion
+from modules.runtime.console import _COLOUR, coloured
 
 
 class Model:

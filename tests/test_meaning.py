@@ -4,7 +4,7 @@ import architectures
 import pytest
 from transformers import AutoConfig, PreTrainedConfig
 
-from modules.meaning import clashes, differences
+from modules.checkpoints.meaning import clashes, differences
 
 LLAMA3 = {
     "rope_type": "llama3",

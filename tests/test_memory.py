@@ -13,9 +13,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modules.inputs import Inputs, depths, sight, tree_mask
-from modules.memory import FEWEST_TOKENS, LOGITS_ELSEWHERE, LOGITS_ON_CPU, TOKENS, Budget, Sizes, budget_of, layer_bytes
-from modules.phrases import Encoded, build_packs
+from modules.model.memory import Sizes
+from modules.scoring.budget import (
+    FEWEST_TOKENS,
+    LOGITS_ELSEWHERE,
+    LOGITS_ON_CPU,
+    TOKENS,
+    Budget,
+    budget_of,
+    layer_bytes,
+)
+from modules.scoring.inputs import Inputs, depths, sight, tree_mask
+from modules.scoring.packing import build_packs
+from modules.scoring.tokenization import Encoded
 
 GIB = 1 << 30
 LLAMA_7B = Sizes(32, 4096, 14336, 32, 128, 32000, 218e6, 218e6, 262e6)
@@ -82,10 +92,10 @@ import torch
 from transformers import AutoTokenizer, logging
 from modules.checkpoints import open_checkpoint
 from modules.config import Pair
-from modules.memory import Budget
-from modules.models import load_model
-from modules.phrases import encode_pairs
-from modules.probability import build_scorer
+from modules.scoring.budget import Budget
+from modules.model import load_model
+from modules.scoring import encode_pairs
+from modules.scoring import build_scorer
 from test_memory import long_pairs
 
 def resident(peak):

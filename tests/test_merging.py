@@ -7,16 +7,8 @@ from hypothesis import strategies as st
 from reference import naive_merge, naive_shares
 
 from modules.config import METHODS
-from modules.merging import (
-    CYCLIC_SCALE,
-    align_rows,
-    cyclic_shares,
-    gradient_shares,
-    match_rows,
-    merge,
-    ratios_for,
-    slice_shares,
-)
+from modules.model.embeddings import align_rows, match_rows
+from modules.search.methods import CYCLIC_SCALE, cyclic_shares, gradient_shares, merge, ratios_for, slice_shares
 
 SHARES = {"slice": slice_shares, "cyclic": cyclic_shares, "gradient": gradient_shares}
 SHAPES = [(7,), (5, 1), (5, 3), (4, 19), (3, 20), (6, 40), (2, 4, 20), (3, 5, 64)]

@@ -7,12 +7,12 @@ from reference import naive_encode
 from tiny import PAIRS, TOKENIZERS, bpe_tokenizer, spm_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from modules.config import ConfigError, Pair
-from modules.phrases import (
-    LAYOUTS,
+from modules.config import Pair
+from modules.runtime.errors import ConfigError
+from modules.scoring.packing import LAYOUTS, build_packs
+from modules.scoring.tokenization import (
     MOST_DOUBTS,
     Encoded,
-    build_packs,
     doubled_tokens,
     doubtful_phrases,
     encode_contexts,

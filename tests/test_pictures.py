@@ -15,12 +15,12 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 import merge_monster
-from modules import pictures
-from modules.composition import mean_shares, shares_of
 from modules.config import METHODS
-from modules.merging import CYCLIC_SCALE, cyclic_shares, gradient_shares, slice_shares
-from modules.record import decision_of
-from modules.text import one_line, shortened
+from modules.output import plots as pictures
+from modules.output.record_fields import decision_of
+from modules.runtime.text import one_line, shortened
+from modules.search.decision import mean_shares, shares_of
+from modules.search.methods import CYCLIC_SCALE, cyclic_shares, gradient_shares, slice_shares
 
 IMAGES = Path(__file__).parents[1] / "images"
 

@@ -16,19 +16,22 @@ from test_run import log_of, make_models
 from transformers import AutoTokenizer
 
 import merge_monster
-from modules import places, preflight
-from modules.checkpoints import Checkpoint
-from modules.config import ConfigError, Pair, load_config
-from modules.hub import Repository
-from modules.meaning import layer_settings, setting
-from modules.memory import Budget, weights_of
-from modules.models import load_model
-from modules.opening import open_models
-from modules.phrases import encode_pairs
-from modules.preflight import Disk, Memory, Plan, Room, Sizes, check, find_room, plan_run
-from modules.probability import build_scorer
-from modules.record import RECIPE_FILE
-from modules.search import Search
+from modules.checkpoints.checkpoint import Checkpoint
+from modules.checkpoints.hub import Repository
+from modules.checkpoints.meaning import layer_settings, setting
+from modules.checkpoints.open_models import open_models
+from modules.config import Pair, load_config
+from modules.model.loading import load_model
+from modules.model.memory import Memory, Sizes, weights_of
+from modules.output import places as places
+from modules.output.recipe import RECIPE_FILE
+from modules.run import plan as preflight
+from modules.run.plan import Disk, Plan, Room, check, find_room, plan_run
+from modules.runtime.errors import ConfigError
+from modules.scoring.budget import Budget
+from modules.scoring.layout import build_scorer
+from modules.scoring.tokenization import encode_pairs
+from modules.search.search import Search
 from modules.sources import Location
 
 GB, GIB = 10**9, 2**30
@@ -153,7 +156,7 @@ def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(Checkpoint, "stream", read)
-    monkeypatch.setattr("modules.checkpoints.stream_tensors", read)
+    monkeypatch.setattr("modules.checkpoints.checkpoint.stream_tensors", read)
     config, found = opened(place, models)
     plan = plan_run(config, found)
     assert check(plan, find_room(plan)) == []

@@ -9,12 +9,14 @@ import tiny
 import torch
 from transformers import AutoTokenizer, BloomConfig, MistralConfig, MptConfig, Qwen2Config
 
-from modules.checkpoints import open_checkpoint
+from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import Pair
-from modules.memory import Budget
-from modules.models import load_model
-from modules.phrases import LAYOUTS, encode_pairs
-from modules.probability import Scorer, build_scorer
+from modules.model.loading import load_model
+from modules.scoring.budget import Budget
+from modules.scoring.layout import build_scorer
+from modules.scoring.packing import LAYOUTS
+from modules.scoring.scorer import Scorer
+from modules.scoring.tokenization import encode_pairs
 
 ODD_PAIRS = (
     *tiny.PAIRS,

@@ -11,9 +11,10 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from modules.config import ConfigError, Pair
-from modules.models import own_device
-from modules.processes import Seat, find_seat
+from modules.config import Pair
+from modules.model.devices import own_device
+from modules.runtime.errors import ConfigError
+from modules.runtime.ranks import Seat, find_seat
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -149,12 +150,12 @@ def test_a_process_knows_its_seat():
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr("modules.models.present_devices", lambda: ["cpu", "cuda:0", "cuda:1"])
+    monkeypatch.setattr("modules.model.devices.present_devices", lambda: ["cpu", "cuda:0", "cuda:1"])
     assert [own_device("cuda", Seat(n, 2, n, 2)) for n in range(2)] == ["cuda:0", "cuda:1"]
     assert own_device("auto", Seat(3, 4, 1, 2)) == "cuda:1"
     assert own_device("auto", Seat()) == "auto"  # alone, it may have them all
     assert own_device("cpu", Seat(1, 2, 1, 2)) == "cpu" and own_device("cuda:0", Seat(1, 2, 1, 2)) == "cuda:0"
     with pytest.raises(ConfigError, match="3 processes were started on a machine with 2 GPUs"):
         own_device("cuda", Seat(2, 3, 2, 3))
-    monkeypatch.setattr("modules.models.present_devices", lambda: ["cpu"])
+    monkeypatch.setattr("modules.model.devices.present_devices", lambda: ["cpu"])
     assert own_device("auto", Seat(1, 2, 1, 2)) == "auto"

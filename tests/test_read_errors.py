@@ -15,14 +15,15 @@ from test_adapters import make_adapter
 from test_run import log_of, make_models
 
 import merge_monster
-from modules.checkpoints import load_tokenizer
-from modules.config import ConfigError, load_config
-from modules.headers import aligned_header
-from modules.models import load_model
-from modules.opening import open_models
-from modules.record import RunRecord
-from modules.search import Merger, Search
-from modules.weights import CheckpointError
+from modules.checkpoints.checkpoint import load_tokenizer
+from modules.checkpoints.open_models import open_models
+from modules.config import load_config
+from modules.model.embeddings import aligned_header
+from modules.model.loading import load_model
+from modules.output.run_record import RunRecord
+from modules.runtime.errors import CheckpointError, ConfigError
+from modules.search.search import Search
+from modules.search.trial import Merger
 
 
 class Unreadable(io.FileIO):

@@ -11,7 +11,7 @@ from test_resume import broken_after
 from test_run import make_models
 
 import merge_monster
-from modules.record import RECIPE_FILE
+from modules.output.recipe import RECIPE_FILE
 
 PAGE = Path(__file__).parents[1] / "docs/recipe.md"
 TYPES = {

@@ -14,11 +14,13 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import merge_monster
 import monster_mapper
-from modules.candidates import check_configuration
-from modules.checkpoints import open_checkpoint
-from modules.config import ConfigError, load_config
-from modules.models import load_model, settle_attention
-from modules.opening import open_models
+from modules.checkpoints.architecture import settle_attention
+from modules.checkpoints.candidate import check_configuration
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.checkpoints.open_models import open_models
+from modules.config import load_config
+from modules.model.loading import load_model
+from modules.runtime.errors import ConfigError
 
 ONE, BIN, INDEX = "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

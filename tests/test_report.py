@@ -6,10 +6,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from modules import report
 from modules.config import Pair
-from modules.search import Decision
-from modules.text import columns, shortened
+from modules.output import tables as report
+from modules.runtime import text as widths
+from modules.runtime.text import columns, shortened
+from modules.search.decision import Decision
 
 PAIRS = [
     Pair("BAD", "anticipation", "Her body quivers with ", 10.0),
@@ -160,7 +161,7 @@ def test_400_pairs_keep_the_table_in_shape():
     ],
 )
 def test_percentages_keep_their_width(value, width, shown):
-    assert report.percent(value, width) == shown and len(shown) <= width
+    assert widths.percent(value, width) == shown and len(shown) <= width
 
 
 @pytest.mark.parametrize(
@@ -183,12 +184,12 @@ def test_percentages_keep_their_width(value, width, shown):
     ],
 )
 def test_cells_have_ten_columns(text, fitted):
-    assert report.fit(text, 10) == fitted
+    assert widths.fit(text, 10) == fitted
 
 
 def test_the_marks_of_a_letter_that_is_cut_off_go_with_it():
-    assert report.fit("123" + "x\u0301" + "4567890", 10) == "...4567890"
-    assert report.fit("4567890" + "\u0301" * 10**5 + "4567890", 10) == "...4567890"
+    assert widths.fit("123" + "x\u0301" + "4567890", 10) == "...4567890"
+    assert widths.fit("4567890" + "\u0301" * 10**5 + "4567890", 10) == "...4567890"
 
 
 @pytest.mark.parametrize("keep, left", [("start", "1234567..."), ("end", "...4567890"), ("both", "123...7890")])

@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 from test_run import digest, log_of, make_models, tables
 
 import merge_monster
-import modules.weights
-from modules.candidates import Candidate
-from modules.checkpoints import open_checkpoint
-from modules.config import NO_PART, Config, ConfigError, load_config
-from modules.hub import Ahead
-from modules.journal import JournalCopy
-from modules.places import UNFINISHED, Beside
-from modules.record import RunRecord
-from modules.weights import CheckpointError
+import modules.checkpoints.writing
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.checkpoints.hub import Ahead
+from modules.config import NO_PART, Config, load_config
+from modules.output.journal import JournalCopy
+from modules.output.places import UNFINISHED, Beside
+from modules.output.run_record import RunRecord
+from modules.runtime.errors import CheckpointError, ConfigError
 
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"
 OWN = {JOURNAL, RECIPE, "merge_monster.yaml", "README.md"}  # they say how long it took, and where the output is
@@ -280,7 +280,7 @@ def test_a_run_does_not_go_on_where_what_is_searched_has_changed(place, models, 
         begun = JournalCopy([])
         RunRecord(begun, settings_at(place, models, before), base)
         if key == "device":
-            monkeypatch.setattr("modules.models.present_devices", lambda: ["mps", "cpu"])
+            monkeypatch.setattr("modules.model.devices.present_devices", lambda: ["mps", "cpu"])
         with pytest.raises(ConfigError, match=rf"has changed since .* was begun: {key} (was|is not the same)"):
             RunRecord(begun, settings_at(place, models, after), base)
         monkeypatch.undo()
@@ -491,7 +491,7 @@ def test_a_full_disk(place, models, whole):
 
 
 def test_a_shard_that_the_disk_spoils_is_noticed(place, models, whole, monkeypatch, capsys):
-    save = modules.weights.save_file
+    save = modules.checkpoints.writing.save_file
 
     def spoiling(tensors, path, **more):
         save(tensors, path, **more)
@@ -500,7 +500,7 @@ def test_a_shard_that_the_disk_spoils_is_noticed(place, models, whole, monkeypat
                 file.seek(-3, os.SEEK_END)
                 file.write(b"\x55")
 
-    monkeypatch.setattr(modules.weights, "save_file", spoiling)
+    monkeypatch.setattr(modules.checkpoints.writing, "save_file", spoiling)
     assert merge(place, models) == 1
     error = capsys.readouterr().err
     assert "model-00002-of-00004.safetensors: " in error and "reads otherwise than it was written" in error

@@ -13,12 +13,14 @@ from transformers import AutoConfig, AutoTokenizer
 
 import merge_monster
 import monster_mapper
-from modules.candidates import open_candidate
-from modules.checkpoints import open_checkpoint
-from modules.config import METHODS, ConfigError
-from modules.models import load_model
-from modules.probability import check_numbers
-from modules.search import Decision, Merger
+from modules.checkpoints.candidate import open_candidate
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.config import METHODS
+from modules.model.loading import load_model
+from modules.runtime.errors import ConfigError
+from modules.scoring.layout import check_numbers
+from modules.search.decision import Decision
+from modules.search.trial import Merger
 
 KINDS = {
     "mixed": torch.bfloat16,  # with float32 norms

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_monster
-from modules.journal import Journal
+from modules.output.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 
@@ -610,7 +610,7 @@ def test_a_save_that_fails_keeps_the_old_output(place, models, capsys, monkeypat
     def full(*_arguments, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modules.weights.save_file", full)
+    monkeypatch.setattr("modules.checkpoints.writing.save_file", full)
     assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 1
     message = capsys.readouterr().err
     assert "can't be written" in message and "No space left on device" in message and "Traceback" not in message
@@ -627,7 +627,7 @@ def test_a_picture_that_fails_costs_nothing_else(place, models, capsys, monkeypa
     def failing(*_arguments):
         full("/dev/full")
 
-    monkeypatch.setattr(f"modules.run.{broken}", failing)
+    monkeypatch.setattr(f"modules.run.steps.{broken}", failing)
     assert merge(place, models, merge_ratios=[0.5]) == 0
     file = {"write_card": "README.md"}.get(broken, f"{broken}.png")
     assert f"WARNING: {file} could not be made ([Errno 28] No space left on device" in capsys.readouterr().out
@@ -701,7 +701,7 @@ def test_ctrl_c_during_the_first_imports(place, program):
 import builtins, runpy, sys
 real = builtins.__import__
 def importing(name, *rest):
-    if name == "modules.console":
+    if name == "modules.runtime.console":
         raise KeyboardInterrupt
     return real(name, *rest)
 builtins.__import__ = importing

@@ -10,17 +10,18 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import modules.models
-from modules.candidates import open_candidate
-from modules.checkpoints import open_checkpoint
+import modules.model.base_model
+from modules.checkpoints.candidate import open_candidate
+from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import METHODS, STRATEGIES, Pair, load_config
-from modules.memory import Budget
-from modules.merging import slice_shares
-from modules.models import load_model
-from modules.phrases import encode_pairs
-from modules.probability import DEFAULT, build_scorer
-from modules.search import Search, signed_weights
-from modules.search import merged as mix
+from modules.model.loading import load_model
+from modules.scoring.budget import Budget
+from modules.scoring.layout import build_scorer
+from modules.scoring.scorer import DEFAULT
+from modules.scoring.tokenization import encode_pairs
+from modules.search.methods import slice_shares
+from modules.search.search import Search, signed_weights
+from modules.search.trial import merged as mix
 
 RATIOS = [0.2, 0.5, 0.9]
 
@@ -94,7 +95,7 @@ def llamas(request, tmp_path_factory):
 
 
 @pytest.mark.sampled(5)
-@pytest.mark.parametrize("method, strategy, headers", itertools.product(METHODS, STRATEGIES, [True, False]))
+@pytest.mark.parametrize("method, strategy, headers", list(itertools.product(METHODS, STRATEGIES, [True, False])))
 def test_same_decisions_and_tensors_as_the_naive_twin(llamas, tmp_path, method, strategy, headers):
     base, one, two = llamas
     settings = {"merge_method": method, "strategy": strategy, "merge_headers": headers, "merge_ratios": RATIOS}
@@ -282,7 +283,7 @@ def test_auto_weights_start_every_pair_at_one():
 
 def limited(monkeypatch, tokens, from_call=0):
     """Every model's last layer is out of memory for more than so many tokens at a time, all ratios together."""
-    calls, own = [0], modules.models.load_model
+    calls, own = [0], modules.model.loading.load_model
 
     def checking(_layer, arguments, keywords):
         hidden = arguments[0] if arguments else keywords["hidden_states"]

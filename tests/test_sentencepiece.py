@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 import merge_monster
-from modules.checkpoints import load_tokenizer
-from modules.config import ConfigError
+from modules.checkpoints.checkpoint import load_tokenizer
+from modules.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 TEXT = "The apple is in the kitchen, na\u00efve \U0001f642\n  and more."
@@ -115,7 +115,7 @@ def test_packages_that_are_not_installed_are_named(tmp_path, monkeypatch, conten
     monkeypatch.setattr(converters, "requires_backends", lacking)
     monkeypatch.setattr(converters.TikTokenConverter, "load_tiktoken_bpe", lacking)
     for package in ("sentencepiece", "protobuf", "tiktoken"):
-        monkeypatch.setattr(f"modules.checkpoints.is_{package}_available", lambda: False)
+        monkeypatch.setattr(f"modules.checkpoints.checkpoint.is_{package}_available", lambda: False)
     with pytest.raises(ConfigError, match=words):
         load_tokenizer(folder_of(tmp_path / "model", "llama", content))
 

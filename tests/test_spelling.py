@@ -4,8 +4,8 @@ import pytest
 import tiny
 
 from modules.config import Pair
-from modules.phrases import encode_contexts, encode_pair
-from modules.spelling import UNFINISHED, Spelling
+from modules.mapper.detokenize import UNFINISHED, Spelling
+from modules.scoring.tokenization import encode_contexts, encode_pair
 
 TEXTS = ["spine.", "a whisper, barely", "\U0001f642 fine", "\u65e5\u672c\u8a9e", "Crème brûlée", "two\nlines\there"]
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from modules.composition import mean_shares, shares_of
-from modules.strategies import choose, probability, scores, total
+from modules.search.decision import mean_shares, shares_of
+from modules.search.strategies import choose, probability, scores, total
 
 NOW = [0.4, 0.3, -0.2]
 

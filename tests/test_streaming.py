@@ -8,11 +8,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from modules.candidates import open_candidate
-from modules.checkpoints import open_checkpoint
-from modules.models import BrokenWeights, load_model
-from modules.streaming import ReadAhead
-from modules.weights import CheckpointError
+from modules.checkpoints.candidate import open_candidate
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.model.loading import load_model
+from modules.runtime.errors import BrokenWeights, CheckpointError
+from modules.search.prefetch import ReadAhead
 
 LAYERS = 5
 

@@ -9,122 +9,53 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A module imports only from floors below its own.
-FLOORS = {
-    "causes": 0,
-    "sources": 0,
-    "strategies": 0,
-    "text": 0,
-    "composition": 0,
-    "merging": 0,
-    "stopping": 0,
-    "config": 1,
-    "console": 2,
-    "filesystem": 0,
-    "processes": 2,
-    "journal": 2,
-    "places": 2,
-    "apart": 3,
-    "phrases": 2,
-    "weights": 2,
-    "companions": 3,
-    "failures": 3,
-    "group": 3,
-    "hub": 3,
-    "inputs": 3,
-    "layouts": 3,
-    "meaning": 3,
-    "outputs": 3,
-    "spelling": 3,
-    "checkpoints": 4,
-    "mapping": 4,
-    "adapters": 5,
-    "models": 5,
-    "exactness": 6,
-    "memory": 6,
-    "candidates": 6,
-    "probability": 7,
-    "continuation": 8,
-    "headers": 7,
-    "opening": 7,
-    "streaming": 7,
-    "preflight": 8,
-    "search": 8,
-    "forecast": 9,
-    "record": 9,
-    "report": 9,
-    "card": 10,
-    "comparison": 10,
-    "mapping_report": 10,
-    "pictures": 10,
-    "run": 11,
-    "following": 12,
-    "replay": 12,
-    "run_mapper": 12,
+PACKAGES = ("runtime", "config", "checkpoints", "model", "scoring", "search", "output", "mapper", "run")
+SOURCES = {
+    path.relative_to(ROOT / "modules").with_suffix("").as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "modules").glob("*/*.py"))
 }
-LIGHT = (
-    "sources",
-    "processes",
-    "stopping",
-    "filesystem",
-    "places",
-    "apart",
-    "outputs",
-    "config",
-    "console",
-    "failures",
-    "journal",
-    "strategies",
-    "text",
-    "composition",
-    "phrases",
-    "spelling",
-    "mapping",
-    "report",
-    "card",
-    "comparison",
-    "mapping_report",
+WITHOUT_TORCH = ("runtime", "config")  # what a typo waits for
+HEARS_OF_TORCH_MODULES = (
+    "checkpoints/architecture",
+    "checkpoints/conversion",
+    "checkpoints/candidate",
+    "model",
+    "scoring",
 )
-MODULES = sorted(path.stem for path in (ROOT / "modules").glob("*.py"))
 
 
-def imports(path):
+def imports(source):
     """Every module that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "modules":
-            yield from (f"modules.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module
 
 
-def test_every_module_has_its_floor():
-    assert sorted(FLOORS) == MODULES
+def test_a_package_imports_only_from_those_before_it():
+    assert {name.split("/")[0] for name in SOURCES} == set(PACKAGES)
+    for name, source in SOURCES.items():
+        package = name.split("/")[0]
+        for imported in imports(source):
+            if imported.startswith("modules."):
+                other = imported.split(".")[1]
+                assert PACKAGES.index(other) <= PACKAGES.index(package), f"{name} imports {imported}"
+                # Within a package a file imports from a file, not from the package: nothing runs in a circle.
+                assert other != package or imported.count(".") == 2 or name.endswith("__init__"), f"{name}: {imported}"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_run_one_way(name):
-    for imported in imports(ROOT / "modules" / f"{name}.py"):
-        if imported.startswith("modules"):
-            assert FLOORS[imported.removeprefix("modules.")] < FLOORS[name], f"{name} imports {imported}"
+def test_who_touches_what():
+    """What a typo waits for stays light, and only model code touches torch modules."""
+    for name, source in SOURCES.items():
+        heavy = {imported.split(".")[0] for imported in imports(source)} & {"torch", "transformers", "safetensors"}
+        assert not name.startswith(WITHOUT_TORCH) or name == "runtime/distributed" or not heavy, name
+        assert name.startswith(HEARS_OF_TORCH_MODULES) or not re.search(r"\bnn\b|\.forward\b|state_dict", source), name
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_who_touches_what(name):
-    """The light floors stay light, and only model code touches torch modules."""
-    packages = {imported.split(".")[0] for imported in imports(ROOT / "modules" / f"{name}.py")}
-    if name in LIGHT:
-        assert not packages & {"torch", "transformers", "safetensors"}
-    source = (ROOT / "modules" / f"{name}.py").read_text(encoding="utf-8")
-    if name not in ("models", "layouts", "candidates", "probability"):
-        assert not re.search(r"\bnn\b|\.forward\b|state_dict", source)
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_a_message_is_given_line_by_line(name):
+def test_a_message_is_given_line_by_line():
     """A line end within a text is shown escaped: it may be a stranger's."""
-    for node in ast.walk(ast.parse((ROOT / "modules" / f"{name}.py").read_text(encoding="utf-8"))):
+    for node in (node for source in SOURCES.values() for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.Raise) or (
             isinstance(node, ast.Call) and ast.unparse(node.func).startswith("console.")
         ):
@@ -132,10 +63,18 @@ def test_a_message_is_given_line_by_line(name):
             assert not any("\n" in str(text) for text in texts) or "BANNER" in ast.unparse(node), ast.unparse(node)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_every_module_opens_with_what_it_knows_and_refuses_to_know(name):
-    opening = ast.get_docstring(ast.parse((ROOT / "modules" / f"{name}.py").read_text(encoding="utf-8")))
-    assert "Knows:" in opening and "Refuses to know:" in opening
+def test_every_file_opens_with_what_it_knows_and_refuses_to_know():
+    for name, source in SOURCES.items():
+        opening = ast.get_docstring(ast.parse(source))
+        assert "Knows:" in opening and "Refuses to know:" in opening, name
+
+
+def test_no_file_and_no_function_is_long():
+    for name, source in SOURCES.items():
+        assert source.count("\n") <= 350, name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{name}: {node.name}"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/development.md"])
@@ -157,8 +96,6 @@ def test_a_page_shows_the_real_file_tree(page):
     files = {path for path in result.stdout.split() if path != ".gitignore" and (ROOT / path).exists()}
     folders = {f"{folder}/" for path in files for folder in list(map(str, Path(path).parents))[:-1]}
     real = {path for path in files if "/" not in path} | folders
-    if any(Path(path).parent == Path("modules") and not path.endswith("__init__.py") for path in files):
-        listed -= {name for name in listed - real if name.startswith("modules/")}  # modules on their way to a package
     assert real <= listed <= files | folders
 
 

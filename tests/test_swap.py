@@ -23,11 +23,10 @@ from test_resume import RECIPE, end, merge, start
 from test_run import digest, make_models
 
 import merge_monster
-from modules.config import ConfigError
-from modules.journal import JOURNAL_FILE, Journal
-from modules.outputs import Unfinished, stamp, what_stands
-from modules.places import SETTINGS_FILE, UNFINISHED, Beside, Inside, Place
-from modules.weights import CheckpointError
+from modules.output.folder import Unfinished, stamp, what_stands
+from modules.output.journal import JOURNAL_FILE, Journal
+from modules.output.places import SETTINGS_FILE, UNFINISHED, Beside, Inside, Place
+from modules.runtime.errors import CheckpointError, ConfigError
 
 COMMANDS = ([], ["--resume"], ["--restart"], ["--overwrite"], ["--dry-run"], ["--replay"])
 CALLS = ("rename", "unlink", "remove", "rmdir", "mkdir", "open", "fsync", "scandir", "listdir", "chmod")

@@ -1,0 +1,259 @@
+"""Candidates: a checkpoint, read under the base model's names, and whether it fits the base.
+
+Knows: configurations, shapes, stored names. Refuses to know: devices, scores, what is done with a layer.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from modules.checkpoints.architecture import find_layers, input_first_weights
+from modules.checkpoints.checkpoint import Checkpoint
+from modules.checkpoints.companions import Companions
+from modules.checkpoints.conversion import Layout
+from modules.checkpoints.hub import Repository
+from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
+from modules.checkpoints.meaning import clashes, differences, setting
+from modules.checkpoints.weight_files import Room, fresh, place_in_index
+from modules.runtime import ConfigError
+
+_MUST_AGREE = {
+    "model_type": "architecture",
+    "num_hidden_layers": "number of layers",
+    "hidden_size": "hidden size",
+    "num_attention_heads": "number of attention heads",
+    "num_key_value_heads": "number of key and value heads",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that may be merged into the base, its tensors under the names of the base's module."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    notes: Sequence[str] = ()  # lines for the person at the terminal
+    warnings: Sequence[str] = ()  # the same, of what may spoil the merge
+    repositories: Sequence[Repository] = ()  # of the hub, from which its files come
+    text: str = ""  # what the configuration calls it
+    where: str = ""  # absolute paths, ids of the hub with their commit
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.checkpoint.name
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, Companions]:
+        """The folder that has its tokenizer, if it has any, and the files that are read there."""
+        return self.checkpoint.tokenizer_files
+
+    def stream(self, names: Collection[str], room: Room = fresh) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors on the CPU, in their stored dtype, each as soon as it is read; those that it lacks are
+        absent.
+
+        room: where tensors are read into, if they need not be made. Raises CheckpointError if a file can't be read.
+        """
+        present = [name for name in names if name in self.layout]
+        return self.layout.stream(present, partial(self.checkpoint.stream, room=room))
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The same, all together and in the order of the names."""
+        return self.layout.load([name for name in names if name in self.layout], self.checkpoint.stream)
+
+
+def open_candidate(
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    module: PreTrainedModel,
+    notes: Sequence[str] = (),
+    repositories: Sequence[Repository] = (),
+) -> Candidate:
+    """A checkpoint as a candidate for the base, whose module may be without weights.
+
+    notes, repositories: of the candidate; the checkpoint's own repository is added. Raises ConfigError, naming both
+    values, if it does not fit.
+    """
+    layout = _layout(checkpoint, base, module)
+    repositories = (*repositories, *([checkpoint.repository] if checkpoint.repository else []))
+    other_meaning = differences(base.config, checkpoint.config)
+    problem = _other_layers(checkpoint, layout, module)
+    problems = [problem] if problem else list(_layer_differences(checkpoint, layout, base, module))
+    if problems and _kind(checkpoint.config) != _kind(base.config):
+        problems.insert(0, f"it is {_kind(checkpoint.config)}, the base is {_kind(base.config)}")
+    _refuse(checkpoint.path, problems, [*_index_differs(checkpoint, layout, module), *other_meaning])
+    notes = [*notes, *_about_names(checkpoint, layout, base)]
+    warnings = [_about_meaning(checkpoint, other_meaning)] if other_meaning else []
+    return Candidate(checkpoint, layout, notes, warnings, repositories)
+
+
+def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> None:
+    """Raise ConfigError if a base's tensors are not those of its own module, which may be without weights."""
+    try:
+        layout = Layout(module, checkpoint.tensors)
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint.path}: {error}") from None
+    if layout.wrappers:
+        raise ConfigError(
+            f"{checkpoint.path}: the names of its tensors have {_listed(layout.wrappers)} in them, as a training "
+            "wrapper leaves it, and transformers could not open them again; save the model without it first"
+        )
+    problem = _other_layers(checkpoint, layout, module)
+    if problem is None:
+        missing = [name for name in _layer_tensors(module) if name not in layout]
+        why = "; ".join(["", *_index_differs(checkpoint, layout, module)])
+        problem = f"the weights lack {', '.join(missing[:3])}{why}" if missing else None
+    if problem:
+        raise ConfigError(f"{checkpoint.path}: {problem}")
+
+
+def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: PreTrainedModel) -> Adapted:
+    """A checkpoint that fits the base, with an adapter applied. Raises ConfigError if either does not fit."""
+    layout = _layout(checkpoint, base, module)
+    stored = (layout.stored_name(name) for name in input_first_weights(module))
+    return apply_adapter(adapter, checkpoint, layout, {name for name in stored if name})
+
+
+def check_configuration(path: Path, config: PreTrainedConfig, base: Checkpoint) -> None:
+    """Raise ConfigError, naming both values, if a model with this configuration can't fit the base."""
+    _refuse(path, _config_differences(base.config, config))
+
+
+def _layout(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Layout:
+    check_configuration(checkpoint.path, checkpoint.config, base)
+    try:
+        return Layout(module, checkpoint.tensors)
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint.path} does not fit the base: {error}") from None
+
+
+def _refuse(path: Path, differences: Sequence[str], causes: Sequence[str] = ()) -> None:
+    """Raise ConfigError if there are differences. causes: what may have led to them."""
+    if differences:
+        more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
+        why = "".join(f"; {cause}" for cause in causes[:3])
+        raise ConfigError(f"{path} does not fit the base: {'; '.join(differences[:3])}{more}{why}")
+
+
+def _config_differences(base: PreTrainedConfig, candidate: PreTrainedConfig) -> list[str]:
+    ours, theirs = base.get_text_config(), candidate.get_text_config()
+    if ours.model_type != theirs.model_type:
+        return [f"architecture is {_kind(candidate)}, the base's is {_kind(base)}"]
+    found = [
+        f"{words} is {setting(theirs, key)}, the base's is {setting(ours, key)}"
+        for key, words in _MUST_AGREE.items()
+        if setting(theirs, key) != setting(ours, key)
+    ]
+    return found or clashes(base, candidate)
+
+
+def _kind(config: PreTrainedConfig) -> str:
+    text = config.get_text_config()
+    part = f" (the text part of a multimodal {config.model_type})" if text is not config else ""
+    return f"{text.model_type}{part}"
+
+
+def _about_names(checkpoint: Checkpoint, layout: Layout, base: Checkpoint) -> Iterator[str]:
+    """Lines about tensors that are read under other names than they have."""
+    if layout.wrappers:
+        yield f"{checkpoint.name}: the names of its tensors have {_listed(layout.wrappers)} in them: read without"
+    if checkpoint.config.get_text_config() is not checkpoint.config and base.config.get_text_config() is base.config:
+        yield f"{checkpoint.name}: is {_kind(checkpoint.config)}; only that part is merged"
+
+
+def _about_meaning(checkpoint: Checkpoint, found: Sequence[str]) -> str:
+    return (
+        f"{checkpoint.name}: its configuration means something else than the base's: {'; '.join(found)}; "
+        "the merged model keeps the base's"
+    )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(f"'{part}'" for part in parts)
+
+
+def _layer_tensors(module: PreTrainedModel) -> dict[str, Tensor]:
+    """The floating-point tensors of a module's layers."""
+    prefix = f"{find_layers(module)[0]}."
+    return {name: t for name, t in module.state_dict().items() if name.startswith(prefix) and t.is_floating_point()}
+
+
+def _index_differs(checkpoint: Checkpoint, layout: Layout, module: PreTrainedModel) -> list[str]:
+    """A line if the index of a checkpoint's shards names the first of the layers' tensors that they lack."""
+    missing = next((name for name in _layer_tensors(module) if name not in layout), None)
+    file = place_in_index(checkpoint.path, missing) if missing else None
+    return [f"by its index, {missing} is in {file}, which lacks it"] if file else []
+
+
+def _other_layers(checkpoint: Checkpoint, layout: Layout, module: PreTrainedModel) -> str | None:
+    """What is wrong if a checkpoint's layers are not as many as its own configuration says, or are none."""
+    config, prefix = checkpoint.config.get_text_config(), f"{find_layers(module)[0]}."
+    unmerged = [name for name in checkpoint.tensors if ".lora_A." in name or ".base_layer." in name]
+    if unmerged:
+        return f"an adapter is wrapped into its weights ({unmerged[0]}); merge it with PEFT's merge_and_unload first"
+    found = {name.removeprefix(prefix).split(".")[0] for name in layout if name.startswith(prefix)}
+    if not found:
+        names = ", ".join(list(checkpoint.tensors)[:3])
+        return f"none of its tensors is called like those of a {type(module).__name__}'s layers; there is {names}"
+    stored = {
+        _without_number(n) for n in checkpoint.tensors if any(m.startswith(prefix) for m in layout.module_names(n))
+    }
+    found |= {_number(name) for name in _unexpected(layout, module) if _without_number(name) in stored}
+    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    is_row = found == {str(number) for number in range(len(found))}
+    if not is_row or len(found) == config.num_hidden_layers:
+        return None
+    layers = "1 layer" if len(found) == 1 else f"{len(found)} layers"
+    return f"its weights have {layers}, its config.json says {key}: {config.num_hidden_layers}"
+
+
+def _number(name: str) -> str:
+    """The first number in a tensor's name, which is its layer's; empty if there is none."""
+    return next((part for part in name.split(".") if part.isdecimal()), "")
+
+
+def _without_number(name: str) -> str:
+    return f".{name}.".replace(f".{_number(name)}.", ".*.", 1)
+
+
+def _unexpected(layout: Layout, module: PreTrainedModel) -> Iterator[str]:
+    """Stored tensors that the module has no use for, save those that its architecture knows and leaves out, as layers
+    for predicting several tokens at once."""
+    known = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    further = getattr(module.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    last = len(find_layers(module)[1])
+    for name in layout.unused:
+        if any(re.search(pattern, name) for pattern in known):
+            continue
+        if not (_number(name) and last <= int(_number(name)) < last + further):
+            yield name
+
+
+def _layer_differences(
+    checkpoint: Checkpoint, layout: Layout, base: Checkpoint, module: PreTrainedModel
+) -> Iterator[str]:
+    """Tensors of layers that one side lacks, or that differ in shape."""
+    for name, ours in _layer_tensors(module).items():
+        if name not in layout:
+            yield f"the tensor {name} is missing"
+        elif not layout.dtype(name).is_floating_point:
+            yield f"{name} is stored as {layout.dtype(name)}, not as a floating-point type"
+        elif layout.shape(name) != tuple(ours.shape):
+            yield f"{name} has shape {layout.shape(name)}, the base's has {tuple(ours.shape)}"
+    for name in _unexpected(layout, module):
+        if name.startswith(layout.prefix) and name not in base.tensors and _is_layer_weight(checkpoint, name):
+            yield f"the base has no {name}"
+
+
+def _is_layer_weight(checkpoint: Checkpoint, name: str) -> bool:
+    """A layer's number stands in its name. Old checkpoints also store masks and rotary frequencies there, which no
+    present model reads."""
+    info = checkpoint.tensors[name]
+    numbered = any(part.isdecimal() for part in name.split("."))
+    mask = name.endswith("masked_bias") or (name.endswith(".bias") and len(info.shape) > 1)
+    return numbered and info.dtype.is_floating_point and not mask and not name.endswith("inv_freq")

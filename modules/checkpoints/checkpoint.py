@@ -1,0 +1,385 @@
+"""Model folders: find them, check them from their headers, write new ones.
+
+Knows: folders, config.json, tokenizers, which files a model needs. Refuses to know: modules, devices, scores.
+"""
+
+import errno
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
+
+from modules.checkpoints.bin_files import Held
+from modules.checkpoints.causes import disguise, found_instead, pointers
+from modules.checkpoints.companions import LARGEST, Companions, find_companions, is_licence, is_small
+from modules.checkpoints.hub import Job, Repository, find
+from modules.checkpoints.weight_files import (
+    Fingerprint,
+    Room,
+    TensorInfo,
+    dtype_name,
+    fingerprint,
+    fresh,
+    index_file,
+    local_files,
+    read_file,
+    read_headers,
+    stream_tensors,
+    weight_files,
+    whole_files,
+)
+from modules.config import Config
+from modules.runtime import CheckpointError, ConfigError, first_line
+from modules.sources import Location, Source, parse_source, partial_of
+
+_DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+_MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
+_QUANTISED = ("quantization_config", "compression_config")  # keys of config.json
+
+# The last parts of the names of tensors beside quantised weights (GPTQ, AWQ, bitsandbytes, FP8, compressed-tensors).
+_OF_QUANTISATION = (
+    *("qweight", "qzeros", "scales", "g_idx", "absmax", "quant_map", "nested_absmax", "SCB", "weight_format"),
+    *("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point", "input_scale"),
+)
+ADAPTER_SETTINGS = "adapter_config.json"  # what makes a folder an adapter
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder: its configuration and what its shards hold."""
+
+    path: Path
+    name: str
+    config: PreTrainedConfig
+    tensors: Mapping[str, TensorInfo]  # by name, in file order
+    companions: Companions  # as they were when it was opened
+    repository: Repository | None = None  # where files come from that are not in the folder yet
+    twice: tuple[str, ...] = ()  # tensors that several files hold; the last one counts, as for transformers
+    _held: Held = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of its weight files."""
+        return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    @property
+    def job(self) -> Job:
+        """The files that must be there before it can be read."""
+        return Job(self.name, self.repository, self.files)
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, Companions]:
+        """The folder that has its tokenizer, if it has any, and the files that are read there."""
+        return self.path, self.companions
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the person at the terminal about what it takes to read it. Its files must be there."""
+        notes = []
+        if self.twice:
+            name = self.twice[0]
+            more = f" ({len(self.twice)} such tensors)" if len(self.twice) > 1 else ""
+            notes.append(f"{self.name}: {name} is stored twice; that in {self.tensors[name].file} counts{more}")
+        sizes = {file: (self.path / file).stat().st_size for file in whole_files(self.path, self.files)}
+        if not sizes:
+            return notes
+        largest = max(sizes, key=lambda file: sizes[file])
+        return [
+            *notes,
+            f"{self.name}: {largest} is stored as before PyTorch 1.6 and can only be loaded whole, which takes "
+            f"{sizes[largest] / 1e9:.2f} GB of CPU memory; convert it to safetensors to avoid that",
+        ]
+
+    def fingerprint(self) -> dict[str, Fingerprint]:
+        """By which it is known again: of every file that decides what a merge makes of it, its size and a hash."""
+        described = [file for file in _DECISIVE if file in self.companions.sizes]
+        return {file: fingerprint(self.path / file) for file in (*described, *self.files)}
+
+    def stream(self, names: Iterable[str], room: Room = fresh) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, on the CPU, in their stored dtype, each as soon as it is read, one file after another.
+
+        A file that can only be loaded whole stays in memory until the next one is, or until `release`. room: where
+        tensors are read into, if they need not be made. Raises CheckpointError if a file can't be read.
+        """
+        for file, wanted in self.by_file(names).items():
+            yield from stream_tensors(self.path / file, wanted, self._held, room)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The same, all together."""
+        return dict(self.stream(names))
+
+    def release(self) -> None:
+        """Let go of what `stream` keeps in memory: nothing, or one file."""
+        self._held.clear()
+
+    def by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The names, grouped by the shard that holds them."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self.tensors[name].file, []).append(name)
+        return groups
+
+    def main_dtype(self) -> torch.dtype:
+        """The floating-point dtype that holds most of the weights."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            if info.dtype.is_floating_point:
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def read_configuration(path: Path, names: Collection[str], trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A model folder's configuration. names: of all its files.
+
+    Raises ConfigError if it is that of no usable model, CheckpointError if it can't be read.
+    """
+    if "config.json" not in names:
+        is_adapter = ADAPTER_SETTINGS in names
+        instead = found_instead(path, names, ["config.json"])
+        what = "this is an adapter, not a model" if is_adapter else f"no model here (config.json is missing){instead}"
+        raise ConfigError(f"{path}: {what}")
+    try:
+        stated = json.loads(read_file(path / "config.json").decode("utf-8"))
+        if isinstance(stated, Mapping) and "peft_type" in stated:
+            raise ValueError(f"it holds an adapter's settings; if this is an adapter, call it {ADAPTER_SETTINGS}")
+        if _layers(stated) > _MOST_LAYERS:
+            raise ValueError(f"it has {_layers(stated):.4g} layers")
+        with _copied(path, _code_of(find_companions(path, trust_remote_code))) as copies:
+            config = AutoConfig.from_pretrained(copies, trust_remote_code=trust_remote_code, local_files_only=True)
+        config.name_or_path = str(path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a configuration class makes of a wrong value
+        _raise_if_unread(path, "its configuration", error)
+        what = disguise(path / "config.json") or f"can't be used: {first_line(error)}"
+        raise ConfigError(f"{path}: config.json {what}") from None
+    return config
+
+
+def check_quantisation(path: Path, names: Collection[str] | None = None) -> None:
+    """Raise ConfigError if config.json says that a model is quantised. names: of its tensors, if they are known."""
+    key = _quantisation(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    if key is None:
+        return
+    problem = f"{path}: by {key} in config.json this model is quantised; merge the original weights instead"
+    if names is not None and not any(name.rpartition(".")[2] in _OF_QUANTISATION for name in names):
+        problem += f" (its weights are plain numbers, though: if they were converted back, remove {key} there)"
+    raise ConfigError(problem)
+
+
+def _quantisation(settings: Any) -> str | None:
+    """The key that says how a model is quantised, with those above it; None if none does."""
+    if not isinstance(settings, Mapping):
+        return None
+    for key, value in settings.items():
+        inner = key if key in _QUANTISED and value else _quantisation(value)
+        if inner:
+            return inner if inner == key else f"{key}.{inner}"
+    return None
+
+
+def _layers(settings: Any) -> float:
+    """The largest number of layers that a configuration states (num_hidden_layers, n_layer, ...), in any part."""
+    if not isinstance(settings, Mapping):
+        return 0
+    return max(
+        (
+            value if isinstance(value, int | float) and key.endswith(("layers", "n_layer")) else _layers(value)
+            for key, value in settings.items()
+        ),
+        default=0,
+    )
+
+
+def open_checkpoint(
+    path: Path, name: str, trust_remote_code: bool = False, repository: Repository | None = None
+) -> Checkpoint:
+    """Read a model folder's configuration and shard headers; no weights. `name` is what reports call it.
+
+    repository: of the hub, which is asked for the headers of files that are not in the folder yet. Raises ConfigError
+    if it is no usable model, CheckpointError if a file that describes it can't be read.
+    """
+    names = file_names(path, repository)
+    problem = pointers(path, small_files(dict.fromkeys(names, 0)))
+    if problem:
+        raise ConfigError(problem)
+    config = read_configuration(path, names, trust_remote_code)
+    files = weight_files(path, names)
+    known = repository.headers(repository.absent(files)) if repository else {}
+    try:
+        by_file = [read_headers(path, [file], known) for file in files]
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    except ConfigError:
+        check_quantisation(path)  # which says it more plainly
+        raise
+    tensors = {name: info for found in by_file for name, info in found.items()}
+    if not any(info.dtype.is_floating_point for info in tensors.values()):
+        raise ConfigError(f"{path}: no weights found in its weight files")
+    check_quantisation(path, tensors)
+    count = Counter(name for found in by_file for name in found)
+    twice = tuple(name for name in count if count[name] > 1)
+    return Checkpoint(path, name, config, tensors, find_companions(path, trust_remote_code), repository, twice)
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False, companions: Companions | None = None) -> Any:
+    """A model folder's tokenizer. companions: the folder's, if they are known; each of them must then be there.
+
+    Raises ConfigError if it has none that can be used, CheckpointError if a file can't be read.
+    """
+    companions = companions or find_companions(path, trust_remote_code)
+    with _copied(path, companions.sizes) as copies:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                copies, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            tokenizer("a")  # some wrong settings only show when it is used
+        except Exception as error:  # the tokenizer library raises bare Exception for a broken tokenizer.json
+            _raise_if_unread(path, "its tokenizer", error)
+            why = _plain_cause(path, companions) or first_line(error).replace(str(copies), str(path))
+            raise ConfigError(f"{path}: no usable tokenizer ({why})") from None
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        # What transformers makes, for many architectures, of a folder without tokenizer files.
+        why = _plain_cause(path, companions) or "its files are missing"
+        raise ConfigError(f"{path}: no usable tokenizer ({why})")
+    return tokenizer
+
+
+@contextmanager
+def _copied(path: Path, names: Iterable[str]) -> Iterator[Path]:
+    """A folder with copies of some of a model's files, for transformers: it goes on without a file that it can't read,
+    and makes something else of the rest. Raises CheckpointError if one can't be read."""
+    with TemporaryDirectory(prefix="merge-monster-", ignore_cleanup_errors=True) as place:
+        copies = Path(place) / (path.resolve().name or "model")  # code is kept under its folder's name
+        copies.mkdir()
+        for name in names:
+            _copy(path / name, copies / name)
+        yield copies
+
+
+def _code_of(companions: Companions) -> list[str]:
+    return [name for name in companions.sizes if name == "config.json" or name.endswith(".py")]
+
+
+def _plain_cause(path: Path, companions: Companions) -> str | None:
+    """What keeps a tokenizer from being read, where transformers tells of something else."""
+    disguised = [f"{name} {what}" for name in companions.sizes if (what := disguise(path / name))]
+    if disguised:
+        return "; ".join(disguised)
+    for name in companions.sizes:
+        beginning = read_file(path / name)[:200]
+        if "tokenizer.json" in companions.sizes or not name.endswith((".model", ".spm")):
+            continue
+        if re.match(rb"[\w+/=]+ \d+\n", beginning):
+            return None if is_tiktoken_available() else f"to read {name}, run: pip install tiktoken"
+        if not beginning.startswith(b"\n"):
+            return f"{name} is no model of SentencePiece"
+        if not is_sentencepiece_available() or not is_protobuf_available():
+            return f"to read {name}, run: pip install sentencepiece protobuf"
+    return None
+
+
+def _raise_if_unread(path: Path, what: str, error: BaseException) -> None:
+    """Raise CheckpointError if an error of a library began as one of the operating system, or a lack of memory: that
+    says nothing about what is in the files."""
+    cause: BaseException | None = error
+    while cause is not None:
+        of_the_system = isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)
+        # As the tokenizer library, which is written in Rust, words it.
+        in_words = re.search(rf"\(os error (?!{errno.ENOENT}\))", str(cause))
+        if of_the_system or in_words or isinstance(cause, MemoryError):
+            raise CheckpointError(f"{path}: {what} can't be read ({first_line(cause)})") from None
+        cause = cause.__cause__ or cause.__context__
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which models a run merges
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
+    """The candidates in merge order, and a line about each folder that is left out.
+
+    models_to_merge overrides model_directory, whose visible sub-folders are taken alphabetically; the output directory
+    is left out by resolved path.
+    """
+    if config.models_to_merge:
+        return [source for source in map(parse_source, config.models_to_merge) if source], []
+    entries = Path(config.directories.model_directory or ".").iterdir()
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    output = Path(config.directories.output_directory).resolve()
+    sources, notes = [], []
+    for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
+        if path.resolve() in (output, partial_of(output)):
+            notes.append(f"{path} is the output directory: skipped")
+        elif not {"config.json", ADAPTER_SETTINGS}.intersection(local_files(path)):
+            instead = found_instead(path, local_files(path), ["config.json"])
+            notes.append(f"{path} holds no model (no config.json{instead}): skipped")
+        elif any("\ud800" <= character <= "\udfff" for character in path.name):
+            notes.append(f"{path.name!r} in {path.parent} is no text in UTF-8, so no report could name it: skipped")
+        else:
+            sources.append(Source(str(path), Location(str(path), path)))
+    return sources, notes
+
+
+def find_repository(location: Location) -> Repository | None:
+    """The hub's repository of a location, its small files fetched; None for a folder. Raises ConfigError."""
+    return find(location, small_files, licence_files) if location.folder is None else None
+
+
+def file_names(path: Path, repository: Repository | None = None) -> Collection[str]:
+    """The names of a model's files, those included that its repository still has to send."""
+    return local_files(path) if repository is None else repository.sizes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files other than weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def small_files(sizes: Mapping[str, int]) -> list[str]:
+    """Of all files of a model, those that are needed before its weights: what describes and opens it.
+
+    sizes: in bytes, by name. What calls itself text or JSON but is large is somebody's data.
+    """
+    needed = {"config.json", ADAPTER_SETTINGS, index_file(sizes)}
+    return [name for name, size in sizes.items() if name in needed or (is_small(name) and size <= LARGEST)]
+
+
+def licence_files(sizes: Mapping[str, int]) -> list[str]:
+    """Of all files of a model, those that go with it wherever it goes, and that no program needs."""
+    return [name for name, size in sizes.items() if is_licence(name) and size <= LARGEST]
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
+    """Copy a model's files other than weights; config.json is changed only in its dtype, and only if given.
+
+    Raises CheckpointError if one can't be read.
+    """
+    for name in checkpoint.companions.published:
+        _copy(checkpoint.path / name, folder / name)
+    if dtype is not None:
+        _set_dtype(folder / "config.json", dtype)
+
+
+def _copy(file: Path, to: Path) -> None:
+    content = read_file(file)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(content)
+
+
+def _set_dtype(file: Path, dtype: torch.dtype) -> None:
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(dtype)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + os.linesep, encoding="utf-8")

@@ -1,0 +1,272 @@
+"""A module's tensors and the stored tensors that they are made of: other names, or several fused into one.
+
+Knows: transformers' own rules for loading an architecture's checkpoints. Refuses to know: files, devices, scores.
+
+Most tensors are stored as they are, under their name or under one with or without the first part ("model."). Some
+architectures rename (GPT-NeoX) or fuse (the experts of Mixtral). The rules are those by which transformers loads a
+whole model; here they are applied to the few tensors that one layer needs, and backwards when it is saved. What
+training wrappers (DDP, FSDP, torch.compile, PEFT) add to names is left out where they fit without it.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from modules.checkpoints.weight_files import TensorInfo
+from modules.runtime import ConfigError
+
+# Parts of names that wrappers put anywhere.
+_WRAPPERS = frozenset(
+    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "_forward_module")
+)
+
+Tensors = dict[str, Tensor]
+Read = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]  # stored names -> each with its tensor, in any order
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stored tensors that become module tensors together. Mostly it is one that becomes one, unchanged."""
+
+    sources: tuple[str, ...]  # stored names, in the order in which they are fused
+    patterns: tuple[str, ...]  # the rule's pattern that each of them matched; empty without a rule
+    name: str  # the module's tensor, or the first of several
+    rule: WeightConverter | None
+
+    def convert(self, stored: Mapping[str, Tensor], module: PreTrainedModel) -> Tensors:
+        """The group's module tensors, by name."""
+        if self.rule is None:
+            return {self.name: stored[self.sources[0]]}
+        rule = deepcopy(self.rule)  # it collects tensors, and is good for one use
+        for source, pattern in zip(self.sources, self.patterns, strict=True):
+            rule.add_tensor(self.name, source, pattern, stored[source])
+        found = rule.convert(self.name, model=module, config=module.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+
+
+class Layout:
+    """How one checkpoint's stored tensors become the tensors of a module of its architecture."""
+
+    def __init__(self, module: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
+        """module: may be on the meta device; only names and rules are taken from it.
+
+        `prefix`, mostly empty, stands before the stored names and is left out; `unused` are those of no use to the
+        module.
+
+        Raises ConfigError if the stored tensors can't be fused by the architecture's rules.
+        """
+        self._module, self._stored = module, stored
+        self._rules = Rules(module)
+        self.prefix = _foreign_prefix(self._rules, stored)
+        self._groups, self.unused = _grouped(self._rules, stored, self.prefix)
+        self._group_of: dict[str, Group] = {}  # by module name
+        self._forms: Tensors = {}  # every module tensor that is stored, without its data
+        for group in self._groups:
+            try:
+                forms = group.convert({name: _form(stored[name]) for name in group.sources}, module)
+            except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+                raise ConfigError(f"{', '.join(group.sources[:3])} can't become {group.name} ({error})") from None
+            self._forms.update(forms)
+            self._group_of.update(dict.fromkeys(forms, group))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._forms
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._forms)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that a stored tensor has in the module."""
+        return tuple(self._forms[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is stored in; of several that are fused, the widest."""
+        return self._forms[name].dtype
+
+    def dtypes(self, name: str) -> set[torch.dtype]:
+        """The dtypes of all stored tensors that a module tensor is made of."""
+        return {self._stored[source].dtype for source in self._group_of[name].sources}
+
+    def stream(self, names: Collection[str], read: Read) -> Iterator[tuple[str, Tensor]]:
+        """The named module tensors, each as soon as all is there that it is made of.
+
+        `read` is asked once, for all the stored tensors that they are made of.
+        """
+        groups = {self._group_of[name].name: self._group_of[name] for name in names}
+        group_of = {source: group for group in groups.values() for source in group.sources}
+        stored: Tensors = {}
+        for source, tensor in read(list(group_of)):
+            stored[source] = tensor
+            group = group_of[source]
+            if all(other in stored for other in group.sources):
+                made = group.convert({other: stored.pop(other) for other in group.sources}, self._module)
+                yield from ((name, value) for name, value in made.items() if name in names)
+
+    def load(self, names: Collection[str], read: Read) -> Tensors:
+        """The named module tensors, all together."""
+        tensors = dict(self.stream(names, read))
+        return {name: tensors[name] for name in names}
+
+    @property
+    def wrappers(self) -> list[str]:
+        """What the stored names have that the architecture's names lack, as a training wrapper adds it."""
+        sources = [source for group in self._groups for source in group.sources]
+        parts = {part for source in sources for part in self._rules.wrappers_in(source.removeprefix(self.prefix))}
+        return [*([self.prefix] if self.prefix else []), *sorted(f"{part}." for part in parts)]
+
+    def stored_name(self, name: str) -> str | None:
+        """The stored tensor that has this name, or that becomes the module's tensor of this name, or of the name that
+        the architecture's rules make of it; None if there is none, or the module's is fused from several."""
+        if name in self._stored:
+            return name
+        group = self._group_of.get(self._rules.module_name(name)[0])
+        return group.sources[0] if group is not None and group.rule is None else None
+
+    def knows(self, name: str) -> bool:
+        """Whether the module has a tensor of this name, or of the name that the rules make of it, stored or not."""
+        return self._rules.module_name(name)[0] in self._rules
+
+    def module_names(self, stored_name: str) -> list[str]:
+        """The module tensors that a stored one is a part of; none if the module has no use for it."""
+        return self._names_by_source.get(stored_name, [])
+
+    def store(self, names: Collection[str], tensors: Mapping[str, Tensor]) -> Tensors:
+        """Module tensors as they are stored, by stored name. names: all module tensors of a stored one."""
+        group = self._group_of[next(iter(names))]
+        if group.rule is None:
+            return {group.sources[0]: tensors[group.name]}
+        return revert_weight_conversion(self._module, {name: tensors[name] for name in names})
+
+    def check_reversible(self) -> None:
+        """Raise ConfigError if what was fused can't be written as it was stored."""
+        for group in self._groups:
+            if group.rule is not None:
+                names = self.module_names(group.sources[0])
+                found = self.store(names, {name: self._forms[name] for name in names})
+                shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+                if shapes != {name: self._stored[name].shape for name in group.sources}:
+                    raise ConfigError(
+                        f"{group.name} is fused from {', '.join(group.sources[:3])}, and this version of transformers "
+                        "can't write it under these names again"
+                    )
+
+    @cached_property
+    def _names_by_source(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name, group in self._group_of.items():
+            for source in group.sources:
+                names.setdefault(source, []).append(name)
+        return names
+
+
+class Rules:
+    """What transformers calls a stored tensor of an architecture in its module."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self._expected = module.state_dict(keep_vars=True)
+        rules = get_model_conversion_mapping(module)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._prefix = module.base_model_prefix
+        self.by_pattern = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the module has a tensor of this name."""
+        return name in self._expected
+
+    def module_name(self, stored: str) -> tuple[str, str]:
+        """The module's tensor that a stored one becomes, or becomes a part of, and then the pattern of the rule by
+        which it does; a name that is not the module's if it has no use for it."""
+        name, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._expected)
+        if name in self:
+            return name, pattern or ""
+        plain = ".".join(part for part in stored.split(".") if part not in _WRAPPERS)
+        if stored in self or plain == stored:
+            return (stored, "") if stored in self else (name, pattern or "")
+        return self.module_name(plain)
+
+    def wrappers_in(self, stored: str) -> set[str]:
+        """The parts of a stored name that wrappers put there: without them it becomes one of the module's."""
+        parts = _WRAPPERS.intersection(stored.split("."))
+        return parts - set(self.module_name(stored)[0].split(".")) if parts else set()
+
+
+def _foreign_prefix(rules: Rules, stored: Collection[str]) -> str:
+    """What stands before the names of a checkpoint of which no layer would be found otherwise; mostly nothing.
+
+    Raises ConfigError if several parts of the checkpoint would do.
+    """
+    numbered = [name for name in stored if _number_at(name)]
+    if any(rules.module_name(name)[0] in rules for name in numbered):
+        return ""
+
+    def fit(prefix: str) -> tuple[int, int, int]:
+        """How many names are the module's without it, then how many of them to the letter."""
+        names = [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
+        return (
+            sum(rules.module_name(name)[0] in rules for name in names),
+            sum(name in rules for name in names),
+            -len(prefix),
+        )
+
+    starts = (".".join(name.split(".")[:count]) for name in numbered for count in range(1, _number_at(name) + 1))
+    fits = {f"{start}.": fit(f"{start}.") for start in dict.fromkeys(starts)}
+    best = max(fits, key=lambda prefix: fits[prefix], default="")
+    if not best or not fits[best][0]:
+        return ""
+    for other in fits:
+        if fits[other][:2] == fits[best][:2] and not other.startswith(best) and not best.startswith(other):
+            raise ConfigError(
+                f"its tensors fit without '{best}' and without '{other}' before their names; keep one of them"
+            )
+    return best
+
+
+def _number_at(name: str) -> int:
+    """How many parts of a name stand before its first number; 0 if it has none."""
+    return next((place for place, part in enumerate(name.split(".")) if part.isdecimal()), 0)
+
+
+def _grouped(rules: Rules, stored: Mapping[str, TensorInfo], prefix: str) -> tuple[list[Group], list[str]]:
+    """The groups of a checkpoint's tensors by the module's rules, and the tensors that the module has no use for.
+
+    prefix: stands before names, and is no part of them.
+    """
+    members: dict[str, list[tuple[str, str]]] = {}
+    unused = []
+    # Experts are fused in the order of their numbers: 2 before 10.
+    for source in sorted(stored, key=dot_natural_key):
+        name, pattern = rules.module_name(source.removeprefix(prefix))
+        if name in rules:
+            members.setdefault(name, []).append((source, pattern))
+        else:
+            unused.append(source)
+    groups = []
+    for name, found in members.items():
+        if len(found) > 1:  # beside a tensor of the right name, a wrapped one is not meant
+            found.sort(key=lambda one: not rules.wrappers_in(one[0]))
+        fused = [(source, pattern) for source, pattern in found if pattern]
+        if fused:
+            rule = rules.by_pattern[fused[0][1]]
+            groups.append(Group(tuple(s for s, _ in fused), tuple(p for _, p in fused), name, rule))
+        else:
+            groups.append(Group((found[-1][0],), (), name, None))
+            unused += [source for source, _ in found[:-1]]
+    return groups, unused
+
+
+def _form(info: TensorInfo) -> Tensor:
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")

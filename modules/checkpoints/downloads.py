@@ -1,0 +1,38 @@
+"""When files of the hub are fetched and removed during a run.
+
+Knows: which repositories a run needs, the bar, the one that comes ahead. Refuses to know: HTTP, what is in the files.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+
+from modules.checkpoints.hub import Ahead, Bar, Job, Repository, check_space
+from modules.runtime import Console
+
+
+def fetch_now(console: Console, job: Job) -> None:
+    """Fetch a job's files from the hub, if any are missing, and return when they are here. Raises ConfigError if the
+    disk is too small, CheckpointError if they can't be had."""
+    check_space([job], keep=True)
+    with Ahead([job], partial(begin_download, console)) as ahead:
+        ahead.wait(0)
+
+
+def begin_download(console: Console, job: Job) -> Bar:
+    """Say that a download begins; the bar that shows how far it is."""
+    count = len(job.absent)
+    console.timed(f"Downloading {job.name} ({count} {'file' if count == 1 else 'files'}, {job.size / 1e9:.2f} GB)")
+    return console.download(job.name, job.size)
+
+
+def remove_downloads(
+    console: Console, repositories: Iterable[Repository | None], needed: Iterable[Repository | None] = ()
+) -> None:
+    """Remove from the hub's cache what this run has fetched of these, but for what is needed still."""
+    folders = {repository.folder for repository in needed if repository}
+    for repository in repositories:
+        if repository is not None and repository.folder not in folders:
+            try:
+                repository.remove_fetched()
+            except OSError as error:  # no reason to lose a merge
+                console.warning(f"{repository.folder} could not be removed ({error.strerror})")

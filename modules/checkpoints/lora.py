@@ -1,0 +1,268 @@
+"""LoRA adapters: a checkpoint to which an adapter is applied while it is read, tensor by tensor.
+
+Knows: PEFT's files, which kinds of adapters are nothing but sums. Refuses to know: layers, devices, scores.
+
+Plain LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) adds s*B*A to a weight, with A (r, input), B (output, r)
+and s = alpha/r. Rank-stabilised LoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732) has s = alpha/sqrt(r). What
+an adapter may hold besides are whole tensors that take the place of the model's (modules_to_save, biases).
+"""
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from modules.checkpoints.causes import disguise, found_instead, pointers
+from modules.checkpoints.checkpoint import ADAPTER_SETTINGS, Checkpoint
+from modules.checkpoints.companions import Companions, find_companions
+from modules.checkpoints.conversion import Layout
+from modules.checkpoints.weight_files import (
+    Fingerprint,
+    Room,
+    TensorInfo,
+    fingerprint,
+    fresh,
+    is_there,
+    local_files,
+    read_file,
+    read_headers,
+    stream_tensors,
+)
+from modules.config import is_number
+from modules.runtime import CheckpointError, ConfigError
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # safetensors win
+
+# Settings of PEFT under which an adapter is no sum of a weight and a product, or not of this model's weights.
+_REFUSED = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "trainable_token_indices": "trainable tokens",
+    "target_parameters": "LoRA on stacked experts",
+    "layer_replication": "replicated layers",
+    "lora_bias": "LoRA on biases",
+}
+# How A and B began; under any other name (PiSSA, OLoRA, CorDA, LoftQ, ...) the model's own weights were changed too.
+_HARMLESS_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+_PREFIX = "base_model.model."
+_LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
+_WHOLE = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=\.)")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A and B of one weight, by their names in the adapter's file."""
+
+    a: str  # (r, input)
+    b: str  # (output, r)
+    scale: float
+    transposed: bool  # the weight is stored (input, output)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's files, by what they do to a model's weights; names are those that PEFT gives the model's modules."""
+
+    path: Path
+    name: str  # of the candidate
+    trained_on: str  # as PEFT noted it
+    tensors: Mapping[str, TensorInfo]
+    whole: Mapping[str, str]  # the model's tensor -> the adapter's that takes its place
+    products: Mapping[str, Product]  # the model's weight -> what is added to it
+    companions: Companions  # as they were when it was opened
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Some of the adapter's own tensors, on the CPU. Raises CheckpointError if a file can't be read."""
+        return dict(stream_tensors(self.path / self.tensors[next(iter(names))].file, names)) if names else {}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """An adapter's settings. Raises ConfigError if they are none, or those of a kind that can't be applied,
+    CheckpointError if they can't be read."""
+    pointer = pointers(path, (ADAPTER_SETTINGS, *WEIGHTS))
+    if pointer:
+        raise ConfigError(pointer)
+    content = read_file(path / ADAPTER_SETTINGS)
+    try:
+        settings = json.loads(content.decode("utf-8"))
+        alphas = [settings.get("lora_alpha", 8), *(settings.get("alpha_pattern") or {}).values()]
+        for pattern in settings.get("alpha_pattern") or {}:
+            re.compile(pattern)
+        valid = all(map(is_number, alphas)) and isinstance(settings.get("use_rslora", False), bool)
+    except (ValueError, AttributeError, TypeError, RecursionError, re.error):
+        valid = False
+    if not valid:
+        what = disguise(path / ADAPTER_SETTINGS) or "not the settings of an adapter"
+        raise ConfigError(f"{path / ADAPTER_SETTINGS}: {what}")
+    problem = _refusal(settings)
+    if problem:
+        raise ConfigError(
+            f"{path}: {problem} can't be applied while streaming; merge it into its model with PEFT first"
+        )
+    return settings
+
+
+def _refusal(settings: Mapping[str, Any]) -> str | None:
+    """What kind of adapter it is, if it is one that can't be applied."""
+    if settings.get("peft_type") != "LORA":
+        return f"an adapter of type {settings.get('peft_type')}"
+    for key, kind in _REFUSED.items():
+        if settings.get(key):
+            return f"{kind} ({key})"
+    beginning = settings.get("init_lora_weights")
+    if beginning not in _HARMLESS_BEGINNINGS:
+        return f"an adapter begun as {beginning} (init_lora_weights), for which the model's own weights were changed,"
+    return None
+
+
+def open_adapter(path: Path, name: str, trust_remote_code: bool = False) -> Adapter:
+    """Read an adapter's settings and its file's header. Raises ConfigError if it is none that can be applied,
+    CheckpointError if its settings can't be read."""
+    settings = read_settings(path)
+    file = next((file for file in WEIGHTS if is_there(path / file)), None)
+    if file is None:
+        instead = found_instead(path, local_files(path), WEIGHTS)
+        raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}{instead}")
+    try:
+        tensors = read_headers(path, [file])
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    whole, sides = _sorted_out(path, tensors)
+    if not whole and not sides:
+        raise ConfigError(f"{path / file}: the adapter is empty")
+    products = {}
+    for (module, is_embedding), names in sides.items():
+        if set(names) != {"A", "B"}:
+            raise ConfigError(f"{path}: {module} has only one of lora_A and lora_B")
+        a, b = (tensors[names[side]].shape for side in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
+            hint = "DeepSpeed and FSDP save such adapters if their shards were not gathered first"
+            raise ConfigError(f"{path}: lora_A {a} and lora_B {b} of {module} make no product; {hint}")
+        scale = _scale(settings, module, a[0])
+        products[f"{module}.weight"] = Product(names["A"], names["B"], scale, is_embedding)
+    trained_on = str(settings.get("base_model_name_or_path") or "")
+    return Adapter(path, name, trained_on, tensors, whole, products, find_companions(path, trust_remote_code))
+
+
+def _sorted_out(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[tuple[str, bool], dict[str, str]]]:
+    """An adapter's tensors: those in the place of the model's, by the model's name; and of every module, and whether it
+    is an embedding, the names of A and B. Raises ConfigError for any other."""
+    whole: dict[str, str] = {}
+    sides: dict[tuple[str, bool], dict[str, str]] = {}
+    for stored in names:
+        name = stored.rpartition(_PREFIX)[2]  # a wrapper may have put something in front
+        low_rank = _LOW_RANK.fullmatch(name)
+        if low_rank:
+            sides.setdefault((low_rank["module"], bool(low_rank["embedding"])), {})[low_rank["side"]] = stored
+        elif "lora_" in stored or not stored.endswith((".weight", ".bias")):
+            raise ConfigError(f"{path}: {stored} is no part of plain LoRA; merge the adapter with PEFT first")
+        elif ".original_module." not in stored:  # what a whole tensor took the place of
+            whole[_WHOLE.sub("", name)] = stored
+    return whole, sides
+
+
+def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha/r, or alpha/sqrt(r) if rank-stabilised; alpha_pattern names modules that have an alpha of their own."""
+    alpha = settings.get("lora_alpha", 8)
+    for pattern, own in (settings.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = own
+            break
+    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Applied to a checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted(Checkpoint):
+    """A checkpoint that is read with an adapter applied, in the dtypes that it stores."""
+
+    adapter: Adapter  # by the checkpoint's stored names
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, Companions]:
+        """The adapter's own tokenizer counts where it brings whole tensors along, which may be the vocabulary's."""
+        own = self.adapter.whole and "tokenizer_config.json" in self.adapter.companions.sizes
+        return (self.adapter.path, self.adapter.companions) if own else super().tokenizer_files
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the model's weight files; the adapter's own is no part of them."""
+        stored = (info.file for name, info in self.tensors.items() if name not in self.adapter.whole)
+        return tuple(dict.fromkeys(stored))
+
+    def fingerprint(self) -> dict[str, Fingerprint]:
+        """By which model and adapter are known again."""
+        files = {ADAPTER_SETTINGS, *(info.file for info in self.adapter.tensors.values())}
+        return super().fingerprint() | {file: fingerprint(self.adapter.path / file) for file in sorted(files)}
+
+    def stream(self, names: Iterable[str], room: Room = fresh) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors with the adapter applied, on the CPU. Raises CheckpointError if a file can't be read."""
+        names = list(names)
+        whole = {name: self.adapter.whole[name] for name in names if name in self.adapter.whole}
+        products = {name: self.adapter.products[name] for name in names if name in self.adapter.products}
+        own = self.adapter.read({*whole.values(), *(side for p in products.values() for side in (p.a, p.b))})
+        ready = ((name, own[stored]) for name, stored in whole.items())
+        for name, weight in chain(ready, super().stream([name for name in names if name not in whole], room)):
+            product = products.get(name)
+            yield name, _sum(weight, own[product.a], own[product.b], product) if product else weight
+
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:
+    """W + s*B*A, computed in float32 and rounded once to the weight's dtype."""
+    added = product.scale * (b.float() @ a.float())
+    return (weight.float() + (added.T if product.transposed else added)).to(weight.dtype)
+
+
+def apply_adapter(adapter: Adapter, checkpoint: Checkpoint, layout: Layout, input_first: Collection[str]) -> Adapted:
+    """The checkpoint with the adapter applied.
+
+    layout: the checkpoint's. input_first: stored names of weights (input, output). Raises ConfigError if the adapter
+    changes what the checkpoint lacks, or what has another shape there.
+    """
+    whole, products, tensors = {}, {}, dict(checkpoint.tensors)
+    for name, own in adapter.whole.items():
+        # A head that the model ties to its embedding, and therefore does not store, is the adapter's own.
+        stored = layout.stored_name(name) or (name if layout.knows(name) else None)
+        if stored is None:
+            raise ConfigError(f"{adapter.path}: {checkpoint.name} has no {name}, which the adapter brings")
+        whole[stored], form = own, adapter.tensors[own]
+        if stored in tensors and tensors[stored].shape != form.shape:
+            shapes = f"has shape {form.shape}, that of {checkpoint.name} {tensors[stored].shape}"
+            raise ConfigError(f"{adapter.path}: {name} {shapes}; merge the adapter into its model with PEFT first")
+        tensors[stored] = form
+    for name, product in adapter.products.items():
+        stored = layout.stored_name(name)
+        if stored is None:
+            raise ConfigError(f"{adapter.path}: {checkpoint.name} stores no {name}, which the adapter changes")
+        product = replace(product, transposed=product.transposed or stored in input_first)
+        added = adapter.tensors[product.b].shape[:1] + adapter.tensors[product.a].shape[1:]
+        if tensors[stored].shape != (added[::-1] if product.transposed else added):
+            shapes = f"{added} to {name}, which has shape {tensors[stored].shape} in {checkpoint.name}"
+            raise ConfigError(f"{adapter.path}: adds a matrix {shapes}")
+        products[stored] = product
+    return Adapted(
+        checkpoint.path,
+        adapter.name,
+        checkpoint.config,
+        tensors,
+        checkpoint.companions,
+        checkpoint.repository,
+        checkpoint.twice,
+        adapter=replace(adapter, whole=whole, products=products),
+    )

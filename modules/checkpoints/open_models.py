@@ -1,0 +1,273 @@
+"""The models of a run, found and opened: all that can be checked without their weights is.
+
+Knows: which models a configuration names, where they come from, that they must fit. Refuses to know: devices, scores,
+printing.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedModel
+
+from modules.checkpoints.architecture import settle_attention, without_weights
+from modules.checkpoints.bin_files import is_pickled
+from modules.checkpoints.candidate import Candidate, adapt, check_base, check_configuration, open_candidate
+from modules.checkpoints.checkpoint import (
+    ADAPTER_SETTINGS,
+    Checkpoint,
+    candidate_sources,
+    check_quantisation,
+    file_names,
+    find_repository,
+    open_checkpoint,
+    read_configuration,
+)
+from modules.checkpoints.hub import Job, Repository
+from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
+from modules.checkpoints.lora import Adapter, open_adapter, read_settings
+from modules.checkpoints.weight_files import holds_weights, weight_files
+from modules.config import Config
+from modules.runtime import ConfigError
+from modules.sources import Location, Source, names_of, parse_location
+
+Fetch = Callable[[Job], None]  # returns when a job's files are there
+In, Out = TypeVar("In"), TypeVar("Out")
+
+
+@dataclass(frozen=True)
+class Models:
+    """A base and the candidates that fit it; weights of the hub may still be missing."""
+
+    base: Checkpoint
+    base_where: str  # see Found.where
+    module: PreTrainedModel  # the base's, without weights
+    candidates: list[Candidate]
+    notes: list[str]  # lines for the person at the terminal
+    warnings: list[str]  # the same, of what may spoil the merge
+
+    @property
+    def jobs(self) -> list[Job]:
+        """What must be fetched before the base can be loaded, then before each candidate can be searched."""
+        return [self.base.job, *(candidate.checkpoint.job for candidate in self.candidates)]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A location of which it is known what files it has."""
+
+    location: Location
+    folder: Path
+    repository: Repository | None  # None for a local folder
+    names: frozenset[str]  # of all its files, those included that are still to be fetched
+
+    def same_as(self, other: "Found") -> bool:
+        """Whether both are the same files: one folder, or one commit under two ids of the hub."""
+        both_on_hub = self.repository is not None and other.repository is not None
+        one, two = (found.folder.name if both_on_hub else found.folder.resolve() for found in (self, other))
+        return one == two
+
+    @property
+    def where(self) -> str:
+        """Where exactly these files are, from wherever one looks."""
+        return f"{self.location.repo}@{self.folder.name}" if self.repository else str(self.folder.resolve())
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter, be it beside a model's weights."""
+        return ADAPTER_SETTINGS in self.names
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether there is an adapter and nothing else."""
+        return self.has_adapter and not holds_weights(self.names)
+
+    def notes(self) -> list[str]:
+        """What should be known about where the files come from."""
+        if self.repository is None:
+            return []
+        trouble = f"; the cache's copy is used, since {self.repository.trouble}" if self.repository.trouble else ""
+        return [f"{self.location.text} is at commit {self.folder.name}{trouble}"]
+
+
+def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Models:
+    """The base and the candidates of a configuration, opened and checked against each other.
+
+    no_candidates: only the base is wanted. Raises ConfigError, for all models that can't be used together.
+    """
+    sources, notes = ([], []) if no_candidates else candidate_sources(config)
+    base_location = base_of(config)
+    locations = [base_location, *(place for s in sources for place in (s.model, s.adapter) if place)]
+    locations = list(dict.fromkeys(locations))
+    found = _one_repository_each(dict(zip(locations, _all_or_problems(find_location, locations), strict=True)))
+    notes += [note for one in found.values() for note in one.notes()]
+    for source in [s for s in sources if s.adapter is None and found[s.model].same_as(found[base_location])]:
+        sources.remove(source)
+        notes.append(f"{source.text} is the base model itself: skipped")
+    if not sources and not no_candidates:
+        raise ConfigError("no candidates to merge: " + ("; ".join(notes) or "the model directory has no sub-folders"))
+    base_name, *names = names_of([Source(base_location.text, base_location), *sources])
+    base = open_base(found[base_location], base_name, config.trust_remote_code, fetch)
+    _refuse_links(base)
+    module, warnings = base_module(base, config.trust_remote_code)
+
+    def open_one(named: tuple[str, Source]) -> Candidate:
+        candidate = _open_candidate(*named, found, base, module, config.trust_remote_code, fetch)
+        places = [place for place in (named[1].model, named[1].adapter) if place]
+        return replace(candidate, text=named[1].text, where="+".join(found[place].where for place in places))
+
+    candidates = _all_or_problems(open_one, zip(names, sources, strict=True))
+    return Models(
+        base,
+        found[base_location].where,
+        module,
+        candidates,
+        notes
+        + base.notes
+        + base.companions.notes
+        + [note for c in candidates for note in (*c.notes, *c.checkpoint.notes)],
+        warnings + [warning for candidate in candidates for warning in candidate.warnings],
+    )
+
+
+def looked_up(locations: Iterable[Location]) -> list[str]:
+    """A line for each location that could be meant as a folder, and will be looked for on the hub."""
+    return [
+        f"{one.text} is no folder here: looking on the hub" for one in locations if not (one.folder or one.revision)
+    ]
+
+
+def locations_of(config: Config) -> list[Location]:
+    """The base's location and those of all candidates."""
+    sources, _ = candidate_sources(config)
+    places = [base_of(config), *(place for s in sources for place in (s.model, s.adapter) if place)]
+    return list(dict.fromkeys(places))
+
+
+def base_of(config: Config) -> Location:
+    """Where the base model lies. Raises ConfigError if its folder has gone."""
+    location = parse_location(config.directories.model_path1)
+    if location is None:
+        raise ConfigError(f"{config.directories.model_path1}: no such folder")
+    return location
+
+
+def find_location(location: Location) -> Found:
+    """What a location has; of the hub's models, the small files are fetched. Raises ConfigError."""
+    repository = find_repository(location)
+    folder = location.folder if repository is None else repository.folder
+    assert folder is not None  # a location without a folder has a repository
+    return Found(location, folder, repository, frozenset(file_names(folder, repository)))
+
+
+def open_base(found: Found, name: str, trust_remote_code: bool, fetch: Fetch) -> Checkpoint:
+    """A location as the base model, its weights not read. Raises ConfigError if it can't be one."""
+    if found.is_adapter:
+        raise ConfigError(f"{found.location.text}: this is an adapter; name its model as the base, it as a candidate")
+    if found.has_adapter:
+        raise ConfigError(
+            f"{found.location.text}: holds an adapter beside a model's weights; move {ADAPTER_SETTINGS} away"
+        )
+    return _open_model(found, name, trust_remote_code, fetch)
+
+
+def _refuse_links(base: Checkpoint) -> None:
+    """Raise ConfigError if what is copied of a base could not be opened."""
+    lacking = base.companions.lacking
+    if lacking:
+        links = f"{', '.join(lacking)} {'is a link' if len(lacking) == 1 else 'are links'} out of this folder"
+        raise ConfigError(
+            f"{base.path}: {links}, which is not followed when the output is written; put a copy in its place, or name "
+            f"the model's own folder ({(base.path / lacking[0]).resolve().parent})"
+        )
+
+
+def base_module(base: Checkpoint, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
+    """The base's module without weights, and warnings. Raises ConfigError if its tensors are not the module's."""
+    warnings = settle_attention(base, trust_remote_code)
+    module = without_weights(base, trust_remote_code)
+    check_base(base, module)
+    return module, warnings
+
+
+def _one_repository_each(found: dict[Location, Found]) -> dict[Location, Found]:
+    """The same, but two locations that are one commit share their repository, which knows what was fetched of it."""
+    first: dict[Path, Repository | None] = {}
+    return {
+        location: replace(one, repository=first.setdefault(one.folder, one.repository))
+        for location, one in found.items()
+    }
+
+
+def _open_model(
+    found: Found, name: str, trust_remote_code: bool, fetch: Fetch, base: Checkpoint | None = None
+) -> Checkpoint:
+    """A location's model, that of a candidate if there is a base. The shapes in .bin files can't be seen from afar:
+    those are fetched here, once the configuration fits."""
+    try:
+        if found.repository is not None and holds_weights(found.names):
+            config = read_configuration(found.folder, found.names, trust_remote_code)
+            if base is not None:
+                check_configuration(found.folder, config, base)
+            files = weight_files(found.folder, found.names)
+            if any(is_pickled(file) for file in files):
+                check_quantisation(found.folder)
+                fetch(Job(name, found.repository, tuple(files)))
+        return open_checkpoint(found.folder, name, trust_remote_code, found.repository)
+    except ConfigError as error:
+        if found.repository is not None and found.repository.trouble:
+            raise ConfigError(f"{error}; only the cache could be asked, since {found.repository.trouble}") from None
+        raise
+
+
+def _open_candidate(
+    name: str,
+    source: Source,
+    found: dict[Location, Found],
+    base: Checkpoint,
+    module: PreTrainedModel,
+    trust_remote_code: bool,
+    fetch: Fetch,
+) -> Candidate:
+    """A model, an adapter for the base, or a model with its adapter. Raises ConfigError if it does not fit the base."""
+    model = found[source.model]
+    if source.adapter is None and not model.is_adapter:
+        checkpoint = _open_model(model, name, trust_remote_code, fetch, base)
+        note = f"{source.text} also holds an adapter, which is not applied; to apply it, name it behind a plus"
+        return open_candidate(checkpoint, base, module, notes=[note] if model.has_adapter else [])
+    where = found[source.adapter] if source.adapter else model
+    if not where.has_adapter:
+        raise ConfigError(f"{where.location.text}: no adapter here ({ADAPTER_SETTINGS} is missing)")
+    if where.repository is not None:
+        read_settings(where.folder)  # before anything is fetched in vain
+        weights = [file for file in ADAPTER_WEIGHTS if file in where.names][:1]
+        fetch(Job(name, where.repository, tuple(weights)))
+    adapter = open_adapter(where.folder, name, trust_remote_code)
+    underlying = _open_model(model, name.split("+")[0], trust_remote_code, fetch, base) if source.adapter else base
+    repositories = [where.repository] if where.repository else []
+    adapted = adapt(underlying, adapter, base, module)
+    return open_candidate(adapted, base, module, notes=_about_adapter(adapter, underlying), repositories=repositories)
+
+
+def _about_adapter(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
+    """A line if an adapter was trained on something else than it is applied to, as far as names tell."""
+    trained_on = adapter.trained_on.rstrip("/").rsplit("/")[-1]
+    repository = checkpoint.repository
+    applied_to = repository.location.repo.split("/")[-1] if repository else checkpoint.path.resolve().name
+    if not trained_on or trained_on.casefold() == applied_to.casefold():
+        return []
+    return [f"{adapter.name}: the adapter was trained on {adapter.trained_on}, and is applied to {checkpoint.name}"]
+
+
+def _all_or_problems(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
+    """What the function makes of each item. Raises ConfigError with all that it could make nothing of."""
+    results, problems = [], []
+    for item in items:
+        try:
+            results.append(function(item))
+        except ConfigError as error:
+            problems += error.args
+    if problems:
+        raise ConfigError(*problems)
+    return results

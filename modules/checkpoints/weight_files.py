@@ -1,0 +1,276 @@
+"""Weight files: what is in them, tensors out of them, new ones.
+
+Knows: safetensors headers, .bin files, indexes of shards. Refuses to know: what a tensor is for, models, devices.
+
+`stream_tensors` opens a file, hands over the tensors asked for one by one and closes it again; only `whole_files` are
+loaded whole.
+Nothing in a file is executed: a .bin file is a pickle, and one that would need more than tensors is refused.
+"""
+
+import errno
+import hashlib
+import json
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from modules.checkpoints.bin_files import Forms, Held, is_pickled, is_whole, pickled_forms, unpickled_once
+from modules.checkpoints.causes import disguise, found_instead
+from modules.runtime import CheckpointError, ConfigError, reading
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# In this order: where a folder holds both formats, safetensors win.
+_FORMATS = ((SINGLE_FILE, INDEX_FILE), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+Room = Callable[[int], Tensor]  # so many bytes of the CPU's memory, as a tensor of uint8
+
+Fingerprint = dict[str, int | str]  # "size" in bytes, "sha256"
+_BLOCKS, _BLOCK = 64, 1 << 16  # of a large file, how many blocks of how many bytes a fingerprint looks at
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it looks like, from the file's header."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float16 and so on, as settings and messages have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def local_files(folder: Path) -> list[str]:
+    """The names of the files in a folder, sub-folders left out. Raises CheckpointError if it can't be read."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise _unread(folder, error) from None
+    return sorted(path.name for path in paths if is_there(path))
+
+
+def is_there(path: Path, kind: Callable[[int], bool] = stat.S_ISREG) -> bool:
+    """Whether there is a file or, by another `kind`, a folder of this name. Raises CheckpointError if the system can't
+    tell: what can't be read is not missing."""
+    try:
+        return kind(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise _unread(path, error) from None
+
+
+def _unread(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: can't be read ({error.strerror or error})")
+
+
+def read_file(path: Path) -> bytes:
+    """All of a small file. Raises CheckpointError if it can't be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unread(path, error) from None
+
+
+def holds_weights(names: Collection[str]) -> bool:
+    """Whether a model folder with files of these names has a model's weights."""
+    return any(name in names for form in _FORMATS for name in form)
+
+
+def index_file(names: Collection[str]) -> str | None:
+    """Of files of these names, the index of a model's weights; None if they are no shards."""
+    for single, index in _FORMATS:
+        if single in names or index in names:
+            return None if single in names else index
+    return None
+
+
+def weight_files(folder: Path, names: Collection[str]) -> list[str]:
+    """The names of a model's weight files, of one format.
+
+    names: of all the model's files; an index among them must be in the folder, shards need not. Raises ConfigError if
+    there are no weights, or an index names files that are not among the names; CheckpointError if it can't be read.
+    """
+    for single, index in _FORMATS:
+        if single in names:
+            return [single]
+        if index in names:
+            return _indexed(folder, index, names, Path(single).suffix)
+    looked_for = [name for form in _FORMATS for name in form]
+    instead = found_instead(folder, names, looked_for)
+    raise ConfigError(f"{folder}: no weights here; looked for {', '.join(looked_for)}{instead}")
+
+
+def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> list[str]:
+    """The shards that an index names. suffix: of every one of them; under any other, a shard could take the
+    place of another file when the model is written again."""
+    try:
+        weight_map = json.loads(read_file(folder / index).decode("utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        what = disguise(folder / index) or "not a valid index of shards"
+        raise ConfigError(f"{folder / index}: {what}") from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ConfigError(f"{folder / index}: '{file}' is not a plain file name")
+        if not file.endswith(suffix):
+            raise ConfigError(f"{folder / index}: '{file}' is no {suffix} file")
+        if file not in names:
+            raise ConfigError(f"{folder}: the shard {file} is missing")
+    return files
+
+
+def read_headers(folder: Path, files: Iterable[str], known: Mapping[str, Forms] | None = None) -> dict[str, TensorInfo]:
+    """Every tensor of some weight files, by name and in file order; no weights are read.
+
+    known: what is in those of the files that are not in the folder yet. Raises ConfigError for a type that can't be
+    merged, CheckpointError if a file can't be read.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors.update(tensor_infos(f"{folder / file}", file, (known or {}).get(file) or _forms(folder / file)))
+    return tensors
+
+
+def place_in_index(folder: Path, name: str) -> str | None:
+    """The shard in which a tensor is by the index that a folder has; None if it has none, or that does not know it."""
+    index = index_file(local_files(folder))
+    try:
+        return json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].get(name) if index else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # what is said of a tensor does without
+
+
+def _forms(path: Path) -> Forms:
+    problem = disguise(path)
+    if problem:
+        raise CheckpointError(f"{path}: can't be read (it {problem})")
+    return pickled_forms(path) if is_pickled(path.name) else _safetensors_forms(path)
+
+
+def tensor_infos(where: str, file: str, forms: Forms) -> dict[str, TensorInfo]:
+    """Dtype (torch's, or the name that safetensors gives it) and shape by tensor name, as TensorInfo.
+
+    Raises ConfigError, beginning with `where`, for a dtype that can't be merged, and for weights that are no floating-
+    point numbers: what quantised models are made of, whatever their config.json says.
+    """
+    tensors = {}
+    for name, (stored, shape) in forms.items():
+        dtype = stored if stored in _DTYPES.values() else _DTYPES.get(stored)
+        if dtype is None or (not dtype.is_floating_point and "weight" in name.rpartition(".")[2]):
+            raise ConfigError(
+                f"{where}: {name} is stored as {dtype or stored}, which can't be merged; "
+                "if this model is quantised, merge the original weights instead"
+            )
+        tensors[name] = TensorInfo(file, tuple(shape), dtype)
+    return tensors
+
+
+def fresh(size: int) -> Tensor:
+    """Memory that nobody else has."""
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def stream_tensors(
+    path: Path, names: Iterable[str], held: Held | None = None, room: Room = fresh
+) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of one file, on the CPU, in their stored dtype, each with its name as soon as it is read.
+
+    held: kept by the caller for its next call, which may want more of a file that had to be loaded whole. room: where
+    tensors are read into. Raises CheckpointError if the file can't be read.
+    """
+    if is_pickled(path.name):
+        everything = unpickled_once(path, {} if held is None else held)
+        # Copied: a tensor in a memory map changes with its file. Detached: it may be a module's parameter.
+        for name in names:
+            yield name, everything[name].detach().clone(memory_format=torch.contiguous_format)
+        return
+    # No memory map: a file that shrinks or a mount that vanishes is then an error, not a crash. And read by ourselves,
+    # since into memory that is used again and again it goes several times faster than into new memory.
+    with reading(path):
+        file = path.open("rb")
+    with file:
+        with reading(path):
+            entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            start = file.tell()
+        for name in names:
+            with reading(path):
+                entry = entries[name]
+                first, end = entry["data_offsets"]
+                memory = room(end - first)
+                file.seek(start + first)
+                if file.readinto(memory.numpy()) < end - first:
+                    raise ValueError("it ends too early")
+                tensor = memory.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+            yield name, tensor
+
+
+def whole_files(folder: Path, files: Iterable[str]) -> list[str]:
+    """Those of the files of which one tensor can't be read without the rest."""
+    return [file for file in files if is_pickled(file) and is_whole(folder / file)]
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """By which a file is known again without being read through: its size, and a hash of its header and of blocks from
+    all over it, since the headers of two fine-tunes are the same. Small files are hashed whole.
+
+    Raises CheckpointError if it can't be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if size <= _BLOCKS * _BLOCK:
+                digest.update(file.read())
+            else:
+                header = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
+                digest.update(file.read(min(header, size)))
+                for number in range(_BLOCKS):
+                    file.seek((size - _BLOCK) * number // (_BLOCKS - 1))
+                    digest.update(file.read(_BLOCK))
+    except OSError as error:
+        raise _unread(path, error) from None
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _safetensors_forms(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    with reading(path):
+        _check_length(path)
+    with reading(path), safe_open(path, "pt", backend="pread") as shard:
+        views = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - a shard is no mapping
+        return {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+
+
+def _check_length(path: Path) -> None:
+    """Raise ValueError if a safetensors file ends before what its header announces."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        announced = 8 + header
+        if announced <= size:
+            entries = json.loads(file.read(header))
+            announced += max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
+    if size < announced:
+        raise ValueError(f"it is cut short: {size:,} bytes of {announced:,}; fetch it again")

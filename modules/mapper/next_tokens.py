@@ -1,0 +1,241 @@
+"""What the model would say next: probabilities of all tokens behind any number of token paths at once.
+
+Knows: the model's forward, keys and values, memory. Refuses to know: what the paths mean, which of them are worth it.
+
+Two ways, the fastest that is exact for the model:
+
+    Cached       a token tree that grows: each token goes through the model once, and its keys and values are kept
+    Recomputed   all paths from their beginnings, as a token tree, as rows of one length, or one at a time
+"""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from modules.mapper.detokenize import Spelling
+from modules.model import ResidentModel
+from modules.scoring import (
+    LAYOUTS,
+    LOGITS_ON_CPU,
+    NOT_TAKEN,
+    Encoded,
+    Inputs,
+    Plain,
+    Scorer,
+    TokenTree,
+    build_packs,
+    depths,
+    reach,
+    sight,
+    spread,
+    tree_mask,
+)
+
+TOKEN_BUDGET = 2048  # tokens whose keys and values are kept: 1 GiB for a Llama 2 7B, a quarter for a Llama 3 8B
+VERIFIED = 8  # paths on which a way is verified
+COMPARED = 32  # likeliest next tokens that are compared
+
+Path = tuple[int, ...]  # token ids from the beginning of a text
+Guess = tuple[int, float]  # a next token and its log-probability
+
+
+class Continuation(ABC):
+    """Predicts next tokens under a model that does not change meanwhile. Deterministic: the same bits every time."""
+
+    way: str  # how it is done, in words
+
+    def __init__(self, model: ResidentModel, spelling: Spelling, token_budget: int = TOKEN_BUDGET) -> None:
+        self.token_budget = token_budget  # distinct tokens that should be asked about at once; one path may be longer
+        self.max_tokens = model.max_tokens  # longest path; None if the model sets no limit
+        self.max_paths = max(1, LOGITS_ON_CPU // (4 * model.vocabulary))  # at once, for the size of the answer
+        self._model, self._spelling = model, spelling
+        self._allowed: dict[str, Tensor] = {}  # by spaces: (V,), whether a completion can begin with the token
+
+    @torch.no_grad()
+    def next_tokens(self, paths: Sequence[Path], spaces: Sequence[str], count: int) -> list[list[Guess]]:
+        """The `count` likeliest next tokens behind each path, the likeliest first; of equals, the lower id.
+
+        spaces: what must be spelt next, per path; tokens that do not begin with it, or with a part of it, are left
+        out, and the probabilities of the others stay as they are. Raises ConfigError if the model answers NaN.
+        """
+        log_probabilities = self._log_probabilities(paths)
+        if torch.isnan(log_probabilities).any():
+            raise self._model.no_numbers()
+        for row, needed in enumerate(spaces):
+            if needed:
+                log_probabilities[row, ~self._beginning_with(needed)] = -torch.inf
+        return _best(log_probabilities, count)
+
+    @abstractmethod
+    def _log_probabilities(self, paths: Sequence[Path]) -> Tensor:
+        """Of all tokens behind each path: (paths, V), float32."""
+
+    def _beginning_with(self, spaces: str) -> Tensor:
+        if spaces not in self._allowed:
+            allowed = torch.zeros(self._model.vocabulary, dtype=torch.bool)
+            allowed[self._spelling.beginning_with(spaces)] = True
+            self._allowed[spaces] = allowed.to(self._model.device)
+        return self._allowed[spaces]
+
+
+class Cached(Continuation):
+    """Keeps the keys and values of a token tree; what is asked for next is mostly one token behind what is there."""
+
+    way = "token tree with kept keys and values"
+
+    def __init__(self, model: ResidentModel, spelling: Spelling, token_budget: int = TOKEN_BUDGET) -> None:
+        super().__init__(model, spelling, token_budget)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._tree = TokenTree()  # one column of the cache for each node
+        self._sight = torch.zeros(0, 0, dtype=torch.bool)
+        self._cache = DynamicCache()
+
+    def _log_probabilities(self, paths: Sequence[Path]) -> Tensor:
+        if len(self._tree) + self._missing(paths) > self.token_budget:
+            self._keep_only(paths)
+        ends: dict[Path, int] = {}
+        first = len(self._tree)
+        for path in paths:
+            if path not in ends:
+                nodes = self._tree.add(path[:-1])
+                # New even where it is known: it is here that the model is asked, and only new tokens go through it.
+                ends[path] = self._tree.new_node(nodes[-1] if nodes else -1, path[-1])
+        try:
+            return self._append(first, [ends[path] for path in paths])
+        except BaseException:
+            self._forget()  # the tree and the cache may no longer agree
+            raise
+
+    def _missing(self, paths: Iterable[Path]) -> int:
+        """How many columns the paths would add, at most."""
+        return sum(1 + len(path) - 1 - len(self._tree.known(path[:-1])) for path in paths)
+
+    def _keep_only(self, paths: Iterable[Path]) -> None:
+        """Drop all columns but those that lead to the paths."""
+        kept, columns = TokenTree(), {}
+        for path in paths:
+            known = self._tree.known(path[:-1])
+            columns.update(zip(kept.add(path[: len(known)]), known, strict=True))
+        if not columns:
+            self._forget()
+            return
+        index = torch.tensor([columns[node] for node in range(len(kept))])
+        self._tree, self._sight = kept, self._sight[index][:, index]
+        for layer in self._cache.layers:
+            layer.keys = layer.keys[:, :, index.to(layer.keys.device)]  # (1, heads, columns, head size)
+            layer.values = layer.values[:, :, index.to(layer.values.device)]
+
+    def _append(self, first: int, read: list[int]) -> Tensor:
+        """Send the tree's nodes from `first` on through the model; log-probabilities behind the nodes in `read`."""
+        model, new = self._model, sight(self._tree.parents[first:], self._sight)  # (T, first + T)
+        seen = torch.zeros(len(self._tree), len(self._tree), dtype=torch.bool)
+        seen[:first, :first], seen[first:] = self._sight, new
+        self._sight = seen
+        logits = model.logits(
+            {
+                "input_ids": torch.tensor([self._tree.tokens[first:]], device=model.device),
+                "attention_mask": tree_mask(new, model.dtype).to(model.device),
+                "position_ids": depths(new).to(model.device),
+                "past_key_values": self._cache,
+                "use_cache": True,
+            },
+            torch.tensor([column - first for column in read], device=model.device),
+        )
+        if self._cache.get_seq_length() != len(self._tree):
+            raise ValueError("the model did not use the cache")
+        return logits[0].float().log_softmax(-1)
+
+
+class Recomputed(Continuation):
+    """Keeps nothing: every path goes through the model from its beginning."""
+
+    def __init__(self, model: ResidentModel, spelling: Spelling, layout: str, token_budget: int = TOKEN_BUDGET) -> None:
+        """layout: one of phrases.LAYOUTS."""
+        super().__init__(model, spelling, token_budget)
+        self._layout = layout
+        self.way = "recomputed " + {"forest": "token tree", "rows": "rows", "single": "one at a time"}[layout]
+
+    def _log_probabilities(self, paths: Sequence[Path]) -> Tensor:
+        found = torch.empty(len(paths), self._model.vocabulary, device=self._model.device)
+        for numbers in self._together(paths):
+            # What is asked at a path's end is asked in the way of a phrase that follows; which one does not matter.
+            asked = [Encoded((*paths[number], paths[number][-1]), len(paths[number])) for number in numbers]
+            for pack in build_packs(asked, self._layout, self.token_budget):
+                inputs = Inputs.of(pack, self._model.device, self._model.dtype)
+                logits = self._model.logits({**inputs.arguments(), "use_cache": False}, inputs.columns)
+                chosen = logits[inputs.targets.rows, inputs.targets.columns].float()
+                index = torch.tensor(numbers, device=self._model.device)[inputs.targets.pairs]
+                found[index] = chosen.log_softmax(-1)
+        return found
+
+    def _together(self, paths: Sequence[Path]) -> list[list[int]]:
+        """Numbers of the paths that may share a pack: all of them, or, as rows, those of one length, never padded."""
+        if self._layout == "forest":
+            return [list(range(len(paths)))]
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for number, path in enumerate(paths):
+            by_length[len(path)].append(number)
+        return list(by_length.values())
+
+
+@torch.no_grad()
+def build_continuation(
+    model: ResidentModel, spelling: Spelling, scorer: Scorer, paths: Sequence[Path], longest: int
+) -> Continuation:
+    """The fastest way to continue `paths`, up to `longest` tokens, that is exact for this model.
+
+    Every way is compared, token by token, with plain forwards of some paths, the shortest and the longest among them:
+    as they are, and as they grow.
+    """
+    sample = spread(sorted(set(paths), key=len), VERIFIED)
+    stages = _growing(sample, longest - max(map(len, paths)), model.max_tokens)
+    plain = Plain(model)
+    exact = [torch.stack([plain.next_tokens(path) for path in stage]) for stage in stages]
+    trees = scorer.layout == "forest" and longest <= reach(model)
+    ways: list[Callable[[], Continuation]] = [partial(Cached, model, spelling)] if trees else []
+    ways += [partial(Recomputed, model, spelling, layout) for layout in (LAYOUTS if trees else LAYOUTS[1:])]
+    exact_ways = (make for make in ways[:-1] if _agrees(make(), stages, exact, scorer.tolerance))
+    return next(exact_ways, ways[-1])()
+
+
+def _growing(paths: Sequence[Path], steps: int, max_tokens: int | None) -> list[list[Path]]:
+    """Paths as they are, one token longer, then one step from their full length, then there; with their own tokens."""
+    most = max_tokens or max(map(len, paths)) + steps
+    lengths = sorted({0, min(1, steps), max(0, steps - 1), steps})
+    return [[tuple(islice(cycle(path), min(len(path) + more, most))) for path in paths] for more in lengths]
+
+
+def _agrees(way: Continuation, stages: Sequence[Sequence[Path]], exact: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether a way gives, at each stage, the log-probabilities of plain forwards, for the likeliest tokens."""
+    try:
+        found = [way._log_probabilities(stage) for stage in stages]
+    except torch.OutOfMemoryError:
+        raise
+    except NOT_TAKEN:
+        return False
+    return all(_deviation(*pair) <= tolerance for pair in zip(found, exact, strict=True))
+
+
+def _deviation(found: Tensor, exact: Tensor) -> float:
+    """The largest difference in log-probability of the likeliest tokens; NaN if any is."""
+    values, tokens = exact.topk(min(COMPARED, exact.shape[-1]))
+    return float((found.gather(-1, tokens) - values).abs().max())
+
+
+def _best(log_probabilities: Tensor, count: int) -> list[list[Guess]]:
+    """The `count` largest of each row, of equals the lowest ids: torch.topk leaves open which of them it takes."""
+    count = min(count, log_probabilities.shape[-1])
+    least = log_probabilities.topk(count).values[:, -1:]
+    rows, tokens = ((log_probabilities >= least) & (log_probabilities > -torch.inf)).nonzero(as_tuple=True)
+    guesses: list[list[Guess]] = [[] for _ in range(len(log_probabilities))]
+    for row, token, value in zip(rows.tolist(), tokens.tolist(), log_probabilities[rows, tokens].tolist(), strict=True):
+        guesses[row].append((token, value))
+    return [sorted(row, key=lambda guess: (-guess[1], guess[0]))[:count] for row in guesses]

@@ -1,0 +1,41 @@
+"""The resident base model: devices, placement, memory, layers, header, installing, saving.
+
+Knows: torch modules. Refuses to know: phrases, scores, strategies.
+"""
+
+from modules.model.base_model import ResidentModel
+from modules.model.devices import own_device, present_devices, resolve_device, resolve_dtype, wider
+from modules.model.embeddings import HeaderSkipped, aligned_header
+from modules.model.loading import load_model
+from modules.model.memory import (
+    Memory,
+    Sizes,
+    free_memory,
+    free_on_gpus,
+    header_weights,
+    placement_of,
+    sizes_of,
+    weights_of,
+)
+from modules.model.part import Part
+
+__all__ = [
+    "HeaderSkipped",
+    "Memory",
+    "Part",
+    "ResidentModel",
+    "Sizes",
+    "aligned_header",
+    "free_memory",
+    "free_on_gpus",
+    "header_weights",
+    "load_model",
+    "own_device",
+    "placement_of",
+    "present_devices",
+    "resolve_device",
+    "resolve_dtype",
+    "sizes_of",
+    "weights_of",
+    "wider",
+]

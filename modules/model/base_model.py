@@ -1,0 +1,296 @@
+"""The base model, resident on its device: load it, find its layers and header, put tensors in, save it.
+
+Knows: torch modules, devices, dtypes. Refuses to know: phrases, scores, strategies.
+
+Layers and header are handed out as Parts: named tensors that can be merged, tried and installed, all alike.
+"""
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from modules.checkpoints import (
+    Checkpoint,
+    Layout,
+    copy_companions,
+    dtype_name,
+    find_layers,
+    input_first_weights,
+    read_file,
+    write_shards,
+    written_name,
+)
+from modules.model.devices import wider
+from modules.model.part import Part
+from modules.runtime import CheckpointError, ConfigError
+
+
+class ResidentModel:
+    """The base model in device memory, and all that saving it again needs."""
+
+    def __init__(self, module: PreTrainedModel, checkpoint: Checkpoint, saved_dtype: torch.dtype | None) -> None:
+        """saved_dtype: the dtype of all saved weights; None keeps what the checkpoint stores, tensor by tensor."""
+        self.module = module
+        self.checkpoint = checkpoint
+        self.saved_dtype = saved_dtype
+        self.layers_name, self.layers = find_layers(module)
+        self._takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
+        self._state = _tensors_of(module)
+        self._input_first = input_first_weights(module)
+        self._layout = Layout(module, checkpoint.tensors)
+        self._layout.check_reversible()
+        self._stored_as = self._find_stored_names()
+        self._touched: set[str] = set()
+
+    def describe(self, saving: bool = True) -> dict[str, object]:
+        """Device and dtype for the summary."""
+        saved = f", saved as {dtype_name(self.saved_dtype or self.checkpoint.main_dtype())}" if saving else ""
+        return {"Device": self._where(), "Dtype": dtype_name(self.dtype) + saved}
+
+    def dtypes(self) -> dict[str, str | None]:
+        """The same for the recipe; saved_dtype None: what the checkpoint stores, tensor by tensor."""
+        saved = None if self.saved_dtype is None else dtype_name(self.saved_dtype)
+        return {"device": str(self.device), "dtype": dtype_name(self.dtype), "saved_dtype": saved}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives; of a model that is spread over several devices, where its embedding and head are."""
+        return self.module.device
+
+    def _where(self) -> str:
+        """The device or, if there are several, how many layers are on each."""
+        places = [next(iter(self.layer(index).devices)) for index in range(len(self.layers))]
+        counts = {place: places.count(place) for place in dict.fromkeys([self.device, *places])}
+        if len(counts) == 1:
+            return str(self.device)
+        return ", ".join(f"{place} ({count} layers)" for place, count in counts.items())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What most of the model computes in."""
+        return self.module.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of rows of the input embedding."""
+        return self.module.get_input_embeddings().weight.shape[0]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text the model takes, in tokens; None if its configuration sets no limit."""
+        return getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
+
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text, by the model's configuration and its generation settings."""
+        configs = [self.module.config.get_text_config(), self.module.config]
+        if "generation_config.json" in self.checkpoint.companions.sizes:
+            read_file(self.checkpoint.path / "generation_config.json")  # transformers takes it for missing if it can't
+            configs.append(GenerationConfig.from_pretrained(self.checkpoint.path, local_files_only=True))
+        found = [getattr(config, "eos_token_id", None) for config in configs]
+        return frozenset(token for ids in found if ids is not None for token in _as_list(ids))
+
+    @cached_property
+    def tuples_returned(self) -> dict[int, tuple[None, ...]]:
+        """The layers that return a tuple, and what stands behind the hidden states in it: nothing that we need."""
+        forms: dict[int, tuple[None, ...]] = {}
+
+        def note(layer: int, output: Any) -> None:
+            if isinstance(output, tuple):
+                forms[layer] = (None,) * (len(output) - 1)
+
+        hooks = [
+            layer.register_forward_hook(lambda module, inputs, output, number=number: note(number, output))
+            for number, layer in enumerate(self.layers)
+        ]
+        with torch.no_grad():
+            self.module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return forms
+
+    @contextmanager
+    def embeddings_moved(self) -> Iterator[None]:
+        """What the input embedding gives is moved at random, by up to half of its last bit: always alike."""
+        chance = torch.Generator().manual_seed(0)
+
+        def move(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            amount = torch.rand(output.shape, generator=chance).to(output.device) - 0.5
+            return (output.float() * (1 + torch.finfo(output.dtype).eps * amount)).to(output.dtype)
+
+        hook = self.module.get_input_embeddings().register_forward_hook(move)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def try_columns(self) -> None:
+        """Find out whether the forward can be told at which columns the head is read, and reads it there."""
+        if not self._takes_columns:
+            return
+        ids, column = torch.arange(3, device=self.device)[None], torch.tensor([1], device=self.device)
+        failures = (TypeError, ValueError, IndexError)
+        try:
+            everywhere = self.module(input_ids=ids, use_cache=False).logits
+        except failures:
+            return  # it can only be told
+        try:
+            there = self.module(input_ids=ids, use_cache=False, logits_to_keep=column).logits
+        except failures:
+            there = torch.empty(0)
+        same_shape = there.shape == everywhere[:, column].shape
+        self._takes_columns = same_shape and int((everywhere - there).abs().amax(-1).argmin()) == 1
+
+    def logits(self, arguments: Mapping[str, Any], columns: Tensor) -> Tensor:
+        """The model's own forward, read at the given columns: (B, columns, V)."""
+        if self._takes_columns:
+            return self.module(**arguments, logits_to_keep=columns).logits
+        return self.module(**arguments).logits[:, columns]
+
+    def layer(self, index: int) -> Part:
+        """The floating-point parameters and persistent buffers of one decoder layer."""
+        prefix = f"{self.layers_name}.{index}."
+        return self._part([name for name in self._state if name.startswith(prefix)])
+
+    def header(self) -> Part:
+        """The input embedding and the output head; one weight for both where they are tied."""
+        both = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        modules = [module for module in both if module is not None]
+        owned = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
+        # A tied head is the same tensor under a second name: it is taken once, under the first.
+        names = {id(tensor): name for name, tensor in reversed(self._state.items()) if id(tensor) in owned}
+        return self._part(sorted(names.values()))
+
+    def embedding_name(self) -> str:
+        """The full name of the input embedding's weight."""
+        weight = self.module.get_input_embeddings().weight
+        return next(name for name, tensor in self._state.items() if tensor is weight)
+
+    def head_name(self) -> str | None:
+        """The full name of the output head's weight, which a tied model has too; None without a head."""
+        head = self.module.get_output_embeddings()
+        return next((f"{name}.weight" for name, child in self.module.named_modules() if child is head), None)
+
+    def _part(self, names: list[str]) -> Part:
+        names = [name for name in names if self._state[name].is_floating_point()]
+        return Part(
+            tensors={name: self._state[name] for name in names},
+            saved_dtypes={name: self._saved_dtype_of(name) for name in names},
+            input_axes={name: -2 if name in self._input_first else -1 for name in names},
+            touched=self._touched,
+        )
+
+    def _saved_dtype_of(self, name: str) -> torch.dtype:
+        return self.saved_dtype or self._layout.dtype(self._stored_as[name])
+
+    def _find_stored_names(self) -> dict[str, str]:
+        """Parameter name -> the name under which the base stores it: another one only if it is tied to that."""
+        stored = {id(tensor): name for name, tensor in self._state.items() if name in self._layout}
+        found = {name: name if name in self._layout else stored.get(id(self._state[name])) for name in self._state}
+        missing = [name for name, other in found.items() if other is None]
+        if missing:
+            raise ConfigError(f"{self.checkpoint.path}: the weights lack {', '.join(missing[:3])}")
+        for name, tensor in self._state.items():
+            dtype = self._layout.dtype(found[name])
+            if tensor.is_floating_point() and not dtype.is_floating_point:
+                raise ConfigError(f"{self.checkpoint.path}: {name} is stored as {dtype}, not as a floating-point type")
+        mixed = [name for name in self._layout if len(self._layout.dtypes(name)) > 1]
+        if mixed and self.saved_dtype is None:
+            kinds = " and ".join(sorted(dtype_name(dtype) for dtype in self._layout.dtypes(mixed[0])))
+            raise ConfigError(f"{self.checkpoint.path}: {mixed[0]} is stored as {kinds}; set dtype to one of them")
+        return {name: other for name, other in found.items() if other is not None}
+
+    def check_weights(self) -> None:
+        """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless."""
+        for name, tensor in self._state.items():
+            if not _is_finite(tensor.detach()):
+                stored = self._layout.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
+                if _is_finite(stored):
+                    raise ConfigError(
+                        f"{self.checkpoint.path}: {name} overflows in {dtype_name(tensor.dtype)}; {wider(tensor.dtype)}"
+                    )
+                raise ConfigError(f"{self.checkpoint.path}: {name} holds NaN or infinite values; it can't be merged")
+
+    def no_numbers(self) -> ConfigError:
+        """What there is to say if the base's answers are NaN or infinite although its weights are not."""
+        if self.dtype == torch.float16:
+            return ConfigError(f"{self.checkpoint.path}: its activations overflow in float16; {wider(self.dtype)}")
+        return ConfigError(
+            f"{self.checkpoint.path}: its answers are NaN or infinite, and no dtype has more room than "
+            f"{dtype_name(self.dtype)}: its weights are damaged, or config.json does not fit them"
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write weights, in the base's own shards and names, and everything else that opens the model.
+
+        Raises CheckpointError if a file can't be written.
+        """
+        copy_companions(self.checkpoint, folder, self.saved_dtype)
+        shards, copied = self.checkpoint.by_file(self.checkpoint.tensors), self._only_in_file()
+        write_shards(folder, {written_name(file): self._saved(names, copied) for file, names in shards.items()})
+
+    def _only_in_file(self) -> set[str]:
+        """The stored tensors that must be copied: the model has no use for them, or they are to be saved as they were
+        stored, no merge has touched them, and what the model has instead is rounded."""
+        touched = {id(self._state[name]) for name in self._touched}
+        found = set()
+        for stored, info in self.checkpoint.tensors.items():
+            ours = [self._state[name] for name in self._layout.module_names(stored)]
+            is_rounded = any(tensor.dtype != info.dtype for tensor in ours)
+            is_kept = self._written_dtype(stored) == info.dtype and not any(id(tensor) in touched for tensor in ours)
+            if not ours or (is_kept and is_rounded):
+                found.add(stored)
+        return found
+
+    def _written_dtype(self, stored: str) -> torch.dtype:
+        """What a stored tensor is saved as."""
+        dtype = self.checkpoint.tensors[stored].dtype
+        return self.saved_dtype if dtype.is_floating_point and self.saved_dtype is not None else dtype
+
+    def _saved(self, stored_names: list[str], copied: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """One file's tensors: the model's own or, of some, those that lie in the base's file."""
+        written: set[int] = set()
+        ready = self.checkpoint.read([name for name in stored_names if name in copied])
+        for stored in stored_names:
+            names = self._layout.module_names(stored)
+            if stored not in ready:
+                own = self._layout.store(names, {name: self._state[name].detach() for name in names})
+                ready = {**own, **ready}
+            tensor = ready.pop(stored).to("cpu", self._written_dtype(stored)).contiguous()
+            if names and not _is_finite(tensor):
+                raise CheckpointError(f"{stored} has come to hold NaN or infinite values; nothing was put in place")
+            # Tensors that are fused or tied share memory, and a file can't hold one piece of memory twice.
+            memory = tensor.untyped_storage().data_ptr()
+            yield stored, tensor.clone() if memory in written else tensor
+            written.add(memory)
+
+
+def _tensors_of(module: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's own parameters and buffers, by name. A layer that accelerate copies to its device for every forward has
+    no data itself; of such a one, they are the tensors that are copied."""
+    tensors = module.state_dict(keep_vars=True)
+    for prefix, child in module.named_modules():
+        hook = getattr(child, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):  # accelerate's SequentialHook has several
+            for name, tensor in child.named_parameters(recurse=False):
+                if tensor.is_meta and getattr(one, "weights_map", None) is not None:
+                    tensors[f"{prefix}.{name}"] = one.weights_map[name]
+    return tensors
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinite values."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def _as_list(ids: int | list[int]) -> list[int]:
+    return ids if isinstance(ids, list) else [ids]

@@ -1,0 +1,196 @@
+"""The header of a candidate, brought into the base's order: rows are matched token by token.
+
+Knows: vocabularies, tied weights. Refuses to know: how rows are mixed, scores.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.checkpoints import Candidate, Tensors, load_tokenizer
+from modules.model.base_model import ResidentModel
+from modules.model.part import Part
+from modules.runtime import ConfigError
+
+MIN_SHARED_TOKENS = 0.9  # of the base's vocabulary, for the headers to be merged at all
+
+
+class HeaderSkipped(Exception):
+    """A candidate's header can't be matched with the base's; the message says why."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model's tokens that have a row in its header, and the number of rows: some may have no token."""
+
+    tokens: Mapping[str, int]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Two vocabularies, side by side."""
+
+    base: Vocabulary
+    candidate: Vocabulary
+    roles: Mapping[str, str]  # BOS and EOS of the base -> those of the candidate
+    matches: Mapping[int, int]  # base row -> candidate row
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the vocabularies are the same, row for row."""
+        return self.base == self.candidate
+
+    @property
+    def known(self) -> int:
+        """How many rows of the base have a token."""
+        return len(set(self.base.tokens.values()))
+
+    def describe(self, candidate: str) -> str:
+        """How many rows were matched, how, and what becomes of the others. candidate: its name."""
+        by_role = [
+            f"{token} with {part}"
+            for token, part in self.roles.items()
+            if token in self.base.tokens and token not in self.candidate.tokens and part in self.candidate.tokens
+        ]
+        moved = sum(row != other for row, other in self.matches.items())
+        lacking, nameless = self.known - len(self.matches), self.base.rows - self.known
+        added = len(set(self.candidate.tokens.values()) - set(self.matches.values()))
+        text = f"{len(self.matches)} of {self.base.rows} rows matched by token"
+        text += f", BOS or EOS by role ({', '.join(by_role)})" if by_role else ""
+        text += f", {moved} of them at another place" if moved else ""
+        kept = [f"{lacking} ({candidate} has no row for their tokens)"] if lacking else []
+        kept += [f"{nameless} (they have no token)"] if nameless else []
+        text += f"; the base keeps its own in {' and in '.join(kept)}" if kept else ""
+        if added or self.candidate.rows != self.base.rows:
+            text += f"; {candidate} has {self.candidate.rows} rows"
+            text += f", {added} of them for tokens that the base lacks" if added else ""
+        return text
+
+
+def aligned_header(
+    model: ResidentModel, tokenizer: Any, candidate: Candidate, trust_remote_code: bool
+) -> tuple[Tensors, str | None]:
+    """The candidate's header with its rows in the base's order, and a line about what had to be matched.
+
+    tokenizer: the base's. Raises HeaderSkipped if too few rows match, BrokenWeights if they are no numbers,
+    CheckpointError if a file can't be read.
+    """
+    part = model.header()
+    sources = _sources(model, candidate, part)
+    rows = min(tensor.shape[0] for tensor in part.tensors.values())
+    their_rows = min(candidate.layout.shape(source)[0] for source in sources.values())
+    try:
+        folder, companions = candidate.tokenizer_files
+        other = load_tokenizer(folder, trust_remote_code, companions)
+    except ConfigError as error:
+        raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
+    alignment = _align(tokenizer, rows, other, their_rows, candidate.name)
+    stored = candidate.read(set(sources.values()))
+    theirs = part.adopt(((name, stored[source]) for name, source in sources.items()), candidate.name)
+    aligned = {name: align_rows(ours, theirs[name], alignment.matches) for name, ours in part.tensors.items()}
+    tying = _about_tying(model, candidate, part)
+    if alignment.is_plain and not tying:
+        return aligned, None
+    return aligned, f"Header: {alignment.describe(candidate.name)}" + (f"; {tying}" if tying else "")
+
+
+def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str, str]:
+    """Tensor of the base's header -> the candidate's tensor that is merged into it. Raises HeaderSkipped.
+
+    A candidate whose head is tied to its embedding may store only one of the two, which then stands for both.
+    """
+    embedding, head = model.embedding_name(), model.head_name()
+    twins = {embedding: head, head: embedding} if _is_tied(candidate) else {}
+    sources = {}
+    for name, ours in part.tensors.items():
+        source = name if name in candidate.layout else twins.get(name)
+        if source is None or source not in candidate.layout:
+            raise HeaderSkipped(f"{candidate.name} has no {name}")
+        shape = candidate.layout.shape(source)
+        if shape[1:] != ours.shape[1:] or 0 in shape:
+            raise HeaderSkipped(f"{candidate.name}'s {source} has shape {shape}, the base's has {tuple(ours.shape)}")
+        sources[name] = source
+    return sources
+
+
+def _about_tying(model: ResidentModel, candidate: Candidate, part: Part) -> str | None:
+    """What becomes of the candidate's head where one model has a head of its own and the other has not."""
+    embedding, head = model.embedding_name(), model.head_name()
+    if head is None:
+        return None
+    ours_is_own = head in part.tensors
+    theirs_is_own = embedding in candidate.layout and head in candidate.layout
+    if theirs_is_own and _is_tied(candidate):
+        # As transformers has it: such a model is tied if, and only if, the two are equal. In .bin files they are.
+        theirs_is_own = not torch.equal(*candidate.read([embedding, head]).values())
+    if theirs_is_own and not ours_is_own:
+        return f"the base's head is its embedding, so {candidate.name}'s own head is not used"
+    if ours_is_own and not theirs_is_own:
+        return f"{candidate.name}'s head is its embedding, which is merged into both of the base's"
+    return None
+
+
+def _is_tied(candidate: Candidate) -> bool:
+    """Whether a candidate's configuration ties its head to its embedding."""
+    config = candidate.checkpoint.config
+    return any(getattr(one, "tie_word_embeddings", False) for one in (config, config.get_text_config()))
+
+
+def _align(base: Any, rows: int, other: Any, their_rows: int, candidate: str) -> Alignment:
+    """Two tokenizers' vocabularies side by side: rows of the same token, BOS and EOS by role.
+
+    rows, their_rows: of the headers. Raises HeaderSkipped if too few match.
+    """
+    ours, theirs = _vocabulary(base, rows), _vocabulary(other, their_rows)
+    # Where one token of the base plays both parts, as in GPT-2, it is matched as the one that ends a text.
+    roles = {base.bos_token: other.bos_token, base.eos_token: other.eos_token}
+    roles = {token: part for token, part in roles.items() if token and part}
+    alignment = Alignment(ours, theirs, roles, match_rows(ours.tokens, theirs.tokens, roles))
+    matched, known = len(alignment.matches), alignment.known
+    if matched < MIN_SHARED_TOKENS * known:
+        shared = f"{matched} of the base's {known} tokens (at least {MIN_SHARED_TOKENS:.0%} are needed)"
+        raise HeaderSkipped(f"{candidate} shares only {shared}")
+    return alignment
+
+
+def _vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
+    """The tokens of a tokenizer that a header of so many rows has room for."""
+    return Vocabulary({token: row for token, row in tokenizer.get_vocab().items() if row < rows}, rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vocabulary rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def match_rows(base: Mapping[str, int], other: Mapping[str, int], roles: Mapping[str, str]) -> dict[int, int]:
+    """Row of `base` -> row of `other` that holds the same token.
+
+    base, other: token string -> row. roles: a token of the base -> the token that plays its part in the other (BOS,
+    EOS), used where the other lacks the token itself. Tokens without a counterpart are absent from the result.
+    """
+    matches = {}
+    for token, row in base.items():
+        counterpart = token if token in other else roles.get(token, token)
+        if counterpart in other:
+            matches[row] = other[counterpart]
+    return matches
+
+
+def align_rows(base: Tensor, other: Tensor, matches: Mapping[int, int]) -> Tensor:
+    """`other`'s rows in the order of `base`'s, (base rows, ...); rows without a match are the base's own.
+
+    base: (base rows, ...); other: (other rows, ...), same dtype and device. Matches beyond either end are ignored.
+    """
+    pairs = [(row, theirs) for row, theirs in matches.items() if row < base.shape[0] and theirs < other.shape[0]]
+    if len(pairs) == base.shape[0] == other.shape[0] and all(row == theirs for row, theirs in pairs):
+        return other
+    aligned = base.clone()
+    if pairs:
+        rows = torch.tensor(pairs, device=base.device)
+        aligned[rows[:, 0]] = other[rows[:, 1]]
+    return aligned

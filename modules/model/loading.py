@@ -1,0 +1,113 @@
+"""The base model loaded onto its device or devices, in its type.
+
+Knows: transformers' loading, placements. Refuses to know: phrases, candidates, layers' contents.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from modules.checkpoints import Checkpoint, find_layers, without_weights
+from modules.model.base_model import ResidentModel
+from modules.model.devices import resolve_device, resolve_dtype
+from modules.runtime import ConfigError, first_line
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    compute: str | None = None,
+    placement: Sequence[torch.device] | None = None,
+) -> ResidentModel:
+    """Load a checkpoint's causal language model onto a device, ready to be searched.
+
+    device: auto, cpu, cuda, cuda:N or mps; dtype: auto, float16, bfloat16 or float32 (see resolve_dtype); compute: what
+    to compute in, if it is not what follows from dtype; placement: where each layer goes, if not all of them to the
+    device; those that go to the CPU are computed on the device all the same, to which accelerate then copies them.
+    Raises ConfigError if the device is absent or the checkpoint is no complete causal language model.
+    """
+    target = resolve_device(device)
+    computed = resolve_dtype(compute or dtype, checkpoint.main_dtype(), target)
+    try:
+        module, info = _load_module(checkpoint, target, computed, trust_remote_code, placement)
+    except torch.OutOfMemoryError:
+        raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever an architecture makes of a wrong configuration
+        raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
+    if info["mismatched_keys"]:
+        name, stored, expected = sorted(info["mismatched_keys"])[0]
+        raise ConfigError(
+            f"{checkpoint.path}: {name} has shape {tuple(stored)}, its config.json says {tuple(expected)}"
+        )
+    if info["missing_keys"]:
+        raise ConfigError(f"{checkpoint.path}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    module.eval().requires_grad_(False)
+    module.config.return_dict = True  # its outputs are read by name, whatever its configuration says
+    model = ResidentModel(module, checkpoint, None if dtype == "auto" else getattr(torch, dtype))
+    model.check_weights()
+    try:
+        _ = model.tuples_returned  # a first token
+        model.try_columns()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a setting that only matters once the model is used
+        raise ConfigError(f"{checkpoint.path} can't be used: {first_line(error)}") from None
+    checkpoint.release()
+    return model
+
+
+def _load_module(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    placement: Sequence[torch.device] | None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The module with its weights, and what transformers has to say about loading them."""
+    if device.type == "cpu" and dtype == checkpoint.main_dtype():
+        # transformers would map the files into memory. Weights that are changed must own their memory (a first write
+        # to a mapped page is slow), and a file that changes during a long run must not pull it down.
+        return type(without_weights(checkpoint, trust_remote_code)).from_pretrained(
+            None,
+            config=checkpoint.config,
+            state_dict=checkpoint.read(checkpoint.tensors),
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported by load_model, in our words
+        )
+    device_map: dict[str, torch.device] | None = None if device.type == "cpu" else {"": device}
+    if placement is not None:
+        device_map = device_map_of(without_weights(checkpoint, trust_remote_code), device, placement)
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint.path,
+        config=checkpoint.config,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+
+
+def device_map_of(
+    module: PreTrainedModel, device: torch.device, placement: Sequence[torch.device]
+) -> dict[str, torch.device]:
+    """Accelerate's map from parts of a model to devices: its layers as placed, everything else on one device."""
+    layers_name, layers = find_layers(module)
+    found = {f"{layers_name}.{index}": place for index, place in zip(range(len(layers)), placement, strict=True)}
+    for name, child in module.named_modules():
+        if name == layers_name or name.startswith(f"{layers_name}."):
+            continue
+        if not any(child.children()):
+            found[name] = device
+        else:
+            own = (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False))
+            found.update({f"{name}.{tensor}".lstrip("."): device for tensor, _ in own})
+    return found

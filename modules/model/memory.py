@@ -1,0 +1,152 @@
+"""What a model and its activations take in memory, where its layers go, how much scoring allows itself.
+
+Knows: a model's shapes, devices, what is free on them. Refuses to know: phrases, files, what weights hold.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from modules.checkpoints import find_layers, layer_settings
+from modules.model.devices import resolve_device
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A base model in numbers. "Weights" are counts of values, not bytes."""
+
+    layers: int
+    hidden: int  # features of a hidden state
+    widest: int  # the longest side of any matrix in a layer: mostly the MLP's
+    heads: int  # of attention in a layer, the most; 0 if there are none
+    head_size: int  # features of one head, the most
+    vocabulary: int  # rows of the input embedding
+    layer_weights: float  # in one layer, the mean over layers
+    active_weights: float  # of these, what one token is multiplied with: not all of a mixture of experts
+    header_weights: int  # input embedding and output head
+    keeps_attention: bool = False  # whether a layer's whole attention matrices are in memory ("eager")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run holds on its device, in bytes."""
+
+    base: int  # the whole base model
+    layers: int  # three layers: the candidate's, the one that is merged into, one on its way
+    header: int  # two of the header, and two layers: those that are searched when it arrives; 0 if it is not tried
+    activations: int = 0  # hidden states, mask and logits; about, and at their most
+
+    @property
+    def held(self) -> int:
+        """What weights take, whatever the phrases are."""
+        return self.base + max(self.layers, self.header)
+
+    @property
+    def total(self) -> int:
+        """Weights and activations."""
+        return self.held + self.activations
+
+
+def sizes_of(module: PreTrainedModel) -> Sizes:
+    """A model in numbers; it may be without weights."""
+    layers, text = find_layers(module)[1], module.config.get_text_config()
+    weights = [weight for layer in layers for weight in layer.parameters()]
+    chosen = max(_counts(text, "num_experts_per_tok"), default=None)
+    hidden = max(_counts(text, "hidden_size"), default=module.get_input_embeddings().weight.shape[1])
+    heads = max(_counts(text, "num_attention_heads"), default=0)
+
+    def active(weight: Tensor) -> float:
+        """Stacked experts are (experts, ..., ...), of which a token meets a few."""
+        share = min(1.0, chosen / weight.shape[0]) if chosen and weight.dim() == 3 else 1.0
+        return weight.numel() * share
+
+    return Sizes(
+        layers=len(layers),
+        hidden=hidden,
+        widest=max(max(weight.shape[-2:], default=1) for weight in weights),
+        heads=heads,
+        head_size=max(_counts(text, "head_dim"), default=hidden // max(1, heads)),
+        vocabulary=module.get_input_embeddings().weight.shape[0],
+        layer_weights=sum(weight.numel() for weight in weights) / len(layers),
+        active_weights=sum(map(active, weights)) / len(layers),
+        header_weights=sum(weight.numel() for weight in header_weights(module)),
+        keeps_attention=getattr(text, "_attn_implementation", None) == "eager",
+    )
+
+
+def _counts(config: PreTrainedConfig, key: str) -> list[int]:
+    """A setting of the layers that have it."""
+    return [value for value in layer_settings(config, key) if isinstance(value, int) and value]
+
+
+def header_weights(module: PreTrainedModel) -> list[Tensor]:
+    """The weights of input embedding and output head; where they are tied there is one."""
+    parts = [part for part in (module.get_input_embeddings(), module.get_output_embeddings()) if part is not None]
+    return list({id(weight): weight for part in parts for weight in part.parameters()}.values())
+
+
+def weights_of(module: PreTrainedModel, dtype: torch.dtype, with_header: bool) -> Memory:
+    """The weights that are held while layers and, if it is tried, the header are searched in this dtype."""
+    layer = max(_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1])
+    return Memory(
+        base=_bytes(module.parameters(), dtype) + sum(buffer.nbytes for buffer in module.buffers()),
+        layers=3 * layer,
+        header=2 * (_bytes(header_weights(module), dtype) + layer) if with_header else 0,
+    )
+
+
+def _bytes(weights: Iterable[Tensor], dtype: torch.dtype) -> int:
+    return sum(weight.numel() for weight in weights) * dtype.itemsize
+
+
+def placement_of(
+    device: str, module: PreTrainedModel, dtype: torch.dtype, weights: Memory, activations: int = 0
+) -> list[torch.device] | None:
+    """Where a model's layers go if `device`, as it is configured, leaves the choice and they don't fit on one GPU.
+
+    None if they fit, or it leaves no choice. module: may be without weights.
+    """
+    if device not in ("auto", "cuda") or resolve_device(device).type != "cuda":
+        return None
+    layers = [_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1]]
+    reserve = weights.held - weights.base + activations
+    return place_layers(layers, weights.base - sum(layers), reserve, free_on_gpus())
+
+
+def place_layers(
+    layers: Sequence[int], others: int, reserve: int, free: Mapping[torch.device, int]
+) -> list[torch.device] | None:
+    """Where each layer goes if they don't all fit on the first device: the devices are filled in order, what is left
+    over stays in the CPU's memory. None if all fit.
+
+    layers: bytes of each; others: bytes of everything else, which is on the first device; reserve: bytes to be kept
+    free on each; free: bytes that are free on each.
+    """
+    places: list[torch.device] = []
+    first, *_ = free
+    rooms = {device: room - reserve - (others if device == first else 0) for device, room in free.items()}
+    for size in layers:
+        # In order: once a device is full it stays so, and hidden states move from device to device only once.
+        while rooms and next(iter(rooms.values())) < size:
+            del rooms[next(iter(rooms))]
+        places.append(next(iter(rooms), torch.device("cpu")))
+        if rooms:
+            rooms[places[-1]] -= size
+    return None if all(place == first for place in places) else places
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None if it can't be asked."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+def free_on_gpus() -> dict[torch.device, int]:
+    """Bytes that are free on each CUDA device."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return {device: torch.cuda.mem_get_info(device)[0] for device in devices}

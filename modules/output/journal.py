@@ -1,0 +1,108 @@
+"""The record of a run: every line is on the disk before the run goes on.
+
+Knows: JSON lines, what survives a crash. Refuses to know: what a record means, models, tensors.
+
+A journal may end in the middle of a line, where a run was killed while it wrote; that line is dropped.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from modules.runtime import ConfigError
+
+JOURNAL_FILE = "merge_monster_journal.jsonl"
+
+Record = dict[str, Any]  # "kind" says which
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that comes from this file its name, which those of writing lack."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+class Journal:
+    """An open journal: the records that were in it, and those that are added."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a journal, or begin one. Raises ConfigError if it can't be written, or is damaged."""
+        self.path, self.records = path, []
+        try:
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise ConfigError(f"{path}: can't be written ({error.strerror})") from None
+        try:
+            self.records = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """The records of one kind, in their order."""
+        return [record for record in self.records if record["kind"] == kind]
+
+    def append(self, kind: str, **fields: Any) -> Record:
+        """Add a record; it is on the disk when this returns. Raises OSError if it can't be written."""
+        record = {"kind": kind, **fields}
+        with naming(self.path):
+            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self.records.append(record)
+        return record
+
+    def clear(self) -> None:
+        """Forget all records."""
+        self._file.truncate(0)
+        self.records = []
+
+    def _read(self) -> list[Record]:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        records = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, Mapping) or not isinstance(record.get("kind"), str):
+                    raise ValueError
+            except (ValueError, RecursionError):
+                raise ConfigError(f"{self.path}: line {number} is damaged; begin again with --restart") from None
+            records.append(dict(record))
+        if len(whole) < len(content):
+            self._file.truncate(len(whole))
+        return records
+
+    def close(self) -> None:
+        """Let go of the journal; what was appended is on the disk already."""
+        self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class JournalCopy(Journal):
+    """The same records in a process that does not write them down, since another one does."""
+
+    def __init__(self, records: list[Record]) -> None:
+        self.path, self.records = Path(JOURNAL_FILE), list(records)
+
+    def append(self, kind: str, **fields: Any) -> Record:
+        """Add a record."""
+        self.records.append({"kind": kind, **fields})
+        return self.records[-1]

@@ -1,0 +1,257 @@
+"""The model card: an output's README.md, which the hub shows and reads its front matter.
+
+Knows: the hub's front matter, Markdown, what of a recipe is for everybody's eyes. Refuses to know: how a recipe came to
+be, how pictures are drawn, the network.
+"""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from modules.checkpoints import is_licence, is_there, local_files
+from modules.output.journal import Record
+from modules.output.places import SETTINGS_FILE
+from modules.output.recipe import RECIPE_FILE, improved_phrases, needed_sources
+from modules.runtime import CheckpointError, percent, shortened, visible
+from modules.sources import names_folder, repositories_in
+
+CARD_FILE = "README.md"
+MOST_PHRASES = 60  # in the table; of more, those that changed most
+MOST_COLUMNS = 160  # of a phrase or a context in the table; of a longer one the end is shown
+MOST_SETTINGS = 50_000  # characters of YAML that are shown; they all are in the output too
+
+_LARGEST_CARD = 100_000  # characters of the base's card that are looked at for its licence
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What there is about the licence of a base."""
+
+    files: tuple[str, ...] = ()  # its texts, by the names that they have in the output too
+    stated: tuple[str, ...] = ()  # in the front matter of the base's card
+    unread: bool = False  # whether there is a card that could not be read
+
+
+def write_card(folder: Path, recipe: Record, name: str, base_path: Path, pictures: tuple[str, str]) -> None:
+    """Write the model card of an output, in the folder in which it is being written.
+
+    name: the output's. base_path: the base model's folder. pictures: see `model_card`; one that could not be made is
+    left out. Raises OSError if it can't be written.
+    """
+    made = tuple(picture if (folder / picture).is_file() else None for picture in pictures)
+    card = model_card(recipe, name, licence_of(base_path, folder), made)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8", newline="\n")
+
+
+def model_card(recipe: Record, name: str, licence: Licence, pictures: Sequence[str | None]) -> str:
+    """The text of a model card. licence: the base's.
+
+    pictures: the names of the merge map's file and of the phrase chart's, beside the card; None for one that is not.
+    """
+    merge_map, phrase_chart = pictures
+    sections = [
+        _front_matter(recipe),
+        f"# {_plain(name)}",
+        _introduction(recipe),
+        "## Composition",
+        _composition(recipe),
+        merge_map and f"![The models that every layer is made of]({merge_map})",
+        "## Phrases",
+        _about_phrases(recipe),
+        _phrases(recipe),
+        phrase_chart and f"![Every phrase's probability before and after the merge]({phrase_chart})",
+        "## Licence",
+        _about_licence(recipe, licence),
+        "## Settings",
+        _settings(recipe["config"]),
+        "## Building it again",
+        _rebuilding(recipe),
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def licence_of(base: Path, folder: Path) -> Licence:
+    """What there is about the licence of a base; folder: to which its files were copied."""
+    files = tuple(file for file in local_files(folder) if is_licence(file))
+    try:
+        if is_there(base / CARD_FILE):
+            with (base / CARD_FILE).open(encoding="utf-8-sig") as card:
+                return Licence(files, _stated_in(card.read(_LARGEST_CARD)))
+    except ValueError:  # it is not text
+        pass
+    except (OSError, CheckpointError):
+        return Licence(files, unread=True)
+    return Licence(files)
+
+
+def _stated_in(card: str) -> tuple[str, ...]:
+    """The licences in a card's front matter, which may be hostile: its YAML is looked at, and nothing is made of it."""
+    front_matter = re.match(r"\s*---\n(.*?)\n---", card, re.DOTALL)
+    try:
+        root = yaml.compose(front_matter[1], Loader=yaml.SafeLoader) if front_matter else None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):  # of a wrong escape, too deep a nesting
+        return ()
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    values = [value for key, value in pairs if key.value in ("license", "license_name")]
+    items = [item for value in values for item in (value.value if isinstance(value, yaml.SequenceNode) else [value])]
+    return tuple(item.value for item in items if isinstance(item, yaml.ScalarNode) and item.value)
+
+
+def _front_matter(recipe: Record) -> str:
+    """For the hub, which takes nothing but its own ids as base models: folders are named in the text only."""
+    repositories = [repo for source in needed_sources(recipe) for repo, _ in repositories_in(source["where"])]
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(repositories)) or None,
+        # With one base model the hub would take the output for a fine-tune.
+        base_model_relation="merge" if repositories else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merge", "mergemonster"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _introduction(recipe: Record) -> str:
+    settings, base = recipe["settings"], recipe["sources"][0]
+    taken, candidates = len(needed_sources(recipe)) - 1, _counted(len(recipe["sources"]) - 1, "candidate")
+    improved, phrases = improved_phrases(recipe), _counted(len(recipe["phrases"]), "phrase")
+    before, after = (percent(recipe["total"][key]) for key in ("before", "after"))
+    return (
+        f"A merge of {taken} of {candidates} into {_named(base)}, made layer by layer with Merge Monster "
+        f"{_plain(recipe['program'])}. Every merge of a layer was tried, and kept only where it made unwanted phrases "
+        f"less probable or wanted ones more so. {improved} of {phrases} improved; the total score (lower is better) "
+        f"went from {before} to {after}. Strategy: {settings['strategy']}; merge methods: "
+        f"{', '.join(settings['merge_method'])}; computed in {recipe['dtype']}."
+    )
+
+
+def _composition(recipe: Record) -> str:
+    sources = {source["name"]: source for source in recipe["sources"]}
+    rows = [("model", "share", "from")]
+    for name, share in recipe["composition"].items():
+        rows.append((_plain(name), f"{share * 100.0:.2f}%", _origin(sources[name]["where"]) if name in sources else ""))
+    return "\n\n".join([_table(rows), *_about_candidates(recipe)])
+
+
+def _about_candidates(recipe: Record) -> list[str]:
+    """Lines about candidates that a reader might look for in the composition, or think to be there as a whole."""
+    needed, failed = needed_sources(recipe), set(map(str, recipe["failures"]))
+    untaken = [_named(source) for source in recipe["sources"] if source not in needed]
+    broken = [_named(source) for source in recipe["sources"] if str(source["number"]) in failed]
+    lines = [f"Tried, but nothing of it was kept: {', '.join(untaken)}."] if untaken else []
+    return lines + ([f"Could not be read to the end: {', '.join(broken)}."] if broken else [])
+
+
+def _about_phrases(recipe: Record) -> str:
+    text = (
+        "How probable it is that the model goes on with the phrase after the context, in the base and in this model. "
+        "Bad phrases should be less probable, good ones more."
+    )
+    count = len(recipe["phrases"])
+    return text if count <= MOST_PHRASES else f"{text} Of {count:,} phrases, the {MOST_PHRASES} that changed most."
+
+
+def _phrases(recipe: Record) -> str:
+    rows = [("", "phrase", "context", "weight", "before", "after")]
+    for phrase in _changed_most(recipe["phrases"]):
+        texts = _excerpt(phrase["phrase"]), _excerpt(phrase["context"]) or "*the beginning of a text*"
+        probabilities = percent(phrase["before"]), percent(phrase["after"])
+        rows.append((phrase["kind"].lower(), *texts, f"{abs(phrase['weight']):g}", *probabilities))
+    total = percent(recipe["total"]["before"]), percent(recipe["total"]["after"])
+    return _table([*rows, ("", "**all phrases: bad - good, times weight**", "", "", *total)])
+
+
+def _changed_most(phrases: Sequence[Record]) -> list[Record]:
+    """As many as a card shows, in their own order: those whose weighted probability moved furthest."""
+    changes = [abs((phrase["after"] - phrase["before"]) * phrase["weight"]) for phrase in phrases]
+    chosen = sorted(range(len(phrases)), key=changes.__getitem__, reverse=True)[:MOST_PHRASES]
+    return [phrases[number] for number in sorted(chosen)]
+
+
+def _about_licence(recipe: Record, licence: Licence) -> str:
+    lines = [f"The base is {place}; its licence is stated there." for place in _links(recipe["sources"][0]["where"])]
+    if licence.stated:
+        lines.append(f"The base's card states its licence as {_excerpt(', '.join(licence.stated))}.")
+    if licence.unread:
+        lines.append("The base's card, which may state one, could not be read.")
+    if licence.files:
+        lines.append(f"The base's licence files lie beside this page: {', '.join(map(_plain, licence.files))}.")
+    lines.append("Merge Monster states no licence for this model: look at those of all models in the composition.")
+    return " ".join(lines)
+
+
+def _settings(config: str) -> str:
+    if len(config) > MOST_SETTINGS:
+        return f"They are too long for this page: see `{SETTINGS_FILE}`."
+    return _fenced("yaml", config)
+
+
+def _rebuilding(recipe: Record) -> str:
+    folders = [visible(source["name"]) for source in needed_sources(recipe) if names_folder(source["where"])]
+    command = ["python", "merge_monster.py", "--replay", RECIPE_FILE, "--output", "rebuilt"]
+    command += ["--trust-remote-code"] if recipe["settings"]["trust_remote_code"] else []
+    command += [word for name in folders for word in ("--source", f"{name}=PATH")]
+    text = f"`{RECIPE_FILE}` has every decision. Merge Monster builds the same model from it without a search"
+    where = ", PATH being where the model lies:" if folders else ":"
+    return f"{text}{where}\n\n{_fenced('sh', shlex.join(command))}"
+
+
+def _named(source: Record) -> str:
+    """A model within a sentence: links, if all of it is on the hub."""
+    return _plain(source["name"]) if names_folder(source["where"]) else " with ".join(_links(source["where"]))
+
+
+def _origin(where: str) -> str:
+    """Where a model comes from; of a folder no more than that it is one, since its path is nobody's business."""
+    places = [f"{link} at `{commit}`" for link, (_, commit) in zip(_links(where), repositories_in(where), strict=True)]
+    return " and ".join([*places, "a local folder"] if names_folder(where) else places)
+
+
+def _links(where: str) -> list[str]:
+    return [f"[{_plain(repo)}](https://huggingface.co/{repo})" for repo, _ in repositories_in(where)]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells that are Markdown already; the first is the header."""
+    header, *body = rows
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *body))
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of text to the letter, whatever fences are in it; what can't be seen is escaped, save tabs."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+    shown = ("\t".join(map(visible, line.split("\t"))) for line in lines)
+    return "\n".join([f"{fence}{language}", *shown, fence])
+
+
+def _excerpt(text: str) -> str:
+    return _plain(shortened(text, MOST_COLUMNS))
+
+
+_LINE_END = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+_JOINERS = "\u200c\u200d"  # invisible, but part of the spelling in many languages
+# What means something in Markdown. A backslash, where it escapes itself, may begin a formula on the hub.
+_MARKS = str.maketrans({"\\": "&#92;", **{mark: f"\\{mark}" for mark in "`*_[]<>|~&$#"}})
+
+
+def _plain(text: str) -> str:
+    """Markdown that shows a text as it is, on one line and within one cell of a table."""
+    marked = _LINE_END.sub("\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", text)
+    return "".join(_visible(character) for character in marked).translate(_MARKS).strip()
+
+
+def _visible(character: str) -> str:
+    if character.isprintable() or character in _JOINERS:
+        return character
+    return " " if character.isspace() else "?"

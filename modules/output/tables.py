@@ -1,0 +1,135 @@
+"""Results as text: summary, phrase table, decision lines, composition.
+
+Knows: widths, digits, wording. Refuses to know: how anything was measured, where the text goes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from modules.config import Config, Pair
+from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, percent, row
+from modules.search import Decision, Merge, Shares, probability, scores, total
+
+WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
+CHANGED = 0.005  # percentage points of Used Prob: a pair that moved no more has not changed
+
+
+def summary(
+    config: Config, model: Mapping[str, object], scorer: Mapping[str, object], candidates: Sequence[str]
+) -> list[str]:
+    """The settings of a run, one line each; `model` and `scorer` add what they say of themselves."""
+    rows = {
+        **model,
+        "Random seed": config.random_seed,
+        "Starting model": config.directories.model_path1,
+        "Models to merge": ", ".join(candidates),
+        "Output directory": config.directories.output_directory,
+        "Phrases loaded": f"{len(config.pairs)} ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good)",
+        **scorer,
+        "Auto weights": config.auto_weights,
+        "Merge ratios": list(config.merge_ratios),
+        "Merge method": ", ".join(config.merge_method),
+        "Merge headers": config.merge_headers,
+        "Strategy used": config.strategy
+        + (f" (threshold {config.strategy_threshold:g})" if config.strategy == "quantitive" else ""),
+    }
+    return [f"{name:<16} : {value}" for name, value in rows.items()]
+
+
+def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, name_method: bool) -> list[str]:
+    """The composition of a layer or header so far, and what was decided about it (without the time of day).
+
+    merges: (share, model) of all accepted merges, the base first. name_method: add the method, where there are several.
+    """
+    method = f" - {decision.method}" if name_method and decision.layer is not None else ""
+    if decision.ratio is None:
+        outcome = f"RETAINED - {decision.after:.5f}"
+    else:
+        change = _relative_change(decision.before, decision.after)
+        outcome = f"CHANGED - {decision.before:.5f} > {decision.after:.5f} - {change}"
+    return [str([[share, model] for share, model in merges]), f"{_part(decision, layers)} - {outcome}{method}"]
+
+
+def standing(turn: str, decision: Decision, layers: int, accepted: int) -> str:
+    """How far a run is, for the progress bar. turn: which candidate of how many. accepted: merges so far."""
+    return f"candidate {turn}, {_part(decision, layers).lower()}, {accepted} accepted"
+
+
+def _part(decision: Decision, layers: int) -> str:
+    return "Header" if decision.layer is None else f"Layer {decision.layer + 1}/{layers}"
+
+
+def _relative_change(before: float, after: float) -> str:
+    """How far a total moved, as a percentage of its old magnitude."""
+    return f"{abs(after - before) / abs(before) * 100:.1f}%" if before else "n/a"
+
+
+class _Standing(NamedTuple):
+    """How probable a pair is, and how much more than at the start."""
+
+    pair: Pair
+    weight: float  # without a sign
+    raw: float
+    move: float
+
+
+def phrase_table(
+    pairs: Sequence[Pair],
+    weights: Sequence[float],
+    now: Sequence[float],
+    start: Sequence[float] | None = None,
+    kind: str = "full",
+) -> list[str]:
+    """Probabilities of the pairs, and how they changed since the start if `start` is given.
+
+    weights: signed, good phrases negative. now, start: joint log-probabilities. kind: one of TABLES.
+    """
+    standings = [
+        _Standing(pair, abs(weight), probability(after), probability(after) - probability(before))
+        for pair, weight, after, before in zip(pairs, weights, now, start or now, strict=True)
+    ]
+    changed = [one for one in standings if abs(one.move * one.weight) * 100 > CHANGED]
+    shown, notes = {
+        "full": (standings, []),
+        "changed": (changed, [_not_shown(len(standings) - len(changed), len(standings))]),
+        "summary": ([], [_moved_well(standings)]),
+    }[kind]
+    header = row(("Type", "Phrase", "Context", "Raw Prob*", "Used Prob**", "Change"), WIDTHS)
+    rule = "-" * len(header)
+    body = [*(_pair_row(one, start is not None) for one in shown), rule] if shown else []
+    notes = [*notes, "* the model's own probability - ** after weighting; lower totals are better"]
+    return [rule, header, rule, *body, _total_row(pairs, weights, now, start), rule, *notes]
+
+
+def _pair_row(one: _Standing, with_change: bool) -> str:
+    raw, used = percent(one.raw, RAW_WIDTH), percent(one.raw * one.weight)
+    change = percent(one.move * one.weight, signed=True) if with_change else "N/A"
+    return row((one.pair.kind, one.pair.phrase, one.pair.context, raw, used, change), WIDTHS)
+
+
+def _total_row(
+    pairs: Sequence[Pair], weights: Sequence[float], now: Sequence[float], start: Sequence[float] | None
+) -> str:
+    raw = sum(probability(value) * (-1 if pair.kind == "GOOD" else 1) for pair, value in zip(pairs, now, strict=True))
+    used = total(scores(now, weights))
+    change = "N/A" if start is None else percent(used - total(scores(start, weights)), signed=True)
+    return row(("", "Total (bad - good)", "", percent(raw, RAW_WIDTH), percent(used), change), WIDTHS)
+
+
+def _not_shown(count: int, pairs: int) -> str:
+    return f"not shown: {count} of {pairs} pairs, whose Used Prob has changed by {CHANGED:g} percentage points or less"
+
+
+def _moved_well(standings: Sequence[_Standing]) -> str:
+    """How many pairs have gone where they should."""
+    bad = [one.move < 0 for one in standings if one.pair.kind == "BAD"]
+    good = [one.move > 0 for one in standings if one.pair.kind == "GOOD"]
+    return (
+        f"since the start: {sum(bad)} of {len(bad)} bad pairs less probable, "
+        f"{sum(good)} of {len(good)} good pairs more probable"
+    )
+
+
+def composition_lines(shares: Shares) -> list[str]:
+    """How much of each model is in the result."""
+    return [f"{share * 100:6.2f}%  {model}" for model, share in shares.items()]

@@ -1,0 +1,158 @@
+"""A search carried out decision by decision: journal, console, resumption.
+
+Knows: the order of what follows a decision. Refuses to know: how a decision is taken.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+
+from modules.checkpoints import Ahead, Candidate, remove_downloads
+from modules.config import Config
+from modules.output import RunRecord
+from modules.output import tables as report
+from modules.run.steps import note_source
+from modules.runtime import CheckpointError, Console, postponed
+from modules.search import Decision, Merge, Search
+
+
+def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:
+    """Note the base's scores or, where an earlier run has, go on from its own; those scores."""
+    measured, packing = list(search.log_probabilities), search.scorer.packing
+    search.log_probabilities, search.weights = record.start(measured, search.weights, packing)
+    if record.count:
+        console.warnings(record.warnings(packing))
+        if measured != search.log_probabilities and record.compares(packing):
+            console.warning("the base scores otherwise here than where the run began: its end may differ slightly")
+        console.timed(f"Resuming: {record.count} decisions are carried out again from the journal")
+    elif resume:
+        console.timed("Nothing to resume: beginning at the beginning")
+    return list(search.log_probabilities)
+
+
+class Conductor:
+    """Leads a search through all candidates, from where an earlier run has left it."""
+
+    def __init__(self, config: Config, console: Console, search: Search, record: RunRecord, ahead: Ahead) -> None:
+        self.config, self.console, self.search, self.record, self.ahead = config, console, search, record, ahead
+        self.layers = len(search.model.layers)
+        # The accepted merges of every layer and, last, of the header.
+        self.origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(self.layers + 1)]
+
+    def conduct(self, candidates: Sequence[Candidate], resume: bool = False, table: str = "full") -> None:
+        """Search one candidate after another, with a phrase table before the first and after each.
+
+        resume: whether to go on with an earlier run was asked for. table: how much of the tables is shown.
+        """
+        console, search = self.console, self.search
+        self._tell_of_memory()
+        self._show_table(table, whole_in_log=True)
+        start = resume_search(console, search, self.record, resume)
+        steps = len(candidates) * search.steps_per_candidate()
+        with console.progress(steps) as self.bar, postponed(console.heard) as self.end_if_asked:
+            for number, candidate in enumerate(candidates, start=1):
+                self._turn = f"{number}/{len(candidates)}"
+                console.timed(f"Candidate {self._turn}: {candidate.name}")
+                self._candidate(number, candidate)
+                self.bar.left((len(candidates) - number) * search.steps_per_candidate())
+                self._show_table(table, start, whole_in_log=number == len(candidates))
+                if not self.config.keep_downloads:
+                    later = [repository for other in candidates[number:] for repository in other.repositories]
+                    remove_downloads(console, candidate.repositories, [search.model.checkpoint.repository, *later])
+
+    def _show_table(self, kind: str, start: Sequence[float] | None = None, whole_in_log: bool = False) -> None:
+        state = self.config.pairs, self.search.weights, self.search.log_probabilities, start
+        whole = report.phrase_table(*state, "full") if whole_in_log else None
+        self.console.lines(report.phrase_table(*state, kind), whole)
+
+    def _candidate(self, number: int, candidate: Candidate) -> None:
+        failure, group = None, self.search.group
+        behind = self.search.repeated + len(self.record.decisions(number))
+        try:
+            group.together(lambda: self.ahead.wait(number))
+            note_source(self.record, group, number, candidate.text, candidate.where, candidate.checkpoint)
+            failure = self._search(number, candidate)
+        except CheckpointError as error:
+            if self.config.on_error == "stop":
+                raise
+            if self.search.repeated < behind:  # the recipe would tell of merges that the output does not have
+                kept = f"what was accepted of {candidate.name} can't be built again, so it is not skipped"
+                raise CheckpointError(f"{error}; {kept}") from None
+            failure = str(error)
+            self.search.measure()
+        finally:
+            candidate.checkpoint.release()
+        if failure:
+            self.console.warning(f"{candidate.name} is given up; what was accepted of it stays: {failure}")
+        self._tell_of_memory()
+        if self.record.end(number) is None:
+            self.record.closed(number, self.search.log_probabilities, failure, self.search.scorer.packing)
+
+    def _search(self, number: int, candidate: Candidate) -> str | None:
+        """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""
+        done, end = self.record.decisions(number), self.record.end(number)
+        if end is not None:
+            self.search.repeat(candidate, done)
+            self.search.log_probabilities, failure = end
+            self._count_repeated(done)
+            return failure
+        self._count_repeated(done)
+        began, timed = time.monotonic(), not done  # the first one waits until what was done is done again
+        # Closed whatever happens: the candidate is read by a thread.
+        with closing(self.search.candidate(candidate, done)) as decisions:
+            for decision in decisions:
+                self.record.decided(number, decision, time.monotonic() - began, self.search.scorer.packing)
+                self._count(decision, timed)
+                merges = self.origins[self._place(decision)]
+                self._tell_of_memory()
+                show_decision(self.console, decision, merges, self.layers, len(self.config.merge_method) > 1)
+                self.end_if_asked()
+                began, timed = time.monotonic(), True
+        return None
+
+    def _tell_of_memory(self) -> None:
+        self.console.lines(self.search.memory_notes)
+        self.search.memory_notes.clear()
+
+    def _count_repeated(self, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
+            self._count(decision, timed=False)
+
+    def _count(self, decision: Decision, timed: bool) -> None:
+        """Take note of a decision. timed: whether it took what a decision takes."""
+        if decision.ratio is not None:
+            self.origins[self._place(decision)].append((decision.share, decision.model))
+        count = self.bar.update if timed else self.bar.skip
+        count(self.search.steps(decision.layer, decision.method))
+        accepted = sum(len(merges) - 1 for merges in self.origins)
+        self.bar.tell(report.standing(self._turn, decision, self.layers, accepted))
+
+    def _place(self, decision: Decision) -> int:
+        return self.layers if decision.layer is None else decision.layer
+
+
+class Clock:
+    """Seconds that the phases of a run have taken."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """A phase is over, the next one begins."""
+        now = time.monotonic()
+        self.seconds[phase], self._began = round(now - self._began, 1), now
+
+
+def show_decision(
+    console: Console, decision: Decision, merges: Sequence[Merge], layers: int, name_method: bool
+) -> None:
+    """The two lines of a decision and the rule below them; before them, what there is to say about it."""
+    if decision.warning:
+        console.warning(decision.warning)
+    if decision.note:
+        console.line(decision.note)
+    composition, outcome = report.decision_lines(decision, merges, layers, name_method)
+    console.line(composition)
+    console.timed(outcome)
+    console.line("----")

@@ -1,0 +1,138 @@
+"""One whole mapping, from the configuration to the printed trees and the files that were asked for.
+
+Knows: the order of the steps. Refuses to know: how any of them is done.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from modules.checkpoints import (
+    base_module,
+    base_of,
+    fetch_now,
+    find_location,
+    load_tokenizer,
+    looked_up,
+    open_base,
+    remove_downloads,
+)
+from modules.config import Config, Pair, unusable
+from modules.mapper import CompletionTree, Explorer, Spelling, Standing, build_continuation, standings
+from modules.mapper import report as mapping_report
+from modules.model import ResidentModel, load_model, placement_of, resolve_device, resolve_dtype, weights_of
+from modules.output import naming
+from modules.run.steps import prepare_libraries
+from modules.runtime import ConfigError, Console
+from modules.scoring import Encoded, build_scorer, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Files that are written beside the log; None for those that nobody asked for."""
+
+    json: Path | None
+    yaml: Path | None
+
+
+def map_model(config: Config, console: Console, exports: Exports) -> None:
+    """Explore every context of a config under its base model, print what was found, write what was asked for.
+
+    Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
+    """
+    prepare_libraries(config.random_seed)
+    console.timed("THE MONSTER MAPPER LOOKS AROUND")
+    console.warnings(doubtful_phrases(config.pairs))
+    fetch = partial(fetch_now, console)
+    console.lines(looked_up([base_of(config)]))
+    found = find_location(base_of(config))
+    console.lines(found.notes())
+    checkpoint = open_base(found, found.location.text, config.trust_remote_code, fetch)
+    fetch(checkpoint.job)
+    module, warnings = base_module(checkpoint, config.trust_remote_code)
+    console.warnings(warnings)
+    dtype = resolve_dtype(config.dtype, checkpoint.main_dtype(), resolve_device(config.device))
+    placement = placement_of(config.device, module, dtype, weights_of(module, dtype, False))
+    model = load_model(checkpoint, config.device, config.dtype, config.trust_remote_code, placement=placement)
+    tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code, checkpoint.companions)
+    spelling = Spelling(tokenizer, model.vocabulary)
+    trees, phrases = explore(config, console, model, tokenizer, spelling)
+    everything = [standing for group in phrases for standing in group]
+    console.lines(mapping_report.table(everything, config.mapper))
+    if exports.json:
+        found = mapping_report.document(config, trees, phrases, spelling)
+        write_text(exports.json, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+        console.timed(f"The whole tree is in {exports.json}")
+    if exports.yaml:
+        write_text(exports.yaml, mapping_report.phrase_list(everything, config.directories.model_path1))
+        console.timed(f"The suggestions are in {exports.yaml}")
+    if not config.keep_downloads:
+        remove_downloads(console, [checkpoint.repository])
+    console.final(f"Done. The log is {console.log_path}")
+
+
+def explore(
+    config: Config, console: Console, model: ResidentModel, tokenizer: Any, spelling: Spelling
+) -> tuple[list[CompletionTree], list[list[Standing]]]:
+    """The tree of every distinct context and how its phrases stand, printed one context after another."""
+    console.warnings(doubled_tokens(tokenizer, config.pairs))
+    encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
+    scorer = build_scorer(model, encoded, tails=False)
+    phrases: dict[str, list[tuple[Pair, Encoded, float]]] = {pair.context: [] for pair in config.pairs}
+    log_probabilities = scorer.score()
+    if any(map(math.isnan, log_probabilities)):
+        raise model.no_numbers()
+    for pair, item, log_probability in zip(config.pairs, encoded, log_probabilities, strict=True):
+        phrases[pair.context].append((pair, item, log_probability))
+    roots = encode_contexts(tokenizer, list(phrases), model.vocabulary)
+    settings = config.mapper
+    longest = max(len(root.tokens) for root in roots) + settings.max_depth + settings.additional_length
+    continuation = build_continuation(model, spelling, scorer, [root.tokens for root in roots], longest)
+    console.lines(mapping_report.summary(config, len(roots), model.describe(saving=False), continuation.way))
+    trees, stands = [], []
+    with console.progress(len(roots)) as bar:
+        explorer = Explorer(continuation, settings, spelling, model.end_tokens(), bar.update)
+        for tree in explorer.explore(roots):
+            trees.append(tree)
+            stands.append(standings(tree, phrases[tree.root.context], settings, spelling))
+            number = f"{len(trees)}/{len(roots)}"
+            console.coloured_lines(mapping_report.tree_lines(number, tree, stands[-1], settings, spelling))
+    return trees, stands
+
+
+def check_exports(exports: Exports, overwrite: bool) -> None:
+    """Raise ConfigError if a file can't be written, or another one stands there."""
+    for option, path in (("--json", exports.json), ("--yaml", exports.yaml)):
+        if path is None:
+            continue
+        trouble = unusable(path) or unusable(_unfinished(path))
+        if trouble:
+            raise ConfigError(f"{option} {path}: not a usable path ({trouble})")
+        if path.is_dir() or not path.resolve().parent.is_dir():
+            raise ConfigError(f"{option} {path}: {'a folder' if path.is_dir() else 'its folder does not exist'}")
+        if path.exists() and not overwrite:
+            raise ConfigError(f"{option} {path}: this file exists; name another one, or add --overwrite")
+        if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+            raise ConfigError(f"{option} {path}: can't be written")
+    if exports.json and exports.yaml and exports.json.resolve() == exports.yaml.resolve():
+        raise ConfigError(f"--json and --yaml both name {exports.json}")
+
+
+def _unfinished(path: Path) -> Path:
+    """Where a file is written until it is complete: under a name that nobody else has."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial") if path.name else path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or, if writing fails, as it was before."""
+    partial = _unfinished(path)
+    try:
+        with naming(path), partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,331 @@
+"""Before a run: what it will do, what that takes, and whether it is there.
+
+Knows: what a search computes, reads, holds and writes; how much room this machine has. Refuses to know: weights (it
+counts them, from headers and shapes alone), how fast anything is.
+"""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from modules.checkpoints import (
+    Candidate,
+    Checkpoint,
+    Models,
+    bytes_needed,
+    cache_folder,
+    dtype_name,
+    find_layers,
+    index_file,
+    load_tokenizer,
+    local_files,
+)
+from modules.config import Config
+from modules.model import (
+    Memory,
+    Sizes,
+    free_memory,
+    free_on_gpus,
+    header_weights,
+    placement_of,
+    resolve_device,
+    resolve_dtype,
+    sizes_of,
+    weights_of,
+)
+from modules.output import place_of
+from modules.runtime import ConfigError
+from modules.scoring import (
+    TOKENS,
+    Budget,
+    budget_of,
+    build_packs,
+    doubled_tokens,
+    encode_pairs,
+    layer_bytes,
+    logits_bytes,
+)
+from modules.search import ratios_for
+
+# On a disk: what an index, the headers of shards and rounding up to blocks may take beyond the tensors.
+MARGIN = 0.01
+MARGIN_FLAT = 1 << 20
+RECORD, RECORD_OF_PAIR = 500, 24  # bytes of a decision in the journal, and of each pair's score in it
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a run reads and writes, in bytes."""
+
+    base: int  # read of the base
+    candidates: tuple[tuple[str, int], ...]  # name and what is read of it
+    output: int  # weights and the files beside them
+    downloads: int  # what is still to be fetched from the hub
+    downloads_kept: int  # of that, what is in the cache when the output is written
+    records: int = 0  # about, of all decisions: the journal and the recipe
+
+    @property
+    def needed(self) -> int:
+        """What the output's file system must have room for, a margin included."""
+        return self.output + self.records + int(self.output * MARGIN) + MARGIN_FLAT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, and what that takes. Phrases are taken to be packed as a forest, which most models allow."""
+
+    output: Path
+    device: torch.device
+    dtype: torch.dtype  # computed in
+    sizes: Sizes
+    methods: tuple[tuple[str, int], ...]  # in order: a method and how many ratios it tries
+    header_ratios: int  # 0 if the header is not tried
+    pairs: int
+    text_tokens: int  # of all pairs, each on its own
+    packs: tuple[int, ...]  # tokens in every pack of the forest
+    columns: int  # at which the output head is read
+    disk: Disk
+    memory: Memory
+    budget: Budget  # of scoring
+    placement: tuple[torch.device, ...] | None  # where each layer goes, if not all of them to the device
+    sharing: int  # how many processes have the device's memory to share
+    weight_files: tuple[Path, ...]  # the candidates'; those that come from the hub may not be here yet
+    doubts: tuple[str, ...] = ()  # what may be a mistake in the phrases, as this base's tokenizer reads them
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens that go through the model together."""
+        return sum(self.packs)
+
+    @property
+    def decisions(self) -> int:
+        """How often one candidate is decided about: every layer under every method, and the header."""
+        return self.sizes.layers * len(self.methods) + bool(self.header_ratios)
+
+    @property
+    def forwards_alone(self) -> int:
+        """A candidate's forwards of one layer for one ratio's tokens: the searched layers, and all for a header."""
+        return self.trials + self.header_ratios * self.sizes.layers
+
+    @property
+    def forwards_stacked(self) -> int:
+        """The same for all ratios' tokens together: the layers above the searched one."""
+        return self.trials * (self.sizes.layers - 1) // 2
+
+    @property
+    def trials(self) -> int:
+        """How many merges of a layer are scored for one candidate, the header's not included."""
+        return self.sizes.layers * sum(ratios for _, ratios in self.methods)
+
+    @property
+    def stack(self) -> int:
+        """The most ratios that go through the model at once."""
+        return max(ratios for _, ratios in self.methods)
+
+
+def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
+    """The plan of a run whose models are open; no weight is read.
+
+    sharing: how many processes on this machine do the same; where they compute on the CPU, each has its share of the
+    memory. Raises ConfigError if the device is absent, the base has no usable tokenizer or can't take a phrase.
+    """
+    base = models.base
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, base.main_dtype(), device)
+    module = models.module
+    sizes = sizes_of(module)
+    tokenizer = load_tokenizer(base.path, config.trust_remote_code, base.companions)
+    longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
+    methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
+    stack = max(count for _, count in methods)
+    weights = weights_of(module, dtype, config.merge_headers)
+    sharing = sharing if device.type == "cpu" else 1
+    free = _share(free_memory(device), sharing)
+    placement = placement_of(config.device, module, dtype, weights, layer_bytes(sizes, dtype, TOKENS, stack))
+    held = weights.held if placement is None else weights.held - weights.base
+    budget = budget_of(sizes, dtype, device, stack, None if free is None else free - held)
+    packs = build_packs(encoded, "forest", budget.tokens)
+    tokens, columns = zip(
+        *((pack.tokens, len({target.column for target in pack.targets})) for pack in packs), strict=True
+    )
+    activations = _activations(sizes, dtype, stack, tokens, max(columns), budget)
+    return Plan(
+        output=Path(config.directories.output_directory),
+        device=device,
+        dtype=dtype,
+        sizes=sizes,
+        methods=methods,
+        header_ratios=len(config.merge_ratios) if config.merge_headers else 0,
+        pairs=len(encoded),
+        text_tokens=sum(len(item.tokens) for item in encoded),
+        packs=tokens,
+        columns=sum(columns),
+        disk=_disk(config, models, module, dtype),
+        memory=replace(weights, activations=activations),
+        budget=budget,
+        placement=None if placement is None else tuple(placement),
+        sharing=sharing,
+        doubts=tuple(doubled_tokens(tokenizer, config.pairs)),
+        weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
+    )
+
+
+def _activations(
+    sizes: Sizes, dtype: torch.dtype, stack: int, packs: Sequence[int], columns: int, budget: Budget
+) -> int:
+    """Bytes of the hidden states that are cached, of a layer at work on the longest pack with all ratios, of the mask
+    and of a chunk of logits. columns: at which the head is read, the most in a pack."""
+    cached = min(budget.cache, sum(packs) * sizes.hidden * dtype.itemsize)
+    logits = logits_bytes(sizes, stack, columns, budget)  # as the model has them, then in float32
+    return cached + layer_bytes(sizes, dtype, max(packs), stack) + 2 * logits
+
+
+def _disk(config: Config, models: Models, module: PreTrainedModel, dtype: torch.dtype) -> Disk:
+    """What is read and written."""
+    base, layers = models.base, len(find_layers(module)[1])
+    saved = None if config.dtype == "auto" else dtype
+    decisions = len(models.candidates) * (layers * len(config.merge_method) + config.merge_headers)
+    index = index_file(local_files(base.path))
+    beside = [*base.companions.published.values(), *([(base.path / index).stat().st_size] if index else [])]
+    return Disk(
+        base=_stored_bytes(base, None),
+        candidates=tuple((one.name, _bytes_read(one, module, config.merge_headers)) for one in models.candidates),
+        output=_stored_bytes(base, saved) + sum(beside),
+        downloads=bytes_needed(models.jobs, keep=True),
+        # Searched candidates are removed again if they are not to be kept; the base is needed to the end.
+        downloads_kept=bytes_needed(models.jobs if config.keep_downloads else [base.job], keep=True),
+        records=2 * decisions * (RECORD + RECORD_OF_PAIR * len(config.pairs)),
+    )
+
+
+def _stored_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+    """Bytes of a checkpoint's tensors, its floating-point ones in another dtype if one is given."""
+    return sum(
+        math.prod(info.shape) * (dtype if dtype and info.dtype.is_floating_point else info.dtype).itemsize
+        for info in checkpoint.tensors.values()
+    )
+
+
+def _bytes_read(candidate: Candidate, module: PreTrainedModel, with_header: bool) -> int:
+    """Bytes of a candidate's layers and, if it is tried, of its header, as they are stored."""
+    layout, layers = candidate.layout, f"{find_layers(module)[0]}."
+    header = {id(weight) for weight in header_weights(module)} if with_header else set()
+    tried = {name for name, weight in module.named_parameters() if name.startswith(layers) or id(weight) in header}
+    return sum(math.prod(layout.shape(name)) * layout.dtype(name).itemsize for name in layout if name in tried)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is free where a run needs it."""
+
+    folder: Path  # the output goes to its file system
+    disk: int  # bytes
+    memory: int | None  # bytes on the device; None if it can't be asked
+    refusal: str | None  # why the output can't be written; None if it can
+    lacking: tuple[str, ...] = ()  # what its file system can't do, a line each
+
+
+def find_room(plan: Plan) -> Room:
+    """Ask the machine. What can be done where the output goes is tried, on a small folder that is removed again."""
+    place = place_of(plan.output)
+    # A run that did not finish may have left a part of its output; it is removed before this one is written.
+    left = sum(file.stat().st_size for file in place.partial.rglob("*") if file.is_file())
+    try:
+        refusal, lacking = None, place.lacks()
+    except OSError as error:
+        refusal, lacking = place.refusal(error), []
+    return Room(
+        folder=place.nearest,
+        disk=shutil.disk_usage(place.nearest).free + left,
+        memory=_free_for(plan),
+        refusal=refusal,
+        lacking=tuple(lacking),
+    )
+
+
+def _free_for(plan: Plan) -> int | None:
+    """Bytes that are free where the plan puts its weights; None if that can't be asked."""
+    if plan.placement is None:
+        return _share(free_memory(plan.device), plan.sharing)
+    return sum(free_on_gpus().values()) + psutil.virtual_memory().available
+
+
+def _share(free: int | None, sharing: int) -> int | None:
+    return None if free is None else free // sharing
+
+
+def check(plan: Plan, room: Room) -> list[str]:
+    """What might go wrong, a line each. Raises ConfigError, naming everything at once, for what surely would."""
+    problems = [*_writing_problems(plan, room), *_memory_problems(plan, room)]
+    if problems:
+        raise ConfigError(*problems)
+    return [*room.lacking, *_memory_warnings(plan, room)]
+
+
+def _writing_problems(plan: Plan, room: Room) -> list[str]:
+    problems = [room.refusal] if room.refusal else []
+    fetched = plan.disk.downloads_kept if _same_disk(room.folder, cache_folder()) else 0
+    if plan.disk.needed + fetched > room.disk:
+        what = f"writing {plan.output} takes {on_disk(plan.disk.needed)}"
+        what += f" beside {on_disk(fetched)} of downloads" if fetched else ""
+        advice = "make room, or name a directory on a larger disk with --output"
+        if plan.output.is_dir() and any(plan.output.iterdir()):
+            advice += "; the output that stands there goes only after the new one stands, so moving it away makes room"
+        problems.append(f"{what}, the disk of {room.folder} has {on_disk(room.disk)} free: {advice}")
+    return problems
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    return one.stat().st_dev == other.stat().st_dev
+
+
+def _memory_problems(plan: Plan, room: Room) -> list[str]:
+    """Only what can't be avoided counts: the weights that a run holds at the same time."""
+    memory = plan.memory
+    if room.memory is None or memory.held <= room.memory:
+        return []
+    beside = f"three layers ({in_memory(memory.layers)})"
+    advice = ["end other programs that use it" if plan.device.type == "cuda" else "close other programs"]
+    if memory.header > memory.layers:
+        beside = f"what the header takes while it is tried ({in_memory(memory.header)})"
+        if memory.base + memory.layers <= room.memory:
+            advice.append("set merge_headers: false")
+    if plan.dtype == torch.float32:
+        advice.append("set dtype: bfloat16, which takes half")
+    advice.append("choose a device with more memory" if plan.device.type == "cuda" else "use a machine with more")
+    what = f"the base ({in_memory(memory.base)} in {dtype_name(plan.dtype)}) and {beside}"
+    free = f"{in_memory(room.memory)} free, {in_memory(memory.held)} are needed"
+    return [f"{what} don't fit into the memory of {plan.device}, which has {free}: {', or '.join(advice)}"]
+
+
+def _memory_warnings(plan: Plan, room: Room) -> list[str]:
+    warnings, memory = [], plan.memory
+    if room.memory is not None and memory.total > room.memory:
+        warnings.append(
+            f"memory may not suffice: {plan.device} has {in_memory(room.memory)} free, about {in_memory(memory.total)} "
+            f"are needed, of which {in_memory(memory.activations)} for activations; fewer merge_ratios need less"
+        )
+    left_over = [place for place in plan.placement or () if place.type == "cpu"]
+    if left_over:
+        warnings.append(
+            f"{len(left_over)} of {plan.sizes.layers} layers don't fit on the GPUs: they stay in the CPU's memory, and "
+            "every forward copies them, which takes several times as long"
+        )
+    return warnings
+
+
+def on_disk(count: int) -> str:
+    """Bytes as files are counted: GB, or MB where that would say little."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
+
+
+def in_memory(count: int) -> str:
+    """Bytes as memory is counted: GiB, or MiB where that would say little."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 1e8 else f"{count / 2**20:,.2f} MiB"

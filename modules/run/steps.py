@@ -1,0 +1,80 @@
+"""Steps that a merge and a replay have in common.
+
+Knows: libraries, saving, what lies beside the weights. Refuses to know: searching.
+"""
+
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import transformers
+
+from modules.checkpoints import Checkpoint
+from modules.model import ResidentModel
+from modules.output import (
+    CARD_FILE,
+    MERGE_MAP_FILE,
+    PHRASE_CHART_FILE,
+    SETTINGS_FILE,
+    Record,
+    RunRecord,
+    Unfinished,
+    compare_fingerprints,
+    merge_map,
+    naming,
+    phrase_chart,
+    write_card,
+    write_recipe,
+)
+from modules.runtime import Console, first_line
+from modules.runtime.distributed import Group
+
+
+def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: str, settings: str) -> None:
+    """Write the model and the text of the settings that made it; `output` is where they will be in the end."""
+    console.timed(f"Saving to {output}")
+    with naming(unfinished.folder):
+        model.save(unfinished.folder)
+    console.lines(model.checkpoint.companions.describe())
+    with naming(unfinished.folder / SETTINGS_FILE):
+        (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
+
+
+def write_results(console: Console, folder: Path, recipe: Record, name: str, base: Path) -> None:
+    """Write the recipe, and what shows people what is in it: two pictures and a model card.
+
+    name: the output's. base: the base's folder.
+    """
+    write_recipe(folder, recipe)
+    drawn = {
+        MERGE_MAP_FILE: lambda: merge_map(recipe, folder / MERGE_MAP_FILE),
+        PHRASE_CHART_FILE: lambda: phrase_chart(recipe, folder / PHRASE_CHART_FILE),
+        CARD_FILE: lambda: write_card(folder, recipe, name, base, (MERGE_MAP_FILE, PHRASE_CHART_FILE)),
+    }
+    for file, write in drawn.items():
+        try:
+            with naming(folder / file):
+                write()
+        except Exception as error:  # no reason to lose a merge
+            (folder / file).unlink(missing_ok=True)
+            console.warning(f"{file} could not be made ({first_line(error)})")
+
+
+def prepare_libraries(seed: int) -> None:
+    """Same bits from the same config, and no chatter from the libraries between our lines."""
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, about later versions of theirs
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()
+
+
+def note_source(record: RunRecord, group: Group, number: int, text: str, where: str, checkpoint: Checkpoint) -> None:
+    """Note which model a number is. Raises ConfigError if it is not what an earlier run, or another process, has."""
+    noted = group.from_first(group.together(lambda: record.source(number, text, where, checkpoint)))
+    here = f"is not the same in process {group.seat.number} as in process 0"
+    group.together(lambda: compare_fingerprints(noted, checkpoint, here) if not group.seat.leads else None)

@@ -1,0 +1,66 @@
+"""What every program needs: console, log, errors, interrupts, processes, exit codes.
+
+Knows: terminals, signals, ranks. Refuses to know: models, configurations.
+"""
+
+from modules.runtime.console import (
+    BANNER,
+    LOGS,
+    Arguments,
+    Console,
+    Silent,
+    Unlogged,
+    coloured,
+    open_streams,
+    show,
+    visible,
+)
+from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError, first_line, reading
+from modules.runtime.exit_codes import exit_code, leave
+from modules.runtime.interrupts import postponed
+from modules.runtime.ranks import Seat, find_seat
+from modules.runtime.text import (
+    CONTEXT_WIDTH,
+    PHRASE_WIDTH,
+    RAW_WIDTH,
+    USED_WIDTH,
+    columns,
+    fit,
+    one_line,
+    percent,
+    row,
+    shortened,
+)
+
+__all__ = [
+    "BANNER",
+    "CONTEXT_WIDTH",
+    "LOGS",
+    "PHRASE_WIDTH",
+    "RAW_WIDTH",
+    "USED_WIDTH",
+    "Arguments",
+    "BrokenWeights",
+    "CheckpointError",
+    "ConfigError",
+    "Console",
+    "Seat",
+    "Silent",
+    "Unlogged",
+    "coloured",
+    "columns",
+    "exit_code",
+    "find_seat",
+    "first_line",
+    "fit",
+    "leave",
+    "one_line",
+    "open_streams",
+    "percent",
+    "postponed",
+    "reading",
+    "row",
+    "shortened",
+    "show",
+    "visible",
+]

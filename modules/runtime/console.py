@@ -1,0 +1,325 @@
+"""What the person at the terminal sees, and the log file that keeps it.
+
+Knows: lines, the log, colours, one progress bar, what a quiet run shows. Refuses to know: what the lines mean.
+
+Each text that is handed over here is one line. It may hold names that strangers have chosen: whatever could move the
+cursor, end the line or turn the reading direction is shown escaped.
+"""
+
+import argparse
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, TextIO
+
+from tqdm import tqdm
+
+from modules.runtime.errors import ConfigError
+from modules.runtime.text import shortened
+
+LOGS = Path("logs")  # in the folder in which the program is started
+
+BANNER = r"""
+        ,-.         ,-.
+       ( o )=======( o )     M E R G E
+        `-'  _____  `-'      M O N S T E R
+         \  |V V V|  /
+          \ |     | /        it eats fine-tunes,
+           \|A_A_A|/         one layer at a time
+"""
+
+_COLOUR = re.compile(r"(\x1b\[(?:38;5;\d+|0)m)")  # what `coloured` puts around a text
+_RED_TO_GREEN = (196, 202, 208, 214, 220, 226, 190, 154, 118, 82, 46)  # of the 256 colours that terminals share
+
+
+def coloured(text: str, share: float) -> str:
+    """Text that a terminal shows in red (share 0) to green (share 1); the log has it plain."""
+    colour = _RED_TO_GREEN[round(min(max(share, 0.0), 1.0) * (len(_RED_TO_GREEN) - 1))]
+    return f"\x1b[38;5;{colour}m{text}\x1b[0m"
+
+
+# Invisible, but part of the spelling between two letters of many scripts, and of emoji.
+_JOINER = re.compile("(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f])")
+
+
+def visible(text: str) -> str:
+    """Text on one line that shows what is in it: control characters, line ends, invisible marks and odd spaces are
+    escaped, as in \\x1b, \\n or \\u202e."""
+    if text.isprintable():
+        return text
+    joiners = {match.start() for match in _JOINER.finditer(text)}
+    return "".join(
+        character if character.isprintable() or place in joiners else _escaped(character)
+        for place, character in enumerate(text)
+    )
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) == "Co":
+        return character  # private use: a font may have it
+    return character.encode("unicode_escape").decode("ascii")
+
+
+class Arguments(argparse.ArgumentParser):
+    """A command line whose errors show what was typed as it is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and error, and exit with code 2."""
+        super().error(visible(message))
+
+
+def open_streams() -> None:
+    """Make writing to the terminal harmless: a stream that was closed (>&-) goes nowhere, and where it can't show a
+    character there is a "?"."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the file that is opened now gets the number that was free, 0 to 2
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def show(text: str | None, stream: TextIO) -> OSError | ValueError | None:
+    """Print a line above the progress bar, or, if None, what waits to be shown. Where that is not possible, nothing
+    more will be shown, and the error is returned."""
+    try:
+        if text is not None:
+            tqdm.write(text, file=stream)
+        stream.flush()
+    except (OSError, ValueError) as error:  # its reader has ended, its disk is full, it is closed
+        with suppress(OSError, ValueError):  # or what it holds would be tried again when the program ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+        return error
+    return None
+
+
+class Progress:
+    """How far a run is, and about how long the rest will take: as long as its steps take at the speed so far."""
+
+    def __init__(self, bar: tqdm) -> None:
+        """bar: shows it. Its steps are in any unit that is proportional to time."""
+        self._bar = bar
+
+    def update(self, steps: float = 1) -> None:
+        """So many steps more are done."""
+        self._bar.update(steps)
+
+    def skip(self, steps: float) -> None:
+        """Before any others: so many steps that say nothing of the speed to come. The clock begins after them."""
+        self._bar.initial = self._bar.n = self._bar.n + steps
+        self._bar.unpause()
+        self._bar.refresh()
+
+    def left(self, steps: float) -> None:
+        """So many steps are left, whatever was expected."""
+        self._bar.total = self._bar.n + steps
+        self._bar.refresh()
+
+    def tell(self, state: str) -> None:
+        """What is shown beside the bar from now on."""
+        self._bar.set_postfix_str(state)
+
+
+class Console:
+    """Prints lines above the progress bar and appends each to the log at once, so that a crash loses nothing."""
+
+    def __init__(self, name: str, folder: Path = LOGS, quiet: bool = False) -> None:
+        """Open logs/<name>-YYYYmmdd_HHMMSS.txt. Raises ConfigError if it can't be written.
+
+        quiet: only warnings, errors and the last line are seen; the log has everything all the same.
+        """
+        self._quiet = quiet
+        # https://no-color.org: any value but an empty one
+        self._in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        try:
+            folder.mkdir(exist_ok=True)
+            self.log_path, self._log = _new_log(folder, f"{name}-{datetime.now():%Y%m%d_%H%M%S}")
+        except OSError as error:
+            raise ConfigError(
+                f"the log can't be written to {folder}{os.sep} ({error.strerror}); start the program in a folder where "
+                "it can"
+            ) from None
+
+    def line(self, text: str = "") -> None:
+        """Print to standard output and to the log."""
+        self.lines([text])
+
+    def lines(self, texts: Sequence[str], logged: Sequence[str] | None = None) -> None:
+        """Print several lines. logged: what the log gets in their place."""
+        for text in texts if not self._quiet else ():
+            self._show(visible(text))
+        for text in texts if logged is None else logged:
+            self._record(visible(text))
+
+    def coloured_lines(self, texts: Sequence[str]) -> None:
+        """Print lines that hold what `coloured` has made; in colour on a terminal, unless NO_COLOR is set."""
+        for text in texts:
+            parts = [part if number % 2 else visible(part) for number, part in enumerate(_COLOUR.split(text))]
+            if not self._quiet:
+                self._show("".join(parts if self._in_colour else parts[::2]))
+            self._record("".join(parts[::2]))
+
+    def warning(self, text: str) -> None:
+        """A line that is seen in a quiet run too."""
+        self._show(visible(f"WARNING: {text}"))
+        self._record(visible(f"WARNING: {text}"))
+
+    def warnings(self, texts: Iterable[str]) -> None:
+        """Several of them."""
+        for text in texts:
+            self.warning(text)
+
+    def error(self, *texts: str) -> None:
+        """Print lines to standard error and to the log."""
+        for text in map(visible, texts):
+            show(text, sys.stderr)
+            self._record(text)
+
+    def bug(self, summary: str, trace: Sequence[str]) -> None:
+        """Print one line to standard error; the log has the traceback too."""
+        for text in trace:
+            self._record(visible(f"    {text}"))
+        self.error(f"{summary}; the traceback is in {self.log_path}, please report it")
+
+    def timed(self, text: str) -> None:
+        """A line with the time of day before it."""
+        self.line(_timed(text))
+
+    def final(self, text: str) -> None:
+        """The last line, with the time of day before it; it is seen in a quiet run too."""
+        timed = visible(_timed(text))
+        self._show(timed)
+        self._record(timed)
+
+    @contextmanager
+    def progress(self, steps: float) -> Iterator[Progress]:
+        """One bar for the whole run, on a terminal only; `steps` are in any unit that is proportional to time."""
+        layout = "{percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go{postfix}"
+        # smoothing: the speed is that of all steps. Of the last ones alone it would jump with every candidate.
+        with tqdm(
+            total=steps, bar_format=layout, dynamic_ncols=True, disable=self._no_bars, smoothing=0, miniters=0
+        ) as bar:
+            yield Progress(bar)
+
+    def download(self, name: str, size: int) -> tqdm:
+        """A bar for what comes from the hub meanwhile, `size` bytes; on a terminal only."""
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} to go]"
+        return tqdm(
+            total=size,
+            desc=f"Downloading {visible(shortened(name))}",
+            bar_format=layout,
+            unit="B",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=self._no_bars,
+            leave=False,
+        )
+
+    def ending(self, *texts: str) -> None:
+        """Why a run ends that is not at fault itself: it was told to, or another process has ended."""
+        self.error(*texts)
+
+    def heard(self) -> None:
+        """Answer the first Ctrl-C. It may come in the middle of a line: this goes past everything that is buffered."""
+        with suppress(OSError):  # the terminal may be gone, and that be the reason
+            os.write(2, b"\nEnding after this decision; once more to end at once.\n")
+
+    @property
+    def _no_bars(self) -> bool | None:
+        return True if self._quiet else None  # None leaves it to tqdm: none but on a terminal
+
+    def _show(self, text: str) -> None:
+        error = show(text, sys.stdout)
+        if error is not None:
+            self.error(f"WARNING: nothing more can be shown here ({_reason(error)}); the run goes on: {self.log_path}")
+
+    def _record(self, text: str) -> None:
+        if self._log is None:
+            return
+        try:
+            self._log.write(text + "\n")
+            self._log.flush()
+        except OSError as error:
+            with suppress(OSError):  # what could not be written is tried again
+                self._log.close()
+            self._log = None
+            self._show(f"WARNING: the log ends here, {self.log_path} can't be written ({error.strerror})")
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._log is not None:
+            with suppress(OSError):  # every line was written when it came
+                self._log.close()
+
+
+class Silent(Console):
+    """Of a process that does not lead: only its own errors are seen, and no log is written."""
+
+    def __init__(self, number: int) -> None:
+        """number: the process's."""
+        self._quiet, self._number, self._log = True, number, None
+        self.log_path = Path(os.devnull)
+
+    def error(self, *texts: str) -> None:
+        """Print to standard error, with the process's number."""
+        for text in texts:
+            show(visible(f"[process {self._number}] {text}"), sys.stderr)
+
+    def bug(self, summary: str, trace: Sequence[str]) -> None:
+        """Print to standard error where it happened; there is no log for the traceback."""
+        self.error(f"{summary} ({trace[-2].strip()})" if len(trace) > 1 else summary)
+
+    def ending(self, *texts: str) -> None:
+        """Nothing: the process that leads says it."""
+
+    def heard(self) -> None:
+        """Nothing."""
+
+    def _show(self, text: str) -> None:
+        """Nothing."""
+
+
+class Unlogged(Console):
+    """Before there is a log: only errors are seen; one that nobody has foreseen gets a log for its traceback."""
+
+    def __init__(self, name: str) -> None:
+        """name: see Console."""
+        self._quiet, self._name, self._log = True, name, None
+
+    def bug(self, summary: str, trace: Sequence[str]) -> None:
+        """Print one line to standard error; a log that is made now has the traceback."""
+        try:
+            with Console(self._name) as console:
+                console.bug(summary, trace)
+        except ConfigError as error:
+            self.error(f"{summary}; {error}")
+
+
+def _timed(text: str) -> str:
+    return f"{datetime.now():%H:%M:%S} - {text}"
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _new_log(folder: Path, stem: str) -> tuple[Path, TextIO]:
+    """A file that did not exist before, open: several runs may start in one second. Raises OSError."""
+    for number in count(1):
+        path = folder / (f"{stem}.txt" if number == 1 else f"{stem}-{number}.txt")
+        with suppress(FileExistsError):
+            return path, path.open("x", encoding="utf-8", errors="backslashreplace")
+    raise AssertionError  # there is always another number

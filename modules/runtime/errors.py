@@ -1,0 +1,51 @@
+"""What can go wrong in words that a person at the terminal understands.
+
+Knows: kinds of errors and their causes. Refuses to know: exit codes, the console, who raises them.
+"""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class ConfigError(Exception):
+    """The configuration, the arguments or the models they name can't be used.
+
+    The message is for the user. Each argument is a line of it: names in it may have line ends of their own.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
+
+
+class CheckpointError(Exception):
+    """A checkpoint can't be read or written; the message is for the user."""
+
+
+class BrokenWeights(Exception):
+    """Weights hold NaN or infinite values; the message names the tensor."""
+
+
+class ProcessLost(Exception):
+    """Another process has ended, or can't be reached; the message is for the user."""
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Whatever goes wrong with a file of weights in this block is a CheckpointError that names it."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{file}: is damaged, or opening it would run code that it brings along, which is refused; "
+            "convert it to safetensors where you trust it"
+        ) from None
+    except Exception as error:  # whatever a damaged file makes of its reader
+        raise CheckpointError(f"{file}: can't be read ({first_line(error)})") from None
+
+
+def first_line(error: BaseException) -> str:
+    """An error of a library on one line, with its kind where the words alone would say little."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines and len(lines[0].split()) > 1 else f"{type(error).__name__}: {' '.join(lines)}"

@@ -1,0 +1,72 @@
+"""Text made to fit: how wide it is, and the one way in which a long one is shortened.
+
+Knows: characters, columns. Refuses to know: what a text is about, where it is shown.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Literal
+
+_CUT = "..."  # stands for what was left out
+
+
+def shortened(text: str, width: int = 40, keep: Literal["start", "end", "both"] = "end") -> str:
+    """Text in at most `width` columns. keep: what is left of a long one; of a context its end, which meets a phrase."""
+    if columns(text) <= width:
+        return text
+    room = width - len(_CUT)
+    head = {"start": room, "end": 0, "both": room // 2}[keep]
+    return _beginning(text, head) + _CUT + _ending(text, room - head)
+
+
+def one_line(text: str) -> str:
+    """Text without line ends and with nothing that can't be seen."""
+    text = unicodedata.normalize("NFC", " ".join(text.split()))
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def columns(text: str) -> int:
+    """How wide a terminal shows a text: Chinese characters and emoji take two columns, marks on a letter none."""
+    letters = [character for character in text if unicodedata.category(character) not in ("Mn", "Me")]
+    return len(letters) + sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in letters)
+
+
+def _beginning(text: str, width: int) -> str:
+    """As much of a text's beginning as fits into so many columns."""
+    end = 0
+    while end < len(text) and columns(text[end]) <= width:
+        width -= columns(text[end])
+        end += 1
+    return text[:end]
+
+
+def _ending(text: str, width: int) -> str:
+    """As much of a text's end as fits into so many columns, without the marks of a letter that does not."""
+    start = len(text)
+    while start and columns(text[start - 1]) <= width:
+        start -= 1
+        width -= columns(text[start])
+    while start < len(text) and not columns(text[start]):
+        start += 1
+    return text[start:]
+
+
+PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH = 24, 28, 10, 12
+
+
+def row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """One line of a table."""
+    return "| " + " | ".join(fit(cell, width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+
+def fit(text: str, width: int) -> str:
+    """Text on one line in exactly `width` columns; a long text keeps its end, where a context meets its phrase."""
+    text = shortened(one_line(text), width)
+    return text + " " * (width - columns(text))
+
+
+def percent(value: float, width: int = USED_WIDTH, signed: bool = False) -> str:
+    """A share as a percentage in at most `width` characters, with five decimals if there is room."""
+    sign = "+" if signed else ""
+    texts = [f"{value * 100.0:{sign}.{decimals}f}%" for decimals in range(5, -1, -1)]
+    return next((text for text in texts if len(text) <= width), f"{value * 100.0:{sign}.3e}%")

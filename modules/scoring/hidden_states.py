@@ -1,0 +1,98 @@
+"""Hidden states between two layers: kept, handed on, put in a layer's place.
+
+Knows: how a layer is called and what it returns. Refuses to know: packs, scores, which layers are passed over.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.scoring.budget import Budget
+
+# A layer's forward while a tail forward runs: the layer's own forward, then the arguments it was called with.
+Forward = Callable[..., Any]
+
+
+class Cache:
+    """The hidden states of all packs that enter one layer: on the device, in the CPU's memory beside it or, where
+    neither has room, nowhere: such a pack's are computed anew."""
+
+    def __init__(self, budget: Budget, device: torch.device) -> None:
+        self._places = device, torch.device("cpu")
+        self._room = [budget.cache, budget.cache_beside]
+        self.layer = 0  # that they enter
+        self._tensors: list[Tensor | None] = []
+
+    def add(self, hidden: Tensor) -> None:
+        """The next pack's, where there is room."""
+        for number, place in enumerate(self._places):
+            if hidden.nbytes <= self._room[number]:
+                self._room[number] -= hidden.nbytes
+                self._tensors.append(hidden.to(place))
+                return
+        self._tensors.append(None)
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        """A pack's, on the device; None if they were not kept."""
+        hidden = self._tensors[index]
+        return None if hidden is None else hidden.to(self._places[0])
+
+    def kept(self) -> list[int]:
+        """The packs whose hidden states are somewhere."""
+        return [index for index, hidden in enumerate(self._tensors) if hidden is not None]
+
+    def replace(self, index: int, hidden: Tensor) -> None:
+        """The same pack's, that enter another layer; kept where the old ones were."""
+        old = self._tensors[index]
+        assert old is not None, "only what is kept is replaced"
+        self._tensors[index] = hidden.to(old.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers with another forward for a moment
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replaced_layers(layers: nn.ModuleList, forwards: Mapping[int, Forward]) -> Iterator[None]:
+    """Some layers run another forward; it is given the layer's own one as its first argument."""
+    before = {layer: layers[layer].__dict__.get("forward") for layer in forwards}
+    try:
+        for layer, forward in forwards.items():
+            layers[layer].forward = _bound(forward, layers[layer].forward)
+        yield
+    finally:
+        for layer, own in before.items():
+            if own is None:
+                layers[layer].__dict__.pop("forward", None)
+            else:
+                layers[layer].forward = own
+
+
+def _bound(forward: Forward, own: Forward) -> Forward:
+    return lambda *args, **kwargs: forward(own, *args, **kwargs)
+
+
+def hidden_states_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a layer is called with, (B, T, H)."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def call_on(hidden: Tensor, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a layer with other hidden states than it was given."""
+    if args:
+        return forward(hidden, *args[1:], **kwargs)
+    return forward(**{**kwargs, "hidden_states": hidden})
+
+
+def entering(_forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+    """The hidden states that enter a layer."""
+    return hidden_states_in(args, kwargs)
+
+
+def first_of(output: Any) -> Tensor:
+    """The hidden states among what a layer returns."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,131 @@
+"""The fastest layout whose scores are those of plain forwards.
+
+Knows: layouts, tolerances, how exactness is tried. Refuses to know: search, phrases' weights.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from modules.checkpoints import dtype_name, layer_settings
+from modules.model import ResidentModel, wider
+from modules.runtime import ConfigError, Seat
+from modules.scoring.budget import Budget
+from modules.scoring.exactness import Plain, spread
+from modules.scoring.packing import LAYOUTS
+from modules.scoring.scorer import DEFAULT, ONLY, SAMPLE, Scorer, Trial
+from modules.scoring.tokenization import Encoded
+
+# What architectures raise that do not take these inputs.
+NOT_TAKEN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)
+
+
+def build_scorer(
+    model: ResidentModel, encoded: Sequence[Encoded], budget: Budget = DEFAULT, tails: bool = True, seat: Seat = ONLY
+) -> Scorer:
+    """A scorer in the fastest layout that is exact for this model, with what fits into memory of the budget.
+
+    tails: whether it will score trials; seat: see Scorer. Raises ConfigError if the model's scores are not finite or
+    don't repeat, torch.OutOfMemoryError if not even one pair fits.
+    """
+    plain, stacked = Plain(model), True
+    while True:
+        try:
+            scorer = _exact_scorer(model, encoded, plain, budget, seat)
+            if tails:
+                scorer._stacked, scorer._tails = _exact_trials(scorer, plain, stacked)
+            return scorer if seat.count == 1 else Scorer(model, encoded, *scorer.settings, seat)
+        except torch.OutOfMemoryError:
+            if budget.tokens == 1 and not stacked:
+                raise
+            budget, stacked = budget.halved(), budget.tokens > 1
+
+
+def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain, budget: Budget, seat: Seat) -> Scorer:
+    """All packs, of all processes, in the first layout whose scores are those of plain forwards."""
+    by_length = sorted(encoded, key=lambda item: len(item.tokens))
+    longest = by_length[-1].tokens
+    check_numbers(model, [float(plain.token_scores(item).sum()) for item in spread(by_length, SAMPLE)])
+    limit = plain.tolerance(longest, budget.tokens, budget.logits)
+    for layout in LAYOUTS:
+        if layout == "forest" and reach(model) < len(longest):
+            continue  # a 4-D mask is used as given: it would lift the window
+        shared = budget if seat.count == 1 else Scorer(model, encoded, layout, budget, seat=seat).budget
+        scorer = Scorer(model, encoded, layout, shared, limit)
+        if _is_taken(partial(_scores_agree, scorer, plain)):
+            return scorer
+    if not plain.is_finite:
+        raise model.no_numbers()
+    raise ConfigError(f"{type(model.module).__name__}: the same text scored twice gives different scores")
+
+
+def check_numbers(model: ResidentModel, log_probabilities: Sequence[float]) -> None:
+    """Raise ConfigError, naming the dtype if that is the cause, if the base's scores are not finite."""
+    wrong = [value for value in log_probabilities if not math.isfinite(value)]
+    if any(value != -math.inf for value in wrong):
+        raise model.no_numbers()
+    if wrong:
+        advice = "remove phrases that it can't say"
+        advice += f", or, if it is an overflow, {wider(model.dtype)}" if model.dtype == torch.float16 else ""
+        raise ConfigError(
+            f"{model.checkpoint.path}: gives {len(wrong)} of {len(log_probabilities)} phrases a probability of exactly "
+            f"0 in {dtype_name(model.dtype)}, from which nothing can be searched: {advice}"
+        )
+
+
+def _exact_trials(scorer: Scorer, plain: Plain, stacked: bool) -> tuple[bool, bool]:
+    """How a scorer may score trials, the first way that is exact, as (stacked, tails); whole forwards always are."""
+    for stacks in (True, False) if stacked and scorer.stacks else (False,):
+        scorer._stacked = stacks
+        scorer.restart()
+        if _is_taken(partial(_tails_agree, scorer, plain)):
+            return stacks, True
+    return False, False
+
+
+def _scores_agree(scorer: Scorer, plain: Plain) -> bool:
+    return scorer.agrees(scorer.token_scores(), plain)
+
+
+def _tails_agree(scorer: Scorer, plain: Plain) -> bool:
+    """Whether a trial that leaves the model as it is scores as plain forwards do, beside one that alters it.
+
+    From the first layer, all others run on several trials at once. Moving the cache, each layer has run alone; from the
+    last layer it shows whether that is the same: then nothing reaches a layer but the hidden states.
+    """
+    if not scorer.agrees(scorer.trial_token_scores([_altered(scorer), _unchanged])[1], plain):
+        return False
+    scorer.at_layer(len(scorer._layers) - 1)
+    return scorer.agrees(scorer.trial_token_scores([_unchanged, _altered(scorer)])[0], plain)
+
+
+def _is_taken(agrees: Callable[[], bool]) -> bool:
+    """Whether a way to score is exact; one that the architecture does not take is not."""
+    try:
+        return agrees()
+    except torch.OutOfMemoryError:
+        raise
+    except NOT_TAKEN:
+        return False
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    """A trial that leaves the model as it is."""
+    yield
+
+
+def _altered(scorer: Scorer) -> Trial:
+    """A trial of the cache's layer with other weights."""
+    part = scorer._model.layer(scorer._layer)
+    tensors = {name: tensor / 2 for name, tensor in part.tensors.items()}
+    return lambda: part.holding(tensors)
+
+
+def reach(model: ResidentModel) -> float:
+    """How far back attention reaches in this model, in tokens."""
+    windows = layer_settings(model.module.config, "sliding_window")
+    return min((window for window in windows if window), default=float("inf"))

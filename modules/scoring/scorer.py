@@ -1,0 +1,319 @@
+"""How probable the model finds each pair: whole forwards, and tail forwards for the search.
+
+Knows: packs, the model's forward, hidden states. Refuses to know: merging, strategies, weights of pairs.
+
+The tail forward, for layer i and R trials on one pack of T tokens (B batch, H hidden, V vocabulary, N layers):
+
+    embedding ─ layers 0..i-1 ─ layer i ─────────────── layers i+1..N-1 ─ norm, head
+                passed over:    once per trial, on the   once for all       only where a target
+                their output    cached (B, T, H), each    trials, as a       is read: (R, targets, V)
+                is cached       with its own weights      batch of R
+
+Everything but the layers stays the model's own forward: embedding, masks, position embeddings, norm and head.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.model import ResidentModel
+from modules.runtime import Seat
+from modules.scoring.budget import FEWEST_TOKENS, Budget, Packing
+from modules.scoring.exactness import Plain, spread
+from modules.scoring.hidden_states import Cache, Forward, call_on, entering, first_of, hidden_states_in, replaced_layers
+from modules.scoring.inputs import Inputs, Targets
+from modules.scoring.packing import build_packs
+from modules.scoring.tokenization import Encoded
+
+PACKS_EACH = 4  # at least so many for each of several processes, that none has much more to do than another
+SAMPLE = 16  # pairs of each pack that are compared with plain forwards
+
+DEFAULT, ONLY = Budget(), Seat()
+Trial = Callable[[], AbstractContextManager[None]]  # while it is entered, the model holds the trial's weights
+
+
+class Scorer:
+    """Scores a fixed list of pairs under a model whose weights change.
+
+    Deterministic: the same weights give the same bits. All results are joint log-probabilities of the phrases given
+    their contexts, one per pair, in the order of the pairs.
+    """
+
+    def __init__(
+        self,
+        model: ResidentModel,
+        encoded: Sequence[Encoded],
+        layout: str,
+        budget: Budget = DEFAULT,
+        tolerance: float = 0.0,
+        stacked: bool = True,
+        tails: bool = True,
+        seat: Seat = ONLY,
+    ) -> None:
+        """tolerance: what rounding alone makes of a token's log-probability, as the layout was verified with. stacked:
+        several trials at a time, where inputs allow it. tails: trials are scored from their layer on, not by whole
+        forwards. seat: of several processes that share the packs; each has zeros for the pairs of the others."""
+        self.layout, self.tolerance, self._seat = layout, tolerance, seat
+        self.pairs = len(encoded)
+        self._model, self._layers, self._returns = model, model.layers, model.tuples_returned
+        self._encoded, self._stacked, self._tails = encoded, stacked, tails
+        self.pair_tokens = sum(len(item.tokens) for item in encoded)
+        self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
+        self._layer = 0  # the layer on which trials are scored
+        self._cache: Cache | None = None  # of every pack the hidden states, (B, T, H)
+        self._pack(budget)
+        # Smaller packs where there are too few to share them evenly.
+        while self.packs < PACKS_EACH * seat.count and seat.count > 1 and self.budget.tokens > FEWEST_TOKENS:
+            self._pack(replace(self.budget, tokens=self.budget.tokens // 2))
+        self._verified = True  # whether these packs are; whoever gives the layout has seen to it
+
+    def _pack(self, budget: Budget) -> None:
+        """Pack the pairs and keep this process's share."""
+        self.budget, self._verified = budget, False
+        self._inputs: list[Inputs] = []
+        self.packs = self.packed_tokens = self.columns = 0  # of all processes; columns: at which the head is read
+        loads = [0] * self._seat.count
+        for pack in build_packs(self._encoded, self.layout, budget.tokens):
+            owner = loads.index(min(loads))
+            loads[owner] += pack.tokens
+            if owner == self._seat.number:
+                self._inputs.append(Inputs.of(pack, self._model.device, self._model.dtype))
+            self.packs += 1
+            self.packed_tokens += pack.tokens
+            self.columns += len({target.column for target in pack.targets})
+
+    def describe(self) -> dict[str, object]:
+        """How the pairs go through the model, for the summary."""
+        packs = "1 pack" if self.packs == 1 else f"{self.packs} packs"
+        packs += f" shared by {self._seat.count} processes" if self._seat.count > 1 else ""
+        tokens = f"{self.packed_tokens:,} tokens packed from {self.pair_tokens:,}"
+        whole = "" if self._tails else "; every ratio by whole forwards"
+        return {"Phrase layout": f"{self.layout} ({tokens}, {packs}){whole}"}
+
+    @property
+    def settings(self) -> tuple[str, Budget, float, bool, bool]:
+        """With which another process builds the same scorer: layout, budget, tolerance, stacked, tails."""
+        return self.layout, self.budget, self.tolerance, self._stacked, self._tails
+
+    @property
+    def packing(self) -> Packing:
+        """What the last digits of the scores depend on, beside the weights."""
+        return Packing(self.layout, self.budget.tokens, self.budget.logits, self._stacked)
+
+    def pack_as(self, packing: Packing) -> None:
+        """Score with the last digits of another scorer of the same layout, whatever share of the packs it had."""
+        self._cache, self._stacked = None, self._stacked and packing.stacked
+        self._pack(packing.applied_to(self.budget))
+
+    @torch.no_grad()
+    def score(self) -> list[float]:
+        """Joint log-probability of every pair under the model as it stands, by whole forwards."""
+        self._verify_new_packs()
+        return self.token_scores().sum(-1).tolist()
+
+    @torch.no_grad()
+    def token_scores(self) -> Tensor:
+        """The same by the phrases' tokens, zeros behind shorter phrases: (pairs, longest phrase)."""
+        return self._collect(1, lambda index: {})[0]
+
+    def restart(self) -> None:
+        """Forget what is cached and go to layer 0. Needed after the embedding, or a layer before the present one,
+        changed."""
+        self._layer, self._cache = 0, None
+
+    def at_layer(self, layer: int) -> None:
+        """Go to a layer: `score_trials` tries weights for it, and takes those before it as they are then."""
+        self._layer = layer
+
+    def take_less_memory(self) -> str | None:
+        """Halve the packs or, when no pack can be halved, try one trial at a time.
+
+        Returns what was done, None if there is nothing left to be done.
+        """
+        self._cache = None
+        packs = self.packs
+        while self.budget.tokens > 1:
+            self._pack(self.budget.halved())
+            if self.packs > packs:
+                return f"packs of {self.budget.tokens} tokens from here on"
+        if self._stacked:
+            self._stacked = False
+            return "one ratio at a time from here on"
+        return None
+
+    def _filled_cache(self) -> "Cache":
+        """The hidden states that enter the present layer: moved on from an earlier one or, without any, made anew.
+
+        While they are moved they are nobody's: where memory ends halfway, some would enter another layer than others.
+        """
+        cache, self._cache = self._cache, None
+        if cache is None or cache.layer > self._layer:
+            cache = None  # the old one goes before there is a new one
+            cache = self._first_cache()
+        while cache.layer < self._layer:
+            self._advance(cache)
+        self._cache = cache
+        return cache
+
+    def _first_cache(self) -> "Cache":
+        """The hidden states that enter layer 0."""
+        cache = Cache(self.budget, self._model.device)
+        for index in range(len(self._inputs)):
+            cache.add(self._hidden_from(index, 0, entering))
+        return cache
+
+    def _advance(self, cache: "Cache") -> None:
+        """Move hidden states over the layer that they enter, with the weights that it holds now."""
+        for index in cache.kept():
+
+            def on_cached(forward: Forward, *args: Any, _hidden: Tensor = cache[index], **kwargs: Any) -> Tensor:
+                return first_of(call_on(_hidden, forward, args, kwargs))
+
+            cache.replace(index, self._hidden_from(index, cache.layer, on_cached))
+        cache.layer += 1
+
+    @torch.no_grad()
+    def score_trials(self, trials: Sequence[Trial]) -> list[list[float]]:
+        """Joint log-probabilities under each trial's weights for the present layer: (trials, pairs)."""
+        return self.trial_token_scores(trials).sum(-1).tolist()
+
+    @torch.no_grad()
+    def trial_token_scores(self, trials: Sequence[Trial]) -> Tensor:
+        """The same by the phrases' tokens: (trials, pairs, longest phrase)."""
+        self._verify_new_packs()
+        if self._tails:
+            self._filled_cache()
+        if self.stacks:
+            return self._collect(len(trials), lambda index: self._tail(index, trials))
+        return torch.cat([self._under(trial) for trial in trials])
+
+    @property
+    def stacks(self) -> bool:
+        """Whether several trials go through the model at a time."""
+        return self._tails and self._stacked and all(inputs.stackable for inputs in self._inputs)
+
+    def _under(self, trial: Trial) -> Tensor:
+        """What one trial scores, (1, pairs, longest phrase)."""
+        if self._tails:
+            return self._collect(1, lambda index: self._tail(index, [trial]))
+        with trial():
+            return self._collect(1, lambda index: {})
+
+    # -- whether packs are exact --------------------------------------------------------------------------------------
+
+    def agrees(self, found: Tensor, plain: Plain) -> bool:
+        """Whether token scores, (pairs, longest phrase), are those of plain forwards: every token of up to SAMPLE pairs
+        of each pack, the shortest, the longest, the first and the last among them."""
+        deviations = []
+        for pair in {pair for inputs in self._inputs for pair in self._compared(inputs)}:
+            exact = plain.token_scores(self._encoded[pair])
+            deviations.append((found[pair, : len(exact)] - exact).abs().max())
+        return bool(torch.stack(deviations).max() <= self.tolerance)  # NaN is not
+
+    def _compared(self, inputs: Inputs) -> list[int]:
+        """The pairs of a pack that are compared with plain forwards."""
+        pairs = list(dict.fromkeys(inputs.targets.pairs.tolist()))
+        by_length = sorted(pairs, key=lambda pair: len(self._encoded[pair].tokens))
+        return [*spread(pairs, SAMPLE // 2), *spread(by_length, SAMPLE // 2)]
+
+    def _verify_new_packs(self) -> None:
+        """Smaller packs hold other pairs together than those that were verified. Where they are not exact, the pairs of
+        this process go one at a time."""
+        if self._verified:
+            return
+        own = {pair for inputs in self._inputs for pair in inputs.targets.pairs.tolist()}
+        if own and not self.agrees(self.token_scores(), Plain(self._model)):
+            packs = build_packs(self._encoded, "single", self.budget.tokens)
+            mine = (pack for pack in packs if pack.targets[0].pair in own)
+            self._inputs = [Inputs.of(pack, self._model.device, self._model.dtype) for pack in mine]
+            self._stacked, self._cache = False, None
+        self._verified = True
+
+    # -- the tail forward ---------------------------------------------------------------------------------------------
+
+    def _tail(self, index: int, trials: Sequence[Trial]) -> dict[int, Forward]:
+        """Layer forwards that begin with the cached hidden states and try each trial's weights on them."""
+        hidden = self._hidden_at(index)
+
+        def stacked(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            outputs = []
+            for trial in trials:
+                with trial():
+                    outputs.append(first_of(call_on(hidden, forward, args, kwargs)))
+            return self._in_form(self._layer, torch.cat(outputs))  # (R * B, T, H)
+
+        return {**self._passing(range(self._layer)), self._layer: stacked}
+
+    def _passing(self, layers: range) -> dict[int, Forward]:
+        """Layer forwards that hand their hidden states on unchanged."""
+
+        def handing_on(layer: int) -> Forward:
+            return lambda _forward, *args, **kwargs: self._in_form(layer, hidden_states_in(args, kwargs))
+
+        return {layer: handing_on(layer) for layer in layers}
+
+    def _hidden_at(self, index: int) -> Tensor:
+        """The hidden states of a pack that enter the present layer, (B, T, H); computed where they are not kept."""
+        hidden = self._filled_cache()[index]
+        return self._hidden_from(index, self._layer, entering, first=self._layer) if hidden is None else hidden
+
+    def _hidden_from(self, index: int, layer: int, compute: Forward, first: int = 0) -> Tensor:
+        """What `compute` returns in place of one layer's forward, (B, T, H); of the other layers only those before
+        `first` run, the rest are passed over."""
+        found: list[Tensor] = []
+
+        def recording(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            found.append(compute(forward, *args, **kwargs))
+            return self._in_form(layer, found[0])
+
+        no_columns = self._inputs[index].columns[:0]
+        passed = self._passing(range(first, len(self._layers)))
+        self._forward(self._inputs[index].arguments(), {**passed, layer: recording}, no_columns)
+        return found[0]
+
+    def _in_form(self, layer: int, hidden: Tensor) -> Any:
+        """Hidden states as this layer returns them."""
+        return (hidden, *self._returns[layer]) if layer in self._returns else hidden
+
+    # -- the model's forward and what is read from it -----------------------------------------------------------------
+
+    def _forward(self, arguments: Mapping[str, Tensor], forwards: Mapping[int, Forward], columns: Tensor) -> Tensor:
+        """Logits at the given columns of one pack, (R * B, columns, V), with some layers' forwards replaced."""
+        with replaced_layers(self._layers, forwards):
+            return self._model.logits({**arguments, "use_cache": False}, columns)
+
+    def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]]) -> Tensor:
+        """Run all packs; the phrases' token log-probabilities, (stack, pairs, longest phrase)."""
+        # One place per token of each phrase, for a sum: unlike scattered additions, always in the same order.
+        places = torch.zeros(stack, self.pairs, self._longest_phrase, device=self._model.device)
+        for index in range(len(self._inputs)):
+            for logits, targets in self._logits(index, stack, forwards_for(index)):
+                normaliser = logits.logsumexp(-1)  # (stack, B, columns)
+                chosen = logits[:, targets.rows, targets.columns, targets.tokens]
+                places[:, targets.pairs, targets.places] = chosen - normaliser[:, targets.rows, targets.columns]
+        return places
+
+    def _logits(self, index: int, stack: int, forwards: dict[int, Forward]) -> Iterator[tuple[Tensor, Targets]]:
+        """Float32 logits (stack, B, columns, V) of one pack and the targets in them, in chunks of bounded size."""
+        inputs, last = self._inputs[index], len(self._layers) - 1
+        arguments = inputs.arguments()
+        final: list[Tensor] = []  # the hidden states behind the last layer, kept for the second chunk on
+
+        def recording(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            output = forwards[last](forward, *args, **kwargs) if last in forwards else forward(*args, **kwargs)
+            final.append(first_of(output))
+            return output
+
+        def repeating(_forward: Forward, *_args: Any, **_kwargs: Any) -> Any:
+            return self._in_form(last, final[0])
+
+        column_bytes = 4 * stack * inputs.ids.shape[0] * self._model.vocabulary
+        chunk = max(1, self.budget.logits // column_bytes)
+        for first, columns in zip(range(0, len(inputs.columns), chunk), inputs.columns.split(chunk), strict=True):
+            layers = {**forwards, last: recording} if first == 0 else {**self._passing(range(last)), last: repeating}
+            logits = self._forward(arguments, layers, columns).float()
+            yield logits.unflatten(0, (stack, -1)), inputs.targets_in(first, first + len(columns))

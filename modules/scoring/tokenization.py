@@ -1,0 +1,212 @@
+"""Phrase lists to token ids, and token ids to packs: the rows that a model is asked about.
+
+Knows: tokenizers, token ids, which position answers for which token, which pairs are one and the same.
+Refuses to know: torch, models, weights.
+
+Which position answers for which token (phrase "a b" in context "x y"):
+
+    tokens      BOS   x    y    a    b
+    position     0    1    2    3          <- b is never an input
+    answers for                 y->a a->b  <- the output at y scores a, the output at a scores b
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modules.config import Pair
+from modules.runtime import ConfigError, shortened
+
+# The special tokens that a tokenizer puts before every text (BOS, others, mostly one or none), and behind it.
+Frame = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A pair as token ids: `tokens[start:]` are the phrase's, everything before is given. start is at least 1."""
+
+    tokens: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Root:
+    """A context as token ids: that with which its completions begin."""
+
+    context: str
+    tokens: tuple[int, ...]  # at least one
+    spaces: str  # the spaces at the context's end; they are in no token here, a completion begins with them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists
+# ---------------------------------------------------------------------------------------------------------------------
+
+MOST_DOUBTS = 10  # that are told one by one
+
+
+def doubtful_phrases(pairs: Sequence[Pair]) -> list[str]:
+    """What may be a mistake in the lists, a line for each; of many, the first ones and how many more there are."""
+    alike: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        alike.setdefault(_as_scored(pair), []).append(pair)
+    doubts = [doubt for same in alike.values() for doubt in _doubts(same)]
+    more = len(doubts) - MOST_DOUBTS
+    return [*doubts[:MOST_DOUBTS], f"and {more} more of this kind"] if more > 0 else doubts
+
+
+def _as_scored(pair: Pair) -> tuple[str, str]:
+    """What is given and what is asked for: spaces between context and phrase belong to the phrase on either side."""
+    given = pair.context.rstrip(" ")
+    return given, pair.context[len(given) :] + pair.phrase
+
+
+def _doubts(same: Sequence[Pair]) -> Iterator[str]:
+    """What is doubtful about pairs that are scored alike."""
+    first, kinds = same[0], [pair.kind for pair in same]
+    for count in (kinds.count("BAD"), kinds.count("GOOD")):
+        if count > 1:
+            yield f"{first} is listed " + ("twice and counts double" if count == 2 else f"and counts {count} times")
+    if len(set(kinds)) > 1:
+        yield f"{first} is listed as bad and as good"
+    for pair in same:
+        if pair.context.endswith(" ") and pair.phrase.startswith(" "):
+            yield f"{pair} begins with a space, and so the two are scored with two spaces between them"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text to tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def doubled_tokens(tokenizer: Any, pairs: Sequence[Pair]) -> list[str]:
+    """A line if pairs write out what the tokenizer begins every text with anyway: it is taken once."""
+    prefix, _ = _frame(tokenizer)
+    names = tokenizer.convert_ids_to_tokens(prefix)
+    texts = [pair.context + pair.phrase for pair in pairs]
+    doubled = [
+        text for text in texts if text.lstrip().startswith(tuple(names)) and _doubled(_tokens(tokenizer, text), prefix)
+    ]
+    if not doubled:
+        return []
+    pairs_write, shown = "1 pair writes" if len(doubled) == 1 else f"{len(doubled)} pairs write", "".join(names)
+    return [
+        f"{pairs_write} out {shown}, which the tokenizer adds to every text ('{shortened(doubled[0])}'): one is kept"
+    ]
+
+
+def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tokens: int | None) -> list[Encoded]:
+    """Token ids of all pairs, for a model of `vocabulary` embedding rows that takes at most `max_tokens` tokens.
+
+    Raises ConfigError for a phrase without tokens of its own, and for a pair that the model can't take.
+    """
+    frame = _frame(tokenizer)
+    encoded = [encode_pair(tokenizer, pair.context, pair.phrase, frame) for pair in pairs]
+    for pair, item in zip(pairs, encoded, strict=True):
+        if max_tokens is not None and len(item.tokens) - 1 > max_tokens:
+            raise ConfigError(
+                f"{pair} is {len(item.tokens)} tokens long; the base model takes {max_tokens}: shorten it"
+            )
+        _check_embedded(tokenizer, pair, item.tokens, vocabulary)
+    return encoded
+
+
+def _check_embedded(tokenizer: Any, what: object, tokens: Sequence[int], vocabulary: int) -> None:
+    if max(tokens) >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(max(tokens))
+        raise ConfigError(f"{what}: the base model has no embedding for its token '{token}'")
+
+
+def encode_pair(tokenizer: Any, context: str, phrase: str, frame: Frame | None = None) -> Encoded:
+    """Encode context and phrase together and find where the phrase's tokens begin.
+
+    The phrase's tokens are those that reach past the end of the context. Trailing spaces of the context belong to the
+    phrase: most tokenizers write a space as the beginning of the next word. What the text writes out of the prefix that
+    the tokenizer adds is taken once. frame: what it adds, looked up if it is not given.
+    """
+    boundary = len(context.rstrip(" "))
+    prefix, suffix = frame or _frame(tokenizer)
+    if tokenizer.is_fast:
+        tokens, start, end = _split_by_offsets(tokenizer, context + phrase, boundary)
+    else:
+        tokens, start, end = _split_by_prefix(tokenizer, context + phrase, boundary, suffix)
+    doubled = _doubled(tokens, prefix)
+    if doubled:
+        tokens, start, end = _once(tokens, prefix), max(start - doubled, len(prefix)), end - doubled
+    if start >= end:
+        raise ConfigError(f"{Pair('', phrase, context)} has no tokens in this model's vocabulary")
+    if start == 0:
+        first = _first_token(tokenizer, phrase)
+        begins = tokens[0] == first and end > 1  # it is written out
+        tokens, start, end = (tokens, 1, end) if begins else ([first, *tokens], 1, end + 1)
+    return Encoded(tuple(tokens[:end]), start)
+
+
+def encode_contexts(tokenizer: Any, contexts: Sequence[str], vocabulary: int) -> list[Root]:
+    """Token ids of contexts as `encode_pair` sees them before a phrase: without the spaces at their ends.
+
+    Raises ConfigError for a context with a token that the model's `vocabulary` rows lack.
+    """
+    roots, (prefix, suffix) = [], _frame(tokenizer)
+    for context in contexts:
+        given = context.rstrip(" ")
+        tokens = _tokens(tokenizer, given) if given else []
+        tokens = _once(_open(tokens, suffix), prefix) or [_first_token(tokenizer, context)]
+        _check_embedded(tokenizer, f"the context '{shortened(context)}'", tokens, vocabulary)
+        roots.append(Root(context, tuple(tokens), context[len(given) :]))
+    return roots
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text)["input_ids"]
+
+
+def _frame(tokenizer: Any) -> Frame:
+    """What the tokenizer puts around every text."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], _tokens(tokenizer, "a")
+    for first in range(len(whole) - len(plain) + 1):
+        if whole[first : first + len(plain)] == plain:
+            return whole[:first], whole[first + len(plain) :]
+    return [], []
+
+
+def _doubled(tokens: Sequence[int], prefix: Sequence[int]) -> int:
+    """With how many tokens of the prefix, which the tokenizer has put before a text, the text begins itself."""
+    own = tokens[len(prefix) :] if list(tokens[: len(prefix)]) == list(prefix) else []
+    runs = (prefix[first:end] for end in range(len(prefix) + 1) for first in range(end))
+    return max((len(run) for run in runs if list(own[: len(run)]) == list(run)), default=0)
+
+
+def _once(tokens: Sequence[int], prefix: Sequence[int]) -> list[int]:
+    """Tokens without those that are in the prefix already."""
+    return [*tokens[: len(prefix)], *tokens[len(prefix) + _doubled(tokens, prefix) :]]
+
+
+def _split_by_offsets(tokenizer: Any, text: str, boundary: int) -> tuple[list[int], int, int]:
+    """Tokens of the text and the range of those that end after `boundary` (in characters)."""
+    encoding = tokenizer(text, return_offsets_mapping=True)
+    beyond = [i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > boundary]
+    return encoding["input_ids"], (beyond or [0])[0], (beyond or [-1])[-1] + 1
+
+
+def _split_by_prefix(tokenizer: Any, text: str, boundary: int, suffix: Sequence[int]) -> tuple[list[int], int, int]:
+    """The same for tokenizers without offsets: the tokens after the longest prefix shared with the context alone."""
+    tokens, given = _tokens(tokenizer, text), _open(_tokens(tokenizer, text[:boundary]), suffix)
+    shared = 0
+    while shared < min(len(tokens), len(given)) and tokens[shared] == given[shared]:
+        shared += 1
+    return tokens, shared, len(_open(tokens, suffix))
+
+
+def _open(tokens: list[int], suffix: Sequence[int]) -> list[int]:
+    """Tokens without those with which the tokenizer closes every text."""
+    end = len(tokens) - len(suffix)
+    return tokens[:end] if tokens[end:] == list(suffix) else tokens
+
+
+def _first_token(tokenizer: Any, text: str) -> int:
+    """What a text begins with that has nothing before it: BOS, or EOS where there is no BOS."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ConfigError(f"the phrase '{text}' needs a context: this tokenizer has neither a BOS nor an EOS token")

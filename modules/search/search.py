@@ -1,0 +1,198 @@
+"""The search: every layer of a candidate, then its header; yields one Decision at a time.
+
+Knows: the order of trials, when one is kept. Refuses to know: printing, logs, how a forward is made.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from modules.checkpoints import Candidate, Tensors
+from modules.config import Config, Pair
+from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header
+from modules.runtime import BrokenWeights
+from modules.runtime.distributed import ALONE, Group
+from modules.scoring import Scorer, Trial, check_numbers
+from modules.search.decision import Decision, Result
+from modules.search.methods import ratios_for
+from modules.search.prefetch import ReadAhead
+from modules.search.strategies import choose, probability, scores, total
+from modules.search.trial import Merger, trying
+
+# Below this a probability has lost digits to underflow, and its reciprocal is no sensible weight.
+SMALLEST_PROBABILITY = 2.2250738585072014e-308
+ScoreTrials = Callable[[Sequence[Trial]], list[list[float]]]
+
+
+class Search(Merger):
+    """A model that takes over what improves its scores. `log_probabilities` are those of its present state."""
+
+    def __init__(
+        self, model: ResidentModel, scorer: Scorer, config: Config, tokenizer: Any, group: Group = ALONE
+    ) -> None:
+        """Score the base. group: processes that search together; each has the model and a share of the scorer's packs.
+
+        Raises ConfigError if its scores are not finite.
+        """
+        super().__init__(model, tokenizer, config.trust_remote_code)
+        self.scorer, self.config, self.group = scorer, config, group
+        self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
+        self.log_probabilities: list[float] = []
+        self.measure()
+        check_numbers(model, self.log_probabilities)
+        self.weights, self.warnings = signed_weights(config.pairs, config.auto_weights, self.log_probabilities)
+
+    @property
+    def total(self) -> float:
+        """The total score of the present state."""
+        return total(scores(self.log_probabilities, self.weights))
+
+    def candidate(self, candidate: Candidate, done: Sequence[Decision] = ()) -> Generator[Decision, None, None]:
+        """Search all layers of a candidate and, if so configured, its header.
+
+        done: the first decisions, taken by an earlier run; they are carried out without scoring, and not yielded.
+        """
+        past, count = deque(done), len(self.config.merge_method)
+        parts = [self.model.layer(index) for index in range(len(self.model.layers))]
+        tries_header = self.config.merge_headers and len(past) <= count * len(parts)
+        header = partial(aligned_header, self.model, self.tokenizer, candidate, self.trust_remote_code)
+        wanted = dict(list(enumerate(parts))[len(past) // count :])
+        with ReadAhead(candidate, wanted, header if tries_header else None) as ahead:
+            yield from self._layers(candidate, parts, past, ahead)
+            if past:
+                self._go_on_from(past[-1])
+                self.repeat(candidate, past)
+            elif tries_header:
+                yield self._header(candidate, ahead)
+        self.measure()
+
+    def measure(self) -> None:
+        """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find."""
+        (self.log_probabilities,) = self._scored(lambda: [self.scorer.score()])
+
+    def steps(self, layer: int | None, method: str) -> int:
+        """The work of one decision in forwards of one layer, the unit of the progress bar."""
+        return len(ratios_for(method, self.config.merge_ratios)) * (len(self.model.layers) - (layer or 0))
+
+    def steps_per_candidate(self) -> int:
+        """The work of all decisions on one candidate."""
+        layers: list[int | None] = list(range(len(self.model.layers)))
+        steps = sum(self.steps(layer, method) for layer in layers for method in self.config.merge_method)
+        return steps + (self.steps(None, "lerp") if self.config.merge_headers else 0)
+
+    def _layers(
+        self, candidate: Candidate, parts: Sequence[Part], past: deque[Decision], ahead: ReadAhead
+    ) -> Iterator[Decision]:
+        self.scorer.restart()
+        methods = self.config.merge_method
+        for index, part in enumerate(parts):
+            done = [past.popleft() for _ in methods if past]
+            if done:
+                self.repeat(candidate, done)
+                self._go_on_from(done[-1])
+            if len(done) < len(methods):
+                yield from self._layer(candidate, index, part, ahead, methods[len(done) :])
+
+    def _layer(
+        self, candidate: Candidate, index: int, part: Part, ahead: ReadAhead, methods: Sequence[str]
+    ) -> Iterator[Decision]:
+        """Try a layer under some methods."""
+        self.scorer.at_layer(index)
+        try:
+            theirs, warning = self._in_memory(partial(ahead.take, index)), None
+        except BrokenWeights as error:
+            theirs, warning = None, f"{error}; layer {index + 1} stays as it is"
+        for method in methods:
+            if theirs is None:
+                yield self._untried(candidate, index, method, warning)
+            else:
+                ratios = ratios_for(method, self.config.merge_ratios)
+                outcome = self._decide(part, theirs, method, ratios, self.scorer.score_trials)
+                yield Decision(candidate.name, index, method, *outcome)
+
+    def _header(self, candidate: Candidate, ahead: ReadAhead) -> Decision:
+        """The input embedding and the output head together, always by lerp."""
+        part = self.model.header()
+        try:
+            theirs, note = self._in_memory(ahead.take_header)
+        except (BrokenWeights, HeaderSkipped) as error:
+            return self._untried(candidate, None, "lerp", f"{error}; the header stays as it is")
+        outcome = self._decide(part, theirs, "lerp", self.config.merge_ratios, self._score_whole)
+        return Decision(candidate.name, None, "lerp", *outcome, note=note)
+
+    def _go_on_from(self, decision: Decision) -> None:
+        self.log_probabilities = list(decision.log_probabilities)
+
+    def _untried(self, candidate: Candidate, layer: int | None, method: str, warning: str | None) -> Decision:
+        same = self.total, self.total, tuple(self.log_probabilities)
+        return Decision(candidate.name, layer, method, None, *same, warning)
+
+    def _decide(
+        self, part: Part, theirs: Tensors, method: str, ratios: Sequence[float], score_trials: ScoreTrials
+    ) -> tuple[float | None, float, float, tuple[float, ...]]:
+        """Try all ratios on the unchanged part, install the best if one is accepted: ratio, total before, after,
+        log-probabilities."""
+        before = self.total
+        out = self._in_memory(partial(self._room, part))
+        tries = [partial(trying, part, method, theirs, ratio, out) for ratio in ratios]
+        trials = self._scored(lambda: score_trials(tries))
+        best = choose(
+            self.config.strategy,
+            scores(self.log_probabilities, self.weights),
+            [scores(trial, self.weights) for trial in trials],
+            self.config.strategy_threshold,
+        )
+        if best is None:
+            return None, before, before, tuple(self.log_probabilities)
+        self._install(part, theirs, method, ratios[best])
+        self.log_probabilities = trials[best]
+        return ratios[best], before, self.total, tuple(self.log_probabilities)
+
+    def _scored(self, work: Callable[[], list[list[float]]]) -> list[list[float]]:
+        """What scoring gives, for the pairs of all processes."""
+        return self.group.sum(self._in_memory(work))
+
+    def _in_memory(self, work: Callable[[], Result]) -> Result:
+        """Do work that needs memory, in all processes, again and again with less of it where it is not there.
+
+        It is begun again in those too where it had succeeded, so that what it does once, and twice, must be the same.
+        Raises torch.OutOfMemoryError if not even one pair and one ratio fit.
+        """
+        while True:
+            try:
+                return self.group.together(work)
+            except torch.OutOfMemoryError:
+                done = self.group.together(self.scorer.take_less_memory)
+                if done is None:
+                    raise
+                self.memory_notes.append(f"Out of memory: {done}")
+
+    def _score_whole(self, trials: Sequence[Trial]) -> list[list[float]]:
+        """Log-probabilities under each trial by whole forwards: an embedding changes what every layer sees."""
+        results = []
+        for trial in trials:
+            with trial():
+                results.append(self.scorer.score())
+        return results
+
+
+def signed_weights(
+    pairs: Sequence[Pair], auto: bool, log_probabilities: Sequence[float]
+) -> tuple[list[float], list[str]]:
+    """Weights of all pairs, good phrases negative, and warnings.
+
+    auto: 1 / the base's probability, so that every pair starts at 1 (or -1); a pair whose probability underflows keeps
+    its configured weight.
+    """
+    weights, warnings = [], []
+    for pair, log_probability in zip(pairs, log_probabilities, strict=True):
+        weight = pair.weight
+        if auto and probability(log_probability) < SMALLEST_PROBABILITY:
+            warnings.append(f"{pair} is too improbable to weigh; it keeps its weight {weight:g}")
+        elif auto:
+            weight = 1.0 / probability(log_probability)
+        weights.append(-weight if pair.kind == "GOOD" else weight)
+    return weights, warnings

@@ -1,0 +1,89 @@
+"""A candidate's part mixed with the base's: tried on the model, or installed for good.
+
+Knows: methods, parts. Refuses to know: scores, strategies, the order of trials.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from modules.checkpoints import Candidate, Tensors
+from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header
+from modules.runtime import BrokenWeights, ConfigError
+from modules.search.decision import Decision, Result
+from modules.search.methods import merge
+
+
+def merged(part: Part, method: str, theirs: Tensors, ratio: float, out: Tensors) -> Tensors:
+    """A part merged with a candidate's tensors, in `out`, with the values that saving will keep."""
+    for name, ours in part.tensors.items():
+        tensors = ours, theirs[name], out[name]
+        if name.endswith("bias"):  # a vector, even where a stack of experts has one each
+            tensors = tuple(tensor.flatten() for tensor in tensors)
+        merge(method, *tensors[:2], ratio, input_axis=part.input_axes[name], out=tensors[2])
+        if part.saved_dtypes[name] != ours.dtype:
+            out[name].copy_(out[name].to(part.saved_dtypes[name]))
+    return out
+
+
+@contextmanager
+def trying(part: Part, method: str, theirs: Tensors, ratio: float, out: Tensors) -> Iterator[None]:
+    """The model works with the merged part for a moment; the merge is made in `out`."""
+    with part.holding(merged(part, method, theirs, ratio, out)):
+        yield
+
+
+class Merger:
+    """A model into which decisions are carried out, without any forward."""
+
+    def __init__(self, model: ResidentModel, tokenizer: Any, trust_remote_code: bool = False) -> None:
+        """tokenizer: the model's, with which candidates' vocabularies are matched."""
+        self.model, self.tokenizer, self.trust_remote_code = model, tokenizer, trust_remote_code
+        self.repeated = 0  # decisions that were carried out again, of all candidates
+        self._space: Tensors | None = None  # where merges are made, one layer's worth
+
+    def repeat(self, candidate: Candidate, done: Sequence[Decision]) -> None:
+        """Carry out decisions that were taken on a candidate.
+
+        Raises ConfigError if the models are not such that they could have been taken, CheckpointError if a file can't
+        be read.
+        """
+        try:
+            for decision in done:
+                if decision.ratio is not None:
+                    part, theirs = self._in_memory(partial(self._found, candidate, decision.layer))
+                    self._install(part, theirs, decision.method, decision.ratio)
+                self.repeated += 1
+        except (BrokenWeights, HeaderSkipped, IndexError) as error:
+            raise ConfigError(f"what was decided on {candidate.name} can't be carried out: {error}") from None
+
+    def _found(self, candidate: Candidate, layer: int | None) -> tuple[Part, Tensors]:
+        """A part of the model, and the candidate's tensors for it."""
+        if layer is None:
+            theirs, _ = aligned_header(self.model, self.tokenizer, candidate, self.trust_remote_code)
+            return self.model.header(), theirs
+        if layer >= len(self.model.layers):
+            raise IndexError(f"the base has {len(self.model.layers)} layers, and no number {layer + 1}")
+        part = self.model.layer(layer)
+        return part, part.adopt(candidate.stream(part.tensors), candidate.name)
+
+    def _install(self, part: Part, theirs: Tensors, method: str, ratio: float) -> None:
+        """Merge for good. All that takes memory, and may be done again, comes before anything changes."""
+        part.install(self._in_memory(partial(self._changes, part, theirs, method, ratio)))
+
+    def _changes(self, part: Part, theirs: Tensors, method: str, ratio: float) -> Tensors:
+        """The tensors that a merge makes others of."""
+        found = merged(part, method, theirs, ratio, self._room(part))
+        return {name: tensor for name, tensor in found.items() if not torch.equal(tensor, part.tensors[name])}
+
+    def _room(self, part: Part) -> Tensors:
+        """Where the part is merged."""
+        self._space = part.space(self._space)
+        return self._space
+
+    def _in_memory(self, work: Callable[[], Result]) -> Result:
+        """Do work that needs memory."""
+        return work()
