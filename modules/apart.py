@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from modules.config import Config, ConfigError
+from modules.config.locations import parse_location, parse_source
 from modules.places import Beside
-from modules.sources import parse_location, parse_source
 
 
 def written_paths(output: Path) -> list[Path]:

@@ -13,12 +13,12 @@ from pathlib import Path
 import yaml
 
 from modules.companions import is_licence
+from modules.config.locations import names_folder, repositories_in
 from modules.console import visible
 from modules.journal import Record
 from modules.places import SETTINGS_FILE
 from modules.record import RECIPE_FILE, improved_phrases, needed_sources
 from modules.report import percent
-from modules.sources import names_folder, repositories_in
 from modules.weights import CheckpointError, is_there, local_files
 
 CARD_FILE = "README.md"

@@ -23,9 +23,9 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from modules.causes import disguise, found_instead, pointers
 from modules.companions import LARGEST, Companions, find_companions, is_licence, is_small
 from modules.config import Config, ConfigError
+from modules.config.locations import Location, Source, parse_source
 from modules.hub import Job, Repository, find
 from modules.places import Beside
-from modules.sources import Location, Source, parse_source
 from modules.weights import (
     CheckpointError,
     Fingerprint,

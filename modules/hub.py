@@ -41,7 +41,7 @@ from huggingface_hub.errors import (
 )
 
 from modules.config import ConfigError
-from modules.sources import Location
+from modules.config.locations import Location
 from modules.weights import CheckpointError, Forms, first_line, is_there
 
 PAUSES = (2.0, 10.0, 30.0, 120.0)  # seconds before a file whose download failed is asked for again

@@ -25,9 +25,9 @@ from modules.checkpoints import (
     read_configuration,
 )
 from modules.config import Config, ConfigError
+from modules.config.locations import Location, Source, names_of, parse_location
 from modules.hub import Job, Repository
 from modules.models import settle_attention, without_weights
-from modules.sources import Location, Source, names_of, parse_location
 from modules.weights import holds_weights, is_pickled, weight_files
 
 Fetch = Callable[[Job], None]  # returns when a job's files are there

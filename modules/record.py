@@ -29,11 +29,11 @@ from modules.config import (
     Pair,
     is_number,
 )
+from modules.config.locations import Source, parse_source
 from modules.journal import Journal, Record, naming
 from modules.memory import Packing
 from modules.models import resolve_device, resolve_dtype
 from modules.search import Decision
-from modules.sources import Source, parse_source
 from modules.strategies import improved, probability, scores, total
 
 FORMAT = 1  # of journals and recipes

@@ -13,6 +13,7 @@ import torch
 from modules.apart import check_apart, input_paths, written_paths
 from modules.checkpoints import load_tokenizer
 from modules.config import Config, ConfigError, Directories
+from modules.config.locations import missing_folder, parse_source
 from modules.console import BANNER, Console
 from modules.hub import Ahead, check_space
 from modules.journal import Record
@@ -24,7 +25,6 @@ from modules.places import Place
 from modules.record import accepted_of, compare_fingerprints, decision_of, needed_sources, read_recipe
 from modules.run import begin_download, fetch_now, prepare_libraries, put_in_place, save, write_results
 from modules.search import Merger
-from modules.sources import missing_folder, parse_source
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM
 import merge_monster
 import modules.hub
 import monster_mapper
+from modules.config.locations import Location
 from modules.hub import Job, bytes_needed
-from modules.sources import Location
 
 ROOT = Path(__file__).parents[1]
 JUNK = ("model.gguf", "optimizer.pt", "training_args.bin", "original/params.json", "onnx/model.onnx", "README.md")

@@ -20,6 +20,7 @@ import merge_monster
 from modules import places, preflight
 from modules.checkpoints import Checkpoint
 from modules.config import ConfigError, Pair, load_config
+from modules.config.locations import Location
 from modules.hub import Repository
 from modules.meaning import layer_settings, setting
 from modules.memory import Budget, weights_of
@@ -30,7 +31,6 @@ from modules.preflight import Disk, Memory, Plan, Room, Sizes, check, find_room,
 from modules.probability import build_scorer
 from modules.record import RECIPE_FILE
 from modules.search import Search
-from modules.sources import Location
 
 GB, GIB = 10**9, 2**30
 PLENTY = Room(Path("/"), disk=10**15, files=None, memory=10**15, refusal=None)

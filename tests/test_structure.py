@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from floors below its own.
 FLOORS = {
     "causes": 0,
-    "sources": 0,
+    "config.locations": 0,
     "strategies": 0,
     "composition": 0,
     "merging": 0,
@@ -62,7 +62,7 @@ FLOORS = {
     "run_mapper": 12,
 }
 LIGHT = (
-    "sources",
+    "config.locations",
     "processes",
     "stopping",
     "filesystem",
@@ -83,7 +83,11 @@ LIGHT = (
     "comparison",
     "mapping_report",
 )
-MODULES = sorted(path.stem for path in (ROOT / "modules").glob("*.py"))
+FILES = {
+    ".".join(path.relative_to(ROOT / "modules").with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "modules").rglob("*.py")
+}
+MODULES = sorted(FILES)
 
 
 def imports(path):
@@ -103,7 +107,7 @@ def test_every_module_has_its_floor():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_run_one_way(name):
-    for imported in imports(ROOT / "modules" / f"{name}.py"):
+    for imported in imports(FILES[name]):
         if imported.startswith("modules"):
             assert FLOORS[imported.removeprefix("modules.")] < FLOORS[name], f"{name} imports {imported}"
 
@@ -111,10 +115,10 @@ def test_imports_run_one_way(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_who_touches_what(name):
     """The light floors stay light, and only model code touches torch modules."""
-    packages = {imported.split(".")[0] for imported in imports(ROOT / "modules" / f"{name}.py")}
+    packages = {imported.split(".")[0] for imported in imports(FILES[name])}
     if name in LIGHT:
         assert not packages & {"torch", "transformers", "safetensors"}
-    source = (ROOT / "modules" / f"{name}.py").read_text(encoding="utf-8")
+    source = FILES[name].read_text(encoding="utf-8")
     if name not in ("models", "layouts", "candidates", "probability"):
         assert not re.search(r"\bnn\b|\.forward\b|state_dict", source)
 
@@ -122,7 +126,7 @@ def test_who_touches_what(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_a_message_is_given_line_by_line(name):
     """A line end within a text is shown escaped: it may be a stranger's."""
-    for node in ast.walk(ast.parse((ROOT / "modules" / f"{name}.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Raise) or (
             isinstance(node, ast.Call) and ast.unparse(node.func).startswith("console.")
         ):
@@ -132,21 +136,21 @@ def test_a_message_is_given_line_by_line(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_opens_with_what_it_knows_and_refuses_to_know(name):
-    opening = ast.get_docstring(ast.parse((ROOT / "modules" / f"{name}.py").read_text(encoding="utf-8")))
+    opening = ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8")))
     assert "Knows:" in opening and "Refuses to know:" in opening
 
 
 def test_the_readme_shows_the_real_file_tree():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = readme.split("## Files")[1].split("```")[1]
-    listed, folder = set(), ""
+    listed, folders = set(), [""]
     for line in tree.strip().splitlines()[1:]:
         name = line.split()[0]
-        folder = folder if line.startswith("    ") else ""
+        del folders[(len(line) - len(line.lstrip())) // 4 + 1 :]
         if name.endswith("/"):
-            folder = name
+            folders.append(folders[-1] + name)
         else:
-            listed.add(folder + name)
+            listed.add(folders[-1] + name)
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:

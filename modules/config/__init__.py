@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from modules.sources import missing_folder, parse_location, parse_source
+from modules.config.locations import missing_folder, parse_location, parse_source
 
 VERSION = "1.0.0"  # of the program
 
@@ -95,7 +95,7 @@ class Config:
     """Everything a run depends on. Each field is the YAML key of the same name."""
 
     directories: Directories
-    models_to_merge: tuple[str, ...] = ()  # candidates in the order in which they are tried, see sources.py
+    models_to_merge: tuple[str, ...] = ()  # candidates in the order in which they are tried, see locations.py
     on_error: str = "stop"  # what becomes of the run if a candidate can't be read any more; skip goes on without it
     keep_downloads: bool = True  # leave what is fetched from the hub in its cache after the run
     merge_ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)  # shares of the candidate that are tried, 0 to 1
