@@ -1,0 +1,49 @@
+"""What this program raises if it can't use what it was given, and how a value is shown in a message.
+
+Knows: the two errors. Refuses to know: who raises them.
+"""
+
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+
+class ConfigError(Exception):
+    """The configuration, the arguments or the models they name can't be used.
+
+    The message is for the user. Each argument is a line of it: names in it may have line ends of their own.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
+
+
+class CheckpointError(Exception):
+    """A checkpoint can't be read or written; the message is for the user."""
+
+
+class _Excerpt(reprlib.Repr):
+    """The beginning of what `repr` would write, in a time that does not grow with the value: the aliases of a short
+    file can stand for more than there is memory for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 4, 100, 100
+
+    def repr_int(self, value: int, level: int) -> str:
+        return repr(value) if abs(value) < 10**60 else "a number of more than 60 digits"
+
+
+def shown(value: Any) -> str:
+    """A value as the YAML file would write it, short enough for one line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "nothing"
+    excerpt = _Excerpt().repr(value)
+    return excerpt if len(excerpt) <= 60 else excerpt[:57] + "..."
+
+
+def listing(names: Sequence[str]) -> str:
+    """Names as a sentence has them: a, b or c."""
+    return ", ".join(names[:-1]) + " or " + names[-1]
