@@ -4,7 +4,6 @@ Knows: the two errors. Refuses to know: who raises them.
 """
 
 import reprlib
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -42,8 +41,3 @@ def shown(value: Any) -> str:
         return "nothing"
     excerpt = _Excerpt().repr(value)
     return excerpt if len(excerpt) <= 60 else excerpt[:57] + "..."
-
-
-def listing(names: Sequence[str]) -> str:
-    """Names as a sentence has them: a, b or c."""
-    return ", ".join(names[:-1]) + " or " + names[-1]

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationError, ValidationInfo, WrapValidator
 
-from modules.config.errors import listing, shown
+from modules.config.errors import shown
 from modules.config.locations import missing_folder, parse_location, parse_source
 
 DEMO_MODELS = ("cliche-base", "plain-prose", "apple-logic")  # what demo/make_models.py makes
@@ -109,7 +109,8 @@ def _one_of(allowed: tuple[str, ...]) -> Any:
 
     def words(value: Any) -> str:
         guess = difflib.get_close_matches(value, allowed, 1) if isinstance(value, str) else []
-        return f"expected {listing(allowed)}" + (f"; did you mean '{guess[0]}'?" if guess else "")
+        hint = f"; did you mean '{guess[0]}'?" if guess else ""
+        return f"expected {', '.join(allowed[:-1])} or {allowed[-1]}{hint}"
 
     return Annotated[Literal[allowed], said(words)]
 

@@ -26,6 +26,7 @@ _OPTIONS: dict[Place, str] = {
     ("directories", "model_path1"): "--model",
 }
 _PHRASES = ("bad_phrases", "good_phrases")
+_NO_PHRASES = [key for key in CONFIG_KEYS if key not in _PHRASES]  # are passed over in a phrase file
 
 
 def load_config(
@@ -51,12 +52,15 @@ def load_config(
         found.append(Finding(main, ("phrase lists",), problem))
         values, files = _without(values, _PHRASES), []
     settings = _checked(Settings, values, main, found, {place: _OPTIONS[place] for place in asked}, mapping)
-    lists = [_checked_phrases(file, found) for file in files]
+    lists = [_checked(PhraseLists, _without(file.value, _NO_PHRASES), file, found) for file in files]
     if isinstance(values, Mapping):
         wrong_phrases = any(finding.file is not main or "phrase" in str(finding.place[:1]) for finding in found)
         found += _missing_together(main, values, mapping, bool(count) or wrong_phrases)
     if found:
-        raise ConfigError(*_told(path, found))
+        noun = "error" if len(found) == 1 else "errors"
+        more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
+        lines = [f"  {line}" for line in [*found[:_MOST_ERRORS], *more]]
+        raise ConfigError(f"{path} has {len(found)} {noun}:", *lines)
     bad, good = (sum((getattr(part, key) for part in (settings, *lists)), ()) for key in _PHRASES)
     return Config(**{**vars(settings), "bad_phrases": bad, "good_phrases": good}, text=main.text)
 
@@ -128,16 +132,11 @@ def _phrase_files(main: YamlFile, values: Any) -> tuple[list[YamlFile], list[Fin
             found.append(Finding(file, (), "a bare list; bad_phrases: or good_phrases: is missing above it"))
         else:
             files.append(file)
+        others = file.value.get("phrase_files") if isinstance(file.value, Mapping) else None
+        if others:
+            problem = f"{shown(others)}: a phrase file can't name others; name them all in the first file"
+            found.append(Finding(file, ("phrase_files",), problem))
     return files, found
-
-
-def _checked_phrases(file: YamlFile, found: list[Finding]) -> PhraseLists | None:
-    """What a phrase file holds. A whole configuration may serve as one: only its phrases are taken."""
-    others = file.value.get("phrase_files") if isinstance(file.value, Mapping) else None
-    if others:
-        problem = "a phrase file can't name others; name them all in the first file"
-        found.append(Finding(file, ("phrase_files",), f"{shown(others)}: {problem}"))
-    return _checked(PhraseLists, _without(file.value, set(CONFIG_KEYS).difference(_PHRASES)), file, found)
 
 
 def _missing_together(main: YamlFile, values: Mapping, mapping: bool, has_phrases: bool) -> list[Finding]:
@@ -153,10 +152,3 @@ def _missing_together(main: YamlFile, values: Mapping, mapping: bool, has_phrase
         place = ("bad_phrases, good_phrases",)
         found.append(Finding(main, place, "both are empty; there is nothing to score"))
     return found
-
-
-def _told(path: str | Path, found: list[Finding]) -> list[str]:
-    """The lines of the message on all that was found."""
-    noun = "error" if len(found) == 1 else "errors"
-    more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
-    return [f"{path} has {len(found)} {noun}:", *(f"  {line}" for line in [*found[:_MOST_ERRORS], *more])]
