@@ -5,7 +5,6 @@ Refuses to know: what is checked, and when.
 """
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +29,12 @@ class Finding:
     problem: str
     kind: str = "told"  # pydantic's type of error, or "told" if the problem says it all
     value: Any = None
-    option: str | None = None  # of the command line, if the value is from there
 
     def __str__(self) -> str:
         """The finding as a line of a message."""
-        line = None if self.option else self.file.line_of(self.place)
+        line = self.file.line_of(self.place)
         where = f" (line {line}{' of that file' if self.file.name else ''})" if line else ""
-        return f"{self.option or self.file.name_of(self.place)}: {self._words()}{where}"
+        return f"{self.file.name_of(self.place)}: {self._words()}{where}"
 
     def _words(self) -> str:
         match self.kind:
@@ -53,12 +51,12 @@ class Finding:
         return f"{shown(self.value)}: {self.problem}"
 
 
-def findings_in(error: ValidationError, file: YamlFile, options: Mapping[Place, str]) -> list[Finding]:
-    """All that pydantic found, unknown keys first. options: by place, those of the command line that are in there."""
+def findings_in(error: ValidationError, file: YamlFile) -> list[Finding]:
+    """All that pydantic found in a file's values, unknown keys first."""
     found = []
     for item in error.errors(include_url=False):
         problem = str(item.get("ctx", {}).get("error", item["msg"]))
-        found.append(Finding(file, item["loc"], problem, item["type"], item["input"], options.get(item["loc"])))
+        found.append(Finding(file, item["loc"], problem, item["type"], item["input"]))
     return sorted(found, key=lambda finding: finding.kind != "unexpected_keyword_argument")
 
 

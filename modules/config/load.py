@@ -5,6 +5,7 @@ together. Refuses to know: what a single value may be.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,15 +17,9 @@ from modules.config.fields import AnyPath, Output, keys_of
 from modules.config.findings import Finding, findings_in
 from modules.config.phrase_lists import MOST_PAIRS, PhraseLists, count_pairs
 from modules.config.schema import CONFIG_KEYS, Config, Settings
-from modules.config.yaml_file import Place, YamlFile, read_yaml
+from modules.config.yaml_file import YamlFile, read_yaml
 
 _MOST_ERRORS = 50  # of a file that are told one by one
-
-_OPTIONS: dict[Place, str] = {
-    ("device",): "--device",
-    ("directories", "output_directory"): "--output",
-    ("directories", "model_path1"): "--model",
-}
 _PHRASES = ("bad_phrases", "good_phrases")
 _NO_PHRASES = [key for key in CONFIG_KEYS if key not in _PHRASES]  # are passed over in a phrase file
 
@@ -41,21 +36,18 @@ def load_config(
     mapping: for the mapper, which needs neither candidates nor an output directory.
     Raises ConfigError with one line for every error found.
     """
-    main = read_yaml(Path(path), "Name a YAML file with --config.")
-    given = zip(_OPTIONS, (device, output, model), strict=True)
-    asked = {place: value for place, value in given if value is not None}
-    values = _with_options({} if main.value is None else main.value, asked)
-    files, found = _phrase_files(main, values)
+    main = _with_options(read_yaml(Path(path), "Name a YAML file with --config."), device, output, model)
+    files, found = _phrase_files(main)
     count = sum(count_pairs(file.value) for file in (main, *files))
     if count > MOST_PAIRS:
         problem = f"{count:,} pairs of a phrase and a context; at most {MOST_PAIRS:,} are taken"
         found.append(Finding(main, ("phrase lists",), problem))
-        values, files = _without(values, _PHRASES), []
-    settings = _checked(Settings, values, main, found, {place: _OPTIONS[place] for place in asked}, mapping)
-    lists = [_checked(PhraseLists, _without(file.value, _NO_PHRASES), file, found) for file in files]
-    if isinstance(values, Mapping):
-        wrong_phrases = any(finding.file is not main or "phrase" in str(finding.place[:1]) for finding in found)
-        found += _missing_together(main, values, mapping, bool(count) or wrong_phrases)
+        main, files = _without(main, _PHRASES), []
+    settings = _checked(Settings, main, found, mapping)
+    lists = [_checked(PhraseLists, _without(file, _NO_PHRASES), found) for file in files]
+    if not count and not any(finding.file.name or "phrase" in str(finding.place[:1]) for finding in found):
+        found.append(Finding(main, ("bad_phrases, good_phrases",), "both are empty; there is nothing to score"))
+    found += [] if mapping else _missing_for_a_merge(main)
     if found:
         noun = "error" if len(found) == 1 else "errors"
         more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
@@ -70,24 +62,28 @@ def output_directory(name: str, value: str) -> Path:
     try:
         return Path(TypeAdapter(Output).validate_python(value))
     except ValidationError as error:
-        raise ConfigError(*map(str, findings_in(error, YamlFile("", value, None), {(): name}))) from None
+        raise ConfigError(*map(str, findings_in(error, YamlFile("", value, None, name)))) from None
 
 
-def _with_options(document: Any, asked: Mapping[Place, str]) -> Any:
-    """A file's values with those of the command line in their places, if there are mappings for them."""
-    if not isinstance(document, Mapping):
-        return document
-    values = {"directories": {}, **document}
-    for place, value in asked.items():
-        if len(place) == 1:
-            values[place[0]] = value
-        elif isinstance(values[place[0]], Mapping):
-            values[place[0]] = {**values[place[0]], place[1]: value}
-    return values
+def _with_options(file: YamlFile, device: str | None, output: str | None, model: str | None) -> YamlFile:
+    """A file with what the command line gives in place of its own values, if there are mappings for it."""
+    if not isinstance(file.value, Mapping | None):
+        return file
+    values = {"directories": {}, **(file.value or {})}
+    asked = {"model_path1": ("--model", model), "output_directory": ("--output", output)}
+    options = {("directories", key): option for key, (option, value) in asked.items() if value is not None}
+    if isinstance(values["directories"], Mapping):
+        given = {key: value for key, (_, value) in asked.items() if value is not None}
+        values["directories"] = {**values["directories"], **given}
+    if device is not None:
+        values["device"], options[("device",)] = device, "--device"
+    return replace(file, value=values, options=options)
 
 
-def _without(values: Any, keys: Collection[str]) -> Any:
-    return {key: value for key, value in values.items() if key not in keys} if isinstance(values, Mapping) else values
+def _without(file: YamlFile, keys: Collection[str]) -> YamlFile:
+    if not isinstance(file.value, Mapping):
+        return file
+    return replace(file, value={key: value for key, value in file.value.items() if key not in keys})
 
 
 @cache
@@ -95,25 +91,18 @@ def _adapter(kind: type) -> TypeAdapter:
     return TypeAdapter(Annotated[kind, keys_of(kind)])
 
 
-def _checked(
-    kind: type,
-    values: Any,
-    file: YamlFile,
-    found: list[Finding],
-    options: Mapping[Place, str] | None = None,
-    mapping: bool = False,
-) -> Any:
-    """Values as a dataclass; None, and what is wrong is added to what was found, if they are none."""
+def _checked(kind: type, file: YamlFile, found: list[Finding], mapping: bool = False) -> Any:
+    """A file's values as a dataclass; None, and what is wrong is added to what was found, if they are none."""
     try:
-        return _adapter(kind).validate_python(values, context=mapping)
+        return _adapter(kind).validate_python(file.value, context=mapping)
     except ValidationError as error:
-        found += findings_in(error, file, options or {})
+        found += findings_in(error, file)
         return None
 
 
-def _phrase_files(main: YamlFile, values: Any) -> tuple[list[YamlFile], list[Finding]]:
+def _phrase_files(main: YamlFile) -> tuple[list[YamlFile], list[Finding]]:
     """The phrase files that hold keys, and what is wrong with them as files."""
-    named = values.get("phrase_files") if isinstance(values, Mapping) else None
+    named = main.value.get("phrase_files") if isinstance(main.value, Mapping) else None
     files, found = list[YamlFile](), list[Finding]()
     for number, item in enumerate(named if isinstance(named, list) else []):
         place = ("phrase_files", number)
@@ -139,16 +128,16 @@ def _phrase_files(main: YamlFile, values: Any) -> tuple[list[YamlFile], list[Fin
     return files, found
 
 
-def _missing_together(main: YamlFile, values: Mapping, mapping: bool, has_phrases: bool) -> list[Finding]:
-    """What must be there in one place or another, or for one program but not for the other, and is not."""
-    directories = values["directories"] if isinstance(values["directories"], Mapping) else {"output_directory": ""}
-    found = []
-    if directories.get("output_directory") is None and not mapping:
+def _missing_for_a_merge(main: YamlFile) -> list[Finding]:
+    """What the merge needs and the mapper does without. Of what is no mapping, that has been said."""
+    if not isinstance(main.value, Mapping):
+        return []
+    directories, found = main.value["directories"], []
+    if not isinstance(directories, Mapping):
+        directories = {"output_directory": ""}
+    if directories.get("output_directory") is None:
         found.append(Finding(main, ("directories", "output_directory"), "missing"))
-    if not values.get("models_to_merge") and not directories.get("model_directory") and not mapping:
+    if not main.value.get("models_to_merge") and not directories.get("model_directory"):
         problem = "no candidates; list models here or set directories.model_directory"
         found.append(Finding(main, ("models_to_merge",), problem))
-    if not has_phrases:
-        place = ("bad_phrases, good_phrases",)
-        found.append(Finding(main, place, "both are empty; there is nothing to score"))
     return found

@@ -101,8 +101,8 @@ class PhraseLists:
     """What the merged model should say more."""
 
 
-def count_pairs(document: Any) -> int:
+def count_pairs(values: Any) -> int:
     """How many pairs a file's lists stand for, before they are made: a short file can stand for very many."""
-    lists = [document.get(field.name) for field in fields(PhraseLists)] if isinstance(document, Mapping) else []
+    lists = [values.get(field.name) for field in fields(PhraseLists)] if isinstance(values, Mapping) else []
     entries = [entry for value in lists if isinstance(value, list) for entry in value if isinstance(entry, Mapping)]
     return sum(len(entry["contexts"]) for entry in entries if isinstance(entry.get("contexts"), list))

@@ -4,7 +4,8 @@ Knows: how large a file may be and what its aliases may stand for; that no key s
 Refuses to know: what the keys mean.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ class YamlFile:
     value: Any
     node: yaml.Node | None  # what the value was made of; None in an empty file
     name: str = ""  # with which messages begin what they call a place of it; that of the main file is empty
+    options: Mapping[Place, str] = field(default_factory=dict)  # of the command line, by the place of what they give
 
     def name_of(self, place: Place) -> str:
         """What messages call a place: bad_phrases[0].contexts, say."""
+        if place in self.options:
+            return self.options[place]
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
         return self.name + path if self.name else path.removeprefix(".") or "the file"
 
     def line_of(self, place: Place) -> int | None:
         """The line where a place begins, or the nearest one around it that is there; None for the whole file."""
-        node, line = self.node, None
+        node, line = None if place in self.options else self.node, None
         for part in place:
             if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
                 begin = node = node.value[part]
