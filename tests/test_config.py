@@ -1,5 +1,6 @@
 """Every kind of wrong input, with its message; all errors together; nothing heavy imported."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modules.config import Mapper, Pair, load_config, output_directory
-from modules.runtime.errors import ConfigError
+from modules.config import Mapper, Pair, load_config
+from modules.config.load import output_directory
+from modules.config.schema import json_schema
+from modules.runtime import ConfigError
 
 ROOT = Path(__file__).parents[1]
 PHRASES = [{"phrase": "spine", "contexts": ["down her "]}]
@@ -239,6 +242,59 @@ def test_all_errors_are_reported_together(folders):
         "auto_weights",
         "dtype",
     ]
+
+
+LINES = """\
+directories:
+  model_path1: base
+  model_directry: base
+models_to_merge:
+  - one
+  - nowhere
+dtpe: auto
+merge_ratios:
+  - 0.5
+  - 7
+shared: &shared
+  weight: much
+bad_phrases:
+  - phrase: x
+    contexts: [y]
+  - <<: *shared
+    phrase: z
+    contexts:
+      - a
+      - {context: b, wait: 3}
+phrase_files:
+  - absent.yaml
+  - more.yaml
+"""
+
+
+def test_every_error_has_its_line(place):
+    for name in ("base", "one"):
+        (place / name).mkdir()
+    (place / "more.yaml").write_text("good_phrases:\n- phrase: x\n  contexts:\n  - y\n  - 3\n")
+    (place / "my.yaml").write_text(LINES)
+    found = [re.fullmatch(r"  (.+?): .*?( \(line .+\))?", line) for line in errors_of("my.yaml").splitlines()[1:]]
+    assert {(match[1], match[2]) for match in found} == {
+        ("directories.model_directry", " (line 3)"),
+        ("directories.output_directory", " (line 1)"),
+        ("models_to_merge[1]", " (line 6)"),
+        ("dtpe", " (line 7)"),
+        ("merge_ratios", " (line 8)"),
+        ("shared", " (line 11)"),
+        ("bad_phrases[1].weight", " (line 12)"),
+        ("bad_phrases[1].contexts[1].wait", " (line 20)"),
+        ("phrase_files[0]", " (line 22)"),
+        ("phrase_files[1] (more.yaml).good_phrases[0].contexts[1]", " (line 5 of that file)"),
+    }
+
+
+def test_a_value_of_the_command_line_has_no_line(folders):
+    lines = errors_of(write(folders), output="/", model="nowhere", device="gpu").splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == ["--model", "--output", "--device"]
+    assert not any("(line" in line for line in lines)
 
 
 def test_a_wrong_phrase_in_a_phrase_file_names_the_file(folders):
@@ -480,3 +536,36 @@ def test_what_can_only_be_the_hubs_is_taken(place, name):
     (place / "models" / "fooo").mkdir(parents=True)
     write_named(place / "my.yaml", candidate=name)
     assert load_config("my.yaml").models_to_merge == (name,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schema for editors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_schema_is_the_one_that_the_code_makes():
+    command = [sys.executable, "-m", "modules.config"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert (ROOT / "modules" / "config" / "schema.json").read_text(encoding="utf-8") == result.stdout
+
+
+def test_the_schema_describes_every_key():
+    schema = json_schema()
+    for name, section in {"": schema, **schema["$defs"]}.items():
+        assert section["additionalProperties"] is False
+        for key, value in section["properties"].items():
+            described = schema["$defs"][value["$ref"].rpartition("/")[2]] if "$ref" in value else value
+            assert described["description"], f"{name}.{key}"
+
+
+@pytest.mark.parametrize(
+    "file", [*ROOT.glob("default*.yaml"), *(ROOT / "example_phrases").glob("*.yaml")], ids=lambda file: file.name
+)
+def test_a_file_that_is_shipped_names_its_schema(file):
+    text = file.read_text(encoding="utf-8")
+    path, _, fragment = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)[1].partition("#")
+    schema = json.loads((file.parent / path).read_text(encoding="utf-8"))
+    for name in fragment.split("/")[1:]:
+        schema = schema[name]
+    document = yaml.safe_load(text)
+    assert set(schema.get("required", [])) <= set(document) <= set(schema["properties"])

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from test_run import tables
 
-from modules.config import _CONFIG_KEYS, Mapper
+from modules.config import Mapper
+from modules.config.schema import CONFIG_KEYS
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,7 +110,7 @@ def test_default_mapper_yaml_has_every_key_of_the_mapper_at_its_default():
 
 def test_default_yaml_has_every_key():
     document = yaml.safe_load((ROOT / "default.yaml").read_text(encoding="utf-8"))
-    assert set(document) == set(_CONFIG_KEYS) - {"mapper"}
+    assert set(document) == set(CONFIG_KEYS) - {"mapper"}
     assert set(document["directories"]) == {"model_path1", "model_directory", "output_directory"}
 
 

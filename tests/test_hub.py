@@ -31,7 +31,7 @@ import merge_monster
 import modules.checkpoints.hub
 import monster_mapper
 from modules.checkpoints.hub import Job, bytes_needed
-from modules.sources import Location
+from modules.config.locations import Location
 
 ROOT = Path(__file__).parents[1]
 JUNK = ("model.gguf", "optimizer.pt", "training_args.bin", "original/params.json", "onnx/model.onnx", "README.md")

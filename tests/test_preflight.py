@@ -21,6 +21,7 @@ from modules.checkpoints.hub import Repository
 from modules.checkpoints.meaning import layer_settings, setting
 from modules.checkpoints.open_models import open_models
 from modules.config import Pair, load_config
+from modules.config.locations import Location
 from modules.model.loading import load_model
 from modules.model.memory import Memory, Sizes, weights_of
 from modules.output import places as places
@@ -32,7 +33,6 @@ from modules.scoring.budget import Budget
 from modules.scoring.layout import build_scorer
 from modules.scoring.tokenization import encode_pairs
 from modules.search.search import Search
-from modules.sources import Location
 
 GB, GIB = 10**9, 2**30
 PLENTY = Room(Path("/"), disk=10**15, memory=10**15, refusal=None)

@@ -39,9 +39,8 @@ from modules.checkpoints.weight_files import (
     weight_files,
     whole_files,
 )
-from modules.config import Config
+from modules.config import Config, Location, Source, parse_source, partial_of
 from modules.runtime import CheckpointError, ConfigError, first_line
-from modules.sources import Location, Source, parse_source, partial_of
 
 _DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for

@@ -40,8 +40,8 @@ from huggingface_hub.utils import tqdm
 
 from modules.checkpoints.bin_files import Forms
 from modules.checkpoints.weight_files import is_there
+from modules.config import Location
 from modules.runtime import CheckpointError, ConfigError, first_line
-from modules.sources import Location
 
 PAUSES = (2.0, 10.0, 30.0, 120.0)  # seconds before a file whose download failed is asked for again
 PARALLEL = 4  # files that are fetched at a time

@@ -28,9 +28,8 @@ from modules.checkpoints.hub import Job, Repository
 from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from modules.checkpoints.lora import Adapter, open_adapter, read_settings
 from modules.checkpoints.weight_files import holds_weights, weight_files
-from modules.config import Config
+from modules.config import Config, Location, Source, names_of, parse_location
 from modules.runtime import ConfigError
-from modules.sources import Location, Source, names_of, parse_location
 
 Fetch = Callable[[Job], None]  # returns when a job's files are there
 In, Out = TypeVar("In"), TypeVar("Out")

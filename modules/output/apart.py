@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from modules.config import Config
+from modules.config import Config, parse_location, parse_source
 from modules.output.places import Beside
 from modules.runtime import ConfigError
-from modules.sources import parse_location, parse_source
 
 
 def written_paths(output: Path) -> list[Path]:

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from modules.checkpoints import Checkpoint, candidate_sources
-from modules.config import NO_PART, Config, Directories
+from modules.config import NO_PART, Config, Directories, Source, parse_source
 from modules.model import resolve_device, resolve_dtype
 from modules.output.journal import Record
 from modules.runtime import ConfigError
-from modules.sources import Source, parse_source
 
 _HINT = "use what it was begun with, or begin again with --restart"
 

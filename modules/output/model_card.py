@@ -14,11 +14,11 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from modules.checkpoints import is_licence, is_there, local_files
+from modules.config import names_folder, repositories_in
 from modules.output.journal import Record
 from modules.output.places import SETTINGS_FILE
 from modules.output.recipe import RECIPE_FILE, improved_phrases, needed_sources
 from modules.runtime import CheckpointError, percent, shortened, visible
-from modules.sources import names_folder, repositories_in
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most

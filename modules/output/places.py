@@ -29,9 +29,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from modules.config import partial_of
 from modules.output.filesystem import Lock, has_locks, has_rights, sync
 from modules.runtime import ConfigError
-from modules.sources import partial_of
 
 SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
 UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is no output yet

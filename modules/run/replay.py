@@ -21,7 +21,7 @@ from modules.checkpoints import (
     looked_up,
     open_models,
 )
-from modules.config import Config, Directories
+from modules.config import Config, Directories, missing_folder, parse_source
 from modules.model import load_model, placement_of, present_devices, weights_of
 from modules.output import (
     Place,
@@ -42,7 +42,6 @@ from modules.run.merge import put_in_place
 from modules.run.steps import prepare_libraries, save, write_results
 from modules.runtime import BANNER, ConfigError, Console
 from modules.search import Merger
-from modules.sources import missing_folder, parse_source
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""The YAML file as a frozen dataclass.
+
+Knows: every key, its type, its default and what is allowed; reports all errors of a file together.
+Refuses to know: torch, models, tokenizers. It must answer a typo in under a second.
+"""
+
+from modules.config.fields import DTYPES, METHODS, STRATEGIES, is_number, unusable
+from modules.config.load import load_config, output_directory
+from modules.config.locations import (
+    Location,
+    Source,
+    missing_folder,
+    names_folder,
+    names_of,
+    parse_location,
+    parse_source,
+    partial_of,
+    repositories_in,
+)
+from modules.config.phrase_lists import Pair
+from modules.config.schema import NO_PART, TABLES, VERSION, Config, Directories, Mapper
+
+__all__ = [
+    "DTYPES",
+    "METHODS",
+    "NO_PART",
+    "STRATEGIES",
+    "TABLES",
+    "VERSION",
+    "Config",
+    "Directories",
+    "Location",
+    "Mapper",
+    "Pair",
+    "Source",
+    "is_number",
+    "load_config",
+    "missing_folder",
+    "names_folder",
+    "names_of",
+    "output_directory",
+    "parse_location",
+    "parse_source",
+    "partial_of",
+    "repositories_in",
+    "unusable",
+]

@@ -1,0 +1,10 @@
+"""Print the JSON schema of the YAML file, for editors: python -m modules.config > modules/config/schema.json
+
+Knows: how JSON is laid out. Refuses to know: the keys.
+"""
+
+import json
+
+from modules.config.schema import json_schema
+
+print(json.dumps(json_schema(), indent=2))

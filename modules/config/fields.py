@@ -1,0 +1,240 @@
+"""The kinds of values that keys have, and what is said of a value that is none of its kind.
+
+Knows: types with their limits, what can be a path, a model's name, an output. Refuses to know: which keys there are.
+
+A check that a value fails raises ValueError with what is allowed. Its `info.context` says whether the mapper asks: that
+reads no candidates, so they may still be missing.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationError, ValidationInfo, WrapValidator
+
+from modules.config.excerpts import shown
+from modules.config.locations import missing_folder, parse_location, parse_source
+
+DEMO_MODELS = ("cliche-base", "plain-prose", "apple-logic")  # what demo/make_models.py makes
+
+Check = Callable[[Any], Any]  # the value to keep; raises what pydantic takes for an error
+
+_NUMBER = re.compile(r"[+-]?\d{1,20}[.,]?\d{0,20}(e[+-]?\d{1,3})?", re.IGNORECASE)
+_BESIDE = 40  # characters by which the names are longer, at most, that stand beside an output while it is made
+
+
+def said(words: Callable[[Any], str]) -> WrapValidator:
+    """Whatever a type refuses, for whatever reason, is answered with these words on the value."""
+
+    def check(value: Any, validate: Check) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(words(value)) from None
+
+    return WrapValidator(check)
+
+
+def keys_of(section: type) -> BeforeValidator:
+    """For a mapping that becomes a dataclass: a key of it that holds nothing is as good as absent, and all are text."""
+    known = {field.name for field in fields(section)}
+
+    def given(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {_encodable(key): item for key, item in value.items() if item is not None or key not in known}
+
+    return BeforeValidator(given)
+
+
+def _encodable(key: Any) -> str:
+    return (key if isinstance(key, str) else shown(key)).encode(errors="backslashreplace").decode()
+
+
+def listed(value: Any) -> Any:
+    """For a tuple: nothing but a list of the file becomes one."""
+    if not isinstance(value, list):
+        raise ValueError("expected a list")
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from YAML or JSON is a finite number that a float can hold; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _number(what: str) -> WrapValidator:
+    return said(lambda value: f"expected {what}{_number_as_text(value)}")
+
+
+def _whole_number(low: int) -> WrapValidator:
+    return said(lambda value: f"expected a whole number of at least {low}{_number_as_text(value, whole=True)}")
+
+
+def _number_as_text(value: Any, whole: bool = False) -> str:
+    """What to write in place of a number that YAML reads as text: 1e-3 has no point, 0,5 a comma, "0.5" quotes."""
+    if not isinstance(value, str) or not _NUMBER.fullmatch(value.strip()):
+        return ""
+    number, exponent, power = value.strip().lower().replace(",", ".").partition("e")
+    if whole:
+        meant = float(number + exponent + power)
+        return f"; YAML reads this as text: write {meant:.0f}" if meant.is_integer() else ""
+    if exponent:
+        number += "" if "." in number else ".0"
+        power = power if power.startswith(("+", "-")) else f"+{power}"
+    return f"; YAML reads this as text: write {number}{exponent}{power}"
+
+
+def _above_zero(value: float) -> float:
+    if value == 0.0:
+        raise ValueError("expected a number above 0 and up to 1")
+    return value
+
+
+Boolean = Annotated[bool, Strict(), said(lambda value: "expected true or false")]
+_Ratio = Annotated[float, Strict(), Field(ge=0, le=1), _number("a number from 0 to 1")]
+Threshold = Annotated[_Ratio, AfterValidator(_above_zero)]
+Percent = Annotated[float, Strict(), Field(ge=0, le=100), _number("a number from 0 to 100")]
+Weight = Annotated[float, Strict(), Field(ge=0, le=1e300), _number("a number of at least 0")]
+Count = Annotated[int, Strict(), Field(ge=0, lt=2**63), _whole_number(0)]
+CountFromOne = Annotated[int, Strict(), Field(ge=1, lt=2**63), _whole_number(1)]
+
+
+def _one_of(allowed: tuple[str, ...]) -> Any:
+    """The type of a value that is one of a few names."""
+
+    def words(value: Any) -> str:
+        guess = difflib.get_close_matches(value, allowed, 1) if isinstance(value, str) else []
+        hint = f"; did you mean '{guess[0]}'?" if guess else ""
+        return f"expected {', '.join(allowed[:-1])} or {allowed[-1]}{hint}"
+
+    return Annotated[Literal[allowed], said(words)]
+
+
+def _one_or_more(kind: Any) -> Any:
+    """The type of a tuple that the file writes as a list or as a single value. What is wrong is said of the whole."""
+
+    def check(value: Any, validate: Check) -> Any:
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise ValueError("expected at least one value")
+        try:
+            return validate(values)
+        except ValidationError as error:
+            raise error.errors()[0]["ctx"]["error"] from None
+
+    return Annotated[tuple[kind, ...], WrapValidator(check, json_schema_input_type=kind | list[kind])]
+
+
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+METHODS = ("lerp", "slerp", "slice", "cyclic", "gradient")
+ON_ERROR = ("stop", "skip")
+STRATEGIES = ("cumulative", "all_phrases", "quantitive")
+
+Device = Annotated[
+    str,
+    Strict(),
+    Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", examples=["auto", "cpu", "cuda", "cuda:0", "mps"]),
+    said(lambda value: f"expected {DEVICES}"),
+]
+Dtype = _one_of(DTYPES)
+Methods = _one_or_more(_one_of(METHODS))
+OnError = _one_of(ON_ERROR)
+Ratios = _one_or_more(_Ratio)
+Strategy = Annotated[
+    _one_of(STRATEGIES),
+    BeforeValidator(
+        lambda value: "quantitive" if value == "quantitative" else value,
+        json_schema_input_type=Literal[(*STRATEGIES, "quantitative")],
+    ),
+]
+
+
+def _about_text(value: Any) -> str:
+    if isinstance(value, str) and value.strip():
+        return "holds half of a character (a lone surrogate)"
+    return "expected text" + (" (put it in quotes)" if isinstance(value, bool | int | float) else "")
+
+
+Text = Annotated[str, Strict(), Field(pattern=r"\S"), said(_about_text)]
+EmptyOrText = Annotated[str, Strict(), Field(pattern=r"^$|\S"), said(_about_text)]
+
+
+def unusable(path: Path) -> str | None:
+    """Why nothing can be at this path, such as too long a name; None if something is, or could be."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
+
+
+def _path(text: str) -> Path:
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise ValueError(f"not a usable path ({error})") from None
+    trouble = unusable(path)
+    if trouble:
+        raise ValueError(f"not a usable path ({trouble})")
+    return path
+
+
+def _any_path(text: str) -> str:
+    return str(_path(text))
+
+
+def _folder(text: str, info: ValidationInfo) -> str:
+    path = _path(text)
+    if not info.context and not path.is_dir():
+        raise ValueError("no such folder")
+    return str(path)
+
+
+def _model(text: str) -> str:
+    """A folder or an id of the hub. Whether the hub has it can't be known here."""
+    return _model_named(text, parse_location)
+
+
+def _candidate(text: str, info: ValidationInfo) -> str:
+    """A model, an adapter, or both joined by a plus."""
+    return _any_path(text) if info.context else _model_named(text, parse_source)
+
+
+def _model_named(text: str, parse: Callable[[str], object]) -> str:
+    path = _path(text)
+    if parse(text) is None:
+        of_demo = path.parts[:2] == ("demo", "models") and path.name in DEMO_MODELS
+        words = "no such folder; python demo/make_models.py makes it" if of_demo else missing_folder(text)
+        raise ValueError(_encodable(words))  # a folder's name that is told may be no UTF-8
+    return text
+
+
+def _output(text: str) -> str:
+    path = _path(text)
+    try:
+        whole = path.resolve()
+    except OSError:
+        raise ValueError("the folder that you are in is gone; go to one that is there") from None
+    if not whole.name:
+        raise ValueError("a whole file system can't be an output; name a folder in it")
+    if path.name in ("", ".."):
+        path = whole
+    if unusable(whole.with_name(whole.name + "-" * _BESIDE)):
+        raise ValueError(f"its name is too long; the names that stand beside it for a while add {_BESIDE} to it")
+    return str(path)
+
+
+AnyPath = Annotated[Text, AfterValidator(_any_path)]
+Paths = Annotated[tuple[AnyPath, ...], BeforeValidator(listed)]
+Folder = Annotated[Text, AfterValidator(_folder)]
+Model = Annotated[Text, AfterValidator(_model)]
+Candidates = Annotated[tuple[Annotated[Text, AfterValidator(_candidate)], ...], BeforeValidator(listed)]
+Output = Annotated[Text, AfterValidator(_output)]

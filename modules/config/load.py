@@ -1,0 +1,144 @@
+"""A YAML file to a configuration, or to all that is wrong with it.
+
+Knows: what the command line puts in place of a file's values, which phrase files a file names, what must be there
+together. Refuses to know: what a single value may be.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from modules.config.excerpts import shown
+from modules.config.fields import AnyPath, Output, keys_of
+from modules.config.findings import Finding, findings_in
+from modules.config.phrase_lists import MOST_PAIRS, PhraseLists, count_pairs
+from modules.config.schema import CONFIG_KEYS, Config, Settings
+from modules.config.yaml_file import YamlFile, read_yaml
+from modules.runtime import ConfigError
+
+_MOST_ERRORS = 50  # of a file that are told one by one
+_PHRASES = ("bad_phrases", "good_phrases")
+_NO_PHRASES = [key for key in CONFIG_KEYS if key not in _PHRASES]  # are passed over in a phrase file
+
+
+def load_config(
+    path: str | Path,
+    device: str | None = None,
+    output: str | None = None,
+    model: str | None = None,
+    mapping: bool = False,
+) -> Config:
+    """Read and check a YAML file; `device`, `output` and `model`, the base, replace the file's own values.
+
+    mapping: for the mapper, which needs neither candidates nor an output directory.
+    Raises ConfigError with one line for every error found.
+    """
+    main = _with_options(read_yaml(Path(path), "Name a YAML file with --config."), device, output, model)
+    files, found = _phrase_files(main)
+    count = sum(count_pairs(file.value) for file in (main, *files))
+    if count > MOST_PAIRS:
+        problem = f"{count:,} pairs of a phrase and a context; at most {MOST_PAIRS:,} are taken"
+        found.append(Finding(main, ("phrase lists",), problem))
+        main, files = _without(main, _PHRASES), []
+    settings = _checked(Settings, main, found, mapping)
+    lists = [_checked(PhraseLists, _without(file, _NO_PHRASES), found) for file in files]
+    if not count and not any(finding.file.name or "phrase" in str(finding.place[:1]) for finding in found):
+        found.append(Finding(main, ("bad_phrases, good_phrases",), "both are empty; there is nothing to score"))
+    found += [] if mapping else _missing_for_a_merge(main)
+    if found:
+        noun = "error" if len(found) == 1 else "errors"
+        more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
+        lines = [f"  {line}" for line in [*found[:_MOST_ERRORS], *more]]
+        raise ConfigError(f"{path} has {len(found)} {noun}:", *lines)
+    bad, good = (sum((getattr(part, key) for part in (settings, *lists)), ()) for key in _PHRASES)
+    return Config(**{**vars(settings), "bad_phrases": bad, "good_phrases": good}, text=main.text)
+
+
+def output_directory(name: str, value: str) -> Path:
+    """An output as an option called `name` gives it. Raises ConfigError if none can be written there."""
+    try:
+        return Path(TypeAdapter(Output).validate_python(value))
+    except ValidationError as error:
+        raise ConfigError(*map(str, findings_in(error, YamlFile("", value, None, name)))) from None
+
+
+def _with_options(file: YamlFile, device: str | None, output: str | None, model: str | None) -> YamlFile:
+    """A file with what the command line gives in place of its own values, if there are mappings for it."""
+    if not isinstance(file.value, Mapping | None):
+        return file
+    values = {"directories": {}, **(file.value or {})}
+    asked = {"model_path1": ("--model", model), "output_directory": ("--output", output)}
+    options = {("directories", key): option for key, (option, value) in asked.items() if value is not None}
+    if isinstance(values["directories"], Mapping):
+        given = {key: value for key, (_, value) in asked.items() if value is not None}
+        values["directories"] = {**values["directories"], **given}
+    if device is not None:
+        values["device"], options[("device",)] = device, "--device"
+    return replace(file, value=values, options=options)
+
+
+def _without(file: YamlFile, keys: Collection[str]) -> YamlFile:
+    if not isinstance(file.value, Mapping):
+        return file
+    return replace(file, value={key: value for key, value in file.value.items() if key not in keys})
+
+
+@cache
+def _adapter(kind: type) -> TypeAdapter:
+    return TypeAdapter(Annotated[kind, keys_of(kind)])
+
+
+def _checked(kind: type, file: YamlFile, found: list[Finding], mapping: bool = False) -> Any:
+    """A file's values as a dataclass; None, and what is wrong is added to what was found, if they are none."""
+    try:
+        return _adapter(kind).validate_python(file.value, context=mapping)
+    except ValidationError as error:
+        found += findings_in(error, file)
+        return None
+
+
+def _phrase_files(main: YamlFile) -> tuple[list[YamlFile], list[Finding]]:
+    """The phrase files that hold keys, and what is wrong with them as files."""
+    named = main.value.get("phrase_files") if isinstance(main.value, Mapping) else None
+    files, found = list[YamlFile](), list[Finding]()
+    for number, item in enumerate(named if isinstance(named, list) else []):
+        place = ("phrase_files", number)
+        try:
+            path = Path(TypeAdapter(AnyPath).validate_python(item))
+            hint = "A relative path begins in the folder you start the program in."
+            file = read_yaml(path, hint, f"{main.name_of(place)} ({item})")
+        except ValidationError:  # found where phrase_files itself is checked
+            continue
+        except ConfigError as error:
+            found.append(Finding(main, place, str(error)))
+            continue
+        if file.value is None:
+            found.append(Finding(file, (), "the file is empty"))
+        elif isinstance(file.value, list):
+            found.append(Finding(file, (), "a bare list; bad_phrases: or good_phrases: is missing above it"))
+        else:
+            files.append(file)
+        others = file.value.get("phrase_files") if isinstance(file.value, Mapping) else None
+        if others:
+            problem = f"{shown(others)}: a phrase file can't name others; name them all in the first file"
+            found.append(Finding(file, ("phrase_files",), problem))
+    return files, found
+
+
+def _missing_for_a_merge(main: YamlFile) -> list[Finding]:
+    """What the merge needs and the mapper does without. Of what is no mapping, that has been said."""
+    if not isinstance(main.value, Mapping):
+        return []
+    directories, found = main.value["directories"], []
+    if not isinstance(directories, Mapping):
+        directories = {"output_directory": ""}
+    if directories.get("output_directory") is None:
+        found.append(Finding(main, ("directories", "output_directory"), "missing"))
+    if not main.value.get("models_to_merge") and not directories.get("model_directory"):
+        problem = "no candidates; list models here or set directories.model_directory"
+        found.append(Finding(main, ("models_to_merge",), problem))
+    return found

@@ -1,0 +1,131 @@
+"""The keys of the YAML file, their kinds and defaults, as frozen dataclasses and as a JSON schema for editors.
+
+Knows: every key. Refuses to know: torch, models, tokenizers: it must answer a typo in under a second; and how a file is
+read.
+
+`python -m modules.config > modules/config/schema.json` writes the JSON schema anew after a change.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+import modules.config.fields as kinds
+from modules.config.phrase_lists import CLOSED, BadPhrases, Context, GoodPhrases, Pair, Phrase, PhraseLists
+from modules.config.yaml_file import Place
+
+VERSION = "1.0.0"  # of the program
+TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
+
+# Keys that have no part in what a search finds: a run goes on that was begun with others. (What phrase_files name is in
+# bad_phrases and good_phrases.) All other keys have one, those of `directories` as far as they name models.
+NO_PART = ("on_error", "keep_downloads", "phrase_files", "mapper")
+
+
+@dataclass(frozen=True)
+class Directories:
+    """Where the models come from and where the merge goes."""
+
+    __pydantic_config__ = CLOSED
+    model_path1: kinds.Model
+    """The base model, with which everything starts: a folder or an id of the hub."""
+    output_directory: Annotated[kinds.Output, Field(default="")]
+    """The merged model's folder; must be empty or absent. Only the mapper runs without one."""
+    model_directory: kinds.Folder | None = None
+    """All models in here are candidates, alphabetically, unless models_to_merge names some."""
+
+
+@dataclass(frozen=True)
+class Mapper:
+    """How far the mapper follows the model."""
+
+    __pydantic_config__ = CLOSED
+    prob_min: kinds.Percent = 10.0
+    """Percent; a less probable next token is not followed."""
+    top_k: kinds.CountFromOne = 3
+    """Next tokens that are followed at every place."""
+    max_depth: kinds.CountFromOne = 5
+    """Tokens of a branch."""
+    additional_length: kinds.Count = 20
+    """Tokens by which every branch is continued greedily, to be read."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of Merge Monster and Monster Mapper. Only `directories` and some phrases must be there."""
+
+    __pydantic_config__ = CLOSED
+    directories: Annotated[Directories, kinds.keys_of(Directories)]
+    """Where the models come from and where the merge goes."""
+    models_to_merge: kinds.Candidates = ()
+    """The candidates in the order in which they are tried: folders, ids of the hub, either with +adapter behind it."""
+    on_error: kinds.OnError = "stop"
+    """What becomes of the run if a candidate can't be read any more. skip keeps what was accepted and goes on."""
+    keep_downloads: kinds.Boolean = True
+    """Leave what is fetched from the hub in its cache after the run."""
+    merge_ratios: kinds.Ratios = (0.2, 0.4, 0.6, 0.8)
+    """The candidate's shares that are tried on every layer, 0 to 1."""
+    merge_method: kinds.Methods = ("lerp",)
+    """How two layers are mixed; of a list, one after another, each going on from the last one's result."""
+    merge_headers: kinds.Boolean = True
+    """Try the input embedding and the output head too, after a candidate's layers."""
+    strategy: kinds.Strategy = "cumulative"
+    """When a ratio is accepted: a lower total, no phrase worse, or enough phrases better."""
+    strategy_threshold: kinds.Threshold = 0.6
+    """The share of the pairs that must improve; quantitive only."""
+    auto_weights: kinds.Boolean = False
+    """Give every phrase the weight 1 / its probability in the base model."""
+    bad_phrases: BadPhrases = ()
+    """What the merged model should say less."""
+    good_phrases: GoodPhrases = ()
+    """What the merged model should say more."""
+    phrase_files: kinds.Paths = ()
+    """YAML files whose bad_phrases and good_phrases are added."""
+    device: kinds.Device = "auto"
+    """Where to compute. auto takes cuda if there is one, else mps, else cpu."""
+    dtype: kinds.Dtype = "auto"
+    """auto computes in the checkpoint's own half type and saves what the base stores."""
+    random_seed: kinds.Count = 512
+    """What chance there is begins with this."""
+    trust_remote_code: kinds.Boolean = False
+    """Run Python code that a checkpoint brings along."""
+    mapper: Annotated[Mapper, kinds.keys_of(Mapper)] = field(default_factory=Mapper)
+    """How far the mapper follows the model; only the mapper reads this."""
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Everything a run depends on: what the file says, with the phrases of the files that it names."""
+
+    text: str = field(default="", repr=False)  # the YAML file to the letter; not a key
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """All pairs, the bad ones first."""
+        return self.bad_phrases + self.good_phrases
+
+
+CONFIG_KEYS = tuple(key.name for key in fields(Settings))
+
+_SECTIONS = {
+    "directories": Directories,
+    "mapper": Mapper,
+    "bad_phrases": Phrase,
+    "good_phrases": Phrase,
+    "contexts": Context,
+}
+
+
+def known_keys(place: Place) -> tuple[str, ...]:
+    """The keys that the mapping at a place of a file can have."""
+    names = [part for part in place if isinstance(part, str)]
+    return tuple(key.name for key in fields(_SECTIONS[names[-1]] if names else Settings))
+
+
+def json_schema() -> dict[str, Any]:
+    """What an editor needs to complete and check a configuration and, under $defs/PhraseLists, a phrase list."""
+    CLOSED["use_attribute_docstrings"] = True  # only now: to read them takes time that a typo should not wait for
+    schema, lists = (TypeAdapter(kind).json_schema() for kind in (Settings, PhraseLists))
+    schema["$defs"] |= lists.pop("$defs") | {"PhraseLists": lists}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
