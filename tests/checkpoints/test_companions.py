@@ -9,8 +9,8 @@ import pytest
 import tiny
 import transformers
 from huggingface_hub import constants
+from runs import log_of, make_models
 from safetensors.torch import load_file
-from test_run import log_of, make_models
 from transformers import AutoTokenizer
 
 import merge_monster

@@ -9,15 +9,14 @@ import peft
 import pytest
 import tiny
 import torch
+from adapters import make_adapter
+from runs import digest, log_of, merge, refused, stored
 from safetensors.torch import load_file, save_file
-from test_run import digest, log_of, merge, refused, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.open_models import open_models
 from modules.config import load_config
-
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +35,6 @@ def bases(tmp_path_factory):
         "gpt2": tiny.make_model(folder / "gpt2", tiny.gpt2_config(vocabulary), tokenizer),
         "neox": tiny.make_model(folder / "neox", architectures.configuration("GPT-NeoX", vocabulary), tokenizer),
     }
-
-
-def make_adapter(folder, base, seed=5, **settings):
-    """An adapter with trained weights, as PEFT saves it; the same merged by PEFT; both folders."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **settings}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    adapted.save_pretrained(folder / "adapter")
-    whole = adapted.merge_and_unload()
-    whole.save_pretrained(folder / "whole")
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "whole")
-    return folder / "adapter", folder / "whole"
 
 
 def candidate_of(place, base, source):

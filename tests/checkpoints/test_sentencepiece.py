@@ -6,11 +6,11 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import tiny
+from project import ROOT
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -18,7 +18,6 @@ import merge_monster
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.runtime.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
 TEXT = "The apple is in the kitchen, na\u00efve \U0001f642\n  and more."
 GEMMA = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "add_dummy_prefix": False, "control_symbols": "<mask>"}
 GEMMA |= {"bos_piece": "<bos>", "eos_piece": "<eos>"}

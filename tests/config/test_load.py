@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from project import ROOT
 
 from modules.config import Mapper, Pair, load_config
 from modules.config.load import output_directory
 from modules.config.schema import json_schema
 from modules.runtime import ConfigError
 
-ROOT = Path(__file__).parents[1]
 PHRASES = [{"phrase": "spine", "contexts": ["down her "]}]
 
 

@@ -1,7 +1,6 @@
 """Every architecture of the documentation's table: the whole program against the naive merge, and what it saved."""
 
 import re
-from pathlib import Path
 
 import architectures
 import pytest
@@ -9,7 +8,8 @@ import reference
 import tiny
 import torch
 import whole
-from safetensors import safe_open
+from project import ROOT
+from runs import stored
 
 pytestmark = pytest.mark.sampled(5)
 CANDIDATES = {"one": 5, "two": 6}  # and their seeds
@@ -31,16 +31,6 @@ def run(folder, name):
     return whole.run(
         folder, base, [tiny.make_candidate(folder / name, base, seed) for name, seed in CANDIDATES.items()]
     )
-
-
-def stored(folder):
-    found = {}
-    for path in Path(folder).glob("*.safetensors"):
-        with safe_open(path, "pt") as shard:
-            for name in shard.keys():  # noqa: SIM118
-                view = shard.get_slice(name)
-                found[name] = (view.get_dtype(), tuple(view.get_shape()))
-    return found
 
 
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
@@ -82,7 +72,7 @@ def test_the_output_has_the_bases_tensors(merged, name):
 
 def told_layouts():
     """Of the table of docs/architectures.md: the layout of each architecture that it names."""
-    page = (whole.ROOT / "docs/architectures.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/architectures.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (forest|rows|single) \| (.*) \|$", page, re.MULTILINE)
     return {name: layout for layout, names in rows for name in names.split(" · ")}
 

@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
+from project import ROOT
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 SMALL = ["--layers", "2", "--hidden", "128", "--intermediate", "256", "--vocabulary", "4000"]
 
 

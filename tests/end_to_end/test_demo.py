@@ -4,16 +4,14 @@ import dataclasses
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from test_run import tables
+from project import ROOT
+from runs import tables
 
 from modules.config import Mapper
 from modules.config.schema import CONFIG_KEYS
-
-ROOT = Path(__file__).parents[1]
 
 
 def python(*arguments):

@@ -1,15 +1,14 @@
 """The phrase lists that come with the program: each loads, each runs."""
 
-from pathlib import Path
-
 import pytest
 import tiny
 import yaml
+from project import ROOT
 
 import merge_monster
 from modules.config import load_config
 
-LISTS = sorted((Path(__file__).parents[1] / "example_phrases").glob("*.yaml"))
+LISTS = sorted((ROOT / "example_phrases").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +17,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from project import ROOT
 from safetensors.torch import load_file, save_file
 
 import merge_monster
@@ -25,7 +25,6 @@ from modules.checkpoints.open_models import Models, open_models
 from modules.config import Config, load_config
 from modules.runtime.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ROLES = ("base", "one")

@@ -19,12 +19,13 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from adapters import make_adapter
 from hub import Hub
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+from project import ROOT
+from runs import digest, log_of, make_models
 from safetensors.torch import load_file, save_file
-from test_adapters import make_adapter
-from test_run import digest, log_of, make_models
 from transformers import AutoModelForCausalLM
 
 import merge_monster
@@ -33,7 +34,6 @@ import monster_mapper
 from modules.checkpoints.hub import Job, bytes_needed
 from modules.config.locations import Location
 
-ROOT = Path(__file__).parents[1]
 JUNK = ("model.gguf", "optimizer.pt", "training_args.bin", "original/params.json", "onnx/model.onnx", "README.md")
 
 

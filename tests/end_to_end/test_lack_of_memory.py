@@ -7,8 +7,8 @@ import shutil
 import pytest
 import tiny
 import torch
-from test_resume import JOURNAL, break_off, journal
-from test_run import digest, log_of
+from broken_runs import JOURNAL, break_off, journal
+from runs import digest, log_of
 from torch import distributed
 from transformers import AutoTokenizer
 

@@ -15,7 +15,8 @@ import pytest
 import tiny
 import torch
 import yaml
-from test_run import digest, tables
+from project import ROOT
+from runs import digest, tables
 
 import merge_monster
 import monster_mapper
@@ -26,7 +27,6 @@ from modules.run.map import Exports, check_exports
 from modules.runtime.errors import ConfigError
 from modules.scoring.tokenization import encode_contexts
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = {"prob_min": 5, "top_k": 3, "max_depth": 3, "additional_length": 4}
 
 

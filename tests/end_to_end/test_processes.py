@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from project import ROOT
 from safetensors.torch import load_file
 
 from modules.config import Pair
@@ -16,7 +16,6 @@ from modules.model.devices import own_device
 from modules.runtime.errors import ConfigError
 from modules.runtime.ranks import Seat, find_seat
 
-ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
@@ -60,7 +59,7 @@ def several(count, how=None, number=1):
     """The command for so many processes, one of which may misbehave."""
     if how is None:
         return [*TORCHRUN, str(count), str(ROOT / "merge_monster.py")]
-    return [*TORCHRUN, str(count), str(ROOT / "tests/misbehaving.py"), how, str(number), "--"]
+    return [*TORCHRUN, str(count), str(ROOT / "tests/helpers/misbehaving.py"), how, str(number), "--"]
 
 
 def decisions(folder):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from adapters import make_adapter
+from runs import log_of, make_models
 from safetensors.torch import load_file
-from test_adapters import make_adapter
-from test_run import log_of, make_models
 
 import merge_monster
 from modules.checkpoints.checkpoint import load_tokenizer

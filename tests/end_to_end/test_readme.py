@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from project import ROOT
 
 from modules import config
 
-ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 PAGES = {
     file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")

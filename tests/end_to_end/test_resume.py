@@ -17,23 +17,21 @@ import pytest
 import tiny
 import torch
 import yaml
+from broken_runs import JOURNAL, RECIPE, break_off, broken_after, end, journal, merge, start, wait_until
+from runs import digest, log_of, make_models, tables
 from safetensors.torch import load_file
-from test_run import digest, log_of, make_models, tables
 
 import merge_monster
 import modules.checkpoints.writing
-from modules.checkpoints.candidate import Candidate
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.hub import Ahead
 from modules.config import NO_PART, Config, load_config
 from modules.output.journal import JournalCopy
-from modules.output.places import UNFINISHED, Beside
+from modules.output.places import UNFINISHED
 from modules.output.run_record import RunRecord
 from modules.runtime.errors import CheckpointError, ConfigError
 
-JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"
 OWN = {JOURNAL, RECIPE, "merge_monster.yaml", "README.md"}  # they say how long it took, and where the output is
-SETTINGS = {"merge_method": ["slerp", "lerp"], "auto_weights": True}
 
 
 @pytest.fixture(scope="module")
@@ -52,35 +50,12 @@ def whole(models, tmp_path_factory):
     return folder / "out"
 
 
-def merge(place, models, *arguments, **settings):
-    base, *candidates = models
-    path = tiny.write_config(place / "my.yaml", base, candidates, place / "out", **{**SETTINGS, **settings})
-    return merge_monster.main(["--config", str(path), *arguments])
-
-
 def same(folder, whole, marked=False):
     """The same files, to the bit, but for what tells of this very run. marked: a mark of before may still be there."""
     ours, theirs = digest(folder), digest(whole)
     if marked:
         ours.pop(UNFINISHED, None)
     return ours.keys() == theirs.keys() and {name for name in ours if ours[name] != theirs[name]} <= OWN
-
-
-def journal(folder):
-    return [json.loads(line) for line in (folder / JOURNAL).read_text(encoding="utf-8").splitlines()]
-
-
-def break_off(place, whole, records, torn=b""):
-    """Leave what a run leaves that was killed after so many records."""
-    lines = (whole / JOURNAL).read_bytes().splitlines(keepends=True)
-    partial = place / "out.partial"
-    partial.mkdir()
-    own = json.loads(lines[0])
-    own["settings"]["directories"]["output_directory"] = str(place / "out")
-    own["config"] = (place / "my.yaml").read_text() if (place / "my.yaml").exists() else own["config"]
-    lines[0] = json.dumps(own).encode() + b"\n"
-    (partial / JOURNAL).write_bytes(b"".join(lines[:records]) + torn)
-    Beside(place / "out").mark()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,39 +341,6 @@ def test_another_library_is_a_warning(place, models, whole):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start(place, models, *arguments, before=lambda: None, **settings):
-    """The run in a child process that has everything loaded already; its process id."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        log = os.open(place / "child.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        before()
-        code = merge(place, models, *arguments, **settings)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr, flush=True)
-        code = 99
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def wait_until(condition, seconds=60):
-    """Wait for something that a child does."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-
-
-def end(child):
-    """A child's exit code, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.slow  # at chosen moments: test_a_run_goes_on_from_every_record
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(place, models, whole):
     """During load, search, header and save: kill -9 at random, as often as it takes until the run is done."""
@@ -561,20 +503,6 @@ def test_two_runs_into_one_output(place, models, whole, capsys):
     end(child)
     assert merge(place, models, "--restart") == 0
     assert same(place / "out", whole)
-
-
-def broken_after(monkeypatch, folder, count):
-    """The candidate's file is cut off after so many reads, as on a mount that fails."""
-    stream, calls = Candidate.stream, [0]
-
-    def failing(self, names, *room):
-        if self.checkpoint.path == folder:
-            calls[0] += 1
-            if calls[0] == count:
-                os.truncate(folder / "model.safetensors", 5000)
-        return stream(self, names, *room)
-
-    monkeypatch.setattr(Candidate, "stream", failing)
 
 
 def test_a_candidate_that_breaks_in_the_middle_stops_the_run(place, models, whole, monkeypatch, capsys):

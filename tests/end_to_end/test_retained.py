@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 from architectures import ARCHITECTURES, SIZES
+from runs import digest
 from safetensors.torch import load_file
-from test_run import digest
 from transformers import AutoConfig, AutoTokenizer
 
 import merge_monster

@@ -10,8 +10,8 @@ import reference
 import tiny
 import torch
 import whole
+from runs import stored
 from safetensors.torch import load_file
-from test_architectures import stored
 from transformers import PhiConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

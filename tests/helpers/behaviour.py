@@ -1,7 +1,7 @@
 """What the program does, recorded before a change that shall change nothing, and compared after it.
 
-    python tests/behaviour.py record before.json [--program FOLDER]
-    python tests/behaviour.py compare before.json after.json
+    python tests/helpers/behaviour.py record before.json [--program FOLDER]
+    python tests/helpers/behaviour.py compare before.json after.json
 
 Knows: the command line, the files of an output. Refuses to know: modules/; so it records any version of the program.
 A record has, of each of its configurations, the SHA-256 of every weight file, the decisions with their scores, and
@@ -20,14 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from project import ROOT
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-ROOT = Path(__file__).parents[1]
 RATIOS = [0.2, 0.5, 0.9]
 PASSED_OVER = ("Measured", "Time (estimate)", "Memory", "Disk", "Output directory")  # what no two runs print alike
 

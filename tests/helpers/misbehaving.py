@@ -1,4 +1,4 @@
-"""The program as one of several processes, one of which misbehaves: run under torchrun by tests/test_processes.py.
+"""The program as one of several processes, one of which misbehaves: run under torchrun by test_processes.py.
 
 misbehaving.py HOW NUMBER -- arguments of merge_monster.py
 """
@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch
 

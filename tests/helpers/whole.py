@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from project import environment
 
 import merge_monster
 
-ROOT = Path(__file__).parents[1]
 RATIOS = [0.3, 0.7]
 
 # Of every folder: the pairs' log-probabilities, then how many tokens it generates.
@@ -90,9 +89,8 @@ def run(folder, base, candidates):
 def reopen(runs):
     """Reopen the outputs of several runs, all in one process, and let each run know what was found."""
     outputs = [str(one.folder / "out") for one in runs if one.code == 0]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-c", REOPEN, *outputs]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout.splitlines()[-1])
     for one in runs:

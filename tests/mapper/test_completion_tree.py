@@ -8,11 +8,12 @@ import pytest
 import reference
 import tiny
 import torch
+from completions import scripted
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, MambaConfig, MistralConfig
 
 from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
 from modules.config import Mapper, Pair
-from modules.mapper.completion_tree import Branch, CompletionTree, Explorer, Node, path_of, tokens_of
+from modules.mapper.completion_tree import Explorer, path_of, tokens_of
 from modules.mapper.detokenize import Spelling
 from modules.mapper.next_tokens import Cached, Recomputed, build_continuation
 from modules.mapper.ranking import standings
@@ -272,28 +273,6 @@ def test_a_model_that_answers_nan_is_an_error(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # How phrases stand among the branches
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def scripted(model, context, *branches):
-    """A tree as if the model had said these branches: words, or token ids, "|" before the continuation."""
-    root = encode_contexts(model.tokenizer, [context], model.resident.vocabulary)[0]
-    found = []
-    for branch in branches:
-        text, nodes, length = "", [], None
-        for word, probability in branch:
-            if word == "|":
-                length = len(nodes)
-                continue
-            if isinstance(word, str):
-                text += word
-                tokens = encode_pair(model.tokenizer, context, text).tokens[len(root.tokens) + len(nodes) :]
-            else:
-                tokens = [word]
-            for number, token in enumerate(tokens):
-                nodes.append(Node.after((nodes or [None])[-1], token, math.log(1.0 if number else probability)))
-        path = [None, *nodes]
-        found.append(Branch(path[len(nodes) if length is None else length], path[-1]))
-    return CompletionTree(root, tuple(sorted(found, key=lambda branch: -branch.joint)))
 
 
 def stand(model, tree, phrase, probability, prob_min=10.0):

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+from completions import completed
 
 from modules.config import Pair
 from modules.mapper.detokenize import UNFINISHED, Spelling
@@ -14,14 +15,6 @@ TEXTS = ["spine.", "a whisper, barely", "\U0001f642 fine", "\u65e5\u672c\u8a9e",
 def spelling(request):
     tokenizer = tiny.TOKENIZERS[request.param]()
     return Spelling(tokenizer, len(tokenizer) + 2)  # two rows that the tokenizer does not know
-
-
-def completed(spelling, context, phrase):
-    """The context's root and the tokens of a phrase behind it."""
-    root = encode_contexts(spelling._tokenizer, [context], spelling._vocabulary)[0]
-    encoded = encode_pair(spelling._tokenizer, context, phrase)
-    assert encoded.tokens[: encoded.start] == root.tokens
-    return root, list(encoded.tokens[encoded.start :])
 
 
 @pytest.mark.parametrize("context", ["His voice was ", "", "He said: \U0001f642 "])

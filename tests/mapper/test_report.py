@@ -5,8 +5,7 @@ import math
 import pytest
 import tiny
 import yaml
-from test_mapping import scripted
-from test_spelling import completed
+from completions import completed, scripted
 
 from modules.config import Config, Directories, Mapper, Pair
 from modules.mapper import report as mapping_report

@@ -4,11 +4,11 @@ import copy
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import tiny
-from test_run import make_models
+from project import ROOT
+from runs import make_models
 
 import merge_monster
 from modules.output.comparison import COMPOSITION_WIDTH, comparison
@@ -242,7 +242,7 @@ def test_outputs_are_told_by_name(here):
 
 
 def test_the_page_shows_these_columns(recipe):
-    page = (Path(__file__).parents[1] / "docs/comparison.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
     shown = page.split("python merge_monster.py --compare")[1].split("```text\n")[1].split("```")[0].splitlines()
     lines = comparison({"out": recipe})
     assert cells(shown[1]) == cells(lines[1]) and shown[-1] == lines[-1]

@@ -12,7 +12,7 @@ import tiny
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.utils import validate_repo_id
-from test_run import make_models
+from runs import make_models
 
 import merge_monster
 from modules.output.model_card import CARD_FILE, MOST_PHRASES, Licence, licence_of, model_card, write_card

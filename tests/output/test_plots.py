@@ -6,13 +6,13 @@ import math
 import random
 import warnings
 from itertools import groupby
-from pathlib import Path
 
 import pytest
 import tiny
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from matplotlib.text import Text
+from project import ROOT
 
 import merge_monster
 from modules.config import METHODS
@@ -22,7 +22,7 @@ from modules.runtime.text import one_line, shortened
 from modules.search.decision import mean_shares, shares_of
 from modules.search.methods import CYCLIC_SCALE, cyclic_shares, gradient_shares, slice_shares
 
-IMAGES = Path(__file__).parents[1] / "images"
+IMAGES = ROOT / "images"
 
 ODD_NAMES = ["Ba$e_x^2", "_$\\frac{1}{2", "名前\u202e\n🙂", "n" * 200, "$", "%s {0}", "\\alpha^$_", "m" * 200, "a\tb"]
 

@@ -2,18 +2,18 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import tiny
 import yaml
-from test_resume import broken_after
-from test_run import make_models
+from broken_runs import broken_after
+from project import ROOT
+from runs import make_models
 
 import merge_monster
 from modules.output.recipe import RECIPE_FILE
 
-PAGE = Path(__file__).parents[1] / "docs/recipe.md"
+PAGE = ROOT / "docs/recipe.md"
 TYPES = {
     "text": lambda value: isinstance(value, str),
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),

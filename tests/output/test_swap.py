@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_resume import RECIPE, end, merge, start
-from test_run import digest, make_models
+from broken_runs import RECIPE, end, merge, start
+from runs import digest, make_models
 
 import merge_monster
 from modules.output.folder import Unfinished, stamp, what_stands

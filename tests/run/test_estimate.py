@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_preflight import GB, GIB, made_up, opened, start
-from test_run import make_models
+from plans import GB, GIB, made_up, opened, start
+from runs import make_models
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -11,30 +11,24 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import constants
+from plans import GB, GIB, made_up, opened, start
+from runs import log_of, make_models
 from safetensors.torch import load_file
-from test_run import log_of, make_models
-from transformers import AutoTokenizer
 
 import merge_monster
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.hub import Repository
 from modules.checkpoints.meaning import layer_settings, setting
-from modules.checkpoints.open_models import open_models
-from modules.config import Pair, load_config
+from modules.config import Pair
 from modules.config.locations import Location
 from modules.model.loading import load_model
-from modules.model.memory import Memory, Sizes, weights_of
+from modules.model.memory import Memory, weights_of
 from modules.output import places as places
 from modules.output.recipe import RECIPE_FILE
 from modules.run import plan as preflight
-from modules.run.plan import Disk, Plan, Room, check, find_room, plan_run
+from modules.run.plan import Room, check, find_room, plan_run
 from modules.runtime.errors import ConfigError
-from modules.scoring.budget import Budget
-from modules.scoring.layout import build_scorer
-from modules.scoring.tokenization import encode_pairs
-from modules.search.search import Search
 
-GB, GIB = 10**9, 2**30
 PLENTY = Room(Path("/"), disk=10**15, memory=10**15, refusal=None)
 METHODS = ["lerp", "cyclic", "lerp"]  # nothing forbids to try one twice
 
@@ -43,14 +37,6 @@ METHODS = ["lerp", "cyclic", "lerp"]  # nothing forbids to try one twice
 def models(tmp_path_factory):
     """A base and two candidates, float32."""
     return make_models(tmp_path_factory.mktemp("models"))
-
-
-def opened(place, models, **settings):
-    """A configuration and its models, as a run has them before anything is loaded."""
-    base, *candidates = models
-    path = tiny.write_config(place / "my.yaml", base, candidates, place / "out", **settings)
-    config = load_config(path)
-    return config, open_models(config, fetch=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,13 +128,6 @@ class Recorded(Checkpoint):
         names = list(names)
         self.noted.extend(names)
         return super().stream(names, **room)
-
-
-def start(config, found):
-    """A search on the base, as a run begins it."""
-    model, tokenizer = load_model(found.base, "cpu", config.dtype), AutoTokenizer.from_pretrained(found.base.path)
-    encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
-    return Search(model, build_scorer(model, encoded), config, tokenizer)
 
 
 def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
@@ -243,29 +222,6 @@ def test_downloads_are_those_that_are_missing_and_kept(place, models):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def made_up(place, **changes):
-    """The plan of a search on a model of 8 billion weights in half precision."""
-    plan = Plan(
-        output=place / "out",
-        device=torch.device("cuda:0"),
-        dtype=torch.bfloat16,
-        sizes=Sizes(32, 4096, 14336, 32, 128, 128256, 218.1e6, 218.1e6, 1_050_673_152),
-        methods=(("lerp", 4), ("slerp", 4)),
-        header_ratios=4,
-        pairs=14,
-        text_tokens=1207,
-        packs=(1000, 76),
-        columns=40,
-        disk=Disk(16 * GB, (("one", 16 * GB), ("two", 15 * GB)), 16 * GB, 0, 0),
-        memory=Memory(15 * GIB, 2 * GIB, 4 * GIB, GIB // 2),
-        budget=Budget(),
-        placement=None,
-        sharing=1,
-        weight_files=(),
-    )
-    return replace(plan, **changes)
 
 
 def refusal(plan, **room):

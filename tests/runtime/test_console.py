@@ -10,14 +10,14 @@ import subprocess
 import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 import tqdm.std
-from test_run import make_models
+from project import ROOT
+from runs import make_models
 
 import merge_monster
 import monster_mapper
@@ -28,8 +28,6 @@ from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost
 from modules.runtime.exit_codes import exit_code
 from modules.runtime.ranks import find_seat
 from modules.search.search import Search
-
-ROOT = Path(__file__).parents[1]
 
 
 class Terminal(io.StringIO):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from project import environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -96,7 +97,7 @@ from modules.scoring.budget import Budget
 from modules.model import load_model
 from modules.scoring import encode_pairs
 from modules.scoring import build_scorer
-from test_memory import long_pairs
+from long_pairs import long_pairs
 
 def resident(peak):
     if peak == 0:
@@ -120,21 +121,6 @@ print(json.dumps({"bytes": resident(1) - before, "tokens": scorer.packed_tokens,
 """
 
 
-def long_pairs(count):
-    """Pairs with contexts of up to 1,500 tokens, a few of them with the same beginning."""
-    from modules.config import Pair
-
-    chance = random.Random(count)
-    beginnings = [" ".join(f"w{chance.randrange(500)}" for _ in range(200)) for _ in range(20)]
-    pairs = []
-    for number in range(count):
-        length = 1300 if number == 0 else int(1300 * chance.random() ** 5)
-        rest = " ".join(f"w{chance.randrange(500)}" for _ in range(length))
-        beginning = beginnings[number % 20] if number % 2 == 0 else ""
-        pairs.append(Pair("BAD", f"w{chance.randrange(500)} w7", f"{beginning} {rest} ".lstrip(), 1.0))
-    return pairs
-
-
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     vocabulary = {"<s>": 0, "</s>": 1, **{f"w{number}": number + 2 for number in range(500)}}
@@ -147,11 +133,8 @@ def small_model(tmp_path_factory):
 
 
 def searched(folder, count):
-    root = Path(__file__).parents[1]
     command = [sys.executable, "-c", SEARCH, str(folder), str(count), "forest"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={"PYTHONPATH": f"{root}:{root / 'tests'}"}
-    )
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout.splitlines()[-1])
 
