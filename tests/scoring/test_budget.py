@@ -91,12 +91,12 @@ import json, sys
 from pathlib import Path
 import torch
 from transformers import AutoTokenizer, logging
-from modules.checkpoints import open_checkpoint
+from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import Pair
 from modules.scoring.budget import Budget
-from modules.model import load_model
-from modules.scoring import encode_pairs
-from modules.scoring import build_scorer
+from modules.model.loading import load_model
+from modules.scoring.tokenization import encode_pairs
+from modules.scoring.layout import build_scorer
 from long_pairs import long_pairs
 
 def resident(peak):
