@@ -1,5 +1,7 @@
 """The methods against closed-form column shares and the naive twin."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,6 @@ from modules.model.embeddings import align_rows, match_rows
 from modules.search.methods import CYCLIC_SCALE, cyclic_shares, gradient_shares, merge, ratios_for, slice_shares
 
 SHARES = {"slice": slice_shares, "cyclic": cyclic_shares, "gradient": gradient_shares}
-SHAPES = [(7,), (5, 1), (5, 3), (4, 19), (3, 20), (6, 40), (2, 4, 20), (3, 5, 64)]
 
 
 def tensors(shape, dtype=torch.float32, seed=0):
@@ -19,35 +20,38 @@ def tensors(shape, dtype=torch.float32, seed=0):
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
 
 
+def roughness(base, other):
+    """How exactly float32 can know slerp's result: hardly, where matrices point almost the same or the opposite way."""
+    size = base.shape[-2] * base.shape[-1]
+    cosines = torch.cosine_similarity(base.double().reshape(-1, size), other.double().reshape(-1, size)).tolist()
+    sines = [1.0 if abs(cosine) > 0.9995 else math.sqrt(1 - cosine**2) for cosine in cosines]  # linear beyond that
+    return 2e-7 / min(sines) ** 3
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.25, 0.5, 0.8, 0.85, 1.0])
-def test_equals_the_naive_twin(method, shape, ratio):
-    base, other = tensors(shape)
-    merged = merge(method, base, other, ratio)
-    torch.testing.assert_close(merged, naive_merge(method, base, other, ratio), atol=1e-6, rtol=1e-5)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
-    method=st.sampled_from(METHODS),
-    rows=st.integers(1, 9),
-    width=st.integers(1, 70),
-    ratio=st.floats(0, 1),
+    shape=st.one_of(
+        st.tuples(st.integers(1, 70)),
+        st.tuples(st.integers(1, 9), st.integers(1, 70)),
+        st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 70)),
+    ),
+    ratio=st.sampled_from([0.0, 0.2, 0.25, 0.5, 0.8, 0.85, 1.0]) | st.floats(0, 1),
     seed=st.integers(0, 10**6),
 )
-def test_equals_the_naive_twin_on_any_matrix(method, rows, width, ratio, seed):
-    base, other = tensors((rows, width), seed=seed)
-    expected = naive_merge(method, base, other, ratio)
-    torch.testing.assert_close(merge(method, base, other, ratio), expected, atol=2e-5, rtol=1e-4)
+def test_equals_the_naive_twin(method, shape, ratio, seed):
+    base, other = tensors(shape, seed=seed)
+    merged, expected = merge(method, base, other, ratio), naive_merge(method, base, other, ratio)
+    exactly = max(1e-6, roughness(base, other)) if method == "slerp" and len(shape) > 1 else 1e-6
+    torch.testing.assert_close(merged, expected, atol=exactly, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", SHARES)
 @pytest.mark.parametrize("width", [1, 3, 19, 20, 40, 64, 1000])
-@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.25, 0.4, 0.45, 0.65, 0.85, 1.0])
-def test_column_shares_are_the_closed_form(method, width, ratio):
-    expected = torch.tensor(naive_shares(method, width, ratio), dtype=torch.float32)
-    torch.testing.assert_close(SHARES[method](width, ratio), expected, atol=1e-6, rtol=0)
+def test_column_shares_are_the_closed_form(method, width):
+    for ratio in (0.0, 0.2, 0.25, 0.4, 0.45, 0.65, 0.85, 1.0):
+        expected = torch.tensor(naive_shares(method, width, ratio), dtype=torch.float32)
+        torch.testing.assert_close(SHARES[method](width, ratio), expected, atol=1e-6, rtol=0)
 
 
 def test_slice_of_forty_columns_at_a_half_by_hand():
