@@ -74,6 +74,14 @@ def no_pictures():
 
 
 @pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base and two candidates, float32. A test file may have others of this name."""
+    from runs import make_models
+
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
 def asked(request):
     """Every value that a test of this module takes as its parameter in this session."""
     items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]

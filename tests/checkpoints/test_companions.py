@@ -9,7 +9,7 @@ import pytest
 import tiny
 import transformers
 from huggingface_hub import constants
-from runs import log_of, make_models
+from runs import log_of
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -160,11 +160,6 @@ def test_what_is_no_plain_file_or_far_too_large(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

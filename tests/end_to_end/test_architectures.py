@@ -9,7 +9,6 @@ import tiny
 import torch
 import whole
 from project import ROOT
-from runs import stored
 
 pytestmark = pytest.mark.sampled(5)
 CANDIDATES = {"one": 5, "two": 6}  # and their seeds
@@ -57,17 +56,12 @@ def test_the_run_decides_as_the_naive_merge(merged, name):
 
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 def test_what_was_scored_is_what_was_saved(merged, name):
-    scores, new_tokens = merged[name].reopened
-    percent = [100 * torch.tensor(score).exp().item() for score in scores]
-    assert merged[name].last_table == pytest.approx(percent, rel=1e-3, abs=1e-5)
-    assert new_tokens == 3
+    whole.check_reopened(merged[name])
 
 
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 def test_the_output_has_the_bases_tensors(merged, name):
-    base = stored(merged[name].folder / "base")
-    assert base
-    assert stored(merged[name].folder / "out") == base
+    whole.check_stored(merged[name])
 
 
 def told_layouts():

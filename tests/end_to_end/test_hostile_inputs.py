@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 import tiny
-import torch
 import yaml
+from adapters import write_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from project import ROOT
@@ -61,7 +61,7 @@ def bench(tmp_path_factory):
     config = tiny.llama_config(len(tokenizer), layers=2, hidden=16, positions=64)
     base = tiny.make_model(folder / "models/base", config, tokenizer)
     tiny.make_candidate(folder / "models/one", base, 1)
-    make_adapter(folder / "models/adapter", base)
+    write_adapter(folder / "models/adapter", base, use_rslora=False, alpha_pattern={"up_proj": 3})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         (folder / "my.yaml").write_bytes(dumped(document()))
@@ -71,19 +71,6 @@ def bench(tmp_path_factory):
             shutil.copy(folder / "out" / file, folder / "whole")
         shutil.rmtree(folder / "out")
         yield folder
-
-
-def make_adapter(folder, base):
-    name = "model.layers.0.mlp.up_proj"
-    shape = load_file(base / WEIGHTS)[f"{name}.weight"].shape
-    sides = {"A": torch.ones(2, shape[1]), "B": torch.ones(shape[0], 2)}
-    folder.mkdir()
-    save_file(
-        {f"base_model.model.{name}.lora_{side}.weight": tensor for side, tensor in sides.items()},
-        folder / "adapter_model.safetensors",
-    )
-    known = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "alpha_pattern": {"up_proj": 3}}
-    (folder / "adapter_config.json").write_text(json.dumps({**known, "base_model_name_or_path": "base"}))
 
 
 def document(base="models/base", candidate="models/one", **more):

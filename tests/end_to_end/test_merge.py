@@ -22,13 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import merge_monster
 from modules.output.journal import Journal
 
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A base and two candidates, float32."""
-    return make_models(tmp_path_factory.mktemp("models"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What comes out
 # ---------------------------------------------------------------------------------------------------------------------

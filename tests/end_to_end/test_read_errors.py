@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from adapters import make_adapter
-from runs import log_of, make_models
+from runs import log_of
 from safetensors.torch import load_file
 
 import merge_monster
@@ -68,11 +68,6 @@ class Disk:
             patch.setattr("builtins.open", self.opening)
             patch.setattr(os, "stat", self.looking)
             yield self
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def one_with_everything(folder, models):

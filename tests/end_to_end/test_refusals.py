@@ -9,6 +9,7 @@ import architectures
 import pytest
 import tiny
 import torch
+from adapters import write_adapter
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -38,19 +39,8 @@ def bench(tmp_path_factory):
     config = tiny.llama_config(len(tokenizer), layers=2, hidden=16, positions=64)
     base = tiny.make_model(folder / "base", config, tokenizer)
     tiny.make_candidate(folder / "one", base, 1)
-    make_adapter(folder / "adapter", base)
+    write_adapter(folder / "adapter", base)
     return folder
-
-
-def make_adapter(folder, base):
-    name = "model.layers.0.mlp.up_proj"
-    shape = load_file(base / ONE)[f"{name}.weight"].shape
-    sides = {"A": torch.ones(2, shape[1]), "B": torch.ones(shape[0], 2)}
-    folder.mkdir()
-    stored = {f"base_model.model.{name}.lora_{side}.weight": tensor for side, tensor in sides.items()}
-    save_file(stored, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
 def put(file, content, *without):

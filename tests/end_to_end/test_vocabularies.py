@@ -10,7 +10,6 @@ import reference
 import tiny
 import torch
 import whole
-from runs import stored
 from safetensors.torch import load_file
 from transformers import PhiConfig
 
@@ -421,15 +420,10 @@ def test_layers_are_merged_and_the_header_unless_it_is_skipped(merged, name):
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_scored_is_what_was_saved(merged, name):
-    scores, new_tokens = merged[name].reopened
-    percent = [100 * torch.tensor(score).exp().item() for score in scores]
-    assert merged[name].last_table == pytest.approx(percent, rel=1e-3, abs=1e-5)
-    assert new_tokens == 3
+    whole.check_reopened(merged[name])
 
 
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_the_output_has_the_bases_tensors(merged, name):
-    base = stored(merged[name].folder / "base")
-    assert base
-    assert stored(merged[name].folder / "out") == base
+    whole.check_stored(merged[name])

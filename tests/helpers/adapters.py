@@ -1,7 +1,10 @@
-"""LoRA adapters: trained ones, as PEFT saves them."""
+"""LoRA adapters: trained ones, as PEFT saves them, and the smallest that there is, written by hand."""
+
+import json
 
 import peft
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -22,3 +25,15 @@ def make_adapter(folder, base, seed=5, **settings):
     whole.save_pretrained(folder / "whole")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "whole")
     return folder / "adapter", folder / "whole"
+
+
+def write_adapter(folder, base, **settings):
+    """An adapter of one weight, two ranks and nothing else."""
+    name = "model.layers.0.mlp.up_proj"
+    shape = load_file(base / "model.safetensors")[f"{name}.weight"].shape
+    sides = {"A": torch.ones(2, shape[1]), "B": torch.ones(shape[0], 2)}
+    folder.mkdir()
+    stored = {f"base_model.model.{name}.lora_{side}.weight": tensor for side, tensor in sides.items()}
+    save_file(stored, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base", **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 from project import environment
+from runs import stored
 
 import merge_monster
 
@@ -86,12 +88,26 @@ def run(folder, base, candidates):
     return Merged(folder, code, output.getvalue(), [])
 
 
-def reopen(runs):
+def reopen(merged):
     """Reopen the outputs of several runs, all in one process, and let each run know what was found."""
-    outputs = [str(one.folder / "out") for one in runs if one.code == 0]
+    outputs = [str(one.folder / "out") for one in merged if one.code == 0]
     command = [sys.executable, "-c", REOPEN, *outputs]
     result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout.splitlines()[-1])
-    for one in runs:
+    for one in merged:
         one.reopened = found[str(one.folder / "out")] if one.code == 0 else []
+
+
+def check_reopened(one):
+    """What was scored is what was saved, and it still generates."""
+    scores, new_tokens = one.reopened
+    assert one.last_table == pytest.approx([100 * math.exp(score) for score in scores], rel=1e-3, abs=1e-5)
+    assert new_tokens == 3
+
+
+def check_stored(one):
+    """The output has the base's tensors: their names, dtypes and shapes."""
+    base = stored(one.folder / "base")
+    assert base
+    assert stored(one.folder / "out") == base

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from plans import GB, GIB, made_up, opened, start
-from runs import make_models
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,12 +15,6 @@ from modules.model.memory import Memory, Sizes
 from modules.run import estimate as forecast
 from modules.run.estimate import Estimate, Rates, calibrate
 from modules.run.plan import Disk, Room, plan_run
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A base and two candidates, float32."""
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("headers", [True, False])

@@ -33,12 +33,6 @@ PLENTY = Room(Path("/"), disk=10**15, memory=10**15, refusal=None)
 METHODS = ["lerp", "cyclic", "lerp"]  # nothing forbids to try one twice
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A base and two candidates, float32."""
-    return make_models(tmp_path_factory.mktemp("models"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is planned is what happens
 # ---------------------------------------------------------------------------------------------------------------------
