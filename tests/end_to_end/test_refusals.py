@@ -329,7 +329,7 @@ def test_an_adapter_with_a_wrapper_is_applied(bench, tmp_path, start):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Adapters, folders of candidates, YAML
+# Adapters, folders of candidates
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -367,33 +367,6 @@ def test_what_a_folder_of_candidates_leaves_out_is_told_with_its_cause(bench, tm
     notes = open_models(load_config(config), fetch=lambda job: None).notes
     assert any("GGUF" in note and "skipped" in note for note in notes)
     assert any(f"name {place / 'b' / 'inner' / 'model'}" in note for note in notes)
-
-
-NUMBERS = [
-    ("merge_ratios: [1e-3]", "merge_ratios", "1.0e-3"),
-    ("merge_ratios: [5E-1, 0.2]", "merge_ratios", "5.0e-1"),
-    ("merge_ratios: ['0,5']", "merge_ratios", "0.5"),
-    ("strategy_threshold: 1e-1", "strategy_threshold", "1.0e-1"),
-    ("mapper: {prob_min: 1e1}", "prob_min", "1.0e+1"),
-    ("mapper: {prob_min: 1.5e1}", "prob_min", "1.5e+1"),
-    ("mapper: {top_k: 1e1}", "top_k", "10"),
-    ("bad_phrases: [{phrase: x, weight: 1e3, contexts: [y]}]", "weight", "1.0e+3"),
-    ("bad_phrases: [{phrase: x, contexts: [{context: y, weight: 2e0}]}]", "weight", "2.0e+0"),
-]
-
-
-@pytest.mark.parametrize("line, key, right", NUMBERS)
-def test_a_number_that_yaml_reads_as_text(tmp_path, line, key, right):
-    (tmp_path / "my.yaml").write_text(line + "\n")
-    with pytest.raises(ConfigError) as refused:
-        load_config(tmp_path / "my.yaml")
-    assert any(
-        key in told and f"YAML reads this as text: write {right}" in told for told in str(refused.value).split("\n")
-    )
-    (tmp_path / "my.yaml").write_text(f"merge_ratios: [{right}]\n")
-    with pytest.raises(ConfigError) as refused:
-        load_config(tmp_path / "my.yaml")
-    assert "as text" not in str(refused.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

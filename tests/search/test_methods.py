@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from reference import naive_merge, naive_shares
 
 from modules.config import METHODS
-from modules.model.embeddings import align_rows, match_rows
 from modules.search.methods import CYCLIC_SCALE, cyclic_shares, gradient_shares, merge, ratios_for, slice_shares
 
 SHARES = {"slice": slice_shares, "cyclic": cyclic_shares, "gradient": gradient_shares}
@@ -140,30 +139,3 @@ def test_what_does_not_match_is_refused():
         merge("lerp", torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float16), 0.5)
     with pytest.raises(ValueError, match="unknown merge method 'ties'"):
         merge("ties", torch.zeros(2), torch.zeros(2), 0.5)
-
-
-def test_rows_are_matched_by_token_and_special_tokens_by_role():
-    base = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "gone": 4}
-    other = {"a": 0, "b": 1, "<bos>": 2, "<|im_end|>": 4, "new": 5}
-    roles = {"<s>": "<bos>", "</s>": "<|im_end|>"}
-    assert match_rows(base, other, roles) == {0: 2, 1: 4, 2: 0, 3: 1}
-    # A candidate that ends its texts otherwise but still has the token: a token is merged with itself.
-    assert match_rows(base, {**other, "</s>": 3}, roles)[1] == 3
-
-
-def test_rows_are_brought_into_the_base_order():
-    base = torch.arange(10.0).reshape(5, 2)
-    other = 100 + torch.arange(12.0).reshape(6, 2)
-    aligned = align_rows(base, other, {0: 2, 1: 4, 2: 0, 3: 9})
-    assert aligned.tolist() == [[104, 105], [108, 109], [100, 101], [6, 7], [8, 9]]
-    assert torch.equal(base, torch.arange(10.0).reshape(5, 2))
-
-
-def test_equal_vocabularies_need_no_copy():
-    base, other = tensors((5, 2))
-    assert align_rows(base, other, {row: row for row in range(5)}) is other
-
-
-def test_biases_are_aligned_too():
-    base, other = torch.zeros(3), torch.tensor([1.0, 2.0])
-    assert align_rows(base, other, {0: 1, 2: 0}).tolist() == [2.0, 0.0, 1.0]
