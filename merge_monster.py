@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
+    import modules.search  # noqa: F401 - which methods and strategies there are; without PyTorch
     from modules.config import TABLES, VERSION, Config, load_config, output_directory
     from modules.runtime import (
         LOGS,

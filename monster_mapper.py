@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
+    import modules.search  # noqa: F401 - which methods and strategies there are; without PyTorch
     from modules.config import VERSION, Config, load_config
     from modules.runtime import (
         LOGS,

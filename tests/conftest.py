@@ -19,6 +19,8 @@ import torch
 import transformers
 from hypothesis import settings
 
+import modules.search  # noqa: F401 - what a configuration can name
+
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
 

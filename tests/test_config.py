@@ -544,7 +544,7 @@ def test_what_can_only_be_the_hubs_is_taken(place, name):
 
 
 def test_the_schema_is_the_one_that_the_code_makes():
-    command = [sys.executable, "-m", "modules.config"]
+    command = [sys.executable, "-m", "modules.run.schema"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert (ROOT / "modules" / "config" / "schema.json").read_text(encoding="utf-8") == result.stdout
 

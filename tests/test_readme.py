@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modules import config
+from modules.config import DTYPES, METHODS, STRATEGIES, Config, Directories, Mapper, Pair
+from modules.config.fields import DEVICES, ON_ERROR
+from modules.config.phrase_lists import PHRASE_KEYS
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -81,12 +83,12 @@ def default_of(field):
 
 def expected_keys():
     """Every key of the YAML file and its default, nested ones with a dot."""
-    nested = {"directories": config.Directories, "mapper": config.Mapper}
-    found = {f.name: default_of(f) for f in dataclasses.fields(config.Config) if f.name not in (*nested, "text")}
+    nested = {"directories": Directories, "mapper": Mapper}
+    found = {f.name: default_of(f) for f in dataclasses.fields(Config) if f.name not in (*nested, "text")}
     for name, section_class in nested.items():
         found |= {f"{name}.{f.name}": default_of(f) for f in dataclasses.fields(section_class)}
-    weight = next(f.default for f in dataclasses.fields(config.Pair) if f.name == "weight")
-    return found | dict.fromkeys(config.PHRASE_KEYS, REQUIRED) | {"weight": weight}
+    weight = next(f.default for f in dataclasses.fields(Pair) if f.name == "weight")
+    return found | dict.fromkeys(PHRASE_KEYS, REQUIRED) | {"weight": weight}
 
 
 def test_the_table_has_every_key_and_no_other():
@@ -109,11 +111,11 @@ def test_the_table_has_the_default(key, default):
 @pytest.mark.parametrize(
     "key, allowed",
     [
-        ("merge_method", config.METHODS),
-        ("strategy", config.STRATEGIES),
-        ("dtype", config.DTYPES),
-        ("on_error", config.ON_ERROR),
-        ("device", config.DEVICES.replace(" or", ",").split(", ")),
+        ("merge_method", METHODS),
+        ("strategy", STRATEGIES),
+        ("dtype", DTYPES),
+        ("on_error", ON_ERROR),
+        ("device", DEVICES.replace(" or", ",").split(", ")),
     ],
 )
 def test_the_table_names_what_is_allowed(key, allowed):

@@ -13,7 +13,8 @@ from modules.output import RunRecord
 from modules.output import tables as report
 from modules.run.steps import note_source
 from modules.runtime import CheckpointError, Console, postponed
-from modules.search import Decision, Merge, Search
+from modules.search import Decision, Merge
+from modules.search.search import Search
 
 
 def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:

@@ -46,7 +46,8 @@ from modules.run.steps import note_source, prepare_libraries, save, write_result
 from modules.runtime import BANNER, Console, postponed
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import Budget, Encoded, Packing, Scorer, build_scorer, doubtful_phrases, encode_pairs
-from modules.search import Search, mean_shares
+from modules.search import mean_shares
+from modules.search.search import Search
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from modules.output import (
 from modules.run.merge import put_in_place
 from modules.run.steps import prepare_libraries, save, write_results
 from modules.runtime import BANNER, ConfigError, Console
-from modules.search import Merger
+from modules.search.trial import Merger
 
 
 @dataclass(frozen=True)
