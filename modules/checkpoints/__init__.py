@@ -7,7 +7,7 @@ from modules.checkpoints.architecture import find_layers, input_first_weights, w
 from modules.checkpoints.candidate import Candidate
 from modules.checkpoints.checkpoint import Checkpoint, candidate_sources, copy_companions, load_tokenizer
 from modules.checkpoints.companions import is_licence
-from modules.checkpoints.conversion import Layout, Tensors
+from modules.checkpoints.conversion import Conversion, Tensors
 from modules.checkpoints.downloads import begin_download, fetch_now, remove_downloads
 from modules.checkpoints.hub import Ahead, bytes_needed, cache_folder, check_space
 from modules.checkpoints.meaning import layer_settings
@@ -28,7 +28,7 @@ __all__ = [
     "Ahead",
     "Candidate",
     "Checkpoint",
-    "Layout",
+    "Conversion",
     "Models",
     "Tensors",
     "base_module",

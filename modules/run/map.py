@@ -22,7 +22,7 @@ from modules.checkpoints import (
     remove_downloads,
 )
 from modules.config import Config, Pair, unusable
-from modules.mapper import CompletionTree, Explorer, Spelling, Standing, build_continuation, standings
+from modules.mapper import CompletionTree, Explorer, PhraseRank, Spelling, build_continuation, rank_phrases
 from modules.mapper import report as mapping_report
 from modules.model import ResidentModel, load_model, placement_of, resolve_device, resolve_dtype, weights_of
 from modules.output import naming
@@ -77,7 +77,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
 
 def explore(
     config: Config, console: Console, model: ResidentModel, tokenizer: Any, spelling: Spelling
-) -> tuple[list[CompletionTree], list[list[Standing]]]:
+) -> tuple[list[CompletionTree], list[list[PhraseRank]]]:
     """The tree of every distinct context and how its phrases stand, printed one context after another."""
     console.warnings(doubled_tokens(tokenizer, config.pairs))
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
@@ -98,7 +98,7 @@ def explore(
         explorer = Explorer(continuation, settings, spelling, model.end_tokens(), bar.update)
         for tree in explorer.explore(roots):
             trees.append(tree)
-            stands.append(standings(tree, phrases[tree.root.context], settings, spelling))
+            stands.append(rank_phrases(tree, phrases[tree.root.context], settings, spelling))
             number = f"{len(trees)}/{len(roots)}"
             console.coloured_lines(mapping_report.tree_lines(number, tree, stands[-1], settings, spelling))
     return trees, stands

@@ -41,7 +41,7 @@ from modules.output import (
 from modules.output import tables as report
 from modules.run.conductor import Clock, Conductor
 from modules.run.estimate import calibrate, estimate, plan_lines
-from modules.run.plan import Plan, Room, check, find_room, plan_run
+from modules.run.plan import Available, Plan, check, find_available, plan_run
 from modules.run.steps import note_source, prepare_libraries, save, write_results
 from modules.runtime import BANNER, Console, postponed
 from modules.runtime.distributed import ALONE, Group
@@ -100,13 +100,13 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     group.from_first(NOTHING_TO_SEARCH)
 
 
-def _checked_plan(config: Config, console: Console, models: Models, group: Group) -> tuple[Plan, Room]:
+def _checked_plan(config: Config, console: Console, models: Models, group: Group) -> tuple[Plan, Available]:
     """What the run will do and take, and what room there is. Raises ConfigError if it is too little."""
     console.lines(models.notes)
     console.warnings(models.warnings)
     check_space(models.jobs, config.keep_downloads)
     plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
-    room = find_room(plan)
+    room = find_available(plan)
     console.warnings([*doubtful_phrases(config.pairs), *plan.doubts, *check(plan, room)])
     return plan, room
 

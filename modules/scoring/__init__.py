@@ -5,8 +5,8 @@ Knows: tokenizers, packs, the model's forward. Refuses to know: merging, strateg
 
 from modules.scoring.budget import LOGITS_ON_CPU, TOKENS, Budget, Packing, budget_of, layer_bytes, logits_bytes
 from modules.scoring.exactness import Plain, spread
-from modules.scoring.inputs import Inputs, depths, sight, tree_mask
-from modules.scoring.layout import NOT_TAKEN, build_scorer, check_numbers, reach
+from modules.scoring.inputs import Inputs, attention_mask, depths, tree_mask
+from modules.scoring.layout import NOT_TAKEN, attention_window, build_scorer, check_numbers
 from modules.scoring.packing import LAYOUTS, TokenTree, build_packs
 from modules.scoring.scorer import Scorer, Trial
 from modules.scoring.tokenization import (
@@ -33,6 +33,8 @@ __all__ = [
     "Scorer",
     "TokenTree",
     "Trial",
+    "attention_mask",
+    "attention_window",
     "budget_of",
     "build_packs",
     "build_scorer",
@@ -45,8 +47,6 @@ __all__ = [
     "encode_pairs",
     "layer_bytes",
     "logits_bytes",
-    "reach",
-    "sight",
     "spread",
     "tree_mask",
 ]

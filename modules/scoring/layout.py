@@ -51,7 +51,7 @@ def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain
     check_numbers(model, [float(plain.token_scores(item).sum()) for item in spread(by_length, SAMPLE)])
     limit = plain.tolerance(longest, budget.tokens, budget.logits)
     for layout in LAYOUTS:
-        if layout == "forest" and reach(model) < len(longest):
+        if layout == "forest" and attention_window(model) < len(longest):
             continue  # a 4-D mask is used as given: it would lift the window
         shared = budget if seat.count == 1 else Scorer(model, encoded, layout, budget, seat=seat).budget
         scorer = Scorer(model, encoded, layout, shared, limit)
@@ -125,7 +125,7 @@ def _altered(scorer: Scorer) -> Trial:
     return lambda: part.holding(tensors)
 
 
-def reach(model: ResidentModel) -> float:
+def attention_window(model: ResidentModel) -> float:
     """How far back attention reaches in this model, in tokens."""
     windows = layer_settings(model.module.config, "sliding_window")
     return min((window for window in windows if window), default=float("inf"))

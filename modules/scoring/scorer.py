@@ -246,9 +246,9 @@ class Scorer:
                     outputs.append(first_of(call_on(hidden, forward, args, kwargs)))
             return self._in_form(self._layer, torch.cat(outputs))  # (R * B, T, H)
 
-        return {**self._passing(range(self._layer)), self._layer: stacked}
+        return {**self._skipped(range(self._layer)), self._layer: stacked}
 
-    def _passing(self, layers: range) -> dict[int, Forward]:
+    def _skipped(self, layers: range) -> dict[int, Forward]:
         """Layer forwards that hand their hidden states on unchanged."""
 
         def handing_on(layer: int) -> Forward:
@@ -271,7 +271,7 @@ class Scorer:
             return self._in_form(layer, found[0])
 
         no_columns = self._inputs[index].columns[:0]
-        passed = self._passing(range(first, len(self._layers)))
+        passed = self._skipped(range(first, len(self._layers)))
         self._forward(self._inputs[index].arguments(), {**passed, layer: recording}, no_columns)
         return found[0]
 
@@ -314,6 +314,6 @@ class Scorer:
         column_bytes = 4 * stack * inputs.ids.shape[0] * self._model.vocabulary
         chunk = max(1, self.budget.logits // column_bytes)
         for first, columns in zip(range(0, len(inputs.columns), chunk), inputs.columns.split(chunk), strict=True):
-            layers = {**forwards, last: recording} if first == 0 else {**self._passing(range(last)), last: repeating}
+            layers = {**forwards, last: recording} if first == 0 else {**self._skipped(range(last)), last: repeating}
             logits = self._forward(arguments, layers, columns).float()
             yield logits.unflatten(0, (stack, -1)), inputs.targets_in(first, first + len(columns))
