@@ -234,8 +234,8 @@ def apply_adapter(
 ) -> Adapted:
     """The checkpoint with the adapter applied.
 
-    conversion: the checkpoint's. input_first: stored names of weights (input, output). Raises ConfigError if the adapter
-    changes what the checkpoint lacks, or what has another shape there.
+    conversion: the checkpoint's. input_first: stored names of weights (input, output). Raises ConfigError if the
+    adapter changes what the checkpoint lacks, or what has another shape there.
     """
     whole, products, tensors = {}, {}, dict(checkpoint.tensors)
     for name, own in adapter.whole.items():
