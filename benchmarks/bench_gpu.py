@@ -6,7 +6,7 @@
 Builds a random base and two candidates on the spot, checks the search of a small model against the naive one on this
 device, then runs merge_monster.py itself, in this process, with 14 pairs, 4 ratios, lerp and headers. Measured besides:
   limit   the candidate's bytes read once from the page cache; its matrix products, one after another
-  naive   whole-model copies and one forward per pair (tests/reference.py) on two layers, scaled to all
+  naive   whole-model copies and one forward per pair (tests/helpers/reference.py) on two layers, scaled to all
 Prints a table, a line for docs/performance.md and, as its last line, JSON.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "", "tests/helpers")]
 
 import reference
 from bench_merge import NaiveLayers

@@ -4,8 +4,8 @@
 
 Builds a seeded random Llama on disk, then measures in alternation, in one process:
   ours    the program's own exploring of all contexts, the verification of its kept keys and values included
-  naive   one whole forward per node and per token of a continuation, no cache (tests/reference.py), one context at a
-          time, in turn with ours
+  naive   one whole forward per node and per token of a continuation, no cache (tests/helpers/reference.py), one
+          context at a time, in turn with ours
 Prints a table and, as its last line, JSON.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "", "tests/helpers")]
 
 import reference
 from workload import Shape, machine, make_models, parameter_count, print_table, shape_of, shape_options

@@ -6,7 +6,7 @@
 Builds a seeded random Llama and one candidate on disk, then measures in alternation, in one process:
   ours    the program's own search of the candidate's layers (read, merge, score, decide), headers off
   limit   its matrix products, one after another at the machine's own rate, and reading the candidate once
-  naive   whole-model copies and one forward per pair (tests/reference.py), a layer at a time, scaled to all
+  naive   whole-model copies and one forward per pair (tests/helpers/reference.py), a layer at a time, scaled to all
 Prints a table, a line for docs/performance.md and, as its last line, JSON.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "", "tests/helpers")]
 
 import reference
 from workload import (

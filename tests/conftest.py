@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 # Code from checkpoints is copied here before it is imported; two processes of tests must not share the copies.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ from hypothesis import settings
 
 import modules.search  # noqa: F401 - what a configuration can name
 
+pytest.register_assert_rewrite("broken_runs", "completions", "runs", "whole")  # what they find wrong is shown as well
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
 

@@ -6,8 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from project import ROOT
 
 PACKAGES = ("runtime", "config", "checkpoints", "model", "scoring", "search", "output", "mapper", "run")
 SOURCES = {

@@ -1,0 +1,330 @@
+"""LoRA adapters as candidates, against PEFT's own merge_and_unload."""
+
+import json
+import re
+import shutil
+
+import architectures
+import peft
+import pytest
+import tiny
+import torch
+from adapters import make_adapter
+from runs import digest, log_of, merge, refused, stored
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.checkpoints.open_models import open_models
+from modules.config import load_config
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Base models by name."""
+    folder, tokenizer = tmp_path_factory.mktemp("bases"), tiny.bpe_tokenizer()
+    vocabulary = len(tokenizer)
+    half = {"seed": 1, "dtype": torch.bfloat16}
+    return {
+        "llama": tiny.make_model(folder / "llama", tiny.llama_config(vocabulary), tokenizer),
+        "other": tiny.make_model(folder / "other", tiny.llama_config(vocabulary), tokenizer, seed=9),
+        "biased": tiny.make_model(folder / "biased", tiny.llama_config(vocabulary, attention_bias=True), tokenizer),
+        "tied": tiny.make_model(folder / "tied", tiny.llama_config(vocabulary, tied=True), tokenizer),
+        "half": tiny.make_model(folder / "half", tiny.llama_config(vocabulary), tokenizer, **half),
+        "sharded": tiny.make_model(folder / "sharded", tiny.llama_config(vocabulary), tokenizer, shard="60KB"),
+        "gpt2": tiny.make_model(folder / "gpt2", tiny.gpt2_config(vocabulary), tokenizer),
+        "neox": tiny.make_model(folder / "neox", architectures.configuration("GPT-NeoX", vocabulary), tokenizer),
+    }
+
+
+def candidate_of(place, base, source):
+    """A candidate as the program opens it, with the names of its layers' and header's tensors."""
+    config = load_config(tiny.write_config(place / "open.yaml", base, [source], place / "out"))
+    models = open_models(config, lambda job: None)
+    return models.candidates[0]
+
+
+SETTINGS = {
+    "plain": ("llama", {}),
+    "rank-stabilised": ("llama", {"use_rslora": True, "r": 9}),
+    "ranks and alphas of their own": (
+        "llama",
+        {
+            "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6},
+            "alpha_pattern": {"v_proj": 1, r"layers\.[12]\..*k_proj": 20},
+        },
+    ),
+    "some layers only": ("llama", {"layers_to_transform": [1], "target_modules": ["q_proj", "down_proj"]}),
+    "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "whole tensors": ("llama", {"modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"]}),
+    "biases": ("biased", {"bias": "all"}),
+    "biases where there is LoRA": ("biased", {"bias": "lora_only", "target_modules": ["q_proj"]}),
+    "gaussian": ("llama", {"init_lora_weights": "gaussian"}),
+    "bfloat16": ("half", {}),
+    "sharded base": ("sharded", {}),
+    "GPT-2": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "GPT-NeoX": ("neox", {"target_modules": ["query_key_value", "dense", "dense_h_to_4h"]}),
+    "tied": ("tied", {}),
+}
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_adapter_reads_as_peft_merges_it(place, bases, name):
+    base, settings = SETTINGS[name]
+    adapter, whole = make_adapter(place, bases[base], **settings)
+    found, expected = candidate_of(place, bases[base], adapter), candidate_of(place, bases[base], whole)
+    names = [tensor for tensor in expected.conversion if tensor in found.conversion]
+    assert len(names) == len(set(expected.conversion)) >= 12
+    ours, theirs, before = found.read(names), expected.read(names), open_checkpoint(bases[base], "base").read
+    exact = {"atol": 1e-6, "rtol": 1e-5} if base != "half" else {"atol": 1e-2, "rtol": 2e-2}
+    changed = 0
+    for tensor in names:
+        assert ours[tensor].dtype == theirs[tensor].dtype
+        torch.testing.assert_close(ours[tensor], theirs[tensor], **exact, msg=tensor)
+        stored_name = found.conversion.stored_name(tensor)
+        changed += not torch.equal(ours[tensor], before([stored_name])[stored_name])
+    assert changed >= 2
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("name", ["plain", "embedding and head", "whole tensors", "GPT-2", "bfloat16", "tied"])
+def test_a_merge_with_an_adapter_is_that_with_the_merged_model(place, bases, name):
+    base, settings = SETTINGS[name]
+    adapter, whole = make_adapter(place, bases[base], **settings)
+    before = digest(adapter)
+    totals = []
+    for candidate in (adapter, whole):
+        arguments = ["--overwrite", "--output", str(place / f"{candidate.name}-out")]
+        assert merge(place, (bases[base], candidate), *arguments) == 0
+        found = re.findall(r" - (?:CHANGED - \S+ > |RETAINED - )(\S+)", log_of(place))
+        totals.append([float(total) for total in found])
+        assert "CHANGED" in log_of(place)
+    # In bfloat16 the two differ by a rounding of every weight; the weights themselves are compared above.
+    assert totals[0] == pytest.approx(totals[1], rel=1e-3 if base != "half" else 0.1, abs=1e-5)
+    assert stored(place / "adapter-out") == stored(bases[base])
+    assert digest(adapter) == before and AutoModelForCausalLM.from_pretrained(place / "adapter-out")
+
+
+def test_a_model_with_an_adapter_of_its_own(place, bases):
+    adapter, whole = make_adapter(place, bases["other"])
+    source = f"{bases['other']}+{adapter}"
+    found, expected = candidate_of(place, bases["llama"], source), candidate_of(place, bases["llama"], whole)
+    assert found.name == "other+adapter"
+    for name, tensor in expected.read(list(expected.conversion)).items():
+        torch.testing.assert_close(found.read([name])[name], tensor, atol=1e-6, rtol=1e-5)
+    assert merge(place, (bases["llama"], source, adapter)) == 0
+    log = log_of(place)
+    assert "Models to merge  : other+adapter, adapter\n" in log
+    assert f"adapter: the adapter was trained on {bases['other']}, and is applied to llama\n" in log
+    assert "other+adapter: the adapter was trained on" not in log
+
+
+def test_an_adapter_in_a_bin_file(place, bases):
+    adapter, whole = make_adapter(place, bases["llama"])
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    found, expected = candidate_of(place, bases["llama"], adapter), candidate_of(place, bases["llama"], whole)
+    name = "model.layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(found.read([name]), expected.read([name]), atol=1e-6, rtol=1e-5)
+
+
+def test_experts_that_are_stored_one_by_one(place, bases):
+    """The adapter changes what is stored, before the architecture's rules fuse it."""
+    tokenizer = AutoTokenizer.from_pretrained(bases["llama"])
+    mixtral = tiny.make_model(place / "mixtral", architectures.configuration("Mixtral", len(tokenizer)), tokenizer)
+    adapter, _ = make_adapter(place, mixtral, target_modules=["q_proj"])
+    stored_as = "model.layers.0.block_sparse_moe.experts.1.w1"
+    low = {"A": torch.randn(4, 32), "B": torch.randn(64, 4)}
+    added = {f"base_model.model.{stored_as}.lora_{side}.weight": tensor for side, tensor in low.items()}
+    save_file(load_file(adapter / "adapter_model.safetensors") | added, adapter / "adapter_model.safetensors")
+    found, plain = candidate_of(place, mixtral, adapter), load_file(mixtral / "model.safetensors")
+    fused = found.read(["model.layers.0.mlp.experts.gate_up_proj"]).popitem()[1]
+    expected = plain[f"{stored_as}.weight"] + 6 / 4 * low["B"] @ low["A"]
+    torch.testing.assert_close(fused[1, :64], expected)
+    torch.testing.assert_close(fused[1, 64:], plain[stored_as.replace("w1", "w3") + ".weight"])
+
+
+def test_names_as_older_versions_wrote_them(place, bases):
+    adapter, whole = make_adapter(place, bases["llama"], modules_to_save=["lm_head"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    older = {
+        name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): t
+        for name, t in tensors.items()
+    }
+    head = older.pop("base_model.model.lm_head.weight")
+    older["base_model.model.lm_head.modules_to_save.default.weight"] = head
+    save_file(older, adapter / "adapter_model.safetensors")
+    found, expected = candidate_of(place, bases["llama"], adapter), candidate_of(place, bases["llama"], whole)
+    for name in ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight"):
+        torch.testing.assert_close(found.read([name]), expected.read([name]), atol=1e-6, rtol=1e-5)
+
+
+def test_an_adapter_is_found_in_the_model_directory(place, bases):
+    (place / "models").mkdir()
+    shutil.move(make_adapter(place, bases["llama"])[0], place / "models/lora")
+    directories = {
+        "model_path1": str(bases["llama"]),
+        "model_directory": str(place / "models"),
+        "output_directory": str(place / "out"),
+    }
+    assert merge(place, (bases["llama"],), models_to_merge=[], directories=directories) == 0
+    assert "Models to merge  : lora\n" in log_of(place)
+
+
+def test_an_adapter_beside_a_models_weights_is_not_applied_silently(place, bases, capsys):
+    adapter, _ = make_adapter(place, bases["llama"])
+    both = shutil.copytree(bases["other"], place / "both")
+    shutil.copy(adapter / "adapter_config.json", both)
+    assert merge(place, (bases["llama"], both)) == 0
+    assert "both also holds an adapter, which is not applied; to apply it, name it behind a plus" in log_of(place)
+    shutil.rmtree(place / "out")
+    refused(place, (both, bases["llama"]), capsys, "holds an adapter beside a model's weights")
+    refused(place, (adapter, bases["llama"]), capsys, "this is an adapter; name its model as the base")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can't be applied
+# ---------------------------------------------------------------------------------------------------------------------
+
+KINDS = [
+    ({"use_dora": True}, "DoRA (use_dora) can't be applied"),
+    ({"init_lora_weights": "pissa"}, "an adapter begun as pissa (init_lora_weights)"),
+    ({"init_lora_weights": "olora"}, "an adapter begun as olora (init_lora_weights)"),
+    ({"trainable_token_indices": [1, 2]}, "trainable tokens (trainable_token_indices)"),
+    ({"lora_bias": True}, "LoRA on biases (lora_bias)"),
+    ({"layer_replication": [[0, 2], [1, 3]]}, "replicated layers (layer_replication)"),
+    ({"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}, "LoRA on stacked experts"),
+]
+
+
+@pytest.mark.parametrize("settings, words", KINDS, ids=[words for _, words in KINDS])
+def test_kinds_that_are_refused_by_name(place, bases, capsys, settings, words):
+    base = "biased" if "lora_bias" in settings else "llama"
+    settings = {"target_modules": ["q_proj", "o_proj"], **settings}
+    if "lora_bias" in settings:
+        settings["target_modules"] = ["q_proj"]
+    model = AutoModelForCausalLM.from_pretrained(bases[base])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+    adapted.save_pretrained(place / "adapter")
+    refused(place, (bases[base], place / "adapter"), capsys, [words, "merge it into its model with PEFT first"])
+
+
+def test_another_type_of_adapter(place, bases, capsys):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    peft.get_peft_model(model, peft.IA3Config(task_type="CAUSAL_LM")).save_pretrained(place / "adapter")
+    refused(place, (bases["llama"], place / "adapter"), capsys, "an adapter of type IA3 can't be applied")
+
+
+def test_whole_tensors_of_other_shapes(place, bases, capsys):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    model.resize_token_embeddings(410, mean_resizing=False)
+    settings = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    peft.get_peft_model(model, peft.LoraConfig(**settings)).save_pretrained(place / "adapter")
+    words = ".weight has shape (410, 32), that of llama (400, 32); merge the adapter into its model"
+    refused(place, (bases["llama"], place / "adapter"), capsys, words)
+
+
+def test_an_adapter_for_another_model(place, bases, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(bases["llama"])
+    wide = tiny.make_model(place / "wide", tiny.llama_config(len(tokenizer), hidden=48), tokenizer)
+    adapter, _ = make_adapter(place, wide)
+    refused(place, (bases["llama"], adapter), capsys, ["adds a matrix (48, ", "to model.layers.0."])
+    adapter, _ = make_adapter(place / "again", bases["gpt2"], target_modules=["c_attn"], fan_in_fan_out=True)
+    words = "llama stores no transformer.h.0.attn.c_attn.weight, which the adapter changes"
+    refused(place, (bases["llama"], adapter), capsys, words)
+
+
+def test_lora_on_a_head_that_is_tied(place, bases, capsys):
+    adapter, _ = make_adapter(place, bases["llama"], target_modules=["lm_head"])
+    refused(place, (bases["tied"], adapter), capsys, "tied stores no lm_head.weight, which the adapter changes")
+
+
+def test_broken_adapters(place, bases, capsys):
+    for number, (name, content, words) in enumerate(
+        (
+            ("adapter_config.json", b"{", "not the settings of an adapter"),
+            ("adapter_config.json", b"[]", "not the settings of an adapter"),
+            ("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": "x"}', "not the settings of an adapter"),
+            ("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": NaN}', "not the settings of an adapter"),
+            (
+                "adapter_config.json",
+                b'{"peft_type": "LORA", "lora_alpha": 1' + b"0" * 400 + b"}",
+                "not the settings of",
+            ),
+            ("adapter_config.json", b'{"peft_type": "LORA", "alpha_pattern": {"q": null}}', "not the settings of an"),
+            ("adapter_config.json", b'{"peft_type": "LORA", "use_rslora": "false"}', "not the settings of an adapter"),
+            (
+                "adapter_config.json",
+                b'{"peft_type": "LORA", "alpha_pattern": {"(": 1}}',
+                "not the settings of an adapter",
+            ),
+            ("adapter_config.json", b"{}", "an adapter of type None"),
+            ("adapter_model.safetensors", b"broken", "adapter_model.safetensors: can't be read"),
+            ("adapter_model.safetensors", None, "the adapter has no weights"),
+        )
+    ):
+        adapter, _ = make_adapter(place / str(number), bases["llama"], target_modules=["q_proj"])
+        (adapter / name).unlink()
+        if content is not None:
+            (adapter / name).write_bytes(content)
+        refused(place, (bases["llama"], adapter), capsys, words)
+
+
+def test_half_a_product(place, bases, capsys):
+    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors.popitem()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    refused(place, (bases["llama"], adapter), capsys, "has only one of lora_A and lora_B")
+
+
+SHAPES = {"gathered by nobody": ((0,), (0,)), "rank 0": ((0, 32), (32, 0)), "two ranks": ((3, 32), (32, 4))}
+SHAPES |= {"a number": ((), (32, 4)), "three axes": ((4, 32), (32, 4, 1))}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_that_make_no_product(place, bases, capsys, name):
+    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    module = "base_model.model.model.layers.2.self_attn.q_proj"
+    for side, shape in zip("AB", SHAPES[name], strict=True):
+        tensors[f"{module}.lora_{side}.weight"] = torch.zeros(shape)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    refused(place, (bases["llama"], adapter), capsys, "make no product; DeepSpeed and FSDP save such adapters")
+
+
+def test_an_empty_adapter(place, bases, capsys):
+    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
+    save_file({}, adapter / "adapter_model.safetensors")
+    refused(place, (bases["llama"], adapter), capsys, "the adapter is empty")
+
+
+@pytest.mark.parametrize("name", ["score.weight", "model.embed_tokens_extra.weight"])
+def test_whole_tensors_that_the_model_has_no_place_for(place, bases, capsys, name):
+    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({**tensors, f"base_model.model.{name}": torch.ones(2, 32)}, adapter / "adapter_model.safetensors")
+    refused(place, (bases["llama"], adapter), capsys, f"llama has no {name}, which the adapter brings")
+
+
+@pytest.mark.parametrize("name", ["q_proj.lora_magnitude_vector", "q_proj.vera_lambda_b", "q_proj.lora_C.weight"])
+def test_tensors_that_are_no_part_of_plain_lora(place, bases, capsys, name):
+    """What a kind of adapter brings that is not known here, whatever its settings say."""
+    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[f"base_model.model.model.layers.0.self_attn.{name}"] = torch.ones(2)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    refused(place, (bases["llama"], adapter), capsys, f"{name} is no part of plain LoRA")
+
+
+def test_two_models_where_the_second_is_no_adapter(place, bases, capsys):
+    assert merge(place, (bases["llama"], f"{bases['other']}+{bases['half']}")) == 2
+    assert f"{bases['half']}: no adapter here (adapter_config.json is missing)" in capsys.readouterr().err
+
+
+def test_an_adapter_for_this_base_is_applied_without_a_word(place, bases):
+    adapter, _ = make_adapter(place, bases["llama"])
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(bases["llama"])
+    assert candidate_of(place, bases["llama"], adapter).notes == []

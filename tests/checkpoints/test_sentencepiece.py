@@ -1,0 +1,139 @@
+"""Models whose only tokenizer file is one of SentencePiece, or looks like one."""
+
+import base64
+import importlib
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import sentencepiece
+import tiny
+from project import ROOT
+from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel
+
+import merge_monster
+from modules.checkpoints.checkpoint import load_tokenizer
+from modules.runtime.errors import ConfigError
+
+TEXT = "The apple is in the kitchen, na\u00efve \U0001f642\n  and more."
+GEMMA = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "add_dummy_prefix": False, "control_symbols": "<mask>"}
+GEMMA |= {"bos_piece": "<bos>", "eos_piece": "<eos>"}
+
+
+def trained(kind, **more):
+    """A model of SentencePiece as it is in a file."""
+    written, rule = io.BytesIO(), {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.TEXT * 9),
+        model_writer=written,
+        model_type=kind,
+        vocab_size=350,
+        byte_fallback=True,
+        minloglevel=2,
+        **{**rule, **more},
+    )
+    return written.getvalue()
+
+
+def folder_of(place, model_type, content, name="tokenizer.model", tokenizer_class=None):
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (place / name).write_bytes(content)
+    if tokenizer_class:
+        (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+    return place
+
+
+FAMILIES = {
+    "llama": ("llama", "bpe", {}, "LlamaTokenizer"),
+    "llama without settings": ("llama", "bpe", {}, None),
+    "mistral": ("mistral", "bpe", {}, "LlamaTokenizer"),
+    "gemma": ("gemma", "bpe", GEMMA, "GemmaTokenizer"),
+    "stablelm": ("stablelm", "bpe", {}, None),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_alone_encodes_as_sentencepiece_does(tmp_path, family):
+    model_type, kind, more, tokenizer_class = FAMILIES[family]
+    content = trained(kind, **more)
+    tokenizer = load_tokenizer(folder_of(tmp_path / "model", model_type, content, tokenizer_class=tokenizer_class))
+    expected = sentencepiece.SentencePieceProcessor(model_proto=content).encode(TEXT)
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == expected
+
+
+def test_models_that_have_nothing_else_are_merged(place):
+    content = trained("bpe")
+    size = sentencepiece.SentencePieceProcessor(model_proto=content).get_piece_size()
+    for seed, name in enumerate(("base", "one")):
+        tiny.make_model(place / name, tiny.llama_config(size, layers=1), None, seed)
+        (place / name / "tokenizer.model").write_bytes(content)
+    path = tiny.write_config(place / "my.yaml", place / "base", [place / "one"], place / "out", merge_ratios=[0.5])
+    assert merge_monster.main(["--config", str(path)]) == 0
+    assert (place / "out/tokenizer.model").read_bytes() == content
+    assert load_tokenizer(place / "out").get_vocab() == load_tokenizer(place / "base").get_vocab()
+    assert load_file(place / "out/model.safetensors").keys() == load_file(place / "base/model.safetensors").keys()
+
+
+def ranks():
+    """A vocabulary as tiktoken writes it, which Llama 3 has under SentencePiece's name."""
+    lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(len(ByteLevel.alphabet()))]
+    return "".join(lines).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n", "git lfs pull"),
+        (b"<!doctype html>", "tokenizer.model is a web page"),
+        (b"", "tokenizer.model is empty"),
+        (b"anything else", "tokenizer.model is no model of SentencePiece"),
+    ],
+)
+def test_a_file_that_is_none(tmp_path, content, words):
+    with pytest.raises(ConfigError, match=words):
+        load_tokenizer(folder_of(tmp_path / "model", "llama", content))
+
+
+PACKAGES = pytest.mark.parametrize(
+    ("content", "words"),
+    [(trained("bpe"), "pip install sentencepiece protobuf"), (ranks(), "pip install tiktoken")],
+    ids=["sentencepiece", "tiktoken"],
+)
+
+
+@PACKAGES
+def test_packages_that_are_not_installed_are_named(tmp_path, monkeypatch, content, words):
+    def lacking(*_):
+        raise ImportError("requires a library")
+
+    converters = importlib.import_module("transformers.convert_slow_tokenizer")
+    monkeypatch.setattr(converters, "requires_backends", lacking)
+    monkeypatch.setattr(converters.TikTokenConverter, "load_tiktoken_bpe", lacking)
+    for package in ("sentencepiece", "protobuf", "tiktoken"):
+        monkeypatch.setattr(f"modules.checkpoints.checkpoint.is_{package}_available", lambda: False)
+    with pytest.raises(ConfigError, match=words):
+        load_tokenizer(folder_of(tmp_path / "model", "llama", content))
+
+
+@pytest.mark.slow
+@PACKAGES
+def test_the_same_where_they_really_are_not(tmp_path, content, words):
+    folder_of(tmp_path / "model", "llama", content)
+    code = """
+import importlib.util, sys
+real = importlib.util.find_spec
+absent = ("sentencepiece", "google", "tiktoken")
+importlib.util.find_spec = lambda name, *more: None if name.split(".")[0] in absent else real(name, *more)
+for name in absent:
+    sys.modules[name] = None
+from pathlib import Path
+from modules.checkpoints import load_tokenizer
+load_tokenizer(Path(sys.argv[1]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert words in result.stderr.splitlines()[-1]

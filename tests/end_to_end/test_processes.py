@@ -1,0 +1,160 @@
+"""Several processes under torchrun on the CPU: the decisions and the model of one, and what happens when one fails."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from project import ROOT
+from safetensors.torch import load_file
+
+from modules.config import Pair
+from modules.model.devices import own_device
+from modules.runtime.errors import ConfigError
+from modules.runtime.ranks import Seat, find_seat
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("models"), tiny.bpe_tokenizer()
+    base = tiny.make_model(folder / "base", tiny.llama_config(len(tokenizer)), tokenizer)
+    return base, tiny.make_candidate(folder / "one", base), tiny.make_candidate(folder / "two", base, seed=2)
+
+
+def pairs():
+    """Enough of them that there are packs for everyone."""
+    words = [sentence.split() for sentence in tiny.TEXT[:5]]
+    return [
+        Pair("GOOD" if number % 4 == 0 else "BAD", " ".join(text[cut : cut + 2]), " ".join(text[start:cut]) + " ", 1.0)
+        for number, text in enumerate(words)
+        for start in range(6)
+        for cut in range(start + 2, len(text) - 1)
+    ]
+
+
+def merge(place, models, *command, **settings):
+    """Run the whole program in other processes; the result of that."""
+    base, *candidates = models
+    config = tiny.write_config(
+        place / "my.yaml",
+        base,
+        candidates,
+        place / "out",
+        pairs(),
+        merge_ratios=[0.3, 0.7],
+        merge_method=["lerp", "slerp"],
+        **settings,
+    )
+    command = [*(command or [sys.executable, str(ROOT / "merge_monster.py")]), "--config", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment, timeout=200, check=False)
+
+
+def several(count, how=None, number=1):
+    """The command for so many processes, one of which may misbehave."""
+    if how is None:
+        return [*TORCHRUN, str(count), str(ROOT / "merge_monster.py")]
+    return [*TORCHRUN, str(count), str(ROOT / "tests/helpers/misbehaving.py"), how, str(number), "--"]
+
+
+def decisions(folder):
+    records = map(json.loads, (folder / "merge_monster_journal.jsonl").read_text().splitlines())
+    return [(r["model"], r["layer"], r["method"], r["ratio"]) for r in records if r["kind"] == "decision"]
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one_process(models, tmp_path_factory):
+    place = tmp_path_factory.mktemp("one")
+    result = merge(place, models)
+    assert result.returncode == 0, result.stderr
+    return place / "out"
+
+
+def assert_same(output, one_process):
+    assert decisions(output) == decisions(one_process)
+    assert any(ratio is not None for *_, ratio in decisions(one_process))
+    expected = tensors(one_process)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(output).items())
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_take_the_decisions_of_one(tmp_path, models, one_process, count):
+    result = merge(tmp_path, models, *several(count))
+    assert result.returncode == 0, result.stderr
+    assert_same(tmp_path / "out", one_process)
+    assert f"packs shared by {count} processes" in result.stdout
+    assert result.stdout.count("THE MERGE MONSTER HUNGERS") == 1  # the others are quiet
+    assert len(list((tmp_path / "logs").iterdir())) == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.slow  # in one process: test_lack_of_memory
+def test_one_that_runs_out_of_memory_makes_all_take_less(tmp_path, models, one_process):
+    result = merge(tmp_path, models, *several(2, "runs out of memory"))
+    assert result.returncode == 0, result.stderr
+    assert_same(tmp_path / "out", one_process)
+    assert "Out of memory: packs of" in result.stdout
+
+
+@pytest.mark.slow
+def test_one_that_dies_ends_the_run_and_loses_nothing(tmp_path, models, one_process):
+    result = merge(tmp_path, models, *several(2, "dies"))
+    assert result.returncode != 0
+    assert "ERROR: another process of this run has ended" in result.stderr
+    assert "--resume goes on from there" in result.stderr and "internal error" not in result.stderr
+    assert "[process" not in result.stderr  # the others have nothing to say about it
+    assert len(decisions(tmp_path / "out.partial")) >= 3 and not (tmp_path / "out").exists()
+    result = merge(tmp_path, models, *several(2), "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "decisions are carried out again from the journal" in result.stdout
+    assert_same(tmp_path / "out", one_process)
+
+
+@pytest.mark.slow
+def test_one_that_cannot_read_a_candidate_makes_all_give_it_up(tmp_path, models):
+    result = merge(tmp_path, models, *several(2, "cannot read"), on_error="skip")
+    assert result.returncode == 0, result.stderr
+    assert "WARNING: one is given up; what was accepted of it stays: a mount has gone" in result.stdout
+    found = decisions(tmp_path / "out")
+    assert [layer for model, layer, *_ in found if model == "one"] == [0, 0]
+    assert len([layer for model, layer, *_ in found if model == "two"]) == 7
+
+
+def test_a_wrong_configuration_is_said_once(tmp_path, models):
+    result = merge(tmp_path, models, *several(2), strategy="best")
+    assert result.returncode != 0
+    assert result.stderr.count("strategy: 'best'") == 1
+
+
+@pytest.mark.slow
+def test_nothing_to_do_is_no_failure_of_the_others(tmp_path, models):
+    result = merge(tmp_path, models, *several(2), "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Dry run: nothing was written") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_process_knows_its_seat():
+    assert find_seat({}) == Seat(0, 1, 0, 1) and find_seat({}).leads
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert find_seat(torchrun) == Seat(5, 8, 1, 4) and not find_seat(torchrun).leads
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr("modules.model.devices.present_devices", lambda: ["cpu", "cuda:0", "cuda:1"])
+    assert [own_device("cuda", Seat(n, 2, n, 2)) for n in range(2)] == ["cuda:0", "cuda:1"]
+    assert own_device("auto", Seat(3, 4, 1, 2)) == "cuda:1"
+    assert own_device("auto", Seat()) == "auto"  # alone, it may have them all
+    assert own_device("cpu", Seat(1, 2, 1, 2)) == "cpu" and own_device("cuda:0", Seat(1, 2, 1, 2)) == "cuda:0"
+    with pytest.raises(ConfigError, match="3 processes were started on a machine with 2 GPUs"):
+        own_device("cuda", Seat(2, 3, 2, 3))
+    monkeypatch.setattr("modules.model.devices.present_devices", lambda: ["cpu"])
+    assert own_device("auto", Seat(1, 2, 1, 2)) == "auto"

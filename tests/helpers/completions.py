@@ -1,0 +1,36 @@
+"""Completions that no model has to make: trees and tokens from words."""
+
+import math
+
+from modules.mapper.completion_tree import Branch, CompletionTree, Node
+from modules.scoring.tokenization import encode_contexts, encode_pair
+
+
+def scripted(model, context, *branches):
+    """A tree as if the model had said these branches: words, or token ids, "|" before the continuation."""
+    root = encode_contexts(model.tokenizer, [context], model.resident.vocabulary)[0]
+    found = []
+    for branch in branches:
+        text, nodes, length = "", [], None
+        for word, probability in branch:
+            if word == "|":
+                length = len(nodes)
+                continue
+            if isinstance(word, str):
+                text += word
+                tokens = encode_pair(model.tokenizer, context, text).tokens[len(root.tokens) + len(nodes) :]
+            else:
+                tokens = [word]
+            for number, token in enumerate(tokens):
+                nodes.append(Node.after((nodes or [None])[-1], token, math.log(1.0 if number else probability)))
+        path = [None, *nodes]
+        found.append(Branch(path[len(nodes) if length is None else length], path[-1]))
+    return CompletionTree(root, tuple(sorted(found, key=lambda branch: -branch.joint)))
+
+
+def completed(spelling, context, phrase):
+    """The context's root and the tokens of a phrase behind it."""
+    root = encode_contexts(spelling._tokenizer, [context], spelling._vocabulary)[0]
+    encoded = encode_pair(spelling._tokenizer, context, phrase)
+    assert encoded.tokens[: encoded.start] == root.tokens
+    return root, list(encoded.tokens[encoded.start :])

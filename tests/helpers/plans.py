@@ -1,0 +1,57 @@
+"""What a plan is made of, and what it is held against: models as a run opens them, a search as a run begins it."""
+
+from dataclasses import replace
+
+import tiny
+import torch
+from transformers import AutoTokenizer
+
+from modules.checkpoints.open_models import open_models
+from modules.config import load_config
+from modules.model.loading import load_model
+from modules.model.memory import Memory, Sizes
+from modules.run.plan import Disk, Plan
+from modules.scoring.budget import Budget
+from modules.scoring.layout import build_scorer
+from modules.scoring.tokenization import encode_pairs
+from modules.search.search import Search
+
+GB, GIB = 10**9, 2**30
+
+
+def opened(place, models, **settings):
+    """A configuration and its models, as a run has them before anything is loaded."""
+    base, *candidates = models
+    path = tiny.write_config(place / "my.yaml", base, candidates, place / "out", **settings)
+    config = load_config(path)
+    return config, open_models(config, fetch=None)
+
+
+def start(config, found):
+    """A search on the base, as a run begins it."""
+    model, tokenizer = load_model(found.base, "cpu", config.dtype), AutoTokenizer.from_pretrained(found.base.path)
+    encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
+    return Search(model, build_scorer(model, encoded), config, tokenizer)
+
+
+def made_up(place, **changes):
+    """The plan of a search on a model of 8 billion weights in half precision."""
+    plan = Plan(
+        output=place / "out",
+        device=torch.device("cuda:0"),
+        dtype=torch.bfloat16,
+        sizes=Sizes(32, 4096, 14336, 32, 128, 128256, 218.1e6, 218.1e6, 1_050_673_152),
+        methods=(("lerp", 4), ("slerp", 4)),
+        header_ratios=4,
+        pairs=14,
+        text_tokens=1207,
+        packs=(1000, 76),
+        columns=40,
+        disk=Disk(16 * GB, (("one", 16 * GB), ("two", 15 * GB)), 16 * GB, 0, 0),
+        memory=Memory(15 * GIB, 2 * GIB, 4 * GIB, GIB // 2),
+        budget=Budget(),
+        placement=None,
+        sharing=1,
+        weight_files=(),
+    )
+    return replace(plan, **changes)

@@ -1,0 +1,352 @@
+"""Model cards: what the hub reads in them, and that no name and no phrase breaks them."""
+
+import copy
+import json
+import re
+import shlex
+import shutil
+from dataclasses import replace
+
+import pytest
+import tiny
+import yaml
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.utils import validate_repo_id
+from runs import make_models
+
+import merge_monster
+from modules.output.model_card import CARD_FILE, MOST_PHRASES, Licence, licence_of, model_card, write_card
+from modules.output.recipe import RECIPE_FILE
+from modules.runtime.text import percent
+
+PICTURES = ("merge_map.png", "phrase_chart.png")
+COMMITS = ("0123456789abcdef" * 3)[:40], ("fedcba9876543210" * 3)[:40]
+ODD = [
+    "a | b || c",
+    "`code` ``more`` ```",
+    "first\nsecond\r\nthird\n",
+    "# no: 'heading' \"at\" *all* _really_",
+    "---",
+    "- [link](http://x) ![picture](y) <b>bold</b> <!-- hidden",
+    "\\| \\n \\(x\\) $y$ $$z$$ &amp; ~~gone~~",
+    "日本語 \U0001f642 naïve",
+    "key: value: [1, {2}] & *alias !tag %",
+    "\x1b[31mred\x00\u202eback\t",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a run's models and output. Its phrases are odd; the base brings a card and a licence."""
+    folder = tmp_path_factory.mktemp("run")
+    models = make_models(folder)
+    (folder / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n# The base\n")
+    (folder / "base/LICENSE").write_text("You may.")
+    printable = [text for text in ODD if "\x00" not in text]
+    pairs = [
+        replace(tiny.PAIRS[0], phrase=text, context=other)
+        for text, other in zip(printable, printable[::-1], strict=True)
+    ]
+    base, *candidates = models
+    pairs = [*tiny.PAIRS, *pairs]
+    config = tiny.write_config(folder / "my.yaml", base, candidates, folder / "out", pairs, merge_ratios=[0.7])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert merge_monster.main(["--config", str(config)]) == 0
+    return folder
+
+
+@pytest.fixture
+def recipe(run):
+    """A real recipe, to be changed."""
+    return json.loads((run / "out" / RECIPE_FILE).read_text(encoding="utf-8"))
+
+
+def card_of(recipe, name="merged", licence=Licence()):  # noqa: B008
+    return model_card(recipe, name, licence, PICTURES)
+
+
+def accepted(text):
+    """A card that the hub's own client takes as it is; its front matter."""
+    card = ModelCard(text)
+    assert str(card) == text
+    data = card.data.to_dict()
+    for repository in data.get("base_model", []):
+        validate_repo_id(repository)
+    assert data["tags"] == ["merge", "mergemonster"]
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert ("base_model" in data) == ("base_model_relation" in data) and "license" not in data
+    return data
+
+
+def tables(text):
+    """Every table as rows of cells, as a reader sees them."""
+    found = []
+    for lines in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines.splitlines()]
+        found.append([[shown(cell) for cell in row] for row in rows])
+    return found
+
+
+def shown(cell):
+    return re.sub(r"\\([^a-zA-Z0-9\s])", r"\1", cell.strip()).replace("&#92;", "\\")
+
+
+def as_shown(text):
+    """What is to be seen of a text that is not too long."""
+    text = re.sub(r"\r\n|\n", "↵", text).replace("\t", " ")
+    return re.sub("[\x00\x1b\u202e]", "?", text).strip()
+
+
+def on_hub(recipe, *wheres):
+    for source, where in zip(recipe["sources"], wheres, strict=False):
+        source["where"] = where
+
+
+def test_the_card_of_a_run(run, recipe):
+    partial = run / "merged.partial"
+    partial.mkdir(exist_ok=True)
+    for picture in PICTURES:
+        (partial / picture).touch()
+    shutil.copy(run / "out/LICENSE", partial)
+    write_card(partial, recipe, "merged", run / "base", PICTURES)
+    text = (partial / CARD_FILE).read_bytes().decode()
+    assert "base_model" not in accepted(text) and metadata_load(partial / CARD_FILE)["tags"]
+    assert text.split("---\n")[2].startswith("\n# merged\n")
+    prose, settings = text.split("## Settings")
+    assert str(run) not in prose and str(run) in settings  # the settings are the user's own text
+    composition, phrases = tables(prose)
+    assert composition[2:] == [
+        [name, f"{share * 100:.2f}%", "a local folder"] for name, share in recipe["composition"].items()
+    ]
+    assert phrases[2:-1] == [
+        [
+            pair["kind"].lower(),
+            as_shown(pair["phrase"]),
+            as_shown(pair["context"]),
+            f"{abs(pair['weight']):g}",
+            percent(pair["before"]),
+            percent(pair["after"]),
+        ]
+        for pair in recipe["phrases"]
+    ]
+    total = [percent(recipe["total"][key]) for key in ("before", "after")]
+    assert phrases[-1][-2:] == total and f"went from {total[0]} to {total[1]}" in prose
+    for picture in PICTURES:
+        assert f"]({picture})" in prose
+    assert "card states its licence as apache-2.0" in prose and "licence files lie beside this page: LICENSE." in prose
+    # Before it is written down and read again a recipe is the same but for the type of some keys.
+    numbered = {**recipe, "failures": {1: "broken"}}
+    assert card_of(numbered) == card_of(json.loads(json.dumps(numbered)))
+
+
+def test_the_base_s_licence_is_copied_and_its_card_is_not(run):
+    files = {path.name for path in (run / "out").iterdir()}
+    assert (run / "out/LICENSE").read_bytes() == (run / "base/LICENSE").read_bytes()
+    assert CARD_FILE not in files or "# The base" not in (run / "out" / CARD_FILE).read_text()
+
+
+def test_the_command_builds_the_model_again(run, recipe, monkeypatch):
+    monkeypatch.chdir(run / "out")
+    command = shlex.split(card_of(recipe).split("```sh\n")[1].split("\n```")[0])
+    assert command[:2] == ["python", "merge_monster.py"]
+    arguments = [word.replace("PATH", str(run / word.split("=")[0])) for word in command[2:]]
+    arguments[arguments.index("rebuilt")] = str(run / "rebuilt")
+    for source in recipe["sources"]:
+        source["where"] = "/nowhere/" + source["name"]
+    (run / "elsewhere.json").write_text(json.dumps(recipe))
+    arguments[arguments.index(RECIPE_FILE)] = str(run / "elsewhere.json")
+    assert merge_monster.main(arguments) == 0
+    assert (run / "rebuilt/model.safetensors").read_bytes() == (run / "out/model.safetensors").read_bytes()
+    shutil.rmtree(run / "rebuilt")
+    recipe["settings"]["trust_remote_code"] = True
+    assert "--trust-remote-code" in card_of(recipe)
+
+
+def test_base_models_are_ids_of_the_hub_and_nothing_else(recipe):
+    base, one, two = f"org/base@{COMMITS[0]}", f"org/one_1@{COMMITS[1]}", "/home/somebody/two"
+    on_hub(recipe, base, one, two)
+    text = card_of(recipe)
+    data = accepted(text)
+    assert data["base_model"] == ["org/base", "org/one_1"] and data["base_model_relation"] == "merge"
+    assert f"[org/base](https://huggingface.co/org/base) at `{COMMITS[0]}`" in text
+    assert "The base is [org/base](https://huggingface.co/org/base); its licence is stated there." in text
+    assert "somebody" not in text
+    assert "--source two=PATH" in text and "--source base" not in text and "--source one" not in text
+
+
+@pytest.mark.parametrize(
+    "where, ids, origin",
+    [
+        (f"org/m@{COMMITS[0]}+org/a@{COMMITS[1]}", ["org/m", "org/a"], 2),
+        (f"/models/m+org/a@{COMMITS[1]}", ["org/a"], 2),
+        (f"org/m@{COMMITS[0]}+/models/a", ["org/m"], 2),
+        ("/models/m+/models/a", [], 1),
+        ("/models/org/m@main", [], 1),
+        ("/models/a+b/c", [], 1),
+        ("C:\\models\\a", [], 1),
+    ],
+)
+def test_adapters_and_folders_that_look_like_ids(recipe, where, ids, origin):
+    on_hub(recipe, "/models/base", where)
+    text = card_of(recipe)
+    assert accepted(text).get("base_model", []) == ids
+    (row,) = [row for row in tables(text)[0] if row[0] == "one"]
+    assert row[2].count(" at ") == len(ids) and len(row[2].split(" and ")) == origin
+    assert "/models/" not in text.split("## Settings")[0]
+
+
+def test_only_what_was_accepted_is_a_base_model(recipe):
+    on_hub(recipe, *(f"org/{name}@{COMMITS[0]}" for name in ("base", "one", "two")))
+    for decision in recipe["decisions"]:
+        decision["ratio"] = None if decision["candidate"] == 1 else 0.5
+    recipe["failures"] = {"2": "/home/somebody/two: can't be read"}
+    text = card_of(recipe)
+    assert accepted(text)["base_model"] == ["org/base", "org/two"]
+    assert "Tried, but nothing of it was kept: [org/one](https://huggingface.co/org/one)." in text
+    assert "Could not be read to the end: [org/two](https://huggingface.co/org/two)." in text
+    assert "A merge of 1 of 2 candidates into [org/base]" in text and "somebody" not in text
+
+
+def test_a_run_that_merged_nothing(recipe):
+    on_hub(recipe, f"org/base@{COMMITS[0]}")
+    for decision in recipe["decisions"]:
+        decision["ratio"] = None
+    recipe["composition"] = {"base": 1.0}
+    text = card_of(recipe)
+    assert accepted(text)["base_model"] == ["org/base"]
+    assert "A merge of 0 of 2 candidates" in text and tables(text)[0][2][:2] == ["base", "100.00%"]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_no_name_and_no_phrase_breaks_a_card(recipe, odd):
+    names = {source["name"]: f"{odd}{source['number']}" for source in recipe["sources"]}
+    for source in recipe["sources"]:
+        source["name"] = names[source["name"]]
+    recipe["composition"] = {names[name]: share for name, share in recipe["composition"].items()}
+    recipe["phrases"] = [{**pair, "phrase": odd, "context": f"{odd} "} for pair in recipe["phrases"]]
+    recipe["config"] = f"{odd}\n"
+    licence = Licence((odd,), (odd,))
+    text = card_of(recipe, odd, licence)
+    plain = card_of({**recipe, "config": ""}, "plain", Licence(("a",), ("b",)))
+    assert accepted(text) == accepted(plain)
+    composition, phrases = tables(text.split("## Settings")[0])
+    assert [row[0] for row in composition[2:]] == [as_shown(name) for name in recipe["composition"]]
+    assert {len(row) for row in composition} == {3} and {len(row) for row in phrases} == {6}
+    assert all(row[1:3] == [as_shown(odd)] * 2 for row in phrases[2:-1])
+    # Nothing became a heading, a fence or a paragraph that is none elsewhere.
+    prose = [text.split("## Settings")[0], plain.split("## Settings")[0]]
+    assert prose[0].count("\n") == prose[1].count("\n")
+    assert [len(re.findall(r"^#", one, re.MULTILINE)) for one in prose] == [4, 4]
+    assert text.split("---\n")[2].startswith("\n# ")
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["a: |\n  ```\n  x\n  ```\n", "a: '````````'\n", "---\na: 1\n---\nb: 2\n", "a: 1\r\nb: 2\r\n" * 99, "a: 1"],
+)
+def test_settings_of_any_form_stay_in_their_fence(recipe, config):
+    recipe["config"] = config
+    text = card_of(recipe)
+    accepted(text)
+    fence, block = re.search(r"## Settings\n\n(`+)yaml\n(.*?)\n\1\n", text, re.DOTALL).groups()
+    assert block == config.replace("\r\n", "\n").rstrip("\n") and fence not in block
+    assert text.split(f"{block}\n{fence}\n")[1].startswith("\n## Building it again")
+
+
+def test_long_settings_are_left_to_their_file(recipe):
+    recipe["config"] = "# long\n" * 10_000
+    text = card_of(recipe)
+    assert "# long" not in text and "see `merge_monster.yaml`" in text
+
+
+@pytest.mark.parametrize("count", [MOST_PHRASES, MOST_PHRASES + 1, 2000])
+def test_of_many_phrases_those_that_changed_most_are_shown(recipe, count):
+    pair = {"kind": "BAD", "context": "c", "weight": 1.0, "before": 0.5}
+    # Every third one moves, the later the further; a good phrase moves the other way.
+    recipe["phrases"] = [
+        {**pair, "phrase": str(number), "after": 0.5 + (number % 3 == 0) * (-1) ** number * number / 10_000}
+        for number in range(count)
+    ]
+    text = card_of(recipe)
+    rows = [row[1] for row in tables(text.split("## Settings")[0])[1][2:-1]]
+    assert len(rows) == MOST_PHRASES and rows == sorted(rows, key=int)
+    assert (f"Of {count:,} phrases, the {MOST_PHRASES} that changed most." in text) == (count > MOST_PHRASES)
+    if count == 2000:
+        assert rows == [str(number) for number in range(0, 2000, 3)][-MOST_PHRASES:]
+
+
+def test_a_weight_counts_in_what_changed_most(recipe):
+    pair = {"kind": "GOOD", "context": "", "before": 0.5, "after": 0.6, "weight": -1.0}
+    recipe["phrases"] = [{**pair, "phrase": str(number)} for number in range(MOST_PHRASES + 1)]
+    recipe["phrases"][7]["weight"] = -0.5
+    rows = tables(card_of(recipe).split("## Settings")[0])[1][2:-1]
+    assert "7" not in [row[1] for row in rows]
+    assert rows[0] == ["good", "0", "*the beginning of a text*", "1", "50.00000%", "60.00000%"]
+
+
+def test_long_phrases_keep_their_end(recipe):
+    recipe["phrases"][0]["context"] = "x" * 1000 + "|end"
+    row = tables(card_of(recipe).split("## Settings")[0])[1][2]
+    assert row[2] == "..." + "x" * 153 + "|end"
+
+
+@pytest.mark.parametrize(
+    "content, stated",
+    [
+        ("---\nlicense: mit\n---\n", ("mit",)),
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n# Title\r\n", ("mit",)),
+        ("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n", ("other", "mine")),
+        ("---\nlicense:\n- mit\n- apache-2.0\n---\n", ("mit", "apache-2.0")),
+        ("---\nlicense:\n---\n", ()),
+        ("---\nlicense: {a: b}\n---\n", ()),
+        ("---\nlicense: &a [*a]\n---\n", ()),
+        ("---\nlicense: [\n---\n", ()),
+        ('---\na: "\\UFFFFFFFF"\n---\n', ()),
+        ("---\n" + "[" * 5000 + "\n---\n", ()),
+        ("---\n- license\n---\n", ()),
+        ("---\n? [license]\n: mit\n---\n", ()),
+        ("# license: mit\n", ()),
+        ("---\n---\n", ()),
+        ("", ()),
+    ],
+)
+def test_what_a_card_states(tmp_path, content, stated):
+    (tmp_path / "README.md").write_text(content, encoding="utf-8", newline="")
+    assert licence_of(tmp_path, tmp_path) == Licence((), stated)
+
+
+def test_a_card_that_would_grow_without_end(tmp_path):
+    lines = ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60)), "license: mit"]
+    (tmp_path / "README.md").write_text("\n".join(["---", *lines, "---", ""]))
+    assert licence_of(tmp_path, tmp_path).stated == ("mit",)
+
+
+def test_licence_files(tmp_path):
+    for name in ("LICENSE", "license.txt", "Licence.md", "COPYING", "NOTICE", "USE_POLICY.md", "config.json"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "licenses").mkdir()
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe")
+    assert licence_of(tmp_path, tmp_path) == Licence(
+        ("COPYING", "LICENSE", "Licence.md", "NOTICE", "USE_POLICY.md", "license.txt")
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1e300, 1e308, 10**308], ids=str)
+def test_numbers_of_any_size(recipe, value):
+    recipe.update(total={"before": value, "after": value}, composition={"a": value})
+    for pair in recipe["phrases"]:
+        pair.update(before=value, after=-value, weight=value)
+    accepted(card_of(recipe))
+
+
+def test_the_recipe_is_left_as_it_is(recipe):
+    before = copy.deepcopy(recipe)
+    card_of(recipe)
+    assert recipe == before
+
+
+def test_the_front_matter_is_what_yaml_writes(recipe):
+    on_hub(recipe, f"org/123@{COMMITS[0]}")
+    block = card_of(recipe).split("---\n")[1]
+    assert yaml.safe_dump(yaml.safe_load(block), sort_keys=False) == block
