@@ -138,7 +138,7 @@ class Checkpoint:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def read_configuration(path: Path, names: Collection[str], trust_remote_code: bool = False) -> PreTrainedConfig:
+def read_configuration(path: Path, names: Collection[str], trusted: bool = False) -> PreTrainedConfig:
     """A model folder's configuration. names: of all its files.
 
     Raises ConfigError if it is that of no usable model, CheckpointError if it can't be read.
@@ -154,8 +154,8 @@ def read_configuration(path: Path, names: Collection[str], trust_remote_code: bo
             raise ValueError(f"it holds an adapter's settings; if this is an adapter, call it {ADAPTER_SETTINGS}")
         if _layers(stated) > _MOST_LAYERS:
             raise ValueError(f"it has {_layers(stated):.4g} layers")
-        with _copied(path, _code_of(find_companions(path, trust_remote_code))) as copies:
-            config = AutoConfig.from_pretrained(copies, trust_remote_code=trust_remote_code, local_files_only=True)
+        with _copied(path, _code_of(find_companions(path, trusted))) as copies:
+            config = AutoConfig.from_pretrained(copies, trust_remote_code=trusted, local_files_only=True)
         config.name_or_path = str(path)
     except CheckpointError:
         raise
@@ -201,19 +201,18 @@ def _layers(settings: Any) -> float:
     )
 
 
-def open_checkpoint(
-    path: Path, name: str, trust_remote_code: bool = False, repository: Repository | None = None
-) -> Checkpoint:
+def open_checkpoint(path: Path, name: str, trusted: bool = False, repository: Repository | None = None) -> Checkpoint:
     """Read a model folder's configuration and shard headers; no weights. `name` is what reports call it.
 
-    repository: of the hub, which is asked for the headers of files that are not in the folder yet. Raises ConfigError
-    if it is no usable model, CheckpointError if a file that describes it can't be read.
+    trusted: whether code that it brings along may be run. repository: of the hub, which is asked for the headers of
+    files that are not in the folder yet. Raises ConfigError if it is no usable model, CheckpointError if a file that
+    describes it can't be read.
     """
     names = file_names(path, repository)
     problem = pointers(path, small_files(dict.fromkeys(names, 0)))
     if problem:
         raise ConfigError(problem)
-    config = read_configuration(path, names, trust_remote_code)
+    config = read_configuration(path, names, trusted)
     files = weight_files(path, names)
     known = repository.headers(repository.absent(files)) if repository else {}
     try:
@@ -229,19 +228,19 @@ def open_checkpoint(
     check_quantisation(path, tensors)
     count = Counter(name for found in by_file for name in found)
     twice = tuple(name for name in count if count[name] > 1)
-    return Checkpoint(path, name, config, tensors, find_companions(path, trust_remote_code), repository, twice)
+    return Checkpoint(path, name, config, tensors, find_companions(path, trusted), repository, twice)
 
 
-def load_tokenizer(path: Path, trust_remote_code: bool = False, companions: Companions | None = None) -> Any:
+def load_tokenizer(path: Path, companions: Companions | None = None) -> Any:
     """A model folder's tokenizer. companions: the folder's, if they are known; each of them must then be there.
 
     Raises ConfigError if it has none that can be used, CheckpointError if a file can't be read.
     """
-    companions = companions or find_companions(path, trust_remote_code)
+    companions = companions or find_companions(path, trusted=False)
     with _copied(path, companions.sizes) as copies:
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                copies, trust_remote_code=trust_remote_code, local_files_only=True
+                copies, trust_remote_code=companions.trusted, local_files_only=True
             )
             tokenizer("a")  # some wrong settings only show when it is used
         except Exception as error:  # the tokenizer library raises bare Exception for a broken tokenizer.json
@@ -311,11 +310,11 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
     """The candidates in merge order, and a line about each folder that is left out.
 
     models_to_merge overrides model_directory, whose visible sub-folders are taken alphabetically; the output directory
-    is left out by resolved path.
+    is left out by resolved path. A configuration that names neither asks for none.
     """
-    if config.models_to_merge:
+    if config.models_to_merge or config.directories.model_directory is None:
         return [source for source in map(parse_source, config.models_to_merge) if source], []
-    entries = Path(config.directories.model_directory or ".").iterdir()
+    entries = Path(config.directories.model_directory).iterdir()
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     output = Path(config.directories.output_directory).resolve()
     sources, notes = [], []

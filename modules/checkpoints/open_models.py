@@ -6,6 +6,7 @@ printing.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,6 +61,7 @@ class Found:
     folder: Path
     repository: Repository | None  # None for a local folder
     names: frozenset[str]  # of all its files, those included that are still to be fetched
+    trusted: bool  # whether code that is among them may be run
 
     def same_as(self, other: "Found") -> bool:
         """Whether both are the same files: one folder, or one commit under two ids of the hub."""
@@ -99,7 +101,15 @@ def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Mo
     base_location = base_of(config)
     locations = [base_location, *(place for s in sources for place in (s.model, s.adapter) if place)]
     locations = list(dict.fromkeys(locations))
-    found = _one_repository_each(dict(zip(locations, _all_or_problems(find_location, locations), strict=True)))
+    found = _one_repository_each(
+        dict(
+            zip(
+                locations,
+                _all_or_problems(partial(find_location, trusted=config.trust_remote_code), locations),
+                strict=True,
+            )
+        )
+    )
     notes += [note for one in found.values() for note in one.notes()]
     for source in [s for s in sources if s.adapter is None and found[s.model].same_as(found[base_location])]:
         sources.remove(source)
@@ -107,12 +117,12 @@ def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Mo
     if not sources and not no_candidates:
         raise ConfigError("no candidates to merge: " + ("; ".join(notes) or "the model directory has no sub-folders"))
     base_name, *names = names_of([Source(base_location.text, base_location), *sources])
-    base = open_base(found[base_location], base_name, config.trust_remote_code, fetch)
+    base = open_base(found[base_location], base_name, fetch)
     _refuse_links(base)
-    module, warnings = base_module(base, config.trust_remote_code)
+    module, warnings = base_module(base)
 
     def open_one(named: tuple[str, Source]) -> Candidate:
-        candidate = _open_candidate(*named, found, base, module, config.trust_remote_code, fetch)
+        candidate = _open_candidate(*named, found, base, module, fetch)
         places = [place for place in (named[1].model, named[1].adapter) if place]
         return replace(candidate, text=named[1].text, where="+".join(found[place].where for place in places))
 
@@ -152,15 +162,15 @@ def base_of(config: Config) -> Location:
     return location
 
 
-def find_location(location: Location) -> Found:
+def find_location(location: Location, trusted: bool) -> Found:
     """What a location has; of the hub's models, the small files are fetched. Raises ConfigError."""
     repository = find_repository(location)
     folder = location.folder if repository is None else repository.folder
     assert folder is not None  # a location without a folder has a repository
-    return Found(location, folder, repository, frozenset(file_names(folder, repository)))
+    return Found(location, folder, repository, frozenset(file_names(folder, repository)), trusted)
 
 
-def open_base(found: Found, name: str, trust_remote_code: bool, fetch: Fetch) -> Checkpoint:
+def open_base(found: Found, name: str, fetch: Fetch) -> Checkpoint:
     """A location as the base model, its weights not read. Raises ConfigError if it can't be one."""
     if found.is_adapter:
         raise ConfigError(f"{found.location.text}: this is an adapter; name its model as the base, it as a candidate")
@@ -168,7 +178,7 @@ def open_base(found: Found, name: str, trust_remote_code: bool, fetch: Fetch) ->
         raise ConfigError(
             f"{found.location.text}: holds an adapter beside a model's weights; move {ADAPTER_SETTINGS} away"
         )
-    return _open_model(found, name, trust_remote_code, fetch)
+    return _open_model(found, name, fetch)
 
 
 def _refuse_links(base: Checkpoint) -> None:
@@ -182,10 +192,10 @@ def _refuse_links(base: Checkpoint) -> None:
         )
 
 
-def base_module(base: Checkpoint, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
+def base_module(base: Checkpoint) -> tuple[PreTrainedModel, list[str]]:
     """The base's module without weights, and warnings. Raises ConfigError if its tensors are not the module's."""
-    warnings = settle_attention(base, trust_remote_code)
-    module = without_weights(base, trust_remote_code)
+    warnings = settle_attention(base)
+    module = without_weights(base)
     check_base(base, module)
     return module, warnings
 
@@ -199,21 +209,19 @@ def _one_repository_each(found: dict[Location, Found]) -> dict[Location, Found]:
     }
 
 
-def _open_model(
-    found: Found, name: str, trust_remote_code: bool, fetch: Fetch, base: Checkpoint | None = None
-) -> Checkpoint:
+def _open_model(found: Found, name: str, fetch: Fetch, base: Checkpoint | None = None) -> Checkpoint:
     """A location's model, that of a candidate if there is a base. The shapes in .bin files can't be seen from afar:
     those are fetched here, once the configuration fits."""
     try:
         if found.repository is not None and holds_weights(found.names):
-            config = read_configuration(found.folder, found.names, trust_remote_code)
+            config = read_configuration(found.folder, found.names, found.trusted)
             if base is not None:
                 check_configuration(found.folder, config, base)
             files = weight_files(found.folder, found.names)
             if any(is_pickled(file) for file in files):
                 check_quantisation(found.folder)
                 fetch(Job(name, found.repository, tuple(files)))
-        return open_checkpoint(found.folder, name, trust_remote_code, found.repository)
+        return open_checkpoint(found.folder, name, found.trusted, found.repository)
     except ConfigError as error:
         if found.repository is not None and found.repository.trouble:
             raise ConfigError(f"{error}; only the cache could be asked, since {found.repository.trouble}") from None
@@ -226,13 +234,12 @@ def _open_candidate(
     found: dict[Location, Found],
     base: Checkpoint,
     module: PreTrainedModel,
-    trust_remote_code: bool,
     fetch: Fetch,
 ) -> Candidate:
     """A model, an adapter for the base, or a model with its adapter. Raises ConfigError if it does not fit the base."""
     model = found[source.model]
     if source.adapter is None and not model.is_adapter:
-        checkpoint = _open_model(model, name, trust_remote_code, fetch, base)
+        checkpoint = _open_model(model, name, fetch, base)
         note = f"{source.text} also holds an adapter, which is not applied; to apply it, name it behind a plus"
         return open_candidate(checkpoint, base, module, notes=[note] if model.has_adapter else [])
     where = found[source.adapter] if source.adapter else model
@@ -242,8 +249,8 @@ def _open_candidate(
         read_settings(where.folder)  # before anything is fetched in vain
         weights = [file for file in ADAPTER_WEIGHTS if file in where.names][:1]
         fetch(Job(name, where.repository, tuple(weights)))
-    adapter = open_adapter(where.folder, name, trust_remote_code)
-    underlying = _open_model(model, name.split("+")[0], trust_remote_code, fetch, base) if source.adapter else base
+    adapter = open_adapter(where.folder, name, where.trusted)
+    underlying = _open_model(model, name.split("+")[0], fetch, base) if source.adapter else base
     repositories = [where.repository] if where.repository else []
     adapted = adapt(underlying, adapter, base, module)
     return open_candidate(adapted, base, module, notes=_about_adapter(adapter, underlying), repositories=repositories)

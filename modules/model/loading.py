@@ -19,7 +19,6 @@ def load_model(
     checkpoint: Checkpoint,
     device: str,
     dtype: str,
-    trust_remote_code: bool = False,
     compute: str | None = None,
     placement: Sequence[torch.device] | None = None,
 ) -> ResidentModel:
@@ -33,7 +32,7 @@ def load_model(
     target = resolve_device(device)
     computed = resolve_dtype(compute or dtype, checkpoint.main_dtype(), target)
     try:
-        module, info = _load_module(checkpoint, target, computed, trust_remote_code, placement)
+        module, info = _load_module(checkpoint, target, computed, placement)
     except torch.OutOfMemoryError:
         raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
     except ConfigError:
@@ -66,14 +65,13 @@ def _load_module(
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
-    trust_remote_code: bool,
     placement: Sequence[torch.device] | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The module with its weights, and what transformers has to say about loading them."""
     if device.type == "cpu" and dtype == checkpoint.main_dtype():
         # transformers would map the files into memory. Weights that are changed must own their memory (a first write
         # to a mapped page is slow), and a file that changes during a long run must not pull it down.
-        return type(without_weights(checkpoint, trust_remote_code)).from_pretrained(
+        return type(without_weights(checkpoint)).from_pretrained(
             None,
             config=checkpoint.config,
             state_dict=checkpoint.read(checkpoint.tensors),
@@ -83,13 +81,13 @@ def _load_module(
         )
     device_map: dict[str, torch.device] | None = None if device.type == "cpu" else {"": device}
     if placement is not None:
-        device_map = device_map_of(without_weights(checkpoint, trust_remote_code), device, placement)
+        device_map = device_map_of(without_weights(checkpoint), device, placement)
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         config=checkpoint.config,
         dtype=dtype,
         device_map=device_map,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=checkpoint.companions.trusted,
         local_files_only=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,

@@ -167,8 +167,8 @@ def begin_search(
     base = models.base
     note_source(record, group, 0, config.directories.model_path1, models.base_where, base)
     device = own_device(config.device, group.seat)
-    model = load_model(base, device, config.dtype, config.trust_remote_code, placement=placement)
-    tokenizer = load_tokenizer(base.path, config.trust_remote_code, base.companions)
+    model = load_model(base, device, config.dtype, placement=placement)
+    tokenizer = load_tokenizer(base.path, base.companions)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     scorer = build_shared_scorer(model, encoded, budget, record.packing, group)
     search = Search(model, scorer, config, tokenizer, group)

@@ -98,11 +98,8 @@ def _rebuild(asked: Replay, recipe: Record, config: Config, console: Console, pl
         console.lines(_other_device(recipe, config.device))
         dtype, saved = getattr(torch, recipe["dtype"]), recipe.get("saved_dtype") or "auto"
         placement = placement_of(config.device, models.module, dtype, weights_of(models.module, dtype, True))
-        trusted = config.trust_remote_code
-        model = load_model(base, config.device, saved, trusted, compute=recipe["dtype"], placement=placement)
-        merger = Merger(
-            model, load_tokenizer(base.path, config.trust_remote_code, base.companions), config.trust_remote_code
-        )
+        model = load_model(base, config.device, saved, compute=recipe["dtype"], placement=placement)
+        merger = Merger(model, load_tokenizer(base.path, base.companions))
         for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
             ahead.wait(number)
             compare_fingerprints(source, candidate.checkpoint, "has changed since the recipe was written")
