@@ -92,29 +92,20 @@ class Found:
         return [f"{self.location.text} is at commit {self.folder.name}{trouble}"]
 
 
-def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Models:
+def open_models(config: Config, fetch: Fetch) -> Models:
     """The base and the candidates of a configuration, opened and checked against each other.
 
-    no_candidates: only the base is wanted. Raises ConfigError, for all models that can't be used together.
+    Raises ConfigError, for all models that can't be used together.
     """
-    sources, notes = ([], []) if no_candidates else candidate_sources(config)
-    base_location = base_of(config)
-    locations = [base_location, *(place for s in sources for place in (s.model, s.adapter) if place)]
-    locations = list(dict.fromkeys(locations))
-    found = _one_repository_each(
-        dict(
-            zip(
-                locations,
-                _all_or_problems(partial(find_location, trusted=config.trust_remote_code), locations),
-                strict=True,
-            )
-        )
-    )
+    sources, notes = candidate_sources(config)
+    base_location, names_some = base_of(config), config.models_to_merge or config.directories.model_directory
+    find = partial(find_location, trusted=config.trust_remote_code)
+    found = _one_repository_each(_all_or_problems(find, _distinct(base_location, sources)))
     notes += [note for one in found.values() for note in one.notes()]
     for source in [s for s in sources if s.adapter is None and found[s.model].same_as(found[base_location])]:
         sources.remove(source)
         notes.append(f"{source.text} is the base model itself: skipped")
-    if not sources and not no_candidates:
+    if names_some and not sources:
         raise ConfigError("no candidates to merge: " + ("; ".join(notes) or "the model directory has no sub-folders"))
     base_name, *names = names_of([Source(base_location.text, base_location), *sources])
     base = open_base(found[base_location], base_name, fetch)
@@ -123,8 +114,8 @@ def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Mo
 
     def open_one(named: tuple[str, Source]) -> Candidate:
         candidate = _open_candidate(*named, found, base, module, fetch)
-        places = [place for place in (named[1].model, named[1].adapter) if place]
-        return replace(candidate, text=named[1].text, where="+".join(found[place].where for place in places))
+        where = "+".join(found[place].where for place in named[1].places)
+        return replace(candidate, text=named[1].text, where=where)
 
     candidates = _all_or_problems(open_one, zip(names, sources, strict=True))
     return Models(
@@ -150,8 +141,11 @@ def looked_up(locations: Iterable[Location]) -> list[str]:
 def locations_of(config: Config) -> list[Location]:
     """The base's location and those of all candidates."""
     sources, _ = candidate_sources(config)
-    places = [base_of(config), *(place for s in sources for place in (s.model, s.adapter) if place)]
-    return list(dict.fromkeys(places))
+    return _distinct(base_of(config), sources)
+
+
+def _distinct(base: Location, sources: Iterable[Source]) -> list[Location]:
+    return list(dict.fromkeys([base, *(place for source in sources for place in source.places)]))
 
 
 def base_of(config: Config) -> Location:
@@ -200,13 +194,10 @@ def base_module(base: Checkpoint) -> tuple[PreTrainedModel, list[str]]:
     return module, warnings
 
 
-def _one_repository_each(found: dict[Location, Found]) -> dict[Location, Found]:
-    """The same, but two locations that are one commit share their repository, which knows what was fetched of it."""
+def _one_repository_each(found: Iterable[Found]) -> dict[Location, Found]:
+    """The same by location, but two that are one commit share their repository, which knows what was fetched of it."""
     first: dict[Path, Repository | None] = {}
-    return {
-        location: replace(one, repository=first.setdefault(one.folder, one.repository))
-        for location, one in found.items()
-    }
+    return {one.location: replace(one, repository=first.setdefault(one.folder, one.repository)) for one in found}
 
 
 def _open_model(found: Found, name: str, fetch: Fetch, base: Checkpoint | None = None) -> Checkpoint:

@@ -75,7 +75,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     with held_place(asked.output, console) as place:
         check_output(place, asked.overwrite)
         console.lines(looked_up(locations_of(config)))
-        models = open_models(config, partial(fetch_now, console), no_candidates=not config.models_to_merge)
+        models = open_models(config, partial(fetch_now, console))
         console.lines(models.notes)
         console.warnings(models.warnings)
         check_space(models.jobs, config.keep_downloads)
