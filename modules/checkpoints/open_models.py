@@ -4,7 +4,7 @@ Knows: which models a configuration names, where they come from, that they must 
 printing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from modules.config import Config, Location, Source, names_of, parse_location
 from modules.runtime import ConfigError
 
 Fetch = Callable[[Job], None]  # returns when a job's files are there
+Tell = Callable[[Sequence[str]], None]  # gives the person at the terminal some lines while models are opened
 In, Out = TypeVar("In"), TypeVar("Out")
 
 
@@ -92,15 +93,17 @@ class Found:
         return [f"{self.location.text} is at commit {self.folder.name}{trouble}"]
 
 
-def open_models(config: Config, fetch: Fetch) -> Models:
+def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -> Models:
     """The base and the candidates of a configuration, opened and checked against each other.
 
     Raises ConfigError, for all models that can't be used together.
     """
     sources, notes = candidate_sources(config)
-    base_location, names_some = base_of(config), config.models_to_merge or config.directories.model_directory
-    find = partial(find_location, trusted=config.trust_remote_code)
-    found = _one_repository_each(_all_or_problems(find, _distinct(base_location, sources)))
+    base_location, names_some = _base_of(config), config.models_to_merge or config.directories.model_directory
+    find = partial(_find, trusted=config.trust_remote_code)
+    locations = list(dict.fromkeys([base_location, *(place for source in sources for place in source.places)]))
+    tell(_looked_up(locations))
+    found = _one_repository_each(_all_or_problems(find, locations))
     notes += [note for one in found.values() for note in one.notes()]
     for source in [s for s in sources if s.adapter is None and found[s.model].same_as(found[base_location])]:
         sources.remove(source)
@@ -108,9 +111,9 @@ def open_models(config: Config, fetch: Fetch) -> Models:
     if names_some and not sources:
         raise ConfigError("no candidates to merge: " + ("; ".join(notes) or "the model directory has no sub-folders"))
     base_name, *names = names_of([Source(base_location.text, base_location), *sources])
-    base = open_base(found[base_location], base_name, fetch)
+    base = _as_base(found[base_location], base_name, fetch)
     _refuse_links(base)
-    module, warnings = base_module(base)
+    module, warnings = _module_of(base)
 
     def open_one(named: tuple[str, Source]) -> Candidate:
         candidate = _open_candidate(*named, found, base, module, fetch)
@@ -131,24 +134,26 @@ def open_models(config: Config, fetch: Fetch) -> Models:
     )
 
 
-def looked_up(locations: Iterable[Location]) -> list[str]:
+def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
+    """The base alone, its weights fetched, to be read and not to be copied. Raises ConfigError if it can't be used."""
+    location = _base_of(config)
+    tell(_looked_up([location]))
+    found = _find(location, config.trust_remote_code)
+    tell(found.notes())
+    base = _as_base(found, location.text, fetch)
+    fetch(base.job)
+    module, warnings = _module_of(base)
+    return Models(base, found.where, module, candidates=[], notes=[], warnings=warnings)
+
+
+def _looked_up(locations: Iterable[Location]) -> list[str]:
     """A line for each location that could be meant as a folder, and will be looked for on the hub."""
     return [
         f"{one.text} is no folder here: looking on the hub" for one in locations if not (one.folder or one.revision)
     ]
 
 
-def locations_of(config: Config) -> list[Location]:
-    """The base's location and those of all candidates."""
-    sources, _ = candidate_sources(config)
-    return _distinct(base_of(config), sources)
-
-
-def _distinct(base: Location, sources: Iterable[Source]) -> list[Location]:
-    return list(dict.fromkeys([base, *(place for source in sources for place in source.places)]))
-
-
-def base_of(config: Config) -> Location:
+def _base_of(config: Config) -> Location:
     """Where the base model lies. Raises ConfigError if its folder has gone."""
     location = parse_location(config.directories.model_path1)
     if location is None:
@@ -156,7 +161,7 @@ def base_of(config: Config) -> Location:
     return location
 
 
-def find_location(location: Location, trusted: bool) -> Found:
+def _find(location: Location, trusted: bool) -> Found:
     """What a location has; of the hub's models, the small files are fetched. Raises ConfigError."""
     repository = find_repository(location)
     folder = location.folder if repository is None else repository.folder
@@ -164,7 +169,7 @@ def find_location(location: Location, trusted: bool) -> Found:
     return Found(location, folder, repository, frozenset(file_names(folder, repository)), trusted)
 
 
-def open_base(found: Found, name: str, fetch: Fetch) -> Checkpoint:
+def _as_base(found: Found, name: str, fetch: Fetch) -> Checkpoint:
     """A location as the base model, its weights not read. Raises ConfigError if it can't be one."""
     if found.is_adapter:
         raise ConfigError(f"{found.location.text}: this is an adapter; name its model as the base, it as a candidate")
@@ -186,7 +191,7 @@ def _refuse_links(base: Checkpoint) -> None:
         )
 
 
-def base_module(base: Checkpoint) -> tuple[PreTrainedModel, list[str]]:
+def _module_of(base: Checkpoint) -> tuple[PreTrainedModel, list[str]]:
     """The base's module without weights, and warnings. Raises ConfigError if its tensors are not the module's."""
     warnings = settle_attention(base)
     module = without_weights(base)
