@@ -5,13 +5,13 @@ Knows: formats, the hub, tensor names. Refuses to know: devices, scores, merging
 
 from modules.checkpoints.architecture import find_layers, input_first_weights, without_weights
 from modules.checkpoints.candidate import Candidate
-from modules.checkpoints.checkpoint import Checkpoint, candidate_sources, copy_companions, load_tokenizer
+from modules.checkpoints.checkpoint import Checkpoint, copy_companions, load_tokenizer
 from modules.checkpoints.companions import is_licence
 from modules.checkpoints.conversion import Layout, Tensors
 from modules.checkpoints.downloads import fetch_now, fetching, remove_downloads
 from modules.checkpoints.hub import Ahead, bytes_needed, cache_folder, check_space
 from modules.checkpoints.meaning import layer_settings
-from modules.checkpoints.open_models import Models, open_base, open_models
+from modules.checkpoints.open_models import Models, candidate_sources, open_base, open_models
 from modules.checkpoints.weight_files import dtype_name, index_file, is_there, local_files, read_file
 from modules.checkpoints.writing import write_shards, written_name
 

@@ -1,4 +1,4 @@
-"""Model folders: find them, check them from their headers, write new ones.
+"""Model folders: checked from their headers, read, and what lies beside their weights copied.
 
 Knows: folders, config.json, tokenizers, which files a model needs. Refuses to know: modules, devices, scores.
 """
@@ -23,7 +23,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from modules.checkpoints.bin_files import Held
 from modules.checkpoints.causes import disguise, found_instead, pointers
 from modules.checkpoints.companions import LARGEST, Companions, find_companions, is_licence, is_small
-from modules.checkpoints.hub import Job, Repository, find
+from modules.checkpoints.hub import Job, Repository
 from modules.checkpoints.weight_files import (
     Fingerprint,
     Room,
@@ -39,7 +39,6 @@ from modules.checkpoints.weight_files import (
     weight_files,
     whole_files,
 )
-from modules.config import Config, Location, Source, parse_source, partial_of
 from modules.runtime import CheckpointError, ConfigError, first_line
 
 _DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -299,41 +298,6 @@ def _raise_if_unread(path: Path, what: str, error: BaseException) -> None:
         if of_the_system or in_words or isinstance(cause, MemoryError):
             raise CheckpointError(f"{path}: {what} can't be read ({first_line(cause)})") from None
         cause = cause.__cause__ or cause.__context__
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which models a run merges
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
-    """The candidates in merge order, and a line about each folder that is left out.
-
-    models_to_merge overrides model_directory, whose visible sub-folders are taken alphabetically; the output directory
-    is left out by resolved path. A configuration that names neither asks for none.
-    """
-    if config.models_to_merge or config.directories.model_directory is None:
-        return [source for source in map(parse_source, config.models_to_merge) if source], []
-    entries = Path(config.directories.model_directory).iterdir()
-    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    output = Path(config.directories.output_directory).resolve()
-    sources, notes = [], []
-    for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
-        if path.resolve() in (output, partial_of(output)):
-            notes.append(f"{path} is the output directory: skipped")
-        elif not {"config.json", ADAPTER_SETTINGS}.intersection(local_files(path)):
-            instead = found_instead(path, local_files(path), ["config.json"])
-            notes.append(f"{path} holds no model (no config.json{instead}): skipped")
-        elif any("\ud800" <= character <= "\udfff" for character in path.name):
-            notes.append(f"{path.name!r} in {path.parent} is no text in UTF-8, so no report could name it: skipped")
-        else:
-            sources.append(Source(str(path), Location(str(path), path)))
-    return sources, notes
-
-
-def find_repository(location: Location) -> Repository | None:
-    """The hub's repository of a location, its small files fetched; None for a folder. Raises ConfigError."""
-    return find(location, small_files, licence_files) if location.folder is None else None
 
 
 def file_names(path: Path, repository: Repository | None = None) -> Collection[str]:

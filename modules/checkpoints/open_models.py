@@ -15,21 +15,22 @@ from transformers import PreTrainedModel
 from modules.checkpoints.architecture import settle_attention, without_weights
 from modules.checkpoints.bin_files import is_pickled
 from modules.checkpoints.candidate import Candidate, adapt, check_base, check_configuration, open_candidate
+from modules.checkpoints.causes import found_instead
 from modules.checkpoints.checkpoint import (
     ADAPTER_SETTINGS,
     Checkpoint,
-    candidate_sources,
     check_quantisation,
     file_names,
-    find_repository,
+    licence_files,
     open_checkpoint,
     read_configuration,
+    small_files,
 )
-from modules.checkpoints.hub import Job, Repository
+from modules.checkpoints.hub import Job, Repository, find
 from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from modules.checkpoints.lora import Adapter, open_adapter, read_settings
-from modules.checkpoints.weight_files import holds_weights, weight_files
-from modules.config import Config, Location, Source, names_of, parse_location
+from modules.checkpoints.weight_files import holds_weights, local_files, weight_files
+from modules.config import Config, Location, Source, names_of, parse_location, parse_source, partial_of
 from modules.runtime import ConfigError
 
 Fetch = Callable[[Job], None]  # returns when a job's files are there
@@ -153,6 +154,31 @@ def _looked_up(locations: Iterable[Location]) -> list[str]:
     ]
 
 
+def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
+    """The candidates in merge order, and a line about each folder that is left out.
+
+    models_to_merge overrides model_directory, whose visible sub-folders are taken alphabetically; the output directory
+    is left out by resolved path. A configuration that names neither asks for none.
+    """
+    if config.models_to_merge or config.directories.model_directory is None:
+        return [source for source in map(parse_source, config.models_to_merge) if source], []
+    entries = Path(config.directories.model_directory).iterdir()
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    output = Path(config.directories.output_directory).resolve()
+    sources, notes = [], []
+    for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
+        if path.resolve() in (output, partial_of(output)):
+            notes.append(f"{path} is the output directory: skipped")
+        elif not {"config.json", ADAPTER_SETTINGS}.intersection(local_files(path)):
+            instead = found_instead(path, local_files(path), ["config.json"])
+            notes.append(f"{path} holds no model (no config.json{instead}): skipped")
+        elif any("\ud800" <= character <= "\udfff" for character in path.name):
+            notes.append(f"{path.name!r} in {path.parent} is no text in UTF-8, so no report could name it: skipped")
+        else:
+            sources.append(Source(str(path), Location(str(path), path)))
+    return sources, notes
+
+
 def _base_of(config: Config) -> Location:
     """Where the base model lies. Raises ConfigError if its folder has gone."""
     location = parse_location(config.directories.model_path1)
@@ -163,7 +189,7 @@ def _base_of(config: Config) -> Location:
 
 def _find(location: Location, trusted: bool) -> Found:
     """What a location has; of the hub's models, the small files are fetched. Raises ConfigError."""
-    repository = find_repository(location)
+    repository = find(location, small_files, licence_files) if location.folder is None else None
     folder = location.folder if repository is None else repository.folder
     assert folder is not None  # a location without a folder has a repository
     return Found(location, folder, repository, frozenset(file_names(folder, repository)), trusted)
