@@ -9,18 +9,18 @@ from modules.checkpoints.checkpoint import Checkpoint, copy_companions, load_tok
 from modules.checkpoints.companions import is_licence
 from modules.checkpoints.conversion import Layout, Tensors
 from modules.checkpoints.downloads import fetch_now, fetching, remove_downloads
-from modules.checkpoints.hub import Ahead, bytes_needed, cache_folder, check_space
+from modules.checkpoints.hub import Prefetcher, bytes_needed, cache_folder, check_space
 from modules.checkpoints.meaning import layer_settings
 from modules.checkpoints.open_models import Models, candidate_sources, open_base, open_models
 from modules.checkpoints.weight_files import dtype_name, index_file, is_there, local_files, read_file
 from modules.checkpoints.writing import write_shards, written_name
 
 __all__ = [
-    "Ahead",
     "Candidate",
     "Checkpoint",
     "Layout",
     "Models",
+    "Prefetcher",
     "Tensors",
     "bytes_needed",
     "cache_folder",

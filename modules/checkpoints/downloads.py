@@ -6,7 +6,7 @@ Knows: which repositories a run needs, the bar, the one that comes ahead. Refuse
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from modules.checkpoints.hub import Ahead, Bar, Job, Repository, check_space
+from modules.checkpoints.hub import Bar, Job, Prefetcher, Repository, check_space
 from modules.runtime import Console
 
 
@@ -14,13 +14,13 @@ def fetch_now(console: Console, job: Job) -> None:
     """Fetch a job's files from the hub, if any are missing, and return when they are here. Raises ConfigError if the
     disk is too small, CheckpointError if they can't be had."""
     check_space([job], keep=True)
-    with fetching(console, [job]) as ahead:
-        ahead.wait(0)
+    with fetching(console, [job]) as prefetcher:
+        prefetcher.wait(0)
 
 
-def fetching(console: Console, jobs: Sequence[Job]) -> Ahead:
+def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
     """Jobs that are fetched one after another, each said and shown when it begins."""
-    return Ahead(jobs, partial(_begin, console))
+    return Prefetcher(jobs, partial(_begin, console))
 
 
 def _begin(console: Console, job: Job) -> Bar:

@@ -25,7 +25,7 @@ from modules.config import Config
 from modules.model.base_model import ResidentModel
 from modules.model.devices import own_device, resolve_device, resolve_dtype
 from modules.model.memory import placement_of, weights_of
-from modules.runtime import ConfigError, Console, Seat, first_line
+from modules.runtime import ConfigError, Console, Rank, first_line
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class ModelLoader:
 
     config: Config
     console: Console  # on which is said what there is to say, and shown what is fetched
-    seat: Seat = field(default_factory=Seat)
+    rank: Rank = field(default_factory=Rank)
     compute: str | None = None  # what to compute in, if it is not what follows from the configured dtype
 
     @property
     def device(self) -> str:
         """The configured name or, where several processes are to have a device each, that of this process's."""
-        return own_device(self.config.device, self.seat)
+        return own_device(self.config.device, self.rank)
 
     def open(self) -> Models:
         """The base and the candidates, opened and checked against each other."""

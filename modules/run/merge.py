@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from modules.checkpoints import Ahead, Models, check_space, fetching
+from modules.checkpoints import Models, Prefetcher, check_space, fetching
 from modules.config import Config
 from modules.model import ModelLoader, ResidentModel
 from modules.output import (
@@ -75,7 +75,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             console.final(f"This run has finished: its output is in {output}")
         else:
             check_output(place, options.overwrite)
-            loader = ModelLoader(config, console, group.seat)
+            loader = ModelLoader(config, console, group.rank)
             models = loader.open()
             plan, room = _checked_plan(loader, models)
             if not options.dry_run:
@@ -83,13 +83,13 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
                 return
             console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
             console.final("Dry run: nothing was written")
-    group.from_first(NOTHING_TO_SEARCH)
+    group.broadcast(NOTHING_TO_SEARCH)
 
 
 def _checked_plan(loader: ModelLoader, models: Models) -> tuple[Plan, Room]:
     """What the run will do and take, and what room there is. Raises ConfigError if it is too little."""
     check_space(models.jobs, loader.config.keep_downloads)
-    plan = plan_run(replace(loader.config, device=loader.device), models, loader.seat.count_here)
+    plan = plan_run(replace(loader.config, device=loader.device), models, loader.rank.local_world_size)
     room = find_room(plan)
     loader.console.warnings([*doubtful_phrases(loader.config.pairs), *plan.doubts, *check(plan, room)])
     return plan, room
@@ -100,13 +100,13 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
     clock, config, console = Clock(), loader.config, loader.console
     with (
         unfinished_output(place, options.resume, options.restart) as unfinished,
-        fetching(console, models.jobs) as ahead,
+        fetching(console, models.jobs) as prefetcher,
     ):
         record = RunRecord(unfinished.journal, config, models.base)
-        ahead.wait(0)
+        prefetcher.wait(0)
         clock.lap("download")
-        group.from_first(Start(record.journal.records, plan.budget))
-        conductor = begin_search(loader, models, record, ahead, plan.budget, group, plan.placement)
+        group.broadcast(Start(record.journal.records, plan.budget))
+        conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
         search, model = conductor.search, conductor.search.model
@@ -128,14 +128,14 @@ def begin_search(
     loader: ModelLoader,
     models: Models,
     record: RunRecord,
-    ahead: Ahead,
+    prefetcher: Prefetcher,
     budget: Budget,
     group: Group,
     placement: Sequence[torch.device] | None = None,
 ) -> Conductor:
     """Load the base and score it, print the summary; who leads the search from there.
 
-    ahead: brings the base as number 0, then the candidates; each while the one before it is searched.
+    prefetcher: brings the base as number 0, then the candidates; each while the one before it is searched.
     """
     config, console = loader.config, loader.console
     note_source(record, group, 0, config.directories.model_path1, models.base_where, models.base)
@@ -146,7 +146,7 @@ def begin_search(
     names = [candidate.name for candidate in models.candidates]
     console.lines(report.summary(config, model.describe(), scorer.describe(), names))
     console.warnings(search.warnings)
-    return Conductor(config, console, search, record, ahead)
+    return Conductor(config, console, search, record, prefetcher)
 
 
 def build_shared_scorer(
@@ -160,27 +160,29 @@ def build_shared_scorer(
     if before is not None and (model.device.type != "cpu" or before.tokens <= budget.tokens):
         budget = before.applied_to(budget)
     # How to score is measured once: another machine's rounding must not make another choice.
-    scorer = group.together(lambda: build_scorer(model, encoded, budget, seat=group.seat) if group.seat.leads else None)
-    settings = group.from_first(scorer and scorer.settings)
-    scorer = group.together(lambda: scorer or Scorer(model, encoded, *settings, group.seat))
+    scorer = group.on_all_ranks(
+        lambda: build_scorer(model, encoded, budget, rank=group.rank) if group.rank.leads else None
+    )
+    settings = group.broadcast(scorer and scorer.settings)
+    scorer = group.on_all_ranks(lambda: scorer or Scorer(model, encoded, *settings, group.rank))
     if before is not None and before.layout == scorer.layout and before.applied_to(budget) == budget:
-        group.together(lambda: scorer.pack_as(before))
+        group.on_all_ranks(lambda: scorer.pack_as(before))
     return scorer
 
 
-def follow_merge(config: Config, console: Console, options: Options, group: Group) -> None:
-    """Search along from when the process that leads begins, until all candidates are searched.
+def merge_as_follower(config: Config, console: Console, options: Options, group: Group) -> None:
+    """A follower rank's part: to search along from when the leader begins, until all candidates are searched.
 
     Raises as `merge_models` does, and ProcessLost when another process ends before its time.
     """
     prepare_libraries(config.random_seed)
-    start = group.from_first()
+    start = group.broadcast()
     if start is NOTHING_TO_SEARCH:
         return
-    loader = ModelLoader(config, console, group.seat)
+    loader = ModelLoader(config, console, group.rank)
     models = loader.open()
-    with fetching(console, models.jobs) as ahead:
-        ahead.wait(0)
+    with fetching(console, models.jobs) as prefetcher:
+        prefetcher.wait(0)
         record = RunRecord(JournalCopy(start.records), config)
-        conductor = begin_search(loader, models, record, ahead, start.budget, group)
+        conductor = begin_search(loader, models, record, prefetcher, start.budget, group)
         conductor.conduct(models.candidates)

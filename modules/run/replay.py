@@ -75,15 +75,15 @@ def _rebuild(asked: Replay, recipe: Record, loader: ModelLoader, place: Place, m
         raise ConfigError(f"of the recipe's {len(sources)} candidates {len(candidates)} were found")
     with (
         unfinished_output(place, resume=False, restart=False) as unfinished,
-        fetching(console, models.jobs) as ahead,
+        fetching(console, models.jobs) as prefetcher,
     ):
-        ahead.wait(0)
+        prefetcher.wait(0)
         compare_fingerprints(base_source, base, "has changed since the recipe was written")
         console.lines(_other_device(recipe, loader.device))
         model, tokenizer = loader.load(models, loader.placement(models, with_header=True))
         merger = Merger(model, tokenizer)
         for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
-            ahead.wait(number)
+            prefetcher.wait(number)
             compare_fingerprints(source, candidate.checkpoint, "has changed since the recipe was written")
             decisions = [decision_of(record) for record in accepted_of(recipe, source["number"])]
             console.timed(f"Candidate {number}/{len(sources)}: {source['name']}, {len(decisions)} merges")

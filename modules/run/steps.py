@@ -85,6 +85,6 @@ def prepare_libraries(seed: int) -> None:
 
 def note_source(record: RunRecord, group: Group, number: int, text: str, where: str, checkpoint: Checkpoint) -> None:
     """Note which model a number is. Raises ConfigError if it is not what an earlier run, or another process, has."""
-    noted = group.from_first(group.together(lambda: record.source(number, text, where, checkpoint)))
-    here = f"is not the same in process {group.seat.number} as in process 0"
-    group.together(lambda: compare_fingerprints(noted, checkpoint, here) if not group.seat.leads else None)
+    noted = group.broadcast(group.on_all_ranks(lambda: record.source(number, text, where, checkpoint)))
+    here = f"is not the same in process {group.rank.number} as in process 0"
+    group.on_all_ranks(lambda: compare_fingerprints(noted, checkpoint, here) if not group.rank.leads else None)

@@ -163,9 +163,9 @@ class Search(Merger):
         """
         while True:
             try:
-                return self.group.together(work)
+                return self.group.on_all_ranks(work)
             except torch.OutOfMemoryError:
-                done = self.group.together(self.scorer.take_less_memory)
+                done = self.group.on_all_ranks(self.scorer.take_less_memory)
                 if done is None:
                     raise
                 self.memory_notes.append(f"Out of memory: {done}")
