@@ -127,7 +127,7 @@ def _refusal(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def open_adapter(path: Path, name: str, trust_remote_code: bool = False) -> Adapter:
+def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
     """Read an adapter's settings and its file's header. Raises ConfigError if it is none that can be applied,
     CheckpointError if its settings can't be read."""
     settings = read_settings(path)
@@ -153,7 +153,7 @@ def open_adapter(path: Path, name: str, trust_remote_code: bool = False) -> Adap
         scale = _scale(settings, module, a[0])
         products[f"{module}.weight"] = Product(names["A"], names["B"], scale, is_embedding)
     trained_on = str(settings.get("base_model_name_or_path") or "")
-    return Adapter(path, name, trained_on, tensors, whole, products, find_companions(path, trust_remote_code))
+    return Adapter(path, name, trained_on, tensors, whole, products, find_companions(path, trusted))
 
 
 def _sorted_out(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[tuple[str, bool], dict[str, str]]]:

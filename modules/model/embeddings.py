@@ -71,9 +71,7 @@ class Alignment:
         return text
 
 
-def aligned_header(
-    model: ResidentModel, tokenizer: Any, candidate: Candidate, trust_remote_code: bool
-) -> tuple[Tensors, str | None]:
+def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> tuple[Tensors, str | None]:
     """The candidate's header with its rows in the base's order, and a line about what had to be matched.
 
     tokenizer: the base's. Raises HeaderSkipped if too few rows match, BrokenWeights if they are no numbers,
@@ -84,8 +82,7 @@ def aligned_header(
     rows = min(tensor.shape[0] for tensor in part.tensors.values())
     their_rows = min(candidate.conversion.shape(source)[0] for source in sources.values())
     try:
-        folder, companions = candidate.tokenizer_files
-        other = load_tokenizer(folder, trust_remote_code, companions)
+        other = load_tokenizer(*candidate.tokenizer_files)
     except ConfigError as error:
         raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
     alignment = _align(tokenizer, rows, other, their_rows, candidate.name)

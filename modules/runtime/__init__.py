@@ -18,7 +18,7 @@ from modules.runtime.console import (
 from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError, first_line, reading
 from modules.runtime.exit_codes import exit_code, leave
 from modules.runtime.interrupts import postponed
-from modules.runtime.ranks import Seat, find_seat
+from modules.runtime.ranks import Rank, find_rank
 from modules.runtime.text import (
     CONTEXT_WIDTH,
     PHRASE_WIDTH,
@@ -44,13 +44,13 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Console",
-    "Seat",
+    "Rank",
     "Silent",
     "Unlogged",
     "coloured",
     "columns",
     "exit_code",
-    "find_seat",
+    "find_rank",
     "first_line",
     "fit",
     "leave",

@@ -25,7 +25,12 @@ PAGES = {
 }
 PROSE = {page: FENCE.sub("", text) for page, text in PAGES.items()}
 HEADINGS = {page: re.findall(r"^#+ (.+)$", text, re.MULTILINE) for page, text in PROSE.items()}
-THEIRS = {"my.yaml", "merge_monster_recipe.json"}  # files that the reader has, or will have
+THEIRS = {
+    "before.json",
+    "after.json",
+    "my.yaml",
+    "merge_monster_recipe.json",
+}  # files that the reader has, or will have
 REQUIRED = object()
 
 
