@@ -14,35 +14,3 @@ from modules.checkpoints.meaning import layer_settings
 from modules.checkpoints.open_models import Models, candidate_sources, open_base, open_models
 from modules.checkpoints.weight_files import dtype_name, index_file, is_there, local_files, read_file
 from modules.checkpoints.writing import write_shards, written_name
-
-__all__ = [
-    "Candidate",
-    "Checkpoint",
-    "Conversion",
-    "Models",
-    "Prefetcher",
-    "Tensors",
-    "bytes_needed",
-    "cache_folder",
-    "candidate_sources",
-    "check_space",
-    "copy_companions",
-    "dtype_name",
-    "fetch_now",
-    "fetching",
-    "find_layers",
-    "index_file",
-    "input_first_weights",
-    "is_licence",
-    "is_there",
-    "layer_settings",
-    "load_tokenizer",
-    "local_files",
-    "open_base",
-    "open_models",
-    "read_file",
-    "remove_downloads",
-    "without_weights",
-    "write_shards",
-    "written_name",
-]

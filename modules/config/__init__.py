@@ -20,29 +20,3 @@ from modules.config.locations import (
 )
 from modules.config.phrase_lists import Pair
 from modules.config.schema import NO_PART, TABLES, VERSION, Config, Directories, Mapper
-
-__all__ = [
-    "DTYPES",
-    "METHODS",
-    "NO_PART",
-    "STRATEGIES",
-    "TABLES",
-    "VERSION",
-    "Config",
-    "Directories",
-    "Location",
-    "Mapper",
-    "Pair",
-    "Source",
-    "is_number",
-    "load_config",
-    "missing_folder",
-    "names_folder",
-    "names_of",
-    "output_directory",
-    "parse_location",
-    "parse_source",
-    "partial_of",
-    "repositories_in",
-    "unusable",
-]

@@ -7,5 +7,3 @@ from modules.mapper.completion_tree import CompletionTree, Explorer
 from modules.mapper.detokenize import Spelling
 from modules.mapper.next_tokens import build_continuation
 from modules.mapper.ranking import PhraseRank, rank_phrases
-
-__all__ = ["CompletionTree", "Explorer", "PhraseRank", "Spelling", "build_continuation", "rank_phrases"]

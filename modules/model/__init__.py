@@ -18,23 +18,3 @@ from modules.model.memory import (
     weights_of,
 )
 from modules.model.part import Part
-
-__all__ = [
-    "HeaderSkipped",
-    "Memory",
-    "ModelLoader",
-    "Part",
-    "ResidentModel",
-    "Sizes",
-    "aligned_header",
-    "free_memory",
-    "free_on_gpus",
-    "header_weights",
-    "placement_of",
-    "present_devices",
-    "resolve_device",
-    "resolve_dtype",
-    "sizes_of",
-    "weights_of",
-    "wider",
-]

@@ -6,14 +6,3 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 from modules.run.map import Exports, check_exports, map_model
 from modules.run.merge import Options, merge_as_follower, merge_models
 from modules.run.replay import Replay, replay_recipe
-
-__all__ = [
-    "Exports",
-    "Options",
-    "Replay",
-    "check_exports",
-    "map_model",
-    "merge_as_follower",
-    "merge_models",
-    "replay_recipe",
-]

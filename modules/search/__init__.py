@@ -9,17 +9,3 @@ configuration is checked. The search itself is in modules.search.search, merging
 from modules.search.decision import Decision, Merge, Shares, mean_shares, shares_of
 from modules.search.methods import merge, ratios_for
 from modules.search.strategies import improved, probability, scores, total
-
-__all__ = [
-    "Decision",
-    "Merge",
-    "Shares",
-    "improved",
-    "mean_shares",
-    "merge",
-    "probability",
-    "ratios_for",
-    "scores",
-    "shares_of",
-    "total",
-]
