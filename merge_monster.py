@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
+    import modules.search  # noqa: F401 - which methods and strategies there are; without PyTorch
     from modules.config import TABLES, VERSION, Config, load_config, output_directory
     from modules.runtime import (
         LOGS,
         Arguments,
         ConfigError,
         Console,
-        Seat,
+        Rank,
         Silent,
         Unlogged,
         exit_code,
-        find_seat,
+        find_rank,
         leave,
         open_streams,
         show,
@@ -43,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
-    seat = find_seat()
+    rank = find_rank()
     if options.compare:
-        return compare(options.compare) if seat.leads else 0
+        return compare(options.compare) if rank.leads else 0
     try:
         config = None if options.replay else load_config(options.config, options.device, options.output)
         if config is not None:
@@ -54,29 +55,29 @@ def start(options: argparse.Namespace) -> int:
 
             check_apart([LOGS], [Path(options.config), *input_paths(config)])
     except ConfigError:
-        if seat.leads:
+        if rank.leads:
             raise
         return 2
-    with Console(LOG, quiet=options.quiet) if seat.leads else Silent(seat.number) as console:
+    with Console(LOG, quiet=options.quiet) if rank.leads else Silent(rank.number) as console:
         if config is not None:
-            return run(config, console, options, seat)
-        return replay(console, options) if seat.leads else 0
+            return run(config, console, options, rank)
+        return replay(console, options) if rank.leads else 0
 
 
-def run(config: Config, console: Console, options: argparse.Namespace, seat: Seat) -> int:
+def run(config: Config, console: Console, options: argparse.Namespace, rank: Rank) -> int:
     """Merge, and turn every failure into one message and an exit code."""
     from modules.output import stamp, what_stands
 
     output = Path(config.directories.output_directory)
 
     def work() -> None:
-        from modules.run import Options, follow_merge, merge_models
+        from modules.run import Options, merge_as_follower, merge_models
         from modules.runtime.distributed import joined
 
         choices = options.overwrite, options.resume, options.restart, options.dry_run, options.table
         asked = Options(Path(options.config), *choices)
-        with joined(seat) as group:
-            merge = merge_models if seat.leads else follow_merge
+        with joined(rank) as group:
+            merge = merge_models if rank.leads else merge_as_follower
             merge(config, console, asked, group)
 
     earlier = stamp(output)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
+    import modules.search  # noqa: F401 - which methods and strategies there are; without PyTorch
     from modules.config import VERSION, Config, load_config
     from modules.runtime import (
         LOGS,
@@ -19,7 +20,7 @@ try:
         Console,
         Unlogged,
         exit_code,
-        find_seat,
+        find_rank,
         leave,
         open_streams,
     )
@@ -37,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
-    seat = find_seat()
-    if seat.count > 1 and not seat.leads:
+    rank = find_rank()
+    if rank.world_size > 1 and not rank.leads:
         return 2
-    if seat.count > 1:
+    if rank.world_size > 1:
         raise ConfigError("the mapper runs in one process; start it with python, not with torchrun")
     config = load_config(options.config, options.device, model=options.model, mapping=True)
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.

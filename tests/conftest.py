@@ -19,6 +19,8 @@ import torch
 import transformers
 from hypothesis import settings
 
+import modules.search  # noqa: F401 - what a configuration can name
+
 pytest.register_assert_rewrite("broken_runs", "completions", "runs", "whole")  # what they find wrong is shown as well
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()

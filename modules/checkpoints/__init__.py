@@ -5,58 +5,12 @@ Knows: formats, the hub, tensor names. Refuses to know: devices, scores, merging
 
 from modules.checkpoints.architecture import find_layers, input_first_weights, without_weights
 from modules.checkpoints.candidate import Candidate
-from modules.checkpoints.checkpoint import Checkpoint, candidate_sources, copy_companions, load_tokenizer
+from modules.checkpoints.checkpoint import Checkpoint, copy_companions, load_tokenizer
 from modules.checkpoints.companions import is_licence
-from modules.checkpoints.conversion import Layout, Tensors
-from modules.checkpoints.downloads import begin_download, fetch_now, remove_downloads
-from modules.checkpoints.hub import Ahead, bytes_needed, cache_folder, check_space
+from modules.checkpoints.conversion import Conversion, Tensors
+from modules.checkpoints.downloads import fetch_now, fetching, remove_downloads
+from modules.checkpoints.hub import Prefetcher, bytes_needed, cache_folder, check_space
 from modules.checkpoints.meaning import layer_settings
-from modules.checkpoints.open_models import (
-    Models,
-    base_module,
-    base_of,
-    find_location,
-    locations_of,
-    looked_up,
-    open_base,
-    open_models,
-)
+from modules.checkpoints.open_models import Models, candidate_sources, open_base, open_models
 from modules.checkpoints.weight_files import dtype_name, index_file, is_there, local_files, read_file
 from modules.checkpoints.writing import write_shards, written_name
-
-__all__ = [
-    "Ahead",
-    "Candidate",
-    "Checkpoint",
-    "Layout",
-    "Models",
-    "Tensors",
-    "base_module",
-    "base_of",
-    "begin_download",
-    "bytes_needed",
-    "cache_folder",
-    "candidate_sources",
-    "check_space",
-    "copy_companions",
-    "dtype_name",
-    "fetch_now",
-    "find_layers",
-    "find_location",
-    "index_file",
-    "input_first_weights",
-    "is_licence",
-    "is_there",
-    "layer_settings",
-    "load_tokenizer",
-    "local_files",
-    "locations_of",
-    "looked_up",
-    "open_base",
-    "open_models",
-    "read_file",
-    "remove_downloads",
-    "without_weights",
-    "write_shards",
-    "written_name",
-]

@@ -12,32 +12,32 @@ from modules.checkpoints.checkpoint import Checkpoint
 from modules.runtime import ConfigError, first_line
 
 
-def without_weights(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedModel:
+def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
     """A checkpoint's causal language model on the meta device: its names and shapes.
 
     Raises ConfigError if its configuration makes none.
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=checkpoint.companions.trusted)
     except Exception as error:  # whatever an architecture makes of a wrong configuration
         raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
 
 
-def settle_attention(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[str]:
+def settle_attention(checkpoint: Checkpoint) -> list[str]:
     """Where a configuration asks for an attention implementation that can't be used here, take the usual one instead;
     a line about it."""
     wanted = checkpoint.config._attn_implementation
     if wanted is None:
         return []
     try:
-        without_weights(checkpoint, trust_remote_code)
+        without_weights(checkpoint)
         return []
     except ConfigError as error:
         trouble = str(error)
     checkpoint.config._attn_implementation = None
     try:
-        without_weights(checkpoint, trust_remote_code)
+        without_weights(checkpoint)
     except ConfigError:
         checkpoint.config._attn_implementation = wanted
         return []  # there is more than that; who makes the module says what

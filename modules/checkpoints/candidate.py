@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from modules.checkpoints.architecture import find_layers, input_first_weights
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.companions import Companions
-from modules.checkpoints.conversion import Layout
+from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.hub import Repository
 from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
 from modules.checkpoints.meaning import clashes, differences, setting
@@ -36,7 +36,7 @@ class Candidate:
     """A model that may be merged into the base, its tensors under the names of the base's module."""
 
     checkpoint: Checkpoint
-    layout: Layout
+    conversion: Conversion
     notes: Sequence[str] = ()  # lines for the person at the terminal
     warnings: Sequence[str] = ()  # the same, of what may spoil the merge
     repositories: Sequence[Repository] = ()  # of the hub, from which its files come
@@ -59,12 +59,12 @@ class Candidate:
 
         room: where tensors are read into, if they need not be made. Raises CheckpointError if a file can't be read.
         """
-        present = [name for name in names if name in self.layout]
-        return self.layout.stream(present, partial(self.checkpoint.stream, room=room))
+        present = [name for name in names if name in self.conversion]
+        return self.conversion.stream(present, partial(self.checkpoint.stream, room=room))
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """The same, all together and in the order of the names."""
-        return self.layout.load([name for name in names if name in self.layout], self.checkpoint.stream)
+        return self.conversion.load([name for name in names if name in self.conversion], self.checkpoint.stream)
 
 
 def open_candidate(
@@ -79,34 +79,34 @@ def open_candidate(
     notes, repositories: of the candidate; the checkpoint's own repository is added. Raises ConfigError, naming both
     values, if it does not fit.
     """
-    layout = _layout(checkpoint, base, module)
+    conversion = _conversion(checkpoint, base, module)
     repositories = (*repositories, *([checkpoint.repository] if checkpoint.repository else []))
     other_meaning = differences(base.config, checkpoint.config)
-    problem = _other_layers(checkpoint, layout, module)
-    problems = [problem] if problem else list(_layer_differences(checkpoint, layout, base, module))
+    problem = _other_layers(checkpoint, conversion, module)
+    problems = [problem] if problem else list(_layer_differences(checkpoint, conversion, base, module))
     if problems and _kind(checkpoint.config) != _kind(base.config):
         problems.insert(0, f"it is {_kind(checkpoint.config)}, the base is {_kind(base.config)}")
-    _refuse(checkpoint.path, problems, [*_index_differs(checkpoint, layout, module), *other_meaning])
-    notes = [*notes, *_about_names(checkpoint, layout, base)]
+    _refuse(checkpoint.path, problems, [*_index_differs(checkpoint, conversion, module), *other_meaning])
+    notes = [*notes, *_about_names(checkpoint, conversion, base)]
     warnings = [_about_meaning(checkpoint, other_meaning)] if other_meaning else []
-    return Candidate(checkpoint, layout, notes, warnings, repositories)
+    return Candidate(checkpoint, conversion, notes, warnings, repositories)
 
 
 def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> None:
     """Raise ConfigError if a base's tensors are not those of its own module, which may be without weights."""
     try:
-        layout = Layout(module, checkpoint.tensors)
+        conversion = Conversion(module, checkpoint.tensors)
     except ConfigError as error:
         raise ConfigError(f"{checkpoint.path}: {error}") from None
-    if layout.wrappers:
+    if conversion.wrappers:
         raise ConfigError(
-            f"{checkpoint.path}: the names of its tensors have {_listed(layout.wrappers)} in them, as a training "
+            f"{checkpoint.path}: the names of its tensors have {_listed(conversion.wrappers)} in them, as a training "
             "wrapper leaves it, and transformers could not open them again; save the model without it first"
         )
-    problem = _other_layers(checkpoint, layout, module)
+    problem = _other_layers(checkpoint, conversion, module)
     if problem is None:
-        missing = [name for name in _layer_tensors(module) if name not in layout]
-        why = "; ".join(["", *_index_differs(checkpoint, layout, module)])
+        missing = [name for name in _layer_tensors(module) if name not in conversion]
+        why = "; ".join(["", *_index_differs(checkpoint, conversion, module)])
         problem = f"the weights lack {', '.join(missing[:3])}{why}" if missing else None
     if problem:
         raise ConfigError(f"{checkpoint.path}: {problem}")
@@ -114,9 +114,9 @@ def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> None:
 
 def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: PreTrainedModel) -> Adapted:
     """A checkpoint that fits the base, with an adapter applied. Raises ConfigError if either does not fit."""
-    layout = _layout(checkpoint, base, module)
-    stored = (layout.stored_name(name) for name in input_first_weights(module))
-    return apply_adapter(adapter, checkpoint, layout, {name for name in stored if name})
+    conversion = _conversion(checkpoint, base, module)
+    stored = (conversion.stored_name(name) for name in input_first_weights(module))
+    return apply_adapter(adapter, checkpoint, conversion, {name for name in stored if name})
 
 
 def check_configuration(path: Path, config: PreTrainedConfig, base: Checkpoint) -> None:
@@ -124,10 +124,10 @@ def check_configuration(path: Path, config: PreTrainedConfig, base: Checkpoint) 
     _refuse(path, _config_differences(base.config, config))
 
 
-def _layout(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Layout:
+def _conversion(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Conversion:
     check_configuration(checkpoint.path, checkpoint.config, base)
     try:
-        return Layout(module, checkpoint.tensors)
+        return Conversion(module, checkpoint.tensors)
     except ConfigError as error:
         raise ConfigError(f"{checkpoint.path} does not fit the base: {error}") from None
 
@@ -158,10 +158,10 @@ def _kind(config: PreTrainedConfig) -> str:
     return f"{text.model_type}{part}"
 
 
-def _about_names(checkpoint: Checkpoint, layout: Layout, base: Checkpoint) -> Iterator[str]:
+def _about_names(checkpoint: Checkpoint, conversion: Conversion, base: Checkpoint) -> Iterator[str]:
     """Lines about tensors that are read under other names than they have."""
-    if layout.wrappers:
-        yield f"{checkpoint.name}: the names of its tensors have {_listed(layout.wrappers)} in them: read without"
+    if conversion.wrappers:
+        yield f"{checkpoint.name}: the names of its tensors have {_listed(conversion.wrappers)} in them: read without"
     if checkpoint.config.get_text_config() is not checkpoint.config and base.config.get_text_config() is base.config:
         yield f"{checkpoint.name}: is {_kind(checkpoint.config)}; only that part is merged"
 
@@ -183,27 +183,27 @@ def _layer_tensors(module: PreTrainedModel) -> dict[str, Tensor]:
     return {name: t for name, t in module.state_dict().items() if name.startswith(prefix) and t.is_floating_point()}
 
 
-def _index_differs(checkpoint: Checkpoint, layout: Layout, module: PreTrainedModel) -> list[str]:
+def _index_differs(checkpoint: Checkpoint, conversion: Conversion, module: PreTrainedModel) -> list[str]:
     """A line if the index of a checkpoint's shards names the first of the layers' tensors that they lack."""
-    missing = next((name for name in _layer_tensors(module) if name not in layout), None)
+    missing = next((name for name in _layer_tensors(module) if name not in conversion), None)
     file = place_in_index(checkpoint.path, missing) if missing else None
     return [f"by its index, {missing} is in {file}, which lacks it"] if file else []
 
 
-def _other_layers(checkpoint: Checkpoint, layout: Layout, module: PreTrainedModel) -> str | None:
+def _other_layers(checkpoint: Checkpoint, conversion: Conversion, module: PreTrainedModel) -> str | None:
     """What is wrong if a checkpoint's layers are not as many as its own configuration says, or are none."""
     config, prefix = checkpoint.config.get_text_config(), f"{find_layers(module)[0]}."
     unmerged = [name for name in checkpoint.tensors if ".lora_A." in name or ".base_layer." in name]
     if unmerged:
         return f"an adapter is wrapped into its weights ({unmerged[0]}); merge it with PEFT's merge_and_unload first"
-    found = {name.removeprefix(prefix).split(".")[0] for name in layout if name.startswith(prefix)}
+    found = {name.removeprefix(prefix).split(".")[0] for name in conversion if name.startswith(prefix)}
     if not found:
         names = ", ".join(list(checkpoint.tensors)[:3])
         return f"none of its tensors is called like those of a {type(module).__name__}'s layers; there is {names}"
     stored = {
-        _without_number(n) for n in checkpoint.tensors if any(m.startswith(prefix) for m in layout.module_names(n))
+        _without_number(n) for n in checkpoint.tensors if any(m.startswith(prefix) for m in conversion.module_names(n))
     }
-    found |= {_number(name) for name in _unexpected(layout, module) if _without_number(name) in stored}
+    found |= {_number(name) for name in _unexpected(conversion, module) if _without_number(name) in stored}
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     is_row = found == {str(number) for number in range(len(found))}
     if not is_row or len(found) == config.num_hidden_layers:
@@ -221,13 +221,13 @@ def _without_number(name: str) -> str:
     return f".{name}.".replace(f".{_number(name)}.", ".*.", 1)
 
 
-def _unexpected(layout: Layout, module: PreTrainedModel) -> Iterator[str]:
+def _unexpected(conversion: Conversion, module: PreTrainedModel) -> Iterator[str]:
     """Stored tensors that the module has no use for, save those that its architecture knows and leaves out, as layers
     for predicting several tokens at once."""
     known = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
     further = getattr(module.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     last = len(find_layers(module)[1])
-    for name in layout.unused:
+    for name in conversion.unused:
         if any(re.search(pattern, name) for pattern in known):
             continue
         if not (_number(name) and last <= int(_number(name)) < last + further):
@@ -235,18 +235,18 @@ def _unexpected(layout: Layout, module: PreTrainedModel) -> Iterator[str]:
 
 
 def _layer_differences(
-    checkpoint: Checkpoint, layout: Layout, base: Checkpoint, module: PreTrainedModel
+    checkpoint: Checkpoint, conversion: Conversion, base: Checkpoint, module: PreTrainedModel
 ) -> Iterator[str]:
     """Tensors of layers that one side lacks, or that differ in shape."""
     for name, ours in _layer_tensors(module).items():
-        if name not in layout:
+        if name not in conversion:
             yield f"the tensor {name} is missing"
-        elif not layout.dtype(name).is_floating_point:
-            yield f"{name} is stored as {layout.dtype(name)}, not as a floating-point type"
-        elif layout.shape(name) != tuple(ours.shape):
-            yield f"{name} has shape {layout.shape(name)}, the base's has {tuple(ours.shape)}"
-    for name in _unexpected(layout, module):
-        if name.startswith(layout.prefix) and name not in base.tensors and _is_layer_weight(checkpoint, name):
+        elif not conversion.dtype(name).is_floating_point:
+            yield f"{name} is stored as {conversion.dtype(name)}, not as a floating-point type"
+        elif conversion.shape(name) != tuple(ours.shape):
+            yield f"{name} has shape {conversion.shape(name)}, the base's has {tuple(ours.shape)}"
+    for name in _unexpected(conversion, module):
+        if name.startswith(conversion.prefix) and name not in base.tensors and _is_layer_weight(checkpoint, name):
             yield f"the base has no {name}"
 
 

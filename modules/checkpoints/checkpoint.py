@@ -1,4 +1,4 @@
-"""Model folders: find them, check them from their headers, write new ones.
+"""Model folders: checked from their headers, read, and what lies beside their weights copied.
 
 Knows: folders, config.json, tokenizers, which files a model needs. Refuses to know: modules, devices, scores.
 """
@@ -23,7 +23,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from modules.checkpoints.bin_files import Held
 from modules.checkpoints.causes import disguise, found_instead, pointers
 from modules.checkpoints.companions import LARGEST, Companions, find_companions, is_licence, is_small
-from modules.checkpoints.hub import Job, Repository, find
+from modules.checkpoints.hub import Job, Repository
 from modules.checkpoints.weight_files import (
     Fingerprint,
     Room,
@@ -39,7 +39,6 @@ from modules.checkpoints.weight_files import (
     weight_files,
     whole_files,
 )
-from modules.config import Config, Location, Source, parse_source, partial_of
 from modules.runtime import CheckpointError, ConfigError, first_line
 
 _DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -138,7 +137,7 @@ class Checkpoint:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def read_configuration(path: Path, names: Collection[str], trust_remote_code: bool = False) -> PreTrainedConfig:
+def read_configuration(path: Path, names: Collection[str], trusted: bool = False) -> PreTrainedConfig:
     """A model folder's configuration. names: of all its files.
 
     Raises ConfigError if it is that of no usable model, CheckpointError if it can't be read.
@@ -154,8 +153,8 @@ def read_configuration(path: Path, names: Collection[str], trust_remote_code: bo
             raise ValueError(f"it holds an adapter's settings; if this is an adapter, call it {ADAPTER_SETTINGS}")
         if _layers(stated) > _MOST_LAYERS:
             raise ValueError(f"it has {_layers(stated):.4g} layers")
-        with _copied(path, _code_of(find_companions(path, trust_remote_code))) as copies:
-            config = AutoConfig.from_pretrained(copies, trust_remote_code=trust_remote_code, local_files_only=True)
+        with _copied(path, _code_of(find_companions(path, trusted))) as copies:
+            config = AutoConfig.from_pretrained(copies, trust_remote_code=trusted, local_files_only=True)
         config.name_or_path = str(path)
     except CheckpointError:
         raise
@@ -201,19 +200,18 @@ def _layers(settings: Any) -> float:
     )
 
 
-def open_checkpoint(
-    path: Path, name: str, trust_remote_code: bool = False, repository: Repository | None = None
-) -> Checkpoint:
+def open_checkpoint(path: Path, name: str, trusted: bool = False, repository: Repository | None = None) -> Checkpoint:
     """Read a model folder's configuration and shard headers; no weights. `name` is what reports call it.
 
-    repository: of the hub, which is asked for the headers of files that are not in the folder yet. Raises ConfigError
-    if it is no usable model, CheckpointError if a file that describes it can't be read.
+    trusted: whether code that it brings along may be run. repository: of the hub, which is asked for the headers of
+    files that are not in the folder yet. Raises ConfigError if it is no usable model, CheckpointError if a file that
+    describes it can't be read.
     """
     names = file_names(path, repository)
     problem = pointers(path, small_files(dict.fromkeys(names, 0)))
     if problem:
         raise ConfigError(problem)
-    config = read_configuration(path, names, trust_remote_code)
+    config = read_configuration(path, names, trusted)
     files = weight_files(path, names)
     known = repository.headers(repository.absent(files)) if repository else {}
     try:
@@ -229,19 +227,19 @@ def open_checkpoint(
     check_quantisation(path, tensors)
     count = Counter(name for found in by_file for name in found)
     twice = tuple(name for name in count if count[name] > 1)
-    return Checkpoint(path, name, config, tensors, find_companions(path, trust_remote_code), repository, twice)
+    return Checkpoint(path, name, config, tensors, find_companions(path, trusted), repository, twice)
 
 
-def load_tokenizer(path: Path, trust_remote_code: bool = False, companions: Companions | None = None) -> Any:
+def load_tokenizer(path: Path, companions: Companions | None = None) -> Any:
     """A model folder's tokenizer. companions: the folder's, if they are known; each of them must then be there.
 
     Raises ConfigError if it has none that can be used, CheckpointError if a file can't be read.
     """
-    companions = companions or find_companions(path, trust_remote_code)
+    companions = companions or find_companions(path, trusted=False)
     with _copied(path, companions.sizes) as copies:
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                copies, trust_remote_code=trust_remote_code, local_files_only=True
+                copies, trust_remote_code=companions.trusted, local_files_only=True
             )
             tokenizer("a")  # some wrong settings only show when it is used
         except Exception as error:  # the tokenizer library raises bare Exception for a broken tokenizer.json
@@ -300,41 +298,6 @@ def _raise_if_unread(path: Path, what: str, error: BaseException) -> None:
         if of_the_system or in_words or isinstance(cause, MemoryError):
             raise CheckpointError(f"{path}: {what} can't be read ({first_line(cause)})") from None
         cause = cause.__cause__ or cause.__context__
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which models a run merges
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
-    """The candidates in merge order, and a line about each folder that is left out.
-
-    models_to_merge overrides model_directory, whose visible sub-folders are taken alphabetically; the output directory
-    is left out by resolved path.
-    """
-    if config.models_to_merge:
-        return [source for source in map(parse_source, config.models_to_merge) if source], []
-    entries = Path(config.directories.model_directory or ".").iterdir()
-    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    output = Path(config.directories.output_directory).resolve()
-    sources, notes = [], []
-    for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
-        if path.resolve() in (output, partial_of(output)):
-            notes.append(f"{path} is the output directory: skipped")
-        elif not {"config.json", ADAPTER_SETTINGS}.intersection(local_files(path)):
-            instead = found_instead(path, local_files(path), ["config.json"])
-            notes.append(f"{path} holds no model (no config.json{instead}): skipped")
-        elif any("\ud800" <= character <= "\udfff" for character in path.name):
-            notes.append(f"{path.name!r} in {path.parent} is no text in UTF-8, so no report could name it: skipped")
-        else:
-            sources.append(Source(str(path), Location(str(path), path)))
-    return sources, notes
-
-
-def find_repository(location: Location) -> Repository | None:
-    """The hub's repository of a location, its small files fetched; None for a folder. Raises ConfigError."""
-    return find(location, small_files, licence_files) if location.folder is None else None
 
 
 def file_names(path: Path, repository: Repository | None = None) -> Collection[str]:

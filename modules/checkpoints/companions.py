@@ -88,6 +88,7 @@ class Companions:
     sizes: Mapping[str, int] = field(default_factory=dict)  # of those that describe and open the model
     astray: Sequence[str] = ()  # of these, links to somewhere else: they are read, and never copied
     others: Sequence[str] = ()  # what belongs to no model, as far as its name tells, or is too large
+    trusted: bool = False  # whether code may be run that is among them
 
     @property
     def published(self) -> dict[str, int]:
@@ -132,20 +133,20 @@ def is_small(name: str) -> bool:
     return (fits or belongs(name)) and not is_licence(name)
 
 
-def find_companions(folder: Path, trust_remote_code: bool) -> Companions:
+def find_companions(folder: Path, trusted: bool) -> Companions:
     """Look through a model's folder. Raises CheckpointError if a file can't be looked at.
 
-    trust_remote_code: whether Python files are among them, those that the model's settings name, with what these need.
+    trusted: whether Python files are among them, those that the model's settings name, with what these need.
     """
     present = [*local_files(folder), *_templates(folder)]
     sizes = {name: (folder / name).stat().st_size for name in present if not Path(name).name.startswith(".")}
     found = [name for name in sizes if belongs(name)]
-    if trust_remote_code:
+    if trusted:
         found += _code(folder, found, sizes)
     found = [name for name in dict.fromkeys(found) if sizes[name] <= LARGEST]
     astray = [name for name in found if _leads_out(folder, name)]
     others = [name for name in sizes if name not in found and (is_small(name) or belongs(name))]
-    return Companions({name: sizes[name] for name in found}, astray, others)
+    return Companions({name: sizes[name] for name in found}, astray, others, trusted)
 
 
 def _templates(folder: Path) -> list[str]:

@@ -38,7 +38,7 @@ Read = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]  # stored names
 
 
 @dataclass(frozen=True)
-class Group:
+class ConvertedTensor:
     """Stored tensors that become module tensors together. Mostly it is one that becomes one, unchanged."""
 
     sources: tuple[str, ...]  # stored names, in the order in which they are fused
@@ -57,7 +57,7 @@ class Group:
         return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
 
-class Layout:
+class Conversion:
     """How one checkpoint's stored tensors become the tensors of a module of its architecture."""
 
     def __init__(self, module: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
@@ -72,7 +72,7 @@ class Layout:
         self._rules = Rules(module)
         self.prefix = _foreign_prefix(self._rules, stored)
         self._groups, self.unused = _grouped(self._rules, stored, self.prefix)
-        self._group_of: dict[str, Group] = {}  # by module name
+        self._group_of: dict[str, ConvertedTensor] = {}  # by module name
         self._forms: Tensors = {}  # every module tensor that is stored, without its data
         for group in self._groups:
             try:
@@ -240,7 +240,7 @@ def _number_at(name: str) -> int:
     return next((place for place, part in enumerate(name.split(".")) if part.isdecimal()), 0)
 
 
-def _grouped(rules: Rules, stored: Mapping[str, TensorInfo], prefix: str) -> tuple[list[Group], list[str]]:
+def _grouped(rules: Rules, stored: Mapping[str, TensorInfo], prefix: str) -> tuple[list[ConvertedTensor], list[str]]:
     """The groups of a checkpoint's tensors by the module's rules, and the tensors that the module has no use for.
 
     prefix: stands before names, and is no part of them.
@@ -261,9 +261,9 @@ def _grouped(rules: Rules, stored: Mapping[str, TensorInfo], prefix: str) -> tup
         fused = [(source, pattern) for source, pattern in found if pattern]
         if fused:
             rule = rules.by_pattern[fused[0][1]]
-            groups.append(Group(tuple(s for s, _ in fused), tuple(p for _, p in fused), name, rule))
+            groups.append(ConvertedTensor(tuple(s for s, _ in fused), tuple(p for _, p in fused), name, rule))
         else:
-            groups.append(Group((found[-1][0],), (), name, None))
+            groups.append(ConvertedTensor((found[-1][0],), (), name, None))
             unused += [source for source, _ in found[:-1]]
     return groups, unused
 

@@ -3,10 +3,10 @@
 Knows: which repositories a run needs, the bar, the one that comes ahead. Refuses to know: HTTP, what is in the files.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
-from modules.checkpoints.hub import Ahead, Bar, Job, Repository, check_space
+from modules.checkpoints.hub import Bar, Job, Prefetcher, Repository, check_space
 from modules.runtime import Console
 
 
@@ -14,11 +14,16 @@ def fetch_now(console: Console, job: Job) -> None:
     """Fetch a job's files from the hub, if any are missing, and return when they are here. Raises ConfigError if the
     disk is too small, CheckpointError if they can't be had."""
     check_space([job], keep=True)
-    with Ahead([job], partial(begin_download, console)) as ahead:
-        ahead.wait(0)
+    with fetching(console, [job]) as prefetcher:
+        prefetcher.wait(0)
 
 
-def begin_download(console: Console, job: Job) -> Bar:
+def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
+    """Jobs that are fetched one after another, each said and shown when it begins."""
+    return Prefetcher(jobs, partial(_begin, console))
+
+
+def _begin(console: Console, job: Job) -> Bar:
     """Say that a download begins; the bar that shows how far it is."""
     count = len(job.absent)
     console.timed(f"Downloading {job.name} ({count} {'file' if count == 1 else 'files'}, {job.size / 1e9:.2f} GB)")

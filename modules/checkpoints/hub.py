@@ -254,7 +254,7 @@ class Job:
         return sum(self.sizes.values())
 
 
-class Ahead:
+class Prefetcher:
     """Does jobs in their order in the background, never more than one ahead of the one that is in use."""
 
     def __init__(self, jobs: Sequence[Job], begin: Callable[[Job], AbstractContextManager[Bar]]) -> None:
@@ -303,7 +303,7 @@ class Ahead:
         except Exception as error:  # raised again by `wait`
             self._failures[number] = error
 
-    def __enter__(self) -> "Ahead":
+    def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(self, *_: object) -> None:

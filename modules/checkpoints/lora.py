@@ -21,7 +21,7 @@ from torch import Tensor
 from modules.checkpoints.causes import disguise, found_instead, pointers
 from modules.checkpoints.checkpoint import ADAPTER_SETTINGS, Checkpoint
 from modules.checkpoints.companions import Companions, find_companions
-from modules.checkpoints.conversion import Layout
+from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.weight_files import (
     Fingerprint,
     Room,
@@ -127,7 +127,7 @@ def _refusal(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def open_adapter(path: Path, name: str, trust_remote_code: bool = False) -> Adapter:
+def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
     """Read an adapter's settings and its file's header. Raises ConfigError if it is none that can be applied,
     CheckpointError if its settings can't be read."""
     settings = read_settings(path)
@@ -153,7 +153,7 @@ def open_adapter(path: Path, name: str, trust_remote_code: bool = False) -> Adap
         scale = _scale(settings, module, a[0])
         products[f"{module}.weight"] = Product(names["A"], names["B"], scale, is_embedding)
     trained_on = str(settings.get("base_model_name_or_path") or "")
-    return Adapter(path, name, trained_on, tensors, whole, products, find_companions(path, trust_remote_code))
+    return Adapter(path, name, trained_on, tensors, whole, products, find_companions(path, trusted))
 
 
 def _sorted_out(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[tuple[str, bool], dict[str, str]]]:
@@ -229,16 +229,18 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:
     return (weight.float() + (added.T if product.transposed else added)).to(weight.dtype)
 
 
-def apply_adapter(adapter: Adapter, checkpoint: Checkpoint, layout: Layout, input_first: Collection[str]) -> Adapted:
+def apply_adapter(
+    adapter: Adapter, checkpoint: Checkpoint, conversion: Conversion, input_first: Collection[str]
+) -> Adapted:
     """The checkpoint with the adapter applied.
 
-    layout: the checkpoint's. input_first: stored names of weights (input, output). Raises ConfigError if the adapter
-    changes what the checkpoint lacks, or what has another shape there.
+    conversion: the checkpoint's. input_first: stored names of weights (input, output). Raises ConfigError if the
+    adapter changes what the checkpoint lacks, or what has another shape there.
     """
     whole, products, tensors = {}, {}, dict(checkpoint.tensors)
     for name, own in adapter.whole.items():
         # A head that the model ties to its embedding, and therefore does not store, is the adapter's own.
-        stored = layout.stored_name(name) or (name if layout.knows(name) else None)
+        stored = conversion.stored_name(name) or (name if conversion.knows(name) else None)
         if stored is None:
             raise ConfigError(f"{adapter.path}: {checkpoint.name} has no {name}, which the adapter brings")
         whole[stored], form = own, adapter.tensors[own]
@@ -247,7 +249,7 @@ def apply_adapter(adapter: Adapter, checkpoint: Checkpoint, layout: Layout, inpu
             raise ConfigError(f"{adapter.path}: {name} {shapes}; merge the adapter into its model with PEFT first")
         tensors[stored] = form
     for name, product in adapter.products.items():
-        stored = layout.stored_name(name)
+        stored = conversion.stored_name(name)
         if stored is None:
             raise ConfigError(f"{adapter.path}: {checkpoint.name} stores no {name}, which the adapter changes")
         product = replace(product, transposed=product.transposed or stored in input_first)

@@ -4,8 +4,9 @@ Knows: which models a configuration names, where they come from, that they must 
 printing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,24 +15,26 @@ from transformers import PreTrainedModel
 from modules.checkpoints.architecture import settle_attention, without_weights
 from modules.checkpoints.bin_files import is_pickled
 from modules.checkpoints.candidate import Candidate, adapt, check_base, check_configuration, open_candidate
+from modules.checkpoints.causes import found_instead
 from modules.checkpoints.checkpoint import (
     ADAPTER_SETTINGS,
     Checkpoint,
-    candidate_sources,
     check_quantisation,
     file_names,
-    find_repository,
+    licence_files,
     open_checkpoint,
     read_configuration,
+    small_files,
 )
-from modules.checkpoints.hub import Job, Repository
+from modules.checkpoints.hub import Job, Repository, find
 from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from modules.checkpoints.lora import Adapter, open_adapter, read_settings
-from modules.checkpoints.weight_files import holds_weights, weight_files
-from modules.config import Config, Location, Source, names_of, parse_location
+from modules.checkpoints.weight_files import holds_weights, local_files, weight_files
+from modules.config import Config, Location, Source, names_of, parse_location, parse_source, partial_of
 from modules.runtime import ConfigError
 
 Fetch = Callable[[Job], None]  # returns when a job's files are there
+Tell = Callable[[Sequence[str]], None]  # gives the person at the terminal some lines while models are opened
 In, Out = TypeVar("In"), TypeVar("Out")
 
 
@@ -60,6 +63,7 @@ class Found:
     folder: Path
     repository: Repository | None  # None for a local folder
     names: frozenset[str]  # of all its files, those included that are still to be fetched
+    trusted: bool  # whether code that is among them may be run
 
     def same_as(self, other: "Found") -> bool:
         """Whether both are the same files: one folder, or one commit under two ids of the hub."""
@@ -90,31 +94,32 @@ class Found:
         return [f"{self.location.text} is at commit {self.folder.name}{trouble}"]
 
 
-def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Models:
+def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -> Models:
     """The base and the candidates of a configuration, opened and checked against each other.
 
-    no_candidates: only the base is wanted. Raises ConfigError, for all models that can't be used together.
+    Raises ConfigError, for all models that can't be used together.
     """
-    sources, notes = ([], []) if no_candidates else candidate_sources(config)
-    base_location = base_of(config)
-    locations = [base_location, *(place for s in sources for place in (s.model, s.adapter) if place)]
-    locations = list(dict.fromkeys(locations))
-    found = _one_repository_each(dict(zip(locations, _all_or_problems(find_location, locations), strict=True)))
+    sources, notes = candidate_sources(config)
+    base_location, names_some = _base_of(config), config.models_to_merge or config.directories.model_directory
+    find = partial(_find, trusted=config.trust_remote_code)
+    locations = list(dict.fromkeys([base_location, *(place for source in sources for place in source.places)]))
+    tell(_looked_up(locations))
+    found = _one_repository_each(_all_or_problems(find, locations))
     notes += [note for one in found.values() for note in one.notes()]
     for source in [s for s in sources if s.adapter is None and found[s.model].same_as(found[base_location])]:
         sources.remove(source)
         notes.append(f"{source.text} is the base model itself: skipped")
-    if not sources and not no_candidates:
+    if names_some and not sources:
         raise ConfigError("no candidates to merge: " + ("; ".join(notes) or "the model directory has no sub-folders"))
     base_name, *names = names_of([Source(base_location.text, base_location), *sources])
-    base = open_base(found[base_location], base_name, config.trust_remote_code, fetch)
+    base = _as_base(found[base_location], base_name, fetch)
     _refuse_links(base)
-    module, warnings = base_module(base, config.trust_remote_code)
+    module, warnings = _module_of(base)
 
     def open_one(named: tuple[str, Source]) -> Candidate:
-        candidate = _open_candidate(*named, found, base, module, config.trust_remote_code, fetch)
-        places = [place for place in (named[1].model, named[1].adapter) if place]
-        return replace(candidate, text=named[1].text, where="+".join(found[place].where for place in places))
+        candidate = _open_candidate(*named, found, base, module, fetch)
+        where = "+".join(found[place].where for place in named[1].places)
+        return replace(candidate, text=named[1].text, where=where)
 
     candidates = _all_or_problems(open_one, zip(names, sources, strict=True))
     return Models(
@@ -130,21 +135,51 @@ def open_models(config: Config, fetch: Fetch, no_candidates: bool = False) -> Mo
     )
 
 
-def looked_up(locations: Iterable[Location]) -> list[str]:
+def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
+    """The base alone, its weights fetched, to be read and not to be copied. Raises ConfigError if it can't be used."""
+    location = _base_of(config)
+    tell(_looked_up([location]))
+    found = _find(location, config.trust_remote_code)
+    tell(found.notes())
+    base = _as_base(found, location.text, fetch)
+    fetch(base.job)
+    module, warnings = _module_of(base)
+    return Models(base, found.where, module, candidates=[], notes=[], warnings=warnings)
+
+
+def _looked_up(locations: Iterable[Location]) -> list[str]:
     """A line for each location that could be meant as a folder, and will be looked for on the hub."""
     return [
         f"{one.text} is no folder here: looking on the hub" for one in locations if not (one.folder or one.revision)
     ]
 
 
-def locations_of(config: Config) -> list[Location]:
-    """The base's location and those of all candidates."""
-    sources, _ = candidate_sources(config)
-    places = [base_of(config), *(place for s in sources for place in (s.model, s.adapter) if place)]
-    return list(dict.fromkeys(places))
+def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
+    """The candidates in merge order, and a line about each folder that is left out.
+
+    models_to_merge overrides model_directory, whose visible sub-folders are taken alphabetically; the output directory
+    is left out by resolved path. A configuration that names neither asks for none.
+    """
+    if config.models_to_merge or config.directories.model_directory is None:
+        return [source for source in map(parse_source, config.models_to_merge) if source], []
+    entries = Path(config.directories.model_directory).iterdir()
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    output = Path(config.directories.output_directory).resolve()
+    sources, notes = [], []
+    for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
+        if path.resolve() in (output, partial_of(output)):
+            notes.append(f"{path} is the output directory: skipped")
+        elif not {"config.json", ADAPTER_SETTINGS}.intersection(local_files(path)):
+            instead = found_instead(path, local_files(path), ["config.json"])
+            notes.append(f"{path} holds no model (no config.json{instead}): skipped")
+        elif any("\ud800" <= character <= "\udfff" for character in path.name):
+            notes.append(f"{path.name!r} in {path.parent} is no text in UTF-8, so no report could name it: skipped")
+        else:
+            sources.append(Source(str(path), Location(str(path), path)))
+    return sources, notes
 
 
-def base_of(config: Config) -> Location:
+def _base_of(config: Config) -> Location:
     """Where the base model lies. Raises ConfigError if its folder has gone."""
     location = parse_location(config.directories.model_path1)
     if location is None:
@@ -152,15 +187,15 @@ def base_of(config: Config) -> Location:
     return location
 
 
-def find_location(location: Location) -> Found:
+def _find(location: Location, trusted: bool) -> Found:
     """What a location has; of the hub's models, the small files are fetched. Raises ConfigError."""
-    repository = find_repository(location)
+    repository = find(location, small_files, licence_files) if location.folder is None else None
     folder = location.folder if repository is None else repository.folder
     assert folder is not None  # a location without a folder has a repository
-    return Found(location, folder, repository, frozenset(file_names(folder, repository)))
+    return Found(location, folder, repository, frozenset(file_names(folder, repository)), trusted)
 
 
-def open_base(found: Found, name: str, trust_remote_code: bool, fetch: Fetch) -> Checkpoint:
+def _as_base(found: Found, name: str, fetch: Fetch) -> Checkpoint:
     """A location as the base model, its weights not read. Raises ConfigError if it can't be one."""
     if found.is_adapter:
         raise ConfigError(f"{found.location.text}: this is an adapter; name its model as the base, it as a candidate")
@@ -168,7 +203,7 @@ def open_base(found: Found, name: str, trust_remote_code: bool, fetch: Fetch) ->
         raise ConfigError(
             f"{found.location.text}: holds an adapter beside a model's weights; move {ADAPTER_SETTINGS} away"
         )
-    return _open_model(found, name, trust_remote_code, fetch)
+    return _open_model(found, name, fetch)
 
 
 def _refuse_links(base: Checkpoint) -> None:
@@ -182,38 +217,33 @@ def _refuse_links(base: Checkpoint) -> None:
         )
 
 
-def base_module(base: Checkpoint, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
+def _module_of(base: Checkpoint) -> tuple[PreTrainedModel, list[str]]:
     """The base's module without weights, and warnings. Raises ConfigError if its tensors are not the module's."""
-    warnings = settle_attention(base, trust_remote_code)
-    module = without_weights(base, trust_remote_code)
+    warnings = settle_attention(base)
+    module = without_weights(base)
     check_base(base, module)
     return module, warnings
 
 
-def _one_repository_each(found: dict[Location, Found]) -> dict[Location, Found]:
-    """The same, but two locations that are one commit share their repository, which knows what was fetched of it."""
+def _one_repository_each(found: Iterable[Found]) -> dict[Location, Found]:
+    """The same by location, but two that are one commit share their repository, which knows what was fetched of it."""
     first: dict[Path, Repository | None] = {}
-    return {
-        location: replace(one, repository=first.setdefault(one.folder, one.repository))
-        for location, one in found.items()
-    }
+    return {one.location: replace(one, repository=first.setdefault(one.folder, one.repository)) for one in found}
 
 
-def _open_model(
-    found: Found, name: str, trust_remote_code: bool, fetch: Fetch, base: Checkpoint | None = None
-) -> Checkpoint:
+def _open_model(found: Found, name: str, fetch: Fetch, base: Checkpoint | None = None) -> Checkpoint:
     """A location's model, that of a candidate if there is a base. The shapes in .bin files can't be seen from afar:
     those are fetched here, once the configuration fits."""
     try:
         if found.repository is not None and holds_weights(found.names):
-            config = read_configuration(found.folder, found.names, trust_remote_code)
+            config = read_configuration(found.folder, found.names, found.trusted)
             if base is not None:
                 check_configuration(found.folder, config, base)
             files = weight_files(found.folder, found.names)
             if any(is_pickled(file) for file in files):
                 check_quantisation(found.folder)
                 fetch(Job(name, found.repository, tuple(files)))
-        return open_checkpoint(found.folder, name, trust_remote_code, found.repository)
+        return open_checkpoint(found.folder, name, found.trusted, found.repository)
     except ConfigError as error:
         if found.repository is not None and found.repository.trouble:
             raise ConfigError(f"{error}; only the cache could be asked, since {found.repository.trouble}") from None
@@ -226,13 +256,12 @@ def _open_candidate(
     found: dict[Location, Found],
     base: Checkpoint,
     module: PreTrainedModel,
-    trust_remote_code: bool,
     fetch: Fetch,
 ) -> Candidate:
     """A model, an adapter for the base, or a model with its adapter. Raises ConfigError if it does not fit the base."""
     model = found[source.model]
     if source.adapter is None and not model.is_adapter:
-        checkpoint = _open_model(model, name, trust_remote_code, fetch, base)
+        checkpoint = _open_model(model, name, fetch, base)
         note = f"{source.text} also holds an adapter, which is not applied; to apply it, name it behind a plus"
         return open_candidate(checkpoint, base, module, notes=[note] if model.has_adapter else [])
     where = found[source.adapter] if source.adapter else model
@@ -242,8 +271,8 @@ def _open_candidate(
         read_settings(where.folder)  # before anything is fetched in vain
         weights = [file for file in ADAPTER_WEIGHTS if file in where.names][:1]
         fetch(Job(name, where.repository, tuple(weights)))
-    adapter = open_adapter(where.folder, name, trust_remote_code)
-    underlying = _open_model(model, name.split("+")[0], trust_remote_code, fetch, base) if source.adapter else base
+    adapter = open_adapter(where.folder, name, where.trusted)
+    underlying = _open_model(model, name.split("+")[0], fetch, base) if source.adapter else base
     repositories = [where.repository] if where.repository else []
     adapted = adapt(underlying, adapter, base, module)
     return open_candidate(adapted, base, module, notes=_about_adapter(adapter, underlying), repositories=repositories)

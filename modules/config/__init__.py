@@ -4,7 +4,8 @@ Knows: every key, its type, its default and what is allowed; reports all errors 
 Refuses to know: torch, models, tokenizers. It must answer a typo in under a second.
 """
 
-from modules.config.fields import DTYPES, METHODS, STRATEGIES, is_number, unusable
+from modules.config.choices import METHODS, STRATEGIES
+from modules.config.fields import DTYPES, is_number, unusable
 from modules.config.load import load_config, output_directory
 from modules.config.locations import (
     Location,
@@ -19,29 +20,3 @@ from modules.config.locations import (
 )
 from modules.config.phrase_lists import Pair
 from modules.config.schema import NO_PART, TABLES, VERSION, Config, Directories, Mapper
-
-__all__ = [
-    "DTYPES",
-    "METHODS",
-    "NO_PART",
-    "STRATEGIES",
-    "TABLES",
-    "VERSION",
-    "Config",
-    "Directories",
-    "Location",
-    "Mapper",
-    "Pair",
-    "Source",
-    "is_number",
-    "load_config",
-    "missing_folder",
-    "names_folder",
-    "names_of",
-    "output_directory",
-    "parse_location",
-    "parse_source",
-    "partial_of",
-    "repositories_in",
-    "unusable",
-]

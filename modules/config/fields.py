@@ -9,13 +9,15 @@ reads no candidates, so they may still be missing.
 import difflib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationError, ValidationInfo, WrapValidator
+from pydantic_core import core_schema
 
+from modules.config.choices import METHODS, STRATEGIES
 from modules.config.excerpts import shown
 from modules.config.locations import missing_folder, parse_location, parse_source
 
@@ -104,15 +106,26 @@ Count = Annotated[int, Strict(), Field(ge=0, lt=2**63), _whole_number(0)]
 CountFromOne = Annotated[int, Strict(), Field(ge=1, lt=2**63), _whole_number(1)]
 
 
-def _one_of(allowed: tuple[str, ...]) -> Any:
-    """The type of a value that is one of a few names."""
+class OneOf:
+    """The type of a value that is one of a few names; a list of names may still grow."""
 
-    def words(value: Any) -> str:
-        guess = difflib.get_close_matches(value, allowed, 1) if isinstance(value, str) else []
+    def __init__(self, allowed: Collection[str], *also: str) -> None:
+        """also: names that an editor takes beside them."""
+        self._allowed, self._also = allowed, also
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> Any:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> dict[str, Any]:
+        return {"enum": [*self._allowed, *self._also], "type": "string"}
+
+    def _checked(self, value: Any) -> str:
+        names = list(self._allowed)
+        if isinstance(value, str) and value in names:
+            return value
+        guess = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else []
         hint = f"; did you mean '{guess[0]}'?" if guess else ""
-        return f"expected {', '.join(allowed[:-1])} or {allowed[-1]}{hint}"
-
-    return Annotated[Literal[allowed], said(words)]
+        raise ValueError(f"expected {', '.join(names[:-1])} or {names[-1]}{hint}")
 
 
 def _one_or_more(kind: Any) -> Any:
@@ -132,9 +145,7 @@ def _one_or_more(kind: Any) -> Any:
 
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 DTYPES = ("auto", "float16", "bfloat16", "float32")
-METHODS = ("lerp", "slerp", "slice", "cyclic", "gradient")
 ON_ERROR = ("stop", "skip")
-STRATEGIES = ("cumulative", "all_phrases", "quantitive")
 
 Device = Annotated[
     str,
@@ -142,16 +153,14 @@ Device = Annotated[
     Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", examples=["auto", "cpu", "cuda", "cuda:0", "mps"]),
     said(lambda value: f"expected {DEVICES}"),
 ]
-Dtype = _one_of(DTYPES)
-Methods = _one_or_more(_one_of(METHODS))
-OnError = _one_of(ON_ERROR)
+Dtype = Annotated[str, OneOf(DTYPES)]
+Methods = _one_or_more(Annotated[str, OneOf(METHODS)])
+OnError = Annotated[str, OneOf(ON_ERROR)]
 Ratios = _one_or_more(_Ratio)
 Strategy = Annotated[
-    _one_of(STRATEGIES),
-    BeforeValidator(
-        lambda value: "quantitive" if value == "quantitative" else value,
-        json_schema_input_type=Literal[(*STRATEGIES, "quantitative")],
-    ),
+    str,
+    OneOf(STRATEGIES, "quantitative"),
+    BeforeValidator(lambda value: "quantitive" if value == "quantitative" else value),
 ]
 
 

@@ -50,6 +50,11 @@ class Source:
     model: Location
     adapter: Location | None = None  # only where the text names both
 
+    @property
+    def places(self) -> list[Location]:
+        """Of one or of both."""
+        return [self.model, self.adapter] if self.adapter else [self.model]
+
 
 def parse_location(text: str) -> Location | None:
     """A folder that is there or, failing that, a text with the form of an id of the hub; None if it is neither.
@@ -116,8 +121,7 @@ def parse_source(text: str) -> Source | None:
 
 def names_of(sources: list[Source]) -> list[str]:
     """What reports call the sources: their last parts, or as many more as tell different locations apart."""
-    locations = [location for source in sources for location in (source.model, source.adapter) if location]
-    found = {location.parts for location in locations}
+    found = {location.parts for source in sources for location in source.places}
 
     def name(location: Location) -> str:
         count = 1
@@ -125,7 +129,7 @@ def names_of(sources: list[Source]) -> list[str]:
             count += 1
         return "/".join(location.parts[-count:])
 
-    return ["+".join(name(location) for location in (s.model, s.adapter) if location) for s in sources]
+    return ["+".join(map(name, source.places)) for source in sources]
 
 
 def repositories_in(where: str) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 Knows: every key. Refuses to know: torch, models, tokenizers: it must answer a typo in under a second; and how a file is
 read.
 
-`python -m modules.config > modules/config/schema.json` writes the JSON schema anew after a change.
+`python -m modules.run.schema > modules/config/schema.json` writes the JSON schema anew after a change.
 """
 
 from dataclasses import dataclass, field, fields

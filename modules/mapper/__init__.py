@@ -6,6 +6,4 @@ Knows: branching, probabilities, wording. Refuses to know: merging, output folde
 from modules.mapper.completion_tree import CompletionTree, Explorer
 from modules.mapper.detokenize import Spelling
 from modules.mapper.next_tokens import build_continuation
-from modules.mapper.ranking import Standing, standings
-
-__all__ = ["CompletionTree", "Explorer", "Spelling", "Standing", "build_continuation", "standings"]
+from modules.mapper.ranking import PhraseRank, rank_phrases

@@ -29,10 +29,10 @@ from modules.scoring import (
     Plain,
     Scorer,
     TokenTree,
+    attention_mask,
+    attention_window,
     build_packs,
     depths,
-    reach,
-    sight,
     spread,
     tree_mask,
 )
@@ -41,7 +41,7 @@ TOKEN_BUDGET = 2048  # tokens whose keys and values are kept: 1 GiB for a Llama 
 VERIFIED = 8  # paths on which a way is verified
 COMPARED = 32  # likeliest next tokens that are compared
 
-Path = tuple[int, ...]  # token ids from the beginning of a text
+TokenPath = tuple[int, ...]  # token ids from the beginning of a text
 Guess = tuple[int, float]  # a next token and its log-probability
 
 
@@ -58,7 +58,7 @@ class Continuation(ABC):
         self._allowed: dict[str, Tensor] = {}  # by spaces: (V,), whether a completion can begin with the token
 
     @torch.no_grad()
-    def next_tokens(self, paths: Sequence[Path], spaces: Sequence[str], count: int) -> list[list[Guess]]:
+    def next_tokens(self, paths: Sequence[TokenPath], spaces: Sequence[str], count: int) -> list[list[Guess]]:
         """The `count` likeliest next tokens behind each path, the likeliest first; of equals, the lower id.
 
         spaces: what must be spelt next, per path; tokens that do not begin with it, or with a part of it, are left
@@ -73,7 +73,7 @@ class Continuation(ABC):
         return _best(log_probabilities, count)
 
     @abstractmethod
-    def _log_probabilities(self, paths: Sequence[Path]) -> Tensor:
+    def _log_probabilities(self, paths: Sequence[TokenPath]) -> Tensor:
         """Of all tokens behind each path: (paths, V), float32."""
 
     def _beginning_with(self, spaces: str) -> Tensor:
@@ -95,13 +95,13 @@ class Cached(Continuation):
 
     def _forget(self) -> None:
         self._tree = TokenTree()  # one column of the cache for each node
-        self._sight = torch.zeros(0, 0, dtype=torch.bool)
+        self._mask = torch.zeros(0, 0, dtype=torch.bool)
         self._cache = DynamicCache()
 
-    def _log_probabilities(self, paths: Sequence[Path]) -> Tensor:
+    def _log_probabilities(self, paths: Sequence[TokenPath]) -> Tensor:
         if len(self._tree) + self._missing(paths) > self.token_budget:
             self._keep_only(paths)
-        ends: dict[Path, int] = {}
+        ends: dict[TokenPath, int] = {}
         first = len(self._tree)
         for path in paths:
             if path not in ends:
@@ -114,11 +114,11 @@ class Cached(Continuation):
             self._forget()  # the tree and the cache may no longer agree
             raise
 
-    def _missing(self, paths: Iterable[Path]) -> int:
+    def _missing(self, paths: Iterable[TokenPath]) -> int:
         """How many columns the paths would add, at most."""
         return sum(1 + len(path) - 1 - len(self._tree.known(path[:-1])) for path in paths)
 
-    def _keep_only(self, paths: Iterable[Path]) -> None:
+    def _keep_only(self, paths: Iterable[TokenPath]) -> None:
         """Drop all columns but those that lead to the paths."""
         kept, columns = TokenTree(), {}
         for path in paths:
@@ -128,17 +128,17 @@ class Cached(Continuation):
             self._forget()
             return
         index = torch.tensor([columns[node] for node in range(len(kept))])
-        self._tree, self._sight = kept, self._sight[index][:, index]
+        self._tree, self._mask = kept, self._mask[index][:, index]
         for layer in self._cache.layers:
             layer.keys = layer.keys[:, :, index.to(layer.keys.device)]  # (1, heads, columns, head size)
             layer.values = layer.values[:, :, index.to(layer.values.device)]
 
     def _append(self, first: int, read: list[int]) -> Tensor:
         """Send the tree's nodes from `first` on through the model; log-probabilities behind the nodes in `read`."""
-        model, new = self._model, sight(self._tree.parents[first:], self._sight)  # (T, first + T)
+        model, new = self._model, attention_mask(self._tree.parents[first:], self._mask)  # (T, first + T)
         seen = torch.zeros(len(self._tree), len(self._tree), dtype=torch.bool)
-        seen[:first, :first], seen[first:] = self._sight, new
-        self._sight = seen
+        seen[:first, :first], seen[first:] = self._mask, new
+        self._mask = seen
         logits = model.logits(
             {
                 "input_ids": torch.tensor([self._tree.tokens[first:]], device=model.device),
@@ -163,7 +163,7 @@ class Recomputed(Continuation):
         self._layout = layout
         self.way = "recomputed " + {"forest": "token tree", "rows": "rows", "single": "one at a time"}[layout]
 
-    def _log_probabilities(self, paths: Sequence[Path]) -> Tensor:
+    def _log_probabilities(self, paths: Sequence[TokenPath]) -> Tensor:
         found = torch.empty(len(paths), self._model.vocabulary, device=self._model.device)
         for numbers in self._together(paths):
             # What is asked at a path's end is asked in the way of a phrase that follows; which one does not matter.
@@ -176,7 +176,7 @@ class Recomputed(Continuation):
                 found[index] = chosen.log_softmax(-1)
         return found
 
-    def _together(self, paths: Sequence[Path]) -> list[list[int]]:
+    def _together(self, paths: Sequence[TokenPath]) -> list[list[int]]:
         """Numbers of the paths that may share a pack: all of them, or, as rows, those of one length, never padded."""
         if self._layout == "forest":
             return [list(range(len(paths)))]
@@ -188,7 +188,7 @@ class Recomputed(Continuation):
 
 @torch.no_grad()
 def build_continuation(
-    model: ResidentModel, spelling: Spelling, scorer: Scorer, paths: Sequence[Path], longest: int
+    model: ResidentModel, spelling: Spelling, scorer: Scorer, paths: Sequence[TokenPath], longest: int
 ) -> Continuation:
     """The fastest way to continue `paths`, up to `longest` tokens, that is exact for this model.
 
@@ -199,21 +199,23 @@ def build_continuation(
     stages = _growing(sample, longest - max(map(len, paths)), model.max_tokens)
     plain = Plain(model)
     exact = [torch.stack([plain.next_tokens(path) for path in stage]) for stage in stages]
-    trees = scorer.layout == "forest" and longest <= reach(model)
+    trees = scorer.layout == "forest" and longest <= attention_window(model)
     ways: list[Callable[[], Continuation]] = [partial(Cached, model, spelling)] if trees else []
     ways += [partial(Recomputed, model, spelling, layout) for layout in (LAYOUTS if trees else LAYOUTS[1:])]
     exact_ways = (make for make in ways[:-1] if _agrees(make(), stages, exact, scorer.tolerance))
     return next(exact_ways, ways[-1])()
 
 
-def _growing(paths: Sequence[Path], steps: int, max_tokens: int | None) -> list[list[Path]]:
+def _growing(paths: Sequence[TokenPath], steps: int, max_tokens: int | None) -> list[list[TokenPath]]:
     """Paths as they are, one token longer, then one step from their full length, then there; with their own tokens."""
     most = max_tokens or max(map(len, paths)) + steps
     lengths = sorted({0, min(1, steps), max(0, steps - 1), steps})
     return [[tuple(islice(cycle(path), min(len(path) + more, most))) for path in paths] for more in lengths]
 
 
-def _agrees(way: Continuation, stages: Sequence[Sequence[Path]], exact: Sequence[Tensor], tolerance: float) -> bool:
+def _agrees(
+    way: Continuation, stages: Sequence[Sequence[TokenPath]], exact: Sequence[Tensor], tolerance: float
+) -> bool:
     """Whether a way gives, at each stage, the log-probabilities of plain forwards, for the likeliest tokens."""
     try:
         found = [way._log_probabilities(stage) for stage in stages]

@@ -27,7 +27,7 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
-class Standing:
+class PhraseRank:
     """How a configured phrase stands among the branches of its context."""
 
     pair: Pair
@@ -38,9 +38,9 @@ class Standing:
     suggestion: Suggestion | None
 
 
-def standings(
+def rank_phrases(
     tree: CompletionTree, phrases: Sequence[tuple[Pair, Encoded, float]], settings: Mapper, spelling: Spelling
-) -> list[Standing]:
+) -> list[PhraseRank]:
     """Compare phrases, each with its log-probability, with the branches that go another way.
 
     A branch is taken up to as many words as the phrase has: "spine. The wind" stands for "spine" beside "skin". A
@@ -53,7 +53,7 @@ def standings(
         others = _others(tree.root, spelt, pair, encoded)
         rivals = [other for other in others if other.joint > log_probability]
         found.append(
-            Standing(
+            PhraseRank(
                 pair,
                 log_probability,
                 place=1 + len(rivals),

@@ -12,7 +12,7 @@ import yaml
 from modules.config import Config, Mapper
 from modules.mapper.completion_tree import Branch, CompletionTree, Node, path_of, tokens_of
 from modules.mapper.detokenize import Spelling
-from modules.mapper.ranking import Standing
+from modules.mapper.ranking import PhraseRank
 from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, coloured, percent, row, visible
 from modules.search import probability
 
@@ -37,14 +37,14 @@ def summary(config: Config, contexts: int, model: Mapping[str, object], way: str
 
 
 def tree_lines(
-    number: str, tree: CompletionTree, standings: Sequence[Standing], settings: Mapper, spelling: Spelling
+    number: str, tree: CompletionTree, standings: Sequence[PhraseRank], settings: Mapper, spelling: Spelling
 ) -> list[str]:
     """One context, number "1/8" or so: its branches, then its phrases."""
     lines = ["-" * 80, f"CONTEXT {number}: {folded(tree.root.context) or '(empty)'}", ""]
     for place, branch in enumerate(tree.branches, start=1):
         lines += _branch_lines(place, tree, branch, settings, spelling)
     lines += [f"TOTAL BRANCHES: {len(tree.branches)}", ""]
-    return [*lines, *(_standing_line(standing, settings) for standing in standings), ""]
+    return [*lines, *(_rank_line(standing, settings) for standing in standings), ""]
 
 
 def _branch_lines(place: int, tree: CompletionTree, branch: Branch, settings: Mapper, spelling: Spelling) -> list[str]:
@@ -77,7 +77,7 @@ def _step(nodes: Sequence[Node], text: str) -> str:
     return coloured(f"{short_percent(share)} [{visible(text.strip(' ') or text)}]", share)
 
 
-def _standing_line(standing: Standing, settings: Mapper) -> str:
+def _rank_line(standing: PhraseRank, settings: Mapper) -> str:
     raw = probability(standing.log_probability)
     place = f"place {standing.place} of {standing.places}"
     rare = f", below {settings.prob_min:g}%" if standing.too_rare else ""
@@ -86,7 +86,7 @@ def _standing_line(standing: Standing, settings: Mapper) -> str:
     return f"{standing.pair.kind:<4} {phrase}  {coloured(percent(raw), raw)}  {place}{rare}{better}"
 
 
-def table(standings: Sequence[Standing], settings: Mapper) -> list[str]:
+def table(standings: Sequence[PhraseRank], settings: Mapper) -> list[str]:
     """All phrases: probability, place, suggestion; those below prob_min are marked."""
     limit = f"{settings.prob_min:g}%"
     widths = (4, PHRASE_WIDTH, CONTEXT_WIDTH, 10, len(limit) + 6, 9)
@@ -106,7 +106,7 @@ def table(standings: Sequence[Standing], settings: Mapper) -> list[str]:
     return [rule, lines[0], rule, *lines[1:], rule, *notes]
 
 
-def suggestion(standing: Standing) -> str:
+def suggestion(standing: PhraseRank) -> str:
     """What the model rather says, ready to paste, and how probable it is; empty if there is nothing."""
     if standing.suggestion is None:
         return ""
@@ -120,7 +120,7 @@ def suggestion(standing: Standing) -> str:
 
 
 def document(
-    config: Config, trees: Sequence[CompletionTree], standings: Sequence[Sequence[Standing]], spelling: Spelling
+    config: Config, trees: Sequence[CompletionTree], standings: Sequence[Sequence[PhraseRank]], spelling: Spelling
 ) -> dict[str, Any]:
     """Everything that was found, for JSON. Nodes are a flat list per context; `parent` is a number in it, or null."""
     settings = config.mapper
@@ -137,7 +137,7 @@ def document(
                 "context": tree.root.context,
                 "tokens": list(tree.root.tokens),
                 **_tree_document(tree, spelling),
-                "phrases": [_standing_document(standing) for standing in phrases],
+                "phrases": [_rank_document(standing) for standing in phrases],
             }
             for tree, phrases in zip(trees, standings, strict=True)
         ],
@@ -174,7 +174,7 @@ def _tree_document(tree: CompletionTree, spelling: Spelling) -> dict[str, Any]:
     return {"nodes": nodes, "branches": branches}
 
 
-def _standing_document(standing: Standing) -> dict[str, Any]:
+def _rank_document(standing: PhraseRank) -> dict[str, Any]:
     better = standing.suggestion
     return {
         "type": standing.pair.kind,
@@ -188,7 +188,7 @@ def _standing_document(standing: Standing) -> dict[str, Any]:
     }
 
 
-def phrase_list(standings: Sequence[Standing], model: str) -> str:
+def phrase_list(standings: Sequence[PhraseRank], model: str) -> str:
     """The suggestions as a YAML phrase list, each in the place of its phrase, with its type, weight and context."""
     found: dict[tuple[str, str, float], list[str]] = {}  # contexts, by kind, phrase and weight
     for standing in standings:

@@ -4,9 +4,9 @@ Knows: torch modules. Refuses to know: phrases, scores, strategies.
 """
 
 from modules.model.base_model import ResidentModel
-from modules.model.devices import own_device, present_devices, resolve_device, resolve_dtype, wider
+from modules.model.devices import present_devices, resolve_device, resolve_dtype, wider
 from modules.model.embeddings import HeaderSkipped, aligned_header
-from modules.model.loading import load_model
+from modules.model.loading import ModelLoader
 from modules.model.memory import (
     Memory,
     Sizes,
@@ -18,24 +18,3 @@ from modules.model.memory import (
     weights_of,
 )
 from modules.model.part import Part
-
-__all__ = [
-    "HeaderSkipped",
-    "Memory",
-    "Part",
-    "ResidentModel",
-    "Sizes",
-    "aligned_header",
-    "free_memory",
-    "free_on_gpus",
-    "header_weights",
-    "load_model",
-    "own_device",
-    "placement_of",
-    "present_devices",
-    "resolve_device",
-    "resolve_dtype",
-    "sizes_of",
-    "weights_of",
-    "wider",
-]

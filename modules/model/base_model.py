@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from modules.checkpoints import (
     Checkpoint,
-    Layout,
+    Conversion,
     copy_companions,
     dtype_name,
     find_layers,
@@ -44,8 +44,8 @@ class ResidentModel:
         self._takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
         self._state = _tensors_of(module)
         self._input_first = input_first_weights(module)
-        self._layout = Layout(module, checkpoint.tensors)
-        self._layout.check_reversible()
+        self._conversion = Conversion(module, checkpoint.tensors)
+        self._conversion.check_reversible()
         self._stored_as = self._find_stored_names()
         self._touched: set[str] = set()
 
@@ -188,22 +188,22 @@ class ResidentModel:
         )
 
     def _saved_dtype_of(self, name: str) -> torch.dtype:
-        return self.saved_dtype or self._layout.dtype(self._stored_as[name])
+        return self.saved_dtype or self._conversion.dtype(self._stored_as[name])
 
     def _find_stored_names(self) -> dict[str, str]:
         """Parameter name -> the name under which the base stores it: another one only if it is tied to that."""
-        stored = {id(tensor): name for name, tensor in self._state.items() if name in self._layout}
-        found = {name: name if name in self._layout else stored.get(id(self._state[name])) for name in self._state}
+        stored = {id(tensor): name for name, tensor in self._state.items() if name in self._conversion}
+        found = {name: name if name in self._conversion else stored.get(id(self._state[name])) for name in self._state}
         missing = [name for name, other in found.items() if other is None]
         if missing:
             raise ConfigError(f"{self.checkpoint.path}: the weights lack {', '.join(missing[:3])}")
         for name, tensor in self._state.items():
-            dtype = self._layout.dtype(found[name])
+            dtype = self._conversion.dtype(found[name])
             if tensor.is_floating_point() and not dtype.is_floating_point:
                 raise ConfigError(f"{self.checkpoint.path}: {name} is stored as {dtype}, not as a floating-point type")
-        mixed = [name for name in self._layout if len(self._layout.dtypes(name)) > 1]
+        mixed = [name for name in self._conversion if len(self._conversion.dtypes(name)) > 1]
         if mixed and self.saved_dtype is None:
-            kinds = " and ".join(sorted(dtype_name(dtype) for dtype in self._layout.dtypes(mixed[0])))
+            kinds = " and ".join(sorted(dtype_name(dtype) for dtype in self._conversion.dtypes(mixed[0])))
             raise ConfigError(f"{self.checkpoint.path}: {mixed[0]} is stored as {kinds}; set dtype to one of them")
         return {name: other for name, other in found.items() if other is not None}
 
@@ -211,7 +211,7 @@ class ResidentModel:
         """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless."""
         for name, tensor in self._state.items():
             if not _is_finite(tensor.detach()):
-                stored = self._layout.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
+                stored = self._conversion.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
                 if _is_finite(stored):
                     raise ConfigError(
                         f"{self.checkpoint.path}: {name} overflows in {dtype_name(tensor.dtype)}; {wider(tensor.dtype)}"
@@ -242,7 +242,7 @@ class ResidentModel:
         touched = {id(self._state[name]) for name in self._touched}
         found = set()
         for stored, info in self.checkpoint.tensors.items():
-            ours = [self._state[name] for name in self._layout.module_names(stored)]
+            ours = [self._state[name] for name in self._conversion.module_names(stored)]
             is_rounded = any(tensor.dtype != info.dtype for tensor in ours)
             is_kept = self._written_dtype(stored) == info.dtype and not any(id(tensor) in touched for tensor in ours)
             if not ours or (is_kept and is_rounded):
@@ -259,9 +259,9 @@ class ResidentModel:
         written: set[int] = set()
         ready = self.checkpoint.read([name for name in stored_names if name in copied])
         for stored in stored_names:
-            names = self._layout.module_names(stored)
+            names = self._conversion.module_names(stored)
             if stored not in ready:
-                own = self._layout.store(names, {name: self._state[name].detach() for name in names})
+                own = self._conversion.store(names, {name: self._state[name].detach() for name in names})
                 ready = {**own, **ready}
             tensor = ready.pop(stored).to("cpu", self._written_dtype(stored)).contiguous()
             if names and not _is_finite(tensor):

@@ -5,7 +5,7 @@ Knows: what is present on this machine. Refuses to know: models, memory.
 
 import torch
 
-from modules.runtime import ConfigError, Seat
+from modules.runtime import ConfigError, Rank
 
 
 def present_devices() -> list[str]:
@@ -29,19 +29,19 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def own_device(name: str, seat: Seat) -> str:
+def own_device(name: str, rank: Rank) -> str:
     """The configured name of a device or, where several processes are to have one each, that of this process's.
 
     Raises ConfigError if there are fewer GPUs than processes.
     """
     gpus = [device for device in present_devices() if device.startswith("cuda")]
-    if seat.count_here == 1 or name not in ("auto", "cuda") or not gpus:
+    if rank.local_world_size == 1 or name not in ("auto", "cuda") or not gpus:
         return name
-    if seat.number_here >= len(gpus):
+    if rank.local_rank >= len(gpus):
         raise ConfigError(
-            f"{seat.count_here} processes were started on a machine with {len(gpus)} GPUs; start as many as GPUs"
+            f"{rank.local_world_size} processes were started on a machine with {len(gpus)} GPUs; start as many as GPUs"
         )
-    return gpus[seat.number_here]
+    return gpus[rank.local_rank]
 
 
 def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:

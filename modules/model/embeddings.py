@@ -71,9 +71,7 @@ class Alignment:
         return text
 
 
-def aligned_header(
-    model: ResidentModel, tokenizer: Any, candidate: Candidate, trust_remote_code: bool
-) -> tuple[Tensors, str | None]:
+def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> tuple[Tensors, str | None]:
     """The candidate's header with its rows in the base's order, and a line about what had to be matched.
 
     tokenizer: the base's. Raises HeaderSkipped if too few rows match, BrokenWeights if they are no numbers,
@@ -82,10 +80,9 @@ def aligned_header(
     part = model.header()
     sources = _sources(model, candidate, part)
     rows = min(tensor.shape[0] for tensor in part.tensors.values())
-    their_rows = min(candidate.layout.shape(source)[0] for source in sources.values())
+    their_rows = min(candidate.conversion.shape(source)[0] for source in sources.values())
     try:
-        folder, companions = candidate.tokenizer_files
-        other = load_tokenizer(folder, trust_remote_code, companions)
+        other = load_tokenizer(*candidate.tokenizer_files)
     except ConfigError as error:
         raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
     alignment = _align(tokenizer, rows, other, their_rows, candidate.name)
@@ -107,10 +104,10 @@ def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str
     twins = {embedding: head, head: embedding} if _is_tied(candidate) else {}
     sources = {}
     for name, ours in part.tensors.items():
-        source = name if name in candidate.layout else twins.get(name)
-        if source is None or source not in candidate.layout:
+        source = name if name in candidate.conversion else twins.get(name)
+        if source is None or source not in candidate.conversion:
             raise HeaderSkipped(f"{candidate.name} has no {name}")
-        shape = candidate.layout.shape(source)
+        shape = candidate.conversion.shape(source)
         if shape[1:] != ours.shape[1:] or 0 in shape:
             raise HeaderSkipped(f"{candidate.name}'s {source} has shape {shape}, the base's has {tuple(ours.shape)}")
         sources[name] = source
@@ -123,7 +120,7 @@ def _about_tying(model: ResidentModel, candidate: Candidate, part: Part) -> str 
     if head is None:
         return None
     ours_is_own = head in part.tensors
-    theirs_is_own = embedding in candidate.layout and head in candidate.layout
+    theirs_is_own = embedding in candidate.conversion and head in candidate.conversion
     if theirs_is_own and _is_tied(candidate):
         # As transformers has it: such a model is tied if, and only if, the two are equal. In .bin files they are.
         theirs_is_own = not torch.equal(*candidate.read([embedding, head]).values())

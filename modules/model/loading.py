@@ -1,25 +1,80 @@
-"""The base model loaded onto its device or devices, in its type.
+"""A run's models opened, and the base loaded onto its device or devices, in its type.
 
-Knows: transformers' loading, placements. Refuses to know: phrases, candidates, layers' contents.
+Knows: which settings decide this, transformers' loading, placements. Refuses to know: phrases, layers' contents.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modules.checkpoints import Checkpoint, find_layers, without_weights
+from modules.checkpoints import (
+    Checkpoint,
+    Models,
+    fetch_now,
+    find_layers,
+    load_tokenizer,
+    open_base,
+    open_models,
+    without_weights,
+)
+from modules.config import Config
 from modules.model.base_model import ResidentModel
-from modules.model.devices import resolve_device, resolve_dtype
-from modules.runtime import ConfigError, first_line
+from modules.model.devices import own_device, resolve_device, resolve_dtype
+from modules.model.memory import placement_of, weights_of
+from modules.runtime import ConfigError, Console, Rank, first_line
+
+
+@dataclass(frozen=True)
+class ModelLoader:
+    """How a run gets its models: made once, from its settings.
+
+    All methods raise ConfigError for what can't be used, CheckpointError if a file can't be read or fetched.
+    """
+
+    config: Config
+    console: Console  # on which is said what there is to say, and shown what is fetched
+    rank: Rank = field(default_factory=Rank)
+    compute: str | None = None  # what to compute in, if it is not what follows from the configured dtype
+
+    @property
+    def device(self) -> str:
+        """The configured name or, where several processes are to have a device each, that of this process's."""
+        return own_device(self.config.device, self.rank)
+
+    def open(self) -> Models:
+        """The base and the candidates, opened and checked against each other."""
+        models = open_models(self.config, partial(fetch_now, self.console), self.console.lines)
+        self.console.lines(models.notes)
+        self.console.warnings(models.warnings)
+        return models
+
+    def open_base(self) -> Models:
+        """The base alone, its weights fetched."""
+        models = open_base(self.config, partial(fetch_now, self.console), self.console.lines)
+        self.console.warnings(models.warnings)
+        return models
+
+    def placement(self, models: Models, with_header: bool) -> list[torch.device] | None:
+        """Where each of the base's layers goes, if not all of them to the device. with_header: see `weights_of`."""
+        device, dtype = resolve_device(self.device), self.compute or self.config.dtype
+        computed = resolve_dtype(dtype, models.base.main_dtype(), device)
+        return placement_of(self.device, models.module, computed, weights_of(models.module, computed, with_header))
+
+    def load(self, models: Models, placement: Sequence[torch.device] | None) -> tuple[ResidentModel, Any]:
+        """The base with its weights, and its tokenizer."""
+        base = models.base
+        model = load_model(base, self.device, self.config.dtype, self.compute, placement)
+        return model, load_tokenizer(base.path, base.companions)
 
 
 def load_model(
     checkpoint: Checkpoint,
     device: str,
     dtype: str,
-    trust_remote_code: bool = False,
     compute: str | None = None,
     placement: Sequence[torch.device] | None = None,
 ) -> ResidentModel:
@@ -33,7 +88,7 @@ def load_model(
     target = resolve_device(device)
     computed = resolve_dtype(compute or dtype, checkpoint.main_dtype(), target)
     try:
-        module, info = _load_module(checkpoint, target, computed, trust_remote_code, placement)
+        module, info = _load_module(checkpoint, target, computed, placement)
     except torch.OutOfMemoryError:
         raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
     except ConfigError:
@@ -66,14 +121,13 @@ def _load_module(
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
-    trust_remote_code: bool,
     placement: Sequence[torch.device] | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The module with its weights, and what transformers has to say about loading them."""
     if device.type == "cpu" and dtype == checkpoint.main_dtype():
         # transformers would map the files into memory. Weights that are changed must own their memory (a first write
         # to a mapped page is slow), and a file that changes during a long run must not pull it down.
-        return type(without_weights(checkpoint, trust_remote_code)).from_pretrained(
+        return type(without_weights(checkpoint)).from_pretrained(
             None,
             config=checkpoint.config,
             state_dict=checkpoint.read(checkpoint.tensors),
@@ -83,13 +137,13 @@ def _load_module(
         )
     device_map: dict[str, torch.device] | None = None if device.type == "cpu" else {"": device}
     if placement is not None:
-        device_map = device_map_of(without_weights(checkpoint, trust_remote_code), device, placement)
+        device_map = device_map_of(without_weights(checkpoint), device, placement)
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         config=checkpoint.config,
         dtype=dtype,
         device_map=device_map,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=checkpoint.companions.trusted,
         local_files_only=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,

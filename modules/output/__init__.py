@@ -13,37 +13,3 @@ from modules.output.plots import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, p
 from modules.output.recipe import accepted_of, is_finished, needed_sources, read_outputs, read_recipe, write_recipe
 from modules.output.record_fields import compare_fingerprints, decision_of
 from modules.output.run_record import RunRecord
-
-__all__ = [
-    "CARD_FILE",
-    "MERGE_MAP_FILE",
-    "PHRASE_CHART_FILE",
-    "SETTINGS_FILE",
-    "JournalCopy",
-    "Place",
-    "Record",
-    "RunRecord",
-    "Unfinished",
-    "accepted_of",
-    "check_apart",
-    "check_output",
-    "compare_fingerprints",
-    "comparison",
-    "decision_of",
-    "held_place",
-    "input_paths",
-    "is_finished",
-    "merge_map",
-    "naming",
-    "needed_sources",
-    "phrase_chart",
-    "place_of",
-    "read_outputs",
-    "read_recipe",
-    "stamp",
-    "unfinished_output",
-    "what_stands",
-    "write_card",
-    "write_recipe",
-    "written_paths",
-]

@@ -64,7 +64,7 @@ def _relative_change(before: float, after: float) -> str:
     return f"{abs(after - before) / abs(before) * 100:.1f}%" if before else "n/a"
 
 
-class _Standing(NamedTuple):
+class _PairRow(NamedTuple):
     """How probable a pair is, and how much more than at the start."""
 
     pair: Pair
@@ -85,7 +85,7 @@ def phrase_table(
     weights: signed, good phrases negative. now, start: joint log-probabilities. kind: one of TABLES.
     """
     standings = [
-        _Standing(pair, abs(weight), probability(after), probability(after) - probability(before))
+        _PairRow(pair, abs(weight), probability(after), probability(after) - probability(before))
         for pair, weight, after, before in zip(pairs, weights, now, start or now, strict=True)
     ]
     changed = [one for one in standings if abs(one.move * one.weight) * 100 > CHANGED]
@@ -101,7 +101,7 @@ def phrase_table(
     return [rule, header, rule, *body, _total_row(pairs, weights, now, start), rule, *notes]
 
 
-def _pair_row(one: _Standing, with_change: bool) -> str:
+def _pair_row(one: _PairRow, with_change: bool) -> str:
     raw, used = percent(one.raw, RAW_WIDTH), percent(one.raw * one.weight)
     change = percent(one.move * one.weight, signed=True) if with_change else "N/A"
     return row((one.pair.kind, one.pair.phrase, one.pair.context, raw, used, change), WIDTHS)
@@ -120,7 +120,7 @@ def _not_shown(count: int, pairs: int) -> str:
     return f"not shown: {count} of {pairs} pairs, whose Used Prob has changed by {CHANGED:g} percentage points or less"
 
 
-def _moved_well(standings: Sequence[_Standing]) -> str:
+def _moved_well(standings: Sequence[_PairRow]) -> str:
     """How many pairs have gone where they should."""
     bad = [one.move < 0 for one in standings if one.pair.kind == "BAD"]
     good = [one.move > 0 for one in standings if one.pair.kind == "GOOD"]

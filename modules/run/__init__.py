@@ -4,16 +4,5 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
 from modules.run.map import Exports, check_exports, map_model
-from modules.run.merge import Options, follow_merge, merge_models
+from modules.run.merge import Options, merge_as_follower, merge_models
 from modules.run.replay import Replay, replay_recipe
-
-__all__ = [
-    "Exports",
-    "Options",
-    "Replay",
-    "check_exports",
-    "follow_merge",
-    "map_model",
-    "merge_models",
-    "replay_recipe",
-]

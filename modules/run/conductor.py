@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 
-from modules.checkpoints import Ahead, Candidate, remove_downloads
+from modules.checkpoints import Candidate, Prefetcher, remove_downloads
 from modules.config import Config
 from modules.output import RunRecord
 from modules.output import tables as report
 from modules.run.steps import note_source
 from modules.runtime import CheckpointError, Console, postponed
-from modules.search import Decision, Merge, Search
+from modules.search import Decision, Merge
+from modules.search.search import Search
 
 
 def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:
@@ -33,9 +34,11 @@ def resume_search(console: Console, search: Search, record: RunRecord, resume: b
 class Conductor:
     """Leads a search through all candidates, from where an earlier run has left it."""
 
-    def __init__(self, config: Config, console: Console, search: Search, record: RunRecord, ahead: Ahead) -> None:
-        self.config, self.console, self.search, self.record, self.ahead = config, console, search, record, ahead
-        self.layers = len(search.model.layers)
+    def __init__(
+        self, config: Config, console: Console, search: Search, record: RunRecord, prefetcher: Prefetcher
+    ) -> None:
+        self.config, self.console, self.search, self.record = config, console, search, record
+        self.prefetcher, self.layers = prefetcher, len(search.model.layers)
         # The accepted merges of every layer and, last, of the header.
         self.origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(self.layers + 1)]
 
@@ -49,7 +52,7 @@ class Conductor:
         self._show_table(table, whole_in_log=True)
         start = resume_search(console, search, self.record, resume)
         steps = len(candidates) * search.steps_per_candidate()
-        with console.progress(steps) as self.bar, postponed(console.heard) as self.end_if_asked:
+        with console.progress(steps) as self.bar, postponed(console.on_interrupt) as self.end_if_asked:
             for number, candidate in enumerate(candidates, start=1):
                 self._turn = f"{number}/{len(candidates)}"
                 console.timed(f"Candidate {self._turn}: {candidate.name}")
@@ -69,7 +72,7 @@ class Conductor:
         failure, group = None, self.search.group
         behind = self.search.repeated + len(self.record.decisions(number))
         try:
-            group.together(lambda: self.ahead.wait(number))
+            group.on_all_ranks(lambda: self.prefetcher.wait(number))
             note_source(self.record, group, number, candidate.text, candidate.where, candidate.checkpoint)
             failure = self._search(number, candidate)
         except CheckpointError as error:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.run.plan import Plan, Room, in_memory, on_disk
+from modules.run.plan import Available, Plan, in_memory, on_disk
 from modules.search import merge
 
 SECONDS_EACH = 0.2  # of one measurement
@@ -151,7 +151,7 @@ def _search_seconds(plan: Plan, rates: Rates) -> float:
     return alone + stacked + heads + sum(weights / rates.merging[method] for method, weights in merged)
 
 
-def plan_lines(plan: Plan, room: Room, estimate: Estimate) -> list[str]:
+def plan_lines(plan: Plan, room: Available, estimate: Estimate) -> list[str]:
     """The plan for the person at the terminal, one line for each of its figures."""
     disk, memory, count, packs = plan.disk, plan.memory, len(plan.disk.candidates), len(plan.packs)
     tried = [f"{method} at {ratios} ratios" for method, ratios in plan.methods]

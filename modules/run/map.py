@@ -7,26 +7,15 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoints import (
-    base_module,
-    base_of,
-    fetch_now,
-    find_location,
-    load_tokenizer,
-    looked_up,
-    open_base,
-    remove_downloads,
-)
 from modules.config import Config, Pair, unusable
-from modules.mapper import CompletionTree, Explorer, Spelling, Standing, build_continuation, standings
+from modules.mapper import CompletionTree, Explorer, PhraseRank, Spelling, build_continuation, rank_phrases
 from modules.mapper import report as mapping_report
-from modules.model import ResidentModel, load_model, placement_of, resolve_device, resolve_dtype, weights_of
+from modules.model import ModelLoader, ResidentModel
 from modules.output import naming
-from modules.run.steps import prepare_libraries
+from modules.run.steps import end, prepare_libraries
 from modules.runtime import ConfigError, Console
 from modules.scoring import Encoded, build_scorer, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
 
@@ -47,18 +36,9 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     prepare_libraries(config.random_seed)
     console.timed("THE MONSTER MAPPER LOOKS AROUND")
     console.warnings(doubtful_phrases(config.pairs))
-    fetch = partial(fetch_now, console)
-    console.lines(looked_up([base_of(config)]))
-    found = find_location(base_of(config))
-    console.lines(found.notes())
-    checkpoint = open_base(found, found.location.text, config.trust_remote_code, fetch)
-    fetch(checkpoint.job)
-    module, warnings = base_module(checkpoint, config.trust_remote_code)
-    console.warnings(warnings)
-    dtype = resolve_dtype(config.dtype, checkpoint.main_dtype(), resolve_device(config.device))
-    placement = placement_of(config.device, module, dtype, weights_of(module, dtype, False))
-    model = load_model(checkpoint, config.device, config.dtype, config.trust_remote_code, placement=placement)
-    tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code, checkpoint.companions)
+    loader = ModelLoader(config, console)
+    models = loader.open_base()
+    model, tokenizer = loader.load(models, loader.placement(models, with_header=False))
     spelling = Spelling(tokenizer, model.vocabulary)
     trees, phrases = explore(config, console, model, tokenizer, spelling)
     everything = [standing for group in phrases for standing in group]
@@ -70,14 +50,12 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     if exports.yaml:
         write_text(exports.yaml, mapping_report.phrase_list(everything, config.directories.model_path1))
         console.timed(f"The suggestions are in {exports.yaml}")
-    if not config.keep_downloads:
-        remove_downloads(console, [checkpoint.repository])
-    console.final(f"Done. The log is {console.log_path}")
+    end(console, config, models.base)
 
 
 def explore(
     config: Config, console: Console, model: ResidentModel, tokenizer: Any, spelling: Spelling
-) -> tuple[list[CompletionTree], list[list[Standing]]]:
+) -> tuple[list[CompletionTree], list[list[PhraseRank]]]:
     """The tree of every distinct context and how its phrases stand, printed one context after another."""
     console.warnings(doubled_tokens(tokenizer, config.pairs))
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
@@ -98,7 +76,7 @@ def explore(
         explorer = Explorer(continuation, settings, spelling, model.end_tokens(), bar.update)
         for tree in explorer.explore(roots):
             trees.append(tree)
-            stands.append(standings(tree, phrases[tree.root.context], settings, spelling))
+            stands.append(rank_phrases(tree, phrases[tree.root.context], settings, spelling))
             number = f"{len(trees)}/{len(roots)}"
             console.coloured_lines(mapping_report.tree_lines(number, tree, stands[-1], settings, spelling))
     return trees, stands

@@ -5,31 +5,18 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from modules.checkpoints import (
-    Ahead,
-    Models,
-    begin_download,
-    check_space,
-    fetch_now,
-    load_tokenizer,
-    locations_of,
-    looked_up,
-    open_models,
-    remove_downloads,
-)
+from modules.checkpoints import Models, Prefetcher, check_space, fetching
 from modules.config import Config
-from modules.model import ResidentModel, load_model, own_device
+from modules.model import ModelLoader, ResidentModel
 from modules.output import (
     JournalCopy,
     Place,
     Record,
     RunRecord,
-    Unfinished,
     check_apart,
     check_output,
     held_place,
@@ -41,12 +28,13 @@ from modules.output import (
 from modules.output import tables as report
 from modules.run.conductor import Clock, Conductor
 from modules.run.estimate import calibrate, estimate, plan_lines
-from modules.run.plan import Plan, Room, check, find_room, plan_run
-from modules.run.steps import note_source, prepare_libraries, save, write_results
-from modules.runtime import BANNER, Console, postponed
+from modules.run.plan import Available, Plan, check, find_available, plan_run
+from modules.run.steps import end, finish, note_source, prepare_libraries, save
+from modules.runtime import BANNER, Console
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import Budget, Encoded, Packing, Scorer, build_scorer, doubtful_phrases, encode_pairs
-from modules.search import Search, mean_shares
+from modules.search import mean_shares
+from modules.search.search import Search
 
 
 @dataclass(frozen=True)
@@ -88,42 +76,38 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             console.final(f"This run has finished: its output is in {output}")
         else:
             check_output(place, options.overwrite)
-            console.lines(looked_up(locations_of(config)))
-            models = open_models(config, partial(fetch_now, console))
-            plan, room = _checked_plan(config, console, models, group)
+            loader = ModelLoader(config, console, group.rank)
+            models = loader.open()
+            plan, room = _checked_plan(loader, models)
             if not options.dry_run:
-                _merge(config, console, options, group, place, models, plan)
+                _merge(loader, options, group, place, models, plan)
                 return
             console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
             console.final("Dry run: nothing was written")
-    group.from_first(NOTHING_TO_SEARCH)
+    group.broadcast(NOTHING_TO_SEARCH)
 
 
-def _checked_plan(config: Config, console: Console, models: Models, group: Group) -> tuple[Plan, Room]:
+def _checked_plan(loader: ModelLoader, models: Models) -> tuple[Plan, Available]:
     """What the run will do and take, and what room there is. Raises ConfigError if it is too little."""
-    console.lines(models.notes)
-    console.warnings(models.warnings)
-    check_space(models.jobs, config.keep_downloads)
-    plan = plan_run(replace(config, device=own_device(config.device, group.seat)), models, group.seat.count_here)
-    room = find_room(plan)
-    console.warnings([*doubtful_phrases(config.pairs), *plan.doubts, *check(plan, room)])
+    check_space(models.jobs, loader.config.keep_downloads)
+    plan = plan_run(replace(loader.config, device=loader.device), models, loader.rank.local_world_size)
+    room = find_available(plan)
+    loader.console.warnings([*doubtful_phrases(loader.config.pairs), *plan.doubts, *check(plan, room)])
     return plan, room
 
 
-def _merge(
-    config: Config, console: Console, options: Options, group: Group, place: Place, models: Models, plan: Plan
-) -> None:
+def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, models: Models, plan: Plan) -> None:
     """Search, and put the result into its place."""
-    clock = Clock()
+    clock, config, console = Clock(), loader.config, loader.console
     with (
         unfinished_output(place, options.resume, options.restart) as unfinished,
-        Ahead(models.jobs, partial(begin_download, console)) as ahead,
+        fetching(console, models.jobs) as prefetcher,
     ):
         record = RunRecord(unfinished.journal, config, models.base)
-        ahead.wait(0)
+        prefetcher.wait(0)
         clock.lap("download")
-        group.from_first(Start(record.journal.records, plan.budget))
-        conductor = begin_search(config, console, models, record, ahead, plan.budget, group, plan.placement)
+        group.broadcast(Start(record.journal.records, plan.budget))
+        conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
         search, model = conductor.search, conductor.search.model
@@ -137,45 +121,33 @@ def _merge(
         recipe = record.recipe(
             config.pairs, search.weights, search.log_probabilities, composition, model.dtypes(), clock.seconds
         )
-        write_results(console, unfinished.folder, recipe, place.output.name, models.base.path)
-        put_in_place(console, unfinished, options.overwrite)
-    if not config.keep_downloads:
-        remove_downloads(console, [models.base.repository])
-    console.final(f"Done. The log is {console.log_path}")
-
-
-def put_in_place(console: Console, unfinished: Unfinished, overwrite: bool) -> None:
-    """Make what is written the output. It takes a moment, in which Ctrl-C is not heard unless it comes twice."""
-    with postponed(lambda: None):
-        console.warnings(unfinished.take_place(overwrite))
+        finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
+    end(console, config, models.base)
 
 
 def begin_search(
-    config: Config,
-    console: Console,
+    loader: ModelLoader,
     models: Models,
     record: RunRecord,
-    ahead: Ahead,
+    prefetcher: Prefetcher,
     budget: Budget,
     group: Group,
     placement: Sequence[torch.device] | None = None,
-) -> "Conductor":
+) -> Conductor:
     """Load the base and score it, print the summary; who leads the search from there.
 
-    ahead: brings the base as number 0, then the candidates; each while the one before it is searched.
+    prefetcher: brings the base as number 0, then the candidates; each while the one before it is searched.
     """
-    base = models.base
-    note_source(record, group, 0, config.directories.model_path1, models.base_where, base)
-    device = own_device(config.device, group.seat)
-    model = load_model(base, device, config.dtype, config.trust_remote_code, placement=placement)
-    tokenizer = load_tokenizer(base.path, config.trust_remote_code, base.companions)
+    config, console = loader.config, loader.console
+    note_source(record, group, 0, config.directories.model_path1, models.base_where, models.base)
+    model, tokenizer = loader.load(models, placement)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     scorer = build_shared_scorer(model, encoded, budget, record.packing, group)
     search = Search(model, scorer, config, tokenizer, group)
     names = [candidate.name for candidate in models.candidates]
     console.lines(report.summary(config, model.describe(), scorer.describe(), names))
     console.warnings(search.warnings)
-    return Conductor(config, console, search, record, ahead)
+    return Conductor(config, console, search, record, prefetcher)
 
 
 def build_shared_scorer(
@@ -189,26 +161,29 @@ def build_shared_scorer(
     if before is not None and (model.device.type != "cpu" or before.tokens <= budget.tokens):
         budget = before.applied_to(budget)
     # How to score is measured once: another machine's rounding must not make another choice.
-    scorer = group.together(lambda: build_scorer(model, encoded, budget, seat=group.seat) if group.seat.leads else None)
-    settings = group.from_first(scorer and scorer.settings)
-    scorer = group.together(lambda: scorer or Scorer(model, encoded, *settings, group.seat))
+    scorer = group.on_all_ranks(
+        lambda: build_scorer(model, encoded, budget, rank=group.rank) if group.rank.leads else None
+    )
+    settings = group.broadcast(scorer and scorer.settings)
+    scorer = group.on_all_ranks(lambda: scorer or Scorer(model, encoded, *settings, group.rank))
     if before is not None and before.layout == scorer.layout and before.applied_to(budget) == budget:
-        group.together(lambda: scorer.pack_as(before))
+        group.on_all_ranks(lambda: scorer.pack_as(before))
     return scorer
 
 
-def follow_merge(config: Config, console: Console, options: Options, group: Group) -> None:
-    """Search along from when the process that leads begins, until all candidates are searched.
+def merge_as_follower(config: Config, console: Console, options: Options, group: Group) -> None:
+    """A follower rank's part: to search along from when the leader begins, until all candidates are searched.
 
     Raises as `merge_models` does, and ProcessLost when another process ends before its time.
     """
     prepare_libraries(config.random_seed)
-    start = group.from_first()
+    start = group.broadcast()
     if start is NOTHING_TO_SEARCH:
         return
-    models = open_models(config, partial(fetch_now, console))
-    with Ahead(models.jobs, partial(begin_download, console)) as ahead:
-        ahead.wait(0)
+    loader = ModelLoader(config, console, group.rank)
+    models = loader.open()
+    with fetching(console, models.jobs) as prefetcher:
+        prefetcher.wait(0)
         record = RunRecord(JournalCopy(start.records), config)
-        conductor = begin_search(config, console, models, record, ahead, start.budget, group)
+        conductor = begin_search(loader, models, record, prefetcher, start.budget, group)
         conductor.conduct(models.candidates)

@@ -140,7 +140,7 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
     dtype = resolve_dtype(config.dtype, base.main_dtype(), device)
     module = models.module
     sizes = sizes_of(module)
-    tokenizer = load_tokenizer(base.path, config.trust_remote_code, base.companions)
+    tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
@@ -215,14 +215,16 @@ def _stored_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
 
 def _bytes_read(candidate: Candidate, module: PreTrainedModel, with_header: bool) -> int:
     """Bytes of a candidate's layers and, if it is tried, of its header, as they are stored."""
-    layout, layers = candidate.layout, f"{find_layers(module)[0]}."
+    conversion, layers = candidate.conversion, f"{find_layers(module)[0]}."
     header = {id(weight) for weight in header_weights(module)} if with_header else set()
     tried = {name for name, weight in module.named_parameters() if name.startswith(layers) or id(weight) in header}
-    return sum(math.prod(layout.shape(name)) * layout.dtype(name).itemsize for name in layout if name in tried)
+    return sum(
+        math.prod(conversion.shape(name)) * conversion.dtype(name).itemsize for name in conversion if name in tried
+    )
 
 
 @dataclass(frozen=True)
-class Room:
+class Available:
     """What is free where a run needs it."""
 
     folder: Path  # the output goes to its file system
@@ -232,7 +234,7 @@ class Room:
     lacking: tuple[str, ...] = ()  # what its file system can't do, a line each
 
 
-def find_room(plan: Plan) -> Room:
+def find_available(plan: Plan) -> Available:
     """Ask the machine. What can be done where the output goes is tried, on a small folder that is removed again."""
     place = place_of(plan.output)
     # A run that did not finish may have left a part of its output; it is removed before this one is written.
@@ -241,7 +243,7 @@ def find_room(plan: Plan) -> Room:
         refusal, lacking = None, place.lacks()
     except OSError as error:
         refusal, lacking = place.refusal(error), []
-    return Room(
+    return Available(
         folder=place.nearest,
         disk=shutil.disk_usage(place.nearest).free + left,
         memory=_free_for(plan),
@@ -261,7 +263,7 @@ def _share(free: int | None, sharing: int) -> int | None:
     return None if free is None else free // sharing
 
 
-def check(plan: Plan, room: Room) -> list[str]:
+def check(plan: Plan, room: Available) -> list[str]:
     """What might go wrong, a line each. Raises ConfigError, naming everything at once, for what surely would."""
     problems = [*_writing_problems(plan, room), *_memory_problems(plan, room)]
     if problems:
@@ -269,7 +271,7 @@ def check(plan: Plan, room: Room) -> list[str]:
     return [*room.lacking, *_memory_warnings(plan, room)]
 
 
-def _writing_problems(plan: Plan, room: Room) -> list[str]:
+def _writing_problems(plan: Plan, room: Available) -> list[str]:
     problems = [room.refusal] if room.refusal else []
     fetched = plan.disk.downloads_kept if _same_disk(room.folder, cache_folder()) else 0
     if plan.disk.needed + fetched > room.disk:
@@ -286,7 +288,7 @@ def _same_disk(one: Path, other: Path) -> bool:
     return one.stat().st_dev == other.stat().st_dev
 
 
-def _memory_problems(plan: Plan, room: Room) -> list[str]:
+def _memory_problems(plan: Plan, room: Available) -> list[str]:
     """Only what can't be avoided counts: the weights that a run holds at the same time."""
     memory = plan.memory
     if room.memory is None or memory.held <= room.memory:
@@ -305,7 +307,7 @@ def _memory_problems(plan: Plan, room: Room) -> list[str]:
     return [f"{what} don't fit into the memory of {plan.device}, which has {free}: {', or '.join(advice)}"]
 
 
-def _memory_warnings(plan: Plan, room: Room) -> list[str]:
+def _memory_warnings(plan: Plan, room: Available) -> list[str]:
     warnings, memory = [], plan.memory
     if room.memory is not None and memory.total > room.memory:
         warnings.append(

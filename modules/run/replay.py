@@ -5,24 +5,11 @@ Knows: the order of the steps. Refuses to know: phrases, scores, how a decision 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import torch
-
-from modules.checkpoints import (
-    Ahead,
-    Models,
-    begin_download,
-    check_space,
-    fetch_now,
-    load_tokenizer,
-    locations_of,
-    looked_up,
-    open_models,
-)
+from modules.checkpoints import Models, check_space, fetching
 from modules.config import Config, Directories, missing_folder, parse_source
-from modules.model import load_model, placement_of, present_devices, weights_of
+from modules.model import ModelLoader, present_devices
 from modules.output import (
     Place,
     Record,
@@ -38,10 +25,9 @@ from modules.output import (
     unfinished_output,
     written_paths,
 )
-from modules.run.merge import put_in_place
-from modules.run.steps import prepare_libraries, save, write_results
+from modules.run.steps import end, finish, prepare_libraries, save
 from modules.runtime import BANNER, ConfigError, Console
-from modules.search import Merger
+from modules.search.trial import Merger
 
 
 @dataclass(frozen=True)
@@ -74,45 +60,37 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])
     with held_place(asked.output, console) as place:
         check_output(place, asked.overwrite)
-        console.lines(looked_up(locations_of(config)))
-        models = open_models(config, partial(fetch_now, console), no_candidates=not config.models_to_merge)
-        console.lines(models.notes)
-        console.warnings(models.warnings)
+        loader = ModelLoader(config, console, compute=recipe["dtype"])
+        models = loader.open()
         check_space(models.jobs, config.keep_downloads)
-        _rebuild(asked, recipe, config, console, place, models)
-    console.final(f"Done. The log is {console.log_path}")
+        _rebuild(asked, recipe, loader, place, models)
+    end(console, config, models.base)
 
 
-def _rebuild(asked: Replay, recipe: Record, config: Config, console: Console, place: Place, models: Models) -> None:
+def _rebuild(asked: Replay, recipe: Record, loader: ModelLoader, place: Place, models: Models) -> None:
     """Merge what the recipe accepted, and put the result into its place."""
     base_source, *sources = needed_sources(recipe)
-    base, candidates = models.base, models.candidates
+    console, base, candidates = loader.console, models.base, models.candidates
     if len(candidates) != len(sources):
         raise ConfigError(f"of the recipe's {len(sources)} candidates {len(candidates)} were found")
     with (
         unfinished_output(place, resume=False, restart=False) as unfinished,
-        Ahead(models.jobs, partial(begin_download, console)) as ahead,
+        fetching(console, models.jobs) as prefetcher,
     ):
-        ahead.wait(0)
+        prefetcher.wait(0)
         compare_fingerprints(base_source, base, "has changed since the recipe was written")
-        console.lines(_other_device(recipe, config.device))
-        dtype, saved = getattr(torch, recipe["dtype"]), recipe.get("saved_dtype") or "auto"
-        placement = placement_of(config.device, models.module, dtype, weights_of(models.module, dtype, True))
-        trusted = config.trust_remote_code
-        model = load_model(base, config.device, saved, trusted, compute=recipe["dtype"], placement=placement)
-        merger = Merger(
-            model, load_tokenizer(base.path, config.trust_remote_code, base.companions), config.trust_remote_code
-        )
+        console.lines(_other_device(recipe, loader.device))
+        model, tokenizer = loader.load(models, loader.placement(models, with_header=True))
+        merger = Merger(model, tokenizer)
         for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
-            ahead.wait(number)
+            prefetcher.wait(number)
             compare_fingerprints(source, candidate.checkpoint, "has changed since the recipe was written")
             decisions = [decision_of(record) for record in accepted_of(recipe, source["number"])]
             console.timed(f"Candidate {number}/{len(sources)}: {source['name']}, {len(decisions)} merges")
             merger.repeat(candidate, decisions)
             candidate.checkpoint.release()
         save(console, model, unfinished, str(asked.output), recipe["config"])
-        write_results(console, unfinished.folder, recipe, place.output.name, base.path)
-        put_in_place(console, unfinished, asked.overwrite)
+        finish(console, unfinished, recipe, place.output, base, asked.overwrite)
 
 
 def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> Config:
@@ -134,6 +112,7 @@ def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> 
         directories=Directories(texts[0], str(asked.output)),
         models_to_merge=tuple(texts[1:]),
         device=_device(asked, recipe),
+        dtype=recipe.get("saved_dtype") or "auto",
         random_seed=settings["random_seed"],
         trust_remote_code=settings["trust_remote_code"],
     )

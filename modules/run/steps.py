@@ -1,4 +1,4 @@
-"""Steps that a merge and a replay have in common.
+"""Steps that runs have in common.
 
 Knows: libraries, saving, what lies beside the weights. Refuses to know: searching.
 """
@@ -10,7 +10,8 @@ import huggingface_hub
 import torch
 import transformers
 
-from modules.checkpoints import Checkpoint
+from modules.checkpoints import Checkpoint, remove_downloads
+from modules.config import Config
 from modules.model import ResidentModel
 from modules.output import (
     CARD_FILE,
@@ -27,7 +28,7 @@ from modules.output import (
     write_card,
     write_recipe,
 )
-from modules.runtime import Console, first_line
+from modules.runtime import Console, first_line, postponed
 from modules.runtime.distributed import Group
 
 
@@ -41,16 +42,16 @@ def save(console: Console, model: ResidentModel, unfinished: Unfinished, output:
         (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 
 
-def write_results(console: Console, folder: Path, recipe: Record, name: str, base: Path) -> None:
-    """Write the recipe, and what shows people what is in it: two pictures and a model card.
-
-    name: the output's. base: the base's folder.
-    """
+def finish(
+    console: Console, unfinished: Unfinished, recipe: Record, output: Path, base: Checkpoint, overwrite: bool
+) -> None:
+    """Write the recipe, and what shows people what is in it, two pictures and a model card; make it all the output."""
+    folder = unfinished.folder
     write_recipe(folder, recipe)
     drawn = {
         MERGE_MAP_FILE: lambda: merge_map(recipe, folder / MERGE_MAP_FILE),
         PHRASE_CHART_FILE: lambda: phrase_chart(recipe, folder / PHRASE_CHART_FILE),
-        CARD_FILE: lambda: write_card(folder, recipe, name, base, (MERGE_MAP_FILE, PHRASE_CHART_FILE)),
+        CARD_FILE: lambda: write_card(folder, recipe, output.name, base.path, (MERGE_MAP_FILE, PHRASE_CHART_FILE)),
     }
     for file, write in drawn.items():
         try:
@@ -59,6 +60,15 @@ def write_results(console: Console, folder: Path, recipe: Record, name: str, bas
         except Exception as error:  # no reason to lose a merge
             (folder / file).unlink(missing_ok=True)
             console.warning(f"{file} could not be made ({first_line(error)})")
+    with postponed(lambda: None):  # it takes a moment, in which Ctrl-C is not heard unless it comes twice
+        console.warnings(unfinished.take_place(overwrite))
+
+
+def end(console: Console, config: Config, base: Checkpoint) -> None:
+    """Leave no download that is not to be kept, and say that all is done."""
+    if not config.keep_downloads:
+        remove_downloads(console, [base.repository])
+    console.final(f"Done. The log is {console.log_path}")
 
 
 def prepare_libraries(seed: int) -> None:
@@ -75,6 +85,6 @@ def prepare_libraries(seed: int) -> None:
 
 def note_source(record: RunRecord, group: Group, number: int, text: str, where: str, checkpoint: Checkpoint) -> None:
     """Note which model a number is. Raises ConfigError if it is not what an earlier run, or another process, has."""
-    noted = group.from_first(group.together(lambda: record.source(number, text, where, checkpoint)))
-    here = f"is not the same in process {group.seat.number} as in process 0"
-    group.together(lambda: compare_fingerprints(noted, checkpoint, here) if not group.seat.leads else None)
+    noted = group.broadcast(group.on_all_ranks(lambda: record.source(number, text, where, checkpoint)))
+    here = f"is not the same in process {group.rank.number} as in process 0"
+    group.on_all_ranks(lambda: compare_fingerprints(noted, checkpoint, here) if not group.rank.leads else None)

@@ -18,7 +18,7 @@ from modules.runtime.console import (
 from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError, first_line, reading
 from modules.runtime.exit_codes import exit_code, leave
 from modules.runtime.interrupts import postponed
-from modules.runtime.ranks import Seat, find_seat
+from modules.runtime.ranks import Rank, find_rank
 from modules.runtime.text import (
     CONTEXT_WIDTH,
     PHRASE_WIDTH,
@@ -31,36 +31,3 @@ from modules.runtime.text import (
     row,
     shortened,
 )
-
-__all__ = [
-    "BANNER",
-    "CONTEXT_WIDTH",
-    "LOGS",
-    "PHRASE_WIDTH",
-    "RAW_WIDTH",
-    "USED_WIDTH",
-    "Arguments",
-    "BrokenWeights",
-    "CheckpointError",
-    "ConfigError",
-    "Console",
-    "Seat",
-    "Silent",
-    "Unlogged",
-    "coloured",
-    "columns",
-    "exit_code",
-    "find_seat",
-    "first_line",
-    "fit",
-    "leave",
-    "one_line",
-    "open_streams",
-    "percent",
-    "postponed",
-    "reading",
-    "row",
-    "shortened",
-    "show",
-    "visible",
-]

@@ -228,7 +228,7 @@ class Console:
         """Why a run ends that is not at fault itself: it was told to, or another process has ended."""
         self.error(*texts)
 
-    def heard(self) -> None:
+    def on_interrupt(self) -> None:
         """Answer the first Ctrl-C. It may come in the middle of a line: this goes past everything that is buffered."""
         with suppress(OSError):  # the terminal may be gone, and that be the reason
             os.write(2, b"\nEnding after this decision; once more to end at once.\n")
@@ -285,7 +285,7 @@ class Silent(Console):
     def ending(self, *texts: str) -> None:
         """Nothing: the process that leads says it."""
 
-    def heard(self) -> None:
+    def on_interrupt(self) -> None:
         """Nothing."""
 
     def _show(self, text: str) -> None:

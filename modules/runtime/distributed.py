@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from modules.runtime.errors import ProcessLost
-from modules.runtime.ranks import Seat
+from modules.runtime.ranks import Rank
 
 Value = TypeVar("Value")
 
@@ -27,15 +27,15 @@ PATIENCE = timedelta(days=1)
 class Group:
     """The processes of a run; it may be only one."""
 
-    def __init__(self, seat: Seat) -> None:
-        self.seat = seat
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
 
-    def together(self, work: Callable[[], Value]) -> Value:
+    def on_all_ranks(self, work: Callable[[], Value]) -> Value:
         """Do this process's part of some work, and raise what it raises in any of them, in all of them.
 
         So all are always at the same place. Raises ProcessLost if one of them is gone.
         """
-        if self.seat.count == 1:
+        if self.rank.world_size == 1:
             return work()
         try:
             result, failure = work(), None
@@ -46,23 +46,23 @@ class Group:
             distributed.all_reduce(flag)
         if not flag:
             return result
-        failures: list[Exception | None] = [None] * self.seat.count
+        failures: list[Exception | None] = [None] * self.rank.world_size
         with _company():
             distributed.all_gather_object(failures, failure and _sendable(failure))
         raise next(one for one in failures if one is not None)
 
     def sum(self, rows: Sequence[Sequence[float]]) -> list[list[float]]:
         """The element-wise sums of what all have; where all but one have zeros, exactly what that one has."""
-        if self.seat.count == 1:
+        if self.rank.world_size == 1:
             return [list(row) for row in rows]
         values = torch.tensor(rows, dtype=torch.float64)
         with _company():
             distributed.all_reduce(values)
         return values.tolist()
 
-    def from_first(self, value: Value | None = None) -> Value:
+    def broadcast(self, value: Value | None = None) -> Value:
         """What the first process has; the others' own is not looked at."""
-        if self.seat.count == 1:
+        if self.rank.world_size == 1:
             return value
         values = [value]
         with _company():
@@ -70,7 +70,7 @@ class Group:
         return values[0]
 
 
-ALONE = Group(Seat())
+ALONE = Group(Rank())
 
 
 def _sendable(failure: Exception) -> Exception:
@@ -82,15 +82,15 @@ def _sendable(failure: Exception) -> Exception:
 
 
 @contextmanager
-def joined(seat: Seat) -> Iterator[Group]:
+def joined(rank: Rank) -> Iterator[Group]:
     """The group of this process, left when the block ends. Raises ProcessLost if it does not come together."""
-    if seat.count == 1:
+    if rank.world_size == 1:
         yield ALONE
         return
     with _company():
         distributed.init_process_group("gloo", timeout=PATIENCE)
     try:
-        yield Group(seat)
+        yield Group(rank)
     finally:
         distributed.destroy_process_group()
 

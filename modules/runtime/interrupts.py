@@ -57,7 +57,7 @@ def end_at_once(code: int) -> None:
     def end(_number: int, _frame: FrameType | None) -> None:
         os._exit(code)
 
-    for number in _heard(_SIGNALS):
+    for number in _not_ignored(_SIGNALS):
         signal.signal(number, end)
 
 
@@ -66,7 +66,7 @@ def _handling(signals: Iterable[signal.Signals], handler: Callable[[int, FrameTy
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may, and only it is interrupted
         return
-    before = {number: signal.signal(number, handler) for number in _heard(signals)}
+    before = {number: signal.signal(number, handler) for number in _not_ignored(signals)}
     try:
         yield
     finally:
@@ -74,6 +74,6 @@ def _handling(signals: Iterable[signal.Signals], handler: Callable[[int, FrameTy
             signal.signal(number, former)
 
 
-def _heard(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+def _not_ignored(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
     """Those that are not ignored; None stands for a handler that is not Python's, which could not be put back."""
     return [number for number in signals if signal.getsignal(number) not in (signal.SIG_IGN, None)]

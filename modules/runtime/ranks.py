@@ -11,13 +11,13 @@ from modules.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Seat:
+class Rank:
     """Which process this is."""
 
     number: int = 0
-    count: int = 1
-    number_here: int = 0  # the same among those on this machine
-    count_here: int = 1
+    world_size: int = 1
+    local_rank: int = 0  # the same among those on this machine
+    local_world_size: int = 1
 
     @property
     def leads(self) -> bool:
@@ -25,23 +25,23 @@ class Seat:
         return self.number == 0
 
 
-def find_seat(environment: Mapping[str, str] = os.environ) -> Seat:
+def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
     """This process's, from what torchrun tells it; the only one, if it was not started by torchrun.
 
-    Raises ConfigError if what stands there is no seat.
+    Raises ConfigError if what stands there is no rank.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if any(name not in environment for name in names):
-        return Seat()
+        return Rank()
     told = [environment[name] for name in names]
     if not all(text.isascii() and text.isdigit() and len(text) < 10 for text in told):
-        raise _no_seat(names, told)
-    seat = Seat(*map(int, told))
-    if not (seat.number < seat.count and seat.number_here < seat.count_here <= seat.count):
-        raise _no_seat(names, told)
-    return seat
+        raise _no_rank(names, told)
+    rank = Rank(*map(int, told))
+    if not (rank.number < rank.world_size and rank.local_rank < rank.local_world_size <= rank.world_size):
+        raise _no_rank(names, told)
+    return rank
 
 
-def _no_seat(names: Sequence[str], told: Sequence[str]) -> ConfigError:
+def _no_rank(names: Sequence[str], told: Sequence[str]) -> ConfigError:
     listed = ", ".join(f"{name}={text}" for name, text in zip(names, told, strict=True))
     return ConfigError(f"the environment has {listed}, which torchrun did not set: unset them, or start with torchrun")

@@ -5,8 +5,8 @@ Knows: tokenizers, packs, the model's forward. Refuses to know: merging, strateg
 
 from modules.scoring.budget import LOGITS_ON_CPU, TOKENS, Budget, Packing, budget_of, layer_bytes, logits_bytes
 from modules.scoring.exactness import Plain, spread
-from modules.scoring.inputs import Inputs, depths, sight, tree_mask
-from modules.scoring.layout import NOT_TAKEN, build_scorer, check_numbers, reach
+from modules.scoring.inputs import Inputs, attention_mask, depths, tree_mask
+from modules.scoring.layout import NOT_TAKEN, attention_window, build_scorer, check_numbers
 from modules.scoring.packing import LAYOUTS, TokenTree, build_packs
 from modules.scoring.scorer import Scorer, Trial
 from modules.scoring.tokenization import (
@@ -18,35 +18,3 @@ from modules.scoring.tokenization import (
     encode_pair,
     encode_pairs,
 )
-
-__all__ = [
-    "LAYOUTS",
-    "LOGITS_ON_CPU",
-    "NOT_TAKEN",
-    "TOKENS",
-    "Budget",
-    "Encoded",
-    "Inputs",
-    "Packing",
-    "Plain",
-    "Root",
-    "Scorer",
-    "TokenTree",
-    "Trial",
-    "budget_of",
-    "build_packs",
-    "build_scorer",
-    "check_numbers",
-    "depths",
-    "doubled_tokens",
-    "doubtful_phrases",
-    "encode_contexts",
-    "encode_pair",
-    "encode_pairs",
-    "layer_bytes",
-    "logits_bytes",
-    "reach",
-    "sight",
-    "spread",
-    "tree_mask",
-]

@@ -30,7 +30,7 @@ class Inputs:
 
     ids: Tensor  # input tokens, (B, T)
     positions: Tensor | None  # (1, T); None where they are simply counted
-    ends: Tensor | None  # of a forest: how far the tokens reach that see each token, (T,)
+    subtree_end: Tensor | None  # of a forest: how far the tokens reach that see each token, (T,)
     dtype: torch.dtype  # that the model computes in
     columns: Tensor  # the columns at which some row is read, ascending
     targets: Targets  # columns: numbers into `columns`, ascending
@@ -39,9 +39,11 @@ class Inputs:
     @classmethod
     def of(cls, pack: Pack, device: torch.device, dtype: torch.dtype) -> "Inputs":
         """A pack for a model on `device` that computes in `dtype`."""
-        positions = ends = None
+        positions = subtree_end = None
         if pack.parents is not None:
-            positions, ends = (torch.tensor(values, device=device) for values in _reach(pack.parents))
+            positions, subtree_end = (
+                torch.tensor(values, device=device) for values in _depths_and_subtree_ends(pack.parents)
+            )
         columns = sorted({target.column for target in pack.targets})
         number = {column: i for i, column in enumerate(columns)}
         targets = sorted(pack.targets, key=lambda target: target.column)
@@ -49,7 +51,7 @@ class Inputs:
         return cls(
             torch.tensor(pack.rows, device=device),
             positions if positions is None else positions[None],
-            ends,
+            subtree_end,
             dtype,
             torch.tensor(columns, device=device),
             Targets(*torch.tensor(table, device=device).T.contiguous()),
@@ -59,10 +61,10 @@ class Inputs:
     def arguments(self) -> dict[str, Tensor]:
         """What the model's forward takes. The mask is made anew each time: kept for all packs it would take more
         memory than everything else."""
-        if self.ends is None:
+        if self.subtree_end is None:
             return {"input_ids": self.ids}
-        number = torch.arange(len(self.ends), device=self.ends.device)
-        seen = (number <= number[:, None]) & (number[:, None] < self.ends)
+        number = torch.arange(len(self.subtree_end), device=self.subtree_end.device)
+        seen = (number <= number[:, None]) & (number[:, None] < self.subtree_end)
         return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": tree_mask(seen, self.dtype)}
 
     @property
@@ -76,7 +78,7 @@ class Inputs:
         return Targets(t.rows[cut], t.columns[cut] - first, t.tokens[cut], t.pairs[cut], t.places[cut])
 
 
-def _reach(parents: Sequence[int]) -> tuple[list[int], list[int]]:
+def _depths_and_subtree_ends(parents: Sequence[int]) -> tuple[list[int], list[int]]:
     """Of each token of a pack its position, and the column behind the last token that sees it.
 
     A pack's tree is in preorder, so the tokens that see one, itself and all behind it, stand side by side.
@@ -90,11 +92,11 @@ def _reach(parents: Sequence[int]) -> tuple[list[int], list[int]]:
     return depth, ends
 
 
-def sight(parents: Sequence[int], before: Tensor | None = None) -> Tensor:
+def attention_mask(parents: Sequence[int], before: Tensor | None = None) -> Tensor:
     """Which tokens of a token tree each token sees, itself and its ancestors: (T, T), boolean.
 
     parents: the column of each token's predecessor, -1 for a root; parents come before their children. before: the
-    sight (S, S) of tokens that are there already; the result is then that of the new ones, (T, S + T).
+    mask (S, S) of tokens that are there already; the result is then that of the new ones, (T, S + T).
     """
     first = 0 if before is None else before.shape[0]
     seen = torch.zeros(len(parents), first + len(parents), dtype=torch.bool)
@@ -108,7 +110,7 @@ def sight(parents: Sequence[int], before: Tensor | None = None) -> Tensor:
 
 
 def tree_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the attention scores of tokens with this sight, 0 where a token is seen: (1, 1, T, S + T).
+    """What is added to the attention scores of tokens with this mask, 0 where a token is seen: (1, 1, T, S + T).
 
     A boolean mask would be added as 0 and 1 by eager attention.
     """
@@ -117,5 +119,5 @@ def tree_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def depths(seen: Tensor) -> Tensor:
-    """The positions of tokens with this sight, (1, T): a token's distance from its root."""
+    """The positions of tokens with this mask, (1, T): a token's distance from its root."""
     return seen.sum(-1)[None] - 1

@@ -12,7 +12,7 @@ import torch
 
 from modules.checkpoints import dtype_name, layer_settings
 from modules.model import ResidentModel, wider
-from modules.runtime import ConfigError, Seat
+from modules.runtime import ConfigError, Rank
 from modules.scoring.budget import Budget
 from modules.scoring.exactness import Plain, spread
 from modules.scoring.packing import LAYOUTS
@@ -24,36 +24,36 @@ NOT_TAKEN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, Ke
 
 
 def build_scorer(
-    model: ResidentModel, encoded: Sequence[Encoded], budget: Budget = DEFAULT, tails: bool = True, seat: Seat = ONLY
+    model: ResidentModel, encoded: Sequence[Encoded], budget: Budget = DEFAULT, tails: bool = True, rank: Rank = ONLY
 ) -> Scorer:
     """A scorer in the fastest layout that is exact for this model, with what fits into memory of the budget.
 
-    tails: whether it will score trials; seat: see Scorer. Raises ConfigError if the model's scores are not finite or
+    tails: whether it will score trials; rank: see Scorer. Raises ConfigError if the model's scores are not finite or
     don't repeat, torch.OutOfMemoryError if not even one pair fits.
     """
     plain, stacked = Plain(model), True
     while True:
         try:
-            scorer = _exact_scorer(model, encoded, plain, budget, seat)
+            scorer = _exact_scorer(model, encoded, plain, budget, rank)
             if tails:
                 scorer._stacked, scorer._tails = _exact_trials(scorer, plain, stacked)
-            return scorer if seat.count == 1 else Scorer(model, encoded, *scorer.settings, seat)
+            return scorer if rank.world_size == 1 else Scorer(model, encoded, *scorer.settings, rank)
         except torch.OutOfMemoryError:
             if budget.tokens == 1 and not stacked:
                 raise
             budget, stacked = budget.halved(), budget.tokens > 1
 
 
-def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain, budget: Budget, seat: Seat) -> Scorer:
+def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain, budget: Budget, rank: Rank) -> Scorer:
     """All packs, of all processes, in the first layout whose scores are those of plain forwards."""
     by_length = sorted(encoded, key=lambda item: len(item.tokens))
     longest = by_length[-1].tokens
     check_numbers(model, [float(plain.token_scores(item).sum()) for item in spread(by_length, SAMPLE)])
     limit = plain.tolerance(longest, budget.tokens, budget.logits)
     for layout in LAYOUTS:
-        if layout == "forest" and reach(model) < len(longest):
+        if layout == "forest" and attention_window(model) < len(longest):
             continue  # a 4-D mask is used as given: it would lift the window
-        shared = budget if seat.count == 1 else Scorer(model, encoded, layout, budget, seat=seat).budget
+        shared = budget if rank.world_size == 1 else Scorer(model, encoded, layout, budget, rank=rank).budget
         scorer = Scorer(model, encoded, layout, shared, limit)
         if _is_taken(partial(_scores_agree, scorer, plain)):
             return scorer
@@ -125,7 +125,7 @@ def _altered(scorer: Scorer) -> Trial:
     return lambda: part.holding(tensors)
 
 
-def reach(model: ResidentModel) -> float:
+def attention_window(model: ResidentModel) -> float:
     """How far back attention reaches in this model, in tokens."""
     windows = layer_settings(model.module.config, "sliding_window")
     return min((window for window in windows if window), default=float("inf"))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modules.model import ResidentModel
-from modules.runtime import Seat
+from modules.runtime import Rank
 from modules.scoring.budget import FEWEST_TOKENS, Budget, Packing
 from modules.scoring.exactness import Plain, spread
 from modules.scoring.hidden_states import Cache, Forward, call_on, entering, first_of, hidden_states_in, replaced_layers
@@ -32,7 +32,7 @@ from modules.scoring.tokenization import Encoded
 PACKS_EACH = 4  # at least so many for each of several processes, that none has much more to do than another
 SAMPLE = 16  # pairs of each pack that are compared with plain forwards
 
-DEFAULT, ONLY = Budget(), Seat()
+DEFAULT, ONLY = Budget(), Rank()
 Trial = Callable[[], AbstractContextManager[None]]  # while it is entered, the model holds the trial's weights
 
 
@@ -52,12 +52,12 @@ class Scorer:
         tolerance: float = 0.0,
         stacked: bool = True,
         tails: bool = True,
-        seat: Seat = ONLY,
+        rank: Rank = ONLY,
     ) -> None:
         """tolerance: what rounding alone makes of a token's log-probability, as the layout was verified with. stacked:
         several trials at a time, where inputs allow it. tails: trials are scored from their layer on, not by whole
-        forwards. seat: of several processes that share the packs; each has zeros for the pairs of the others."""
-        self.layout, self.tolerance, self._seat = layout, tolerance, seat
+        forwards. rank: of several processes that share the packs; each has zeros for the pairs of the others."""
+        self.layout, self.tolerance, self._rank = layout, tolerance, rank
         self.pairs = len(encoded)
         self._model, self._layers, self._returns = model, model.layers, model.tuples_returned
         self._encoded, self._stacked, self._tails = encoded, stacked, tails
@@ -67,7 +67,7 @@ class Scorer:
         self._cache: Cache | None = None  # of every pack the hidden states, (B, T, H)
         self._pack(budget)
         # Smaller packs where there are too few to share them evenly.
-        while self.packs < PACKS_EACH * seat.count and seat.count > 1 and self.budget.tokens > FEWEST_TOKENS:
+        while self.packs < PACKS_EACH * rank.world_size and rank.world_size > 1 and self.budget.tokens > FEWEST_TOKENS:
             self._pack(replace(self.budget, tokens=self.budget.tokens // 2))
         self._verified = True  # whether these packs are; whoever gives the layout has seen to it
 
@@ -76,11 +76,11 @@ class Scorer:
         self.budget, self._verified = budget, False
         self._inputs: list[Inputs] = []
         self.packs = self.packed_tokens = self.columns = 0  # of all processes; columns: at which the head is read
-        loads = [0] * self._seat.count
+        loads = [0] * self._rank.world_size
         for pack in build_packs(self._encoded, self.layout, budget.tokens):
             owner = loads.index(min(loads))
             loads[owner] += pack.tokens
-            if owner == self._seat.number:
+            if owner == self._rank.number:
                 self._inputs.append(Inputs.of(pack, self._model.device, self._model.dtype))
             self.packs += 1
             self.packed_tokens += pack.tokens
@@ -89,7 +89,7 @@ class Scorer:
     def describe(self) -> dict[str, object]:
         """How the pairs go through the model, for the summary."""
         packs = "1 pack" if self.packs == 1 else f"{self.packs} packs"
-        packs += f" shared by {self._seat.count} processes" if self._seat.count > 1 else ""
+        packs += f" shared by {self._rank.world_size} processes" if self._rank.world_size > 1 else ""
         tokens = f"{self.packed_tokens:,} tokens packed from {self.pair_tokens:,}"
         whole = "" if self._tails else "; every ratio by whole forwards"
         return {"Phrase layout": f"{self.layout} ({tokens}, {packs}){whole}"}
@@ -246,9 +246,9 @@ class Scorer:
                     outputs.append(first_of(call_on(hidden, forward, args, kwargs)))
             return self._in_form(self._layer, torch.cat(outputs))  # (R * B, T, H)
 
-        return {**self._passing(range(self._layer)), self._layer: stacked}
+        return {**self._skipped(range(self._layer)), self._layer: stacked}
 
-    def _passing(self, layers: range) -> dict[int, Forward]:
+    def _skipped(self, layers: range) -> dict[int, Forward]:
         """Layer forwards that hand their hidden states on unchanged."""
 
         def handing_on(layer: int) -> Forward:
@@ -271,7 +271,7 @@ class Scorer:
             return self._in_form(layer, found[0])
 
         no_columns = self._inputs[index].columns[:0]
-        passed = self._passing(range(first, len(self._layers)))
+        passed = self._skipped(range(first, len(self._layers)))
         self._forward(self._inputs[index].arguments(), {**passed, layer: recording}, no_columns)
         return found[0]
 
@@ -314,6 +314,6 @@ class Scorer:
         column_bytes = 4 * stack * inputs.ids.shape[0] * self._model.vocabulary
         chunk = max(1, self.budget.logits // column_bytes)
         for first, columns in zip(range(0, len(inputs.columns), chunk), inputs.columns.split(chunk), strict=True):
-            layers = {**forwards, last: recording} if first == 0 else {**self._passing(range(last)), last: repeating}
+            layers = {**forwards, last: recording} if first == 0 else {**self._skipped(range(last)), last: repeating}
             logits = self._forward(arguments, layers, columns).float()
             yield logits.unflatten(0, (stack, -1)), inputs.targets_in(first, first + len(columns))

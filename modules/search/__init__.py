@@ -1,26 +1,11 @@
 """Methods, strategies, trials, decisions, and the loop that tries them.
 
 Knows: what is tried and what is kept. Refuses to know: files, printing, how a forward is made.
+
+Neither this file nor what it imports imports PyTorch: the names of methods and strategies must be known before a
+configuration is checked. The search itself is in modules.search.search, merging without one in modules.search.trial.
 """
 
 from modules.search.decision import Decision, Merge, Shares, mean_shares, shares_of
 from modules.search.methods import merge, ratios_for
-from modules.search.search import Search
 from modules.search.strategies import improved, probability, scores, total
-from modules.search.trial import Merger
-
-__all__ = [
-    "Decision",
-    "Merge",
-    "Merger",
-    "Search",
-    "Shares",
-    "improved",
-    "mean_shares",
-    "merge",
-    "probability",
-    "ratios_for",
-    "scores",
-    "shares_of",
-    "total",
-]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from modules.search.methods import RECORDED_SHARE
+from modules.search.methods import recorded_share
 
 Merge = tuple[float, str]  # (share, model name); the first entry of a part is (1.0, base)
 Shares = dict[str, float]  # model name -> share; sums to 1
@@ -52,4 +52,4 @@ class Decision:
     @property
     def share(self) -> float:
         """What an accepted merge adds to the composition: the ratio, or the method's own fixed share."""
-        return 0.0 if self.ratio is None else RECORDED_SHARE.get(self.method, self.ratio)
+        return 0.0 if self.ratio is None else recorded_share(self.method, self.ratio)

@@ -2,19 +2,29 @@
 
 Knows: tensors and ratios. Refuses to know: models, layers, files, scores.
 
-Every method keeps shape, dtype and device, computes in float32, and never changes its inputs. Slice, cyclic and
-gradient differ only in the share of the other model that each column gets, so they are one function and three
-formulas. A column is one input feature: the last axis of a weight stored (output, input).
+Every method keeps shape, dtype and device, computes in float32, and never changes its inputs. A column is one input
+feature: the last axis of a weight stored (output, input).
+
+To add a method, write a function below and decorate it: @merge_method if it merges two tensors, @column_method if it
+says which share of the other model each column gets. Nothing else knows its name.
+
+PyTorch is imported where it is used: which methods there are must be known before a configuration is checked, and
+whoever made a typo should not wait for it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from modules.config import METHODS
 
-# Cyclic always tries these positions and always records this share; gradient records a fixed share too.
-CYCLIC_SCALE = (0.25, 0.45, 0.65, 0.85)
-RECORDED_SHARE = {"cyclic": 0.15, "gradient": 0.45}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Combine = Callable[[Tensor, Tensor, float, Tensor], None]  # base, other, ratio, where to write the result
+    Shares = Callable[[int, float], Tensor]  # width, ratio -> (width,) float32
 
 # Two tensors closer than this in direction are merged linearly: the angle between them is too small to divide by.
 SLERP_DOT_THRESHOLD = 0.9995
@@ -24,9 +34,52 @@ SLERP_DOT_THRESHOLD = 0.9995
 _BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 1 << 19, 1 << 25
 
 
+@dataclass(frozen=True)
+class Method:
+    """A way to merge two tensors of one shape, and what the search must know of it."""
+
+    combine: Combine
+    ratios: tuple[float, ...] | None = None  # that it tries whatever is configured
+    recorded_share: float | None = None  # in the composition, whatever the ratio
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def merge_method(
+    name: str, line: str, ratios: tuple[float, ...] | None = None, recorded_share: float | None = None
+) -> Callable[[Combine], Combine]:
+    """Make a function a merge method. line: what default.yaml says of it; the others: see Method."""
+
+    def register(combine: Combine) -> Combine:
+        METHODS[name], _METHODS[name] = line, Method(combine, ratios, recorded_share)
+        return combine
+
+    return register
+
+
+def column_method(
+    name: str, line: str, ratios: tuple[float, ...] | None = None, recorded_share: float | None = None
+) -> Callable[[Shares], Shares]:
+    """Make a formula of column shares a merge method. Tensors of one dimension stay the base's."""
+
+    def register(shares: Shares) -> Shares:
+        merge_method(name, line, ratios, recorded_share)(_by_columns(shares))
+        return shares
+
+    return register
+
+
 def ratios_for(method: str, merge_ratios: Sequence[float]) -> tuple[float, ...]:
-    """The ratios a method tries: cyclic has its own scale, all others take the configured ones."""
-    return CYCLIC_SCALE if method == "cyclic" else tuple(merge_ratios)
+    """The ratios that a method tries: its own, or else the configured ones."""
+    own = _METHODS[method].ratios
+    return tuple(merge_ratios) if own is None else own
+
+
+def recorded_share(method: str, ratio: float) -> float:
+    """What a merge adds to the composition: the ratio, or the method's own share."""
+    own = _METHODS[method].recorded_share
+    return ratio if own is None else own
 
 
 def merge(
@@ -39,35 +92,44 @@ def merge(
     out: where to write the result; may be neither input.
     Raises ValueError for an unknown method or tensors that do not match.
     """
+    import torch
+
     if method not in _METHODS:
         raise ValueError(f"unknown merge method '{method}'")
+    combine = _METHODS[method].combine
     if base.shape != other.shape or base.dtype != other.dtype:
         raise ValueError(f"can't merge {base.dtype} {tuple(base.shape)} with {other.dtype} {tuple(other.shape)}")
     out = torch.empty_like(base) if out is None else out
     if input_axis == -2 and base.dim() > 1:
-        _METHODS[method](base.mT, other.mT, ratio, out.mT)
+        combine(base.mT, other.mT, ratio, out.mT)
     else:
-        _METHODS[method](base, other, ratio, out)
+        combine(base, other, ratio, out)
     return out
 
 
-def _lerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
+@merge_method("lerp", "a straight mix of the two layers")
+def lerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
     """(1-t)*a + t*b. torch.lerp computes half types in float32 and rounds once."""
+    import torch
+
     torch.lerp(base, other, ratio, out=out)
 
 
-def _slerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
+@merge_method("slerp", "a mix along the arc between them, which keeps their length")
+def slerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
     """Spherical interpolation of the whole tensor as one vector; stacked experts one matrix at a time.
 
     Formula and threshold as in mergekit's slerp: sin((1-t)*w)/sin(w) * a + sin(t*w)/sin(w) * b, w the angle between
     a and b. Tensors of one dimension are interpolated linearly.
     """
+    import torch
+
     if base.dim() < 2:
-        _lerp(base, other, ratio, out)
+        lerp(base, other, ratio, out)
         return
     if base.dim() > 2:
         for matrices in zip(base, other, out, strict=True):
-            _slerp(matrices[0], matrices[1], ratio, matrices[2])
+            slerp(matrices[0], matrices[1], ratio, matrices[2])
         return
     dot = _cosine(base, other)
     angle = torch.arccos(dot.clamp(-1.0, 1.0))
@@ -78,19 +140,24 @@ def _slerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
     _in_float32(lambda a, b, o: torch.mul(a, share_base, out=o).addcmul_(b, share_other), base, other, out)
 
 
-def _by_columns(shares: Callable[[int, float], Tensor]) -> Callable[[Tensor, Tensor, float, Tensor], None]:
-    """A method that gives each column of `other` its own share. Tensors of one dimension stay the base's."""
+def _by_columns(shares: Shares) -> Combine:
+    """A method that gives each column of `other` its own share."""
 
     def method(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
         if base.dim() < 2:
             out.copy_(base)
             return
+        import torch
+
         weights = shares(base.shape[-1], ratio).to(base.device)
         _in_float32(lambda a, b, o: torch.lerp(a, b, weights.expand_as(a), out=o), base, other, out)
 
     return method
 
 
+@column_method(
+    "slice", "the base's columns, a short blend, then the candidate's columns; the ratio is the candidate's part"
+)
 def slice_shares(width: int, ratio: float) -> Tensor:
     """The other's share per column, (width,) float32: none, a blend of 2e columns around c, then all.
 
@@ -100,6 +167,12 @@ def slice_shares(width: int, ratio: float) -> Tensor:
     return _ramp(width, int(width * (1 - ratio)) - edge, 2 * edge)
 
 
+@column_method(
+    "cyclic",
+    "a band of the candidate's columns (15 %) at four fixed places; merge_ratios is not used",
+    ratios=(0.25, 0.45, 0.65, 0.85),
+    recorded_share=0.15,
+)
 def cyclic_shares(width: int, ratio: float) -> Tensor:
     """The other's share per column, (width,) float32: as slice, but back to the base after int(0.10*width) columns."""
     edge = int(0.05 * width)
@@ -107,8 +180,15 @@ def cyclic_shares(width: int, ratio: float) -> Tensor:
     return _ramp(width, start, 2 * edge) - _ramp(width, start + 2 * edge + int(0.10 * width), 2 * edge)
 
 
+@column_method(
+    "gradient",
+    "the candidate fades in up to a peak at 1 - ratio, then out again (45 % in all)",
+    recorded_share=0.45,
+)
 def gradient_shares(width: int, ratio: float) -> Tensor:
     """The other's share per column, (width,) float32: up from 0 to 0.9 at c = int(width*(1-ratio)), then down again."""
+    import torch
+
     peak = int(width * (1 - ratio))
     column = torch.arange(width, dtype=torch.float32)
     rising = 0.9 * column / max(peak, 1)
@@ -118,21 +198,16 @@ def gradient_shares(width: int, ratio: float) -> Tensor:
 
 def _ramp(width: int, start: int, length: int) -> Tensor:
     """0 before `start`, i/length in the `length` columns from there, 1 after them."""
+    import torch
+
     column = torch.arange(width, dtype=torch.float32) - start
     return (column / length).clamp(0.0, 1.0) if length > 0 else (column >= 0).float()
 
 
-_METHODS: dict[str, Callable[[Tensor, Tensor, float, Tensor], None]] = {
-    "lerp": _lerp,
-    "slerp": _slerp,
-    "slice": _by_columns(slice_shares),
-    "cyclic": _by_columns(cyclic_shares),
-    "gradient": _by_columns(gradient_shares),
-}
-
-
 def _in_float32(combine: Callable[[Tensor, Tensor, Tensor], Tensor], base: Tensor, other: Tensor, out: Tensor) -> None:
     """out <- combine(base, other) in float32, rounded once; half types go through it a block of rows at a time."""
+    import torch
+
     if base.dtype == torch.float32:
         combine(base, other, out)
         return
@@ -142,6 +217,8 @@ def _in_float32(combine: Callable[[Tensor, Tensor, Tensor], Tensor], base: Tenso
 
 def _cosine(base: Tensor, other: Tensor) -> Tensor:
     """Cosine of the angle between two tensors taken as vectors, a float32 scalar on their device."""
+    import torch
+
     products = torch.zeros(3, dtype=torch.float32, device=base.device)  # a.b, a.a, b.b
     for a, b in zip(_row_blocks(base), _row_blocks(other), strict=True):
         a, b = a.float().flatten(), b.float().flatten()

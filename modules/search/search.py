@@ -37,7 +37,7 @@ class Search(Merger):
 
         Raises ConfigError if its scores are not finite.
         """
-        super().__init__(model, tokenizer, config.trust_remote_code)
+        super().__init__(model, tokenizer)
         self.scorer, self.config, self.group = scorer, config, group
         self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
         self.log_probabilities: list[float] = []
@@ -58,7 +58,7 @@ class Search(Merger):
         past, count = deque(done), len(self.config.merge_method)
         parts = [self.model.layer(index) for index in range(len(self.model.layers))]
         tries_header = self.config.merge_headers and len(past) <= count * len(parts)
-        header = partial(aligned_header, self.model, self.tokenizer, candidate, self.trust_remote_code)
+        header = partial(aligned_header, self.model, self.tokenizer, candidate)
         wanted = dict(list(enumerate(parts))[len(past) // count :])
         with ReadAhead(candidate, wanted, header if tries_header else None) as ahead:
             yield from self._layers(candidate, parts, past, ahead)
@@ -163,9 +163,9 @@ class Search(Merger):
         """
         while True:
             try:
-                return self.group.together(work)
+                return self.group.on_all_ranks(work)
             except torch.OutOfMemoryError:
-                done = self.group.together(self.scorer.take_less_memory)
+                done = self.group.on_all_ranks(self.scorer.take_less_memory)
                 if done is None:
                     raise
                 self.memory_notes.append(f"Out of memory: {done}")

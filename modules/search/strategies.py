@@ -4,12 +4,32 @@ Knows: numbers, one score per pair. Refuses to know: where they come from, torch
 
 A score is exp(sum of the phrase's token log-probabilities) x weight; good phrases count negative, so lower is better
 for every pair and for the total.
+
+To add a strategy, write its rank below and decorate it. Nothing else knows its name.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from modules.config import STRATEGIES
 
 Scores = Sequence[float]  # one per pair
+
+# How good a trial is. Of the present scores, the trial's and strategy_threshold it makes None where the trial is
+# rejected, else a tuple; the smallest wins.
+Rank = Callable[[Scores, Scores, float], tuple | None]
+
+_RANKS: dict[str, Rank] = {}
+
+
+def strategy(name: str, line: str) -> Callable[[Rank], Rank]:
+    """Make a rank a strategy. line: what default.yaml says of it."""
+
+    def register(rank: Rank) -> Rank:
+        STRATEGIES[name], _RANKS[name] = line, rank
+        return rank
+
+    return register
 
 
 def scores(log_probabilities: Sequence[float], weights: Sequence[float]) -> list[float]:
@@ -22,15 +42,15 @@ def probability(log_probability: float) -> float:
     return math.exp(log_probability) if log_probability < 1.0 else math.inf
 
 
-def choose(strategy: str, current: Scores, trials: Sequence[Scores], threshold: float = 0.6) -> int | None:
-    """Index of the trial that replaces `current` under a strategy, or None to keep `current`.
+def choose(name: str, current: Scores, trials: Sequence[Scores], threshold: float = 0.6) -> int | None:
+    """Index of the trial that replaces `current` under a strategy, by its name, or None to keep `current`.
 
     A trial with a NaN or infinite score is never chosen. Of equals the first wins.
     Raises ValueError for an unknown strategy.
     """
-    if strategy not in _RANKS:
-        raise ValueError(f"unknown strategy '{strategy}'")
-    rank = _RANKS[strategy]
+    if name not in _RANKS:
+        raise ValueError(f"unknown strategy '{name}'")
+    rank = _RANKS[name]
     best, best_rank = None, None
     for index, trial in enumerate(trials):
         if not all(math.isfinite(score) for score in trial):
@@ -54,23 +74,25 @@ def improved(current: Scores, trial: Scores) -> int:
     return sum(new < old for new, old in zip(trial, current, strict=True))
 
 
-# Each rank is None where a strategy rejects the trial, else a tuple: the smallest wins.
-
-
-def _cumulative(current: Scores, trial: Scores, _threshold: float) -> tuple | None:
+@strategy("cumulative", "take the ratio with the lowest total, if it is below the present one")
+def cumulative(current: Scores, trial: Scores, _threshold: float) -> tuple | None:
+    """The lowest total."""
     return (total(trial),) if total(trial) < total(current) else None
 
 
-def _all_phrases(current: Scores, trial: Scores, _threshold: float) -> tuple | None:
+@strategy("all_phrases", "only ratios that make no phrase worse and at least one better")
+def all_phrases(current: Scores, trial: Scores, _threshold: float) -> tuple | None:
+    """The lowest total of those that cost no pair anything."""
     none_worse = all(new <= old for new, old in zip(trial, current, strict=True))
     return (total(trial),) if none_worse and improved(current, trial) > 0 else None
 
 
-def _quantitive(current: Scores, trial: Scores, threshold: float) -> tuple | None:
+@strategy(
+    "quantitive", "only ratios that improve at least strategy_threshold of all phrases; of those, the most improved"
+)
+def quantitive(current: Scores, trial: Scores, threshold: float) -> tuple | None:
+    """The most pairs improved; of equals the lowest total."""
     count = improved(current, trial)
     # 0.55 x 20 is 11.000000000000002 in binary: compare with a hair's breadth to spare.
     enough = count >= threshold * len(trial) - 1e-9
     return (-count, total(trial)) if enough else None
-
-
-_RANKS = {"cumulative": _cumulative, "all_phrases": _all_phrases, "quantitive": _quantitive}

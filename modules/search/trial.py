@@ -39,9 +39,9 @@ def trying(part: Part, method: str, theirs: Tensors, ratio: float, out: Tensors)
 class Merger:
     """A model into which decisions are carried out, without any forward."""
 
-    def __init__(self, model: ResidentModel, tokenizer: Any, trust_remote_code: bool = False) -> None:
+    def __init__(self, model: ResidentModel, tokenizer: Any) -> None:
         """tokenizer: the model's, with which candidates' vocabularies are matched."""
-        self.model, self.tokenizer, self.trust_remote_code = model, tokenizer, trust_remote_code
+        self.model, self.tokenizer = model, tokenizer
         self.repeated = 0  # decisions that were carried out again, of all candidates
         self._space: Tensors | None = None  # where merges are made, one layer's worth
 
@@ -63,7 +63,7 @@ class Merger:
     def _found(self, candidate: Candidate, layer: int | None) -> tuple[Part, Tensors]:
         """A part of the model, and the candidate's tensors for it."""
         if layer is None:
-            theirs, _ = aligned_header(self.model, self.tokenizer, candidate, self.trust_remote_code)
+            theirs, _ = aligned_header(self.model, self.tokenizer, candidate)
             return self.model.header(), theirs
         if layer >= len(self.model.layers):
             raise IndexError(f"the base has {len(self.model.layers)} layers, and no number {layer + 1}")

@@ -74,15 +74,15 @@ def test_an_adapter_reads_as_peft_merges_it(place, bases, name):
     base, settings = SETTINGS[name]
     adapter, whole = make_adapter(place, bases[base], **settings)
     found, expected = candidate_of(place, bases[base], adapter), candidate_of(place, bases[base], whole)
-    names = [tensor for tensor in expected.layout if tensor in found.layout]
-    assert len(names) == len(set(expected.layout)) >= 12
+    names = [tensor for tensor in expected.conversion if tensor in found.conversion]
+    assert len(names) == len(set(expected.conversion)) >= 12
     ours, theirs, before = found.read(names), expected.read(names), open_checkpoint(bases[base], "base").read
     exact = {"atol": 1e-6, "rtol": 1e-5} if base != "half" else {"atol": 1e-2, "rtol": 2e-2}
     changed = 0
     for tensor in names:
         assert ours[tensor].dtype == theirs[tensor].dtype
         torch.testing.assert_close(ours[tensor], theirs[tensor], **exact, msg=tensor)
-        stored_name = found.layout.stored_name(tensor)
+        stored_name = found.conversion.stored_name(tensor)
         changed += not torch.equal(ours[tensor], before([stored_name])[stored_name])
     assert changed >= 2
 
@@ -111,7 +111,7 @@ def test_a_model_with_an_adapter_of_its_own(place, bases):
     source = f"{bases['other']}+{adapter}"
     found, expected = candidate_of(place, bases["llama"], source), candidate_of(place, bases["llama"], whole)
     assert found.name == "other+adapter"
-    for name, tensor in expected.read(list(expected.layout)).items():
+    for name, tensor in expected.read(list(expected.conversion)).items():
         torch.testing.assert_close(found.read([name])[name], tensor, atol=1e-6, rtol=1e-5)
     assert merge(place, (bases["llama"], source, adapter)) == 0
     log = log_of(place)

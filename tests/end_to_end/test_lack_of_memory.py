@@ -19,7 +19,7 @@ from modules.config import Pair, load_config
 from modules.model.loading import load_model
 from modules.run.merge import build_shared_scorer
 from modules.runtime.distributed import ALONE, Group
-from modules.runtime.ranks import Seat
+from modules.runtime.ranks import Rank
 from modules.scoring.budget import Budget
 from modules.scoring.scorer import Scorer
 from modules.scoring.tokenization import encode_pairs
@@ -161,7 +161,7 @@ def work_along(number, folders, place, troubles, candidates, results):
     with pytest.MonkeyPatch.context() as patch:
         hungry, opened = Hungry(patch), Opened(folders, place / str(number))
         for failing in troubles:
-            group = Group(Seat(number, 2, number, 2))
+            group = Group(Rank(number, 2, number, 2))
             decisions, tensors = opened.search(hungry, *failing[number], group=group, candidates=candidates)
             results.put((number, failing, decisions, {name: tensor.numpy() for name, tensor in tensors.items()}))
     distributed.destroy_process_group()

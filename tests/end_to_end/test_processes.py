@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from modules.config import Pair
 from modules.model.devices import own_device
 from modules.runtime.errors import ConfigError
-from modules.runtime.ranks import Seat, find_seat
+from modules.runtime.ranks import Rank, find_rank
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -143,18 +143,18 @@ def test_nothing_to_do_is_no_failure_of_the_others(tmp_path, models):
 
 
 def test_a_process_knows_its_seat():
-    assert find_seat({}) == Seat(0, 1, 0, 1) and find_seat({}).leads
+    assert find_rank({}) == Rank(0, 1, 0, 1) and find_rank({}).leads
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert find_seat(torchrun) == Seat(5, 8, 1, 4) and not find_seat(torchrun).leads
+    assert find_rank(torchrun) == Rank(5, 8, 1, 4) and not find_rank(torchrun).leads
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr("modules.model.devices.present_devices", lambda: ["cpu", "cuda:0", "cuda:1"])
-    assert [own_device("cuda", Seat(n, 2, n, 2)) for n in range(2)] == ["cuda:0", "cuda:1"]
-    assert own_device("auto", Seat(3, 4, 1, 2)) == "cuda:1"
-    assert own_device("auto", Seat()) == "auto"  # alone, it may have them all
-    assert own_device("cpu", Seat(1, 2, 1, 2)) == "cpu" and own_device("cuda:0", Seat(1, 2, 1, 2)) == "cuda:0"
+    assert [own_device("cuda", Rank(n, 2, n, 2)) for n in range(2)] == ["cuda:0", "cuda:1"]
+    assert own_device("auto", Rank(3, 4, 1, 2)) == "cuda:1"
+    assert own_device("auto", Rank()) == "auto"  # alone, it may have them all
+    assert own_device("cpu", Rank(1, 2, 1, 2)) == "cpu" and own_device("cuda:0", Rank(1, 2, 1, 2)) == "cuda:0"
     with pytest.raises(ConfigError, match="3 processes were started on a machine with 2 GPUs"):
-        own_device("cuda", Seat(2, 3, 2, 3))
+        own_device("cuda", Rank(2, 3, 2, 3))
     monkeypatch.setattr("modules.model.devices.present_devices", lambda: ["cpu"])
-    assert own_device("auto", Seat(1, 2, 1, 2)) == "auto"
+    assert own_device("auto", Rank(1, 2, 1, 2)) == "auto"

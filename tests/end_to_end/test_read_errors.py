@@ -92,7 +92,7 @@ def outcome(config, base):
     (candidate,) = open_models(config, lambda job: None).candidates
     candidate.checkpoint.fingerprint()
     layer = candidate.read(base.layer(0).tensors)
-    header, note = aligned_header(base, load_tokenizer(base.checkpoint.path), candidate, False)
+    header, note = aligned_header(base, load_tokenizer(base.checkpoint.path), candidate)
     return {**layer, **header}, note
 
 

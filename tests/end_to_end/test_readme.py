@@ -14,7 +14,7 @@ import pytest
 import yaml
 from project import ROOT
 
-from modules import config
+from modules.config import DTYPES, METHODS, STRATEGIES, Config, Directories, Mapper, Pair
 from modules.config.fields import DEVICES, ON_ERROR
 from modules.config.phrase_lists import PHRASE_KEYS
 
@@ -25,7 +25,12 @@ PAGES = {
 }
 PROSE = {page: FENCE.sub("", text) for page, text in PAGES.items()}
 HEADINGS = {page: re.findall(r"^#+ (.+)$", text, re.MULTILINE) for page, text in PROSE.items()}
-THEIRS = {"my.yaml", "merge_monster_recipe.json"}  # files that the reader has, or will have
+THEIRS = {
+    "before.json",
+    "after.json",
+    "my.yaml",
+    "merge_monster_recipe.json",
+}  # files that the reader has, or will have
 REQUIRED = object()
 
 
@@ -83,11 +88,11 @@ def default_of(field):
 
 def expected_keys():
     """Every key of the YAML file and its default, nested ones with a dot."""
-    nested = {"directories": config.Directories, "mapper": config.Mapper}
-    found = {f.name: default_of(f) for f in dataclasses.fields(config.Config) if f.name not in (*nested, "text")}
+    nested = {"directories": Directories, "mapper": Mapper}
+    found = {f.name: default_of(f) for f in dataclasses.fields(Config) if f.name not in (*nested, "text")}
     for name, section_class in nested.items():
         found |= {f"{name}.{f.name}": default_of(f) for f in dataclasses.fields(section_class)}
-    weight = next(f.default for f in dataclasses.fields(config.Pair) if f.name == "weight")
+    weight = next(f.default for f in dataclasses.fields(Pair) if f.name == "weight")
     return found | dict.fromkeys(PHRASE_KEYS, REQUIRED) | {"weight": weight}
 
 
@@ -111,9 +116,9 @@ def test_the_table_has_the_default(key, default):
 @pytest.mark.parametrize(
     "key, allowed",
     [
-        ("merge_method", config.METHODS),
-        ("strategy", config.STRATEGIES),
-        ("dtype", config.DTYPES),
+        ("merge_method", METHODS),
+        ("strategy", STRATEGIES),
+        ("dtype", DTYPES),
         ("on_error", ON_ERROR),
         ("device", DEVICES.replace(" or", ",").split(", ")),
     ],

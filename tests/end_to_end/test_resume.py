@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import merge_monster
 import modules.checkpoints.writing
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.checkpoints.hub import Ahead
+from modules.checkpoints.hub import Prefetcher
 from modules.config import NO_PART, Config, load_config
 from modules.output.journal import JournalCopy
 from modules.output.places import UNFINISHED
@@ -542,14 +542,14 @@ def test_a_candidate_that_breaks_in_the_middle_is_skipped_if_so_asked(place, mod
 
 
 def test_a_candidate_that_never_comes_is_skipped_and_the_recipe_still_builds_the_model(place, models, monkeypatch):
-    wait = Ahead.wait
+    wait = Prefetcher.wait
 
     def failing(self, number):
         if number == 1:
             raise CheckpointError("one: the hub does not answer")
         wait(self, number)
 
-    monkeypatch.setattr(Ahead, "wait", failing)
+    monkeypatch.setattr(Prefetcher, "wait", failing)
     assert merge(place, models, on_error="skip") == 0
     recipe = json.loads((place / "out" / RECIPE).read_text())
     assert [source["number"] for source in recipe["sources"]] == [0, 2] and list(recipe["failures"]) == ["1"]

@@ -16,7 +16,7 @@ from modules.config import Mapper, Pair
 from modules.mapper.completion_tree import Explorer, path_of, tokens_of
 from modules.mapper.detokenize import Spelling
 from modules.mapper.next_tokens import Cached, Recomputed, build_continuation
-from modules.mapper.ranking import standings
+from modules.mapper.ranking import rank_phrases
 from modules.model.loading import load_model
 from modules.runtime.errors import ConfigError
 from modules.scoring.layout import build_scorer
@@ -279,7 +279,7 @@ def stand(model, tree, phrase, probability, prob_min=10.0):
     encoded = encode_pair(model.tokenizer, tree.root.context, phrase)
     log_probability = math.log(probability) if probability else -math.inf
     pair = Pair("BAD", phrase, tree.root.context)
-    (found,) = standings(tree, [(pair, encoded, log_probability)], Mapper(prob_min), model.spelling)
+    (found,) = rank_phrases(tree, [(pair, encoded, log_probability)], Mapper(prob_min), model.spelling)
     suggestion = found.suggestion and (found.suggestion.phrase, round(math.exp(found.suggestion.log_probability), 6))
     return found.place, found.places, suggestion
 
@@ -324,7 +324,7 @@ def test_a_phrase_below_prob_min_is_marked_and_one_at_it_is_not(bpe):
     for probability in (0.0999, 0.1, 0.5, 0.0):
         log_probability = math.log(probability) if probability else -math.inf
         phrase = (Pair("BAD", " was", "The apple"), encode_pair(bpe.tokenizer, "The apple", " was"), log_probability)
-        marked.append(standings(tree, [phrase], Mapper(10.0), bpe.spelling)[0].too_rare)
+        marked.append(rank_phrases(tree, [phrase], Mapper(10.0), bpe.spelling)[0].too_rare)
     assert marked == [True, False, False, True]
 
 
@@ -335,7 +335,7 @@ def test_a_pasted_suggestion_has_the_probability_that_was_claimed(model):
     for tree in model.trees(contexts, settings):
         pair = Pair("BAD", "apple pie", tree.root.context)
         phrase = (pair, encode_pair(model.tokenizer, pair.context, pair.phrase), -math.inf)
-        better = standings(tree, [phrase], settings, model.spelling)[0].suggestion
+        better = rank_phrases(tree, [phrase], settings, model.spelling)[0].suggestion
         if better:
             pasted = reference.log_probability(model.plain, model.plain_tokenizer, pair.context, better.phrase)
             assert better.log_probability == pytest.approx(pasted, abs=1e-4)

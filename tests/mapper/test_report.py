@@ -10,7 +10,7 @@ from completions import completed, scripted
 from modules.config import Config, Directories, Mapper, Pair
 from modules.mapper import report as mapping_report
 from modules.mapper.detokenize import Spelling
-from modules.mapper.ranking import Standing, Suggestion
+from modules.mapper.ranking import PhraseRank, Suggestion
 from modules.runtime.console import _COLOUR, coloured
 
 
@@ -31,7 +31,7 @@ def model():
 
 def standing(phrase="spine", context="down her ", probability=0.5, rare=False, better=None, kind="BAD", weight=1.0):
     suggestion = better and Suggestion(better, math.log(0.75))
-    return Standing(Pair(kind, phrase, context, weight), math.log(probability), 2, 3, rare, suggestion)
+    return PhraseRank(Pair(kind, phrase, context, weight), math.log(probability), 2, 3, rare, suggestion)
 
 
 def plain(lines):

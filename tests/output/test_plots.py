@@ -20,7 +20,7 @@ from modules.output import plots as pictures
 from modules.output.record_fields import decision_of
 from modules.runtime.text import one_line, shortened
 from modules.search.decision import mean_shares, shares_of
-from modules.search.methods import CYCLIC_SCALE, cyclic_shares, gradient_shares, slice_shares
+from modules.search.methods import cyclic_shares, gradient_shares, ratios_for, slice_shares
 
 IMAGES = ROOT / "images"
 
@@ -435,7 +435,7 @@ def test_the_picture_of_a_path(place, make_images, method):
 )
 def test_the_picture_of_columns(place, make_images, method, shares):
     figure = make_images.columns_figure(method)
-    ratios = CYCLIC_SCALE if method == "cyclic" else (0.25, 0.5, 0.75)
+    ratios = ratios_for(method, (0.25, 0.5, 0.75))
     assert [axes.get_title("left") for axes in figure.axes] == [f"ratio {ratio:g}" for ratio in ratios]
     for axes, ratio in zip(figure.axes, ratios, strict=True):
         assert list(axes.patches[1].get_data().values) == pytest.approx(shares(400, ratio).tolist())

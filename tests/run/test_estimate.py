@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modules.model.memory import Memory, Sizes
 from modules.run import estimate as forecast
 from modules.run.estimate import Estimate, Rates, calibrate
-from modules.run.plan import Disk, Room, plan_run
+from modules.run.plan import Available, Disk, plan_run
 
 
 @pytest.mark.parametrize("headers", [True, False])
@@ -99,7 +99,7 @@ Time (estimate)  : 10 min a candidate, 21 min in all, without downloads and savi
 def test_the_plan_in_words(place):
     plan = made_up(place, output=Path("out"))
     plan = replace(plan, disk=replace(plan.disk, downloads=31 * GB))
-    room = Room(place, disk=900 * GB, memory=79 * GIB, refusal=None)
+    room = Available(place, disk=900 * GB, memory=79 * GIB, refusal=None)
     lines = forecast.plan_lines(plan, room, Estimate(612.0, 1240.0))
     assert lines == LINES
 
@@ -108,7 +108,7 @@ def test_the_plan_in_words_where_little_is_known(place):
     plan = made_up(place, device=torch.device("mps"), methods=(("lerp", 4),), header_ratios=0, packs=(76,))
     plan = replace(plan, disk=Disk(200_000, (("one", 150_000),), 200_000, 0, 0))
     plan = replace(plan, memory=Memory(200_000, 3000, 0, 1 << 20))
-    room = Room(place, disk=GB, memory=None, refusal=None)
+    room = Available(place, disk=GB, memory=None, refusal=None)
     text = "\n".join(forecast.plan_lines(plan, room, Estimate(7000.0, 7000.0)))
     assert "lerp at 4 ratios\n" in text and "1 pack (" in text and "Downloads" not in text
     assert "0.20 MB of the base, 0.15 MB of each candidate, 0.35 MB in all" in text

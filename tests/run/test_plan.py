@@ -26,10 +26,10 @@ from modules.model.memory import Memory, weights_of
 from modules.output import places as places
 from modules.output.recipe import RECIPE_FILE
 from modules.run import plan as preflight
-from modules.run.plan import Room, check, find_room, plan_run
+from modules.run.plan import Available, check, find_available, plan_run
 from modules.runtime.errors import ConfigError
 
-PLENTY = Room(Path("/"), disk=10**15, memory=10**15, refusal=None)
+PLENTY = Available(Path("/"), disk=10**15, memory=10**15, refusal=None)
 METHODS = ["lerp", "cyclic", "lerp"]  # nothing forbids to try one twice
 
 
@@ -52,7 +52,7 @@ def test_the_plan_is_what_a_run_does(place, dtype, setting, family, shard, tied)
     models = make_models(place / "models", dtype, family, shard, tied)
     settings = {"dtype": setting, "merge_method": METHODS, "merge_ratios": [0.3, 0.5, 0.7]}
     plan = plan_run(*opened(place, models, **settings))
-    assert check(plan, find_room(plan)) == []
+    assert check(plan, find_available(plan)) == []
     assert merge_monster.main(["--config", str(place / "my.yaml")]) == 0
     log = log_of(place)
     packed = f"forest ({plan.packed_tokens} tokens packed from {plan.text_tokens}, {len(plan.packs)} pack)"
@@ -132,7 +132,7 @@ def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
     monkeypatch.setattr("modules.checkpoints.checkpoint.stream_tensors", read)
     config, found = opened(place, models)
     plan = plan_run(config, found)
-    assert check(plan, find_room(plan)) == []
+    assert check(plan, find_available(plan)) == []
 
 
 def test_of_stacked_experts_a_token_meets_a_few(place):
@@ -284,10 +284,10 @@ def test_room_is_what_the_machine_says(place, models, monkeypatch):
     plan = made_up(place, output=place / "new/deeper/out", device=torch.device("cpu"))
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 if path == place else 0))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=11))
-    assert find_room(plan) == Room(place, disk=5, memory=11, refusal=None)
-    assert find_room(replace(plan, device=torch.device("mps"))).memory is None
+    assert find_available(plan) == Available(place, disk=5, memory=11, refusal=None)
+    assert find_available(replace(plan, device=torch.device("mps"))).memory is None
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (13 if device.index == 1 else 0, 99))
-    assert find_room(replace(plan, device=torch.device("cuda:1"))).memory == 13
+    assert find_available(replace(plan, device=torch.device("cuda:1"))).memory == 13
     assert list(place.iterdir()) == []  # the folder that was tried is gone
 
 
@@ -295,19 +295,19 @@ def test_what_an_unfinished_run_has_left_makes_room(place, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     (place / "out.partial").mkdir()
     (place / "out.partial/model-00001-of-00002.safetensors").write_bytes(b"weights")
-    assert find_room(made_up(place, device=torch.device("cpu"))).disk == 107
+    assert find_available(made_up(place, device=torch.device("cpu"))).disk == 107
 
 
 def test_a_place_where_nothing_can_be_made(place, monkeypatch):
     (place / "file").write_text("")
     plan = made_up(place, output=place / "file/out", device=torch.device("cpu"))
-    assert "Not a directory" in find_room(plan).refusal
+    assert "Not a directory" in find_available(plan).refusal
 
     def read_only(**_):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(places.tempfile, "mkdtemp", read_only)
-    told = find_room(replace(plan, output=place / "out")).refusal
+    told = find_available(replace(plan, output=place / "out")).refusal
     assert f"nothing can be made in {place} (Read-only file system); name another one" in told
     assert refusal(plan, refusal=told) == [told]
 

@@ -26,7 +26,7 @@ from modules.output.journal import naming
 from modules.runtime.console import Console, Progress, Unlogged, coloured, visible
 from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost
 from modules.runtime.exit_codes import exit_code
-from modules.runtime.ranks import find_seat
+from modules.runtime.ranks import find_rank
 from modules.search.search import Search
 
 
@@ -383,7 +383,7 @@ with Console("test") as console, console.progress(1000) as bar:
         console.line(f"line {number} {'x' * 100}")
         console.warning("careful")
         bar.update(1)
-    console.heard()
+    console.on_interrupt()
     console.final("over")
 leave(0)
 """
@@ -515,7 +515,7 @@ def test_an_environment_that_torchrun_did_not_set(name, value):
         return
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", name: value}
     with pytest.raises(ConfigError, match=f"{name}={value}, .*torchrun did not set"):
-        find_seat(environment)
+        find_rank(environment)
 
 
 SLEEPER = """

@@ -24,7 +24,7 @@ from modules.scoring.budget import (
     budget_of,
     layer_bytes,
 )
-from modules.scoring.inputs import Inputs, depths, sight, tree_mask
+from modules.scoring.inputs import Inputs, attention_mask, depths, tree_mask
 from modules.scoring.packing import build_packs
 from modules.scoring.tokenization import Encoded
 
@@ -77,7 +77,7 @@ def test_a_packs_mask_is_that_of_every_tokens_ancestors(seed, dtype):
     encoded = [Encoded(tuple(tokens), 1) for tokens in lists]
     for pack in build_packs(encoded, "forest", chance.choice([1, 10, 40, 1000])):
         found = Inputs.of(pack, CPU, dtype).arguments()
-        seen = sight(pack.parents)
+        seen = attention_mask(pack.parents)
         assert torch.equal(found["attention_mask"], tree_mask(seen, dtype))
         assert torch.equal(found["position_ids"], depths(seen))
 

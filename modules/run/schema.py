@@ -1,0 +1,11 @@
+"""Print the JSON schema of the YAML file, for editors: python -m modules.run.schema > modules/config/schema.json
+
+Knows: how JSON is laid out. Refuses to know: the keys.
+"""
+
+import json
+
+import modules.search  # noqa: F401 - which methods and strategies there are
+from modules.config.schema import json_schema
+
+print(json.dumps(json_schema(), indent=2))

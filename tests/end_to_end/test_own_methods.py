@@ -1,0 +1,75 @@
+"""A method and a strategy are added in one place: where they are written."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import merge_monster
+from modules.config import METHODS, STRATEGIES
+from modules.search import methods, strategies
+from modules.search.methods import column_method, merge_method
+from modules.search.strategies import strategy, total
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def own_names():
+    """What a test registers is gone again after it."""
+    known = METHODS, methods._METHODS, STRATEGIES, strategies._RANKS
+    before = [dict(names) for names in known]
+    yield
+    for names, earlier in zip(known, before, strict=True):
+        names.clear()
+        names.update(earlier)
+
+
+def test_a_method_and_a_strategy_of_ones_own(place, capsys, own_names):
+    """They are configured by name, checked, merged with, recorded with their share, and replayed."""
+
+    @merge_method("average", "half of each, whatever is configured", ratios=(1.0,), recorded_share=0.5)
+    def average(base, other, ratio, out):
+        out.copy_((base.float() + other.float()) / 2)
+
+    @column_method("odd", "every other column is the candidate's")
+    def odd_shares(width, ratio):
+        return (torch.arange(width) % 2).float()
+
+    @strategy("always", "the trial with the highest total, come what may")
+    def always(current, trial, threshold):
+        return (-total(trial),)
+
+    tokenizer = tiny.bpe_tokenizer()
+    base = tiny.make_model(place / "base", tiny.llama_config(len(tokenizer)), tokenizer)
+    one = tiny.make_candidate(place / "one", base)
+    settings = {"merge_ratios": [0.3], "merge_headers": False, "strategy": "always"}
+    path = tiny.write_config(place / "my.yaml", base, [one], "out", merge_method=["average", "odd"], **settings)
+    assert merge_monster.main(["--config", str(path)]) == 0
+    assert "'one'], [0.3, 'one']]" in capsys.readouterr().out
+
+    ours, theirs, found = (load_file(place / folder / "model.safetensors") for folder in ("base", "one", "out"))
+    for name in (name for name in ours if name.startswith("model.layers.") and ours[name].dim() == 2):
+        mixed = (ours[name] + theirs[name]) / 2
+        mixed[:, 1::2] = theirs[name][:, 1::2]
+        torch.testing.assert_close(found[name], mixed)
+
+    assert merge_monster.main(["--replay", "out/merge_monster_recipe.json", "--output", "again"]) == 0
+    again = load_file(place / "again/model.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in found.items())
+
+
+def test_a_misspelt_name_is_told_the_nearest_one(place, capsys, own_names):
+    merge_method("average", "half of each")(lambda *_: None)
+    path = tiny.write_config(place / "my.yaml", place, [place], "out", merge_method="averag")
+    assert merge_monster.main(["--config", str(path)]) == 2
+    assert "lerp, slerp, slice, cyclic, gradient or average; did you mean 'average'?" in capsys.readouterr().err
+
+
+def test_default_yaml_has_the_line_of_each():
+    comments = re.findall(r"^# (.*)$", (ROOT / "default.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    for name, line in {**METHODS, **STRATEGIES}.items():
+        assert any(re.fullmatch(rf"{name} +{re.escape(line)}( \(default\))?", comment) for comment in comments), name
