@@ -4,14 +4,15 @@ Knows: files and wording. Refuses to know: how anything was found.
 """
 
 from modules.output.apart import check_apart, input_paths, written_paths
+from modules.output.changes import compare_fingerprints
 from modules.output.comparison import comparison
 from modules.output.folder import Unfinished, check_output, held_place, stamp, unfinished_output, what_stands
-from modules.output.journal import JournalCopy, Record, naming
+from modules.output.journal import JournalCopy, naming
 from modules.output.model_card import CARD_FILE, write_card
 from modules.output.places import SETTINGS_FILE, Place, place_of
 from modules.output.plots import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
-from modules.output.recipe import accepted_of, is_finished, needed_sources, read_outputs, read_recipe, write_recipe
-from modules.output.record_fields import compare_fingerprints, decision_of
+from modules.output.recipe import Recipe, is_finished, read_outputs, read_recipe, write_recipe
+from modules.output.records import Source
 from modules.output.run_record import RunRecord
 
 __all__ = [
@@ -21,21 +22,19 @@ __all__ = [
     "SETTINGS_FILE",
     "JournalCopy",
     "Place",
-    "Record",
+    "Recipe",
     "RunRecord",
+    "Source",
     "Unfinished",
-    "accepted_of",
     "check_apart",
     "check_output",
     "compare_fingerprints",
     "comparison",
-    "decision_of",
     "held_place",
     "input_paths",
     "is_finished",
     "merge_map",
     "naming",
-    "needed_sources",
     "phrase_chart",
     "place_of",
     "read_outputs",

@@ -27,7 +27,6 @@ from modules.model import ResidentModel, load_model, own_device
 from modules.output import (
     JournalCopy,
     Place,
-    Record,
     RunRecord,
     Unfinished,
     check_apart,
@@ -53,7 +52,7 @@ from modules.search import Search, mean_shares
 class Start:
     """What the process that leads tells the others, for them to begin the search: all that is not in the YAML file."""
 
-    records: list[Record]  # the journal's
+    journal: JournalCopy
     budget: Budget
 
 
@@ -122,7 +121,7 @@ def _merge(
         record = RunRecord(unfinished.journal, config, models.base)
         ahead.wait(0)
         clock.lap("download")
-        group.from_first(Start(record.journal.records, plan.budget))
+        group.from_first(Start(JournalCopy(record.journal.records), plan.budget))
         conductor = begin_search(config, console, models, record, ahead, plan.budget, group, plan.placement)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
@@ -209,6 +208,6 @@ def follow_merge(config: Config, console: Console, options: Options, group: Grou
     models = open_models(config, partial(fetch_now, console))
     with Ahead(models.jobs, partial(begin_download, console)) as ahead:
         ahead.wait(0)
-        record = RunRecord(JournalCopy(start.records), config)
+        record = RunRecord(start.journal, config)
         conductor = begin_search(config, console, models, record, ahead, start.budget, group)
         conductor.conduct(models.candidates)

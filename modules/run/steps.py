@@ -17,7 +17,7 @@ from modules.output import (
     MERGE_MAP_FILE,
     PHRASE_CHART_FILE,
     SETTINGS_FILE,
-    Record,
+    Recipe,
     RunRecord,
     Unfinished,
     compare_fingerprints,
@@ -41,7 +41,7 @@ def save(console: Console, model: ResidentModel, unfinished: Unfinished, output:
         (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 
 
-def write_results(console: Console, folder: Path, recipe: Record, name: str, base: Path) -> None:
+def write_results(console: Console, folder: Path, recipe: Recipe, name: str, base: Path) -> None:
     """Write the recipe, and what shows people what is in it: two pictures and a model card.
 
     name: the output's. base: the base's folder.
