@@ -104,7 +104,7 @@ def unfinished_output(place: Place, resume: bool, restart: bool) -> Iterator[Unf
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(place.refusal(error)) from None
-    with closing(Journal(folder / JOURNAL_FILE)) as journal:
+    with closing(Journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
         if journal.of_kind("decision") and not resume and not restart:
             count = len(journal.of_kind("decision"))
             raise ConfigError(

@@ -33,8 +33,9 @@ def naming(path: Path) -> Iterator[None]:
 class Journal:
     """An open journal: the records that were in it, and those that are added."""
 
-    def __init__(self, path: Path) -> None:
-        """Open a journal, or begin one. Raises ConfigError if it can't be written, or is damaged."""
+    def __init__(self, path: Path, afresh: bool = False) -> None:
+        """Open a journal, or begin one; afresh: whatever is in it. Raises ConfigError if it can't be written, or is
+        damaged."""
         self.path = path
         self.records: list[Line] = []
         try:
@@ -42,7 +43,7 @@ class Journal:
         except OSError as error:
             raise ConfigError(f"{path}: can't be written ({error.strerror})") from None
         try:
-            self.records = self._read()
+            self.records = [] if afresh else self._read()
         except BaseException:
             self._file.close()
             raise
