@@ -1,4 +1,4 @@
-"""What differs between the settings of an unfinished run and those that would go on with it.
+"""What differs where a run goes on, or is carried out again: its version, its settings, the files of its models.
 
 Knows: which settings can change a result. Refuses to know: how a run goes on.
 """
@@ -6,73 +6,96 @@ Knows: which settings can change a result. Refuses to know: how a run goes on.
 import json
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from modules.checkpoints import Checkpoint, candidate_sources
-from modules.config import NO_PART, Config, Directories, Source, parse_source
+from modules.config import NO_PART, VERSION, Config, Directories, Location, parse_source
 from modules.model import resolve_device, resolve_dtype
-from modules.output.journal import Record
+from modules.output.journal import Journal
+from modules.output.records import FORMAT, Run, Source
 from modules.runtime import ConfigError
 
 _HINT = "use what it was begun with, or begin again with --restart"
 
 
-def refuse_other_version(begun: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Raise ConfigError if another version of the program has begun the run."""
+def run_of(config: Config) -> Run:
+    """What the journal says of a run that begins here and now."""
+    settings = json.loads(json.dumps(asdict(config)))  # as they will be when they are read again
+    text = settings.pop("text")
+    here = {"device": resolve_device(config.device).type, "folder": os.path.abspath("")}
+    libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return Run(format=FORMAT, program=VERSION, settings=settings, config=text, **here, libraries=libraries)
+
+
+def refuse_other_version(begun: Mapping[str, Any], now: Run, path: Path) -> None:
+    """Raise ConfigError if another version of the program has begun the run.
+
+    begun: its first line as it was found: of another version's no more is known than that there are these keys.
+    """
     for key, what in (("format", "another version of journals"), ("program", "Merge Monster")):
-        if begun.get(key) != now[key]:
-            raise ConfigError(f"{path} was begun by {what} {begun.get(key)}, this is {now[key]}; {_HINT}")
+        if begun.get(key) != getattr(now, key):
+            raise ConfigError(f"{path} was begun by {what} {begun.get(key)}, this is {getattr(now, key)}; {_HINT}")
 
 
-def refuse_changes(begun: Mapping[str, Any], now: Mapping[str, Any], base: Checkpoint, path: Path) -> None:
+def refuse_changes(begun: Run, now: Run, base: Checkpoint, journal: Journal) -> None:
     """Raise ConfigError if a setting that can change the result is another one than when the run began."""
     try:
         changed = changes_between(begun, now, base)
-    except NOT_SETTINGS:
-        raise ConfigError(f"{path}: line 1 is damaged; begin again with --restart") from None
+        before, after = begun.settings.written(), now.settings.written()
+    except ValueError:  # a path that can be none
+        raise journal.damaged(1) from None
     if changed:
-        details = "; ".join(_change(key, begun["settings"].get(key), now["settings"].get(key)) for key in changed)
-        raise ConfigError(f"the configuration has changed since {path} was begun: {details}; {_HINT}")
+        details = "; ".join(_change(key, before.get(key), after.get(key)) for key in changed)
+        raise ConfigError(f"the configuration has changed since {journal.path} was begun: {details}; {_HINT}")
 
 
-NOT_SETTINGS = (KeyError, TypeError, AttributeError, ValueError)  # what damaged ones make of those who read them
+def compare_fingerprints(noted: Source, checkpoint: Checkpoint, trouble: str) -> None:
+    """Raise ConfigError, naming the first file that differs, if a source is not what was noted.
+
+    trouble: what that means, to be said of the file.
+    """
+    now = checkpoint.fingerprint()
+    for file in sorted(now.keys() | noted.fingerprint.keys()):
+        if now.get(file) != noted.fingerprint.get(file):
+            raise ConfigError(f"{checkpoint.path}: {file} {trouble}")
 
 
-def changes_between(begun: Record, now: Record, base: Checkpoint | None = None) -> list[str]:
+def changes_between(begun: Run, now: Run, base: Checkpoint | None = None) -> list[str]:
     """The keys in which two runs' settings differ in what they mean for the search, in alphabetical order.
 
-    begun, now: settings and, if known, the device that was meant and the folder where relative paths begin.
+    Raises ValueError for settings that can be none.
     """
-    same = {key for key in ("device", "dtype") if begun["settings"][key] == now["settings"][key]}
+    same = {key for key in ("device", "dtype") if getattr(begun.settings, key) == getattr(now.settings, key)}
     one, other = (_meaning(run, same, base) for run in (begun, now))
     return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
-def _meaning(run: Record, same: Collection[str], base: Checkpoint | None) -> Record:
+def _meaning(run: Run, same: Collection[str], base: Checkpoint | None) -> dict[str, Any]:
     """What decides the result of a search, by key, in one spelling.
 
     same: keys that are spelt the same in both runs; if they mean something else on this machine, a warning says so.
     """
-    settings, folder = run["settings"], run.get("folder", "")
-    told = {key: value for key, value in settings.items() if key not in NO_PART}
-    directories = dict(settings["directories"])
-    if directories["model_directory"] is not None:
-        directories["model_directory"] = os.path.join(folder, directories["model_directory"])
-    texts = [_found_from(folder, text) for text in (directories["model_path1"], *settings["models_to_merge"])]
-    candidates, _ = candidate_sources(Config(Directories(**directories), models_to_merge=tuple(texts[1:])))
+    settings, given = run.settings, run.settings.directories
+    told = {key: value for key, value in settings.written().items() if key not in NO_PART}
+    all_in = None if given.model_directory is None else os.path.join(run.folder, given.model_directory)
+    texts = [_found_from(run.folder, text) for text in (given.model_path1, *settings.models_to_merge)]
+    directories = Directories(given.model_path1, given.output_directory, all_in)
+    candidates, _ = candidate_sources(Config(directories, models_to_merge=tuple(texts[1:])))
     base_source = parse_source(texts[0])
-    told["directories"] = base_source and _identity(base_source)
-    told["models_to_merge"] = [_identity(source) for source in candidates]
-    if settings["strategy"] != "quantitive":
+    told["directories"] = base_source and _identity(base_source.model, base_source.adapter)
+    told["models_to_merge"] = [_identity(source.model, source.adapter) for source in candidates]
+    if settings.strategy != "quantitive":
         del told["strategy_threshold"]
-    device = run.get("device") or _device_meant(settings["device"])
+    device = run.device or _device_meant(settings.device)
     if "device" not in same:
         told["device"] = device
     if "dtype" not in same and base is not None:
-        told["dtype"] = _dtype_meant(settings["dtype"], base, device)
+        told["dtype"] = _dtype_meant(settings.dtype, base, device)
     return told
 
 
@@ -82,10 +105,11 @@ def _found_from(folder: str, text: str) -> str:
     return path if os.path.isdir(path) else text
 
 
-def _identity(source: Source) -> list[str]:
-    places = (place for place in (source.model, source.adapter) if place)
+def _identity(*places: Location | None) -> list[str]:
     return [
-        str(place.folder.resolve()) if place.folder else f"{place.repo}@{place.revision or 'main'}" for place in places
+        str(place.folder.resolve()) if place.folder else f"{place.repo}@{place.revision or 'main'}"
+        for place in places
+        if place
     ]
 
 

@@ -5,8 +5,7 @@ Knows: what of a recipe is compared, which totals may be. Refuses to know: files
 
 from collections.abc import Mapping
 
-from modules.output.journal import Record
-from modules.output.recipe import improved_phrases, needed_sources
+from modules.output.recipe import Recipe
 from modules.runtime import columns, fit, percent, row
 from modules.search import Shares
 
@@ -29,7 +28,7 @@ _COLUMNS = {
 _NOTE = "Total: bad - good, lower is better - Improved: phrases - Taken: candidates of which something was accepted"
 
 
-def comparison(recipes: Mapping[str, Record]) -> list[str]:
+def comparison(recipes: Mapping[str, Recipe]) -> list[str]:
     """A table of outputs, one row each, and which totals may be compared. recipes: by the output's name."""
     rows = [list(_COLUMNS), *(_cells(name, recipe) for name, recipe in recipes.items())]
     by_column = zip(*rows, strict=True)
@@ -39,19 +38,19 @@ def comparison(recipes: Mapping[str, Record]) -> list[str]:
     return [rule, header, rule, *body, rule, _NOTE, *_about_totals(recipes)]
 
 
-def _cells(name: str, recipe: Record) -> list[str]:
+def _cells(name: str, recipe: Recipe) -> list[str]:
     """One row, in the order of the columns."""
-    settings, seconds = recipe["settings"], recipe["seconds"]
-    threshold = f" {settings['strategy_threshold']:g}" if settings["strategy"] == "quantitive" else ""
+    settings, seconds = recipe.settings, recipe.seconds
+    threshold = f" {settings.strategy_threshold:g}" if settings.strategy == "quantitive" else ""
     return [
         name,
-        percent(recipe["total"]["before"]),
-        percent(recipe["total"]["after"]),
-        f"{improved_phrases(recipe)} of {len(recipe['phrases'])}",
-        _short(recipe["composition"]),
-        f"{len(needed_sources(recipe)) - 1} of {len(recipe['sources']) - 1}",
-        ", ".join(settings["merge_method"]),
-        settings["strategy"] + threshold,
+        percent(recipe.total.before),
+        percent(recipe.total.after),
+        f"{recipe.improved} of {len(recipe.phrases)}",
+        _short(recipe.composition),
+        f"{len(recipe.needed_sources) - 1} of {len(recipe.sources) - 1}",
+        ", ".join(settings.merge_method),
+        settings.strategy + threshold,
         f"{seconds.get('search', 0):.1f} s",
         f"{sum(map(float, seconds.values())):.1f} s",
     ]
@@ -68,7 +67,7 @@ def _short(shares: Shares) -> str:
     return f"{len(parts)} models"
 
 
-def _about_totals(recipes: Mapping[str, Record]) -> list[str]:
+def _about_totals(recipes: Mapping[str, Recipe]) -> list[str]:
     """A line that says which outputs have the same phrases, if not all have: only their totals mean the same."""
     groups: dict[tuple, list[str]] = {}
     for name, recipe in recipes.items():
@@ -79,6 +78,6 @@ def _about_totals(recipes: Mapping[str, Record]) -> list[str]:
     return [f"Phrases or weights differ, so totals can't be compared but within: {told}"]
 
 
-def _phrase_list(recipe: Record) -> tuple:
+def _phrase_list(recipe: Recipe) -> tuple:
     """What makes totals mean the same. Automatic weights are measured, and differ by a rounding between machines."""
-    return tuple(sorted((p["kind"], p["phrase"], p["context"], f"{p['weight']:.5g}") for p in recipe["phrases"]))
+    return tuple(sorted((p.kind, p.phrase, p.context, f"{p.weight:.5g}") for p in recipe.phrases))

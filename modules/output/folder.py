@@ -6,7 +6,7 @@ its files.
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from modules.output.filesystem import sync
@@ -104,7 +104,7 @@ def unfinished_output(place: Place, resume: bool, restart: bool) -> Iterator[Unf
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(place.refusal(error)) from None
-    with Journal(folder / JOURNAL_FILE) as journal:
+    with closing(Journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
         if journal.of_kind("decision") and not resume and not restart:
             count = len(journal.of_kind("decision"))
             raise ConfigError(

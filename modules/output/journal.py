@@ -10,14 +10,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from modules.runtime import ConfigError
 
 JOURNAL_FILE = "merge_monster_journal.jsonl"
 
-Record = dict[str, Any]  # "kind" says which
+Line = dict[str, Any]  # "kind" says which
 
 
 @contextmanager
@@ -34,24 +33,26 @@ def naming(path: Path) -> Iterator[None]:
 class Journal:
     """An open journal: the records that were in it, and those that are added."""
 
-    def __init__(self, path: Path) -> None:
-        """Open a journal, or begin one. Raises ConfigError if it can't be written, or is damaged."""
-        self.path, self.records = path, []
+    def __init__(self, path: Path, afresh: bool = False) -> None:
+        """Open a journal, or begin one; afresh: whatever is in it. Raises ConfigError if it can't be written, or is
+        damaged."""
+        self.path = path
+        self.records: list[Line] = []
         try:
             self._file = path.open("a+b")
         except OSError as error:
             raise ConfigError(f"{path}: can't be written ({error.strerror})") from None
         try:
-            self.records = self._read()
+            self.records = [] if afresh else self._read()
         except BaseException:
             self._file.close()
             raise
 
-    def of_kind(self, kind: str) -> list[Record]:
+    def of_kind(self, kind: str) -> list[Line]:
         """The records of one kind, in their order."""
         return [record for record in self.records if record["kind"] == kind]
 
-    def append(self, kind: str, **fields: Any) -> Record:
+    def append(self, kind: str, **fields: Any) -> None:
         """Add a record; it is on the disk when this returns. Raises OSError if it can't be written."""
         record = {"kind": kind, **fields}
         with naming(self.path):
@@ -59,14 +60,17 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         self.records.append(record)
-        return record
+
+    def damaged(self, number: int) -> ConfigError:
+        """What is said of a line that no run can have written."""
+        return ConfigError(f"{self.path}: line {number} is damaged; begin again with --restart")
 
     def clear(self) -> None:
         """Forget all records."""
         self._file.truncate(0)
         self.records = []
 
-    def _read(self) -> list[Record]:
+    def _read(self) -> list[Line]:
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -77,7 +81,7 @@ class Journal:
                 if not isinstance(record, Mapping) or not isinstance(record.get("kind"), str):
                     raise ValueError
             except (ValueError, RecursionError):
-                raise ConfigError(f"{self.path}: line {number} is damaged; begin again with --restart") from None
+                raise self.damaged(number) from None
             records.append(dict(record))
         if len(whole) < len(content):
             self._file.truncate(len(whole))
@@ -87,22 +91,13 @@ class Journal:
         """Let go of the journal; what was appended is on the disk already."""
         self._file.close()
 
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 class JournalCopy(Journal):
     """The same records in a process that does not write them down, since another one does."""
 
-    def __init__(self, records: list[Record]) -> None:
+    def __init__(self, records: list[Line]) -> None:
         self.path, self.records = Path(JOURNAL_FILE), list(records)
 
-    def append(self, kind: str, **fields: Any) -> Record:
+    def append(self, kind: str, **fields: Any) -> None:
         """Add a record."""
         self.records.append({"kind": kind, **fields})
-        return self.records[-1]

@@ -15,9 +15,9 @@ from huggingface_hub import ModelCardData
 
 from modules.checkpoints import is_licence, is_there, local_files
 from modules.config import names_folder, repositories_in
-from modules.output.journal import Record
 from modules.output.places import SETTINGS_FILE
-from modules.output.recipe import RECIPE_FILE, improved_phrases, needed_sources
+from modules.output.recipe import RECIPE_FILE, Recipe
+from modules.output.records import Phrase, Source
 from modules.runtime import CheckpointError, percent, shortened, visible
 
 CARD_FILE = "README.md"
@@ -37,7 +37,7 @@ class Licence:
     unread: bool = False  # whether there is a card that could not be read
 
 
-def write_card(folder: Path, recipe: Record, name: str, base_path: Path, pictures: tuple[str, str]) -> None:
+def write_card(folder: Path, recipe: Recipe, name: str, base_path: Path, pictures: tuple[str, str]) -> None:
     """Write the model card of an output, in the folder in which it is being written.
 
     name: the output's. base_path: the base model's folder. pictures: see `model_card`; one that could not be made is
@@ -48,7 +48,7 @@ def write_card(folder: Path, recipe: Record, name: str, base_path: Path, picture
     (folder / CARD_FILE).write_text(card, encoding="utf-8", newline="\n")
 
 
-def model_card(recipe: Record, name: str, licence: Licence, pictures: Sequence[str | None]) -> str:
+def model_card(recipe: Recipe, name: str, licence: Licence, pictures: Sequence[str | None]) -> str:
     """The text of a model card. licence: the base's.
 
     pictures: the names of the merge map's file and of the phrase chart's, beside the card; None for one that is not.
@@ -68,7 +68,7 @@ def model_card(recipe: Record, name: str, licence: Licence, pictures: Sequence[s
         "## Licence",
         _about_licence(recipe, licence),
         "## Settings",
-        _settings(recipe["config"]),
+        _settings(recipe.config),
         "## Building it again",
         _rebuilding(recipe),
     ]
@@ -102,9 +102,9 @@ def _stated_in(card: str) -> tuple[str, ...]:
     return tuple(item.value for item in items if isinstance(item, yaml.ScalarNode) and item.value)
 
 
-def _front_matter(recipe: Record) -> str:
+def _front_matter(recipe: Recipe) -> str:
     """For the hub, which takes nothing but its own ids as base models: folders are named in the text only."""
-    repositories = [repo for source in needed_sources(recipe) for repo, _ in repositories_in(source["where"])]
+    repositories = [repo for source in recipe.needed_sources for repo, _ in repositories_in(source.where)]
     data = ModelCardData(
         base_model=list(dict.fromkeys(repositories)) or None,
         # With one base model the hub would take the output for a fine-tune.
@@ -116,65 +116,65 @@ def _front_matter(recipe: Record) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _introduction(recipe: Record) -> str:
-    settings, base = recipe["settings"], recipe["sources"][0]
-    taken, candidates = len(needed_sources(recipe)) - 1, _counted(len(recipe["sources"]) - 1, "candidate")
-    improved, phrases = improved_phrases(recipe), _counted(len(recipe["phrases"]), "phrase")
-    before, after = (percent(recipe["total"][key]) for key in ("before", "after"))
+def _introduction(recipe: Recipe) -> str:
+    settings, base = recipe.settings, recipe.sources[0]
+    taken, candidates = len(recipe.needed_sources) - 1, _counted(len(recipe.sources) - 1, "candidate")
+    improved, phrases = recipe.improved, _counted(len(recipe.phrases), "phrase")
+    before, after = percent(recipe.total.before), percent(recipe.total.after)
     return (
         f"A merge of {taken} of {candidates} into {_named(base)}, made layer by layer with Merge Monster "
-        f"{_plain(recipe['program'])}. Every merge of a layer was tried, and kept only where it made unwanted phrases "
+        f"{_plain(recipe.program)}. Every merge of a layer was tried, and kept only where it made unwanted phrases "
         f"less probable or wanted ones more so. {improved} of {phrases} improved; the total score (lower is better) "
-        f"went from {before} to {after}. Strategy: {settings['strategy']}; merge methods: "
-        f"{', '.join(settings['merge_method'])}; computed in {recipe['dtype']}."
+        f"went from {before} to {after}. Strategy: {settings.strategy}; merge methods: "
+        f"{', '.join(settings.merge_method)}; computed in {recipe.dtype}."
     )
 
 
-def _composition(recipe: Record) -> str:
-    sources = {source["name"]: source for source in recipe["sources"]}
+def _composition(recipe: Recipe) -> str:
+    sources = {source.name: source for source in recipe.sources}
     rows = [("model", "share", "from")]
-    for name, share in recipe["composition"].items():
-        rows.append((_plain(name), f"{share * 100.0:.2f}%", _origin(sources[name]["where"]) if name in sources else ""))
+    for name, share in recipe.composition.items():
+        rows.append((_plain(name), f"{share * 100.0:.2f}%", _origin(sources[name].where) if name in sources else ""))
     return "\n\n".join([_table(rows), *_about_candidates(recipe)])
 
 
-def _about_candidates(recipe: Record) -> list[str]:
+def _about_candidates(recipe: Recipe) -> list[str]:
     """Lines about candidates that a reader might look for in the composition, or think to be there as a whole."""
-    needed, failed = needed_sources(recipe), set(map(str, recipe["failures"]))
-    untaken = [_named(source) for source in recipe["sources"] if source not in needed]
-    broken = [_named(source) for source in recipe["sources"] if str(source["number"]) in failed]
+    needed, failed = recipe.needed_sources, recipe.failures
+    untaken = [_named(source) for source in recipe.sources if source not in needed]
+    broken = [_named(source) for source in recipe.sources if str(source.number) in failed]
     lines = [f"Tried, but nothing of it was kept: {', '.join(untaken)}."] if untaken else []
     return lines + ([f"Could not be read to the end: {', '.join(broken)}."] if broken else [])
 
 
-def _about_phrases(recipe: Record) -> str:
+def _about_phrases(recipe: Recipe) -> str:
     text = (
         "How probable it is that the model goes on with the phrase after the context, in the base and in this model. "
         "Bad phrases should be less probable, good ones more."
     )
-    count = len(recipe["phrases"])
+    count = len(recipe.phrases)
     return text if count <= MOST_PHRASES else f"{text} Of {count:,} phrases, the {MOST_PHRASES} that changed most."
 
 
-def _phrases(recipe: Record) -> str:
+def _phrases(recipe: Recipe) -> str:
     rows = [("", "phrase", "context", "weight", "before", "after")]
-    for phrase in _changed_most(recipe["phrases"]):
-        texts = _excerpt(phrase["phrase"]), _excerpt(phrase["context"]) or "*the beginning of a text*"
-        probabilities = percent(phrase["before"]), percent(phrase["after"])
-        rows.append((phrase["kind"].lower(), *texts, f"{abs(phrase['weight']):g}", *probabilities))
-    total = percent(recipe["total"]["before"]), percent(recipe["total"]["after"])
+    for phrase in _changed_most(recipe.phrases):
+        texts = _excerpt(phrase.phrase), _excerpt(phrase.context) or "*the beginning of a text*"
+        probabilities = percent(phrase.before), percent(phrase.after)
+        rows.append((phrase.kind.lower(), *texts, f"{abs(phrase.weight):g}", *probabilities))
+    total = percent(recipe.total.before), percent(recipe.total.after)
     return _table([*rows, ("", "**all phrases: bad - good, times weight**", "", "", *total)])
 
 
-def _changed_most(phrases: Sequence[Record]) -> list[Record]:
+def _changed_most(phrases: Sequence[Phrase]) -> list[Phrase]:
     """As many as a card shows, in their own order: those whose weighted probability moved furthest."""
-    changes = [abs((phrase["after"] - phrase["before"]) * phrase["weight"]) for phrase in phrases]
+    changes = [abs((phrase.after - phrase.before) * phrase.weight) for phrase in phrases]
     chosen = sorted(range(len(phrases)), key=changes.__getitem__, reverse=True)[:MOST_PHRASES]
     return [phrases[number] for number in sorted(chosen)]
 
 
-def _about_licence(recipe: Record, licence: Licence) -> str:
-    lines = [f"The base is {place}; its licence is stated there." for place in _links(recipe["sources"][0]["where"])]
+def _about_licence(recipe: Recipe, licence: Licence) -> str:
+    lines = [f"The base is {place}; its licence is stated there." for place in _links(recipe.sources[0].where)]
     if licence.stated:
         lines.append(f"The base's card states its licence as {_excerpt(', '.join(licence.stated))}.")
     if licence.unread:
@@ -191,19 +191,19 @@ def _settings(config: str) -> str:
     return _fenced("yaml", config)
 
 
-def _rebuilding(recipe: Record) -> str:
-    folders = [visible(source["name"]) for source in needed_sources(recipe) if names_folder(source["where"])]
+def _rebuilding(recipe: Recipe) -> str:
+    folders = [visible(source.name) for source in recipe.needed_sources if names_folder(source.where)]
     command = ["python", "merge_monster.py", "--replay", RECIPE_FILE, "--output", "rebuilt"]
-    command += ["--trust-remote-code"] if recipe["settings"]["trust_remote_code"] else []
+    command += ["--trust-remote-code"] if recipe.settings.trust_remote_code else []
     command += [word for name in folders for word in ("--source", f"{name}=PATH")]
     text = f"`{RECIPE_FILE}` has every decision. Merge Monster builds the same model from it without a search"
     where = ", PATH being where the model lies:" if folders else ":"
     return f"{text}{where}\n\n{_fenced('sh', shlex.join(command))}"
 
 
-def _named(source: Record) -> str:
+def _named(source: Source) -> str:
     """A model within a sentence: links, if all of it is on the hub."""
-    return _plain(source["name"]) if names_folder(source["where"]) else " with ".join(_links(source["where"]))
+    return _plain(source.name) if names_folder(source.where) else " with ".join(_links(source.where))
 
 
 def _origin(where: str) -> str:

@@ -19,8 +19,8 @@ from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from modules.output.journal import Record
-from modules.output.record_fields import decision_of
+from modules.output.recipe import Recipe
+from modules.output.records import Phrase
 from modules.runtime import columns, one_line, shortened
 from modules.search import Decision, Merge, mean_shares, shares_of
 
@@ -79,20 +79,20 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def merge_map(recipe: Record, file: str | Path) -> None:
+def merge_map(recipe: Recipe, file: str | Path) -> None:
     """Write the merge map of a recipe as a PNG file. Raises OSError if it can't be written."""
     save_figure(merge_map_figure(recipe), file)
 
 
-def phrase_chart(recipe: Record, file: str | Path) -> None:
+def phrase_chart(recipe: Recipe, file: str | Path) -> None:
     """Write the phrase chart of a recipe as a PNG file. Raises OSError if it can't be written."""
     save_figure(phrase_chart_figure(recipe), file)
 
 
 @drawing()
-def merge_map_figure(recipe: Record) -> Figure:
+def merge_map_figure(recipe: Recipe) -> Figure:
     """Above, the share of each model in every layer and in the header; below, the total score decision by decision."""
-    decisions = [decision_of(record) for record in recipe["decisions"]]
+    decisions = [line.decision for line in recipe.decisions]
     models = names_of_sources(recipe)
     parts = parts_of(models[0], decisions)
     more = len(models) - 1 > len(COLOURS)
@@ -112,9 +112,9 @@ def merge_map_figure(recipe: Record) -> Figure:
 
 
 @drawing()
-def phrase_chart_figure(recipe: Record) -> Figure:
+def phrase_chart_figure(recipe: Recipe) -> Figure:
     """The probability of every pair before and after, bad and good apart, the most improved first."""
-    pairs = recipe["phrases"]
+    pairs = recipe.phrases
     groups = {kind: group for kind in _KINDS if (group := shown_pairs(pairs, kind))}
     rows = sum(map(len, groups.values()))
     title = _title("Phrases before and after", names_of_sources(recipe), _CHART_WIDTH)
@@ -130,7 +130,7 @@ def phrase_chart_figure(recipe: Record) -> Figure:
         _draw_pairs(axes, group)
         axes.set_title(_KINDS[kind])
     shown = [pair for group in groups.values() for pair in group]
-    _scale_probabilities(panels[-1], [pair[when] for pair in shown for when in ("before", "after")])
+    _scale_probabilities(panels[-1], [value for pair in shown for value in (pair.before, pair.after)])
     figure.supylabel("Context [phrase]")
     figure.legend(handles=_pair_handles(), loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -147,9 +147,9 @@ def save_figure(figure: Figure, file: str | Path) -> None:
     figure.savefig(file, format="png", metadata={"Software": None})
 
 
-def names_of_sources(recipe: Record) -> list[str]:
+def names_of_sources(recipe: Recipe) -> list[str]:
     """The base's name and those of the candidates; one that was searched twice is one."""
-    return list(dict.fromkeys(source["name"] for source in recipe["sources"]))
+    return list(dict.fromkeys(source.name for source in recipe.sources))
 
 
 def parts_of(base: str, decisions: Iterable[Decision]) -> list[list[Merge]]:
@@ -163,9 +163,9 @@ def parts_of(base: str, decisions: Iterable[Decision]) -> list[list[Merge]]:
     return parts
 
 
-def shown_pairs(pairs: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
+def shown_pairs(pairs: Sequence[Phrase], kind: str) -> list[Phrase]:
     """A kind's pairs that a phrase chart shows, the most improved first; of many, those that changed the most."""
-    shown = sorted((pair for pair in pairs if pair["kind"] == kind), key=_gain, reverse=True)
+    shown = sorted((pair for pair in pairs if pair.kind == kind), key=_gain, reverse=True)
     if len(pairs) > _MOST_PAIRS:
         changed = sorted(shown, key=lambda pair: -abs(_gain(pair)))[:_MOST_CHANGED]
         return sorted(changed, key=_gain, reverse=True)
@@ -217,16 +217,16 @@ def _draw_path(axes: Axes, colours: Mapping[str, Any], decisions: Sequence[Decis
     axes.set(xlabel="Decision", ylabel="Total score, lower is better")
 
 
-def _gain(pair: Mapping[str, Any]) -> float:
+def _gain(pair: Phrase) -> float:
     """How far a pair moved in the direction it should."""
-    return (pair["after"] - pair["before"]) * (1 if pair["kind"] == "GOOD" else -1)
+    return (pair.after - pair.before) * (1 if pair.kind == "GOOD" else -1)
 
 
-def _draw_pairs(axes: Axes, pairs: Sequence[Mapping[str, Any]]) -> None:
+def _draw_pairs(axes: Axes, pairs: Sequence[Phrase]) -> None:
     """A row for every pair: a ring before, a dot after, a line between them, both figures beside it."""
     rows, gains = range(len(pairs)), map(_gain, pairs)
     colours = [BETTER if gain > 0 else WORSE if gain < 0 else SAME for gain in gains]
-    before, after = ([pair[when] for pair in pairs] for when in ("before", "after"))
+    before, after = [pair.before for pair in pairs], [pair.after for pair in pairs]
     axes.hlines(rows, before, after, colours, linewidth=1.5, zorder=2)
     axes.scatter(before, rows, s=25, color="white", edgecolors=DARK, zorder=3, clip_on=False)
     axes.scatter(after, rows, s=25, color=colours, zorder=4, clip_on=False)
@@ -240,9 +240,9 @@ def _draw_pairs(axes: Axes, pairs: Sequence[Mapping[str, Any]]) -> None:
     axes.set_axisbelow(True)
 
 
-def _pair_label(pair: Mapping[str, Any]) -> str:
+def _pair_label(pair: Phrase) -> str:
     """A pair as a reader meets it: the end of its context, then the phrase."""
-    context, phrase = one_line(pair["context"]), one_line(pair["phrase"])
+    context, phrase = one_line(pair.context), one_line(pair.phrase)
     return f"{shortened(context, _CONTEXT)} [{shortened(phrase, _PHRASE, 'both')}]".lstrip()
 
 

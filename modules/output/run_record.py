@@ -4,32 +4,20 @@ when it is done.
 Knows: what each record holds. Refuses to know: how a decision is taken or carried out, files other than its own.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
-
-import torch
-import transformers
+from typing import TypeVar
 
 from modules.checkpoints import Checkpoint
-from modules.config import VERSION, Config, Pair
-from modules.model import resolve_device
-from modules.output.changes import refuse_changes, refuse_other_version
-from modules.output.journal import Journal, Record
-from modules.output.record_fields import (
-    FORMAT,
-    compare_fingerprints,
-    decision_of,
-    first_damaged,
-    is_sound,
-    log_probabilities_of,
-    scores_of,
-    settings_of,
-)
-from modules.runtime import ConfigError
+from modules.config import Config, Pair
+from modules.output.changes import compare_fingerprints, refuse_changes, refuse_other_version, run_of
+from modules.output.journal import Journal
+from modules.output.recipe import Recipe
+from modules.output.records import Closed, Decided, Phrase, Record, Run, Source, Start, Total, read_lines
 from modules.scoring import Packing
 from modules.search import Decision, Shares, probability, scores, total
+
+Kind = TypeVar("Kind", bound=Record)
 
 
 class RunRecord:
@@ -41,42 +29,40 @@ class RunRecord:
 
         base: the model that the dtype was chosen for; without one, nothing is said of what has changed.
         """
-        self.journal, self._device = journal, resolve_device(config.device).type
-        now = {"format": FORMAT, "program": VERSION, "settings": settings_of(config), "config": config.text}
-        now |= {"device": self._device, "folder": os.path.abspath("")}
+        self.journal, self._now = journal, run_of(config)
+        self._lines: list[Record] = []
         if not journal.records:
-            journal.append("run", **now, libraries=_libraries())
+            self._note("run", self._now)
             return
-        begun = journal.records[0]
-        if begun["kind"] == "run":
-            refuse_other_version(begun, now, journal.path)
-        damaged = 1 if begun["kind"] != "run" or not is_sound("run", begun) else None
-        if damaged is None:
-            if base is not None:
-                refuse_changes(begun, now, base, journal.path)
-            damaged = first_damaged(journal.records, config)
+        if journal.records[0]["kind"] == "run":
+            refuse_other_version(journal.records[0], self._now, journal.path)
+        self._lines, damaged = read_lines(journal.records, config)
+        if damaged != 1 and base is not None:
+            refuse_changes(self._all(Run)[0], self._now, base, journal)
         if damaged is not None:
-            raise ConfigError(f"{journal.path}: line {damaged} is damaged; begin again with --restart")
+            raise journal.damaged(damaged)
 
-    @property
-    def count(self) -> int:
-        """How many decisions were taken."""
-        return len(self.journal.of_kind("decision"))
+    def _note(self, kind: str, line: Kind) -> Kind:
+        self.journal.append(kind, **line.written())
+        self._lines.append(line)
+        return line
+
+    def _all(self, kind: type[Kind]) -> list[Kind]:
+        return [line for line in self._lines if isinstance(line, kind)]
 
     @property
     def packing(self) -> Packing | None:
         """How the phrases were packed for the last scores that are noted; None if there are none, or it was not."""
-        known = [record["packing"] for record in self.journal.records if record.get("packing")]
-        return Packing(**known[-1]) if known else None
+        known = [line.packing for line in self._lines if isinstance(line, Start | Decided | Closed) and line.packing]
+        return Packing(**known[-1].written()) if known else None
 
     def warnings(self, packing: Packing) -> list[str]:
         """What may keep the rest of the run from being what it would have been without the break.
 
         packing: that it goes on with.
         """
-        run = self.journal.of_kind("run")[0]
-        now = {**_libraries(), "device": self._device}
-        begun = {**run["libraries"], "device": run.get("device", self._device)}
+        run, now = self._all(Run)[0], {**self._now.libraries, "device": self._now.device}
+        begun = {**run.libraries, "device": run.device or self._now.device}
         changes = [
             f"the run began with {name} {begun.get(name)}, this is {value}"
             for name, value in now.items()
@@ -90,54 +76,44 @@ class RunRecord:
 
     def compares(self, packing: Packing) -> bool:
         """Whether the base's noted scores, and those with this packing, must be the same to the last digit."""
-        return self.journal.of_kind("start")[0].get("packing") in (None, asdict(packing))
+        noted = self._all(Start)[0].packing
+        return noted is None or noted.written() == asdict(packing)
 
-    def source(self, number: int, text: str, where: str, checkpoint: Checkpoint) -> Record:
+    def source(self, number: int, text: str, where: str, checkpoint: Checkpoint) -> Source:
         """Note a model, or compare it with what was noted; text: what the configuration calls it, where: exactly.
 
         Returns what is noted. Raises ConfigError if it is another one.
         """
-        known = [record for record in self.journal.of_kind("source") if record["number"] == number]
+        known = [source for source in self._all(Source) if source.number == number]
         if known:
             since = f"has changed since {self.journal.path} was begun; --restart begins again"
             compare_fingerprints(known[0], checkpoint, since)
             return known[0]
-        identity = {"number": number, "name": checkpoint.name, "text": text, "where": where}
-        return self.journal.append("source", **identity, fingerprint=checkpoint.fingerprint())
+        name, fingerprint = checkpoint.name, checkpoint.fingerprint()
+        return self._note("source", Source(number=number, name=name, text=text, where=where, fingerprint=fingerprint))
 
-    def start(
-        self, log_probabilities: Sequence[float], weights: Sequence[float], packing: Packing
-    ) -> tuple[list[float], list[float]]:
+    def start(self, log_probabilities: Sequence[float], weights: Sequence[float], packing: Packing) -> Start:
         """Note the base's scores, or find what was noted: joint log-probabilities, signed weights."""
-        known = self.journal.of_kind("start")
-        record = (
-            known[0]
-            if known
-            else self.journal.append(
-                "start", **scores_of(log_probabilities), weights=list(weights), packing=asdict(packing)
-            )
-        )
-        return log_probabilities_of(record), record["weights"]
+        measured = {"log_probabilities": log_probabilities, "weights": weights, "packing": asdict(packing)}
+        return self._all(Start)[0] if self._all(Start) else self._note("start", Start(**measured))
 
     def decided(self, number: int, decision: Decision, seconds: float, packing: Packing) -> None:
         """Note a decision."""
-        fields = {**asdict(decision), **scores_of(decision.log_probabilities), "packing": asdict(packing)}
-        self.journal.append("decision", candidate=number, **fields, seconds=round(seconds, 3))
+        more = {"packing": asdict(packing), "seconds": round(seconds, 3)}
+        self._note("decision", Decided(candidate=number, **asdict(decision), **more))
 
     def decisions(self, number: int | None = None) -> list[Decision]:
         """What was decided, on one candidate or altogether."""
-        records = [r for r in self.journal.of_kind("decision") if number is None or r["candidate"] == number]
-        return [decision_of(record) for record in records]
+        return [line.decision for line in self._all(Decided) if number in (None, line.candidate)]
 
     def closed(self, number: int, log_probabilities: Sequence[float], failure: str | None, packing: Packing) -> None:
         """Note that a candidate has been searched, or given up."""
-        fields = {**scores_of(log_probabilities), "packing": asdict(packing)}
-        self.journal.append("candidate", number=number, **fields, failure=failure)
+        scored = {"log_probabilities": log_probabilities, "packing": asdict(packing)}
+        self._note("candidate", Closed(number=number, **scored, failure=failure))
 
-    def end(self, number: int) -> tuple[list[float], str | None] | None:
-        """The scores after a candidate and why it was given up, if it was; None if its search is not over."""
-        known = [record for record in self.journal.of_kind("candidate") if record["number"] == number]
-        return (log_probabilities_of(known[0]), known[0]["failure"]) if known else None
+    def end(self, number: int) -> Closed | None:
+        """What was noted at the end of a candidate's search; None if it is not over."""
+        return next((line for line in self._all(Closed) if line.number == number), None)
 
     def recipe(
         self,
@@ -147,34 +123,28 @@ class RunRecord:
         composition: Shares,
         model: Mapping[str, str | None],
         seconds: Mapping[str, float],
-    ) -> Record:
+    ) -> Recipe:
         """Everything that another person needs to build the same model and to see what it is; see docs/recipe.md.
 
         model: device, compute dtype, saved dtype. seconds: by phase; those of the search are in the journal.
         """
-        begun, start = self.journal.of_kind("run")[0], log_probabilities_of(self.journal.of_kind("start")[0])
-        decisions = self.journal.of_kind("decision")
+        run, start, decisions = self._all(Run)[0], self._all(Start)[0].log_probabilities, self._all(Decided)
         phrases = [
-            {**asdict(pair), "weight": weight, "before": probability(before), "after": probability(after)}
+            Phrase(**asdict(pair) | {"weight": weight}, before=probability(before), after=probability(after))
             for pair, weight, before, after in zip(pairs, weights, start, scores_now, strict=True)
         ]
-        return {
-            **{key: begun[key] for key in ("format", "program", "libraries", "settings", "config")},
+        return Recipe(
+            format=run.format,
+            program=run.program,
+            libraries=run.libraries,
+            settings=run.settings,
+            config=run.config,
             **model,
-            "sources": [_for_others(record) for record in self.journal.of_kind("source")],
-            "decisions": [_for_others(record) for record in decisions],
-            "failures": {r["number"]: r["failure"] for r in self.journal.of_kind("candidate") if r["failure"]},
-            "phrases": phrases,
-            "total": {"before": total(scores(start, weights)), "after": total(scores(scores_now, weights))},
-            "composition": dict(composition),
-            "seconds": {**seconds, "search": round(sum(record["seconds"] for record in decisions), 1)},
-        }
-
-
-def _for_others(record: Mapping[str, Any]) -> Record:
-    """A record without what only the journal needs."""
-    return {key: value for key, value in record.items() if key not in ("kind", "packing")}
-
-
-def _libraries() -> dict[str, str]:
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
+            sources=self._all(Source),
+            decisions=[line.written("packing") for line in decisions],
+            failures={str(line.number): line.failure for line in self._all(Closed) if line.failure},
+            phrases=phrases,
+            total=Total(before=total(scores(start, weights)), after=total(scores(scores_now, weights))),
+            composition=dict(composition),
+            seconds={**seconds, "search": round(sum(line.seconds for line in decisions), 1)},
+        )

@@ -20,12 +20,13 @@ from modules.search.search import Search
 def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:
     """Note the base's scores or, where an earlier run has, go on from its own; those scores."""
     measured, packing = list(search.log_probabilities), search.scorer.packing
-    search.log_probabilities, search.weights = record.start(measured, search.weights, packing)
-    if record.count:
+    start, count = record.start(measured, search.weights, packing), len(record.decisions())
+    search.log_probabilities, search.weights = list(start.log_probabilities), list(start.weights)
+    if count:
         console.warnings(record.warnings(packing))
         if measured != search.log_probabilities and record.compares(packing):
             console.warning("the base scores otherwise here than where the run began: its end may differ slightly")
-        console.timed(f"Resuming: {record.count} decisions are carried out again from the journal")
+        console.timed(f"Resuming: {count} decisions are carried out again from the journal")
     elif resume:
         console.timed("Nothing to resume: beginning at the beginning")
     return list(search.log_probabilities)
@@ -96,9 +97,9 @@ class Conductor:
         done, end = self.record.decisions(number), self.record.end(number)
         if end is not None:
             self.search.repeat(candidate, done)
-            self.search.log_probabilities, failure = end
+            self.search.log_probabilities = list(end.log_probabilities)
             self._count_repeated(done)
-            return failure
+            return end.failure
         self._count_repeated(done)
         began, timed = time.monotonic(), not done  # the first one waits until what was done is done again
         # Closed whatever happens: the candidate is read by a thread.

@@ -15,7 +15,6 @@ from modules.model import ModelLoader, ResidentModel
 from modules.output import (
     JournalCopy,
     Place,
-    Record,
     RunRecord,
     check_apart,
     check_output,
@@ -41,7 +40,7 @@ from modules.search.search import Search
 class Start:
     """What the process that leads tells the others, for them to begin the search: all that is not in the YAML file."""
 
-    records: list[Record]  # the journal's
+    journal: JournalCopy
     budget: Budget
 
 
@@ -106,7 +105,7 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         record = RunRecord(unfinished.journal, config, models.base)
         prefetcher.wait(0)
         clock.lap("download")
-        group.broadcast(Start(record.journal.records, plan.budget))
+        group.broadcast(Start(JournalCopy(record.journal.records), plan.budget))
         conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
@@ -184,6 +183,6 @@ def merge_as_follower(config: Config, console: Console, options: Options, group:
     models = loader.open()
     with fetching(console, models.jobs) as prefetcher:
         prefetcher.wait(0)
-        record = RunRecord(JournalCopy(start.records), config)
+        record = RunRecord(start.journal, config)
         conductor = begin_search(loader, models, record, prefetcher, start.budget, group)
         conductor.conduct(models.candidates)

@@ -12,15 +12,13 @@ from modules.config import Config, Directories, missing_folder, parse_source
 from modules.model import ModelLoader, present_devices
 from modules.output import (
     Place,
-    Record,
-    accepted_of,
+    Recipe,
+    Source,
     check_apart,
     check_output,
     compare_fingerprints,
-    decision_of,
     held_place,
     input_paths,
-    needed_sources,
     read_recipe,
     unfinished_output,
     written_paths,
@@ -50,26 +48,26 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     recipe = read_recipe(asked.recipe)
     console.lines(BANNER.split("\n"))
     console.timed(f"THE MERGE MONSTER REMEMBERS {asked.recipe}")
-    if recipe["settings"]["trust_remote_code"] and not asked.trust_remote_code:
+    if recipe.settings.trust_remote_code and not asked.trust_remote_code:
         raise ConfigError(
             f"{asked.recipe}: was made with trust_remote_code: Python code that its models bring along would be run; "
             "if you trust them, add --trust-remote-code"
         )
-    config = _configuration(asked, recipe, needed_sources(recipe))
+    config = _configuration(asked, recipe, recipe.needed_sources)
     prepare_libraries(config.random_seed)
     check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])
     with held_place(asked.output, console) as place:
         check_output(place, asked.overwrite)
-        loader = ModelLoader(config, console, compute=recipe["dtype"])
+        loader = ModelLoader(config, console, compute=recipe.dtype)
         models = loader.open()
         check_space(models.jobs, config.keep_downloads)
         _rebuild(asked, recipe, loader, place, models)
     end(console, config, models.base)
 
 
-def _rebuild(asked: Replay, recipe: Record, loader: ModelLoader, place: Place, models: Models) -> None:
+def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, models: Models) -> None:
     """Merge what the recipe accepted, and put the result into its place."""
-    base_source, *sources = needed_sources(recipe)
+    base_source, *sources = recipe.needed_sources
     console, base, candidates = loader.console, models.base, models.candidates
     if len(candidates) != len(sources):
         raise ConfigError(f"of the recipe's {len(sources)} candidates {len(candidates)} were found")
@@ -85,44 +83,43 @@ def _rebuild(asked: Replay, recipe: Record, loader: ModelLoader, place: Place, m
         for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
             prefetcher.wait(number)
             compare_fingerprints(source, candidate.checkpoint, "has changed since the recipe was written")
-            decisions = [decision_of(record) for record in accepted_of(recipe, source["number"])]
-            console.timed(f"Candidate {number}/{len(sources)}: {source['name']}, {len(decisions)} merges")
+            decisions = [line.decision for line in recipe.accepted_of(source.number)]
+            console.timed(f"Candidate {number}/{len(sources)}: {source.name}, {len(decisions)} merges")
             merger.repeat(candidate, decisions)
             candidate.checkpoint.release()
-        save(console, model, unfinished, str(asked.output), recipe["config"])
+        save(console, model, unfinished, str(asked.output), recipe.config)
         finish(console, unfinished, recipe, place.output, base, asked.overwrite)
 
 
-def _configuration(asked: Replay, recipe: Record, sources: Sequence[Record]) -> Config:
+def _configuration(asked: Replay, recipe: Recipe, sources: Sequence[Source]) -> Config:
     """What the models are opened with. Raises ConfigError for a source that the recipe does not have."""
-    names = [source["name"] for source in sources]
-    unknown = sorted(asked.elsewhere.keys() - {source["name"] for source in recipe["sources"]})
+    names = [source.name for source in sources]
+    unknown = sorted(asked.elsewhere.keys() - {source.name for source in recipe.sources})
     if unknown:
         raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {', '.join(names)}")
-    texts = [asked.elsewhere.get(source["name"], source["where"]) for source in sources]
+    texts = [asked.elsewhere.get(source.name, source.where) for source in sources]
     lost = [
-        f"{text}: {missing_folder(text)}; name where it lies with --source {source['name']}=PATH"
+        f"{text}: {missing_folder(text)}; name where it lies with --source {source.name}=PATH"
         for source, text in zip(sources, texts, strict=True)
         if parse_source(text) is None
     ]
     if lost:
         raise ConfigError(*lost)
-    settings = recipe["settings"]
     return Config(
         directories=Directories(texts[0], str(asked.output)),
         models_to_merge=tuple(texts[1:]),
         device=_device(asked, recipe),
-        dtype=recipe.get("saved_dtype") or "auto",
-        random_seed=settings["random_seed"],
-        trust_remote_code=settings["trust_remote_code"],
+        dtype=recipe.saved_dtype or "auto",
+        random_seed=recipe.settings.random_seed,
+        trust_remote_code=recipe.settings.trust_remote_code,
     )
 
 
-def _device(asked: Replay, recipe: Record) -> str:
-    return asked.device or (recipe["device"] if recipe["device"] in present_devices() else "auto")
+def _device(asked: Replay, recipe: Recipe) -> str:
+    return asked.device or (recipe.device if recipe.device in present_devices() else "auto")
 
 
-def _other_device(recipe: Record, device: str) -> list[str]:
-    if device == recipe["device"]:
+def _other_device(recipe: Recipe, device: str) -> list[str]:
+    if device == recipe.device:
         return []
-    return [f"The recipe was made on {recipe['device']}; on another device last digits may differ"]
+    return [f"The recipe was made on {recipe.device}; on another device last digits may differ"]

@@ -18,7 +18,7 @@ from modules.output import (
     MERGE_MAP_FILE,
     PHRASE_CHART_FILE,
     SETTINGS_FILE,
-    Record,
+    Recipe,
     RunRecord,
     Unfinished,
     compare_fingerprints,
@@ -43,7 +43,7 @@ def save(console: Console, model: ResidentModel, unfinished: Unfinished, output:
 
 
 def finish(
-    console: Console, unfinished: Unfinished, recipe: Record, output: Path, base: Checkpoint, overwrite: bool
+    console: Console, unfinished: Unfinished, recipe: Recipe, output: Path, base: Checkpoint, overwrite: bool
 ) -> None:
     """Write the recipe, and what shows people what is in it, two pictures and a model card; make it all the output."""
     folder = unfinished.folder

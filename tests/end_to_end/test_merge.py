@@ -1,5 +1,6 @@
 """The whole program, from the YAML file to the reopened output."""
 
+import contextlib
 import io
 import json
 import os
@@ -586,7 +587,7 @@ def test_a_full_disk_names_the_file(place, models, capsys, monkeypatch, name):
 
 
 def test_a_journal_on_a_full_disk_is_named(place):
-    with Journal(place / "journal") as journal:
+    with contextlib.closing(Journal(place / "journal")) as journal:
         journal._file.close()
         journal._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
         with pytest.raises(OSError) as error:

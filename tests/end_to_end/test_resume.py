@@ -117,6 +117,8 @@ def test_a_line_damaged_in_the_middle_is_refused(place, models, whole, capsys):
     (place / "out.partial" / JOURNAL).write_bytes(b"".join([*lines[:5], b"\x00\x00\n", *lines[5:]]))
     assert merge(place, models, "--resume") == 2
     assert "line 6 is damaged; begin again with --restart" in capsys.readouterr().err
+    assert merge(place, models, "--restart") == 0
+    assert same(place / "out", whole)
 
 
 def test_an_unfinished_run_of_before_there_were_marks_goes_on(place, models, whole):

@@ -11,8 +11,9 @@ from project import ROOT
 from runs import make_models
 
 import merge_monster
-from modules.output.comparison import COMPOSITION_WIDTH, comparison
-from modules.output.recipe import RECIPE_FILE, read_outputs
+from modules.output.comparison import COMPOSITION_WIDTH
+from modules.output.comparison import comparison as comparison_of
+from modules.output.recipe import RECIPE_FILE, Recipe, read_outputs
 from modules.runtime.console import visible
 from modules.runtime.text import columns, percent
 
@@ -48,6 +49,14 @@ def here(outputs, monkeypatch):
     """In the folder that has the outputs."""
     monkeypatch.chdir(outputs)
     return outputs
+
+
+def comparison(recipes):
+    """The table of recipes, which may have any composition: it is not checked."""
+    typed = {name: Recipe.model_validate({**recipe, "composition": {}}) for name, recipe in recipes.items()}
+    return comparison_of(
+        {name: one.model_copy(update={"composition": recipes[name]["composition"]}) for name, one in typed.items()}
+    )
 
 
 def compare(*outputs):

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import warnings
+from dataclasses import asdict
 from itertools import groupby
 
 import pytest
@@ -15,9 +16,9 @@ from matplotlib.text import Text
 from project import ROOT
 
 import merge_monster
-from modules.config import METHODS
+from modules.config import METHODS, Config, Directories
 from modules.output import plots as pictures
-from modules.output.record_fields import decision_of
+from modules.output.recipe import Recipe, read_recipe
 from modules.runtime.text import one_line, shortened
 from modules.search.decision import mean_shares, shares_of
 from modules.search.methods import cyclic_shares, gradient_shares, ratios_for, slice_shares
@@ -59,8 +60,26 @@ def make_recipe(layers=4, candidates=2, accepted=0.5, names=None, phrases=()):
                 }
             )
             total = after
-    sources = [{"number": number, "name": name} for number, name in enumerate(names)]
-    return {"sources": sources, "decisions": decisions, "phrases": list(phrases)}
+    return Recipe.model_validate(
+        {
+            "format": 1,
+            "program": "1.0.0",
+            "settings": json.loads(json.dumps(asdict(Config(Directories("base", "out"))))),
+            "config": "",
+            "device": "cpu",
+            "dtype": "float32",
+            "sources": [
+                {"number": number, "name": name, "text": name, "where": name, "fingerprint": {}}
+                for number, name in enumerate(names)
+            ],
+            "decisions": decisions,
+            "failures": {},
+            "phrases": list(phrases),
+            "total": {"before": 6.0, "after": total},
+            "composition": {},
+            "seconds": {},
+        }
+    )
 
 
 def make_pair(kind="BAD", phrase="a whisper", context="His voice was barely above", before=0.5, after=0.1):
@@ -123,7 +142,7 @@ def test_the_merge_map(place, layers, candidates):
         assert list(of_models) == pytest.approx(by_hand(recipe, None if layer == layers else layer))
     assert (upper.get_xlabel(), upper.get_ylabel()) == ("Layer", "Share of the weights")
     assert (lower.get_xlabel(), lower.get_ylabel()) == ("Decision", "Total score, lower is better")
-    names = [source["name"] for source in recipe["sources"]]
+    names = [source.name for source in recipe.sources]
     assert all(name in figure.get_suptitle().replace("\n", " ") for name in names)
     assert len(legend_of(figure)) == len(names)
     assert all(name in text for name, text in zip(names, legend_of(figure), strict=True))
@@ -134,19 +153,19 @@ def test_the_merge_map(place, layers, candidates):
 
 def by_hand(recipe, layer):
     """The shares of all models in a layer, by the rule alone."""
-    names = [source["name"] for source in recipe["sources"]]
+    names = [source.name for source in recipe.sources]
     shares = [1.0] + [0.0] * (len(names) - 1)
-    for decision in recipe["decisions"]:
-        if decision["layer"] == layer and decision["ratio"] is not None:
-            share = {"cyclic": 0.15, "gradient": 0.45}.get(decision["method"], decision["ratio"])
+    for decision in recipe.decisions:
+        if decision.layer == layer and decision.ratio is not None:
+            share = {"cyclic": 0.15, "gradient": 0.45}.get(decision.method, decision.ratio)
             shares = [earlier * (1 - share) for earlier in shares]
-            shares[decision["candidate"]] += share
+            shares[decision.candidate] += share
     return shares
 
 
 def test_shares_are_those_of_the_composition():
     recipe = make_recipe(layers=7, candidates=3)
-    parts = pictures.parts_of("base", [decision_of(record) for record in recipe["decisions"]])
+    parts = pictures.parts_of("base", [line.decision for line in recipe.decisions])
     heights = columns(pictures.merge_map_figure(recipe))
     for merges, of_models in zip(parts, zip(*heights, strict=True), strict=True):
         assert shares_of(merges) == pytest.approx(
@@ -174,9 +193,9 @@ def test_the_path_of_the_total():
     recipe = make_recipe(layers=5, candidates=3)
     lower = pictures.merge_map_figure(recipe).axes[1]
     path, dots = lower.lines[0].get_ydata(), lower.collections[0].get_offsets()
-    decisions = recipe["decisions"]
-    assert list(path) == [6.0, *(decision["after"] for decision in decisions)]
-    accepted = [(place, one["after"]) for place, one in enumerate(decisions, start=1) if one["ratio"] is not None]
+    decisions = recipe.decisions
+    assert list(path) == [6.0, *(decision.after for decision in decisions)]
+    accepted = [(place, one.after) for place, one in enumerate(decisions, start=1) if one.ratio is not None]
     assert [tuple(dot) for dot in dots] == accepted
     assert [line.get_xdata()[0] for line in lower.lines[1:]] == [0, 6, 12]
     assert [text.get_text() for text in lower.texts] == ["1 fine-tune-1", "2 fine-tune-2", "3 fine-tune-3"]
@@ -199,16 +218,16 @@ def test_no_two_models_look_the_same(candidates):
 def test_a_candidate_given_up_in_the_middle(place):
     recipe = make_recipe(layers=6, candidates=3)
     kept = {1: 7, 2: 1, 3: 0}
-    groups = groupby(recipe["decisions"], key=lambda decision: decision["candidate"])
-    recipe["decisions"] = [decision for number, group in groups for decision in list(group)[: kept[number]]]
-    figure = pictures.merge_map_figure(recipe)
+    groups = groupby(recipe.decisions, key=lambda decision: decision.candidate)
+    decisions = [decision for number, group in groups for decision in list(group)[: kept[number]]]
+    figure = pictures.merge_map_figure(recipe.model_copy(update={"decisions": decisions}))
     assert figure.axes[1].texts[0].get_text() == "1 fine-tune-1"
     assert len(legend_of(figure)) == 4
     drawn(figure, place)
 
 
 def test_nothing_was_accepted_or_even_decided(place):
-    for recipe in (make_recipe(accepted=0), {**make_recipe(), "decisions": []}):
+    for recipe in (make_recipe(accepted=0), make_recipe().model_copy(update={"decisions": []})):
         figure = pictures.merge_map_figure(recipe)
         assert columns(figure)[0] == [1.0] * len(columns(figure)[0])
         assert legend_of(figure)[0] == "base: base (100%)"
@@ -217,10 +236,10 @@ def test_nothing_was_accepted_or_even_decided(place):
 
 @pytest.mark.parametrize("scale", [1e305, 1e-305, -1e12])
 def test_totals_of_any_size(place, scale):
-    recipe = make_recipe()
+    recipe = make_recipe().written()
     for decision in recipe["decisions"]:
         decision["before"], decision["after"] = decision["before"] * scale, decision["after"] * scale
-    drawn(pictures.merge_map_figure(recipe), place)
+    drawn(pictures.merge_map_figure(Recipe.model_validate(recipe)), place)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,13 +407,13 @@ def test_the_recipe_of_a_run(place):
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # of the libraries of the run
         assert merge_monster.main(["--config", str(settings)]) == 0
-    recipe = json.loads((place / "out/merge_monster_recipe.json").read_text(encoding="utf-8"))
+    recipe = read_recipe(place / "out")
     figure = pictures.merge_map_figure(recipe)
     means = dict(zip(("base", "one", "two"), (sum(model) / 4 for model in columns(figure)), strict=True))
-    assert {name: share for name, share in means.items() if share} == pytest.approx(recipe["composition"])
-    assert figure.axes[1].lines[0].get_ydata()[0] == pytest.approx(recipe["total"]["before"])
+    assert {name: share for name, share in means.items() if share} == pytest.approx(recipe.composition)
+    assert figure.axes[1].lines[0].get_ydata()[0] == pytest.approx(recipe.total.before)
     chart = pictures.phrase_chart_figure(recipe)
-    probabilities = sorted((pair["before"], pair["after"]) for pair in recipe["phrases"])
+    probabilities = sorted((pair.before, pair.after) for pair in recipe.phrases)
     assert sorted(row[1:] for axes in chart.axes for row in rows_of(axes)) == probabilities
     drawn(figure, place)
     drawn(chart, place)

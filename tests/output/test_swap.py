@@ -136,7 +136,7 @@ class Bench:
 
     def swap(self, place):
         """What a run does at its end."""
-        with place.locked(), Journal(place.partial / JOURNAL_FILE) as journal:
+        with place.locked(), contextlib.closing(Journal(place.partial / JOURNAL_FILE)) as journal:
             return Unfinished(place, journal).take_place(overwrite=True)
 
     def command(self, arguments):

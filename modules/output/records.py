@@ -1,0 +1,190 @@
+"""What the lines of the journal are, and the parts of a recipe: types whose fields are checked when they are read.
+
+Knows: names, types, limits, in which order a run can have written them. Refuses to know: files, what becomes of them.
+
+What was read is not always what was written: a disk or an editor may have changed it.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict, ValidationError
+
+from modules.config import DTYPES, METHODS, STRATEGIES, Config
+from modules.search import Decision
+
+FORMAT = 1  # of journals and recipes
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[int | float, Field(ge=-sys.float_info.max, le=sys.float_info.max)]
+Method = Literal[METHODS]
+# JSON has no infinity: a probability of zero, whose logarithm that is, is written as null.
+LogProbability = Annotated[
+    float,
+    Field(lt=math.inf),
+    BeforeValidator(lambda value: -math.inf if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None),
+]
+LogProbabilities = Annotated[tuple[LogProbability, ...], Strict(False)]  # joint ones, of the pairs
+
+
+class Record(BaseModel):
+    """A mapping of a journal or a recipe; its fields are in the order in which they are written. Others are kept."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    def written(self, *without: str) -> dict[str, Any]:
+        """The mapping, as JSON has it: what was not there when it was read is not made up."""
+        return self.model_dump(exclude=set(without), exclude_unset=True)
+
+
+class Directories(Record):
+    """As they were given."""
+
+    model_path1: str
+    output_directory: str
+    model_directory: str | None
+
+
+class Settings(Record):
+    """A configuration as JSON has it. Of what nothing reads here again, there is no more than its place."""
+
+    directories: Directories
+    models_to_merge: list[str]
+    on_error: Any
+    keep_downloads: Any
+    merge_ratios: Any
+    merge_method: list[Method]
+    merge_headers: Any
+    strategy: Literal[STRATEGIES]
+    strategy_threshold: Number
+    auto_weights: Any
+    bad_phrases: Any
+    good_phrases: Any
+    phrase_files: Any
+    device: str
+    dtype: Literal[DTYPES]
+    random_seed: Count
+    trust_remote_code: bool
+
+
+class Run(Record):
+    """How a run began. device: the one that was meant; folder: where relative paths begin."""
+
+    format: Any  # another one is answered before the rest is read
+    program: Any
+    settings: Settings
+    config: str
+    device: str | None = None  # this and the folder are younger than journals are
+    folder: str = ""
+    libraries: dict[str, Any]
+
+
+class Source(Record):
+    """The base, which is number 0, or a candidate. text: what the configuration calls it; where: exactly."""
+
+    number: Count
+    name: str
+    text: str
+    where: str
+    fingerprint: dict[str, Any]
+
+
+class Packed(Record):
+    """How phrases were packed; younger than journals are."""
+
+    model_config = ConfigDict(extra="forbid")
+    layout: str
+    tokens: Count
+    logits: Count
+    stacked: bool
+
+
+class Start(Record):
+    """The base's scores, and the signed weights."""
+
+    log_probabilities: LogProbabilities
+    weights: Annotated[tuple[Number, ...], Strict(False)]
+    packing: Packed | None = None
+
+
+class Decided(Record):
+    """A decision, and how long it took."""
+
+    candidate: Count
+    model: str
+    layer: Count | None
+    method: Method
+    ratio: Annotated[int | float, Field(ge=0, le=1)] | None
+    before: int | float  # a total may be too large for a number
+    after: int | float
+    log_probabilities: LogProbabilities
+    warning: str | None
+    note: str | None
+    packing: Packed | None = None
+    seconds: Number
+
+    @property
+    def decision(self) -> Decision:
+        """The decision as it was before it was written down."""
+        return Decision(**{field.name: getattr(self, field.name) for field in fields(Decision)})
+
+
+class Closed(Record):
+    """The end of a candidate's search; failure: why it was given up, if it was."""
+
+    number: Count
+    log_probabilities: LogProbabilities
+    packing: Packed | None = None
+    failure: str | None
+
+
+class Phrase(Record):
+    """A pair of phrase and context with its signed weight, and its probability before and after the run."""
+
+    kind: Literal["BAD", "GOOD"]
+    phrase: str
+    context: str
+    weight: Number
+    before: Number
+    after: Number
+
+
+class Total(Record):
+    """The total score before and after the run."""
+
+    before: Number
+    after: Number
+
+
+# By kind, as the journal calls them. Others are nobody's business here.
+LINES = {"run": Run, "source": Source, "start": Start, "decision": Decided, "candidate": Closed}
+
+
+def read_lines(records: Sequence[Mapping[str, Any]], config: Config) -> tuple[list[Record], int | None]:
+    """A journal's lines, up to the first that a run of this configuration can't have written there, and its number."""
+    lines: list[Record] = []
+    decisions: dict[int, int] = {}  # how many there are of each source
+    for number, record in enumerate(records, start=1):
+        try:
+            values = {key: value for key, value in record.items() if key != "kind"}
+            line = LINES.get(record["kind"], Record).model_validate(values)
+        except ValidationError:
+            return lines, number
+        sound = number > 1 or isinstance(line, Run)
+        for key in ("log_probabilities", "weights"):
+            sound = sound and len(getattr(line, key, config.pairs)) == len(config.pairs)
+        if isinstance(line, Source):
+            decisions.setdefault(line.number, 0)
+        elif isinstance(line, Decided):
+            sound = sound and line.candidate in decisions and any(isinstance(other, Start) for other in lines)
+            layer, method = divmod(decisions.get(line.candidate, 0), len(config.merge_method))
+            sound = sound and (line.layer, line.method) in ((layer, config.merge_method[method]), (None, "lerp"))
+            decisions[line.candidate] = decisions.get(line.candidate, 0) + 1
+        if not sound:
+            return lines, number
+        lines.append(line)
+    return lines, None
