@@ -1,6 +1,6 @@
-"""The completion tree of every context, and how the configured phrases compare with it.
+"""The completion tree of every context.
 
-Knows: branching, probabilities, which completion beats which phrase. Refuses to know: torch, models, output formats.
+Knows: branching, probabilities. Refuses to know: torch, the model's forward, phrases, output formats.
 """
 
 import math
@@ -8,24 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
 
 from modules.config import Mapper
 from modules.mapper.detokenize import Spelling
+from modules.mapper.next_tokens import Continuation, Guess
 from modules.scoring import Root, TokenTree
-
-
-class Predictor(Protocol):
-    """What exploring needs of a model; see continuation.Continuation."""
-
-    token_budget: int
-    max_paths: int
-    max_tokens: int | None
-
-    def next_tokens(
-        self, paths: Sequence[tuple[int, ...]], spaces: Sequence[str], count: int
-    ) -> list[list[tuple[int, float]]]:
-        """The likeliest next tokens behind each path, with their log-probabilities."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +75,6 @@ class CompletionTree:
     branches: tuple[Branch, ...]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Exploring
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Tip:
     """Where a completion has got to."""
@@ -115,7 +97,7 @@ class Explorer:
     result does not depend on the budget.
     """
 
-    predictor: Predictor
+    predictor: Continuation
     settings: Mapper
     spelling: Spelling
     end_tokens: frozenset[int]  # those that end a text
@@ -131,18 +113,15 @@ class Explorer:
             group, rest = self._fitting(stack.pop())
             if rest:
                 stack.append(rest)
-            following = []
-            for tip, successors in zip(group, self._step(group), strict=True):
-                unfinished[tip.tree] += len(successors) - 1
-                following += successors
+            unfinished.subtract(tip.tree for tip in group)
             still_open = []
-            for tip in following:
+            for tip in self._step(group):
                 if self._is_finished(tip):
                     branches[tip.tree].append(Branch(tip.leaf, tip.end))
-                    unfinished[tip.tree] -= 1
                     self.advanced(tip.share)
                 else:
                     still_open.append(tip)
+                    unfinished[tip.tree] += 1
             if still_open:
                 stack.append(still_open)
             while done < len(roots) and not unfinished[done]:
@@ -160,25 +139,20 @@ class Explorer:
                 return tips[:number], tips[number:]
         return tips, []
 
-    def _step(self, tips: Sequence[_Tip]) -> list[list[_Tip]]:
-        """The tips that follow on each of these; the work on them is counted."""
-        open_tips = [tip for tip in tips if not self._is_full(tip)]
-        guesses = iter(
-            self.predictor.next_tokens(
-                [tip.path for tip in open_tips], [tip.spaces for tip in open_tips], self.settings.top_k
-            )
-            if open_tips
-            else []
-        )
+    def _step(self, tips: Sequence[_Tip]) -> list[_Tip]:
+        """The tips that follow on these; the work on them is counted."""
+        asked = [tip for tip in tips if not self._is_full(tip)]
+        paths, spaces = [tip.path for tip in asked], [tip.spaces for tip in asked]
+        guesses = iter(self.predictor.next_tokens(paths, spaces, self.settings.top_k) if asked else [])
         successors = []
         for tip in tips:
             spent = tip.share / self._steps_left(tip)
             self.advanced(spent)
             left = replace(tip, share=tip.share - spent)
-            successors.append(self._successors(left, [] if self._is_full(tip) else next(guesses)))
+            successors += self._successors(left, [] if self._is_full(tip) else next(guesses))
         return successors
 
-    def _successors(self, tip: _Tip, guesses: Sequence[tuple[int, float]]) -> list[_Tip]:
+    def _successors(self, tip: _Tip, guesses: Sequence[Guess]) -> list[_Tip]:
         if tip.length is None and tip.depth < self.settings.max_depth:
             probable = [guess for guess in guesses if math.exp(guess[1]) * 100 >= self.settings.prob_min]
             if probable:
@@ -190,7 +164,7 @@ class Explorer:
         node = Node.after(tip.leaf, token, log_probability)
         return replace(self._moved(tip, token), leaf=node, end=node, depth=tip.depth + 1)
 
-    def _continued(self, tip: _Tip, guesses: Sequence[tuple[int, float]]) -> _Tip:
+    def _continued(self, tip: _Tip, guesses: Sequence[Guess]) -> _Tip:
         """The tip one greedy token on; where there is none, or none is wanted, as finished."""
         length = tip.length or 0
         if not guesses or length == self.settings.additional_length:

@@ -23,7 +23,6 @@ from modules.model import ResidentModel
 from modules.scoring import (
     LAYOUTS,
     LOGITS_ON_CPU,
-    NOT_TAKEN,
     Encoded,
     Inputs,
     Plain,
@@ -33,6 +32,7 @@ from modules.scoring import (
     attention_window,
     build_packs,
     depths,
+    is_taken,
     spread,
     tree_mask,
 )
@@ -99,7 +99,8 @@ class Cached(Continuation):
         self._cache = DynamicCache()
 
     def _log_probabilities(self, paths: Sequence[TokenPath]) -> Tensor:
-        if len(self._tree) + self._missing(paths) > self.token_budget:
+        missing = sum(len(path) - len(self._tree.known(path[:-1])) for path in paths)  # columns to be added, at most
+        if len(self._tree) + missing > self.token_budget:
             self._keep_only(paths)
         ends: dict[TokenPath, int] = {}
         first = len(self._tree)
@@ -113,10 +114,6 @@ class Cached(Continuation):
         except BaseException:
             self._forget()  # the tree and the cache may no longer agree
             raise
-
-    def _missing(self, paths: Iterable[TokenPath]) -> int:
-        """How many columns the paths would add, at most."""
-        return sum(1 + len(path) - 1 - len(self._tree.known(path[:-1])) for path in paths)
 
     def _keep_only(self, paths: Iterable[TokenPath]) -> None:
         """Drop all columns but those that lead to the paths."""
@@ -158,7 +155,7 @@ class Recomputed(Continuation):
     """Keeps nothing: every path goes through the model from its beginning."""
 
     def __init__(self, model: ResidentModel, spelling: Spelling, layout: str, token_budget: int = TOKEN_BUDGET) -> None:
-        """layout: one of phrases.LAYOUTS."""
+        """layout: one of packing.LAYOUTS."""
         super().__init__(model, spelling, token_budget)
         self._layout = layout
         self.way = "recomputed " + {"forest": "token tree", "rows": "rows", "single": "one at a time"}[layout]
@@ -178,12 +175,10 @@ class Recomputed(Continuation):
 
     def _together(self, paths: Sequence[TokenPath]) -> list[list[int]]:
         """Numbers of the paths that may share a pack: all of them, or, as rows, those of one length, never padded."""
-        if self._layout == "forest":
-            return [list(range(len(paths)))]
-        by_length: dict[int, list[int]] = defaultdict(list)
+        groups: dict[int, list[int]] = defaultdict(list)
         for number, path in enumerate(paths):
-            by_length[len(path)].append(number)
-        return list(by_length.values())
+            groups[0 if self._layout == "forest" else len(path)].append(number)
+        return list(groups.values())
 
 
 @torch.no_grad()
@@ -202,7 +197,7 @@ def build_continuation(
     trees = scorer.layout == "forest" and longest <= attention_window(model)
     ways: list[Callable[[], Continuation]] = [partial(Cached, model, spelling)] if trees else []
     ways += [partial(Recomputed, model, spelling, layout) for layout in (LAYOUTS if trees else LAYOUTS[1:])]
-    exact_ways = (make for make in ways[:-1] if _agrees(make(), stages, exact, scorer.tolerance))
+    exact_ways = (make for make in ways[:-1] if is_taken(partial(_agrees, make(), stages, exact, scorer.tolerance)))
     return next(exact_ways, ways[-1])()
 
 
@@ -216,20 +211,14 @@ def _growing(paths: Sequence[TokenPath], steps: int, max_tokens: int | None) -> 
 def _agrees(
     way: Continuation, stages: Sequence[Sequence[TokenPath]], exact: Sequence[Tensor], tolerance: float
 ) -> bool:
-    """Whether a way gives, at each stage, the log-probabilities of plain forwards, for the likeliest tokens."""
-    try:
-        found = [way._log_probabilities(stage) for stage in stages]
-    except torch.OutOfMemoryError:
-        raise
-    except NOT_TAKEN:
-        return False
-    return all(_deviation(*pair) <= tolerance for pair in zip(found, exact, strict=True))
-
-
-def _deviation(found: Tensor, exact: Tensor) -> float:
-    """The largest difference in log-probability of the likeliest tokens; NaN if any is."""
-    values, tokens = exact.topk(min(COMPARED, exact.shape[-1]))
-    return float((found.gather(-1, tokens) - values).abs().max())
+    """Whether a way gives, at each stage, the log-probabilities of plain forwards, for the likeliest tokens.
+    Raises what the architecture does."""
+    for stage, wanted in zip(stages, exact, strict=True):
+        values, tokens = wanted.topk(min(COMPARED, wanted.shape[-1]))
+        deviation = float((way._log_probabilities(stage).gather(-1, tokens) - values).abs().max())
+        if not deviation <= tolerance:  # NaN is not
+            return False
+    return True
 
 
 def _best(log_probabilities: Tensor, count: int) -> list[list[Guess]]:

@@ -13,10 +13,6 @@ from modules.mapper.completion_tree import Branch, CompletionTree, Node, path_of
 from modules.mapper.detokenize import Pieces, Spelling
 from modules.scoring import Encoded, Root
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Suggestion:

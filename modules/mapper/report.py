@@ -5,6 +5,7 @@ Knows: widths, digits, wording, file formats. Refuses to know: how anything was 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import yaml
@@ -52,29 +53,19 @@ def _branch_lines(place: int, tree: CompletionTree, branch: Branch, settings: Ma
     own = spelling.pieces(tree.root, tokens[: branch.length])
     said = "".join(text for _, text in own)
     after = spelling.added(tree.root, tokens, branch.length)
-    trace = " > ".join(_step(nodes, text) for nodes, text in _by_piece(branch, own))
+    trace, start = [], 0
+    for count, text in own:
+        share = probability(sum(node.log_probability for node in branch.nodes[start : start + count]))
+        trace.append(coloured(f"{short_percent(share)} [{visible(text.strip(' ') or text)}]", share))
+        start += count
     nothing = f"no next token reaches {settings.prob_min:g}%"
     joint = probability(branch.joint)
     return [
         f"{place:>3}. Sequence: {' | '.join(folded(text) for text in (said, after) if text)}",
-        f"{INDENT}Trace:    {trace or nothing}",
+        f"{INDENT}Trace:    {' > '.join(trace) or nothing}",
         f"{INDENT}Joint:    {coloured(short_percent(joint), joint)}",
         "",
     ]
-
-
-def _by_piece(branch: Branch, pieces: Sequence[tuple[int, str]]) -> list[tuple[list[Node], str]]:
-    """The branch's nodes, those of one character together, with what they spell."""
-    found, start = [], 0
-    for count, text in pieces:
-        found.append((branch.nodes[start : start + count], text))
-        start += count
-    return found
-
-
-def _step(nodes: Sequence[Node], text: str) -> str:
-    share = probability(sum(node.log_probability for node in nodes))
-    return coloured(f"{short_percent(share)} [{visible(text.strip(' ') or text)}]", share)
 
 
 def _rank_line(standing: PhraseRank, settings: Mapper) -> str:
@@ -114,24 +105,13 @@ def suggestion(standing: PhraseRank) -> str:
     return f"{quoted(standing.suggestion.phrase)} ({share})"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# For other programs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def document(
     config: Config, trees: Sequence[CompletionTree], standings: Sequence[Sequence[PhraseRank]], spelling: Spelling
 ) -> dict[str, Any]:
     """Everything that was found, for JSON. Nodes are a flat list per context; `parent` is a number in it, or null."""
-    settings = config.mapper
     return {
         "model": config.directories.model_path1,
-        "mapper": {
-            "prob_min": settings.prob_min,
-            "top_k": settings.top_k,
-            "max_depth": settings.max_depth,
-            "additional_length": settings.additional_length,
-        },
+        "mapper": asdict(config.mapper),
         "contexts": [
             {
                 "context": tree.root.context,
@@ -205,11 +185,6 @@ def phrase_list(standings: Sequence[PhraseRank], model: str) -> str:
         "# Read it before you use it: what stands under good_phrases is said in place of something wanted.\n"
     )
     return head + yaml.safe_dump(lists, allow_unicode=True, sort_keys=False, width=math.inf)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Wording
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def short_percent(value: float) -> str:

@@ -8,7 +8,7 @@ Layers and header are handed out as Parts: named tensors that can be merged, tri
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,13 @@ class ResidentModel:
         self._touched: set[str] = set()
 
     def describe(self, saving: bool = True) -> dict[str, object]:
-        """Device and dtype for the summary."""
+        """Device, or how many layers are on each of several, and dtype, for the summary."""
+        places = [next(iter(self.layer(index).devices)) for index in range(len(self.layers))]
+        counts = {place: places.count(place) for place in dict.fromkeys([self.device, *places])}
+        spread = ", ".join(f"{place} ({count} layers)" for place, count in counts.items())
         saved = f", saved as {dtype_name(self.saved_dtype or self.checkpoint.main_dtype())}" if saving else ""
-        return {"Device": self._where(), "Dtype": dtype_name(self.dtype) + saved}
+        device = str(self.device) if len(counts) == 1 else spread
+        return {"Device": device, "Dtype": dtype_name(self.dtype) + saved}
 
     def dtypes(self) -> dict[str, str | None]:
         """The same for the recipe; saved_dtype None: what the checkpoint stores, tensor by tensor."""
@@ -63,14 +67,6 @@ class ResidentModel:
     def device(self) -> torch.device:
         """Where the model lives; of a model that is spread over several devices, where its embedding and head are."""
         return self.module.device
-
-    def _where(self) -> str:
-        """The device or, if there are several, how many layers are on each."""
-        places = [next(iter(self.layer(index).devices)) for index in range(len(self.layers))]
-        counts = {place: places.count(place) for place in dict.fromkeys([self.device, *places])}
-        if len(counts) == 1:
-            return str(self.device)
-        return ", ".join(f"{place} ({count} layers)" for place, count in counts.items())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,21 +90,19 @@ class ResidentModel:
             read_file(self.checkpoint.path / "generation_config.json")  # transformers takes it for missing if it can't
             configs.append(GenerationConfig.from_pretrained(self.checkpoint.path, local_files_only=True))
         found = [getattr(config, "eos_token_id", None) for config in configs]
-        return frozenset(token for ids in found if ids is not None for token in _as_list(ids))
+        lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
+        return frozenset(token for ids in lists for token in ids)
 
     @cached_property
     def tuples_returned(self) -> dict[int, tuple[None, ...]]:
         """The layers that return a tuple, and what stands behind the hidden states in it: nothing that we need."""
         forms: dict[int, tuple[None, ...]] = {}
 
-        def note(layer: int, output: Any) -> None:
+        def note(number: int, _layer: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, tuple):
-                forms[layer] = (None,) * (len(output) - 1)
+                forms[number] = (None,) * (len(output) - 1)
 
-        hooks = [
-            layer.register_forward_hook(lambda module, inputs, output, number=number: note(number, output))
-            for number, layer in enumerate(self.layers)
-        ]
+        hooks = [layer.register_forward_hook(partial(note, number)) for number, layer in enumerate(self.layers)]
         with torch.no_grad():
             self.module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         for hook in hooks:
@@ -168,27 +162,20 @@ class ResidentModel:
         names = {id(tensor): name for name, tensor in reversed(self._state.items()) if id(tensor) in owned}
         return self._part(sorted(names.values()))
 
-    def embedding_name(self) -> str:
-        """The full name of the input embedding's weight."""
-        weight = self.module.get_input_embeddings().weight
-        return next(name for name, tensor in self._state.items() if tensor is weight)
-
-    def head_name(self) -> str | None:
-        """The full name of the output head's weight, which a tied model has too; None without a head."""
-        head = self.module.get_output_embeddings()
-        return next((f"{name}.weight" for name, child in self.module.named_modules() if child is head), None)
+    def header_names(self) -> tuple[str, str | None]:
+        """The full names of the weights of input embedding and output head, which a tied model has too, or None."""
+        weight, head = self.module.get_input_embeddings().weight, self.module.get_output_embeddings()
+        embedding = next(name for name, tensor in self._state.items() if tensor is weight)
+        return embedding, next((f"{name}.weight" for name, one in self.module.named_modules() if one is head), None)
 
     def _part(self, names: list[str]) -> Part:
         names = [name for name in names if self._state[name].is_floating_point()]
         return Part(
             tensors={name: self._state[name] for name in names},
-            saved_dtypes={name: self._saved_dtype_of(name) for name in names},
+            saved_dtypes={name: self.saved_dtype or self._conversion.dtype(self._stored_as[name]) for name in names},
             input_axes={name: -2 if name in self._input_first else -1 for name in names},
             touched=self._touched,
         )
-
-    def _saved_dtype_of(self, name: str) -> torch.dtype:
-        return self.saved_dtype or self._conversion.dtype(self._stored_as[name])
 
     def _find_stored_names(self) -> dict[str, str]:
         """Parameter name -> the name under which the base stores it: another one only if it is tied to that."""
@@ -212,11 +199,10 @@ class ResidentModel:
         for name, tensor in self._state.items():
             if not _is_finite(tensor.detach()):
                 stored = self._conversion.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
+                what = "holds NaN or infinite values; it can't be merged"
                 if _is_finite(stored):
-                    raise ConfigError(
-                        f"{self.checkpoint.path}: {name} overflows in {dtype_name(tensor.dtype)}; {wider(tensor.dtype)}"
-                    )
-                raise ConfigError(f"{self.checkpoint.path}: {name} holds NaN or infinite values; it can't be merged")
+                    what = f"overflows in {dtype_name(tensor.dtype)}; {wider(tensor.dtype)}"
+                raise ConfigError(f"{self.checkpoint.path}: {name} {what}")
 
     def no_numbers(self) -> ConfigError:
         """What there is to say if the base's answers are NaN or infinite although its weights are not."""
@@ -290,7 +276,3 @@ def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
-def _as_list(ids: int | list[int]) -> list[int]:
-    return ids if isinstance(ids, list) else [ids]

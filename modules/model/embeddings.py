@@ -40,11 +40,6 @@ class Alignment:
     matches: Mapping[int, int]  # base row -> candidate row
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the vocabularies are the same, row for row."""
-        return self.base == self.candidate
-
-    @property
     def known(self) -> int:
         """How many rows of the base have a token."""
         return len(set(self.base.tokens.values()))
@@ -90,7 +85,7 @@ def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -
     theirs = part.adopt(((name, stored[source]) for name, source in sources.items()), candidate.name)
     aligned = {name: align_rows(ours, theirs[name], alignment.matches) for name, ours in part.tensors.items()}
     tying = _about_tying(model, candidate, part)
-    if alignment.is_plain and not tying:
+    if alignment.base == alignment.candidate and not tying:  # the same, row for row
         return aligned, None
     return aligned, f"Header: {alignment.describe(candidate.name)}" + (f"; {tying}" if tying else "")
 
@@ -100,7 +95,7 @@ def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str
 
     A candidate whose head is tied to its embedding may store only one of the two, which then stands for both.
     """
-    embedding, head = model.embedding_name(), model.head_name()
+    embedding, head = model.header_names()
     twins = {embedding: head, head: embedding} if _is_tied(candidate) else {}
     sources = {}
     for name, ours in part.tensors.items():
@@ -116,7 +111,7 @@ def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str
 
 def _about_tying(model: ResidentModel, candidate: Candidate, part: Part) -> str | None:
     """What becomes of the candidate's head where one model has a head of its own and the other has not."""
-    embedding, head = model.embedding_name(), model.head_name()
+    embedding, head = model.header_names()
     if head is None:
         return None
     ours_is_own = head in part.tensors
@@ -159,23 +154,14 @@ def _vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     return Vocabulary({token: row for token, row in tokenizer.get_vocab().items() if row < rows}, rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Vocabulary rows
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def match_rows(base: Mapping[str, int], other: Mapping[str, int], roles: Mapping[str, str]) -> dict[int, int]:
     """Row of `base` -> row of `other` that holds the same token.
 
     base, other: token string -> row. roles: a token of the base -> the token that plays its part in the other (BOS,
     EOS), used where the other lacks the token itself. Tokens without a counterpart are absent from the result.
     """
-    matches = {}
-    for token, row in base.items():
-        counterpart = token if token in other else roles.get(token, token)
-        if counterpart in other:
-            matches[row] = other[counterpart]
-    return matches
+    counterparts = ((row, token if token in other else roles.get(token)) for token, row in base.items())
+    return {row: other[counterpart] for row, counterpart in counterparts if counterpart in other}
 
 
 def align_rows(base: Tensor, other: Tensor, matches: Mapping[int, int]) -> Tensor:

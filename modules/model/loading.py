@@ -97,9 +97,8 @@ def load_model(
         raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
     if info["mismatched_keys"]:
         name, stored, expected = sorted(info["mismatched_keys"])[0]
-        raise ConfigError(
-            f"{checkpoint.path}: {name} has shape {tuple(stored)}, its config.json says {tuple(expected)}"
-        )
+        shapes = f"has shape {tuple(stored)}, its config.json says {tuple(expected)}"
+        raise ConfigError(f"{checkpoint.path}: {name} {shapes}")
     if info["missing_keys"]:
         raise ConfigError(f"{checkpoint.path}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     module.eval().requires_grad_(False)
@@ -118,35 +117,29 @@ def load_model(
 
 
 def _load_module(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    placement: Sequence[torch.device] | None,
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, placement: Sequence[torch.device] | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The module with its weights, and what transformers has to say about loading them."""
+    common = {
+        "config": checkpoint.config,
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported by load_model, in our words
+    }
     if device.type == "cpu" and dtype == checkpoint.main_dtype():
         # transformers would map the files into memory. Weights that are changed must own their memory (a first write
         # to a mapped page is slow), and a file that changes during a long run must not pull it down.
-        return type(without_weights(checkpoint)).from_pretrained(
-            None,
-            config=checkpoint.config,
-            state_dict=checkpoint.read(checkpoint.tensors),
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported by load_model, in our words
-        )
+        architecture = type(without_weights(checkpoint))
+        return architecture.from_pretrained(None, state_dict=checkpoint.read(checkpoint.tensors), **common)
     device_map: dict[str, torch.device] | None = None if device.type == "cpu" else {"": device}
     if placement is not None:
         device_map = device_map_of(without_weights(checkpoint), device, placement)
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
-        config=checkpoint.config,
-        dtype=dtype,
         device_map=device_map,
         trust_remote_code=checkpoint.companions.trusted,
         local_files_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
+        **common,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a model and its activations take in memory, where its layers go, how much scoring allows itself.
+"""What a model takes in memory, and where its layers go.
 
 Knows: a model's shapes, devices, what is free on them. Refuses to know: phrases, files, what weights hold.
 """
@@ -148,5 +148,5 @@ def free_memory(device: torch.device) -> int | None:
 
 def free_on_gpus() -> dict[torch.device, int]:
     """Bytes that are free on each CUDA device."""
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    devices = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
     return {device: torch.cuda.mem_get_info(device)[0] for device in devices}

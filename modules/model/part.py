@@ -21,7 +21,7 @@ class Part:
 
     tensors: Tensors  # the model's own parameters and buffers, live
     saved_dtypes: Mapping[str, torch.dtype]  # what each is stored as when the model is saved
-    input_axes: Mapping[str, int]  # which axis holds the input features, see merging.merge
+    input_axes: Mapping[str, int]  # which axis holds the input features, see methods.merge
     touched: set[str]  # of the whole model, live: the tensors that are no longer the base's
 
     @property
@@ -31,9 +31,7 @@ class Part:
 
     def space(self, used: Tensors | None = None) -> Tensors:
         """Tensors of the same shapes to merge into; those of another part serve again if they fit."""
-        if used is not None and [_form(tensor) for tensor in used.values()] == [
-            _form(tensor) for tensor in self.tensors.values()
-        ]:
+        if used is not None and _forms(used) == _forms(self.tensors):
             return dict(zip(self.tensors, used.values(), strict=True))
         return {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
 
@@ -77,5 +75,5 @@ class Part:
             self.touched.add(name)
 
 
-def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
+def _forms(tensors: Tensors) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+    return [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors.values()]

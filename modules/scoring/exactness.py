@@ -35,9 +35,9 @@ class Plain:
         """Log-probability of each token of a pair's phrase: (tokens,), float32."""
         if item not in self._known:
             inputs, targets = item.tokens[:-1], item.tokens[item.start :]
-            self._known[item] = _chosen(self._log_probabilities([inputs], range(item.start - 1, len(inputs))), targets)[
-                0
-            ]
+            (self._known[item],) = _chosen(
+                self._log_probabilities([inputs], range(item.start - 1, len(inputs))), targets
+            )
         return self._known[item]
 
     def next_tokens(self, path: Sequence[int]) -> Tensor:
@@ -54,7 +54,7 @@ class Plain:
         """What a way to score may differ by in this model, on this machine, per token.
 
         One text alone against itself, repeated in a batch, each copy's embeddings moved by less than their last bit:
-        products of other sizes and other roundings, and nothing else that could be wrong. Budgets: see memory.Budget.
+        products of other sizes and other roundings, and nothing else that could be wrong. Budgets: see budget.Budget.
         """
         inputs, targets = tokens[:-1], tokens[-LOOKED_AT - 1 :][1:]
         asked = range(len(inputs) - len(targets), len(inputs))

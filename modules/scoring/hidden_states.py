@@ -5,6 +5,7 @@ Knows: how a layer is called and what it returns. Refuses to know: packs, scores
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,18 +52,13 @@ class Cache:
         self._tensors[index] = hidden.to(old.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers with another forward for a moment
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def replaced_layers(layers: nn.ModuleList, forwards: Mapping[int, Forward]) -> Iterator[None]:
     """Some layers run another forward; it is given the layer's own one as its first argument."""
     before = {layer: layers[layer].__dict__.get("forward") for layer in forwards}
     try:
         for layer, forward in forwards.items():
-            layers[layer].forward = _bound(forward, layers[layer].forward)
+            layers[layer].forward = partial(forward, layers[layer].forward)
         yield
     finally:
         for layer, own in before.items():
@@ -70,15 +66,6 @@ def replaced_layers(layers: nn.ModuleList, forwards: Mapping[int, Forward]) -> I
                 layers[layer].__dict__.pop("forward", None)
             else:
                 layers[layer].forward = own
-
-
-def _bound(forward: Forward, own: Forward) -> Forward:
-    return lambda *args, **kwargs: forward(own, *args, **kwargs)
-
-
-def hidden_states_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a layer is called with, (B, T, H)."""
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def call_on(hidden: Tensor, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -89,8 +76,8 @@ def call_on(hidden: Tensor, forward: Forward, args: Sequence[Any], kwargs: Mappi
 
 
 def entering(_forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
-    """The hidden states that enter a layer."""
-    return hidden_states_in(args, kwargs)
+    """In a layer's place, the hidden states that it is called with, (B, T, H)."""
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def first_of(output: Any) -> Tensor:

@@ -67,11 +67,6 @@ class Inputs:
         seen = (number <= number[:, None]) & (number[:, None] < self.subtree_end)
         return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": tree_mask(seen, self.dtype)}
 
-    @property
-    def stackable(self) -> bool:
-        """Trials are stacked along the batch, where masks and position embeddings of batch 1 broadcast."""
-        return self.ids.shape[0] == 1
-
     def targets_in(self, first: int, end: int) -> Targets:
         """The targets read at columns number first..end-1, their columns counted from `first`."""
         t, cut = self.targets, slice(bisect_left(self.target_columns, first), bisect_left(self.target_columns, end))

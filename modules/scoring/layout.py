@@ -4,8 +4,8 @@ Knows: layouts, tolerances, how exactness is tried. Refuses to know: search, phr
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -50,12 +50,11 @@ def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain
     longest = by_length[-1].tokens
     check_numbers(model, [float(plain.token_scores(item).sum()) for item in spread(by_length, SAMPLE)])
     limit = plain.tolerance(longest, budget.tokens, budget.logits)
-    for layout in LAYOUTS:
-        if layout == "forest" and attention_window(model) < len(longest):
-            continue  # a 4-D mask is used as given: it would lift the window
+    # A 4-D mask is used as given: it would lift the window.
+    for layout in LAYOUTS if attention_window(model) >= len(longest) else LAYOUTS[1:]:
         shared = budget if rank.world_size == 1 else Scorer(model, encoded, layout, budget, rank=rank).budget
         scorer = Scorer(model, encoded, layout, shared, limit)
-        if _is_taken(partial(_scores_agree, scorer, plain)):
+        if is_taken(partial(scorer.agrees, plain)):
             return scorer
     if not plain.is_finite:
         raise model.no_numbers()
@@ -81,13 +80,9 @@ def _exact_trials(scorer: Scorer, plain: Plain, stacked: bool) -> tuple[bool, bo
     for stacks in (True, False) if stacked and scorer.stacks else (False,):
         scorer._stacked = stacks
         scorer.restart()
-        if _is_taken(partial(_tails_agree, scorer, plain)):
+        if is_taken(partial(_tails_agree, scorer, plain)):
             return stacks, True
     return False, False
-
-
-def _scores_agree(scorer: Scorer, plain: Plain) -> bool:
-    return scorer.agrees(scorer.token_scores(), plain)
 
 
 def _tails_agree(scorer: Scorer, plain: Plain) -> bool:
@@ -96,13 +91,13 @@ def _tails_agree(scorer: Scorer, plain: Plain) -> bool:
     From the first layer, all others run on several trials at once. Moving the cache, each layer has run alone; from the
     last layer it shows whether that is the same: then nothing reaches a layer but the hidden states.
     """
-    if not scorer.agrees(scorer.trial_token_scores([_altered(scorer), _unchanged])[1], plain):
+    if not scorer.agrees(plain, scorer.trial_token_scores([_altered(scorer), nullcontext])[1]):
         return False
     scorer.at_layer(len(scorer._layers) - 1)
-    return scorer.agrees(scorer.trial_token_scores([_unchanged, _altered(scorer)])[0], plain)
+    return scorer.agrees(plain, scorer.trial_token_scores([nullcontext, _altered(scorer)])[0])
 
 
-def _is_taken(agrees: Callable[[], bool]) -> bool:
+def is_taken(agrees: Callable[[], bool]) -> bool:
     """Whether a way to score is exact; one that the architecture does not take is not."""
     try:
         return agrees()
@@ -110,12 +105,6 @@ def _is_taken(agrees: Callable[[], bool]) -> bool:
         raise
     except NOT_TAKEN:
         return False
-
-
-@contextmanager
-def _unchanged() -> Iterator[None]:
-    """A trial that leaves the model as it is."""
-    yield
 
 
 def _altered(scorer: Scorer) -> Trial:

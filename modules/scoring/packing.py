@@ -1,6 +1,11 @@
 """Token ids to packs: the rows that a model is asked about.
 
 Knows: token ids, common beginnings, which position answers for which token. Refuses to know: tokenizers, torch, models.
+
+Which position answers for which token (phrase "a b" in context "x y"):
+
+    tokens      BOS   x    y    a    b     <- b is never an input
+    answers for            a    b          <- the output at y scores a, the output at a scores b
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,10 +44,6 @@ class Pack:
         return len(self.rows) * len(self.rows[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens to packs
-# ---------------------------------------------------------------------------------------------------------------------
-
 LAYOUTS = ("forest", "rows", "single")
 
 
@@ -60,8 +61,7 @@ def build_packs(encoded: Sequence[Encoded], layout: str, token_budget: int) -> I
         yield from _forest_packs(sorted(numbered, key=lambda item: item[1].tokens), token_budget)
         return
     by_length = sorted(numbered, key=lambda item: len(item[1].tokens))
-    groups = _groups(by_length, token_budget) if layout == "rows" else ([item] for item in by_length)
-    yield from map(_row_pack, groups)
+    yield from map(_row_pack, _groups(by_length, token_budget if layout == "rows" else 0))
 
 
 class TokenTree:

@@ -15,6 +15,7 @@ Everything but the layers stays the model's own forward: embedding, masks, posit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from modules.model import ResidentModel
 from modules.runtime import Rank
 from modules.scoring.budget import FEWEST_TOKENS, Budget, Packing
 from modules.scoring.exactness import Plain, spread
-from modules.scoring.hidden_states import Cache, Forward, call_on, entering, first_of, hidden_states_in, replaced_layers
+from modules.scoring.hidden_states import Cache, Forward, call_on, entering, first_of, replaced_layers
 from modules.scoring.inputs import Inputs, Targets
 from modules.scoring.packing import build_packs
 from modules.scoring.tokenization import Encoded
@@ -61,7 +62,6 @@ class Scorer:
         self.pairs = len(encoded)
         self._model, self._layers, self._returns = model, model.layers, model.tuples_returned
         self._encoded, self._stacked, self._tails = encoded, stacked, tails
-        self.pair_tokens = sum(len(item.tokens) for item in encoded)
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
         self._layer = 0  # the layer on which trials are scored
         self._cache: Cache | None = None  # of every pack the hidden states, (B, T, H)
@@ -90,7 +90,7 @@ class Scorer:
         """How the pairs go through the model, for the summary."""
         packs = "1 pack" if self.packs == 1 else f"{self.packs} packs"
         packs += f" shared by {self._rank.world_size} processes" if self._rank.world_size > 1 else ""
-        tokens = f"{self.packed_tokens:,} tokens packed from {self.pair_tokens:,}"
+        tokens = f"{self.packed_tokens:,} tokens packed from {sum(len(item.tokens) for item in self._encoded):,}"
         whole = "" if self._tails else "; every ratio by whole forwards"
         return {"Phrase layout": f"{self.layout} ({tokens}, {packs}){whole}"}
 
@@ -145,7 +145,7 @@ class Scorer:
             return "one ratio at a time from here on"
         return None
 
-    def _filled_cache(self) -> "Cache":
+    def _filled_cache(self) -> Cache:
         """The hidden states that enter the present layer: moved on from an earlier one or, without any, made anew.
 
         While they are moved they are nobody's: where memory ends halfway, some would enter another layer than others.
@@ -153,20 +153,15 @@ class Scorer:
         cache, self._cache = self._cache, None
         if cache is None or cache.layer > self._layer:
             cache = None  # the old one goes before there is a new one
-            cache = self._first_cache()
+            cache = Cache(self.budget, self._model.device)
+            for index in range(len(self._inputs)):
+                cache.add(self._hidden_from(index, 0, entering))
         while cache.layer < self._layer:
             self._advance(cache)
         self._cache = cache
         return cache
 
-    def _first_cache(self) -> "Cache":
-        """The hidden states that enter layer 0."""
-        cache = Cache(self.budget, self._model.device)
-        for index in range(len(self._inputs)):
-            cache.add(self._hidden_from(index, 0, entering))
-        return cache
-
-    def _advance(self, cache: "Cache") -> None:
+    def _advance(self, cache: Cache) -> None:
         """Move hidden states over the layer that they enter, with the weights that it holds now."""
         for index in cache.kept():
 
@@ -185,29 +180,29 @@ class Scorer:
     def trial_token_scores(self, trials: Sequence[Trial]) -> Tensor:
         """The same by the phrases' tokens: (trials, pairs, longest phrase)."""
         self._verify_new_packs()
-        if self._tails:
-            self._filled_cache()
-        if self.stacks:
-            return self._collect(len(trials), lambda index: self._tail(index, trials))
-        return torch.cat([self._under(trial) for trial in trials])
+        if not self._tails:
+            found = []
+            for trial in trials:
+                with trial():
+                    found.append(self.token_scores())
+            return torch.stack(found)
+        self._filled_cache()
+        groups = [trials] if self.stacks else [[trial] for trial in trials]
+        return torch.cat([self._collect(len(group), partial(self._tail, trials=group)) for group in groups])
 
     @property
     def stacks(self) -> bool:
-        """Whether several trials go through the model at a time."""
-        return self._tails and self._stacked and all(inputs.stackable for inputs in self._inputs)
-
-    def _under(self, trial: Trial) -> Tensor:
-        """What one trial scores, (1, pairs, longest phrase)."""
-        if self._tails:
-            return self._collect(1, lambda index: self._tail(index, [trial]))
-        with trial():
-            return self._collect(1, lambda index: {})
+        """Whether several trials go through the model at a time, along the batch: masks and position embeddings of
+        batch 1 broadcast."""
+        return self._tails and self._stacked and all(len(inputs.ids) == 1 for inputs in self._inputs)
 
     # -- whether packs are exact --------------------------------------------------------------------------------------
 
-    def agrees(self, found: Tensor, plain: Plain) -> bool:
-        """Whether token scores, (pairs, longest phrase), are those of plain forwards: every token of up to SAMPLE pairs
-        of each pack, the shortest, the longest, the first and the last among them."""
+    def agrees(self, plain: Plain, found: Tensor | None = None) -> bool:
+        """Whether token scores, (pairs, longest phrase), those of whole forwards if none are given, are those of plain
+        forwards: every token of up to SAMPLE pairs of each pack, the shortest, the longest, the first and the last
+        among them."""
+        found = self.token_scores() if found is None else found
         deviations = []
         for pair in {pair for inputs in self._inputs for pair in self._compared(inputs)}:
             exact = plain.token_scores(self._encoded[pair])
@@ -226,7 +221,7 @@ class Scorer:
         if self._verified:
             return
         own = {pair for inputs in self._inputs for pair in inputs.targets.pairs.tolist()}
-        if own and not self.agrees(self.token_scores(), Plain(self._model)):
+        if own and not self.agrees(Plain(self._model)):
             packs = build_packs(self._encoded, "single", self.budget.tokens)
             mine = (pack for pack in packs if pack.targets[0].pair in own)
             self._inputs = [Inputs.of(pack, self._model.device, self._model.dtype) for pack in mine]
@@ -236,8 +231,11 @@ class Scorer:
     # -- the tail forward ---------------------------------------------------------------------------------------------
 
     def _tail(self, index: int, trials: Sequence[Trial]) -> dict[int, Forward]:
-        """Layer forwards that begin with the cached hidden states and try each trial's weights on them."""
-        hidden = self._hidden_at(index)
+        """Layer forwards that begin with the hidden states at the present layer, (B, T, H), computed where they are not
+        kept, and try each trial's weights on them."""
+        hidden = self._filled_cache()[index]
+        if hidden is None:
+            hidden = self._hidden_from(index, self._layer, entering, first=self._layer)
 
         def stacked(forward: Forward, *args: Any, **kwargs: Any) -> Any:
             outputs = []
@@ -251,15 +249,10 @@ class Scorer:
     def _skipped(self, layers: range) -> dict[int, Forward]:
         """Layer forwards that hand their hidden states on unchanged."""
 
-        def handing_on(layer: int) -> Forward:
-            return lambda _forward, *args, **kwargs: self._in_form(layer, hidden_states_in(args, kwargs))
+        def handing_on(layer: int, *call: Any, **kwargs: Any) -> Any:
+            return self._in_form(layer, entering(*call, **kwargs))
 
-        return {layer: handing_on(layer) for layer in layers}
-
-    def _hidden_at(self, index: int) -> Tensor:
-        """The hidden states of a pack that enter the present layer, (B, T, H); computed where they are not kept."""
-        hidden = self._filled_cache()[index]
-        return self._hidden_from(index, self._layer, entering, first=self._layer) if hidden is None else hidden
+        return {layer: partial(handing_on, layer) for layer in layers}
 
     def _hidden_from(self, index: int, layer: int, compute: Forward, first: int = 0) -> Tensor:
         """What `compute` returns in place of one layer's forward, (B, T, H); of the other layers only those before

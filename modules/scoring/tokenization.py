@@ -1,13 +1,6 @@
-"""Phrase lists to token ids, and token ids to packs: the rows that a model is asked about.
+"""Phrase lists and contexts to token ids.
 
-Knows: tokenizers, token ids, which position answers for which token, which pairs are one and the same.
-Refuses to know: torch, models, weights.
-
-Which position answers for which token (phrase "a b" in context "x y"):
-
-    tokens      BOS   x    y    a    b
-    position     0    1    2    3          <- b is never an input
-    answers for                 y->a a->b  <- the output at y scores a, the output at a scores b
+Knows: tokenizers, token ids, which pairs are one and the same. Refuses to know: torch, models, weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,10 +30,6 @@ class Root:
     tokens: tuple[int, ...]  # at least one
     spaces: str  # the spaces at the context's end; they are in no token here, a completion begins with them
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lists
-# ---------------------------------------------------------------------------------------------------------------------
 
 MOST_DOUBTS = 10  # that are told one by one
 
@@ -74,25 +63,17 @@ def _doubts(same: Sequence[Pair]) -> Iterator[str]:
             yield f"{pair} begins with a space, and so the two are scored with two spaces between them"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text to tokens
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def doubled_tokens(tokenizer: Any, pairs: Sequence[Pair]) -> list[str]:
     """A line if pairs write out what the tokenizer begins every text with anyway: it is taken once."""
     prefix, _ = _frame(tokenizer)
     names = tokenizer.convert_ids_to_tokens(prefix)
     texts = [pair.context + pair.phrase for pair in pairs]
-    doubled = [
-        text for text in texts if text.lstrip().startswith(tuple(names)) and _doubled(_tokens(tokenizer, text), prefix)
-    ]
+    written = [text for text in texts if text.lstrip().startswith(tuple(names))]
+    doubled = [text for text in written if _doubled(_tokens(tokenizer, text), prefix)]
     if not doubled:
         return []
-    pairs_write, shown = "1 pair writes" if len(doubled) == 1 else f"{len(doubled)} pairs write", "".join(names)
-    return [
-        f"{pairs_write} out {shown}, which the tokenizer adds to every text ('{shortened(doubled[0])}'): one is kept"
-    ]
+    what = ("1 pair writes" if len(doubled) == 1 else f"{len(doubled)} pairs write") + f" out {''.join(names)}"
+    return [f"{what}, which the tokenizer adds to every text ('{shortened(doubled[0])}'): one is kept"]
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tokens: int | None) -> list[Encoded]:
@@ -104,9 +85,8 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tok
     encoded = [encode_pair(tokenizer, pair.context, pair.phrase, frame) for pair in pairs]
     for pair, item in zip(pairs, encoded, strict=True):
         if max_tokens is not None and len(item.tokens) - 1 > max_tokens:
-            raise ConfigError(
-                f"{pair} is {len(item.tokens)} tokens long; the base model takes {max_tokens}: shorten it"
-            )
+            length = len(item.tokens)
+            raise ConfigError(f"{pair} is {length} tokens long; the base model takes {max_tokens}: shorten it")
         _check_embedded(tokenizer, pair, item.tokens, vocabulary)
     return encoded
 
@@ -136,9 +116,9 @@ def encode_pair(tokenizer: Any, context: str, phrase: str, frame: Frame | None =
     if start >= end:
         raise ConfigError(f"{Pair('', phrase, context)} has no tokens in this model's vocabulary")
     if start == 0:
-        first = _first_token(tokenizer, phrase)
-        begins = tokens[0] == first and end > 1  # it is written out
-        tokens, start, end = (tokens, 1, end) if begins else ([first, *tokens], 1, end + 1)
+        first, start = _first_token(tokenizer, phrase), 1
+        if tokens[0] != first or end == 1:  # it is not written out
+            tokens, end = [first, *tokens], end + 1
     return Encoded(tuple(tokens[:end]), start)
 
 
@@ -206,7 +186,7 @@ def _open(tokens: list[int], suffix: Sequence[int]) -> list[int]:
 
 def _first_token(tokenizer: Any, text: str) -> int:
     """What a text begins with that has nothing before it: BOS, or EOS where there is no BOS."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise ConfigError(f"the phrase '{text}' needs a context: this tokenizer has neither a BOS nor an EOS token")
+    token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if token is None:
+        raise ConfigError(f"the phrase '{text}' needs a context: this tokenizer has neither a BOS nor an EOS token")
+    return token

@@ -1,4 +1,4 @@
-"""The five merge methods and the alignment of vocabulary rows: pure functions on tensors.
+"""The five merge methods: pure functions on tensors.
 
 Knows: tensors and ratios. Refuses to know: models, layers, files, scores.
 
@@ -64,7 +64,16 @@ def column_method(
     """Make a formula of column shares a merge method. Tensors of one dimension stay the base's."""
 
     def register(shares: Shares) -> Shares:
-        merge_method(name, line, ratios, recorded_share)(_by_columns(shares))
+        @merge_method(name, line, ratios, recorded_share)
+        def by_columns(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
+            if base.dim() < 2:
+                out.copy_(base)
+                return
+            import torch
+
+            weights = shares(base.shape[-1], ratio).to(base.device)
+            _in_float32(lambda a, b, o: torch.lerp(a, b, weights.expand_as(a), out=o), base, other, out)
+
         return shares
 
     return register
@@ -128,8 +137,8 @@ def slerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
         lerp(base, other, ratio, out)
         return
     if base.dim() > 2:
-        for matrices in zip(base, other, out, strict=True):
-            slerp(matrices[0], matrices[1], ratio, matrices[2])
+        for a, b, o in zip(base, other, out, strict=True):
+            slerp(a, b, ratio, o)
         return
     dot = _cosine(base, other)
     angle = torch.arccos(dot.clamp(-1.0, 1.0))
@@ -138,21 +147,6 @@ def slerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
     share_base = torch.where(linear, 1.0 - ratio, torch.sin((1.0 - ratio) * angle) / torch.sin(angle))
     share_other = torch.where(linear, ratio, torch.sin(ratio * angle) / torch.sin(angle))
     _in_float32(lambda a, b, o: torch.mul(a, share_base, out=o).addcmul_(b, share_other), base, other, out)
-
-
-def _by_columns(shares: Shares) -> Combine:
-    """A method that gives each column of `other` its own share."""
-
-    def method(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
-        if base.dim() < 2:
-            out.copy_(base)
-            return
-        import torch
-
-        weights = shares(base.shape[-1], ratio).to(base.device)
-        _in_float32(lambda a, b, o: torch.lerp(a, b, weights.expand_as(a), out=o), base, other, out)
-
-    return method
 
 
 @column_method(

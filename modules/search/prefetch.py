@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -39,8 +38,8 @@ class ReadAhead:
         self._memories = _Memory(on_cuda), _Memory(on_cuda)
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._begun: dict[int | None, Future[Arrived]] = {}  # the one that was taken, and the one behind it
-        for place in list(self._jobs)[:1]:
-            self._begin(place)
+        for first in list(self._jobs)[:1]:
+            self._begin(first)
 
     def take(self, layer: int) -> Tensors:
         """A layer's tensors, on its device in its dtype; those of layers before it must not be used any more.
@@ -86,9 +85,7 @@ class ReadAhead:
     def __enter__(self) -> "ReadAhead":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._thread.shutdown(cancel_futures=True)
         self._begun.clear()
 

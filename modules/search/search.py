@@ -63,7 +63,7 @@ class Search(Merger):
         with ReadAhead(candidate, wanted, header if tries_header else None) as ahead:
             yield from self._layers(candidate, parts, past, ahead)
             if past:
-                self._go_on_from(past[-1])
+                self.log_probabilities = list(past[-1].log_probabilities)
                 self.repeat(candidate, past)
             elif tries_header:
                 yield self._header(candidate, ahead)
@@ -79,7 +79,7 @@ class Search(Merger):
 
     def steps_per_candidate(self) -> int:
         """The work of all decisions on one candidate."""
-        layers: list[int | None] = list(range(len(self.model.layers)))
+        layers = range(len(self.model.layers))
         steps = sum(self.steps(layer, method) for layer in layers for method in self.config.merge_method)
         return steps + (self.steps(None, "lerp") if self.config.merge_headers else 0)
 
@@ -92,7 +92,7 @@ class Search(Merger):
             done = [past.popleft() for _ in methods if past]
             if done:
                 self.repeat(candidate, done)
-                self._go_on_from(done[-1])
+                self.log_probabilities = list(done[-1].log_probabilities)
             if len(done) < len(methods):
                 yield from self._layer(candidate, index, part, ahead, methods[len(done) :])
 
@@ -106,50 +106,40 @@ class Search(Merger):
         except BrokenWeights as error:
             theirs, warning = None, f"{error}; layer {index + 1} stays as it is"
         for method in methods:
-            if theirs is None:
-                yield self._untried(candidate, index, method, warning)
-            else:
+            before, ratio = self.total, None
+            if theirs is not None:
                 ratios = ratios_for(method, self.config.merge_ratios)
-                outcome = self._decide(part, theirs, method, ratios, self.scorer.score_trials)
-                yield Decision(candidate.name, index, method, *outcome)
+                ratio = self._decide(part, theirs, method, ratios, self.scorer.score_trials)
+            present = self.total, tuple(self.log_probabilities)
+            yield Decision(candidate.name, index, method, ratio, before, *present, warning)
 
     def _header(self, candidate: Candidate, ahead: ReadAhead) -> Decision:
         """The input embedding and the output head together, always by lerp."""
-        part = self.model.header()
+        part, before = self.model.header(), self.total
+        ratio, warning, note = None, None, None
         try:
             theirs, note = self._in_memory(ahead.take_header)
         except (BrokenWeights, HeaderSkipped) as error:
-            return self._untried(candidate, None, "lerp", f"{error}; the header stays as it is")
-        outcome = self._decide(part, theirs, "lerp", self.config.merge_ratios, self._score_whole)
-        return Decision(candidate.name, None, "lerp", *outcome, note=note)
-
-    def _go_on_from(self, decision: Decision) -> None:
-        self.log_probabilities = list(decision.log_probabilities)
-
-    def _untried(self, candidate: Candidate, layer: int | None, method: str, warning: str | None) -> Decision:
-        same = self.total, self.total, tuple(self.log_probabilities)
-        return Decision(candidate.name, layer, method, None, *same, warning)
+            warning = f"{error}; the header stays as it is"
+        else:
+            ratio = self._decide(part, theirs, "lerp", self.config.merge_ratios, self._score_whole)
+        present = self.total, tuple(self.log_probabilities)
+        return Decision(candidate.name, None, "lerp", ratio, before, *present, warning, note)
 
     def _decide(
         self, part: Part, theirs: Tensors, method: str, ratios: Sequence[float], score_trials: ScoreTrials
-    ) -> tuple[float | None, float, float, tuple[float, ...]]:
-        """Try all ratios on the unchanged part, install the best if one is accepted: ratio, total before, after,
-        log-probabilities."""
-        before = self.total
+    ) -> float | None:
+        """Try all ratios on the unchanged part, install the best and return it; None if none is accepted."""
         out = self._in_memory(partial(self._room, part))
         tries = [partial(trying, part, method, theirs, ratio, out) for ratio in ratios]
         trials = self._scored(lambda: score_trials(tries))
-        best = choose(
-            self.config.strategy,
-            scores(self.log_probabilities, self.weights),
-            [scores(trial, self.weights) for trial in trials],
-            self.config.strategy_threshold,
-        )
+        present, *tried = (scores(found, self.weights) for found in (self.log_probabilities, *trials))
+        best = choose(self.config.strategy, present, tried, self.config.strategy_threshold)
         if best is None:
-            return None, before, before, tuple(self.log_probabilities)
+            return None
         self._install(part, theirs, method, ratios[best])
         self.log_probabilities = trials[best]
-        return ratios[best], before, self.total, tuple(self.log_probabilities)
+        return ratios[best]
 
     def _scored(self, work: Callable[[], list[list[float]]]) -> list[list[float]]:
         """What scoring gives, for the pairs of all processes."""

@@ -17,7 +17,7 @@ from modules.mapper.next_tokens import Cached, build_continuation
 from modules.model.loading import load_model
 from modules.scoring.budget import Budget
 from modules.scoring.exactness import Plain
-from modules.scoring.layout import _is_taken, _scores_agree, attention_window, build_scorer
+from modules.scoring.layout import attention_window, build_scorer, is_taken
 from modules.scoring.packing import LAYOUTS
 from modules.scoring.scorer import Scorer
 from modules.scoring.tokenization import Encoded
@@ -242,7 +242,7 @@ def check(folder, name, seed):
     for layout in LAYOUTS:
         other = Scorer(model, encoded, layout, budget, 1e-4)
         windowed = layout == "forest" and attention_window(model) < max(len(item.tokens) for item in encoded)
-        if not windowed and _is_taken(partial(_scores_agree, other, Plain(model))):
+        if not windowed and is_taken(partial(other.agrees, Plain(model))):
             assert_exact(other.token_scores(), truths)
     check_continuation(model, plain, scorer, encoded, chance)
     return scorer
