@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict, ValidationError
 
-from modules.config import DTYPES, METHODS, STRATEGIES, Config
+from modules.config import DTYPES, METHODS, STRATEGIES, Config, OneOf
 from modules.search import Decision
 
 FORMAT = 1  # of journals and recipes
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[int | float, Field(ge=-sys.float_info.max, le=sys.float_info.max)]
-Method = Literal[METHODS]
+Method = Annotated[str, OneOf(METHODS)]
 # JSON has no infinity: a probability of zero, whose logarithm that is, is written as null.
 LogProbability = Annotated[
     float,
@@ -59,7 +59,7 @@ class Settings(Record):
     merge_ratios: Any
     merge_method: list[Method]
     merge_headers: Any
-    strategy: Literal[STRATEGIES]
+    strategy: Annotated[str, OneOf(STRATEGIES)]
     strategy_threshold: Number
     auto_weights: Any
     bad_phrases: Any
