@@ -31,7 +31,7 @@ from modules.checkpoints.weight_files import (
     is_there,
     local_files,
     read_file,
-    read_headers,
+    read_header,
     stream_tensors,
 )
 from modules.config import is_number
@@ -136,7 +136,7 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
         instead = found_instead(path, local_files(path), WEIGHTS)
         raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}{instead}")
     try:
-        tensors = read_headers(path, [file])
+        tensors = read_header(path / file)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     whole, sides = _sorted_out(path, tensors)
