@@ -89,19 +89,14 @@ class Checkpoint:
             name = self.twice[0]
             more = f" ({len(self.twice)} such tensors)" if len(self.twice) > 1 else ""
             notes.append(f"{self.name}: {name} is stored twice; that in {self.tensors[name].file} counts{more}")
-        sizes = {
-            file: (self.path / file).stat().st_size
-            for file in self.files
-            if is_pickled(file) and is_whole(self.path / file)
-        }
-        if not sizes:
-            return notes
-        largest = max(sizes, key=lambda file: sizes[file])
-        return [
-            *notes,
-            f"{self.name}: {largest} is stored as before PyTorch 1.6 and can only be loaded whole, which takes "
-            f"{sizes[largest] / 1e9:.2f} GB of CPU memory; convert it to safetensors to avoid that",
-        ]
+        whole = [file for file in map(self.path.joinpath, self.files) if is_pickled(file.name) and is_whole(file)]
+        if whole:
+            largest = max(whole, key=lambda file: file.stat().st_size)
+            notes.append(
+                f"{self.name}: {largest.name} is stored as before PyTorch 1.6 and can only be loaded whole, which "
+                f"takes {largest.stat().st_size / 1e9:.2f} GB of CPU memory; convert it to safetensors to avoid that"
+            )
+        return notes
 
     def fingerprint(self) -> dict[str, Fingerprint]:
         """By which it is known again: of every file that decides what a merge makes of it, its size and a hash."""

@@ -175,11 +175,9 @@ def _sorted_out(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha/r, or alpha/sqrt(r) if rank-stabilised; alpha_pattern names modules that have an alpha of their own."""
-    alpha = settings.get("lora_alpha", 8)
-    for pattern, own in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = own
-            break
+    alphas = (settings.get("alpha_pattern") or {}).items()
+    own = (alpha for pattern, alpha in alphas if re.fullmatch(rf"(.*\.)?({pattern})", module))
+    alpha = next(own, settings.get("lora_alpha", 8))
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 

@@ -143,6 +143,4 @@ def _in_words(key: str, theirs: Any, ours: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "not set"
-    return shortened(str(value), 60, keep="start")
+    return "not set" if value is None else shortened(str(value), 60, keep="start")
