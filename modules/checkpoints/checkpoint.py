@@ -244,13 +244,13 @@ def load_tokenizer(path: Path, companions: Companions | None = None) -> Any:
             tokenizer("a")  # some wrong settings only show when it is used
         except Exception as error:  # the tokenizer library raises bare Exception for a broken tokenizer.json
             _raise_if_unread(path, "its tokenizer", error)
-            why = _plain_cause(path, companions) or first_line(error).replace(str(copies), str(path))
-            raise ConfigError(f"{path}: no usable tokenizer ({why})") from None
-    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
-        # What transformers makes, for many architectures, of a folder without tokenizer files.
-        why = _plain_cause(path, companions) or "its files are missing"
-        raise ConfigError(f"{path}: no usable tokenizer ({why})")
-    return tokenizer
+            trouble = first_line(error).replace(str(copies), str(path))
+        else:
+            if len(tokenizer.get_vocab()) > len(tokenizer.all_special_ids):
+                return tokenizer
+            # What transformers makes, for many architectures, of a folder without tokenizer files.
+            trouble = "its files are missing"
+    raise ConfigError(f"{path}: no usable tokenizer ({_plain_cause(path, companions) or trouble})")
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class Repository:
         except Exception as error:  # whatever the network library raises
             raise ConfigError(f"{self.location.text}: {reason(self.location, error)}") from None
 
-    def fetch(self, files: Iterable[str], report: Report = lambda count: None) -> None:
+    def fetch(self, files: Iterable[str], report: Report) -> None:
         """Put files into the folder, several at a time; those that are there already are left alone.
 
         A connection that breaks is taken up where it broke; what can't be had is asked for again after a while. Raises
@@ -127,7 +127,7 @@ class Repository:
 Choice = Callable[[Mapping[str, int]], list[str]]  # of all files of a model, with their sizes, some
 
 
-def find(location: Location, wanted: Choice, welcome: Choice = lambda sizes: []) -> Repository:
+def find(location: Location, wanted: Choice, welcome: Choice) -> Repository:
     """A model of the hub, some of its files fetched. wanted: those to fetch; welcome: those that are not missed where
     the hub can't be asked.
 
