@@ -63,13 +63,12 @@ def _unpickled(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     with reading(path):
         tensors = torch.load(path, map_location=device, mmap=mapped, weights_only=True)
     if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and _is_plain(tensor, device)
+        # Neither sparse, nor without data where there should be some.
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == device
         for name, tensor in tensors.items()
     ):
         raise CheckpointError(f"{path}: holds something else than named tensors; convert it to safetensors")
     return dict(tensors)
-
-
-def _is_plain(tensor: Tensor, device: str) -> bool:
-    """Neither sparse, nor without data where there should be some."""
-    return tensor.layout == torch.strided and tensor.device.type == device

@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from modules.checkpoints.architecture import find_layers, input_first_weights
 from modules.checkpoints.checkpoint import Checkpoint
-from modules.checkpoints.companions import Companions
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.hub import Repository
 from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
@@ -47,11 +46,6 @@ class Candidate:
     def name(self) -> str:
         """What reports call it."""
         return self.checkpoint.name
-
-    @property
-    def tokenizer_files(self) -> tuple[Path, Companions]:
-        """The folder that has its tokenizer, if it has any, and the files that are read there."""
-        return self.checkpoint.tokenizer_files
 
     def stream(self, names: Collection[str], room: Room = fresh) -> Iterator[tuple[str, Tensor]]:
         """The named tensors on the CPU, in their stored dtype, each as soon as it is read; those that it lacks are
@@ -87,8 +81,12 @@ def open_candidate(
     if problems and _kind(checkpoint.config) != _kind(base.config):
         problems.insert(0, f"it is {_kind(checkpoint.config)}, the base is {_kind(base.config)}")
     _refuse(checkpoint.path, problems, [*_index_differs(checkpoint, conversion, module), *other_meaning])
-    notes = [*notes, *_about_names(checkpoint, conversion, base)]
-    warnings = [_about_meaning(checkpoint, other_meaning)] if other_meaning else []
+    notes, warnings = [*notes, *_about_names(checkpoint, conversion, base)], []
+    if other_meaning:
+        warnings.append(
+            f"{checkpoint.name}: its configuration means something else than the base's: {'; '.join(other_meaning)}; "
+            "the merged model keeps the base's"
+        )
     return Candidate(checkpoint, conversion, notes, warnings, repositories)
 
 
@@ -121,7 +119,12 @@ def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: Pr
 
 def check_configuration(path: Path, config: PreTrainedConfig, base: Checkpoint) -> None:
     """Raise ConfigError, naming both values, if a model with this configuration can't fit the base."""
-    _refuse(path, _config_differences(base.config, config))
+    ours, theirs = base.config.get_text_config(), config.get_text_config()
+    if ours.model_type != theirs.model_type:
+        _refuse(path, [f"architecture is {_kind(config)}, the base's is {_kind(base.config)}"])
+    both = [(words, setting(theirs, key), setting(ours, key)) for key, words in _MUST_AGREE.items()]
+    found = [f"{words} is {their}, the base's is {our}" for words, their, our in both if their != our]
+    _refuse(path, found or clashes(base.config, config))
 
 
 def _conversion(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Conversion:
@@ -140,18 +143,6 @@ def _refuse(path: Path, differences: Sequence[str], causes: Sequence[str] = ()) 
         raise ConfigError(f"{path} does not fit the base: {'; '.join(differences[:3])}{more}{why}")
 
 
-def _config_differences(base: PreTrainedConfig, candidate: PreTrainedConfig) -> list[str]:
-    ours, theirs = base.get_text_config(), candidate.get_text_config()
-    if ours.model_type != theirs.model_type:
-        return [f"architecture is {_kind(candidate)}, the base's is {_kind(base)}"]
-    found = [
-        f"{words} is {setting(theirs, key)}, the base's is {setting(ours, key)}"
-        for key, words in _MUST_AGREE.items()
-        if setting(theirs, key) != setting(ours, key)
-    ]
-    return found or clashes(base, candidate)
-
-
 def _kind(config: PreTrainedConfig) -> str:
     text = config.get_text_config()
     part = f" (the text part of a multimodal {config.model_type})" if text is not config else ""
@@ -164,13 +155,6 @@ def _about_names(checkpoint: Checkpoint, conversion: Conversion, base: Checkpoin
         yield f"{checkpoint.name}: the names of its tensors have {_listed(conversion.wrappers)} in them: read without"
     if checkpoint.config.get_text_config() is not checkpoint.config and base.config.get_text_config() is base.config:
         yield f"{checkpoint.name}: is {_kind(checkpoint.config)}; only that part is merged"
-
-
-def _about_meaning(checkpoint: Checkpoint, found: Sequence[str]) -> str:
-    return (
-        f"{checkpoint.name}: its configuration means something else than the base's: {'; '.join(found)}; "
-        "the merged model keeps the base's"
-    )
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -205,8 +189,7 @@ def _other_layers(checkpoint: Checkpoint, conversion: Conversion, module: PreTra
     }
     found |= {_number(name) for name in _unexpected(conversion, module) if _without_number(name) in stored}
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    is_row = found == {str(number) for number in range(len(found))}
-    if not is_row or len(found) == config.num_hidden_layers:
+    if len(found) == config.num_hidden_layers or found != set(map(str, range(len(found)))):
         return None
     layers = "1 layer" if len(found) == 1 else f"{len(found)} layers"
     return f"its weights have {layers}, its config.json says {key}: {config.num_hidden_layers}"
@@ -228,9 +211,8 @@ def _unexpected(conversion: Conversion, module: PreTrainedModel) -> Iterator[str
     further = getattr(module.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     last = len(find_layers(module)[1])
     for name in conversion.unused:
-        if any(re.search(pattern, name) for pattern in known):
-            continue
-        if not (_number(name) and last <= int(_number(name)) < last + further):
+        is_further = _number(name) and last <= int(_number(name)) < last + further
+        if not is_further and not any(re.search(pattern, name) for pattern in known):
             yield name
 
 
@@ -254,6 +236,5 @@ def _is_layer_weight(checkpoint: Checkpoint, name: str) -> bool:
     """A layer's number stands in its name. Old checkpoints also store masks and rotary frequencies there, which no
     present model reads."""
     info = checkpoint.tensors[name]
-    numbered = any(part.isdecimal() for part in name.split("."))
     mask = name.endswith("masked_bias") or (name.endswith(".bias") and len(info.shape) > 1)
-    return numbered and info.dtype.is_floating_point and not mask and not name.endswith("inv_freq")
+    return bool(_number(name)) and info.dtype.is_floating_point and not mask and not name.endswith("inv_freq")

@@ -12,6 +12,7 @@ _LARGEST_POINTER = 1024  # bytes; git-LFS allows no more
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 _AGAIN = "fetch it again"
 
+_OF_BIN_FILES = (b"PK\x03\x04", b"\x80\x02")  # how those begin that are what their name says
 # How files begin that may lie under another one's name.
 _BEGINNINGS = (
     (b"GGUF", "is a GGUF file, which llama.cpp reads; the model is needed as safetensors"),
@@ -65,25 +66,17 @@ def disguise(path: Path) -> str | None:
 
 
 def _other_weights(suffix: str, start: bytes, text: bytes) -> str | None:
+    """What is under a name of weights: those of another format, or text, which weights are not."""
     is_safetensors = start[4:9] == b"\0\0\0\0{"  # a header's length, then the header
-    if suffix == ".safetensors" and not is_safetensors:
-        found = [what for beginning, what in _BEGINNINGS if start.startswith(beginning)]
-        return found[0] if found else _as_text(text)
     if suffix == ".bin" and is_safetensors:
         return "is a safetensors file; call it model.safetensors"
-    if suffix == ".bin":
-        found = [what for beginning, what in _BEGINNINGS[:3] if start.startswith(beginning)]
-        return found[0] if found else _as_text(text)
-    return None
-
-
-def _as_text(text: bytes) -> str | None:
-    """Weights are no text."""
-    try:
-        words = text.decode("ascii")
-    except UnicodeDecodeError:
+    if suffix not in (".bin", ".safetensors") or is_safetensors:
         return None
-    if not all(character.isprintable() or character.isspace() for character in words):
+    for beginning, what in _BEGINNINGS:
+        if start.startswith(beginning) and not (suffix == ".bin" and beginning in _OF_BIN_FILES):
+            return what
+    words = text.decode("latin-1")
+    if not all(character.isascii() and (character.isprintable() or character.isspace()) for character in words):
         return None
     kind = "JSON" if words.startswith(("{", "[")) else "text"
     return f"is {kind}, not weights: '{' '.join(words[:60].split())}'; {_AGAIN}"

@@ -5,6 +5,7 @@ Knows: folders, config.json, tokenizers, which files a model needs. Refuses to k
 
 import errno
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
-from modules.checkpoints.bin_files import Held
+from modules.checkpoints.bin_files import Held, is_pickled, is_whole
 from modules.checkpoints.causes import disguise, found_instead, pointers
 from modules.checkpoints.companions import LARGEST, Companions, find_companions, is_licence, is_small
 from modules.checkpoints.hub import Job, Repository
@@ -34,10 +35,9 @@ from modules.checkpoints.weight_files import (
     index_file,
     local_files,
     read_file,
-    read_headers,
+    read_header,
     stream_tensors,
     weight_files,
-    whole_files,
 )
 from modules.runtime import CheckpointError, ConfigError, first_line
 
@@ -89,15 +89,14 @@ class Checkpoint:
             name = self.twice[0]
             more = f" ({len(self.twice)} such tensors)" if len(self.twice) > 1 else ""
             notes.append(f"{self.name}: {name} is stored twice; that in {self.tensors[name].file} counts{more}")
-        sizes = {file: (self.path / file).stat().st_size for file in whole_files(self.path, self.files)}
-        if not sizes:
-            return notes
-        largest = max(sizes, key=lambda file: sizes[file])
-        return [
-            *notes,
-            f"{self.name}: {largest} is stored as before PyTorch 1.6 and can only be loaded whole, which takes "
-            f"{sizes[largest] / 1e9:.2f} GB of CPU memory; convert it to safetensors to avoid that",
-        ]
+        whole = [file for file in map(self.path.joinpath, self.files) if is_pickled(file.name) and is_whole(file)]
+        if whole:
+            largest = max(whole, key=lambda file: file.stat().st_size)
+            notes.append(
+                f"{self.name}: {largest.name} is stored as before PyTorch 1.6 and can only be loaded whole, which "
+                f"takes {largest.stat().st_size / 1e9:.2f} GB of CPU memory; convert it to safetensors to avoid that"
+            )
+        return notes
 
     def fingerprint(self) -> dict[str, Fingerprint]:
         """By which it is known again: of every file that decides what a merge makes of it, its size and a hash."""
@@ -130,11 +129,11 @@ class Checkpoint:
 
     def main_dtype(self) -> torch.dtype:
         """The floating-point dtype that holds most of the weights."""
-        sizes: dict[torch.dtype, int] = {}
+        sizes: Counter[torch.dtype] = Counter()
         for info in self.tensors.values():
             if info.dtype.is_floating_point:
-                sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
-        return max(sizes, key=lambda dtype: sizes[dtype])
+                sizes[info.dtype] += math.prod(info.shape)
+        return sizes.most_common(1)[0][0]
 
 
 def read_configuration(path: Path, names: Collection[str], trusted: bool = False) -> PreTrainedConfig:
@@ -143,17 +142,18 @@ def read_configuration(path: Path, names: Collection[str], trusted: bool = False
     Raises ConfigError if it is that of no usable model, CheckpointError if it can't be read.
     """
     if "config.json" not in names:
-        is_adapter = ADAPTER_SETTINGS in names
+        if ADAPTER_SETTINGS in names:
+            raise ConfigError(f"{path}: this is an adapter, not a model")
         instead = found_instead(path, names, ["config.json"])
-        what = "this is an adapter, not a model" if is_adapter else f"no model here (config.json is missing){instead}"
-        raise ConfigError(f"{path}: {what}")
+        raise ConfigError(f"{path}: no model here (config.json is missing){instead}")
     try:
         stated = json.loads(read_file(path / "config.json").decode("utf-8"))
         if isinstance(stated, Mapping) and "peft_type" in stated:
             raise ValueError(f"it holds an adapter's settings; if this is an adapter, call it {ADAPTER_SETTINGS}")
         if _layers(stated) > _MOST_LAYERS:
             raise ValueError(f"it has {_layers(stated):.4g} layers")
-        with _copied(path, _code_of(find_companions(path, trusted))) as copies:
+        beside = find_companions(path, trusted).sizes
+        with _copied(path, [name for name in beside if name == "config.json" or name.endswith(".py")]) as copies:
             config = AutoConfig.from_pretrained(copies, trust_remote_code=trusted, local_files_only=True)
         config.name_or_path = str(path)
     except CheckpointError:
@@ -215,7 +215,7 @@ def open_checkpoint(path: Path, name: str, trusted: bool = False, repository: Re
     files = weight_files(path, names)
     known = repository.headers(repository.absent(files)) if repository else {}
     try:
-        by_file = [read_headers(path, [file], known) for file in files]
+        by_file = [read_header(path / file, known.get(file)) for file in files]
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     except ConfigError:
@@ -244,13 +244,13 @@ def load_tokenizer(path: Path, companions: Companions | None = None) -> Any:
             tokenizer("a")  # some wrong settings only show when it is used
         except Exception as error:  # the tokenizer library raises bare Exception for a broken tokenizer.json
             _raise_if_unread(path, "its tokenizer", error)
-            why = _plain_cause(path, companions) or first_line(error).replace(str(copies), str(path))
-            raise ConfigError(f"{path}: no usable tokenizer ({why})") from None
-    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
-        # What transformers makes, for many architectures, of a folder without tokenizer files.
-        why = _plain_cause(path, companions) or "its files are missing"
-        raise ConfigError(f"{path}: no usable tokenizer ({why})")
-    return tokenizer
+            trouble = first_line(error).replace(str(copies), str(path))
+        else:
+            if len(tokenizer.get_vocab()) > len(tokenizer.all_special_ids):
+                return tokenizer
+            # What transformers makes, for many architectures, of a folder without tokenizer files.
+            trouble = "its files are missing"
+    raise ConfigError(f"{path}: no usable tokenizer ({_plain_cause(path, companions) or trouble})")
 
 
 @contextmanager
@@ -263,10 +263,6 @@ def _copied(path: Path, names: Iterable[str]) -> Iterator[Path]:
         for name in names:
             _copy(path / name, copies / name)
         yield copies
-
-
-def _code_of(companions: Companions) -> list[str]:
-    return [name for name in companions.sizes if name == "config.json" or name.endswith(".py")]
 
 
 def _plain_cause(path: Path, companions: Companions) -> str | None:
@@ -332,16 +328,13 @@ def copy_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | N
     for name in checkpoint.companions.published:
         _copy(checkpoint.path / name, folder / name)
     if dtype is not None:
-        _set_dtype(folder / "config.json", dtype)
+        file = folder / "config.json"
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(dtype)
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + os.linesep, encoding="utf-8")
 
 
 def _copy(file: Path, to: Path) -> None:
     content = read_file(file)
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_bytes(content)
-
-
-def _set_dtype(file: Path, dtype: torch.dtype) -> None:
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(dtype)
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + os.linesep, encoding="utf-8")

@@ -22,49 +22,19 @@ from modules.checkpoints.weight_files import is_there, local_files, read_file
 LARGEST = 100_000_000  # bytes of a file that describes or opens a model; tokenizers have some ten million
 
 _SETTINGS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor_config.json",
-    "video_preprocessor_config.json",
-    "feature_extractor_config.json",
-    "audio_tokenizer_config.json",
-)
+    "config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json",
+    "processor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
+    "feature_extractor_config.json", "audio_tokenizer_config.json",
+)  # fmt: skip
 _TOKENIZERS = (
-    "tokenizer.json",
+    "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "tokenizer.model.v[0-9]*",
     "tokenizer.[0-9]*.json",  # for other versions of transformers, as tokenizer_config.json lists them
-    "tokenizer.model",
-    "tokenizer.model.v[0-9]*",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "vocab-src.json",
-    "vocab-tgt.json",
-    "target_vocab.json",
-    "merges.txt",
-    "bpe.codes",
-    "dict.txt",
-    "emoji.json",
-    "entity_vocab.json",
-    "byte_maps.json",
-    "normalizer.json",
-    "word_pronunciation.json",
-    "word_shape.json",
-    "prophetnet.tokenizer",
-    "spiece.model",
-    "sentencepiece.model",
-    "sentencepiece.bpe.model",
-    "spm.model",
-    "spm_char.model",
-    "source.spm",
+    "vocab.json", "vocab.txt", "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json",
+    "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json", "normalizer.json",
+    "word_pronunciation.json", "word_shape.json", "prophetnet.tokenizer", "tekken.json", "*.tiktoken", "tiktoken.model",
+    "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model", "spm_char.model", "source.spm",
     "target.spm",
-    "*.tiktoken",
-    "tiktoken.model",
-)
+)  # fmt: skip
 _TEMPLATES = "additional_chat_templates"  # a folder
 _CHAT = ("chat_template.jinja", "chat_template.json", f"{_TEMPLATES}/*.jinja")
 # A licence's text, under the names that people give it (LICENSE-MIT, COPYING.LESSER, Notice.txt); no licence key.
@@ -138,7 +108,9 @@ def find_companions(folder: Path, trusted: bool) -> Companions:
 
     trusted: whether Python files are among them, those that the model's settings name, with what these need.
     """
-    present = [*local_files(folder), *_templates(folder)]
+    present, templates = local_files(folder), folder / _TEMPLATES
+    if is_there(templates, stat.S_ISDIR):
+        present += [f"{_TEMPLATES}/{name}" for name in local_files(templates)]
     sizes = {name: (folder / name).stat().st_size for name in present if not Path(name).name.startswith(".")}
     found = [name for name in sizes if belongs(name)]
     if trusted:
@@ -147,11 +119,6 @@ def find_companions(folder: Path, trusted: bool) -> Companions:
     astray = [name for name in found if _leads_out(folder, name)]
     others = [name for name in sizes if name not in found and (is_small(name) or belongs(name))]
     return Companions({name: sizes[name] for name in found}, astray, others, trusted)
-
-
-def _templates(folder: Path) -> list[str]:
-    templates = folder / _TEMPLATES
-    return [f"{_TEMPLATES}/{name}" for name in local_files(templates)] if is_there(templates, stat.S_ISDIR) else []
 
 
 def _leads_out(folder: Path, name: str) -> bool:
@@ -173,8 +140,7 @@ def _is_blob(file: Path, folder: Path) -> bool:
 
 def _code(folder: Path, described: Collection[str], present: Collection[str]) -> list[str]:
     """The Python files that a model's settings name, those that they import, and other files that they name."""
-    stated = [_auto_map(folder / name) for name in described if name in _SETTINGS]
-    waiting = [module for modules in stated for module in modules]
+    waiting = [module for name in described if name in _SETTINGS for module in _auto_map(folder / name)]
     found: dict[str, str] = {}
     while waiting:
         file = f"{waiting.pop()}.py"

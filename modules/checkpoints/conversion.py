@@ -76,7 +76,9 @@ class Conversion:
         self._forms: Tensors = {}  # every module tensor that is stored, without its data
         for group in self._groups:
             try:
-                forms = group.convert({name: _form(stored[name]) for name in group.sources}, module)
+                infos = {name: stored[name] for name in group.sources}
+                empty = {n: torch.empty(info.shape, dtype=info.dtype, device="meta") for n, info in infos.items()}
+                forms = group.convert(empty, module)
             except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
                 raise ConfigError(f"{', '.join(group.sources[:3])} can't become {group.name} ({error})") from None
             self._forms.update(forms)
@@ -266,7 +268,3 @@ def _grouped(rules: Rules, stored: Mapping[str, TensorInfo], prefix: str) -> tup
             groups.append(ConvertedTensor((found[-1][0],), (), name, None))
             unused += [source for source, _ in found[:-1]]
     return groups, unused
-
-
-def _form(info: TensorInfo) -> Tensor:
-    return torch.empty(info.shape, dtype=info.dtype, device="meta")

@@ -6,7 +6,9 @@ Knows: which repositories a run needs, the bar, the one that comes ahead. Refuse
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from modules.checkpoints.hub import Bar, Job, Prefetcher, Repository, check_space
+from tqdm import tqdm
+
+from modules.checkpoints.hub import Job, Prefetcher, Repository, check_space
 from modules.runtime import Console
 
 
@@ -23,7 +25,7 @@ def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
     return Prefetcher(jobs, partial(_begin, console))
 
 
-def _begin(console: Console, job: Job) -> Bar:
+def _begin(console: Console, job: Job) -> tqdm:
     """Say that a download begins; the bar that shows how far it is."""
     count = len(job.absent)
     console.timed(f"Downloading {job.name} ({count} {'file' if count == 1 else 'files'}, {job.size / 1e9:.2f} GB)")

@@ -11,32 +11,25 @@ import glob
 import shutil
 import threading
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import (
     HfApi,
     constants,
+    errors,
     get_cached_repo_tree,
     scan_cache_dir,
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    SafetensorsParsingError,
-)
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import tqdm as HubBar
+from tqdm import tqdm
 
 from modules.checkpoints.bin_files import Forms
 from modules.checkpoints.weight_files import is_there
@@ -50,28 +43,25 @@ TIMEOUT = 30.0  # seconds for the hub to say what a model consists of
 Report = Callable[[int], Any]  # is told how many bytes have come
 
 
-class Bar(Protocol):
-    """What shows how far a download is."""
-
-    def update(self, count: int) -> Any:
-        """So many bytes more have come."""
-
-
 # Asking again changes nothing about these.
-_FINAL = (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError, OfflineModeIsEnabled)
+_FINAL = (
+    errors.RepositoryNotFoundError,
+    errors.RevisionNotFoundError,
+    errors.RemoteEntryNotFoundError,
+    errors.OfflineModeIsEnabled,
+)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
+@dataclass(frozen=True, eq=False)
 class Repository:
     """One model of the hub at one commit. Its folder, in the cache, has the files that were fetched so far."""
 
-    def __init__(
-        self, location: Location, folder: Path, sizes: Mapping[str, int], fetched: Iterable[str], trouble: str | None
-    ) -> None:
-        """sizes: of all files that can be had, in bytes. fetched: what this run has put into the folder. trouble: why
-        the hub can't be asked for more than is in the folder; None if it can."""
-        self.location, self.folder, self.sizes, self.trouble = location, folder, sizes, trouble
-        self._fetched = set(fetched)
+    location: Location
+    folder: Path
+    sizes: Mapping[str, int]  # of all files that can be had, in bytes
+    fetched: set[str] = field(default_factory=set)  # what this run has put into the folder
+    trouble: str | None = None  # why the hub can't be asked for more than is in the folder
 
     def absent(self, files: Iterable[str]) -> list[str]:
         """Those of the files that are not in the folder yet."""
@@ -90,14 +80,14 @@ class Repository:
         except Exception as error:  # whatever the network library raises
             raise ConfigError(f"{self.location.text}: {reason(self.location, error)}") from None
 
-    def fetch(self, files: Iterable[str], report: Report = lambda count: None) -> None:
+    def fetch(self, files: Iterable[str], report: Report) -> None:
         """Put files into the folder, several at a time; those that are there already are left alone.
 
         A connection that breaks is taken up where it broke; what can't be had is asked for again after a while. Raises
         CheckpointError if that does not help.
         """
         wanted, reported = self.absent(files), 0
-        self._fetched.update(wanted)
+        self.fetched.update(wanted)
 
         def count(received: int) -> None:
             nonlocal reported
@@ -128,16 +118,16 @@ class Repository:
         for revision in (revision for repo in cache.repos for revision in repo.revisions):
             if revision.snapshot_path.resolve() == self.folder.resolve():
                 names = {file: _relative(file.file_path, revision.snapshot_path) for file in revision.files}
-                ours = [file for file, name in names.items() if name in self._fetched]
+                ours = [file for file, name in names.items() if name in self.fetched]
                 all_ours = len(ours) == len(names)
                 (cache.delete_revisions(revision.commit_hash) if all_ours else cache.delete_files(*ours)).execute()
-        self._fetched.clear()
+        self.fetched.clear()
 
 
 Choice = Callable[[Mapping[str, int]], list[str]]  # of all files of a model, with their sizes, some
 
 
-def find(location: Location, wanted: Choice, welcome: Choice = lambda sizes: []) -> Repository:
+def find(location: Location, wanted: Choice, welcome: Choice) -> Repository:
     """A model of the hub, some of its files fetched. wanted: those to fetch; welcome: those that are not missed where
     the hub can't be asked.
 
@@ -148,8 +138,8 @@ def find(location: Location, wanted: Choice, welcome: Choice = lambda sizes: [])
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         names = wanted(sizes) + welcome(sizes)
-        new = [n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
-        return Repository(location, _snapshot(repo, revision, names), sizes, new, None)
+        new = {n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)}
+        return Repository(location, _snapshot(repo, revision, names), sizes, new)
     except Exception as error:  # whatever the network library raises
         trouble = reason(location, error)
     try:
@@ -163,7 +153,7 @@ def find(location: Location, wanted: Choice, welcome: Choice = lambda sizes: [])
     if missing:
         raise ConfigError(f"{location.text}: {missing[0]} is not in the cache, and {trouble}")
     here = {name: size for name, size in sizes.items() if is_there(folder / name)}
-    return Repository(location, folder, here, (), trouble)
+    return Repository(location, folder, here, trouble=trouble)
 
 
 def _snapshot(repo: str, revision: str | None, names: Iterable[str], **settings: Any) -> Path:
@@ -176,7 +166,7 @@ def _cached_sizes(repo: str, folder: Path) -> dict[str, int]:
     """All files of a repository as the cache remembers them or, if it does not, those that it has."""
     try:
         return {file.path: file.size for file in get_cached_repo_tree(repo, revision=folder.name)}
-    except CachedRepoTreeNotFoundError:
+    except errors.CachedRepoTreeNotFoundError:
         return {_relative(file, folder): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
 
 
@@ -184,18 +174,18 @@ def reason(location: Location, error: BaseException) -> str:
     """Why a file of the hub can't be had, and what can be done about it."""
     page = f"{constants.ENDPOINT}/{location.repo}"
     log_in = "set HF_TOKEN or run 'hf auth login'"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return f"it is gated: ask for access at {page}, then {log_in}"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return f"there is no such model at {page}; if it is a private one, {log_in}"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"{page} has no revision '{location.revision}'"
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
         token = "; the token in HF_TOKEN may have expired" if error.response.status_code == 401 else ""
         return f"{page} answers {error.response.status_code} ({first_line(error)}){token}"
-    if isinstance(error, SafetensorsParsingError):
+    if isinstance(error, errors.SafetensorsParsingError):
         return f"{page} has a weight file that is none ({first_line(error)})"
     if _is_of_the_disk(error):
         return f"it can't be stored in {constants.HF_HUB_CACHE} ({error.strerror})"
@@ -214,10 +204,10 @@ class _Cancelled(Exception):
     """The run is over; what is still being fetched is not needed."""
 
 
-def _reporting(report: Report) -> type[tqdm]:
+def _reporting(report: Report) -> type[HubBar]:
     """A class for the bars of a snapshot's download, none of which is shown: the one for bytes on the disk reports."""
 
-    class Reporting(tqdm):
+    class Reporting(HubBar):
         def __init__(self, *args: Any, **settings: Any) -> None:
             self._counts = settings.get("name") == "huggingface_hub.snapshot_download"
             super().__init__(*args, **{**settings, "disable": True})
@@ -257,7 +247,7 @@ class Job:
 class Prefetcher:
     """Does jobs in their order in the background, never more than one ahead of the one that is in use."""
 
-    def __init__(self, jobs: Sequence[Job], begin: Callable[[Job], AbstractContextManager[Bar]]) -> None:
+    def __init__(self, jobs: Sequence[Job], begin: Callable[[Job], tqdm]) -> None:
         """begin: is called, in the caller's thread, when a job's download begins; returns a bar for its progress."""
         self._jobs, self._begin, self._bars = jobs, begin, ExitStack()
         self._threads: dict[int, threading.Thread] = {}
@@ -321,18 +311,14 @@ def bytes_needed(jobs: Sequence[Job], keep: bool) -> int:
     """
     files = [job.sizes for job in jobs]
     if keep:
-        return sum(_union(files).values())
+        return sum(ChainMap(*files).values())
 
     def at(number: int) -> int:
-        later = _union(files[number:])
-        shared = {file: size for file, size in _union(files[:number]).items() if file in later}
-        return sum(_union([files[0], *files[number : number + 2], shared]).values())
+        later = ChainMap(*files[number:])
+        shared = {file: size for file, size in ChainMap(*files[:number]).items() if file in later}
+        return sum(ChainMap(files[0], *files[number : number + 2], shared).values())
 
     return max(at(number) for number in range(len(files)))
-
-
-def _union(groups: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
-    return {file: size for group in groups for file, size in group.items()}
 
 
 def cache_folder() -> Path:

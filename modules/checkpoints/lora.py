@@ -31,7 +31,7 @@ from modules.checkpoints.weight_files import (
     is_there,
     local_files,
     read_file,
-    read_headers,
+    read_header,
     stream_tensors,
 )
 from modules.config import is_number
@@ -136,7 +136,7 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
         instead = found_instead(path, local_files(path), WEIGHTS)
         raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}{instead}")
     try:
-        tensors = read_headers(path, [file])
+        tensors = read_header(path / file)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     whole, sides = _sorted_out(path, tensors)
@@ -175,11 +175,9 @@ def _sorted_out(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha/r, or alpha/sqrt(r) if rank-stabilised; alpha_pattern names modules that have an alpha of their own."""
-    alpha = settings.get("lora_alpha", 8)
-    for pattern, own in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = own
-            break
+    alphas = (settings.get("alpha_pattern") or {}).items()
+    own = (alpha for pattern, alpha in alphas if re.fullmatch(rf"(.*\.)?({pattern})", module))
+    alpha = next(own, settings.get("lora_alpha", 8))
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 

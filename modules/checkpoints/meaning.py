@@ -32,12 +32,8 @@ _SCALED_BY_LENGTH = ("dynamic", "longrope")
 
 # What a layer's kind is told by, where layer_types does not tell it.
 _KINDS_OF_LAYERS = (
-    "use_sliding_window",
-    "max_window_layers",
-    "sliding_window_pattern",
-    "_sliding_window_pattern",
-    "full_attn_idxs",
-)
+    "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "full_attn_idxs",
+)  # fmt: skip
 
 _SAME_FUNCTION = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 _ROPE_DEFAULTS = {"partial_rotary_factor": 1.0, "beta_fast": 32, "beta_slow": 1, "truncate": True}
@@ -89,7 +85,7 @@ def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
     keys = _keys(type(text))
     known = {key: value for key, value in text.to_dict().items() if key in keys}
     known["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))  # the whole model's counts
-    ignored = {*PreTrainedConfig().to_dict(), *_LENGTHS}
+    ignored = {*_WITHOUT_MEANING, *PreTrainedConfig().to_dict(), *_LENGTHS}  # names, and patterns of names
     rope = [part for _, part in _flat("", known.get("rope_parameters")) if isinstance(part, str)]
     if any(kind in _SCALED_BY_LENGTH for kind in rope):
         ignored.difference_update(_LENGTHS)
@@ -105,12 +101,8 @@ def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
     return {
         key: _plain(key, value)
         for key, value in _flat("", known)
-        if value is not None and not any(_is_ignored(part, ignored) for part in key.split("."))
+        if value is not None and not any(fnmatch(part, pattern) for part in key.split(".") for pattern in ignored)
     }
-
-
-def _is_ignored(key: str, ignored: set[str]) -> bool:
-    return key in ignored or any(fnmatch(key, pattern) for pattern in _WITHOUT_MEANING)
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -151,6 +143,4 @@ def _in_words(key: str, theirs: Any, ours: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "not set"
-    return shortened(str(value), 60, keep="start")
+    return "not set" if value is None else shortened(str(value), 60, keep="start")

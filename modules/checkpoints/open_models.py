@@ -101,10 +101,9 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
     """
     sources, notes = candidate_sources(config)
     base_location, names_some = _base_of(config), config.models_to_merge or config.directories.model_directory
-    find = partial(_find, trusted=config.trust_remote_code)
     locations = list(dict.fromkeys([base_location, *(place for source in sources for place in source.places)]))
     tell(_looked_up(locations))
-    found = _one_repository_each(_all_or_problems(find, locations))
+    found = _one_repository_each(_all_or_problems(partial(_find, trusted=config.trust_remote_code), locations))
     notes += [note for one in found.values() for note in one.notes()]
     for source in [s for s in sources if s.adapter is None and found[s.model].same_as(found[base_location])]:
         sources.remove(source)
@@ -122,17 +121,11 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
         return replace(candidate, text=named[1].text, where=where)
 
     candidates = _all_or_problems(open_one, zip(names, sources, strict=True))
-    return Models(
-        base,
-        found[base_location].where,
-        module,
-        candidates,
-        notes
-        + base.notes
-        + base.companions.notes
-        + [note for c in candidates for note in (*c.notes, *c.checkpoint.notes)],
-        warnings + [warning for candidate in candidates for warning in candidate.warnings],
-    )
+    notes += base.notes + base.companions.notes
+    for candidate in candidates:
+        notes += [*candidate.notes, *candidate.checkpoint.notes]
+        warnings += candidate.warnings
+    return Models(base, found[base_location].where, module, candidates, notes, warnings)
 
 
 def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
@@ -251,12 +244,7 @@ def _open_model(found: Found, name: str, fetch: Fetch, base: Checkpoint | None =
 
 
 def _open_candidate(
-    name: str,
-    source: Source,
-    found: dict[Location, Found],
-    base: Checkpoint,
-    module: PreTrainedModel,
-    fetch: Fetch,
+    name: str, source: Source, found: dict[Location, Found], base: Checkpoint, module: PreTrainedModel, fetch: Fetch
 ) -> Candidate:
     """A model, an adapter for the base, or a model with its adapter. Raises ConfigError if it does not fit the base."""
     model = found[source.model]

@@ -1,17 +1,13 @@
 """Weight files: what is in them, tensors out of them, new ones.
 
 Knows: safetensors headers, .bin files, indexes of shards. Refuses to know: what a tensor is for, models, devices.
-
-`stream_tensors` opens a file, hands over the tensors asked for one by one and closes it again; only `whole_files` are
-loaded whole.
-Nothing in a file is executed: a .bin file is a pickle, and one that would need more than tensors is refused.
 """
 
 import errno
 import hashlib
 import json
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from modules.checkpoints.bin_files import Forms, Held, is_pickled, is_whole, pickled_forms, unpickled_once
+from modules.checkpoints.bin_files import Forms, Held, is_pickled, pickled_forms, unpickled_once
 from modules.checkpoints.causes import disguise, found_instead
 from modules.runtime import CheckpointError, ConfigError, reading
 
@@ -142,15 +138,22 @@ def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> l
     return files
 
 
-def read_headers(folder: Path, files: Iterable[str], known: Mapping[str, Forms] | None = None) -> dict[str, TensorInfo]:
-    """Every tensor of some weight files, by name and in file order; no weights are read.
+def read_header(path: Path, known: Forms | None = None) -> dict[str, TensorInfo]:
+    """Every tensor of a weight file, by name and in file order; no weights are read.
 
-    known: what is in those of the files that are not in the folder yet. Raises ConfigError for a type that can't be
-    merged, CheckpointError if a file can't be read.
+    known: what is in the file, if it is not there yet. Raises ConfigError for a dtype that can't be merged, and for
+    weights that are no floating-point numbers: what quantised models are made of, whatever their config.json says.
+    Raises CheckpointError if the file can't be read.
     """
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        tensors.update(tensor_infos(f"{folder / file}", file, (known or {}).get(file) or _forms(folder / file)))
+    tensors = {}
+    for name, (stored, shape) in (known or _forms(path)).items():
+        dtype = stored if stored in _DTYPES.values() else _DTYPES.get(stored)
+        if dtype is None or (not dtype.is_floating_point and "weight" in name.rpartition(".")[2]):
+            raise ConfigError(
+                f"{path}: {name} is stored as {dtype or stored}, which can't be merged; "
+                "if this model is quantised, merge the original weights instead"
+            )
+        tensors[name] = TensorInfo(path.name, tuple(shape), dtype)
     return tensors
 
 
@@ -167,25 +170,26 @@ def _forms(path: Path) -> Forms:
     problem = disguise(path)
     if problem:
         raise CheckpointError(f"{path}: can't be read (it {problem})")
-    return pickled_forms(path) if is_pickled(path.name) else _safetensors_forms(path)
+    if is_pickled(path.name):
+        return pickled_forms(path)
+    with reading(path):
+        _check_length(path)
+        with safe_open(path, "pt", backend="pread") as shard:
+            views = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - a shard is no mapping
+            return {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
 
 
-def tensor_infos(where: str, file: str, forms: Forms) -> dict[str, TensorInfo]:
-    """Dtype (torch's, or the name that safetensors gives it) and shape by tensor name, as TensorInfo.
-
-    Raises ConfigError, beginning with `where`, for a dtype that can't be merged, and for weights that are no floating-
-    point numbers: what quantised models are made of, whatever their config.json says.
-    """
-    tensors = {}
-    for name, (stored, shape) in forms.items():
-        dtype = stored if stored in _DTYPES.values() else _DTYPES.get(stored)
-        if dtype is None or (not dtype.is_floating_point and "weight" in name.rpartition(".")[2]):
-            raise ConfigError(
-                f"{where}: {name} is stored as {dtype or stored}, which can't be merged; "
-                "if this model is quantised, merge the original weights instead"
-            )
-        tensors[name] = TensorInfo(file, tuple(shape), dtype)
-    return tensors
+def _check_length(path: Path) -> None:
+    """Raise ValueError if a safetensors file ends before what its header announces."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        announced = 8 + header
+        if announced <= size:
+            entries = json.loads(file.read(header))
+            announced += max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
+    if size < announced:
+        raise ValueError(f"it is cut short: {size:,} bytes of {announced:,}; fetch it again")
 
 
 def fresh(size: int) -> Tensor:
@@ -209,27 +213,16 @@ def stream_tensors(
         return
     # No memory map: a file that shrinks or a mount that vanishes is then an error, not a crash. And read by ourselves,
     # since into memory that is used again and again it goes several times faster than into new memory.
-    with reading(path):
-        file = path.open("rb")
-    with file:
-        with reading(path):
-            entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            start = file.tell()
+    with reading(path), path.open("rb") as file:
+        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
         for name in names:
-            with reading(path):
-                entry = entries[name]
-                first, end = entry["data_offsets"]
-                memory = room(end - first)
-                file.seek(start + first)
-                if file.readinto(memory.numpy()) < end - first:
-                    raise ValueError("it ends too early")
-                tensor = memory.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
-            yield name, tensor
-
-
-def whole_files(folder: Path, files: Iterable[str]) -> list[str]:
-    """Those of the files of which one tensor can't be read without the rest."""
-    return [file for file in files if is_pickled(file) and is_whole(folder / file)]
+            first, end = entries[name]["data_offsets"]
+            memory = room(end - first)
+            file.seek(start + first)
+            if file.readinto(memory.numpy()) < end - first:
+                raise ValueError("it ends too early")
+            yield name, memory.view(_DTYPES[entries[name]["dtype"]]).view(entries[name]["shape"])
 
 
 def fingerprint(path: Path) -> Fingerprint:
@@ -253,24 +246,3 @@ def fingerprint(path: Path) -> Fingerprint:
     except OSError as error:
         raise _unread(path, error) from None
     return {"size": size, "sha256": digest.hexdigest()}
-
-
-def _safetensors_forms(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    with reading(path):
-        _check_length(path)
-    with reading(path), safe_open(path, "pt", backend="pread") as shard:
-        views = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - a shard is no mapping
-        return {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
-
-
-def _check_length(path: Path) -> None:
-    """Raise ValueError if a safetensors file ends before what its header announces."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-        announced = 8 + header
-        if announced <= size:
-            entries = json.loads(file.read(header))
-            announced += max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
-    if size < announced:
-        raise ValueError(f"it is cut short: {size:,} bytes of {announced:,}; fetch it again")

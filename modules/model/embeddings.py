@@ -77,7 +77,7 @@ def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -
     rows = min(tensor.shape[0] for tensor in part.tensors.values())
     their_rows = min(candidate.conversion.shape(source)[0] for source in sources.values())
     try:
-        other = load_tokenizer(*candidate.tokenizer_files)
+        other = load_tokenizer(*candidate.checkpoint.tokenizer_files)
     except ConfigError as error:
         raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
     alignment = _align(tokenizer, rows, other, their_rows, candidate.name)

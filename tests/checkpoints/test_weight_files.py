@@ -22,7 +22,7 @@ from torch import nn
 from transformers import MixtralConfig
 
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.checkpoints.weight_files import read_headers, stream_tensors
+from modules.checkpoints.weight_files import read_header, stream_tensors
 from modules.runtime.errors import CheckpointError, ConfigError
 
 ONE, BIN = "model.safetensors", "pytorch_model.bin"
@@ -691,7 +691,7 @@ def test_a_damaged_pickle_is_an_error_in_our_words(tmp_path, plain, save):
             damaged[chance.randrange(min(len(damaged), 1000))] = chance.randrange(256)
         (folder / BIN).write_bytes(damaged)
         try:
-            list(stream_tensors(folder / BIN, read_headers(folder, [BIN])))
+            list(stream_tensors(folder / BIN, read_header(folder / BIN)))
             outcomes.add("read")
         except (ConfigError, CheckpointError) as error:
             assert f"{folder / BIN}: " in str(error)

@@ -211,8 +211,8 @@ def test_what_failed_before_it_was_needed_is_tried_again(hub, models, tmp_path):
 
 def test_a_file_that_several_candidates_need_counts_once(tmp_path):
     location = Location("org/base", None, "org/base")
-    base = modules.checkpoints.hub.Repository(location, tmp_path / "base", {"a": 100, "b": 50}, (), None)
-    other = modules.checkpoints.hub.Repository(location, tmp_path / "other", {"a": 30}, (), None)
+    base = modules.checkpoints.hub.Repository(location, tmp_path / "base", {"a": 100, "b": 50})
+    other = modules.checkpoints.hub.Repository(location, tmp_path / "other", {"a": 30})
     jobs = [Job("base", base, ("a", "b")), Job("one", base, ("a", "b")), Job("two", other, ("a",)), Job("local")]
     assert bytes_needed(jobs, keep=True) == 180
     assert bytes_needed([*jobs, Job("three", other, ("a",))], keep=False) == 180

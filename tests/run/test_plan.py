@@ -200,7 +200,7 @@ def test_downloads_are_those_that_are_missing_and_kept(place, models):
     def of_hub(checkpoint, folder, size):
         """The same checkpoint, its weights still to be fetched."""
         sizes = {"model.safetensors": size}
-        return replace(checkpoint, repository=Repository(Location("org/x", None), place / folder, sizes, (), None))
+        return replace(checkpoint, repository=Repository(Location("org/x", None), place / folder, sizes))
 
     base = of_hub(found.base, "base", 5 * GB)
     one, two = found.candidates
