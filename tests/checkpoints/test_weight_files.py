@@ -316,7 +316,7 @@ def test_the_plain_run_decides_as_the_naive_merge(plain, family):
     assert any(ratios(one)[:-1]) and ratios(one)[-1], "no layer or no header was merged: the rows would show nothing"
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("row", ROWS, ids=row_name)
 def test_every_format_gives_the_same_decisions_and_bits(plain, merged, row):
     family, role, write = row
@@ -356,7 +356,7 @@ def test_the_experts_of_one_layer_are_spread_over_shards_under_their_old_names(m
     assert len(set(files.values())) == 3
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("row", [*ROWS, *DTYPE_ROWS, *FORMATS], ids=row_name)
 def test_what_was_scored_is_what_was_saved(merged, row):
     scores, new_tokens = merged[row].reopened

@@ -370,7 +370,7 @@ def run(folder, case):
     return whole.run(folder, base, [one])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", CASES)
 def test_one_line_says_what_became_of_the_header(merged, name):
     assert merged[name].code == 0, merged[name].output
@@ -384,7 +384,7 @@ def test_one_line_says_what_became_of_the_header(merged, name):
         assert composition.startswith("[[1.0, 'base']") and " - Header - " in decision
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", CASES)
 def test_the_run_decides_as_the_naive_merge(merged, name):
     one, case = merged[name], CASES[name]
@@ -408,7 +408,7 @@ def test_the_run_decides_as_the_naive_merge(merged, name):
         assert torch.allclose(tensor, weights[key], atol=tolerance), key
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", CASES)
 def test_layers_are_merged_and_the_header_unless_it_is_skipped(merged, name):
     *layers, (what, header_changed, _) = merged[name].decisions
@@ -417,13 +417,13 @@ def test_layers_are_merged_and_the_header_unless_it_is_skipped(merged, name):
     assert header_changed != CASES[name].skipped
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_scored_is_what_was_saved(merged, name):
     whole.check_reopened(merged[name])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", CASES)
 def test_the_output_has_the_bases_tensors(merged, name):
     whole.check_stored(merged[name])

@@ -53,7 +53,7 @@ def encode(folder, pairs):
     return encode_pairs(AutoTokenizer.from_pretrained(folder), pairs, 10**9, None)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", [1, 20, 45, 10**6])
 @pytest.mark.parametrize("logits", [1, 100_000, 1 << 26])
@@ -73,7 +73,7 @@ def changed(model, layer, seed):
     return tensors, lambda: part.holding(tensors)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", [30, 10**6])
 @pytest.mark.parametrize("logits", [20_000, 1 << 26])

@@ -94,7 +94,7 @@ def llamas(request, tmp_path_factory):
     return base, one, two
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("method, strategy, headers", list(itertools.product(METHODS, STRATEGIES, [True, False])))
 def test_same_decisions_and_tensors_as_the_naive_twin(llamas, tmp_path, method, strategy, headers):
     base, one, two = llamas
