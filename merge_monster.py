@@ -9,9 +9,7 @@ Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 try:
@@ -31,12 +29,12 @@ try:
         open_streams,
         show,
         visible,
+        wait_for_the_leader,
     )
 except KeyboardInterrupt:  # imports take a moment
     sys.exit(130)
 
 LOG = "merge-monster"
-LEADER_TELLS = 10  # seconds at most that the leader takes to say what is wrong with a configuration
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,9 +58,7 @@ def start(options: argparse.Namespace) -> int:
     except ConfigError:
         if rank.leads:
             raise
-        # torchrun ends all processes with the first that ends, and the leader has yet to say what is wrong.
-        with suppress(KeyboardInterrupt):
-            time.sleep(LEADER_TELLS)
+        wait_for_the_leader()
         return 2
     with Console(LOG, quiet=options.quiet) if rank.leads else Silent(rank.number) as console:
         if config is not None:

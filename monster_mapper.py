@@ -23,6 +23,7 @@ try:
         find_rank,
         leave,
         open_streams,
+        wait_for_the_leader,
     )
 except KeyboardInterrupt:  # imports take a moment
     sys.exit(130)
@@ -40,6 +41,7 @@ def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
     rank = find_rank()
     if rank.world_size > 1 and not rank.leads:
+        wait_for_the_leader()
         return 2
     if rank.world_size > 1:
         raise ConfigError("the mapper runs in one process; start it with python, not with torchrun")

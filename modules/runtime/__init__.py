@@ -18,7 +18,7 @@ from modules.runtime.console import (
 from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError, first_line, reading
 from modules.runtime.exit_codes import exit_code, leave
 from modules.runtime.interrupts import postponed
-from modules.runtime.ranks import Rank, find_rank
+from modules.runtime.ranks import Rank, find_rank, wait_for_the_leader
 from modules.runtime.text import (
     CONTEXT_WIDTH,
     PHRASE_WIDTH,

@@ -4,10 +4,14 @@ Knows: what torchrun sets. Refuses to know: torch, what the processes exchange.
 """
 
 import os
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from modules.runtime.errors import ConfigError
+
+_LEADER_TELLS = 10  # seconds that it may take to do so
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,12 @@ def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
     if not (rank.number < rank.world_size and rank.local_rank < rank.local_world_size <= rank.world_size):
         raise _no_rank(names, told)
     return rank
+
+
+def wait_for_the_leader() -> None:
+    """Leave the leader time to say why nothing can be done: torchrun ends all processes with the first that ends."""
+    with suppress(KeyboardInterrupt):
+        time.sleep(_LEADER_TELLS)
 
 
 def _no_rank(names: Sequence[str], told: Sequence[str]) -> ConfigError:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import tiny
 import yaml
-from adapters import write_adapter
+from adapters import make_bench
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from project import ROOT
@@ -57,11 +57,7 @@ def hostile(count, **strategies):
 def bench(tmp_path_factory):
     """A folder to run in, with a base, a candidate and an adapter in models/; each test spoils a copy in spoiled/."""
     folder = tmp_path_factory.mktemp("bench")
-    tokenizer = tiny.bpe_tokenizer()
-    config = tiny.llama_config(len(tokenizer), layers=2, hidden=16, positions=64)
-    base = tiny.make_model(folder / "models/base", config, tokenizer)
-    tiny.make_candidate(folder / "models/one", base, 1)
-    write_adapter(folder / "models/adapter", base, use_rslora=False, alpha_pattern={"up_proj": 3})
+    make_bench(folder / "models", use_rslora=False, alpha_pattern={"up_proj": 3})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         (folder / "my.yaml").write_bytes(dumped(document()))

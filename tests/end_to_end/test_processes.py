@@ -135,10 +135,11 @@ def test_a_wrong_configuration_is_said_once(tmp_path, models):
     assert result.stderr.count("strategy: 'best'") == 1
 
 
-def test_a_follower_leaves_the_leader_time_to_tell(tmp_path, models):
+@pytest.mark.parametrize("script", ["merge_monster.py", "monster_mapper.py"])
+def test_a_follower_leaves_the_leader_time_to_tell(tmp_path, models, script):
     """torchrun ends all with the first that ends: the follower waits for that, and has nothing to say then."""
     config = tiny.write_config(tmp_path / "my.yaml", models[0], models[1:], tmp_path / "out", strategy="best")
-    command = [sys.executable, str(ROOT / "merge_monster.py"), "--config", str(config)]
+    command = [sys.executable, str(ROOT / script), "--config", str(config)]
     follower = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     with subprocess.Popen(command, env=follower, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         with pytest.raises(subprocess.TimeoutExpired):

@@ -9,7 +9,7 @@ import architectures
 import pytest
 import tiny
 import torch
-from adapters import write_adapter
+from adapters import make_bench
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -34,13 +34,7 @@ ROLES = ("base", "one")
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """A base, a candidate and an adapter, and nothing that is changed by a test."""
-    folder = tmp_path_factory.mktemp("bench")
-    tokenizer = tiny.bpe_tokenizer()
-    config = tiny.llama_config(len(tokenizer), layers=2, hidden=16, positions=64)
-    base = tiny.make_model(folder / "base", config, tokenizer)
-    tiny.make_candidate(folder / "one", base, 1)
-    write_adapter(folder / "adapter", base)
-    return folder
+    return make_bench(tmp_path_factory.mktemp("bench"))
 
 
 def put(file, content, *without):

@@ -3,6 +3,7 @@
 import json
 
 import peft
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,3 +38,14 @@ def write_adapter(folder, base, **settings):
     save_file(stored, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base", **settings}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def make_bench(folder, **settings):
+    """The smallest models that make a run: a base, a candidate `one`, an adapter with these settings; the folder."""
+    tokenizer = tiny.bpe_tokenizer()
+    base = tiny.make_model(
+        folder / "base", tiny.llama_config(len(tokenizer), layers=2, hidden=16, positions=64), tokenizer
+    )
+    tiny.make_candidate(folder / "one", base, 1)
+    write_adapter(folder / "adapter", base, **settings)
+    return folder
