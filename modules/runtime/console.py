@@ -74,6 +74,11 @@ class Arguments(argparse.ArgumentParser):
         """Print usage and error, and exit with code 2."""
         super().error(visible(message))
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the program. A reader that is gone is no failure: what waits is written now, not when Python ends."""
+        show(None, sys.stdout)
+        super().exit(status, message)
+
 
 def open_streams() -> None:
     """Make writing to the terminal harmless: a stream that was closed (>&-) goes nowhere, and where it can't show a
