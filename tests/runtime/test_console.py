@@ -525,7 +525,7 @@ from modules.runtime import exit_code
 from modules.runtime import postponed
 def work():
     with postponed(lambda: print("heard", flush=True)) as end_if_asked:
-        os.write(1, b"ready\n")  # a print may still be at work when the signal comes, and another print can't begin
+        os.write(1, b"ready\\n")  # a print may still be at work when the signal comes, and another print can't begin
         while not select.select([sys.stdin], [], [], 0.05)[0]:
             pass  # a signal that comes just before a read that waits would be told only after it
         end_if_asked()
