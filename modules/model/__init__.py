@@ -25,4 +25,4 @@ from modules.model.memory import (
     sizes_of,
     weights_of,
 )
-from modules.model.part import Part
+from modules.model.part import BLOCKS, Part

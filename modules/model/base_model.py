@@ -19,7 +19,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from modules.checkpoints import (
     Checkpoint,
     Conversion,
-    Tensors,
     copy_companions,
     dtype_name,
     find_layers,
@@ -48,7 +47,7 @@ class ResidentModel:
         self._conversion = Conversion(module, checkpoint.tensors)
         self._conversion.check_reversible()
         self._stored_as = self._find_stored_names()
-        self._touched: Tensors = {}
+        self._touched: dict[tuple[str, ...], Tensor] = {}  # names and, of each, whether it is no longer the base's
 
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device, or how many layers are on each of several, and dtype, for the summary."""
@@ -231,7 +230,8 @@ class ResidentModel:
     def _only_in_file(self) -> set[str]:
         """The stored tensors that must be copied: the model has no use for them, or they are to be saved as they were
         stored, no merge has touched them, and what the model has instead is rounded."""
-        touched = {id(self._state[name]) for name, changed in self._touched.items() if changed}
+        flags = [one for names, changed in self._touched.items() for one in zip(names, changed.tolist(), strict=True)]
+        touched = {id(self._state[name]) for name, changed in flags if changed}
         found = set()
         for stored, info in self.checkpoint.tensors.items():
             ours = [self._state[name] for name in self._conversion.module_names(stored)]

@@ -37,18 +37,16 @@ class Memory:
     base: int  # the whole base model
     layer: int  # the largest
     header: int  # input embedding and output head; 0 if they are not tried
-    arriving: int = 0  # a candidate's largest tensor that is cast when it has arrived, in its own dtype
+    arriving: int = 0  # the most of a candidate that is there in its own dtype, before it is cast
     activations: int = 0  # hidden states, mask and logits; about, and at their most
 
     @property
     def held(self) -> int:
-        """What weights take at their most, whatever the phrases are.
+        """The least that weights take: the candidate's layer or header, and one that is merged into.
 
-        Three layers: the candidate's, the one that is merged into, one on its way. The header is on its way while the
-        last layer is searched, then it is merged into another.
+        Where there is room, the next one is on its way meanwhile.
         """
-        arriving = self.layer + self.arriving if not self.header else max(self.layer, self.header) + self.arriving
-        return self.base + max(2 * self.layer + arriving, 2 * self.header)
+        return self.base + 2 * max(self.layer, self.header) + self.arriving
 
     @property
     def searched(self) -> int:

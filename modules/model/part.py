@@ -15,6 +15,8 @@ from modules.checkpoints import Tensors, dtype_name
 from modules.model.devices import wider
 from modules.runtime import BrokenWeights, CheckpointError
 
+BLOCKS = 8  # in which a tensor is cast
+
 
 @dataclass(frozen=True)
 class Part:
@@ -23,7 +25,7 @@ class Part:
     tensors: Tensors  # the model's own parameters and buffers, live
     saved_dtypes: Mapping[str, torch.dtype]  # what each is stored as when the model is saved
     input_axes: Mapping[str, int]  # which axis holds the input features, see methods.merge
-    touched: Tensors  # of the whole model, live: whether a tensor is no longer the base's, boolean scalars
+    touched: dict[tuple[str, ...], Tensor]  # of the whole model, live: which of these are no longer the base's
 
     @property
     def devices(self) -> set[torch.device]:
@@ -46,12 +48,26 @@ class Part:
         """
         adopted, bounds = {}, {}
         for name, tensor in theirs:
-            # On its way to the device while the next one is read; cast at once, so that only one is there in both.
-            arrived = tensor.to(self.tensors[name].device, non_blocking=True)
-            bounds[name] = torch.stack(arrived.aminmax())
-            adopted[name] = arrived.to(self.tensors[name].dtype)
+            # On its way to the device while the next one is read.
+            adopted[name], bounds[name] = self._adopted(name, tensor)
         self._check(bounds, source)
         return {name: adopted[name] for name in self.tensors}
+
+    def _adopted(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """A candidate's tensor on its device in the model's dtype, and its least and greatest value, (2,)."""
+        own = self.tensors[name]
+        if tensor.dtype == own.dtype:
+            arrived = tensor.to(own.device, non_blocking=True)
+            return arrived, torch.stack(arrived.aminmax())
+        # A part at a time is there in its own dtype, which may be twice as wide.
+        adopted, bounds = torch.empty(tensor.shape, dtype=own.dtype, device=own.device), []
+        rows = -(-len(tensor) // BLOCKS)
+        for block, place in zip(tensor.split(rows), adopted.split(rows), strict=True):
+            arrived = block.to(own.device, non_blocking=True)
+            bounds.append(torch.stack(arrived.aminmax()))
+            place.copy_(arrived)
+        low, high = torch.stack(bounds).T
+        return adopted, torch.stack((low.amin(), high.amax()))
 
     def _check(self, bounds: Tensors, source: str) -> None:
         """Least and greatest values of a candidate's tensors, (2,) each. Raises as `adopt`."""
@@ -79,17 +95,19 @@ class Part:
             for name, tensor in self.tensors.items():
                 tensor.data = own[name]
 
-    def install(self, tensors: Tensors, changed: Tensors) -> None:
-        """Take tensors over for good, those that are others than the model's own. changed: whether each is, as
-        `changes_in` says; nobody waits for the answer."""
-        for name, tensor in tensors.items():
+    def install(self, tensors: Tensors, changed: Tensor) -> None:
+        """Take tensors over for good, those that are others than the model's own. changed: see `changes_in`."""
+        for is_changed, (name, tensor) in zip(changed, tensors.items(), strict=True):
             own = self.tensors[name].data
-            torch.where(changed[name], tensor, own, out=own)
-            self.touched[name] = changed[name] | self.touched[name] if name in self.touched else changed[name]
+            torch.where(is_changed.to(own.device), tensor, own, out=own)
+        before = self.touched.get(tuple(tensors))
+        self.touched[tuple(tensors)] = changed if before is None else before | changed
 
-    def changes_in(self, tensors: Tensors) -> Tensors:
-        """Which tensors are not equal to the model's own: boolean scalars on the device."""
-        return {name: (tensor != self.tensors[name]).any() for name, tensor in tensors.items()}
+    def changes_in(self, tensors: Tensors) -> Tensor:
+        """Which tensors are not equal to the model's own, in their order: (tensors,), boolean, on the device. Nobody
+        waits for it."""
+        flags = [(tensor != self.tensors[name]).any() for name, tensor in tensors.items()]
+        return torch.stack([flag.to(flags[0].device) for flag in flags])
 
 
 def _on_the_host(tensors: Tensors) -> dict[str, list[float]]:

@@ -28,6 +28,7 @@ from modules.checkpoints import (
 )
 from modules.config import Config
 from modules.model import (
+    BLOCKS,
     Memory,
     Sizes,
     free_memory,
@@ -42,7 +43,6 @@ from modules.model import (
 from modules.output import place_of
 from modules.runtime import ConfigError
 from modules.scoring import (
-    FEWEST_TOKENS,
     TOKENS,
     Budget,
     budget_of,
@@ -149,7 +149,9 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
     weights = weights_of(module, dtype, config.merge_headers, _arriving(models, dtype))
     sharing = sharing if device.type == "cpu" else 1
     free = _share(free_memory(device), sharing)
-    most, least = (layer_bytes(sizes, dtype, tokens, stack) for tokens in (TOKENS, FEWEST_TOKENS))
+    lengths = [len(item.tokens) for item in encoded]
+    most = layer_bytes(sizes, dtype, min(TOKENS, sum(lengths)), stack)
+    least = layer_bytes(sizes, dtype, max(lengths), 1)  # one pair and one ratio at a time
     placement = placement_of(config.device, module, dtype, replace(weights, activations=most), least)
     kept = weights.searched if placement else weights.reserved
     budget = budget_of(sizes, dtype, device, stack, None if free is None else free - kept)
@@ -180,10 +182,10 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
 
 
 def _arriving(models: Models, dtype: torch.dtype) -> int:
-    """Bytes of the largest tensor of a candidate that is cast to the base's dtype once it is on the device."""
+    """Bytes of the largest block of a candidate that is cast to the base's dtype once it is on the device."""
     conversions = [candidate.conversion for candidate in models.candidates]
     wide = ((one, name) for one in conversions for name in one if one.dtype(name) != dtype)
-    return max((math.prod(one.shape(name)) * one.dtype(name).itemsize for one, name in wide), default=0)
+    return max((math.prod(one.shape(name)) * one.dtype(name).itemsize // BLOCKS for one, name in wide), default=0)
 
 
 def _activations(
@@ -299,22 +301,23 @@ def _same_disk(one: Path, other: Path) -> bool:
 
 def _memory_problems(plan: Plan, room: Available) -> list[str]:
     """Only what can't be avoided counts: the weights that a run holds at the same time."""
-    memory = plan.memory
-    if room.memory is None or memory.held <= room.memory:
+    memory, needed = plan.memory, _least(plan, plan.memory)
+    if room.memory is None or needed <= room.memory:
         return []
-    without_header = replace(memory, header=0).held
-    beside = f"three layers ({in_memory(without_header - memory.base)})"
     advice = ["close other programs" if plan.device.type == "cpu" else "end other programs that use it"]
-    if memory.held > without_header:
-        beside = f"what the header takes while it is tried ({in_memory(memory.held - memory.base)})"
-        if without_header <= room.memory:
-            advice.append("set merge_headers: false")
+    if memory.header and _least(plan, replace(memory, header=0)) <= room.memory:
+        advice.append("set merge_headers: false")
     if plan.dtype == torch.float32:
         advice.append("set dtype: bfloat16, which takes half")
     advice.append("use a machine with more" if plan.device.type == "cpu" else "choose a device with more memory")
-    what = f"the base ({in_memory(memory.base)} in {dtype_name(plan.dtype)}) and {beside}"
-    free = f"{in_memory(room.memory)} free, {in_memory(memory.held)} are needed"
-    return [f"{what} don't fit into the memory of {plan.device}, which has {free}: {', or '.join(advice)}"]
+    what = f"the base ({in_memory(memory.base)} in {dtype_name(plan.dtype)}) and what is searched at a time "
+    what += f"({in_memory(needed - memory.base)}) don't fit into the memory of {plan.device}, which has "
+    return [f"{what}{in_memory(room.memory)} free, {in_memory(needed)} are needed: {', or '.join(advice)}"]
+
+
+def _least(plan: Plan, memory: Memory) -> int:
+    """Bytes of weights without which there is no run. On a CPU it can't do with less than it would take."""
+    return memory.base + memory.searched if plan.device.type == "cpu" else memory.held
 
 
 def _memory_warnings(plan: Plan, room: Available) -> list[str]:

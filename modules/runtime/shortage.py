@@ -36,12 +36,16 @@ def within_memory(work: Callable[[], Value], take_less: Callable[[], bool]) -> V
         # Not within the handler: there, the failed try's frames and their tensors are still held.
         _let_go(failure)
         if not take_less():
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # else this frame and the error would hold each other, and with them all callers' frames
 
 
 def _let_go(failure: BaseException) -> None:
-    """Drop what the frames that an error came through held, in whatever thread they were, however they hold it."""
+    """Drop what the frames that an error came through held, in whatever thread they were, and the frames themselves:
+    they would hold what their callers held until the garbage is collected."""
     one: BaseException | None = failure
     while one is not None:
         traceback.clear_frames(one.__traceback__)
-        one = one.__context__
+        one.__traceback__, one = None, one.__context__

@@ -55,9 +55,10 @@ class Packing:
 def layer_bytes(sizes: Sizes, dtype: torch.dtype, tokens: int, stack: int) -> int:
     """Bytes of the activations of a layer at work on a pack of so many tokens, for `stack` ratios at once.
 
-    Hidden states before and after the norm, queries, keys, values, and an MLP's three wide tensors; the mask.
+    Hidden states before and after the norm, and then either an MLP's three wide tensors or queries, keys and values
+    with what turns them by their positions; the mask.
     """
-    features = tokens * (5 * sizes.hidden + 3 * sizes.widest)
+    features = tokens * (2 * sizes.hidden + max(4 * sizes.hidden, 3 * sizes.widest))
     attention = sizes.heads * tokens**2 if sizes.keeps_attention else 0
     return (stack * (features + attention) + tokens**2) * dtype.itemsize
 

@@ -53,7 +53,8 @@ def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain
     by_length = sorted(encoded, key=lambda item: len(item.tokens))
     longest = by_length[-1].tokens
     check_numbers(model, [float(plain.token_scores(item).sum()) for item in spread(by_length, SAMPLE)])
-    limit = plain.tolerance(longest, budget.tokens, budget.logits)
+    tokens = min(budget.tokens, sum(len(item.tokens) for item in encoded))  # more will not go through at a time
+    limit = plain.tolerance(longest, tokens, budget.logits)
     # A 4-D mask is used as given: it would lift the window.
     for layout in LAYOUTS if attention_window(model) >= len(longest) else LAYOUTS[1:]:
         shared = budget if rank.world_size == 1 else Scorer(model, encoded, layout, budget, rank=rank).budget

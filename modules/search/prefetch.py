@@ -32,10 +32,12 @@ class ReadAhead:
         parts: Mapping[int, Part],
         header: Job | None = None,
         streams: Sequence[torch.Stream] = (),
+        ahead: bool = True,
     ) -> None:
         """Begin to read what the first layer needs. parts: the layers by number, in order; header: makes the header,
-        which comes last, if it is wanted; streams: on which the devices' work for all of it goes on beside theirs."""
-        self._candidate, self._streams = candidate, streams
+        which comes last, if it is wanted; streams: on which the devices' work for all of it goes on beside theirs;
+        ahead: if not, nothing is read before it is asked for."""
+        self._candidate, self._streams, self._ahead = candidate, streams, ahead
         self._jobs: dict[int | None, Job] = {layer: partial(self._read, layer, part) for layer, part in parts.items()}
         if header:
             self._jobs[None] = partial(self._make, header)
@@ -43,8 +45,9 @@ class ReadAhead:
         self._memories = _Memory(bool(streams)), _Memory(bool(streams))
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._begun: dict[int | None, Future[Arrived]] = {}  # the one that was taken, and the one behind it
-        for first in list(self._jobs)[:1]:
-            self._begin(first)
+        self._taken: int | None = next(iter(self._jobs), None)
+        if self._jobs:
+            self._begin(self._taken)
 
     def take(self, layer: int) -> Tensors:
         """A layer's tensors, on its device in its dtype; those of layers before it must not be used any more.
@@ -58,18 +61,27 @@ class ReadAhead:
         """The header. Raises what making it raises."""
         return self._take(None)
 
+    def stop(self) -> None:
+        """Read nothing ahead any more, and let go of what has been."""
+        self._ahead = False
+        self._let_go(self._taken)
+        self._thread.submit(int).result()  # by then the thread has ended what it was at, and dropped it
+
     def _take(self, place: int | None) -> Arrived:
-        order = list(self._jobs)
-        behind = order[order.index(place) + 1 :][:1]
+        self._taken, order = place, list(self._jobs)
+        behind = order[order.index(place) + 1 :][: int(self._ahead)]
         self._let_go(place, *behind)  # before more is read
-        failure = self._begin(place).exception()
-        if failure is not None and is_out_of_memory(failure):
-            # Whoever asks again has let go of what the failed try held: only then is it begun anew.
-            del self._begun[place]
-            raise failure
-        for one in behind:
-            self._begin(one)
+        if self._lacks_memory(place):
+            self._let_go()  # it is read anew; what it had to share the memory with is gone now
+        if not self._lacks_memory(place):
+            for one in behind:
+                self._begin(one)
         return self._begun[place].result()
+
+    def _lacks_memory(self, place: int | None) -> bool:
+        """Whether reading failed for lack of memory, once it has ended."""
+        failure = self._begin(place).exception()
+        return failure is not None and is_out_of_memory(failure)
 
     def _begin(self, place: int | None) -> "Future[Arrived]":
         """Read, if it is not read already."""

@@ -37,7 +37,9 @@ class Search(Merger):
         """
         super().__init__(model, tokenizer)
         self.scorer, self.config, self.group = scorer, config, group
-        self.streams = side_streams(model.devices)  # on which candidates arrive
+        self._streams = side_streams(model.devices)  # on which candidates arrive
+        self._reading: ReadAhead | None = None  # of the present candidate
+        self._reads_ahead = True
         self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
         self.log_probabilities: list[float] = []
         self.measure()
@@ -59,13 +61,14 @@ class Search(Merger):
         tries_header = self.config.merge_headers and len(past) <= count * len(parts)
         header = partial(aligned_header, self.model, self.tokenizer, candidate)
         wanted = dict(list(enumerate(parts))[len(past) // count :])
-        with ReadAhead(candidate, wanted, header if tries_header else None, self.streams) as ahead:
-            yield from self._layers(candidate, parts, past, ahead)
+        ahead = ReadAhead(candidate, wanted, header if tries_header else None, self._streams, self._reads_ahead)
+        with ahead as self._reading:
+            yield from self._layers(candidate, parts, past)
             if past:
                 self.log_probabilities = list(past[-1].log_probabilities)
                 self.repeat(candidate, past)
             elif tries_header:
-                yield self._header(candidate, ahead)
+                yield self._header(candidate)
         self.measure()
 
     def measure(self) -> None:
@@ -82,9 +85,7 @@ class Search(Merger):
         steps = sum(self.steps(layer, method) for layer in layers for method in self.config.merge_method)
         return steps + (self.steps(None, "lerp") if self.config.merge_headers else 0)
 
-    def _layers(
-        self, candidate: Candidate, parts: Sequence[Part], past: deque[Decision], ahead: ReadAhead
-    ) -> Iterator[Decision]:
+    def _layers(self, candidate: Candidate, parts: Sequence[Part], past: deque[Decision]) -> Iterator[Decision]:
         self.scorer.restart()
         methods = self.config.merge_method
         for index, part in enumerate(parts):
@@ -93,15 +94,13 @@ class Search(Merger):
                 self.repeat(candidate, done)
                 self.log_probabilities = list(done[-1].log_probabilities)
             if len(done) < len(methods):
-                yield from self._layer(candidate, index, part, ahead, methods[len(done) :])
+                yield from self._layer(candidate, index, part, methods[len(done) :])
 
-    def _layer(
-        self, candidate: Candidate, index: int, part: Part, ahead: ReadAhead, methods: Sequence[str]
-    ) -> Iterator[Decision]:
+    def _layer(self, candidate: Candidate, index: int, part: Part, methods: Sequence[str]) -> Iterator[Decision]:
         """Try a layer under some methods."""
         self.scorer.at_layer(index)
         try:
-            theirs, warning = self._in_memory(partial(ahead.take, index)), None
+            theirs, warning = self._in_memory(partial(self._reading.take, index)), None
         except BrokenWeights as error:
             theirs, warning = None, f"{error}; layer {index + 1} stays as it is"
         for method in methods:
@@ -112,13 +111,14 @@ class Search(Merger):
             present = self.total, tuple(self.log_probabilities)
             yield Decision(candidate.name, index, method, ratio, before, *present, warning)
 
-    def _header(self, candidate: Candidate, ahead: ReadAhead) -> Decision:
+    def _header(self, candidate: Candidate) -> Decision:
         """The input embedding and the output head together, always by lerp."""
         part, before = self.model.header(), self.total
-        self.scorer.restart()  # whole forwards need no hidden states, and what they take
+        self.scorer.restart()  # whole forwards need no hidden states,
+        self._space = {}  # and no layer is merged any more
         ratio, warning, note = None, None, None
         try:
-            theirs, note = self._in_memory(ahead.take_header)
+            theirs, note = self._in_memory(self._reading.take_header)
         except (BrokenWeights, HeaderSkipped) as error:
             warning = f"{error}; the header stays as it is"
         else:
@@ -154,8 +154,12 @@ class Search(Merger):
         return within_memory(lambda: self.group.on_all_ranks(work), self._take_less_memory)
 
     def _take_less_memory(self) -> bool:
-        """Score with smaller packs, or fewer ratios at a time, if that can be."""
+        """Score with smaller packs or fewer ratios at a time or, where that can't be, do without reading ahead."""
         done = self.group.on_all_ranks(self.scorer.take_less_memory)
+        if done is None and self._reads_ahead:
+            self._reads_ahead, done = False, "no layer is read before it is needed from here on"
+            if self._reading:
+                self._reading.stop()
         if done:
             self.memory_notes.append(f"Out of memory: {done}")
         return done is not None

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from modules.checkpoints import Candidate, Tensors
 from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header
 from modules.runtime import BrokenWeights, ConfigError
@@ -72,7 +74,7 @@ class Merger:
         """Merge for good. All that takes memory, and may be done again, comes before anything changes."""
         part.install(*self._in_memory(partial(self._changes, part, theirs, method, ratio)))
 
-    def _changes(self, part: Part, theirs: Tensors, method: str, ratio: float) -> tuple[Tensors, Tensors]:
+    def _changes(self, part: Part, theirs: Tensors, method: str, ratio: float) -> tuple[Tensors, Tensor]:
         """What a merge makes of the part's tensors, and which of them it makes others of."""
         found = merged(part, method, theirs, ratio, self._room(part))
         return found, part.changes_in(found)

@@ -23,6 +23,7 @@ from modules.config import Pair
 from modules.config.locations import Location
 from modules.model.loading import load_model
 from modules.model.memory import Memory, weights_of
+from modules.model.part import BLOCKS
 from modules.output import places as places
 from modules.output.recipe import RECIPE_FILE
 from modules.run import plan as preflight
@@ -80,7 +81,7 @@ def test_memory_is_that_of_the_real_tensors(place, setting, tied):
     parts = [sum(tensor.nbytes for tensor in part.tensors.values()) for part in (model.layer(1), model.header())]
     assert (memory.base, memory.layer, memory.header) == (sum(everything.values()), *parts)
     largest = max(tensor.numel() for part in (model.layer(1), model.header()) for tensor in part.tensors.values())
-    assert memory.arriving == (4 * largest if setting == "bfloat16" else 0)  # a candidate in float32
+    assert memory.arriving == (4 * largest // BLOCKS if setting == "bfloat16" else 0)  # a candidate in float32
     assert plan_run(*opened(place, models, dtype=setting, merge_headers=False)).memory.header == 0
 
 
@@ -257,9 +258,10 @@ def test_a_disk_that_is_too_small(place, monkeypatch):
 
 def test_memory_that_surely_does_not_suffice(place):
     plan = made_up(place, memory=Memory(15 * GIB, GIB // 2, 0, GIB // 2, GIB // 4))
-    assert refusal(plan, memory=17 * GIB - 1) == [
-        "the base (15.00 GiB in bfloat16) and three layers (2.00 GiB) don't fit into the memory of cuda:0, which has "
-        "17.00 GiB free, 17.00 GiB are needed: end other programs that use it, or choose a device with more memory"
+    assert refusal(plan, memory=int(16.5 * GIB) - 1) == [
+        "the base (15.00 GiB in bfloat16) and what is searched at a time (1.50 GiB) don't fit into the memory of "
+        "cuda:0, which has 16.50 GiB free, 16.50 GiB are needed: end other programs that use it, or choose a device with "
+        "more memory"
     ]
     # The activations alone refuse nothing: what they take is not known so well.
     assert check(plan, replace(PLENTY, memory=plan.memory.reserved)) == []
@@ -272,8 +274,8 @@ def test_memory_that_surely_does_not_suffice(place):
 
 def test_what_would_help_against_too_little_memory(place):
     line = refusal(made_up(place), memory=18 * GIB)[0]
-    assert "what the header takes while it is tried (4.00 GiB)" in line and "or set merge_headers: false, or" in line
-    assert "merge_headers" not in refusal(made_up(place), memory=16 * GIB)[0]  # it would not help
+    assert "what is searched at a time (4.00 GiB)" in line and "or set merge_headers: false, or" in line
+    assert "merge_headers" not in refusal(made_up(place), memory=16 * GIB - 1)[0]  # it would not help
     line = refusal(made_up(place, dtype=torch.float32, device=torch.device("cpu")), memory=18 * GIB)[0]
     assert (
         "close other programs" in line and "set dtype: bfloat16, which takes half, or use a machine with more" in line

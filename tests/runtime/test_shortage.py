@@ -92,6 +92,24 @@ def test_what_a_failed_try_held_is_gone_before_less_is_taken(fail):
     assert trying.gone == [True] * 3
 
 
+@pytest.mark.parametrize("fail", [plainly, in_a_circle, while_another_is_handled, in_another_thread])
+def test_what_callers_held_goes_with_them(fail):
+    """Whether it went well in the end or not: an error holds its frames, and these their callers'."""
+
+    def caller(failures):
+        mine, trying = Held(), Trying(failures, fail)
+        held.append(weakref.ref(mine))
+        try:
+            within_memory(trying.work, trying.take_less)
+        except torch.OutOfMemoryError:
+            return "in vain"
+        return "done"
+
+    held = []
+    assert [caller(2), caller(9)] == ["done", "in vain"]
+    assert [one() for one in held] == [None, None]
+
+
 def test_where_nothing_is_left_the_failure_is_raised():
     trying = Trying(9, in_a_circle)
     with pytest.raises(torch.OutOfMemoryError, match="none left"):
