@@ -260,8 +260,8 @@ def test_memory_that_surely_does_not_suffice(place):
     plan = made_up(place, memory=Memory(15 * GIB, GIB // 2, 0, GIB // 2, GIB // 4))
     assert refusal(plan, memory=int(16.5 * GIB) - 1) == [
         "the base (15.00 GiB in bfloat16) and what is searched at a time (1.50 GiB) don't fit into the memory of "
-        "cuda:0, which has 16.50 GiB free, 16.50 GiB are needed: end other programs that use it, or choose a device with "
-        "more memory"
+        "cuda:0, which has 16.50 GiB free, 16.50 GiB are needed: end other programs that use it, or choose a device "
+        "with more memory"
     ]
     # The activations alone refuse nothing: what they take is not known so well.
     assert check(plan, replace(PLENTY, memory=plan.memory.reserved)) == []
