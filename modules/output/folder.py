@@ -150,7 +150,7 @@ def what_stands(output: Path, earlier: Stamp) -> str:
     earlier: the output's stamp before the run.
     """
     places = _places(output)
-    half = [path for place in places for path in place.parts() if path.is_dir() and path.name.startswith(".")]
+    half = [path for place in places for path in place.parts if path.is_dir() and path.name.startswith(".")]
     kept = [place.partial for place in places if (place.partial / JOURNAL_FILE).is_file()]
     if half and (len(half) > 1 or not holds_output(output)):
         text = f"The output is in {' and '.join(map(str, half))}: the next command for {output} puts it into its place."
