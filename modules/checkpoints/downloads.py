@@ -9,7 +9,7 @@ from functools import partial
 from tqdm import tqdm
 
 from modules.checkpoints.hub import Job, Prefetcher, Repository, check_space
-from modules.runtime import Console
+from modules.runtime import Console, counted
 
 
 def fetch_now(console: Console, job: Job) -> None:
@@ -27,8 +27,7 @@ def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
 
 def _begin(console: Console, job: Job) -> tqdm:
     """Say that a download begins; the bar that shows how far it is."""
-    count = len(job.absent)
-    console.timed(f"Downloading {job.name} ({count} {'file' if count == 1 else 'files'}, {job.size / 1e9:.2f} GB)")
+    console.timed(f"Downloading {job.name} ({counted(len(job.absent), 'file')}, {job.size / 1e9:.2f} GB)")
     return console.download(job.name, job.size)
 
 

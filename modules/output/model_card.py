@@ -18,7 +18,7 @@ from modules.config import names_folder, repositories_in
 from modules.output.places import SETTINGS_FILE
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Source
-from modules.runtime import CheckpointError, percent, shortened, visible
+from modules.runtime import CheckpointError, counted, percent, shortened, visible
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
@@ -118,8 +118,8 @@ def _front_matter(recipe: Recipe) -> str:
 
 def _introduction(recipe: Recipe) -> str:
     settings, base = recipe.settings, recipe.sources[0]
-    taken, candidates = len(recipe.needed_sources) - 1, _counted(len(recipe.sources) - 1, "candidate")
-    improved, phrases = recipe.improved, _counted(len(recipe.phrases), "phrase")
+    taken, candidates = len(recipe.needed_sources) - 1, counted(len(recipe.sources) - 1, "candidate")
+    improved, phrases = recipe.improved, counted(len(recipe.phrases), "phrase")
     before, after = percent(recipe.total.before), percent(recipe.total.after)
     return (
         f"A merge of {taken} of {candidates} into {_named(base)}, made layer by layer with Merge Monster "
@@ -216,10 +216,6 @@ def _links(where: str) -> list[str]:
     return [f"[{_plain(repo)}](https://huggingface.co/{repo})" for repo, _ in repositories_in(where)]
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells that are Markdown already; the first is the header."""
     header, *body = rows
@@ -239,19 +235,10 @@ def _excerpt(text: str) -> str:
     return _plain(shortened(text, MOST_COLUMNS))
 
 
-_LINE_END = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
-_JOINERS = "\u200c\u200d"  # invisible, but part of the spelling in many languages
 # What means something in Markdown. A backslash, where it escapes itself, may begin a formula on the hub.
 _MARKS = str.maketrans({"\\": "&#92;", **{mark: f"\\{mark}" for mark in "`*_[]<>|~&$#"}})
 
 
 def _plain(text: str) -> str:
-    """Markdown that shows a text as it is, on one line and within one cell of a table."""
-    marked = _LINE_END.sub("\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", text)
-    return "".join(_visible(character) for character in marked).translate(_MARKS).strip()
-
-
-def _visible(character: str) -> str:
-    if character.isprintable() or character in _JOINERS:
-        return character
-    return " " if character.isspace() else "?"
+    """Markdown that shows a text on one line and within one cell of a table; what can't be seen is escaped."""
+    return visible(text).translate(_MARKS).strip()

@@ -245,7 +245,8 @@ class Console:
     def _show(self, text: str) -> None:
         error = show(text, sys.stdout)
         if error is not None:
-            self.error(f"WARNING: nothing more can be shown here ({_reason(error)}); the run goes on: {self.log_path}")
+            reason = getattr(error, "strerror", None) or error
+            self.error(f"WARNING: nothing more can be shown here ({reason}); the run goes on: {self.log_path}")
 
     def _record(self, text: str) -> None:
         if self._log is None:
@@ -315,10 +316,6 @@ class Unlogged(Console):
 
 def _timed(text: str) -> str:
     return f"{datetime.now():%H:%M:%S} - {text}"
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _new_log(folder: Path, stem: str) -> tuple[Path, TextIO]:

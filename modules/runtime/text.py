@@ -65,6 +65,11 @@ def fit(text: str, width: int) -> str:
     return text + " " * (width - columns(text))
 
 
+def counted(count: int, noun: str) -> str:
+    """How many of something there are: 1 pack, 2 packs."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def percent(value: float, width: int = USED_WIDTH, signed: bool = False) -> str:
     """A share as a percentage in at most `width` characters, with five decimals if there is room."""
     sign = "+" if signed else ""
