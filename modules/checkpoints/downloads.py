@@ -4,7 +4,6 @@ Knows: which repositories a run needs, the bar, the one that comes ahead. Refuse
 """
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 from tqdm import tqdm
 
@@ -22,13 +21,12 @@ def fetch_now(console: Console, job: Job) -> None:
 
 def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
     """Jobs that are fetched one after another, each said and shown when it begins."""
-    return Prefetcher(jobs, partial(_begin, console))
 
+    def begin(job: Job) -> tqdm:
+        console.timed(f"Downloading {job.name} ({counted(len(job.absent), 'file')}, {job.size / 1e9:.2f} GB)")
+        return console.download(job.name, job.size)
 
-def _begin(console: Console, job: Job) -> tqdm:
-    """Say that a download begins; the bar that shows how far it is."""
-    console.timed(f"Downloading {job.name} ({counted(len(job.absent), 'file')}, {job.size / 1e9:.2f} GB)")
-    return console.download(job.name, job.size)
+    return Prefetcher(jobs, begin)
 
 
 def remove_downloads(

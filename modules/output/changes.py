@@ -91,7 +91,8 @@ def _meaning(run: Run, same: Collection[str], base: Checkpoint | None) -> dict[s
     told["models_to_merge"] = [_identity(source.places) for source in candidates]
     if settings.strategy != "quantitive":
         del told["strategy_threshold"]
-    device = run.device or _device_meant(settings.device)
+    named = settings.device
+    device = run.device or (resolve_device(named).type if named == "auto" else named.partition(":")[0])
     if "device" not in same:
         told["device"] = device
     if "dtype" not in same and base is not None:
@@ -107,10 +108,6 @@ def _found_from(folder: str, text: str) -> str:
 
 def _identity(places: Sequence[Location]) -> list[str]:
     return [str(one.folder.resolve()) if one.folder else f"{one.repo}@{one.revision or 'main'}" for one in places]
-
-
-def _device_meant(name: str) -> str:
-    return resolve_device(name).type if name == "auto" else name.partition(":")[0]
 
 
 def _dtype_meant(name: str, base: Checkpoint, device: str) -> list[str]:

@@ -105,13 +105,12 @@ def unfinished_output(place: Place, resume: bool, restart: bool) -> Iterator[Unf
     except OSError as error:
         raise ConfigError(place.refusal(error)) from None
     with closing(Journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
-        if journal.of_kind("decision") and not resume and not restart:
-            count = len(journal.of_kind("decision"))
+        if journal.decisions and not resume and not restart:
             raise ConfigError(
-                f"{folder} has {count} decisions of a run that did not finish: add --resume to go on from there, or "
-                "--restart to begin again"
+                f"{folder} has {journal.decisions} decisions of a run that did not finish: add --resume to go on from "
+                "there, or --restart to begin again"
             )
-        if restart or not journal.of_kind("decision"):
+        if restart or not journal.decisions:
             journal.clear()
         place.mark()
         unfinished = Unfinished(place, journal)
@@ -119,7 +118,7 @@ def unfinished_output(place: Place, resume: bool, restart: bool) -> Iterator[Unf
         try:
             yield unfinished
         except BaseException:
-            if not journal.of_kind("decision"):
+            if not journal.decisions:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 

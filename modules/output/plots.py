@@ -165,11 +165,10 @@ def parts_of(base: str, decisions: Iterable[Decision]) -> list[list[Merge]]:
 
 def shown_pairs(pairs: Sequence[Phrase], kind: str) -> list[Phrase]:
     """A kind's pairs that a phrase chart shows, the most improved first; of many, those that changed the most."""
-    shown = sorted((pair for pair in pairs if pair.kind == kind), key=_gain, reverse=True)
+    shown = [pair for pair in pairs if pair.kind == kind]
     if len(pairs) > _MOST_PAIRS:
-        changed = sorted(shown, key=lambda pair: -abs(_gain(pair)))[:_MOST_CHANGED]
-        return sorted(changed, key=_gain, reverse=True)
-    return shown
+        shown = sorted(shown, key=lambda pair: -abs(_gain(pair)))[:_MOST_CHANGED]
+    return sorted(shown, key=_gain, reverse=True)
 
 
 def percent(value: float, _: Any = None) -> str:

@@ -137,7 +137,7 @@ class Progress:
 class Console:
     """Prints lines above the progress bar and appends each to the log at once, so that a crash loses nothing."""
 
-    def __init__(self, name: str, folder: Path = LOGS, quiet: bool = False) -> None:
+    def __init__(self, name: str, quiet: bool = False) -> None:
         """Open logs/<name>-YYYYmmdd_HHMMSS.txt. Raises ConfigError if it can't be written.
 
         quiet: only warnings, errors and the last line are seen; the log has everything all the same.
@@ -146,11 +146,11 @@ class Console:
         # https://no-color.org: any value but an empty one
         self._in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         try:
-            folder.mkdir(exist_ok=True)
-            self.log_path, self._log = _new_log(folder, f"{name}-{datetime.now():%Y%m%d_%H%M%S}")
+            LOGS.mkdir(exist_ok=True)
+            self.log_path, self._log = _new_log(f"{name}-{datetime.now():%Y%m%d_%H%M%S}")
         except OSError as error:
             raise ConfigError(
-                f"the log can't be written to {folder}{os.sep} ({error.strerror}); start the program in a folder where "
+                f"the log can't be written to {LOGS}{os.sep} ({error.strerror}); start the program in a folder where "
                 "it can"
             ) from None
 
@@ -318,10 +318,10 @@ def _timed(text: str) -> str:
     return f"{datetime.now():%H:%M:%S} - {text}"
 
 
-def _new_log(folder: Path, stem: str) -> tuple[Path, TextIO]:
+def _new_log(stem: str) -> tuple[Path, TextIO]:
     """A file that did not exist before, open: several runs may start in one second. Raises OSError."""
     for number in count(1):
-        path = folder / (f"{stem}.txt" if number == 1 else f"{stem}-{number}.txt")
+        path = LOGS / (f"{stem}.txt" if number == 1 else f"{stem}-{number}.txt")
         with suppress(FileExistsError):
             return path, path.open("x", encoding="utf-8", errors="backslashreplace")
     raise AssertionError  # there is always another number
