@@ -23,8 +23,9 @@ def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
     """Jobs that are fetched one after another, each said and shown when it begins."""
 
     def begin(job: Job) -> tqdm:
-        console.timed(f"Downloading {job.name} ({counted(len(job.absent), 'file')}, {job.size / 1e9:.2f} GB)")
-        return console.download(job.name, job.size)
+        size = sum(job.sizes.values())
+        console.timed(f"Downloading {job.name} ({counted(len(job.absent), 'file')}, {size / 1e9:.2f} GB)")
+        return console.download(job.name, size)
 
     return Prefetcher(jobs, begin)
 

@@ -117,7 +117,7 @@ class Repository:
         cache = scan_cache_dir(constants.HF_HUB_CACHE)
         for revision in (revision for repo in cache.repos for revision in repo.revisions):
             if revision.snapshot_path.resolve() == self.folder.resolve():
-                names = {file: _relative(file.file_path, revision.snapshot_path) for file in revision.files}
+                names = {file: file.file_path.relative_to(revision.snapshot_path).as_posix() for file in revision.files}
                 ours = [file for file, name in names.items() if name in self.fetched]
                 all_ours = len(ours) == len(names)
                 (cache.delete_revisions(revision.commit_hash) if all_ours else cache.delete_files(*ours)).execute()
@@ -167,7 +167,9 @@ def _cached_sizes(repo: str, folder: Path) -> dict[str, int]:
     try:
         return {file.path: file.size for file in get_cached_repo_tree(repo, revision=folder.name)}
     except errors.CachedRepoTreeNotFoundError:
-        return {_relative(file, folder): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+        return {
+            file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()
+        }
 
 
 def reason(location: Location, error: BaseException) -> str:
@@ -194,10 +196,6 @@ def reason(location: Location, error: BaseException) -> str:
 
 def _is_of_the_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _DISK_ERRORS
-
-
-def _relative(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix()
 
 
 class _Cancelled(Exception):
@@ -237,11 +235,6 @@ class Job:
         """The same with its sizes in bytes, by folder and name."""
         hub = self.repository
         return {(hub.folder, file): hub.sizes.get(file, 0) for file in self.absent} if hub else {}
-
-    @property
-    def size(self) -> int:
-        """The same altogether."""
-        return sum(self.sizes.values())
 
 
 class Prefetcher:

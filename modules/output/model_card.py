@@ -7,18 +7,19 @@ be, how pictures are drawn, the network.
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCardData
 
-from modules.checkpoints import is_licence, is_there, local_files
+from modules.checkpoints import is_licence, local_files
 from modules.config import names_folder, repositories_in
 from modules.output.places import SETTINGS_FILE
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Source
-from modules.runtime import CheckpointError, counted, percent, shortened, visible
+from modules.runtime import counted, percent, shortened, visible
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
@@ -34,7 +35,6 @@ class Licence:
 
     files: tuple[str, ...] = ()  # its texts, by the names that they have in the output too
     stated: tuple[str, ...] = ()  # in the front matter of the base's card
-    unread: bool = False  # whether there is a card that could not be read
 
 
 def write_card(folder: Path, recipe: Recipe, name: str, base_path: Path, pictures: tuple[str, str]) -> None:
@@ -78,14 +78,10 @@ def model_card(recipe: Recipe, name: str, licence: Licence, pictures: Sequence[s
 def licence_of(base: Path, folder: Path) -> Licence:
     """What there is about the licence of a base; folder: to which its files were copied."""
     files = tuple(file for file in local_files(folder) if is_licence(file))
-    try:
-        if is_there(base / CARD_FILE):
+    with suppress(OSError, ValueError):  # what can't be read, or is no text, states nothing here
+        if (base / CARD_FILE).is_file():
             with (base / CARD_FILE).open(encoding="utf-8-sig") as card:
                 return Licence(files, _stated_in(card.read(_LARGEST_CARD)))
-    except ValueError:  # it is not text
-        pass
-    except (OSError, CheckpointError):
-        return Licence(files, unread=True)
     return Licence(files)
 
 
@@ -177,8 +173,6 @@ def _about_licence(recipe: Recipe, licence: Licence) -> str:
     lines = [f"The base is {place}; its licence is stated there." for place in _links(recipe.sources[0].where)]
     if licence.stated:
         lines.append(f"The base's card states its licence as {_excerpt(', '.join(licence.stated))}.")
-    if licence.unread:
-        lines.append("The base's card, which may state one, could not be read.")
     if licence.files:
         lines.append(f"The base's licence files lie beside this page: {', '.join(map(_plain, licence.files))}.")
     lines.append("Merge Monster states no licence for this model: look at those of all models in the composition.")

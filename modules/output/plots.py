@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from modules.output.recipe import Recipe
 from modules.output.records import Phrase
 from modules.runtime import columns, one_line, shortened
-from modules.search import Decision, Merge, mean_shares, shares_of
+from modules.search import Decision, Merge, shares_of
 
 MERGE_MAP_FILE = "merge_map.png"
 PHRASE_CHART_FILE = "phrase_chart.png"
@@ -98,8 +98,8 @@ def merge_map_figure(recipe: Recipe) -> Figure:
     more = len(models) - 1 > len(COLOURS)
     palette = colormaps["turbo"].resampled(len(models) - 1).colors if more else COLOURS
     colours = dict(zip(models, [BASE_COLOUR, *palette], strict=False))
-    shares = {model: percent(share) for model, share in mean_shares(parts).items()}
-    labels = [f"{n or 'base'}: {_name(model)} ({shares.get(model, '0%')})" for n, model in enumerate(models)]
+    shares = [percent(recipe.composition.get(model, 0)) for model in models]
+    labels = [f"{n or 'base'}: {_name(model)} ({shares[n]})" for n, model in enumerate(models)]
     width = min(max(2.0 + _COLUMN * len(parts), _NARROWEST), _WIDEST)
     side_by_side = max(1, int(width * _SMALL_LETTERS / (5 + max(map(columns, labels)))))
     figure = new_figure(width, 6.2 + 0.2 * len(models) / side_by_side)

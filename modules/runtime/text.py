@@ -5,6 +5,7 @@ Knows: characters, columns. Refuses to know: what a text is about, where it is s
 
 import unicodedata
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
 from typing import Literal
 
 _CUT = "..."  # stands for what was left out
@@ -33,22 +34,16 @@ def columns(text: str) -> int:
 
 def _beginning(text: str, width: int) -> str:
     """As much of a text's beginning as fits into so many columns."""
-    end = 0
-    while end < len(text) and columns(text[end]) <= width:
-        width -= columns(text[end])
-        end += 1
-    return text[:end]
+    ends = takewhile(lambda end: end <= width, accumulate(map(columns, text)))
+    return text[: len(list(ends))]
 
 
 def _ending(text: str, width: int) -> str:
     """As much of a text's end as fits into so many columns, without the marks of a letter that does not."""
-    start = len(text)
-    while start and columns(text[start - 1]) <= width:
-        start -= 1
-        width -= columns(text[start])
-    while start < len(text) and not columns(text[start]):
-        start += 1
-    return text[start:]
+    end = text[len(text) - len(_beginning(text[::-1], width)) :]
+    while end and not columns(end[0]):
+        end = end[1:]
+    return end
 
 
 PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH = 24, 28, 10, 12
