@@ -170,7 +170,8 @@ def _changed_most(phrases: Sequence[Phrase]) -> list[Phrase]:
 
 
 def _about_licence(recipe: Recipe, licence: Licence) -> str:
-    lines = [f"The base is {place}; its licence is stated there." for place in _links(recipe.sources[0].where)]
+    repositories = repositories_in(recipe.sources[0].where)
+    lines = [f"The base is {_link(repo)}; its licence is stated there." for repo, _ in repositories]
     if licence.stated:
         lines.append(f"The base's card states its licence as {_excerpt(', '.join(licence.stated))}.")
     if licence.files:
@@ -197,17 +198,21 @@ def _rebuilding(recipe: Recipe) -> str:
 
 def _named(source: Source) -> str:
     """A model within a sentence: links, if all of it is on the hub."""
-    return _plain(source.name) if names_folder(source.where) else " with ".join(_links(source.where))
+    return (
+        _plain(source.name)
+        if names_folder(source.where)
+        else " with ".join(_link(repo) for repo, _ in repositories_in(source.where))
+    )
 
 
 def _origin(where: str) -> str:
     """Where a model comes from; of a folder no more than that it is one, since its path is nobody's business."""
-    places = [f"{link} at `{commit}`" for link, (_, commit) in zip(_links(where), repositories_in(where), strict=True)]
+    places = [f"{_link(repo)} at `{commit}`" for repo, commit in repositories_in(where)]
     return " and ".join([*places, "a local folder"] if names_folder(where) else places)
 
 
-def _links(where: str) -> list[str]:
-    return [f"[{_plain(repo)}](https://huggingface.co/{repo})" for repo, _ in repositories_in(where)]
+def _link(repo: str) -> str:
+    return f"[{_plain(repo)}](https://huggingface.co/{repo})"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
