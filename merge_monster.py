@@ -14,7 +14,7 @@ from pathlib import Path
 
 try:
     import modules.search  # noqa: F401 - which methods and strategies there are; without PyTorch
-    from modules.config import TABLES, VERSION, Config, load_config, output_directory
+    from modules.config import DEVICES, TABLES, VERSION, Config, load_config, output_directory
     from modules.runtime import (
         LOGS,
         Arguments,
@@ -118,7 +118,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="The YAML file is explained in default.yaml, key by key.",
     )
     parser.add_argument("--config", metavar="FILE", default="default.yaml", help="settings (default: default.yaml)")
-    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps; replaces the file's device")
+    parser.add_argument("--device", metavar="NAME", help=f"{DEVICES}; replaces the file's device")
     parser.add_argument("--output", metavar="DIR", help="replaces the file's output directory")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an output that exists, once the new one stands"

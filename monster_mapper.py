@@ -12,7 +12,7 @@ from pathlib import Path
 
 try:
     import modules.search  # noqa: F401 - which methods and strategies there are; without PyTorch
-    from modules.config import VERSION, Config, load_config
+    from modules.config import DEVICES, VERSION, Config, load_config
     from modules.runtime import (
         LOGS,
         Arguments,
@@ -77,7 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = "default-mapper.yaml"
     parser.add_argument("--config", metavar="FILE", default=default, help=f"settings (default: {default})")
     parser.add_argument("--model", metavar="DIR", help="map this model in place of the file's base model")
-    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps; replaces the file's device")
+    parser.add_argument("--device", metavar="NAME", help=f"{DEVICES}; replaces the file's device")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that was found")
     parser.add_argument("--yaml", metavar="FILE", type=Path, help="write the suggestions as a phrase list")
     parser.add_argument("--overwrite", action="store_true", help="replace files of --json and --yaml that exist")

@@ -285,26 +285,27 @@ def reading_seconds(folder: Path) -> float:
 def reset_peak_memory(device: torch.device) -> int:
     """Start a new peak; the memory that is in use now, in bytes: on the device or, for the CPU, of this process."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
+    if device.type == "cpu":
         Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.get_device_module(device).empty_cache()
+        torch.get_device_module(device).reset_peak_memory_stats(device)
     return peak_memory(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory in use since the last reset, in bytes. On the CPU resident memory, on Linux only."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """The most memory taken since the last reset, in bytes: on a device all that PyTorch keeps reserved, which is what
+    other programs lack. On the CPU resident memory, on Linux only."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_reserved(device)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(status["VmHWM"].split()[0]) * 1024
 
 
 def machine(device: torch.device) -> str:
     """Which device, and with what."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    if device.type != "cpu":
+        return f"{torch.get_device_module(device).get_device_name(device)}, torch {torch.__version__}"
     return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

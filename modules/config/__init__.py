@@ -4,7 +4,7 @@ Knows: every key, its type, its default and what is allowed; reports all errors 
 Refuses to know: torch, models, tokenizers. It must answer a typo in under a second.
 """
 
-from modules.config.choices import METHODS, STRATEGIES
+from modules.config.choices import ACCELERATORS, DEVICES, METHODS, NUMBERED, STRATEGIES
 from modules.config.fields import DTYPES, OneOf, is_number, unusable
 from modules.config.load import load_config, output_directory
 from modules.config.locations import (

@@ -18,7 +18,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationError, ValidationInfo, WrapValidator
 from pydantic_core import core_schema
 
-from modules.config.choices import METHODS, STRATEGIES
+from modules.config.choices import ACCELERATORS, DEVICE_PATTERN, DEVICES, METHODS, STRATEGIES
 from modules.config.excerpts import shown
 from modules.config.locations import missing_folder, parse_location, parse_source
 
@@ -134,14 +134,13 @@ def _one_or_more(kind: Any) -> Any:
     return Annotated[tuple[kind, ...], WrapValidator(check, json_schema_input_type=kind | list[kind])]
 
 
-DEVICES = "auto, cpu, cuda, cuda:N or mps"
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 ON_ERROR = ("stop", "skip")
 
 Device = Annotated[
     str,
     Strict(),
-    Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", examples=["auto", "cpu", "cuda", "cuda:0", "mps"]),
+    Field(pattern=DEVICE_PATTERN, examples=["auto", "cpu", *ACCELERATORS]),
     said(lambda value: f"expected {DEVICES}"),
 ]
 Dtype = Annotated[str, OneOf(DTYPES)]

@@ -83,7 +83,7 @@ class Settings:
     phrase_files: kinds.Paths = ()
     """YAML files whose bad_phrases and good_phrases are added."""
     device: kinds.Device = "auto"
-    """Where to compute. auto takes cuda if there is one, else mps, else cpu."""
+    """Where to compute. auto takes an accelerator if there is one, else cpu."""
     dtype: kinds.Dtype = "auto"
     """auto computes in the checkpoint's own half type and saves what the base stores."""
     random_seed: kinds.Count = 512

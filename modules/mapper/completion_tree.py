@@ -7,11 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from modules.config import Mapper
 from modules.mapper.detokenize import Spelling
 from modules.mapper.next_tokens import Continuation, Guess
+from modules.runtime import within_memory
 from modules.scoring import Root, TokenTree
 
 
@@ -110,12 +111,10 @@ class Explorer:
         unfinished = Counter(range(len(roots)))  # number of open tips by context
         done = 0
         while stack:
-            group, rest = self._fitting(stack.pop())
-            if rest:
-                stack.append(rest)
+            group, tips = within_memory(partial(self._advance, stack), self.predictor.take_less_memory)
             unfinished.subtract(tip.tree for tip in group)
             still_open = []
-            for tip in self._step(group):
+            for tip in tips:
                 if self._is_finished(tip):
                     branches[tip.tree].append(Branch(tip.leaf, tip.end))
                     self.advanced(tip.share)
@@ -128,6 +127,13 @@ class Explorer:
                 ordered = sorted(branches[done], key=lambda branch: (-branch.joint, tokens_of(branch.nodes)))
                 yield CompletionTree(roots[done], tuple(ordered))
                 done += 1
+
+    def _advance(self, stack: list[list[_Tip]]) -> tuple[list[_Tip], list[_Tip]]:
+        """As many of the last tips as fit, taken off, and those that follow on them."""
+        group, rest = self._fitting(stack[-1])
+        tips = self._step(group)
+        stack[-1:] = [rest] if rest else []
+        return group, tips
 
     def _fitting(self, tips: list[_Tip]) -> tuple[list[_Tip], list[_Tip]]:
         """As many tips, at least one, as can be followed to their ends within the budget if they do not branch."""

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 
 from modules.mapper.detokenize import Spelling
 from modules.model import ResidentModel
+from modules.runtime import within_memory
 from modules.scoring import (
     LAYOUTS,
     LOGITS_ON_CPU,
@@ -71,6 +72,12 @@ class Continuation(ABC):
             if needed:
                 log_probabilities[row, ~self._beginning_with(needed)] = -torch.inf
         return _best(log_probabilities, count)
+
+    def take_less_memory(self) -> bool:
+        """Be asked about half as much at once; whether that was possible."""
+        left = self.token_budget > 1 or self.max_paths > 1
+        self.token_budget, self.max_paths = max(1, self.token_budget // 2), max(1, self.max_paths // 2)
+        return left
 
     @abstractmethod
     def _log_probabilities(self, paths: Sequence[TokenPath]) -> Tensor:
@@ -192,13 +199,24 @@ def build_continuation(
     """
     sample = spread(sorted(set(paths), key=len), VERIFIED)
     stages = _growing(sample, longest - max(map(len, paths)), model.max_tokens)
-    plain = Plain(model)
-    exact = [torch.stack([plain.next_tokens(path) for path in stage]) for stage in stages]
     trees = scorer.layout == "forest" and longest <= attention_window(model)
-    ways: list[Callable[[], Continuation]] = [partial(Cached, model, spelling)] if trees else []
-    ways += [partial(Recomputed, model, spelling, layout) for layout in (LAYOUTS if trees else LAYOUTS[1:])]
-    exact_ways = (make for make in ways[:-1] if is_taken(partial(_agrees, make(), stages, exact, scorer.tolerance)))
-    return next(exact_ways, ways[-1])()
+    budget = TOKEN_BUDGET
+
+    def build() -> Continuation:
+        plain = Plain(model)
+        exact = [torch.stack([plain.next_tokens(path) for path in stage]) for stage in stages]
+        ways: list[Callable[[], Continuation]] = [partial(Cached, model, spelling, budget)] if trees else []
+        layouts = LAYOUTS if trees else LAYOUTS[1:]
+        ways += [partial(Recomputed, model, spelling, layout, budget) for layout in layouts]
+        exact_ways = (make for make in ways[:-1] if is_taken(partial(_agrees, make(), stages, exact, scorer.tolerance)))
+        return next(exact_ways, ways[-1])()
+
+    def take_less() -> bool:
+        nonlocal budget
+        left, budget = budget > 1, max(1, budget // 2)
+        return left
+
+    return within_memory(build, take_less)
 
 
 def _growing(paths: Sequence[TokenPath], steps: int, max_tokens: int | None) -> list[list[TokenPath]]:

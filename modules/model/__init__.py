@@ -4,14 +4,22 @@ Knows: torch modules. Refuses to know: phrases, scores, strategies.
 """
 
 from modules.model.base_model import ResidentModel
-from modules.model.devices import present_devices, resolve_device, resolve_dtype, wider
+from modules.model.devices import (
+    beside,
+    follow,
+    free_memory,
+    present_devices,
+    resolve_device,
+    resolve_dtype,
+    side_streams,
+    wider,
+)
 from modules.model.embeddings import HeaderSkipped, aligned_header
 from modules.model.loading import ModelLoader
 from modules.model.memory import (
     Memory,
     Sizes,
-    free_memory,
-    free_on_gpus,
+    free_on_accelerators,
     header_weights,
     placement_of,
     sizes_of,

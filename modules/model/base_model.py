@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from modules.checkpoints import (
     Checkpoint,
     Conversion,
+    Tensors,
     copy_companions,
     dtype_name,
     find_layers,
@@ -47,7 +48,7 @@ class ResidentModel:
         self._conversion = Conversion(module, checkpoint.tensors)
         self._conversion.check_reversible()
         self._stored_as = self._find_stored_names()
-        self._touched: set[str] = set()
+        self._touched: Tensors = {}
 
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device, or how many layers are on each of several, and dtype, for the summary."""
@@ -67,6 +68,11 @@ class ResidentModel:
     def device(self) -> torch.device:
         """Where the model lives; of a model that is spread over several devices, where its embedding and head are."""
         return self.module.device
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where its tensors are."""
+        return {tensor.device for tensor in self._state.values()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -225,7 +231,7 @@ class ResidentModel:
     def _only_in_file(self) -> set[str]:
         """The stored tensors that must be copied: the model has no use for them, or they are to be saved as they were
         stored, no merge has touched them, and what the model has instead is rounded."""
-        touched = {id(self._state[name]) for name in self._touched}
+        touched = {id(self._state[name]) for name, changed in self._touched.items() if changed}
         found = set()
         for stored, info in self.checkpoint.tensors.items():
             ours = [self._state[name] for name in self._conversion.module_names(stored)]

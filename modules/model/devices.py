@@ -1,32 +1,45 @@
-"""Which device and type a model is computed on.
+"""Which device and type a model is computed on, and what a device can do.
 
-Knows: what is present on this machine. Refuses to know: models, memory.
+Knows: what is present on this machine. Refuses to know: models, what is computed.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import psutil
 import torch
 
+from modules.config import ACCELERATORS, NUMBERED
 from modules.runtime import ConfigError, Rank
+
+
+def accelerators() -> list[torch.device]:
+    """The devices of this machine beside the CPU, all of one kind."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or found.type not in ACCELERATORS:
+        return []
+    return [torch.device(found.type, index) for index in range(torch.accelerator.device_count())]
 
 
 def present_devices() -> list[str]:
     """The names of the devices of this machine."""
-    present = ["cpu"]
-    if torch.cuda.is_available():
-        present += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        present.append("mps")
-    return present
+    return ["cpu", *(str(device) if device.type in NUMBERED else device.type for device in accelerators())]
 
 
 def resolve_device(name: str) -> torch.device:
     """The torch device of a configured name. Raises ConfigError, naming those that are there, if it is absent."""
     present = present_devices()
-    if name == "auto":
-        name = next((other for other in present if other != "cpu"), "cpu")
-    name = "cuda:0" if name == "cuda" else name
+    first = next((other for other in present if other != "cpu"), "cpu")
+    if name == "auto" or name == first.partition(":")[0]:
+        name = first
     if name not in present:
         raise ConfigError(f"device: '{name}' is not on this machine; there is {', '.join(present)}")
     return torch.device(name)
+
+
+def leaves_choice(name: str) -> bool:
+    """Whether a configured name leaves open which of several devices it means."""
+    return name == "auto" or name in ACCELERATORS
 
 
 def own_device(name: str, rank: Rank) -> str:
@@ -34,8 +47,8 @@ def own_device(name: str, rank: Rank) -> str:
 
     Raises ConfigError if there are fewer GPUs than processes.
     """
-    gpus = [device for device in present_devices() if device.startswith("cuda")]
-    if rank.local_world_size == 1 or name not in ("auto", "cuda") or not gpus:
+    gpus = [device for device in present_devices() if device != "cpu"]
+    if rank.local_world_size == 1 or not leaves_choice(name) or not gpus:
         return name
     if rank.local_rank >= len(gpus):
         raise ConfigError(
@@ -58,3 +71,41 @@ def wider(dtype: torch.dtype) -> str:
     """What to do about values that are too large for a dtype."""
     others = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}  # bfloat16 ends a little before float32
     return f"set dtype: {others[dtype]}" if dtype in others else "no dtype holds such values"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None if it can't be asked."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return ask(device)[0] if ask else None
+
+
+def side_streams(devices: Iterable[torch.device]) -> list[torch.Stream]:
+    """A stream on each device that has several, on which work goes on beside what the device does otherwise.
+
+    To be made once: PyTorch keeps the memory that is freed on a stream for that stream.
+    """
+    several = (device for device in devices if hasattr(torch.get_device_module(device), "Stream"))
+    return [torch.Stream(device) for device in several if device.type != "cpu"]
+
+
+@contextmanager
+def beside(streams: Sequence[torch.Stream]) -> Iterator[None]:
+    """What is begun within the block goes to these streams. If it fails, they are waited for: what they copy from is
+    then free. Otherwise it is for the block to see that its results are there."""
+    with ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(stream)
+        try:
+            yield
+        except BaseException:
+            for stream in streams:
+                stream.synchronize()
+            raise
+
+
+def follow(streams: Iterable[torch.Stream]) -> None:
+    """Let streams wait, without the host, for what their devices have been given so far on the present stream."""
+    for stream in streams:
+        stream.wait_stream(torch.accelerator.current_stream(stream.device))

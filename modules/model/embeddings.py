@@ -82,8 +82,13 @@ def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -
         raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
     alignment = _align(tokenizer, rows, other, their_rows, candidate.name)
     stored = candidate.read(set(sources.values()))
-    theirs = part.adopt(((name, stored[source]) for name, source in sources.items()), candidate.name)
-    aligned = {name: align_rows(ours, theirs[name], alignment.matches) for name, ours in part.tensors.items()}
+    ordered = (
+        (name, align_rows(stored[source], part.tensors[name].shape[0], alignment.matches))
+        for name, source in sources.items()
+    )
+    aligned = part.adopt(ordered, candidate.name)
+    for name, tensor in aligned.items():
+        keep_rows(part.tensors[name], tensor, alignment.matches)
     tying = _about_tying(model, candidate, part)
     if alignment.base == alignment.candidate and not tying:  # the same, row for row
         return aligned, None
@@ -164,16 +169,19 @@ def match_rows(base: Mapping[str, int], other: Mapping[str, int], roles: Mapping
     return {row: other[counterpart] for row, counterpart in counterparts if counterpart in other}
 
 
-def align_rows(base: Tensor, other: Tensor, matches: Mapping[int, int]) -> Tensor:
-    """`other`'s rows in the order of `base`'s, (base rows, ...); rows without a match are the base's own.
+def align_rows(other: Tensor, rows: int, matches: Mapping[int, int]) -> Tensor:
+    """`other`'s rows in the order of the base's, (rows, ...); a row without a match is any.
 
-    base: (base rows, ...); other: (other rows, ...), same dtype and device. Matches beyond either end are ignored.
+    other: (other rows, ...); itself, if all are in place.
     """
-    pairs = [(row, theirs) for row, theirs in matches.items() if row < base.shape[0] and theirs < other.shape[0]]
-    if len(pairs) == base.shape[0] == other.shape[0] and all(row == theirs for row, theirs in pairs):
-        return other
-    aligned = base.clone()
-    if pairs:
-        rows = torch.tensor(pairs, device=base.device)
-        aligned[rows[:, 0]] = other[rows[:, 1]]
-    return aligned
+    order = [matches.get(row, 0) for row in range(rows)]
+    in_place = len(matches) == rows == other.shape[0] and order == list(range(rows))
+    return other if in_place else other[order]
+
+
+def keep_rows(base: Tensor, aligned: Tensor, matches: Mapping[int, int]) -> None:
+    """Put the base's own rows, of (rows, ...), where an aligned tensor has no match."""
+    own = [row for row in range(base.shape[0]) if row not in matches]
+    if own:
+        rows = torch.tensor(own, device=base.device)
+        aligned[rows] = base[rows]

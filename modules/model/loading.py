@@ -25,7 +25,7 @@ from modules.config import Config
 from modules.model.base_model import ResidentModel
 from modules.model.devices import own_device, resolve_device, resolve_dtype
 from modules.model.memory import placement_of, weights_of
-from modules.runtime import ConfigError, Console, Rank, first_line
+from modules.runtime import ConfigError, Console, Rank, first_line, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def load_model(
 ) -> ResidentModel:
     """Load a checkpoint's causal language model onto a device, ready to be searched.
 
-    device: auto, cpu, cuda, cuda:N or mps; dtype: auto, float16, bfloat16 or float32 (see resolve_dtype); compute: what
+    device: as in a configuration; dtype: auto, float16, bfloat16 or float32 (see resolve_dtype); compute: what
     to compute in, if it is not what follows from dtype; placement: where each layer goes, if not all of them to the
     device; those that go to the CPU are computed on the device all the same, to which accelerate then copies them.
     Raises ConfigError if the device is absent or the checkpoint is no complete causal language model.
@@ -89,11 +89,11 @@ def load_model(
     computed = resolve_dtype(compute or dtype, checkpoint.main_dtype(), target)
     try:
         module, info = _load_module(checkpoint, target, computed, placement)
-    except torch.OutOfMemoryError:
-        raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
     except ConfigError:
         raise
     except Exception as error:  # whatever an architecture makes of a wrong configuration
+        if is_out_of_memory(error):
+            raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
         raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
     if info["mismatched_keys"]:
         name, stored, expected = sorted(info["mismatched_keys"])[0]
@@ -108,9 +108,9 @@ def load_model(
     try:
         _ = model.tuples_returned  # a first token
         model.try_columns()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a setting that only matters once the model is used
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(f"{checkpoint.path} can't be used: {first_line(error)}") from None
     checkpoint.release()
     return model

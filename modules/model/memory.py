@@ -6,13 +6,12 @@ Knows: a model's shapes, devices, what is free on them. Refuses to know: phrases
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modules.checkpoints import find_layers, layer_settings
-from modules.model.devices import resolve_device
+from modules.model.devices import accelerators, free_memory, leaves_choice
 
 
 @dataclass(frozen=True)
@@ -36,19 +35,31 @@ class Memory:
     """What a run holds on its device, in bytes."""
 
     base: int  # the whole base model
-    layers: int  # three layers: the candidate's, the one that is merged into, one on its way
-    header: int  # two of the header, and two layers: those that are searched when it arrives; 0 if it is not tried
+    layer: int  # the largest
+    header: int  # input embedding and output head; 0 if they are not tried
+    arriving: int = 0  # a candidate's largest tensor that is cast when it has arrived, in its own dtype
     activations: int = 0  # hidden states, mask and logits; about, and at their most
 
     @property
     def held(self) -> int:
-        """What weights take, whatever the phrases are."""
-        return self.base + max(self.layers, self.header)
+        """What weights take at their most, whatever the phrases are.
+
+        Three layers: the candidate's, the one that is merged into, one on its way. The header is on its way while the
+        last layer is searched, then it is merged into another.
+        """
+        arriving = self.layer + self.arriving if not self.header else max(self.layer, self.header) + self.arriving
+        return self.base + max(2 * self.layer + arriving, 2 * self.header)
 
     @property
-    def total(self) -> int:
-        """Weights and activations."""
-        return self.held + self.activations
+    def searched(self) -> int:
+        """What is kept for the candidate's weights: PyTorch keeps the memory into which they arrive, and that in which
+        merges are made, for these, though never both are at their most at a time."""
+        return self.layer + 2 * max(self.layer, self.header) + self.arriving
+
+    @property
+    def reserved(self) -> int:
+        """All that PyTorch keeps for the run, which is what other programs lack."""
+        return self.base + self.searched + self.activations
 
 
 def sizes_of(module: PreTrainedModel) -> Sizes:
@@ -89,13 +100,13 @@ def header_weights(module: PreTrainedModel) -> list[Tensor]:
     return list({id(weight): weight for part in parts for weight in part.parameters()}.values())
 
 
-def weights_of(module: PreTrainedModel, dtype: torch.dtype, with_header: bool) -> Memory:
+def weights_of(module: PreTrainedModel, dtype: torch.dtype, with_header: bool, arriving: int = 0) -> Memory:
     """The weights that are held while layers and, if it is tried, the header are searched in this dtype."""
-    layer = max(_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1])
     return Memory(
         base=_bytes(module.parameters(), dtype) + sum(buffer.nbytes for buffer in module.buffers()),
-        layers=3 * layer,
-        header=2 * (_bytes(header_weights(module), dtype) + layer) if with_header else 0,
+        layer=max(_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1]),
+        header=_bytes(header_weights(module), dtype) if with_header else 0,
+        arriving=arriving,
     )
 
 
@@ -104,17 +115,32 @@ def _bytes(weights: Iterable[Tensor], dtype: torch.dtype) -> int:
 
 
 def placement_of(
-    device: str, module: PreTrainedModel, dtype: torch.dtype, weights: Memory, activations: int = 0
+    device: str, module: PreTrainedModel, dtype: torch.dtype, memory: Memory, least: int = 0
 ) -> list[torch.device] | None:
     """Where a model's layers go if `device`, as it is configured, leaves the choice and they don't fit on one GPU.
 
-    None if they fit, or it leaves no choice. module: may be without weights.
+    None if they fit, or it leaves no choice. Arguments: see `spread`.
     """
-    if device not in ("auto", "cuda") or resolve_device(device).type != "cuda":
-        return None
+    free = free_on_accelerators()
+    return spread(module, dtype, memory, least, free) if leaves_choice(device) and free else None
+
+
+def spread(
+    module: PreTrainedModel, dtype: torch.dtype, memory: Memory, least: int, free: Mapping[torch.device, int]
+) -> list[torch.device] | None:
+    """Where each layer goes on devices with so many bytes free; None if all fit on the first.
+
+    module: may be without weights; least: bytes of activations with which a search can do, though it is slower: it is
+    far slower yet if layers are copied for every forward.
+    """
     layers = [_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1]]
-    reserve = weights.held - weights.base + activations
-    return place_layers(layers, weights.base - sum(layers), reserve, free_on_gpus())
+    others, held = memory.base - sum(layers), memory.held - memory.base
+    if place_layers(layers, others, held + least, free) is None:
+        return None
+    places = place_layers(layers, others, held + memory.activations, free)
+    if places and torch.device("cpu") in places:  # to be copied to their device, one at a time
+        places = place_layers(layers, others, held + memory.activations + memory.layer, free)
+    return places
 
 
 def place_layers(
@@ -139,14 +165,7 @@ def place_layers(
     return None if all(place == first for place in places) else places
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None if it can't be asked."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available if device.type == "cpu" else None
-
-
-def free_on_gpus() -> dict[torch.device, int]:
-    """Bytes that are free on each CUDA device."""
-    devices = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
-    return {device: torch.cuda.mem_get_info(device)[0] for device in devices}
+def free_on_accelerators() -> dict[torch.device, int]:
+    """Bytes that are free on each device beside the CPU that can be asked."""
+    asked = {device: free_memory(device) for device in accelerators()}
+    return {device: free for device, free in asked.items() if free is not None}

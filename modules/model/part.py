@@ -6,6 +6,7 @@ Knows: the tensors and their places in the module. Refuses to know: how candidat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -22,39 +23,49 @@ class Part:
     tensors: Tensors  # the model's own parameters and buffers, live
     saved_dtypes: Mapping[str, torch.dtype]  # what each is stored as when the model is saved
     input_axes: Mapping[str, int]  # which axis holds the input features, see methods.merge
-    touched: set[str]  # of the whole model, live: the tensors that are no longer the base's
+    touched: Tensors  # of the whole model, live: whether a tensor is no longer the base's, boolean scalars
 
     @property
     def devices(self) -> set[torch.device]:
         """Where its tensors are; mostly it is one device."""
         return {tensor.device for tensor in self.tensors.values()}
 
-    def space(self, used: Tensors | None = None) -> Tensors:
-        """Tensors of the same shapes to merge into; those of another part serve again if they fit."""
-        if used is not None and _forms(used) == _forms(self.tensors):
-            return dict(zip(self.tensors, used.values(), strict=True))
+    def space(self) -> Tensors:
+        """Tensors of the same shapes to merge into."""
         return {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
 
+    def fitting(self, space: Tensors) -> Tensors:
+        """Another part's space under this part's names, if it serves; else nothing."""
+        fits = _forms(space) == _forms(self.tensors)
+        return dict(zip(self.tensors, space.values(), strict=True)) if fits else {}
+
     def adopt(self, theirs: Iterable[tuple[str, Tensor]], source: str) -> Tensors:
-        """A candidate's tensors, which may just be arriving, on the model's device in its dtype.
+        """A candidate's tensors, which may just be arriving, on the model's device in its dtype, all of them there.
 
         Raises BrokenWeights if one holds NaN or infinity, CheckpointError if a value does not fit the dtype.
         """
-        # On their way to the device while the next one is read; looked at when all are there.
-        arrived = {name: tensor.to(self.tensors[name].device, non_blocking=True) for name, tensor in theirs}
-        return {name: self._checked(name, arrived.pop(name), source) for name in self.tensors}
+        adopted, bounds = {}, {}
+        for name, tensor in theirs:
+            # On its way to the device while the next one is read; cast at once, so that only one is there in both.
+            arrived = tensor.to(self.tensors[name].device, non_blocking=True)
+            bounds[name] = torch.stack(arrived.aminmax())
+            adopted[name] = arrived.to(self.tensors[name].dtype)
+        self._check(bounds, source)
+        return {name: adopted[name] for name in self.tensors}
 
-    def _checked(self, name: str, tensor: Tensor, source: str) -> Tensor:
-        """A candidate's tensor in the model's dtype. Raises as `adopt`."""
-        low, high = (float(bound) for bound in tensor.aminmax())
-        if not (-torch.inf < low and high < torch.inf):
-            raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
-        for dtype in (self.tensors[name].dtype, self.saved_dtypes[name]):
-            if max(-low, high) > torch.finfo(dtype).max:
-                raise CheckpointError(
-                    f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}; {wider(dtype)}"
-                )
-        return tensor.to(self.tensors[name].dtype)
+    def _check(self, bounds: Tensors, source: str) -> None:
+        """Least and greatest values of a candidate's tensors, (2,) each. Raises as `adopt`."""
+        found = _on_the_host(bounds)
+        for name in self.tensors:
+            low, high = found[name]
+            if not (-torch.inf < low and high < torch.inf):
+                raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
+            for dtype in (self.tensors[name].dtype, self.saved_dtypes[name]):
+                if max(-low, high) > torch.finfo(dtype).max:
+                    raise CheckpointError(
+                        f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}; "
+                        f"{wider(dtype)}"
+                    )
 
     @contextmanager
     def holding(self, tensors: Tensors) -> Iterator[None]:
@@ -68,11 +79,28 @@ class Part:
             for name, tensor in self.tensors.items():
                 tensor.data = own[name]
 
-    def install(self, tensors: Tensors) -> None:
-        """Copy tensors, all of the part's or some, into the model for good."""
+    def install(self, tensors: Tensors, changed: Tensors) -> None:
+        """Take tensors over for good, those that are others than the model's own. changed: whether each is, as
+        `changes_in` says; nobody waits for the answer."""
         for name, tensor in tensors.items():
-            self.tensors[name].data.copy_(tensor)
-            self.touched.add(name)
+            own = self.tensors[name].data
+            torch.where(changed[name], tensor, own, out=own)
+            self.touched[name] = changed[name] | self.touched[name] if name in self.touched else changed[name]
+
+    def changes_in(self, tensors: Tensors) -> Tensors:
+        """Which tensors are not equal to the model's own: boolean scalars on the device."""
+        return {name: (tensor != self.tensors[name]).any() for name, tensor in tensors.items()}
+
+
+def _on_the_host(tensors: Tensors) -> dict[str, list[float]]:
+    """Small tensors of one shape, fetched all together: one wait for each device that they are on."""
+    found: dict[str, list[float]] = {}
+    for device in {tensor.device for tensor in tensors.values()}:
+        there = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+        widest = reduce(torch.promote_types, (tensor.dtype for tensor in there.values()))
+        rows = torch.stack([tensor.to(widest) for tensor in there.values()]).tolist()
+        found.update(zip(there, rows, strict=True))
+    return found
 
 
 def _forms(tensors: Tensors) -> list[tuple[torch.Size, torch.dtype, torch.device]]:

@@ -158,8 +158,8 @@ def plan_lines(plan: Plan, room: Available, estimate: Estimate) -> list[str]:
     tried += [f"the header at {plan.header_ratios}"] if plan.header_ratios else []
     reads = [bytes_read for _, bytes_read in disk.candidates]
     each = on_disk(max(reads)) + (" at most" if min(reads) < max(reads) else "")
-    header = f" or the header {in_memory(memory.header)}" if memory.header else ""
-    parts = f"base {in_memory(memory.base)}, three layers {in_memory(memory.layers)}{header}"
+    header = " and the header" if memory.header else ""
+    parts = f"base {in_memory(memory.base)}, layers{header} that are searched {in_memory(memory.searched)}"
     parts += f", activations about {in_memory(memory.activations)}"
     free = f", {in_memory(room.memory)} free" if room.memory is not None else ""
     rows = {
@@ -172,7 +172,7 @@ def plan_lines(plan: Plan, room: Available, estimate: Estimate) -> list[str]:
         "Bytes to read": f"{on_disk(disk.base)} of the base, {each} of each candidate, "
         f"{on_disk(disk.base + sum(reads))} in all",
         "Bytes to write": f"{on_disk(disk.output)} to {plan.output}, {on_disk(room.disk)} free",
-        "Memory needed": f"{in_memory(memory.total)} on {plan.device} ({parts}){free}",
+        "Memory needed": f"{in_memory(memory.reserved)} on {plan.device} ({parts}){free}",
         "Downloads": f"{on_disk(disk.downloads)} still to be fetched from the hub" if disk.downloads else "",
         "Time (estimate)": f"{duration(estimate.search)} a candidate, {duration(estimate.total)} in all, "
         "without downloads and saving",

@@ -16,7 +16,7 @@ from modules.mapper import report as mapping_report
 from modules.model import ModelLoader, ResidentModel
 from modules.output import naming
 from modules.run.steps import end, prepare_libraries
-from modules.runtime import ConfigError, Console
+from modules.runtime import ConfigError, Console, within_memory
 from modules.scoring import Encoded, build_scorer, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
 
 
@@ -61,7 +61,7 @@ def explore(
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     scorer = build_scorer(model, encoded, tails=False)
     phrases: dict[str, list[tuple[Pair, Encoded, float]]] = {pair.context: [] for pair in config.pairs}
-    log_probabilities = scorer.score()
+    log_probabilities = within_memory(scorer.score, lambda: scorer.take_less_memory() is not None)
     if any(map(math.isnan, log_probabilities)):
         raise model.no_numbers()
     for pair, item, log_probability in zip(config.pairs, encoded, log_probabilities, strict=True):

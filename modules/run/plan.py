@@ -31,7 +31,7 @@ from modules.model import (
     Memory,
     Sizes,
     free_memory,
-    free_on_gpus,
+    free_on_accelerators,
     header_weights,
     placement_of,
     resolve_device,
@@ -42,6 +42,7 @@ from modules.model import (
 from modules.output import place_of
 from modules.runtime import ConfigError
 from modules.scoring import (
+    FEWEST_TOKENS,
     TOKENS,
     Budget,
     budget_of,
@@ -145,12 +146,13 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
     stack = max(count for _, count in methods)
-    weights = weights_of(module, dtype, config.merge_headers)
+    weights = weights_of(module, dtype, config.merge_headers, _arriving(models, dtype))
     sharing = sharing if device.type == "cpu" else 1
     free = _share(free_memory(device), sharing)
-    placement = placement_of(config.device, module, dtype, weights, layer_bytes(sizes, dtype, TOKENS, stack))
-    held = weights.held if placement is None else weights.held - weights.base
-    budget = budget_of(sizes, dtype, device, stack, None if free is None else free - held)
+    most, least = (layer_bytes(sizes, dtype, tokens, stack) for tokens in (TOKENS, FEWEST_TOKENS))
+    placement = placement_of(config.device, module, dtype, replace(weights, activations=most), least)
+    kept = weights.searched if placement else weights.reserved
+    budget = budget_of(sizes, dtype, device, stack, None if free is None else free - kept)
     packs = build_packs(encoded, "forest", budget.tokens)
     tokens, columns = zip(
         *((pack.tokens, len({target.column for target in pack.targets})) for pack in packs), strict=True
@@ -175,6 +177,13 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
         doubts=tuple(doubled_tokens(tokenizer, config.pairs)),
         weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
     )
+
+
+def _arriving(models: Models, dtype: torch.dtype) -> int:
+    """Bytes of the largest tensor of a candidate that is cast to the base's dtype once it is on the device."""
+    conversions = [candidate.conversion for candidate in models.candidates]
+    wide = ((one, name) for one in conversions for name in one if one.dtype(name) != dtype)
+    return max((math.prod(one.shape(name)) * one.dtype(name).itemsize for one, name in wide), default=0)
 
 
 def _activations(
@@ -256,7 +265,7 @@ def _free_for(plan: Plan) -> int | None:
     """Bytes that are free where the plan puts its weights; None if that can't be asked."""
     if plan.placement is None:
         return _share(free_memory(plan.device), plan.sharing)
-    return sum(free_on_gpus().values()) + psutil.virtual_memory().available
+    return sum(free_on_accelerators().values()) + psutil.virtual_memory().available
 
 
 def _share(free: int | None, sharing: int) -> int | None:
@@ -293,15 +302,16 @@ def _memory_problems(plan: Plan, room: Available) -> list[str]:
     memory = plan.memory
     if room.memory is None or memory.held <= room.memory:
         return []
-    beside = f"three layers ({in_memory(memory.layers)})"
-    advice = ["end other programs that use it" if plan.device.type == "cuda" else "close other programs"]
-    if memory.header > memory.layers:
-        beside = f"what the header takes while it is tried ({in_memory(memory.header)})"
-        if memory.base + memory.layers <= room.memory:
+    without_header = replace(memory, header=0).held
+    beside = f"three layers ({in_memory(without_header - memory.base)})"
+    advice = ["close other programs" if plan.device.type == "cpu" else "end other programs that use it"]
+    if memory.held > without_header:
+        beside = f"what the header takes while it is tried ({in_memory(memory.held - memory.base)})"
+        if without_header <= room.memory:
             advice.append("set merge_headers: false")
     if plan.dtype == torch.float32:
         advice.append("set dtype: bfloat16, which takes half")
-    advice.append("choose a device with more memory" if plan.device.type == "cuda" else "use a machine with more")
+    advice.append("use a machine with more" if plan.device.type == "cpu" else "choose a device with more memory")
     what = f"the base ({in_memory(memory.base)} in {dtype_name(plan.dtype)}) and {beside}"
     free = f"{in_memory(room.memory)} free, {in_memory(memory.held)} are needed"
     return [f"{what} don't fit into the memory of {plan.device}, which has {free}: {', or '.join(advice)}"]
@@ -309,10 +319,11 @@ def _memory_problems(plan: Plan, room: Available) -> list[str]:
 
 def _memory_warnings(plan: Plan, room: Available) -> list[str]:
     warnings, memory = [], plan.memory
-    if room.memory is not None and memory.total > room.memory:
+    if room.memory is not None and memory.reserved > room.memory:
+        free, needed = in_memory(room.memory), in_memory(memory.reserved)
         warnings.append(
-            f"memory may not suffice: {plan.device} has {in_memory(room.memory)} free, about {in_memory(memory.total)} "
-            f"are needed, of which {in_memory(memory.activations)} for activations; fewer merge_ratios need less"
+            f"memory may not suffice: {plan.device} has {free} free, about {needed} are needed, of which "
+            f"{in_memory(memory.activations)} for activations; fewer merge_ratios need less"
         )
     left_over = [place for place in plan.placement or () if place.type == "cpu"]
     if left_over:

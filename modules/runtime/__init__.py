@@ -19,6 +19,7 @@ from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError, 
 from modules.runtime.exit_codes import exit_code, leave
 from modules.runtime.interrupts import postponed
 from modules.runtime.ranks import Rank, find_rank, wait_for_the_leader
+from modules.runtime.shortage import is_out_of_memory, within_memory
 from modules.runtime.text import (
     CONTEXT_WIDTH,
     PHRASE_WIDTH,

@@ -13,6 +13,7 @@ from typing import NoReturn
 from modules.runtime.console import Console, show
 from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost, first_line
 from modules.runtime.interrupts import end_at_once, termination_interrupts
+from modules.runtime.shortage import is_out_of_memory
 
 
 def exit_code(work: Callable[[], int | None], console: Console, left: Callable[[], str] = lambda: "") -> int:
@@ -68,8 +69,7 @@ def _foreseen(error: Exception) -> str | None:
     if isinstance(error, OSError):
         files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
         return f"{files}: {error.strerror}" if files and error.strerror else _named(error)
-    torch_lacks_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    if isinstance(error, MemoryError) or torch_lacks_memory:
+    if is_out_of_memory(error):
         return f"out of memory: {first_line(error)}"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("modules"):
         return f"the package {error.name} is not installed: pip install -r requirements.txt"

@@ -3,7 +3,16 @@
 Knows: tokenizers, packs, the model's forward. Refuses to know: merging, strategies, what a score is good for.
 """
 
-from modules.scoring.budget import LOGITS_ON_CPU, TOKENS, Budget, Packing, budget_of, layer_bytes, logits_bytes
+from modules.scoring.budget import (
+    FEWEST_TOKENS,
+    LOGITS_ON_CPU,
+    TOKENS,
+    Budget,
+    Packing,
+    budget_of,
+    layer_bytes,
+    logits_bytes,
+)
 from modules.scoring.exactness import Plain, spread
 from modules.scoring.inputs import Inputs, attention_mask, depths, tree_mask
 from modules.scoring.layout import attention_window, build_scorer, check_numbers, is_taken

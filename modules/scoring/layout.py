@@ -12,7 +12,7 @@ import torch
 
 from modules.checkpoints import dtype_name, layer_settings
 from modules.model import ResidentModel, wider
-from modules.runtime import ConfigError, Rank
+from modules.runtime import ConfigError, Rank, is_out_of_memory, within_memory
 from modules.scoring.budget import Budget
 from modules.scoring.exactness import Plain, spread
 from modules.scoring.packing import LAYOUTS
@@ -32,16 +32,20 @@ def build_scorer(
     don't repeat, torch.OutOfMemoryError if not even one pair fits.
     """
     plain, stacked = Plain(model), True
-    while True:
-        try:
-            scorer = _exact_scorer(model, encoded, plain, budget, rank)
-            if tails:
-                scorer._stacked, scorer._tails = _exact_trials(scorer, plain, stacked)
-            return scorer if rank.world_size == 1 else Scorer(model, encoded, *scorer.settings, rank)
-        except torch.OutOfMemoryError:
-            if budget.tokens == 1 and not stacked:
-                raise
-            budget, stacked = budget.halved(), budget.tokens > 1
+
+    def build() -> Scorer:
+        scorer = _exact_scorer(model, encoded, plain, budget, rank)
+        if tails:
+            scorer._stacked, scorer._tails = _exact_trials(scorer, plain, stacked)
+        return scorer if rank.world_size == 1 else Scorer(model, encoded, *scorer.settings, rank)
+
+    def take_less() -> bool:
+        nonlocal budget, stacked
+        left, stacked = stacked or budget.tokens > 1, budget.tokens > 1
+        budget = budget.halved()
+        return left
+
+    return within_memory(build, take_less)
 
 
 def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain, budget: Budget, rank: Rank) -> Scorer:
@@ -101,9 +105,9 @@ def is_taken(agrees: Callable[[], bool]) -> bool:
     """Whether a way to score is exact; one that the architecture does not take is not."""
     try:
         return agrees()
-    except torch.OutOfMemoryError:
-        raise
-    except NOT_TAKEN:
+    except NOT_TAKEN as error:
+        if is_out_of_memory(error):
+            raise
         return False
 
 

@@ -71,7 +71,8 @@ def column_method(
                 return
             import torch
 
-            weights = shares(base.shape[-1], ratio).to(base.device)
+            with base.device:  # made where they are used: to copy them there would wait for the device
+                weights = shares(base.shape[-1], ratio)
             _in_float32(lambda a, b, o: torch.lerp(a, b, weights.expand_as(a), out=o), base, other, out)
 
         return shares
@@ -185,8 +186,8 @@ def gradient_shares(width: int, ratio: float) -> Tensor:
 
     peak = int(width * (1 - ratio))
     column = torch.arange(width, dtype=torch.float32)
-    rising = 0.9 * column / max(peak, 1)
-    falling = 0.9 * (width - 1 - column) / max(width - peak, 1)
+    rising = 0.9 * column / torch.full((), float(max(peak, 1)))
+    falling = 0.9 * (width - 1 - column) / torch.full((), float(max(width - peak, 1)))
     return torch.where(column < peak, rising, falling)
 
 
@@ -195,7 +196,8 @@ def _ramp(width: int, start: int, length: int) -> Tensor:
     import torch
 
     column = torch.arange(width, dtype=torch.float32) - start
-    return (column / length).clamp(0.0, 1.0) if length > 0 else (column >= 0).float()
+    # By a tensor, not a number: a GPU multiplies with a number's inverse, and rounds otherwise.
+    return (column / torch.full((), float(length))).clamp(0.0, 1.0) if length > 0 else (column >= 0).float()
 
 
 def _in_float32(combine: Callable[[Tensor, Tensor, Tensor], Tensor], base: Tensor, other: Tensor, out: Tensor) -> None:

@@ -7,16 +7,16 @@ header is made.
     main             | search 1      | search 2  | ...      the one that is searched and the one that arrives
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from modules.checkpoints import Candidate, Tensors
-from modules.model import Part
+from modules.model import Part, beside, follow
+from modules.runtime import is_out_of_memory, within_memory
 
 Arrived = tuple[Tensors, str | None]  # a layer's or the header's tensors, and what there is to say about the header
 Job = Callable[[], Arrived]
@@ -26,16 +26,21 @@ class ReadAhead:
     """A candidate's tensors for some layers of the base, and for its header; while one is used, a thread reads the one
     behind it. What is taken is named, so that asking again, whatever has failed meanwhile, gives the same."""
 
-    def __init__(self, candidate: Candidate, parts: Mapping[int, Part], header: Job | None = None) -> None:
+    def __init__(
+        self,
+        candidate: Candidate,
+        parts: Mapping[int, Part],
+        header: Job | None = None,
+        streams: Sequence[torch.Stream] = (),
+    ) -> None:
         """Begin to read what the first layer needs. parts: the layers by number, in order; header: makes the header,
-        which comes last, if it is wanted."""
-        self._candidate = candidate
+        which comes last, if it is wanted; streams: on which the devices' work for all of it goes on beside theirs."""
+        self._candidate, self._streams = candidate, streams
         self._jobs: dict[int | None, Job] = {layer: partial(self._read, layer, part) for layer, part in parts.items()}
         if header:
-            self._jobs[None] = partial(_made, header)
-        on_cuda = any(device.type == "cuda" for part in parts.values() for device in part.devices)
+            self._jobs[None] = partial(self._make, header)
         # Two, in turn: on a CPU the tensors that are searched are the memory that they were read into.
-        self._memories = _Memory(on_cuda), _Memory(on_cuda)
+        self._memories = _Memory(bool(streams)), _Memory(bool(streams))
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._begun: dict[int | None, Future[Arrived]] = {}  # the one that was taken, and the one behind it
         for first in list(self._jobs)[:1]:
@@ -56,44 +61,47 @@ class ReadAhead:
     def _take(self, place: int | None) -> Arrived:
         order = list(self._jobs)
         behind = order[order.index(place) + 1 :][:1]
-        # What was taken before goes before more is read.
-        self._begun = {one: self._begun[one] for one in (place, *behind) if one in self._begun}
-        arriving = self._begin(place)
-        if isinstance(arriving.exception(), torch.OutOfMemoryError):
+        self._let_go(place, *behind)  # before more is read
+        failure = self._begin(place).exception()
+        if failure is not None and is_out_of_memory(failure):
+            # Whoever asks again has let go of what the failed try held: only then is it begun anew.
             del self._begun[place]
-        else:
-            for one in behind:
-                self._begin(one)
-        tensors, note = arriving.result()
-        for tensor in tensors.values():
-            if tensor.is_cuda:  # made on a side stream: its memory may be used again only when this stream is done
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return tensors, note
+            raise failure
+        for one in behind:
+            self._begin(one)
+        return self._begun[place].result()
 
     def _begin(self, place: int | None) -> "Future[Arrived]":
         """Read, if it is not read already."""
         if place not in self._begun:
-            self._begun[place] = self._thread.submit(self._jobs[place])
+            # A try that lacks memory lets go of what has arrived at once, not when it is asked for.
+            self._begun[place] = self._thread.submit(within_memory, self._jobs[place], lambda: False)
         return self._begun[place]
+
+    def _let_go(self, *kept: int | None) -> None:
+        """Of all but these. Their memory is used again by what arrives next, which waits for what uses it now."""
+        follow(self._streams)
+        self._begun = {place: self._begun[place] for place in kept if place in self._begun}
 
     def _read(self, layer: int, part: Part) -> Arrived:
         memory = self._memories[layer % 2]
         memory.free()
-        with torch.no_grad(), _beside(part.devices):
+        with torch.no_grad(), beside(self._streams):
             return part.adopt(self._candidate.stream(part.tensors, memory.room), self._candidate.name), None
+
+    def _make(self, header: Job) -> Arrived:
+        with torch.no_grad(), beside(self._streams):
+            made = header()
+        for stream in self._streams:
+            stream.synchronize()
+        return made
 
     def __enter__(self) -> "ReadAhead":
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._thread.shutdown(cancel_futures=True)
-        self._begun.clear()
-
-
-def _made(header: Job) -> Arrived:
-    """The header, made beside what goes on on the GPUs meanwhile."""
-    with torch.no_grad(), _beside(torch.device("cuda", index) for index in range(torch.cuda.device_count())):
-        return header()
+        self._let_go()
 
 
 class _Memory:
@@ -117,17 +125,3 @@ class _Memory:
             self._blocks[self._used] = torch.empty(size, dtype=torch.uint8, pin_memory=self._page_locked)
         self._used += 1
         return self._blocks[self._used - 1][:size]
-
-
-@contextmanager
-def _beside(devices: Iterable[torch.device]) -> Iterator[None]:
-    """What is begun within the block runs beside the device's other work, and is done when the block ends."""
-    streams = [torch.cuda.Stream(device) for device in devices if device.type == "cuda"]
-    with ExitStack() as stack:
-        for stream in streams:
-            stack.enter_context(torch.cuda.stream(stream))
-        try:
-            yield
-        finally:
-            for stream in streams:
-                stream.synchronize()

@@ -8,12 +8,10 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from modules.checkpoints import Candidate, Tensors
 from modules.config import Config, Pair
-from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header
-from modules.runtime import BrokenWeights
+from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header, side_streams
+from modules.runtime import BrokenWeights, within_memory
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import Scorer, Trial, check_numbers
 from modules.search.decision import Decision, Result
@@ -39,6 +37,7 @@ class Search(Merger):
         """
         super().__init__(model, tokenizer)
         self.scorer, self.config, self.group = scorer, config, group
+        self.streams = side_streams(model.devices)  # on which candidates arrive
         self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
         self.log_probabilities: list[float] = []
         self.measure()
@@ -60,7 +59,7 @@ class Search(Merger):
         tries_header = self.config.merge_headers and len(past) <= count * len(parts)
         header = partial(aligned_header, self.model, self.tokenizer, candidate)
         wanted = dict(list(enumerate(parts))[len(past) // count :])
-        with ReadAhead(candidate, wanted, header if tries_header else None) as ahead:
+        with ReadAhead(candidate, wanted, header if tries_header else None, self.streams) as ahead:
             yield from self._layers(candidate, parts, past, ahead)
             if past:
                 self.log_probabilities = list(past[-1].log_probabilities)
@@ -116,6 +115,7 @@ class Search(Merger):
     def _header(self, candidate: Candidate, ahead: ReadAhead) -> Decision:
         """The input embedding and the output head together, always by lerp."""
         part, before = self.model.header(), self.total
+        self.scorer.restart()  # whole forwards need no hidden states, and what they take
         ratio, warning, note = None, None, None
         try:
             theirs, note = self._in_memory(ahead.take_header)
@@ -151,14 +151,14 @@ class Search(Merger):
         It is begun again in those too where it had succeeded, so that what it does once, and twice, must be the same.
         Raises torch.OutOfMemoryError if not even one pair and one ratio fit.
         """
-        while True:
-            try:
-                return self.group.on_all_ranks(work)
-            except torch.OutOfMemoryError:
-                done = self.group.on_all_ranks(self.scorer.take_less_memory)
-                if done is None:
-                    raise
-                self.memory_notes.append(f"Out of memory: {done}")
+        return within_memory(lambda: self.group.on_all_ranks(work), self._take_less_memory)
+
+    def _take_less_memory(self) -> bool:
+        """Score with smaller packs, or fewer ratios at a time, if that can be."""
+        done = self.group.on_all_ranks(self.scorer.take_less_memory)
+        if done:
+            self.memory_notes.append(f"Out of memory: {done}")
+        return done is not None
 
     def _score_whole(self, trials: Sequence[Trial]) -> list[list[float]]:
         """Log-probabilities under each trial by whole forwards: an embedding changes what every layer sees."""

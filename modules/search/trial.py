@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-
 from modules.checkpoints import Candidate, Tensors
 from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header
 from modules.runtime import BrokenWeights, ConfigError
@@ -43,7 +41,7 @@ class Merger:
         """tokenizer: the model's, with which candidates' vocabularies are matched."""
         self.model, self.tokenizer = model, tokenizer
         self.repeated = 0  # decisions that were carried out again, of all candidates
-        self._space: Tensors | None = None  # where merges are made, one layer's worth
+        self._space: Tensors = {}  # where merges are made, one part's worth
 
     def repeat(self, candidate: Candidate, done: Sequence[Decision]) -> None:
         """Carry out decisions that were taken on a candidate.
@@ -72,16 +70,17 @@ class Merger:
 
     def _install(self, part: Part, theirs: Tensors, method: str, ratio: float) -> None:
         """Merge for good. All that takes memory, and may be done again, comes before anything changes."""
-        part.install(self._in_memory(partial(self._changes, part, theirs, method, ratio)))
+        part.install(*self._in_memory(partial(self._changes, part, theirs, method, ratio)))
 
-    def _changes(self, part: Part, theirs: Tensors, method: str, ratio: float) -> Tensors:
-        """The tensors that a merge makes others of."""
+    def _changes(self, part: Part, theirs: Tensors, method: str, ratio: float) -> tuple[Tensors, Tensors]:
+        """What a merge makes of the part's tensors, and which of them it makes others of."""
         found = merged(part, method, theirs, ratio, self._room(part))
-        return {name: tensor for name, tensor in found.items() if not torch.equal(tensor, part.tensors[name])}
+        return found, part.changes_in(found)
 
     def _room(self, part: Part) -> Tensors:
         """Where the part is merged."""
-        self._space = part.space(self._space)
+        self._space = part.fitting(self._space)  # one that does not serve goes before there is a new one
+        self._space = self._space or part.space()
         return self._space
 
     def _in_memory(self, work: Callable[[], Result]) -> Result:

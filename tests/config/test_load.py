@@ -129,7 +129,7 @@ def test_command_line_replaces_the_file(folders):
     config = load_config(path, device="cpu", output=str(folders / "elsewhere"))
     assert config.device == "cpu"
     assert config.directories.output_directory == str(folders / "elsewhere")
-    assert "--device: 'gpu': expected auto, cpu, cuda, cuda:N or mps" in errors_of(path, device="gpu")
+    assert "--device: 'gpu': expected auto, cpu, cuda, cuda:N, xpu, xpu:N or mps" in errors_of(path, device="gpu")
 
 
 def test_output_on_the_command_line_is_enough(folders):
@@ -149,7 +149,7 @@ def test_phrase_files_are_added(folders):
 
 # Each row: changes to a good file, and the line that must be among the errors.
 WRONG = [
-    ({"device": "gpu"}, "device: 'gpu': expected auto, cpu, cuda, cuda:N or mps"),
+    ({"device": "gpu"}, "device: 'gpu': expected auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"),
     ({"device": "cpu:1"}, "device: 'cpu:1': expected"),
     ({"device": 3}, "device: 3: expected"),
     ({"dtype": "float61"}, "did you mean 'float16'?"),

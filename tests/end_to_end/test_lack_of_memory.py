@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -15,9 +16,13 @@ from transformers import AutoTokenizer
 import merge_monster
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import Pair, load_config
+from modules.config import Mapper, Pair, load_config
+from modules.mapper.completion_tree import tokens_of
+from modules.mapper.detokenize import Spelling
 from modules.model.loading import load_model
+from modules.run.map import explore
 from modules.run.merge import build_shared_scorer
+from modules.runtime.console import Silent
 from modules.runtime.distributed import ALONE, Group
 from modules.runtime.ranks import Rank
 from modules.scoring.budget import Budget
@@ -31,7 +36,7 @@ HUNGRY = (
     (torch.Tensor, "to"),
     (torch, "empty_like"),
     (torch, "lerp"),
-    (torch, "equal"),
+    (torch.Tensor, "any"),
     (torch, "cat"),
 )
 OPENINGS = ("", "The apple: ", "Question. ", "Filled with ")
@@ -147,6 +152,42 @@ def test_memory_that_runs_out_anywhere_changes_no_decision(hungry, folders, plac
 @pytest.mark.slow
 def test_memory_that_runs_out_everywhere_changes_no_decision(hungry, folders, place):
     check_everywhere(hungry, folders, place, 7, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mapper
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shown(trees):
+    """What is in completion trees, to five digits."""
+    return [
+        [(tokens_of(branch.nodes), branch.length, pytest.approx(branch.joint, abs=1e-5)) for branch in tree.branches]
+        for tree in trees
+    ]
+
+
+@pytest.mark.parametrize(
+    "layout, every", [("forest", 97), ("rows", 97), pytest.param("forest", 5, marks=pytest.mark.slow)]
+)
+def test_memory_that_runs_out_anywhere_changes_no_map(hungry, folders, place, monkeypatch, layout, every):
+    """With kept keys and values, and with everything computed anew."""
+    opened = Opened(folders, place)
+    config = replace(opened.config, mapper=Mapper(prob_min=2, top_k=3, max_depth=3, additional_length=3))
+    model = load_model(open_checkpoint(opened.base, "base"), "cpu", "float32")
+    if layout == "rows":
+        monkeypatch.setattr("modules.mapper.next_tokens.attention_window", lambda model: 0)
+    spelling = Spelling(opened.tokenizer, model.vocabulary)
+
+    def mapped(*failing):
+        hungry.fails_at(*failing)
+        return explore(config, Silent(0), model, opened.tokenizer, spelling)[0]
+
+    expected = mapped()
+    count = hungry.count
+    assert count > 500 and sum(len(tree.branches) for tree in expected) > 5
+    for failing in troubles(count, every):
+        assert shown(mapped(*failing)) == shown(expected), failing
 
 
 # ---------------------------------------------------------------------------------------------------------------------

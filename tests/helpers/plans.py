@@ -48,7 +48,7 @@ def made_up(place, **changes):
         packs=(1000, 76),
         columns=40,
         disk=Disk(16 * GB, (("one", 16 * GB), ("two", 15 * GB)), 16 * GB, 0, 0),
-        memory=Memory(15 * GIB, 2 * GIB, 4 * GIB, GIB // 2),
+        memory=Memory(15 * GIB, GIB // 2, 2 * GIB, 0, GIB // 2),
         budget=Budget(),
         placement=None,
         sharing=1,

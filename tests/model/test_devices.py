@@ -125,12 +125,14 @@ def test_layers_fill_one_device_after_another():
 def test_only_where_the_choice_is_left_layers_are_spread(folders, monkeypatch):
     module = AutoModelForCausalLM.from_pretrained(folders[0])
     weights = weights_of(module, torch.float16, True)
+    monkeypatch.setattr("modules.model.memory.free_on_accelerators", lambda: {GPUS[0]: 0})
     assert placement_of("cpu", module, torch.float16, weights) is None
     assert placement_of("cuda:1", module, torch.float16, weights) is None
-    monkeypatch.setattr("modules.model.memory.resolve_device", lambda name: GPUS[0])
-    monkeypatch.setattr("modules.model.memory.free_on_gpus", lambda: {GPUS[0]: weights.held - 1, GPUS[1]: 10**9})
+    monkeypatch.setattr(
+        "modules.model.memory.free_on_accelerators", lambda: {GPUS[0]: weights.held - 1, GPUS[1]: 10**9}
+    )
     assert placement_of("cuda", module, torch.float16, weights) == [GPUS[0]] * 2 + [GPUS[1]]
-    monkeypatch.setattr("modules.model.memory.free_on_gpus", lambda: {GPUS[0]: weights.held, GPUS[1]: 10**9})
+    monkeypatch.setattr("modules.model.memory.free_on_accelerators", lambda: {GPUS[0]: weights.held, GPUS[1]: 10**9})
     assert placement_of("auto", module, torch.float16, weights) is None
 
 

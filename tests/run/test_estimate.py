@@ -89,7 +89,7 @@ Decisions        : 65 a candidate, 130 in all
 Phrases          : 14 pairs, 1,076 tokens packed from 1,207, 2 packs (if the model takes them as a forest, as most do)
 Bytes to read    : 16.00 GB of the base, 16.00 GB at most of each candidate, 47.00 GB in all
 Bytes to write   : 16.00 GB to out, 900.00 GB free
-Memory needed    : 19.50 GiB on cuda:0 (base 15.00 GiB, three layers 2.00 GiB or the header 4.00 GiB, \
+Memory needed    : 20.00 GiB on cuda:0 (base 15.00 GiB, layers and the header that are searched 4.50 GiB, \
 activations about 0.50 GiB), 79.00 GiB free
 Downloads        : 31.00 GB still to be fetched from the hub
 Time (estimate)  : 10 min a candidate, 21 min in all, without downloads and saving
@@ -107,12 +107,12 @@ def test_the_plan_in_words(place):
 def test_the_plan_in_words_where_little_is_known(place):
     plan = made_up(place, device=torch.device("mps"), methods=(("lerp", 4),), header_ratios=0, packs=(76,))
     plan = replace(plan, disk=Disk(200_000, (("one", 150_000),), 200_000, 0, 0))
-    plan = replace(plan, memory=Memory(200_000, 3000, 0, 1 << 20))
+    plan = replace(plan, memory=Memory(200_000, 1000, 0, 0, 1 << 20))
     room = Available(place, disk=GB, memory=None, refusal=None)
     text = "\n".join(forecast.plan_lines(plan, room, Estimate(7000.0, 7000.0)))
     assert "lerp at 4 ratios\n" in text and "1 pack (" in text and "Downloads" not in text
     assert "0.20 MB of the base, 0.15 MB of each candidate, 0.35 MB in all" in text
-    assert "1.19 MiB on mps (base 0.19 MiB, three layers 0.00 MiB, activations about 1.00 MiB)\n" in text
+    assert "1.19 MiB on mps (base 0.19 MiB, layers that are searched 0.00 MiB, activations about 1.00 MiB)\n" in text
     assert text.endswith(" : 1 h 57 min a candidate, 1 h 57 min in all, without downloads and saving")
 
 

@@ -1,7 +1,10 @@
 """A candidate's layers, read ahead: the same tensors as read one by one, in memory that is used again."""
 
+import gc
 import threading
+import weakref
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -114,6 +117,34 @@ def test_out_of_memory_is_no_end(folders):
         again = ahead.take(1)
         assert next(iter(again)).startswith("model.layers.1.")
         assert torch.equal(next(iter(again.values())), candidate.candidate.read(list(again)[:1]).popitem()[1])
+
+
+def test_what_had_arrived_is_gone_as_soon_as_memory_runs_out(folders):
+    """Not when the layer is asked for, and without a garbage collection: it is what is then lacking."""
+    parts, candidate = opened(*folders[:2])
+    arrived = []
+
+    def stream(names, *_room):
+        for name, tensor in candidate.stream(names):
+            if names is parts[1].tensors and len(arrived) == 3:
+                raise torch.OutOfMemoryError("none left")
+            copy = tensor.clone()
+            if names is parts[1].tensors:
+                arrived.append(weakref.ref(copy))
+            yield name, copy
+
+    gc.collect(), gc.disable()
+    try:
+        with ReadAhead(SimpleNamespace(name="other", stream=stream), dict(enumerate(parts))) as ahead:
+            ahead.take(0)
+            ahead._begun[1].exception()
+            assert len(arrived) == 3 and [one() for one in arrived] == [None] * 3
+            with pytest.raises(torch.OutOfMemoryError):
+                ahead.take(1)
+            ahead._candidate = candidate
+            assert len(ahead.take(1)) == len(parts[1].tensors)
+    finally:
+        gc.enable()
 
 
 def test_a_part_that_cannot_be_used_is_passed_over(folders, tmp_path):

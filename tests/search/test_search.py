@@ -3,11 +3,13 @@
 import itertools
 import random
 import sys
+from collections import Counter
 
 import pytest
 import reference
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modules.model.base_model
@@ -20,6 +22,7 @@ from modules.scoring.layout import build_scorer
 from modules.scoring.scorer import DEFAULT
 from modules.scoring.tokenization import encode_pairs
 from modules.search.methods import slice_shares
+from modules.search.prefetch import ReadAhead
 from modules.search.search import Search, signed_weights
 from modules.search.trial import merged as mix
 
@@ -274,6 +277,54 @@ def test_auto_weights_start_every_pair_at_one():
     assert weights[2] == 7
     assert len(warnings) == 1 and "'c' after 'x' is too improbable" in warnings[0]
     assert signed_weights(pairs, False, [-1.0, -2.0, -800.0]) == ([7, -7, 7], [])
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a device, did the tensors live on one: values that Python is told, and copies of
+    tensors that were made elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "lift_fresh"):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_nobody_waits_for_a_device_between_two_scores(tmp_path, method):
+    """A decision's scores are told to the host, and nothing else on the way to them or to the model."""
+    base = tiny.make_model(tmp_path / "base", tiny.llama_config(400), tiny.bpe_tokenizer())
+    candidates = [tiny.make_candidate(tmp_path / "one", base, 1)]
+    accepted = Counter()
+
+    def watched(self, part, *arguments):
+        with Waits() as waits:
+            ratio = own(self, part, *arguments)
+        assert waits.seen == [], method
+        accepted[ratio is not None] += 1
+        return ratio
+
+    own = Search._decide
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Search, "_decide", watched)
+        search(tmp_path, base, candidates, merge_ratios=RATIOS, merge_method=[method])
+    assert accepted[True] and sum(accepted.values()) == 4
+
+
+def test_a_search_has_one_stream_for_each_device(tmp_path, monkeypatch):
+    """PyTorch keeps what is freed on a stream for that stream: another one for each layer would keep a second model."""
+    base = tiny.make_model(tmp_path / "base", tiny.llama_config(400), tiny.bpe_tokenizer())
+    candidates = [tiny.make_candidate(tmp_path / name, base, seed) for name, seed in (("one", 1), ("two", 2))]
+    made, given = [], []
+    monkeypatch.setattr("modules.search.search.side_streams", lambda devices: made.append(set(devices)) or ())
+    own = ReadAhead.__init__
+    monkeypatch.setattr(ReadAhead, "__init__", lambda *given_: given.append(given_[-1]) or own(*given_))
+    search(tmp_path, base, candidates, merge_ratios=RATIOS)
+    assert made == [{torch.device("cpu")}] and given == [()] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
