@@ -11,8 +11,8 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -107,31 +107,23 @@ def show(text: str | None, stream: TextIO) -> OSError | ValueError | None:
     return None
 
 
-class Progress:
+class Progress(tqdm):
     """How far a run is, and about how long the rest will take: as long as its steps take at the speed so far."""
-
-    def __init__(self, bar: tqdm) -> None:
-        """bar: shows it. Its steps are in any unit that is proportional to time."""
-        self._bar = bar
-
-    def update(self, steps: float = 1) -> None:
-        """So many steps more are done."""
-        self._bar.update(steps)
 
     def skip(self, steps: float) -> None:
         """Before any others: so many steps that say nothing of the speed to come. The clock begins after them."""
-        self._bar.initial = self._bar.n = self._bar.n + steps
-        self._bar.unpause()
-        self._bar.refresh()
+        self.initial = self.n = self.n + steps
+        self.unpause()
+        self.refresh()
 
     def left(self, steps: float) -> None:
         """So many steps are left, whatever was expected."""
-        self._bar.total = self._bar.n + steps
-        self._bar.refresh()
+        self.total = self.n + steps
+        self.refresh()
 
     def tell(self, state: str) -> None:
         """What is shown beside the bar from now on."""
-        self._bar.set_postfix_str(state)
+        self.set_postfix_str(state)
 
 
 class Console:
@@ -205,15 +197,13 @@ class Console:
         self._show(timed)
         self._record(timed)
 
-    @contextmanager
-    def progress(self, steps: float) -> Iterator[Progress]:
+    def progress(self, steps: float) -> Progress:
         """One bar for the whole run, on a terminal only; `steps` are in any unit that is proportional to time."""
         layout = "{percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go{postfix}"
         # smoothing: the speed is that of all steps. Of the last ones alone it would jump with every candidate.
-        with tqdm(
+        return Progress(
             total=steps, bar_format=layout, dynamic_ncols=True, disable=self._no_bars, smoothing=0, miniters=0
-        ) as bar:
-            yield Progress(bar)
+        )
 
     def download(self, name: str, size: int) -> tqdm:
         """A bar for what comes from the hub meanwhile, `size` bytes; on a terminal only."""
