@@ -197,17 +197,13 @@ def _folder(text: str, info: ValidationInfo) -> str:
     return str(path)
 
 
-def _model(text: str) -> str:
-    """A folder or an id of the hub. Whether the hub has it can't be known here."""
-    return _model_named(text, parse_location)
-
-
 def _candidate(text: str, info: ValidationInfo) -> str:
     """A model, an adapter, or both joined by a plus."""
     return _any_path(text) if info.context else _model_named(text, parse_source)
 
 
 def _model_named(text: str, parse: Callable[[str], object]) -> str:
+    """A folder or an id of the hub. Whether the hub has it can't be known here."""
     path = _path(text)
     if parse(text) is None:
         of_demo = path.parts[:2] == ("demo", "models") and path.name in DEMO_MODELS
@@ -234,6 +230,6 @@ def _output(text: str) -> str:
 AnyPath = Annotated[Text, AfterValidator(_any_path)]
 Paths = Annotated[tuple[AnyPath, ...], BeforeValidator(listed)]
 Folder = Annotated[Text, AfterValidator(_folder)]
-Model = Annotated[Text, AfterValidator(_model)]
+Model = Annotated[Text, AfterValidator(lambda text: _model_named(text, parse_location))]
 Candidates = Annotated[tuple[Annotated[Text, AfterValidator(_candidate)], ...], BeforeValidator(listed)]
 Output = Annotated[Text, AfterValidator(_output)]

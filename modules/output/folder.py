@@ -105,12 +105,12 @@ def unfinished_output(place: Place, resume: bool, restart: bool) -> Iterator[Unf
     except OSError as error:
         raise ConfigError(place.refusal(error)) from None
     with closing(Journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
-        if journal.decisions and not resume and not restart:
+        if journal.decisions and not resume:
             raise ConfigError(
                 f"{folder} has {journal.decisions} decisions of a run that did not finish: add --resume to go on from "
                 "there, or --restart to begin again"
             )
-        if restart or not journal.decisions:
+        if not journal.decisions:
             journal.clear()
         place.mark()
         unfinished = Unfinished(place, journal)
