@@ -44,6 +44,8 @@ STYLE: list[str | dict[str, Any]] = [
     {
         "font.family": ["DejaVu Sans", *(font for font in _MORE_FONTS if font in fontManager.get_font_names())],
         "font.size": 9,
+        "figure.dpi": DPI,
+        "figure.constrained_layout.use": True,
         "figure.titlesize": 11,
         "figure.labelsize": 9,
         "axes.titlesize": 9,
@@ -102,7 +104,7 @@ def merge_map_figure(recipe: Recipe) -> Figure:
     labels = [f"{n or 'base'}: {_name(model)} ({shares[n]})" for n, model in enumerate(models)]
     width = min(max(2.0 + _COLUMN * len(parts), _NARROWEST), _WIDEST)
     side_by_side = max(1, int(width * _SMALL_LETTERS / (5 + max(map(columns, labels)))))
-    figure = new_figure(width, 6.2 + 0.2 * len(models) / side_by_side)
+    figure = Figure(figsize=(width, 6.2 + 0.2 * len(models) / side_by_side))
     figure.suptitle(_title("Merge map", models, width))
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])
     _draw_shares(upper, dict(zip(labels, colours.items(), strict=True)), parts, width)
@@ -120,7 +122,7 @@ def phrase_chart_figure(recipe: Recipe) -> Figure:
     title = _title("Phrases before and after", names_of_sources(recipe), _CHART_WIDTH)
     if rows < len(pairs):
         title += f"\nof {len(pairs)} pairs, the {_MOST_CHANGED} of each kind that changed the most"
-    figure = new_figure(_CHART_WIDTH, 1.5 + 0.2 * rows + 0.5 * len(groups))
+    figure = Figure(figsize=(_CHART_WIDTH, 1.5 + 0.2 * rows + 0.5 * len(groups)))
     figure.suptitle(title)
     if not groups:
         return figure
@@ -134,11 +136,6 @@ def phrase_chart_figure(recipe: Recipe) -> Figure:
     figure.supylabel("Context [phrase]")
     figure.legend(handles=_pair_handles(), loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, drawn without a display."""
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 @drawing()
