@@ -23,7 +23,6 @@ from modules.output.plots import (
     PHRASE_CHART_FILE,
     drawing,
     merge_map,
-    new_figure,
     phrase_chart,
     save_figure,
 )
@@ -67,7 +66,7 @@ def main() -> int:
 @drawing()
 def path_figure(method: str) -> Figure:
     """What becomes of two vectors of length 1: the results' way from the base to the other, three of them as arrows."""
-    figure = new_figure(6.0, 3.4)
+    figure = Figure(figsize=(6.0, 3.4))
     axes = figure.subplots()
     angles = torch.deg2rad(torch.tensor([90 + ANGLE / 2, 90 - ANGLE / 2]))
     base, other = torch.stack((angles.cos(), angles.sin()), dim=1)
@@ -101,7 +100,7 @@ def draw_arrow(axes: Axes, vector: Tensor, colour: str, text: str) -> None:
 def columns_figure(method: str) -> Figure:
     """The share of the other model in every column, at each of the ratios that the method tries."""
     ratios = ratios_for(method, RATIOS)
-    figure = new_figure(6.0, 1.0 + 0.8 * len(ratios))
+    figure = Figure(figsize=(6.0, 1.0 + 0.8 * len(ratios)))
     panels = figure.subplots(len(ratios), 1, sharex=True)
     for axes, ratio in zip(panels, ratios, strict=True):
         axes.stairs([1.0] * WIDTH, fill=True, color=BASE, label="base")

@@ -19,7 +19,7 @@ from modules.checkpoints.hub import Repository
 from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
 from modules.checkpoints.meaning import clashes, differences, setting
 from modules.checkpoints.weight_files import Room, fresh, place_in_index
-from modules.runtime import ConfigError
+from modules.runtime import ConfigError, counted
 
 _MUST_AGREE = {
     "model_type": "architecture",
@@ -191,8 +191,7 @@ def _other_layers(checkpoint: Checkpoint, conversion: Conversion, module: PreTra
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if len(found) == config.num_hidden_layers or found != set(map(str, range(len(found)))):
         return None
-    layers = "1 layer" if len(found) == 1 else f"{len(found)} layers"
-    return f"its weights have {layers}, its config.json says {key}: {config.num_hidden_layers}"
+    return f"its weights have {counted(len(found), 'layer')}, its config.json says {key}: {config.num_hidden_layers}"
 
 
 def _number(name: str) -> str:

@@ -8,7 +8,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_LARGEST_POINTER = 1024  # bytes; git-LFS allows no more
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 _AGAIN = "fetch it again"
 
@@ -48,11 +47,9 @@ _NO_WEIGHTS = ("training_args*", "optimizer*", "scheduler*", "rng_state*", "scal
 
 def disguise(path: Path) -> str | None:
     """What a file is, judging by its beginning, if that is something else than what its name says; with advice."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(512)
-    except OSError:
-        return None  # for its reader to complain about
+    start = _beginning(path)
+    if start is None:
+        return None
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start:
         return f"is empty; {_AGAIN}"
@@ -63,6 +60,14 @@ def disguise(path: Path) -> str | None:
     if not any(start):
         return f"begins with nothing but zeros, as a broken download or a full disk leaves it; {_AGAIN}"
     return _other_weights(path.suffix, start, text)
+
+
+def _beginning(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError:
+        return None  # for its reader to complain about
 
 
 def _other_weights(suffix: str, start: bytes, text: bytes) -> str | None:
@@ -84,21 +89,12 @@ def _other_weights(suffix: str, start: bytes, text: bytes) -> str | None:
 
 def pointers(folder: Path, names: Iterable[str]) -> str | None:
     """A line if files of these names are git-LFS pointers; those that are not there are none."""
-    found = [name for name in names if _is_pointer(folder / name)]
+    found = [name for name in names if (_beginning(folder / name) or b"").startswith(_POINTER)]
     if not found:
         return None
     more = f" and {len(found) - 1} more files" if len(found) > 1 else ""
     what = "are git-LFS pointers, not the files themselves" if more else "is a git-LFS pointer, not the file itself"
     return f"{folder / found[0]}{more}: {what}; run 'git lfs pull' in {folder}"
-
-
-def _is_pointer(path: Path) -> bool:
-    try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_POINTER:
-            return False
-        return path.read_bytes().startswith(_POINTER)
-    except OSError:
-        return False  # for its reader to complain about
 
 
 def found_instead(folder: Path, names: Collection[str], missing: Collection[str]) -> str:

@@ -4,12 +4,11 @@ Knows: which repositories a run needs, the bar, the one that comes ahead. Refuse
 """
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 from tqdm import tqdm
 
 from modules.checkpoints.hub import Job, Prefetcher, Repository, check_space
-from modules.runtime import Console
+from modules.runtime import Console, counted
 
 
 def fetch_now(console: Console, job: Job) -> None:
@@ -22,14 +21,13 @@ def fetch_now(console: Console, job: Job) -> None:
 
 def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
     """Jobs that are fetched one after another, each said and shown when it begins."""
-    return Prefetcher(jobs, partial(_begin, console))
 
+    def begin(job: Job) -> tqdm:
+        size = sum(job.sizes.values())
+        console.timed(f"Downloading {job.name} ({counted(len(job.absent), 'file')}, {size / 1e9:.2f} GB)")
+        return console.download(job.name, size)
 
-def _begin(console: Console, job: Job) -> tqdm:
-    """Say that a download begins; the bar that shows how far it is."""
-    count = len(job.absent)
-    console.timed(f"Downloading {job.name} ({count} {'file' if count == 1 else 'files'}, {job.size / 1e9:.2f} GB)")
-    return console.download(job.name, job.size)
+    return Prefetcher(jobs, begin)
 
 
 def remove_downloads(

@@ -9,11 +9,11 @@ HF_HUB_OFFLINE and HF_ENDPOINT mean what they mean there.
 import errno
 import glob
 import shutil
-import threading
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +117,7 @@ class Repository:
         cache = scan_cache_dir(constants.HF_HUB_CACHE)
         for revision in (revision for repo in cache.repos for revision in repo.revisions):
             if revision.snapshot_path.resolve() == self.folder.resolve():
-                names = {file: _relative(file.file_path, revision.snapshot_path) for file in revision.files}
+                names = {file: file.file_path.relative_to(revision.snapshot_path).as_posix() for file in revision.files}
                 ours = [file for file, name in names.items() if name in self.fetched]
                 all_ours = len(ours) == len(names)
                 (cache.delete_revisions(revision.commit_hash) if all_ours else cache.delete_files(*ours)).execute()
@@ -167,7 +167,9 @@ def _cached_sizes(repo: str, folder: Path) -> dict[str, int]:
     try:
         return {file.path: file.size for file in get_cached_repo_tree(repo, revision=folder.name)}
     except errors.CachedRepoTreeNotFoundError:
-        return {_relative(file, folder): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+        return {
+            file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()
+        }
 
 
 def reason(location: Location, error: BaseException) -> str:
@@ -194,10 +196,6 @@ def reason(location: Location, error: BaseException) -> str:
 
 def _is_of_the_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _DISK_ERRORS
-
-
-def _relative(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix()
 
 
 class _Cancelled(Exception):
@@ -238,11 +236,6 @@ class Job:
         hub = self.repository
         return {(hub.folder, file): hub.sizes.get(file, 0) for file in self.absent} if hub else {}
 
-    @property
-    def size(self) -> int:
-        """The same altogether."""
-        return sum(self.sizes.values())
-
 
 class Prefetcher:
     """Does jobs in their order in the background, never more than one ahead of the one that is in use."""
@@ -250,56 +243,52 @@ class Prefetcher:
     def __init__(self, jobs: Sequence[Job], begin: Callable[[Job], tqdm]) -> None:
         """begin: is called, in the caller's thread, when a job's download begins; returns a bar for its progress."""
         self._jobs, self._begin, self._bars = jobs, begin, ExitStack()
-        self._threads: dict[int, threading.Thread] = {}
-        self._failures: dict[int, Exception] = {}
+        self._downloads: dict[int, Future[None]] = {}
+        self._pool = ThreadPoolExecutor()
         self._over = False
-
-    def start(self, number: int) -> None:
-        """Begin a job, if there is such a one and it has anything to do."""
-        if number in self._threads or number >= len(self._jobs) or not self._jobs[number].absent:
-            return
-        bar = self._bars.enter_context(self._begin(self._jobs[number]))
-
-        def checked(count: int) -> None:
-            if self._over:
-                raise _Cancelled
-            bar.update(count)
-
-        self._threads[number] = threading.Thread(target=self._work, args=(number, checked), daemon=True)
-        self._threads[number].start()
 
     def wait(self, number: int) -> None:
         """Return when a job is done, the next one begun. Raises CheckpointError if a file can't be had.
 
         What has failed hours ago, when it was not needed yet, is tried once more.
         """
-        for _ in range(2 if number in self._threads else 1):
-            self.start(number)
-            if number in self._threads:
-                self._threads[number].join()
-                del self._threads[number]
-                self._bars.close()  # no other one is open
-            failure = self._failures.pop(number, None)
-            if failure is None:
-                self.start(number + 1)
-                return
-        raise failure
-
-    def _work(self, number: int, report: Report) -> None:
-        job = self._jobs[number]
+        came_ahead = number in self._downloads
         try:
-            if job.repository is not None:
-                job.repository.fetch(job.files, report)
-        except Exception as error:  # raised again by `wait`
-            self._failures[number] = error
+            self._finish(number)
+        except CheckpointError:
+            if not came_ahead:
+                raise
+            self._finish(number)
+        self._start(number + 1)
+
+    def _finish(self, number: int) -> None:
+        self._start(number)
+        if number in self._downloads:
+            futures.wait([self._downloads[number]])
+            self._bars.close()  # no other one is open
+            self._downloads.pop(number).result()
+
+    def _start(self, number: int) -> None:
+        """Begin a job, if there is such a one and it has anything to do."""
+        if number in self._downloads or number >= len(self._jobs) or not self._jobs[number].absent:
+            return
+        job = self._jobs[number]
+        bar = self._bars.enter_context(self._begin(job))
+
+        def checked(count: int) -> None:
+            if self._over:
+                raise _Cancelled
+            bar.update(count)
+
+        self._downloads[number] = self._pool.submit(job.repository.fetch, job.files, checked)
 
     def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over = True
-        for thread in self._threads.values():
-            thread.join(1.0)  # time to remove what is half done
+        futures.wait(self._downloads.values(), 1.0)  # time to remove what is half done
+        self._pool.shutdown(wait=False)
         self._bars.close()
 
 

@@ -6,6 +6,8 @@ Knows: what YAML calls things, how much of a value fits on a line. Refuses to kn
 import reprlib
 from typing import Any
 
+from modules.runtime import shortened
+
 
 class _Excerpt(reprlib.Repr):
     """The beginning of what `repr` would write, in a time that does not grow with the value: the aliases of a short
@@ -25,5 +27,4 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if value is None:
         return "nothing"
-    excerpt = _Excerpt().repr(value)
-    return excerpt if len(excerpt) <= 60 else excerpt[:57] + "..."
+    return shortened(_Excerpt().repr(value), 60, "start")

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationError, ValidationInfo, WrapValidator
 from pydantic_core import core_schema
 
@@ -25,7 +26,7 @@ DEMO_MODELS = ("cliche-base", "plain-prose", "apple-logic")  # what demo/make_mo
 
 Check = Callable[[Any], Any]  # the value to keep; raises what pydantic takes for an error
 
-_NUMBER = re.compile(r"[+-]?\d{1,20}[.,]?\d{0,20}(e[+-]?\d{1,3})?", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?\d{1,20}[.,]?\d{0,20}(e[+-]?\d{1,2})?", re.IGNORECASE)
 _BESIDE = 40  # characters by which the names are longer, at most, that stand beside an output while it is made
 
 
@@ -81,25 +82,15 @@ def _number_as_text(value: Any, whole: bool = False) -> str:
     """What to write in place of a number that YAML reads as text: 1e-3 has no point, 0,5 a comma, "0.5" quotes."""
     if not isinstance(value, str) or not _NUMBER.fullmatch(value.strip()):
         return ""
-    number, exponent, power = value.strip().lower().replace(",", ".").partition("e")
-    if whole:
-        meant = float(number + exponent + power)
-        return f"; YAML reads this as text: write {meant:.0f}" if meant.is_integer() else ""
-    if exponent:
-        number += "" if "." in number else ".0"
-        power = power if power.startswith(("+", "-")) else f"+{power}"
-    return f"; YAML reads this as text: write {number}{exponent}{power}"
-
-
-def _above_zero(value: float) -> float:
-    if value == 0.0:
-        raise ValueError("expected a number above 0 and up to 1")
-    return value
+    meant = float(value.replace(",", "."))
+    if whole and not meant.is_integer():
+        return ""
+    return f"; YAML reads this as text: write {f'{meant:.0f}' if whole else yaml.safe_dump(meant).split()[0]}"
 
 
 Boolean = Annotated[bool, Strict(), said(lambda value: "expected true or false")]
 _Ratio = Annotated[float, Strict(), Field(ge=0, le=1), _number("a number from 0 to 1")]
-Threshold = Annotated[_Ratio, AfterValidator(_above_zero)]
+Threshold = Annotated[float, Strict(), Field(gt=0, le=1), _number("a number above 0 and up to 1")]
 Percent = Annotated[float, Strict(), Field(ge=0, le=100), _number("a number from 0 to 100")]
 Weight = Annotated[float, Strict(), Field(ge=0, le=1e300), _number("a number of at least 0")]
 Count = Annotated[int, Strict(), Field(ge=0, lt=2**63), _whole_number(0)]
@@ -206,17 +197,13 @@ def _folder(text: str, info: ValidationInfo) -> str:
     return str(path)
 
 
-def _model(text: str) -> str:
-    """A folder or an id of the hub. Whether the hub has it can't be known here."""
-    return _model_named(text, parse_location)
-
-
 def _candidate(text: str, info: ValidationInfo) -> str:
     """A model, an adapter, or both joined by a plus."""
     return _any_path(text) if info.context else _model_named(text, parse_source)
 
 
 def _model_named(text: str, parse: Callable[[str], object]) -> str:
+    """A folder or an id of the hub. Whether the hub has it can't be known here."""
     path = _path(text)
     if parse(text) is None:
         of_demo = path.parts[:2] == ("demo", "models") and path.name in DEMO_MODELS
@@ -243,6 +230,6 @@ def _output(text: str) -> str:
 AnyPath = Annotated[Text, AfterValidator(_any_path)]
 Paths = Annotated[tuple[AnyPath, ...], BeforeValidator(listed)]
 Folder = Annotated[Text, AfterValidator(_folder)]
-Model = Annotated[Text, AfterValidator(_model)]
+Model = Annotated[Text, AfterValidator(lambda text: _model_named(text, parse_location))]
 Candidates = Annotated[tuple[Annotated[Text, AfterValidator(_candidate)], ...], BeforeValidator(listed)]
 Output = Annotated[Text, AfterValidator(_output)]

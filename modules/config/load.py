@@ -18,7 +18,7 @@ from modules.config.findings import Finding, findings_in
 from modules.config.phrase_lists import MOST_PAIRS, PhraseLists, count_pairs
 from modules.config.schema import CONFIG_KEYS, Config, Settings
 from modules.config.yaml_file import YamlFile, read_yaml
-from modules.runtime import ConfigError
+from modules.runtime import ConfigError, counted
 
 _MOST_ERRORS = 50  # of a file that are told one by one
 _PHRASES = ("bad_phrases", "good_phrases")
@@ -50,10 +50,9 @@ def load_config(
         found.append(Finding(main, ("bad_phrases, good_phrases",), "both are empty; there is nothing to score"))
     found += [] if mapping else _missing_for_a_merge(main)
     if found:
-        noun = "error" if len(found) == 1 else "errors"
         more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
         lines = [f"  {line}" for line in [*found[:_MOST_ERRORS], *more]]
-        raise ConfigError(f"{path} has {len(found)} {noun}:", *lines)
+        raise ConfigError(f"{path} has {counted(len(found), 'error')}:", *lines)
     bad, good = (sum((getattr(part, key) for part in (settings, *lists)), ()) for key in _PHRASES)
     return Config(**{**vars(settings), "bad_phrases": bad, "good_phrases": good}, text=main.text)
 

@@ -64,8 +64,6 @@ class Phrase:
     """One or more beginnings, each a text or a {context: ..., weight: ...} with a weight of its own."""
 
 
-PHRASE_KEYS = tuple(field.name for field in fields(Phrase))
-
 _PHRASES = TypeAdapter(Annotated[tuple[Annotated[Phrase, keys_of(Phrase)], ...], BeforeValidator(listed)])
 
 

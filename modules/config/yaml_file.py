@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from modules.runtime import ConfigError
+from modules.runtime import ConfigError, first_line
 
 _LARGEST = 100_000_000  # bytes of a YAML file; what has more is none, and may have no end (/dev/zero)
 _MOST_VALUES = 2_000_000  # in a YAML file: many times as many lists can stand in a short one that refers to itself
@@ -65,8 +65,7 @@ def read_yaml(path: Path, if_absent: str, name: str = "") -> YamlFile:
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
         raise ConfigError(f"{path}: not valid YAML at {where}: {error.problem or error.context}.") from None
     except Exception as error:  # whatever the library makes of a value that its tag does not fit
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
+        raise ConfigError(f"{path}: not valid YAML: {first_line(error)}") from None
 
 
 def _text_of(path: Path, if_absent: str) -> str:

@@ -24,7 +24,7 @@ def input_paths(config: Config) -> list[Path]:
     directories = config.directories
     written = [_real(path) for path in written_paths(Path(directories.output_directory))]
     sources = [parse_source(text) for text in config.models_to_merge]
-    places = [parse_location(directories.model_path1), *(part for s in sources if s for part in (s.model, s.adapter))]
+    places = [parse_location(directories.model_path1), *(place for s in sources if s for place in s.places)]
     folders = [place.folder for place in places if place and place.folder]
     if directories.model_directory and not config.models_to_merge and os.path.isdir(directories.model_directory):
         within = [path for path in Path(directories.model_directory).iterdir() if path.is_dir()]

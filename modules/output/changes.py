@@ -5,7 +5,7 @@ Knows: which settings can change a result. Refuses to know: how a run goes on.
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,12 @@ def _meaning(run: Run, same: Collection[str], base: Checkpoint | None) -> dict[s
     directories = Directories(given.model_path1, given.output_directory, all_in)
     candidates, _ = candidate_sources(Config(directories, models_to_merge=tuple(texts[1:])))
     base_source = parse_source(texts[0])
-    told["directories"] = base_source and _identity(base_source.model, base_source.adapter)
-    told["models_to_merge"] = [_identity(source.model, source.adapter) for source in candidates]
+    told["directories"] = base_source and _identity(base_source.places)
+    told["models_to_merge"] = [_identity(source.places) for source in candidates]
     if settings.strategy != "quantitive":
         del told["strategy_threshold"]
-    device = run.device or _device_meant(settings.device)
+    named = settings.device
+    device = run.device or (resolve_device(named).type if named == "auto" else named.partition(":")[0])
     if "device" not in same:
         told["device"] = device
     if "dtype" not in same and base is not None:
@@ -105,16 +106,8 @@ def _found_from(folder: str, text: str) -> str:
     return path if os.path.isdir(path) else text
 
 
-def _identity(*places: Location | None) -> list[str]:
-    return [
-        str(place.folder.resolve()) if place.folder else f"{place.repo}@{place.revision or 'main'}"
-        for place in places
-        if place
-    ]
-
-
-def _device_meant(name: str) -> str:
-    return resolve_device(name).type if name == "auto" else name.partition(":")[0]
+def _identity(places: Sequence[Location]) -> list[str]:
+    return [str(one.folder.resolve()) if one.folder else f"{one.repo}@{one.revision or 'main'}" for one in places]
 
 
 def _dtype_meant(name: str, base: Checkpoint, device: str) -> list[str]:

@@ -9,51 +9,38 @@ from modules.output.recipe import Recipe
 from modules.runtime import columns, fit, percent, row
 from modules.search import Shares
 
-# The widest that a column gets; of a longer text the end is shown.
-NAME_WIDTH, COMPOSITION_WIDTH, METHODS_WIDTH, OTHER_WIDTH = 32, 56, 20, 16
+COMPOSITION_WIDTH, _OTHER_WIDTH = 56, 16  # the widest that a column gets; of a longer text the end is shown
+_WIDTHS = {"Output": 32, "Composition": COMPOSITION_WIDTH, "Methods": 20}
 _MODEL_WIDTH = 20  # of a model's name within a composition
-
-_COLUMNS = {
-    "Output": NAME_WIDTH,
-    "Total before": OTHER_WIDTH,
-    "Total after": OTHER_WIDTH,
-    "Improved": OTHER_WIDTH,
-    "Composition": COMPOSITION_WIDTH,
-    "Taken": OTHER_WIDTH,
-    "Methods": METHODS_WIDTH,
-    "Strategy": OTHER_WIDTH,
-    "Search": OTHER_WIDTH,
-    "Overall": OTHER_WIDTH,
-}
 _NOTE = "Total: bad - good, lower is better - Improved: phrases - Taken: candidates of which something was accepted"
 
 
 def comparison(recipes: Mapping[str, Recipe]) -> list[str]:
     """A table of outputs, one row each, and which totals may be compared. recipes: by the output's name."""
-    rows = [list(_COLUMNS), *(_cells(name, recipe) for name, recipe in recipes.items())]
-    by_column = zip(*rows, strict=True)
-    widths = [min(most, max(map(columns, cells))) for most, cells in zip(_COLUMNS.values(), by_column, strict=True)]
+    outputs = [_row(name, recipe) for name, recipe in recipes.items()]
+    rows = [list(outputs[0]), *(list(cells.values()) for cells in outputs)]
+    widths = [min(_WIDTHS.get(cells[0], _OTHER_WIDTH), max(map(columns, cells))) for cells in zip(*rows, strict=True)]
     header, *body = [row(cells, widths) for cells in rows]
     rule = "-" * len(header)
     return [rule, header, rule, *body, rule, _NOTE, *_about_totals(recipes)]
 
 
-def _cells(name: str, recipe: Recipe) -> list[str]:
-    """One row, in the order of the columns."""
+def _row(name: str, recipe: Recipe) -> dict[str, str]:
+    """What is said of an output, by column."""
     settings, seconds = recipe.settings, recipe.seconds
     threshold = f" {settings.strategy_threshold:g}" if settings.strategy == "quantitive" else ""
-    return [
-        name,
-        percent(recipe.total.before),
-        percent(recipe.total.after),
-        f"{recipe.improved} of {len(recipe.phrases)}",
-        _short(recipe.composition),
-        f"{len(recipe.needed_sources) - 1} of {len(recipe.sources) - 1}",
-        ", ".join(settings.merge_method),
-        settings.strategy + threshold,
-        f"{seconds.get('search', 0):.1f} s",
-        f"{sum(map(float, seconds.values())):.1f} s",
-    ]
+    return {
+        "Output": name,
+        "Total before": percent(recipe.total.before),
+        "Total after": percent(recipe.total.after),
+        "Improved": f"{recipe.improved} of {len(recipe.phrases)}",
+        "Composition": _short(recipe.composition),
+        "Taken": f"{len(recipe.needed_sources) - 1} of {len(recipe.sources) - 1}",
+        "Methods": ", ".join(settings.merge_method),
+        "Strategy": settings.strategy + threshold,
+        "Search": f"{seconds.get('search', 0):.1f} s",
+        "Overall": f"{sum(map(float, seconds.values())):.1f} s",
+    }
 
 
 def _short(shares: Shares) -> str:

@@ -67,10 +67,9 @@ class Lock:
 
 def _is_open_file(path: Path, file: BinaryIO) -> bool:
     try:
-        found, opened = path.stat(), os.fstat(file.fileno())
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
-    return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def _lock(file: BinaryIO) -> bool:

@@ -105,13 +105,12 @@ def unfinished_output(place: Place, resume: bool, restart: bool) -> Iterator[Unf
     except OSError as error:
         raise ConfigError(place.refusal(error)) from None
     with closing(Journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
-        if journal.of_kind("decision") and not resume and not restart:
-            count = len(journal.of_kind("decision"))
+        if journal.decisions and not resume:
             raise ConfigError(
-                f"{folder} has {count} decisions of a run that did not finish: add --resume to go on from there, or "
-                "--restart to begin again"
+                f"{folder} has {journal.decisions} decisions of a run that did not finish: add --resume to go on from "
+                "there, or --restart to begin again"
             )
-        if restart or not journal.of_kind("decision"):
+        if not journal.decisions:
             journal.clear()
         place.mark()
         unfinished = Unfinished(place, journal)
@@ -119,7 +118,7 @@ def unfinished_output(place: Place, resume: bool, restart: bool) -> Iterator[Unf
         try:
             yield unfinished
         except BaseException:
-            if not journal.of_kind("decision"):
+            if not journal.decisions:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -150,7 +149,7 @@ def what_stands(output: Path, earlier: Stamp) -> str:
     earlier: the output's stamp before the run.
     """
     places = _places(output)
-    half = [path for place in places for path in place.parts() if path.is_dir() and path.name.startswith(".")]
+    half = [path for place in places for path in place.parts if path.is_dir() and path.name.startswith(".")]
     kept = [place.partial for place in places if (place.partial / JOURNAL_FILE).is_file()]
     if half and (len(half) > 1 or not holds_output(output)):
         text = f"The output is in {' and '.join(map(str, half))}: the next command for {output} puts it into its place."

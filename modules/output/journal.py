@@ -48,9 +48,10 @@ class Journal:
             self._file.close()
             raise
 
-    def of_kind(self, kind: str) -> list[Line]:
-        """The records of one kind, in their order."""
-        return [record for record in self.records if record["kind"] == kind]
+    @property
+    def decisions(self) -> int:
+        """How many of the records are decisions."""
+        return sum(record["kind"] == "decision" for record in self.records)
 
     def append(self, kind: str, **fields: Any) -> None:
         """Add a record; it is on the disk when this returns. Raises OSError if it can't be written."""

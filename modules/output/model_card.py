@@ -7,18 +7,19 @@ be, how pictures are drawn, the network.
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCardData
 
-from modules.checkpoints import is_licence, is_there, local_files
+from modules.checkpoints import is_licence, local_files
 from modules.config import names_folder, repositories_in
 from modules.output.places import SETTINGS_FILE
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Source
-from modules.runtime import CheckpointError, percent, shortened, visible
+from modules.runtime import counted, percent, shortened, visible
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
@@ -34,7 +35,6 @@ class Licence:
 
     files: tuple[str, ...] = ()  # its texts, by the names that they have in the output too
     stated: tuple[str, ...] = ()  # in the front matter of the base's card
-    unread: bool = False  # whether there is a card that could not be read
 
 
 def write_card(folder: Path, recipe: Recipe, name: str, base_path: Path, pictures: tuple[str, str]) -> None:
@@ -78,14 +78,10 @@ def model_card(recipe: Recipe, name: str, licence: Licence, pictures: Sequence[s
 def licence_of(base: Path, folder: Path) -> Licence:
     """What there is about the licence of a base; folder: to which its files were copied."""
     files = tuple(file for file in local_files(folder) if is_licence(file))
-    try:
-        if is_there(base / CARD_FILE):
+    with suppress(OSError, ValueError):  # what can't be read, or is no text, states nothing here
+        if (base / CARD_FILE).is_file():
             with (base / CARD_FILE).open(encoding="utf-8-sig") as card:
                 return Licence(files, _stated_in(card.read(_LARGEST_CARD)))
-    except ValueError:  # it is not text
-        pass
-    except (OSError, CheckpointError):
-        return Licence(files, unread=True)
     return Licence(files)
 
 
@@ -118,8 +114,8 @@ def _front_matter(recipe: Recipe) -> str:
 
 def _introduction(recipe: Recipe) -> str:
     settings, base = recipe.settings, recipe.sources[0]
-    taken, candidates = len(recipe.needed_sources) - 1, _counted(len(recipe.sources) - 1, "candidate")
-    improved, phrases = recipe.improved, _counted(len(recipe.phrases), "phrase")
+    taken, candidates = len(recipe.needed_sources) - 1, counted(len(recipe.sources) - 1, "candidate")
+    improved, phrases = recipe.improved, counted(len(recipe.phrases), "phrase")
     before, after = percent(recipe.total.before), percent(recipe.total.after)
     return (
         f"A merge of {taken} of {candidates} into {_named(base)}, made layer by layer with Merge Monster "
@@ -174,11 +170,10 @@ def _changed_most(phrases: Sequence[Phrase]) -> list[Phrase]:
 
 
 def _about_licence(recipe: Recipe, licence: Licence) -> str:
-    lines = [f"The base is {place}; its licence is stated there." for place in _links(recipe.sources[0].where)]
+    repositories = repositories_in(recipe.sources[0].where)
+    lines = [f"The base is {_link(repo)}; its licence is stated there." for repo, _ in repositories]
     if licence.stated:
         lines.append(f"The base's card states its licence as {_excerpt(', '.join(licence.stated))}.")
-    if licence.unread:
-        lines.append("The base's card, which may state one, could not be read.")
     if licence.files:
         lines.append(f"The base's licence files lie beside this page: {', '.join(map(_plain, licence.files))}.")
     lines.append("Merge Monster states no licence for this model: look at those of all models in the composition.")
@@ -203,21 +198,21 @@ def _rebuilding(recipe: Recipe) -> str:
 
 def _named(source: Source) -> str:
     """A model within a sentence: links, if all of it is on the hub."""
-    return _plain(source.name) if names_folder(source.where) else " with ".join(_links(source.where))
+    return (
+        _plain(source.name)
+        if names_folder(source.where)
+        else " with ".join(_link(repo) for repo, _ in repositories_in(source.where))
+    )
 
 
 def _origin(where: str) -> str:
     """Where a model comes from; of a folder no more than that it is one, since its path is nobody's business."""
-    places = [f"{link} at `{commit}`" for link, (_, commit) in zip(_links(where), repositories_in(where), strict=True)]
+    places = [f"{_link(repo)} at `{commit}`" for repo, commit in repositories_in(where)]
     return " and ".join([*places, "a local folder"] if names_folder(where) else places)
 
 
-def _links(where: str) -> list[str]:
-    return [f"[{_plain(repo)}](https://huggingface.co/{repo})" for repo, _ in repositories_in(where)]
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
+def _link(repo: str) -> str:
+    return f"[{_plain(repo)}](https://huggingface.co/{repo})"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -239,19 +234,10 @@ def _excerpt(text: str) -> str:
     return _plain(shortened(text, MOST_COLUMNS))
 
 
-_LINE_END = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
-_JOINERS = "\u200c\u200d"  # invisible, but part of the spelling in many languages
 # What means something in Markdown. A backslash, where it escapes itself, may begin a formula on the hub.
 _MARKS = str.maketrans({"\\": "&#92;", **{mark: f"\\{mark}" for mark in "`*_[]<>|~&$#"}})
 
 
 def _plain(text: str) -> str:
-    """Markdown that shows a text as it is, on one line and within one cell of a table."""
-    marked = _LINE_END.sub("\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", text)
-    return "".join(_visible(character) for character in marked).translate(_MARKS).strip()
-
-
-def _visible(character: str) -> str:
-    if character.isprintable() or character in _JOINERS:
-        return character
-    return " " if character.isspace() else "?"
+    """Markdown that shows a text on one line and within one cell of a table; what can't be seen is escaped."""
+    return visible(text).translate(_MARKS).strip()

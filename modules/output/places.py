@@ -25,7 +25,7 @@ import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -40,7 +40,7 @@ _ABOUT_IT = (
     "with --restart.\n"
 )
 _OWN = "-merge-monster"  # at the end of every hidden name
-_OF_THE_DISK = ("lost+found",)  # what a fresh volume has
+_OF_THE_DISK = "lost+found"  # what a fresh volume has
 
 
 class Place(ABC):
@@ -48,15 +48,16 @@ class Place(ABC):
 
     partial: Path  # where the output is written until it is complete
     before: Path  # what stood there, while the new output takes its place
-    folder: Path  # of these names
+    parts: list[Path]  # that hold, or held, the old output or the new one while it takes its place
 
-    def __init__(self, output: Path) -> None:
-        """output: a resolved path."""
-        self.output = output
+    def __init__(self, output: Path, folder: Path, prefix: str) -> None:
+        """output: a resolved path. folder: of the hidden names. prefix: with which each of these begins."""
+        self.output, self.folder, self._prefix = output, folder, prefix
+        self.before = self.hidden("before")
 
-    @abstractmethod
     def hidden(self, what: str) -> Path:
         """A name for something of ours."""
+        return self.folder / f"{self._prefix}{what}{_OWN}"
 
     @abstractmethod
     def take(self) -> None:
@@ -64,25 +65,17 @@ class Place(ABC):
 
     @abstractmethod
     def recover(self) -> None:
-        """Finish, or take back, a `take` that did not come to its end. Nothing is deleted but what is empty.
+        """Finish, or take back, a `take` that did not come to its end, if there is one. Nothing is deleted but what is
+        empty.
 
         Raises ConfigError, naming what lies where, if something else has come to be in the output's place; OSError.
         """
-
-    @abstractmethod
-    def parts(self) -> list[Path]:
-        """The folders that hold, or held, the old output or the new one while it takes its place."""
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether a run may have been killed while its output took its place."""
-        return self.before.is_dir() or (self.output / UNFINISHED).is_file()
 
     def contents(self) -> list[Path]:
         """What is in the output's folder, but for what is ours and what belongs to the disk."""
         if not self.output.is_dir():
             return []
-        return sorted(path for path in self.output.iterdir() if not _is_hidden(path) and path.name not in _OF_THE_DISK)
+        return sorted({*self.output.iterdir()} - {*self.output.glob(f".*{_OWN}"), self.output / _OF_THE_DISK})
 
     def mark(self) -> None:
         """Mark the folder in which the output is written as such. Raises OSError."""
@@ -93,14 +86,20 @@ class Place(ABC):
 
         Under another name first: from then on it is nobody's output.
         """
-        lines = []
-        if self.before.is_dir():
-            names = (self.hidden(f"old-{number}") for number in range(1, 10_000))
-            lines += _unless_possible(self.before, lambda: self.before.rename(next(n for n in names if not n.exists())))
-        pattern = re.escape(self.hidden("@").name).replace("@", r"(old-\d+|try-\w+)")
+        lines, old = [], [self.before] if self.before.is_dir() else []
+        pattern = rf"{re.escape(self._prefix)}(old-\d+|try-\w+){_OWN}"
         with suppress(OSError):  # if they can't be listed now, the next run removes them
-            for folder in sorted(path for path in self.folder.iterdir() if re.fullmatch(pattern, path.name)):
-                lines += _unless_possible(folder, lambda folder=folder: shutil.rmtree(folder))
+            old += sorted(path for path in self.folder.iterdir() if re.fullmatch(pattern, path.name))
+        names = (name for number in range(1, 10_000) if not (name := self.hidden(f"old-{number}")).exists())
+        for folder in old:
+            try:
+                folder = folder.rename(next(names)) if folder == self.before else folder
+                shutil.rmtree(folder)
+            except OSError as error:
+                reason = error.strerror or error
+                lines.append(
+                    f"{folder} is left of an earlier output and can't be removed ({reason}); delete it by hand"
+                )
         return lines
 
     def lacks(self) -> list[str]:
@@ -125,7 +124,7 @@ class Place(ABC):
 
     def trial(self, folder: Path) -> Path:
         """Make a folder of ours in another one, to try something. `discard` removes those that were left."""
-        return Path(tempfile.mkdtemp(prefix=self.hidden("try-").name.removesuffix(_OWN), suffix=_OWN, dir=folder))
+        return Path(tempfile.mkdtemp(prefix=f"{self._prefix}try-", suffix=_OWN, dir=folder))
 
     @property
     def nearest(self) -> Path:
@@ -143,14 +142,10 @@ class Place(ABC):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = Lock(self.hidden("lock"))
-        except BlockingIOError:
-            if needed:
-                raise ConfigError(
-                    f"{self.output}: another run is writing here; wait for it, or name another output"
-                ) from None
         except OSError as error:
             if needed:
-                raise ConfigError(self.refusal(error)) from None
+                taken = f"{self.output}: another run is writing here; wait for it, or name another output"
+                raise ConfigError(taken if isinstance(error, BlockingIOError) else self.refusal(error)) from None
         try:
             yield lock is not None
         finally:
@@ -166,11 +161,10 @@ class Place(ABC):
         delete: remove what stood there before. Only while `locked`. Raises ConfigError if it can't be put right.
         """
         try:
-            if self.is_broken:
-                self.recover()
+            self.recover()
             return self.discard() if delete and self.folder.is_dir() else []
         except OSError as error:
-            parts = ", ".join(str(path) for path in self.parts() if path.exists())
+            parts = ", ".join(str(path) for path in self.parts if path.exists())
             raise ConfigError(
                 f"a run was killed while its output took its place at {self.output}, and that can't be finished "
                 f"({error.filename}: {error.strerror}); there is {parts}. Once that is mended, this command finishes it"
@@ -188,18 +182,9 @@ class Beside(Place):
     """The usual case: the output is a folder that can be renamed."""
 
     def __init__(self, output: Path) -> None:
-        super().__init__(output)
-        self.folder = output.parent
+        super().__init__(output, output.parent, f".{output.name}.")
         self.partial = partial_of(output)
-        self.before = self.hidden("before")
-
-    def hidden(self, what: str) -> Path:
-        """Beside the output."""
-        return self.output.with_name(f".{self.output.name}.{what}{_OWN}")
-
-    def parts(self) -> list[Path]:
-        """See Place."""
-        return [self.output, self.before, self.partial]
+        self.parts = [output, self.before, self.partial]
 
     def take(self) -> None:
         """See Place."""
@@ -233,17 +218,9 @@ class Inside(Place):
     """The output is a folder that can't be renamed: a mount point, or one whose parent can't be written."""
 
     def __init__(self, output: Path) -> None:
-        super().__init__(output)
-        self.folder = output
-        self.partial, self.before, self.new = self.hidden("partial"), self.hidden("before"), self.hidden("new")
-
-    def hidden(self, what: str) -> Path:
-        """In the output."""
-        return self.output / f".{what}{_OWN}"
-
-    def parts(self) -> list[Path]:
-        """See Place."""
-        return [self.output, self.before, self.new, self.partial]
+        super().__init__(output, output, ".")
+        self.partial, self.new = self.hidden("partial"), self.hidden("new")
+        self.parts = [output, self.before, self.new, self.partial]
 
     def take(self) -> None:
         """See Place."""
@@ -261,12 +238,7 @@ class Inside(Place):
         elif self.before.is_dir() and self.partial.is_dir():
             _move(self.before.iterdir(), self.output)
             self.before.rmdir()
-        sync(self.output)
-
-    @property
-    def is_broken(self) -> bool:
-        """See Place."""
-        return self.before.is_dir() or self.new.is_dir()
+            sync(self.output)
 
     def _move_in(self) -> None:
         _move((path for path in self.new.iterdir() if path.name != UNFINISHED), self.output)
@@ -280,7 +252,7 @@ def place_of(output: Path) -> Place:
     """The place of an output, by what its file system allows and where an earlier run has left something."""
     output = output.resolve()
     beside, inside = Beside(output), Inside(output)
-    if any(path.is_dir() for path in (inside.partial, inside.before, inside.new)) or os.path.ismount(output):
+    if any(path.is_dir() for path in inside.parts[1:]) or os.path.ismount(output):
         return inside
     if beside.before.is_dir() or not output.is_dir() or (inside.contents() and not holds_output(output)):
         return beside
@@ -306,10 +278,6 @@ def holds_output(folder: Path) -> bool:
     return (folder / SETTINGS_FILE).is_file()
 
 
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(_OWN)
-
-
 def _move(paths: Iterable[Path], folder: Path) -> None:
     """Move files and folders into another folder. Raises FileExistsError before it would replace anything."""
     for path in sorted(paths):
@@ -317,13 +285,3 @@ def _move(paths: Iterable[Path], folder: Path) -> None:
         if target.exists() or target.is_symlink():
             raise FileExistsError(errno.EEXIST, "is in the way", str(target))
         path.rename(target)
-
-
-def _unless_possible(folder: Path, work: Callable[[], object]) -> list[str]:
-    """Do what removes a folder, or say that it can't be done."""
-    try:
-        work()
-    except OSError as error:
-        reason = error.strerror or error
-        return [f"{folder} is left of an earlier output and can't be removed ({reason}); delete it by hand"]
-    return []

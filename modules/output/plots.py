@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from modules.output.recipe import Recipe
 from modules.output.records import Phrase
 from modules.runtime import columns, one_line, shortened
-from modules.search import Decision, Merge, mean_shares, shares_of
+from modules.search import Decision, Merge, shares_of
 
 MERGE_MAP_FILE = "merge_map.png"
 PHRASE_CHART_FILE = "phrase_chart.png"
@@ -44,6 +44,8 @@ STYLE: list[str | dict[str, Any]] = [
     {
         "font.family": ["DejaVu Sans", *(font for font in _MORE_FONTS if font in fontManager.get_font_names())],
         "font.size": 9,
+        "figure.dpi": DPI,
+        "figure.constrained_layout.use": True,
         "figure.titlesize": 11,
         "figure.labelsize": 9,
         "axes.titlesize": 9,
@@ -98,11 +100,11 @@ def merge_map_figure(recipe: Recipe) -> Figure:
     more = len(models) - 1 > len(COLOURS)
     palette = colormaps["turbo"].resampled(len(models) - 1).colors if more else COLOURS
     colours = dict(zip(models, [BASE_COLOUR, *palette], strict=False))
-    shares = {model: percent(share) for model, share in mean_shares(parts).items()}
-    labels = [f"{n or 'base'}: {_name(model)} ({shares.get(model, '0%')})" for n, model in enumerate(models)]
+    shares = [percent(recipe.composition.get(model, 0)) for model in models]
+    labels = [f"{n or 'base'}: {_name(model)} ({shares[n]})" for n, model in enumerate(models)]
     width = min(max(2.0 + _COLUMN * len(parts), _NARROWEST), _WIDEST)
     side_by_side = max(1, int(width * _SMALL_LETTERS / (5 + max(map(columns, labels)))))
-    figure = new_figure(width, 6.2 + 0.2 * len(models) / side_by_side)
+    figure = Figure(figsize=(width, 6.2 + 0.2 * len(models) / side_by_side))
     figure.suptitle(_title("Merge map", models, width))
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])
     _draw_shares(upper, dict(zip(labels, colours.items(), strict=True)), parts, width)
@@ -120,7 +122,7 @@ def phrase_chart_figure(recipe: Recipe) -> Figure:
     title = _title("Phrases before and after", names_of_sources(recipe), _CHART_WIDTH)
     if rows < len(pairs):
         title += f"\nof {len(pairs)} pairs, the {_MOST_CHANGED} of each kind that changed the most"
-    figure = new_figure(_CHART_WIDTH, 1.5 + 0.2 * rows + 0.5 * len(groups))
+    figure = Figure(figsize=(_CHART_WIDTH, 1.5 + 0.2 * rows + 0.5 * len(groups)))
     figure.suptitle(title)
     if not groups:
         return figure
@@ -134,11 +136,6 @@ def phrase_chart_figure(recipe: Recipe) -> Figure:
     figure.supylabel("Context [phrase]")
     figure.legend(handles=_pair_handles(), loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, drawn without a display."""
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 @drawing()
@@ -165,11 +162,10 @@ def parts_of(base: str, decisions: Iterable[Decision]) -> list[list[Merge]]:
 
 def shown_pairs(pairs: Sequence[Phrase], kind: str) -> list[Phrase]:
     """A kind's pairs that a phrase chart shows, the most improved first; of many, those that changed the most."""
-    shown = sorted((pair for pair in pairs if pair.kind == kind), key=_gain, reverse=True)
+    shown = [pair for pair in pairs if pair.kind == kind]
     if len(pairs) > _MOST_PAIRS:
-        changed = sorted(shown, key=lambda pair: -abs(_gain(pair)))[:_MOST_CHANGED]
-        return sorted(changed, key=_gain, reverse=True)
-    return shown
+        shown = sorted(shown, key=lambda pair: -abs(_gain(pair)))[:_MOST_CHANGED]
+    return sorted(shown, key=_gain, reverse=True)
 
 
 def percent(value: float, _: Any = None) -> str:

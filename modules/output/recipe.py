@@ -94,28 +94,15 @@ _NONE = f"not a recipe; it is the {RECIPE_FILE} of an output"
 
 
 def _refusal(error: ValidationError) -> str:
-    """What pydantic found in a recipe, in words: it is none, or of another format, or the first damage."""
-    found = error.errors(include_url=False)
-    words = [_damage(item["loc"], item["type"] == "missing", item["msg"]) for item in found]
-    if None in words:
+    """What pydantic found first in a recipe, in words: it is none, or of another format, or damaged."""
+    first = error.errors(include_url=False)[0]
+    place, words = first["loc"], first["msg"].removeprefix("Value error, ")
+    if place == ("format",) and first["type"] != "missing":
+        return f"a recipe of format {first['input']}, this program reads format {FORMAT}"
+    if len(place) < 2 and first["type"] != "value_error":
         return _NONE
-    if words[0] == "format":
-        return f"a recipe of format {found[0]['input']}, this program reads format {FORMAT}"
-    return f"damaged, {words[0]}; take the {RECIPE_FILE} of the output once more"
-
-
-def _damage(place: tuple[int | str, ...], missing: bool, message: str) -> str | None:
-    """Words for what is wrong at a place; None if what is there is no recipe's."""
-    match place:
-        case () if message.startswith("Value error, "):
-            return message.removeprefix("Value error, ")
-        case ("format",) if not missing:
-            return "format"
-        case ("sources" | "decisions" | "phrases" as part, int(number), *_):
-            return f"its {part[:-1]} {number + 1} is none"
-        case (part, *rest) if rest or part == "config" or (part == "dtype" and not missing):
-            return f"its {part} {'are' if part.endswith('s') else 'is'} none"
-    return None
+    what = ": ".join(filter(None, [".".join(map(str, place)), words]))
+    return f"damaged ({what}); take the {RECIPE_FILE} of the output once more"
 
 
 def is_finished(config: Config, output: Path) -> bool:

@@ -45,8 +45,9 @@ def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, nam
     if decision.ratio is None:
         outcome = f"RETAINED - {decision.after:.5f}"
     else:
-        change = _relative_change(decision.before, decision.after)
-        outcome = f"CHANGED - {decision.before:.5f} > {decision.after:.5f} - {change}"
+        before, after = decision.before, decision.after
+        change = f"{abs(after - before) / abs(before) * 100:.1f}%" if before else "n/a"
+        outcome = f"CHANGED - {before:.5f} > {after:.5f} - {change}"
     return [str([[share, model] for share, model in merges]), f"{_part(decision, layers)} - {outcome}{method}"]
 
 
@@ -57,11 +58,6 @@ def standing(turn: str, decision: Decision, layers: int, accepted: int) -> str:
 
 def _part(decision: Decision, layers: int) -> str:
     return "Header" if decision.layer is None else f"Layer {decision.layer + 1}/{layers}"
-
-
-def _relative_change(before: float, after: float) -> str:
-    """How far a total moved, as a percentage of its old magnitude."""
-    return f"{abs(after - before) / abs(before) * 100:.1f}%" if before else "n/a"
 
 
 class _PairRow(NamedTuple):

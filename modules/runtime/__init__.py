@@ -26,6 +26,7 @@ from modules.runtime.text import (
     RAW_WIDTH,
     USED_WIDTH,
     columns,
+    counted,
     fit,
     one_line,
     percent,

@@ -11,8 +11,8 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -107,37 +107,29 @@ def show(text: str | None, stream: TextIO) -> OSError | ValueError | None:
     return None
 
 
-class Progress:
+class Progress(tqdm):
     """How far a run is, and about how long the rest will take: as long as its steps take at the speed so far."""
-
-    def __init__(self, bar: tqdm) -> None:
-        """bar: shows it. Its steps are in any unit that is proportional to time."""
-        self._bar = bar
-
-    def update(self, steps: float = 1) -> None:
-        """So many steps more are done."""
-        self._bar.update(steps)
 
     def skip(self, steps: float) -> None:
         """Before any others: so many steps that say nothing of the speed to come. The clock begins after them."""
-        self._bar.initial = self._bar.n = self._bar.n + steps
-        self._bar.unpause()
-        self._bar.refresh()
+        self.initial = self.n = self.n + steps
+        self.unpause()
+        self.refresh()
 
     def left(self, steps: float) -> None:
         """So many steps are left, whatever was expected."""
-        self._bar.total = self._bar.n + steps
-        self._bar.refresh()
+        self.total = self.n + steps
+        self.refresh()
 
     def tell(self, state: str) -> None:
         """What is shown beside the bar from now on."""
-        self._bar.set_postfix_str(state)
+        self.set_postfix_str(state)
 
 
 class Console:
     """Prints lines above the progress bar and appends each to the log at once, so that a crash loses nothing."""
 
-    def __init__(self, name: str, folder: Path = LOGS, quiet: bool = False) -> None:
+    def __init__(self, name: str, quiet: bool = False) -> None:
         """Open logs/<name>-YYYYmmdd_HHMMSS.txt. Raises ConfigError if it can't be written.
 
         quiet: only warnings, errors and the last line are seen; the log has everything all the same.
@@ -146,11 +138,11 @@ class Console:
         # https://no-color.org: any value but an empty one
         self._in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         try:
-            folder.mkdir(exist_ok=True)
-            self.log_path, self._log = _new_log(folder, f"{name}-{datetime.now():%Y%m%d_%H%M%S}")
+            LOGS.mkdir(exist_ok=True)
+            self.log_path, self._log = _new_log(f"{name}-{datetime.now():%Y%m%d_%H%M%S}")
         except OSError as error:
             raise ConfigError(
-                f"the log can't be written to {folder}{os.sep} ({error.strerror}); start the program in a folder where "
+                f"the log can't be written to {LOGS}{os.sep} ({error.strerror}); start the program in a folder where "
                 "it can"
             ) from None
 
@@ -205,15 +197,13 @@ class Console:
         self._show(timed)
         self._record(timed)
 
-    @contextmanager
-    def progress(self, steps: float) -> Iterator[Progress]:
+    def progress(self, steps: float) -> Progress:
         """One bar for the whole run, on a terminal only; `steps` are in any unit that is proportional to time."""
         layout = "{percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go{postfix}"
         # smoothing: the speed is that of all steps. Of the last ones alone it would jump with every candidate.
-        with tqdm(
+        return Progress(
             total=steps, bar_format=layout, dynamic_ncols=True, disable=self._no_bars, smoothing=0, miniters=0
-        ) as bar:
-            yield Progress(bar)
+        )
 
     def download(self, name: str, size: int) -> tqdm:
         """A bar for what comes from the hub meanwhile, `size` bytes; on a terminal only."""
@@ -245,7 +235,8 @@ class Console:
     def _show(self, text: str) -> None:
         error = show(text, sys.stdout)
         if error is not None:
-            self.error(f"WARNING: nothing more can be shown here ({_reason(error)}); the run goes on: {self.log_path}")
+            reason = getattr(error, "strerror", None) or error
+            self.error(f"WARNING: nothing more can be shown here ({reason}); the run goes on: {self.log_path}")
 
     def _record(self, text: str) -> None:
         if self._log is None:
@@ -317,14 +308,10 @@ def _timed(text: str) -> str:
     return f"{datetime.now():%H:%M:%S} - {text}"
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _new_log(folder: Path, stem: str) -> tuple[Path, TextIO]:
+def _new_log(stem: str) -> tuple[Path, TextIO]:
     """A file that did not exist before, open: several runs may start in one second. Raises OSError."""
     for number in count(1):
-        path = folder / (f"{stem}.txt" if number == 1 else f"{stem}-{number}.txt")
+        path = LOGS / (f"{stem}.txt" if number == 1 else f"{stem}-{number}.txt")
         with suppress(FileExistsError):
             return path, path.open("x", encoding="utf-8", errors="backslashreplace")
     raise AssertionError  # there is always another number

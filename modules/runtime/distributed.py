@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
-from modules.runtime.errors import ProcessLost
+from modules.runtime.errors import ProcessLost, first_line
 from modules.runtime.ranks import Rank
 
 Value = TypeVar("Value")
@@ -100,5 +100,5 @@ def _company() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo raises when a connection closes
-        reason = str(error).strip().splitlines()[0].split("] ", 1)[-1]  # without the place in its own source
+        reason = first_line(error).split("] ", 1)[-1]  # without the place in its own source
         raise ProcessLost(f"another process of this run has ended, or can't be reached any more ({reason})") from None

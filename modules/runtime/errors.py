@@ -48,4 +48,4 @@ def reading(file: Path) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """An error of a library on one line, with its kind where the words alone would say little."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines and len(lines[0].split()) > 1 else f"{type(error).__name__}: {' '.join(lines)}"
+    return lines[0] if lines and len(lines[0].split()) > 1 else ": ".join([type(error).__name__, *lines])

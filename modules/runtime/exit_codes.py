@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from modules.runtime.console import Console, show
-from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost
+from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost, first_line
 from modules.runtime.interrupts import end_at_once, termination_interrupts
 from modules.runtime.shortage import is_out_of_memory
 
@@ -70,15 +70,12 @@ def _foreseen(error: Exception) -> str | None:
         files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
         return f"{files}: {error.strerror}" if files and error.strerror else _named(error)
     if is_out_of_memory(error):
-        return f"out of memory: {_first_line(error)}"
+        return f"out of memory: {first_line(error)}"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("modules"):
         return f"the package {error.name} is not installed: pip install -r requirements.txt"
     return None
 
 
 def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["nothing more is known"])[0]
+    words = str(error).strip() or "nothing more is known"
+    return f"{type(error).__name__}: {words.splitlines()[0]}"

@@ -5,6 +5,7 @@ Knows: characters, columns. Refuses to know: what a text is about, where it is s
 
 import unicodedata
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
 from typing import Literal
 
 _CUT = "..."  # stands for what was left out
@@ -33,22 +34,16 @@ def columns(text: str) -> int:
 
 def _beginning(text: str, width: int) -> str:
     """As much of a text's beginning as fits into so many columns."""
-    end = 0
-    while end < len(text) and columns(text[end]) <= width:
-        width -= columns(text[end])
-        end += 1
-    return text[:end]
+    ends = takewhile(lambda end: end <= width, accumulate(map(columns, text)))
+    return text[: len(list(ends))]
 
 
 def _ending(text: str, width: int) -> str:
     """As much of a text's end as fits into so many columns, without the marks of a letter that does not."""
-    start = len(text)
-    while start and columns(text[start - 1]) <= width:
-        start -= 1
-        width -= columns(text[start])
-    while start < len(text) and not columns(text[start]):
-        start += 1
-    return text[start:]
+    end = text[len(text) - len(_beginning(text[::-1], width)) :]
+    while end and not columns(end[0]):
+        end = end[1:]
+    return end
 
 
 PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH = 24, 28, 10, 12
@@ -63,6 +58,11 @@ def fit(text: str, width: int) -> str:
     """Text on one line in exactly `width` columns; a long text keeps its end, where a context meets its phrase."""
     text = shortened(one_line(text), width)
     return text + " " * (width - columns(text))
+
+
+def counted(count: int, noun: str) -> str:
+    """How many of something there are: 1 pack, 2 packs."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def percent(value: float, width: int = USED_WIDTH, signed: bool = False) -> str:

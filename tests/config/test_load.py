@@ -168,7 +168,7 @@ WRONG = [
     ({"strategy": "best"}, "strategy: 'best': expected cumulative, all_phrases or quantitive"),
     ({"strategy": ["cumulative"]}, "strategy: ['cumulative']: expected cumulative"),
     ({"strategy_threshold": 0}, "strategy_threshold: 0: expected a number above 0 and up to 1"),
-    ({"strategy_threshold": 60}, "strategy_threshold: 60: expected a number from 0 to 1"),
+    ({"strategy_threshold": 60}, "strategy_threshold: 60: expected a number above 0 and up to 1"),
     ({"auto_weights": 1}, "auto_weights: 1: expected true or false"),
     ({"trust_remote_code": "no!"}, "trust_remote_code: 'no!': expected true or false"),
     ({"merge_ratio": [0.5]}, "merge_ratio: unknown key; did you mean 'merge_ratios'?"),
@@ -543,15 +543,16 @@ def test_what_can_only_be_the_hubs_is_taken(place, name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 NUMBERS = [
-    ("merge_ratios: [1e-3]", "merge_ratios", "1.0e-3"),
-    ("merge_ratios: [5E-1, 0.2]", "merge_ratios", "5.0e-1"),
+    ("merge_ratios: [1e-3]", "merge_ratios", "0.001"),
+    ("merge_ratios: [1e-5]", "merge_ratios", "1.0e-05"),
+    ("merge_ratios: [5E-1, 0.2]", "merge_ratios", "0.5"),
     ("merge_ratios: ['0,5']", "merge_ratios", "0.5"),
-    ("strategy_threshold: 1e-1", "strategy_threshold", "1.0e-1"),
-    ("mapper: {prob_min: 1e1}", "prob_min", "1.0e+1"),
-    ("mapper: {prob_min: 1.5e1}", "prob_min", "1.5e+1"),
+    ("strategy_threshold: 1e-1", "strategy_threshold", "0.1"),
+    ("mapper: {prob_min: 1e1}", "prob_min", "10.0"),
+    ("mapper: {prob_min: 1.5e1}", "prob_min", "15.0"),
     ("mapper: {top_k: 1e1}", "top_k", "10"),
-    ("bad_phrases: [{phrase: x, weight: 1e3, contexts: [y]}]", "weight", "1.0e+3"),
-    ("bad_phrases: [{phrase: x, contexts: [{context: y, weight: 2e0}]}]", "weight", "2.0e+0"),
+    ("bad_phrases: [{phrase: x, weight: 1e3, contexts: [y]}]", "weight", "1000.0"),
+    ("bad_phrases: [{phrase: x, contexts: [{context: y, weight: 2e0}]}]", "weight", "2.0"),
 ]
 
 

@@ -16,7 +16,7 @@ from project import ROOT
 
 from modules.config import DTYPES, METHODS, STRATEGIES, Config, Directories, Mapper, Pair
 from modules.config.fields import DEVICES, ON_ERROR
-from modules.config.phrase_lists import PHRASE_KEYS
+from modules.config.phrase_lists import Phrase
 
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 PAGES = {
@@ -93,7 +93,7 @@ def expected_keys():
     for name, section_class in nested.items():
         found |= {f"{name}.{f.name}": default_of(f) for f in dataclasses.fields(section_class)}
     weight = next(f.default for f in dataclasses.fields(Pair) if f.name == "weight")
-    return found | dict.fromkeys(PHRASE_KEYS, REQUIRED) | {"weight": weight}
+    return found | {f.name: REQUIRED for f in dataclasses.fields(Phrase)} | {"weight": weight}
 
 
 def test_the_table_has_every_key_and_no_other():

@@ -17,6 +17,7 @@ from runs import make_models
 import merge_monster
 from modules.output.model_card import CARD_FILE, MOST_PHRASES, Licence, licence_of, model_card, write_card
 from modules.output.recipe import RECIPE_FILE, Recipe
+from modules.runtime.console import visible
 from modules.runtime.text import percent
 
 PICTURES = ("merge_map.png", "phrase_chart.png")
@@ -94,8 +95,7 @@ def shown(cell):
 
 def as_shown(text):
     """What is to be seen of a text that is not too long."""
-    text = re.sub(r"\r\n|\n", "↵", text).replace("\t", " ")
-    return re.sub("[\x00\x1b\u202e]", "?", text).strip()
+    return visible(text).strip()
 
 
 def on_hub(recipe, *wheres):

@@ -76,7 +76,7 @@ def make_recipe(layers=4, candidates=2, accepted=0.5, names=None, phrases=()):
             "failures": {},
             "phrases": list(phrases),
             "total": {"before": 6.0, "after": total},
-            "composition": {},
+            "composition": {names[0]: 1.0},
             "seconds": {},
         }
     )

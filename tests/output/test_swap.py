@@ -175,7 +175,7 @@ def check_what_is_said(bench, said, stands):
     elif at == "old":
         assert "Nothing was written to" in stands and "what stood there still does" in stands
     else:
-        named = [path for path in Place.__subclasses__() for path in path(bench.out).parts() if str(path) in stands]
+        named = [path for path in Place.__subclasses__() for path in path(bench.out).parts if str(path) in stands]
         assert named and all(path.is_dir() for path in named)
 
 
