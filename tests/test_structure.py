@@ -52,6 +52,12 @@ def test_who_touches_what():
         assert name.startswith(HEARS_OF_TORCH_MODULES) or not re.search(r"\bnn\b|\.forward\b|state_dict", source), name
 
 
+def test_no_maker_of_devices_is_named():
+    """What is written for one kind of device is never run on another."""
+    named = {name for name, source in SOURCES.items() if re.search(r"(?i)\b(cuda|xpu|mps|rocm|nvidia)\b", source)}
+    assert named == {"config/choices"}
+
+
 def test_a_message_is_given_line_by_line():
     """A line end within a text is shown escaped: it may be a stranger's."""
     for node in (node for source in SOURCES.values() for node in ast.walk(ast.parse(source))):

@@ -33,6 +33,11 @@ def test_the_whole_program_against_its_limit(tmp_path):
     assert result["reading_seconds"] > 0 and result["products_seconds"] > 0
 
 
+def test_the_page_on_gpus_has_the_table_that_is_printed():
+    printed = subprocess.run([sys.executable, str(BENCHMARKS / "gpu_memory.py")], capture_output=True, text=True)
+    assert len(printed.stdout.splitlines()) == 6 and printed.stdout in (ROOT / "docs/gpu.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_search_against_its_limit(tmp_path):
     _, result = run(tmp_path, "bench_merge.py", *SMALL, "--repeats", "1", "--pairs", "5")
