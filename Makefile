@@ -1,6 +1,7 @@
 # make demo   create .venv, install, train the demo models if they are missing, map and merge them
 # make test   the same environment, then style checks and all tests
 # make bench  the figures of docs/performance.md (about twenty minutes)
+# make quality  the figures of docs/quality.md, on the models of `make real` (hours at first, then minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench quality clean
 
 demo: $(VENV)/installed
 	$(RUN) demo/make_models.py
@@ -27,6 +28,9 @@ bench: $(VENV)/installed $(VENV)/tested-with
 	$(RUN) benchmarks/bench_mapper.py
 	$(RUN) benchmarks/bench_processes.py
 	$(RUN) benchmarks/bench_scaling.py --picture images/scaling.png
+
+quality: $(VENV)/installed
+	$(RUN) benchmarks/bench_quality.py
 
 clean:
 	rm -rf $(VENV) demo/models demo/merged
