@@ -1,7 +1,7 @@
 # make demo   create .venv, install, train the demo models if they are missing, map and merge them
 # make test   the same environment, then style checks and all tests
 # make bench  the figures of docs/performance.md (about twenty minutes)
-# make quality  the figures of docs/quality.md, on the models of `make real` (hours at first, then minutes)
+# make quality  the figures of docs/quality.md, on the models of make real (an hour at first, then minutes)
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -13,6 +13,7 @@ import argparse
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,8 @@ MERGES: dict[str, dict[str, Any]] = {
     "quantitive, float32": {"strategy": "quantitive"},
 }
 
+MERGE_THREADS = 2  # of a search; one after another, so that their seconds can be compared
+MOST_PROCESSES = 4  # that judge at the same time, each with a base and a model
 QUICK = Sizes(prompts=3, tokens=12, words=10, rounds=2, windows=1)
 
 # Runs a command and writes down the most memory that it held. A process of its own: what starts another process lends
@@ -88,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(options.models.resolve(), QUICK if options.quick else Sizes())
     merges = list(MERGES)[: 1 if options.quick else None]
     names = options.rows or ["base", *CANDIDATES, *merges]
+    find_out(bench, list(dict.fromkeys(["base", *names])))
     rows = {name: bench.row(name) for name in dict.fromkeys(["base", *names])}
     figures = {name: bench.figures(row) for name, row in rows.items()}
     print_table(figures)
@@ -107,6 +112,36 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few words of each, and the first merge only")
     parser.add_argument("--samples", action="store_true", help="what the base and the first merge write to 3 prompts")
     return parser.parse_args(arguments)
+
+
+def find_out(bench: "Bench", names: Sequence[str]) -> None:
+    """Make the rows that are not kept yet: several models are judged at a time, but merges searched one by one."""
+    unsearched = [name for name in names if name in MERGES]
+    # What a merge is made of may depend on the totals of the fine-tunes.
+    ordered = any(MERGES[name].get("models_to_merge") == BEST_FIRST for name in unsearched)
+    whole = dict.fromkeys([*(CANDIDATES if ordered else ()), *(name for name in names if name not in MERGES)])
+    judge_all(bench, list(whole))
+    unsearched = [name for name in unsearched if not bench.file(name).exists()]
+    for name in unsearched:
+        bench.search(name)
+    judge_all(bench, unsearched)
+
+
+def judge_all(bench: "Bench", names: Sequence[str]) -> None:
+    """A process for each, as far as there are processors."""
+    names = [name for name in names if not bench.file(name).exists()]
+    processes = min(len(names), os.cpu_count() or 1, MOST_PROCESSES)
+    if processes:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            for _ in pool.map(judge_one, [Bench(bench.models, bench.sizes)] * len(names), names):
+                pass
+
+
+def judge_one(bench: "Bench", name: str) -> None:
+    """What such a process does."""
+    torch.set_num_threads(judge.THREADS)
+    transformers.logging.disable_progress_bar()
+    bench.row(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,17 +181,23 @@ class Bench:
         """The base's; fine-tunes have the same."""
         return AutoTokenizer.from_pretrained(self.models / "base")
 
+    def file(self, name: str) -> Path:
+        """Where a row is kept."""
+        short = re.sub(r"\W+", "-", name).strip("-")
+        return self.kept / f"{short}-{digest(self.depends_on(name))[:12]}.json"
+
     def row(self, name: str) -> Row:
         """What is known of a model: as it was kept, or found out now."""
-        short = re.sub(r"\W+", "-", name).strip("-")
-        file = self.kept / f"{short}-{digest(self.depends_on(name))[:12]}.json"
+        file = self.file(name)
         if not file.exists():
+            folder = self.search(name) if name in MERGES else None
             print(f"judging: {name}", file=sys.stderr, flush=True)
-            row = self.merged(name, short) if name in MERGES else self.judged(self.models / name)
-            self.kept.mkdir(exist_ok=True)
-            unfinished = file.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(row, indent=1, ensure_ascii=False), encoding="utf-8")
-            unfinished.replace(file)
+            row = self.judged(folder / "merged" if folder else self.models / name)
+            if folder:
+                row |= json.loads((folder / "search.json").read_text(encoding="utf-8"))
+            write_json(file, row)
+            if folder:
+                shutil.rmtree(folder)
         return json.loads(file.read_text(encoding="utf-8"))
 
     def depends_on(self, name: str) -> dict[str, Any]:
@@ -166,7 +207,7 @@ class Bench:
             "asked": [SEARCHED, HELD_OUT, NEUTRAL, PROMPTS],
             "base": self.models / "base",
             "model": self.settings(name) if name in MERGES else self.models / name,
-            "program": PROGRAM if name in MERGES else None,
+            "program": [MERGE_THREADS, *PROGRAM] if name in MERGES else None,
         }
 
     def settings(self, name: str) -> dict[str, Any]:
@@ -192,17 +233,18 @@ class Bench:
             "texts": texts,
         }
 
-    def merged(self, name: str, short: str) -> Row:
-        """Merge, judge, and let go of the merge."""
-        folder = self.kept / f"merging-{short}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        megabytes = run_merge(folder, {**self.settings(name), "base": self.models / "base"})
-        recipe = json.loads((folder / "merged/merge_monster_recipe.json").read_text(encoding="utf-8"))
-        row = self.judged(folder / "merged")
-        shutil.rmtree(folder)
-        parts = {"composition": recipe["composition"], "seconds": recipe["seconds"]["search"], "megabytes": megabytes}
-        return {**row, **parts}
+    def search(self, name: str) -> Path:
+        """Merge, unless that has been done; the folder of the merge, which is there until it is judged."""
+        folder = self.file(name).with_suffix("")
+        if not (folder / "search.json").exists():
+            print(f"merging: {name}", file=sys.stderr, flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            megabytes = run_merge(folder, self.models / "base", self.settings(name))
+            recipe = json.loads((folder / "merged/merge_monster_recipe.json").read_text(encoding="utf-8"))
+            known = {"composition": recipe["composition"], "seconds": recipe["seconds"]["search"]}
+            write_json(folder / "search.json", {**known, "megabytes": megabytes})
+        return folder
 
     def figures(self, row: Row) -> dict[str, Any]:
         """A row's figures, as the table and the last line have them."""
@@ -218,14 +260,21 @@ class Bench:
         }
 
 
-def run_merge(folder: Path, settings: dict[str, Any]) -> float:
+def write_json(file: Path, value: Any) -> None:
+    """A file that is whole or not there."""
+    file.parent.mkdir(exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    unfinished.replace(file)
+
+
+def run_merge(folder: Path, base: Path, settings: dict[str, Any]) -> float:
     """Run the program; the most memory it held, in megabytes."""
-    base = settings.pop("base")
     config = {"directories": {"model_path1": base, "output_directory": folder / "merged"}, **settings}
     (folder / "merge.yaml").write_text(yaml.safe_dump(written_out(config), allow_unicode=True), encoding="utf-8")
     program = [sys.executable, str(ROOT / "merge_monster.py"), "--config", "merge.yaml", "--overwrite"]
     measured = [sys.executable, "-c", MEASURE, "memory", *program]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(judge.THREADS)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(MERGE_THREADS)}
     result = subprocess.run(measured, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"the merge failed:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
@@ -328,7 +377,7 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
-    return f"{processor or platform.machine()}, {judge.THREADS} threads, torch {torch.__version__}"
+    return f"{processor or platform.machine()}, {MERGE_THREADS} threads to search, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 VERSION = 1  # another one where figures become others: what was kept of an earlier one is judged again
-THREADS = 2  # the last digits depend on it
+THREADS = 1  # the last digits depend on it; several models are judged at a time instead
 WINDOW = 256  # tokens that see each other in a neutral text
 POSITIONS = 64  # at which two models are compared at once
 TEMPERATURE = 0.8

@@ -271,7 +271,7 @@ def test_a_small_run_judges_every_row_once(tmp_path, real):
     assert again == output and "judging" not in told
     for file in (real / "quality").glob("*.json"):
         file.unlink()
-    assert not list((real / "quality").iterdir())  # no merge is kept
+    assert not list((real / "quality").iterdir())  # and so no merge
     _, fresh, told = run(tmp_path, real, "--rows", merge)
     assert list(fresh["rows"]) == ["base", merge] and told.count("judging: ") == 2
     measured = ("seconds", "megabytes")
@@ -290,3 +290,11 @@ def test_the_best_fine_tune_comes_first(real, monkeypatch):
     settings = bench.settings("greedy, float32, ratios to 1.0, best first")
     assert [path.name for path in settings["models_to_merge"]] == ["careful", "plain", "reference", "overfit"]
     assert settings["merge_ratios"][-1] == 1.0 and settings["strategy"] == "cumulative"
+
+
+def test_the_page_has_a_table_as_it_is_printed():
+    """Its columns, and every row in order."""
+    lines = [line for line in (ROOT / "docs/quality.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert tuple(table[0]) == bench_quality.HEAD
+    assert [row[0] for row in table[2:]] == [*NAMES, *bench_quality.MERGES]
