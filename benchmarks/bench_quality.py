@@ -26,12 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import judge
 import torch
 import transformers
 import yaml
-from judge import Sizes, Written
 from transformers import AutoTokenizer
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+import judge
+from judge import Sizes, Written
 
 ROOT = Path(__file__).parents[1]
 QUALITY = ROOT / "benchmarks/quality"
