@@ -20,7 +20,7 @@ TABLES = ("full", "changed", "summary")  # of the command line: how much of the 
 
 # Keys that have no part in what a search finds: a run goes on that was begun with others. (What phrase_files name is in
 # bad_phrases and good_phrases.) All other keys have one, those of `directories` as far as they name models.
-NO_PART = ("on_error", "keep_downloads", "phrase_files", "mapper")
+NO_PART = ("on_error", "keep_downloads", "phrase_files", "neutral_texts", "mapper")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class Settings:
     """What the merged model should say more."""
     phrase_files: kinds.Paths = ()
     """YAML files whose bad_phrases and good_phrases are added."""
+    neutral_texts: kinds.Paths | None = None
+    """Text files on which drift is measured, in place of the program's own; [] for none."""
     device: kinds.Device = "auto"
     """Where to compute. auto takes an accelerator if there is one, else cpu."""
     dtype: kinds.Dtype = "auto"

@@ -122,7 +122,17 @@ def _introduction(recipe: Recipe) -> str:
         f"{_plain(recipe.program)}. Every merge of a layer was tried, and kept only where it made unwanted phrases "
         f"less probable or wanted ones more so. {improved} of {phrases} improved; the total score (lower is better) "
         f"went from {before} to {after}. Strategy: {settings.strategy}; merge methods: "
-        f"{', '.join(settings.merge_method)}; computed in {recipe.dtype}."
+        f"{', '.join(settings.merge_method)}; computed in {recipe.dtype}.{_about_drift(recipe)}"
+    )
+
+
+def _about_drift(recipe: Recipe) -> str:
+    drift = recipe.drift
+    if drift is None:
+        return ""
+    return (
+        f" On {drift.tokens:,} tokens of neutral text its next-token distributions are {drift.divergence:.4f} nats per "
+        f"token (KL) from the base's; perplexity {drift.base_perplexity:.2f} before, {drift.perplexity:.2f} after."
     )
 
 

@@ -65,6 +65,7 @@ class Settings(Record):
     bad_phrases: Any
     good_phrases: Any
     phrase_files: Any
+    neutral_texts: Any = None  # younger than journals are
     device: str
     dtype: Literal[DTYPES]
     random_seed: Count
@@ -158,6 +159,16 @@ class Total(Record):
 
     before: Number
     after: Number
+
+
+class Drifted(Record):
+    """How far the output is from the base on neutral text."""
+
+    divergence: Number
+    agreement: Number
+    perplexity: Number
+    base_perplexity: Number
+    tokens: Count
 
 
 # By kind, as the journal calls them. Others are nobody's business here.

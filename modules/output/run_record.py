@@ -13,8 +13,8 @@ from modules.config import Config, Pair
 from modules.output.changes import compare_fingerprints, refuse_changes, refuse_other_version, run_of
 from modules.output.journal import Journal
 from modules.output.recipe import Recipe
-from modules.output.records import Closed, Decided, Phrase, Record, Run, Source, Start, Total, read_lines
-from modules.scoring import Packing
+from modules.output.records import Closed, Decided, Drifted, Phrase, Record, Run, Source, Start, Total, read_lines
+from modules.scoring import Drift, Packing
 from modules.search import Decision, Shares, probability, scores, total
 
 Kind = TypeVar("Kind", bound=Record)
@@ -121,6 +121,7 @@ class RunRecord:
         weights: Sequence[float],
         scores_now: Sequence[float],
         composition: Shares,
+        drift: Drift | None,
         model: Mapping[str, str | None],
         seconds: Mapping[str, float],
     ) -> Recipe:
@@ -145,6 +146,7 @@ class RunRecord:
             failures={str(line.number): line.failure for line in self._all(Closed) if line.failure},
             phrases=phrases,
             total=Total(before=total(scores(start, weights)), after=total(scores(scores_now, weights))),
+            **({} if drift is None else {"drift": Drifted(**asdict(drift))}),
             composition=dict(composition),
             seconds={**seconds, "search": round(sum(line.seconds for line in decisions), 1)},
         )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from modules.config import Config, Pair
 from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, percent, row
+from modules.scoring import Drift
 from modules.search import Decision, Merge, Shares, probability, scores, total
 
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
@@ -124,6 +125,20 @@ def _moved_well(standings: Sequence[_PairRow]) -> str:
         f"since the start: {sum(bad)} of {len(bad)} bad pairs less probable, "
         f"{sum(good)} of {len(good)} good pairs more probable"
     )
+
+
+def drift_lines(drift: Drift | None, at_start: bool = False) -> list[str]:
+    """How far the model has gone from the base on neutral text; nothing if that was not measured. at_start: it has not
+    gone anywhere yet."""
+    if drift is None:
+        return []
+    if at_start:
+        return [f"Neutral text: {drift.tokens:,} tokens, perplexity {drift.base_perplexity:.2f}"]
+    return [
+        f"Drift: KL {drift.divergence:.4f} nats per token from the base on {drift.tokens:,} tokens of neutral text, "
+        f"{drift.agreement:.1%} of likeliest tokens the same, perplexity {drift.base_perplexity:.2f} > "
+        f"{drift.perplexity:.2f}"
+    ]
 
 
 def composition_lines(shares: Shares) -> list[str]:

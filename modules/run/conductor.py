@@ -6,13 +6,16 @@ Knows: the order of what follows a decision. Refuses to know: how a decision is 
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from typing import Any
 
 from modules.checkpoints import Candidate, Prefetcher, remove_downloads
-from modules.config import Config
+from modules.config import Config, read_neutral_texts
+from modules.model import ResidentModel
 from modules.output import RunRecord
 from modules.output import tables as report
 from modules.run.steps import note_source
-from modules.runtime import CheckpointError, Console, postponed
+from modules.runtime import CheckpointError, Console, first_line, postponed
+from modules.scoring import NOT_TAKEN, Drift, DriftMeter, neutral_windows
 from modules.search import Decision, Merge
 from modules.search.search import Search
 
@@ -32,12 +35,34 @@ def resume_search(console: Console, search: Search, record: RunRecord, resume: b
     return list(search.log_probabilities)
 
 
+def drift_meter(config: Config, console: Console, model: ResidentModel, tokenizer: Any) -> DriftMeter | None:
+    """What measures how far the model goes from what it is now; None where none is wanted, or it can't be done."""
+    texts = read_neutral_texts(config.neutral_texts)
+    windows = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens)
+    if not windows:
+        return None
+    try:
+        return DriftMeter(model, windows)
+    except NOT_TAKEN as error:
+        console.warning(f"drift can't be measured on this model: {first_line(error)}")
+        return None
+
+
 class Conductor:
     """Leads a search through all candidates, from where an earlier run has left it."""
 
     def __init__(
-        self, config: Config, console: Console, search: Search, record: RunRecord, prefetcher: Prefetcher
+        self,
+        config: Config,
+        console: Console,
+        search: Search,
+        record: RunRecord,
+        prefetcher: Prefetcher,
+        meter: DriftMeter | None = None,
     ) -> None:
+        """meter: measures drift, where that is wanted, in the process that leads."""
+        self._meter, self.drift_seconds = meter, 0.0
+        self.drift: Drift | None = None  # as it was measured last
         self.config, self.console, self.search, self.record = config, console, search, record
         self.prefetcher, self.layers = prefetcher, len(search.model.layers)
         # The accepted merges of every layer and, last, of the header.
@@ -51,6 +76,7 @@ class Conductor:
         console, search = self.console, self.search
         self._tell_of_memory()
         self._show_table(table, whole_in_log=True)
+        self._measure_drift(at_start=True)
         start = resume_search(console, search, self.record, resume)
         steps = len(candidates) * search.steps_per_candidate()
         with console.progress(steps) as self.bar, postponed(console.on_interrupt) as self.end_if_asked:
@@ -60,6 +86,7 @@ class Conductor:
                 self._candidate(number, candidate)
                 self.bar.left((len(candidates) - number) * search.steps_per_candidate())
                 self._show_table(table, start, whole_in_log=number == len(candidates))
+                self._measure_drift()
                 if not self.config.keep_downloads:
                     later = [repository for other in candidates[number:] for repository in other.repositories]
                     remove_downloads(console, candidate.repositories, [search.model.checkpoint.repository, *later])
@@ -68,6 +95,13 @@ class Conductor:
         state = self.config.pairs, self.search.weights, self.search.log_probabilities, start
         whole = report.phrase_table(*state, "full") if whole_in_log else None
         self.console.lines(report.phrase_table(*state, kind), whole)
+
+    def _measure_drift(self, at_start: bool = False) -> None:
+        """Say how far the model has gone from the base on neutral text."""
+        began = time.monotonic()
+        self.drift = self._meter and self._meter.measure()
+        self.drift_seconds += time.monotonic() - began
+        self.console.lines(report.drift_lines(self.drift, at_start))
 
     def _candidate(self, number: int, candidate: Candidate) -> None:
         failure, group = None, self.search.group

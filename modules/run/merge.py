@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from modules.checkpoints import Models, Prefetcher, check_space, fetching
-from modules.config import Config
+from modules.config import Config, read_neutral_texts
 from modules.model import ModelLoader, ResidentModel
 from modules.output import (
     JournalCopy,
@@ -25,7 +25,7 @@ from modules.output import (
     written_paths,
 )
 from modules.output import tables as report
-from modules.run.conductor import Clock, Conductor
+from modules.run.conductor import Clock, Conductor, drift_meter
 from modules.run.estimate import calibrate, estimate, plan_lines
 from modules.run.plan import Available, Plan, check, find_available, plan_run
 from modules.run.steps import end, finish, note_source, prepare_libraries, save
@@ -75,6 +75,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             console.final(f"This run has finished: its output is in {output}")
         else:
             check_output(place, options.overwrite)
+            read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
             plan, room = _checked_plan(loader, models)
@@ -117,9 +118,9 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         clock.lap("search")
         save(console, model, unfinished, config.directories.output_directory, config.text)
         clock.lap("save")
-        recipe = record.recipe(
-            config.pairs, search.weights, search.log_probabilities, composition, model.dtypes(), clock.seconds
-        )
+        seconds = {**clock.seconds, "drift": round(conductor.drift_seconds, 1)}
+        state = config.pairs, search.weights, search.log_probabilities
+        recipe = record.recipe(*state, composition, conductor.drift, model.dtypes(), seconds)
         finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
     end(console, config, models.base)
 
@@ -146,7 +147,8 @@ def begin_search(
     names = [candidate.name for candidate in models.candidates]
     console.lines(report.summary(config, model.describe(), scorer.describe(), names))
     console.warnings(search.warnings)
-    return Conductor(config, console, search, record, prefetcher)
+    meter = drift_meter(config, console, model, tokenizer) if group.rank.leads else None
+    return Conductor(config, console, search, record, prefetcher, meter)
 
 
 def build_shared_scorer(
