@@ -90,6 +90,7 @@ def _number_as_text(value: Any, whole: bool = False) -> str:
 
 Boolean = Annotated[bool, Strict(), said(lambda value: "expected true or false")]
 _Ratio = Annotated[float, Strict(), Field(ge=0, le=1), _number("a number from 0 to 1")]
+Share = Annotated[float, Strict(), Field(ge=0, lt=1), _number("a number from 0 and below 1")]
 Threshold = Annotated[float, Strict(), Field(gt=0, le=1), _number("a number above 0 and up to 1")]
 Percent = Annotated[float, Strict(), Field(ge=0, le=100), _number("a number from 0 to 100")]
 Weight = Annotated[float, Strict(), Field(ge=0, le=1e300), _number("a number of at least 0")]

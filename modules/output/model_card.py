@@ -122,7 +122,18 @@ def _introduction(recipe: Recipe) -> str:
         f"{_plain(recipe.program)}. Every merge of a layer was tried, and kept only where it made unwanted phrases "
         f"less probable or wanted ones more so. {improved} of {phrases} improved; the total score (lower is better) "
         f"went from {before} to {after}. Strategy: {settings.strategy}; merge methods: "
-        f"{', '.join(settings.merge_method)}; computed in {recipe.dtype}.{_about_drift(recipe)}"
+        f"{', '.join(settings.merge_method)}; computed in {recipe.dtype}."
+        f"{_about_held_out(recipe)}{_about_drift(recipe)}"
+    )
+
+
+def _about_held_out(recipe: Recipe) -> str:
+    if recipe.held_out is None:
+        return ""
+    count, total = counted(len(recipe.held_out.phrases), "phrase"), recipe.held_out.total
+    return (
+        f" {count} more, which the search never saw, went from a total of {percent(total.before)} to "
+        f"{percent(total.after)}."
     )
 
 

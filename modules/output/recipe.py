@@ -14,7 +14,7 @@ from pydantic import ValidationError, model_validator
 from modules.config import DTYPES, Config
 from modules.output.changes import changes_between, run_of
 from modules.output.journal import naming
-from modules.output.records import FORMAT, Decided, Drifted, Number, Phrase, Record, Settings, Source, Total
+from modules.output.records import FORMAT, Decided, Drifted, HeldOut, Number, Phrase, Record, Settings, Source, Total
 from modules.runtime import ConfigError
 from modules.search import improved
 
@@ -39,6 +39,7 @@ class Recipe(Record):
     failures: dict[str, str]
     phrases: list[Phrase]
     total: Total
+    held_out: HeldOut | None = None
     drift: Drifted | None = None
     composition: dict[str, Number]
     seconds: dict[str, Number]

@@ -161,6 +161,13 @@ class Total(Record):
     after: Number
 
 
+class HeldOut(Record):
+    """The pairs that were scored and never searched."""
+
+    phrases: list[Phrase]
+    total: Total
+
+
 class Drifted(Record):
     """How far the output is from the base on neutral text."""
 

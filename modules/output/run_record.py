@@ -13,11 +13,24 @@ from modules.config import Config, Pair
 from modules.output.changes import compare_fingerprints, refuse_changes, refuse_other_version, run_of
 from modules.output.journal import Journal
 from modules.output.recipe import Recipe
-from modules.output.records import Closed, Decided, Drifted, Phrase, Record, Run, Source, Start, Total, read_lines
+from modules.output.records import (
+    Closed,
+    Decided,
+    Drifted,
+    HeldOut,
+    Phrase,
+    Record,
+    Run,
+    Source,
+    Start,
+    Total,
+    read_lines,
+)
 from modules.scoring import Drift, Packing
 from modules.search import Decision, Shares, probability, scores, total
 
 Kind = TypeVar("Kind", bound=Record)
+Scored = tuple[Sequence[Pair], Sequence[float], Sequence[float], Sequence[float]]
 
 
 class RunRecord:
@@ -122,18 +135,21 @@ class RunRecord:
         scores_now: Sequence[float],
         composition: Shares,
         drift: Drift | None,
+        held_out: Scored,
         model: Mapping[str, str | None],
         seconds: Mapping[str, float],
     ) -> Recipe:
         """Everything that another person needs to build the same model and to see what it is; see docs/recipe.md.
 
+        held_out: the pairs that were, their signed weights and log-probabilities before and after, maybe none.
         model: device, compute dtype, saved dtype. seconds: by phase; those of the search are in the journal.
         """
         run, start, decisions = self._all(Run)[0], self._all(Start)[0].log_probabilities, self._all(Decided)
-        phrases = [
-            Phrase(**asdict(pair) | {"weight": weight}, before=probability(before), after=probability(after))
-            for pair, weight, before, after in zip(pairs, weights, start, scores_now, strict=True)
-        ]
+        phrases, in_all = _phrases(pairs, weights, start, scores_now)
+        measured = {} if drift is None else {"drift": Drifted(**asdict(drift))}
+        if held_out[0]:
+            others, their_total = _phrases(*held_out)
+            measured["held_out"] = HeldOut(phrases=others, total=their_total)
         return Recipe(
             format=run.format,
             program=run.program,
@@ -145,8 +161,19 @@ class RunRecord:
             decisions=[line.written("packing") for line in decisions],
             failures={str(line.number): line.failure for line in self._all(Closed) if line.failure},
             phrases=phrases,
-            total=Total(before=total(scores(start, weights)), after=total(scores(scores_now, weights))),
-            **({} if drift is None else {"drift": Drifted(**asdict(drift))}),
+            total=in_all,
+            **measured,
             composition=dict(composition),
             seconds={**seconds, "search": round(sum(line.seconds for line in decisions), 1)},
         )
+
+
+def _phrases(
+    pairs: Sequence[Pair], weights: Sequence[float], start: Sequence[float], now: Sequence[float]
+) -> tuple[list[Phrase], Total]:
+    """Pairs with their signed weights and probabilities, from log-probabilities before and after; and their total."""
+    phrases = [
+        Phrase(**asdict(pair) | {"weight": weight}, before=probability(before), after=probability(after))
+        for pair, weight, before, after in zip(pairs, weights, start, now, strict=True)
+    ]
+    return phrases, Total(before=total(scores(start, weights)), after=total(scores(now, weights)))

@@ -4,6 +4,7 @@ Knows: widths, digits, wording. Refuses to know: how anything was measured, wher
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from modules.config import Config, Pair
@@ -25,7 +26,8 @@ def summary(
         "Starting model": config.directories.model_path1,
         "Models to merge": ", ".join(candidates),
         "Output directory": config.directories.output_directory,
-        "Phrases loaded": f"{len(config.pairs)} ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good)",
+        "Phrases loaded": f"{len(config.pairs)} ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good)"
+        + (f", {len(config.held_out_pairs)} more held out" if config.held_out_pairs else ""),
         **scorer,
         "Auto weights": config.auto_weights,
         "Merge ratios": list(config.merge_ratios),
@@ -127,18 +129,55 @@ def _moved_well(standings: Sequence[_PairRow]) -> str:
     )
 
 
-def drift_lines(drift: Drift | None, at_start: bool = False) -> list[str]:
-    """How far the model has gone from the base on neutral text; nothing if that was not measured. at_start: it has not
-    gone anywhere yet."""
+def neutral_text_lines(drift: Drift | None) -> list[str]:
+    """On what drift is measured, and how the base does there; nothing if it is not."""
+    return [f"Neutral text: {drift.tokens:,} tokens, perplexity {drift.base_perplexity:.2f}"] if drift else []
+
+
+def drift_lines(drift: Drift | None) -> list[str]:
+    """How far the model has gone from the base on neutral text; nothing if that was not measured."""
     if drift is None:
         return []
-    if at_start:
-        return [f"Neutral text: {drift.tokens:,} tokens, perplexity {drift.base_perplexity:.2f}"]
     return [
         f"Drift: KL {drift.divergence:.4f} nats per token from the base on {drift.tokens:,} tokens of neutral text, "
         f"{drift.agreement:.1%} of likeliest tokens the same, perplexity {drift.base_perplexity:.2f} > "
         f"{drift.perplexity:.2f}"
     ]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A total before and now, and how much of the change is due to each phrase."""
+
+    before: float
+    now: float
+    changes: Mapping[tuple[str, str], float]  # kind and phrase -> below 0 if it is better now
+
+    @classmethod
+    def of(
+        cls, pairs: Sequence[Pair], weights: Sequence[float], before: Sequence[float], now: Sequence[float]
+    ) -> "Totals":
+        """weights: signed; before, now: joint log-probabilities."""
+        old, new = scores(before, weights), scores(now, weights)
+        changes: dict[tuple[str, str], float] = {}
+        for pair, one, other in zip(pairs, old, new, strict=True):
+            changes[pair.kind, pair.phrase] = changes.get((pair.kind, pair.phrase), 0.0) + other - one
+        return cls(total(old), total(new), changes)
+
+    def __str__(self) -> str:
+        change = f" ({(self.now - self.before) / abs(self.before):+.0%})" if self.before else ""
+        return f"{self.before:.5f} > {self.now:.5f}{change}"
+
+
+def held_out_lines(searched: Totals, held_out: Totals) -> list[str]:
+    """Both totals, and the phrases that are better where they were searched and not where they were held out."""
+    only = [
+        phrase
+        for (kind, phrase), change in held_out.changes.items()
+        if change >= 0 > searched.changes.get((kind, phrase), 0.0)
+    ]
+    names = f"Better only where it was searched: {', '.join(only)}"
+    return [f"Searched {searched}, held out {held_out}", *([names] if only else [])]
 
 
 def composition_lines(shares: Shares) -> list[str]:

@@ -6,16 +6,15 @@ Knows: the order of what follows a decision. Refuses to know: how a decision is 
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from typing import Any
 
 from modules.checkpoints import Candidate, Prefetcher, remove_downloads
-from modules.config import Config, read_neutral_texts
-from modules.model import ResidentModel
+from modules.config import Config
 from modules.output import RunRecord
 from modules.output import tables as report
+from modules.output.tables import Totals
 from modules.run.steps import note_source
-from modules.runtime import CheckpointError, Console, first_line, postponed
-from modules.scoring import NOT_TAKEN, Drift, DriftMeter, neutral_windows
+from modules.run.watch import Watch
+from modules.runtime import CheckpointError, Console, postponed
 from modules.search import Decision, Merge
 from modules.search.search import Search
 
@@ -35,19 +34,6 @@ def resume_search(console: Console, search: Search, record: RunRecord, resume: b
     return list(search.log_probabilities)
 
 
-def drift_meter(config: Config, console: Console, model: ResidentModel, tokenizer: Any) -> DriftMeter | None:
-    """What measures how far the model goes from what it is now; None where none is wanted, or it can't be done."""
-    texts = read_neutral_texts(config.neutral_texts)
-    windows = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens)
-    if not windows:
-        return None
-    try:
-        return DriftMeter(model, windows)
-    except NOT_TAKEN as error:
-        console.warning(f"drift can't be measured on this model: {first_line(error)}")
-        return None
-
-
 class Conductor:
     """Leads a search through all candidates, from where an earlier run has left it."""
 
@@ -58,11 +44,10 @@ class Conductor:
         search: Search,
         record: RunRecord,
         prefetcher: Prefetcher,
-        meter: DriftMeter | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        """meter: measures drift, where that is wanted, in the process that leads."""
-        self._meter, self.drift_seconds = meter, 0.0
-        self.drift: Drift | None = None  # as it was measured last
+        """watch: of the process that leads; it has looked at the base."""
+        self.watch = watch
         self.config, self.console, self.search, self.record = config, console, search, record
         self.prefetcher, self.layers = prefetcher, len(search.model.layers)
         # The accepted merges of every layer and, last, of the header.
@@ -76,7 +61,8 @@ class Conductor:
         console, search = self.console, self.search
         self._tell_of_memory()
         self._show_table(table, whole_in_log=True)
-        self._measure_drift(at_start=True)
+        if self.watch:
+            console.lines(report.neutral_text_lines(self.watch.start.drift))
         start = resume_search(console, search, self.record, resume)
         steps = len(candidates) * search.steps_per_candidate()
         with console.progress(steps) as self.bar, postponed(console.on_interrupt) as self.end_if_asked:
@@ -86,7 +72,7 @@ class Conductor:
                 self._candidate(number, candidate)
                 self.bar.left((len(candidates) - number) * search.steps_per_candidate())
                 self._show_table(table, start, whole_in_log=number == len(candidates))
-                self._measure_drift()
+                self._show_watch(start)
                 if not self.config.keep_downloads:
                     later = [repository for other in candidates[number:] for repository in other.repositories]
                     remove_downloads(console, candidate.repositories, [search.model.checkpoint.repository, *later])
@@ -96,12 +82,17 @@ class Conductor:
         whole = report.phrase_table(*state, "full") if whole_in_log else None
         self.console.lines(report.phrase_table(*state, kind), whole)
 
-    def _measure_drift(self, at_start: bool = False) -> None:
-        """Say how far the model has gone from the base on neutral text."""
-        began = time.monotonic()
-        self.drift = self._meter and self._meter.measure()
-        self.drift_seconds += time.monotonic() - began
-        self.console.lines(report.drift_lines(self.drift, at_start))
+    def _show_watch(self, start: Sequence[float]) -> None:
+        """What the candidate's search may have cost, and whether it gained more than it was searched for."""
+        if self.watch is None:
+            return
+        self.watch.look()
+        self.console.lines(report.drift_lines(self.watch.now.drift))
+        if self.watch.pairs:
+            ours = Totals.of(self.config.pairs, self.search.weights, start, self.search.log_probabilities)
+            watch = self.watch
+            others = Totals.of(watch.pairs, watch.weights, watch.start.held_out, watch.now.held_out)
+            self.console.lines(report.held_out_lines(ours, others))
 
     def _candidate(self, number: int, candidate: Candidate) -> None:
         failure, group = None, self.search.group

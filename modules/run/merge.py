@@ -25,10 +25,11 @@ from modules.output import (
     written_paths,
 )
 from modules.output import tables as report
-from modules.run.conductor import Clock, Conductor, drift_meter
+from modules.run.conductor import Clock, Conductor
 from modules.run.estimate import calibrate, estimate, plan_lines
 from modules.run.plan import Available, Plan, check, find_available, plan_run
 from modules.run.steps import end, finish, note_source, prepare_libraries, save
+from modules.run.watch import Watch
 from modules.runtime import BANNER, Console
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import Budget, Encoded, Packing, Scorer, build_scorer, doubtful_phrases, encode_pairs
@@ -118,9 +119,11 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         clock.lap("search")
         save(console, model, unfinished, config.directories.output_directory, config.text)
         clock.lap("save")
-        seconds = {**clock.seconds, "drift": round(conductor.drift_seconds, 1)}
+        watch = conductor.watch
+        seconds = {**clock.seconds, "watch": round(watch.seconds, 1)}
         state = config.pairs, search.weights, search.log_probabilities
-        recipe = record.recipe(*state, composition, conductor.drift, model.dtypes(), seconds)
+        held_out = watch.pairs, watch.weights, watch.start.held_out, watch.now.held_out
+        recipe = record.recipe(*state, composition, watch.now.drift, held_out, model.dtypes(), seconds)
         finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
     end(console, config, models.base)
 
@@ -147,8 +150,8 @@ def begin_search(
     names = [candidate.name for candidate in models.candidates]
     console.lines(report.summary(config, model.describe(), scorer.describe(), names))
     console.warnings(search.warnings)
-    meter = drift_meter(config, console, model, tokenizer) if group.rank.leads else None
-    return Conductor(config, console, search, record, prefetcher, meter)
+    watch = Watch(config, console, model, tokenizer, budget) if group.rank.leads else None
+    return Conductor(config, console, search, record, prefetcher, watch)
 
 
 def build_shared_scorer(
