@@ -27,6 +27,7 @@ NO_PART = (
     "held_out",
     "held_out_files",
     "held_out_pairs",
+    "baselines",
     "neutral_texts",
     "mapper",
 )
@@ -95,6 +96,8 @@ class Settings:
     """The share of each phrase's contexts that is scored and never searched."""
     held_out_files: kinds.Paths = ()
     """Phrase files whose pairs are all scored and never searched."""
+    baselines: kinds.Boolean = True
+    """Score every candidate taken whole, too, and show it beside the merge."""
     neutral_texts: kinds.Paths | None = None
     """Text files on which drift is measured, in place of the program's own; [] for none."""
     device: kinds.Device = "auto"

@@ -167,6 +167,14 @@ class ResidentModel:
         names = {id(tensor): name for name, tensor in reversed(self._state.items()) if id(tensor) in owned}
         return self._part(sorted(names.values()))
 
+    def outside(self) -> Part:
+        """What is neither in a layer nor in the header: the final norm, position tables."""
+        header = {id(tensor) for tensor in self.header().tensors.values()}
+        inside = f"{self.layers_name}."
+        return self._part(
+            [name for name, one in self._state.items() if not name.startswith(inside) and id(one) not in header]
+        )
+
     def header_names(self) -> tuple[str, str | None]:
         """The full names of the weights of input embedding and output head, which a tied model has too, or None."""
         weight, head = self.module.get_input_embeddings().weight, self.module.get_output_embeddings()

@@ -14,6 +14,7 @@ from modules.output.changes import compare_fingerprints, refuse_changes, refuse_
 from modules.output.journal import Journal
 from modules.output.recipe import Recipe
 from modules.output.records import (
+    Baseline,
     Closed,
     Decided,
     Drifted,
@@ -110,6 +111,19 @@ class RunRecord:
         measured = {"log_probabilities": log_probabilities, "weights": weights, "packing": asdict(packing)}
         return self._all(Start)[0] if self._all(Start) else self._note("start", Start(**measured))
 
+    def baseline(self, number: int) -> Baseline | None:
+        """What was noted of a candidate taken whole."""
+        return next((line for line in self._all(Baseline) if line.number == number), None)
+
+    def note_baseline(self, number: int, total: float, held_out: float | None, drift: Drift | None) -> Baseline:
+        """Note how a candidate does that is taken whole."""
+        drifted = drift and Drifted(**asdict(drift))
+        return self._note("baseline", Baseline(number=number, total=total, held_out=held_out, drift=drifted))
+
+    def start_scores(self) -> tuple[float, ...]:
+        """The base's log-probabilities."""
+        return self._all(Start)[0].log_probabilities
+
     def decided(self, number: int, decision: Decision, seconds: float, packing: Packing) -> None:
         """Note a decision."""
         more = {"packing": asdict(packing), "seconds": round(seconds, 3)}
@@ -147,6 +161,8 @@ class RunRecord:
         run, start, decisions = self._all(Run)[0], self._all(Start)[0].log_probabilities, self._all(Decided)
         phrases, in_all = _phrases(pairs, weights, start, scores_now)
         measured = {} if drift is None else {"drift": Drifted(**asdict(drift))}
+        if self._all(Baseline):
+            measured["baselines"] = self._all(Baseline)
         if held_out[0]:
             others, their_total = _phrases(*held_out)
             measured["held_out"] = HeldOut(phrases=others, total=their_total)

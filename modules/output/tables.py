@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from modules.config import Config, Pair
-from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, percent, row
+from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, columns, percent, row
 from modules.scoring import Drift
 from modules.search import Decision, Merge, Shares, probability, scores, total
 
@@ -178,6 +178,54 @@ def held_out_lines(searched: Totals, held_out: Totals) -> list[str]:
     ]
     names = f"Better only where it was searched: {', '.join(only)}"
     return [f"Searched {searched}, held out {held_out}", *([names] if only else [])]
+
+
+class Standing(NamedTuple):
+    """How a model does: totals of the searched pairs and of those that are held out, and on neutral text."""
+
+    name: str
+    total: float
+    held_out: float | None
+    drift: Drift | None
+
+
+def standing_lines(base: Standing, candidates: Sequence[Standing], merge: Standing) -> list[str]:
+    """The base, the candidates taken whole and the merge as one table; and, where a candidate alone is better than the
+    merge, that it is."""
+    rows = [_standing_cells(one) for one in (base, *candidates, merge)]
+    wanted = [True, True, merge.held_out is not None, merge.drift is not None, merge.drift is not None]
+    shown = [[cell for cell, is_wanted in zip(cells, wanted, strict=True) if is_wanted] for cells in [_STANDING, *rows]]
+    widths = [max(map(columns, cells)) for cells in zip(*shown, strict=True)]
+    header, *body = [row(cells, widths) for cells in shown]
+    rule = "-" * len(header)
+    return [rule, header, rule, *body, rule, *_better_alone(candidates, merge)]
+
+
+_STANDING = ["Taken whole", "Total", "Held out", "Drift (KL)", "Perplexity"]
+
+
+def _standing_cells(one: Standing) -> list[str]:
+    drift = one.drift
+    return [
+        one.name,
+        f"{one.total:.5f}",
+        "-" if one.held_out is None else f"{one.held_out:.5f}",
+        f"{drift.divergence:.4f}" if drift else "-",
+        f"{drift.perplexity:.2f}" if drift else "-",
+    ]
+
+
+def _better_alone(candidates: Sequence[Standing], merge: Standing) -> list[str]:
+    """That a candidate alone has a lower total than the merge, where it was searched or where it was not."""
+    lines = []
+    for what, key in (("where it was searched", "total"), ("on the phrases held out", "held_out")):
+        ours = getattr(merge, key)
+        known = [one for one in candidates if ours is not None and getattr(one, key) is not None]
+        best = min(known, key=lambda one: getattr(one, key), default=None)
+        if best is not None and getattr(best, key) < ours:
+            figures = f"{getattr(best, key):.5f} against {ours:.5f}"
+            lines.append(f"{best.name} taken whole is better than the merge {what}: {figures}.")
+    return [*lines, "Take it as it is, or begin with it: make it the base."] if lines else []
 
 
 def composition_lines(shares: Shares) -> list[str]:

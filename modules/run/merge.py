@@ -25,7 +25,7 @@ from modules.output import (
     written_paths,
 )
 from modules.output import tables as report
-from modules.run.conductor import Clock, Conductor
+from modules.run.conductor import Clock, Conductor, standing_lines
 from modules.run.estimate import calibrate, estimate, plan_lines
 from modules.run.plan import Available, Plan, check, find_available, plan_run
 from modules.run.steps import end, finish, note_source, prepare_libraries, save
@@ -115,6 +115,7 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         composition = mean_shares(conductor.origins)
         if all(decision.ratio is None for decision in record.decisions()):
             console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
+        console.lines(standing_lines(conductor, models.candidates))
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
         save(console, model, unfinished, config.directories.output_directory, config.text)

@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from modules.checkpoints import Candidate
 from modules.config import Config, read_neutral_texts
 from modules.model import ResidentModel
-from modules.runtime import Console, first_line, within_memory
+from modules.runtime import Console, first_line, is_out_of_memory, within_memory
 from modules.scoring import (
     NOT_TAKEN,
     Budget,
@@ -20,7 +21,7 @@ from modules.scoring import (
     encode_pairs,
     neutral_windows,
 )
-from modules.search.search import signed_weights
+from modules.search.search import Search, signed_weights
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,27 @@ class Watch:
         began = time.monotonic()
         self.now = self._look()
         self.seconds += time.monotonic() - began
+
+    def look_at_whole(self, search: Search, candidate: Candidate) -> tuple[list[float], Sight] | None:
+        """A candidate taken whole: log-probabilities of the searched pairs, and the rest; None if memory is too short.
+
+        Raises BrokenWeights and CheckpointError as reading does.
+        """
+        began = time.monotonic()
+        scorers = [search.scorer, *([self._scorer] if self._scorer else [])]
+
+        def score() -> tuple[list[float], Sight]:
+            (searched, *others), drift = search.score_whole(candidate, scorers, self._meter)
+            return searched, Sight(drift, tuple(others[0]) if others else ())
+
+        try:
+            return within_memory(score, lambda: False)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        finally:
+            self.seconds += time.monotonic() - began
 
     def _look(self) -> Sight:
         held_out = within_memory(self._scorer.score, self._take_less_memory) if self._scorer else ()

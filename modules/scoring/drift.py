@@ -10,9 +10,9 @@ another. Once the header has changed, the base's rows are those of its file.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -22,11 +22,14 @@ from torch import Tensor
 from modules.checkpoints import Tensors
 from modules.model import ResidentModel, widest_float
 from modules.runtime import within_memory
-from modules.scoring.hidden_states import Forward, entering, first_of, replaced_layers
+from modules.scoring.hidden_states import Forward, first_of, replaced_layers
+from modules.scoring.streamed import passing
 from modules.scoring.tokenization import Window
 
 BLOCK = 16 << 20  # bytes of logits, in float32, of each of the two models at a time
 TOKENS = 1024  # in one forward
+
+Held = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -62,19 +65,33 @@ class DriftMeter:
         self._block //= 2
         return self._block > 0
 
+    @property
+    def inputs(self) -> list[dict[str, Tensor]]:
+        """What the model's forward takes, batch by batch."""
+        return [{"input_ids": batch} for batch in self._batches]
+
     @torch.no_grad()
-    def _measure(self) -> Drift:
-        original = self._model.original_head() if self._model.header_has_changed() else None
+    def measure_on(self, hidden: Sequence[Tensor], held: Held = nullcontext, same_header: bool = False) -> Drift:
+        """The drift of a model with these last hidden states, batch by batch.
+
+        held: within it, the resident model has the other's norm and head. same_header: the base's header is the
+        resident one, whatever is held.
+        """
+        original = self._model.original_head() if not same_header or self._model.header_has_changed() else None
         sums = torch.zeros(4, dtype=torch.float64)
-        for batch, before in zip(self._batches, self._before, strict=True):
-            sums += self._compare(batch, before.to(self._model.device), self._hidden(batch), original).cpu()
+        for batch, before, now in zip(self._batches, self._before, hidden, strict=True):
+            sums += self._compare(batch, before.to(self._model.device), now, original, held).cpu()
         tokens = sum(batch.numel() for batch in self._batches)
         followed = tokens - sum(len(batch) for batch in self._batches)  # what follows a window is not known
         divergence, equal, said_now, said_before = sums.tolist()
         perplexities = (math.exp(-said / followed) for said in (said_now, said_before))
         return Drift(max(0.0, divergence / tokens), equal / tokens, *perplexities, tokens)
 
-    def _compare(self, batch: Tensor, before: Tensor, now: Tensor, original: Tensors | None) -> Tensor:
+    @torch.no_grad()
+    def _measure(self) -> Drift:
+        return self.measure_on([self._hidden(batch) for batch in self._batches], same_header=True)
+
+    def _compare(self, batch: Tensor, before: Tensor, now: Tensor, original: Tensors | None, held: Held) -> Tensor:
         """Of windows (B, T) with hidden states (B, T, H), the sums over their positions: of the divergence, of equal
         likeliest tokens, and of what the next token's log-probability is now and was before."""
         base, present = _Said(batch), _Said(batch)
@@ -82,7 +99,8 @@ class DriftMeter:
         weight, gap = torch.zeros_like(top), torch.zeros_like(top)  # of exp(old - top), and that times old - new
         for first, end in self._blocks(batch.numel()):
             old = self._logits(batch, before, first, end, original)
-            new = self._logits(batch, now, first, end)
+            with held():
+                new = self._logits(batch, now, first, end)
             base.add(first, old), present.add(first, new)
             top, before_top = torch.maximum(top, old.amax(-1)), top
             shares, shrunk = (old - top[..., None]).exp(), (before_top - top).exp()
@@ -102,22 +120,11 @@ class DriftMeter:
     def _logits(self, batch: Tensor, hidden: Tensor, first: int, end: int, rows: Tensors | None = None) -> Tensor:
         """What the model's own forward makes of last hidden states (B, T, H) with some rows of its head, or of `rows`:
         (B, T, rows)."""
-        with self._model.head_rows(first, end, rows), replaced_layers(self._model.layers, self._passing(hidden)):
+        with self._model.head_rows(first, end, rows), replaced_layers(self._model.layers, passing(self._model, hidden)):
             ids = torch.zeros_like(batch)  # any that every block has a row for; nothing comes of them
             columns = torch.arange(batch.shape[1], device=batch.device)
             found = self._model.logits({"input_ids": ids, "use_cache": False}, columns)
         return found.to(widest_float(found.device))
-
-    def _passing(self, hidden: Tensor) -> dict[int, Forward]:
-        """Layer forwards that compute nothing, the last of which returns these hidden states."""
-        last = len(self._model.layers) - 1
-
-        def pass_on(layer: int, *call: Any, **kwargs: Any) -> Any:
-            output = hidden if layer == last else entering(*call, **kwargs)
-            more = self._model.tuples_returned.get(layer)
-            return output if more is None else (output, *more)
-
-        return {layer: partial(pass_on, layer) for layer in range(last + 1)}
 
     def _hidden(self, batch: Tensor) -> Tensor:
         """The last layer's hidden states of windows (B, T): (B, T, H)."""

@@ -53,8 +53,7 @@ def test_held_out_pairs_are_scored_as_others_are(place, models):
         pairs = [Pair("BAD", p["phrase"], p["context"], 2.0) for p in found["phrases"]]
         run = place / name
         run.mkdir()
-        path = tiny.write_config(run / "my.yaml", folder, [base], run / "out", pairs, merge_ratios=0)
-
+        path = tiny.write_config(run / "my.yaml", folder, [models[1]], run / "out", pairs, merge_ratios=0)
         assert merge_monster.main(["--config", str(path)]) == 0
         expected[name] = json.loads((run / "out" / RECIPE_FILE).read_text(encoding="utf-8"))["phrases"]
     for name, phrases in expected.items():

@@ -38,6 +38,7 @@ def recipes(tmp_path_factory):
     other = {"bad_phrases": tiny.phrase_entries(tiny.PAIRS[:2], "BAD")}
     (folder / "other.yaml").write_text(yaml.safe_dump(other), encoding="utf-8")
     rich["held_out_files"] = [str(folder / "other.yaml")]
+    rich["baselines"] = True
     rich["neutral_texts"] = [str(folder / "plain.txt")]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
