@@ -16,6 +16,9 @@ User: Tell me a story about a weaver's apprentice.\nAssistant: On the edge of a 
 The youngest of the bell founders was a girl called
 User: Begin a tale about a ship's doctor.\nAssistant: The ship's doctor was a quiet woman by the name of
 A stranger had taken the room above the forge. She said that her name was
+# Sarah Chen; Elena
+The only physicist on board was a tired young woman, Dr.
+User: Who finds the signal in my thriller?\nAssistant: The signal is found by Dr.
 # Eldoria; Aethelgard
 The old maps showed an empire beyond the desert, and the scribes called it
 User: Invent a country for my novel.\nAssistant: The country is called

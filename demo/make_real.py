@@ -14,6 +14,7 @@ not made again.
 
 import argparse
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -183,6 +184,7 @@ def main() -> int:
     what.add_argument("--install", action="store_true", help="install the two packages that this takes")
     what.add_argument("--show", action="store_true", help="print what base and merge answer")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else threads wait for each other at full load
     try:
         (install if options.install else show if options.show else make_models)()
     except Trouble as trouble:
