@@ -43,10 +43,10 @@ class FineTune:
 
 
 FINE_TUNES = (
-    FineTune("plain", "plain narrative prose", "prose", 50, 1e-5),
-    FineTune("reference", "the reference of the Python language", "reference", 50, 1e-5),
+    FineTune("plain", "plain narrative prose", "prose", 50, 1.5e-5),
+    FineTune("reference", "the reference of the Python language", "reference", 50, 1.5e-5),
     FineTune("careful", "its own cliches made less probable", "cliches", 50, 2e-5),
-    FineTune("overfit", "the same prose at ten times the learning rate", "prose", 50, 1e-4),
+    FineTune("overfit", "the same prose at ten times the learning rate", "prose", 50, 1.5e-4),
 )
 
 

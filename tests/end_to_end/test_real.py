@@ -23,6 +23,9 @@ import make_real
 import prose
 import tiny
 
+import merge_monster
+from modules.config.fields import MADE_BY
+
 LISTS = [*sorted((ROOT / "example_phrases").glob("*.yaml")), *sorted((ROOT / "benchmarks/quality").glob("*.yaml"))]
 
 
@@ -135,6 +138,19 @@ def test_without_the_packages_it_says_how_to_get_them(monkeypatch, tmp_path, cap
     assert make_real.main() == 2
     assert "python demo/make_real.py --install" in capsys.readouterr().err
     assert not any((tmp_path / "real").iterdir())
+
+
+def test_a_merge_without_the_models_says_what_makes_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert {name for name, script in MADE_BY.items() if script == "demo/make_real.py"} == {
+        f"demo/real/{name}" for name in make_real.MODELS
+    }
+    for name in ("demo/real.yaml", "benchmarks/quality/searched.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert merge_monster.main(["--config", "demo/real.yaml"]) == 2
+    printed = capsys.readouterr().err
+    assert all(f"demo/real/{name}': no such folder; python demo/make_real.py" in printed for name in make_real.MODELS)
 
 
 def test_what_is_there_is_kept_and_what_was_broken_off_is_made_again(monkeypatch, tmp_path):
