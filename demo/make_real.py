@@ -178,7 +178,7 @@ def show() -> None:
 
 
 def main() -> int:
-    """Install, make or show. 0 if that went well, 2 if it can't be done here."""
+    """Install, make or show. 0 if that went well, 2 if it can't be done here, 130 if interrupted."""
     parser = argparse.ArgumentParser(description="Make a real model and four fine-tunes of it.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--install", action="store_true", help="install the two packages that this takes")
@@ -190,6 +190,9 @@ def main() -> int:
     except Trouble as trouble:
         print(trouble, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on with the model that was being made.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -168,6 +168,12 @@ def test_what_is_there_is_kept_and_what_was_broken_off_is_made_again(monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
     assert [path.name for path in (tmp_path / "plain").iterdir()] == ["whole"]
 
+    monkeypatch.setattr(sys, "argv", ["make_real.py"])
+    monkeypatch.setattr(make_real, "make_models", lambda: make_real.make_whole("reference", broken))
+    assert make_real.main() == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(make_real, "FOLDER", tmp_path)
+
     monkeypatch.setattr(make_real, "make_whole", lambda name, make: made.append(name))
     monkeypatch.setattr(make_real, "package_folder", lambda: pytest.fail("the base is to be made again"))
     (tmp_path / "base").mkdir()
