@@ -18,5 +18,6 @@ from modules.config.locations import (
     partial_of,
     repositories_in,
 )
+from modules.config.neutral_texts import read_neutral_texts
 from modules.config.phrase_lists import Pair
 from modules.config.schema import NO_PART, TABLES, VERSION, Config, Directories, Mapper

@@ -22,7 +22,11 @@ from modules.config.choices import ACCELERATORS, DEVICE_PATTERN, DEVICES, METHOD
 from modules.config.excerpts import shown
 from modules.config.locations import missing_folder, parse_location, parse_source
 
-DEMO_MODELS = ("cliche-base", "plain-prose", "apple-logic")  # what demo/make_models.py makes
+# What the scripts of demo/ make.
+MADE_BY = {
+    **{f"demo/models/{name}": "demo/make_models.py" for name in ("cliche-base", "plain-prose", "apple-logic")},
+    **{f"demo/real/{name}": "demo/make_real.py" for name in ("base", "plain", "reference", "careful", "overfit")},
+}
 
 Check = Callable[[Any], Any]  # the value to keep; raises what pydantic takes for an error
 
@@ -90,6 +94,7 @@ def _number_as_text(value: Any, whole: bool = False) -> str:
 
 Boolean = Annotated[bool, Strict(), said(lambda value: "expected true or false")]
 _Ratio = Annotated[float, Strict(), Field(ge=0, le=1), _number("a number from 0 to 1")]
+Share = Annotated[float, Strict(), Field(ge=0, lt=1), _number("a number from 0 and below 1")]
 Threshold = Annotated[float, Strict(), Field(gt=0, le=1), _number("a number above 0 and up to 1")]
 Percent = Annotated[float, Strict(), Field(ge=0, le=100), _number("a number from 0 to 100")]
 Weight = Annotated[float, Strict(), Field(ge=0, le=1e300), _number("a number of at least 0")]
@@ -206,8 +211,8 @@ def _model_named(text: str, parse: Callable[[str], object]) -> str:
     """A folder or an id of the hub. Whether the hub has it can't be known here."""
     path = _path(text)
     if parse(text) is None:
-        of_demo = path.parts[:2] == ("demo", "models") and path.name in DEMO_MODELS
-        words = "no such folder; python demo/make_models.py makes it" if of_demo else missing_folder(text)
+        script = MADE_BY.get(path.as_posix())
+        words = f"no such folder; python {script} makes it" if script else missing_folder(text)
         raise ValueError(_encodable(words))  # a folder's name that is told may be no UTF-8
     return text
 

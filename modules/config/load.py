@@ -4,7 +4,7 @@ Knows: what the command line puts in place of a file's values, which phrase file
 together. Refuses to know: what a single value may be.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from modules.config.excerpts import shown
 from modules.config.fields import AnyPath, Output, keys_of
 from modules.config.findings import Finding, findings_in
-from modules.config.phrase_lists import MOST_PAIRS, PhraseLists, count_pairs
+from modules.config.held_out import set_aside
+from modules.config.phrase_lists import MOST_PAIRS, Pair, PhraseLists, count_pairs
 from modules.config.schema import CONFIG_KEYS, Config, Settings
 from modules.config.yaml_file import YamlFile, read_yaml
 from modules.runtime import ConfigError, counted
@@ -38,14 +39,19 @@ def load_config(
     Raises ConfigError with one line for every error found.
     """
     main = _with_options(read_yaml(Path(path), "Name a YAML file with --config."), device, output, model)
-    files, found = _phrase_files(main)
+    files, found = _phrase_files(main, "phrase_files")
+    held_out, more_found = _phrase_files(main, "held_out_files")
+    found += more_found
     count = sum(count_pairs(file.value) for file in (main, *files))
-    if count > MOST_PAIRS:
-        problem = f"{count:,} pairs of a phrase and a context; at most {MOST_PAIRS:,} are taken"
+    in_all = count + sum(count_pairs(file.value) for file in held_out)
+    if in_all > MOST_PAIRS:
+        problem = f"{in_all:,} pairs of a phrase and a context; at most {MOST_PAIRS:,} are taken"
         found.append(Finding(main, ("phrase lists",), problem))
-        main, files = _without(main, _PHRASES), []
+        main, files, held_out = _without(main, _PHRASES), [], []
     settings = _checked(Settings, main, found, mapping)
-    lists = [_checked(PhraseLists, _without(file, _NO_PHRASES), found) for file in files]
+    lists, aside = (
+        [_checked(PhraseLists, _without(file, _NO_PHRASES), found) for file in some] for some in (files, held_out)
+    )
     if not count and not any(finding.file.name or "phrase" in str(finding.place[:1]) for finding in found):
         found.append(Finding(main, ("bad_phrases, good_phrases",), "both are empty; there is nothing to score"))
     found += [] if mapping else _missing_for_a_merge(main)
@@ -53,8 +59,19 @@ def load_config(
         more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
         lines = [f"  {line}" for line in [*found[:_MOST_ERRORS], *more]]
         raise ConfigError(f"{path} has {counted(len(found), 'error')}:", *lines)
-    bad, good = (sum((getattr(part, key) for part in (settings, *lists)), ()) for key in _PHRASES)
-    return Config(**{**vars(settings), "bad_phrases": bad, "good_phrases": good}, text=main.text)
+    values, pairs = vars(settings), [_pairs_of((settings, *lists), key) for key in _PHRASES]
+    if mapping:
+        return Config(**{**values, **dict(zip(_PHRASES, pairs, strict=True))}, text=main.text)
+    (bad, no_bad), (good, no_good) = (set_aside(some, settings.held_out, settings.random_seed) for some in pairs)
+    if not bad and not good:
+        raise ConfigError(f"{path}: every phrase is held out; there is nothing to search with")
+    others = [pair for key in _PHRASES for pair in _pairs_of(aside, key)]
+    values = {**values, "bad_phrases": tuple(bad), "good_phrases": tuple(good)}
+    return Config(**values, text=main.text, held_out_pairs=(*no_bad, *no_good, *others))
+
+
+def _pairs_of(parts: Iterable[Any], key: str) -> tuple[Pair, ...]:
+    return sum((getattr(part, key) for part in parts), ())
 
 
 def output_directory(name: str, value: str) -> Path:
@@ -100,12 +117,12 @@ def _checked(kind: type, file: YamlFile, found: list[Finding], mapping: bool = F
         return None
 
 
-def _phrase_files(main: YamlFile) -> tuple[list[YamlFile], list[Finding]]:
-    """The phrase files that hold keys, and what is wrong with them as files."""
-    named = main.value.get("phrase_files") if isinstance(main.value, Mapping) else None
+def _phrase_files(main: YamlFile, key: str) -> tuple[list[YamlFile], list[Finding]]:
+    """The phrase files that a key names and that hold keys, and what is wrong with them as files."""
+    named = main.value.get(key) if isinstance(main.value, Mapping) else None
     files, found = list[YamlFile](), list[Finding]()
     for number, item in enumerate(named if isinstance(named, list) else []):
-        place = ("phrase_files", number)
+        place = (key, number)
         try:
             path = Path(TypeAdapter(AnyPath).validate_python(item))
             hint = "A relative path begins in the folder you start the program in."

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter
 
-from modules.config.fields import EmptyOrText, Text, Weight, keys_of, listed
+from modules.config.fields import Boolean, EmptyOrText, Text, Weight, keys_of, listed
 from modules.runtime import shortened
 
 MOST_PAIRS = 100_000
@@ -33,6 +33,11 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class HeldOut(Pair):
+    """A pair that is marked to be scored and never searched."""
+
+
+@dataclass(frozen=True)
 class Context:
     """A context with a weight of its own."""
 
@@ -41,6 +46,8 @@ class Context:
     """The beginning of a text; "" is the empty one."""
     weight: Weight | None = None
     """How much the phrase matters here, in place of the phrase's own weight."""
+    held_out: Boolean = False
+    """Score the phrase here, and do not search with it."""
 
 
 def _context(value: Any) -> Any:
@@ -72,7 +79,9 @@ def _pairs(kind: str) -> PlainValidator:
 
     def pairs(value: Any) -> tuple[Pair, ...]:
         return tuple(
-            Pair(kind, phrase.phrase, context.context, phrase.weight if context.weight is None else context.weight)
+            (HeldOut if context.held_out else Pair)(
+                kind, phrase.phrase, context.context, phrase.weight if context.weight is None else context.weight
+            )
             for phrase in _PHRASES.validate_python(value)
             for context in phrase.contexts
         )

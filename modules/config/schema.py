@@ -20,7 +20,17 @@ TABLES = ("full", "changed", "summary")  # of the command line: how much of the 
 
 # Keys that have no part in what a search finds: a run goes on that was begun with others. (What phrase_files name is in
 # bad_phrases and good_phrases.) All other keys have one, those of `directories` as far as they name models.
-NO_PART = ("on_error", "keep_downloads", "phrase_files", "mapper")
+NO_PART = (
+    "on_error",
+    "keep_downloads",
+    "phrase_files",
+    "held_out",
+    "held_out_files",
+    "held_out_pairs",
+    "baselines",
+    "neutral_texts",
+    "mapper",
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,14 @@ class Settings:
     """What the merged model should say more."""
     phrase_files: kinds.Paths = ()
     """YAML files whose bad_phrases and good_phrases are added."""
+    held_out: kinds.Share = 0.0
+    """The share of each phrase's contexts that is scored and never searched."""
+    held_out_files: kinds.Paths = ()
+    """Phrase files whose pairs are all scored and never searched."""
+    baselines: kinds.Boolean = True
+    """Score every candidate taken whole, too, and show it beside the merge."""
+    neutral_texts: kinds.Paths | None = None
+    """Text files on which drift is measured, in place of the program's own; [] for none."""
     device: kinds.Device = "auto"
     """Where to compute. auto takes an accelerator if there is one, else cpu."""
     dtype: kinds.Dtype = "auto"
@@ -99,10 +117,11 @@ class Config(Settings):
     """Everything a run depends on: what the file says, with the phrases of the files that it names."""
 
     text: str = field(default="", repr=False)  # the YAML file to the letter; not a key
+    held_out_pairs: tuple[Pair, ...] = ()  # scored and never searched; of these keys, and of marked contexts
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """All pairs, the bad ones first."""
+        """All pairs that are searched with, the bad ones first."""
         return self.bad_phrases + self.good_phrases
 
 

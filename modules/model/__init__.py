@@ -13,6 +13,7 @@ from modules.model.devices import (
     resolve_dtype,
     side_streams,
     wider,
+    widest_float,
 )
 from modules.model.embeddings import HeaderSkipped, aligned_header
 from modules.model.loading import ModelLoader

@@ -167,11 +167,60 @@ class ResidentModel:
         names = {id(tensor): name for name, tensor in reversed(self._state.items()) if id(tensor) in owned}
         return self._part(sorted(names.values()))
 
+    def outside(self) -> Part:
+        """What is neither in a layer nor in the header: the final norm, position tables."""
+        header = {id(tensor) for tensor in self.header().tensors.values()}
+        inside = f"{self.layers_name}."
+        return self._part(
+            [name for name, one in self._state.items() if not name.startswith(inside) and id(one) not in header]
+        )
+
     def header_names(self) -> tuple[str, str | None]:
         """The full names of the weights of input embedding and output head, which a tied model has too, or None."""
         weight, head = self.module.get_input_embeddings().weight, self.module.get_output_embeddings()
         embedding = next(name for name, tensor in self._state.items() if tensor is weight)
         return embedding, next((f"{name}.weight" for name, one in self.module.named_modules() if one is head), None)
+
+    # -- the head, some of its rows at a time --------------------------------------------------------------------------
+
+    @property
+    def head_size(self) -> int:
+        """Number of rows of the output head. Raises ValueError if the model has none that can be found."""
+        return self._head_tensors()["weight"].shape[0]
+
+    @contextmanager
+    def head_rows(self, first: int, end: int, rows: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """The head has only these of its rows for a moment, or of others that are laid out alike."""
+        own = self._head_tensors()
+        whole = {name: tensor.data for name, tensor in own.items()}
+        try:
+            for name, tensor in own.items():
+                tensor.data = (rows or whole)[name][first:end].to(tensor.device)
+            yield
+        finally:
+            for name, tensor in own.items():
+                tensor.data = whole[name]
+
+    def header_has_changed(self) -> bool:
+        """Whether a merge has made the header another than the base's."""
+        names = set(self.header().tensors)
+        return any(bool(changed.any()) for part, changed in self._touched.items() if names & set(part))
+
+    def original_head(self) -> dict[str, Tensor]:
+        """The head's tensors as the base's file has them, on the CPU in the model's dtype."""
+        found = {}
+        for name, tensor in self._head_tensors().items():
+            state = next(other for other, one in self._state.items() if one is tensor)
+            stored = self._conversion.load([self._stored_as[state]], self.checkpoint.stream)
+            found[name] = stored.popitem()[1].to(tensor.dtype)
+        return found
+
+    def _head_tensors(self) -> dict[str, Tensor]:
+        head = self.module.get_output_embeddings()
+        found = dict(head.named_parameters(recurse=False)) if head is not None else {}
+        if "weight" not in found:
+            raise ValueError("the model has no output head with a row for each token")
+        return found
 
     def _part(self, names: list[str]) -> Part:
         names = [name for name in names if self._state[name].is_floating_point()]

@@ -67,6 +67,14 @@ def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """What sums are best made in on a device: float64, where it has that."""
+    try:
+        return torch.zeros((), dtype=torch.float64, device=device).dtype
+    except (TypeError, RuntimeError):
+        return torch.float32
+
+
 def wider(dtype: torch.dtype) -> str:
     """What to do about values that are too large for a dtype."""
     others = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}  # bfloat16 ends a little before float32

@@ -56,9 +56,9 @@ class Part:
     def _adopted(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """A candidate's tensor on its device in the model's dtype, and its least and greatest value, (2,)."""
         own = self.tensors[name]
-        if tensor.dtype == own.dtype:
+        if tensor.dtype == own.dtype or tensor.dim() == 0:
             arrived = tensor.to(own.device, non_blocking=True)
-            return arrived, torch.stack(arrived.aminmax())
+            return arrived.to(own.dtype), torch.stack(arrived.aminmax())
         # A part at a time is there in its own dtype, which may be twice as wide.
         adopted, bounds = torch.empty(tensor.shape, dtype=own.dtype, device=own.device), []
         rows = -(-len(tensor) // BLOCKS)

@@ -34,6 +34,7 @@ def _row(name: str, recipe: Recipe) -> dict[str, str]:
         "Total before": percent(recipe.total.before),
         "Total after": percent(recipe.total.after),
         "Improved": f"{recipe.improved} of {len(recipe.phrases)}",
+        "Drift (KL)": f"{recipe.drift.divergence:.4f}" if recipe.drift else "-",
         "Composition": _short(recipe.composition),
         "Taken": f"{len(recipe.needed_sources) - 1} of {len(recipe.sources) - 1}",
         "Methods": ", ".join(settings.merge_method),

@@ -123,6 +123,27 @@ def _introduction(recipe: Recipe) -> str:
         f"less probable or wanted ones more so. {improved} of {phrases} improved; the total score (lower is better) "
         f"went from {before} to {after}. Strategy: {settings.strategy}; merge methods: "
         f"{', '.join(settings.merge_method)}; computed in {recipe.dtype}."
+        f"{_about_held_out(recipe)}{_about_drift(recipe)}"
+    )
+
+
+def _about_held_out(recipe: Recipe) -> str:
+    if recipe.held_out is None:
+        return ""
+    count, total = counted(len(recipe.held_out.phrases), "phrase"), recipe.held_out.total
+    return (
+        f" {count} more, which the search never saw, went from a total of {percent(total.before)} to "
+        f"{percent(total.after)}."
+    )
+
+
+def _about_drift(recipe: Recipe) -> str:
+    drift = recipe.drift
+    if drift is None:
+        return ""
+    return (
+        f" On {drift.tokens:,} tokens of neutral text its next-token distributions are {drift.divergence:.4f} nats per "
+        f"token (KL) from the base's; perplexity {drift.base_perplexity:.2f} before, {drift.perplexity:.2f} after."
     )
 
 

@@ -14,7 +14,19 @@ from pydantic import ValidationError, model_validator
 from modules.config import DTYPES, Config
 from modules.output.changes import changes_between, run_of
 from modules.output.journal import naming
-from modules.output.records import FORMAT, Decided, Number, Phrase, Record, Settings, Source, Total
+from modules.output.records import (
+    FORMAT,
+    Baseline,
+    Decided,
+    Drifted,
+    HeldOut,
+    Number,
+    Phrase,
+    Record,
+    Settings,
+    Source,
+    Total,
+)
 from modules.runtime import ConfigError
 from modules.search import improved
 
@@ -39,6 +51,9 @@ class Recipe(Record):
     failures: dict[str, str]
     phrases: list[Phrase]
     total: Total
+    baselines: list[Baseline] | None = None
+    held_out: HeldOut | None = None
+    drift: Drifted | None = None
     composition: dict[str, Number]
     seconds: dict[str, Number]
 

@@ -65,6 +65,7 @@ class Settings(Record):
     bad_phrases: Any
     good_phrases: Any
     phrase_files: Any
+    neutral_texts: Any = None  # younger than journals are
     device: str
     dtype: Literal[DTYPES]
     random_seed: Count
@@ -133,6 +134,25 @@ class Decided(Record):
         return Decision(**{field.name: getattr(self, field.name) for field in fields(Decision)})
 
 
+class Drifted(Record):
+    """How far a model is from the base on neutral text."""
+
+    divergence: Number
+    agreement: Number
+    perplexity: Number
+    base_perplexity: Number
+    tokens: Count
+
+
+class Baseline(Record):
+    """How a candidate does that is taken whole: totals of the searched pairs and of those that are held out."""
+
+    number: Count
+    total: Number
+    held_out: Number | None
+    drift: Drifted | None
+
+
 class Closed(Record):
     """The end of a candidate's search; failure: why it was given up, if it was."""
 
@@ -160,8 +180,22 @@ class Total(Record):
     after: Number
 
 
+class HeldOut(Record):
+    """The pairs that were scored and never searched."""
+
+    phrases: list[Phrase]
+    total: Total
+
+
 # By kind, as the journal calls them. Others are nobody's business here.
-LINES = {"run": Run, "source": Source, "start": Start, "decision": Decided, "candidate": Closed}
+LINES = {
+    "run": Run,
+    "source": Source,
+    "start": Start,
+    "baseline": Baseline,
+    "decision": Decided,
+    "candidate": Closed,
+}
 
 
 def read_lines(records: Sequence[Mapping[str, Any]], config: Config) -> tuple[list[Record], int | None]:

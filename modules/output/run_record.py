@@ -13,11 +13,25 @@ from modules.config import Config, Pair
 from modules.output.changes import compare_fingerprints, refuse_changes, refuse_other_version, run_of
 from modules.output.journal import Journal
 from modules.output.recipe import Recipe
-from modules.output.records import Closed, Decided, Phrase, Record, Run, Source, Start, Total, read_lines
-from modules.scoring import Packing
+from modules.output.records import (
+    Baseline,
+    Closed,
+    Decided,
+    Drifted,
+    HeldOut,
+    Phrase,
+    Record,
+    Run,
+    Source,
+    Start,
+    Total,
+    read_lines,
+)
+from modules.scoring import Drift, Packing
 from modules.search import Decision, Shares, probability, scores, total
 
 Kind = TypeVar("Kind", bound=Record)
+Scored = tuple[Sequence[Pair], Sequence[float], Sequence[float], Sequence[float]]
 
 
 class RunRecord:
@@ -97,6 +111,19 @@ class RunRecord:
         measured = {"log_probabilities": log_probabilities, "weights": weights, "packing": asdict(packing)}
         return self._all(Start)[0] if self._all(Start) else self._note("start", Start(**measured))
 
+    def baseline(self, number: int) -> Baseline | None:
+        """What was noted of a candidate taken whole."""
+        return next((line for line in self._all(Baseline) if line.number == number), None)
+
+    def note_baseline(self, number: int, total: float, held_out: float | None, drift: Drift | None) -> Baseline:
+        """Note how a candidate does that is taken whole."""
+        drifted = drift and Drifted(**asdict(drift))
+        return self._note("baseline", Baseline(number=number, total=total, held_out=held_out, drift=drifted))
+
+    def start_scores(self) -> tuple[float, ...]:
+        """The base's log-probabilities."""
+        return self._all(Start)[0].log_probabilities
+
     def decided(self, number: int, decision: Decision, seconds: float, packing: Packing) -> None:
         """Note a decision."""
         more = {"packing": asdict(packing), "seconds": round(seconds, 3)}
@@ -121,18 +148,24 @@ class RunRecord:
         weights: Sequence[float],
         scores_now: Sequence[float],
         composition: Shares,
+        drift: Drift | None,
+        held_out: Scored,
         model: Mapping[str, str | None],
         seconds: Mapping[str, float],
     ) -> Recipe:
         """Everything that another person needs to build the same model and to see what it is; see docs/recipe.md.
 
+        held_out: the pairs that were, their signed weights and log-probabilities before and after, maybe none.
         model: device, compute dtype, saved dtype. seconds: by phase; those of the search are in the journal.
         """
         run, start, decisions = self._all(Run)[0], self._all(Start)[0].log_probabilities, self._all(Decided)
-        phrases = [
-            Phrase(**asdict(pair) | {"weight": weight}, before=probability(before), after=probability(after))
-            for pair, weight, before, after in zip(pairs, weights, start, scores_now, strict=True)
-        ]
+        phrases, in_all = _phrases(pairs, weights, start, scores_now)
+        measured = {} if drift is None else {"drift": Drifted(**asdict(drift))}
+        if self._all(Baseline):
+            measured["baselines"] = self._all(Baseline)
+        if held_out[0]:
+            others, their_total = _phrases(*held_out)
+            measured["held_out"] = HeldOut(phrases=others, total=their_total)
         return Recipe(
             format=run.format,
             program=run.program,
@@ -144,7 +177,19 @@ class RunRecord:
             decisions=[line.written("packing") for line in decisions],
             failures={str(line.number): line.failure for line in self._all(Closed) if line.failure},
             phrases=phrases,
-            total=Total(before=total(scores(start, weights)), after=total(scores(scores_now, weights))),
+            total=in_all,
+            **measured,
             composition=dict(composition),
             seconds={**seconds, "search": round(sum(line.seconds for line in decisions), 1)},
         )
+
+
+def _phrases(
+    pairs: Sequence[Pair], weights: Sequence[float], start: Sequence[float], now: Sequence[float]
+) -> tuple[list[Phrase], Total]:
+    """Pairs with their signed weights and probabilities, from log-probabilities before and after; and their total."""
+    phrases = [
+        Phrase(**asdict(pair) | {"weight": weight}, before=probability(before), after=probability(after))
+        for pair, weight, before, after in zip(pairs, weights, start, now, strict=True)
+    ]
+    return phrases, Total(before=total(scores(start, weights)), after=total(scores(now, weights)))

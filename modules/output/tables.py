@@ -4,10 +4,12 @@ Knows: widths, digits, wording. Refuses to know: how anything was measured, wher
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from modules.config import Config, Pair
-from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, percent, row
+from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, columns, percent, row
+from modules.scoring import Drift
 from modules.search import Decision, Merge, Shares, probability, scores, total
 
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
@@ -24,7 +26,8 @@ def summary(
         "Starting model": config.directories.model_path1,
         "Models to merge": ", ".join(candidates),
         "Output directory": config.directories.output_directory,
-        "Phrases loaded": f"{len(config.pairs)} ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good)",
+        "Phrases loaded": f"{len(config.pairs)} ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good)"
+        + (f", {len(config.held_out_pairs)} more held out" if config.held_out_pairs else ""),
         **scorer,
         "Auto weights": config.auto_weights,
         "Merge ratios": list(config.merge_ratios),
@@ -124,6 +127,105 @@ def _moved_well(standings: Sequence[_PairRow]) -> str:
         f"since the start: {sum(bad)} of {len(bad)} bad pairs less probable, "
         f"{sum(good)} of {len(good)} good pairs more probable"
     )
+
+
+def neutral_text_lines(drift: Drift | None) -> list[str]:
+    """On what drift is measured, and how the base does there; nothing if it is not."""
+    return [f"Neutral text: {drift.tokens:,} tokens, perplexity {drift.base_perplexity:.2f}"] if drift else []
+
+
+def drift_lines(drift: Drift | None) -> list[str]:
+    """How far the model has gone from the base on neutral text; nothing if that was not measured."""
+    if drift is None:
+        return []
+    return [
+        f"Drift: KL {drift.divergence:.4f} nats per token from the base on {drift.tokens:,} tokens of neutral text, "
+        f"{drift.agreement:.1%} of likeliest tokens the same, perplexity {drift.base_perplexity:.2f} > "
+        f"{drift.perplexity:.2f}"
+    ]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A total before and now, and how much of the change is due to each phrase."""
+
+    before: float
+    now: float
+    changes: Mapping[tuple[str, str], float]  # kind and phrase -> below 0 if it is better now
+
+    @classmethod
+    def of(
+        cls, pairs: Sequence[Pair], weights: Sequence[float], before: Sequence[float], now: Sequence[float]
+    ) -> "Totals":
+        """weights: signed; before, now: joint log-probabilities."""
+        old, new = scores(before, weights), scores(now, weights)
+        changes: dict[tuple[str, str], float] = {}
+        for pair, one, other in zip(pairs, old, new, strict=True):
+            changes[pair.kind, pair.phrase] = changes.get((pair.kind, pair.phrase), 0.0) + other - one
+        return cls(total(old), total(new), changes)
+
+    def __str__(self) -> str:
+        change = f" ({(self.now - self.before) / abs(self.before):+.0%})" if self.before else ""
+        return f"{self.before:.5f} > {self.now:.5f}{change}"
+
+
+def held_out_lines(searched: Totals, held_out: Totals) -> list[str]:
+    """Both totals, and the phrases that are better where they were searched and not where they were held out."""
+    only = [
+        phrase
+        for (kind, phrase), change in held_out.changes.items()
+        if change >= 0 > searched.changes.get((kind, phrase), 0.0)
+    ]
+    names = f"Better only where it was searched: {', '.join(only)}"
+    return [f"Searched {searched}, held out {held_out}", *([names] if only else [])]
+
+
+class Standing(NamedTuple):
+    """How a model does: totals of the searched pairs and of those that are held out, and on neutral text."""
+
+    name: str
+    total: float
+    held_out: float | None
+    drift: Drift | None
+
+
+def standing_lines(base: Standing, candidates: Sequence[Standing], merge: Standing) -> list[str]:
+    """The base, the candidates taken whole and the merge as one table; and, where a candidate alone is better than the
+    merge, that it is."""
+    rows = [_standing_cells(one) for one in (base, *candidates, merge)]
+    wanted = [True, True, merge.held_out is not None, merge.drift is not None, merge.drift is not None]
+    shown = [[cell for cell, is_wanted in zip(cells, wanted, strict=True) if is_wanted] for cells in [_STANDING, *rows]]
+    widths = [max(map(columns, cells)) for cells in zip(*shown, strict=True)]
+    header, *body = [row(cells, widths) for cells in shown]
+    rule = "-" * len(header)
+    return [rule, header, rule, *body, rule, *_better_alone(candidates, merge)]
+
+
+_STANDING = ["Taken whole", "Total", "Held out", "Drift (KL)", "Perplexity"]
+
+
+def _standing_cells(one: Standing) -> list[str]:
+    drift = one.drift
+    return [
+        one.name,
+        f"{one.total:.5f}",
+        "-" if one.held_out is None else f"{one.held_out:.5f}",
+        f"{drift.divergence:.4f}" if drift else "-",
+        f"{drift.perplexity:.2f}" if drift else "-",
+    ]
+
+
+def _better_alone(candidates: Sequence[Standing], merge: Standing) -> list[str]:
+    """That a candidate alone has a lower total than the merge, where it was searched or where it was not."""
+    lines = []
+    for what, key in (("where it was searched", "total"), ("on the phrases held out", "held_out")):
+        ours = getattr(merge, key)
+        known = [one for one in candidates if ours is not None and getattr(one, key) is not None]
+        best = min(known, key=lambda one: getattr(one, key), default=None)
+        if best is not None and getattr(best, key) < ours:
+            figures = f"{getattr(best, key):.5f} against {ours:.5f}"
+            lines.append(f"{best.name} taken whole is better than the merge {what}: {figures}.")
+    return [*lines, "Take it as it is, or begin with it: make it the base."] if lines else []
 
 
 def composition_lines(shares: Shares) -> list[str]:

@@ -11,9 +11,11 @@ from modules.checkpoints import Candidate, Prefetcher, remove_downloads
 from modules.config import Config
 from modules.output import RunRecord
 from modules.output import tables as report
+from modules.output.tables import Totals
 from modules.run.steps import note_source
-from modules.runtime import CheckpointError, Console, postponed
-from modules.search import Decision, Merge
+from modules.run.watch import Sight, Watch
+from modules.runtime import BrokenWeights, CheckpointError, Console, postponed
+from modules.search import Decision, Merge, scores, total
 from modules.search.search import Search
 
 
@@ -36,8 +38,16 @@ class Conductor:
     """Leads a search through all candidates, from where an earlier run has left it."""
 
     def __init__(
-        self, config: Config, console: Console, search: Search, record: RunRecord, prefetcher: Prefetcher
+        self,
+        config: Config,
+        console: Console,
+        search: Search,
+        record: RunRecord,
+        prefetcher: Prefetcher,
+        watch: Watch | None = None,
     ) -> None:
+        """watch: of the process that leads; it has looked at the base."""
+        self.watch = watch
         self.config, self.console, self.search, self.record = config, console, search, record
         self.prefetcher, self.layers = prefetcher, len(search.model.layers)
         # The accepted merges of every layer and, last, of the header.
@@ -51,6 +61,8 @@ class Conductor:
         console, search = self.console, self.search
         self._tell_of_memory()
         self._show_table(table, whole_in_log=True)
+        if self.watch:
+            console.lines(report.neutral_text_lines(self.watch.start.drift))
         start = resume_search(console, search, self.record, resume)
         steps = len(candidates) * search.steps_per_candidate()
         with console.progress(steps) as self.bar, postponed(console.on_interrupt) as self.end_if_asked:
@@ -60,6 +72,7 @@ class Conductor:
                 self._candidate(number, candidate)
                 self.bar.left((len(candidates) - number) * search.steps_per_candidate())
                 self._show_table(table, start, whole_in_log=number == len(candidates))
+                self._show_watch(start)
                 if not self.config.keep_downloads:
                     later = [repository for other in candidates[number:] for repository in other.repositories]
                     remove_downloads(console, candidate.repositories, [search.model.checkpoint.repository, *later])
@@ -69,12 +82,25 @@ class Conductor:
         whole = report.phrase_table(*state, "full") if whole_in_log else None
         self.console.lines(report.phrase_table(*state, kind), whole)
 
+    def _show_watch(self, start: Sequence[float]) -> None:
+        """What the candidate's search may have cost, and whether it gained more than it was searched for."""
+        if self.watch is None:
+            return
+        self.watch.look()
+        self.console.lines(report.drift_lines(self.watch.now.drift))
+        if self.watch.pairs:
+            ours = Totals.of(self.config.pairs, self.search.weights, start, self.search.log_probabilities)
+            watch = self.watch
+            others = Totals.of(watch.pairs, watch.weights, watch.start.held_out, watch.now.held_out)
+            self.console.lines(report.held_out_lines(ours, others))
+
     def _candidate(self, number: int, candidate: Candidate) -> None:
         failure, group = None, self.search.group
         behind = self.search.repeated + len(self.record.decisions(number))
         try:
             group.on_all_ranks(lambda: self.prefetcher.wait(number))
             note_source(self.record, group, number, candidate.text, candidate.where, candidate.checkpoint)
+            self._score_whole(number, candidate)
             failure = self._search(number, candidate)
         except CheckpointError as error:
             if self.config.on_error == "stop":
@@ -91,6 +117,24 @@ class Conductor:
         self._tell_of_memory()
         if self.record.end(number) is None:
             self.record.closed(number, self.search.log_probabilities, failure, self.search.scorer.packing)
+
+    def _score_whole(self, number: int, candidate: Candidate) -> None:
+        """Note how the candidate does that is taken whole, if that is wanted and not yet known."""
+        wanted = self.watch and self.config.baselines and self.search.scorer.has_tails
+        if not wanted or self.record.baseline(number) or self.record.decisions(number) or self.record.end(number):
+            return
+        try:
+            seen = self.watch.look_at_whole(self.search, candidate)
+        except (BrokenWeights, CheckpointError) as error:  # the search will meet it, too
+            self.console.warning(f"{candidate.name} can't be scored whole: {error}")
+            return
+        if seen is None:
+            self.console.warning(f"{candidate.name} can't be scored whole: there is too little memory")
+            return
+        log_probabilities, sight = seen
+        held_out = total(scores(sight.held_out, self.watch.weights)) if self.watch.pairs else None
+        searched = total(scores(log_probabilities, self.search.weights))
+        self.record.note_baseline(number, searched, held_out, sight.drift)
 
     def _search(self, number: int, candidate: Candidate) -> str | None:
         """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""
@@ -133,6 +177,22 @@ class Conductor:
 
     def _place(self, decision: Decision) -> int:
         return self.layers if decision.layer is None else decision.layer
+
+
+def standing_lines(conductor: Conductor, candidates: Sequence[Candidate]) -> list[str]:
+    """Base, candidates taken whole and the merge, side by side; nothing if no candidate was scored whole."""
+    watch, search, record = conductor.watch, conductor.search, conductor.record
+    known = [(candidate.name, record.baseline(number)) for number, candidate in enumerate(candidates, start=1)]
+    whole = [report.Standing(name, one.total, one.held_out, one.drift) for name, one in known if one]
+    if not whole:
+        return []
+
+    def standing(name: str, log_probabilities: Sequence[float], sight: Sight) -> report.Standing:
+        held_out = total(scores(sight.held_out, watch.weights)) if watch.pairs else None
+        return report.Standing(name, total(scores(log_probabilities, search.weights)), held_out, sight.drift)
+
+    base = standing(f"{search.model.checkpoint.name} (base)", record.start_scores(), watch.start)
+    return report.standing_lines(base, whole, standing("the merge", search.log_probabilities, watch.now))
 
 
 class Clock:

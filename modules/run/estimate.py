@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.run.plan import Available, Plan, in_memory, on_disk
+from modules.run.plan import Available, Plan
+from modules.runtime import in_memory, on_disk
 from modules.search import merge
 
 SECONDS_EACH = 0.2  # of one measurement
@@ -49,7 +50,8 @@ class Estimate:
     """About how long a run takes, in seconds. Downloads and saving are not in it."""
 
     search: float  # of one candidate, reading not included
-    total: float  # of all, with the reading if its speed is known
+    total: float  # of all, with the reading if its speed is known, and what is measured beside the search
+    watching: float = 0.0  # of the total: drift, candidates taken whole
 
 
 @torch.no_grad()
@@ -131,8 +133,18 @@ def _reading_rate(plan: Plan) -> float | None:
 def estimate(plan: Plan, rates: Rates) -> Estimate:
     """What the plan takes at these rates."""
     search = _search_seconds(plan, rates)
-    bytes_read = plan.disk.base + sum(count for _, count in plan.disk.candidates)
-    return Estimate(search, len(plan.disk.candidates) * search + (bytes_read / rates.reading if rates.reading else 0))
+    count, watching = len(plan.disk.candidates), _watching_seconds(plan, rates)
+    bytes_read = plan.disk.base + sum(size for _, size in plan.disk.candidates) * (2 if plan.baselines else 1)
+    return Estimate(search, count * search + watching + (bytes_read / rates.reading if rates.reading else 0), watching)
+
+
+def _watching_seconds(plan: Plan, rates: Rates) -> float:
+    """Drift of the base and after each candidate, by both models' heads; every candidate taken whole, phrases too."""
+    sizes, count = plan.sizes, len(plan.disk.candidates)
+    layers, head = 2 * sizes.layers * sizes.active_weights, 2 * sizes.hidden * sizes.vocabulary
+    times = 2 * count + 1 if plan.baselines else count + 1
+    whole = count * (plan.packed_tokens * layers + plan.columns * head) if plan.baselines else 0
+    return (times * plan.neutral_tokens * (layers + 2 * head) + whole) / rates.alone
 
 
 def _search_seconds(plan: Plan, rates: Rates) -> float:
@@ -175,7 +187,8 @@ def plan_lines(plan: Plan, room: Available, estimate: Estimate) -> list[str]:
         "Memory needed": f"{in_memory(memory.reserved)} on {plan.device} ({parts}){free}",
         "Downloads": f"{on_disk(disk.downloads)} still to be fetched from the hub" if disk.downloads else "",
         "Time (estimate)": f"{duration(estimate.search)} a candidate, {duration(estimate.total)} in all, "
-        "without downloads and saving",
+        + (f"{duration(estimate.watching)} of it for drift and baselines, " if estimate.watching else "")
+        + "without downloads and saving",
     }
     return [f"{name:<16} : {value}" for name, value in rows.items() if value]
 

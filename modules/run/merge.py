@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from modules.checkpoints import Models, Prefetcher, check_space, fetching
-from modules.config import Config
+from modules.config import Config, read_neutral_texts
 from modules.model import ModelLoader, ResidentModel
 from modules.output import (
     JournalCopy,
@@ -25,10 +25,11 @@ from modules.output import (
     written_paths,
 )
 from modules.output import tables as report
-from modules.run.conductor import Clock, Conductor
+from modules.run.conductor import Clock, Conductor, standing_lines
 from modules.run.estimate import calibrate, estimate, plan_lines
 from modules.run.plan import Available, Plan, check, find_available, plan_run
 from modules.run.steps import end, finish, note_source, prepare_libraries, save
+from modules.run.watch import Watch
 from modules.runtime import BANNER, Console
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import Budget, Encoded, Packing, Scorer, build_scorer, doubtful_phrases, encode_pairs
@@ -75,6 +76,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             console.final(f"This run has finished: its output is in {output}")
         else:
             check_output(place, options.overwrite)
+            read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
             plan, room = _checked_plan(loader, models)
@@ -113,13 +115,16 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         composition = mean_shares(conductor.origins)
         if all(decision.ratio is None for decision in record.decisions()):
             console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
+        console.lines(standing_lines(conductor, models.candidates))
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
         save(console, model, unfinished, config.directories.output_directory, config.text)
         clock.lap("save")
-        recipe = record.recipe(
-            config.pairs, search.weights, search.log_probabilities, composition, model.dtypes(), clock.seconds
-        )
+        watch = conductor.watch
+        seconds = {**clock.seconds, "watch": round(watch.seconds, 1)}
+        state = config.pairs, search.weights, search.log_probabilities
+        held_out = watch.pairs, watch.weights, watch.start.held_out, watch.now.held_out
+        recipe = record.recipe(*state, composition, watch.now.drift, held_out, model.dtypes(), seconds)
         finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
     end(console, config, models.base)
 
@@ -146,7 +151,8 @@ def begin_search(
     names = [candidate.name for candidate in models.candidates]
     console.lines(report.summary(config, model.describe(), scorer.describe(), names))
     console.warnings(search.warnings)
-    return Conductor(config, console, search, record, prefetcher)
+    watch = Watch(config, console, model, tokenizer, budget) if group.rank.leads else None
+    return Conductor(config, console, search, record, prefetcher, watch)
 
 
 def build_shared_scorer(

@@ -26,7 +26,7 @@ from modules.checkpoints import (
     load_tokenizer,
     local_files,
 )
-from modules.config import Config
+from modules.config import Config, read_neutral_texts
 from modules.model import (
     BLOCKS,
     Memory,
@@ -41,7 +41,7 @@ from modules.model import (
     weights_of,
 )
 from modules.output import place_of
-from modules.runtime import ConfigError
+from modules.runtime import ConfigError, in_memory, on_disk
 from modules.scoring import (
     TOKENS,
     Budget,
@@ -51,6 +51,7 @@ from modules.scoring import (
     encode_pairs,
     layer_bytes,
     logits_bytes,
+    neutral_windows,
 )
 from modules.search import ratios_for
 
@@ -97,6 +98,8 @@ class Plan:
     placement: tuple[torch.device, ...] | None  # where each layer goes, if not all of them to the device
     sharing: int  # how many processes have the device's memory to share
     weight_files: tuple[Path, ...]  # the candidates'; those that come from the hub may not be here yet
+    neutral_tokens: int = 0  # on which drift is measured
+    baselines: bool = False  # whether candidates are scored whole, too
     doubts: tuple[str, ...] = ()  # what may be a mistake in the phrases, as this base's tokenizer reads them
 
     @property
@@ -144,6 +147,7 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
     tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
+    texts = read_neutral_texts(config.neutral_texts)
     methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
     stack = max(count for _, count in methods)
     weights = weights_of(module, dtype, config.merge_headers, _arriving(models, dtype))
@@ -176,6 +180,8 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
         budget=budget,
         placement=None if placement is None else tuple(placement),
         sharing=sharing,
+        neutral_tokens=sum(map(len, neutral_windows(tokenizer, texts, sizes.vocabulary, longest))),
+        baselines=config.baselines,
         doubts=tuple(doubled_tokens(tokenizer, config.pairs)),
         weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
     )
@@ -335,13 +341,3 @@ def _memory_warnings(plan: Plan, room: Available) -> list[str]:
             "every forward copies them, which takes several times as long"
         )
     return warnings
-
-
-def on_disk(count: int) -> str:
-    """Bytes as files are counted: GB, or MB where that would say little."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
-
-
-def in_memory(count: int) -> str:
-    """Bytes as memory is counted: GiB, or MiB where that would say little."""
-    return f"{count / 2**30:,.2f} GiB" if count >= 1e8 else f"{count / 2**20:,.2f} MiB"

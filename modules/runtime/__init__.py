@@ -28,6 +28,8 @@ from modules.runtime.text import (
     columns,
     counted,
     fit,
+    in_memory,
+    on_disk,
     one_line,
     percent,
     row,

@@ -1,6 +1,6 @@
-"""Text made to fit: how wide it is, and the one way in which a long one is shortened.
+"""Text made to fit, and sizes as text: how wide it is, and the one way in which a long one is shortened.
 
-Knows: characters, columns. Refuses to know: what a text is about, where it is shown.
+Knows: characters, columns, bytes. Refuses to know: what a text is about, where it is shown.
 """
 
 import unicodedata
@@ -70,3 +70,13 @@ def percent(value: float, width: int = USED_WIDTH, signed: bool = False) -> str:
     sign = "+" if signed else ""
     texts = [f"{value * 100.0:{sign}.{decimals}f}%" for decimals in range(5, -1, -1)]
     return next((text for text in texts if len(text) <= width), f"{value * 100.0:{sign}.3e}%")
+
+
+def on_disk(count: int) -> str:
+    """Bytes as files are counted: GB, or MB where that would say little."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
+
+
+def in_memory(count: int) -> str:
+    """Bytes as memory is counted: GiB, or MiB where that would say little."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 1e8 else f"{count / 2**20:,.2f} MiB"

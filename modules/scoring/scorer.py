@@ -28,6 +28,7 @@ from modules.scoring.exactness import Plain, spread
 from modules.scoring.hidden_states import Cache, Forward, call_on, entering, first_of, replaced_layers
 from modules.scoring.inputs import Inputs, Targets
 from modules.scoring.packing import build_packs
+from modules.scoring.streamed import passing
 from modules.scoring.tokenization import Encoded
 
 PACKS_EACH = 4  # at least so many for each of several processes, that none has much more to do than another
@@ -120,6 +121,16 @@ class Scorer:
         """The same by the phrases' tokens, zeros behind shorter phrases: (pairs, longest phrase)."""
         return self._collect(1, lambda index: {})[0]
 
+    def inputs(self) -> list[dict[str, Tensor]]:
+        """What the model's forward takes, pack by pack."""
+        return [inputs.arguments() for inputs in self._inputs]
+
+    @torch.no_grad()
+    def score_on(self, hidden: Sequence[Tensor]) -> list[float]:
+        """Joint log-probabilities by a model with these last hidden states, pack by pack, whose norm and head the
+        resident model holds."""
+        return self._collect(1, lambda index: passing(self._model, hidden[index]))[0].sum(-1).tolist()
+
     def restart(self) -> None:
         """Forget what is cached and go to layer 0. Needed after the embedding, or a layer before the present one,
         changed."""
@@ -189,6 +200,11 @@ class Scorer:
         self._filled_cache()
         groups = [trials] if self.stacks else [[trial] for trial in trials]
         return torch.cat([self._collect(len(group), partial(self._tail, trials=group)) for group in groups])
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether nothing reaches a layer of this model but hidden states."""
+        return self._tails
 
     @property
     def stacks(self) -> bool:

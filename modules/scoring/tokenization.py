@@ -31,6 +31,9 @@ class Root:
     spaces: str  # the spaces at the context's end; they are in no token here, a completion begins with them
 
 
+Window = tuple[int, ...]  # token ids of a piece of text
+WINDOW = 256
+
 MOST_DOUBTS = 10  # that are told one by one
 
 
@@ -120,6 +123,20 @@ def encode_pair(tokenizer: Any, context: str, phrase: str, frame: Frame | None =
         if tokens[0] != first or end == 1:  # it is not written out
             tokens, end = [first, *tokens], end + 1
     return Encoded(tuple(tokens[:end]), start)
+
+
+def neutral_windows(tokenizer: Any, texts: Sequence[str], vocabulary: int, max_tokens: int | None) -> list[Window]:
+    """Texts cut into windows of WINDOW tokens, what the tokenizer begins every text with first in each.
+
+    Windows with a token that the model's `vocabulary` rows lack, and those of a single token, are left out.
+    """
+    prefix, _ = _frame(tokenizer)
+    size = min(WINDOW, max_tokens or WINDOW) - len(prefix)
+    windows = []
+    for text in texts:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        windows += [(*prefix, *tokens[first : first + size]) for first in range(0, len(tokens), size)]
+    return [window for window in windows if len(window) > 1 and max(window) < vocabulary]
 
 
 def encode_contexts(tokenizer: Any, contexts: Sequence[str], vocabulary: int) -> list[Root]:

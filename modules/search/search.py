@@ -13,12 +13,13 @@ from modules.config import Config, Pair
 from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header, side_streams
 from modules.runtime import BrokenWeights, within_memory
 from modules.runtime.distributed import ALONE, Group
-from modules.scoring import Scorer, Trial, check_numbers
+from modules.scoring import Drift, DriftMeter, Scorer, Trial, check_numbers
 from modules.search.decision import Decision, Result
 from modules.search.methods import ratios_for
 from modules.search.prefetch import ReadAhead
 from modules.search.strategies import choose, probability, scores, total
 from modules.search.trial import Merger, trying
+from modules.search.whole import score_whole
 
 # Below this a probability has lost digits to underflow, and its reciprocal is no sensible weight.
 SMALLEST_PROBABILITY = 2.2250738585072014e-308
@@ -70,6 +71,12 @@ class Search(Merger):
             elif tries_header:
                 yield self._header(candidate)
         self.measure()
+
+    def score_whole(
+        self, candidate: Candidate, scorers: Sequence[Scorer], meter: DriftMeter | None
+    ) -> tuple[list[list[float]], Drift | None]:
+        """See `whole.score_whole`."""
+        return score_whole(self.model, self.tokenizer, candidate, scorers, meter, self._streams)
 
     def measure(self) -> None:
         """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find."""

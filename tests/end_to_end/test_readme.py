@@ -14,9 +14,10 @@ import pytest
 import yaml
 from project import ROOT
 
-from modules.config import DTYPES, METHODS, STRATEGIES, Config, Directories, Mapper, Pair
+from modules.config import DTYPES, METHODS, STRATEGIES, Directories, Mapper, Pair
 from modules.config.fields import DEVICES, ON_ERROR
 from modules.config.phrase_lists import Phrase
+from modules.config.schema import Settings
 
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 PAGES = {
@@ -89,7 +90,7 @@ def default_of(field):
 def expected_keys():
     """Every key of the YAML file and its default, nested ones with a dot."""
     nested = {"directories": Directories, "mapper": Mapper}
-    found = {f.name: default_of(f) for f in dataclasses.fields(Config) if f.name not in (*nested, "text")}
+    found = {f.name: default_of(f) for f in dataclasses.fields(Settings) if f.name not in nested}
     for name, section_class in nested.items():
         found |= {f"{name}.{f.name}": default_of(f) for f in dataclasses.fields(section_class)}
     weight = next(f.default for f in dataclasses.fields(Pair) if f.name == "weight")

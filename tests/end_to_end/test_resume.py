@@ -703,7 +703,7 @@ def test_what_a_recipe_tells(models, whole):
     assert len(recipe["phrases"]) == len(tiny.PAIRS)
     before, after = (sum(p[key] * p["weight"] for p in recipe["phrases"]) for key in ("before", "after"))
     assert recipe["total"] == {"before": pytest.approx(before), "after": pytest.approx(after)}
-    assert after < before and set(recipe["seconds"]) == {"download", "load", "search", "save"}
+    assert after < before and set(recipe["seconds"]) == {"download", "load", "search", "save", "watch"}
     assert recipe["config"].encode() == (whole / "merge_monster.yaml").read_bytes()
 
 

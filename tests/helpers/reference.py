@@ -299,3 +299,19 @@ class NaiveMapper:
         """What a token spells behind another one."""
         first = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         return self.tokenizer.decode([*first, token], skip_special_tokens=True)[1:]
+
+
+def plain_drift(base, other, windows):
+    """Divergence, agreement, perplexity of the other and of the base, from whole logits."""
+    sums, tokens, followed = torch.zeros(4, dtype=torch.float64), 0, 0
+    for window in windows:
+        ids = torch.tensor([window])
+        with torch.no_grad():
+            old, new = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in (base, other))
+        sums[0] += (old.exp() * (old - new)).sum()
+        sums[1] += (old.argmax(-1) == new.argmax(-1)).sum()
+        for place, said in ((2, new), (3, old)):
+            sums[place] += said[:-1].gather(-1, ids[0, 1:, None]).sum()
+        tokens, followed = tokens + len(window), followed + len(window) - 1
+    kl, equal, new, old = sums.tolist()
+    return kl / tokens, equal / tokens, math.exp(-new / followed), math.exp(-old / followed)

@@ -135,6 +135,8 @@ def write_config(path, base, candidates, output, pairs=PAIRS, **more):
     """A YAML file as a user would write it."""
     document = {
         "device": "cpu",
+        "neutral_texts": [],  # each of thousands of tests would measure drift,
+        "baselines": False,  # and score its candidates whole
         "directories": {"model_path1": str(base), "output_directory": str(output)},
         "models_to_merge": [str(candidate) for candidate in candidates],
         "bad_phrases": phrase_entries(pairs, "BAD"),

@@ -34,6 +34,12 @@ def recipes(tmp_path_factory):
     more = {"bad_phrases": tiny.phrase_entries(tiny.PAIRS, "BAD")}
     (folder / "more.yaml").write_text(yaml.safe_dump(more), encoding="utf-8")
     rich = {"merge_method": ["lerp", "slice"], "phrase_files": [str(folder / "more.yaml")], "dtype": "float32"}
+    (folder / "plain.txt").write_text("The bread is on the table. It was baked this morning.\n", encoding="utf-8")
+    other = {"bad_phrases": tiny.phrase_entries(tiny.PAIRS[:2], "BAD")}
+    (folder / "other.yaml").write_text(yaml.safe_dump(other), encoding="utf-8")
+    rich["held_out_files"] = [str(folder / "other.yaml")]
+    rich["baselines"] = True
+    rich["neutral_texts"] = [str(folder / "plain.txt")]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         little = run(folder / "little", base, [], bad, {"merge_headers": False, "merge_ratios": 0.5}, folder / "models")

@@ -131,3 +131,20 @@ def test_the_plan_in_words_where_little_is_known(place):
 )
 def test_durations(seconds, text):
     assert forecast.duration(seconds) == text
+
+
+def test_what_is_measured_beside_the_search_is_counted(place):
+    plan = made_up(place)
+    rates = Rates(1e12, 1e12, math.inf, {"lerp": 1e12, "slerp": 1e12}, None)
+    bare = forecast.estimate(plan, rates)
+    search = bare.search
+    assert bare.watching == 0 and bare.total == 2 * search
+    drift = forecast.estimate(replace(plan, neutral_tokens=8000), rates)
+    per_token = 2 * 32 * 218.1e6 + 4 * 4096 * 128256
+    assert drift.watching == pytest.approx(3 * 8000 * per_token / 1e12)
+    whole = forecast.estimate(replace(plan, neutral_tokens=8000, baselines=True), rates)
+    phrases = 2 * (1076 * 2 * 32 * 218.1e6 + 40 * 2 * 4096 * 128256)
+    assert whole.watching == pytest.approx((5 * 8000 * per_token + phrases) / 1e12)
+    assert whole.total == pytest.approx(2 * search + whole.watching)
+    room = Available(place, disk=10**12, memory=None, refusal=None)
+    assert "for drift and baselines" in "\n".join(forecast.plan_lines(plan, room, whole))

@@ -1,0 +1,97 @@
+"""What a search is watched by: drift on neutral text, and phrases that it never sees. No decision depends on either.
+
+Knows: when they are measured, how long that takes. Refuses to know: how, and what is decided.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from modules.checkpoints import Candidate
+from modules.config import Config, read_neutral_texts
+from modules.model import ResidentModel
+from modules.runtime import Console, first_line, is_out_of_memory, within_memory
+from modules.scoring import (
+    NOT_TAKEN,
+    Budget,
+    Drift,
+    DriftMeter,
+    build_scorer,
+    doubtful_phrases,
+    encode_pairs,
+    neutral_windows,
+)
+from modules.search.search import Search, signed_weights
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What was seen at one time."""
+
+    drift: Drift | None  # None where it is not measured
+    held_out: tuple[float, ...]  # joint log-probabilities of the pairs that are held out
+
+
+class Watch:
+    """Looks at a model from its beginning on."""
+
+    def __init__(self, config: Config, console: Console, model: ResidentModel, tokenizer: Any, budget: Budget) -> None:
+        """Look at the base. Raises ConfigError for pairs that it can't take."""
+        began = time.monotonic()
+        self.pairs = config.held_out_pairs
+        self._meter, self._scorer = _meter(config, console, model, tokenizer), None
+        if self.pairs:
+            console.warnings(doubtful_phrases(self.pairs))
+            encoded = encode_pairs(tokenizer, self.pairs, model.vocabulary, model.max_tokens)
+            self._scorer = build_scorer(model, encoded, budget, tails=False)
+        self.start = self.now = self._look()
+        self.weights, warnings = signed_weights(self.pairs, config.auto_weights, self.start.held_out)
+        console.warnings(warnings)
+        self.seconds = time.monotonic() - began
+
+    def look(self) -> None:
+        """See how things are by now."""
+        began = time.monotonic()
+        self.now = self._look()
+        self.seconds += time.monotonic() - began
+
+    def look_at_whole(self, search: Search, candidate: Candidate) -> tuple[list[float], Sight] | None:
+        """A candidate taken whole: log-probabilities of the searched pairs, and the rest; None if memory is too short.
+
+        Raises BrokenWeights and CheckpointError as reading does.
+        """
+        began = time.monotonic()
+        scorers = [search.scorer, *([self._scorer] if self._scorer else [])]
+
+        def score() -> tuple[list[float], Sight]:
+            (searched, *others), drift = search.score_whole(candidate, scorers, self._meter)
+            return searched, Sight(drift, tuple(others[0]) if others else ())
+
+        try:
+            return within_memory(score, lambda: False)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        finally:
+            self.seconds += time.monotonic() - began
+
+    def _look(self) -> Sight:
+        held_out = within_memory(self._scorer.score, self._take_less_memory) if self._scorer else ()
+        return Sight(self._meter and self._meter.measure(), tuple(held_out))
+
+    def _take_less_memory(self) -> bool:
+        return self._scorer.take_less_memory() is not None
+
+
+def _meter(config: Config, console: Console, model: ResidentModel, tokenizer: Any) -> DriftMeter | None:
+    """What measures drift; None where that is not wanted, or can't be done."""
+    texts = read_neutral_texts(config.neutral_texts)
+    windows = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens)
+    if not windows:
+        return None
+    try:
+        return DriftMeter(model, windows)
+    except NOT_TAKEN as error:
+        console.warning(f"drift can't be measured on this model: {first_line(error)}")
+        return None

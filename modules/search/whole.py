@@ -1,0 +1,63 @@
+"""A candidate taken whole, scored though only a layer of it is in memory at a time.
+
+Knows: which tensors make a candidate, how they are read. Refuses to know: what the scores are compared with.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+
+from modules.checkpoints import Candidate
+from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header
+from modules.scoring import Drift, DriftMeter, Scorer, streamed
+from modules.search.prefetch import ReadAhead
+
+
+@torch.no_grad()
+def score_whole(
+    model: ResidentModel,
+    tokenizer: Any,
+    candidate: Candidate,
+    scorers: Sequence[Scorer],
+    meter: DriftMeter | None,
+    streams: Sequence[torch.Stream] = (),
+) -> tuple[list[list[float]], Drift | None]:
+    """Joint log-probabilities by each scorer, and the drift, of a model with every tensor that the candidate has: its
+    header with its rows in the base's order, or the resident one where they can't be matched.
+
+    tokenizer: the base's. Raises BrokenWeights if a tensor is no number, CheckpointError if a file can't be read,
+    torch.OutOfMemoryError if there is no room.
+    """
+    outside, header = model.outside(), model.header()
+    stored = candidate.read([name for name, own in outside.tensors.items() if _has(candidate, name, own)])
+    others = {name: stored.get(name, own) for name, own in outside.tensors.items()}
+    theirs = [(outside, outside.adopt(others.items(), candidate.name))]
+    with suppress(HeaderSkipped):
+        theirs.append((header, aligned_header(model, tokenizer, candidate)[0]))
+
+    @contextmanager
+    def held(*more: tuple[Part, dict[str, torch.Tensor]]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part, tensors in (*theirs, *more):
+                stack.enter_context(part.holding(tensors))
+            yield
+
+    parts = {layer: model.layer(layer) for layer in range(len(model.layers))}
+    inputs = [*(one for scorer in scorers for one in scorer.inputs()), *(meter.inputs if meter else [])]
+    with ReadAhead(candidate, parts, None, streams) as ahead:
+
+        def layers() -> Iterator[AbstractContextManager[None]]:
+            for layer, part in parts.items():
+                yield held((part, ahead.take(layer)))
+
+        hidden = iter(streamed(model, inputs, layers()))
+    with held():
+        scores = [scorer.score_on([next(hidden) for _ in scorer.inputs()]) for scorer in scorers]
+    return scores, meter.measure_on(list(hidden), held, same_header=len(theirs) == 1) if meter else None
+
+
+def _has(candidate: Candidate, name: str, own: torch.Tensor) -> bool:
+    """Whether a candidate has a tensor in the base's form."""
+    return name in candidate.conversion and tuple(candidate.conversion.shape(name)) == tuple(own.shape)

@@ -1,0 +1,116 @@
+"""Candidates taken whole in whole runs: their figures are those of a run that begins with them; and what is said."""
+
+import json
+
+import pytest
+import tiny
+from runs import log_of, make_models, merge
+
+import merge_monster
+from modules.output.recipe import RECIPE_FILE
+from modules.output.tables import Standing, standing_lines
+from modules.scoring import Drift
+from modules.search.search import Search
+
+TEXT = "The bread is on the table. It was baked this morning, and half of it is left for the evening. " * 6
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def recipe_of(folder):
+    return json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+
+
+def settings_of(place):
+    (place / "plain.txt").write_text(TEXT, encoding="utf-8")
+    return {"baselines": True, "neutral_texts": [str(place / "plain.txt")], "merge_ratios": [0.2, 0.4]}
+
+
+def test_a_candidate_taken_whole_scores_as_a_base_does(place, models):
+    assert merge(place, models, **settings_of(place)) == 0
+    recipe, log = recipe_of(place / "out"), log_of(place)
+    assert [one["number"] for one in recipe["baselines"]] == [1, 2]
+    for found, candidate in zip(recipe["baselines"], models[1:], strict=True):
+        run = place / candidate.name
+        run.mkdir()
+        path = tiny.write_config(run / "my.yaml", candidate, [models[0]], run / "out", merge_ratios=0)
+        assert merge_monster.main(["--config", str(path)]) == 0
+        assert found["total"] == pytest.approx(recipe_of(run / "out")["total"]["before"], rel=1e-4)
+        assert found["held_out"] is None and found["drift"]["divergence"] > 1e-3
+    rows = [line.strip("| ").split() for line in log.splitlines() if line.startswith("| ")]
+    table = rows[next(place for place, cells in enumerate(rows) if cells[:2] == ["Taken", "whole"]) :]
+    assert [cells[0] for cells in table] == ["Taken", "base", "one", "two", "the"]
+    for cells, one in zip(table[2:4], recipe["baselines"], strict=True):
+        assert f"{one['total']:.5f}" in cells and f"{one['drift']['divergence']:.4f}" in cells
+    assert f"{recipe['total']['after']:.5f}" in table[-1]
+
+
+def test_no_decision_depends_on_it(place, models):
+    assert merge(place, models, **settings_of(place)) == 0
+    found = recipe_of(place / "out")
+    assert merge(place, models, "--overwrite", **{**settings_of(place), "baselines": False}) == 0
+    without = recipe_of(place / "out")
+    assert "baselines" not in without and "Taken whole" not in log_of(place)
+    for recipe in (found, without):
+        for decision in recipe["decisions"]:
+            del decision["seconds"]
+    assert found["decisions"] == without["decisions"] and found["phrases"] == without["phrases"]
+
+
+def test_a_run_that_goes_on_does_not_score_them_again(place, models, monkeypatch):
+    own, count = Search.score_whole, []
+
+    def counted(self, candidate, *arguments):
+        count.append(candidate.name)
+        return own(self, candidate, *arguments)
+
+    decide, decided = Search._decide, []
+
+    def stopped(self, *arguments):
+        decided.append(1)
+        if len(decided) == 6:  # of the second candidate
+            raise KeyboardInterrupt
+        return decide(self, *arguments)
+
+    monkeypatch.setattr(Search, "score_whole", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "_decide", stopped)
+        assert merge(place, models, **settings_of(place)) == 130
+    assert merge(place, models, "--resume", **settings_of(place)) == 0
+    assert count == ["one", "two"]
+    resumed = recipe_of(place / "out")["baselines"]
+    assert merge(place, models, "--overwrite", **settings_of(place)) == 0
+    assert recipe_of(place / "out")["baselines"] == resumed
+
+
+def test_a_candidate_that_is_damaged_has_no_row(place, models, tmp_path):
+    broken = tiny.make_candidate(tmp_path / "broken", models[0], seed=4)
+    tiny.edit_checkpoint(
+        broken, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[:1].fill_(float("nan"))
+    )
+    assert merge(place, (models[0], broken, models[1]), **settings_of(place)) == 0
+    assert [one["number"] for one in recipe_of(place / "out")["baselines"]] == [2]
+    assert "WARNING: broken can't be scored whole: broken: model.layers.1.mlp.up_proj.weight holds NaN" in log_of(place)
+
+
+def standing(name, total, held_out=None, kl=None):
+    return Standing(name, total, held_out, None if kl is None else Drift(kl, 0.9, 30.0, 31.0, 100))
+
+
+def test_a_better_candidate_is_named():
+    base, good, bad = standing("base", 0.384, 0.437), standing("good", 0.108, 0.168), standing("bad", 0.3, 0.4)
+    lines = standing_lines(base, [good, bad], standing("the merge", 0.121, 0.213))
+    assert lines[-3:] == [
+        "good taken whole is better than the merge where it was searched: 0.10800 against 0.12100.",
+        "good taken whole is better than the merge on the phrases held out: 0.16800 against 0.21300.",
+        "Take it as it is, or begin with it: make it the base.",
+    ]
+    lines = standing_lines(base, [good], standing("the merge", 0.096, 0.180))
+    assert lines[-2].startswith("good taken whole is better than the merge on the phrases held out")
+    assert standing_lines(base, [good], standing("the merge", 0.09, 0.1))[-1].startswith("---")
+    assert standing_lines(base, [bad], standing("the merge", 0.2))[-1].startswith("---")
+    assert "Held out" not in standing_lines(base, [bad], standing("the merge", 0.2))[1]
+    assert "Perplexity" in standing_lines(standing("base", 1, kl=0), [], standing("the merge", 0.2, kl=0.1))[1]

@@ -1,0 +1,113 @@
+"""Drift in whole runs: what is printed and kept is what plain transformers finds on the saved model."""
+
+import json
+import math
+
+import pytest
+import reference
+from runs import log_of, make_models, merge
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import merge_monster
+from modules.config.neutral_texts import SHIPPED, read_neutral_texts
+from modules.output.recipe import RECIPE_FILE
+from modules.runtime.errors import ConfigError
+from modules.scoring.drift import DriftMeter
+from modules.scoring.tokenization import WINDOW, neutral_windows
+
+TEXT = "The bread is on the table. It was baked this morning, and half of it is left for the evening. " * 12
+
+
+@pytest.fixture(scope="module", params=["bpe", "spm"])
+def models(request, tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("models"), family=request.param)
+
+
+def recipe_of(folder):
+    return json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+
+
+def drift_lines(place):
+    return [line for line in log_of(place).splitlines() if line.startswith("Drift: ")]
+
+
+def test_drift_is_that_of_the_saved_model(place, models):
+    (place / "plain.txt").write_text(TEXT, encoding="utf-8")
+    assert merge(place, models, neutral_texts=[str(place / "plain.txt")]) == 0
+    found = recipe_of(place / "out")["drift"]
+    base, merged = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (models[0], place / "out"))
+    ids = AutoTokenizer.from_pretrained(models[0])(TEXT, add_special_tokens=False)["input_ids"]
+    first = [1] if AutoTokenizer.from_pretrained(models[0])("").input_ids else []  # BOS, where the tokenizer adds it
+    size = WINDOW - len(first)
+    windows = [(*first, *ids[start : start + size]) for start in range(0, len(ids), size)]
+    assert len(windows) > 1 and found["tokens"] == sum(map(len, windows))
+    expected = reference.plain_drift(base, merged, windows)
+    assert expected[0] > 1e-3
+    names = ("divergence", "agreement", "perplexity", "base_perplexity")
+    assert [found[name] for name in names] == pytest.approx(expected, rel=1e-5)
+    # Before the search, after each candidate; in the card, too.
+    lines = drift_lines(place)
+    start = f"Neutral text: {found['tokens']:,} tokens, perplexity {found['base_perplexity']:.2f}\n"
+    assert start in log_of(place) and len(lines) == 2
+    assert (
+        f"Drift: KL {found['divergence']:.4f} nats per token from the base on {found['tokens']:,} tokens" in lines[-1]
+    )
+    assert f"{found['divergence']:.4f} nats per token (KL) from the base's" in (place / "out/README.md").read_text()
+
+
+def test_a_run_that_goes_on_and_a_replay_are_told_the_same(place, models, monkeypatch):
+    (place / "plain.txt").write_text(TEXT, encoding="utf-8")
+    settings = {"neutral_texts": [str(place / "plain.txt")]}
+    own, count = DriftMeter.measure, []
+
+    def stopped(self):
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return own(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DriftMeter, "measure", stopped)
+        assert merge(place, models, **settings) == 130
+    assert merge(place, models, "--resume", **settings) == 0
+    resumed = recipe_of(place / "out")
+    assert merge_monster.main(["--replay", str(place / "out"), "--output", str(place / "again")]) == 0
+    assert recipe_of(place / "again")["drift"] == resumed["drift"]
+    # Which texts are looked at has no part in what is found.
+    assert merge(place, models, "--overwrite", neutral_texts=[]) == 0
+    assert "drift" not in recipe_of(place / "out") and drift_lines(place) == []
+    assert recipe_of(place / "out")["phrases"] == resumed["phrases"]
+
+
+def test_texts_that_can_not_be_read_are_told_before_any_work(place, models, capsys):
+    (place / "empty.txt").write_text(" \n", encoding="utf-8")
+    (place / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (place / "sub").mkdir()
+    texts = ["nowhere.txt", "empty.txt", "bytes.txt", "sub"]
+    assert merge(place, models, neutral_texts=texts) == 2
+    error = capsys.readouterr().err
+    assert "neutral_texts: nowhere.txt: No such file" in error and "empty.txt: the file is empty" in error
+    assert "bytes.txt: 'utf-8' codec" in error and "neutral_texts: sub: Is a directory" in error
+    assert not (place / "out").exists()
+
+
+def test_the_programs_own_texts_are_enough():
+    texts = read_neutral_texts(None)
+    assert len(texts) == len(list(SHIPPED.glob("*.txt"))) == 8 and sum(map(len, texts)) > 30_000
+    assert read_neutral_texts([]) == []
+    with pytest.raises(ConfigError, match="nowhere"):
+        read_neutral_texts(["nowhere.txt"])
+
+
+@pytest.mark.parametrize("longest", [None, 40])
+def test_windows_hold_every_token_once(models, longest):
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    windows = neutral_windows(tokenizer, [TEXT, "A", TEXT[:50]], len(tokenizer), longest)
+    begins = tokenizer("a")["input_ids"][:-1] if tokenizer("").input_ids else []
+    size = min(WINDOW, longest or WINDOW)
+    assert all(len(begins) < len(window) <= size and list(window[: len(begins)]) == begins for window in windows)
+    tokens = [token for window in windows for token in window[len(begins) :]]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (TEXT, "A", TEXT[:50])]
+    assert len(tokens) >= sum(map(len, expected)) - 2 and math.isclose(len(windows[0]), size)
+    none = neutral_windows(tokenizer, [TEXT], max(expected[0]), longest)  # a row fewer than there are tokens
+    assert len(none) < len(neutral_windows(tokenizer, [TEXT], len(tokenizer), longest))

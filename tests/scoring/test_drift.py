@@ -1,0 +1,104 @@
+"""Drift against a plain loop: whole logits of two plain models, sums in float64."""
+
+import pytest
+import reference
+import tiny
+import torch
+from architectures import configuration
+from transformers import AutoModelForCausalLM
+
+from modules.checkpoints.candidate import open_candidate
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.model.embeddings import aligned_header
+from modules.model.loading import load_model
+from modules.scoring import drift
+from modules.scoring.drift import DriftMeter
+
+NAMES = ["Llama", "GPT-2", "Gemma 2", "Phi", "BLOOM", "Mamba", "Mixtral", "OPT"]
+
+
+def made(tmp_path, config, tokenizer):
+    base = tiny.make_model(tmp_path / "base", config, tokenizer, scale=3.0)
+    return base, tiny.make_candidate(tmp_path / "other", base, amount=0.02)
+
+
+def windows_of(vocabulary, seed=3):
+    chance = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(0, vocabulary, (size,), generator=chance).tolist()) for size in (24, 24, 24, 9, 2)]
+
+
+def check(found, expected):
+    assert (found.divergence, found.agreement, found.perplexity, found.base_perplexity) == pytest.approx(
+        expected, rel=1e-5, abs=1e-9
+    )
+
+
+def moved(base, other, header):
+    """The base with the other's layers installed and, if asked, its header; and the same as a plain model."""
+    model = load_model(open_checkpoint(base, "base"), "cpu", "float32")
+    candidate = open_candidate(open_checkpoint(other, "other"), model.checkpoint, model.module)
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+
+    def install():
+        parts = [(part, part.adopt(candidate.stream(part.tensors), "other")) for part in map(model.layer, range(2))]
+        if header:
+            parts.append((model.header(), aligned_header(model, tiny.bpe_tokenizer(), candidate)[0]))
+        for part, tensors in parts:
+            part.install(tensors, part.changes_in(tensors))
+        plain.load_state_dict(model.module.state_dict())
+
+    return model, plain, install
+
+
+@pytest.mark.parametrize("header", [False, True], ids=["layers", "layers and header"])
+@pytest.mark.parametrize("name", NAMES)
+def test_drift_is_that_of_whole_logits(tmp_path, monkeypatch, name, header):
+    tokenizer = tiny.bpe_tokenizer()
+    base, other = made(tmp_path, configuration(name, len(tokenizer)), tokenizer)
+    monkeypatch.setattr(drift, "BLOCK", 4 * 75 * 50)  # of three windows, fifty rows at a time
+    model, plain, install = moved(base, other, header)
+    before, windows = AutoModelForCausalLM.from_pretrained(base).eval(), windows_of(len(tokenizer))
+    meter = DriftMeter(model, windows)
+    nothing = meter.measure()
+    check(nothing, reference.plain_drift(before, plain, windows))
+    assert nothing.divergence < 1e-9 and nothing.agreement == 1 and nothing.tokens == 83
+    install()
+    expected = reference.plain_drift(before, plain, windows)
+    assert expected[0] > 1e-5 and model.header_has_changed() is header
+    check(meter.measure(), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_header_comes_back_as_it_was(tmp_path, tied):
+    tokenizer = tiny.bpe_tokenizer()
+    base, other = made(tmp_path, tiny.llama_config(len(tokenizer), tied=tied), tokenizer)
+    model, plain, install = moved(base, other, header=True)
+    meter = DriftMeter(model, windows_of(len(tokenizer)))
+    install()
+    state = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    check(
+        meter.measure(),
+        reference.plain_drift(AutoModelForCausalLM.from_pretrained(base).eval(), plain, windows_of(len(tokenizer))),
+    )
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.module.state_dict().items())
+
+
+def test_little_memory_gives_the_same(tmp_path, monkeypatch):
+    tokenizer = tiny.bpe_tokenizer()
+    base, other = made(tmp_path, tiny.llama_config(len(tokenizer)), tokenizer)
+    model, _, install = moved(base, other, header=False)
+    meter = DriftMeter(model, windows_of(len(tokenizer)))
+    install()
+    expected, own, seen = meter.measure(), torch.Tensor.logsumexp, []
+
+    def limited(tensor, *arguments):
+        seen.append(tensor.shape[-1])
+        if tensor.dim() == 3 and tensor.shape[-1] > 30 and tensor.shape[0] < 30:
+            raise torch.OutOfMemoryError("no room for so many rows")
+        return own(tensor, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "logsumexp", limited)
+    found = meter.measure()
+    assert max(seen) > 30 and (found.divergence, found.perplexity) == pytest.approx(
+        (expected.divergence, expected.perplexity), rel=1e-6
+    )

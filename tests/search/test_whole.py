@@ -1,0 +1,65 @@
+"""A candidate scored whole, a layer at a time, against plain transformers with the whole candidate in memory."""
+
+import pytest
+import reference
+import tiny
+import torch
+from architectures import configuration
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modules.checkpoints.candidate import open_candidate
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.model.loading import load_model
+from modules.scoring.budget import Budget
+from modules.scoring.drift import DriftMeter
+from modules.scoring.layout import build_scorer
+from modules.scoring.tokenization import encode_pairs
+from modules.search.whole import score_whole
+
+NAMES = ["Llama", "GPT-2", "Gemma 2", "Phi", "BLOOM", "Mixtral", "OPT", "Qwen3"]
+
+
+def everything_moved(model):
+    """Norms and position tables too, so that one that is forgotten is seen."""
+    torch.manual_seed(9)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05 * (1 + parameter.abs().mean()))
+
+
+def whole(base, other, pairs=tiny.PAIRS, budget=None, other_dtype=None):
+    model, tokenizer = load_model(open_checkpoint(base, "base"), "cpu", "float32"), AutoTokenizer.from_pretrained(base)
+    candidate = open_candidate(open_checkpoint(other, "other"), model.checkpoint, model.module)
+    encoded = encode_pairs(tokenizer, pairs, model.vocabulary, model.max_tokens)
+    scorers = [build_scorer(model, encoded, budget or Budget()), build_scorer(model, encoded[:2], tails=False)]
+    windows = [tuple(range(5, 30)), tuple(range(40, 65)), (3, 4, 9)]
+    meter = DriftMeter(model, windows)
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    scores, drift = score_whole(model, tokenizer, candidate, scorers, meter)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.module.state_dict().items())
+    return scores, drift, windows, tokenizer
+
+
+def check(base, other, **more):
+    (first, second), drift, windows, tokenizer = whole(base, other, **more)
+    plain_base, plain = (AutoModelForCausalLM.from_pretrained(folder).float().eval() for folder in (base, other))
+    naive = reference.NaiveMerge(str(base), [], list(tiny.PAIRS), [0.5], ["lerp"])
+    naive.tokenizer = tokenizer
+    expected = naive.log_probabilities(plain)
+    assert first == pytest.approx(expected, abs=1e-4, rel=1e-4) and second == pytest.approx(expected[:2], abs=1e-4)
+    found = drift.divergence, drift.agreement, drift.perplexity, drift.base_perplexity
+    assert found == pytest.approx(reference.plain_drift(plain_base, plain, windows), rel=1e-4, abs=1e-8)
+    assert drift.divergence > 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_what_the_whole_candidate_says(tmp_path, name):
+    tokenizer = tiny.bpe_tokenizer()
+    base = tiny.make_model(tmp_path / "base", configuration(name, len(tokenizer)), tokenizer, scale=3.0)
+    check(base, tiny.make_candidate(tmp_path / "other", base, change=everything_moved))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_in_many_packs_tied_and_untied(tmp_path, tied):
+    tokenizer = tiny.bpe_tokenizer()
+    base = tiny.make_model(tmp_path / "base", tiny.llama_config(len(tokenizer), tied=tied), tokenizer, scale=3.0)
+    check(base, tiny.make_candidate(tmp_path / "other", base, change=everything_moved), budget=Budget(tokens=20))
