@@ -61,9 +61,9 @@ class Watch:
         Raises BrokenWeights and CheckpointError as reading does.
         """
         began = time.monotonic()
-        scorers = [search.scorer, *([self._scorer] if self._scorer else [])]
 
         def score() -> tuple[list[float], Sight]:
+            scorers = [search.scorer.alone(), *([self._scorer] if self._scorer else [])]
             (searched, *others), drift = search.score_whole(candidate, scorers, self._meter)
             return searched, Sight(drift, tuple(others[0]) if others else ())
 

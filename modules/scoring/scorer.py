@@ -121,6 +121,10 @@ class Scorer:
         """The same by the phrases' tokens, zeros behind shorter phrases: (pairs, longest phrase)."""
         return self._collect(1, lambda index: {})[0]
 
+    def alone(self) -> "Scorer":
+        """One that has all packs in this process."""
+        return self if self._rank.world_size == 1 else Scorer(self._model, self._encoded, *self.settings)
+
     def inputs(self) -> list[dict[str, Tensor]]:
         """What the model's forward takes, pack by pack."""
         return [inputs.arguments() for inputs in self._inputs]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import tiny
@@ -74,9 +75,22 @@ def tensors(folder):
 @pytest.fixture(scope="module")
 def one_process(models, tmp_path_factory):
     place = tmp_path_factory.mktemp("one")
-    result = merge(place, models)
+    result = merge(place, models, **watched(place))
     assert result.returncode == 0, result.stderr
     return place / "out"
+
+
+def watched(place):
+    """What is measured beside a search."""
+    (place / "plain.txt").write_text("The bread is on the table. It was baked this morning. " * 8, encoding="utf-8")
+    return {"baselines": True, "neutral_texts": [str(place / "plain.txt")], "held_out": 0.2}
+
+
+def beside(folder):
+    """The figures of that: candidates taken whole, held-out phrases, drift."""
+    recipe = json.loads((folder / "merge_monster_recipe.json").read_text())
+    whole = [[one["total"], one["held_out"], one["drift"]["divergence"]] for one in recipe["baselines"]]
+    return [*chain.from_iterable(whole), *recipe["held_out"]["total"].values(), *recipe["drift"].values()]
 
 
 def assert_same(output, one_process):
@@ -88,9 +102,10 @@ def assert_same(output, one_process):
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_take_the_decisions_of_one(tmp_path, models, one_process, count):
-    result = merge(tmp_path, models, *several(count))
+    result = merge(tmp_path, models, *several(count), **watched(tmp_path))
     assert result.returncode == 0, result.stderr
     assert_same(tmp_path / "out", one_process)
+    assert beside(tmp_path / "out") == pytest.approx(beside(one_process), rel=1e-4)
     assert f"packs shared by {count} processes" in result.stdout
     assert result.stdout.count("THE MERGE MONSTER HUNGERS") == 1  # the others are quiet
     assert len(list((tmp_path / "logs").iterdir())) == 1
@@ -99,7 +114,7 @@ def test_several_processes_take_the_decisions_of_one(tmp_path, models, one_proce
 
 @pytest.mark.slow  # in one process: test_lack_of_memory
 def test_one_that_runs_out_of_memory_makes_all_take_less(tmp_path, models, one_process):
-    result = merge(tmp_path, models, *several(2, "runs out of memory"))
+    result = merge(tmp_path, models, *several(2, "runs out of memory"), **watched(tmp_path))
     assert result.returncode == 0, result.stderr
     assert_same(tmp_path / "out", one_process)
     assert "Out of memory: packs of" in result.stdout
