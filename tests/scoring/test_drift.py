@@ -102,3 +102,24 @@ def test_little_memory_gives_the_same(tmp_path, monkeypatch):
     assert max(seen) > 30 and (found.divergence, found.perplexity) == pytest.approx(
         (expected.divergence, expected.perplexity), rel=1e-6
     )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_half_types_are_measured_too(tmp_path, dtype, tied):
+    """Large hidden states, of which a half type keeps few digits, as real models have them; long windows."""
+    tokenizer = tiny.bpe_tokenizer()
+    base = tiny.make_model(tmp_path / "base", tiny.llama_config(len(tokenizer), tied=tied), tokenizer, scale=20.0)
+    other = tiny.make_candidate(tmp_path / "other", base, amount=0.02)
+    model = load_model(open_checkpoint(base, "base"), "cpu", dtype)
+    windows = [*windows_of(len(tokenizer)), *(tuple(range(5, 105)) for _ in range(9))]
+    meter = DriftMeter(model, windows)
+    assert meter.measure().divergence < 1e-3 and meter.measure().agreement > 0.95
+    candidate = open_candidate(open_checkpoint(other, "other"), model.checkpoint, model.module)
+    for part in map(model.layer, range(3)):
+        tensors = part.adopt(candidate.stream(part.tensors), "other")
+        part.install(tensors, part.changes_in(tensors))
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    plain.load_state_dict({name: tensor.float() for name, tensor in model.module.state_dict().items()})
+    expected = reference.plain_drift(AutoModelForCausalLM.from_pretrained(base).eval(), plain, windows)
+    assert meter.measure().divergence == pytest.approx(expected[0], rel=0.2, abs=0.02) and expected[0] > 0.05
