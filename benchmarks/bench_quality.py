@@ -20,7 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,7 +274,8 @@ def write_json(file: Path, value: Any) -> None:
 def run_merge(folder: Path, base: Path, settings: dict[str, Any]) -> float:
     """Run the program; the most memory it held, in megabytes."""
     config = {"directories": {"model_path1": base, "output_directory": folder / "merged"}, **settings}
-    (folder / "merge.yaml").write_text(yaml.safe_dump(written_out(config), allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(with_paths_as(str, config), allow_unicode=True)  # YAML holds no paths
+    (folder / "merge.yaml").write_text(text, encoding="utf-8")
     program = [sys.executable, str(ROOT / "merge_monster.py"), "--config", "merge.yaml", "--overwrite"]
     measured = [sys.executable, "-c", MEASURE, "memory", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": str(MERGE_THREADS)}
@@ -284,27 +285,18 @@ def run_merge(folder: Path, base: Path, settings: dict[str, Any]) -> float:
     return int((folder / "memory").read_text()) * 1024 / 1e6
 
 
-def written_out(value: Any) -> Any:
-    """Settings as YAML can hold them."""
-    if isinstance(value, dict):
-        return {key: written_out(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [written_out(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def digest(value: Any) -> str:
     """Of a value; of files, and of the files of a folder, their contents count and not where they lie."""
-    return hashlib.sha256(json.dumps(contents(value), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(with_paths_as(path_digest, value), sort_keys=True).encode()).hexdigest()
 
 
-def contents(value: Any) -> Any:
-    """A value with digests in place of paths."""
+def with_paths_as(made: Callable[[Path], Any], value: Any) -> Any:
+    """A value of lists and mappings with something made of each path in it."""
     if isinstance(value, dict):
-        return {key: contents(item) for key, item in value.items()}
+        return {key: with_paths_as(made, item) for key, item in value.items()}
     if isinstance(value, list):
-        return [contents(item) for item in value]
-    return path_digest(value) if isinstance(value, Path) else value
+        return [with_paths_as(made, item) for item in value]
+    return made(value) if isinstance(value, Path) else value
 
 
 @functools.cache
