@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -22,8 +23,7 @@ from torch import Tensor
 from modules.checkpoints import Tensors
 from modules.model import ResidentModel, widest_float
 from modules.runtime import within_memory
-from modules.scoring.hidden_states import Forward, first_of, replaced_layers
-from modules.scoring.streamed import passing
+from modules.scoring.hidden_states import Forward, ending_in, first_of, recorded, replaced_layers
 from modules.scoring.tokenization import Window
 
 BLOCK = 16 << 20  # bytes of logits, in float32, of each of the two models at a time
@@ -67,9 +67,9 @@ class DriftMeter:
         return self._block > 0
 
     @property
-    def inputs(self) -> list[dict[str, Tensor]]:
-        """What the model's forward takes, batch by batch."""
-        return [{"input_ids": batch} for batch in self._batches]
+    def inputs(self) -> list[Callable[[], dict[str, Tensor]]]:
+        """For each batch, what makes that which the model's forward takes."""
+        return [partial(dict, input_ids=batch) for batch in self._batches]
 
     @torch.no_grad()
     def measure_on(self, hidden: Sequence[Tensor], held: Held = nullcontext, same_header: bool = False) -> Drift:
@@ -121,7 +121,10 @@ class DriftMeter:
     def _logits(self, batch: Tensor, hidden: Tensor, first: int, end: int, rows: Tensors | None = None) -> Tensor:
         """What the model's own forward makes of last hidden states (B, T, H) with some rows of its head, or of `rows`:
         (B, T, rows)."""
-        with self._model.head_rows(first, end, rows), replaced_layers(self._model.layers, passing(self._model, hidden)):
+        with (
+            self._model.head_rows(first, end, rows),
+            replaced_layers(self._model.layers, ending_in(self._model, hidden)),
+        ):
             ids = torch.zeros_like(batch)  # any that every block has a row for; nothing comes of them
             columns = torch.arange(batch.shape[1], device=batch.device)
             found = self._model.logits({"input_ids": ids, "use_cache": False}, columns)
@@ -129,17 +132,8 @@ class DriftMeter:
 
     def _hidden(self, batch: Tensor) -> Tensor:
         """The last layer's hidden states of windows (B, T): (B, T, H)."""
-        found: list[Tensor] = []
-
-        def recording(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            found.append(first_of(output))
-            return output
-
-        no_columns = torch.zeros(0, dtype=torch.long, device=batch.device)
-        with replaced_layers(self._model.layers, {len(self._model.layers) - 1: recording}):
-            self._model.logits({"input_ids": batch, "use_cache": False}, no_columns)
-        return found[0]
+        last = len(self._model.layers) - 1
+        return recorded(self._model, {"input_ids": batch}, last, _own, first=last)
 
     def _check_blocks(self, batch: Tensor) -> None:
         """Raise ValueError unless blocks of the head's rows give what the whole head gives, but for rounding."""
@@ -182,6 +176,11 @@ class _Said:
         """The likeliest token, of equals the lowest: (B, T)."""
         values, tokens = (torch.stack(all_of) for all_of in zip(*self._best, strict=True))
         return tokens.gather(0, values.argmax(0)[None])[0]
+
+
+def _own(forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+    """A layer's own forward; its hidden states."""
+    return first_of(forward(*args, **kwargs))
 
 
 def _batches(windows: Sequence[Window]) -> Iterator[Tensor]:

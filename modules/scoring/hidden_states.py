@@ -3,7 +3,7 @@
 Knows: how a layer is called and what it returns. Refuses to know: packs, scores, which layers are passed over.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.model import ResidentModel
 from modules.scoring.budget import Budget
 
 # A layer's forward while a tail forward runs: the layer's own forward, then the arguments it was called with.
@@ -83,3 +84,50 @@ def entering(_forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
 def first_of(output: Any) -> Tensor:
     """The hidden states among what a layer returns."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def in_form(model: ResidentModel, layer: int, hidden: Tensor) -> Any:
+    """Hidden states as this layer returns them."""
+    more = model.tuples_returned.get(layer)
+    return hidden if more is None else (hidden, *more)
+
+
+def handing_on(model: ResidentModel, layers: Iterable[int]) -> dict[int, Forward]:
+    """Layer forwards that hand on the hidden states that they are given."""
+
+    def hand_on(layer: int, *call: Any, **kwargs: Any) -> Any:
+        return in_form(model, layer, entering(*call, **kwargs))
+
+    return {layer: partial(hand_on, layer) for layer in layers}
+
+
+def ending_in(model: ResidentModel, hidden: Tensor) -> dict[int, Forward]:
+    """Layer forwards that compute nothing, the last of which returns these hidden states, (B, T, H)."""
+    last = len(model.layers) - 1
+    return {**handing_on(model, range(last)), last: lambda *_call, **_kwargs: in_form(model, last, hidden)}
+
+
+def run_on(hidden: Tensor) -> Forward:
+    """A layer's own forward on other hidden states than it is given; what it makes of them, (B, T, H)."""
+
+    def run(forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        return first_of(call_on(hidden, forward, args, kwargs))
+
+    return run
+
+
+def recorded(
+    model: ResidentModel, arguments: Mapping[str, Tensor], layer: int, compute: Forward, first: int = 0
+) -> Tensor:
+    """What `compute` returns in place of one layer's forward, (B, T, H); of the other layers only those before `first`
+    run, the rest are passed over."""
+    found: list[Tensor] = []
+
+    def recording(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        found.append(compute(forward, *args, **kwargs))
+        return in_form(model, layer, found[0])
+
+    no_columns = torch.zeros(0, dtype=torch.long, device=model.device)
+    with replaced_layers(model.layers, {**handing_on(model, range(first, len(model.layers))), layer: recording}):
+        model.logits({**arguments, "use_cache": False}, no_columns)
+    return found[0]

@@ -25,10 +25,21 @@ from modules.model import ResidentModel
 from modules.runtime import Rank
 from modules.scoring.budget import FEWEST_TOKENS, Budget, Packing
 from modules.scoring.exactness import Plain, spread
-from modules.scoring.hidden_states import Cache, Forward, call_on, entering, first_of, replaced_layers
+from modules.scoring.hidden_states import (
+    Cache,
+    Forward,
+    call_on,
+    ending_in,
+    entering,
+    first_of,
+    handing_on,
+    in_form,
+    recorded,
+    replaced_layers,
+    run_on,
+)
 from modules.scoring.inputs import Inputs, Targets
 from modules.scoring.packing import build_packs
-from modules.scoring.streamed import passing
 from modules.scoring.tokenization import Encoded
 
 PACKS_EACH = 4  # at least so many for each of several processes, that none has much more to do than another
@@ -61,7 +72,7 @@ class Scorer:
         forwards. rank: of several processes that share the packs; each has zeros for the pairs of the others."""
         self.layout, self.tolerance, self._rank = layout, tolerance, rank
         self.pairs = len(encoded)
-        self._model, self._layers, self._returns = model, model.layers, model.tuples_returned
+        self._model, self._layers = model, model.layers
         self._encoded, self._stacked, self._tails = encoded, stacked, tails
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
         self._layer = 0  # the layer on which trials are scored
@@ -125,15 +136,16 @@ class Scorer:
         """One that has all packs in this process."""
         return self if self._rank.world_size == 1 else Scorer(self._model, self._encoded, *self.settings)
 
-    def inputs(self) -> list[dict[str, Tensor]]:
-        """What the model's forward takes, pack by pack."""
-        return [inputs.arguments() for inputs in self._inputs]
+    @property
+    def inputs(self) -> list[Callable[[], dict[str, Tensor]]]:
+        """For each pack, what makes that which the model's forward takes."""
+        return [inputs.arguments for inputs in self._inputs]
 
     @torch.no_grad()
     def score_on(self, hidden: Sequence[Tensor]) -> list[float]:
         """Joint log-probabilities by a model with these last hidden states, pack by pack, whose norm and head the
         resident model holds."""
-        return self._collect(1, lambda index: passing(self._model, hidden[index]))[0].sum(-1).tolist()
+        return self._collect(1, lambda index: ending_in(self._model, hidden[index]))[0].sum(-1).tolist()
 
     def restart(self) -> None:
         """Forget what is cached and go to layer 0. Needed after the embedding, or a layer before the present one,
@@ -179,11 +191,7 @@ class Scorer:
     def _advance(self, cache: Cache) -> None:
         """Move hidden states over the layer that they enter, with the weights that it holds now."""
         for index in cache.kept():
-
-            def on_cached(forward: Forward, *args: Any, _hidden: Tensor = cache[index], **kwargs: Any) -> Tensor:
-                return first_of(call_on(_hidden, forward, args, kwargs))
-
-            cache.replace(index, self._hidden_from(index, cache.layer, on_cached))
+            cache.replace(index, self._hidden_from(index, cache.layer, run_on(cache[index])))
         cache.layer += 1
 
     @torch.no_grad()
@@ -262,35 +270,13 @@ class Scorer:
             for trial in trials:
                 with trial():
                     outputs.append(first_of(call_on(hidden, forward, args, kwargs)))
-            return self._in_form(self._layer, torch.cat(outputs))  # (R * B, T, H)
+            return in_form(self._model, self._layer, torch.cat(outputs))  # (R * B, T, H)
 
-        return {**self._skipped(range(self._layer)), self._layer: stacked}
-
-    def _skipped(self, layers: range) -> dict[int, Forward]:
-        """Layer forwards that hand their hidden states on unchanged."""
-
-        def handing_on(layer: int, *call: Any, **kwargs: Any) -> Any:
-            return self._in_form(layer, entering(*call, **kwargs))
-
-        return {layer: partial(handing_on, layer) for layer in layers}
+        return {**handing_on(self._model, range(self._layer)), self._layer: stacked}
 
     def _hidden_from(self, index: int, layer: int, compute: Forward, first: int = 0) -> Tensor:
-        """What `compute` returns in place of one layer's forward, (B, T, H); of the other layers only those before
-        `first` run, the rest are passed over."""
-        found: list[Tensor] = []
-
-        def recording(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-            found.append(compute(forward, *args, **kwargs))
-            return self._in_form(layer, found[0])
-
-        no_columns = self._inputs[index].columns[:0]
-        passed = self._skipped(range(first, len(self._layers)))
-        self._forward(self._inputs[index].arguments(), {**passed, layer: recording}, no_columns)
-        return found[0]
-
-    def _in_form(self, layer: int, hidden: Tensor) -> Any:
-        """Hidden states as this layer returns them."""
-        return (hidden, *self._returns[layer]) if layer in self._returns else hidden
+        """Of one pack; see `recorded`."""
+        return recorded(self._model, self._inputs[index].arguments(), layer, compute, first)
 
     # -- the model's forward and what is read from it -----------------------------------------------------------------
 
@@ -321,12 +307,9 @@ class Scorer:
             final.append(first_of(output))
             return output
 
-        def repeating(_forward: Forward, *_args: Any, **_kwargs: Any) -> Any:
-            return self._in_form(last, final[0])
-
         column_bytes = 4 * stack * inputs.ids.shape[0] * self._model.vocabulary
         chunk = max(1, self.budget.logits // column_bytes)
         for first, columns in zip(range(0, len(inputs.columns), chunk), inputs.columns.split(chunk), strict=True):
-            layers = {**forwards, last: recording} if first == 0 else {**self._skipped(range(last)), last: repeating}
+            layers = {**forwards, last: recording} if first == 0 else ending_in(self._model, final[0])
             logits = self._forward(arguments, layers, columns).float()
             yield logits.unflatten(0, (stack, -1)), inputs.targets_in(first, first + len(columns))

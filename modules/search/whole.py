@@ -45,7 +45,7 @@ def score_whole(
             yield
 
     parts = {layer: model.layer(layer) for layer in range(len(model.layers))}
-    inputs = [*(one for scorer in scorers for one in scorer.inputs()), *(meter.inputs if meter else [])]
+    inputs = [*(one for scorer in scorers for one in scorer.inputs), *(meter.inputs if meter else [])]
     with ReadAhead(candidate, parts, None, streams) as ahead:
 
         def layers() -> Iterator[AbstractContextManager[None]]:
@@ -54,7 +54,7 @@ def score_whole(
 
         hidden = iter(streamed(model, inputs, layers()))
     with held():
-        scores = [scorer.score_on([next(hidden) for _ in scorer.inputs()]) for scorer in scorers]
+        scores = [scorer.score_on([next(hidden) for _ in scorer.inputs]) for scorer in scorers]
     return scores, meter.measure_on(list(hidden), held, same_header=len(theirs) == 1) if meter else None
 
 
