@@ -96,22 +96,19 @@ class DriftMeter:
         """Of windows (B, T) with hidden states (B, T, H), the sums over their positions: of the divergence, of equal
         likeliest tokens, and of what the next token's log-probability is now and was before."""
         base, present = _Said(batch), _Said(batch)
-        top = torch.full_like(base.following, -torch.inf)
-        weight, gap = torch.zeros_like(top), torch.zeros_like(top)  # of exp(old - top), and that times old - new
+        gap = torch.zeros_like(base.top)  # sum of exp(old - top) * (old - new)
         for first, end in self._blocks(batch.numel()):
             old = self._logits(batch, before, first, end, original)
             with held():
                 new = self._logits(batch, now, first, end)
-            base.add(first, old), present.add(first, new)
-            top, before_top = torch.maximum(top, old.amax(-1)), top
-            shares, shrunk = (old - top[..., None]).exp(), (before_top - top).exp()
-            weight = weight * shrunk + shares.sum(-1)
+            shares, shrunk = base.add(first, old)
+            present.add(first, new)
             # A token that neither can say has no share; its difference is no number.
             gap = gap * shrunk + torch.where(shares > 0, shares * (old - new), 0.0).sum(-1)
-        divergence = gap / weight - base.normaliser + present.normaliser
+        divergence = gap / base.weight - base.normaliser + present.normaliser
         equal = base.likeliest == present.likeliest
         said = ((one.following - one.normaliser)[:, :-1].sum() for one in (present, base))
-        return torch.stack([divergence.sum(), equal.sum().to(top.dtype), *said]).to(torch.float64)
+        return torch.stack([divergence.sum(), equal.sum().to(gap.dtype), *said]).to(torch.float64)
 
     def _blocks(self, positions: int) -> Iterator[tuple[int, int]]:
         """Ranges of the head's rows whose logits at so many positions fit into a block."""
@@ -153,29 +150,28 @@ class _Said:
     def __init__(self, batch: Tensor) -> None:
         self._next = batch.roll(-1, 1)  # of the last position it is not meant
         self.following = torch.zeros(batch.shape, dtype=widest_float(batch.device), device=batch.device)  # its logit
-        self._normalisers: list[Tensor] = []
-        self._best: list[tuple[Tensor, Tensor]] = []  # value and token
+        self.top = torch.full_like(self.following, -torch.inf)  # the largest logit so far
+        self.weight = torch.zeros_like(self.following)  # sum of exp(logit - top)
+        self.likeliest = torch.zeros_like(batch)  # the token with the largest logit, of equals the lowest
 
-    def add(self, first: int, logits: Tensor) -> None:
-        """A block's, (B, T, rows); first: number of its first row."""
-        self._normalisers.append(logits.logsumexp(-1))
+    def add(self, first: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """A block's, (B, T, rows); first: number of its first row. Returns exp(logit - top), and what the sums so far
+        were multiplied with since the top is another, (B, T)."""
         value, place = logits.max(-1)
-        self._best.append((value, place + first))
+        self.likeliest = torch.where(value > self.top, place + first, self.likeliest)
+        top = torch.maximum(self.top, value)
+        shares, shrunk = (logits - top[..., None]).exp(), (self.top - top).exp()
+        self.top, self.weight = top, self.weight * shrunk + shares.sum(-1)
         place = self._next - first
         inside = (place >= 0) & (place < logits.shape[-1])
         chosen = logits.gather(-1, place.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]
         self.following = torch.where(inside, chosen, self.following)
+        return shares, shrunk
 
     @property
     def normaliser(self) -> Tensor:
         """Logarithm of the sum of all tokens' exponentials: (B, T)."""
-        return torch.stack(self._normalisers).logsumexp(0)
-
-    @property
-    def likeliest(self) -> Tensor:
-        """The likeliest token, of equals the lowest: (B, T)."""
-        values, tokens = (torch.stack(all_of) for all_of in zip(*self._best, strict=True))
-        return tokens.gather(0, values.argmax(0)[None])[0]
+        return self.top + self.weight.log()
 
 
 def _own(forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
