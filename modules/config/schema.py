@@ -103,7 +103,9 @@ class Settings:
     device: kinds.Device = "auto"
     """Where to compute. auto takes an accelerator if there is one, else cpu."""
     dtype: kinds.Dtype = "auto"
-    """auto computes in the checkpoint's own half type and saves what the base stores."""
+    """What is computed in and saved as. auto: what compute_dtype says, and what the base stores."""
+    compute_dtype: kinds.Dtype = "auto"
+    """What is computed in, whatever is saved. auto: float32 on a CPU if it fits, a GPU the checkpoint's half type."""
     random_seed: kinds.Count = 512
     """What chance there is begins with this."""
     trust_remote_code: kinds.Boolean = False

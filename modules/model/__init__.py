@@ -5,18 +5,19 @@ Knows: torch modules. Refuses to know: phrases, scores, strategies.
 
 from modules.model.base_model import ResidentModel
 from modules.model.devices import (
+    HALF_DTYPES,
     beside,
+    compute_dtypes,
     follow,
     free_memory,
     present_devices,
     resolve_device,
-    resolve_dtype,
     side_streams,
     wider,
     widest_float,
 )
 from modules.model.embeddings import HeaderSkipped, aligned_header
-from modules.model.loading import ModelLoader
+from modules.model.loading import ModelLoader, too_large_for
 from modules.model.memory import (
     Memory,
     Sizes,

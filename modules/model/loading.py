@@ -4,7 +4,7 @@ Knows: which settings decide this, transformers' loading, placements. Refuses to
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from modules.checkpoints import (
     Checkpoint,
     Models,
+    dtype_name,
     fetch_now,
     find_layers,
     load_tokenizer,
@@ -23,9 +24,9 @@ from modules.checkpoints import (
 )
 from modules.config import Config
 from modules.model.base_model import ResidentModel
-from modules.model.devices import own_device, resolve_device, resolve_dtype
+from modules.model.devices import compute_dtypes, free_memory, own_device, resolve_device
 from modules.model.memory import placement_of, weights_of
-from modules.runtime import ConfigError, Console, Rank, first_line, is_out_of_memory
+from modules.runtime import ConfigError, Console, Rank, first_line, in_memory, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ModelLoader:
     config: Config
     console: Console  # on which is said what there is to say, and shown what is fetched
     rank: Rank = field(default_factory=Rank)
-    compute: str | None = None  # what to compute in, if it is not what follows from the configured dtype
+    compute: torch.dtype | None = None  # what to compute in; None: not known yet
 
     @property
     def device(self) -> str:
@@ -58,11 +59,22 @@ class ModelLoader:
         self.console.warnings(models.warnings)
         return models
 
+    def fitting(self, models: Models) -> "ModelLoader":
+        """One that computes in what fits into memory with one layer at a time beside the base; if that is not what is
+        best, a line has said so."""
+        device, config = resolve_device(self.device), self.config
+        best, *others = compute_dtypes(config.compute_dtype, config.dtype, models.base.main_dtype(), device)
+        needed, free = weights_of(models.module, best, with_header=False).held, free_memory(device)
+        if not others or free is None or needed <= free:
+            return replace(self, compute=best)
+        self.console.warning(too_large_for(best, others[0], needed, free))
+        return replace(self, compute=others[0])
+
     def placement(self, models: Models, with_header: bool) -> list[torch.device] | None:
         """Where each of the base's layers goes, if not all of them to the device. with_header: see `weights_of`."""
-        device, dtype = resolve_device(self.device), self.compute or self.config.dtype
-        computed = resolve_dtype(dtype, models.base.main_dtype(), device)
-        return placement_of(self.device, models.module, computed, weights_of(models.module, computed, with_header))
+        assert self.compute is not None, "to be chosen before"
+        weights = weights_of(models.module, self.compute, with_header)
+        return placement_of(self.device, models.module, self.compute, weights)
 
     def load(self, models: Models, placement: Sequence[torch.device] | None) -> tuple[ResidentModel, Any]:
         """The base with its weights, and its tokenizer."""
@@ -71,22 +83,30 @@ class ModelLoader:
         return model, load_tokenizer(base.path, base.companions)
 
 
+def too_large_for(best: torch.dtype, other: torch.dtype, needed: int, free: int) -> str:
+    """What there is to say where memory decides what is computed in, and so the result. needed, free: bytes."""
+    return (
+        f"computing in {dtype_name(other)}: {dtype_name(best)} takes {in_memory(needed)}, of which {in_memory(free)} "
+        f"are free (compute_dtype: {dtype_name(other)} makes it the same everywhere)"
+    )
+
+
 def load_model(
     checkpoint: Checkpoint,
     device: str,
     dtype: str,
-    compute: str | None = None,
+    compute: torch.dtype | None = None,
     placement: Sequence[torch.device] | None = None,
 ) -> ResidentModel:
     """Load a checkpoint's causal language model onto a device, ready to be searched.
 
-    device: as in a configuration; dtype: auto, float16, bfloat16 or float32 (see resolve_dtype); compute: what
-    to compute in, if it is not what follows from dtype; placement: where each layer goes, if not all of them to the
-    device; those that go to the CPU are computed on the device all the same, to which accelerate then copies them.
+    device, dtype: as in a configuration; compute: what to compute in, if it is not what is best for dtype; placement:
+    where each layer goes, if not all of them to the device; those that go to the CPU are computed on the device all the
+    same, to which accelerate then copies them.
     Raises ConfigError if the device is absent or the checkpoint is no complete causal language model.
     """
     target = resolve_device(device)
-    computed = resolve_dtype(compute or dtype, checkpoint.main_dtype(), target)
+    computed = compute or compute_dtypes("auto", dtype, checkpoint.main_dtype(), target)[0]
     try:
         module, info = _load_module(checkpoint, target, computed, placement)
     except ConfigError:

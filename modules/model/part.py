@@ -76,11 +76,11 @@ class Part:
             low, high = found[name]
             if not (-torch.inf < low and high < torch.inf):
                 raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
-            for dtype in (self.tensors[name].dtype, self.saved_dtypes[name]):
+            for key, dtype in (("compute_dtype", self.tensors[name].dtype), ("dtype", self.saved_dtypes[name])):
                 if max(-low, high) > torch.finfo(dtype).max:
                     raise CheckpointError(
                         f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}; "
-                        f"{wider(dtype)}"
+                        f"{wider(dtype, key)}"
                     )
 
     @contextmanager

@@ -13,4 +13,4 @@ from modules.output.places import SETTINGS_FILE, Place, place_of
 from modules.output.plots import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
 from modules.output.recipe import Recipe, is_finished, read_outputs, read_recipe, write_recipe
 from modules.output.records import Source
-from modules.output.run_record import RunRecord
+from modules.output.run_record import RunRecord, begun_dtype

@@ -6,28 +6,29 @@ Knows: which settings can change a result. Refuses to know: how a run goes on.
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from modules.checkpoints import Checkpoint, candidate_sources
-from modules.config import NO_PART, VERSION, Config, Directories, Location, parse_source
-from modules.model import resolve_device, resolve_dtype
+from modules.checkpoints import Checkpoint, candidate_sources, dtype_name
+from modules.config import NO_PART, VERSION, Config, Directories, Location, Settings, parse_source
+from modules.model import resolve_device
 from modules.output.journal import Journal
 from modules.output.records import FORMAT, Run, Source
 from modules.runtime import ConfigError
 
+_DTYPES = "dtype", "compute_dtype"
 _HINT = "use what it was begun with, or begin again with --restart"
 
 
-def run_of(config: Config) -> Run:
-    """What the journal says of a run that begins here and now."""
+def run_of(config: Config, computed: str | None = None) -> Run:
+    """What the journal says of a run that begins here and now. computed: the dtype that it computes in."""
     settings = json.loads(json.dumps(asdict(config)))  # as they will be when they are read again
     text = settings.pop("text")
-    here = {"device": resolve_device(config.device).type, "folder": os.path.abspath("")}
+    here = {"device": resolve_device(config.device).type, "folder": os.path.abspath(""), "computed": computed}
     libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
     return Run(format=FORMAT, program=VERSION, settings=settings, config=text, **here, libraries=libraries)
 
@@ -70,7 +71,7 @@ def changes_between(begun: Run, now: Run, base: Checkpoint | None = None) -> lis
 
     Raises ValueError for settings that can be none.
     """
-    same = {key for key in ("device", "dtype") if getattr(begun.settings, key) == getattr(now.settings, key)}
+    same = {key for key in ("device", *_DTYPES) if getattr(begun.settings, key) == getattr(now.settings, key)}
     one, other = (_meaning(run, same, base) for run in (begun, now))
     return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
@@ -81,7 +82,9 @@ def _meaning(run: Run, same: Collection[str], base: Checkpoint | None) -> dict[s
     same: keys that are spelt the same in both runs; if they mean something else on this machine, a warning says so.
     """
     settings, given = run.settings, run.settings.directories
-    told = {key: value for key, value in settings.written().items() if key not in NO_PART}
+    # What an older run lacks is off.
+    known = {**{key.name: key.default for key in fields(Settings)}, **settings.written()}
+    told = {key: value for key, value in known.items() if key not in NO_PART}
     all_in = None if given.model_directory is None else os.path.join(run.folder, given.model_directory)
     texts = [_found_from(run.folder, text) for text in (given.model_path1, *settings.models_to_merge)]
     directories = Directories(given.model_path1, given.output_directory, all_in)
@@ -91,12 +94,11 @@ def _meaning(run: Run, same: Collection[str], base: Checkpoint | None) -> dict[s
     told["models_to_merge"] = [_identity(source.places) for source in candidates]
     if settings.strategy != "quantitive":
         del told["strategy_threshold"]
-    named = settings.device
-    device = run.device or (resolve_device(named).type if named == "auto" else named.partition(":")[0])
     if "device" not in same:
-        told["device"] = device
-    if "dtype" not in same and base is not None:
-        told["dtype"] = _dtype_meant(settings.dtype, base, device)
+        told["device"] = _device_type(run)
+    if base is not None and not same.issuperset(_DTYPES):
+        saved, computed = _dtype_saved(run, base), computed_in(run, base)
+        told |= {key: [saved, computed] for key in _DTYPES if key not in same}
     return told
 
 
@@ -110,11 +112,27 @@ def _identity(places: Sequence[Location]) -> list[str]:
     return [str(one.folder.resolve()) if one.folder else f"{one.repo}@{one.revision or 'main'}" for one in places]
 
 
-def _dtype_meant(name: str, base: Checkpoint, device: str) -> list[str]:
-    """What is computed in and, if it is not what the base stores, what is saved."""
-    compute = str(resolve_dtype(name, base.main_dtype(), torch.device(device)))
-    stored = {str(info.dtype) for info in base.tensors.values() if info.dtype.is_floating_point}
-    return [compute, "stored" if name == "auto" or stored == {compute} else compute]
+def _dtype_saved(run: Run, base: Checkpoint) -> str:
+    """What all tensors are saved in, or "auto": what the base stores."""
+    stored = {dtype_name(info.dtype) for info in base.tensors.values() if info.dtype.is_floating_point}
+    return "auto" if stored == {run.settings.dtype} else run.settings.dtype
+
+
+def computed_in(run: Run, base: Checkpoint) -> str:
+    """The dtype that a run computes in, by its name. One that has not noted it goes by the rule of its time: half types
+    as they are stored, but on a CPU float16 in float32."""
+    named = run.settings.dtype
+    if run.computed or named != "auto":
+        return run.computed or named
+    if base.main_dtype() == torch.bfloat16:
+        return "bfloat16"
+    return "float32" if _device_type(run) == "cpu" else "float16"
+
+
+def _device_type(run: Run) -> str:
+    """The kind of device that a run computes on."""
+    named = run.settings.device
+    return run.device or (resolve_device(named).type if named == "auto" else named.partition(":")[0])
 
 
 def _change(key: str, before: Any, after: Any) -> str:

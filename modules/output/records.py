@@ -68,6 +68,7 @@ class Settings(Record):
     neutral_texts: Any = None  # younger than journals are
     device: str
     dtype: Literal[DTYPES]
+    compute_dtype: Literal[DTYPES] = "auto"  # younger than journals are
     random_seed: Count
     trust_remote_code: bool
 
@@ -81,6 +82,7 @@ class Run(Record):
     config: str
     device: str | None = None  # this and the folder are younger than journals are
     folder: str = ""
+    computed: Literal[DTYPES[1:]] | None = None  # in what; younger still
     libraries: dict[str, Any]
 
 

@@ -4,14 +4,16 @@ when it is done.
 Knows: what each record holds. Refuses to know: how a decision is taken or carried out, files other than its own.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
 from modules.checkpoints import Checkpoint
 from modules.config import Config, Pair
-from modules.output.changes import compare_fingerprints, refuse_changes, refuse_other_version, run_of
-from modules.output.journal import Journal
+from modules.output.changes import compare_fingerprints, computed_in, refuse_changes, refuse_other_version, run_of
+from modules.output.journal import JOURNAL_FILE, Journal
+from modules.output.places import Place
 from modules.output.recipe import Recipe
 from modules.output.records import (
     Baseline,
@@ -37,13 +39,14 @@ Scored = tuple[Sequence[Pair], Sequence[float], Sequence[float], Sequence[float]
 class RunRecord:
     """A run's journal, in terms of what happens in a run. Candidates are numbered from 1; the base is number 0."""
 
-    def __init__(self, journal: Journal, config: Config, base: Checkpoint | None = None) -> None:
+    def __init__(self, journal: Journal, config: Config, computed: str, base: Checkpoint | None = None) -> None:
         """Begin a journal, or go on with one. Raises ConfigError, saying what has changed, if it is another run's, or
         naming the line that no run can have written.
 
-        base: the model that the dtype was chosen for; without one, nothing is said of what has changed.
+        computed: the dtype that is computed in. base: the model that it was chosen for; without one, nothing is said of
+        what has changed.
         """
-        self.journal, self._now = journal, run_of(config)
+        self.journal, self._now = journal, run_of(config, computed)
         self._lines: list[Record] = []
         if not journal.records:
             self._note("run", self._now)
@@ -182,6 +185,16 @@ class RunRecord:
             composition=dict(composition),
             seconds={**seconds, "search": round(sum(line.seconds for line in decisions), 1)},
         )
+
+
+def begun_dtype(place: Place, base: Checkpoint) -> str | None:
+    """What the run computes in that was begun here and did not finish, by its name; None if there is none."""
+    try:
+        with (place.partial / JOURNAL_FILE).open(encoding="utf-8") as file:
+            run = Run.model_validate({**json.loads(file.readline()), "kind": ""})
+    except (OSError, ValueError, RecursionError):  # whoever opens it says what is wrong with it
+        return None
+    return computed_in(run, base)
 
 
 def _phrases(

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.run.plan import Available, Plan
+from modules.run.plan import Plan
+from modules.run.room import Available
 from modules.runtime import in_memory, on_disk
 from modules.search import merge
 

@@ -38,6 +38,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     console.warnings(doubtful_phrases(config.pairs))
     loader = ModelLoader(config, console)
     models = loader.open_base()
+    loader = loader.fitting(models)
     model, tokenizer = loader.load(models, loader.placement(models, with_header=False))
     spelling = Spelling(tokenizer, model.vocabulary)
     trees, phrases = explore(config, console, model, tokenizer, spelling)

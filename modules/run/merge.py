@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from modules.checkpoints import Models, Prefetcher, check_space, fetching
+from modules.checkpoints import Models, Prefetcher, check_space, dtype_name, fetching
 from modules.config import Config, read_neutral_texts
 from modules.model import ModelLoader, ResidentModel
 from modules.output import (
     JournalCopy,
     Place,
     RunRecord,
+    begun_dtype,
     check_apart,
     check_output,
     held_place,
@@ -27,7 +28,8 @@ from modules.output import (
 from modules.output import tables as report
 from modules.run.conductor import Clock, Conductor, standing_lines
 from modules.run.estimate import calibrate, estimate, plan_lines
-from modules.run.plan import Available, Plan, check, find_available, plan_run
+from modules.run.plan import Plan
+from modules.run.room import Available, check, find_available, fitting_plan
 from modules.run.steps import end, finish, note_source, prepare_libraries, save
 from modules.run.watch import Watch
 from modules.runtime import BANNER, Console
@@ -42,6 +44,7 @@ class Start:
     """What the process that leads tells the others, for them to begin the search: all that is not in the YAML file."""
 
     journal: JournalCopy
+    compute: torch.dtype
     budget: Budget
 
 
@@ -79,7 +82,8 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
-            plan, room = _checked_plan(loader, models)
+            plan, room = _checked_plan(loader, models, begun_dtype(place, models.base) if options.resume else None)
+            loader = replace(loader, compute=plan.dtype)
             if not options.dry_run:
                 _merge(loader, options, group, place, models, plan)
                 return
@@ -88,12 +92,16 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     group.broadcast(NOTHING_TO_SEARCH)
 
 
-def _checked_plan(loader: ModelLoader, models: Models) -> tuple[Plan, Available]:
-    """What the run will do and take, and what room there is. Raises ConfigError if it is too little."""
+def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> tuple[Plan, Available]:
+    """What the run will do and take, and what room there is. Raises ConfigError if it is too little.
+
+    begun: in what the run computes that goes on.
+    """
     check_space(models.jobs, loader.config.keep_downloads)
-    plan = plan_run(replace(loader.config, device=loader.device), models, loader.rank.local_world_size)
+    config = replace(loader.config, device=loader.device)
+    plan, lines = fitting_plan(config, models, loader.rank.local_world_size, begun)
     room = find_available(plan)
-    loader.console.warnings([*doubtful_phrases(loader.config.pairs), *plan.doubts, *check(plan, room)])
+    loader.console.warnings([*doubtful_phrases(loader.config.pairs), *plan.doubts, *lines, *check(plan, room)])
     return plan, room
 
 
@@ -104,10 +112,10 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         unfinished_output(place, options.resume, options.restart) as unfinished,
         fetching(console, models.jobs) as prefetcher,
     ):
-        record = RunRecord(unfinished.journal, config, models.base)
+        record = RunRecord(unfinished.journal, config, dtype_name(plan.dtype), models.base)
         prefetcher.wait(0)
         clock.lap("download")
-        group.broadcast(Start(JournalCopy(record.journal.records), plan.budget))
+        group.broadcast(Start(JournalCopy(record.journal.records), plan.dtype, plan.budget))
         conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
@@ -185,10 +193,10 @@ def merge_as_follower(config: Config, console: Console, options: Options, group:
     start = group.broadcast()
     if start is NOTHING_TO_SEARCH:
         return
-    loader = ModelLoader(config, console, group.rank)
+    loader = ModelLoader(config, console, group.rank, start.compute)
     models = loader.open()
     with fetching(console, models.jobs) as prefetcher:
         prefetcher.wait(0)
-        record = RunRecord(start.journal, config)
+        record = RunRecord(start.journal, config, dtype_name(start.compute))
         conductor = begin_search(loader, models, record, prefetcher, start.budget, group)
         conductor.conduct(models.candidates)

@@ -1,16 +1,14 @@
-"""Before a run: what it will do, what that takes, and whether it is there.
+"""Before a run: what it will do, and what that takes.
 
-Knows: what a search computes, reads, holds and writes; how much room this machine has. Refuses to know: weights (it
-counts them, from headers and shapes alone), how fast anything is.
+Knows: what a search computes, reads, holds and writes. Refuses to know: weights (it counts them, from headers and
+shapes alone), whether there is room for them, how fast anything is.
 """
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -19,8 +17,6 @@ from modules.checkpoints import (
     Checkpoint,
     Models,
     bytes_needed,
-    cache_folder,
-    dtype_name,
     find_layers,
     index_file,
     load_tokenizer,
@@ -32,16 +28,12 @@ from modules.model import (
     Memory,
     Sizes,
     free_memory,
-    free_on_accelerators,
     header_weights,
     placement_of,
     resolve_device,
-    resolve_dtype,
     sizes_of,
     weights_of,
 )
-from modules.output import place_of
-from modules.runtime import ConfigError, in_memory, on_disk
 from modules.scoring import (
     TOKENS,
     Budget,
@@ -133,15 +125,15 @@ class Plan:
         return max(ratios for _, ratios in self.methods)
 
 
-def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
+def plan_run(config: Config, models: Models, dtype: torch.dtype, sharing: int = 1) -> Plan:
     """The plan of a run whose models are open; no weight is read.
 
-    sharing: how many processes on this machine do the same; where they compute on the CPU, each has its share of the
-    memory. Raises ConfigError if the device is absent, the base has no usable tokenizer or can't take a phrase.
+    dtype: to compute in; sharing: how many processes on this machine do the same; where they compute on the CPU, each
+    has its share of the memory. Raises ConfigError if the device is absent, the base has no usable tokenizer or can't
+    take a phrase.
     """
     base = models.base
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, base.main_dtype(), device)
     module = models.module
     sizes = sizes_of(module)
     tokenizer = load_tokenizer(base.path, base.companions)
@@ -152,7 +144,7 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
     stack = max(count for _, count in methods)
     weights = weights_of(module, dtype, config.merge_headers, _arriving(models, dtype))
     sharing = sharing if device.type == "cpu" else 1
-    free = _share(free_memory(device), sharing)
+    free = share_of(free_memory(device), sharing)
     lengths = [len(item.tokens) for item in encoded]
     most = layer_bytes(sizes, dtype, min(TOKENS, sum(lengths)), stack)
     least = layer_bytes(sizes, dtype, max(lengths), 1)  # one pair and one ratio at a time
@@ -175,7 +167,7 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
         text_tokens=sum(len(item.tokens) for item in encoded),
         packs=tokens,
         columns=sum(columns),
-        disk=_disk(config, models, module, dtype),
+        disk=_disk(config, models, module),
         memory=replace(weights, activations=activations),
         budget=budget,
         placement=None if placement is None else tuple(placement),
@@ -185,6 +177,11 @@ def plan_run(config: Config, models: Models, sharing: int = 1) -> Plan:
         doubts=tuple(doubled_tokens(tokenizer, config.pairs)),
         weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
     )
+
+
+def share_of(free: int | None, sharing: int) -> int | None:
+    """One process's share of free bytes; None: not known."""
+    return None if free is None else free // sharing
 
 
 def _arriving(models: Models, dtype: torch.dtype) -> int:
@@ -204,10 +201,10 @@ def _activations(
     return cached + layer_bytes(sizes, dtype, max(packs), stack) + 2 * logits
 
 
-def _disk(config: Config, models: Models, module: PreTrainedModel, dtype: torch.dtype) -> Disk:
+def _disk(config: Config, models: Models, module: PreTrainedModel) -> Disk:
     """What is read and written."""
     base, layers = models.base, len(find_layers(module)[1])
-    saved = None if config.dtype == "auto" else dtype
+    saved = None if config.dtype == "auto" else getattr(torch, config.dtype)
     decisions = len(models.candidates) * (layers * len(config.merge_method) + config.merge_headers)
     index = index_file(local_files(base.path))
     beside = [*base.companions.published.values(), *([(base.path / index).stat().st_size] if index else [])]
@@ -238,106 +235,3 @@ def _bytes_read(candidate: Candidate, module: PreTrainedModel, with_header: bool
     return sum(
         math.prod(conversion.shape(name)) * conversion.dtype(name).itemsize for name in conversion if name in tried
     )
-
-
-@dataclass(frozen=True)
-class Available:
-    """What is free where a run needs it."""
-
-    folder: Path  # the output goes to its file system
-    disk: int  # bytes
-    memory: int | None  # bytes on the device; None if it can't be asked
-    refusal: str | None  # why the output can't be written; None if it can
-    lacking: tuple[str, ...] = ()  # what its file system can't do, a line each
-
-
-def find_available(plan: Plan) -> Available:
-    """Ask the machine. What can be done where the output goes is tried, on a small folder that is removed again."""
-    place = place_of(plan.output)
-    # A run that did not finish may have left a part of its output; it is removed before this one is written.
-    left = sum(file.stat().st_size for file in place.partial.rglob("*") if file.is_file())
-    try:
-        refusal, lacking = None, place.lacks()
-    except OSError as error:
-        refusal, lacking = place.refusal(error), []
-    return Available(
-        folder=place.nearest,
-        disk=shutil.disk_usage(place.nearest).free + left,
-        memory=_free_for(plan),
-        refusal=refusal,
-        lacking=tuple(lacking),
-    )
-
-
-def _free_for(plan: Plan) -> int | None:
-    """Bytes that are free where the plan puts its weights; None if that can't be asked."""
-    if plan.placement is None:
-        return _share(free_memory(plan.device), plan.sharing)
-    return sum(free_on_accelerators().values()) + psutil.virtual_memory().available
-
-
-def _share(free: int | None, sharing: int) -> int | None:
-    return None if free is None else free // sharing
-
-
-def check(plan: Plan, room: Available) -> list[str]:
-    """What might go wrong, a line each. Raises ConfigError, naming everything at once, for what surely would."""
-    problems = [*_writing_problems(plan, room), *_memory_problems(plan, room)]
-    if problems:
-        raise ConfigError(*problems)
-    return [*room.lacking, *_memory_warnings(plan, room)]
-
-
-def _writing_problems(plan: Plan, room: Available) -> list[str]:
-    problems = [room.refusal] if room.refusal else []
-    fetched = plan.disk.downloads_kept if _same_disk(room.folder, cache_folder()) else 0
-    if plan.disk.needed + fetched > room.disk:
-        what = f"writing {plan.output} takes {on_disk(plan.disk.needed)}"
-        what += f" beside {on_disk(fetched)} of downloads" if fetched else ""
-        advice = "make room, or name a directory on a larger disk with --output"
-        if plan.output.is_dir() and any(plan.output.iterdir()):
-            advice += "; the output that stands there goes only after the new one stands, so moving it away makes room"
-        problems.append(f"{what}, the disk of {room.folder} has {on_disk(room.disk)} free: {advice}")
-    return problems
-
-
-def _same_disk(one: Path, other: Path) -> bool:
-    return one.stat().st_dev == other.stat().st_dev
-
-
-def _memory_problems(plan: Plan, room: Available) -> list[str]:
-    """Only what can't be avoided counts: the weights that a run holds at the same time."""
-    memory, needed = plan.memory, _least(plan, plan.memory)
-    if room.memory is None or needed <= room.memory:
-        return []
-    advice = ["close other programs" if plan.device.type == "cpu" else "end other programs that use it"]
-    if memory.header and _least(plan, replace(memory, header=0)) <= room.memory:
-        advice.append("set merge_headers: false")
-    if plan.dtype == torch.float32:
-        advice.append("set dtype: bfloat16, which takes half")
-    advice.append("use a machine with more" if plan.device.type == "cpu" else "choose a device with more memory")
-    what = f"the base ({in_memory(memory.base)} in {dtype_name(plan.dtype)}) and what is searched at a time "
-    what += f"({in_memory(needed - memory.base)}) don't fit into the memory of {plan.device}, which has "
-    return [f"{what}{in_memory(room.memory)} free, {in_memory(needed)} are needed: {', or '.join(advice)}"]
-
-
-def _least(plan: Plan, memory: Memory) -> int:
-    """Bytes of weights without which there is no run. On a CPU it can't do with less than it would take."""
-    return memory.base + memory.searched if plan.device.type == "cpu" else memory.held
-
-
-def _memory_warnings(plan: Plan, room: Available) -> list[str]:
-    warnings, memory = [], plan.memory
-    if room.memory is not None and memory.reserved > room.memory:
-        free, needed = in_memory(room.memory), in_memory(memory.reserved)
-        warnings.append(
-            f"memory may not suffice: {plan.device} has {free} free, about {needed} are needed, of which "
-            f"{in_memory(memory.activations)} for activations; fewer merge_ratios need less"
-        )
-    left_over = [place for place in plan.placement or () if place.type == "cpu"]
-    if left_over:
-        warnings.append(
-            f"{len(left_over)} of {plan.sizes.layers} layers don't fit on the GPUs: they stay in the CPU's memory, and "
-            "every forward copies them, which takes several times as long"
-        )
-    return warnings

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from modules.checkpoints import Models, check_space, fetching
 from modules.config import Config, Directories, missing_folder, parse_source
 from modules.model import ModelLoader, present_devices
@@ -58,7 +60,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])
     with held_place(asked.output, console) as place:
         check_output(place, asked.overwrite)
-        loader = ModelLoader(config, console, compute=recipe.dtype)
+        loader = ModelLoader(config, console, compute=getattr(torch, recipe.dtype))
         models = loader.open()
         check_space(models.jobs, config.keep_downloads)
         _rebuild(asked, recipe, loader, place, models)

@@ -259,8 +259,9 @@ def test_half_precision_checkpoints(place, bpe):
     for dtype in (torch.bfloat16, torch.float16):
         tokenizer = tiny.TOKENIZERS["bpe"]()
         folder = tiny.make_model(place / str(dtype), tiny.llama_config(len(tokenizer)), tokenizer, dtype=dtype)
-        assert mapped(place, folder) == 0
-        assert f"Dtype             : {'bfloat16' if dtype == torch.bfloat16 else 'float32'}\n" in log_of(place)
+        for name, settings in (("float32", {}), ("bfloat16", {"compute_dtype": "bfloat16"})):
+            assert mapped(place, folder, **settings) == 0
+            assert f"Dtype             : {name}\n" in log_of(place)
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,7 @@ def reopened_probabilities(folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_reopening_the_output_gives_the_last_table(place, dtype):
     models = make_models(place, dtype)
-    # A CPU computes bfloat16 checkpoints in bfloat16; in float32 the one-by-one forwards are comparable to the digit.
-    settings = {"dtype": "float32"} if dtype == torch.bfloat16 else {}
-    assert merge(place, models, **settings) == 0
+    assert merge(place, models) == 0
     shown = [float(row[3].rstrip("%")) for row in tables(log_of(place))[-1][:-1]]
     assert shown == pytest.approx(reopened_probabilities(place / "out"), rel=1e-4, abs=1e-5)
 

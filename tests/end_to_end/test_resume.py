@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 
 import merge_monster
 import modules.checkpoints.writing
-from modules.checkpoints.checkpoint import open_checkpoint
+from modules.checkpoints.checkpoint import dtype_name, open_checkpoint
 from modules.checkpoints.hub import Prefetcher
 from modules.config import NO_PART, Config, load_config
+from modules.model.devices import compute_dtypes
 from modules.output.journal import JournalCopy
 from modules.output.places import UNFINISHED
 from modules.output.run_record import RunRecord
@@ -200,6 +201,7 @@ def harmless(place, models):
         "spelling": ({"strategy": "quantitive"}, {"strategy": "quantitative"}),
         "threshold": ({}, {"strategy_threshold": 0.9}),
         "scalars": ({"merge_ratios": [0.5]}, {"merge_ratios": 0.5}),
+        "what auto means": ({}, {"compute_dtype": "float32"}),
         "defaults": ({}, {"merge_headers": True, "random_seed": 512, "merge_method": "lerp", "auto_weights": False}),
     }
 
@@ -220,6 +222,7 @@ def real(place, models):
         "good_phrases": ({}, {"good_phrases": []}),
         "device": ({}, {"device": "mps"}),
         "dtype": ({}, {"dtype": "bfloat16"}),
+        "compute_dtype": ({}, {"compute_dtype": "bfloat16"}),
         "random_seed": ({}, {"random_seed": 1}),
         "trust_remote_code": ({}, {"trust_remote_code": True}),
     }
@@ -240,26 +243,35 @@ def settings_at(place, models, changes):
     return load_config(tiny.write_config(place / "my.yaml", models[0], models[1:], place / "out", **more))
 
 
+def record_of(journal, config, base):
+    """A run's record, which computes in what is best for its settings."""
+    computed = compute_dtypes(config.compute_dtype, config.dtype, base.main_dtype(), torch.device("cpu"))[0]
+    return RunRecord(journal, config, dtype_name(computed), base)
+
+
+YOUNGER = ("device", "folder", "computed")  # of what a journal begins with
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["", "a journal without what newer ones note"])
 def test_a_run_goes_on_where_only_what_has_no_part_in_it_has_changed(place, models, old):
     base = open_checkpoint(models[0], "base")
     for name, (before, after) in harmless(place, models).items():
         begun = JournalCopy([])
-        RunRecord(begun, settings_at(place, models, before), base)
+        record_of(begun, settings_at(place, models, before), base)
         if old:
-            begun.records = [{key: value for key, value in begun.records[0].items() if key not in ("device", "folder")}]
-        assert RunRecord(begun, settings_at(place, models, after), base).warnings(None)[:-1] == [], name
+            begun.records = [{key: value for key, value in begun.records[0].items() if key not in YOUNGER}]
+        assert record_of(begun, settings_at(place, models, after), base).warnings(None)[:-1] == [], name
 
 
 def test_a_run_does_not_go_on_where_what_is_searched_has_changed(place, models, monkeypatch):
     base = open_checkpoint(models[0], "base")
     for key, (before, after) in real(place, models).items():
         begun = JournalCopy([])
-        RunRecord(begun, settings_at(place, models, before), base)
+        record_of(begun, settings_at(place, models, before), base)
         if key == "device":
             monkeypatch.setattr("modules.model.devices.present_devices", lambda: ["mps", "cpu"])
         with pytest.raises(ConfigError, match=rf"has changed since .* was begun: {key} (was|is not the same)"):
-            RunRecord(begun, settings_at(place, models, after), base)
+            record_of(begun, settings_at(place, models, after), base)
         monkeypatch.undo()
         os.chdir(place)
 
@@ -267,9 +279,9 @@ def test_a_run_does_not_go_on_where_what_is_searched_has_changed(place, models, 
 def test_another_device_than_auto_meant_before_is_told(place, models):
     base, begun = open_checkpoint(models[0], "base"), JournalCopy([])
     config = settings_at(place, models, {"device": "auto"})
-    RunRecord(begun, config, base)
+    record_of(begun, config, base)
     begun.records[0]["device"] = "elsewhere"
-    told = RunRecord(begun, config, base).warnings(None)[:-1]
+    told = record_of(begun, config, base).warnings(None)[:-1]
     assert told == ["the run began with device elsewhere, this is cpu: the last digits may differ"]
 
 

@@ -142,7 +142,7 @@ def test_activations_that_overflow_in_float16_are_named(place, folders, loud, ca
     path = tiny.write_config(place / "my.yaml", loud, [folders["float32"][1]], place / "out", dtype="float16")
     assert program.main(["--config", str(path)]) == 2
     error = capsys.readouterr().err
-    assert "loud: its activations overflow in float16; set dtype: bfloat16 or float32" in error
+    assert "loud: its activations overflow in float16; set compute_dtype: bfloat16 or float32" in error
     path = tiny.write_config(place / "my.yaml", loud, [folders["float32"][1]], place / "out", dtype="bfloat16")
     assert program.main(["--config", str(path)]) == 0
 

@@ -11,6 +11,7 @@ from modules.config import load_config
 from modules.model.loading import load_model
 from modules.model.memory import Memory, Sizes
 from modules.run.plan import Disk, Plan
+from modules.run.room import fitting_plan
 from modules.scoring.budget import Budget
 from modules.scoring.layout import build_scorer
 from modules.scoring.tokenization import encode_pairs
@@ -25,6 +26,11 @@ def opened(place, models, **settings):
     path = tiny.write_config(place / "my.yaml", base, candidates, place / "out", **settings)
     config = load_config(path)
     return config, open_models(config, fetch=None)
+
+
+def planned(config, found):
+    """The plan of a run that begins now."""
+    return fitting_plan(config, found, 1, None)[0]
 
 
 def start(config, found):

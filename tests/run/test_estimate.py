@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from plans import GB, GIB, made_up, opened, start
+from plans import GB, GIB, made_up, opened, planned, start
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modules.model.memory import Memory, Sizes
 from modules.run import estimate as forecast
 from modules.run.estimate import Estimate, Rates, calibrate
-from modules.run.plan import Available, Disk, plan_run
+from modules.run.plan import Disk
+from modules.run.room import Available
 
 
 @pytest.mark.parametrize("headers", [True, False])
@@ -25,14 +26,14 @@ def test_an_estimate_counts_what_a_search_computes(place, models, headers):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         assert list(search.candidate(found.candidates[0]))
     free_merges = Rates(1.0, 1.0, 1.0, merging={"lerp": math.inf, "cyclic": math.inf}, reading=None)
-    planned, counted = forecast.estimate(plan_run(config, found), free_merges).search, counter.get_total_flops()
+    predicted, counted = forecast.estimate(planned(config, found), free_merges).search, counter.get_total_flops()
     # Vectors (norms) are weights too, but no product: a little more is planned than is counted.
-    assert counted < planned < 1.03 * counted
+    assert counted < predicted < 1.03 * counted
 
 
 def test_rates_are_measured_for_every_method(place, models, monkeypatch):
     monkeypatch.setattr(forecast, "SECONDS_EACH", 0.01)
-    plan = plan_run(*opened(place, models, merge_method=["slerp", "gradient"]))
+    plan = planned(*opened(place, models, merge_method=["slerp", "gradient"]))
     assert plan.weight_files == tuple(folder / "model.safetensors" for folder in models[1:])
     rates = calibrate(plan)
     assert list(rates.merging) == ["slerp", "gradient", "lerp"]

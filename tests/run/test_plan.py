@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import constants
-from plans import GB, GIB, made_up, opened, start
+from plans import GB, GIB, made_up, opened, planned, start
 from runs import log_of, make_models
 from safetensors.torch import load_file
 
@@ -27,7 +27,8 @@ from modules.model.part import BLOCKS
 from modules.output import places as places
 from modules.output.recipe import RECIPE_FILE
 from modules.run import plan as preflight
-from modules.run.plan import Available, check, find_available, plan_run
+from modules.run import room
+from modules.run.room import Available, check, find_available
 from modules.runtime.errors import ConfigError
 
 PLENTY = Available(Path("/"), disk=10**15, memory=10**15, refusal=None)
@@ -52,7 +53,7 @@ METHODS = ["lerp", "cyclic", "lerp"]  # nothing forbids to try one twice
 def test_the_plan_is_what_a_run_does(place, dtype, setting, family, shard, tied):
     models = make_models(place / "models", dtype, family, shard, tied)
     settings = {"dtype": setting, "merge_method": METHODS, "merge_ratios": [0.3, 0.5, 0.7]}
-    plan = plan_run(*opened(place, models, **settings))
+    plan = planned(*opened(place, models, **settings))
     assert check(plan, find_available(plan)) == []
     assert merge_monster.main(["--config", str(place / "my.yaml")]) == 0
     log = log_of(place)
@@ -75,21 +76,21 @@ def test_the_plan_is_what_a_run_does(place, dtype, setting, family, shard, tied)
 def test_memory_is_that_of_the_real_tensors(place, setting, tied):
     models = make_models(place / "models", tied=tied)
     config, found = opened(place, models, dtype=setting)
-    memory = plan_run(config, found).memory
+    memory = planned(config, found).memory
     model = load_model(found.base, "cpu", setting)
     everything = {id(t): t.nbytes for t in (*model.module.parameters(), *model.module.buffers())}
     parts = [sum(tensor.nbytes for tensor in part.tensors.values()) for part in (model.layer(1), model.header())]
     assert (memory.base, memory.layer, memory.header) == (sum(everything.values()), *parts)
     largest = max(tensor.numel() for part in (model.layer(1), model.header()) for tensor in part.tensors.values())
     assert memory.arriving == (4 * largest // BLOCKS if setting == "bfloat16" else 0)  # a candidate in float32
-    assert plan_run(*opened(place, models, dtype=setting, merge_headers=False)).memory.header == 0
+    assert planned(*opened(place, models, dtype=setting, merge_headers=False)).memory.header == 0
 
 
 def test_activations_hold_what_grows_with_ratios_and_phrases(place, models):
     def activations(count, **settings):
         config, found = opened(place, models, **settings)
         pairs = tuple(Pair("BAD", f"apple{number}", f"Question {number}: where ") for number in range(count))
-        return plan_run(replace(config, bad_phrases=pairs), found).memory.activations
+        return planned(replace(config, bad_phrases=pairs), found).memory.activations
 
     few, more, stacked = activations(2), activations(20), activations(2, merge_ratios=[0.1 * n for n in range(1, 9)])
     assert few < more and few < stacked
@@ -100,7 +101,7 @@ def test_activations_hold_what_grows_with_ratios_and_phrases(place, models):
 @pytest.mark.parametrize("headers", [True, False])
 def test_work_and_reading_are_those_of_the_search(place, models, headers):
     config, found = opened(place, models, merge_method=["lerp", "cyclic"], merge_headers=headers)
-    plan, search, read = plan_run(config, found), start(config, found), []
+    plan, search, read = planned(config, found), start(config, found), []
     candidate, stored = found.candidates[0], found.candidates[0].checkpoint.tensors
     reading = replace(candidate, checkpoint=Recorded.of(candidate.checkpoint, read))
     decisions = list(search.candidate(reading))
@@ -132,7 +133,7 @@ def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
     monkeypatch.setattr(Checkpoint, "stream", read)
     monkeypatch.setattr("modules.checkpoints.checkpoint.stream_tensors", read)
     config, found = opened(place, models)
-    plan = plan_run(config, found)
+    plan = planned(config, found)
     assert check(plan, find_available(plan)) == []
 
 
@@ -192,7 +193,7 @@ def test_what_the_base_cannot_take_is_found_by_the_plan(place, models):
     config, found = opened(place, models)
     long = Pair("BAD", "apple", "apple " * 300)
     with pytest.raises(ConfigError, match="the base model takes 256"):
-        plan_run(replace(config, bad_phrases=(long,)), found)
+        planned(replace(config, bad_phrases=(long,)), found)
 
 
 def test_downloads_are_those_that_are_missing_and_kept(place, models):
@@ -208,9 +209,9 @@ def test_downloads_are_those_that_are_missing_and_kept(place, models):
     one = replace(one, checkpoint=of_hub(one.checkpoint, "one", 7 * GB))
     two = replace(two, checkpoint=of_hub(two.checkpoint, "base", 5 * GB))  # as an adapter of the base: fetched once
     found = replace(found, base=base, candidates=[one, two])
-    disk = plan_run(config, found).disk
+    disk = planned(config, found).disk
     assert (disk.downloads, disk.downloads_kept) == (12 * GB, 12 * GB)
-    disk = plan_run(replace(config, keep_downloads=False), found).disk
+    disk = planned(replace(config, keep_downloads=False), found).disk
     assert (disk.downloads, disk.downloads_kept) == (12 * GB, 5 * GB)
 
 
@@ -252,7 +253,7 @@ def test_a_disk_that_is_too_small(place, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "not/there/yet"))
     fetching = replace(plan, disk=replace(plan.disk, downloads=9 * GB, downloads_kept=9 * GB))
     assert "takes 16.16 GB beside 9.00 GB of downloads, " in refusal(fetching, disk=20 * GB)[0]
-    monkeypatch.setattr(preflight, "_same_disk", lambda *_: False)
+    monkeypatch.setattr(room, "_same_disk", lambda *_: False)
     assert check(fetching, replace(PLENTY, disk=20 * GB)) == []
 
 
@@ -278,13 +279,14 @@ def test_what_would_help_against_too_little_memory(place):
     assert "merge_headers" not in refusal(made_up(place), memory=16 * GIB - 1)[0]  # it would not help
     line = refusal(made_up(place, dtype=torch.float32, device=torch.device("cpu")), memory=18 * GIB)[0]
     assert (
-        "close other programs" in line and "set dtype: bfloat16, which takes half, or use a machine with more" in line
+        "close other programs" in line
+        and "set compute_dtype: bfloat16, which takes half, or use a machine with more" in line
     )
 
 
 def test_room_is_what_the_machine_says(place, models, monkeypatch):
     plan = made_up(place, output=place / "new/deeper/out", device=torch.device("cpu"))
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 if path == place else 0))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 if path == place else 0))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=11))
     assert find_available(plan) == Available(place, disk=5, memory=11, refusal=None)
     assert find_available(replace(plan, device=torch.device("mps"))).memory is None
@@ -294,7 +296,7 @@ def test_room_is_what_the_machine_says(place, models, monkeypatch):
 
 
 def test_what_an_unfinished_run_has_left_makes_room(place, monkeypatch):
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     (place / "out.partial").mkdir()
     (place / "out.partial/model-00001-of-00002.safetensors").write_bytes(b"weights")
     assert find_available(made_up(place, device=torch.device("cpu"))).disk == 107

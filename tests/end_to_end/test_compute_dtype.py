@@ -1,0 +1,97 @@
+"""What a run computes in: the rule, a machine with too little memory, runs that go on elsewhere or from before it."""
+
+import json
+
+import pytest
+import torch
+from broken_runs import JOURNAL, RECIPE, break_off
+from runs import digest, log_of, make_models, merge, stored
+
+import modules.model.loading
+import modules.run.room
+from modules.model.devices import compute_dtypes
+
+FREE = 600_000  # bytes: more than the models take in bfloat16, less than in float32
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base in bfloat16 and two candidates."""
+    return make_models(tmp_path_factory.mktemp("models"), BF16)
+
+
+@pytest.mark.parametrize(
+    "compute, dtype, stored, device, expected",
+    [
+        ("auto", "auto", BF16, CPU, (F32, BF16)),
+        ("auto", "auto", F16, CPU, (F32, F16)),
+        ("auto", "auto", F32, CPU, (F32,)),
+        ("auto", "auto", BF16, GPU, (BF16,)),
+        ("auto", "auto", F16, GPU, (F16,)),
+        ("auto", "auto", F32, GPU, (F16,)),
+        ("auto", "bfloat16", F32, CPU, (BF16,)),
+        ("float32", "bfloat16", BF16, GPU, (F32,)),
+        ("bfloat16", "auto", F16, CPU, (BF16,)),
+    ],
+)
+def test_the_rule(compute, dtype, stored, device, expected):
+    assert compute_dtypes(compute, dtype, stored, device) == expected
+
+
+def told_and_noted(place):
+    """What the summary says of types, and what the recipe does."""
+    line = next(line for line in log_of(place).splitlines() if line.startswith("Dtype"))
+    recipe = json.loads((place / "out" / RECIPE).read_text())
+    return line.partition(": ")[2], recipe["dtype"], recipe["saved_dtype"]
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, ("float32, saved as bfloat16", "float32", None)),
+        ({"compute_dtype": "bfloat16"}, ("bfloat16, saved as bfloat16", "bfloat16", None)),
+        ({"dtype": "float32"}, ("float32, saved as float32", "float32", "float32")),
+        ({"dtype": "float32", "compute_dtype": "bfloat16"}, ("bfloat16, saved as float32", "bfloat16", "float32")),
+    ],
+)
+def test_what_is_computed_in_and_what_is_saved(place, models, settings, expected):
+    assert merge(place, models, **settings) == 0
+    assert told_and_noted(place) == expected
+    assert {dtype for dtype, _ in stored(place / "out").values()} == {"F32" if expected[2] else "BF16"}
+
+
+def little_memory(monkeypatch):
+    """As much as the run takes in half precision, and a little more."""
+    for module, name in ((modules.run.room, "_free_for"), (modules.model.loading, "free_memory")):
+        monkeypatch.setattr(module, name, lambda _: FREE)
+
+
+def test_too_little_memory_is_told_and_decides_for_the_whole_run(place, models, monkeypatch):
+    with monkeypatch.context() as patch:
+        little_memory(patch)
+        assert merge(place, models) == 0
+    assert told_and_noted(place)[:2] == ("bfloat16, saved as bfloat16", "bfloat16")
+    assert "computing in bfloat16: float32 takes " in log_of(place)
+    whole = place / "whole"
+    (place / "out").rename(whole)
+    break_off(place, whole, 5)
+    assert merge(place, models, "--resume") == 0  # where there is enough memory
+    assert told_and_noted(place)[:2] == ("bfloat16, saved as bfloat16", "bfloat16")
+    assert digest(whole)["model.safetensors"] == digest(place / "out")["model.safetensors"]
+
+
+def test_a_journal_of_before_goes_on_in_what_it_was_begun_in(place, models):
+    assert merge(place, models, compute_dtype="bfloat16") == 0
+    whole = place / "whole"
+    (place / "out").rename(whole)
+    break_off(place, whole, 5)
+    path = place / "out.partial" / JOURNAL
+    first, *others = path.read_text().splitlines()
+    run = json.loads(first)
+    del run["computed"], run["settings"]["compute_dtype"]
+    path.write_text("\n".join([json.dumps(run), *others]) + "\n")
+    assert merge(place, models, "--resume") == 0
+    assert "decisions are carried out again" in log_of(place)
+    assert digest(whole)["model.safetensors"] == digest(place / "out")["model.safetensors"]
