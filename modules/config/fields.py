@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationError, ValidationInfo, WrapValidator
@@ -98,6 +98,10 @@ Share = Annotated[float, Strict(), Field(ge=0, lt=1), _number("a number from 0 a
 Threshold = Annotated[float, Strict(), Field(gt=0, le=1), _number("a number above 0 and up to 1")]
 Percent = Annotated[float, Strict(), Field(ge=0, le=100), _number("a number from 0 to 100")]
 Weight = Annotated[float, Strict(), Field(ge=0, le=1e300), _number("a number of at least 0")]
+Limit = Annotated[float, Strict(), Field(gt=0, le=1e300), _number("a number above 0")]
+AutoOrWeight = Annotated[
+    Annotated[float, Strict(), Field(ge=0, le=1e300)] | Literal["auto"], _number("auto or a number of at least 0")
+]
 Count = Annotated[int, Strict(), Field(ge=0, lt=2**63), _whole_number(0)]
 CountFromOne = Annotated[int, Strict(), Field(ge=1, lt=2**63), _whole_number(1)]
 

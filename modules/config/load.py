@@ -59,6 +59,8 @@ def load_config(
         more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
         lines = [f"  {line}" for line in [*found[:_MOST_ERRORS], *more]]
         raise ConfigError(f"{path} has {counted(len(found), 'error')}:", *lines)
+    if settings.is_guarded and settings.neutral_texts == ():
+        raise ConfigError(f"{path}: neutral_texts is empty, but drift_weight and max_drift measure drift on such texts")
     values, pairs = vars(settings), [_pairs_of((settings, *lists), key) for key in _PHRASES]
     if mapping:
         return Config(**{**values, **dict(zip(_PHRASES, pairs, strict=True))}, text=main.text)

@@ -96,6 +96,14 @@ class Settings:
     """The share of each phrase's contexts that is scored and never searched."""
     held_out_files: kinds.Paths = ()
     """Phrase files whose pairs are all scored and never searched."""
+    min_gain: kinds.AutoOrWeight = "auto"
+    """What a merge must gain; cumulative only. auto: twice the total's rounding, which is taken as 0 in float32."""
+    drift_weight: kinds.Weight = 0.0
+    """What a nat of drift adds to the total that every trial is judged by."""
+    max_drift: kinds.Limit | None = None
+    """Nats per token; a trial that drifts further from the base is not taken."""
+    neutral_tokens: kinds.CountFromOne = 512
+    """Tokens of neutral text on which the drift of every trial is measured, if it is judged by that."""
     baselines: kinds.Boolean = True
     """Score every candidate taken whole, too, and show it beside the merge."""
     neutral_texts: kinds.Paths | None = None
@@ -112,6 +120,11 @@ class Settings:
     """Run Python code that a checkpoint brings along."""
     mapper: Annotated[Mapper, kinds.keys_of(Mapper)] = field(default_factory=Mapper)
     """How far the mapper follows the model; only the mapper reads this."""
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether trials are judged by their drift, too."""
+        return self.drift_weight > 0 or self.max_drift is not None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Knows: which settings can change a result. Refuses to know: how a run goes on.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 import transformers
 
 from modules.checkpoints import Checkpoint, candidate_sources, dtype_name
-from modules.config import NO_PART, VERSION, Config, Directories, Location, Settings, parse_source
+from modules.config import NO_PART, VERSION, Config, Directories, Location, Settings, parse_source, read_neutral_texts
 from modules.model import resolve_device
 from modules.output.journal import Journal
 from modules.output.records import FORMAT, Run, Source
@@ -29,6 +30,9 @@ def run_of(config: Config, computed: str | None = None) -> Run:
     settings = json.loads(json.dumps(asdict(config)))  # as they will be when they are read again
     text = settings.pop("text")
     here = {"device": resolve_device(config.device).type, "folder": os.path.abspath(""), "computed": computed}
+    if config.is_guarded:
+        texts = json.dumps(read_neutral_texts(config.neutral_texts))
+        here["neutral"] = hashlib.sha256(texts.encode()).hexdigest()
     libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
     return Run(format=FORMAT, program=VERSION, settings=settings, config=text, **here, libraries=libraries)
 
@@ -94,6 +98,10 @@ def _meaning(run: Run, same: Collection[str], base: Checkpoint | None) -> dict[s
     told["models_to_merge"] = [_identity(source.places) for source in candidates]
     if settings.strategy != "quantitive":
         del told["strategy_threshold"]
+    if run.neutral:
+        told["neutral_texts"] = run.neutral
+    else:
+        del told["neutral_tokens"]
     if "device" not in same:
         told["device"] = _device_type(run)
     if base is not None and not same.issuperset(_DTYPES):

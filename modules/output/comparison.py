@@ -31,8 +31,8 @@ def _row(name: str, recipe: Recipe) -> dict[str, str]:
     threshold = f" {settings.strategy_threshold:g}" if settings.strategy == "quantitive" else ""
     return {
         "Output": name,
-        "Total before": percent(recipe.total.before),
-        "Total after": percent(recipe.total.after),
+        "Total before": percent(recipe.total.before, rounding=recipe.total.rounding),
+        "Total after": percent(recipe.total.after, rounding=recipe.total.rounding),
         "Improved": f"{recipe.improved} of {len(recipe.phrases)}",
         "Drift (KL)": f"{recipe.drift.divergence:.4f}" if recipe.drift else "-",
         "Composition": _short(recipe.composition),

@@ -18,7 +18,7 @@ from modules.checkpoints import is_licence, local_files
 from modules.config import names_folder, repositories_in
 from modules.output.places import SETTINGS_FILE
 from modules.output.recipe import RECIPE_FILE, Recipe
-from modules.output.records import Phrase, Source
+from modules.output.records import Phrase, Source, Total
 from modules.runtime import counted, percent, shortened, visible
 
 CARD_FILE = "README.md"
@@ -116,7 +116,7 @@ def _introduction(recipe: Recipe) -> str:
     settings, base = recipe.settings, recipe.sources[0]
     taken, candidates = len(recipe.needed_sources) - 1, counted(len(recipe.sources) - 1, "candidate")
     improved, phrases = recipe.improved, counted(len(recipe.phrases), "phrase")
-    before, after = percent(recipe.total.before), percent(recipe.total.after)
+    before, after = _percents(recipe.total)
     return (
         f"A merge of {taken} of {candidates} into {_named(base)}, made layer by layer with Merge Monster "
         f"{_plain(recipe.program)}. Every merge of a layer was tried, and kept only where it made unwanted phrases "
@@ -130,11 +130,8 @@ def _introduction(recipe: Recipe) -> str:
 def _about_held_out(recipe: Recipe) -> str:
     if recipe.held_out is None:
         return ""
-    count, total = counted(len(recipe.held_out.phrases), "phrase"), recipe.held_out.total
-    return (
-        f" {count} more, which the search never saw, went from a total of {percent(total.before)} to "
-        f"{percent(total.after)}."
-    )
+    count, (before, after) = counted(len(recipe.held_out.phrases), "phrase"), _percents(recipe.held_out.total)
+    return f" {count} more, which the search never saw, went from a total of {before} to {after}."
 
 
 def _about_drift(recipe: Recipe) -> str:
@@ -177,10 +174,13 @@ def _phrases(recipe: Recipe) -> str:
     rows = [("", "phrase", "context", "weight", "before", "after")]
     for phrase in _changed_most(recipe.phrases):
         texts = _excerpt(phrase.phrase), _excerpt(phrase.context) or "*the beginning of a text*"
-        probabilities = percent(phrase.before), percent(phrase.after)
-        rows.append((phrase.kind.lower(), *texts, f"{abs(phrase.weight):g}", *probabilities))
-    total = percent(recipe.total.before), percent(recipe.total.after)
-    return _table([*rows, ("", "**all phrases: bad - good, times weight**", "", "", *total)])
+        rows.append((phrase.kind.lower(), *texts, f"{abs(phrase.weight):g}", *_percents(phrase)))
+    return _table([*rows, ("", "**all phrases: bad - good, times weight**", "", "", *_percents(recipe.total))])
+
+
+def _percents(figures: Phrase | Total) -> tuple[str, str]:
+    """Before and after."""
+    return percent(figures.before, rounding=figures.rounding), percent(figures.after, rounding=figures.rounding)
 
 
 def _changed_most(phrases: Sequence[Phrase]) -> list[Phrase]:

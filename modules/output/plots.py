@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from modules.output.recipe import Recipe
 from modules.output.records import Phrase
-from modules.runtime import columns, one_line, shortened
+from modules.runtime import columns, decimals, one_line, shortened
 from modules.search import Decision, Merge, shares_of
 
 MERGE_MAP_FILE = "merge_map.png"
@@ -168,9 +168,9 @@ def shown_pairs(pairs: Sequence[Phrase], kind: str) -> list[Phrase]:
     return sorted(shown, key=_gain, reverse=True)
 
 
-def percent(value: float, _: Any = None) -> str:
-    """A probability or share as a percentage of three digits."""
-    return f"{value * 100:.3g}%"
+def percent(value: float, _: Any = None, rounding: float = 0.0) -> str:
+    """A probability or share as a percentage of three digits, if they are above its rounding."""
+    return f"{round(value * 100, decimals(rounding)) if rounding else value * 100:.3g}%"
 
 
 def _draw_shares(axes: Axes, models: Mapping[str, Any], parts: Sequence[Sequence[Merge]], width: float) -> None:
@@ -226,8 +226,9 @@ def _draw_pairs(axes: Axes, pairs: Sequence[Phrase]) -> None:
     axes.hlines(rows, before, after, colours, linewidth=1.5, zorder=2)
     axes.scatter(before, rows, s=25, color="white", edgecolors=DARK, zorder=3, clip_on=False)
     axes.scatter(after, rows, s=25, color=colours, zorder=4, clip_on=False)
-    for row, (old, new) in enumerate(zip(before, after, strict=True)):
-        figures = f"{percent(old)} → {percent(new)}"
+    for row, pair in enumerate(pairs):
+        old, new = (percent(value, rounding=pair.rounding) for value in (pair.before, pair.after))
+        figures = f"{old} → {new}"
         axes.text(1.02, row, figures, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
     axes.set_yticks(rows, map(_pair_label, pairs), fontsize=8)
     axes.set_ylim(len(pairs) - 0.4, -0.6)

@@ -83,6 +83,7 @@ class Run(Record):
     device: str | None = None  # this and the folder are younger than journals are
     folder: str = ""
     computed: Literal[DTYPES[1:]] | None = None  # in what; younger still
+    neutral: str | None = None  # a digest of the texts, where trials are judged by their drift
     libraries: dict[str, Any]
 
 
@@ -111,6 +112,7 @@ class Start(Record):
 
     log_probabilities: LogProbabilities
     weights: Annotated[tuple[Number, ...], Strict(False)]
+    rounding: Annotated[tuple[Number, ...], Strict(False)] = ()  # of the probabilities; of half types, and younger
     packing: Packed | None = None
 
 
@@ -125,6 +127,7 @@ class Decided(Record):
     before: int | float  # a total may be too large for a number
     after: int | float
     log_probabilities: LogProbabilities
+    drift: Number | None = None  # only where it is guarded against
     warning: str | None
     note: str | None
     packing: Packed | None = None
@@ -173,6 +176,7 @@ class Phrase(Record):
     weight: Number
     before: Number
     after: Number
+    rounding: Number = 0  # of the probabilities; only where a half type was computed in
 
 
 class Total(Record):
@@ -180,6 +184,7 @@ class Total(Record):
 
     before: Number
     after: Number
+    rounding: Number = 0
 
 
 class HeldOut(Record):

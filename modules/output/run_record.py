@@ -30,7 +30,7 @@ from modules.output.records import (
     read_lines,
 )
 from modules.scoring import Drift, Packing
-from modules.search import Decision, Shares, probability, scores, total
+from modules.search import Decision, Shares, probability, scores, total, total_rounding
 
 Kind = TypeVar("Kind", bound=Record)
 Scored = tuple[Sequence[Pair], Sequence[float], Sequence[float], Sequence[float]]
@@ -109,9 +109,17 @@ class RunRecord:
         name, fingerprint = checkpoint.name, checkpoint.fingerprint()
         return self._note("source", Source(number=number, name=name, text=text, where=where, fingerprint=fingerprint))
 
-    def start(self, log_probabilities: Sequence[float], weights: Sequence[float], packing: Packing) -> Start:
-        """Note the base's scores, or find what was noted: joint log-probabilities, signed weights."""
+    def start(
+        self,
+        log_probabilities: Sequence[float],
+        weights: Sequence[float],
+        packing: Packing,
+        rounding: Sequence[float] = (),
+    ) -> Start:
+        """Note the base's scores, or find what was noted: joint log-probabilities, signed weights, how far rounding
+        moves each probability."""
         measured = {"log_probabilities": log_probabilities, "weights": weights, "packing": asdict(packing)}
+        measured |= {"rounding": rounding} if rounding else {}
         return self._all(Start)[0] if self._all(Start) else self._note("start", Start(**measured))
 
     def baseline(self, number: int) -> Baseline | None:
@@ -130,7 +138,8 @@ class RunRecord:
     def decided(self, number: int, decision: Decision, seconds: float, packing: Packing) -> None:
         """Note a decision."""
         more = {"packing": asdict(packing), "seconds": round(seconds, 3)}
-        self._note("decision", Decided(candidate=number, **asdict(decision), **more))
+        told = {key: value for key, value in asdict(decision).items() if key != "drift" or value is not None}
+        self._note("decision", Decided(candidate=number, **told, **more))
 
     def decisions(self, number: int | None = None) -> list[Decision]:
         """What was decided, on one candidate or altogether."""
@@ -161,8 +170,8 @@ class RunRecord:
         held_out: the pairs that were, their signed weights and log-probabilities before and after, maybe none.
         model: device, compute dtype, saved dtype. seconds: by phase; those of the search are in the journal.
         """
-        run, start, decisions = self._all(Run)[0], self._all(Start)[0].log_probabilities, self._all(Decided)
-        phrases, in_all = _phrases(pairs, weights, start, scores_now)
+        run, start, decisions = self._all(Run)[0], self._all(Start)[0], self._all(Decided)
+        phrases, in_all = _phrases(pairs, weights, start.log_probabilities, scores_now, start.rounding)
         measured = {} if drift is None else {"drift": Drifted(**asdict(drift))}
         if self._all(Baseline):
             measured["baselines"] = self._all(Baseline)
@@ -198,11 +207,18 @@ def begun_dtype(place: Place, base: Checkpoint) -> str | None:
 
 
 def _phrases(
-    pairs: Sequence[Pair], weights: Sequence[float], start: Sequence[float], now: Sequence[float]
+    pairs: Sequence[Pair],
+    weights: Sequence[float],
+    start: Sequence[float],
+    now: Sequence[float],
+    rounding: Sequence[float] = (),
 ) -> tuple[list[Phrase], Total]:
-    """Pairs with their signed weights and probabilities, from log-probabilities before and after; and their total."""
+    """Pairs with their signed weights and probabilities, from log-probabilities before and after, and their rounding,
+    if it is known; and their total."""
+    known = [{"rounding": least} for least in rounding] or [{}] * len(pairs)
     phrases = [
-        Phrase(**asdict(pair) | {"weight": weight}, before=probability(before), after=probability(after))
-        for pair, weight, before, after in zip(pairs, weights, start, now, strict=True)
+        Phrase(**asdict(pair) | {"weight": weight}, before=probability(before), after=probability(after), **more)
+        for pair, weight, before, after, more in zip(pairs, weights, start, now, known, strict=True)
     ]
-    return phrases, Total(before=total(scores(start, weights)), after=total(scores(now, weights)))
+    more = {"rounding": total_rounding(weights, rounding)} if rounding else {}
+    return phrases, Total(before=total(scores(start, weights)), after=total(scores(now, weights)), **more)

@@ -3,6 +3,7 @@
 Knows: widths, digits, wording. Refuses to know: how anything was measured, where the text goes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,16 +11,21 @@ from typing import NamedTuple
 from modules.config import Config, Pair
 from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, columns, percent, row
 from modules.scoring import Drift
-from modules.search import Decision, Merge, Shares, probability, scores, total
+from modules.search import Decision, Merge, Shares, probability, scores, total, total_rounding
 
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
 CHANGED = 0.005  # percentage points of Used Prob: a pair that moved no more has not changed
 
 
 def summary(
-    config: Config, model: Mapping[str, object], scorer: Mapping[str, object], candidates: Sequence[str]
+    config: Config,
+    model: Mapping[str, object],
+    scorer: Mapping[str, object],
+    candidates: Sequence[str],
+    rounding: float = 0.0,
 ) -> list[str]:
-    """The settings of a run, one line each; `model` and `scorer` add what they say of themselves."""
+    """The settings of a run, one line each; `model` and `scorer` add what they say of themselves. rounding: of the
+    total, if it was measured."""
     rows = {
         **model,
         "Random seed": config.random_seed,
@@ -35,8 +41,24 @@ def summary(
         "Merge headers": config.merge_headers,
         "Strategy used": config.strategy
         + (f" (threshold {config.strategy_threshold:g})" if config.strategy == "quantitive" else ""),
+        **({"Drift": _guard(config)} if config.is_guarded else {}),
+        **({"Rounding": _rounding(config, rounding)} if rounding else {}),
     }
     return [f"{name:<16} : {value}" for name, value in rows.items()]
+
+
+def _guard(config: Config) -> str:
+    """What is done about drift."""
+    parts = [f"every nat counts as {config.drift_weight:g} of the total"] if config.drift_weight else []
+    parts += [f"at most {config.max_drift:g}"] if config.max_drift is not None else []
+    return f"{', '.join(parts)}; measured on {config.neutral_tokens} tokens under every trial"
+
+
+def _rounding(config: Config, rounding: float) -> str:
+    """What the total is uncertain by, and what follows from that."""
+    least = 2 * rounding if config.min_gain == "auto" else config.min_gain
+    counted = f"a gain counts from {least:.5f} on" if config.strategy == "cumulative" else "smaller changes don't count"
+    return f"{rounding:.5f} of the total; {counted} (compute_dtype: float32 has none)"
 
 
 def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, name_method: bool) -> list[str]:
@@ -51,6 +73,8 @@ def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, nam
         before, after = decision.before, decision.after
         change = f"{abs(after - before) / abs(before) * 100:.1f}%" if before else "n/a"
         outcome = f"CHANGED - {before:.5f} > {after:.5f} - {change}"
+    if decision.drift is not None:
+        outcome += f" - drift {decision.drift:.4f}"
     return [str([[share, model] for share, model in merges]), f"{_part(decision, layers)} - {outcome}{method}"]
 
 
@@ -70,6 +94,7 @@ class _PairRow(NamedTuple):
     weight: float  # without a sign
     raw: float
     move: float
+    rounding: float  # of raw
 
 
 def phrase_table(
@@ -78,14 +103,17 @@ def phrase_table(
     now: Sequence[float],
     start: Sequence[float] | None = None,
     kind: str = "full",
+    rounding: Sequence[float] = (),
 ) -> list[str]:
     """Probabilities of the pairs, and how they changed since the start if `start` is given.
 
-    weights: signed, good phrases negative. now, start: joint log-probabilities. kind: one of TABLES.
+    weights: signed, good phrases negative. now, start: joint log-probabilities. kind: one of TABLES. rounding: of each
+    probability, if it is known; no digit below it is shown.
     """
+    rounding = rounding or [0.0] * len(pairs)
     standings = [
-        _PairRow(pair, abs(weight), probability(after), probability(after) - probability(before))
-        for pair, weight, after, before in zip(pairs, weights, now, start or now, strict=True)
+        _PairRow(pair, abs(weight), probability(after), probability(after) - probability(before), least)
+        for pair, weight, after, before, least in zip(pairs, weights, now, start or now, rounding, strict=True)
     ]
     changed = [one for one in standings if abs(one.move * one.weight) * 100 > CHANGED]
     shown, notes = {
@@ -97,22 +125,29 @@ def phrase_table(
     rule = "-" * len(header)
     body = [*(_pair_row(one, start is not None) for one in shown), rule] if shown else []
     notes = [*notes, "* the model's own probability - ** after weighting; lower totals are better"]
-    return [rule, header, rule, *body, _total_row(pairs, weights, now, start), rule, *notes]
+    return [rule, header, rule, *body, _total_row(pairs, weights, now, start, rounding), rule, *notes]
 
 
 def _pair_row(one: _PairRow, with_change: bool) -> str:
-    raw, used = percent(one.raw, RAW_WIDTH), percent(one.raw * one.weight)
-    change = percent(one.move * one.weight, signed=True) if with_change else "N/A"
+    least = one.rounding * one.weight
+    raw, used = percent(one.raw, RAW_WIDTH, rounding=one.rounding), percent(one.raw * one.weight, rounding=least)
+    change = percent(one.move * one.weight, signed=True, rounding=least) if with_change else "N/A"
     return row((one.pair.kind, one.pair.phrase, one.pair.context, raw, used, change), WIDTHS)
 
 
 def _total_row(
-    pairs: Sequence[Pair], weights: Sequence[float], now: Sequence[float], start: Sequence[float] | None
+    pairs: Sequence[Pair],
+    weights: Sequence[float],
+    now: Sequence[float],
+    start: Sequence[float] | None,
+    rounding: Sequence[float],
 ) -> str:
     raw = sum(probability(value) * (-1 if pair.kind == "GOOD" else 1) for pair, value in zip(pairs, now, strict=True))
     used = total(scores(now, weights))
-    change = "N/A" if start is None else percent(used - total(scores(start, weights)), signed=True)
-    return row(("", "Total (bad - good)", "", percent(raw, RAW_WIDTH), percent(used), change), WIDTHS)
+    least = total_rounding(weights, rounding)
+    change = "N/A" if start is None else percent(used - total(scores(start, weights)), signed=True, rounding=least)
+    told = percent(raw, RAW_WIDTH, rounding=math.hypot(*rounding)), percent(used, rounding=least)
+    return row(("", "Total (bad - good)", "", *told, change), WIDTHS)
 
 
 def _not_shown(count: int, pairs: int) -> str:

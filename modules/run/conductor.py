@@ -22,8 +22,9 @@ from modules.search.search import Search
 def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:
     """Note the base's scores or, where an earlier run has, go on from its own; those scores."""
     measured, packing = list(search.log_probabilities), search.scorer.packing
-    start, count = record.start(measured, search.weights, packing), len(record.decisions())
+    start, count = record.start(measured, search.weights, packing, search.rounding), len(record.decisions())
     search.log_probabilities, search.weights = list(start.log_probabilities), list(start.weights)
+    search.rounding = list(start.rounding)
     if count:
         console.warnings(record.warnings(packing))
         if measured != search.log_probabilities and record.compares(packing):
@@ -79,8 +80,9 @@ class Conductor:
 
     def _show_table(self, kind: str, start: Sequence[float] | None = None, whole_in_log: bool = False) -> None:
         state = self.config.pairs, self.search.weights, self.search.log_probabilities, start
-        whole = report.phrase_table(*state, "full") if whole_in_log else None
-        self.console.lines(report.phrase_table(*state, kind), whole)
+        rounding = self.search.rounding
+        whole = report.phrase_table(*state, "full", rounding) if whole_in_log else None
+        self.console.lines(report.phrase_table(*state, kind, rounding), whole)
 
     def _show_watch(self, start: Sequence[float]) -> None:
         """What the candidate's search may have cost, and whether it gained more than it was searched for."""
@@ -142,6 +144,7 @@ class Conductor:
         if end is not None:
             self.search.repeat(candidate, done)
             self.search.log_probabilities = list(end.log_probabilities)
+            self.search.measure_drift()
             self._count_repeated(done)
             return end.failure
         self._count_repeated(done)

@@ -151,9 +151,12 @@ def _watching_seconds(plan: Plan, rates: Rates) -> float:
 def _search_seconds(plan: Plan, rates: Rates) -> float:
     """One candidate: forwards, the output head, merges."""
     sizes = plan.sizes
-    products = 2 * plan.packed_tokens * sizes.active_weights
-    attention = 4 * plan.packed_tokens * max(plan.packs) * sizes.heads * sizes.head_size / rates.attention
-    head = 2 * plan.columns * sizes.hidden * sizes.vocabulary
+    tokens = plan.packed_tokens + plan.guarding_tokens
+    products = 2 * tokens * sizes.active_weights
+    attention = 4 * tokens * max(plan.packs) * sizes.heads * sizes.head_size / rates.attention
+    # The drift of a trial is read at each of its tokens; the base's answer there is made once for all ratios.
+    columns = plan.columns + plan.guarding_tokens * (1 + 1 / plan.stack)
+    head = 2 * columns * sizes.hidden * sizes.vocabulary
     forwards_alone = plan.forwards_alone + 2 * sizes.layers  # also to move the cache, and whole ones at the end
     alone = forwards_alone * (products / rates.alone + attention)
     stacked = plan.forwards_stacked * (products / rates.stacked + attention)

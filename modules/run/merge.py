@@ -32,10 +32,22 @@ from modules.run.plan import Plan
 from modules.run.room import Available, check, find_available, fitting_plan
 from modules.run.steps import end, finish, note_source, prepare_libraries, save
 from modules.run.watch import Watch
-from modules.runtime import BANNER, Console
+from modules.runtime import BANNER, ConfigError, Console, Rank, first_line, is_out_of_memory
 from modules.runtime.distributed import ALONE, Group
-from modules.scoring import Budget, Encoded, Packing, Scorer, build_scorer, doubtful_phrases, encode_pairs
-from modules.search import mean_shares
+from modules.scoring import (
+    NOT_TAKEN,
+    Budget,
+    Encoded,
+    Guard,
+    Packing,
+    Scorer,
+    Window,
+    build_scorer,
+    doubtful_phrases,
+    encode_pairs,
+    neutral_windows,
+)
+from modules.search import mean_shares, total_rounding
 from modules.search.search import Search
 
 
@@ -155,12 +167,30 @@ def begin_search(
     model, tokenizer = loader.load(models, placement)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     scorer = build_shared_scorer(model, encoded, budget, record.packing, group)
-    search = Search(model, scorer, config, tokenizer, group)
+    texts = read_neutral_texts(config.neutral_texts)
+    for_trials = config.neutral_tokens if config.is_guarded else 0
+    windows, guarding = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, for_trials)
+    guard = group.on_all_ranks(lambda: build_guard(model, guarding, budget, group.rank)) if for_trials else None
+    search = Search(model, scorer, config, tokenizer, group, guard)
     names = [candidate.name for candidate in models.candidates]
-    console.lines(report.summary(config, model.describe(), scorer.describe(), names))
+    rounding = total_rounding(search.weights, search.rounding)
+    console.lines(report.summary(config, model.describe(), scorer.describe(), names, rounding))
     console.warnings(search.warnings)
-    watch = Watch(config, console, model, tokenizer, budget) if group.rank.leads else None
+    watch = Watch(config, console, model, tokenizer, budget, windows) if group.rank.leads else None
     return Conductor(config, console, search, record, prefetcher, watch)
+
+
+def build_guard(model: ResidentModel, windows: Sequence[Window], budget: Budget, rank: Rank) -> Guard:
+    """What measures drift under trials. Raises ConfigError if that can't be done on this model, or on these texts."""
+    if not windows:
+        raise ConfigError("neutral_texts: too little text to measure drift on, as drift_weight and max_drift need it")
+    try:
+        return Guard(model, windows, budget, rank)
+    except NOT_TAKEN as error:
+        if is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+        raise ConfigError(f"drift_weight, max_drift: drift can't be measured on this model ({reason})") from None
 
 
 def build_shared_scorer(

@@ -91,6 +91,7 @@ class Plan:
     sharing: int  # how many processes have the device's memory to share
     weight_files: tuple[Path, ...]  # the candidates'; those that come from the hub may not be here yet
     neutral_tokens: int = 0  # on which drift is measured
+    guarding_tokens: int = 0  # on which it is measured under every trial
     baselines: bool = False  # whether candidates are scored whole, too
     doubts: tuple[str, ...] = ()  # what may be a mistake in the phrases, as this base's tokenizer reads them
 
@@ -139,7 +140,8 @@ def plan_run(config: Config, models: Models, dtype: torch.dtype, sharing: int = 
     tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
-    texts = read_neutral_texts(config.neutral_texts)
+    texts, for_trials = read_neutral_texts(config.neutral_texts), config.neutral_tokens if config.is_guarded else 0
+    watched, guarding = neutral_windows(tokenizer, texts, sizes.vocabulary, longest, for_trials)
     methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
     stack = max(count for _, count in methods)
     weights = weights_of(module, dtype, config.merge_headers, _arriving(models, dtype))
@@ -172,7 +174,8 @@ def plan_run(config: Config, models: Models, dtype: torch.dtype, sharing: int = 
         budget=budget,
         placement=None if placement is None else tuple(placement),
         sharing=sharing,
-        neutral_tokens=sum(map(len, neutral_windows(tokenizer, texts, sizes.vocabulary, longest))),
+        neutral_tokens=sum(map(len, watched)),
+        guarding_tokens=sum(map(len, guarding)),
         baselines=config.baselines,
         doubts=tuple(doubled_tokens(tokenizer, config.pairs)),
         weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),

@@ -4,11 +4,12 @@ Knows: when they are measured, how long that takes. Refuses to know: how, and wh
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modules.checkpoints import Candidate
-from modules.config import Config, read_neutral_texts
+from modules.config import Config
 from modules.model import ResidentModel
 from modules.runtime import Console, first_line, is_out_of_memory, within_memory
 from modules.scoring import (
@@ -16,10 +17,10 @@ from modules.scoring import (
     Budget,
     Drift,
     DriftMeter,
+    Window,
     build_scorer,
     doubtful_phrases,
     encode_pairs,
-    neutral_windows,
 )
 from modules.search.search import Search, signed_weights
 
@@ -35,11 +36,19 @@ class Sight:
 class Watch:
     """Looks at a model from its beginning on."""
 
-    def __init__(self, config: Config, console: Console, model: ResidentModel, tokenizer: Any, budget: Budget) -> None:
-        """Look at the base. Raises ConfigError for pairs that it can't take."""
+    def __init__(
+        self,
+        config: Config,
+        console: Console,
+        model: ResidentModel,
+        tokenizer: Any,
+        budget: Budget,
+        windows: Sequence[Window],
+    ) -> None:
+        """Look at the base. windows: of neutral text. Raises ConfigError for pairs that it can't take."""
         began = time.monotonic()
         self.pairs = config.held_out_pairs
-        self._meter, self._scorer = _meter(config, console, model, tokenizer), None
+        self._meter, self._scorer = _meter(console, model, windows), None
         if self.pairs:
             console.warnings(doubtful_phrases(self.pairs))
             encoded = encode_pairs(tokenizer, self.pairs, model.vocabulary, model.max_tokens)
@@ -84,10 +93,8 @@ class Watch:
         return self._scorer.take_less_memory() is not None
 
 
-def _meter(config: Config, console: Console, model: ResidentModel, tokenizer: Any) -> DriftMeter | None:
+def _meter(console: Console, model: ResidentModel, windows: Sequence[Window]) -> DriftMeter | None:
     """What measures drift; None where that is not wanted, or can't be done."""
-    texts = read_neutral_texts(config.neutral_texts)
-    windows = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens)
     if not windows:
         return None
     try:

@@ -27,6 +27,7 @@ from modules.runtime.text import (
     USED_WIDTH,
     columns,
     counted,
+    decimals,
     fit,
     in_memory,
     on_disk,

@@ -3,6 +3,7 @@
 Knows: characters, columns, bytes. Refuses to know: what a text is about, where it is shown.
 """
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from itertools import accumulate, takewhile
@@ -65,11 +66,17 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def percent(value: float, width: int = USED_WIDTH, signed: bool = False) -> str:
-    """A share as a percentage in at most `width` characters, with five decimals if there is room."""
+def percent(value: float, width: int = USED_WIDTH, signed: bool = False, rounding: float = 0.0) -> str:
+    """A share as a percentage in at most `width` characters, with five decimals if there is room and none of them is
+    below its rounding."""
     sign = "+" if signed else ""
-    texts = [f"{value * 100.0:{sign}.{decimals}f}%" for decimals in range(5, -1, -1)]
+    texts = [f"{value * 100.0:{sign}.{count}f}%" for count in range(decimals(rounding), -1, -1)]
     return next((text for text in texts if len(text) <= width), f"{value * 100.0:{sign}.3e}%")
+
+
+def decimals(rounding: float) -> int:
+    """How many decimals a percentage has above its rounding, a share; at most five."""
+    return min(5, max(0, math.floor(-math.log10(rounding * 100.0)))) if 0 < rounding < math.inf else 5
 
 
 def on_disk(count: int) -> str:

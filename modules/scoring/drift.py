@@ -26,7 +26,7 @@ from modules.runtime import within_memory
 from modules.scoring.hidden_states import Forward, ending_in, first_of, recorded, replaced_layers
 from modules.scoring.tokenization import Window
 
-BLOCK = 16 << 20  # bytes of logits, in float32, of each of the two models at a time
+BLOCK = 32 << 20  # bytes of logits, in float32, of all models together, at a time
 TOKENS = 1024  # in one forward
 ROUNDING = 1e-5  # of the largest logit, by which products of other shapes may differ, or the dtype's own
 
@@ -48,12 +48,15 @@ class DriftMeter:
     """Measures how far a model has gone from what it was when the meter was made."""
 
     @torch.no_grad()
-    def __init__(self, model: ResidentModel, windows: Sequence[Window]) -> None:
-        """windows: of neutral text, at least one of at least two tokens.
+    def __init__(self, model: ResidentModel, windows: Sequence[Window], keeps_head: bool = False) -> None:
+        """windows: of neutral text, at least one of at least two tokens. keeps_head: once the header has changed, the
+        base's head stays in the CPU's memory, where otherwise it is read anew for each measure.
 
         Raises ValueError if the model's head can't be read in blocks of its rows.
         """
         self._model, self._block = model, BLOCK
+        self._keeps_head = keeps_head
+        self._head: Tensors | None = None
         self._batches = [batch.to(model.device) for batch in _batches(windows)]
         self._before = [self._hidden(batch).cpu() for batch in self._batches]
         self._check_blocks(self._batches[0][:1, :8])
@@ -72,46 +75,62 @@ class DriftMeter:
         return [partial(dict, input_ids=batch) for batch in self._batches]
 
     @torch.no_grad()
-    def measure_on(self, hidden: Sequence[Tensor], held: Held = nullcontext, same_header: bool = False) -> Drift:
-        """The drift of a model with these last hidden states, batch by batch.
+    def measure_on(
+        self, hidden: Sequence[Tensor], held: Held = nullcontext, same_header: bool = False, stack: int = 1
+    ) -> list[Drift]:
+        """The drifts of a stack of models with these last hidden states, (stack * B, T, H) of each batch.
 
-        held: within it, the resident model has the other's norm and head. same_header: the base's header is the
+        held: within it, the resident model has the others' norm and head. same_header: the base's header is the
         resident one, whatever is held.
         """
-        original = self._model.original_head() if not same_header or self._model.header_has_changed() else None
-        sums = torch.zeros(4, dtype=torch.float64)
+        original = self._original_head() if not same_header or self._model.header_has_changed() else None
+        sums = torch.zeros(4, stack, dtype=torch.float64)
         for batch, before, now in zip(self._batches, self._before, hidden, strict=True):
             sums += self._compare(batch, before.to(self._model.device), now, original, held).cpu()
-        tokens = sum(batch.numel() for batch in self._batches)
-        followed = tokens - sum(len(batch) for batch in self._batches)  # what follows a window is not known
-        divergence, equal, said_now, said_before = sums.tolist()
-        perplexities = (math.exp(-said / followed) for said in (said_now, said_before))
-        return Drift(max(0.0, divergence / tokens), equal / tokens, *perplexities, tokens)
+        followed = self.tokens - sum(len(batch) for batch in self._batches)  # what follows a window is not known
+        drifts = []
+        for divergence, equal, said_now, said_before in sums.T.tolist():
+            perplexities = (math.exp(-said / followed) for said in (said_now, said_before))
+            drifts.append(Drift(max(0.0, divergence / self.tokens), equal / self.tokens, *perplexities, self.tokens))
+        return drifts
+
+    def _original_head(self) -> Tensors:
+        head = self._head or self._model.original_head()
+        self._head = head if self._keeps_head else None
+        return head
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are looked at."""
+        return sum(batch.numel() for batch in self._batches)
 
     @torch.no_grad()
     def _measure(self) -> Drift:
-        return self.measure_on([self._hidden(batch) for batch in self._batches], same_header=True)
+        return self.measure_on([self._hidden(batch) for batch in self._batches], same_header=True)[0]
 
     def _compare(self, batch: Tensor, before: Tensor, now: Tensor, original: Tensors | None, held: Held) -> Tensor:
-        """Of windows (B, T) with hidden states (B, T, H), the sums over their positions: of the divergence, of equal
-        likeliest tokens, and of what the next token's log-probability is now and was before."""
-        base, present = _Said(batch), _Said(batch)
-        gap = torch.zeros_like(base.top)  # sum of exp(old - top) * (old - new)
-        for first, end in self._blocks(batch.numel()):
-            old = self._logits(batch, before, first, end, original)
+        """Of windows (B, T) with hidden states (B, T, H) and a stack's (R * B, T, H), the sums over their positions: of
+        the divergence, of equal likeliest tokens, and of what the next token's log-probability is now and was before:
+        (4, R)."""
+        base, present = _Said(batch[None]), _Said(batch.expand(len(now) // len(batch), -1, -1))
+        gap = torch.zeros_like(present.weight)  # sum of exp(old - top) * (old - new)
+        for first, end in self._blocks(batch.numel() + now.shape[0] * now.shape[1]):
+            old = self._logits(batch, before, first, end, original)[None]
             with held():
-                new = self._logits(batch, now, first, end)
+                new = self._logits(batch, now, first, end).unflatten(0, (-1, len(batch)))
             shares, shrunk = base.add(first, old)
             present.add(first, new)
             # A token that neither can say has no share; its difference is no number.
-            gap = gap * shrunk + torch.where(shares > 0, shares * (old - new), 0.0).sum(-1)
+            apart = torch.where(shares > 0, shares * (old - new), 0.0)
+            gap = gap * shrunk + apart.sum(-1, dtype=gap.dtype)
         divergence = gap / base.weight - base.normaliser + present.normaliser
-        equal = base.likeliest == present.likeliest
-        said = ((one.following - one.normaliser)[:, :-1].sum() for one in (present, base))
-        return torch.stack([divergence.sum(), equal.sum().to(gap.dtype), *said]).to(torch.float64)
+        equal = (base.likeliest == present.likeliest).to(gap.dtype)
+        said = [(one.following - one.normaliser)[..., :-1].sum((1, 2)) for one in (present, base)]
+        sums = [divergence.sum((1, 2)), equal.sum((1, 2)), said[0], said[1].expand(len(present.weight))]
+        return torch.stack(sums).to(torch.float64)
 
     def _blocks(self, positions: int) -> Iterator[tuple[int, int]]:
-        """Ranges of the head's rows whose logits at so many positions fit into a block."""
+        """Ranges of the head's rows whose logits at so many positions, of all models, fit into a block."""
         rows, size = self._model.head_size, max(1, self._block // (4 * positions))
         return ((first, min(first + size, rows)) for first in range(0, rows, size))
 
@@ -125,7 +144,7 @@ class DriftMeter:
             ids = torch.zeros_like(batch)  # any that every block has a row for; nothing comes of them
             columns = torch.arange(batch.shape[1], device=batch.device)
             found = self._model.logits({"input_ids": ids, "use_cache": False}, columns)
-        return found.to(widest_float(found.device))
+        return found if found.dtype == torch.float64 else found.float()
 
     def _hidden(self, batch: Tensor) -> Tensor:
         """The last layer's hidden states of windows (B, T): (B, T, H)."""
@@ -145,32 +164,33 @@ class DriftMeter:
 
 
 class _Said:
-    """What a model's logits say at the positions of windows (B, T), gathered block by block of the vocabulary."""
+    """What models' logits say at the positions of windows, (R, B, T), gathered block by block of the vocabulary. Terms
+    are as exact as the logits, sums as exact as the device can make them."""
 
-    def __init__(self, batch: Tensor) -> None:
-        self._next = batch.roll(-1, 1)  # of the last position it is not meant
-        self.following = torch.zeros(batch.shape, dtype=widest_float(batch.device), device=batch.device)  # its logit
+    def __init__(self, windows: Tensor) -> None:
+        self._next = windows.roll(-1, -1)  # of the last position it is not meant
+        self.following = torch.zeros(windows.shape, dtype=widest_float(windows.device), device=windows.device)
         self.top = torch.full_like(self.following, -torch.inf)  # the largest logit so far
         self.weight = torch.zeros_like(self.following)  # sum of exp(logit - top)
-        self.likeliest = torch.zeros_like(batch)  # the token with the largest logit, of equals the lowest
+        self.likeliest = torch.zeros_like(windows)  # the token with the largest logit, of equals the lowest
 
     def add(self, first: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """A block's, (B, T, rows); first: number of its first row. Returns exp(logit - top), and what the sums so far
-        were multiplied with since the top is another, (B, T)."""
+        """A block's, (R, B, T, rows); first: number of its first row. Returns exp(logit - top), and what the sums so
+        far were multiplied with since the top is another, (R, B, T)."""
         value, place = logits.max(-1)
         self.likeliest = torch.where(value > self.top, place + first, self.likeliest)
         top = torch.maximum(self.top, value)
-        shares, shrunk = (logits - top[..., None]).exp(), (self.top - top).exp()
-        self.top, self.weight = top, self.weight * shrunk + shares.sum(-1)
+        shares, shrunk = (logits - top.to(logits.dtype)[..., None]).exp_(), (self.top - top).exp()
+        self.top, self.weight = top, self.weight * shrunk + shares.sum(-1, dtype=top.dtype)
         place = self._next - first
         inside = (place >= 0) & (place < logits.shape[-1])
         chosen = logits.gather(-1, place.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]
-        self.following = torch.where(inside, chosen, self.following)
+        self.following = torch.where(inside, chosen.to(top.dtype), self.following)
         return shares, shrunk
 
     @property
     def normaliser(self) -> Tensor:
-        """Logarithm of the sum of all tokens' exponentials: (B, T)."""
+        """Logarithm of the sum of all tokens' exponentials: (R, B, T)."""
         return self.top + self.weight.log()
 
 

@@ -4,7 +4,6 @@ Knows: a model's forward, token ids. Refuses to know: packs, layouts, tail forwa
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from modules.scoring.tokenization import Encoded
 ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MOST_ROUNDING = 0.5
 LOOKED_AT = 64  # tokens at the end of a text on which rounding is measured
-
-Item = TypeVar("Item")
 
 
 class Plain:
@@ -72,13 +69,6 @@ class Plain:
         device = self._model.device
         ids, index = torch.tensor([list(row) for row in rows], device=device), torch.tensor(columns, device=device)
         return self._model.logits({"input_ids": ids, "use_cache": False}, index).float().log_softmax(-1)
-
-
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` of the items, evenly spread, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[number * (len(items) - 1) // (count - 1)] for number in range(count)]
 
 
 def _chosen(log_probabilities: Tensor, tokens: Sequence[int]) -> Tensor:

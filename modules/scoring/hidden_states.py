@@ -17,6 +17,9 @@ from modules.scoring.budget import Budget
 # A layer's forward while a tail forward runs: the layer's own forward, then the arguments it was called with.
 Forward = Callable[..., Any]
 
+# Makes what the model's forward takes. Made anew each time: masks of all packs would take more than everything else.
+Inputs = Callable[[], Mapping[str, Tensor]]
+
 
 class Cache:
     """The hidden states of all packs that enter one layer: on the device, in the CPU's memory beside it or, where
@@ -114,6 +117,18 @@ def run_on(hidden: Tensor) -> Forward:
         return first_of(call_on(hidden, forward, args, kwargs))
 
     return run
+
+
+def last_states(model: ResidentModel, arguments: Mapping[str, Tensor], forwards: Mapping[int, Forward]) -> Tensor:
+    """The last layer's hidden states, with some layers' forwards replaced: (B, T, H), or of a stack (R * B, T, H)."""
+    last = len(model.layers) - 1
+    others = {layer: forward for layer, forward in forwards.items() if layer != last}
+
+    def compute(forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        return first_of(forwards[last](forward, *args, **kwargs) if last in forwards else forward(*args, **kwargs))
+
+    with replaced_layers(model.layers, others):
+        return recorded(model, arguments, last, compute, first=last)
 
 
 def recorded(

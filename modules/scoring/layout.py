@@ -14,10 +14,10 @@ from modules.checkpoints import dtype_name, layer_settings
 from modules.model import ResidentModel, wider
 from modules.runtime import ConfigError, Rank, is_out_of_memory, within_memory
 from modules.scoring.budget import Budget
-from modules.scoring.exactness import Plain, spread
+from modules.scoring.exactness import Plain
 from modules.scoring.packing import LAYOUTS
 from modules.scoring.scorer import DEFAULT, ONLY, SAMPLE, Scorer, Trial
-from modules.scoring.tokenization import Encoded
+from modules.scoring.tokenization import Encoded, spread
 
 # What architectures raise that do not take these inputs.
 NOT_TAKEN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)

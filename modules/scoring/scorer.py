@@ -1,19 +1,9 @@
 """How probable the model finds each pair: whole forwards, and tail forwards for the search.
 
-Knows: packs, the model's forward, hidden states. Refuses to know: merging, strategies, weights of pairs.
-
-The tail forward, for layer i and R trials on one pack of T tokens (B batch, H hidden, V vocabulary, N layers):
-
-    embedding ─ layers 0..i-1 ─ layer i ─────────────── layers i+1..N-1 ─ norm, head
-                passed over:    once per trial, on the   once for all       only where a target
-                their output    cached (B, T, H), each    trials, as a       is read: (R, targets, V)
-                is cached       with its own weights      batch of R
-
-Everything but the layers stays the model's own forward: embedding, masks, position embeddings, norm and head.
+Knows: packs, the model's forward, what is read from its logits. Refuses to know: merging, strategies, weights of pairs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,29 +14,17 @@ from torch import Tensor
 from modules.model import ResidentModel
 from modules.runtime import Rank
 from modules.scoring.budget import FEWEST_TOKENS, Budget, Packing
-from modules.scoring.exactness import Plain, spread
-from modules.scoring.hidden_states import (
-    Cache,
-    Forward,
-    call_on,
-    ending_in,
-    entering,
-    first_of,
-    handing_on,
-    in_form,
-    recorded,
-    replaced_layers,
-    run_on,
-)
+from modules.scoring.exactness import Plain
+from modules.scoring.hidden_states import Forward, ending_in, first_of, replaced_layers
 from modules.scoring.inputs import Inputs, Targets
 from modules.scoring.packing import build_packs
-from modules.scoring.tokenization import Encoded
+from modules.scoring.tails import TailForwards, Trial
+from modules.scoring.tokenization import Encoded, spread
 
 PACKS_EACH = 4  # at least so many for each of several processes, that none has much more to do than another
 SAMPLE = 16  # pairs of each pack that are compared with plain forwards
 
 DEFAULT, ONLY = Budget(), Rank()
-Trial = Callable[[], AbstractContextManager[None]]  # while it is entered, the model holds the trial's weights
 
 
 class Scorer:
@@ -75,8 +53,7 @@ class Scorer:
         self._model, self._layers = model, model.layers
         self._encoded, self._stacked, self._tails = encoded, stacked, tails
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
-        self._layer = 0  # the layer on which trials are scored
-        self._cache: Cache | None = None  # of every pack the hidden states, (B, T, H)
+        self._layer = 0  # on which trials are scored
         self._pack(budget)
         # Smaller packs where there are too few to share them evenly.
         while self.packs < PACKS_EACH * rank.world_size and rank.world_size > 1 and self.budget.tokens > FEWEST_TOKENS:
@@ -97,6 +74,8 @@ class Scorer:
             self.packs += 1
             self.packed_tokens += pack.tokens
             self.columns += len({target.column for target in pack.targets})
+        self._from_layer = TailForwards(self._model, self.inputs, budget)
+        self._from_layer.at_layer(self._layer)
 
     def describe(self) -> dict[str, object]:
         """How the pairs go through the model, for the summary."""
@@ -118,7 +97,8 @@ class Scorer:
 
     def pack_as(self, packing: Packing) -> None:
         """Score with the last digits of another scorer of the same layout, whatever share of the packs it had."""
-        self._cache, self._stacked = None, self._stacked and packing.stacked
+        self._from_layer.let_go()
+        self._stacked = self._stacked and packing.stacked
         self._pack(packing.applied_to(self.budget))
 
     @torch.no_grad()
@@ -131,6 +111,21 @@ class Scorer:
     def token_scores(self) -> Tensor:
         """The same by the phrases' tokens, zeros behind shorter phrases: (pairs, longest phrase)."""
         return self._collect(1, lambda index: {})[0]
+
+    @torch.no_grad()
+    def score_copies(self, count: int) -> list[float]:
+        """The same as `score`, but for rounding: so many copies of each pack go through the model together."""
+        return self._collect(count, lambda index: {}, copied=True)[-1].sum(-1).tolist()
+
+    def in_smaller_packs(self) -> "Scorer | None":
+        """One whose scores are the same but for rounding, in smaller packs; None where all pairs are alone already."""
+        budget = self.budget
+        while budget.tokens > 1:
+            budget = budget.halved()
+            other = Scorer(self._model, self._encoded, self.layout, budget, *self.settings[2:], self._rank)
+            if other.packs > self.packs:
+                return other
+        return None
 
     def alone(self) -> "Scorer":
         """One that has all packs in this process."""
@@ -150,18 +145,20 @@ class Scorer:
     def restart(self) -> None:
         """Forget what is cached and go to layer 0. Needed after the embedding, or a layer before the present one,
         changed."""
-        self._layer, self._cache = 0, None
+        self._layer = 0
+        self._from_layer.restart()
 
     def at_layer(self, layer: int) -> None:
         """Go to a layer: `score_trials` tries weights for it, and takes those before it as they are then."""
         self._layer = layer
+        self._from_layer.at_layer(layer)
 
     def take_less_memory(self) -> str | None:
         """Halve the packs or, when no pack can be halved, try one trial at a time.
 
         Returns what was done, None if there is nothing left to be done.
         """
-        self._cache = None
+        self._from_layer.let_go()
         packs = self.packs
         while self.budget.tokens > 1:
             self._pack(self.budget.halved())
@@ -171,28 +168,6 @@ class Scorer:
             self._stacked = False
             return "one ratio at a time from here on"
         return None
-
-    def _filled_cache(self) -> Cache:
-        """The hidden states that enter the present layer: moved on from an earlier one or, without any, made anew.
-
-        While they are moved they are nobody's: where memory ends halfway, some would enter another layer than others.
-        """
-        cache, self._cache = self._cache, None
-        if cache is None or cache.layer > self._layer:
-            cache = None  # the old one goes before there is a new one
-            cache = Cache(self.budget, self._model.device)
-            for index in range(len(self._inputs)):
-                cache.add(self._hidden_from(index, 0, entering))
-        while cache.layer < self._layer:
-            self._advance(cache)
-        self._cache = cache
-        return cache
-
-    def _advance(self, cache: Cache) -> None:
-        """Move hidden states over the layer that they enter, with the weights that it holds now."""
-        for index in cache.kept():
-            cache.replace(index, self._hidden_from(index, cache.layer, run_on(cache[index])))
-        cache.layer += 1
 
     @torch.no_grad()
     def score_trials(self, trials: Sequence[Trial]) -> list[list[float]]:
@@ -209,9 +184,10 @@ class Scorer:
                 with trial():
                     found.append(self.token_scores())
             return torch.stack(found)
-        self._filled_cache()
+        self._from_layer.fill()
         groups = [trials] if self.stacks else [[trial] for trial in trials]
-        return torch.cat([self._collect(len(group), partial(self._tail, trials=group)) for group in groups])
+        tails = (partial(self._from_layer.trying, trials=group) for group in groups)
+        return torch.cat([self._collect(len(group), tail) for group, tail in zip(groups, tails, strict=True)])
 
     @property
     def has_tails(self) -> bool:
@@ -253,30 +229,9 @@ class Scorer:
             packs = build_packs(self._encoded, "single", self.budget.tokens)
             mine = (pack for pack in packs if pack.targets[0].pair in own)
             self._inputs = [Inputs.of(pack, self._model.device, self._model.dtype) for pack in mine]
-            self._stacked, self._cache = False, None
+            self._from_layer, self._stacked = TailForwards(self._model, self.inputs, self.budget), False
+            self._from_layer.at_layer(self._layer)
         self._verified = True
-
-    # -- the tail forward ---------------------------------------------------------------------------------------------
-
-    def _tail(self, index: int, trials: Sequence[Trial]) -> dict[int, Forward]:
-        """Layer forwards that begin with the hidden states at the present layer, (B, T, H), computed where they are not
-        kept, and try each trial's weights on them."""
-        hidden = self._filled_cache()[index]
-        if hidden is None:
-            hidden = self._hidden_from(index, self._layer, entering, first=self._layer)
-
-        def stacked(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-            outputs = []
-            for trial in trials:
-                with trial():
-                    outputs.append(first_of(call_on(hidden, forward, args, kwargs)))
-            return in_form(self._model, self._layer, torch.cat(outputs))  # (R * B, T, H)
-
-        return {**handing_on(self._model, range(self._layer)), self._layer: stacked}
-
-    def _hidden_from(self, index: int, layer: int, compute: Forward, first: int = 0) -> Tensor:
-        """Of one pack; see `recorded`."""
-        return recorded(self._model, self._inputs[index].arguments(), layer, compute, first)
 
     # -- the model's forward and what is read from it -----------------------------------------------------------------
 
@@ -285,21 +240,26 @@ class Scorer:
         with replaced_layers(self._layers, forwards):
             return self._model.logits({**arguments, "use_cache": False}, columns)
 
-    def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]]) -> Tensor:
-        """Run all packs; the phrases' token log-probabilities, (stack, pairs, longest phrase)."""
+    def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]], copied: bool = False) -> Tensor:
+        """Run all packs; the phrases' token log-probabilities, (stack, pairs, longest phrase). copied: a stack of
+        copies goes into the model, where otherwise a layer makes it."""
         # One place per token of each phrase, for a sum: unlike scattered additions, always in the same order.
         places = torch.zeros(stack, self.pairs, self._longest_phrase, device=self._model.device)
         for index in range(len(self._inputs)):
-            for logits, targets in self._logits(index, stack, forwards_for(index)):
+            for logits, targets in self._logits(index, stack, forwards_for(index), copied):
                 normaliser = logits.logsumexp(-1)  # (stack, B, columns)
                 chosen = logits[:, targets.rows, targets.columns, targets.tokens]
                 places[:, targets.pairs, targets.places] = chosen - normaliser[:, targets.rows, targets.columns]
         return places
 
-    def _logits(self, index: int, stack: int, forwards: dict[int, Forward]) -> Iterator[tuple[Tensor, Targets]]:
+    def _logits(
+        self, index: int, stack: int, forwards: dict[int, Forward], copied: bool = False
+    ) -> Iterator[tuple[Tensor, Targets]]:
         """Float32 logits (stack, B, columns, V) of one pack and the targets in them, in chunks of bounded size."""
         inputs, last = self._inputs[index], len(self._layers) - 1
         arguments = inputs.arguments()
+        if copied:
+            arguments = {name: torch.cat([tensor] * stack) for name, tensor in arguments.items()}
         final: list[Tensor] = []  # the hidden states behind the last layer, kept for the second chunk on
 
         def recording(forward: Forward, *args: Any, **kwargs: Any) -> Any:

@@ -5,17 +5,14 @@ Knows: the order of layers. Refuses to know: whose weights they are, scores.
 It is exact where nothing reaches a layer but hidden states, as tail forwards are.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from modules.model import ResidentModel
-from modules.scoring.hidden_states import entering, recorded, run_on
-
-# Makes what the model's forward takes. Made anew each time: masks of all packs would take more than everything else.
-Inputs = Callable[[], Mapping[str, Tensor]]
+from modules.scoring.hidden_states import Inputs, entering, recorded, run_on
 
 
 @torch.no_grad()

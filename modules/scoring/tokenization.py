@@ -5,7 +5,7 @@ Knows: tokenizers, token ids, which pairs are one and the same. Refuses to know:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from modules.config import Pair
 from modules.runtime import ConfigError, shortened
@@ -32,7 +32,9 @@ class Root:
 
 
 Window = tuple[int, ...]  # token ids of a piece of text
-WINDOW = 256
+WINDOW, MOST_WINDOWS = 256, 16
+
+Item = TypeVar("Item")
 
 MOST_DOUBTS = 10  # that are told one by one
 
@@ -125,18 +127,35 @@ def encode_pair(tokenizer: Any, context: str, phrase: str, frame: Frame | None =
     return Encoded(tuple(tokens[:end]), start)
 
 
-def neutral_windows(tokenizer: Any, texts: Sequence[str], vocabulary: int, max_tokens: int | None) -> list[Window]:
-    """Texts cut into windows of WINDOW tokens, what the tokenizer begins every text with first in each.
+def neutral_windows(
+    tokenizer: Any, texts: Sequence[str], vocabulary: int, max_tokens: int | None, for_trials: int = 0
+) -> tuple[list[Window], list[Window]]:
+    """Texts cut into windows of WINDOW tokens, what the tokenizer begins every text with first in each: at most
+    MOST_WINDOWS of them, evenly spread, on which drift is measured; and others, of the beginnings of the texts, about
+    `for_trials` tokens but never more than half of a text, on which it is while trials are made.
 
     Windows with a token that the model's `vocabulary` rows lack, and those of a single token, are left out.
     """
     prefix, _ = _frame(tokenizer)
     size = min(WINDOW, max_tokens or WINDOW) - len(prefix)
-    windows = []
+    beginnings, others = list[Window](), list[Window]()
     for text in texts:
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        windows += [(*prefix, *tokens[first : first + size]) for first in range(0, len(tokens), size)]
-    return [window for window in windows if len(window) > 1 and max(window) < vocabulary]
+        end = min(-(-for_trials // len(texts)), len(tokens) // 2)
+        for windows, part in ((beginnings, tokens[:end]), (others, tokens[end:])):
+            windows += [(*prefix, *part[first : first + size]) for first in range(0, len(part), size)]
+    beginnings, others = (
+        [window for window in windows if len(window) > 1 and max(window) < vocabulary]
+        for windows in (beginnings, others)
+    )
+    return spread(others, MOST_WINDOWS), beginnings
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of the items, evenly spread, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[number * (len(items) - 1) // (count - 1)] for number in range(count)]
 
 
 def encode_contexts(tokenizer: Any, contexts: Sequence[str], vocabulary: int) -> list[Root]:

@@ -8,4 +8,4 @@ configuration is checked. The search itself is in modules.search.search, merging
 
 from modules.search.decision import Decision, Merge, Shares, mean_shares, shares_of
 from modules.search.methods import merge, ratios_for
-from modules.search.strategies import improved, probability, scores, total
+from modules.search.strategies import improved, probability, scores, total, total_rounding

@@ -46,6 +46,7 @@ class Decision:
     before: float  # total score
     after: float
     log_probabilities: tuple[float, ...]  # joint, of every pair, afterwards
+    drift: float | None = None  # afterwards; None if nothing guards against it
     warning: str | None = None  # why nothing could be tried
     note: str | None = None  # how the header was matched, if its rows are not simply the base's
 

@@ -3,6 +3,7 @@
 Knows: the order of trials, when one is kept. Refuses to know: printing, logs, how a forward is made.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
@@ -10,14 +11,14 @@ from typing import Any
 
 from modules.checkpoints import Candidate, Tensors
 from modules.config import Config, Pair
-from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header, side_streams
+from modules.model import HALF_DTYPES, HeaderSkipped, Part, ResidentModel, aligned_header, side_streams
 from modules.runtime import BrokenWeights, within_memory
 from modules.runtime.distributed import ALONE, Group
-from modules.scoring import Drift, DriftMeter, Scorer, Trial, check_numbers
+from modules.scoring import Drift, DriftMeter, Guard, Scorer, Trial, check_numbers, other_ways, spreads
 from modules.search.decision import Decision, Result
 from modules.search.methods import ratios_for
 from modules.search.prefetch import ReadAhead
-from modules.search.strategies import choose, probability, scores, total
+from modules.search.strategies import Limits, State, choose, probability, scores, total, total_rounding
 from modules.search.trial import Merger, trying
 from modules.search.whole import score_whole
 
@@ -27,30 +28,60 @@ ScoreTrials = Callable[[Sequence[Trial]], list[list[float]]]
 
 
 class Search(Merger):
-    """A model that takes over what improves its scores. `log_probabilities` are those of its present state."""
+    """A model that takes over what improves its scores. `log_probabilities` and `drift` are of its present state."""
 
     def __init__(
-        self, model: ResidentModel, scorer: Scorer, config: Config, tokenizer: Any, group: Group = ALONE
+        self,
+        model: ResidentModel,
+        scorer: Scorer,
+        config: Config,
+        tokenizer: Any,
+        group: Group = ALONE,
+        guard: Guard | None = None,
     ) -> None:
         """Score the base. group: processes that search together; each has the model and a share of the scorer's packs.
+        guard: measures drift under trials, if they are to be judged by it.
 
         Raises ConfigError if its scores are not finite.
         """
         super().__init__(model, tokenizer)
-        self.scorer, self.config, self.group = scorer, config, group
+        self.scorer, self.config, self.group, self.guard = scorer, config, group, guard
         self._streams = side_streams(model.devices)  # on which candidates arrive
         self._reading: ReadAhead | None = None  # of the present candidate
         self._reads_ahead = True
         self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
         self.log_probabilities: list[float] = []
+        self.drift = 0.0  # without a guard it stays so
         self.measure()
         check_numbers(model, self.log_probabilities)
         self.weights, self.warnings = signed_weights(config.pairs, config.auto_weights, self.log_probabilities)
+        self.rounding = self._rounding() if model.dtype in HALF_DTYPES else []
 
     @property
     def total(self) -> float:
         """The total score of the present state."""
         return total(scores(self.log_probabilities, self.weights))
+
+    @property
+    def limits(self) -> Limits:
+        """What a trial must be to be accepted."""
+        config, rounding = self.config, self.rounding
+        automatic = 2.0 * total_rounding(self.weights, rounding)
+        return Limits(
+            threshold=config.strategy_threshold,
+            min_gain=automatic if config.min_gain == "auto" else config.min_gain,
+            rounding=[abs(weight) * least for weight, least in zip(self.weights, rounding, strict=bool(rounding))],
+            drift_weight=config.drift_weight,
+            max_drift=math.inf if config.max_drift is None else config.max_drift,
+        )
+
+    def _rounding(self) -> list[float]:
+        """How far rounding alone moves each pair's probability: of the base, scored in equivalent ways."""
+        copies = len(self.config.merge_ratios) if self.scorer.stacks else 1
+        found = [self.log_probabilities]
+        for way in other_ways(self.scorer, max(2, copies)):
+            found += self._scored(lambda way=way: [way()])
+        return spreads([[probability(value) for value in values] for values in found])
 
     def candidate(self, candidate: Candidate, done: Sequence[Decision] = ()) -> Generator[Decision, None, None]:
         """Search all layers of a candidate and, if so configured, its header.
@@ -66,7 +97,7 @@ class Search(Merger):
         with ahead as self._reading:
             yield from self._layers(candidate, parts, past)
             if past:
-                self.log_probabilities = list(past[-1].log_probabilities)
+                self._stand_as(past[-1])
                 self.repeat(candidate, past)
             elif tries_header:
                 yield self._header(candidate)
@@ -81,6 +112,16 @@ class Search(Merger):
     def measure(self) -> None:
         """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find."""
         (self.log_probabilities,) = self._scored(lambda: [self.scorer.score()])
+        self.measure_drift()
+
+    def measure_drift(self) -> None:
+        """The same for the drift alone."""
+        if self.guard:
+            ((self.drift,),) = self._scored(lambda: [[self.guard.drift()]])
+
+    def _stand_as(self, decision: Decision) -> None:
+        """The scores of the present state are those after a decision that was carried out."""
+        self.log_probabilities, self.drift = list(decision.log_probabilities), decision.drift or 0.0
 
     def steps(self, layer: int | None, method: str) -> int:
         """The work of one decision in forwards of one layer, the unit of the progress bar."""
@@ -93,19 +134,21 @@ class Search(Merger):
         return steps + (self.steps(None, "lerp") if self.config.merge_headers else 0)
 
     def _layers(self, candidate: Candidate, parts: Sequence[Part], past: deque[Decision]) -> Iterator[Decision]:
-        self.scorer.restart()
+        self._restart()
         methods = self.config.merge_method
         for index, part in enumerate(parts):
             done = [past.popleft() for _ in methods if past]
             if done:
                 self.repeat(candidate, done)
-                self.log_probabilities = list(done[-1].log_probabilities)
+                self._stand_as(done[-1])
             if len(done) < len(methods):
                 yield from self._layer(candidate, index, part, methods[len(done) :])
 
     def _layer(self, candidate: Candidate, index: int, part: Part, methods: Sequence[str]) -> Iterator[Decision]:
         """Try a layer under some methods."""
         self.scorer.at_layer(index)
+        if self.guard:
+            self.guard.tails.at_layer(index)
         try:
             theirs, warning = self._in_memory(partial(self._reading.take, index)), None
         except BrokenWeights as error:
@@ -114,14 +157,23 @@ class Search(Merger):
             before, ratio = self.total, None
             if theirs is not None:
                 ratios = ratios_for(method, self.config.merge_ratios)
-                ratio = self._decide(part, theirs, method, ratios, self.scorer.score_trials)
-            present = self.total, tuple(self.log_probabilities)
-            yield Decision(candidate.name, index, method, ratio, before, *present, warning)
+                ratio = self._decide(part, theirs, method, ratios, self._score_layer)
+            yield Decision(candidate.name, index, method, ratio, before, *self._present(), warning)
+
+    def _present(self) -> tuple[float, tuple[float, ...], float | None]:
+        """What a decision notes of the state that it has led to."""
+        return self.total, tuple(self.log_probabilities), self.drift if self.guard else None
+
+    def _restart(self) -> None:
+        """Begin with the first layer again."""
+        self.scorer.restart()
+        if self.guard:
+            self.guard.tails.restart()
 
     def _header(self, candidate: Candidate) -> Decision:
         """The input embedding and the output head together, always by lerp."""
         part, before = self.model.header(), self.total
-        self.scorer.restart()  # whole forwards need no hidden states,
+        self._restart()  # whole forwards need no hidden states,
         self._space = {}  # and no layer is merged any more
         ratio, warning, note = None, None, None
         try:
@@ -130,8 +182,7 @@ class Search(Merger):
             warning = f"{error}; the header stays as it is"
         else:
             ratio = self._decide(part, theirs, "lerp", self.config.merge_ratios, self._score_whole)
-        present = self.total, tuple(self.log_probabilities)
-        return Decision(candidate.name, None, "lerp", ratio, before, *present, warning, note)
+        return Decision(candidate.name, None, "lerp", ratio, before, *self._present(), warning, note)
 
     def _decide(
         self, part: Part, theirs: Tensors, method: str, ratios: Sequence[float], score_trials: ScoreTrials
@@ -140,12 +191,13 @@ class Search(Merger):
         out = self._in_memory(partial(self._room, part))
         tries = [partial(trying, part, method, theirs, ratio, out) for ratio in ratios]
         trials = self._scored(lambda: score_trials(tries))
-        present, *tried = (scores(found, self.weights) for found in (self.log_probabilities, *trials))
-        best = choose(self.config.strategy, present, tried, self.config.strategy_threshold)
+        rows = [[*self.log_probabilities, self.drift], *trials]
+        present, *tried = (State(scores(row[:-1], self.weights), row[-1]) for row in rows)
+        best = choose(self.config.strategy, present, tried, self.limits)
         if best is None:
             return None
         self._install(part, theirs, method, ratios[best])
-        self.log_probabilities = trials[best]
+        *self.log_probabilities, self.drift = trials[best]
         return ratios[best]
 
     def _scored(self, work: Callable[[], list[list[float]]]) -> list[list[float]]:
@@ -163,6 +215,8 @@ class Search(Merger):
     def _take_less_memory(self) -> bool:
         """Score with smaller packs or fewer ratios at a time or, where that can't be, do without reading ahead."""
         done = self.group.on_all_ranks(self.scorer.take_less_memory)
+        if self.guard:
+            self.guard.tails.let_go()
         if done is None and self._reads_ahead:
             self._reads_ahead, done = False, "no layer is read before it is needed from here on"
             if self._reading:
@@ -171,12 +225,21 @@ class Search(Merger):
             self.memory_notes.append(f"Out of memory: {done}")
         return done is not None
 
+    def _score_layer(self, trials: Sequence[Trial]) -> list[list[float]]:
+        """Log-probabilities and, behind them, the drift under each trial for the present layer."""
+        drifts = [0.0] * len(trials)
+        if self.guard and self.scorer.has_tails:
+            drifts = self.guard.drifts(trials, self.scorer.stacks)
+        elif self.guard:
+            drifts = self.guard.whole_drifts(trials)
+        return [[*found, drift] for found, drift in zip(self.scorer.score_trials(trials), drifts, strict=True)]
+
     def _score_whole(self, trials: Sequence[Trial]) -> list[list[float]]:
-        """Log-probabilities under each trial by whole forwards: an embedding changes what every layer sees."""
-        results = []
-        for trial in trials:
+        """The same by whole forwards: an embedding changes what every layer sees."""
+        drifts, results = self.guard.whole_drifts(trials) if self.guard else [0.0] * len(trials), []
+        for trial, drift in zip(trials, drifts, strict=True):
             with trial():
-                results.append(self.scorer.score())
+                results.append([*self.scorer.score(), drift])
         return results
 
 

@@ -1,23 +1,54 @@
 """Accept or reject: which of several trials, if any, replaces the current state.
 
-Knows: numbers, one score per pair. Refuses to know: where they come from, torch, what a pair says.
+Knows: numbers, one score per pair, and a drift. Refuses to know: where they come from, torch, what a pair says.
 
 A score is exp(sum of the phrase's token log-probabilities) x weight; good phrases count negative, so lower is better
-for every pair and for the total.
+for every pair and for the total. With a weight on drift, the objective stands wherever totals are compared.
 
 To add a strategy, write its rank below and decorate it. Nothing else knows its name.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from modules.config import STRATEGIES
 
 Scores = Sequence[float]  # one per pair
 
-# How good a trial is. Of the present scores, the trial's and strategy_threshold it makes None where the trial is
-# rejected, else a tuple; the smallest wins.
-Rank = Callable[[Scores, Scores, float], tuple | None]
+
+@dataclass(frozen=True)
+class State:
+    """What a model scores, as it is or under a trial."""
+
+    scores: Scores
+    drift: float = 0.0  # from the base on neutral text, in nats per token; only measured where limits ask for it
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a trial must be to be accepted, beside better."""
+
+    threshold: float = 0.6  # the share of the pairs that must improve; quantitive only
+    min_gain: float = 0.0  # that the objective must exceed; cumulative only
+    rounding: Scores = ()  # that a pair's score must exceed for the pair to have changed; empty: any change counts
+    drift_weight: float = 0.0  # what a nat of drift adds to the total
+    max_drift: float = math.inf  # a trial that drifts further is not taken
+
+    def objective(self, state: State) -> float:
+        """What goes down: the total and the weighted drift."""
+        return total(state.scores) + self.drift_weight * state.drift
+
+    def changes(self, current: State, trial: State) -> tuple[int, int]:
+        """How many pairs score better under a trial, and how many worse."""
+        roundings = self.rounding or [0] * len(current.scores)
+        rows = list(zip(current.scores, trial.scores, roundings, strict=True))
+        return sum(new < old - least for old, new, least in rows), sum(new > old + least for old, new, least in rows)
+
+
+# How good a trial is. Of the present state, the trial's and the limits it makes None where the trial is rejected, else
+# a tuple; the smallest wins.
+Rank = Callable[[State, State, Limits], tuple | None]
 
 _RANKS: dict[str, Rank] = {}
 
@@ -42,20 +73,20 @@ def probability(log_probability: float) -> float:
     return math.exp(log_probability) if log_probability < 1.0 else math.inf
 
 
-def choose(name: str, current: Scores, trials: Sequence[Scores], threshold: float = 0.6) -> int | None:
+def choose(name: str, current: State, trials: Sequence[State], limits: Limits = Limits()) -> int | None:
     """Index of the trial that replaces `current` under a strategy, by its name, or None to keep `current`.
 
-    A trial with a NaN or infinite score is never chosen. Of equals the first wins.
-    Raises ValueError for an unknown strategy.
+    A trial with a NaN or infinite score is never chosen, nor is one beyond the limit of drift. Of equals the first
+    wins. Raises ValueError for an unknown strategy.
     """
     if name not in _RANKS:
         raise ValueError(f"unknown strategy '{name}'")
     rank = _RANKS[name]
     best, best_rank = None, None
     for index, trial in enumerate(trials):
-        if not all(math.isfinite(score) for score in trial):
+        if not all(map(math.isfinite, (*trial.scores, trial.drift))) or trial.drift > limits.max_drift:
             continue
-        trial_rank = rank(current, trial, threshold)
+        trial_rank = rank(current, trial, limits)
         if trial_rank is not None and (best_rank is None or trial_rank < best_rank):
             best, best_rank = index, trial_rank
     return best
@@ -69,30 +100,37 @@ def total(values: Scores) -> float:
         return math.inf
 
 
+def total_rounding(weights: Scores, rounding: Scores) -> float:
+    """How far rounding alone moves the total if it moves each probability, independently, by so much; 0 if that is not
+    known."""
+    return math.hypot(*(weight * least for weight, least in zip(weights, rounding, strict=bool(rounding))))
+
+
 def improved(current: Scores, trial: Scores) -> int:
     """How many pairs score better under a trial."""
-    return sum(new < old for new, old in zip(trial, current, strict=True))
+    return Limits().changes(State(current), State(trial))[0]
 
 
 @strategy("cumulative", "take the ratio with the lowest total, if it is below the present one")
-def cumulative(current: Scores, trial: Scores, _threshold: float) -> tuple | None:
-    """The lowest total."""
-    return (total(trial),) if total(trial) < total(current) else None
+def cumulative(current: State, trial: State, limits: Limits) -> tuple | None:
+    """The lowest objective."""
+    before, after = limits.objective(current), limits.objective(trial)
+    return (after,) if before - after > limits.min_gain else None
 
 
 @strategy("all_phrases", "only ratios that make no phrase worse and at least one better")
-def all_phrases(current: Scores, trial: Scores, _threshold: float) -> tuple | None:
-    """The lowest total of those that cost no pair anything."""
-    none_worse = all(new <= old for new, old in zip(trial, current, strict=True))
-    return (total(trial),) if none_worse and improved(current, trial) > 0 else None
+def all_phrases(current: State, trial: State, limits: Limits) -> tuple | None:
+    """The lowest objective of those that cost no pair anything."""
+    better, worse = limits.changes(current, trial)
+    return (limits.objective(trial),) if better and not worse else None
 
 
 @strategy(
     "quantitive", "only ratios that improve at least strategy_threshold of all phrases; of those, the most improved"
 )
-def quantitive(current: Scores, trial: Scores, threshold: float) -> tuple | None:
-    """The most pairs improved; of equals the lowest total."""
-    count = improved(current, trial)
+def quantitive(current: State, trial: State, limits: Limits) -> tuple | None:
+    """The most pairs improved; of equals the lowest objective."""
+    better, _ = limits.changes(current, trial)
     # 0.55 x 20 is 11.000000000000002 in binary: compare with a hair's breadth to spare.
-    enough = count >= threshold * len(trial) - 1e-9
-    return (-count, total(trial)) if enough else None
+    enough = better >= limits.threshold * len(trial.scores) - 1e-9
+    return (-better, limits.objective(trial)) if enough else None

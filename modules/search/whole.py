@@ -55,7 +55,7 @@ def score_whole(
         hidden = iter(streamed(model, inputs, layers()))
     with held():
         scores = [scorer.score_on([next(hidden) for _ in scorer.inputs]) for scorer in scorers]
-    return scores, meter.measure_on(list(hidden), held, same_header=len(theirs) == 1) if meter else None
+    return scores, meter.measure_on(list(hidden), held, same_header=len(theirs) == 1)[0] if meter else None
 
 
 def _has(candidate: Candidate, name: str, own: torch.Tensor) -> bool:

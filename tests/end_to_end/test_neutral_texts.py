@@ -13,7 +13,7 @@ from modules.config.neutral_texts import SHIPPED, read_neutral_texts
 from modules.output.recipe import RECIPE_FILE
 from modules.runtime.errors import ConfigError
 from modules.scoring.drift import DriftMeter
-from modules.scoring.tokenization import WINDOW, neutral_windows
+from modules.scoring.tokenization import MOST_WINDOWS, WINDOW, neutral_windows
 
 TEXT = "The bread is on the table. It was baked this morning, and half of it is left for the evening. " * 12
 
@@ -102,12 +102,36 @@ def test_the_programs_own_texts_are_enough():
 @pytest.mark.parametrize("longest", [None, 40])
 def test_windows_hold_every_token_once(models, longest):
     tokenizer = AutoTokenizer.from_pretrained(models[0])
-    windows = neutral_windows(tokenizer, [TEXT, "A", TEXT[:50]], len(tokenizer), longest)
+    windows, none = neutral_windows(tokenizer, [TEXT, "A", TEXT[:50]], len(tokenizer), longest)
+    assert none == []
     begins = tokenizer("a")["input_ids"][:-1] if tokenizer("").input_ids else []
     size = min(WINDOW, longest or WINDOW)
     assert all(len(begins) < len(window) <= size and list(window[: len(begins)]) == begins for window in windows)
     tokens = [token for window in windows for token in window[len(begins) :]]
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (TEXT, "A", TEXT[:50])]
     assert len(tokens) >= sum(map(len, expected)) - 2 and math.isclose(len(windows[0]), size)
-    none = neutral_windows(tokenizer, [TEXT], max(expected[0]), longest)  # a row fewer than there are tokens
-    assert len(none) < len(neutral_windows(tokenizer, [TEXT], len(tokenizer), longest))
+    fewer, _ = neutral_windows(tokenizer, [TEXT], max(expected[0]), longest)  # a row fewer than there are tokens
+    assert len(fewer) < len(neutral_windows(tokenizer, [TEXT], len(tokenizer), longest)[0])
+
+
+@pytest.mark.parametrize("wanted", [30, 64, 10_000])
+def test_what_trials_are_judged_by_is_not_what_the_end_is_measured_on(models, wanted):
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    texts = [TEXT, "It rains. " * 40]
+    windows, beginnings = neutral_windows(tokenizer, texts, len(tokenizer), None, wanted)
+    begins = len(tokenizer("a")["input_ids"]) - 1 if tokenizer("").input_ids else 0
+    whole = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    cuts = [min(wanted // 2, len(tokens) // 2) for tokens in whole]
+    for some, expected in (
+        (beginnings, [tokens[:cut] for tokens, cut in zip(whole, cuts, strict=True)]),
+        (windows, [tokens[cut:] for tokens, cut in zip(whole, cuts, strict=True)]),
+    ):
+        assert [token for window in some for token in window[begins:]] == [token for part in expected for token in part]
+
+
+def test_of_a_long_text_pieces_from_all_over_it(models):
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    every = neutral_windows(tokenizer, [TEXT * 3] * 6, len(tokenizer), 40)[0]
+    assert len(every) == MOST_WINDOWS
+    one = neutral_windows(tokenizer, [TEXT * 3], len(tokenizer), 40)[0]
+    assert every[0] == one[0] and every[-1] == neutral_windows(tokenizer, [TEXT], len(tokenizer), 40)[0][-1]

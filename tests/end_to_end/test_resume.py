@@ -201,6 +201,7 @@ def harmless(place, models):
         "spelling": ({"strategy": "quantitive"}, {"strategy": "quantitative"}),
         "threshold": ({}, {"strategy_threshold": 0.9}),
         "scalars": ({"merge_ratios": [0.5]}, {"merge_ratios": 0.5}),
+        "neutral_tokens": ({}, {"neutral_tokens": 9}),
         "what auto means": ({}, {"compute_dtype": "float32"}),
         "defaults": ({}, {"merge_headers": True, "random_seed": 512, "merge_method": "lerp", "auto_weights": False}),
     }
@@ -223,6 +224,13 @@ def real(place, models):
         "device": ({}, {"device": "mps"}),
         "dtype": ({}, {"dtype": "bfloat16"}),
         "compute_dtype": ({}, {"compute_dtype": "bfloat16"}),
+        "min_gain": ({}, {"min_gain": 0.1}),
+        "drift_weight": ({}, {"drift_weight": 1.0, "neutral_texts": None}),
+        "max_drift": ({}, {"max_drift": 1.0, "neutral_texts": None}),
+        "neutral_tokens": (
+            {"max_drift": 1.0, "neutral_texts": None},
+            {"max_drift": 1.0, "neutral_texts": None, "neutral_tokens": 9},
+        ),
         "random_seed": ({}, {"random_seed": 1}),
         "trust_remote_code": ({}, {"trust_remote_code": True}),
     }

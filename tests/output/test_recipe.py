@@ -34,6 +34,7 @@ def recipes(tmp_path_factory):
     more = {"bad_phrases": tiny.phrase_entries(tiny.PAIRS, "BAD")}
     (folder / "more.yaml").write_text(yaml.safe_dump(more), encoding="utf-8")
     rich = {"merge_method": ["lerp", "slice"], "phrase_files": [str(folder / "more.yaml")], "dtype": "float32"}
+    rich |= {"compute_dtype": "bfloat16", "drift_weight": 0.1, "max_drift": 9.5}
     (folder / "plain.txt").write_text("The bread is on the table. It was baked this morning.\n", encoding="utf-8")
     other = {"bad_phrases": tiny.phrase_entries(tiny.PAIRS[:2], "BAD")}
     (folder / "other.yaml").write_text(yaml.safe_dump(other), encoding="utf-8")

@@ -1,0 +1,100 @@
+"""Tail forwards: a model's forwards that begin at one of its layers, with weights that are tried on it.
+
+Knows: hidden states that are kept for that layer, in which order layers are searched. Refuses to know: what is read
+from the last layer's hidden states.
+
+For layer i and R trials on inputs of T tokens (B batch, H hidden, N layers):
+
+    embedding ─ layers 0..i-1 ─ layer i ─────────────── layers i+1..N-1 ─ norm, head
+                passed over:    once per trial, on the   once for all       read by others:
+                their output    kept (B, T, H), each      trials, as a       (R * B, T, H)
+                is kept         with its own weights      batch of R
+
+Everything but the layers stays the model's own forward: embedding, masks, position embeddings, norm and head.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.model import ResidentModel
+from modules.scoring.budget import Budget
+from modules.scoring.hidden_states import (
+    Cache,
+    Forward,
+    Inputs,
+    call_on,
+    entering,
+    first_of,
+    handing_on,
+    in_form,
+    recorded,
+    run_on,
+)
+
+Trial = Callable[[], AbstractContextManager[None]]  # while it is entered, the model holds the trial's weights
+
+
+class TailForwards:
+    """Of fixed inputs, in a model whose layers are searched from the first to the last."""
+
+    def __init__(self, model: ResidentModel, inputs: Sequence[Inputs], budget: Budget) -> None:
+        self._model, self._inputs, self._budget = model, inputs, budget
+        self.layer = 0  # on which trials are made
+        self._cache: Cache | None = None  # of all inputs the hidden states, (B, T, H)
+
+    def restart(self) -> None:
+        """Forget what is kept and go to layer 0. Needed after the embedding, or a layer before the present one,
+        changed."""
+        self.layer, self._cache = 0, None
+
+    def at_layer(self, layer: int) -> None:
+        """Go to a layer: weights are tried for it, and those before it are taken as they are then."""
+        self.layer = layer
+
+    def let_go(self) -> None:
+        """Free what is kept; it is computed anew when it is needed."""
+        self._cache = None
+
+    @torch.no_grad()
+    def fill(self) -> Cache:
+        """The hidden states that enter the present layer: moved on from an earlier one or, without any, made anew.
+
+        While they are moved they are nobody's: where memory ends halfway, some would enter another layer than others.
+        """
+        cache, self._cache = self._cache, None
+        if cache is None or cache.layer > self.layer:
+            cache = None  # the old one goes before there is a new one
+            cache = Cache(self._budget, self._model.device)
+            for inputs in self._inputs:
+                cache.add(recorded(self._model, inputs(), 0, entering))
+        while cache.layer < self.layer:
+            self._advance(cache)
+        self._cache = cache
+        return cache
+
+    def _advance(self, cache: Cache) -> None:
+        """Move hidden states over the layer that they enter, with the weights that it holds now."""
+        for index in cache.kept():
+            hidden = recorded(self._model, self._inputs[index](), cache.layer, run_on(cache[index]))
+            cache.replace(index, hidden)
+        cache.layer += 1
+
+    def trying(self, index: int, trials: Sequence[Trial]) -> dict[int, Forward]:
+        """Layer forwards, of one input, that begin with the hidden states at the present layer, computed where they are
+        not kept, and try each trial's weights on them."""
+        hidden, layer = self.fill()[index], self.layer
+        if hidden is None:
+            hidden = recorded(self._model, self._inputs[index](), layer, entering, first=layer)
+
+        def stacked(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            outputs: list[Tensor] = []
+            for trial in trials:
+                with trial():
+                    outputs.append(first_of(call_on(hidden, forward, args, kwargs)))
+            return in_form(self._model, layer, torch.cat(outputs))  # (R * B, T, H)
+
+        return {**handing_on(self._model, range(layer)), layer: stacked}
