@@ -65,7 +65,8 @@ class Settings(Record):
     bad_phrases: Any
     good_phrases: Any
     phrase_files: Any
-    neutral_texts: Any = None  # younger than journals are
+    neutral_texts: Any = None  # this and the samples are younger than journals are
+    samples: Any = None
     device: str
     dtype: Literal[DTYPES]
     random_seed: Count
@@ -185,6 +186,14 @@ class HeldOut(Record):
 
     phrases: list[Phrase]
     total: Total
+
+
+class Sample(Record):
+    """A prompt, and what the base and the merge have answered."""
+
+    prompt: str
+    base: str
+    merge: str
 
 
 # By kind, as the journal calls them. Others are nobody's business here.

@@ -22,6 +22,7 @@ from modules.output.records import (
     Phrase,
     Record,
     Run,
+    Sample,
     Source,
     Start,
     Total,
@@ -150,6 +151,7 @@ class RunRecord:
         composition: Shares,
         drift: Drift | None,
         held_out: Scored,
+        samples: Sequence[Sample],
         model: Mapping[str, str | None],
         seconds: Mapping[str, float],
     ) -> Recipe:
@@ -161,6 +163,8 @@ class RunRecord:
         run, start, decisions = self._all(Run)[0], self._all(Start)[0].log_probabilities, self._all(Decided)
         phrases, in_all = _phrases(pairs, weights, start, scores_now)
         measured = {} if drift is None else {"drift": Drifted(**asdict(drift))}
+        if samples:
+            measured["samples"] = list(samples)
         if self._all(Baseline):
             measured["baselines"] = self._all(Baseline)
         if held_out[0]:

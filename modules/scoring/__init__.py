@@ -9,6 +9,7 @@ from modules.scoring.exactness import Plain, spread
 from modules.scoring.inputs import Inputs, attention_mask, depths, tree_mask
 from modules.scoring.layout import NOT_TAKEN, attention_window, build_scorer, check_numbers, is_taken
 from modules.scoring.packing import LAYOUTS, TokenTree, build_packs
+from modules.scoring.samples import answers
 from modules.scoring.scorer import Scorer, Trial
 from modules.scoring.streamed import streamed
 from modules.scoring.tokenization import (
