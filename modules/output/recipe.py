@@ -55,6 +55,7 @@ class Recipe(Record):
     baselines: list[Baseline] | None = None
     held_out: HeldOut | None = None
     drift: Drifted | None = None
+    drift_after: dict[str, Drifted] | None = None
     samples: list[Sample] | None = None
     composition: dict[str, Number]
     seconds: dict[str, Number]

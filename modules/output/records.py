@@ -155,11 +155,12 @@ class Baseline(Record):
 
 
 class Closed(Record):
-    """The end of a candidate's search; failure: why it was given up, if it was."""
+    """The end of a candidate's search; drift: of the merge by then; failure: why it was given up, if it was."""
 
     number: Count
     log_probabilities: LogProbabilities
     packing: Packed | None = None
+    drift: Drifted | None = None
     failure: str | None
 
 
