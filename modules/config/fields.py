@@ -28,6 +28,13 @@ MADE_BY = {
     **{f"demo/real/{name}": "demo/make_real.py" for name in ("base", "plain", "reference", "careful", "overfit")},
 }
 
+# What base and merge answer where nobody asks something else: a story, a question, an instruction.
+SAMPLES = (
+    "The last train had gone. She was alone on the platform, and",
+    "Why does bread go stale sooner in the fridge than on the table?",
+    "Write a short note to a neighbour whose dog barks at night.",
+)
+
 Check = Callable[[Any], Any]  # the value to keep; raises what pydantic takes for an error
 
 _NUMBER = re.compile(r"[+-]?\d{1,20}[.,]?\d{0,20}(e[+-]?\d{1,2})?", re.IGNORECASE)
@@ -170,6 +177,7 @@ def _about_text(value: Any) -> str:
 
 
 Text = Annotated[str, Strict(), Field(pattern=r"\S"), said(_about_text)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(listed)]
 EmptyOrText = Annotated[str, Strict(), Field(pattern=r"^$|\S"), said(_about_text)]
 
 

@@ -28,6 +28,7 @@ NO_PART = (
     "held_out_files",
     "held_out_pairs",
     "baselines",
+    "samples",
     "neutral_texts",
     "mapper",
 )
@@ -106,6 +107,8 @@ class Settings:
     """Tokens of neutral text on which the drift of every trial is measured, if it is judged by that."""
     baselines: kinds.Boolean = True
     """Score every candidate taken whole, too, and show it beside the merge."""
+    samples: kinds.Texts | None = None
+    """Prompts that base and merge answer, in place of the program's own; [] for none."""
     neutral_texts: kinds.Paths | None = None
     """Text files on which drift is measured, in place of the program's own; [] for none."""
     device: kinds.Device = "auto"
@@ -138,6 +141,11 @@ class Config(Settings):
     def pairs(self) -> tuple[Pair, ...]:
         """All pairs that are searched with, the bad ones first."""
         return self.bad_phrases + self.good_phrases
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What base and merge are asked."""
+        return kinds.SAMPLES if self.samples is None else self.samples
 
 
 CONFIG_KEYS = tuple(key.name for key in fields(Settings))

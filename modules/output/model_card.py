@@ -18,12 +18,13 @@ from modules.checkpoints import is_licence, local_files
 from modules.config import names_folder, repositories_in
 from modules.output.places import SETTINGS_FILE
 from modules.output.recipe import RECIPE_FILE, Recipe
-from modules.output.records import Phrase, Source, Total
+from modules.output.records import Phrase, Sample, Source, Total
 from modules.runtime import counted, percent, shortened, visible
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
 MOST_COLUMNS = 160  # of a phrase or a context in the table; of a longer one the end is shown
+MOST_ANSWER = 2000  # columns of a prompt or an answer; of a longer one the beginning is shown
 MOST_SETTINGS = 50_000  # characters of YAML that are shown; they all are in the output too
 
 _LARGEST_CARD = 100_000  # characters of the base's card that are looked at for its licence
@@ -65,6 +66,7 @@ def model_card(recipe: Recipe, name: str, licence: Licence, pictures: Sequence[s
         _about_phrases(recipe),
         _phrases(recipe),
         phrase_chart and f"![Every phrase's probability before and after the merge]({phrase_chart})",
+        *_samples(recipe),
         "## Licence",
         _about_licence(recipe, licence),
         "## Settings",
@@ -188,6 +190,25 @@ def _changed_most(phrases: Sequence[Phrase]) -> list[Phrase]:
     changes = [abs((phrase.after - phrase.before) * phrase.weight) for phrase in phrases]
     chosen = sorted(range(len(phrases)), key=changes.__getitem__, reverse=True)[:MOST_PHRASES]
     return [phrases[number] for number in sorted(chosen)]
+
+
+def _samples(recipe: Recipe) -> list[str]:
+    """What base and merge have answered; nothing where nobody asked."""
+    if not recipe.samples:
+        return []
+    about = "What the base and this model answer to the same prompts, drawn with the same seed."
+    return ["## Samples", about, *map(_sample, recipe.samples)]
+
+
+def _sample(sample: Sample) -> str:
+    """A quoted block of three paragraphs. Each is one line that begins with a word of ours: no text begins a block."""
+    texts = ("Prompt", sample.prompt), ("Base", sample.base), ("Merge", sample.merge)
+    return "\n>\n".join(f"> **{name}:** {_paragraph(text)}" for name, text in texts)
+
+
+def _paragraph(text: str) -> str:
+    lines = shortened(text.strip(), MOST_ANSWER, "start").splitlines()
+    return "<br>".join(map(_plain, lines)) or "*nothing*"
 
 
 def _about_licence(recipe: Recipe, licence: Licence) -> str:

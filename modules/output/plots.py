@@ -33,7 +33,7 @@ DPI = 110
 BASE_COLOUR = "#BBBBBB"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
 BETTER, WORSE, SAME = "#0072B2", "#D55E00", "#888888"
-DARK = "#444444"
+DARK, DRIFT = "#444444", "#B2182B"
 
 # Scripts that matplotlib's own font lacks; of these fonts, those that the machine has stand in.
 _MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "Hiragino Sans", "Arial Unicode MS")
@@ -93,7 +93,8 @@ def phrase_chart(recipe: Recipe, file: str | Path) -> None:
 
 @drawing()
 def merge_map_figure(recipe: Recipe) -> Figure:
-    """Above, the share of each model in every layer and in the header; below, the total score decision by decision."""
+    """Above, the share of each model in every layer and in the header; below, the total score decision by decision and,
+    where it was measured, the drift after each candidate."""
     decisions = [line.decision for line in recipe.decisions]
     models = names_of_sources(recipe)
     parts = parts_of(models[0], decisions)
@@ -109,6 +110,8 @@ def merge_map_figure(recipe: Recipe) -> Figure:
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])
     _draw_shares(upper, dict(zip(labels, colours.items(), strict=True)), parts, width)
     _draw_path(lower, colours, decisions, width)
+    if recipe.drift_after:
+        _draw_drift(lower, recipe)
     figure.legend(loc="outside lower center", ncols=side_by_side, frameon=False)
     return figure
 
@@ -211,6 +214,19 @@ def _draw_path(axes: Axes, colours: Mapping[str, Any], decisions: Sequence[Decis
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("The total score after every decision; a dot is an accepted merge", pad=18)
     axes.set(xlabel="Decision", ylabel="Total score, lower is better")
+
+
+def _draw_drift(axes: Axes, recipe: Recipe) -> None:
+    """The drift after each candidate's decisions, on an axis of its own at the right; the base's is 0."""
+    drifts = {int(number): drift.divergence for number, drift in recipe.drift_after.items()}
+    ends = [sum(line.candidate <= number for line in recipe.decisions) for number in drifts]
+    right = axes.twinx()
+    right.plot([0, *ends], [0.0, *drifts.values()], color=DRIFT, linewidth=1, linestyle="--", marker="D", markersize=4)
+    right.lines[0].set_clip_on(False)
+    right.spines["right"].set(visible=True, color=DRIFT)
+    right.tick_params(axis="y", colors=DRIFT)
+    right.set_ylim(bottom=0)
+    right.set_ylabel("Drift (KL per token), dashed", color=DRIFT)
 
 
 def _gain(pair: Phrase) -> float:

@@ -23,6 +23,7 @@ from modules.output.records import (
     Number,
     Phrase,
     Record,
+    Sample,
     Settings,
     Source,
     Total,
@@ -54,6 +55,8 @@ class Recipe(Record):
     baselines: list[Baseline] | None = None
     held_out: HeldOut | None = None
     drift: Drifted | None = None
+    drift_after: dict[str, Drifted] | None = None
+    samples: list[Sample] | None = None
     composition: dict[str, Number]
     seconds: dict[str, Number]
 

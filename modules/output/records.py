@@ -65,7 +65,8 @@ class Settings(Record):
     bad_phrases: Any
     good_phrases: Any
     phrase_files: Any
-    neutral_texts: Any = None  # younger than journals are
+    neutral_texts: Any = None  # this and the samples are younger than journals are
+    samples: Any = None
     device: str
     dtype: Literal[DTYPES]
     compute_dtype: Literal[DTYPES] = "auto"  # younger than journals are
@@ -159,11 +160,12 @@ class Baseline(Record):
 
 
 class Closed(Record):
-    """The end of a candidate's search; failure: why it was given up, if it was."""
+    """The end of a candidate's search; drift: of the merge by then; failure: why it was given up, if it was."""
 
     number: Count
     log_probabilities: LogProbabilities
     packing: Packed | None = None
+    drift: Drifted | None = None
     failure: str | None
 
 
@@ -192,6 +194,14 @@ class HeldOut(Record):
 
     phrases: list[Phrase]
     total: Total
+
+
+class Sample(Record):
+    """A prompt, and what the base and the merge have answered."""
+
+    prompt: str
+    base: str
+    merge: str
 
 
 # By kind, as the journal calls them. Others are nobody's business here.

@@ -24,6 +24,7 @@ from modules.output.records import (
     Phrase,
     Record,
     Run,
+    Sample,
     Source,
     Start,
     Total,
@@ -145,10 +146,18 @@ class RunRecord:
         """What was decided, on one candidate or altogether."""
         return [line.decision for line in self._all(Decided) if number in (None, line.candidate)]
 
-    def closed(self, number: int, log_probabilities: Sequence[float], failure: str | None, packing: Packing) -> None:
-        """Note that a candidate has been searched, or given up."""
+    def closed(
+        self,
+        number: int,
+        log_probabilities: Sequence[float],
+        failure: str | None,
+        packing: Packing,
+        drift: Drift | None = None,
+    ) -> None:
+        """Note that a candidate has been searched, or given up; drift: how far the merge has gone by then."""
         scored = {"log_probabilities": log_probabilities, "packing": asdict(packing)}
-        self._note("candidate", Closed(number=number, **scored, failure=failure))
+        drifted = drift and Drifted(**asdict(drift))
+        self._note("candidate", Closed(number=number, **scored, drift=drifted, failure=failure))
 
     def end(self, number: int) -> Closed | None:
         """What was noted at the end of a candidate's search; None if it is not over."""
@@ -162,6 +171,7 @@ class RunRecord:
         composition: Shares,
         drift: Drift | None,
         held_out: Scored,
+        samples: Sequence[Sample],
         model: Mapping[str, str | None],
         seconds: Mapping[str, float],
     ) -> Recipe:
@@ -173,6 +183,11 @@ class RunRecord:
         run, start, decisions = self._all(Run)[0], self._all(Start)[0], self._all(Decided)
         phrases, in_all = _phrases(pairs, weights, start.log_probabilities, scores_now, start.rounding)
         measured = {} if drift is None else {"drift": Drifted(**asdict(drift))}
+        drifts = {str(line.number): line.drift for line in self._all(Closed) if line.drift}
+        if drifts:
+            measured["drift_after"] = drifts
+        if samples:
+            measured["samples"] = list(samples)
         if self._all(Baseline):
             measured["baselines"] = self._all(Baseline)
         if held_out[0]:

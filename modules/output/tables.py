@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from modules.config import Config, Pair
+from modules.output.records import Sample
 from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, columns, percent, row
 from modules.scoring import Drift
 from modules.search import Decision, Merge, Shares, probability, scores, total, total_rounding
@@ -261,6 +262,19 @@ def _better_alone(candidates: Sequence[Standing], merge: Standing) -> list[str]:
             figures = f"{getattr(best, key):.5f} against {ours:.5f}"
             lines.append(f"{best.name} taken whole is better than the merge {what}: {figures}.")
     return [*lines, "Take it as it is, or begin with it: make it the base."] if lines else []
+
+
+def sample_lines(samples: Sequence[Sample]) -> list[str]:
+    """Prompts and, below each, what base and merge have answered."""
+    texts = (
+        text for one in samples for text in (("Prompt:", one.prompt), ("  base:", one.base), ("  merge:", one.merge))
+    )
+    lines = [
+        f"{'' if number else name:<9}{line}"
+        for name, text in texts
+        for number, line in enumerate(text.strip().splitlines() or ["(nothing)"])
+    ]
+    return ["What base and merge answer, with the same seed:", *lines, ""] if lines else []
 
 
 def composition_lines(shares: Shares) -> list[str]:

@@ -88,7 +88,6 @@ class Conductor:
         """What the candidate's search may have cost, and whether it gained more than it was searched for."""
         if self.watch is None:
             return
-        self.watch.look()
         self.console.lines(report.drift_lines(self.watch.now.drift))
         if self.watch.pairs:
             ours = Totals.of(self.config.pairs, self.search.weights, start, self.search.log_probabilities)
@@ -117,8 +116,11 @@ class Conductor:
         if failure:
             self.console.warning(f"{candidate.name} is given up; what was accepted of it stays: {failure}")
         self._tell_of_memory()
+        if self.watch:
+            self.watch.look()
         if self.record.end(number) is None:
-            self.record.closed(number, self.search.log_probabilities, failure, self.search.scorer.packing)
+            drift = self.watch and self.watch.now.drift
+            self.record.closed(number, self.search.log_probabilities, failure, self.search.scorer.packing, drift)
 
     def _score_whole(self, number: int, candidate: Candidate) -> None:
         """Note how the candidate does that is taken whole, if that is wanted and not yet known."""

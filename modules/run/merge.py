@@ -131,20 +131,21 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
-        search, model = conductor.search, conductor.search.model
+        search, model, watch = conductor.search, conductor.search.model, conductor.watch
         composition = mean_shares(conductor.origins)
         if all(decision.ratio is None for decision in record.decisions()):
             console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
         console.lines(standing_lines(conductor, models.candidates))
+        samples = watch.samples(console)
+        console.lines(report.sample_lines(samples))
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
         save(console, model, unfinished, config.directories.output_directory, config.text)
         clock.lap("save")
-        watch = conductor.watch
         seconds = {**clock.seconds, "watch": round(watch.seconds, 1)}
         state = config.pairs, search.weights, search.log_probabilities
         held_out = watch.pairs, watch.weights, watch.start.held_out, watch.now.held_out
-        recipe = record.recipe(*state, composition, watch.now.drift, held_out, model.dtypes(), seconds)
+        recipe = record.recipe(*state, composition, watch.now.drift, held_out, samples, model.dtypes(), seconds)
         finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
     end(console, config, models.base)
 

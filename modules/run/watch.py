@@ -1,4 +1,5 @@
-"""What a search is watched by: drift on neutral text, and phrases that it never sees. No decision depends on either.
+"""What a search is watched by: drift on neutral text, phrases that it never sees, and samples. No decision depends on
+any of them.
 
 Knows: when they are measured, how long that takes. Refuses to know: how, and what is decided.
 """
@@ -6,11 +7,13 @@ Knows: when they are measured, how long that takes. Refuses to know: how, and wh
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from modules.checkpoints import Candidate
 from modules.config import Config
 from modules.model import ResidentModel
+from modules.output import Sample
 from modules.runtime import Console, first_line, is_out_of_memory, within_memory
 from modules.scoring import (
     NOT_TAKEN,
@@ -18,6 +21,7 @@ from modules.scoring import (
     Drift,
     DriftMeter,
     Window,
+    answers,
     build_scorer,
     doubtful_phrases,
     encode_pairs,
@@ -56,6 +60,8 @@ class Watch:
         self.start = self.now = self._look()
         self.weights, warnings = signed_weights(self.pairs, config.auto_weights, self.start.held_out)
         console.warnings(warnings)
+        self._answers = partial(answers, model, tokenizer, seed=config.random_seed)
+        self._base_said = self._ask(console, config.prompts)  # now, so that the base need not come back
         self.seconds = time.monotonic() - began
 
     def look(self) -> None:
@@ -63,6 +69,23 @@ class Watch:
         began = time.monotonic()
         self.now = self._look()
         self.seconds += time.monotonic() - began
+
+    def samples(self, console: Console) -> list[Sample]:
+        """The prompts with what the base has answered, and what the model answers by now."""
+        began = time.monotonic()
+        said = self._ask(console, list(self._base_said))
+        self.seconds += time.monotonic() - began
+        return [Sample(prompt=prompt, base=self._base_said[prompt], merge=merge) for prompt, merge in said.items()]
+
+    def _ask(self, console: Console, prompts: Sequence[str]) -> dict[str, str]:
+        """What the model answers; nothing, and a warning, where it can't: no reason to lose a merge."""
+        try:
+            said, problems = within_memory(lambda: self._answers(prompts), lambda: False)
+        except Exception as error:  # of an architecture, of a chat template, of a device
+            console.warning(f"there are no samples: {first_line(error)}")
+            return {}
+        console.warnings(problems)
+        return said
 
     def look_at_whole(self, search: Search, candidate: Candidate) -> tuple[list[float], Sight] | None:
         """A candidate taken whole: log-probabilities of the searched pairs, and the rest; None if memory is too short.

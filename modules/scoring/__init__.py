@@ -11,6 +11,7 @@ from modules.scoring.inputs import Inputs, attention_mask, depths, tree_mask
 from modules.scoring.layout import NOT_TAKEN, attention_window, build_scorer, check_numbers, is_taken
 from modules.scoring.packing import LAYOUTS, TokenTree, build_packs
 from modules.scoring.rounding import other_ways, spreads
+from modules.scoring.samples import answers
 from modules.scoring.scorer import Scorer
 from modules.scoring.streamed import streamed
 from modules.scoring.tails import Trial

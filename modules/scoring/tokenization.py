@@ -158,6 +158,27 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     return [items[number * (len(items) - 1) // (count - 1)] for number in range(count)]
 
 
+def encode_prompt(tokenizer: Any, prompt: str, vocabulary: int, max_tokens: int | None) -> list[int]:
+    """Token ids of a prompt: in the tokenizer's chat template where it has one, else as the beginning of a text.
+
+    Raises ConfigError for a prompt that has no tokens, and for one that the model can't take with an answer.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+    else:
+        prefix, suffix = _frame(tokenizer)
+        tokens = _once(_open(_tokens(tokenizer, prompt), suffix), prefix)
+    what = f"the prompt '{shortened(prompt)}'"
+    if not tokens:
+        raise ConfigError(f"{what} has no tokens in this model's vocabulary")
+    if max_tokens is not None and len(tokens) >= max_tokens:
+        raise ConfigError(f"{what} is {len(tokens)} tokens long; the base model takes {max_tokens}, with the answer")
+    _check_embedded(tokenizer, what, tokens, vocabulary)
+    return tokens
+
+
 def encode_contexts(tokenizer: Any, contexts: Sequence[str], vocabulary: int) -> list[Root]:
     """Token ids of contexts as `encode_pair` sees them before a phrase: without the spaces at their ends.
 

@@ -53,6 +53,7 @@ def without_digits(text):
     lines = [line for line in lines if not line.startswith(("[[", "Output directory")) and "Saving to" not in line]
     # Whether a candidate alone is better than the merge, and how wide a table of totals is.
     lines = [line for line in lines if "taken whole is better" not in line and not line.startswith(("Take it", "---"))]
+    lines = [line for line in lines if not re.match(r"  base:|  merge:| {9}", line)]  # what a model answers
     lines = [re.sub(r"[-+]?\d[\d.e-]*", "0", line) for line in lines]
     return [re.sub(r"\s+", " ", line).strip() for line in lines if line.strip()]
 

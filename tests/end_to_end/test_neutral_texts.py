@@ -55,14 +55,15 @@ def test_drift_is_that_of_the_saved_model(place, models):
     assert f"{found['divergence']:.4f} nats per token (KL) from the base's" in (place / "out/README.md").read_text()
 
 
-def test_a_run_that_goes_on_and_a_replay_are_told_the_same(place, models, monkeypatch):
+@pytest.mark.parametrize("turn", [2, 3])  # before the first candidate's end is in the journal, and after that
+def test_a_run_that_goes_on_and_a_replay_are_told_the_same(place, models, monkeypatch, turn):
     (place / "plain.txt").write_text(TEXT, encoding="utf-8")
     settings = {"neutral_texts": [str(place / "plain.txt")]}
     own, count = DriftMeter.measure, []
 
     def stopped(self):
         count.append(1)
-        if len(count) == 2:
+        if len(count) == turn:
             raise KeyboardInterrupt
         return own(self)
 
@@ -71,11 +72,13 @@ def test_a_run_that_goes_on_and_a_replay_are_told_the_same(place, models, monkey
         assert merge(place, models, **settings) == 130
     assert merge(place, models, "--resume", **settings) == 0
     resumed = recipe_of(place / "out")
+    after = resumed["drift_after"]
+    assert list(after) == ["1", "2"] and after["2"] == resumed["drift"] != after["1"]
     assert merge_monster.main(["--replay", str(place / "out"), "--output", str(place / "again")]) == 0
-    assert recipe_of(place / "again")["drift"] == resumed["drift"]
+    assert all(recipe_of(place / "again")[key] == resumed[key] for key in ("drift", "drift_after"))
     # Which texts are looked at has no part in what is found.
     assert merge(place, models, "--overwrite", neutral_texts=[]) == 0
-    assert "drift" not in recipe_of(place / "out") and drift_lines(place) == []
+    assert not {"drift", "drift_after"} & set(recipe_of(place / "out")) and drift_lines(place) == []
     assert recipe_of(place / "out")["phrases"] == resumed["phrases"]
 
 

@@ -83,7 +83,7 @@ def one_process(models, tmp_path_factory):
 def watched(place):
     """What is measured beside a search."""
     (place / "plain.txt").write_text("The bread is on the table. It was baked this morning. " * 8, encoding="utf-8")
-    return {"baselines": True, "neutral_texts": [str(place / "plain.txt")], "held_out": 0.2}
+    return {"baselines": True, "neutral_texts": [str(place / "plain.txt")], "held_out": 0.2, "samples": ["It was"]}
 
 
 def beside(folder):
@@ -106,6 +106,7 @@ def test_several_processes_take_the_decisions_of_one(tmp_path, models, one_proce
     assert result.returncode == 0, result.stderr
     assert_same(tmp_path / "out", one_process)
     assert beside(tmp_path / "out") == pytest.approx(beside(one_process), rel=1e-4)
+    assert (tmp_path / "out/README.md").read_text().count("> **Merge:**") == 1
     assert f"packs shared by {count} processes" in result.stdout
     assert result.stdout.count("THE MERGE MONSTER HUNGERS") == 1  # the others are quiet
     assert len(list((tmp_path / "logs").iterdir())) == 1

@@ -210,6 +210,7 @@ def harmless(place, models):
 def real(place, models):
     """The same of what it may not go on with, and the key that is named."""
     _, one, two = map(str, models)
+    guarded = {"max_drift": 1.0, "neutral_texts": None}
     return {
         "directories": ({}, {"directories": {"model_path1": one}}),
         "models_to_merge": ({}, {"models_to_merge": [two, one]}),
@@ -226,7 +227,7 @@ def real(place, models):
         "compute_dtype": ({}, {"compute_dtype": "bfloat16"}),
         "min_gain": ({}, {"min_gain": 0.1}),
         "drift_weight": ({}, {"drift_weight": 1.0, "neutral_texts": None}),
-        "max_drift": ({}, {"max_drift": 1.0, "neutral_texts": None}),
+        "max_drift": ({}, guarded),
         "neutral_tokens": (
             {"max_drift": 1.0, "neutral_texts": None},
             {"max_drift": 1.0, "neutral_texts": None, "neutral_tokens": 9},

@@ -136,7 +136,8 @@ def write_config(path, base, candidates, output, pairs=PAIRS, **more):
     document = {
         "device": "cpu",
         "neutral_texts": [],  # each of thousands of tests would measure drift,
-        "baselines": False,  # and score its candidates whole
+        "baselines": False,  # score its candidates whole,
+        "samples": [],  # and ask base and merge
         "directories": {"model_path1": str(base), "output_directory": str(output)},
         "models_to_merge": [str(candidate) for candidate in candidates],
         "bad_phrases": phrase_entries(pairs, "BAD"),

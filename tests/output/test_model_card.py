@@ -36,6 +36,9 @@ ODD = [
 ]
 
 
+NOTHING = {"prompt": "Say nothing.", "base": "", "merge": " \n"}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A folder with a run's models and output. Its phrases are odd; the base brings a card and a licence."""
@@ -223,9 +226,11 @@ def test_no_name_and_no_phrase_breaks_a_card(recipe, odd):
     recipe["composition"] = {names[name]: share for name, share in recipe["composition"].items()}
     recipe["phrases"] = [{**pair, "phrase": odd, "context": f"{odd} "} for pair in recipe["phrases"]]
     recipe["config"] = f"{odd}\n"
+    recipe["samples"] = [{"prompt": odd, "base": f"{odd}\n\n{odd}", "merge": odd * 5000}, NOTHING]
     licence = Licence((odd,), (odd,))
     text = card_of(recipe, odd, licence)
-    plain = card_of({**recipe, "config": ""}, "plain", Licence(("a",), ("b",)))
+    samples = [{"prompt": "a", "base": "b", "merge": "c"}, NOTHING]
+    plain = card_of({**recipe, "config": "", "samples": samples}, "plain", Licence(("a",), ("b",)))
     assert accepted(text) == accepted(plain)
     composition, phrases = tables(text.split("## Settings")[0])
     assert [row[0] for row in composition[2:]] == [as_shown(name) for name in recipe["composition"]]
@@ -234,7 +239,12 @@ def test_no_name_and_no_phrase_breaks_a_card(recipe, odd):
     # Nothing became a heading, a fence or a paragraph that is none elsewhere.
     prose = [text.split("## Settings")[0], plain.split("## Settings")[0]]
     assert prose[0].count("\n") == prose[1].count("\n")
-    assert [len(re.findall(r"^#", one, re.MULTILINE)) for one in prose] == [4, 4]
+    assert [len(re.findall(r"^#", one, re.MULTILINE)) for one in prose] == [5, 5]
+    # Of an answer, every line begins with a word of the card's own.
+    quoted = re.findall(r"^>.*", text, re.MULTILINE)
+    assert len(quoted) == 10 and all(re.match(r">$|> \*\*(Prompt|Base|Merge):\*\* .", line) for line in quoted)
+    assert shown(quoted[0].split(":** ")[1].replace("<br>", "\n")) == "\n".join(map(as_shown, odd.strip().splitlines()))
+    assert max(map(len, quoted)) < 25_000 and quoted[-1] == "> **Merge:** *nothing*"
     assert text.split("---\n")[2].startswith("\n# ")
 
 

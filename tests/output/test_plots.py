@@ -201,6 +201,45 @@ def test_the_path_of_the_total():
     assert [text.get_text() for text in lower.texts] == ["1 fine-tune-1", "2 fine-tune-2", "3 fine-tune-3"]
 
 
+def with_drift(recipe, divergences):
+    """A recipe that tells the drift after some candidates."""
+    drifts = {
+        str(number): {"divergence": value, "agreement": 0.9, "perplexity": 22, "base_perplexity": 21, "tokens": 99}
+        for number, value in divergences.items()
+    }
+    return Recipe.model_validate({**recipe.written(), "drift_after": drifts})
+
+
+@pytest.mark.parametrize("candidates", [1, 8])
+def test_the_drift_after_each_candidate(place, candidates):
+    recipe = make_recipe(32, candidates)
+    drifts = {number: 0.01 * (number % 3) for number in range(1, candidates + 1)}
+    figure = pictures.merge_map_figure(with_drift(recipe, drifts))
+    _, lower, right = figure.axes
+    (curve,) = right.lines
+    assert list(curve.get_xdata()) == [33 * number for number in range(candidates + 1)]
+    assert list(curve.get_ydata()) == [0, *drifts.values()]
+    assert "Drift (KL" in right.get_ylabel() and right.get_ylim()[0] == 0 and right.get_xlim() == lower.get_xlim()
+    assert len(legend_of(figure)) == candidates + 1
+    assert_nothing_is_cut_off(figure)
+    drawn(figure, place)
+    with pictures.drawing():
+        boxes = [right.yaxis.label.get_window_extent(), *(tick.get_window_extent() for tick in right.get_yticklabels())]
+    assert not any(box.overlaps(boxes[0]) for box in boxes[1:])
+
+
+def test_a_candidate_whose_drift_is_not_known_or_that_has_no_decision(place):
+    recipe = make_recipe(layers=6, candidates=3)
+    kept = [decision for decision in recipe.decisions if decision.candidate != 2]
+    recipe = recipe.model_copy(update={"decisions": kept})
+    curves = [{2: 0.1, 3: 0.2}, {1: 0.1}, {1: 0.0, 2: 0.0, 3: 0.0}, {1: 1e300, 2: 0.0, 3: 1e-300}]
+    places = [[0, 7, 14], [0, 7], [0, 7, 7, 14], [0, 7, 7, 14]]
+    for drifts, expected in zip(curves, places, strict=True):
+        figure = pictures.merge_map_figure(with_drift(recipe, drifts))
+        assert list(figure.axes[2].lines[0].get_xdata()) == expected
+        drawn(figure, place)
+
+
 def test_long_names_of_many_candidates(place):
     names = ["base", *(f"{'w' * 150}{number}" for number in range(20))]
     figure = pictures.merge_map_figure(make_recipe(3, names=names))

@@ -40,6 +40,7 @@ def recipes(tmp_path_factory):
     (folder / "other.yaml").write_text(yaml.safe_dump(other), encoding="utf-8")
     rich["held_out_files"] = [str(folder / "other.yaml")]
     rich["baselines"] = True
+    rich["samples"] = ["The bread is"]
     rich["neutral_texts"] = [str(folder / "plain.txt")]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
