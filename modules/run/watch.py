@@ -97,7 +97,7 @@ class Watch:
         def score() -> tuple[list[float], Sight]:
             scorers = [search.scorer.alone(), *([self._scorer] if self._scorer else [])]
             (searched, *others), drift = search.score_whole(candidate, scorers, self._meter)
-            return searched, Sight(drift, tuple(others[0]) if others else ())
+            return searched, Sight(_known(drift), tuple(others[0]) if others else ())
 
         try:
             return within_memory(score, lambda: False)
@@ -110,10 +110,15 @@ class Watch:
 
     def _look(self) -> Sight:
         held_out = within_memory(self._scorer.score, self._take_less_memory) if self._scorer else ()
-        return Sight(self._meter and self._meter.measure(), tuple(held_out))
+        return Sight(_known(self._meter and self._meter.measure()), tuple(held_out))
 
     def _take_less_memory(self) -> bool:
         return self._scorer.take_less_memory() is not None
+
+
+def _known(drift: Drift | None) -> Drift | None:
+    """A drift that is a number: no journal holds another one."""
+    return drift if drift and drift.is_finite else None
 
 
 def _meter(console: Console, model: ResidentModel, windows: Sequence[Window]) -> DriftMeter | None:

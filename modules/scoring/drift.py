@@ -28,6 +28,7 @@ from modules.scoring.tokenization import Window
 
 BLOCK = 32 << 20  # bytes of logits, in float32, of all models together, at a time
 TOKENS = 1024  # in one forward
+MOST_NATS = 690.0  # a token, of which the perplexity is still a number
 ROUNDING = 1e-5  # of the largest logit, by which products of other shapes may differ, or the dtype's own
 
 Held = Callable[[], AbstractContextManager[None]]
@@ -42,6 +43,11 @@ class Drift:
     perplexity: float  # of the model now
     base_perplexity: float
     tokens: int  # positions that were looked at
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it could be computed: a model whose activations overflow has none."""
+        return math.isfinite(self.divergence) and math.isfinite(self.perplexity)
 
 
 class DriftMeter:
@@ -90,8 +96,9 @@ class DriftMeter:
         followed = self.tokens - sum(len(batch) for batch in self._batches)  # what follows a window is not known
         drifts = []
         for divergence, equal, said_now, said_before in sums.T.tolist():
-            perplexities = (math.exp(-said / followed) for said in (said_now, said_before))
-            drifts.append(Drift(max(0.0, divergence / self.tokens), equal / self.tokens, *perplexities, self.tokens))
+            perplexities = (math.exp(min(-said / followed, MOST_NATS)) for said in (said_now, said_before))
+            mean = divergence / self.tokens
+            drifts.append(Drift(0.0 if mean < 0 else mean, equal / self.tokens, *perplexities, self.tokens))
         return drifts
 
     def _original_head(self) -> Tensors:

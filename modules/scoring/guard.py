@@ -36,30 +36,32 @@ class Guard:
         return self._share * self._meter.measure().divergence if self._meter else 0.0
 
     @torch.no_grad()
-    def drifts(self, trials: Sequence[Trial], stacked: bool) -> list[float]:
-        """Under each trial's weights for the present layer. stacked: all trials go through the layers behind it
-        together."""
-        groups = [trials] if stacked else [[trial] for trial in trials]
-        return [drift for group in groups for drift in self._drifts(group)]
+    def drifts(self, trials: Sequence[Trial], by_tails: bool) -> list[float]:
+        """Under each trial's weights for the present layer. by_tails: by tail forwards, where whole ones would do, too.
 
-    @torch.no_grad()
-    def whole_drifts(self, trials: Sequence[Trial]) -> list[float]:
-        """Under each trial's weights, whatever these are, by whole forwards."""
+        One trial at a time: masks of several windows do not fit several trials' worth of them.
+        """
         if self._meter is None:
             return [0.0] * len(trials)
+        hidden = []
+        for index, inputs in enumerate(self._inputs):
+            states = []
+            for trial in trials:
+                if by_tails:
+                    states.append(last_states(self._model, inputs(), self.tails.trying(index, [trial])))
+                else:
+                    with trial():
+                        states.append(last_states(self._model, inputs(), {}))
+            hidden.append(torch.cat(states))
+        found = self._meter.measure_on(hidden, same_header=True, stack=len(trials))
+        return [self._share * drift.divergence for drift in found]
+
+    @torch.no_grad()
+    def header_drifts(self, trials: Sequence[Trial]) -> list[float]:
+        """Under each trial's weights for the header, by whole forwards."""
         found = []
-        for trial in trials:
+        for trial in trials if self._meter else ():
             with trial():
                 hidden = [last_states(self._model, inputs(), {}) for inputs in self._inputs]
             found += self._meter.measure_on(hidden, trial, same_header=True)
-        return [self._share * drift.divergence for drift in found]
-
-    def _drifts(self, trials: Sequence[Trial]) -> list[float]:
-        if self._meter is None:
-            return [0.0] * len(trials)
-        hidden = [
-            last_states(self._model, inputs(), self.tails.trying(index, trials))
-            for index, inputs in enumerate(self._inputs)
-        ]
-        found = self._meter.measure_on(hidden, same_header=True, stack=len(trials))
-        return [self._share * drift.divergence for drift in found]
+        return [self._share * drift.divergence for drift in found] if self._meter else [0.0] * len(trials)

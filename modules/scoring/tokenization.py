@@ -32,7 +32,7 @@ class Root:
 
 
 Window = tuple[int, ...]  # token ids of a piece of text
-WINDOW, MOST_WINDOWS = 256, 16
+WINDOW, MEASURED = 256, 4096  # tokens of a window, and of all that drift is measured on, at most
 
 Item = TypeVar("Item")
 
@@ -131,7 +131,7 @@ def neutral_windows(
     tokenizer: Any, texts: Sequence[str], vocabulary: int, max_tokens: int | None, for_trials: int = 0
 ) -> tuple[list[Window], list[Window]]:
     """Texts cut into windows of WINDOW tokens, what the tokenizer begins every text with first in each: at most
-    MOST_WINDOWS of them, evenly spread, on which drift is measured; and others, of the beginnings of the texts, about
+    MEASURED tokens, evenly spread, on which drift is measured; and others, of the beginnings of the texts, about
     `for_trials` tokens but never more than half of a text, on which it is while trials are made.
 
     Windows with a token that the model's `vocabulary` rows lack, and those of a single token, are left out.
@@ -148,7 +148,7 @@ def neutral_windows(
         [window for window in windows if len(window) > 1 and max(window) < vocabulary]
         for windows in (beginnings, others)
     )
-    return spread(others, MOST_WINDOWS), beginnings
+    return spread(others, MEASURED // (size + len(prefix))), beginnings
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:

@@ -227,16 +227,12 @@ class Search(Merger):
 
     def _score_layer(self, trials: Sequence[Trial]) -> list[list[float]]:
         """Log-probabilities and, behind them, the drift under each trial for the present layer."""
-        drifts = [0.0] * len(trials)
-        if self.guard and self.scorer.has_tails:
-            drifts = self.guard.drifts(trials, self.scorer.stacks)
-        elif self.guard:
-            drifts = self.guard.whole_drifts(trials)
+        drifts = self.guard.drifts(trials, self.scorer.has_tails) if self.guard else [0.0] * len(trials)
         return [[*found, drift] for found, drift in zip(self.scorer.score_trials(trials), drifts, strict=True)]
 
     def _score_whole(self, trials: Sequence[Trial]) -> list[list[float]]:
         """The same by whole forwards: an embedding changes what every layer sees."""
-        drifts, results = self.guard.whole_drifts(trials) if self.guard else [0.0] * len(trials), []
+        drifts, results = self.guard.header_drifts(trials) if self.guard else [0.0] * len(trials), []
         for trial, drift in zip(trials, drifts, strict=True):
             with trial():
                 results.append([*self.scorer.score(), drift])
