@@ -49,15 +49,17 @@ BEST_FIRST = "best first"  # in place of the candidates: the one with the best s
 # list of paths, is given as a Path: its contents count.
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
-    "dtype": "float32",
+    "compute_dtype": "float32",
     "random_seed": 512,
     "merge_method": "lerp",
     "merge_ratios": [0.2, 0.4, 0.6, 0.8],
     "strategy": "cumulative",
     "phrase_files": [SEARCHED],
+    "baselines": False,
+    "samples": [],
 }
 MERGES: dict[str, dict[str, Any]] = {
-    "greedy, bfloat16": {"dtype": "bfloat16"},
+    "greedy, bfloat16": {"compute_dtype": "bfloat16"},
     "greedy, float32": {},
     "greedy, float32, ratios to 1.0, best first": {
         "merge_ratios": [0.2, 0.4, 0.6, 0.8, 1.0],
@@ -65,10 +67,13 @@ MERGES: dict[str, dict[str, Any]] = {
     },
     "all_phrases, float32": {"strategy": "all_phrases"},
     "quantitive, float32": {"strategy": "quantitive"},
+    "greedy, float32, drift_weight 2": {"drift_weight": 2.0},
+    "greedy, float32, drift_weight 8": {"drift_weight": 8.0},
+    "greedy, float32, max_drift 0.02": {"max_drift": 0.02},
 }
 
-MERGE_THREADS = 2  # of a search; one after another, so that their seconds can be compared
-MOST_PROCESSES = 4  # that judge at the same time, each with a base and a model
+MERGE_THREADS = 1  # of a search; several at a time, as many as there are processors
+MOST_PROCESSES = 4  # that search or judge at the same time, each with a base and a model
 QUICK = Sizes(prompts=3, tokens=12, words=10, rounds=2, windows=1)
 
 # Runs a command and writes down the most memory that it held. A process of its own: what starts another process lends
@@ -118,29 +123,26 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def find_out(bench: "Bench", names: Sequence[str]) -> None:
-    """Make the rows that are not kept yet: several models are judged at a time, but merges searched one by one."""
-    unsearched = [name for name in names if name in MERGES]
+    """Make the rows that are not kept yet, several at a time."""
+    merges = [name for name in names if name in MERGES]
     # What a merge is made of may depend on the totals of the fine-tunes.
-    ordered = any(MERGES[name].get("models_to_merge") == BEST_FIRST for name in unsearched)
+    ordered = any(MERGES[name].get("models_to_merge") == BEST_FIRST for name in merges)
     whole = dict.fromkeys([*(CANDIDATES if ordered else ()), *(name for name in names if name not in MERGES)])
-    judge_all(bench, list(whole))
-    unsearched = [name for name in unsearched if not bench.file(name).exists()]
-    for name in unsearched:
-        bench.search(name)
-    judge_all(bench, unsearched)
+    make_rows(bench, list(whole))
+    make_rows(bench, merges)
 
 
-def judge_all(bench: "Bench", names: Sequence[str]) -> None:
+def make_rows(bench: "Bench", names: Sequence[str]) -> None:
     """A process for each, as far as there are processors."""
     names = [name for name in names if not bench.file(name).exists()]
     processes = min(len(names), os.cpu_count() or 1, MOST_PROCESSES)
     if processes:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            for _ in pool.map(judge_one, [Bench(bench.models, bench.sizes)] * len(names), names):
+            for _ in pool.map(make_row, [Bench(bench.models, bench.sizes)] * len(names), names):
                 pass
 
 
-def judge_one(bench: "Bench", name: str) -> None:
+def make_row(bench: "Bench", name: str) -> None:
     """What such a process does."""
     torch.set_num_threads(judge.THREADS)
     transformers.logging.disable_progress_bar()
