@@ -154,13 +154,14 @@ def _search_seconds(plan: Plan, rates: Rates) -> float:
     tokens = plan.packed_tokens + plan.guarding_tokens
     products = 2 * tokens * sizes.active_weights
     attention = 4 * tokens * max(plan.packs) * sizes.heads * sizes.head_size / rates.attention
-    # The drift of a trial is read at each of its tokens; the base's answer there is made once for all ratios.
-    columns = plan.columns + plan.guarding_tokens * (1 + 1 / plan.stack)
-    head = 2 * columns * sizes.hidden * sizes.vocabulary
+    column = 2 * sizes.hidden * sizes.vocabulary
+    # Drift is read at every token, and the base's answer there as well: of a layer, once for all ratios.
+    head = column * (plan.columns + plan.guarding_tokens * (1 + 1 / plan.stack))
+    whole_head = column * (plan.columns + plan.guarding_tokens * 2)
     forwards_alone = plan.forwards_alone + 2 * sizes.layers  # also to move the cache, and whole ones at the end
     alone = forwards_alone * (products / rates.alone + attention)
     stacked = plan.forwards_stacked * (products / rates.stacked + attention)
-    heads = (plan.header_ratios + 1) * head / rates.alone + plan.trials * head / rates.stacked
+    heads = (plan.header_ratios + 1) * whole_head / rates.alone + plan.trials * head / rates.stacked
     merged = [(method, (ratios + 1) * sizes.layers * sizes.layer_weights) for method, ratios in plan.methods]
     if plan.header_ratios:
         merged.append(("lerp", (plan.header_ratios + 1) * sizes.header_weights))

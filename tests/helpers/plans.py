@@ -7,14 +7,16 @@ import torch
 from transformers import AutoTokenizer
 
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
+from modules.config import load_config, read_neutral_texts
 from modules.model.loading import load_model
 from modules.model.memory import Memory, Sizes
 from modules.run.plan import Disk, Plan
 from modules.run.room import fitting_plan
+from modules.runtime import Rank
 from modules.scoring.budget import Budget
+from modules.scoring.guard import Guard
 from modules.scoring.layout import build_scorer
-from modules.scoring.tokenization import encode_pairs
+from modules.scoring.tokenization import encode_pairs, neutral_windows
 from modules.search.search import Search
 
 GB, GIB = 10**9, 2**30
@@ -37,7 +39,12 @@ def start(config, found):
     """A search on the base, as a run begins it."""
     model, tokenizer = load_model(found.base, "cpu", config.dtype), AutoTokenizer.from_pretrained(found.base.path)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
-    return Search(model, build_scorer(model, encoded), config, tokenizer)
+    guard = None
+    if config.is_guarded:
+        texts = read_neutral_texts(config.neutral_texts)
+        _, windows = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, config.neutral_tokens)
+        guard = Guard(model, windows, Budget(), Rank())
+    return Search(model, build_scorer(model, encoded), config, tokenizer, guard=guard)
 
 
 def made_up(place, **changes):

@@ -18,9 +18,12 @@ from modules.run.plan import Disk
 from modules.run.room import Available
 
 
+@pytest.mark.parametrize("guarded", [True, False])
 @pytest.mark.parametrize("headers", [True, False])
-def test_an_estimate_counts_what_a_search_computes(place, models, headers):
-    config, found = opened(place, models, merge_method=["lerp", "cyclic"], merge_headers=headers)
+def test_an_estimate_counts_what_a_search_computes(place, models, headers, guarded):
+    (place / "plain.txt").write_text("The bread is on the table. It was baked this morning. " * 20, encoding="utf-8")
+    guard = {"max_drift": 9.0, "neutral_texts": [str(place / "plain.txt")], "neutral_tokens": 60} if guarded else {}
+    config, found = opened(place, models, merge_method=["lerp", "cyclic"], merge_headers=headers, **guard)
     search = start(config, found)
     # The counter does not know the fused attention of a CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
