@@ -84,7 +84,7 @@ def watched(place):
     """What is measured beside a search, and under every trial."""
     (place / "plain.txt").write_text("The bread is on the table. It was baked this morning. " * 8, encoding="utf-8")
     return {"baselines": True, "neutral_texts": [str(place / "plain.txt")], "held_out": 0.2, "samples": ["It was"]} | {
-        "drift_weight": 0.01,
+        "max_drift": 0.01,
         "neutral_tokens": 40,
     }
 
