@@ -20,4 +20,4 @@ from modules.config.locations import (
 )
 from modules.config.neutral_texts import read_neutral_texts
 from modules.config.phrase_lists import Pair
-from modules.config.schema import NO_PART, TABLES, VERSION, Config, Directories, Mapper, Settings
+from modules.config.schema import NO_PART, TABLES, VERSION, Config, Directories, Joint, Mapper, Settings

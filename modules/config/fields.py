@@ -152,6 +152,7 @@ def _one_or_more(kind: Any) -> Any:
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 ON_ERROR = ("stop", "skip")
+SEARCHES = ("greedy", "joint")
 
 Device = Annotated[
     str,
@@ -163,6 +164,7 @@ Dtype = Annotated[str, OneOf(DTYPES)]
 Methods = _one_or_more(Annotated[str, OneOf(METHODS)])
 OnError = Annotated[str, OneOf(ON_ERROR)]
 Ratios = _one_or_more(_Ratio)
+Search = Annotated[str, OneOf(SEARCHES)]
 Strategy = Annotated[
     str,
     OneOf(STRATEGIES, "quantitative"),

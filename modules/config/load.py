@@ -59,8 +59,7 @@ def load_config(
         more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
         lines = [f"  {line}" for line in [*found[:_MOST_ERRORS], *more]]
         raise ConfigError(f"{path} has {counted(len(found), 'error')}:", *lines)
-    if settings.is_guarded and settings.neutral_texts == ():
-        raise ConfigError(f"{path}: neutral_texts is empty, but drift_weight and max_drift measure drift on such texts")
+    _check_together(settings, path)
     values, pairs = vars(settings), [_pairs_of((settings, *lists), key) for key in _PHRASES]
     if mapping:
         return Config(**{**values, **dict(zip(_PHRASES, pairs, strict=True))}, text=main.text)
@@ -70,6 +69,17 @@ def load_config(
     others = [pair for key in _PHRASES for pair in _pairs_of(aside, key)]
     values = {**values, "bad_phrases": tuple(bad), "good_phrases": tuple(good)}
     return Config(**values, text=main.text, held_out_pairs=(*no_bad, *no_good, *others))
+
+
+def _check_together(settings: Settings, path: str | Path) -> None:
+    """Raise ConfigError for settings that exclude each other."""
+    if settings.is_guarded and settings.neutral_texts == ():
+        joint = " (search: joint weighs it, unless drift_weight is 0)" if settings.drift_weight is None else ""
+        raise ConfigError(
+            f"{path}: neutral_texts is empty, but drift_weight and max_drift measure drift on such texts{joint}"
+        )
+    if settings.search == "joint" and (settings.strategy, *settings.merge_method) != ("cumulative", "lerp"):
+        raise ConfigError(f"{path}: search: joint knows only strategy: cumulative and merge_method: lerp")
 
 
 def _pairs_of(parts: Iterable[Any], key: str) -> tuple[Pair, ...]:

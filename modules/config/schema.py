@@ -63,6 +63,17 @@ class Mapper:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """How a joint search steps."""
+
+    __pydantic_config__ = CLOSED
+    steps: kinds.CountFromOne = 25
+    """How many steps are made; each costs about four forwards of all phrases."""
+    step_size: kinds.Threshold = 0.08
+    """By how much a share moves at most in the first step; in the last it is a tenth of that."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """The settings of Merge Monster and Monster Mapper. Only `directories` and some phrases must be there."""
 
@@ -75,6 +86,10 @@ class Settings:
     """What becomes of the run if a candidate can't be read any more. skip keeps what was accepted and goes on."""
     keep_downloads: kinds.Boolean = True
     """Leave what is fetched from the hub in its cache after the run."""
+    search: kinds.Search = "greedy"
+    """How shares are found: layer by layer, the best of those that are tried, or all at once, by gradient."""
+    joint: Annotated[Joint, kinds.keys_of(Joint)] = field(default_factory=Joint)
+    """How a joint search steps."""
     merge_ratios: kinds.Ratios = (0.2, 0.4, 0.6, 0.8)
     """The candidate's shares that are tried on every layer, 0 to 1."""
     merge_method: kinds.Methods = ("lerp",)
@@ -99,8 +114,9 @@ class Settings:
     """Phrase files whose pairs are all scored and never searched."""
     min_gain: kinds.AutoOrWeight = "auto"
     """What a merge must gain; cumulative only. auto: twice the total's rounding, which is taken as 0 in float32."""
-    drift_weight: kinds.Weight = 0.0
-    """What a nat of drift adds to the total that every trial is judged by."""
+    drift_weight: kinds.AutoOrWeight | None = None
+    """What a nat of drift adds to the total that is judged by; null: 0, or auto if the search is joint. auto: 0.05 nats
+    count as much as all phrases do in the base."""
     max_drift: kinds.Limit | None = None
     """Nats per token; a trial that drifts further from the base is not taken."""
     neutral_tokens: kinds.CountFromOne = 512
@@ -125,9 +141,16 @@ class Settings:
     """How far the mapper follows the model; only the mapper reads this."""
 
     @property
+    def weight_of_drift(self) -> float | str:
+        """What a nat of drift adds to the total, or auto."""
+        if self.drift_weight is None:
+            return "auto" if self.search == "joint" else 0.0
+        return self.drift_weight
+
+    @property
     def is_guarded(self) -> bool:
-        """Whether trials are judged by their drift, too."""
-        return self.drift_weight > 0 or self.max_drift is not None
+        """Whether drift counts in what is judged by."""
+        return self.weight_of_drift != 0 or self.max_drift is not None
 
 
 @dataclass(frozen=True)
@@ -152,6 +175,7 @@ CONFIG_KEYS = tuple(key.name for key in fields(Settings))
 
 _SECTIONS = {
     "directories": Directories,
+    "joint": Joint,
     "mapper": Mapper,
     "bad_phrases": Phrase,
     "good_phrases": Phrase,

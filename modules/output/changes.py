@@ -77,7 +77,8 @@ def changes_between(begun: Run, now: Run, base: Checkpoint | None = None) -> lis
     """
     same = {key for key in ("device", *_DTYPES) if getattr(begun.settings, key) == getattr(now.settings, key)}
     one, other = (_meaning(run, same, base) for run in (begun, now))
-    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    # A key that only one of them has is ruled by another one, in which they differ.
+    return sorted(key for key in one.keys() & other.keys() if one[key] != other[key])
 
 
 def _meaning(run: Run, same: Collection[str], base: Checkpoint | None) -> dict[str, Any]:
@@ -98,6 +99,8 @@ def _meaning(run: Run, same: Collection[str], base: Checkpoint | None) -> dict[s
     told["models_to_merge"] = [_identity(source.places) for source in candidates]
     if settings.strategy != "quantitive":
         del told["strategy_threshold"]
+    if told["search"] != "joint":
+        del told["joint"]
     if run.neutral:
         told["neutral_texts"] = run.neutral
     else:

@@ -24,9 +24,10 @@ def summary(
     scorer: Mapping[str, object],
     candidates: Sequence[str],
     rounding: float = 0.0,
+    drift_weight: float = 0.0,
 ) -> list[str]:
     """The settings of a run, one line each; `model` and `scorer` add what they say of themselves. rounding: of the
-    total, if it was measured."""
+    total, if it was measured. drift_weight: as it counts."""
     rows = {
         **model,
         "Random seed": config.random_seed,
@@ -42,17 +43,17 @@ def summary(
         "Merge headers": config.merge_headers,
         "Strategy used": config.strategy
         + (f" (threshold {config.strategy_threshold:g})" if config.strategy == "quantitive" else ""),
-        **({"Drift": _guard(config)} if config.is_guarded else {}),
+        **({"Drift": _guard(config, drift_weight)} if config.is_guarded else {}),
         **({"Rounding": _rounding(config, rounding)} if rounding else {}),
     }
     return [f"{name:<16} : {value}" for name, value in rows.items()]
 
 
-def _guard(config: Config) -> str:
+def _guard(config: Config, drift_weight: float) -> str:
     """What is done about drift."""
-    parts = [f"every nat counts as {config.drift_weight:g} of the total"] if config.drift_weight else []
+    parts = [f"a nat counts as {drift_weight:.5g} of the total"] if drift_weight else []
     parts += [f"at most {config.max_drift:g}"] if config.max_drift is not None else []
-    return f"{', '.join(parts)}; measured on {config.neutral_tokens} tokens under every trial"
+    return f"{', '.join(parts)}; measured on {config.neutral_tokens} tokens meanwhile"
 
 
 def _rounding(config: Config, rounding: float) -> str:

@@ -24,7 +24,7 @@ def resume_search(console: Console, search: Search, record: RunRecord, resume: b
     measured, packing = list(search.log_probabilities), search.scorer.packing
     start, count = record.start(measured, search.weights, packing, search.rounding), len(record.decisions())
     search.log_probabilities, search.weights = list(start.log_probabilities), list(start.weights)
-    search.rounding = list(start.rounding)
+    search.rounding, search.base_scores = list(start.rounding), scores(search.log_probabilities, search.weights)
     if count:
         console.warnings(record.warnings(packing))
         if measured != search.log_probabilities and record.compares(packing):

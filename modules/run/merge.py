@@ -174,8 +174,8 @@ def begin_search(
     guard = group.on_all_ranks(lambda: build_guard(model, guarding, budget, group.rank)) if for_trials else None
     search = Search(model, scorer, config, tokenizer, group, guard)
     names = [candidate.name for candidate in models.candidates]
-    rounding = total_rounding(search.weights, search.rounding)
-    console.lines(report.summary(config, model.describe(), scorer.describe(), names, rounding))
+    measured = total_rounding(search.weights, search.rounding), search.limits.drift_weight
+    console.lines(report.summary(config, model.describe(), scorer.describe(), names, *measured))
     console.warnings(search.warnings)
     watch = Watch(config, console, model, tokenizer, budget, windows) if group.rank.leads else None
     return Conductor(config, console, search, record, prefetcher, watch)

@@ -18,7 +18,16 @@ from modules.scoring import Drift, DriftMeter, Guard, Scorer, Trial, check_numbe
 from modules.search.decision import Decision, Result
 from modules.search.methods import ratios_for
 from modules.search.prefetch import ReadAhead
-from modules.search.strategies import Limits, State, choose, probability, scores, total, total_rounding
+from modules.search.strategies import (
+    Limits,
+    State,
+    automatic_drift_weight,
+    choose,
+    probability,
+    scores,
+    total,
+    total_rounding,
+)
 from modules.search.trial import Merger, trying
 from modules.search.whole import score_whole
 
@@ -55,6 +64,7 @@ class Search(Merger):
         self.measure()
         check_numbers(model, self.log_probabilities)
         self.weights, self.warnings = signed_weights(config.pairs, config.auto_weights, self.log_probabilities)
+        self.base_scores = scores(self.log_probabilities, self.weights)
         self.rounding = self._rounding() if model.dtype in HALF_DTYPES else []
 
     @property
@@ -65,13 +75,13 @@ class Search(Merger):
     @property
     def limits(self) -> Limits:
         """What a trial must be to be accepted."""
-        config, rounding = self.config, self.rounding
+        config, rounding, weight = self.config, self.rounding, self.config.weight_of_drift
         automatic = 2.0 * total_rounding(self.weights, rounding)
         return Limits(
             threshold=config.strategy_threshold,
             min_gain=automatic if config.min_gain == "auto" else config.min_gain,
             rounding=[abs(weight) * least for weight, least in zip(self.weights, rounding, strict=bool(rounding))],
-            drift_weight=config.drift_weight,
+            drift_weight=automatic_drift_weight(self.base_scores) if weight == "auto" else weight,
             max_drift=math.inf if config.max_drift is None else config.max_drift,
         )
 

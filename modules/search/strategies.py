@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from modules.config import STRATEGIES
 
+NATS = 0.05  # of drift that count as much as all phrases, if its weight is automatic
+
 Scores = Sequence[float]  # one per pair
 
 
@@ -104,6 +106,11 @@ def total_rounding(weights: Scores, rounding: Scores) -> float:
     """How far rounding alone moves the total if it moves each probability, independently, by so much; 0 if that is not
     known."""
     return math.hypot(*(weight * least for weight, least in zip(weights, rounding, strict=bool(rounding))))
+
+
+def automatic_drift_weight(values: Scores) -> float:
+    """What a nat of drift counts if NATS of it are worth all scores together, good phrases' too."""
+    return total([abs(value) for value in values]) / NATS
 
 
 def improved(current: Scores, trial: Scores) -> int:

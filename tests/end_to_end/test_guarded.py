@@ -99,7 +99,15 @@ def test_a_guarded_run_goes_on_to_the_same_bits(place, models, text):
         ({"neutral_texts": [], "drift_weight": 1}, "neutral_texts is empty, but drift_weight and max_drift measure"),
         ({"neutral_texts": [], "max_drift": 0.1}, "neutral_texts is empty"),
         ({"neutral_texts": None, "max_drift": -1}, "max_drift: -1: expected a number above 0"),
-        ({"neutral_texts": None, "drift_weight": "much"}, "drift_weight: 'much': expected a number of at least 0"),
+        (
+            {"neutral_texts": None, "drift_weight": "much"},
+            "drift_weight: 'much': expected auto or a number",
+        ),
+        ({"search": "joint", "neutral_texts": []}, "(search: joint weighs it, unless drift_weight is 0)"),
+        (
+            {"search": "joint", "neutral_texts": None, "merge_method": "slerp"},
+            "search: joint knows only strategy: cumulative and merge_method: lerp",
+        ),
         ({"min_gain": -0.1}, "min_gain: -0.1: expected auto or a number of at least 0"),
     ],
 )

@@ -202,6 +202,7 @@ def harmless(place, models):
         "threshold": ({}, {"strategy_threshold": 0.9}),
         "scalars": ({"merge_ratios": [0.5]}, {"merge_ratios": 0.5}),
         "neutral_tokens": ({}, {"neutral_tokens": 9}),
+        "steps of a search that makes none": ({}, {"joint": {"steps": 3}}),
         "what auto means": ({}, {"compute_dtype": "float32"}),
         "defaults": ({}, {"merge_headers": True, "random_seed": 512, "merge_method": "lerp", "auto_weights": False}),
     }
@@ -217,6 +218,11 @@ def real(place, models):
         "merge_ratios": ({}, {"merge_ratios": [0.8, 0.6, 0.4, 0.2]}),
         "merge_method": ({}, {"merge_method": "slerp"}),
         "merge_headers": ({}, {"merge_headers": False}),
+        "search": ({"neutral_texts": None}, {"search": "joint", "neutral_texts": None}),
+        "joint": (
+            {"search": "joint", "neutral_texts": None},
+            {"search": "joint", "neutral_texts": None, "joint": {"steps": 3}},
+        ),
         "strategy": ({}, {"strategy": "all_phrases"}),
         "strategy_threshold": ({"strategy": "quantitive"}, {"strategy": "quantitive", "strategy_threshold": 0.9}),
         "auto_weights": ({}, {"auto_weights": True}),
