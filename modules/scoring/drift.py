@@ -56,6 +56,7 @@ class DriftMeter:
         self._model, self._block = model, BLOCK
         self._batches = [batch.to(model.device) for batch in _batches(windows)]
         self._before = [self._hidden(batch).cpu() for batch in self._batches]
+        self._outside = {name: tensor.clone() for name, tensor in model.outside().tensors.items()}
         self._check_blocks(self._batches[0][:1, :8])
 
     def measure(self) -> Drift:
@@ -70,6 +71,16 @@ class DriftMeter:
     def inputs(self) -> list[Callable[[], dict[str, Tensor]]]:
         """For each batch, what makes that which the model's forward takes."""
         return [partial(dict, input_ids=batch) for batch in self._batches]
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """Windows of one length together, (B, T) each."""
+        return self._batches
+
+    @property
+    def before(self) -> list[Tensor]:
+        """Of each batch the last hidden states of the model as it was then, (B, T, H), on the CPU."""
+        return self._before
 
     @torch.no_grad()
     def measure_on(self, hidden: Sequence[Tensor], held: Held = nullcontext, same_header: bool = False) -> Drift:
@@ -98,7 +109,8 @@ class DriftMeter:
         base, present = _Said(batch), _Said(batch)
         gap = torch.zeros_like(base.top)  # sum of exp(old - top) * (old - new)
         for first, end in self._blocks(batch.numel()):
-            old = self._logits(batch, before, first, end, original)
+            with self._model.outside().holding(self._outside):  # the final norm may have been merged as well
+                old = self._logits(batch, before, first, end, original)
             with held():
                 new = self._logits(batch, now, first, end)
             shares, shrunk = base.add(first, old)

@@ -7,9 +7,11 @@ header is made.
     main             | search 1      | search 2  | ...      the one that is searched and the one that arrives
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from modules.runtime import is_out_of_memory, within_memory
 
 Arrived = tuple[Tensors, str | None]  # a layer's or the header's tensors, and what there is to say about the header
 Job = Callable[[], Arrived]
+Value = TypeVar("Value")
 
 
 class ReadAhead:
@@ -42,7 +45,7 @@ class ReadAhead:
         if header:
             self._jobs[None] = partial(self._make, header)
         # Two, in turn: on a CPU the tensors that are searched are the memory that they were read into.
-        self._memories = _Memory(bool(streams)), _Memory(bool(streams))
+        self._memories = Memory(bool(streams)), Memory(bool(streams))
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._begun: dict[int | None, Future[Arrived]] = {}  # the one that was taken, and the one behind it
         self._taken: int | None = next(iter(self._jobs), None)
@@ -116,7 +119,37 @@ class ReadAhead:
         self._let_go()
 
 
-class _Memory:
+def in_turn(jobs: Iterable[Callable[[], Value]], streams: Sequence[torch.Stream], ahead: bool) -> Iterator[Value]:
+    """What each job makes, in order; while one is used, a thread makes the next, unless `ahead` is false. By the time
+    that the one behind it is taken, one must not be used any more. streams: see ReadAhead."""
+
+    def made(job: Callable[[], Value]) -> Value:
+        with torch.no_grad(), beside(streams):
+            result = job()
+        for stream in streams:
+            stream.synchronize()
+        return result
+
+    jobs = iter(jobs)
+    if not ahead:
+        yield from map(made, jobs)
+        return
+    thread = ThreadPoolExecutor(1, "read-ahead")
+    try:
+        begun = [thread.submit(made, job) for job in islice(jobs, 1)]
+        for job in jobs:
+            result = begun.pop().result()
+            follow(streams)  # what uses the memory now is waited for before it is used again
+            begun.append(thread.submit(made, job))
+            yield result
+            del result
+        if begun:
+            yield begun.pop().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+class Memory:
     """Memory of the CPU, page-locked if the device is to copy from it by itself, that is used again and again:
     reading into new memory takes several times as long."""
 
