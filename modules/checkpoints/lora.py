@@ -222,9 +222,8 @@ class Adapted(Checkpoint):
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of a tensor with the adapter applied; see `read_rows`."""
-        if name in self.adapter.whole:
-            return self.adapter.read([self.adapter.whole[name]])[self.adapter.whole[name]][rows]
-        weight, product = super().rows(name, rows), self.adapter.products.get(name)
+        whole, product = self.adapter.whole.get(name), self.adapter.products.get(name)
+        weight = super().rows(name, rows) if whole is None else self.adapter.read([whole])[whole][rows]
         if product is None:
             return weight
         own = self.adapter.read({product.a, product.b})

@@ -214,7 +214,10 @@ class GradientPass:
                     _add(self._dense, name, gradient)
         if not rows:
             return Outside(self._dense, torch.zeros(0, dtype=torch.long), torch.zeros(0, device=self._model.device))
-        summed = torch.sparse_coo_tensor(torch.cat(rows, 1), torch.cat(values), embedding.weight.shape).coalesce()
+        shape = embedding.weight.shape
+        summed = torch.sparse_coo_tensor(
+            torch.cat(rows, 1), torch.cat(values), shape, check_invariants=False
+        ).coalesce()
         return Outside(self._dense, summed.indices()[0].cpu(), summed.values())
 
     def _at_entrance(self, arguments: dict[str, Tensor]) -> Tensor:

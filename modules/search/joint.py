@@ -133,8 +133,8 @@ class Joint:
         return self._whole(self.mix.value(self.objective))
 
     def gradient(self, shares: Sequence[Row], objective: Objective | None = None) -> Rows:
-        """d objective / d share, of a model composed from shares, which it stays. objective: another than the own, as
-        `Objective.part` gives it."""
+        """d objective / d share of each row and candidate. shares: those that the model is composed from, and stays so.
+        objective: another than the own, as `Objective.part` gives it."""
         rows: dict[int, Row] = {}
 
         def update(row: int, gradient: Row) -> Row:

@@ -172,12 +172,12 @@ class Mix:
 
     def _read_rows(self, number: int, names: Sequence[str], rows: Tensor) -> Tensors:
         """Some rows of a source's header in the base's order, (rows, ...), on the device."""
-        found, header, base = {}, self._headers[number], self._headers[0]
-        for name in names:
-            own = self.model.header().tensors[name]
-            base_rows = partial(base.read, name, rows, lambda own=own: own)  # of the base, all are there
-            found[name] = header.read(name, rows, base_rows).to(own.device, own.dtype)
-        return found
+        part, header, base = self.model.header(), self._headers[number], self._headers[0]
+        part = replace(part, tensors={name: part.tensors[name] for name in names})
+        read = ((name, header.read(name, rows, partial(base.read, name, rows))) for name in names)
+        if not len(rows):
+            return {name: part.tensors[name][:0] for name in names}
+        return part.adopt(read, self._sources[number].name)
 
     def _read_outside(self, source: Candidate) -> Tensors:
         """A source's tensors outside layers and header; those that it has not are the base's."""
