@@ -179,6 +179,11 @@ class Objective:
         total, mean = float(scores[self.own].sum()), divergence / self.tokens
         return Value(log_probabilities, total, mean, total + self.drift_weight * mean)
 
+    def size(self, value: Value) -> float:
+        """Of what the objective is the sum, the size: good phrases count against it, rounding does not know that."""
+        scores = torch.tensor(value.log_probabilities, dtype=torch.float64).exp() * self.weights
+        return float(scores.abs().sum()) + self.drift_weight * value.divergence
+
     def upstream(self, log_probabilities: Sequence[float]) -> "Upstream":
         """Of what the pairs' probabilities are, how the objective changes with the logits of their positions."""
         scores = torch.tensor(log_probabilities, dtype=torch.float64).exp() * self.weights

@@ -27,6 +27,7 @@ LEAST, DECIMALS = 0.01, 2  # a smaller share is dropped; what others are rounded
 # How far shares move to see whether the objective follows its gradient, and by which part of that it may fail to.
 _TRIED = {torch.float64: (1e-3, 0.01), torch.float32: (0.02, 0.05)}
 _TRIED_IN_HALF = (0.25, 0.3)
+ROUNDINGS = 4  # by how many of its type's a probability may be off
 
 Rows = tuple[tuple[float, ...], ...]  # of each row of shares, a number for each candidate
 
@@ -148,18 +149,22 @@ class Joint:
         """Move all shares a little and see whether the objective follows its gradient; the model is then composed from
         the shares. Raises ConfigError if it does not: such an architecture can't be searched by gradient.
 
-        Each share moves by another amount, in the direction in which the gradient says that the objective grows.
+        Each share moves by another amount, in the direction in which the gradient says that the objective grows; by
+        less and less, until half of it gives the same slope or rounding is all that there would be to see.
         """
         self.mix.compose(shares)
-        gradient, chance = self.gradient(shares), random.Random(0)
+        value, gradient, chance = self.value(), self.gradient(shares), random.Random(0)
         direction = [[math.copysign(chance.uniform(0.5, 1.5), slope) for slope in row] for row in gradient]
         told = sum(a * b for row, way in zip(gradient, direction, strict=True) for a, b in zip(row, way, strict=True))
-        amount, tolerance = _TRIED.get(self.mix.model.dtype, _TRIED_IN_HALF)
+        dtype = self.mix.model.dtype
+        amount, tolerance = _TRIED.get(dtype, _TRIED_IN_HALF)
+        noise = ROUNDINGS * torch.finfo(dtype).eps * self.objective.size(value) / amount
         far, near = (self._slope(shares, direction, one) for one in (amount, amount / 2))
+        while abs(far - near) > tolerance * abs(near) + noise and 2 * noise <= tolerance * abs(told):
+            amount, noise = amount / 2, 2 * noise
+            far, near = near, self._slope(shares, direction, amount / 2)
         self.mix.compose(shares)
-        found = (4 * near - far) / 3  # without the third derivative's part
-        size = float(self.objective.weights.abs().sum()) + self.objective.drift_weight
-        noise = size * torch.finfo(self.mix.model.dtype).eps / amount
+        found = (4 * near - far) / 3  # without what grows with the square of the amount
         if not abs(found - told) <= tolerance * abs(told) + abs(far - near) + noise:
             raise ConfigError(
                 f"{type(self.mix.model.module).__name__}: its gradient can't be streamed: it says {told:.4g} where the "
