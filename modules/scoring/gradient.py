@@ -36,13 +36,15 @@ from modules.scoring.hidden_states import (
 )
 from modules.scoring.objective import Objective, Value
 
+EMBEDDING = "embedding"  # its gradient, before it is known by another name
+
 
 @dataclass(frozen=True)
 class Outside:
     """Gradients on what is outside the layers, but for the head's."""
 
     dense: Tensors  # by name: final norm, position tables
-    rows: Tensor  # of the embedding, those that texts have: (rows,), ascending, on the host
+    rows: Tensor  # of the embedding, `Objective.vocabulary`
     values: Tensor  # their gradients, (rows, H)
 
 
@@ -201,24 +203,17 @@ class GradientPass:
     def front(self) -> Outside:
         """Gradients on what is outside the layers; the head's blocks are not among them."""
         embedding, outside = self._model.module.get_input_embeddings(), self._model.outside().tensors
-        rows, values = [], []
-        with _learning([embedding.weight, *outside.values()]), _sparse(embedding):
+        rows, sums = self._of.vocabulary, dict[str, Tensor]()
+        with _only_rows(embedding, rows.to(self._model.device)), _learning([embedding.weight, *outside.values()]):
+            own = {EMBEDDING: embedding.weight, **outside}
             for text, upstream in zip(self._of.texts, self._upstream, strict=True):
                 entered = self._at_entrance(text.arguments())
-                inputs = [embedding.weight, *outside.values()]
-                by_rows, *others = torch.autograd.grad(entered, inputs, upstream.to(entered.device), allow_unused=True)
-                by_rows = (by_rows if by_rows.is_sparse else by_rows.to_sparse(1)).coalesce()
-                rows.append(by_rows.indices())
-                values.append(by_rows.values().to(self._of.dtype))
-                for name, gradient in zip(outside, others, strict=True):
-                    _add(self._dense, name, gradient)
-        if not rows:
-            return Outside(self._dense, torch.zeros(0, dtype=torch.long), torch.zeros(0, device=self._model.device))
-        shape = embedding.weight.shape
-        summed = torch.sparse_coo_tensor(
-            torch.cat(rows, 1), torch.cat(values), shape, check_invariants=False
-        ).coalesce()
-        return Outside(self._dense, summed.indices()[0].cpu(), summed.values())
+                gradients = torch.autograd.grad(
+                    entered, list(own.values()), upstream.to(entered.device), allow_unused=True
+                )
+                for name, gradient in zip(own, gradients, strict=True):
+                    _add(sums if name == EMBEDDING else self._dense, name, gradient)
+            return Outside(self._dense, rows, sums.get(EMBEDDING, torch.zeros_like(embedding.weight.data)))
 
     def _at_entrance(self, arguments: dict[str, Tensor]) -> Tensor:
         """The hidden states that enter the first layer, (B, T, H), with the way that they came by."""
@@ -283,17 +278,18 @@ def _learning(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _sparse(embedding: nn.Module) -> Iterator[None]:
-    """The gradient on an embedding has only the rows of tokens that there are, also of the one that pads."""
-    before = {name: getattr(embedding, name) for name in ("sparse", "padding_idx") if hasattr(embedding, name)}
+def _only_rows(embedding: nn.Module, rows: Tensor) -> Iterator[None]:
+    """An embedding has no rows but these, ascending, and finds them by their old numbers: its gradient is as small."""
+    whole, run = embedding.weight.data, embedding.forward
+    own, padding = embedding.__dict__.get("forward"), getattr(embedding, "padding_idx", None)
     try:
-        for name, value in (("sparse", True), ("padding_idx", None)):
-            if name in before:
-                setattr(embedding, name, value)
+        embedding.weight.data, embedding.padding_idx = whole[rows], None  # the row that pads has a gradient as well
+        embedding.forward = lambda ids: run(torch.searchsorted(rows, ids))
         yield
     finally:
-        for name, value in before.items():
-            setattr(embedding, name, value)
+        embedding.weight.data, embedding.padding_idx = whole, padding
+        embedding.__dict__.pop("forward", None)
+        embedding.__dict__.update({} if own is None else {"forward": own})
 
 
 def _add(sums: Tensors, name: str, gradient: Tensor | None) -> None:

@@ -13,7 +13,6 @@ the last bit, with shares of 0 the base's.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -26,12 +25,12 @@ from modules.checkpoints import Candidate, Tensors
 from modules.model import HeaderRows, HeaderSkipped, Part, ResidentModel, matched_header, own_header, row_ranges
 from modules.runtime import BrokenWeights
 from modules.scoring import GradientPass, Objective, Value
-from modules.search.prefetch import Memory, in_turn
+from modules.search.prefetch import InTurn, Memory
 from modules.search.whole import has_tensor
 
 Row = Sequence[float]  # a share, or the gradient on it, for each candidate
 Update = Callable[[int, Row], Row]  # number of a row and the gradient on its shares -> its new shares
-Arriving = Iterator[Tensors]
+Arriving = InTurn[Tensors]
 
 
 class Mix:
@@ -78,10 +77,10 @@ class Mix:
         layers = range(len(self.model.layers))
         jobs = [job for layer in layers for job in (self._base_layer(layer), *self._theirs(layer, shares[layer]))]
         jobs += self._header_jobs(shares[-1]) if self.mixes_outside else []
-        with closing(in_turn(jobs, self._streams, self._ahead)) as arriving:
+        with InTurn(jobs, self._streams, self._ahead) as arriving:
             for layer in layers:
                 theirs = _in_turn(shares[layer], arriving, all_arrive=False)
-                _mix(self.model.layer(layer), next(arriving), theirs, exact)
+                _mix(self.model.layer(layer), arriving.take(keep=True), theirs, exact)
             if self.mixes_outside:
                 self._compose_outside(arriving, shares[-1], exact, all_arrive=False)
 
@@ -91,9 +90,9 @@ class Mix:
         work = GradientPass(objective, outside=False)
         work.begin()
         jobs = [self._rows_job(0, self._head, *block) for block in objective.blocks if self.mixes_outside]
-        with closing(in_turn(jobs, self._streams, self._ahead)) as arriving:
+        with InTurn(jobs, self._streams, self._ahead) as arriving:
             for block in objective.blocks:
-                base = self._by_own_names(next(arriving)) if self.mixes_outside else None
+                base = self._by_own_names(arriving.take()) if self.mixes_outside else None
                 work.head_block(*block, base, learn=False)
         return work.value()
 
@@ -107,17 +106,17 @@ class Mix:
         """
         work, layers = GradientPass(objective, self.mixes_outside), range(len(self.model.layers))
         work.begin()
-        with closing(in_turn(self._descent_jobs(objective), self._streams, self._ahead)) as arriving:
+        with InTurn(self._descent_jobs(objective), self._streams, self._ahead) as arriving:
             outside = self._head_gradient(work, objective, arriving)
             value = work.value()
             for layer in reversed(layers):
-                gradients, base = work.layer(layer), next(arriving)
-                found = [_inner(gradients, base, next(arriving)) for _ in self.candidates]
+                gradients, base = work.layer(layer), arriving.take(keep=True)
+                found = [_inner(gradients, base, arriving.take()) for _ in self.candidates]
                 del gradients
                 shares = update(layer, self._on_the_host(found, work.scale))
                 _mix(self.model.layer(layer), base, _in_turn(shares, arriving, all_arrive=True), exact=False)
             if self.mixes_outside:
-                self._add_front(work, objective, arriving, outside)
+                self._add_front(work, arriving, outside)
                 shares = update(len(layers), self._on_the_host(outside, work.scale))
                 self._compose_outside(arriving, shares, exact=False, all_arrive=True)
         return value
@@ -200,23 +199,21 @@ class Mix:
         """Take the head's blocks through a pass; the gradient on each candidate's share by the head alone."""
         sums = [torch.zeros((), dtype=objective.dtype, device=self.model.device) for _ in self.candidates]
         for block in objective.blocks:
-            base = next(arriving) if self.mixes_outside else None
+            base = arriving.take(keep=True) if self.mixes_outside else None
             gradients = work.head_block(*block, None if base is None else self._by_own_names(base))
             for number in self._with_header[1:]:
-                sums[number - 1] += _inner(gradients, base, next(arriving))
+                sums[number - 1] += _inner(gradients, base, arriving.take())
         return sums
 
     def _by_own_names(self, rows: Tensors) -> Tensors:
         return {own: rows[name] for own, name in self.model.head_names().items()}
 
-    def _add_front(self, work: GradientPass, objective: Objective, arriving: Arriving, sums: list[Tensor]) -> None:
+    def _add_front(self, work: GradientPass, arriving: Arriving, sums: list[Tensor]) -> None:
         """Add what the embedding, the final norm and position tables say of each candidate's share."""
-        found, name, vocabulary = work.front(), self.model.header_names()[0], objective.vocabulary
-        base, places = next(arriving), torch.searchsorted(vocabulary, found.rows).to(self.model.device)
-        gradients = {name: torch.zeros((len(vocabulary), *found.values.shape[1:]), device=found.values.device)}
-        gradients[name] = gradients[name].to(found.values.dtype).index_copy_(0, places, found.values)
+        found, base = work.front(), arriving.take(keep=True)
+        gradients = dict.fromkeys(base, found.values)
         for number in self._with_header[1:]:
-            sums[number - 1] += _inner(gradients, base, next(arriving))
+            sums[number - 1] += _inner(gradients, base, arriving.take())
         for number, theirs in enumerate(self._outside[1:]):
             sums[number] += _inner(found.dense, self._outside[0], theirs)
 
@@ -239,7 +236,7 @@ class Mix:
             flags = []
             for first, end in row_ranges(own):
                 rows = replace(header, tensors={name: own.data[first:end]})
-                flags.append(_mixed(rows, next(arriving), _in_turn(shares, arriving, all_arrive), exact))
+                flags.append(_mixed(rows, arriving.take(keep=True), _in_turn(shares, arriving, all_arrive), exact))
             changed.append(torch.cat(flags).any())
         if exact:
             header.note_changes(torch.stack(changed))
@@ -247,7 +244,7 @@ class Mix:
 
 def _in_turn(shares: Row, arriving: Arriving, all_arrive: bool) -> Iterator[tuple[float, Tensors]]:
     """Each candidate's share with its tensors. all_arrive: also of one without a share."""
-    return ((share, next(arriving)) for share in shares if share or all_arrive)
+    return ((share, arriving.take()) for share in shares if share or all_arrive)
 
 
 def _mix(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> None:

@@ -7,11 +7,10 @@ header is made.
     main             | search 1      | search 2  | ...      the one that is searched and the one that arrives
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -119,34 +118,45 @@ class ReadAhead:
         self._let_go()
 
 
-def in_turn(jobs: Iterable[Callable[[], Value]], streams: Sequence[torch.Stream], ahead: bool) -> Iterator[Value]:
-    """What each job makes, in order; while one is used, a thread makes the next, unless `ahead` is false. By the time
-    that the one behind it is taken, one must not be used any more. streams: see ReadAhead."""
+class InTurn(Generic[Value]):
+    """What jobs make, one after another in a given order; while one result is used, a thread makes the next."""
 
-    def made(job: Callable[[], Value]) -> Value:
-        with torch.no_grad(), beside(streams):
-            result = job()
-        for stream in streams:
+    def __init__(self, jobs: Iterable[Callable[[], Value]], streams: Sequence[torch.Stream], ahead: bool) -> None:
+        """streams, ahead: see ReadAhead."""
+        self._jobs, self._streams, self._ahead = iter(jobs), streams, ahead
+        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._begun = self._begin() if ahead else None
+        self._last: Value | None = None
+        self._kept: Value | None = None
+
+    def take(self, keep: bool = False) -> Value:
+        """The next result. The one before it must not be used any more then, nor the last that was to be kept once
+        there is another such. Raises what making it raises."""
+        found = (self._begun or self._begin()).result()
+        # What uses memory now is waited for before it is used again, and let go of only when nobody else asks for any.
+        follow(self._streams)
+        self._last, self._kept = found, found if keep else self._kept
+        self._begun = self._begin() if self._ahead else None
+        return found
+
+    def _begin(self) -> "Future[Value]":
+        """Go on to the next job; behind the last there is nothing to be taken."""
+        return self._thread.submit(self._made, next(self._jobs, None))
+
+    def _made(self, job: Callable[[], Value] | None) -> Value | None:
+        with torch.no_grad(), beside(self._streams):
+            made = job and job()
+        for stream in self._streams:
             stream.synchronize()
-        return result
+        return made
 
-    jobs = iter(jobs)
-    if not ahead:
-        yield from map(made, jobs)
-        return
-    thread = ThreadPoolExecutor(1, "read-ahead")
-    try:
-        begun = [thread.submit(made, job) for job in islice(jobs, 1)]
-        for job in jobs:
-            result = begun.pop().result()
-            follow(streams)  # what uses the memory now is waited for before it is used again
-            begun.append(thread.submit(made, job))
-            yield result
-            del result
-        if begun:
-            yield begun.pop().result()
-    finally:
-        thread.shutdown(cancel_futures=True)
+    def __enter__(self) -> "InTurn[Value]":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        follow(self._streams)
+        self._last = self._kept = self._begun = None
 
 
 class Memory:
