@@ -36,6 +36,7 @@ from modules.scoring.hidden_states import (
 )
 from modules.scoring.objective import Objective, Value
 
+NOTHING = 1e-25  # a smaller gradient on a logit, by the largest, is none: processors take ten times as long for such
 EMBEDDING = "embedding"  # its gradient, before it is known by another name
 
 
@@ -50,7 +51,7 @@ class Outside:
 
 class GradientPass:
     """One pass over a model. Its methods are called in the order of this class; every gradient that they return is
-    multiplied with `scale`, a power of two by which float16 loses no small values."""
+    multiplied with `scale`, a power of two by which no type loses what is small."""
 
     def __init__(self, objective: Objective, outside: bool = True) -> None:
         """outside: whether gradients on what is outside the layers are wanted."""
@@ -74,9 +75,8 @@ class GradientPass:
         self._final_gradient = torch.zeros_like(self._final, dtype=self._of.dtype)
         self._normaliser, self._log_probabilities = self._of.scored(self._final)
         self._asked = self._of.upstream(self._log_probabilities)
-        if self._model.dtype == torch.float16:
-            largest = max(float(self._asked.each.abs().max()), self._of.drift_weight / self._of.tokens)
-            self.scale = 2.0 ** -math.floor(math.log2(largest)) if largest else 1.0
+        largest = max([self._of.drift_weight / self._of.tokens, *self._asked.each.abs().tolist()])
+        self.scale = 2.0 ** -math.floor(math.log2(largest)) if largest else 1.0
 
     # -- the head -----------------------------------------------------------------------------------------------------
 
@@ -115,10 +115,11 @@ class GradientPass:
             with torch.set_grad_enabled(learn):
                 logits = self._of.logits(hidden)
             with torch.no_grad():
-                upstream = self._on_logits(logits, start, first, end, base)
+                upstream = self.scale * self._on_logits(logits, start, first, end, base)
+                upstream = torch.nn.functional.hardshrink(upstream, NOTHING)
             if not learn:
                 return
-            gradients = torch.autograd.grad(logits, [hidden, *own.values()], self.scale * upstream, allow_unused=True)
+            gradients = torch.autograd.grad(logits, [hidden, *own.values()], upstream, allow_unused=True)
         self._final_gradient[start:stop] += gradients[0]
         for name, gradient in zip(own, gradients[1:], strict=True):
             _add(found, name, gradient)

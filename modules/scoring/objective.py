@@ -13,6 +13,7 @@ layers, whose weights they are, how a gradient goes on from the logits.
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from modules.runtime import ConfigError
 from modules.scoring.drift import DriftMeter
 from modules.scoring.hidden_states import ending_in, replaced_layers
 from modules.scoring.scorer import Scorer
+
+NOTHING = 1e-15  # a pair whose part in the gradient is smaller, by the largest, has none: see gradient.NOTHING
 
 
 @dataclass(frozen=True)
@@ -81,31 +84,47 @@ class Objective:
             raise ConfigError(
                 f"{kind}: has no output head whose gradient could be made in blocks of its rows"
             ) from None
-        self.model, self.budget, self.drift_weight = model, scorer.budget, drift_weight
+        if any(tensor.is_meta for tensor in model.module.parameters()):
+            raise ConfigError(f"{kind}: some of its layers lie in the CPU's memory, where they have no gradient")
+        self.model, self.drift_weight = model, drift_weight
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.dtype = torch.promote_types(torch.float32, model.dtype)  # that logits and sums are made in
+        self.tokens = 1 if meter is None else sum(batch.numel() for batch in meter.batches)  # of all processes
+        self.before = torch.zeros(0)  # last hidden states of the base on neutral text, (positions, H), on the host
+        self._batches: list[Tensor] = []  # of neutral text
+        self._pack(scorer)
+        if meter is not None and drift_weight:
+            self._add(meter, scorer)
+
+    def _pack(self, scorer: Scorer) -> None:
+        """Take over how a scorer packs the pairs, and how much memory it allows itself."""
+        self.budget = scorer.budget
         self.texts, self.targets = _texts_of(scorer)
         self.asked = sum(
             len(text.rows) for text in self.texts
         )  # positions of pairs; behind them, those of neutral text
-        self.own = torch.zeros(len(weights), dtype=torch.bool)  # the pairs of this process
+        self.own = torch.zeros(len(self.weights), dtype=torch.bool)  # the pairs of this process
         self.own[self.targets.pairs] = True
-        self.tokens = 1 if meter is None else sum(batch.numel() for batch in meter.batches)  # of all processes
-        self.before = torch.zeros(0)  # last hidden states of the base on neutral text, (positions, H), on the host
-        if meter is not None and drift_weight:
-            self._add(meter, scorer.rank.number, scorer.rank.world_size)
+        for batch in self._batches:
+            for windows in batch.split(max(1, self.budget.tokens // batch.shape[1])):
+                rows, columns = torch.ones_like(windows).nonzero().unbind(1)
+                self.texts.append(Text(partial(dict, input_ids=windows), windows.numel(), rows, columns))
 
     @torch.no_grad()
-    def _add(self, meter: DriftMeter, number: int, processes: int) -> None:
-        """A process's share of neutral text."""
-        before = []
-        for batch, hidden in list(zip(meter.batches, meter.before, strict=True))[number::processes]:
-            rows, columns = torch.ones_like(batch).nonzero().unbind(1)
-            self.texts.append(Text(lambda batch=batch: {"input_ids": batch}, batch.numel(), rows, columns))
-            before.append(hidden.flatten(0, 1))
+    def _add(self, meter: DriftMeter, scorer: Scorer) -> None:
+        """This process's share of neutral text."""
+        own = slice(scorer.rank.number, None, scorer.rank.world_size)
+        self._batches, before = meter.batches[own], [hidden.flatten(0, 1) for hidden in meter.before[own]]
         self.before = torch.cat(before) if before else self.before
         self.outside = {name: tensor.clone() for name, tensor in self.model.outside().tensors.items()}
+        self._pack(scorer)
         self.base_normaliser = self.normaliser(self.before)
+
+    def packed_as(self, scorer: Scorer) -> "Objective":
+        """The same in the packs, and with the memory, that a scorer of the same pairs has by now."""
+        found = copy(self)
+        found._pack(scorer)
+        return found
 
     def part(self, pairs: bool) -> "Objective":
         """The same without neutral text's divergence or, if not `pairs`, of that alone."""
@@ -191,6 +210,7 @@ class Objective:
         # Several pairs may ask for the same token at the same place: summed on the host, always in the same order.
         slots, number = slots.unique(dim=0, return_inverse=True)
         each = torch.zeros(len(slots), dtype=torch.float64).index_add_(0, number, scores[self.targets.pairs])
+        each[each.abs() < NOTHING * max([0.0, *each.abs().tolist()])] = 0
         sums = torch.zeros(self.asked, dtype=torch.float64).index_add_(0, slots[:, 0], each)
         return Upstream(slots[:, 0], slots[:, 1], each, sums.to(self.model.device, self.dtype))
 

@@ -270,7 +270,7 @@ def _mixed(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], e
             mixed = sums[name].add_(base[name], alpha=1 - math.fsum(shares))
             mixed = mixed.to(part.saved_dtypes[name] if exact else own.dtype).to(own.dtype)
         own.data.copy_(mixed)
-        flags.append((mixed != base[name]).any())
+        flags.append((mixed != base[name]).any() if exact else torch.tensor(True))
     return torch.stack(flags)
 
 
@@ -282,7 +282,7 @@ def _inner(gradients: Tensors, base: Tensors, theirs: Tensors) -> Tensor:
         tensors = [tensor.view(-1, *tensor.shape[1:]) for tensor in (theirs[name], base[name], gradient)]
         for first, end in row_ranges(tensors[0]):
             one, other, step = (tensor[first:end].to(found.dtype) for tensor in tensors)
-            found = found + ((one - other) * step).sum()
+            found = found + torch.dot((one - other).flatten(), step.flatten())
     return found
 
 

@@ -31,7 +31,7 @@ def streamed(objective):
     state[model.header_names()[0]][front.rows] += front.values
     for name, gradient in {**found, **front.dense}.items():
         state[name] = gradient
-    return state, work.value()
+    return {name: tensor / work.scale for name, tensor in state.items()}, work.value()
 
 
 def check(one, neutral=True):

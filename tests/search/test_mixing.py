@@ -17,6 +17,7 @@ from modules.model import part
 from modules.runtime.errors import BrokenWeights, ConfigError
 from modules.scoring.budget import Budget
 from modules.scoring.objective import Objective
+from modules.search.joint import Joint
 
 FILE = "model.safetensors"
 
@@ -157,6 +158,32 @@ def test_what_is_kept_is_rounded_once_and_what_has_no_share_is_copied(tmp_path, 
         touched = ".0." in name or ".2." in name
         assert tensor.dtype == ours[name].dtype, name
         assert torch.equal(tensor, before[name].to(tensor.dtype) if touched else ours[name]), name
+
+
+def test_with_less_memory_it_is_the_same(llamas):
+    """Smaller packs, and fewer windows of neutral text at a time, while the model is the base no more."""
+    base, folders = llamas
+    one = mixed(base, folders)
+    expected, texts = one.found(SHARES), len(one.objective.texts)
+    assert one.scorer.take_less_memory() and one.scorer.take_less_memory()
+    one.objective = one.objective.packed_as(one.scorer)
+    found = one.found(SHARES)
+    assert len(one.objective.texts) >= texts + 3
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-9)
+    for ours, theirs in zip(found[2], expected[2], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-8)
+
+
+def test_half_types_give_about_the_same(llamas):
+    base, folders = llamas
+    exact = mixed(base, folders).found(SHARES)[2]
+    size = max(abs(value) for row in exact for value in row)
+    for compute in ("bfloat16", "float16"):
+        one = mixed(base, folders, compute=compute)
+        one.mix.compose(SHARES)
+        found = Joint(one.mix, one.objective).gradient(SHARES)
+        for ours, theirs in zip(found, exact, strict=True):
+            assert ours == pytest.approx(theirs, abs=0.1 * size), compute
 
 
 def test_a_model_without_tails_is_refused(llamas):
