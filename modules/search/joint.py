@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from modules.runtime import ConfigError
+from modules.runtime import ConfigError, is_out_of_memory
 from modules.runtime.distributed import ALONE, Group
+from modules.runtime.errors import ProcessLost
 from modules.scoring import Objective, Value
-from modules.search.mixing import Mix, Row
+from modules.search.mixing import Mix, Row, Update
 
 BETAS, TINY = (0.8, 0.95), 1e-12  # of Adam; what keeps it from dividing by nothing
 LAST_STEP = 0.1  # the size of the last step by that of the first; those between fall evenly
@@ -117,7 +118,11 @@ class Joint:
         self.group.on_all_ranks(lambda: self.mix.compose(state.shares))
 
     def step(self, state: JointState) -> tuple[JointState, Value]:
-        """The state behind one more step, with the model composed from it; the objective before that step."""
+        """The state behind one more step, with the model composed from it; the objective before that step.
+
+        Where it fails, the model is no state's; after `go_to` the step can be made again. What one process lacks memory
+        for fails in all of them.
+        """
         rows: dict[int, tuple[Row, Row, Row]] = {}
         size = step_size(state.step + 1, self.steps, self.first_size)
 
@@ -125,13 +130,13 @@ class Joint:
             rows[row] = moved(state, row, self._sum(gradient), size)
             return rows[row][0]
 
-        value = self._whole(self.mix.descend(self.objective, update))
+        value = self._descend(self.objective, update)
         ordered = (rows[row] for row in range(self.mix.rows))
         return JointState(state.step + 1, *zip(*ordered, strict=True)), value
 
     def value(self) -> Value:
         """The objective of the model as it is."""
-        return self._whole(self.mix.value(self.objective))
+        return self._whole(self.group.on_all_ranks(lambda: self.mix.value(self.objective)))
 
     def gradient(self, shares: Sequence[Row], objective: Objective | None = None) -> Rows:
         """d objective / d share of each row and candidate. shares: those that the model is composed from, and stays so.
@@ -142,7 +147,7 @@ class Joint:
             rows[row] = self._sum(gradient)
             return shares[row]
 
-        self.mix.descend(objective or self.objective, update)
+        self._descend(objective or self.objective, update)
         return tuple(tuple(rows[row]) for row in range(self.mix.rows))
 
     def check(self, shares: Sequence[Row]) -> None:
@@ -180,11 +185,36 @@ class Joint:
             found.append(self.value().objective)
         return (found[0] - found[1]) / (2 * amount)
 
+    def _descend(self, objective: Objective, update: Update) -> Value:
+        """`Mix.descend` in all processes. One that fails says so in the place of its next part of a sum."""
+        try:
+            value = self.mix.descend(objective, update)
+        except _Elsewhere as failure:
+            kind = torch.OutOfMemoryError if failure.lacks_memory else ProcessLost
+            raise kind("another process of this run has failed") from None
+        except Exception as error:
+            self.group.sum([[0.0] * len(self.mix.candidates) + [1.0, float(not is_out_of_memory(error))]])
+            raise
+        self._sum([0.0] * len(self.mix.candidates))  # none has failed behind the last row
+        return self._whole(value)
+
     def _sum(self, row: Row) -> Row:
-        return self.group.sum([row])[0]
+        """Over all processes. Raises _Elsewhere if one of them has failed."""
+        ((*found, failed, otherwise),) = self.group.sum([[*row, 0.0, 0.0]])
+        if failed:
+            raise _Elsewhere(lacks_memory=not otherwise)
+        return found
 
     def _whole(self, part: Value) -> Value:
         """The value of all processes' parts together."""
         ((total, divergence),) = self.group.sum([[part.total, part.divergence]])
         (log_probabilities,) = self.group.sum([part.log_probabilities])
         return Value(log_probabilities, total, divergence, total + self.objective.drift_weight * divergence)
+
+
+class _Elsewhere(Exception):
+    """Another process has failed."""
+
+    def __init__(self, lacks_memory: bool) -> None:
+        super().__init__()
+        self.lacks_memory = lacks_memory

@@ -12,7 +12,7 @@ from mixes import InDouble, mixed
 
 from modules.runtime import Rank
 from modules.runtime.distributed import Group
-from modules.runtime.errors import ConfigError
+from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost
 from modules.scoring.budget import Budget
 from modules.scoring.gradient import GradientPass
 from modules.search.joint import Joint, JointState, first_shares, largest_factor, moved, rounded, step_size
@@ -157,35 +157,75 @@ class Together(Group):
         return total
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_find_what_one_finds(llama, processes):
+def in_processes(llama, processes, work):
+    """What work(a mix, its group) returns in each of several processes, and in one that has everything."""
     ranks = [Rank(number, processes) for number in range(processes)]
     alone, *others = (mixed(*llama, budget=Budget(tokens=20), rank=rank) for rank in (Rank(), *ranks))
     barrier, rows, found = threading.Barrier(processes), {}, {}
     assert all(0 < len(one.objective.texts) < len(alone.objective.texts) for one in others)
 
-    def work(one, group):
-        joint, state = Joint(one.mix, one.objective, 3, group=group), JointState.at([[0.02, 0.02]] * one.mix.rows)
+    def run(one, group):
         with InDouble():
-            joint.go_to(state)
-            for _ in range(3):
-                state, value = joint.step(state)
-        found[group.rank] = state, value
+            found[group.rank] = work(one, group)
 
-    work(alone, Group(Rank()))
-    expected, value = found.pop(Rank())
     groups = [Together(rank, barrier, rows) for rank in ranks]
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(others, groups, strict=True)]
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(others, groups, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=120)
-    first, theirs = found[ranks[0]]
-    assert len(found) == processes and all(one == (first, theirs) for one in found.values())
-    for row, other in zip(first.shares, expected.shares, strict=True):
+    run(alone, Group(Rank()))
+    return found.pop(Rank()), [found[rank] for rank in ranks]
+
+
+def three_steps(one, group):
+    joint, state = Joint(one.mix, one.objective, 3, group=group), JointState.at([[0.02, 0.02]] * one.mix.rows)
+    joint.go_to(state)
+    for _ in range(3):
+        state, value = joint.step(state)
+    return state, value
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_find_what_one_finds(llama, processes):
+    (state, value), found = in_processes(llama, processes, three_steps)
+    assert all(one == found[0] for one in found)
+    for row, other in zip(found[0][0].shares, state.shares, strict=True):
         assert row == pytest.approx(other, abs=1e-6)
-    assert theirs.log_probabilities == pytest.approx(value.log_probabilities, rel=1e-9)
-    assert (theirs.objective, theirs.divergence) == pytest.approx((value.objective, value.divergence), rel=1e-9)
+    assert found[0][1].log_probabilities == pytest.approx(value.log_probabilities, rel=1e-9)
+    found = found[0][1].objective, found[0][1].divergence
+    assert found == pytest.approx((value.objective, value.divergence), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "failure, elsewhere",
+    [(torch.OutOfMemoryError("none left"), torch.OutOfMemoryError), (CheckpointError("gone"), ProcessLost)],
+)
+def test_what_fails_in_one_process_fails_in_all(llama, monkeypatch, failure, elsewhere):
+    """Halfway through a step; a lack of memory, after which it can be made again, is told from others."""
+    own, failures = GradientPass.layer, []
+
+    def layer(work, number):
+        if work._of.own.sum() < len(tiny.PAIRS) and number == 1 and not failures and work._of.own[0]:
+            failures.append(failure)
+            raise failure
+        return own(work, number)
+
+    def work(one, group):
+        joint, state = Joint(one.mix, one.objective, group=group), JointState.at([[0.02, 0.02]] * one.mix.rows)
+        joint.go_to(state)
+        try:
+            return joint.step(state)
+        except Exception as error:
+            joint.go_to(state)
+            return type(error), joint.step(state)[0]
+
+    monkeypatch.setattr(GradientPass, "layer", layer)
+    (expected, _), found = in_processes(llama, 2, work)
+    assert len(failures) == 1 and {kind for kind, _ in found} == {type(failure), elsewhere}
+    for _, state in found:
+        for row, other in zip(state.shares, expected.shares, strict=True):
+            assert row == pytest.approx(other, abs=1e-6)
 
 
 @pytest.mark.parametrize("compute", ["float64", "float32", "bfloat16"])
