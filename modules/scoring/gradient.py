@@ -4,7 +4,7 @@ Knows: forwards and their derivatives, hidden states between layers. Refuses to 
 weights change meanwhile.
 
     begin        all layers forward; what enters each of them is kept, or what enters some of them
-    head_block   of some rows of the head, one block after another, their gradient; the last hidden states' gathers
+    head_block   blocks of the head's rows: their gradient, and what they add to that on the last hidden states
     layer        from the last to the first: the layer runs again, with gradient on its own weights, which may change
                  as soon as that is there: of layers behind it nothing is computed any more
     front        embedding and position tables
@@ -56,7 +56,8 @@ class GradientPass:
     def __init__(self, objective: Objective, outside: bool = True) -> None:
         """outside: whether gradients on what is outside the layers are wanted."""
         self._of, self._model, self._wants_outside = objective, objective.model, outside
-        self._hidden = Entrances(objective.budget, len(self._model.layers), sum(one.tokens for one in objective.texts))
+        tokens = sum(text.ids.numel() for text in objective.texts)
+        self._hidden = Entrances(objective.budget, len(self._model.layers), tokens)
         self._shapes: list[torch.Size] = []  # of every text's hidden states
         self._upstream: list[Tensor] = []  # of every text, d objective / d hidden states, once the head is through
         self._dense: Tensors = {}
@@ -188,7 +189,7 @@ class GradientPass:
         def run(layer: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
             entered = hidden if layer == start and hidden is not None else entering(forward, *args, **kwargs)
             if keep:
-                self._hidden.keep(layer, number, entered, self._of.texts[number].tokens)
+                self._hidden.keep(layer, number, entered)
             output = call_on(entered, forward, args, kwargs)
             found[:] = [first_of(output)]
             return output
@@ -210,7 +211,7 @@ class GradientPass:
             for text, upstream in zip(self._of.texts, self._upstream, strict=True):
                 entered = self._at_entrance(text.arguments())
                 gradients = torch.autograd.grad(
-                    entered, list(own.values()), upstream.to(entered.device), allow_unused=True
+                    entered, [*own.values()], upstream.to(entered.device), allow_unused=True
                 )
                 for name, gradient in zip(own, gradients, strict=True):
                     _add(sums if name == EMBEDDING else self._dense, name, gradient)
@@ -240,10 +241,10 @@ class Entrances:
         self._places: dict[int, torch.device] | None = None  # of the layers whose hidden states are kept
         self._kept: dict[tuple[int, int], Tensor] = {}  # by layer and text
 
-    def keep(self, layer: int, text: int, hidden: Tensor, tokens: int) -> None:
-        """Of a text of so many tokens, what enters a layer, (B, T, H)."""
+    def keep(self, layer: int, text: int, hidden: Tensor) -> None:
+        """Of a text, what enters a layer: (B, T, H)."""
         if self._places is None:
-            self._places = self._planned(hidden.nbytes // tokens * self._tokens, hidden.device)
+            self._places = self._planned(hidden[0, 0].nbytes * self._tokens, hidden.device)
         if layer in self._places:
             place = self._places[layer]
             self._kept[layer, text] = hidden.detach() if place == hidden.device else hidden.to(place)

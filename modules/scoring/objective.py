@@ -24,6 +24,7 @@ from modules.scoring.drift import DriftMeter
 from modules.scoring.hidden_states import ending_in, replaced_layers
 from modules.scoring.scorer import Scorer
 
+AT_ONCE = 4  # tensors of the logits' size at a time: theirs, the base's, its shares, the gradient
 NOTHING = 1e-15  # a pair whose part in the gradient is smaller, by the largest, has none: see gradient.NOTHING
 
 
@@ -32,7 +33,7 @@ class Text:
     """What goes through the model at once, and the positions at which its answers count."""
 
     arguments: Callable[[], Mapping[str, Tensor]]  # what the model's forward takes; masks are made anew each time
-    tokens: int  # B x T
+    ids: Tensor  # (B, T), on the device
     rows: Tensor  # (positions,), with `columns` all different
     columns: Tensor
 
@@ -75,17 +76,15 @@ class Objective:
         scored by whole forwards."""
         kind = type(model.module).__name__
         if not scorer.has_tails:
-            raise ConfigError(
-                f"{kind}: its layers are reached by more than hidden states, so no gradient can be streamed"
-            )
+            raise ConfigError(f"{kind}: no gradient can be streamed, since more than hidden states reaches its layers")
         try:
             model.head_names()
         except (ValueError, KeyError):
-            raise ConfigError(
-                f"{kind}: has no output head whose gradient could be made in blocks of its rows"
-            ) from None
+            raise ConfigError(f"{kind}: no gradient can be streamed, since it has no output head of its own") from None
         if any(tensor.is_meta for tensor in model.module.parameters()):
-            raise ConfigError(f"{kind}: some of its layers lie in the CPU's memory, where they have no gradient")
+            raise ConfigError(
+                f"{kind}: no gradient can be made of layers that lie in the CPU's memory beside the device"
+            )
         self.model, self.drift_weight = model, drift_weight
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.dtype = torch.promote_types(torch.float32, model.dtype)  # that logits and sums are made in
@@ -100,15 +99,13 @@ class Objective:
         """Take over how a scorer packs the pairs, and how much memory it allows itself."""
         self.budget = scorer.budget
         self.texts, self.targets = _texts_of(scorer)
-        self.asked = sum(
-            len(text.rows) for text in self.texts
-        )  # positions of pairs; behind them, those of neutral text
+        self.asked = sum(len(text.rows) for text in self.texts)  # positions of pairs; those of neutral text come behind
         self.own = torch.zeros(len(self.weights), dtype=torch.bool)  # the pairs of this process
         self.own[self.targets.pairs] = True
         for batch in self._batches:
             for windows in batch.split(max(1, self.budget.tokens // batch.shape[1])):
                 rows, columns = torch.ones_like(windows).nonzero().unbind(1)
-                self.texts.append(Text(partial(dict, input_ids=windows), windows.numel(), rows, columns))
+                self.texts.append(Text(partial(dict, input_ids=windows), windows, rows, columns))
 
     @torch.no_grad()
     def _add(self, meter: DriftMeter, scorer: Scorer) -> None:
@@ -143,7 +140,7 @@ class Objective:
     @property
     def vocabulary(self) -> Tensor:
         """The tokens that the texts of this process have: (tokens,), ascending, on the host."""
-        ids = [text.arguments()["input_ids"].flatten() for text in self.texts]
+        ids = [text.ids.flatten() for text in self.texts]
         return torch.cat(ids).unique().cpu() if ids else torch.zeros(0, dtype=torch.long)
 
     @property
@@ -153,7 +150,7 @@ class Objective:
 
     def chunk(self, rows: int) -> int:
         """At how many positions so many rows of the head are read at a time."""
-        return max(1, self.budget.logits // (4 * rows))
+        return max(1, self.budget.logits // (AT_ONCE * 4 * rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model's own forward makes of last hidden states, (positions, H), with the rows that its head holds:
@@ -240,7 +237,7 @@ def _texts_of(scorer: Scorer) -> tuple[list[Text], Targets]:
     for inputs in scorer.packs_here:
         where = torch.stack((inputs.targets.rows, inputs.columns[inputs.targets.columns]), 1).cpu()
         where, number = where.unique(dim=0, return_inverse=True)
-        texts.append(Text(inputs.arguments, inputs.ids.numel(), *where.to(inputs.ids.device).unbind(1)))
+        texts.append(Text(inputs.arguments, inputs.ids, *where.to(inputs.ids.device).unbind(1)))
         found.append(torch.stack((number + offset, inputs.targets.tokens.cpu(), inputs.targets.pairs.cpu())))
         offset += len(where)
     table = torch.cat(found, 1) if found else torch.zeros(3, 0, dtype=torch.long)

@@ -53,7 +53,7 @@ class Mix:
         self.model, self.candidates, self.mixes_outside = model, candidates, outside
         self.notes: list[str] = []  # about headers that are not simply matched row by row
         self._sources = [model.as_candidate(), *candidates]
-        self._streams, self._ahead = streams, ahead
+        self._streams, self.ahead = streams, ahead
         self._memories = [Memory(bool(streams)) for _ in range(4)]  # two in turn for the base, two for candidates
         self._turn = count()
         self._headers: list[HeaderRows | None] = []  # of the base and of each candidate; None: it can't be matched
@@ -77,7 +77,7 @@ class Mix:
         layers = range(len(self.model.layers))
         jobs = [job for layer in layers for job in (self._base_layer(layer), *self._theirs(layer, shares[layer]))]
         jobs += self._header_jobs(shares[-1]) if self.mixes_outside else []
-        with InTurn(jobs, self._streams, self._ahead) as arriving:
+        with InTurn(jobs, self._streams, self.ahead) as arriving:
             for layer in layers:
                 theirs = _in_turn(shares[layer], arriving, all_arrive=False)
                 _mix(self.model.layer(layer), arriving.take(keep=True), theirs, exact)
@@ -89,10 +89,11 @@ class Mix:
         """The objective of the model as it is; of several processes, this one's part."""
         work = GradientPass(objective, outside=False)
         work.begin()
-        jobs = [self._rows_job(0, self._head, *block) for block in objective.blocks if self.mixes_outside]
-        with InTurn(jobs, self._streams, self._ahead) as arriving:
+        other_base = self.mixes_outside and len(objective.before) > 0  # whose head is not the model's
+        jobs = [self._rows_job(0, self._head, *block) for block in objective.blocks if other_base]
+        with InTurn(jobs, self._streams, self.ahead) as arriving:
             for block in objective.blocks:
-                base = self._by_own_names(arriving.take()) if self.mixes_outside else None
+                base = self._by_own_names(arriving.take()) if other_base else None
                 work.head_block(*block, base, learn=False)
         return work.value()
 
@@ -106,7 +107,7 @@ class Mix:
         """
         work, layers = GradientPass(objective, self.mixes_outside), range(len(self.model.layers))
         work.begin()
-        with InTurn(self._descent_jobs(objective), self._streams, self._ahead) as arriving:
+        with InTurn(self._descent_jobs(objective), self._streams, self.ahead) as arriving:
             outside = self._head_gradient(work, objective, arriving)
             value = work.value()
             for layer in reversed(layers):
@@ -131,9 +132,8 @@ class Mix:
         for layer in reversed(range(len(self.model.layers))):
             yield self._base_layer(layer)
             yield from self._theirs(layer, everyone)
-            yield from self._theirs(
-                layer, everyone
-            )  # once more, by now out of the system's memory: shares come between
+            # Shares come between; by now, what was read lies in the system's memory.
+            yield from self._theirs(layer, everyone)
         if self.mixes_outside:
             rows, name = objective.vocabulary, self.model.header_names()[0]
             yield from (partial(self._read_rows, number, [name], rows) for number in self._with_header)
@@ -237,9 +237,9 @@ class Mix:
             for first, end in row_ranges(own):
                 rows = replace(header, tensors={name: own.data[first:end]})
                 flags.append(_mixed(rows, arriving.take(keep=True), _in_turn(shares, arriving, all_arrive), exact))
-            changed.append(torch.cat(flags).any())
+            changed.append(torch.cat(flags))
         if exact:
-            header.note_changes(torch.stack(changed))
+            header.note_changes(torch.stack([flags.any() for flags in changed]))
 
 
 def _in_turn(shares: Row, arriving: Arriving, all_arrive: bool) -> Iterator[tuple[float, Tensors]]:
@@ -254,8 +254,9 @@ def _mix(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exa
 
 
 def _mixed(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> Tensor:
-    """Make a part's tensors the mix of the base's and others, each with its share, in float32 or wider; which of them
-    are not the base's: (tensors,), boolean. exact: rounded to what is saved; else to what is computed in."""
+    """Make a part's tensors the mix of the base's and others, each with its share, in float32 or wider, rounded
+    once: to what is saved, if exact, else to what is computed in. If exact, which of them are not the base's: (tensors,),
+    boolean; else nothing."""
     sums = {name: torch.zeros_like(tensor, dtype=_wide(tensor)) for name, tensor in base.items()}
     shares = []
     for share, tensors in theirs:
@@ -270,8 +271,9 @@ def _mixed(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], e
             mixed = sums[name].add_(base[name], alpha=1 - math.fsum(shares))
             mixed = mixed.to(part.saved_dtypes[name] if exact else own.dtype).to(own.dtype)
         own.data.copy_(mixed)
-        flags.append((mixed != base[name]).any() if exact else torch.tensor(True))
-    return torch.stack(flags)
+        if exact:
+            flags.append((mixed != base[name]).any())
+    return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.bool)
 
 
 def _inner(gradients: Tensors, base: Tensors, theirs: Tensors) -> Tensor:

@@ -103,7 +103,7 @@ def test_hidden_states_are_kept_evenly_where_room_is_short(here, beside, kept):
     entrances = Entrances(Budget(cache=here * hidden.nbytes * 2, cache_beside=beside * hidden.nbytes * 2), 5, 20)
     for text in (0, 1):
         for layer in range(5):
-            entrances.keep(layer, text, hidden + layer, 10)
+            entrances.keep(layer, text, hidden + layer)
     for layer in reversed(range(5)):
         before = [one for one in kept if one <= layer]
         found, tensor = entrances.last_before(layer, 1)

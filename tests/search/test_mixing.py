@@ -58,7 +58,7 @@ def test_wherever_hidden_states_are_kept(llamas, here, beside):
     """Of no layer, of the first, of every second, of all; on the device or beside it."""
     base, folders = llamas
     one = mixed(base, folders, budget=Budget(tokens=20))
-    size = sum(text.tokens for text in one.objective.texts) * 32 * 8
+    size = sum(text.ids.numel() for text in one.objective.texts) * 32 * 8
     one.objective.budget = Budget(tokens=20, cache=here * size, cache_beside=beside * size)
     assert len(one.objective.texts) > 4
     expected, found = one.expected(SHARES, folders), one.found(SHARES)
@@ -189,7 +189,7 @@ def test_half_types_give_about_the_same(llamas):
 def test_a_model_without_tails_is_refused(llamas):
     one = mixed(*llamas)
     scorer = SimpleNamespace(has_tails=False)
-    with pytest.raises(ConfigError, match="LlamaForCausalLM: its layers are reached by more than hidden states"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM: no gradient can be streamed, since more than hidden"):
         Objective(one.model, scorer, one.weights)
 
 
