@@ -160,6 +160,7 @@ class GradientPass:
             self._upstream[number] = gradients[0]
             for name, gradient in zip(own, gradients[1:], strict=True):
                 _add(sums, name, gradient)
+            del output, gradients, gradient  # a layer's worth
         self._hidden.drop(layer)
         return sums
 

@@ -116,6 +116,8 @@ class Mix:
                 del gradients
                 shares = update(layer, self._on_the_host(found, work.scale))
                 _mix(self.model.layer(layer), base, _in_turn(shares, arriving, all_arrive=True), exact=False)
+                del base
+                arriving.let_go()
             if self.mixes_outside:
                 self._add_front(work, arriving, outside)
                 shares = update(len(layers), self._on_the_host(outside, work.scale))
@@ -254,9 +256,8 @@ def _mix(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exa
 
 
 def _mixed(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> Tensor:
-    """Make a part's tensors the mix of the base's and others, each with its share, in float32 or wider, rounded
-    once: to what is saved, if exact, else to what is computed in. If exact, which of them are not the base's: (tensors,),
-    boolean; else nothing."""
+    """Make a part's tensors the mix of the base's and others, each with its share: summed in float32 or wider, rounded
+    to what is saved, if exact, else to what is computed in. If exact, which of them are not the base's, boolean."""
     sums = {name: torch.zeros_like(tensor, dtype=_wide(tensor)) for name, tensor in base.items()}
     shares = []
     for share, tensors in theirs:

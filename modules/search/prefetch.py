@@ -133,11 +133,15 @@ class InTurn(Generic[Value]):
         """The next result. The one before it must not be used any more then, nor the last that was to be kept once
         there is another such. Raises what making it raises."""
         found = (self._begun or self._begin()).result()
-        # What uses memory now is waited for before it is used again, and let go of only when nobody else asks for any.
-        follow(self._streams)
+        follow(self._streams)  # what uses memory now is waited for before it is used again
         self._last, self._kept = found, found if keep else self._kept
         self._begun = self._begin() if self._ahead else None
         return found
+
+    def let_go(self) -> None:
+        """Of all that has been taken: it is not used any more."""
+        follow(self._streams)
+        self._last = self._kept = None
 
     def _begin(self) -> "Future[Value]":
         """Go on to the next job; behind the last there is nothing to be taken."""
@@ -155,8 +159,8 @@ class InTurn(Generic[Value]):
 
     def __exit__(self, *_error: object) -> None:
         self._thread.shutdown(cancel_futures=True)
-        follow(self._streams)
-        self._last = self._kept = self._begun = None
+        self._begun = None
+        self.let_go()
 
 
 class Memory:

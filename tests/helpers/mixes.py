@@ -67,6 +67,7 @@ class Mixed:
     encoded: list[Encoded]
     scorer: Scorer
     weights: list[float]
+    meter: DriftMeter | None
     objective: Objective
     mix: Mix
 
@@ -145,4 +146,4 @@ def mixed(
         objective = Objective(model, scorer, weights, meter, DRIFT_WEIGHT)
         found = [opened(one, model) if isinstance(one, Path) else one(model) for one in candidates]
         mix = Mix(model, tokenizer, found, outside)
-    return Mixed(folder, model, tokenizer, encoded, scorer, weights, objective, mix)
+    return Mixed(folder, model, tokenizer, encoded, scorer, weights, meter, objective, mix)

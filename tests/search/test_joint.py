@@ -125,7 +125,10 @@ def test_the_objective_falls(llama):
     last = joint.value().objective
     assert last < min(values) and last < at_base and values[0] == pytest.approx(at_base, rel=0.1)
     one.mix.compose(rounded(state.shares), exact=True)
-    assert joint.value().objective == pytest.approx(last, rel=0.02)
+    value = joint.value()
+    assert value.objective == pytest.approx(last, rel=0.02)
+    assert value.log_probabilities == pytest.approx(one.scorer.score(), rel=1e-5)
+    assert value.divergence == pytest.approx(one.meter.measure().divergence, rel=1e-4) and value.divergence > 1e-4
 
 
 def test_slopes_of_pairs_and_of_drift_make_the_gradient(llama):
