@@ -11,7 +11,7 @@ from mixes import InDouble, mixed
 from modules.model import part
 from modules.scoring.budget import Budget
 from modules.scoring.gradient import Entrances, GradientPass
-from modules.scoring.objective import Objective
+from modules.scoring.objective import AT_ONCE, Objective
 
 
 def streamed(objective):
@@ -64,7 +64,7 @@ def test_every_gradient_is_that_of_the_whole_model(tmp_path, name):
 def test_in_many_packs_and_blocks(tmp_path, monkeypatch, tied):
     monkeypatch.setattr(part, "ROWS", 4 * 32 * 90)
     made = mixes.make(tmp_path, tiny.llama_config(len(tiny.bpe_tokenizer()), tied=tied))
-    one = mixed(*made, budget=Budget(tokens=20, logits=4 * 90 * 5))
+    one = mixed(*made, budget=Budget(tokens=20, logits=AT_ONCE * 4 * 90 * 5))
     assert len(one.objective.blocks) == 5 and len(one.objective.texts) > 4
     check(one)
 

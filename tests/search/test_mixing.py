@@ -16,7 +16,7 @@ from modules.config import load_config
 from modules.model import part
 from modules.runtime.errors import BrokenWeights, ConfigError
 from modules.scoring.budget import Budget
-from modules.scoring.objective import Objective
+from modules.scoring.objective import AT_ONCE, Objective
 from modules.search.joint import Joint
 
 FILE = "model.safetensors"
@@ -68,10 +68,10 @@ def test_wherever_hidden_states_are_kept(llamas, here, beside):
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2", "Phi", "OPT"])
 def test_in_small_blocks_of_rows_and_positions(tmp_path, monkeypatch, name):
-    """Tied and untied, with a bias, with a soft cap: seven rows of the head at a time, at three positions."""
-    monkeypatch.setattr(part, "ROWS", 4 * 32 * 7)
+    """Tied and untied, with a bias, with a soft cap: ninety rows of the head at a time, at five positions."""
+    monkeypatch.setattr(part, "ROWS", 4 * 32 * 90)
     made = mixes.make(tmp_path, configuration(name, len(tiny.bpe_tokenizer())))
-    check(*made, budget=Budget(logits=4 * 7 * 3))
+    check(*made, budget=Budget(logits=AT_ONCE * 4 * 90 * 5))
 
 
 @pytest.mark.parametrize("neutral, outside", [(False, True), (True, False), (False, False)])
