@@ -56,6 +56,14 @@ class Candidate:
         present = [name for name in names if name in self.conversion]
         return self.conversion.stream(present, partial(self.checkpoint.stream, room=room))
 
+    def rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of a tensor, in the order of their numbers: (rows, ...), on the CPU, in its stored dtype.
+
+        rows: (rows,), int64, on the CPU. Raises CheckpointError if a file can't be read.
+        """
+        stored = self.conversion.stored_alone(name)
+        return self.read([name])[name][rows] if stored is None else self.checkpoint.rows(stored, rows)
+
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """The same, all together and in the order of the names."""
         return self.conversion.load([name for name in names if name in self.conversion], self.checkpoint.stream)

@@ -36,6 +36,7 @@ from modules.checkpoints.weight_files import (
     local_files,
     read_file,
     read_header,
+    read_rows,
     stream_tensors,
     weight_files,
 )
@@ -115,6 +116,10 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The same, all together."""
         return dict(self.stream(names))
+
+    def rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of a tensor; see `read_rows`."""
+        return read_rows(self.path / self.tensors[name].file, name, rows, self._held)
 
     def release(self) -> None:
         """Let go of what `stream` keeps in memory: nothing, or one file."""

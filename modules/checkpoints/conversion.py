@@ -137,6 +137,11 @@ class Conversion:
         group = self._group_of.get(self._rules.module_name(name)[0])
         return group.sources[0] if group is not None and group.rule is None else None
 
+    def stored_alone(self, name: str) -> str | None:
+        """The stored tensor that a tensor of the module simply is; None if a rule makes it of one or of several."""
+        group = self._group_of[name]
+        return group.sources[0] if group.rule is None else None
+
     def knows(self, name: str) -> bool:
         """Whether the module has a tensor of this name, or of the name that the rules make of it, stored or not."""
         return self._rules.module_name(name)[0] in self._rules

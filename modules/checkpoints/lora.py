@@ -220,6 +220,16 @@ class Adapted(Checkpoint):
             product = products.get(name)
             yield name, _sum(weight, own[product.a], own[product.b], product) if product else weight
 
+    def rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of a tensor with the adapter applied; see `read_rows`."""
+        whole, product = self.adapter.whole.get(name), self.adapter.products.get(name)
+        weight = super().rows(name, rows) if whole is None else self.adapter.read([whole])[whole][rows]
+        if product is None:
+            return weight
+        own = self.adapter.read({product.a, product.b})
+        a, b = own[product.a], own[product.b]
+        return _sum(weight, *((a[:, rows], b) if product.transposed else (a, b[rows])), product)
+
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:
     """W + s*B*A, computed in float32 and rounded once to the weight's dtype."""

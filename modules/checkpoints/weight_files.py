@@ -9,7 +9,9 @@ import json
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -223,6 +225,36 @@ def stream_tensors(
             if file.readinto(memory.numpy()) < end - first:
                 raise ValueError("it ends too early")
             yield name, memory.view(_DTYPES[entries[name]["dtype"]]).view(entries[name]["shape"])
+
+
+def read_rows(path: Path, name: str, rows: Tensor, held: Held | None = None) -> Tensor:
+    """Some rows of one tensor of a file, in the order of their numbers: (rows, ...), on the CPU, in its stored dtype.
+
+    rows: (rows,), int64, on the CPU. Rows that stand side by side are read at once, and no others. held: see
+    `stream_tensors`. Raises CheckpointError if the file can't be read.
+    """
+    if is_pickled(path.name):
+        return unpickled_once(path, {} if held is None else held)[name].detach()[rows]
+    with reading(path), path.open("rb", buffering=0) as file:
+        entry = json.loads(file.read(header := int.from_bytes(file.read(8), "little")))[name]
+        first, end = entry["data_offsets"]
+        size = (end - first) // max(1, entry["shape"][0])  # of a row, in bytes
+        memory = fresh(size * len(rows))
+        bytes_of, breaks = memory.numpy(), (rows.diff() != 1).nonzero().flatten() + 1
+        ends = [*breaks.tolist(), len(rows)] if len(rows) else []
+        for place, stop in zip([0, *ends], ends, strict=False):
+            file.seek(8 + header + first + size * int(rows[place]))
+            _fill(file, bytes_of[size * place : size * stop])
+        return memory.view(_DTYPES[entry["dtype"]]).view(len(rows), *entry["shape"][1:])
+
+
+def _fill(file: RawIOBase, memory: Any) -> None:
+    """Read until memory is full: the system reads no more than 2 GiB at a time."""
+    while len(memory):
+        count = file.readinto(memory)
+        if not count:
+            raise ValueError("it ends too early")
+        memory = memory[count:]
 
 
 def fingerprint(path: Path) -> Fingerprint:

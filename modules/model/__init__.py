@@ -16,7 +16,7 @@ from modules.model.devices import (
     wider,
     widest_float,
 )
-from modules.model.embeddings import HeaderSkipped, aligned_header
+from modules.model.embeddings import HeaderRows, HeaderSkipped, aligned_header, matched_header, own_header
 from modules.model.loading import ModelLoader, too_large_for
 from modules.model.memory import (
     Memory,
@@ -27,4 +27,4 @@ from modules.model.memory import (
     sizes_of,
     weights_of,
 )
-from modules.model.part import BLOCKS, Part
+from modules.model.part import BLOCKS, Part, row_ranges

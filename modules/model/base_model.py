@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from modules.checkpoints import (
+    Candidate,
     Checkpoint,
     Conversion,
     copy_companions,
@@ -191,15 +192,33 @@ class ResidentModel:
     @contextmanager
     def head_rows(self, first: int, end: int, rows: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """The head has only these of its rows for a moment, or of others that are laid out alike."""
-        own = self._head_tensors()
-        whole = {name: tensor.data for name, tensor in own.items()}
+        whole = rows or {name: tensor.data for name, tensor in self._head_tensors().items()}
+        with self.head_holding({name: tensor[first:end].to(self.device) for name, tensor in whole.items()}):
+            yield
+
+    @contextmanager
+    def head_holding(self, rows: Mapping[str, Tensor]) -> Iterator[None]:
+        """The head has other rows than its own for a moment, of any number; so has an embedding that is tied to it."""
+        own, embedding = self._head_tensors(), self.module.get_input_embeddings()
+        whole, padding = {name: tensor.data for name, tensor in own.items()}, getattr(embedding, "padding_idx", None)
         try:
+            embedding.padding_idx = None  # it may be the number of a row that is not there
             for name, tensor in own.items():
-                tensor.data = (rows or whole)[name][first:end].to(tensor.device)
+                tensor.data = rows[name]
             yield
         finally:
+            embedding.padding_idx = padding
             for name, tensor in own.items():
                 tensor.data = whole[name]
+
+    def head_names(self) -> dict[str, str]:
+        """The head's own tensors, weight and perhaps bias -> their names in the header's part."""
+        header = {id(tensor): name for name, tensor in self.header().tensors.items()}
+        return {name: header[id(tensor)] for name, tensor in self._head_tensors().items()}
+
+    def as_candidate(self) -> Candidate:
+        """The base as its files have it, whatever has been merged into the model, to be read as a candidate is."""
+        return Candidate(self.checkpoint, self._conversion)
 
     def header_has_changed(self) -> bool:
         """Whether a merge has made the header another than the base's."""
@@ -208,12 +227,9 @@ class ResidentModel:
 
     def original_head(self) -> dict[str, Tensor]:
         """The head's tensors as the base's file has them, on the CPU in the model's dtype."""
-        found = {}
-        for name, tensor in self._head_tensors().items():
-            state = next(other for other, one in self._state.items() if one is tensor)
-            stored = self._conversion.load([self._stored_as[state]], self.checkpoint.stream)
-            found[name] = stored.popitem()[1].to(tensor.dtype)
-        return found
+        own, names = self._head_tensors(), {name: self._stored_as[other] for name, other in self.head_names().items()}
+        stored = self._conversion.load(set(names.values()), self.checkpoint.stream)
+        return {name: stored[other].to(own[name].dtype) for name, other in names.items()}
 
     def _head_tensors(self) -> dict[str, Tensor]:
         head = self.module.get_output_embeddings()

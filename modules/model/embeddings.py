@@ -3,8 +3,9 @@
 Knows: vocabularies, tied weights. Refuses to know: how rows are mixed, scores.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,12 +67,42 @@ class Alignment:
         return text
 
 
-def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> tuple[Tensors, str | None]:
-    """The candidate's header with its rows in the base's order, and a line about what had to be matched.
+@dataclass(frozen=True)
+class HeaderRows:
+    """A candidate's header, to be read some rows at a time, in the base's order."""
 
-    tokenizer: the base's. Raises HeaderSkipped if too few rows match, BrokenWeights if they are no numbers,
-    CheckpointError if a file can't be read.
-    """
+    candidate: Candidate
+    sources: Mapping[str, str]  # tensor of the base's header -> the candidate's that is merged into it
+    matches: Mapping[int, int]  # base row -> candidate row
+    note: str | None  # how rows were matched, if that is not simply by their place
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """The candidate's row for each of the base's up to the last that has one, -1 where there is none."""
+        order = torch.full((max(self.matches) + 1,), -1)
+        order[torch.tensor(list(self.matches))] = torch.tensor(list(self.matches.values()))
+        return order
+
+    def read(self, name: str, rows: Tensor, own: Callable[[], Tensor] | None = None) -> Tensor:
+        """Rows of one of the base's tensors by their numbers, (rows,), ascending: (rows, ...), on the CPU, as they are
+        stored. own: makes the base's, which stay where there is no match; not needed if all have one.
+
+        Raises CheckpointError if a file can't be read.
+        """
+        order = torch.where(rows < len(self._order), self._order[rows.clamp(max=len(self._order) - 1)], -1)
+        matched = order >= 0
+        theirs = self.candidate.rows(self.sources[name], order[matched])
+        if own is None or bool(matched.all()):
+            return theirs
+        ours = own()
+        found = ours.to(torch.promote_types(ours.dtype, theirs.dtype), copy=True)
+        found[matched] = theirs.to(found.dtype)
+        return found
+
+
+def matched_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> HeaderRows:
+    """A candidate's header, matched with the base's. tokenizer: the base's. Raises HeaderSkipped if too few rows match,
+    CheckpointError if a file can't be read."""
     part = model.header()
     sources = _sources(model, candidate, part)
     rows = min(tensor.shape[0] for tensor in part.tensors.values())
@@ -81,18 +112,36 @@ def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -
     except ConfigError as error:
         raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
     alignment = _align(tokenizer, rows, other, their_rows, candidate.name)
-    stored = candidate.read(set(sources.values()))
+    tying = _about_tying(model, candidate, part)
+    note = None
+    if alignment.base != alignment.candidate or tying:  # else they are the same, row for row
+        note = f"Header: {alignment.describe(candidate.name)}" + (f"; {tying}" if tying else "")
+    return HeaderRows(candidate, sources, alignment.matches, note)
+
+
+def own_header(model: ResidentModel) -> HeaderRows:
+    """The base's header as its files have it, whatever has been merged into the model."""
+    part, base = model.header(), model.as_candidate()
+    rows = max(tensor.shape[0] for tensor in part.tensors.values())
+    return HeaderRows(base, _sources(model, base, part), {row: row for row in range(rows)}, None)
+
+
+def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> tuple[Tensors, str | None]:
+    """The candidate's header with its rows in the base's order, and a line about what had to be matched.
+
+    tokenizer: the base's. Raises HeaderSkipped if too few rows match, BrokenWeights if they are no numbers,
+    CheckpointError if a file can't be read.
+    """
+    part, found = model.header(), matched_header(model, tokenizer, candidate)
+    stored = candidate.read(set(found.sources.values()))
     ordered = (
-        (name, align_rows(stored[source], part.tensors[name].shape[0], alignment.matches))
-        for name, source in sources.items()
+        (name, align_rows(stored[source], part.tensors[name].shape[0], found.matches))
+        for name, source in found.sources.items()
     )
     aligned = part.adopt(ordered, candidate.name)
     for name, tensor in aligned.items():
-        keep_rows(part.tensors[name], tensor, alignment.matches)
-    tying = _about_tying(model, candidate, part)
-    if alignment.base == alignment.candidate and not tying:  # the same, row for row
-        return aligned, None
-    return aligned, f"Header: {alignment.describe(candidate.name)}" + (f"; {tying}" if tying else "")
+        keep_rows(part.tensors[name], tensor, found.matches)
+    return aligned, found.note
 
 
 def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str, str]:

@@ -16,6 +16,7 @@ from modules.model.devices import wider
 from modules.runtime import BrokenWeights, CheckpointError
 
 BLOCKS = 8  # in which a tensor is cast
+ROWS = 64 << 20  # bytes of a range of rows, in float32
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,25 @@ class Part:
             own = self.tensors[name].data
             torch.where(is_changed.to(own.device), tensor, own, out=own)
         before = self.touched.get(tuple(tensors))
-        self.touched[tuple(tensors)] = changed if before is None else before | changed
+        self.note_changes(changed if before is None else before | changed)
+
+    def note_changes(self, changed: Tensor) -> None:
+        """Which tensors are no longer the base's, in their order: (tensors,), boolean. For one who writes into them
+        himself."""
+        self.touched[tuple(self.tensors)] = changed
 
     def changes_in(self, tensors: Tensors) -> Tensor:
         """Which tensors are not equal to the model's own, in their order: (tensors,), boolean, on the device. Nobody
         waits for it."""
         flags = [(tensor != self.tensors[name]).any() for name, tensor in tensors.items()]
         return torch.stack([flag.to(flags[0].device) for flag in flags])
+
+
+def row_ranges(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """First and end of ranges of a tensor's rows that fit into ROWS bytes: what is done by them takes little memory,
+    however large the tensor is."""
+    rows, size = (len(tensor), max(1, ROWS // (4 * max(1, tensor[:1].numel())))) if tensor.dim() else (1, 1)
+    return ((first, min(first + size, rows)) for first in range(0, rows, size))
 
 
 def _on_the_host(tensors: Tensors) -> dict[str, list[float]]:

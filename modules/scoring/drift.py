@@ -65,6 +65,7 @@ class DriftMeter:
         self._head: Tensors | None = None
         self._batches = [batch.to(model.device) for batch in _batches(windows)]
         self._before = [self._hidden(batch).cpu() for batch in self._batches]
+        self._outside = {name: tensor.clone() for name, tensor in model.outside().tensors.items()}
         self._check_blocks(self._batches[0][:1, :8])
 
     def measure(self) -> Drift:
@@ -79,6 +80,16 @@ class DriftMeter:
     def inputs(self) -> list[Callable[[], dict[str, Tensor]]]:
         """For each batch, what makes that which the model's forward takes."""
         return [partial(dict, input_ids=batch) for batch in self._batches]
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """Windows of one length together, (B, T) each."""
+        return self._batches
+
+    @property
+    def before(self) -> list[Tensor]:
+        """Of each batch the last hidden states of the model as it was then, (B, T, H), on the CPU."""
+        return self._before
 
     @torch.no_grad()
     def measure_on(
@@ -122,7 +133,8 @@ class DriftMeter:
         base, present = _Said(batch[None]), _Said(batch.expand(len(now) // len(batch), -1, -1))
         gap = torch.zeros_like(present.weight)  # sum of exp(old - top) * (old - new)
         for first, end in self._blocks(batch.numel() + now.shape[0] * now.shape[1]):
-            old = self._logits(batch, before, first, end, original)[None]
+            with self._model.outside().holding(self._outside):  # the final norm may have been merged as well
+                old = self._logits(batch, before, first, end, original)[None]
             with held():
                 new = self._logits(batch, now, first, end).unflatten(0, (-1, len(batch)))
             shares, shrunk = base.add(first, old)

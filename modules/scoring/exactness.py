@@ -13,7 +13,7 @@ from modules.scoring.tokenization import Encoded
 
 # What a way to score may differ by from plain forwards, in log-probability of any token: twice what rounding is
 # seen to do, and this much where it does nothing. An inexact way differs by more: 0.015 for a tiny random MPT.
-ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MOST_ROUNDING = 0.5
 LOOKED_AT = 64  # tokens at the end of a text on which rounding is measured
 

@@ -136,6 +136,16 @@ class Scorer:
         """For each pack, what makes that which the model's forward takes."""
         return [inputs.arguments for inputs in self._inputs]
 
+    @property
+    def packs_here(self) -> Sequence[Inputs]:
+        """The packs of this process."""
+        return self._inputs
+
+    @property
+    def rank(self) -> Rank:
+        """Of several processes that share the packs."""
+        return self._rank
+
     @torch.no_grad()
     def score_on(self, hidden: Sequence[Tensor]) -> list[float]:
         """Joint log-probabilities by a model with these last hidden states, pack by pack, whose norm and head the

@@ -7,9 +7,10 @@ header is made.
     main             | search 1      | search 2  | ...      the one that is searched and the one that arrives
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from modules.runtime import is_out_of_memory, within_memory
 
 Arrived = tuple[Tensors, str | None]  # a layer's or the header's tensors, and what there is to say about the header
 Job = Callable[[], Arrived]
+Value = TypeVar("Value")
 
 
 class ReadAhead:
@@ -42,7 +44,7 @@ class ReadAhead:
         if header:
             self._jobs[None] = partial(self._make, header)
         # Two, in turn: on a CPU the tensors that are searched are the memory that they were read into.
-        self._memories = _Memory(bool(streams)), _Memory(bool(streams))
+        self._memories = Memory(bool(streams)), Memory(bool(streams))
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._begun: dict[int | None, Future[Arrived]] = {}  # the one that was taken, and the one behind it
         self._taken: int | None = next(iter(self._jobs), None)
@@ -116,7 +118,52 @@ class ReadAhead:
         self._let_go()
 
 
-class _Memory:
+class InTurn(Generic[Value]):
+    """What jobs make, one after another in a given order; while one result is used, a thread makes the next."""
+
+    def __init__(self, jobs: Iterable[Callable[[], Value]], streams: Sequence[torch.Stream], ahead: bool) -> None:
+        """streams, ahead: see ReadAhead."""
+        self._jobs, self._streams, self._ahead = iter(jobs), streams, ahead
+        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._begun = self._begin() if ahead else None
+        self._last: Value | None = None
+        self._kept: Value | None = None
+
+    def take(self, keep: bool = False) -> Value:
+        """The next result. The one before it must not be used any more then, nor the last that was to be kept once
+        there is another such. Raises what making it raises."""
+        found = (self._begun or self._begin()).result()
+        follow(self._streams)  # what uses memory now is waited for before it is used again
+        self._last, self._kept = found, found if keep else self._kept
+        self._begun = self._begin() if self._ahead else None
+        return found
+
+    def let_go(self) -> None:
+        """Of all that has been taken: it is not used any more."""
+        follow(self._streams)
+        self._last = self._kept = None
+
+    def _begin(self) -> "Future[Value]":
+        """Go on to the next job; behind the last there is nothing to be taken."""
+        return self._thread.submit(self._made, next(self._jobs, None))
+
+    def _made(self, job: Callable[[], Value] | None) -> Value | None:
+        with torch.no_grad(), beside(self._streams):
+            made = job and job()
+        for stream in self._streams:
+            stream.synchronize()
+        return made
+
+    def __enter__(self) -> "InTurn[Value]":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._begun = None
+        self.let_go()
+
+
+class Memory:
     """Memory of the CPU, page-locked if the device is to copy from it by itself, that is used again and again:
     reading into new memory takes several times as long."""
 

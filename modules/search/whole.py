@@ -31,7 +31,7 @@ def score_whole(
     torch.OutOfMemoryError if there is no room.
     """
     outside, header = model.outside(), model.header()
-    stored = candidate.read([name for name, own in outside.tensors.items() if _has(candidate, name, own)])
+    stored = candidate.read([name for name, own in outside.tensors.items() if has_tensor(candidate, name, own)])
     others = {name: stored.get(name, own) for name, own in outside.tensors.items()}
     theirs = [(outside, outside.adopt(others.items(), candidate.name))]
     with suppress(HeaderSkipped):
@@ -58,6 +58,6 @@ def score_whole(
     return scores, meter.measure_on(list(hidden), held, same_header=len(theirs) == 1)[0] if meter else None
 
 
-def _has(candidate: Candidate, name: str, own: torch.Tensor) -> bool:
+def has_tensor(candidate: Candidate, name: str, own: torch.Tensor) -> bool:
     """Whether a candidate has a tensor in the base's form."""
     return name in candidate.conversion and tuple(candidate.conversion.shape(name)) == tuple(own.shape)

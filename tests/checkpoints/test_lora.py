@@ -83,6 +83,8 @@ def test_an_adapter_reads_as_peft_merges_it(place, bases, name):
         assert ours[tensor].dtype == theirs[tensor].dtype
         torch.testing.assert_close(ours[tensor], theirs[tensor], **exact, msg=tensor)
         stored_name = found.conversion.stored_name(tensor)
+        rows = torch.arange(len(ours[tensor]))[3:11]
+        torch.testing.assert_close(found.rows(tensor, rows), theirs[tensor][rows], **exact, msg=tensor)
         changed += not torch.equal(ours[tensor], before([stored_name])[stored_name])
     assert changed >= 2
 

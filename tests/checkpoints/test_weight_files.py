@@ -22,7 +22,7 @@ from torch import nn
 from transformers import MixtralConfig
 
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.checkpoints.weight_files import read_header, stream_tensors
+from modules.checkpoints.weight_files import read_header, read_rows, stream_tensors
 from modules.runtime.errors import CheckpointError, ConfigError
 
 ONE, BIN = "model.safetensors", "pytorch_model.bin"
@@ -697,3 +697,25 @@ def test_a_damaged_pickle_is_an_error_in_our_words(tmp_path, plain, save):
             assert f"{folder / BIN}: " in str(error)
             outcomes.add("refused")
     assert outcomes == {"read", "refused"}
+
+
+@pytest.mark.parametrize("rows", [[], [0], [4], [1, 2, 3], [0, 2, 3], [4, 0, 1, 1], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("file", [ONE, BIN])
+def test_some_rows_of_a_tensor(tmp_path, file, rows):
+    tensors = {
+        "matrix": torch.randn(5, 3, dtype=torch.bfloat16),
+        "vector": torch.randn(5),
+        "stack": torch.randn(5, 2, 3).half(),
+    }
+    save_file(tensors, tmp_path / file) if file == ONE else torch.save(tensors, tmp_path / file)
+    for name, tensor in tensors.items():
+        found = read_rows(tmp_path / file, name, torch.tensor(rows, dtype=torch.long))
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor[rows])
+
+
+def test_rows_behind_the_end_of_a_file_are_an_error(tmp_path):
+    save_file({"matrix": torch.randn(50, 30)}, tmp_path / ONE)
+    os.truncate(tmp_path / ONE, (tmp_path / ONE).stat().st_size - 200)
+    assert read_rows(tmp_path / ONE, "matrix", torch.arange(40)).shape == (40, 30)
+    with pytest.raises(CheckpointError, match="can't be read"):
+        read_rows(tmp_path / ONE, "matrix", torch.arange(50))

@@ -301,6 +301,55 @@ class NaiveMapper:
         return self.tokenizer.decode([*first, token], skip_special_tokens=True)[1:]
 
 
+def mixed(base, others, shares, outside=True):
+    """W(a) = B + sum of a_j (C_j - B), parameter by parameter, of whole plain models; shares: (rows, candidates)."""
+    row = {id(t): i for i, layer in enumerate(decoder_layers(base)) for t in layer.state_dict(keep_vars=True).values()}
+    theirs, found = [other.state_dict() for other in others], {}
+    for name, own in [*base.named_parameters(), *base.named_buffers()]:
+        number = row.get(id(own), -1)
+        if not own.is_floating_point() or name not in theirs[0] or (number < 0 and not outside):
+            continue
+        found[name] = own.detach() + sum(
+            shares[number, j] * (their[name] - own.detach()) for j, their in enumerate(theirs)
+        )
+    return found
+
+
+def said(model, tokens, weights=None):
+    """Log-probabilities of all tokens at every position of one text: (T, V)."""
+    arguments = {"input_ids": torch.tensor([tokens]), "use_cache": False}
+    return torch.func.functional_call(model, weights or {}, (), arguments).logits[0].double().log_softmax(-1)
+
+
+def objective(base, said_now, items, weights, windows, drift_weight):
+    """Total, divergence from the base and their weighted sum, one text at a time.
+
+    said_now: tokens -> (T, V). items: (tokens, first token of the phrase) of each pair.
+    """
+    total, divergence = 0, torch.zeros((), dtype=torch.float64)
+    for (tokens, start), weight in zip(items, weights, strict=True):
+        table = said_now(tokens)
+        total = total + weight * sum(table[i - 1, tokens[i]] for i in range(start, len(tokens))).exp()
+    for window in windows:
+        with torch.no_grad():
+            old = said(base, window)
+        divergence = divergence + (old.exp() * (old - said_now(window))).sum()
+    divergence = divergence / max(1, sum(map(len, windows)))
+    return total, divergence, total + drift_weight * divergence
+
+
+def joint_gradient(base, others, shares, outside, *measured):
+    """Total and divergence of a mix, and the objective's derivative by every share, through the whole model.
+
+    measured: as of `objective`.
+    """
+    shares = torch.tensor(shares, dtype=torch.float64, requires_grad=True)
+    weights = mixed(base, others, shares, outside)
+    total, divergence, sum_of_both = objective(base, lambda tokens: said(base, tokens, weights), *measured)
+    (gradient,) = torch.autograd.grad(sum_of_both, shares)
+    return float(total), float(divergence), gradient.tolist()
+
+
 def plain_drift(base, other, windows):
     """Divergence, agreement, perplexity of the other and of the base, from whole logits."""
     sums, tokens, followed = torch.zeros(4, dtype=torch.float64), 0, 0

@@ -34,7 +34,7 @@ def check(found, expected):
 
 
 def moved(base, other, header):
-    """The base with the other's layers installed and, if asked, its header; and the same as a plain model."""
+    """The base with the other's layers installed and, if asked, all the rest; and the same as a plain model."""
     model = load_model(open_checkpoint(base, "base"), "cpu", "float32")
     candidate = open_candidate(open_checkpoint(other, "other"), model.checkpoint, model.module)
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -43,6 +43,8 @@ def moved(base, other, header):
         parts = [(part, part.adopt(candidate.stream(part.tensors), "other")) for part in map(model.layer, range(2))]
         if header:
             parts.append((model.header(), aligned_header(model, tiny.bpe_tokenizer(), candidate)[0]))
+            outside = model.outside()
+            parts.append((outside, outside.adopt(candidate.stream(outside.tensors), "other")))
         for part, tensors in parts:
             part.install(tensors, part.changes_in(tensors))
         plain.load_state_dict(model.module.state_dict())
@@ -66,6 +68,17 @@ def test_drift_is_that_of_whole_logits(tmp_path, monkeypatch, name, header):
     expected = reference.plain_drift(before, plain, windows)
     assert expected[0] > 1e-5 and model.header_has_changed() is header
     check(meter.measure(), expected)
+
+
+def test_a_token_that_pads_may_be_behind_a_block(tmp_path, monkeypatch):
+    """The embedding is tied to the head, which has fewer rows for a moment than that token's number."""
+    tokenizer = tiny.bpe_tokenizer()
+    config = tiny.llama_config(len(tokenizer), tied=True, pad_token_id=len(tokenizer) - 1)
+    base, _ = made(tmp_path, config, tokenizer)
+    monkeypatch.setattr(drift, "BLOCK", 4 * 75 * 50)
+    model = load_model(open_checkpoint(base, "base"), "cpu", "float32")
+    assert DriftMeter(model, windows_of(len(tokenizer))).measure().divergence < 1e-9
+    assert model.module.get_input_embeddings().padding_idx == len(tokenizer) - 1
 
 
 @pytest.mark.parametrize("tied", [True, False])

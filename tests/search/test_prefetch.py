@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.model.loading import load_model
 from modules.runtime.errors import BrokenWeights, CheckpointError
-from modules.search.prefetch import ReadAhead
+from modules.search.prefetch import InTurn, ReadAhead
 
 LAYERS = 5
 
@@ -232,3 +233,41 @@ def test_nothing_is_read_ahead_any_more_once_that_is_asked(folders):
     with ReadAhead(candidate, dict(enumerate(parts)), ahead=False) as ahead:
         ahead.take(0)
         assert list(ahead._begun) == [0]
+
+
+def test_jobs_are_done_in_turn_one_ahead():
+    done, gate = [], threading.Semaphore(0)
+
+    def job(number):
+        assert gate.acquire(timeout=60)
+        done.append((number, threading.current_thread(), torch.is_grad_enabled()))
+        return number
+
+    before = threading.active_count()
+    with InTurn((partial(job, number) for number in range(4)), (), True) as turn:
+        for number in range(4):
+            gate.release()
+            assert turn.take(keep=number == 1) == number
+            assert [one for one, *_ in done] == list(range(number + 1))  # the next waits for the gate
+        assert turn._kept == 1
+    assert threading.active_count() == before
+    assert all(thread is not threading.main_thread() and not grad for _, thread, grad in done)
+
+
+def test_without_reading_ahead_a_job_is_done_when_it_is_asked_for():
+    done = []
+    with InTurn([partial(done.append, number) for number in range(3)], (), False) as turn:
+        assert done == []
+        turn.take()
+        turn.take()
+        assert done == [0, 1]
+
+
+def test_what_a_job_raises_is_raised_where_it_is_taken():
+    def broken():
+        raise CheckpointError("gone")
+
+    with InTurn([int, broken, int], (), True) as turn:
+        assert turn.take() == 0
+        with pytest.raises(CheckpointError, match="gone"):
+            turn.take()

@@ -1,0 +1,244 @@
+"""What joint search makes small: the pairs' weighted probabilities and the divergence on neutral text, as tensors.
+
+Knows: which outputs of a model answer for which target, the gradient of the objective on logits. Refuses to know:
+layers, whose weights they are, how a gradient goes on from the logits.
+
+    objective = sum over pairs of weight * p  +  drift_weight * mean over tokens of KL(base, now)
+
+    d objective / d logit of token v
+        where pairs are read           sum over the targets there of weight * p * ([v is the target] - p(v))
+        where neutral text is read     drift_weight / tokens * (p(v) - p_base(v))
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from modules.model import ResidentModel, row_ranges
+from modules.runtime import ConfigError
+from modules.scoring.drift import DriftMeter
+from modules.scoring.hidden_states import ending_in, replaced_layers
+from modules.scoring.scorer import Scorer
+
+AT_ONCE = 4  # tensors of the logits' size at a time: theirs, the base's, its shares, the gradient
+NOTHING = 1e-15  # a pair whose part in the gradient is smaller, by the largest, has none: see gradient.NOTHING
+
+
+@dataclass(frozen=True)
+class Text:
+    """What goes through the model at once, and the positions at which its answers count."""
+
+    arguments: Callable[[], Mapping[str, Tensor]]  # what the model's forward takes; masks are made anew each time
+    ids: Tensor  # (B, T), on the device
+    rows: Tensor  # (positions,), with `columns` all different
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The tokens that are asked for, of all texts, sorted by position; on the host."""
+
+    positions: Tensor  # (targets,), number among the positions of all texts
+    tokens: Tensor
+    pairs: Tensor
+
+
+@dataclass(frozen=True)
+class Value:
+    """An objective and what it is made of; of one of several processes, its own part."""
+
+    log_probabilities: list[float]  # joint, of every pair; 0 for those of other processes
+    total: float  # sum of weight * probability
+    divergence: float  # its part of the mean KL(base, now), in nats per token; 0 without neutral text
+    objective: float
+
+
+class Objective:
+    """Total + drift_weight x divergence of a model whose weights change.
+
+    To be made while the model is the base: what it says then of neutral text is the base's side.
+    """
+
+    def __init__(
+        self,
+        model: ResidentModel,
+        scorer: Scorer,
+        weights: Sequence[float],
+        meter: DriftMeter | None = None,
+        drift_weight: float = 0.0,
+    ) -> None:
+        """weights: of the scorer's pairs, good phrases negative. meter: has the neutral text, of which several
+        processes take a share each; made when this is. Raises ConfigError if the model is of a kind that can only be
+        scored by whole forwards."""
+        kind = type(model.module).__name__
+        if not scorer.has_tails:
+            raise ConfigError(f"{kind}: no gradient can be streamed, since more than hidden states reaches its layers")
+        try:
+            model.head_names()
+        except (ValueError, KeyError):
+            raise ConfigError(f"{kind}: no gradient can be streamed, since it has no output head of its own") from None
+        if any(tensor.is_meta for tensor in model.module.parameters()):
+            raise ConfigError(
+                f"{kind}: no gradient can be made of layers that lie in the CPU's memory beside the device"
+            )
+        self.model, self.drift_weight = model, drift_weight
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.dtype = torch.promote_types(torch.float32, model.dtype)  # that logits and sums are made in
+        self.tokens = 1 if meter is None else sum(batch.numel() for batch in meter.batches)  # of all processes
+        self.before = torch.zeros(0)  # last hidden states of the base on neutral text, (positions, H), on the host
+        self._batches: list[Tensor] = []  # of neutral text
+        self._pack(scorer)
+        if meter is not None and drift_weight:
+            self._add(meter, scorer)
+
+    def _pack(self, scorer: Scorer) -> None:
+        """Take over how a scorer packs the pairs, and how much memory it allows itself."""
+        self.budget = scorer.budget
+        self.texts, self.targets = _texts_of(scorer)
+        self.asked = sum(len(text.rows) for text in self.texts)  # positions of pairs; those of neutral text come behind
+        self.own = torch.zeros(len(self.weights), dtype=torch.bool)  # the pairs of this process
+        self.own[self.targets.pairs] = True
+        for batch in self._batches:
+            for windows in batch.split(max(1, self.budget.tokens // batch.shape[1])):
+                rows, columns = torch.ones_like(windows).nonzero().unbind(1)
+                self.texts.append(Text(partial(dict, input_ids=windows), windows, rows, columns))
+
+    @torch.no_grad()
+    def _add(self, meter: DriftMeter, scorer: Scorer) -> None:
+        """This process's share of neutral text."""
+        own = slice(scorer.rank.number, None, scorer.rank.world_size)
+        self._batches, before = meter.batches[own], [hidden.flatten(0, 1) for hidden in meter.before[own]]
+        self.before = torch.cat(before) if before else self.before
+        self.outside = {name: tensor.clone() for name, tensor in self.model.outside().tensors.items()}
+        self._pack(scorer)
+        self.base_normaliser = self.normaliser(self.before)
+
+    def packed_as(self, scorer: Scorer) -> "Objective":
+        """The same in the packs, and with the memory, that a scorer of the same pairs has by now."""
+        found = copy(self)
+        found._pack(scorer)
+        return found
+
+    def part(self, pairs: bool) -> "Objective":
+        """The same without neutral text's divergence or, if not `pairs`, of that alone."""
+        found = copy(self)
+        if pairs:
+            found.drift_weight = 0.0
+        else:
+            found.weights = torch.zeros_like(self.weights)
+        return found
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """Ranges of the head's rows."""
+        return list(row_ranges(self.model.header().tensors[self.model.head_names()["weight"]]))
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """The tokens that the texts of this process have: (tokens,), ascending, on the host."""
+        ids = [text.ids.flatten() for text in self.texts]
+        return torch.cat(ids).unique().cpu() if ids else torch.zeros(0, dtype=torch.long)
+
+    @property
+    def positions(self) -> int:
+        """At how many places the head is read."""
+        return self.asked + len(self.before)
+
+    def chunk(self, rows: int) -> int:
+        """At how many positions so many rows of the head are read at a time."""
+        return max(1, self.budget.logits // (AT_ONCE * 4 * rows))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model's own forward makes of last hidden states, (positions, H), with the rows that its head holds:
+        (positions, rows). Each is a text of its own, so that no table of positions is too short."""
+        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.model.device)
+        with replaced_layers(self.model.layers, ending_in(self.model, hidden[:, None])):
+            found = self.model.logits({"input_ids": ids, "use_cache": False}, ids[0])
+        return found[:, 0].to(self.dtype)
+
+    @torch.no_grad()
+    def normaliser(self, hidden: Tensor, read: Callable[[int, Tensor], None] = lambda first, logits: None) -> Tensor:
+        """Logarithm of the sum of all tokens' exponentials at last hidden states, (positions,), by the whole head.
+
+        read: sees the logits of each chunk, and the number of its first position.
+        """
+        found, size = [], self.chunk(self.model.head_size)
+        for first in range(0, len(hidden), size):
+            logits = self.logits(hidden[first : first + size].to(self.model.device))
+            read(first, logits)
+            found.append(logits.logsumexp(-1))
+        return torch.cat(found) if found else torch.zeros(0, dtype=self.dtype, device=self.model.device)
+
+    def scored(self, hidden: Tensor) -> tuple[Tensor, list[float]]:
+        """Of last hidden states at all positions, (positions, H), the normalisers, (positions,), and the joint
+        log-probability of every pair."""
+        chosen, targets = [torch.zeros(0, dtype=self.dtype, device=self.model.device)], self.targets
+
+        def read(first: int, logits: Tensor) -> None:
+            inside = (targets.positions >= first) & (targets.positions < first + len(logits))
+            place, token = targets.positions[inside] - first, targets.tokens[inside]
+            chosen.append(logits[place.to(logits.device), token.to(logits.device)])
+
+        normaliser = self.normaliser(hidden, read)
+        said = (torch.cat(chosen) - normaliser[targets.positions.to(normaliser.device)]).cpu().to(torch.float64)
+        return normaliser, torch.zeros(len(self.weights), dtype=torch.float64).index_add_(
+            0, targets.pairs, said
+        ).tolist()
+
+    def value(self, log_probabilities: list[float], divergence: float) -> Value:
+        """divergence: the sum over this process's tokens."""
+        scores = torch.tensor(log_probabilities, dtype=torch.float64).exp() * self.weights
+        total, mean = float(scores[self.own].sum()), divergence / self.tokens
+        return Value(log_probabilities, total, mean, total + self.drift_weight * mean)
+
+    def size(self, value: Value) -> float:
+        """Of what the objective is the sum, the size: good phrases count against it, rounding does not know that."""
+        scores = torch.tensor(value.log_probabilities, dtype=torch.float64).exp() * self.weights
+        return float(scores.abs().sum()) + self.drift_weight * value.divergence
+
+    def upstream(self, log_probabilities: Sequence[float]) -> "Upstream":
+        """Of what the pairs' probabilities are, how the objective changes with the logits of their positions."""
+        scores = torch.tensor(log_probabilities, dtype=torch.float64).exp() * self.weights
+        slots = torch.stack((self.targets.positions, self.targets.tokens), 1)
+        # Several pairs may ask for the same token at the same place: summed on the host, always in the same order.
+        slots, number = slots.unique(dim=0, return_inverse=True)
+        each = torch.zeros(len(slots), dtype=torch.float64).index_add_(0, number, scores[self.targets.pairs])
+        each[each.abs() < NOTHING * max([0.0, *each.abs().tolist()])] = 0
+        sums = torch.zeros(self.asked, dtype=torch.float64).index_add_(0, slots[:, 0], each)
+        return Upstream(slots[:, 0], slots[:, 1], each, sums.to(self.model.device, self.dtype))
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """d objective / d log-probability of the tokens that are asked for."""
+
+    positions: Tensor  # (slots,), on the host, ascending
+    tokens: Tensor
+    each: Tensor
+    sums: Tensor  # over the slots of each position, (positions,), on the device
+
+    def on_logits(self, logits: Tensor, normaliser: Tensor, first: int, row: int) -> Tensor:
+        """d objective / d logits at pairs' positions from `first` on, of rows from `row` on: (positions, rows)."""
+        end, rows = first + len(logits), logits.shape[1]
+        found = (logits - normaliser[:, None]).exp_().mul_(-self.sums[first:end, None])
+        inside = (self.positions >= first) & (self.positions < end) & (self.tokens >= row) & (self.tokens < row + rows)
+        place, token, each = self.positions[inside] - first, self.tokens[inside] - row, self.each[inside]
+        found[place.to(found.device), token.to(found.device)] += each.to(found.device, found.dtype)
+        return found
+
+
+def _texts_of(scorer: Scorer) -> tuple[list[Text], Targets]:
+    """A scorer's packs with the positions at which targets are read, each once."""
+    texts, found, offset = [], [], 0
+    for inputs in scorer.packs_here:
+        where = torch.stack((inputs.targets.rows, inputs.columns[inputs.targets.columns]), 1).cpu()
+        where, number = where.unique(dim=0, return_inverse=True)
+        texts.append(Text(inputs.arguments, inputs.ids, *where.to(inputs.ids.device).unbind(1)))
+        found.append(torch.stack((number + offset, inputs.targets.tokens.cpu(), inputs.targets.pairs.cpu())))
+        offset += len(where)
+    table = torch.cat(found, 1) if found else torch.zeros(3, 0, dtype=torch.long)
+    return texts, Targets(*table[:, table[0].argsort(stable=True)])

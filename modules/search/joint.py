@@ -1,0 +1,220 @@
+"""All shares at once, by gradient: where the steps begin, how each is made, what is kept at the end.
+
+Knows: rows of shares, Adam, what a step needs to be gone on from. Refuses to know: tensors, files, printing.
+
+Adam (Kingma and Ba 2014, https://arxiv.org/abs/1412.6980) works coordinate by coordinate, so each row of shares is
+moved as soon as its gradient is there. Shares stay within 0 and 1.
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modules.runtime import ConfigError, is_out_of_memory
+from modules.runtime.distributed import ALONE, Group
+from modules.runtime.errors import ProcessLost
+from modules.scoring import Objective, Value
+from modules.search.mixing import Mix, Row, Update
+
+BETAS, TINY = (0.8, 0.95), 1e-12  # of Adam; what keeps it from dividing by nothing
+LAST_STEP = 0.1  # the size of the last step by that of the first; those between fall evenly
+AT_BASE, AT_CANDIDATE = 0.02, 0.98  # shares where the steps begin
+LEAST, DECIMALS = 0.01, 2  # a smaller share is dropped; what others are rounded to
+
+# How far shares move to see whether the objective follows its gradient, and by which part of that it may fail to.
+_TRIED = {torch.float64: (1e-3, 0.01), torch.float32: (0.02, 0.05)}
+_TRIED_IN_HALF = (0.25, 0.3)
+ROUNDINGS = 4  # by how many of its type's a probability may be off
+
+Rows = tuple[tuple[float, ...], ...]  # of each row of shares, a number for each candidate
+
+
+@dataclass(frozen=True)
+class JointState:
+    """All that the next step depends on, beside the files: written as JSON and read again, it gives the same bits."""
+
+    step: int  # how many have been made
+    shares: Rows
+    mean: Rows  # of Adam: the running mean of the gradient
+    square: Rows  # and of its square
+
+    @classmethod
+    def at(cls, shares: Sequence[Row]) -> "JointState":
+        """Before the first step."""
+        zeros = tuple((0.0,) * len(row) for row in shares)
+        return cls(0, tuple(map(tuple, shares)), zeros, zeros)
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "JointState":
+        """From its fields, with lists where it has tuples."""
+        rows = (tuple(tuple(map(float, row)) for row in stored[name]) for name in ("shares", "mean", "square"))
+        return cls(int(stored["step"]), *rows)
+
+
+def first_shares(rows: int, objectives: Sequence[float]) -> Rows:
+    """Where the steps begin. objectives: of the base, then of each candidate whole; the lowest is begun at."""
+    best, candidates = objectives.index(min(objectives)), len(objectives) - 1
+    row = (AT_BASE,) * candidates
+    if best:
+        row = tuple(AT_CANDIDATE * (number == best) for number in range(1, candidates + 1))
+    return (row,) * rows
+
+
+def step_size(step: int, steps: int, first: float) -> float:
+    """Of step number `step` of so many, counted from 1."""
+    return first * (1 - (1 - LAST_STEP) * (step - 1) / max(1, steps - 1))
+
+
+def moved(state: JointState, row: int, gradient: Row, size: float) -> tuple[Row, Row, Row]:
+    """A row's shares, mean and square behind the next step of Adam."""
+    found = []
+    for share, mean, square, slope in zip(state.shares[row], state.mean[row], state.square[row], gradient, strict=True):
+        mean = BETAS[0] * mean + (1 - BETAS[0]) * slope
+        square = BETAS[1] * square + (1 - BETAS[1]) * slope * slope
+        unbiased, root = (1 - beta ** (state.step + 1) for beta in BETAS)
+        share -= size * (mean / unbiased) / (math.sqrt(square / root) + TINY)
+        found.append((min(1.0, max(0.0, share)), mean, square))
+    shares, means, squares = zip(*found, strict=True)
+    return shares, means, squares
+
+
+def rounded(shares: Sequence[Row], factor: float = 1.0) -> Rows:
+    """The shares that are kept, multiplied with a factor: small ones are dropped, others have two decimals."""
+    scaled = ([share * factor for share in row] for row in shares)
+    return tuple(tuple(round(share, DECIMALS) if share >= LEAST else 0.0 for share in row) for row in scaled)
+
+
+def largest_factor(drift_at: Callable[[float], float], max_drift: float, halvings: int = 7) -> float:
+    """The largest factor of all shares, up to 1, at which the drift holds, by bisection: to within 2**-halvings.
+
+    drift_at: the exact drift with shares multiplied with a factor; at 0, which is the base, there is none. The factor
+    that is returned has been tried, unless it is 0.
+    """
+    if drift_at(1.0) <= max_drift:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        low, high = (middle, high) if drift_at(middle) <= max_drift else (low, middle)
+    return low
+
+
+class Joint:
+    """Steps of joint search on a mix, the same in all processes of a group."""
+
+    def __init__(
+        self, mix: Mix, objective: Objective, steps: int = 25, first_size: float = 0.08, group: Group = ALONE
+    ) -> None:
+        """steps, first_size: how many, and by how much a share moves at most in the first. objective: made, as the mix
+        was, while the model was the base."""
+        self.mix, self.objective, self.steps, self.first_size, self.group = mix, objective, steps, first_size, group
+
+    def go_to(self, state: JointState) -> None:
+        """Compose the model that a state's next step starts from; `step` leaves it so."""
+        self.group.on_all_ranks(lambda: self.mix.compose(state.shares))
+
+    def step(self, state: JointState) -> tuple[JointState, Value]:
+        """The state behind one more step, with the model composed from it; the objective before that step.
+
+        Where it fails, the model is no state's; after `go_to` the step can be made again. What one process lacks memory
+        for fails in all of them.
+        """
+        rows: dict[int, tuple[Row, Row, Row]] = {}
+        size = step_size(state.step + 1, self.steps, self.first_size)
+
+        def update(row: int, gradient: Row) -> Row:
+            rows[row] = moved(state, row, self._sum(gradient), size)
+            return rows[row][0]
+
+        value = self._descend(self.objective, update)
+        ordered = (rows[row] for row in range(self.mix.rows))
+        return JointState(state.step + 1, *zip(*ordered, strict=True)), value
+
+    def value(self) -> Value:
+        """The objective of the model as it is."""
+        return self._whole(self.group.on_all_ranks(lambda: self.mix.value(self.objective)))
+
+    def gradient(self, shares: Sequence[Row], objective: Objective | None = None) -> Rows:
+        """d objective / d share of each row and candidate. shares: those that the model is composed from, and stays so.
+        objective: another than the own, as `Objective.part` gives it."""
+        rows: dict[int, Row] = {}
+
+        def update(row: int, gradient: Row) -> Row:
+            rows[row] = self._sum(gradient)
+            return shares[row]
+
+        self._descend(objective or self.objective, update)
+        return tuple(tuple(rows[row]) for row in range(self.mix.rows))
+
+    def check(self, shares: Sequence[Row]) -> None:
+        """Move all shares a little and see whether the objective follows its gradient; the model is then composed from
+        the shares. Raises ConfigError if it does not: such an architecture can't be searched by gradient.
+
+        Each share moves by another amount, in the direction in which the gradient says that the objective grows; by
+        less and less, until half of it gives the same slope or rounding is all that there would be to see.
+        """
+        self.mix.compose(shares)
+        value, gradient, chance = self.value(), self.gradient(shares), random.Random(0)
+        direction = [[math.copysign(chance.uniform(0.5, 1.5), slope) for slope in row] for row in gradient]
+        told = sum(a * b for row, way in zip(gradient, direction, strict=True) for a, b in zip(row, way, strict=True))
+        dtype = self.mix.model.dtype
+        amount, tolerance = _TRIED.get(dtype, _TRIED_IN_HALF)
+        noise = ROUNDINGS * torch.finfo(dtype).eps * self.objective.size(value) / amount
+        far, near = (self._slope(shares, direction, one) for one in (amount, amount / 2))
+        while abs(far - near) > tolerance * abs(near) + noise and 2 * noise <= tolerance * abs(told):
+            amount, noise = amount / 2, 2 * noise
+            far, near = near, self._slope(shares, direction, amount / 2)
+        self.mix.compose(shares)
+        found = (4 * near - far) / 3  # without what grows with the square of the amount
+        if not abs(found - told) <= tolerance * abs(told) + abs(far - near) + noise:
+            raise ConfigError(
+                f"{type(self.mix.model.module).__name__}: its gradient can't be streamed: it says {told:.4g} where the "
+                f"objective changes by {found:.4g}"
+            )
+
+    def _slope(self, shares: Sequence[Row], direction: Sequence[Row], amount: float) -> float:
+        """By how much the objective grows along a direction, as two models say that lie on it."""
+        found = []
+        for side in (amount, -amount):
+            pairs = zip(shares, direction, strict=True)
+            self.mix.compose([[one + side * way for one, way in zip(*row, strict=True)] for row in pairs])
+            found.append(self.value().objective)
+        return (found[0] - found[1]) / (2 * amount)
+
+    def _descend(self, objective: Objective, update: Update) -> Value:
+        """`Mix.descend` in all processes. One that fails says so in the place of its next part of a sum."""
+        try:
+            value = self.mix.descend(objective, update)
+        except _Elsewhere as failure:
+            kind = torch.OutOfMemoryError if failure.lacks_memory else ProcessLost
+            raise kind("another process of this run has failed") from None
+        except Exception as error:
+            self.group.sum([[0.0] * len(self.mix.candidates) + [1.0, float(not is_out_of_memory(error))]])
+            raise
+        self._sum([0.0] * len(self.mix.candidates))  # none has failed behind the last row
+        return self._whole(value)
+
+    def _sum(self, row: Row) -> Row:
+        """Over all processes. Raises _Elsewhere if one of them has failed."""
+        ((*found, failed, otherwise),) = self.group.sum([[*row, 0.0, 0.0]])
+        if failed:
+            raise _Elsewhere(lacks_memory=not otherwise)
+        return found
+
+    def _whole(self, part: Value) -> Value:
+        """The value of all processes' parts together."""
+        ((total, divergence),) = self.group.sum([[part.total, part.divergence]])
+        (log_probabilities,) = self.group.sum([part.log_probabilities])
+        return Value(log_probabilities, total, divergence, total + self.objective.drift_weight * divergence)
+
+
+class _Elsewhere(Exception):
+    """Another process has failed."""
+
+    def __init__(self, lacks_memory: bool) -> None:
+        super().__init__()
+        self.lacks_memory = lacks_memory

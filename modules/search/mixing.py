@@ -1,0 +1,293 @@
+"""A model mixed from the base and all candidates: made from shares, and what a gradient on its weights says of these.
+
+Knows: the base's and the candidates' files, read side by side, a layer or a range of rows at a time. Refuses to know:
+how shares follow from gradients, scores.
+
+    W(a) = B + sum over j of a_j (C_j - B)      computed as (1 - sum a_j) B + sum a_j C_j
+    d objective / d a_j = sum over tensors of <d objective / d W, C_j - B>
+
+The model on the device holds the mix; B comes from the base's files again. Every layer has a row of shares, one for
+each candidate, and another row is for all that is outside the layers. With a share of 1 a tensor is the candidate's to
+the last bit, with shares of 0 the base's.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.checkpoints import Candidate, Tensors
+from modules.model import HeaderRows, HeaderSkipped, Part, ResidentModel, matched_header, own_header, row_ranges
+from modules.runtime import BrokenWeights
+from modules.scoring import GradientPass, Objective, Value
+from modules.search.prefetch import InTurn, Memory
+from modules.search.whole import has_tensor
+
+Row = Sequence[float]  # a share, or the gradient on it, for each candidate
+Update = Callable[[int, Row], Row]  # number of a row and the gradient on its shares -> its new shares
+Arriving = InTurn[Tensors]
+
+
+class Mix:
+    """The resident model, and the base and the candidates that it is mixed from. To be made while it is the base."""
+
+    def __init__(
+        self,
+        model: ResidentModel,
+        tokenizer: Any,
+        candidates: Sequence[Candidate],
+        outside: bool = True,
+        streams: Sequence[torch.Stream] = (),
+        ahead: bool = True,
+    ) -> None:
+        """tokenizer: the base's. outside: whether what is outside the layers is mixed, too. streams: on which tensors
+        arrive; ahead: whether a thread reads what is needed next.
+
+        Raises BrokenWeights if a tensor is no number, CheckpointError if a file can't be read.
+        """
+        self.model, self.candidates, self.mixes_outside = model, candidates, outside
+        self.notes: list[str] = []  # about headers that are not simply matched row by row
+        self._sources = [model.as_candidate(), *candidates]
+        self._streams, self.ahead = streams, ahead
+        self._memories = [Memory(bool(streams)) for _ in range(4)]  # two in turn for the base, two for candidates
+        self._turn = count()
+        self._headers: list[HeaderRows | None] = []  # of the base and of each candidate; None: it can't be matched
+        self._outside: list[Tensors] = []  # of the same, what is in neither layer nor header: it is small
+        if outside:
+            self._headers = [own_header(model), *(self._matched(tokenizer, one) for one in candidates)]
+            self._outside = [self._read_outside(source) for source in self._sources]
+
+    @property
+    def rows(self) -> int:
+        """How many rows of shares there are: the layers', and perhaps that of all else."""
+        return len(self.model.layers) + int(self.mixes_outside)
+
+    @torch.no_grad()
+    def compose(self, shares: Sequence[Row], exact: bool = False) -> None:
+        """Make the model W(shares), whatever it was, in the type that it computes in.
+
+        shares: `rows` rows. exact: for good, with the values that saving will keep; what has no share is left as the
+        base has it, and copied from the base's file when the model is saved. Raises as `Part.adopt` and reading do.
+        """
+        layers = range(len(self.model.layers))
+        jobs = [job for layer in layers for job in (self._base_layer(layer), *self._theirs(layer, shares[layer]))]
+        jobs += self._header_jobs(shares[-1]) if self.mixes_outside else []
+        with InTurn(jobs, self._streams, self.ahead) as arriving:
+            for layer in layers:
+                theirs = _in_turn(shares[layer], arriving, all_arrive=False)
+                _mix(self.model.layer(layer), arriving.take(keep=True), theirs, exact)
+            if self.mixes_outside:
+                self._compose_outside(arriving, shares[-1], exact, all_arrive=False)
+
+    @torch.no_grad()
+    def value(self, objective: Objective) -> Value:
+        """The objective of the model as it is; of several processes, this one's part."""
+        work = GradientPass(objective, outside=False)
+        work.begin()
+        other_base = self.mixes_outside and len(objective.before) > 0  # whose head is not the model's
+        jobs = [self._rows_job(0, self._head, *block) for block in objective.blocks if other_base]
+        with InTurn(jobs, self._streams, self.ahead) as arriving:
+            for block in objective.blocks:
+                base = self._by_own_names(arriving.take()) if other_base else None
+                work.head_block(*block, base, learn=False)
+        return work.value()
+
+    @torch.no_grad()
+    def descend(self, objective: Objective, update: Update) -> Value:
+        """One pass over the model, of which each row's shares are updated, and its weights composed from the new ones,
+        as soon as the gradient on them is there: layers from the last to the first, then the rest.
+
+        Returns the objective as it was before; of several processes this one's part, as `update` is given its part of
+        gradients. Raises as `compose`, and BrokenWeights if a gradient is no number.
+        """
+        work, layers = GradientPass(objective, self.mixes_outside), range(len(self.model.layers))
+        work.begin()
+        with InTurn(self._descent_jobs(objective), self._streams, self.ahead) as arriving:
+            outside = self._head_gradient(work, objective, arriving)
+            value = work.value()
+            for layer in reversed(layers):
+                gradients, base = work.layer(layer), arriving.take(keep=True)
+                found = [_inner(gradients, base, arriving.take()) for _ in self.candidates]
+                del gradients
+                shares = update(layer, self._on_the_host(found, work.scale))
+                _mix(self.model.layer(layer), base, _in_turn(shares, arriving, all_arrive=True), exact=False)
+                del base
+                arriving.let_go()
+            if self.mixes_outside:
+                self._add_front(work, arriving, outside)
+                shares = update(len(layers), self._on_the_host(outside, work.scale))
+                self._compose_outside(arriving, shares, exact=False, all_arrive=True)
+        return value
+
+    # -- what is read, in this order ----------------------------------------------------------------------------------
+
+    def _descent_jobs(self, objective: Objective) -> Iterator[Callable[[], Any]]:
+        everyone = [1.0] * len(self.candidates)
+        if self.mixes_outside:
+            for block in objective.blocks:
+                yield from (self._rows_job(number, self._head, *block) for number in self._with_header)
+        for layer in reversed(range(len(self.model.layers))):
+            yield self._base_layer(layer)
+            yield from self._theirs(layer, everyone)
+            # Shares come between; by now, what was read lies in the system's memory.
+            yield from self._theirs(layer, everyone)
+        if self.mixes_outside:
+            rows, name = objective.vocabulary, self.model.header_names()[0]
+            yield from (partial(self._read_rows, number, [name], rows) for number in self._with_header)
+            yield from self._header_jobs(everyone)
+
+    def _header_jobs(self, shares: Row) -> Iterator[Callable[[], Any]]:
+        for name, own in self.model.header().tensors.items():
+            for block in row_ranges(own):
+                numbers = [number for number in self._with_header if number == 0 or shares[number - 1]]
+                yield from (self._rows_job(number, [name], *block) for number in numbers)
+
+    @property
+    def _with_header(self) -> list[int]:
+        """The sources whose header can be read."""
+        return [number for number, header in enumerate(self._headers) if header is not None]
+
+    @property
+    def _head(self) -> list[str]:
+        return list(self.model.head_names().values())
+
+    def _base_layer(self, layer: int) -> Callable[[], Tensors]:
+        return partial(self._read_layer, 0, layer)
+
+    def _theirs(self, layer: int, shares: Row) -> list[Callable[[], Tensors]]:
+        return [partial(self._read_layer, number, layer) for number, share in enumerate(shares, 1) if share]
+
+    def _read_layer(self, number: int, layer: int) -> Tensors:
+        memory = self._memories[2 + next(self._turn) % 2 if number else layer % 2]
+        memory.free()
+        part, source = self.model.layer(layer), self._sources[number]
+        return part.adopt(source.stream(part.tensors, memory.room), source.name)
+
+    def _rows_job(self, number: int, names: Sequence[str], first: int, end: int) -> Callable[[], Tensors]:
+        return partial(self._read_rows, number, names, torch.arange(first, end))
+
+    def _read_rows(self, number: int, names: Sequence[str], rows: Tensor) -> Tensors:
+        """Some rows of a source's header in the base's order, (rows, ...), on the device."""
+        part, header, base = self.model.header(), self._headers[number], self._headers[0]
+        part = replace(part, tensors={name: part.tensors[name] for name in names})
+        read = ((name, header.read(name, rows, partial(base.read, name, rows))) for name in names)
+        if not len(rows):
+            return {name: part.tensors[name][:0] for name in names}
+        return part.adopt(read, self._sources[number].name)
+
+    def _read_outside(self, source: Candidate) -> Tensors:
+        """A source's tensors outside layers and header; those that it has not are the base's."""
+        part = self.model.outside()
+        stored = source.read([name for name, own in part.tensors.items() if has_tensor(source, name, own)])
+        return part.adopt(((name, stored.get(name, own.clone())) for name, own in part.tensors.items()), source.name)
+
+    def _matched(self, tokenizer: Any, candidate: Candidate) -> HeaderRows | None:
+        try:
+            found = matched_header(self.model, tokenizer, candidate)
+        except HeaderSkipped as error:
+            self.notes.append(f"{error}; of {candidate.name}, the header is left out")
+            return None
+        self.notes += [found.note] if found.note else []
+        return found
+
+    # -- gradients on shares ------------------------------------------------------------------------------------------
+
+    def _head_gradient(self, work: GradientPass, objective: Objective, arriving: Arriving) -> list[Tensor]:
+        """Take the head's blocks through a pass; the gradient on each candidate's share by the head alone."""
+        sums = [torch.zeros((), dtype=objective.dtype, device=self.model.device) for _ in self.candidates]
+        for block in objective.blocks:
+            base = arriving.take(keep=True) if self.mixes_outside else None
+            gradients = work.head_block(*block, None if base is None else self._by_own_names(base))
+            for number in self._with_header[1:]:
+                sums[number - 1] += _inner(gradients, base, arriving.take())
+        return sums
+
+    def _by_own_names(self, rows: Tensors) -> Tensors:
+        return {own: rows[name] for own, name in self.model.head_names().items()}
+
+    def _add_front(self, work: GradientPass, arriving: Arriving, sums: list[Tensor]) -> None:
+        """Add what the embedding, the final norm and position tables say of each candidate's share."""
+        found, base = work.front(), arriving.take(keep=True)
+        gradients = dict.fromkeys(base, found.values)
+        for number in self._with_header[1:]:
+            sums[number - 1] += _inner(gradients, base, arriving.take())
+        for number, theirs in enumerate(self._outside[1:]):
+            sums[number] += _inner(found.dense, self._outside[0], theirs)
+
+    def _on_the_host(self, sums: Sequence[Tensor], scale: float) -> list[float]:
+        """A row of gradients: the one wait for the device."""
+        found = [value / scale for value in torch.stack(list(sums)).tolist()]
+        for candidate, value in zip(self.candidates, found, strict=True):
+            if not math.isfinite(value):
+                raise BrokenWeights(f"{candidate.name}: the gradient on its share is NaN or infinite")
+        return found
+
+    # -- the mix ------------------------------------------------------------------------------------------------------
+
+    def _compose_outside(self, arriving: Arriving, shares: Row, exact: bool, all_arrive: bool) -> None:
+        """Mix what is outside the layers: small tensors, and the header by ranges of its rows."""
+        part, header = self.model.outside(), self.model.header()
+        _mix(part, self._outside[0], zip(shares, self._outside[1:], strict=True), exact)
+        shares, changed = [shares[number - 1] for number in self._with_header[1:]], []
+        for name, own in header.tensors.items():
+            flags = []
+            for first, end in row_ranges(own):
+                rows = replace(header, tensors={name: own.data[first:end]})
+                flags.append(_mixed(rows, arriving.take(keep=True), _in_turn(shares, arriving, all_arrive), exact))
+            changed.append(torch.cat(flags))
+        if exact:
+            header.note_changes(torch.stack([flags.any() for flags in changed]))
+
+
+def _in_turn(shares: Row, arriving: Arriving, all_arrive: bool) -> Iterator[tuple[float, Tensors]]:
+    """Each candidate's share with its tensors. all_arrive: also of one without a share."""
+    return ((share, arriving.take()) for share in shares if share or all_arrive)
+
+
+def _mix(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> None:
+    changed = _mixed(part, base, theirs, exact)
+    if exact:
+        part.note_changes(changed)
+
+
+def _mixed(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> Tensor:
+    """Make a part's tensors the mix of the base's and others, each with its share: summed in float32 or wider, rounded
+    to what is saved, if exact, else to what is computed in. If exact, which of them are not the base's, boolean."""
+    sums = {name: torch.zeros_like(tensor, dtype=_wide(tensor)) for name, tensor in base.items()}
+    shares = []
+    for share, tensors in theirs:
+        if share:
+            shares.append(share)
+            for name, tensor in sums.items():
+                tensor.add_(tensors[name], alpha=share)
+    flags = []
+    for name, own in part.tensors.items():
+        mixed = base[name]
+        if shares:
+            mixed = sums[name].add_(base[name], alpha=1 - math.fsum(shares))
+            mixed = mixed.to(part.saved_dtypes[name] if exact else own.dtype).to(own.dtype)
+        own.data.copy_(mixed)
+        if exact:
+            flags.append((mixed != base[name]).any())
+    return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.bool)
+
+
+def _inner(gradients: Tensors, base: Tensors, theirs: Tensors) -> Tensor:
+    """Sum of <gradient, theirs - base> over the tensors that have a gradient, in float32 or wider."""
+    any_one = next(iter(base.values()))
+    found = torch.zeros((), dtype=_wide(any_one), device=any_one.device)
+    for name, gradient in gradients.items():
+        tensors = [tensor.view(-1, *tensor.shape[1:]) for tensor in (theirs[name], base[name], gradient)]
+        for first, end in row_ranges(tensors[0]):
+            one, other, step = (tensor[first:end].to(found.dtype) for tensor in tensors)
+            found = found + torch.dot((one - other).flatten(), step.flatten())
+    return found
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.float32, tensor.dtype)
