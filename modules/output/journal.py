@@ -50,8 +50,8 @@ class Journal:
 
     @property
     def decisions(self) -> int:
-        """How many of the records are decisions."""
-        return sum(record["kind"] == "decision" for record in self.records)
+        """How many of the records are decisions, or steps of a joint search."""
+        return sum(record["kind"] in ("decision", "step") for record in self.records)
 
     def append(self, kind: str, **fields: Any) -> None:
         """Add a record; it is on the disk when this returns. Raises OSError if it can't be written."""

@@ -20,6 +20,7 @@ from modules.output.records import (
     Decided,
     Drifted,
     HeldOut,
+    Joint,
     Number,
     Phrase,
     Record,
@@ -54,6 +55,7 @@ class Recipe(Record):
     total: Total
     baselines: list[Baseline] | None = None
     held_out: HeldOut | None = None
+    joint: Joint | None = None
     drift: Drifted | None = None
     drift_after: dict[str, Drifted] | None = None
     samples: list[Sample] | None = None
@@ -68,6 +70,8 @@ class Recipe(Record):
             raise ValueError("its sources are not numbered from 0")
         if any(decision.candidate not in numbers[1:] for decision in self.decisions):
             raise ValueError("a decision is on no source")
+        if self.joint and any(len(row) != len(numbers) - 1 for row in self.joint.shares):
+            raise ValueError("shares are on no source")
         return self
 
     def accepted_of(self, number: int) -> list[Decided]:
@@ -78,6 +82,8 @@ class Recipe(Record):
     def needed_sources(self) -> list[Source]:
         """The base and those candidates of which something was accepted."""
         taken = {line.candidate for line in self.decisions if line.ratio is not None}
+        for row in self.joint.shares if self.joint else ():
+            taken |= {source.number for source, share in zip(self.sources[1:], row, strict=True) if share}
         return [source for source in self.sources if source.number in (0, *taken)]
 
     @property

@@ -157,6 +157,37 @@ class Baseline(Record):
     total: Number
     held_out: Number | None
     drift: Drifted | None
+    guarded: Number | None = None  # its drift as a joint search weighs it
+
+
+Rows = Annotated[tuple[Annotated[tuple[Number, ...], Strict(False)], ...], Strict(False)]  # one number per candidate
+
+
+class JointStart(Record):
+    """Where the steps of a joint search begin, and how total and drift change there with each share."""
+
+    shares: Rows
+    total_slopes: Rows
+    drift_slopes: Rows | None = None
+
+
+class Stepped(Record):
+    """A step, and what it began with: total and drift, and the total of the pairs that are held out."""
+
+    step: Count
+    total: Number
+    drift: Number
+    held_out: Number | None
+    seconds: Number
+
+
+class Step(Stepped):
+    """The same with what it has led to."""
+
+    shares: Rows
+    mean: Rows
+    square: Rows
+    packing: Packed
 
 
 class Closed(Record):
@@ -204,15 +235,29 @@ class Sample(Record):
     merge: str
 
 
+class Joint(Record):
+    """What a joint search has kept. shares: a row for each layer and, if it is mixed, for what is outside of them."""
+
+    shares: Rows
+    start: JointStart
+    steps: list[Stepped]
+
+
 # By kind, as the journal calls them. Others are nobody's business here.
 LINES = {
     "run": Run,
     "source": Source,
     "start": Start,
     "baseline": Baseline,
+    "joint": JointStart,
+    "step": Step,
     "decision": Decided,
     "candidate": Closed,
 }
+
+
+def _rows_of(line: Step | JointStart) -> list[Rows]:
+    return [line.shares, *([line.mean, line.square] if isinstance(line, Step) else [])]
 
 
 def read_lines(records: Sequence[Mapping[str, Any]], config: Config) -> tuple[list[Record], int | None]:
@@ -228,6 +273,10 @@ def read_lines(records: Sequence[Mapping[str, Any]], config: Config) -> tuple[li
         sound = number > 1 or isinstance(line, Run)
         for key in ("log_probabilities", "weights"):
             sound = sound and len(getattr(line, key, config.pairs)) == len(config.pairs)
+        if isinstance(line, Step):
+            before = [other for other in lines if isinstance(other, Step | JointStart)]
+            forms = [[len(row) for row in rows] for one in (line, *before[:1]) for rows in _rows_of(one)]
+            sound = len(before) == line.step and all(form == forms[0] for form in forms)
         if isinstance(line, Source):
             decisions.setdefault(line.number, 0)
         elif isinstance(line, Decided):

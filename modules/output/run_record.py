@@ -21,17 +21,22 @@ from modules.output.records import (
     Decided,
     Drifted,
     HeldOut,
+    Joint,
+    JointStart,
     Phrase,
     Record,
+    Rows,
     Run,
     Sample,
     Source,
     Start,
+    Step,
     Total,
     read_lines,
 )
-from modules.scoring import Drift, Packing
+from modules.scoring import Drift, Packing, Value
 from modules.search import Decision, Shares, probability, scores, total, total_rounding
+from modules.search.joint import JointState
 
 Kind = TypeVar("Kind", bound=Record)
 Scored = tuple[Sequence[Pair], Sequence[float], Sequence[float], Sequence[float]]
@@ -71,7 +76,8 @@ class RunRecord:
     @property
     def packing(self) -> Packing | None:
         """How the phrases were packed for the last scores that are noted; None if there are none, or it was not."""
-        known = [line.packing for line in self._lines if isinstance(line, Start | Decided | Closed) and line.packing]
+        kinds = Start | Decided | Closed | Step
+        known = [line.packing for line in self._lines if isinstance(line, kinds) and line.packing]
         return Packing(**known[-1].written()) if known else None
 
     def warnings(self, packing: Packing) -> list[str]:
@@ -127,10 +133,39 @@ class RunRecord:
         """What was noted of a candidate taken whole."""
         return next((line for line in self._all(Baseline) if line.number == number), None)
 
-    def note_baseline(self, number: int, total: float, held_out: float | None, drift: Drift | None) -> Baseline:
-        """Note how a candidate does that is taken whole."""
+    def note_baseline(
+        self, number: int, total: float, held_out: float | None, drift: Drift | None, guarded: float | None = None
+    ) -> Baseline:
+        """Note how a candidate does that is taken whole. guarded: its drift as a joint search weighs it."""
+        more = {} if guarded is None else {"guarded": guarded}
         drifted = drift and Drifted(**asdict(drift))
-        return self._note("baseline", Baseline(number=number, total=total, held_out=held_out, drift=drifted))
+        return self._note("baseline", Baseline(number=number, total=total, held_out=held_out, drift=drifted, **more))
+
+    def joint_start(self) -> JointStart | None:
+        """Where the steps of a joint search begin, if that is noted."""
+        return next(iter(self._all(JointStart)), None)
+
+    def note_joint_start(self, shares: Rows, total_slopes: Rows, drift_slopes: Rows | None) -> JointStart:
+        """Note it, with how total and drift change there with each share."""
+        more = {} if drift_slopes is None else {"drift_slopes": drift_slopes}
+        return self._note("joint", JointStart(shares=shares, total_slopes=total_slopes, **more))
+
+    def stepped(
+        self, state: JointState, value: Value, held_out: float | None, seconds: float, packing: Packing
+    ) -> None:
+        """Note a step: the state that it has led to, the value and the held-out total that it began with."""
+        began_with = {"total": value.total, "drift": value.divergence, "held_out": held_out}
+        more = {"packing": asdict(packing), "seconds": round(seconds, 3)}
+        self._note("step", Step(**asdict(state), **began_with, **more))
+
+    def steps(self) -> list[Step]:
+        """The steps of a joint search that were made."""
+        return self._all(Step)
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether anything was decided."""
+        return bool(self._all(Decided) or self._all(Step))
 
     def start_scores(self) -> tuple[float, ...]:
         """The base's log-probabilities."""
@@ -174,11 +209,13 @@ class RunRecord:
         samples: Sequence[Sample],
         model: Mapping[str, str | None],
         seconds: Mapping[str, float],
+        shares: Rows = (),
     ) -> Recipe:
         """Everything that another person needs to build the same model and to see what it is; see docs/recipe.md.
 
         held_out: the pairs that were, their signed weights and log-probabilities before and after, maybe none.
-        model: device, compute dtype, saved dtype. seconds: by phase; those of the search are in the journal.
+        model: device, compute dtype, saved dtype. seconds: by phase; those of the search are in the journal. shares: of
+        a joint search.
         """
         run, start, decisions = self._all(Run)[0], self._all(Start)[0], self._all(Decided)
         phrases, in_all = _phrases(pairs, weights, start.log_probabilities, scores_now, start.rounding)
@@ -190,6 +227,9 @@ class RunRecord:
             measured["samples"] = list(samples)
         if self._all(Baseline):
             measured["baselines"] = self._all(Baseline)
+        if shares:
+            told = [line.written("shares", "mean", "square", "packing") for line in self.steps()]
+            measured["joint"] = Joint(shares=shares, start=self.joint_start(), steps=told)
         if held_out[0]:
             others, their_total = _phrases(*held_out)
             measured["held_out"] = HeldOut(phrases=others, total=their_total)
@@ -207,7 +247,7 @@ class RunRecord:
             total=in_all,
             **measured,
             composition=dict(composition),
-            seconds={**seconds, "search": round(sum(line.seconds for line in decisions), 1)},
+            seconds={**seconds, "search": round(sum(line.seconds for line in (*decisions, *self.steps())), 1)},
         )
 
 

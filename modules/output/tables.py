@@ -38,15 +38,26 @@ def summary(
         + (f", {len(config.held_out_pairs)} more held out" if config.held_out_pairs else ""),
         **scorer,
         "Auto weights": config.auto_weights,
-        "Merge ratios": list(config.merge_ratios),
-        "Merge method": ", ".join(config.merge_method),
-        "Merge headers": config.merge_headers,
-        "Strategy used": config.strategy
-        + (f" (threshold {config.strategy_threshold:g})" if config.strategy == "quantitive" else ""),
+        **(_of_joint_search(config) if config.search == "joint" else _of_greedy_search(config)),
         **({"Drift": _guard(config, drift_weight)} if config.is_guarded else {}),
         **({"Rounding": _rounding(config, rounding)} if rounding else {}),
     }
     return [f"{name:<16} : {value}" for name, value in rows.items()]
+
+
+def _of_greedy_search(config: Config) -> dict[str, object]:
+    threshold = f" (threshold {config.strategy_threshold:g})" if config.strategy == "quantitive" else ""
+    return {
+        "Merge ratios": list(config.merge_ratios),
+        "Merge method": ", ".join(config.merge_method),
+        "Merge headers": config.merge_headers,
+        "Strategy used": config.strategy + threshold,
+    }
+
+
+def _of_joint_search(config: Config) -> dict[str, object]:
+    steps = f"joint, {config.joint.steps} steps, the first by {config.joint.step_size:g}"
+    return {"Search": steps, "Merge headers": config.merge_headers}
 
 
 def _guard(config: Config, drift_weight: float) -> str:
@@ -78,6 +89,29 @@ def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, nam
     if decision.drift is not None:
         outcome += f" - drift {decision.drift:.4f}"
     return [str([[share, model] for share, model in merges]), f"{_part(decision, layers)} - {outcome}{method}"]
+
+
+def step_line(step: int, steps: int, before: float, after: float, held_out: float | None, drift: float | None) -> str:
+    """What a step of a joint search has made of the totals and the drift (without the time of day)."""
+    parts = [f"Step {step}/{steps}", f"{before:.5f} > {after:.5f}"]
+    parts += [f"held out {held_out:.5f}"] if held_out is not None else []
+    parts += [f"drift {drift:.4f}"] if drift is not None else []
+    return " - ".join(parts)
+
+
+def joint_standing(step: int, steps: int, objective: float) -> str:
+    """How far a joint search is, for the progress bar."""
+    return f"step {step}/{steps}, {objective:.5f}"
+
+
+def share_lines(names: Sequence[str], shares: Sequence[Sequence[float]], layers: int) -> list[str]:
+    """A joint search's shares of each layer and, if it was mixed, of what is outside of them. names: base first."""
+    lines = []
+    for number, own in enumerate(shares):
+        part = f"Layer {number + 1}/{layers}" if number < layers else "Outside"
+        told = [f"{share:.2f} {name}" for name, share in zip(names, (1 - math.fsum(own), *own), strict=True) if share]
+        lines.append(f"{part:<13}: {', '.join(told)}")
+    return lines
 
 
 def standing(turn: str, decision: Decision, layers: int, accepted: int) -> str:

@@ -15,21 +15,26 @@ from modules.output.tables import Totals
 from modules.run.steps import note_source
 from modules.run.watch import Sight, Watch
 from modules.runtime import BrokenWeights, CheckpointError, Console, postponed
-from modules.search import Decision, Merge, scores, total
+from modules.scoring import DriftMeter
+from modules.search import Decision, Merge, Shares, mean_shares, scores, total
+from modules.search.joint import Rows
 from modules.search.search import Search
 
 
 def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:
     """Note the base's scores or, where an earlier run has, go on from its own; those scores."""
     measured, packing = list(search.log_probabilities), search.scorer.packing
-    start, count = record.start(measured, search.weights, packing, search.rounding), len(record.decisions())
+    start = record.start(measured, search.weights, packing, search.rounding)
     search.log_probabilities, search.weights = list(start.log_probabilities), list(start.weights)
     search.rounding, search.base_scores = list(start.rounding), scores(search.log_probabilities, search.weights)
-    if count:
+    if record.has_progress:
         console.warnings(record.warnings(packing))
         if measured != search.log_probabilities and record.compares(packing):
             console.warning("the base scores otherwise here than where the run began: its end may differ slightly")
-        console.timed(f"Resuming: {count} decisions are carried out again from the journal")
+        if record.steps():
+            console.timed(f"Resuming behind step {record.steps()[-1].step}")
+        else:
+            console.timed(f"Resuming: {len(record.decisions())} decisions are carried out again from the journal")
     elif resume:
         console.timed("Nothing to resume: beginning at the beginning")
     return list(search.log_probabilities)
@@ -51,6 +56,7 @@ class Conductor:
         self.watch = watch
         self.config, self.console, self.search, self.record = config, console, search, record
         self.prefetcher, self.layers = prefetcher, len(search.model.layers)
+        self.shares: Rows = ()  # of a joint search, not of this one
         # The accepted merges of every layer and, last, of the header.
         self.origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(self.layers + 1)]
 
@@ -122,23 +128,35 @@ class Conductor:
             drift = self.watch and self.watch.now.drift
             self.record.closed(number, self.search.log_probabilities, failure, self.search.scorer.packing, drift)
 
-    def _score_whole(self, number: int, candidate: Candidate) -> None:
-        """Note how the candidate does that is taken whole, if that is wanted and not yet known."""
-        wanted = self.watch and self.config.baselines and self.search.scorer.has_tails
+    @property
+    def composition(self) -> Shares:
+        """The mean over layers and header."""
+        return mean_shares(self.origins)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether nothing was merged."""
+        return all(len(merges) == 1 for merges in self.origins)
+
+    def _score_whole(self, number: int, candidate: Candidate, guard: DriftMeter | None = None) -> None:
+        """Note how the candidate does that is taken whole, if that is wanted and not yet known. guard: measures the
+        drift that counts, if the search asks what the candidate's is."""
+        joint = self.config.search == "joint"
+        wanted = self.watch and (self.config.baselines or joint) and self.search.scorer.has_tails
         if not wanted or self.record.baseline(number) or self.record.decisions(number) or self.record.end(number):
             return
         try:
-            seen = self.watch.look_at_whole(self.search, candidate)
+            seen = self.watch.look_at_whole(self.search, candidate, guard)
         except (BrokenWeights, CheckpointError) as error:  # the search will meet it, too
             self.console.warning(f"{candidate.name} can't be scored whole: {error}")
             return
         if seen is None:
             self.console.warning(f"{candidate.name} can't be scored whole: there is too little memory")
             return
-        log_probabilities, sight = seen
+        log_probabilities, sight, guarded = seen
         held_out = total(scores(sight.held_out, self.watch.weights)) if self.watch.pairs else None
         searched = total(scores(log_probabilities, self.search.weights))
-        self.record.note_baseline(number, searched, held_out, sight.drift)
+        self.record.note_baseline(number, searched, held_out, sight.drift, guarded)
 
     def _search(self, number: int, candidate: Candidate) -> str | None:
         """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""

@@ -28,6 +28,7 @@ from modules.output import (
 from modules.output import tables as report
 from modules.run.conductor import Clock, Conductor, standing_lines
 from modules.run.estimate import calibrate, estimate, plan_lines
+from modules.run.joint import JointConductor
 from modules.run.plan import Plan
 from modules.run.room import Available, check, find_available, fitting_plan
 from modules.run.steps import end, finish, note_source, prepare_libraries, save
@@ -37,6 +38,7 @@ from modules.runtime.distributed import ALONE, Group
 from modules.scoring import (
     NOT_TAKEN,
     Budget,
+    DriftMeter,
     Encoded,
     Guard,
     Packing,
@@ -47,7 +49,7 @@ from modules.scoring import (
     encode_pairs,
     neutral_windows,
 )
-from modules.search import mean_shares, total_rounding
+from modules.search import total_rounding
 from modules.search.search import Search
 
 
@@ -109,7 +111,8 @@ def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> tup
 
     begun: in what the run computes that goes on.
     """
-    check_space(models.jobs, loader.config.keep_downloads)
+    # A joint search needs all candidates at once.
+    check_space(models.jobs, loader.config.keep_downloads or loader.config.search == "joint")
     config = replace(loader.config, device=loader.device)
     plan, lines = fitting_plan(config, models, loader.rank.local_world_size, begun)
     room = find_available(plan)
@@ -132,12 +135,14 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
         search, model, watch = conductor.search, conductor.search.model, conductor.watch
-        composition = mean_shares(conductor.origins)
-        if all(decision.ratio is None for decision in record.decisions()):
+        composition = conductor.composition
+        if conductor.is_base:
             console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
         console.lines(standing_lines(conductor, models.candidates))
         samples = watch.samples(console)
         console.lines(report.sample_lines(samples))
+        names = [models.base.name, *(candidate.name for candidate in models.candidates)]
+        console.lines(report.share_lines(names, conductor.shares, conductor.layers))
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
         save(console, model, unfinished, config.directories.output_directory, config.text)
@@ -145,7 +150,8 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         seconds = {**clock.seconds, "watch": round(watch.seconds, 1)}
         state = config.pairs, search.weights, search.log_probabilities
         held_out = watch.pairs, watch.weights, watch.start.held_out, watch.now.held_out
-        recipe = record.recipe(*state, composition, watch.now.drift, held_out, samples, model.dtypes(), seconds)
+        seen = watch.now.drift, held_out, samples
+        recipe = record.recipe(*state, composition, *seen, model.dtypes(), seconds, conductor.shares)
         finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
     end(console, config, models.base)
 
@@ -178,7 +184,11 @@ def begin_search(
     console.lines(report.summary(config, model.describe(), scorer.describe(), names, *measured))
     console.warnings(search.warnings)
     watch = Watch(config, console, model, tokenizer, budget, windows) if group.rank.leads else None
-    return Conductor(config, console, search, record, prefetcher, watch)
+    led = config, console, search, record, prefetcher, watch
+    if config.search == "greedy":
+        return Conductor(*led)
+    meter = DriftMeter(model, guarding, keeps_head=True) if guarding else None
+    return JointConductor(*led, meter)
 
 
 def build_guard(model: ResidentModel, windows: Sequence[Window], budget: Budget, rank: Rank) -> Guard:

@@ -6,12 +6,13 @@ Knows: the order of the steps. Refuses to know: phrases, scores, how a decision 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from modules.checkpoints import Models, check_space, fetching
+from modules.checkpoints import Candidate, Models, Prefetcher, check_space, fetching
 from modules.config import Config, Directories, missing_folder, parse_source
-from modules.model import ModelLoader, present_devices
+from modules.model import ModelLoader, ResidentModel, present_devices, side_streams
 from modules.output import (
     Place,
     Recipe,
@@ -27,6 +28,7 @@ from modules.output import (
 )
 from modules.run.steps import end, finish, prepare_libraries, save
 from modules.runtime import BANNER, ConfigError, Console
+from modules.search.mixing import Mix
 from modules.search.trial import Merger
 
 
@@ -81,6 +83,9 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
         compare_fingerprints(base_source, base, "has changed since the recipe was written")
         console.lines(_other_device(recipe, loader.device))
         model, tokenizer = loader.load(models, loader.placement(models, with_header=True))
+        if recipe.joint:
+            _mix(recipe, loader, prefetcher, model, tokenizer, candidates)
+            sources = candidates = []
         merger = Merger(model, tokenizer)
         for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
             prefetcher.wait(number)
@@ -91,6 +96,28 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
             candidate.checkpoint.release()
         save(console, model, unfinished, str(asked.output), recipe.config)
         finish(console, unfinished, recipe, place.output, base, asked.overwrite)
+
+
+def _mix(
+    recipe: Recipe,
+    loader: ModelLoader,
+    prefetcher: Prefetcher,
+    model: ResidentModel,
+    tokenizer: Any,
+    candidates: Sequence[Candidate],
+) -> None:
+    """Make the model what a joint search has found."""
+    sources, joint = recipe.needed_sources[1:], recipe.joint
+    for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
+        prefetcher.wait(number)
+        compare_fingerprints(source, candidate.checkpoint, "has changed since the recipe was written")
+    columns = [recipe.sources.index(source) - 1 for source in sources]
+    shares = [[row[column] for column in columns] for row in joint.shares]
+    outside = len(shares) > len(model.layers)
+    loader.console.timed(f"{len(candidates)} candidates, all at once")
+    Mix(model, tokenizer, candidates, outside, side_streams(model.devices)).compose(shares, exact=True)
+    for candidate in candidates:
+        candidate.checkpoint.release()
 
 
 def _configuration(asked: Replay, recipe: Recipe, sources: Sequence[Source]) -> Config:

@@ -26,6 +26,7 @@ from modules.scoring import (
     doubtful_phrases,
     encode_pairs,
 )
+from modules.search import scores, total
 from modules.search.search import Search, signed_weights
 
 
@@ -87,17 +88,28 @@ class Watch:
         console.warnings(problems)
         return said
 
-    def look_at_whole(self, search: Search, candidate: Candidate) -> tuple[list[float], Sight] | None:
-        """A candidate taken whole: log-probabilities of the searched pairs, and the rest; None if memory is too short.
+    def held_out_total(self) -> float:
+        """Of the pairs that are held out, by now."""
+        began = time.monotonic()
+        found = total(scores(within_memory(self._scorer.score, self._take_less_memory), self.weights))
+        self.seconds += time.monotonic() - began
+        return found
+
+    def look_at_whole(
+        self, search: Search, candidate: Candidate, guard: DriftMeter | None = None
+    ) -> tuple[list[float], Sight, float | None] | None:
+        """A candidate taken whole: log-probabilities of the searched pairs, what else is seen, and its drift as the
+        guard measures it; None if memory is too short.
 
         Raises BrokenWeights and CheckpointError as reading does.
         """
         began = time.monotonic()
 
-        def score() -> tuple[list[float], Sight]:
+        def score() -> tuple[list[float], Sight, float | None]:
             scorers = [search.scorer.alone(), *([self._scorer] if self._scorer else [])]
-            (searched, *others), drift = search.score_whole(candidate, scorers, self._meter)
-            return searched, Sight(_known(drift), tuple(others[0]) if others else ())
+            (searched, *others), drifts = search.score_whole(candidate, scorers, [self._meter, guard])
+            seen, guarded = map(_known, drifts)
+            return searched, Sight(seen, tuple(others[0]) if others else ()), guarded and guarded.divergence
 
         try:
             return within_memory(score, lambda: False)

@@ -55,9 +55,9 @@ class Search(Merger):
         """
         super().__init__(model, tokenizer)
         self.scorer, self.config, self.group, self.guard = scorer, config, group, guard
-        self._streams = side_streams(model.devices)  # on which candidates arrive
+        self.streams = side_streams(model.devices)  # on which candidates arrive
         self._reading: ReadAhead | None = None  # of the present candidate
-        self._reads_ahead = True
+        self.reads_ahead = True
         self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
         self.log_probabilities: list[float] = []
         self.drift = 0.0  # without a guard it stays so
@@ -103,7 +103,7 @@ class Search(Merger):
         tries_header = self.config.merge_headers and len(past) <= count * len(parts)
         header = partial(aligned_header, self.model, self.tokenizer, candidate)
         wanted = dict(list(enumerate(parts))[len(past) // count :])
-        ahead = ReadAhead(candidate, wanted, header if tries_header else None, self._streams, self._reads_ahead)
+        ahead = ReadAhead(candidate, wanted, header if tries_header else None, self.streams, self.reads_ahead)
         with ahead as self._reading:
             yield from self._layers(candidate, parts, past)
             if past:
@@ -114,10 +114,10 @@ class Search(Merger):
         self.measure()
 
     def score_whole(
-        self, candidate: Candidate, scorers: Sequence[Scorer], meter: DriftMeter | None
-    ) -> tuple[list[list[float]], Drift | None]:
+        self, candidate: Candidate, scorers: Sequence[Scorer], meters: Sequence[DriftMeter | None]
+    ) -> tuple[list[list[float]], list[Drift | None]]:
         """See `whole.score_whole`."""
-        return score_whole(self.model, self.tokenizer, candidate, scorers, meter, self._streams)
+        return score_whole(self.model, self.tokenizer, candidate, scorers, meters, self.streams)
 
     def measure(self) -> None:
         """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find."""
@@ -220,15 +220,15 @@ class Search(Merger):
         It is begun again in those too where it had succeeded, so that what it does once, and twice, must be the same.
         Raises torch.OutOfMemoryError if not even one pair and one ratio fit.
         """
-        return within_memory(lambda: self.group.on_all_ranks(work), self._take_less_memory)
+        return within_memory(lambda: self.group.on_all_ranks(work), self.take_less_memory)
 
-    def _take_less_memory(self) -> bool:
+    def take_less_memory(self) -> bool:
         """Score with smaller packs or fewer ratios at a time or, where that can't be, do without reading ahead."""
         done = self.group.on_all_ranks(self.scorer.take_less_memory)
         if self.guard:
             self.guard.tails.let_go()
-        if done is None and self._reads_ahead:
-            self._reads_ahead, done = False, "no layer is read before it is needed from here on"
+        if done is None and self.reads_ahead:
+            self.reads_ahead, done = False, "no layer is read before it is needed from here on"
             if self._reading:
                 self._reading.stop()
         if done:

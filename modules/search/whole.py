@@ -21,11 +21,11 @@ def score_whole(
     tokenizer: Any,
     candidate: Candidate,
     scorers: Sequence[Scorer],
-    meter: DriftMeter | None,
+    meters: Sequence[DriftMeter | None],
     streams: Sequence[torch.Stream] = (),
-) -> tuple[list[list[float]], Drift | None]:
-    """Joint log-probabilities by each scorer, and the drift, of a model with every tensor that the candidate has: its
-    header with its rows in the base's order, or the resident one where they can't be matched.
+) -> tuple[list[list[float]], list[Drift | None]]:
+    """Joint log-probabilities by each scorer, and the drift by each meter, of a model with every tensor that the
+    candidate has: its header with its rows in the base's order, or the resident one where they can't be matched.
 
     tokenizer: the base's. Raises BrokenWeights if a tensor is no number, CheckpointError if a file can't be read,
     torch.OutOfMemoryError if there is no room.
@@ -45,7 +45,8 @@ def score_whole(
             yield
 
     parts = {layer: model.layer(layer) for layer in range(len(model.layers))}
-    inputs = [*(one for scorer in scorers for one in scorer.inputs), *(meter.inputs if meter else [])]
+    measures = [one for one in (*scorers, *meters) if one]
+    inputs = [inputs for one in measures for inputs in one.inputs]
     with ReadAhead(candidate, parts, None, streams) as ahead:
 
         def layers() -> Iterator[AbstractContextManager[None]]:
@@ -55,7 +56,11 @@ def score_whole(
         hidden = iter(streamed(model, inputs, layers()))
     with held():
         scores = [scorer.score_on([next(hidden) for _ in scorer.inputs]) for scorer in scorers]
-    return scores, meter.measure_on(list(hidden), held, same_header=len(theirs) == 1)[0] if meter else None
+    same_header, drifts = len(theirs) == 1, list[Drift | None]()
+    for meter in meters:
+        states = [next(hidden) for _ in meter.inputs] if meter else []
+        drifts.append(meter.measure_on(states, held, same_header)[0] if meter else None)
+    return scores, drifts
 
 
 def has_tensor(candidate: Candidate, name: str, own: torch.Tensor) -> bool:

@@ -1,0 +1,220 @@
+"""A joint search carried out step by step: journal, console, resumption, what is kept at the end.
+
+Knows: the order of what comes before, between and behind the steps. Refuses to know: how a step is made.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from modules.checkpoints import Candidate, Prefetcher, remove_downloads
+from modules.config import Config
+from modules.output import JointStart, RunRecord
+from modules.output import tables as report
+from modules.run.conductor import Conductor, resume_search
+from modules.run.steps import note_source
+from modules.run.watch import Watch
+from modules.runtime import BrokenWeights, CheckpointError, Console, postponed, within_memory
+from modules.scoring import DriftMeter, Objective, Value
+from modules.search import Shares, scores, total
+from modules.search.joint import Joint, JointState, Rows, first_shares, largest_factor, rounded
+from modules.search.mixing import Mix
+from modules.search.search import Search
+
+
+class JointConductor(Conductor):
+    """Leads a joint search, from where an earlier run has left it."""
+
+    def __init__(
+        self,
+        config: Config,
+        console: Console,
+        search: Search,
+        record: RunRecord,
+        prefetcher: Prefetcher,
+        watch: Watch | None = None,
+        meter: DriftMeter | None = None,
+    ) -> None:
+        """meter: of the drift that counts, on all of its text; made while the model was the base."""
+        super().__init__(config, console, search, record, prefetcher, watch)
+        self._meter = meter
+        self._candidates: Sequence[Candidate] = ()
+        self.shares: Rows = ()  # that are kept: rows of a number for each candidate
+
+    def conduct(self, candidates: Sequence[Candidate], resume: bool = False, table: str = "full") -> None:
+        """Search, with a phrase table before the first step and after the last.
+
+        Raises CheckpointError if a candidate can't be read or is no number: none of them can be done without.
+        """
+        self._candidates, search, console = candidates, self.search, self.console
+        self._tell_of_memory()
+        self._show_table(table, whole_in_log=True)
+        if self.watch:
+            console.lines(report.neutral_text_lines(self.watch.start.drift))
+        start = resume_search(console, search, self.record, resume)
+        try:
+            for number, candidate in enumerate(candidates, start=1):
+                search.group.on_all_ranks(partial(self.prefetcher.wait, number))
+                note_source(self.record, search.group, number, candidate.text, candidate.where, candidate.checkpoint)
+                self._score_whole(number, candidate, self._meter)
+            joint = self._made()
+            with postponed(console.on_interrupt) as self.end_if_asked:
+                self._end(joint, self._steps(joint, self._begun(joint)))
+        except BrokenWeights as error:
+            raise CheckpointError(f"{error}; search: joint can't do without a candidate") from None
+        finally:
+            for candidate in candidates:
+                candidate.checkpoint.release()
+        self._tell_of_memory()
+        if self.watch:
+            self.watch.look()
+        self._show_table(table, start, whole_in_log=True)
+        self._show_watch(start)
+        if not self.config.keep_downloads:
+            downloads = [repository for candidate in candidates for repository in candidate.repositories]
+            remove_downloads(console, downloads, [search.model.checkpoint.repository])
+
+    @property
+    def composition(self) -> Shares:
+        """The mean over layers and all else; the base's share may be negative."""
+        rows = [*self.shares, *([(0.0,) * len(self._candidates)] if len(self.shares) == self.layers else [])]
+        means = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
+        found = {self.search.model.checkpoint.name: 1.0 - math.fsum(means)}
+        for candidate, mean in zip(self._candidates, means, strict=True):
+            found[candidate.name] = found.get(candidate.name, 0.0) + mean
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    @property
+    def is_base(self) -> bool:
+        """Whether nothing was merged."""
+        return not any(map(any, self.shares))
+
+    def _made(self) -> Joint:
+        """What makes the steps. The model is still the base."""
+        search, config = self.search, self.config
+
+        def make() -> Joint:
+            mix = Mix(search.model, search.tokenizer, self._candidates, config.merge_headers, search.streams)
+            weight = search.limits.drift_weight
+            objective = Objective(search.model, search.scorer, search.weights, self._meter if weight else None, weight)
+            return Joint(mix, objective, config.joint.steps, config.joint.step_size, search.group)
+
+        joint = within_memory(lambda: search.group.on_all_ranks(make), search.take_less_memory)
+        self.console.lines(joint.mix.notes)
+        return joint
+
+    def _begun(self, joint: Joint) -> JointState:
+        """The state from which the next step is made, and the model composed from it."""
+        if self.record.steps():
+            state = JointState.of(self.record.steps()[-1].model_dump())
+        else:
+            noted = self.record.joint_start() or self._start(joint)
+            state = JointState.at(noted.shares)
+        within_memory(lambda: joint.go_to(state), partial(self._take_less_memory, joint))
+        return state
+
+    def _start(self, joint: Joint) -> JointStart:
+        """Find and note where the steps begin, and how total and drift change there with every share."""
+        search, weight = self.search, self.search.limits.drift_weight
+        objectives = search.group.broadcast([self._objective(), *self._objectives_of_candidates()])
+        shares = first_shares(joint.mix.rows, objectives)
+        names = [search.model.checkpoint.name, *(candidate.name for candidate in self._candidates)]
+        begin = names[objectives.index(min(objectives))]
+        self.console.timed(f"The steps begin at {begin}; checking the gradient")
+        take_less = partial(self._take_less_memory, joint)
+        within_memory(lambda: joint.check(shares), take_less)
+        slopes = within_memory(lambda: joint.gradient(shares, joint.objective.part(pairs=True)), take_less)
+        of_drift = None
+        if weight:
+            found = within_memory(lambda: joint.gradient(shares, joint.objective.part(pairs=False)), take_less)
+            of_drift = [[slope / weight for slope in row] for row in found]
+        return self.record.note_joint_start(shares, slopes, of_drift)
+
+    def _steps(self, joint: Joint, state: JointState) -> JointState:
+        """Make the steps that are left, and tell of each when it is known what it has led to."""
+        with self.console.progress(joint.steps) as bar:
+            bar.skip(state.step)
+            while state.step < joint.steps:
+                self.end_if_asked()
+                held_out, began = self._held_out(), time.monotonic()
+                step = partial(joint.step, state)
+                state, value = within_memory(step, partial(self._take_less_memory, joint, state))
+                seconds = time.monotonic() - began
+                self.record.stepped(state, value, held_out, seconds, self.search.scorer.packing)
+                self._tell_of_memory()
+                self._tell_of_step(state.step - 1, value, held_out)
+                bar.update(1)
+                bar.tell(report.joint_standing(state.step, joint.steps, value.objective))
+        value = within_memory(joint.value, partial(self._take_less_memory, joint, state))
+        self._tell_of_step(state.step, value, self._held_out())
+        return state
+
+    def _tell_of_step(self, step: int, value: Value, held_out: float | None) -> None:
+        """What a step has led to; of none, nothing."""
+        if step:
+            totals = self.record.steps()[step - 1].total, value.total
+            drift = value.divergence if self.search.limits.drift_weight else None
+            self.console.timed(report.step_line(step, self.config.joint.steps, *totals, held_out, drift))
+
+    def _end(self, joint: Joint, state: JointState) -> None:
+        """Compose what is kept, exactly: what the steps have found, the best candidate whole or the base."""
+        most, known = self.search.limits.max_drift, self._objectives_of_candidates()
+        best = self.search.group.broadcast(known.index(min(known)))
+        factor = self._factor(joint, state, most) if most < math.inf else 1.0
+        if factor < 1:
+            self.console.timed(f"All shares times {factor:.3f}: so the drift stays within {most:g}")
+        whole = tuple(float(number == best) for number in range(len(known)))
+        contenders = {
+            "the steps": rounded(state.shares, factor),
+            self._candidates[best].name: (whole,) * joint.mix.rows,
+            "the base": ((0.0,) * len(known),) * joint.mix.rows,
+        }
+        objectives = {name: self._composed(joint, shares) for name, shares in contenders.items()}
+        name = min(objectives, key=objectives.__getitem__)
+        self._composed(joint, contenders[name])
+        if name != "the steps":
+            self.console.timed(f"The steps have not come below {name} as it is, which is kept")
+
+    def _factor(self, joint: Joint, state: JointState, most: float) -> float:
+        """The largest factor of all shares with which the drift stays within a limit."""
+
+        def drift_at(factor: float) -> float:
+            self._composed(joint, rounded(state.shares, factor))
+            return self.search.drift
+
+        return largest_factor(drift_at, most)
+
+    def _composed(self, joint: Joint, shares: Rows) -> float:
+        """Make the model exactly what saving keeps of these shares; its objective, infinite if it drifts too far."""
+        search = self.search
+        compose = partial(joint.mix.compose, shares, exact=True)
+        within_memory(lambda: search.group.on_all_ranks(compose), search.take_less_memory)
+        search.measure()
+        self.shares = shares
+        return self._objective() if search.drift <= search.limits.max_drift else math.inf
+
+    def _objective(self) -> float:
+        """Of the present model, as it was scored last."""
+        search, limits = self.search, self.search.limits
+        return total(scores(search.log_probabilities, search.weights)) + limits.drift_weight * search.drift
+
+    def _objectives_of_candidates(self) -> list[float]:
+        """Of each candidate whole; infinite where it is not known, and in processes that don't lead."""
+        weight = self.search.limits.drift_weight
+        known = [self.record.baseline(number) for number in range(1, len(self._candidates) + 1)]
+        return [one.total + weight * (one.guarded or 0.0) if one else math.inf for one in known]
+
+    def _held_out(self) -> float | None:
+        """The total of the pairs that are held out, in the present model."""
+        return self.watch.held_out_total() if self.watch and self.watch.pairs else None
+
+    def _take_less_memory(self, joint: Joint, state: JointState | None = None) -> bool:
+        """What is left to be done about a lack of memory. state: that the model must be of again."""
+        done = self.search.take_less_memory()
+        if done:
+            joint.objective = joint.objective.packed_as(self.search.scorer)
+            joint.mix.ahead = self.search.reads_ahead
+            if state:
+                joint.go_to(state)
+        return done
