@@ -34,7 +34,8 @@ def whole(base, other, pairs=tiny.PAIRS, budget=None, other_dtype=None):
     windows = [tuple(range(5, 30)), tuple(range(40, 65)), (3, 4, 9)]
     meter = DriftMeter(model, windows)
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
-    scores, drift = score_whole(model, tokenizer, candidate, scorers, meter)
+    scores, (drift, none) = score_whole(model, tokenizer, candidate, scorers, [meter, None])
+    assert none is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.module.state_dict().items())
     return scores, drift, windows, tokenizer
 

@@ -1,0 +1,264 @@
+"""Joint searches as whole runs: what is kept, breaks, replays, limits, processes, what is refused."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+import tiny
+import torch
+import yaml
+from broken_runs import JOURNAL, RECIPE, break_off, end, start, wait_until
+from runs import digest, log_of, make_models, merge
+from safetensors.torch import load_file
+
+import merge_monster
+import modules.output.journal
+from modules.checkpoints.candidate import Candidate
+from modules.runtime import CheckpointError
+from modules.scoring.scorer import Scorer
+
+TEXT = "The bread is on the table. It was baked this morning, and half of it is left for the evening. "
+STEPS = 6
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def models(request, tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("models"), request.param, shard="60KB")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "plain.txt"
+    path.write_text(TEXT * 12, encoding="utf-8")
+    return str(path)
+
+
+def searched(place, models, text, *arguments, **more):
+    settings = {"search": "joint", "joint": {"steps": STEPS}, "neutral_texts": [text], "neutral_tokens": 100, **more}
+    return merge(place, models, *arguments, **settings)
+
+
+def recipe_of(folder):
+    return json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def whole(models, text, tmp_path_factory):
+    """What a run leaves that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert searched(folder, models, text, held_out=0.3) == 0
+    return folder
+
+
+def test_it_finds_less_than_it_began_with_and_tells_of_every_step(whole):
+    recipe, log = recipe_of(whole / "out"), log_of(whole)
+    steps = recipe["joint"]["steps"]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    weight = sum(abs(p["weight"]) * p["before"] for p in recipe["phrases"]) / 0.05
+    assert f"a nat counts as {weight:.5g} of the total" in log
+    objectives = [line["total"] + weight * line["drift"] for line in steps]
+    assert objectives[-1] < objectives[0]
+    for before, after in itertools.pairwise(steps):
+        line = f"Step {before['step']}/{STEPS} - {before['total']:.5f} > {after['total']:.5f} - held out "
+        assert f"{line}{after['held_out']:.5f} - drift {after['drift']:.4f}\n" in log
+    assert f"Step {STEPS}/{STEPS} - {steps[-1]['total']:.5f} > " in log
+    assert recipe["decisions"] == [] and recipe["held_out"]["total"]["before"] > 0
+
+
+def test_the_output_is_the_mix_that_the_recipe_tells(models, whole):
+    recipe = recipe_of(whole / "out")
+    shares = recipe["joint"]["shares"]
+    assert len(shares) == 4 and any(map(any, shares))
+    assert all(
+        share == round(share, 2) and 0 <= share <= 1 and (not share or share >= 0.01) for row in shares for share in row
+    )
+    files = [{k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()} for folder in models]
+    merged = {k: v for f in sorted((whole / "out").glob("*.safetensors")) for k, v in load_file(f).items()}
+    for name, tensor in merged.items():
+        layer = int(name.split(".")[2]) if ".layers." in name else 3
+        row = shares[layer]
+        base, *others = (tensors[name].double() for tensors in files)
+        mixed = base + sum(share * (other - base) for share, other in zip(row, others, strict=True))
+        close = 2**-7 if tensor.dtype == torch.bfloat16 else 1e-6
+        assert torch.allclose(tensor.double(), mixed, rtol=close, atol=1e-6)
+    means = [math.fsum(column) / len(shares) for column in zip(*shares, strict=True)]
+    assert recipe["composition"] == pytest.approx({"base": 1 - sum(means), "one": means[0], "two": means[1]})
+
+
+def test_what_is_printed_is_what_is_saved(place, models, whole, text):
+    last = [line for line in log_of(whole).splitlines() if line.startswith("|")]
+    path = tiny.write_config(place / "again.yaml", whole / "out", [models[1]], place / "x", held_out=0.3)
+    assert merge_monster.main(["--config", str(path)]) == 0
+    again = [line for line in log_of(place).splitlines() if line.startswith("| BAD") or line.startswith("| GOOD")]
+    ours = [line for line in last if line.startswith("| BAD") or line.startswith("| GOOD")]
+    count = len(ours) // 2
+    assert [line.split("|")[4] for line in again[:count]] == [line.split("|")[4] for line in ours[count:]]
+
+
+def test_it_is_never_worse_than_the_base_or_a_candidate_whole(place, models, text):
+    """Steps that lead nowhere good: far too large, and only one."""
+    for joint in ({"steps": 1, "step_size": 1.0}, {"steps": 3, "step_size": 1.0}):
+        for weight in (0.0, 0.5, 1000.0):
+            assert searched(place, models, text, "--overwrite", joint=joint, drift_weight=weight) == 0
+            recipe = recipe_of(place / "out")
+            log = log_of(place)
+            known = [
+                recipe["total"]["before"],
+                *(b["total"] + weight * b.get("guarded", 0) for b in recipe["baselines"]),
+            ]
+            if weight == 0:
+                assert recipe["total"]["after"] <= min(known) + 1e-6
+            if weight == 1000:  # any drift is too much
+                assert set(map(tuple, recipe["joint"]["shares"])) == {(0.0, 0.0)}
+                assert "The steps have not come below the base as it is, which is kept" in log
+                assert "nothing was accepted, so the output is the base" in log
+
+
+def test_the_best_candidate_whole_is_kept_where_no_step_comes_below_it(place, models, text):
+    """The first step of Adam moves every share by its whole size, here from one end to the other."""
+    joint = {"steps": 1, "step_size": 1.0}
+    assert searched(place, models, text, joint=joint, drift_weight=0) == 0
+    recipe = recipe_of(place / "out")
+    assert recipe["joint"]["start"]["shares"][0] == [0.0, 0.98]
+    assert "The steps have not come below two as it is, which is kept" in log_of(place)
+    assert set(map(tuple, recipe["joint"]["shares"])) == {(0.0, 1.0)} and recipe["composition"]["two"] == 1.0
+    assert recipe["total"]["after"] == pytest.approx(recipe["baselines"][1]["total"], rel=0.02)
+
+
+@pytest.mark.parametrize("where", range(3))
+def test_a_run_that_was_broken_off_ends_with_the_same_bytes(place, models, whole, text, where):
+    lines = [json.loads(line)["kind"] for line in (whole / "out" / JOURNAL).read_text().splitlines()]
+    steps = [number for number, kind in enumerate(lines, start=1) if kind == "step"]
+    for records in steps[where::3]:
+        break_off(place, whole / "out", records)
+        assert searched(place, models, text, "--resume", held_out=0.3) == 0
+        done = lines[:records].count("step")
+        assert f"Resuming behind step {done}" in log_of(place)
+        ours, theirs = recipe_of(place / "out"), recipe_of(whole / "out")
+        assert ours["joint"]["shares"] == theirs["joint"]["shares"]
+        assert [s["total"] for s in ours["joint"]["steps"]] == [s["total"] for s in theirs["joint"]["steps"]]
+        files = [name for name in digest(whole / "out") if name.endswith(".safetensors")]
+        assert files and all(digest(place / "out")[name] == digest(whole / "out")[name] for name in files)
+        (place / "out").rename(place / f"out-{records}")
+
+
+def test_a_journal_without_a_step_begins_again(place, models, whole, text):
+    lines = [json.loads(line)["kind"] for line in (whole / "out" / JOURNAL).read_text().splitlines()]
+    break_off(place, whole / "out", lines.index("step"))
+    assert searched(place, models, text, "--resume", held_out=0.3) == 0
+    assert recipe_of(place / "out")["joint"]["shares"] == recipe_of(whole / "out")["joint"]["shares"]
+
+
+def test_a_killed_run_goes_on(place, models, whole, text):
+    settings = {"search": "joint", "joint": {"steps": STEPS}, "neutral_texts": [text], "neutral_tokens": 100}
+    settings |= {"held_out": 0.3, "merge_method": "lerp", "auto_weights": False}
+
+    def slow():
+        append = modules.output.journal.Journal.append
+
+        def slowly(self, kind, **fields):
+            append(self, kind, **fields)
+            time.sleep(0.3 * (kind == "step"))
+
+        modules.output.journal.Journal.append = slowly
+
+    child = start(place, models, before=slow, **settings)
+    path = place / "out.partial" / JOURNAL
+    wait_until(lambda: path.exists() and path.read_text().count('"kind": "step"') >= 3)
+    os.kill(child, signal.SIGKILL)
+    assert end(child) == -signal.SIGKILL
+    assert searched(place, models, text, "--resume", held_out=0.3) == 0
+    assert recipe_of(place / "out")["joint"]["shares"] == recipe_of(whole / "out")["joint"]["shares"]
+
+
+def test_a_recipe_builds_the_same_bits(place, whole):
+    assert merge_monster.main(["--replay", str(whole / "out"), "--output", str(place / "again")]) == 0
+    files = [name for name in digest(whole / "out") if name.endswith(".safetensors")]
+    assert files and all(digest(place / "again")[name] == digest(whole / "out")[name] for name in files)
+
+
+def test_a_limit_scales_all_shares(place, models, text):
+    assert searched(place, models, text, drift_weight=0.0) == 0
+    free = recipe_of(place / "out")
+    limit = free["drift"]["divergence"] / 3
+    assert searched(place, models, text, "--overwrite", drift_weight=0.0, max_drift=limit) == 0
+    held = recipe_of(place / "out")
+    assert 0 < held["drift"]["divergence"] < 1.5 * limit
+    assert "so the drift stays within" in log_of(place)
+    assert sum(map(sum, held["joint"]["shares"])) < sum(map(sum, free["joint"]["shares"]))
+
+
+def test_without_headers_there_is_no_row_for_what_is_outside(place, models, text):
+    assert searched(place, models, text, merge_headers=False) == 0
+    assert len(recipe_of(place / "out")["joint"]["shares"]) == 3
+    folders = models[0], place / "out"
+    base, merged = ({k: v for f in one.glob("*.safetensors") for k, v in load_file(f).items()} for one in folders)
+    outside = [name for name in base if ".layers." not in name]
+    assert outside and all(torch.equal(base[name], merged[name]) for name in outside)
+
+
+def test_a_lack_of_memory_is_met_by_smaller_packs(place, models, text, whole, monkeypatch):
+    failed, collect = [], Scorer.packs_here
+
+    def packs(self):
+        import traceback
+
+        if not failed and any("descend" in line.name for line in traceback.extract_stack()):
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return collect.fget(self)
+
+    monkeypatch.setattr(Scorer, "packs_here", property(packs))
+    assert searched(place, models, text, held_out=0.3) == 0
+    ours, theirs = recipe_of(place / "out"), recipe_of(whole / "out")
+    assert ours["total"]["after"] == pytest.approx(theirs["total"]["after"], rel=0.2)
+
+
+def test_a_candidate_that_breaks_ends_the_run_and_loses_nothing(place, models, text, whole, monkeypatch, capsys):
+    stream, path = Candidate.stream, place / "out.partial" / JOURNAL
+
+    def failing(self, names, *room):
+        if self.name == "two" and path.read_text().count('"kind": "step"') == 3:
+            raise CheckpointError("two: model.safetensors: Input/output error")
+        return stream(self, names, *room)
+
+    monkeypatch.setattr(Candidate, "stream", failing)
+    assert searched(place, models, text, held_out=0.3, on_error="skip") == 1
+    error = capsys.readouterr().err
+    assert "Input/output error" in error and "--resume" in error
+    monkeypatch.undo()
+    os.chdir(place)
+    assert searched(place, models, text, "--resume", held_out=0.3) == 0
+    assert recipe_of(place / "out")["joint"]["shares"] == recipe_of(whole / "out")["joint"]["shares"]
+
+
+def test_downloads_and_dry_runs_and_damaged_journals(place, models, text, whole, capsys):
+    assert searched(place, models, text, "--dry-run", held_out=0.3) == 0
+    assert "Dry run" in capsys.readouterr().out
+    break_off(place, whole / "out", 10**6)
+    path = place / "out.partial" / JOURNAL
+    lines = path.read_text().splitlines()
+    step = next(number for number, line in enumerate(lines) if '"kind": "step"' in line)
+    broken = json.loads(lines[step])
+    broken["shares"][0] = [0.5]
+    path.write_text("\n".join([*lines[:step], json.dumps(broken), *lines[step + 1 :]]) + "\n")
+    assert searched(place, models, text, "--resume", held_out=0.3) == 2
+    assert f"line {step + 1} is damaged" in capsys.readouterr().err
+
+
+def test_settings_that_do_not_fit(place, models, text, capsys):
+    path = tiny.write_config(
+        place / "my.yaml", models[0], models[1:], place / "out", search="joint", joint={"steps": 0}
+    )
+    assert merge_monster.main(["--config", str(path)]) == 2
+    assert "joint.steps: 0: expected a whole number of at least 1" in capsys.readouterr().err
+    document = yaml.safe_load(path.read_text()) | {"joint": {"stepz": 3}}
+    path.write_text(yaml.safe_dump(document))
+    assert merge_monster.main(["--config", str(path)]) == 2
+    assert "did you mean" in capsys.readouterr().err
