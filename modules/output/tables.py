@@ -260,16 +260,16 @@ class Standing(NamedTuple):
     drift: Drift | None
 
 
-def standing_lines(base: Standing, candidates: Sequence[Standing], merge: Standing) -> list[str]:
+def standing_table(base: Standing, candidates: Sequence[Standing], merge: Standing, search: str) -> list[str]:
     """The base, the candidates taken whole and the merge as one table; and, where a candidate alone is better than the
-    merge, that it is."""
+    merge, that it is. search: how the merge was found."""
     rows = [_standing_cells(one) for one in (base, *candidates, merge)]
     wanted = [True, True, merge.held_out is not None, merge.drift is not None, merge.drift is not None]
     shown = [[cell for cell, is_wanted in zip(cells, wanted, strict=True) if is_wanted] for cells in [_STANDING, *rows]]
     widths = [max(map(columns, cells)) for cells in zip(*shown, strict=True)]
     header, *body = [row(cells, widths) for cells in shown]
     rule = "-" * len(header)
-    return [rule, header, rule, *body, rule, *_better_alone(candidates, merge)]
+    return [rule, header, rule, *body, rule, *_better_alone(candidates, merge, search)]
 
 
 _STANDING = ["Taken whole", "Total", "Held out", "Drift (KL)", "Perplexity"]
@@ -286,7 +286,14 @@ def _standing_cells(one: Standing) -> list[str]:
     ]
 
 
-def _better_alone(candidates: Sequence[Standing], merge: Standing) -> list[str]:
+# What to do where a candidate alone is better than what was found.
+_INSTEAD = {
+    "greedy": "begin with it: make it the base; or set search: joint",
+    "joint": "lower drift_weight, which has kept the merge nearer to the base",
+}
+
+
+def _better_alone(candidates: Sequence[Standing], merge: Standing, search: str) -> list[str]:
     """That a candidate alone has a lower total than the merge, where it was searched or where it was not."""
     lines = []
     for what, key in (("where it was searched", "total"), ("on the phrases held out", "held_out")):
@@ -296,7 +303,7 @@ def _better_alone(candidates: Sequence[Standing], merge: Standing) -> list[str]:
         if best is not None and getattr(best, key) < ours:
             figures = f"{getattr(best, key):.5f} against {ours:.5f}"
             lines.append(f"{best.name} taken whole is better than the merge {what}: {figures}.")
-    return [*lines, "Take it as it is, or begin with it: make it the base."] if lines else []
+    return [*lines, f"Take it as it is, or {_INSTEAD[search]}."] if lines else []
 
 
 def sample_lines(samples: Sequence[Sample]) -> list[str]:

@@ -215,7 +215,8 @@ def standing_lines(conductor: Conductor, candidates: Sequence[Candidate]) -> lis
         return report.Standing(name, total(scores(log_probabilities, search.weights)), held_out, sight.drift)
 
     base = standing(f"{search.model.checkpoint.name} (base)", record.start_scores(), watch.start)
-    return report.standing_lines(base, whole, standing("the merge", search.log_probabilities, watch.now))
+    merge = standing("the merge", search.log_probabilities, watch.now)
+    return report.standing_table(base, whole, merge, search.config.search)
 
 
 class Clock:

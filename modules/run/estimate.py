@@ -32,6 +32,7 @@ READ_AT_MOST = 64 << 20  # bytes
 CACHE = 64 << 20  # bytes; matrices that are used in turn take more than a processor's cache, as a model's do
 # The most that one calibrating product computes, in FLOP: a fraction of a second on a CPU, enough to fill a GPU.
 PRODUCT_ON_CPU, PRODUCT_ELSEWHERE = 2e10, 1e12
+CHECKING = 6  # steps
 ATTENTION_SHARE = 0.1  # of that, what attention may compute, which is slower
 
 
@@ -50,7 +51,7 @@ class Rates:
 class Estimate:
     """About how long a run takes, in seconds. Downloads and saving are not in it."""
 
-    search: float  # of one candidate, reading not included
+    search: float  # of one candidate or, if it is joint, of all; reading not included
     total: float  # of all, with the reading if its speed is known, and what is measured beside the search
     watching: float = 0.0  # of the total: drift, candidates taken whole
 
@@ -133,10 +134,13 @@ def _reading_rate(plan: Plan) -> float | None:
 
 def estimate(plan: Plan, rates: Rates) -> Estimate:
     """What the plan takes at these rates."""
-    search = _search_seconds(plan, rates)
+    search = _joint_seconds(plan, rates) if plan.steps else _search_seconds(plan, rates)
     count, watching = len(plan.disk.candidates), _watching_seconds(plan, rates)
     bytes_read = plan.disk.base + sum(size for _, size in plan.disk.candidates) * (2 if plan.baselines else 1)
-    return Estimate(search, count * search + watching + (bytes_read / rates.reading if rates.reading else 0), watching)
+    searches = 1 if plan.steps else count
+    return Estimate(
+        search, searches * search + watching + (bytes_read / rates.reading if rates.reading else 0), watching
+    )
 
 
 def _watching_seconds(plan: Plan, rates: Rates) -> float:
@@ -168,11 +172,26 @@ def _search_seconds(plan: Plan, rates: Rates) -> float:
     return alone + stacked + heads + sum(weights / rates.merging[method] for method, weights in merged)
 
 
+def _joint_seconds(plan: Plan, rates: Rates) -> float:
+    """All steps: a forward, the layers once more, twice as much backward; a mix of all candidates, which are read twice.
+    To find where they begin and to check the gradient takes about as long as CHECKING steps."""
+    sizes, count = plan.sizes, len(plan.disk.candidates)
+    tokens, weights = plan.packed_tokens + plan.guarding_tokens, sizes.layers * sizes.layer_weights
+    layers = 4 * tokens * (2 * sizes.layers * sizes.active_weights)
+    head = (3 * plan.columns + 4 * plan.guarding_tokens) * 2 * sizes.hidden * sizes.vocabulary
+    attention = 16 * sizes.layers * tokens * max(plan.packs) * sizes.heads * sizes.head_size / rates.attention
+    mixing = 2 * count * (weights + sizes.header_weights) / rates.merging["lerp"]
+    return (plan.steps + CHECKING) * ((layers + head) / rates.alone + attention + mixing)
+
+
 def plan_lines(plan: Plan, room: Available, estimate: Estimate) -> list[str]:
     """The plan for the person at the terminal, one line for each of its figures."""
     disk, memory, count, packs = plan.disk, plan.memory, len(plan.disk.candidates), len(plan.packs)
-    tried = [f"{method} at {ratios} ratios" for method, ratios in plan.methods]
+    tried = [f"every layer by {', '.join(f'{method} at {ratios} ratios' for method, ratios in plan.methods)}"]
     tried += [f"the header at {plan.header_ratios}"] if plan.header_ratios else []
+    decisions = f"{plan.decisions:,} a candidate, {count * plan.decisions:,} in all"
+    if plan.steps:
+        tried, decisions = ["all shares at once, by gradient"], f"{plan.steps} steps"
     reads = [bytes_read for _, bytes_read in disk.candidates]
     each = on_disk(max(reads)) + (" at most" if min(reads) < max(reads) else "")
     header = " and the header" if memory.header else ""
@@ -182,8 +201,8 @@ def plan_lines(plan: Plan, room: Available, estimate: Estimate) -> list[str]:
     rows = {
         "Candidates": f"{count} ({', '.join(name for name, _ in disk.candidates)})",
         "Layers": f"{plan.sizes.layers} of about {plan.sizes.layer_weights / 1e6:,.1f} million weights",
-        "Tried": f"every layer by {', '.join(tried)}",
-        "Decisions": f"{plan.decisions:,} a candidate, {count * plan.decisions:,} in all",
+        "Tried": ", ".join(tried),
+        "Decisions": decisions,
         "Phrases": f"{plan.pairs} pairs, {plan.packed_tokens:,} tokens packed from {plan.text_tokens:,}, "
         f"{packs} {'pack' if packs == 1 else 'packs'} (if the model takes them as a forest, as most do)",
         "Bytes to read": f"{on_disk(disk.base)} of the base, {each} of each candidate, "
@@ -191,7 +210,8 @@ def plan_lines(plan: Plan, room: Available, estimate: Estimate) -> list[str]:
         "Bytes to write": f"{on_disk(disk.output)} to {plan.output}, {on_disk(room.disk)} free",
         "Memory needed": f"{in_memory(memory.reserved)} on {plan.device} ({parts}){free}",
         "Downloads": f"{on_disk(disk.downloads)} still to be fetched from the hub" if disk.downloads else "",
-        "Time (estimate)": f"{duration(estimate.search)} a candidate, {duration(estimate.total)} in all, "
+        "Time (estimate)": f"{duration(estimate.search)} {'to search' if plan.steps else 'a candidate'}, "
+        f"{duration(estimate.total)} in all, "
         + (f"{duration(estimate.watching)} of it for drift and baselines, " if estimate.watching else "")
         + "without downloads and saving",
     }

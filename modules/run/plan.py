@@ -90,6 +90,7 @@ class Plan:
     placement: tuple[torch.device, ...] | None  # where each layer goes, if not all of them to the device
     sharing: int  # how many processes have the device's memory to share
     weight_files: tuple[Path, ...]  # the candidates'; those that come from the hub may not be here yet
+    steps: int = 0  # of a joint search; of another one none
     neutral_tokens: int = 0  # on which drift is measured
     guarding_tokens: int = 0  # on which it is measured under every trial
     baselines: bool = False  # whether candidates are scored whole, too
@@ -123,7 +124,7 @@ class Plan:
     @property
     def stack(self) -> int:
         """The most ratios that go through the model at once."""
-        return max(ratios for _, ratios in self.methods)
+        return max((ratios for _, ratios in self.methods), default=1)
 
 
 def plan_run(config: Config, models: Models, dtype: torch.dtype, sharing: int = 1) -> Plan:
@@ -142,8 +143,10 @@ def plan_run(config: Config, models: Models, dtype: torch.dtype, sharing: int = 
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     texts, for_trials = read_neutral_texts(config.neutral_texts), config.neutral_tokens if config.is_guarded else 0
     watched, guarding = neutral_windows(tokenizer, texts, sizes.vocabulary, longest, for_trials)
-    methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in config.merge_method)
-    stack = max(count for _, count in methods)
+    steps = config.joint.steps if config.search == "joint" else 0
+    tried = config.merge_method if not steps else ()
+    methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in tried)
+    stack = max((count for _, count in methods), default=1)
     weights = weights_of(module, dtype, config.merge_headers, _arriving(models, dtype))
     sharing = sharing if device.type == "cpu" else 1
     free = share_of(free_memory(device), sharing)
@@ -157,14 +160,15 @@ def plan_run(config: Config, models: Models, dtype: torch.dtype, sharing: int = 
     tokens, columns = zip(
         *((pack.tokens, len({target.column for target in pack.targets})) for pack in packs), strict=True
     )
-    activations = _activations(sizes, dtype, stack, tokens, max(columns), budget)
+    activations = _activations(sizes, dtype, stack, tokens, max(columns), budget, sizes.layers if steps else 1)
     return Plan(
         output=Path(config.directories.output_directory),
         device=device,
         dtype=dtype,
         sizes=sizes,
         methods=methods,
-        header_ratios=len(config.merge_ratios) if config.merge_headers else 0,
+        header_ratios=len(config.merge_ratios) if config.merge_headers and not steps else 0,
+        steps=steps,
         pairs=len(encoded),
         text_tokens=sum(len(item.tokens) for item in encoded),
         packs=tokens,
@@ -195,11 +199,12 @@ def _arriving(models: Models, dtype: torch.dtype) -> int:
 
 
 def _activations(
-    sizes: Sizes, dtype: torch.dtype, stack: int, packs: Sequence[int], columns: int, budget: Budget
+    sizes: Sizes, dtype: torch.dtype, stack: int, packs: Sequence[int], columns: int, budget: Budget, layers: int
 ) -> int:
     """Bytes of the hidden states that are cached, of a layer at work on the longest pack with all ratios, of the mask
-    and of a chunk of logits. columns: at which the head is read, the most in a pack."""
-    cached = min(budget.cache, sum(packs) * sizes.hidden * dtype.itemsize)
+    and of a chunk of logits. columns: at which the head is read, the most in a pack. layers: of how many hidden states
+    are kept at a time."""
+    cached = min(budget.cache, layers * sum(packs) * sizes.hidden * dtype.itemsize)
     logits = logits_bytes(sizes, stack, columns, budget)  # as the model has them, then in float32
     return cached + layer_bytes(sizes, dtype, max(packs), stack) + 2 * logits
 
@@ -210,14 +215,16 @@ def _disk(config: Config, models: Models, module: PreTrainedModel) -> Disk:
     saved = None if config.dtype == "auto" else getattr(torch, config.dtype)
     decisions = len(models.candidates) * (layers * len(config.merge_method) + config.merge_headers)
     index = index_file(local_files(base.path))
+    kept = config.keep_downloads or config.search == "joint"
     beside = [*base.companions.published.values(), *([(base.path / index).stat().st_size] if index else [])]
     return Disk(
         base=_stored_bytes(base, None),
         candidates=tuple((one.name, _bytes_read(one, module, config.merge_headers)) for one in models.candidates),
         output=_stored_bytes(base, saved) + sum(beside),
         downloads=bytes_needed(models.jobs, keep=True),
-        # Searched candidates are removed again if they are not to be kept; the base is needed to the end.
-        downloads_kept=bytes_needed(models.jobs if config.keep_downloads else [base.job], keep=True),
+        # Searched candidates are removed again if they are not to be kept; the base is needed to the end, and so are
+        # all in a joint search.
+        downloads_kept=bytes_needed(models.jobs if kept else [base.job], keep=True),
         records=2 * decisions * (RECORD + RECORD_OF_PAIR * len(config.pairs)),
     )
 

@@ -8,7 +8,7 @@ from runs import log_of, make_models, merge
 
 import merge_monster
 from modules.output.recipe import RECIPE_FILE
-from modules.output.tables import Standing, standing_lines
+from modules.output.tables import Standing, standing_table
 from modules.scoring import Drift
 from modules.search.search import Search
 
@@ -102,15 +102,17 @@ def standing(name, total, held_out=None, kl=None):
 
 def test_a_better_candidate_is_named():
     base, good, bad = standing("base", 0.384, 0.437), standing("good", 0.108, 0.168), standing("bad", 0.3, 0.4)
-    lines = standing_lines(base, [good, bad], standing("the merge", 0.121, 0.213))
+    lines = standing_table(base, [good, bad], standing("the merge", 0.121, 0.213), "greedy")
     assert lines[-3:] == [
         "good taken whole is better than the merge where it was searched: 0.10800 against 0.12100.",
         "good taken whole is better than the merge on the phrases held out: 0.16800 against 0.21300.",
-        "Take it as it is, or begin with it: make it the base.",
+        "Take it as it is, or begin with it: make it the base; or set search: joint.",
     ]
-    lines = standing_lines(base, [good], standing("the merge", 0.096, 0.180))
+    lines = standing_table(base, [good], standing("the merge", 0.096, 0.180), "greedy")
     assert lines[-2].startswith("good taken whole is better than the merge on the phrases held out")
-    assert standing_lines(base, [good], standing("the merge", 0.09, 0.1))[-1].startswith("---")
-    assert standing_lines(base, [bad], standing("the merge", 0.2))[-1].startswith("---")
-    assert "Held out" not in standing_lines(base, [bad], standing("the merge", 0.2))[1]
-    assert "Perplexity" in standing_lines(standing("base", 1, kl=0), [], standing("the merge", 0.2, kl=0.1))[1]
+    assert standing_table(base, [good], standing("the merge", 0.09, 0.1), "greedy")[-1].startswith("---")
+    assert standing_table(base, [bad], standing("the merge", 0.2), "greedy")[-1].startswith("---")
+    assert "Held out" not in standing_table(base, [bad], standing("the merge", 0.2), "greedy")[1]
+    assert (
+        "Perplexity" in standing_table(standing("base", 1, kl=0), [], standing("the merge", 0.2, kl=0.1), "greedy")[1]
+    )

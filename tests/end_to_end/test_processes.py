@@ -47,9 +47,7 @@ def merge(place, models, *command, **settings):
         candidates,
         place / "out",
         pairs(),
-        merge_ratios=[0.3, 0.7],
-        merge_method=["lerp", "slerp"],
-        **settings,
+        **{"merge_ratios": [0.3, 0.7], "merge_method": ["lerp", "slerp"], **settings},
     )
     command = [*(command or [sys.executable, str(ROOT / "merge_monster.py")]), "--config", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -114,6 +112,25 @@ def test_several_processes_take_the_decisions_of_one(tmp_path, models, one_proce
     assert result.stdout.count("THE MERGE MONSTER HUNGERS") == 1  # the others are quiet
     assert len(list((tmp_path / "logs").iterdir())) == 1
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_several_processes_make_the_steps_of_one(tmp_path, models):
+    joint = {"search": "joint", "joint": {"steps": 3}, "merge_method": "lerp"}
+    found = []
+    for name, command in (("one", ()), ("two", several(2))):
+        place = tmp_path / name
+        place.mkdir()
+        result = merge(place, models, *command, **{**watched(place), "max_drift": None, **joint})
+        assert result.returncode == 0, result.stderr
+        found.append(json.loads((place / "out/merge_monster_recipe.json").read_text())["joint"])
+    one, two = found
+    assert one["shares"] == two["shares"] and any(map(any, one["shares"]))
+    for before, after in zip(one["steps"], two["steps"], strict=True):
+        assert after["total"] == pytest.approx(before["total"], rel=1e-5)
+        assert after["drift"] == pytest.approx(before["drift"], rel=1e-3)
+        assert after["held_out"] == pytest.approx(before["held_out"], rel=1e-4)
+    expected = tensors(tmp_path / "one/out")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(tmp_path / "two/out").items())
 
 
 @pytest.mark.slow  # in one process: test_lack_of_memory
