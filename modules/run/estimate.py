@@ -137,10 +137,8 @@ def estimate(plan: Plan, rates: Rates) -> Estimate:
     search = _joint_seconds(plan, rates) if plan.steps else _search_seconds(plan, rates)
     count, watching = len(plan.disk.candidates), _watching_seconds(plan, rates)
     bytes_read = plan.disk.base + sum(size for _, size in plan.disk.candidates) * (2 if plan.baselines else 1)
-    searches = 1 if plan.steps else count
-    return Estimate(
-        search, searches * search + watching + (bytes_read / rates.reading if rates.reading else 0), watching
-    )
+    reading = bytes_read / rates.reading if rates.reading else 0
+    return Estimate(search, (1 if plan.steps else count) * search + watching + reading, watching)
 
 
 def _watching_seconds(plan: Plan, rates: Rates) -> float:
@@ -173,8 +171,8 @@ def _search_seconds(plan: Plan, rates: Rates) -> float:
 
 
 def _joint_seconds(plan: Plan, rates: Rates) -> float:
-    """All steps: a forward, the layers once more, twice as much backward; a mix of all candidates, which are read twice.
-    To find where they begin and to check the gradient takes about as long as CHECKING steps."""
+    """All steps: a forward, the layers once more, twice as much backward; candidates contracted and mixed. To find
+    where they begin and to check the gradient takes about as long as CHECKING steps."""
     sizes, count = plan.sizes, len(plan.disk.candidates)
     tokens, weights = plan.packed_tokens + plan.guarding_tokens, sizes.layers * sizes.layer_weights
     layers = 4 * tokens * (2 * sizes.layers * sizes.active_weights)
