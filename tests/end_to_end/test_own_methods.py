@@ -40,8 +40,8 @@ def test_a_method_and_a_strategy_of_ones_own(place, capsys, own_names):
         return (torch.arange(width) % 2).float()
 
     @strategy("always", "the trial with the highest total, come what may")
-    def always(current, trial, threshold):
-        return (-total(trial),)
+    def always(current, trial, limits):
+        return (-total(trial.scores),)
 
     tokenizer = tiny.bpe_tokenizer()
     base = tiny.make_model(place / "base", tiny.llama_config(len(tokenizer)), tokenizer)
