@@ -6,7 +6,7 @@ Knows: what of a recipe is compared, which totals may be. Refuses to know: files
 from collections.abc import Mapping
 
 from modules.output.recipe import Recipe
-from modules.runtime import columns, fit, percent, row
+from modules.runtime import columns, counted, fit, percent, row
 from modules.search import Shares
 
 COMPOSITION_WIDTH, _OTHER_WIDTH = 56, 16  # the widest that a column gets; of a longer text the end is shown
@@ -38,7 +38,9 @@ def _row(name: str, recipe: Recipe) -> dict[str, str]:
         "Composition": _short(recipe.composition),
         "Taken": f"{len(recipe.needed_sources) - 1} of {len(recipe.sources) - 1}",
         "Methods": ", ".join(settings.merge_method),
-        "Strategy": settings.strategy + threshold,
+        "Strategy": f"joint, {counted(len(recipe.joint.steps), 'step')}"
+        if recipe.joint
+        else settings.strategy + threshold,
         "Search": f"{seconds.get('search', 0):.1f} s",
         "Overall": f"{sum(map(float, seconds.values())):.1f} s",
     }

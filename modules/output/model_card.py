@@ -20,6 +20,7 @@ from modules.output.places import SETTINGS_FILE
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Sample, Source, Total
 from modules.runtime import counted, percent, shortened, visible
+from modules.search.strategies import automatic_drift_weight
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
@@ -55,13 +56,14 @@ def model_card(recipe: Recipe, name: str, licence: Licence, pictures: Sequence[s
     pictures: the names of the merge map's file and of the phrase chart's, beside the card; None for one that is not.
     """
     merge_map, phrase_chart = pictures
+    mapped = "The share of every model in each layer" if recipe.joint else "The models that every layer is made of"
     sections = [
         _front_matter(recipe),
         f"# {_plain(name)}",
         _introduction(recipe),
         "## Composition",
         _composition(recipe),
-        merge_map and f"![The models that every layer is made of]({merge_map})",
+        merge_map and f"![{mapped}]({merge_map})",
         "## Phrases",
         _about_phrases(recipe),
         _phrases(recipe),
@@ -119,14 +121,39 @@ def _introduction(recipe: Recipe) -> str:
     taken, candidates = len(recipe.needed_sources) - 1, counted(len(recipe.sources) - 1, "candidate")
     improved, phrases = recipe.improved, counted(len(recipe.phrases), "phrase")
     before, after = _percents(recipe.total)
+    way, strategy = ("all at once", "joint") if recipe.joint else ("layer by layer", settings.strategy)
     return (
-        f"A merge of {taken} of {candidates} into {_named(base)}, made layer by layer with Merge Monster "
-        f"{_plain(recipe.program)}. Every merge of a layer was tried, and kept only where it made unwanted phrases "
-        f"less probable or wanted ones more so. {improved} of {phrases} improved; the total score (lower is better) "
-        f"went from {before} to {after}. Strategy: {settings.strategy}; merge methods: "
+        f"A merge of {taken} of {candidates} into {_named(base)}, made {way} with Merge Monster "
+        f"{_plain(recipe.program)}. {_about_search(recipe)} {improved} of {phrases} improved; the total score (lower "
+        f"is better) went from {before} to {after}. Strategy: {strategy}; merge methods: "
         f"{', '.join(settings.merge_method)}; computed in {recipe.dtype}."
         f"{_about_held_out(recipe)}{_about_drift(recipe)}"
     )
+
+
+def _about_search(recipe: Recipe) -> str:
+    """How the merge was found, in a sentence."""
+    if recipe.joint is None:
+        return (
+            "Every merge of a layer was tried, and kept only where it made unwanted phrases less probable or wanted "
+            "ones more so."
+        )
+    weight = _drift_weight(recipe)
+    drift = f", where a nat of drift counted as {weight:.5g} of the total" if weight else ""
+    steps = counted(len(recipe.joint.steps), "step")
+    return (
+        f"The shares of all candidates in all layers were sought together, by gradient, in {steps} towards unwanted "
+        f"phrases less probable and wanted ones more so{drift}."
+    )
+
+
+def _drift_weight(recipe: Recipe) -> float:
+    """What a nat of drift added to the total in a joint search; 0 if drift was not weighed."""
+    if recipe.joint.start.drift_slopes is None:
+        return 0.0
+    given = (recipe.settings.model_extra or {}).get("drift_weight")
+    automatic = automatic_drift_weight([phrase.before * phrase.weight for phrase in recipe.phrases])
+    return float(given) if isinstance(given, int | float) else automatic
 
 
 def _about_held_out(recipe: Recipe) -> str:
@@ -151,7 +178,9 @@ def _composition(recipe: Recipe) -> str:
     rows = [("model", "share", "from")]
     for name, share in recipe.composition.items():
         rows.append((_plain(name), f"{share * 100.0:.2f}%", _origin(sources[name].where) if name in sources else ""))
-    return "\n\n".join([_table(rows), *_about_candidates(recipe)])
+    negative = min(recipe.composition.values(), default=0) < 0
+    lines = ["The base's share is negative where those of the candidates add up to more than 1."] if negative else []
+    return "\n\n".join([_table(rows), *lines, *_about_candidates(recipe)])
 
 
 def _about_candidates(recipe: Recipe) -> list[str]:
@@ -233,7 +262,8 @@ def _rebuilding(recipe: Recipe) -> str:
     command = ["python", "merge_monster.py", "--replay", RECIPE_FILE, "--output", "rebuilt"]
     command += ["--trust-remote-code"] if recipe.settings.trust_remote_code else []
     command += [word for name in folders for word in ("--source", f"{name}=PATH")]
-    text = f"`{RECIPE_FILE}` has every decision. Merge Monster builds the same model from it without a search"
+    held = "share" if recipe.joint else "decision"
+    text = f"`{RECIPE_FILE}` has every {held}. Merge Monster builds the same model from it without a search"
     where = ", PATH being where the model lies:" if folders else ":"
     return f"{text}{where}\n\n{_fenced('sh', shlex.join(command))}"
 

@@ -4,64 +4,45 @@ Knows: a recipe's decisions and phrases, sizes, colours, wording. Refuses to kno
 taken.
 """
 
-import textwrap
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps, style
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from modules.output.recipe import Recipe
 from modules.output.records import Phrase
-from modules.runtime import columns, decimals, one_line, shortened
+from modules.output.share_map import share_map_figure
+from modules.output.style import (
+    BASE_COLOUR,
+    BETTER,
+    COLOURS,
+    DARK,
+    DRIFT,
+    LETTERS,
+    SAME,
+    SMALL_LETTERS,
+    WORSE,
+    drawing,
+    percent,
+    save_figure,
+    short_name,
+    title_of,
+)
+from modules.runtime import columns, one_line, shortened
 from modules.search import Decision, Merge, shares_of
 
 MERGE_MAP_FILE = "merge_map.png"
 PHRASE_CHART_FILE = "phrase_chart.png"
 
-DPI = 110
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart. The base is grey.
-BASE_COLOUR = "#BBBBBB"
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
-BETTER, WORSE, SAME = "#0072B2", "#D55E00", "#888888"
-DARK, DRIFT = "#444444", "#B2182B"
-
-# Scripts that matplotlib's own font lacks; of these fonts, those that the machine has stand in.
-_MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "Hiragino Sans", "Arial Unicode MS")
-
-# Pictures look the same whatever the user's matplotlibrc says, and a $ in a model's name is a $.
-STYLE: list[str | dict[str, Any]] = [
-    "default",
-    {
-        "font.family": ["DejaVu Sans", *(font for font in _MORE_FONTS if font in fontManager.get_font_names())],
-        "font.size": 9,
-        "figure.dpi": DPI,
-        "figure.constrained_layout.use": True,
-        "figure.titlesize": 11,
-        "figure.labelsize": 9,
-        "axes.titlesize": 9,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.formatter.useoffset": False,
-        "text.parse_math": False,
-    },
-]
-
 _NARROWEST, _WIDEST = 8.0, 40.0  # inches of a merge map
 _COLUMN = 0.125  # inches of a layer, up to the widest
-_LETTERS, _SMALL_LETTERS = 7, 11  # that fit into an inch: of a title, however wide they are, and of a label
-_MOST_NAMES = 8  # candidates that a title names
-_NAME, _PHRASE, _CONTEXT = 32, 28, 36  # columns of text
+_PHRASE, _CONTEXT = 28, 36  # columns of text
 
 _MOST_PAIRS = 60  # all are shown up to here; beyond, so many of each kind:
 _MOST_CHANGED = 30
@@ -72,18 +53,10 @@ _KINDS = {"BAD": "Bad phrases: lower is better", "GOOD": "Good phrases: higher i
 _LINEAR_SPAN, _LEAST = 100.0, 1e-250
 
 
-@contextmanager
-def drawing() -> Iterator[None]:
-    """The style of all pictures, while one is made or written."""
-    with style.context(STYLE), warnings.catch_warnings():
-        # A character that no font has is drawn as a box, which says enough.
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        yield
-
-
 def merge_map(recipe: Recipe, file: str | Path) -> None:
-    """Write the merge map of a recipe as a PNG file. Raises OSError if it can't be written."""
-    save_figure(merge_map_figure(recipe), file)
+    """Write the merge map of a recipe as a PNG file: of a joint search its shares, else what its decisions have led to.
+    Raises OSError if it can't be written."""
+    save_figure(share_map_figure(recipe) if recipe.joint else merge_map_figure(recipe), file)
 
 
 def phrase_chart(recipe: Recipe, file: str | Path) -> None:
@@ -102,11 +75,11 @@ def merge_map_figure(recipe: Recipe) -> Figure:
     palette = colormaps["turbo"].resampled(len(models) - 1).colors if more else COLOURS
     colours = dict(zip(models, [BASE_COLOUR, *palette], strict=False))
     shares = [percent(recipe.composition.get(model, 0)) for model in models]
-    labels = [f"{n or 'base'}: {_name(model)} ({shares[n]})" for n, model in enumerate(models)]
+    labels = [f"{n or 'base'}: {short_name(model)} ({shares[n]})" for n, model in enumerate(models)]
     width = min(max(2.0 + _COLUMN * len(parts), _NARROWEST), _WIDEST)
-    side_by_side = max(1, int(width * _SMALL_LETTERS / (5 + max(map(columns, labels)))))
+    side_by_side = max(1, int(width * SMALL_LETTERS / (5 + max(map(columns, labels)))))
     figure = Figure(figsize=(width, 6.2 + 0.2 * len(models) / side_by_side))
-    figure.suptitle(_title("Merge map", models, width))
+    figure.suptitle(title_of("Merge map", models, width))
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])
     _draw_shares(upper, dict(zip(labels, colours.items(), strict=True)), parts, width)
     _draw_path(lower, colours, decisions, width)
@@ -122,7 +95,7 @@ def phrase_chart_figure(recipe: Recipe) -> Figure:
     pairs = recipe.phrases
     groups = {kind: group for kind in _KINDS if (group := shown_pairs(pairs, kind))}
     rows = sum(map(len, groups.values()))
-    title = _title("Phrases before and after", names_of_sources(recipe), _CHART_WIDTH)
+    title = title_of("Phrases before and after", names_of_sources(recipe), _CHART_WIDTH)
     if rows < len(pairs):
         title += f"\nof {len(pairs)} pairs, the {_MOST_CHANGED} of each kind that changed the most"
     figure = Figure(figsize=(_CHART_WIDTH, 1.5 + 0.2 * rows + 0.5 * len(groups)))
@@ -139,12 +112,6 @@ def phrase_chart_figure(recipe: Recipe) -> Figure:
     figure.supylabel("Context [phrase]")
     figure.legend(handles=_pair_handles(), loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-@drawing()
-def save_figure(figure: Figure, file: str | Path) -> None:
-    """Write a figure as a PNG file, the same bytes every time. Raises OSError if it can't be written."""
-    figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def names_of_sources(recipe: Recipe) -> list[str]:
@@ -169,11 +136,6 @@ def shown_pairs(pairs: Sequence[Phrase], kind: str) -> list[Phrase]:
     if len(pairs) > _MOST_PAIRS:
         shown = sorted(shown, key=lambda pair: -abs(_gain(pair)))[:_MOST_CHANGED]
     return sorted(shown, key=_gain, reverse=True)
-
-
-def percent(value: float, _: Any = None, rounding: float = 0.0) -> str:
-    """A probability or share as a percentage of three digits, if they are above its rounding."""
-    return f"{round(value * 100, decimals(rounding)) if rounding else value * 100:.3g}%"
 
 
 def _draw_shares(axes: Axes, models: Mapping[str, Any], parts: Sequence[Sequence[Merge]], width: float) -> None:
@@ -206,8 +168,8 @@ def _draw_path(axes: Axes, colours: Mapping[str, Any], decisions: Sequence[Decis
         end = start + len(list(group))
         axes.axvspan(start, end, alpha=0.15, linewidth=0, color=colours[model])
         axes.axvline(start, color=DARK, linewidth=0.6, linestyle=":")
-        room = int((end - start) / len(decisions) * (width - 1.5) * _LETTERS)
-        label = shortened(f"{numbers[model]} {_name(model)}", room, "both") if room > 8 else str(numbers[model])
+        room = int((end - start) / len(decisions) * (width - 1.5) * LETTERS)
+        label = shortened(f"{numbers[model]} {short_name(model)}", room, "both") if room > 8 else str(numbers[model])
         axes.text((start + end) / 2, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
         start = end
     axes.set_xlim(0, max(len(decisions), 1))
@@ -276,16 +238,3 @@ def _scale_probabilities(axes: Axes, values: Sequence[float]) -> None:
         axes.set_xlabel("Probability, logarithmic")
     axes.set_xlim(0, max(positive, default=1.0) * 1.05)
     axes.xaxis.set_major_formatter(FuncFormatter(percent))
-
-
-def _name(model: str) -> str:
-    return shortened(one_line(model), _NAME, "both")
-
-
-def _title(what: str, models: Sequence[str], width: float) -> str:
-    """What a picture of so many inches shows, and of which models."""
-    base, *candidates = models
-    names = [_name(model) for model in candidates[:_MOST_NAMES]]
-    names += [f"{len(candidates) - len(names)} more"] if len(names) < len(candidates) else []
-    text = f"{what}: {_name(base)}" + (f" + {', '.join(names)}" if names else "")
-    return textwrap.fill(text, int(width * _LETTERS), break_on_hyphens=False)

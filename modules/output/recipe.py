@@ -72,6 +72,8 @@ class Recipe(Record):
             raise ValueError("a decision is on no source")
         if self.joint and any(len(row) != len(numbers) - 1 for row in self.joint.shares):
             raise ValueError("shares are on no source")
+        if self.joint and not self.joint.is_even:
+            raise ValueError("shares and slopes are not of the same layers")
         return self
 
     def accepted_of(self, number: int) -> list[Decided]:

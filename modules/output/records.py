@@ -242,6 +242,13 @@ class Joint(Record):
     start: JointStart
     steps: list[Stepped]
 
+    @property
+    def is_even(self) -> bool:
+        """Whether there is a slope for each share."""
+        given = (self.shares, self.start.shares, self.start.total_slopes, self.start.drift_slopes)
+        forms = [[len(row) for row in rows] for rows in given if rows is not None]
+        return all(form == forms[0] for form in forms)
+
 
 # By kind, as the journal calls them. Others are nobody's business here.
 LINES = {

@@ -31,6 +31,7 @@ THEIRS = {
     "after.json",
     "my.yaml",
     "merge_monster_recipe.json",
+    "weight-$weight.yaml",
 }  # files that the reader has, or will have
 REQUIRED = object()
 

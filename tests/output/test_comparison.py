@@ -180,6 +180,21 @@ def test_a_run_that_merged_nothing(recipe):
     assert (row["Taken"], row["Improved"]) == ("0 of 1", f"0 of {len(tiny.PAIRS)}")
 
 
+def test_a_joint_search_is_told_by_its_steps(recipe):
+    shares, step = [[0.9], [0.8]], {"total": 1.0, "drift": 0.0, "held_out": None, "seconds": 0.1}
+    joint = copy.deepcopy(recipe) | {"decisions": [], "composition": {"one": 1.35, "base": -0.35}}
+    for steps in (1, 25):
+        joint["joint"] = {
+            "shares": shares,
+            "start": {"shares": shares, "total_slopes": shares},
+            "steps": [{"step": number, **step} for number in range(1, steps + 1)],
+        }
+        greedy, found = rows(comparison({"greedy": recipe, "joint": joint}))
+        assert (found["Methods"], found["Strategy"]) == ("lerp", f"joint, {steps} step{'s' if steps > 1 else ''}")
+        assert (greedy["Methods"], greedy["Strategy"]) == ("lerp", "cumulative")
+        assert found["Composition"] == "135.0% one, -35.0% base" and found["Taken"] == "1 of 1"
+
+
 def test_all_that_are_no_finished_output_are_named_in_one_message(here, recipe, capsys):
     (here / "empty").mkdir()
     (here / "unfinished.partial").mkdir()

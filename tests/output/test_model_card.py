@@ -218,6 +218,54 @@ def test_a_run_that_merged_nothing(recipe):
     assert "A merge of 0 of 2 candidates" in text and tables(text)[0][2][:2] == ["base", "100.00%"]
 
 
+def as_joint(recipe, shares, steps=25, drift_slopes=True, **settings):
+    """The recipe as a joint search writes it."""
+    start = {"shares": shares, "total_slopes": shares, **({"drift_slopes": shares} if drift_slopes else {})}
+    step = {"total": 1.0, "drift": 0.0, "held_out": None, "seconds": 0.1}
+    steps = [{"step": number, **step} for number in range(1, steps + 1)]
+    one, two = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+    composition = {"two": two, "one": one, "base": 1 - one - two}
+    joint = {"shares": shares, "start": start, "steps": steps}
+    settings = {**recipe["settings"], "search": "joint", **settings}
+    return {**recipe, "decisions": [], "joint": joint, "composition": composition, "settings": settings}
+
+
+def test_a_joint_search_is_told_as_what_it_was(recipe):
+    on_hub(recipe, *(f"org/{name}@{COMMITS[0]}" for name in ("base", "one", "two")))
+    greedy = card_of(recipe)
+    joint = as_joint(recipe, [[0.0, 1.0], [0.0, 0.5]], drift_weight=8)
+    text = card_of(joint)
+    assert accepted(text)["base_model"] == ["org/base", "org/two"]
+    (told,) = re.findall(r"[^.]* by gradient,[^.]*\.", text)
+    assert "all candidates in all layers" in told and " in 25 steps " in told
+    assert told.endswith("where a nat of drift counted as 8 of the total.")
+    for ours, words in (
+        (greedy, ("made layer by layer", "Every merge of a layer was tried", "every decision")),
+        (text, ("made all at once", "Strategy: joint; merge methods: lerp", "every share", "The share of every model")),
+    ):
+        assert all((word in one) == (one is ours) for word in words for one in (greedy, text))
+    assert "Tried, but nothing of it was kept: [org/one]" in text and "A merge of 1 of 2 candidates" in text
+
+
+def test_what_drift_counted_is_told_if_it_did(recipe):
+    shares = [[0.5, 0.5]]
+    values = [abs(pair["weight"] * pair["before"]) for pair in recipe["phrases"]]
+    for weight in (None, "auto"):
+        told = re.search(r"a nat of drift counted as (\S+) of", card_of(as_joint(recipe, shares, drift_weight=weight)))[
+            1
+        ]
+        assert float(told) == pytest.approx(sum(values) / 0.05, rel=1e-4)
+    text = card_of(as_joint(recipe, shares, 1, drift_slopes=False, drift_weight=0))
+    assert "nat of drift" not in text and " in 1 step " in text and "wanted ones more so. " in text
+
+
+def test_the_base_s_share_may_be_negative(recipe):
+    text = card_of(as_joint(recipe, [[0.9, 1.0], [0.3, 0.5]]))
+    assert [row[:2] for row in tables(text)[0][2:]] == [["two", "75.00%"], ["one", "60.00%"], ["base", "-35.00%"]]
+    why = "The base's share is negative where those of the candidates add up to more than 1."
+    assert why in text and why not in card_of(as_joint(recipe, [[0.5, 0.5]])) and why not in card_of(recipe)
+
+
 @pytest.mark.parametrize("odd", ODD)
 def test_no_name_and_no_phrase_breaks_a_card(recipe, odd):
     names = {source["name"]: f"{odd}{source['number']}" for source in recipe["sources"]}

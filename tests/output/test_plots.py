@@ -19,6 +19,7 @@ import merge_monster
 from modules.config import METHODS, Config, Directories
 from modules.output import plots as pictures
 from modules.output.recipe import Recipe, read_recipe
+from modules.output.style import DPI
 from modules.runtime.text import one_line, shortened
 from modules.search.decision import mean_shares, shares_of
 from modules.search.methods import cyclic_shares, gradient_shares, ratios_for, slice_shares
@@ -147,7 +148,7 @@ def test_the_merge_map(place, layers, candidates):
     assert len(legend_of(figure)) == len(names)
     assert all(name in text for name, text in zip(names, legend_of(figure), strict=True))
     assert_nothing_is_cut_off(figure)
-    pixels = [inches * pictures.DPI for inches in figure.get_size_inches()]
+    pixels = [inches * DPI for inches in figure.get_size_inches()]
     assert drawn(figure, place) == pytest.approx(pixels, abs=1)
 
 

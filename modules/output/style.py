@@ -1,0 +1,85 @@
+"""What all pictures have in common: fonts, colours, how models are named, how a file is written.
+
+Knows: looks and wording. Refuses to know: what a picture shows.
+"""
+
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+
+from modules.runtime import decimals, one_line, shortened
+
+DPI = 110
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. The base is grey.
+BASE_COLOUR = "#BBBBBB"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
+BETTER, WORSE, SAME = "#0072B2", "#D55E00", "#888888"
+DARK, DRIFT = "#444444", "#B2182B"
+
+# Scripts that matplotlib's own font lacks; of these fonts, those that the machine has stand in.
+_MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "Hiragino Sans", "Arial Unicode MS")
+
+# Pictures look the same whatever the user's matplotlibrc says, and a $ in a model's name is a $.
+STYLE: list[str | dict[str, Any]] = [
+    "default",
+    {
+        "font.family": ["DejaVu Sans", *(font for font in _MORE_FONTS if font in fontManager.get_font_names())],
+        "font.size": 9,
+        "figure.dpi": DPI,
+        "figure.constrained_layout.use": True,
+        "figure.titlesize": 11,
+        "figure.labelsize": 9,
+        "axes.titlesize": 9,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.formatter.useoffset": False,
+        "text.parse_math": False,
+    },
+]
+
+LETTERS, SMALL_LETTERS = 7, 11  # that fit into an inch: of a title, however wide they are, and of a label
+_MOST_NAMES = 8  # candidates that a title names
+_NAME = 32  # columns of a model's name
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """The style of all pictures, while one is made or written."""
+    with style.context(STYLE), warnings.catch_warnings():
+        # A character that no font has is drawn as a box, which says enough.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
+
+
+@drawing()
+def save_figure(figure: Figure, file: str | Path) -> None:
+    """Write a figure as a PNG file, the same bytes every time. Raises OSError if it can't be written."""
+    figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def percent(value: float, _: Any = None, rounding: float = 0.0) -> str:
+    """A probability or share as a percentage of three digits, if they are above its rounding."""
+    return f"{round(value * 100, decimals(rounding)) if rounding else value * 100:.3g}%"
+
+
+def short_name(model: str) -> str:
+    """A model's name on one line, its middle left out if it is long."""
+    return shortened(one_line(model), _NAME, "both")
+
+
+def title_of(what: str, models: Sequence[str], width: float) -> str:
+    """What a picture of so many inches shows, and of which models."""
+    base, *candidates = models
+    names = [short_name(model) for model in candidates[:_MOST_NAMES]]
+    names += [f"{len(candidates) - len(names)} more"] if len(names) < len(candidates) else []
+    text = f"{what}: {short_name(base)}" + (f" + {', '.join(names)}" if names else "")
+    return textwrap.fill(text, int(width * LETTERS), break_on_hyphens=False)
