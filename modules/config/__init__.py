@@ -19,5 +19,5 @@ from modules.config.locations import (
     repositories_in,
 )
 from modules.config.neutral_texts import read_neutral_texts
-from modules.config.phrase_lists import Pair
+from modules.config.phrase_lists import PHRASES, Chat, Message, Pair
 from modules.config.schema import NO_PART, TABLES, VERSION, Config, Directories, Joint, Mapper, Settings

@@ -7,6 +7,7 @@ reads no candidates, so they may still be missing.
 """
 
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -15,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationError, ValidationInfo, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+)
 from pydantic_core import core_schema
 
 from modules.config.choices import ACCELERATORS, DEVICE_PATTERN, DEVICES, METHODS, STRATEGIES
@@ -55,7 +65,7 @@ def said(words: Callable[[Any], str]) -> WrapValidator:
 
 def keys_of(section: type) -> BeforeValidator:
     """For a mapping that becomes a dataclass: a key of it that holds nothing is as good as absent, and all are text."""
-    known = {field.name for field in fields(section)}
+    known = set(names_of_keys(section))
 
     def given(value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -63,6 +73,11 @@ def keys_of(section: type) -> BeforeValidator:
         return {_encodable(key): item for key, item in value.items() if item is not None or key not in known}
 
     return BeforeValidator(given)
+
+
+def names_of_keys(section: type) -> tuple[str, ...]:
+    """The keys of a section; one that is a word of Python's is a field with an underscore behind it."""
+    return tuple(field.name.removesuffix("_") for field in fields(section))
 
 
 def _encodable(key: Any) -> str:
@@ -150,6 +165,7 @@ def _one_or_more(kind: Any) -> Any:
     return Annotated[tuple[kind, ...], WrapValidator(check, json_schema_input_type=kind | list[kind])]
 
 
+ROLES = ("system", "user", "assistant")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 ON_ERROR = ("stop", "skip")
 SEARCHES = ("greedy", "joint")
@@ -164,6 +180,7 @@ Dtype = Annotated[str, OneOf(DTYPES)]
 Methods = _one_or_more(Annotated[str, OneOf(METHODS)])
 OnError = Annotated[str, OneOf(ON_ERROR)]
 Ratios = _one_or_more(_Ratio)
+Role = Annotated[str, OneOf(ROLES)]
 Search = Annotated[str, OneOf(SEARCHES)]
 Strategy = Annotated[
     str,
@@ -181,6 +198,30 @@ def _about_text(value: Any) -> str:
 Text = Annotated[str, Strict(), Field(pattern=r"\S"), said(_about_text)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(listed)]
 EmptyOrText = Annotated[str, Strict(), Field(pattern=r"^$|\S"), said(_about_text)]
+
+
+# What transformers' apply_chat_template takes beside a template's settings, and what is the program's to say.
+_NOT_OF_A_TEMPLATE = {
+    *("conversation", "messages", "add_generation_prompt", "continue_final_message", "sanitize_control_tokens"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+
+
+def _template(value: Any) -> dict[str, Any]:
+    """Settings of a chat template, as they can be written down."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError("expected a mapping of names to values")
+    taken = sorted(_NOT_OF_A_TEMPLATE & value.keys())
+    if taken:
+        raise ValueError(f"{taken[0]} is none of a chat template's settings")
+    try:
+        return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("expected text, numbers, true and false, and lists and mappings of them") from None
+
+
+Template = Annotated[dict[str, Any], PlainValidator(_template, json_schema_input_type=dict[str, Any])]
 
 
 def unusable(path: Path) -> str | None:

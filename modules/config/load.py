@@ -16,14 +16,13 @@ from modules.config.excerpts import shown
 from modules.config.fields import AnyPath, Output, keys_of
 from modules.config.findings import Finding, findings_in
 from modules.config.held_out import set_aside
-from modules.config.phrase_lists import MOST_PAIRS, Pair, PhraseLists, count_pairs
+from modules.config.phrase_lists import MOST_PAIRS, PHRASES, Pair, PhraseLists, count_pairs
 from modules.config.schema import CONFIG_KEYS, Config, Settings
 from modules.config.yaml_file import YamlFile, read_yaml
 from modules.runtime import ConfigError, counted
 
 _MOST_ERRORS = 50  # of a file that are told one by one
-_PHRASES = ("bad_phrases", "good_phrases")
-_NO_PHRASES = [key for key in CONFIG_KEYS if key not in _PHRASES]  # are passed over in a phrase file
+_NO_PHRASES = [key for key in CONFIG_KEYS if key not in (*PHRASES, "system")]  # are passed over in a phrase file
 
 
 def load_config(
@@ -47,7 +46,7 @@ def load_config(
     if in_all > MOST_PAIRS:
         problem = f"{in_all:,} pairs of a phrase and a context; at most {MOST_PAIRS:,} are taken"
         found.append(Finding(main, ("phrase lists",), problem))
-        main, files, held_out = _without(main, _PHRASES), [], []
+        main, files, held_out = _without(main, PHRASES), [], []
     settings = _checked(Settings, main, found, mapping)
     lists, aside = (
         [_checked(PhraseLists, _without(file, _NO_PHRASES), found) for file in some] for some in (files, held_out)
@@ -60,13 +59,13 @@ def load_config(
         lines = [f"  {line}" for line in [*found[:_MOST_ERRORS], *more]]
         raise ConfigError(f"{path} has {counted(len(found), 'error')}:", *lines)
     _check_together(settings, path)
-    values, pairs = vars(settings), [_pairs_of((settings, *lists), key) for key in _PHRASES]
+    values, pairs = vars(settings), [_pairs_of((settings, *lists), key) for key in PHRASES]
     if mapping:
-        return Config(**{**values, **dict(zip(_PHRASES, pairs, strict=True))}, text=main.text)
+        return Config(**{**values, **dict(zip(PHRASES, pairs, strict=True))}, text=main.text)
     (bad, no_bad), (good, no_good) = (set_aside(some, settings.held_out, settings.random_seed) for some in pairs)
     if not bad and not good:
         raise ConfigError(f"{path}: every phrase is held out; there is nothing to search with")
-    others = [pair for key in _PHRASES for pair in _pairs_of(aside, key)]
+    others = [pair for key in PHRASES for pair in _pairs_of(aside, key)]
     values = {**values, "bad_phrases": tuple(bad), "good_phrases": tuple(good)}
     return Config(**values, text=main.text, held_out_pairs=(*no_bad, *no_good, *others))
 
@@ -83,7 +82,7 @@ def _check_together(settings: Settings, path: str | Path) -> None:
 
 
 def _pairs_of(parts: Iterable[Any], key: str) -> tuple[Pair, ...]:
-    return sum((getattr(part, key) for part in parts), ())
+    return tuple(pair.under(part.system) for part in parts for pair in getattr(part, key))
 
 
 def output_directory(name: str, value: str) -> Path:

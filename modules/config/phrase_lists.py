@@ -1,21 +1,47 @@
 """Phrase lists: how the file writes them, and the pairs that they stand for.
 
-Knows: their keys, which weight a context has, how many pairs there may be. Refuses to know: all other keys.
+Knows: their keys, which weight a context has, what a chat is, how many pairs there may be. Refuses to know: all other
+keys, tokenizers and their chat templates.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter
 
-from modules.config.fields import Boolean, EmptyOrText, Text, Weight, keys_of, listed
-from modules.runtime import shortened
+from modules.config.fields import Boolean, EmptyOrText, Role, Text, Weight, keys_of, listed
+from modules.runtime import one_line, shortened
 
 MOST_PAIRS = 100_000
+PHRASES = ("bad_phrases", "good_phrases")
 
 # Of all sections: an unknown key is an error. The text under a key describes it in the JSON schema.
 CLOSED = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Message:
+    """A turn of a chat."""
+
+    __pydantic_config__ = CLOSED
+    role: Role
+    """Whose turn it is."""
+    content: EmptyOrText
+    """What is said."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A context as a chat: its turns, and how the answer to them begins."""
+
+    messages: tuple[Message, ...]
+    answer: str = ""
+
+    def __str__(self) -> str:
+        """The chat on one line."""
+        turns = [f"{turn.role}: {shortened(one_line(turn.content), keep='start')}" for turn in self.messages]
+        return f"{' '.join(turns)} ▸ {self.answer}"
 
 
 @dataclass(frozen=True)
@@ -24,12 +50,28 @@ class Pair:
 
     kind: str  # "BAD" or "GOOD"
     phrase: str
-    context: str
+    context: str  # of a chat, once it is rendered, all that stands before the phrase, special tokens included
     weight: float = 1.0
+    chat: Chat | None = None
 
     def __str__(self) -> str:
         """The pair in a message; of a long context its end is shown."""
-        return f"the phrase '{self.phrase}' after '{shortened(self.context)}'"
+        return f"the phrase '{self.phrase}' after '{shortened(self.shown)}'"
+
+    @property
+    def shown(self) -> str:
+        """The context as people read it."""
+        return self.context if self.chat is None else str(self.chat)
+
+    def under(self, system: str | None) -> "Pair":
+        """The pair with a system turn before its chat, if it is one without."""
+        if system is None or self.chat is None or any(turn.role == "system" for turn in self.chat.messages):
+            return self
+        return replace(self, chat=replace(self.chat, messages=(Message("system", system), *self.chat.messages)))
+
+    def written(self) -> dict[str, Any]:
+        """The pair as journal and recipe have it: most contexts are no chats."""
+        return {key: value for key, value in asdict(self).items() if key != "chat" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -50,12 +92,42 @@ class Context:
     """Score the phrase here, and do not search with it."""
 
 
-def _context(value: Any) -> Any:
-    return value if isinstance(value, Mapping) else Context(_TEXT.validate_python(value))
+def _turns(value: Any) -> Any:
+    if not listed(value):
+        raise ValueError("expected at least one turn, such as {role: user, content: ...}")
+    return value
+
+
+@dataclass(frozen=True)
+class ChatContext:
+    """A chat as a context: rendered by the chat template of the base's tokenizer."""
+
+    __pydantic_config__ = CLOSED
+    messages: Annotated[tuple[Annotated[Message, keys_of(Message)], ...], BeforeValidator(_turns)]
+    """The turns, each a {role: ..., content: ...}."""
+    continue_: Annotated[EmptyOrText, Field(alias="continue")] = ""
+    """How the answer begins, behind which the phrase is scored."""
+    weight: Weight | None = None
+    """How much the phrase matters here, in place of the phrase's own weight."""
+    held_out: Boolean = False
+    """Score the phrase here, and do not search with it."""
+
+
+def _context(value: Any) -> Context | ChatContext:
+    if not isinstance(value, Mapping):
+        return Context(_TEXT.validate_python(value))
+    is_chat = not value.keys().isdisjoint(("messages", "continue"))
+    if is_chat and "context" in value:
+        raise ValueError("context is for a text, messages and continue are for a chat; it can't be both")
+    return (_CHAT_CONTEXT if is_chat else _CONTEXT).validate_python(value)
 
 
 _TEXT = TypeAdapter(EmptyOrText)
-_Context = Annotated[Context, keys_of(Context), BeforeValidator(_context, json_schema_input_type=EmptyOrText | Context)]
+_CONTEXT = TypeAdapter(Annotated[Context, keys_of(Context)])
+_CHAT_CONTEXT = TypeAdapter(Annotated[ChatContext, keys_of(ChatContext)])
+_Context = Annotated[
+    Context | ChatContext, PlainValidator(_context, json_schema_input_type=EmptyOrText | Context | ChatContext)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +140,8 @@ class Phrase:
     weight: Weight = 1.0
     """How much it matters."""
     contexts: Annotated[tuple[_Context, ...], Field(min_length=1), BeforeValidator(listed)]
-    """One or more beginnings, each a text or a {context: ..., weight: ...} with a weight of its own."""
+    """One or more beginnings, each a text, a {context: ..., weight: ...} with a weight of its own, or a {messages: ...,
+    continue: ...}, which is a chat."""
 
 
 _PHRASES = TypeAdapter(Annotated[tuple[Annotated[Phrase, keys_of(Phrase)], ...], BeforeValidator(listed)])
@@ -79,18 +152,23 @@ def _pairs(kind: str) -> PlainValidator:
 
     def pairs(value: Any) -> tuple[Pair, ...]:
         return tuple(
-            (HeldOut if context.held_out else Pair)(
-                kind, phrase.phrase, context.context, phrase.weight if context.weight is None else context.weight
-            )
-            for phrase in _PHRASES.validate_python(value)
-            for context in phrase.contexts
+            _pair(kind, phrase, context) for phrase in _PHRASES.validate_python(value) for context in phrase.contexts
         )
 
     return PlainValidator(pairs, json_schema_input_type=list[Phrase])
 
 
+def _pair(kind: str, phrase: Phrase, context: Context | ChatContext) -> Pair:
+    made = HeldOut if context.held_out else Pair
+    weight = phrase.weight if context.weight is None else context.weight
+    if isinstance(context, Context):
+        return made(kind, phrase.phrase, context.context, weight)
+    return made(kind, phrase.phrase, context.continue_, weight, Chat(context.messages, context.continue_))
+
+
 BadPhrases = Annotated[tuple[Pair, ...], _pairs("BAD")]
 GoodPhrases = Annotated[tuple[Pair, ...], _pairs("GOOD")]
+System = EmptyOrText | None
 
 
 @dataclass(frozen=True)
@@ -102,10 +180,12 @@ class PhraseLists:
     """What the merged model should say less."""
     good_phrases: GoodPhrases = ()
     """What the merged model should say more."""
+    system: System = None
+    """A system turn before all chat contexts of this list that have none."""
 
 
 def count_pairs(values: Any) -> int:
     """How many pairs a file's lists stand for, before they are made: a short file can stand for very many."""
-    lists = [values.get(field.name) for field in fields(PhraseLists)] if isinstance(values, Mapping) else []
+    lists = [values.get(key) for key in PHRASES] if isinstance(values, Mapping) else []
     entries = [entry for value in lists if isinstance(value, list) for entry in value if isinstance(entry, Mapping)]
     return sum(len(entry["contexts"]) for entry in entries if isinstance(entry.get("contexts"), list))

@@ -12,18 +12,31 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 import modules.config.fields as kinds
-from modules.config.phrase_lists import CLOSED, BadPhrases, Context, GoodPhrases, Pair, Phrase, PhraseLists
+from modules.config.phrase_lists import (
+    CLOSED,
+    BadPhrases,
+    ChatContext,
+    Context,
+    GoodPhrases,
+    Message,
+    Pair,
+    Phrase,
+    PhraseLists,
+    System,
+)
 from modules.config.yaml_file import Place
 
 VERSION = "1.0.0"  # of the program
 TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
 
 # Keys that have no part in what a search finds: a run goes on that was begun with others. (What phrase_files name is in
-# bad_phrases and good_phrases.) All other keys have one, those of `directories` as far as they name models.
+# bad_phrases and good_phrases, and `system` is in their chats.) All other keys have one, those of `directories` as far
+# as they name models.
 NO_PART = (
     "on_error",
     "keep_downloads",
     "phrase_files",
+    "system",
     "held_out",
     "held_out_files",
     "held_out_pairs",
@@ -106,6 +119,10 @@ class Settings:
     """What the merged model should say less."""
     good_phrases: GoodPhrases = ()
     """What the merged model should say more."""
+    system: System = None
+    """A system turn before all chat contexts of this file that have none."""
+    template: kinds.Template | None = None
+    """Settings of the base's chat template, such as {enable_thinking: false}."""
     phrase_files: kinds.Paths = ()
     """YAML files whose bad_phrases and good_phrases are added."""
     held_out: kinds.Share = 0.0
@@ -179,14 +196,17 @@ _SECTIONS = {
     "mapper": Mapper,
     "bad_phrases": Phrase,
     "good_phrases": Phrase,
-    "contexts": Context,
+    "contexts": (Context, ChatContext),
+    "messages": Message,
 }
 
 
 def known_keys(place: Place) -> tuple[str, ...]:
     """The keys that the mapping at a place of a file can have."""
     names = [part for part in place if isinstance(part, str)]
-    return tuple(key.name for key in fields(_SECTIONS[names[-1]] if names else Settings))
+    sections = _SECTIONS[names[-1]] if names else Settings
+    of_each = [kinds.names_of_keys(section) for section in (sections if isinstance(sections, tuple) else (sections,))]
+    return tuple(dict.fromkeys(key for keys in of_each for key in keys))
 
 
 def json_schema() -> dict[str, Any]:
