@@ -61,7 +61,7 @@ class Watch:
         self.start = self.now = self._look()
         self.weights, warnings = signed_weights(self.pairs, config.auto_weights, self.start.held_out)
         console.warnings(warnings)
-        self._answers = partial(answers, model, tokenizer, seed=config.random_seed)
+        self._answers = partial(answers, model, tokenizer, seed=config.random_seed, template=config.template)
         self._base_said = self._ask(console, config.prompts)  # now, so that the base need not come back
         self.seconds = time.monotonic() - began
 

@@ -4,6 +4,7 @@ Knows: tokenizers, packs, the model's forward. Refuses to know: merging, strateg
 """
 
 from modules.scoring.budget import LOGITS_ON_CPU, TOKENS, Budget, Packing, budget_of, layer_bytes, logits_bytes
+from modules.scoring.chats import chats_of, render_chats, with_texts
 from modules.scoring.drift import Drift, DriftMeter
 from modules.scoring.exactness import Plain
 from modules.scoring.gradient import GradientPass, Outside

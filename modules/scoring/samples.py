@@ -8,7 +8,7 @@ here; on a device it would be the end of the device, and of the merge that is on
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,18 +24,18 @@ TEMPERATURE = 0.8
 
 
 def answers(
-    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], seed: int
+    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], seed: int, template: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, str], list[str]]:
     """What the model answers to each prompt, and a line on each prompt that it can't take.
 
-    An answer depends on the seed and on its own prompt, on no other. Raises whatever an architecture that can't
-    generate, or a chat template, raises.
+    template: settings of the chat template. An answer depends on the seed and on its own prompt, on no other. Raises
+    whatever an architecture that can't generate, or a chat template, raises.
     """
     found, problems = {}, []
     ends = model.end_tokens() | {token for token in [tokenizer.eos_token_id] if token is not None}
     for prompt in prompts:
         try:
-            tokens = encode_prompt(tokenizer, prompt, model.vocabulary, model.max_tokens)
+            tokens = encode_prompt(tokenizer, prompt, model.vocabulary, model.max_tokens, template)
         except ConfigError as error:
             problems.append(str(error))
             continue

@@ -3,15 +3,17 @@
 Knows: tokenizers, token ids, which pairs are one and the same. Refuses to know: torch, models, weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from modules.config import Pair
+from modules.config import Chat, Message, Pair
 from modules.runtime import ConfigError, shortened
+from modules.scoring.chats import rendered
 
 # The special tokens that a tokenizer puts before every text (BOS, others, mostly one or none), and behind it.
 Frame = tuple[list[int], list[int]]
+_NO_FRAME: Frame = ([], [])
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,12 @@ class Root:
     context: str
     tokens: tuple[int, ...]  # at least one
     spaces: str  # the spaces at the context's end; they are in no token here, a completion begins with them
+    chat: Chat | None = None  # that the context is, if it is one
+
+    @property
+    def shown(self) -> str:
+        """The context as people read it."""
+        return self.context if self.chat is None else str(self.chat)
 
 
 Window = tuple[int, ...]  # token ids of a piece of text
@@ -41,7 +49,7 @@ MOST_DOUBTS = 10  # that are told one by one
 
 def doubtful_phrases(pairs: Sequence[Pair]) -> list[str]:
     """What may be a mistake in the lists, a line for each; of many, the first ones and how many more there are."""
-    alike: dict[tuple[str, str], list[Pair]] = {}
+    alike: dict[tuple[str, str, bool], list[Pair]] = {}
     for pair in pairs:
         alike.setdefault(_as_scored(pair), []).append(pair)
     doubts = [doubt for same in alike.values() for doubt in _doubts(same)]
@@ -49,10 +57,11 @@ def doubtful_phrases(pairs: Sequence[Pair]) -> list[str]:
     return [*doubts[:MOST_DOUBTS], f"and {more} more of this kind"] if more > 0 else doubts
 
 
-def _as_scored(pair: Pair) -> tuple[str, str]:
-    """What is given and what is asked for: spaces between context and phrase belong to the phrase on either side."""
+def _as_scored(pair: Pair) -> tuple[str, str, bool]:
+    """What is given and what is asked for: spaces between context and phrase belong to the phrase on either side; and
+    whether special tokens are added."""
     given = pair.context.rstrip(" ")
-    return given, pair.context[len(given) :] + pair.phrase
+    return given, pair.context[len(given) :] + pair.phrase, pair.chat is None
 
 
 def _doubts(same: Sequence[Pair]) -> Iterator[str]:
@@ -72,7 +81,7 @@ def doubled_tokens(tokenizer: Any, pairs: Sequence[Pair]) -> list[str]:
     """A line if pairs write out what the tokenizer begins every text with anyway: it is taken once."""
     prefix, _ = _frame(tokenizer)
     names = tokenizer.convert_ids_to_tokens(prefix)
-    texts = [pair.context + pair.phrase for pair in pairs]
+    texts = [pair.context + pair.phrase for pair in pairs if pair.chat is None]
     written = [text for text in texts if text.lstrip().startswith(tuple(names))]
     doubled = [text for text in written if _doubled(_tokens(tokenizer, text), prefix)]
     if not doubled:
@@ -87,7 +96,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tok
     Raises ConfigError for a phrase without tokens of its own, and for a pair that the model can't take.
     """
     frame = _frame(tokenizer)
-    encoded = [encode_pair(tokenizer, pair.context, pair.phrase, frame) for pair in pairs]
+    encoded = [encode_pair(tokenizer, pair.context, pair.phrase, frame, pair.chat is None) for pair in pairs]
     for pair, item in zip(pairs, encoded, strict=True):
         if max_tokens is not None and len(item.tokens) - 1 > max_tokens:
             length = len(item.tokens)
@@ -102,19 +111,20 @@ def _check_embedded(tokenizer: Any, what: object, tokens: Sequence[int], vocabul
         raise ConfigError(f"{what}: the base model has no embedding for its token '{token}'")
 
 
-def encode_pair(tokenizer: Any, context: str, phrase: str, frame: Frame | None = None) -> Encoded:
+def encode_pair(tokenizer: Any, context: str, phrase: str, frame: Frame | None = None, special: bool = True) -> Encoded:
     """Encode context and phrase together and find where the phrase's tokens begin.
 
     The phrase's tokens are those that reach past the end of the context. Trailing spaces of the context belong to the
     phrase: most tokenizers write a space as the beginning of the next word. What the text writes out of the prefix that
-    the tokenizer adds is taken once. frame: what it adds, looked up if it is not given.
+    the tokenizer adds is taken once. frame: what it adds, looked up if it is not given. special: whether it adds
+    anything; a chat template has written all special tokens.
     """
     boundary = len(context.rstrip(" "))
-    prefix, suffix = frame or _frame(tokenizer)
+    prefix, suffix = (frame or _frame(tokenizer)) if special else _NO_FRAME
     if tokenizer.is_fast:
-        tokens, start, end = _split_by_offsets(tokenizer, context + phrase, boundary)
+        tokens, start, end = _split_by_offsets(tokenizer, context + phrase, boundary, special)
     else:
-        tokens, start, end = _split_by_prefix(tokenizer, context + phrase, boundary, suffix)
+        tokens, start, end = _split_by_prefix(tokenizer, context + phrase, boundary, suffix, special)
     doubled = _doubled(tokens, prefix)
     if doubled:
         tokens, start, end = _once(tokens, prefix), max(start - doubled, len(prefix)), end - doubled
@@ -158,15 +168,17 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     return [items[number * (len(items) - 1) // (count - 1)] for number in range(count)]
 
 
-def encode_prompt(tokenizer: Any, prompt: str, vocabulary: int, max_tokens: int | None) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, prompt: str, vocabulary: int, max_tokens: int | None, template: Mapping[str, Any] | None = None
+) -> list[int]:
     """Token ids of a prompt: in the tokenizer's chat template where it has one, else as the beginning of a text.
+    template: settings of the template.
 
     Raises ConfigError for a prompt that has no tokens, and for one that the model can't take with an answer.
     """
     if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+        text = rendered(tokenizer, Chat((Message("user", prompt),)), template)
+        tokens = _tokens(tokenizer, text, special=False)  # the template has written them
     else:
         prefix, suffix = _frame(tokenizer)
         tokens = _once(_open(_tokens(tokenizer, prompt), suffix), prefix)
@@ -179,23 +191,26 @@ def encode_prompt(tokenizer: Any, prompt: str, vocabulary: int, max_tokens: int 
     return tokens
 
 
-def encode_contexts(tokenizer: Any, contexts: Sequence[str], vocabulary: int) -> list[Root]:
-    """Token ids of contexts as `encode_pair` sees them before a phrase: without the spaces at their ends.
+def encode_contexts(
+    tokenizer: Any, contexts: Sequence[str], vocabulary: int, chats: Sequence[Chat | None] = ()
+) -> list[Root]:
+    """Token ids of contexts as `encode_pair` sees them before a phrase: without the spaces at their ends. chats: those
+    that the contexts are, if any is one.
 
     Raises ConfigError for a context with a token that the model's `vocabulary` rows lack.
     """
-    roots, (prefix, suffix) = [], _frame(tokenizer)
-    for context in contexts:
-        given = context.rstrip(" ")
-        tokens = _tokens(tokenizer, given) if given else []
+    roots, frame = [], _frame(tokenizer)
+    for context, chat in zip(contexts, chats or [None] * len(contexts), strict=True):
+        given, (prefix, suffix) = context.rstrip(" "), frame if chat is None else _NO_FRAME
+        tokens = _tokens(tokenizer, given, special=chat is None) if given else []
         tokens = _once(_open(tokens, suffix), prefix) or [_first_token(tokenizer, context)]
         _check_embedded(tokenizer, f"the context '{shortened(context)}'", tokens, vocabulary)
-        roots.append(Root(context, tuple(tokens), context[len(given) :]))
+        roots.append(Root(context, tuple(tokens), context[len(given) :], chat))
     return roots
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text)["input_ids"]
+def _tokens(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    return tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
 def _frame(tokenizer: Any) -> Frame:
@@ -219,16 +234,18 @@ def _once(tokens: Sequence[int], prefix: Sequence[int]) -> list[int]:
     return [*tokens[: len(prefix)], *tokens[len(prefix) + _doubled(tokens, prefix) :]]
 
 
-def _split_by_offsets(tokenizer: Any, text: str, boundary: int) -> tuple[list[int], int, int]:
+def _split_by_offsets(tokenizer: Any, text: str, boundary: int, special: bool) -> tuple[list[int], int, int]:
     """Tokens of the text and the range of those that end after `boundary` (in characters)."""
-    encoding = tokenizer(text, return_offsets_mapping=True)
+    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
     beyond = [i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > boundary]
     return encoding["input_ids"], (beyond or [0])[0], (beyond or [-1])[-1] + 1
 
 
-def _split_by_prefix(tokenizer: Any, text: str, boundary: int, suffix: Sequence[int]) -> tuple[list[int], int, int]:
+def _split_by_prefix(
+    tokenizer: Any, text: str, boundary: int, suffix: Sequence[int], special: bool
+) -> tuple[list[int], int, int]:
     """The same for tokenizers without offsets: the tokens after the longest prefix shared with the context alone."""
-    tokens, given = _tokens(tokenizer, text), _open(_tokens(tokenizer, text[:boundary]), suffix)
+    tokens, given = _tokens(tokenizer, text, special), _open(_tokens(tokenizer, text[:boundary], special), suffix)
     shared = 0
     while shared < min(len(tokens), len(given)) and tokens[shared] == given[shared]:
         shared += 1

@@ -72,6 +72,21 @@ def spm_tokenizer(extra=(), eos="</s>"):
 TOKENIZERS = {"bpe": bpe_tokenizer, "spm": spm_tokenizer}
 
 
+class WithoutOffsets:
+    """A tokenizer of the kind that gives no offsets: a fast one, asked for ids only."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}
+
+
 def llama_config(vocabulary, layers=3, hidden=32, tied=False, positions=256, **more):
     return LlamaConfig(
         vocab_size=vocabulary,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import naive_encode
-from tiny import PAIRS, TOKENIZERS, bpe_tokenizer, spm_tokenizer
+from tiny import PAIRS, TOKENIZERS, WithoutOffsets, bpe_tokenizer, spm_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from modules.config import Pair
@@ -215,21 +215,6 @@ def test_a_pair_that_the_model_cannot_take_is_named():
         encode_pairs(TOKENIZER["bpe"], pairs, 500, 40)
     with pytest.raises(ConfigError, match="the base model has no embedding for its token"):
         encode_pairs(TOKENIZER["bpe"], pairs, 200, None)
-
-
-class WithoutOffsets:
-    """A tokenizer of the kind that gives no offsets: a fast one, asked for ids only."""
-
-    is_fast = False
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}
 
 
 @pytest.mark.parametrize("family", TOKENIZER)
