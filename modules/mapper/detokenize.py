@@ -88,7 +88,7 @@ class Spelling:
         if not phrase.strip():
             return None
         try:
-            encoded = encode_pair(self._tokenizer, root.context, phrase)
+            encoded = encode_pair(self._tokenizer, root.context, phrase, special=root.chat is None)
         except ConfigError:
             return None
         same = encoded.tokens == (*root.tokens, *tokens) and encoded.start == len(root.tokens)

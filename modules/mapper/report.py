@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from modules.config import Config, Mapper
+from modules.config import Config, Mapper, Pair
 from modules.mapper.completion_tree import Branch, CompletionTree, Node, path_of, tokens_of
 from modules.mapper.detokenize import Spelling
 from modules.mapper.ranking import PhraseRank
@@ -41,7 +41,7 @@ def tree_lines(
     number: str, tree: CompletionTree, standings: Sequence[PhraseRank], settings: Mapper, spelling: Spelling
 ) -> list[str]:
     """One context, number "1/8" or so: its branches, then its phrases."""
-    lines = ["-" * 80, f"CONTEXT {number}: {folded(tree.root.context) or '(empty)'}", ""]
+    lines = ["-" * 80, f"CONTEXT {number}: {folded(tree.root.shown) or '(empty)'}", ""]
     for place, branch in enumerate(tree.branches, start=1):
         lines += _branch_lines(place, tree, branch, settings, spelling)
     lines += [f"TOTAL BRANCHES: {len(tree.branches)}", ""]
@@ -85,7 +85,7 @@ def table(standings: Sequence[PhraseRank], settings: Mapper) -> list[str]:
     for standing in standings:
         pair, place = standing.pair, f"{standing.place} of {standing.places}"
         mark = f"below {limit}" if standing.too_rare else ""
-        cells = (pair.kind, pair.phrase, pair.context, percent(probability(standing.log_probability)), mark, place)
+        cells = (pair.kind, pair.phrase, pair.shown, percent(probability(standing.log_probability)), mark, place)
         lines.append(f"{row(cells, widths)} {suggestion(standing)}".rstrip())
     rule = "-" * (len(row([""] * len(widths), widths)) + 11)
     rare = sum(standing.too_rare for standing in standings)
@@ -115,6 +115,7 @@ def document(
         "contexts": [
             {
                 "context": tree.root.context,
+                **({} if tree.root.chat is None else {"chat": asdict(tree.root.chat)}),
                 "tokens": list(tree.root.tokens),
                 **_tree_document(tree, spelling),
                 "phrases": [_rank_document(standing) for standing in phrases],
@@ -170,12 +171,13 @@ def _rank_document(standing: PhraseRank) -> dict[str, Any]:
 
 def phrase_list(standings: Sequence[PhraseRank], model: str) -> str:
     """The suggestions as a YAML phrase list, each in the place of its phrase, with its type, weight and context."""
-    found: dict[tuple[str, str, float], list[str]] = {}  # contexts, by kind, phrase and weight
+    found: dict[tuple[str, str, float], list[Any]] = {}  # contexts, by kind, phrase and weight
     for standing in standings:
         if standing.suggestion is not None:
             contexts = found.setdefault((standing.pair.kind, standing.suggestion.phrase, standing.pair.weight), [])
-            if standing.pair.context not in contexts:
-                contexts.append(standing.pair.context)
+            context = _as_configured(standing.pair)
+            if context not in contexts:
+                contexts.append(context)
     lists = {
         key: [{"phrase": p, "weight": w, "contexts": c} for (kind, p, w), c in found.items() if kind == wanted]
         for key, wanted in (("bad_phrases", "BAD"), ("good_phrases", "GOOD"))
@@ -185,6 +187,14 @@ def phrase_list(standings: Sequence[PhraseRank], model: str) -> str:
         "# Read it before you use it: what stands under good_phrases is said in place of something wanted.\n"
     )
     return head + yaml.safe_dump(lists, allow_unicode=True, sort_keys=False, width=math.inf)
+
+
+def _as_configured(pair: Pair) -> Any:
+    """A context as a phrase list has it."""
+    if pair.chat is None:
+        return pair.context
+    answer = {"continue": pair.chat.answer} if pair.chat.answer else {}
+    return {"messages": [asdict(turn) for turn in pair.chat.messages], **answer}
 
 
 def short_percent(value: float) -> str:

@@ -4,7 +4,7 @@ Knows: files and wording. Refuses to know: how anything was found.
 """
 
 from modules.output.apart import check_apart, input_paths, written_paths
-from modules.output.changes import compare_fingerprints
+from modules.output.changes import compare_fingerprints, computed_in
 from modules.output.comparison import comparison
 from modules.output.folder import Unfinished, check_output, held_place, stamp, unfinished_output, what_stands
 from modules.output.journal import JournalCopy, naming
@@ -12,5 +12,5 @@ from modules.output.model_card import CARD_FILE, write_card
 from modules.output.places import SETTINGS_FILE, Place, place_of
 from modules.output.plots import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
 from modules.output.recipe import Recipe, is_finished, read_outputs, read_recipe, write_recipe
-from modules.output.records import JointStart, Sample, Source
-from modules.output.run_record import RunRecord, begun_dtype
+from modules.output.records import JointStart, Sample, Settings, Source, rendered_in
+from modules.output.run_record import RunRecord, begun_run

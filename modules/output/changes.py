@@ -15,7 +15,17 @@ import torch
 import transformers
 
 from modules.checkpoints import Checkpoint, candidate_sources, dtype_name
-from modules.config import NO_PART, VERSION, Config, Directories, Location, Settings, parse_source, read_neutral_texts
+from modules.config import (
+    NO_PART,
+    PHRASES,
+    VERSION,
+    Config,
+    Directories,
+    Location,
+    Settings,
+    parse_source,
+    read_neutral_texts,
+)
 from modules.model import resolve_device
 from modules.output.journal import Journal
 from modules.output.records import FORMAT, Run, Source
@@ -27,7 +37,8 @@ _HINT = "use what it was begun with, or begin again with --restart"
 
 def run_of(config: Config, computed: str | None = None) -> Run:
     """What the journal says of a run that begins here and now. computed: the dtype that it computes in."""
-    settings = json.loads(json.dumps(asdict(config)))  # as they will be when they are read again
+    pairs = {key: [pair.written() for pair in getattr(config, key)] for key in (*PHRASES, "held_out_pairs")}
+    settings = json.loads(json.dumps({**asdict(config), **pairs}))  # as they will be when they are read again
     text = settings.pop("text")
     here = {"device": resolve_device(config.device).type, "folder": os.path.abspath(""), "computed": computed}
     if config.is_guarded:

@@ -17,6 +17,7 @@ from modules.runtime import ConfigError
 JOURNAL_FILE = "merge_monster_journal.jsonl"
 
 Line = dict[str, Any]  # "kind" says which
+_DECISIONS = ("decision", "step")  # without one of these a run begins at its beginning
 
 
 @contextmanager
@@ -28,6 +29,17 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def begun_with(path: Path) -> Line | None:
+    """The first record of a journal from which a run can go on; None if that is not so, whoever opens it says why."""
+    try:
+        with path.open("rb") as file:
+            first = json.loads(file.readline())
+            others = (json.loads(line) for line in file if line.endswith(b"\n"))  # the last one may be torn
+            return first if any(record["kind"] in _DECISIONS for record in others) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 class Journal:
@@ -51,7 +63,7 @@ class Journal:
     @property
     def decisions(self) -> int:
         """How many of the records are decisions, or steps of a joint search."""
-        return sum(record["kind"] in ("decision", "step") for record in self.records)
+        return sum(record["kind"] in _DECISIONS for record in self.records)
 
     def append(self, kind: str, **fields: Any) -> None:
         """Add a record; it is on the disk when this returns. Raises OSError if it can't be written."""

@@ -204,7 +204,7 @@ def _about_phrases(recipe: Recipe) -> str:
 def _phrases(recipe: Recipe) -> str:
     rows = [("", "phrase", "context", "weight", "before", "after")]
     for phrase in _changed_most(recipe.phrases):
-        texts = _excerpt(phrase.phrase), _excerpt(phrase.context) or "*the beginning of a text*"
+        texts = _excerpt(phrase.phrase), _excerpt(phrase.shown) or "*the beginning of a text*"
         rows.append((phrase.kind.lower(), *texts, f"{abs(phrase.weight):g}", *_percents(phrase)))
     return _table([*rows, ("", "**all phrases: bad - good, times weight**", "", "", *_percents(recipe.total))])
 

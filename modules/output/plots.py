@@ -217,7 +217,7 @@ def _draw_pairs(axes: Axes, pairs: Sequence[Phrase]) -> None:
 
 def _pair_label(pair: Phrase) -> str:
     """A pair as a reader meets it: the end of its context, then the phrase."""
-    context, phrase = one_line(pair.context), one_line(pair.phrase)
+    context, phrase = one_line(pair.shown), one_line(pair.phrase)
     return f"{shortened(context, _CONTEXT)} [{shortened(phrase, _PHRASE, 'both')}]".lstrip()
 
 

@@ -28,8 +28,10 @@ from modules.output.records import (
     Settings,
     Source,
     Total,
+    rendered_in,
 )
 from modules.runtime import ConfigError
+from modules.scoring import with_texts
 from modules.search import improved
 
 RECIPE_FILE = "merge_monster_recipe.json"
@@ -135,7 +137,7 @@ def is_finished(config: Config, output: Path) -> bool:
     """Whether an output is what a run of this configuration has written."""
     try:
         recipe = read_recipe(output / RECIPE_FILE)
-        now = run_of(config)
+        now = run_of(with_texts(config, rendered_in(recipe.settings)))
         begun = {"settings": recipe.settings, "device": recipe.device.partition(":")[0]}
         return not changes_between(now.model_copy(update=begun), now)
     except (ConfigError, ValueError):

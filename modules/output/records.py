@@ -8,12 +8,13 @@ What was read is not always what was written: a disk or an editor may have chang
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict, ValidationError
 
-from modules.config import DTYPES, METHODS, STRATEGIES, Config, OneOf
+from modules.config import DTYPES, METHODS, PHRASES, STRATEGIES, Chat, Config, Message, OneOf
 from modules.search import Decision
 
 FORMAT = 1  # of journals and recipes
@@ -72,6 +73,44 @@ class Settings(Record):
     compute_dtype: Literal[DTYPES] = "auto"  # younger than journals are
     random_seed: Count
     trust_remote_code: bool
+
+
+class Turn(Record):
+    """A turn of a chat."""
+
+    role: str
+    content: str
+
+
+class ChatContext(Record):
+    """The chat that a context is, before it was rendered; younger than recipes are."""
+
+    messages: Annotated[tuple[Turn, ...], Strict(False)]
+    answer: str
+
+    @property
+    def chat(self) -> Chat:
+        """The chat as it was before it was written down."""
+        return Chat(tuple(Message(turn.role, turn.content) for turn in self.messages), self.answer)
+
+
+class _ChatPair(Record):
+    """A pair whose context is a chat."""
+
+    context: str
+    chat: ChatContext
+
+
+def rendered_in(settings: Settings) -> dict[Chat, str]:
+    """The chats among the contexts of a run, and what they were rendered as. What is none, nobody has written."""
+    found = {}
+    for key in (*PHRASES, "held_out_pairs"):
+        pairs = settings.written().get(key)
+        for pair in pairs if isinstance(pairs, list) else []:
+            with suppress(ValidationError):
+                known = _ChatPair.model_validate(pair)
+                found.setdefault(known.chat.chat, known.context)
+    return found
 
 
 class Run(Record):
@@ -210,6 +249,12 @@ class Phrase(Record):
     before: Number
     after: Number
     rounding: Number = 0  # of the probabilities; only where a half type was computed in
+    chat: ChatContext | None = None
+
+    @property
+    def shown(self) -> str:
+        """The context as people read it."""
+        return self.context if self.chat is None else str(self.chat.chat)
 
 
 class Total(Record):

@@ -4,15 +4,16 @@ when it is done.
 Knows: what each record holds. Refuses to know: how a decision is taken or carried out, files other than its own.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
+from pydantic import ValidationError
+
 from modules.checkpoints import Checkpoint
 from modules.config import Config, Pair
-from modules.output.changes import compare_fingerprints, computed_in, refuse_changes, refuse_other_version, run_of
-from modules.output.journal import JOURNAL_FILE, Journal
+from modules.output.changes import compare_fingerprints, refuse_changes, refuse_other_version, run_of
+from modules.output.journal import JOURNAL_FILE, Journal, begun_with
 from modules.output.places import Place
 from modules.output.recipe import Recipe
 from modules.output.records import (
@@ -28,6 +29,7 @@ from modules.output.records import (
     Rows,
     Run,
     Sample,
+    Settings,
     Source,
     Start,
     Step,
@@ -72,6 +74,11 @@ class RunRecord:
 
     def _all(self, kind: type[Kind]) -> list[Kind]:
         return [line for line in self._lines if isinstance(line, kind)]
+
+    @property
+    def settings(self) -> Settings:
+        """With which the run began."""
+        return self._all(Run)[0].settings
 
     @property
     def packing(self) -> Packing | None:
@@ -251,14 +258,12 @@ class RunRecord:
         )
 
 
-def begun_dtype(place: Place, base: Checkpoint) -> str | None:
-    """What the run computes in that was begun here and did not finish, by its name; None if there is none."""
+def begun_run(place: Place) -> Run | None:
+    """How the run began that goes on here; None if none does."""
     try:
-        with (place.partial / JOURNAL_FILE).open(encoding="utf-8") as file:
-            run = Run.model_validate({**json.loads(file.readline()), "kind": ""})
-    except (OSError, ValueError, RecursionError):  # whoever opens it says what is wrong with it
+        return Run.model_validate(begun_with(place.partial / JOURNAL_FILE))
+    except ValidationError:  # whoever opens it says what is wrong with it
         return None
-    return computed_in(run, base)
 
 
 def _phrases(
@@ -272,7 +277,7 @@ def _phrases(
     if it is known; and their total."""
     known = [{"rounding": least} for least in rounding] or [{}] * len(pairs)
     phrases = [
-        Phrase(**asdict(pair) | {"weight": weight}, before=probability(before), after=probability(after), **more)
+        Phrase(**pair.written() | {"weight": weight}, before=probability(before), after=probability(after), **more)
         for pair, weight, before, after, more in zip(pairs, weights, start, now, known, strict=True)
     ]
     more = {"rounding": total_rounding(weights, rounding)} if rounding else {}

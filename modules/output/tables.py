@@ -168,7 +168,7 @@ def _pair_row(one: _PairRow, with_change: bool) -> str:
     least = one.rounding * one.weight
     raw, used = percent(one.raw, RAW_WIDTH, rounding=one.rounding), percent(one.raw * one.weight, rounding=least)
     change = percent(one.move * one.weight, signed=True, rounding=least) if with_change else "N/A"
-    return row((one.pair.kind, one.pair.phrase, one.pair.context, raw, used, change), WIDTHS)
+    return row((one.pair.kind, one.pair.phrase, one.pair.shown, raw, used, change), WIDTHS)
 
 
 def _total_row(

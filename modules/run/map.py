@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.config import Config, Pair, unusable
+from modules.config import Chat, Config, Pair, unusable
 from modules.mapper import CompletionTree, Explorer, PhraseRank, Spelling, build_continuation, rank_phrases
 from modules.mapper import report as mapping_report
 from modules.model import ModelLoader, ResidentModel
 from modules.output import naming
-from modules.run.steps import end, prepare_libraries
+from modules.run.steps import end, prepare_libraries, with_chats_rendered
 from modules.runtime import ConfigError, Console, within_memory
 from modules.scoring import Encoded, build_scorer, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
 
@@ -35,10 +35,11 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     """
     prepare_libraries(config.random_seed)
     console.timed("THE MONSTER MAPPER LOOKS AROUND")
-    console.warnings(doubtful_phrases(config.pairs))
     loader = ModelLoader(config, console)
     models = loader.open_base()
-    loader = loader.fitting(models)
+    loader = with_chats_rendered(loader.fitting(models), models)
+    config = loader.config
+    console.warnings(doubtful_phrases(config.pairs))
     model, tokenizer = loader.load(models, loader.placement(models, with_header=False))
     spelling = Spelling(tokenizer, model.vocabulary)
     trees, phrases = explore(config, console, model, tokenizer, spelling)
@@ -61,13 +62,16 @@ def explore(
     console.warnings(doubled_tokens(tokenizer, config.pairs))
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     scorer = build_scorer(model, encoded, tails=False)
-    phrases: dict[str, list[tuple[Pair, Encoded, float]]] = {pair.context: [] for pair in config.pairs}
+    phrases: dict[tuple[str, Chat | None], list[tuple[Pair, Encoded, float]]] = {
+        (pair.context, pair.chat): [] for pair in config.pairs
+    }
     log_probabilities = within_memory(scorer.score, lambda: scorer.take_less_memory() is not None)
     if any(map(math.isnan, log_probabilities)):
         raise model.no_numbers()
     for pair, item, log_probability in zip(config.pairs, encoded, log_probabilities, strict=True):
-        phrases[pair.context].append((pair, item, log_probability))
-    roots = encode_contexts(tokenizer, list(phrases), model.vocabulary)
+        phrases[pair.context, pair.chat].append((pair, item, log_probability))
+    contexts, chats = zip(*phrases, strict=True)
+    roots = encode_contexts(tokenizer, contexts, model.vocabulary, chats)
     settings = config.mapper
     longest = max(len(root.tokens) for root in roots) + settings.max_depth + settings.additional_length
     continuation = build_continuation(model, spelling, scorer, [root.tokens for root in roots], longest)
@@ -77,7 +81,7 @@ def explore(
         explorer = Explorer(continuation, settings, spelling, model.end_tokens(), bar.update)
         for tree in explorer.explore(roots):
             trees.append(tree)
-            stands.append(rank_phrases(tree, phrases[tree.root.context], settings, spelling))
+            stands.append(rank_phrases(tree, phrases[tree.root.context, tree.root.chat], settings, spelling))
             number = f"{len(trees)}/{len(roots)}"
             console.coloured_lines(mapping_report.tree_lines(number, tree, stands[-1], settings, spelling))
     return trees, stands

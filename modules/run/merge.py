@@ -16,9 +16,10 @@ from modules.output import (
     JournalCopy,
     Place,
     RunRecord,
-    begun_dtype,
+    begun_run,
     check_apart,
     check_output,
+    computed_in,
     held_place,
     input_paths,
     is_finished,
@@ -31,7 +32,7 @@ from modules.run.estimate import calibrate, estimate, plan_lines
 from modules.run.joint import JointConductor
 from modules.run.plan import Plan
 from modules.run.room import Available, check, find_available, fitting_plan
-from modules.run.steps import end, finish, note_source, prepare_libraries, save
+from modules.run.steps import end, finish, note_source, prepare_libraries, save, with_chats_rendered
 from modules.run.watch import Watch
 from modules.runtime import BANNER, ConfigError, Console, Rank, first_line, is_out_of_memory
 from modules.runtime.distributed import ALONE, Group
@@ -96,7 +97,9 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
-            plan, room = _checked_plan(loader, models, begun_dtype(place, models.base) if options.resume else None)
+            begun = begun_run(place) if options.resume else None
+            loader = with_chats_rendered(loader, models, begun and begun.settings)
+            plan, room = _checked_plan(loader, models, begun and computed_in(begun, models.base))
             loader = replace(loader, compute=plan.dtype)
             if not options.dry_run:
                 _merge(loader, options, group, place, models, plan)
@@ -239,5 +242,6 @@ def merge_as_follower(config: Config, console: Console, options: Options, group:
     with fetching(console, models.jobs) as prefetcher:
         prefetcher.wait(0)
         record = RunRecord(start.journal, config, dtype_name(start.compute))
+        loader = with_chats_rendered(loader, models, record.settings)
         conductor = begin_search(loader, models, record, prefetcher, start.budget, group)
         conductor.conduct(models.candidates)

@@ -4,15 +4,16 @@ Knows: libraries, saving, what lies beside the weights. Refuses to know: searchi
 """
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import torch
 import transformers
 
-from modules.checkpoints import Checkpoint, remove_downloads
+from modules.checkpoints import Checkpoint, Models, load_tokenizer, remove_downloads
 from modules.config import Config
-from modules.model import ResidentModel
+from modules.model import ModelLoader, ResidentModel
 from modules.output import (
     CARD_FILE,
     MERGE_MAP_FILE,
@@ -20,16 +21,33 @@ from modules.output import (
     SETTINGS_FILE,
     Recipe,
     RunRecord,
+    Settings,
     Unfinished,
     compare_fingerprints,
     merge_map,
     naming,
     phrase_chart,
+    rendered_in,
     write_card,
     write_recipe,
 )
 from modules.runtime import Console, first_line, postponed
 from modules.runtime.distributed import Group
+from modules.scoring import chats_of, render_chats, with_texts
+
+
+def with_chats_rendered(loader: ModelLoader, models: Models, begun: Settings | None = None) -> ModelLoader:
+    """A loader whose configuration has chats as the base's tokenizer writes them.
+
+    begun: of the run that goes on. What it has rendered is taken from there: a template may print today's date.
+    Raises ConfigError for a chat that can't be rendered.
+    """
+    base, known = models.base, rendered_in(begun) if begun else {}
+    new = [chat for chat in chats_of(loader.config) if chat not in known]
+    if new:
+        tokenizer = load_tokenizer(base.path, base.companions)
+        known |= render_chats(tokenizer, str(base.path), new, loader.config.template)
+    return replace(loader, config=with_texts(loader.config, known))
 
 
 def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: str, settings: str) -> None:
