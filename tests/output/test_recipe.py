@@ -22,6 +22,7 @@ TYPES = {
     "list": lambda value: isinstance(value, list),
     "mapping": lambda value: isinstance(value, dict),
     "null": lambda value: value is None,
+    "any value": lambda value: True,
 }
 
 
@@ -31,15 +32,19 @@ def recipes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     base, one, two = make_models(folder / "models")
     bad = [pair for pair in tiny.PAIRS if pair.kind == "BAD"]
-    more = {"bad_phrases": tiny.phrase_entries(tiny.PAIRS, "BAD")}
+    chat = {"messages": [{"role": "user", "content": "Describe an old house."}], "continue": "The house stands as a "}
+    chats = [{"phrase": "testament", "contexts": [chat]}]
+    more = {"bad_phrases": tiny.phrase_entries(tiny.PAIRS, "BAD") + chats, "good_phrases": chats, "system": "Be brief."}
     (folder / "more.yaml").write_text(yaml.safe_dump(more), encoding="utf-8")
     rich = {"merge_method": ["lerp", "slice"], "phrase_files": [str(folder / "more.yaml")], "dtype": "float32"}
     rich |= {"compute_dtype": "bfloat16", "drift_weight": 0.1, "max_drift": 9.5}
     (folder / "plain.txt").write_text("The bread is on the table. It was baked this morning.\n", encoding="utf-8")
-    other = {"bad_phrases": tiny.phrase_entries(tiny.PAIRS[:2], "BAD")}
+    other = {"bad_phrases": tiny.phrase_entries(tiny.PAIRS[:2], "BAD") + chats}
     (folder / "other.yaml").write_text(yaml.safe_dump(other), encoding="utf-8")
     rich["held_out_files"] = [str(folder / "other.yaml")]
     rich["baselines"] = True
+    rich["template"] = {"enable_thinking": False}
+    rich["system"] = "Answer in plain words."
     rich["samples"] = ["The bread is"]
     rich["neutral_texts"] = [str(folder / "plain.txt")]
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +128,8 @@ def test_what_is_optional_is_not_always_there(recipes):
 def test_items_of_every_list_have_the_same_keys(recipes):
     for recipe in recipes:
         for key in ("sources", "decisions", "phrases"):
-            assert len({tuple(item) for item in recipe[key]}) == (0 if key == "decisions" and "joint" in recipe else 1)
+            keys = {tuple(name for name in item if name != "chat") for item in recipe[key]}  # most contexts are none
+            assert len(keys) == (0 if key == "decisions" and "joint" in recipe else 1)
 
 
 def test_what_the_page_says_of_the_values(recipes):
