@@ -1,6 +1,7 @@
 """Several processes under torchrun on the CPU: the decisions and the model of one, and what happens when one fails."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,13 +10,18 @@ from itertools import chain
 import pytest
 import tiny
 import torch
+from chats import chat_tokenizer
 from project import ROOT
 from safetensors.torch import load_file
 
-from modules.config import Pair
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.config import Chat, Pair
 from modules.model.devices import own_device
+from modules.model.loading import load_model
 from modules.runtime.errors import ConfigError
 from modules.runtime.ranks import Rank, find_rank
+from modules.scoring.layout import build_scorer
+from modules.scoring.tokenization import encode_pairs
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -112,6 +118,26 @@ def test_several_processes_take_the_decisions_of_one(tmp_path, models, one_proce
     assert result.stdout.count("THE MERGE MONSTER HUNGERS") == 1  # the others are quiet
     assert len(list((tmp_path / "logs").iterdir())) == 1
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_chats_are_what_the_process_that_leads_has_rendered(tmp_path):
+    """Their template prints microseconds: no two processes would render the same."""
+    tokenizer = chat_tokenizer("<s>{{ strftime_now('%f') }}{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    base = tiny.make_model(tmp_path / "base", tiny.llama_config(len(tokenizer)), tokenizer)
+    turns = [{"role": "user", "content": "Go on."}]
+    chats = [
+        {"phrase": pair.phrase, "contexts": [{"messages": turns, "continue": pair.context}]} for pair in pairs()[:40]
+    ]
+    chats[0]["contexts"].append({**chats[1]["contexts"][0], "held_out": True})
+    models = base, tiny.make_candidate(tmp_path / "one", base)
+    result = merge(tmp_path, models, *several(2), bad_phrases=chats, good_phrases=[])
+    assert result.returncode == 0, result.stderr
+    assert "packs shared by 2 processes" in result.stdout
+    found = json.loads((tmp_path / "out/merge_monster_recipe.json").read_text())["phrases"]
+    model = load_model(open_checkpoint(base, "base"), "cpu", "auto")
+    own = [Pair(one["kind"], one["phrase"], one["context"], chat=Chat(())) for one in found]
+    scorer = build_scorer(model, encode_pairs(tokenizer, own, model.vocabulary, model.max_tokens))
+    assert [math.exp(value) for value in scorer.score()] == pytest.approx([one["before"] for one in found], rel=1e-4)
 
 
 def test_several_processes_make_the_steps_of_one(tmp_path, models):
