@@ -124,6 +124,20 @@ def test_a_run_goes_on_on_another_day_with_what_it_has_rendered(whole, models, p
     assert "This run has finished" in log_of(place)
 
 
+def test_a_joint_search_goes_on_on_another_day(models, place, tmp_path, monkeypatch):
+    joint = {"search": "joint", "joint": {"steps": 3}, "merge_method": "lerp", "drift_weight": 0}
+    monkeypatch.chdir(tmp_path)
+    on(monkeypatch, 25)
+    assert merge(tmp_path, models, **joint) == 0
+    monkeypatch.chdir(place)
+    break_off(place, tmp_path / "out", 9)
+    assert journal(place / "out.partial")[-1]["kind"] == "step"
+    on(monkeypatch, 26)
+    assert merge(place, models, "--resume", **joint) == 0
+    one, other = recipe_of(tmp_path), recipe_of(place)
+    assert one["phrases"] == other["phrases"] and one["joint"]["shares"] == other["joint"]["shares"]
+
+
 def test_a_run_that_has_decided_nothing_renders_anew(whole, models, place, monkeypatch):
     """It begins at its beginning, maybe under another template."""
     break_off(place, whole / "out", 3)
