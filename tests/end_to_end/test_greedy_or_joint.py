@@ -21,6 +21,7 @@ from modules.search.joint import step_size
 PAGE = (ROOT / "docs/greedy-or-joint.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_loop_walks_the_trade_off_as_it_is_printed(place, models):
     loop = PAGE.split("```sh\n")[1].split("```")[0]
     assert loop.count("\n") == 5

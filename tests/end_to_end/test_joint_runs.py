@@ -25,7 +25,10 @@ TEXT = "The bread is on the table. It was baked this morning, and half of it is 
 STEPS = 6
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+HALF = pytest.param(torch.bfloat16, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, HALF], ids=["float32", "bfloat16"])
 def models(request, tmp_path_factory):
     return make_models(tmp_path_factory.mktemp("models"), request.param, shard="60KB")
 
