@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 from modules.checkpoints import Tensors
 from modules.model import ResidentModel, widest_float
 from modules.runtime import within_memory
-from modules.scoring.hidden_states import Forward, ending_in, first_of, recorded, replaced_layers
+from modules.scoring.hidden_states import ending_in, last_states, logits_with
 from modules.scoring.tokenization import Window
 
 BLOCK = 32 << 20  # bytes of logits, in float32, of all models together, at a time
@@ -63,10 +62,11 @@ class DriftMeter:
         self._model, self._block = model, BLOCK
         self._keeps_head = keeps_head
         self._head: Tensors | None = None
-        self._batches = [batch.to(model.device) for batch in _batches(windows)]
-        self._before = [self._hidden(batch).cpu() for batch in self._batches]
+        # Windows of one length together, (B, T), and what the model's last layer made of them, (B, T, H), on the CPU.
+        self.batches = [batch.to(model.device) for batch in _batches(windows)]
+        self.before = [self._hidden(batch).cpu() for batch in self.batches]
         self._outside = {name: tensor.clone() for name, tensor in model.outside().tensors.items()}
-        self._check_blocks(self._batches[0][:1, :8])
+        self._check_blocks(self.batches[0][:1, :8])
 
     def measure(self) -> Drift:
         """The drift by now. Raises torch.OutOfMemoryError if not even one row of the head fits."""
@@ -79,17 +79,7 @@ class DriftMeter:
     @property
     def inputs(self) -> list[Callable[[], dict[str, Tensor]]]:
         """For each batch, what makes that which the model's forward takes."""
-        return [partial(dict, input_ids=batch) for batch in self._batches]
-
-    @property
-    def batches(self) -> list[Tensor]:
-        """Windows of one length together, (B, T) each."""
-        return self._batches
-
-    @property
-    def before(self) -> list[Tensor]:
-        """Of each batch the last hidden states of the model as it was then, (B, T, H), on the CPU."""
-        return self._before
+        return [partial(dict, input_ids=batch) for batch in self.batches]
 
     @torch.no_grad()
     def measure_on(
@@ -102,9 +92,9 @@ class DriftMeter:
         """
         original = self._original_head() if not same_header or self._model.header_has_changed() else None
         sums = torch.zeros(4, stack, dtype=torch.float64)
-        for batch, before, now in zip(self._batches, self._before, hidden, strict=True):
+        for batch, before, now in zip(self.batches, self.before, hidden, strict=True):
             sums += self._compare(batch, before.to(self._model.device), now, original, held).cpu()
-        followed = self.tokens - sum(len(batch) for batch in self._batches)  # what follows a window is not known
+        followed = self.tokens - sum(len(batch) for batch in self.batches)  # what follows a window is not known
         drifts = []
         for divergence, equal, said_now, said_before in sums.T.tolist():
             perplexities = (math.exp(min(-said / followed, MOST_NATS)) for said in (said_now, said_before))
@@ -120,11 +110,11 @@ class DriftMeter:
     @property
     def tokens(self) -> int:
         """Positions that are looked at."""
-        return sum(batch.numel() for batch in self._batches)
+        return sum(batch.numel() for batch in self.batches)
 
     @torch.no_grad()
     def _measure(self) -> Drift:
-        return self.measure_on([self._hidden(batch) for batch in self._batches], same_header=True)[0]
+        return self.measure_on([self._hidden(batch) for batch in self.batches], same_header=True)[0]
 
     def _compare(self, batch: Tensor, before: Tensor, now: Tensor, original: Tensors | None, held: Held) -> Tensor:
         """Of windows (B, T) with hidden states (B, T, H) and a stack's (R * B, T, H), the sums over their positions: of
@@ -156,24 +146,20 @@ class DriftMeter:
     def _logits(self, batch: Tensor, hidden: Tensor, first: int, end: int, rows: Tensors | None = None) -> Tensor:
         """What the model's own forward makes of last hidden states (B, T, H) with some rows of its head, or of `rows`:
         (B, T, rows)."""
-        with (
-            self._model.head_rows(first, end, rows),
-            replaced_layers(self._model.layers, ending_in(self._model, hidden)),
-        ):
-            ids = torch.zeros_like(batch)  # any that every block has a row for; nothing comes of them
-            columns = torch.arange(batch.shape[1], device=batch.device)
-            found = self._model.logits({"input_ids": ids, "use_cache": False}, columns)
+        ids = torch.zeros_like(batch)  # any that every block has a row for; nothing comes of them
+        columns = torch.arange(batch.shape[1], device=batch.device)
+        with self._model.head_rows(first, end, rows):
+            found = logits_with(self._model, {"input_ids": ids}, ending_in(self._model, hidden), columns)
         return found if found.dtype == torch.float64 else found.float()
 
     def _hidden(self, batch: Tensor) -> Tensor:
         """The last layer's hidden states of windows (B, T): (B, T, H)."""
-        last = len(self._model.layers) - 1
-        return recorded(self._model, {"input_ids": batch}, last, _own, first=last)
+        return last_states(self._model, {"input_ids": batch}, {})
 
     def _check_blocks(self, batch: Tensor) -> None:
         """Raise ValueError unless blocks of the head's rows give what the whole head gives, but for rounding."""
         columns, size = torch.arange(batch.shape[1], device=batch.device), self._model.head_size
-        whole = self._model.logits({"input_ids": batch, "use_cache": False}, columns)
+        whole = logits_with(self._model, {"input_ids": batch}, {}, columns)
         # Of the same forward: another number of tokens would round otherwise.
         hidden, ends = self._hidden(batch), (0, size // 3, size)
         parts = torch.cat([self._logits(batch, hidden, first, end) for first, end in pairwise(ends)], -1)
@@ -211,11 +197,6 @@ class _Said:
     def normaliser(self) -> Tensor:
         """Logarithm of the sum of all tokens' exponentials: (R, B, T)."""
         return self.top + self.weight.log()
-
-
-def _own(forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
-    """A layer's own forward; its hidden states."""
-    return first_of(forward(*args, **kwargs))
 
 
 def _batches(windows: Sequence[Window]) -> Iterator[Tensor]:

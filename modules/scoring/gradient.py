@@ -31,8 +31,8 @@ from modules.scoring.hidden_states import (
     first_of,
     handing_on,
     in_form,
+    logits_with,
     recorded,
-    replaced_layers,
 )
 from modules.scoring.objective import Objective, Value
 
@@ -197,8 +197,7 @@ class GradientPass:
 
         others = [layer for layer in range(len(self._model.layers)) if not start <= layer < end]
         forwards = {layer: partial(run, layer) for layer in range(start, end)}
-        with replaced_layers(self._model.layers, {**handing_on(self._model, others), **forwards}):
-            self._model.logits({**arguments, "use_cache": False}, _no_columns(self._model.device))
+        logits_with(self._model, arguments, {**handing_on(self._model, others), **forwards})
         return found[0]
 
     # -- before the layers --------------------------------------------------------------------------------------------
@@ -227,8 +226,8 @@ class GradientPass:
             return in_form(self._model, 0, found[0].detach())
 
         others = range(1, len(self._model.layers))
-        with replaced_layers(self._model.layers, {**handing_on(self._model, others), 0: capture}), torch.enable_grad():
-            self._model.logits({**arguments, "use_cache": False}, _no_columns(self._model.device))
+        with torch.enable_grad():
+            logits_with(self._model, arguments, {**handing_on(self._model, others), 0: capture})
         return found[0]
 
 
@@ -300,7 +299,3 @@ def _add(sums: Tensors, name: str, gradient: Tensor | None) -> None:
     if gradient is not None:
         wide = torch.promote_types(torch.float32, gradient.dtype)
         sums[name] = sums[name].to(wide) + gradient if name in sums else gradient
-
-
-def _no_columns(device: torch.device) -> Tensor:
-    return torch.zeros(0, dtype=torch.long, device=device)

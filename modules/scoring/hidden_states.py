@@ -119,6 +119,19 @@ def run_on(hidden: Tensor) -> Forward:
     return run
 
 
+def logits_with(
+    model: ResidentModel,
+    arguments: Mapping[str, Tensor],
+    forwards: Mapping[int, Forward],
+    columns: Tensor | None = None,
+) -> Tensor:
+    """What the model's own forward makes of its arguments with some layers' forwards replaced, read at the given
+    columns, at none if none are given: (B, columns, V)."""
+    columns = torch.zeros(0, dtype=torch.long, device=model.device) if columns is None else columns
+    with replaced_layers(model.layers, forwards):
+        return model.logits({**arguments, "use_cache": False}, columns)
+
+
 def last_states(model: ResidentModel, arguments: Mapping[str, Tensor], forwards: Mapping[int, Forward]) -> Tensor:
     """The last layer's hidden states, with some layers' forwards replaced: (B, T, H), or of a stack (R * B, T, H)."""
     last = len(model.layers) - 1
@@ -142,7 +155,6 @@ def recorded(
         found.append(compute(forward, *args, **kwargs))
         return in_form(model, layer, found[0])
 
-    no_columns = torch.zeros(0, dtype=torch.long, device=model.device)
-    with replaced_layers(model.layers, {**handing_on(model, range(first, len(model.layers))), layer: recording}):
-        model.logits({**arguments, "use_cache": False}, no_columns)
+    passed = handing_on(model, range(first, len(model.layers)))
+    logits_with(model, arguments, {**passed, layer: recording})
     return found[0]

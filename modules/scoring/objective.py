@@ -21,7 +21,7 @@ from torch import Tensor
 from modules.model import ResidentModel, row_ranges
 from modules.runtime import ConfigError
 from modules.scoring.drift import DriftMeter
-from modules.scoring.hidden_states import ending_in, replaced_layers
+from modules.scoring.hidden_states import ending_in, logits_with
 from modules.scoring.scorer import Scorer
 
 AT_ONCE = 4  # tensors of the logits' size at a time: theirs, the base's, its shares, the gradient
@@ -156,8 +156,7 @@ class Objective:
         """What the model's own forward makes of last hidden states, (positions, H), with the rows that its head holds:
         (positions, rows). Each is a text of its own, so that no table of positions is too short."""
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.model.device)
-        with replaced_layers(self.model.layers, ending_in(self.model, hidden[:, None])):
-            found = self.model.logits({"input_ids": ids, "use_cache": False}, ids[0])
+        found = logits_with(self.model, {"input_ids": ids}, ending_in(self.model, hidden[:, None]), ids[0])
         return found[:, 0].to(self.dtype)
 
     @torch.no_grad()

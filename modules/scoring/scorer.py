@@ -3,7 +3,7 @@
 Knows: packs, the model's forward, what is read from its logits. Refuses to know: merging, strategies, weights of pairs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from modules.model import ResidentModel
 from modules.runtime import Rank
 from modules.scoring.budget import FEWEST_TOKENS, Budget, Packing
 from modules.scoring.exactness import Plain
-from modules.scoring.hidden_states import Forward, ending_in, first_of, replaced_layers
+from modules.scoring.hidden_states import Forward, ending_in, first_of, logits_with
 from modules.scoring.inputs import Inputs, Targets
 from modules.scoring.packing import build_packs
 from modules.scoring.tails import TailForwards, Trial
@@ -245,11 +245,6 @@ class Scorer:
 
     # -- the model's forward and what is read from it -----------------------------------------------------------------
 
-    def _forward(self, arguments: Mapping[str, Tensor], forwards: Mapping[int, Forward], columns: Tensor) -> Tensor:
-        """Logits at the given columns of one pack, (R * B, columns, V), with some layers' forwards replaced."""
-        with replaced_layers(self._layers, forwards):
-            return self._model.logits({**arguments, "use_cache": False}, columns)
-
     def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]], copied: bool = False) -> Tensor:
         """Run all packs; the phrases' token log-probabilities, (stack, pairs, longest phrase). copied: a stack of
         copies goes into the model, where otherwise a layer makes it."""
@@ -281,5 +276,5 @@ class Scorer:
         chunk = max(1, self.budget.logits // column_bytes)
         for first, columns in zip(range(0, len(inputs.columns), chunk), inputs.columns.split(chunk), strict=True):
             layers = {**forwards, last: recording} if first == 0 else ending_in(self._model, final[0])
-            logits = self._forward(arguments, layers, columns).float()
+            logits = logits_with(self._model, arguments, layers, columns).float()
             yield logits.unflatten(0, (stack, -1)), inputs.targets_in(first, first + len(columns))
