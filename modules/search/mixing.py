@@ -26,7 +26,7 @@ from modules.model import HeaderRows, HeaderSkipped, Part, ResidentModel, matche
 from modules.runtime import BrokenWeights
 from modules.scoring import GradientPass, Objective, Value
 from modules.search.prefetch import InTurn, Memory
-from modules.search.whole import has_tensor
+from modules.search.whole import outside_of
 
 Row = Sequence[float]  # a share, or the gradient on it, for each candidate
 Update = Callable[[int, Row], Row]  # number of a row and the gradient on its shares -> its new shares
@@ -60,7 +60,7 @@ class Mix:
         self._outside: list[Tensors] = []  # of the same, what is in neither layer nor header: it is small
         if outside:
             self._headers = [own_header(model), *(self._matched(tokenizer, one) for one in candidates)]
-            self._outside = [self._read_outside(source) for source in self._sources]
+            self._outside = [outside_of(source, model.outside()) for source in self._sources]
 
     @property
     def rows(self) -> int:
@@ -179,12 +179,6 @@ class Mix:
         if not len(rows):
             return {name: part.tensors[name][:0] for name in names}
         return part.adopt(read, self._sources[number].name)
-
-    def _read_outside(self, source: Candidate) -> Tensors:
-        """A source's tensors outside layers and header; those that it has not are the base's."""
-        part = self.model.outside()
-        stored = source.read([name for name, own in part.tensors.items() if has_tensor(source, name, own)])
-        return part.adopt(((name, stored.get(name, own.clone())) for name, own in part.tensors.items()), source.name)
 
     def _matched(self, tokenizer: Any, candidate: Candidate) -> HeaderRows | None:
         try:

@@ -42,7 +42,7 @@ class ReadAhead:
         self._candidate, self._streams, self._ahead = candidate, streams, ahead
         self._jobs: dict[int | None, Job] = {layer: partial(self._read, layer, part) for layer, part in parts.items()}
         if header:
-            self._jobs[None] = partial(self._make, header)
+            self._jobs[None] = partial(_made, header, self._streams)
         # Two, in turn: on a CPU the tensors that are searched are the memory that they were read into.
         self._memories = Memory(bool(streams)), Memory(bool(streams))
         self._thread = ThreadPoolExecutor(1, "read-ahead")
@@ -103,13 +103,6 @@ class ReadAhead:
         with torch.no_grad(), beside(self._streams):
             return part.adopt(self._candidate.stream(part.tensors, memory.room), self._candidate.name), None
 
-    def _make(self, header: Job) -> Arrived:
-        with torch.no_grad(), beside(self._streams):
-            made = header()
-        for stream in self._streams:
-            stream.synchronize()
-        return made
-
     def __enter__(self) -> "ReadAhead":
         return self
 
@@ -145,14 +138,7 @@ class InTurn(Generic[Value]):
 
     def _begin(self) -> "Future[Value]":
         """Go on to the next job; behind the last there is nothing to be taken."""
-        return self._thread.submit(self._made, next(self._jobs, None))
-
-    def _made(self, job: Callable[[], Value] | None) -> Value | None:
-        with torch.no_grad(), beside(self._streams):
-            made = job and job()
-        for stream in self._streams:
-            stream.synchronize()
-        return made
+        return self._thread.submit(_made, next(self._jobs, lambda: None), self._streams)
 
     def __enter__(self) -> "InTurn[Value]":
         return self
@@ -161,6 +147,15 @@ class InTurn(Generic[Value]):
         self._thread.shutdown(cancel_futures=True)
         self._begun = None
         self.let_go()
+
+
+def _made(job: Callable[[], Value], streams: Sequence[torch.Stream]) -> Value:
+    """What a job makes, once it is there."""
+    with torch.no_grad(), beside(streams):
+        made = job()
+    for stream in streams:
+        stream.synchronize()
+    return made
 
 
 class Memory:

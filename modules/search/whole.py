@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from modules.checkpoints import Candidate
+from modules.checkpoints import Candidate, Tensors
 from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header
 from modules.scoring import Drift, DriftMeter, Scorer, streamed
 from modules.search.prefetch import ReadAhead
@@ -31,9 +31,7 @@ def score_whole(
     torch.OutOfMemoryError if there is no room.
     """
     outside, header = model.outside(), model.header()
-    stored = candidate.read([name for name, own in outside.tensors.items() if has_tensor(candidate, name, own)])
-    others = {name: stored.get(name, own) for name, own in outside.tensors.items()}
-    theirs = [(outside, outside.adopt(others.items(), candidate.name))]
+    theirs = [(outside, outside_of(candidate, outside))]
     with suppress(HeaderSkipped):
         theirs.append((header, aligned_header(model, tokenizer, candidate)[0]))
 
@@ -63,6 +61,15 @@ def score_whole(
     return scores, drifts
 
 
-def has_tensor(candidate: Candidate, name: str, own: torch.Tensor) -> bool:
+def outside_of(candidate: Candidate, part: Part) -> Tensors:
+    """A candidate's tensors outside layers and header, or copies of the base's own where it has none of their form.
+
+    part: the base's. Raises as `Part.adopt` and reading do.
+    """
+    stored = candidate.read([name for name, own in part.tensors.items() if _has(candidate, name, own)])
+    return part.adopt(((name, stored.get(name, own.clone())) for name, own in part.tensors.items()), candidate.name)
+
+
+def _has(candidate: Candidate, name: str, own: torch.Tensor) -> bool:
     """Whether a candidate has a tensor in the base's form."""
     return name in candidate.conversion and tuple(candidate.conversion.shape(name)) == tuple(own.shape)
