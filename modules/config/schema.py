@@ -165,6 +165,16 @@ class Settings:
         return self.drift_weight
 
     @property
+    def tokens_for_trials(self) -> int:
+        """Tokens of neutral text that are set aside for what is judged by drift; 0 if nothing is."""
+        return self.neutral_tokens if self.is_guarded else 0
+
+    @property
+    def keeps_candidates(self) -> bool:
+        """Whether all candidates' downloads are on the disk until the end: a joint search needs them all at once."""
+        return self.keep_downloads or self.search == "joint"
+
+    @property
     def is_guarded(self) -> bool:
         """Whether drift counts in what is judged by."""
         return self.weight_of_drift != 0 or self.max_drift is not None

@@ -51,9 +51,11 @@ class Conductor:
         record: RunRecord,
         prefetcher: Prefetcher,
         watch: Watch | None = None,
+        meter: DriftMeter | None = None,
     ) -> None:
-        """watch: of the process that leads; it has looked at the base."""
-        self.watch = watch
+        """watch: of the process that leads; it has looked at the base. meter: of the drift that a joint search weighs,
+        on all of its text; made while the model was the base."""
+        self.watch, self._meter = watch, meter
         self.config, self.console, self.search, self.record = config, console, search, record
         self.prefetcher, self.layers = prefetcher, len(search.model.layers)
         self.shares: Rows = ()  # of a joint search, not of this one
@@ -66,11 +68,7 @@ class Conductor:
         resume: whether to go on with an earlier run was asked for. table: how much of the tables is shown.
         """
         console, search = self.console, self.search
-        self._tell_of_memory()
-        self._show_table(table, whole_in_log=True)
-        if self.watch:
-            console.lines(report.neutral_text_lines(self.watch.start.drift))
-        start = resume_search(console, search, self.record, resume)
+        start = self._start(resume, table)
         steps = len(candidates) * search.steps_per_candidate()
         with console.progress(steps) as self.bar, postponed(console.on_interrupt) as self.end_if_asked:
             for number, candidate in enumerate(candidates, start=1):
@@ -83,6 +81,14 @@ class Conductor:
                 if not self.config.keep_downloads:
                     later = [repository for other in candidates[number:] for repository in other.repositories]
                     remove_downloads(console, candidate.repositories, [search.model.checkpoint.repository, *later])
+
+    def _start(self, resume: bool, table: str) -> list[float]:
+        """Show how the base stands, and go on from where an earlier run has left it; the base's scores."""
+        self._tell_of_memory()
+        self._show_table(table, whole_in_log=True)
+        if self.watch:
+            self.console.lines(report.neutral_text_lines(self.watch.start.drift))
+        return resume_search(self.console, self.search, self.record, resume)
 
     def _show_table(self, kind: str, start: Sequence[float] | None = None, whole_in_log: bool = False) -> None:
         state = self.config.pairs, self.search.weights, self.search.log_probabilities, start
@@ -138,15 +144,14 @@ class Conductor:
         """Whether nothing was merged."""
         return all(len(merges) == 1 for merges in self.origins)
 
-    def _score_whole(self, number: int, candidate: Candidate, guard: DriftMeter | None = None) -> None:
-        """Note how the candidate does that is taken whole, if that is wanted and not yet known. guard: measures the
-        drift that counts, if the search asks what the candidate's is."""
+    def _score_whole(self, number: int, candidate: Candidate) -> None:
+        """Note how the candidate does that is taken whole, if that is wanted and not yet known."""
         joint = self.config.search == "joint"
         wanted = self.watch and (self.config.baselines or joint) and self.search.scorer.has_tails
         if not wanted or self.record.baseline(number) or self.record.decisions(number) or self.record.end(number):
             return
         try:
-            seen = self.watch.look_at_whole(self.search, candidate, guard)
+            seen = self.watch.look_at_whole(self.search, candidate, self._meter)
         except (BrokenWeights, CheckpointError) as error:  # the search will meet it, too
             self.console.warning(f"{candidate.name} can't be scored whole: {error}")
             return

@@ -5,42 +5,26 @@ Knows: the order of what comes before, between and behind the steps. Refuses to 
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from modules.checkpoints import Candidate, Prefetcher, remove_downloads
-from modules.config import Config
-from modules.output import JointStart, RunRecord
+from modules.checkpoints import Candidate, remove_downloads
+from modules.output import JointStart
 from modules.output import tables as report
-from modules.run.conductor import Conductor, resume_search
+from modules.run.conductor import Conductor
 from modules.run.steps import note_source
-from modules.run.watch import Watch
-from modules.runtime import BrokenWeights, CheckpointError, Console, postponed, within_memory
-from modules.scoring import DriftMeter, Objective, Value
-from modules.search import Shares, scores, total
+from modules.runtime import BrokenWeights, CheckpointError, postponed, within_memory
+from modules.scoring import Objective, Value
+from modules.search import Shares
+from modules.search.decision import Result
 from modules.search.joint import Joint, JointState, Rows, first_shares, largest_factor, rounded
 from modules.search.mixing import Mix
-from modules.search.search import Search
 
 
 class JointConductor(Conductor):
     """Leads a joint search, from where an earlier run has left it."""
 
-    def __init__(
-        self,
-        config: Config,
-        console: Console,
-        search: Search,
-        record: RunRecord,
-        prefetcher: Prefetcher,
-        watch: Watch | None = None,
-        meter: DriftMeter | None = None,
-    ) -> None:
-        """meter: of the drift that counts, on all of its text; made while the model was the base."""
-        super().__init__(config, console, search, record, prefetcher, watch)
-        self._meter = meter
-        self._candidates: Sequence[Candidate] = ()
-        self.shares: Rows = ()  # that are kept: rows of a number for each candidate
+    _candidates: Sequence[Candidate] = ()
 
     def conduct(self, candidates: Sequence[Candidate], resume: bool = False, table: str = "full") -> None:
         """Search, with a phrase table before the first step and after the last.
@@ -48,17 +32,13 @@ class JointConductor(Conductor):
         Raises CheckpointError if a candidate can't be read or is no number: none of them can be done without.
         """
         self._candidates, search, console = candidates, self.search, self.console
-        self._tell_of_memory()
-        self._show_table(table, whole_in_log=True)
-        if self.watch:
-            console.lines(report.neutral_text_lines(self.watch.start.drift))
-        start = resume_search(console, search, self.record, resume)
+        start = self._start(resume, table)
         try:
             for number, candidate in enumerate(candidates, start=1):
                 search.group.on_all_ranks(partial(self.prefetcher.wait, number))
                 note_source(self.record, search.group, number, candidate.text, candidate.where, candidate.checkpoint)
-                self._score_whole(number, candidate, self._meter)
-            joint = self._made()
+                self._score_whole(number, candidate)
+            joint = self._made_joint()
             with postponed(console.on_interrupt) as self.end_if_asked:
                 self._end(joint, self._steps(joint, self._begun(joint)))
         except BrokenWeights as error:
@@ -90,7 +70,7 @@ class JointConductor(Conductor):
         """Whether nothing was merged."""
         return not any(map(any, self.shares))
 
-    def _made(self) -> Joint:
+    def _made_joint(self) -> Joint:
         """What makes the steps. The model is still the base."""
         search, config = self.search, self.config
 
@@ -100,7 +80,7 @@ class JointConductor(Conductor):
             objective = Objective(search.model, search.scorer, search.weights, self._meter if weight else None, weight)
             return Joint(mix, objective, config.joint.steps, config.joint.step_size, search.group)
 
-        joint = within_memory(lambda: search.group.on_all_ranks(make), search.take_less_memory)
+        joint = search.in_memory(make)
         self.console.lines(joint.mix.notes)
         return joint
 
@@ -109,26 +89,27 @@ class JointConductor(Conductor):
         if self.record.steps():
             state = JointState.of(self.record.steps()[-1].model_dump())
         else:
-            noted = self.record.joint_start() or self._start(joint)
+            noted = self.record.joint_start() or self._find_start(joint)
             state = JointState.at(noted.shares)
-        within_memory(lambda: joint.go_to(state), partial(self._take_less_memory, joint))
+        self._in_memory(joint, partial(joint.go_to, state))
         return state
 
-    def _start(self, joint: Joint) -> JointStart:
+    def _find_start(self, joint: Joint) -> JointStart:
         """Find and note where the steps begin, and how total and drift change there with every share."""
-        search, weight = self.search, self.search.limits.drift_weight
-        objectives = search.group.broadcast([self._objective(), *self._objectives_of_candidates()])
+        search, limits = self.search, self.search.limits
+        weight = limits.drift_weight
+        objectives = search.group.broadcast([limits.objective(search.state), *self._objectives_of_candidates()])
         shares = first_shares(joint.mix.rows, objectives)
         names = [search.model.checkpoint.name, *(candidate.name for candidate in self._candidates)]
         begin = names[objectives.index(min(objectives))]
         self.console.timed(f"The steps begin at {begin}; checking the gradient")
-        take_less = partial(self._take_less_memory, joint)
-        within_memory(lambda: joint.check(shares), take_less)
-        slopes = within_memory(lambda: joint.gradient(shares, joint.objective.part(pairs=True)), take_less)
-        of_drift = None
-        if weight:
-            found = within_memory(lambda: joint.gradient(shares, joint.objective.part(pairs=False)), take_less)
-            of_drift = [[slope / weight for slope in row] for row in found]
+        self._in_memory(joint, partial(joint.check, shares))
+
+        def slopes_of(pairs: bool) -> Rows:
+            return self._in_memory(joint, lambda: joint.gradient(shares, joint.objective.part(pairs)))
+
+        slopes = slopes_of(pairs=True)
+        of_drift = [[slope / weight for slope in row] for row in slopes_of(pairs=False)] if weight else None
         return self.record.note_joint_start(shares, slopes, of_drift)
 
     def _steps(self, joint: Joint, state: JointState) -> JointState:
@@ -138,15 +119,14 @@ class JointConductor(Conductor):
             while state.step < joint.steps:
                 self.end_if_asked()
                 held_out, began = self._held_out(), time.monotonic()
-                step = partial(joint.step, state)
-                state, value = within_memory(step, partial(self._take_less_memory, joint, state))
+                state, value = self._in_memory(joint, partial(joint.step, state), state)
                 seconds = time.monotonic() - began
                 self.record.stepped(state, value, held_out, seconds, self.search.scorer.packing)
                 self._tell_of_memory()
                 self._tell_of_step(state.step - 1, value, held_out)
                 bar.update(1)
                 bar.tell(report.joint_standing(state.step, joint.steps, value.objective))
-        value = within_memory(joint.value, partial(self._take_less_memory, joint, state))
+        value = self._in_memory(joint, joint.value, state)
         self._tell_of_step(state.step, value, self._held_out())
         return state
 
@@ -165,15 +145,14 @@ class JointConductor(Conductor):
         if factor < 1:
             self.console.timed(f"All shares times {factor:.3f}: so the drift stays within {most:g}")
         whole = tuple(float(number == best) for number in range(len(known)))
-        contenders = {
-            "the steps": rounded(state.shares, factor),
-            self._candidates[best].name: (whole,) * joint.mix.rows,
-            "the base": ((0.0,) * len(known),) * joint.mix.rows,
-        }
-        objectives = {name: self._composed(joint, shares) for name, shares in contenders.items()}
-        name = min(objectives, key=objectives.__getitem__)
-        self._composed(joint, contenders[name])
-        if name != "the steps":
+        others = [
+            (self._candidates[best].name, (whole,) * joint.mix.rows),
+            ("the base", ((0.0,) * len(known),) * joint.mix.rows),
+        ]
+        objectives = [self._composed(joint, shares) for _, shares in others]
+        if self._composed(joint, rounded(state.shares, factor)) > min(objectives):
+            name, shares = others[objectives.index(min(objectives))]
+            self._composed(joint, shares)
             self.console.timed(f"The steps have not come below {name} as it is, which is kept")
 
     def _factor(self, joint: Joint, state: JointState, most: float) -> float:
@@ -187,17 +166,11 @@ class JointConductor(Conductor):
 
     def _composed(self, joint: Joint, shares: Rows) -> float:
         """Make the model exactly what saving keeps of these shares; its objective, infinite if it drifts too far."""
-        search = self.search
-        compose = partial(joint.mix.compose, shares, exact=True)
-        within_memory(lambda: search.group.on_all_ranks(compose), search.take_less_memory)
+        search, limits = self.search, self.search.limits
+        search.in_memory(partial(joint.mix.compose, shares, exact=True))
         search.measure()
         self.shares = shares
-        return self._objective() if search.drift <= search.limits.max_drift else math.inf
-
-    def _objective(self) -> float:
-        """Of the present model, as it was scored last."""
-        search, limits = self.search, self.search.limits
-        return total(scores(search.log_probabilities, search.weights)) + limits.drift_weight * search.drift
+        return limits.objective(search.state) if search.drift <= limits.max_drift else math.inf
 
     def _objectives_of_candidates(self) -> list[float]:
         """Of each candidate whole; infinite where it is not known, and in processes that don't lead."""
@@ -209,12 +182,17 @@ class JointConductor(Conductor):
         """The total of the pairs that are held out, in the present model."""
         return self.watch.held_out_total() if self.watch and self.watch.pairs else None
 
-    def _take_less_memory(self, joint: Joint, state: JointState | None = None) -> bool:
-        """What is left to be done about a lack of memory. state: that the model must be of again."""
-        done = self.search.take_less_memory()
-        if done:
-            joint.objective = joint.objective.packed_as(self.search.scorer)
-            joint.mix.ahead = self.search.reads_ahead
-            if state:
-                joint.go_to(state)
-        return done
+    def _in_memory(self, joint: Joint, work: Callable[[], Result], state: JointState | None = None) -> Result:
+        """Do work of the steps that needs memory, again and again with less of it where it is not there. state: that
+        the model must be of again before the next try."""
+
+        def take_less() -> bool:
+            done = self.search.take_less_memory()
+            if done:
+                joint.objective = joint.objective.packed_as(self.search.scorer)
+                joint.mix.ahead = self.search.reads_ahead
+                if state:
+                    joint.go_to(state)
+            return done
+
+        return within_memory(work, take_less)

@@ -114,8 +114,7 @@ def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> tup
 
     begun: in what the run computes that goes on.
     """
-    # A joint search needs all candidates at once.
-    check_space(models.jobs, loader.config.keep_downloads or loader.config.search == "joint")
+    check_space(models.jobs, loader.config.keeps_candidates)
     config = replace(loader.config, device=loader.device)
     plan, lines = fitting_plan(config, models, loader.rank.local_world_size, begun)
     room = find_available(plan)
@@ -178,9 +177,9 @@ def begin_search(
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     scorer = build_shared_scorer(model, encoded, budget, record.packing, group)
     texts = read_neutral_texts(config.neutral_texts)
-    for_trials = config.neutral_tokens if config.is_guarded else 0
-    windows, guarding = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, for_trials)
-    guard = group.on_all_ranks(lambda: build_guard(model, guarding, budget, group.rank)) if for_trials else None
+    aside = config.tokens_for_trials
+    windows, guarding = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, aside)
+    guard = group.on_all_ranks(lambda: build_guard(model, guarding, budget, group.rank)) if aside else None
     search = Search(model, scorer, config, tokenizer, group, guard)
     names = [candidate.name for candidate in models.candidates]
     measured = total_rounding(search.weights, search.rounding), search.limits.drift_weight

@@ -141,8 +141,8 @@ def plan_run(config: Config, models: Models, dtype: torch.dtype, sharing: int = 
     tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
-    texts, for_trials = read_neutral_texts(config.neutral_texts), config.neutral_tokens if config.is_guarded else 0
-    watched, guarding = neutral_windows(tokenizer, texts, sizes.vocabulary, longest, for_trials)
+    texts = read_neutral_texts(config.neutral_texts)
+    watched, guarding = neutral_windows(tokenizer, texts, sizes.vocabulary, longest, config.tokens_for_trials)
     steps = config.joint.steps if config.search == "joint" else 0
     tried = config.merge_method if not steps else ()
     methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in tried)
@@ -215,7 +215,6 @@ def _disk(config: Config, models: Models, module: PreTrainedModel) -> Disk:
     saved = None if config.dtype == "auto" else getattr(torch, config.dtype)
     decisions = len(models.candidates) * (layers * len(config.merge_method) + config.merge_headers)
     index = index_file(local_files(base.path))
-    kept = config.keep_downloads or config.search == "joint"
     beside = [*base.companions.published.values(), *([(base.path / index).stat().st_size] if index else [])]
     return Disk(
         base=_stored_bytes(base, None),
@@ -224,7 +223,7 @@ def _disk(config: Config, models: Models, module: PreTrainedModel) -> Disk:
         downloads=bytes_needed(models.jobs, keep=True),
         # Searched candidates are removed again if they are not to be kept; the base is needed to the end, and so are
         # all in a joint search.
-        downloads_kept=bytes_needed(models.jobs if kept else [base.job], keep=True),
+        downloads_kept=bytes_needed(models.jobs if config.keeps_candidates else [base.job], keep=True),
         records=2 * decisions * (RECORD + RECORD_OF_PAIR * len(config.pairs)),
     )
 

@@ -3,16 +3,15 @@
 Knows: the order of the steps. Refuses to know: phrases, scores, how a decision was taken.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from modules.checkpoints import Candidate, Models, Prefetcher, check_space, fetching
 from modules.config import Config, Directories, missing_folder, parse_source
-from modules.model import ModelLoader, ResidentModel, present_devices, side_streams
+from modules.model import ModelLoader, present_devices, side_streams
 from modules.output import (
     Place,
     Recipe,
@@ -83,13 +82,11 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
         compare_fingerprints(base_source, base, "has changed since the recipe was written")
         console.lines(_other_device(recipe, loader.device))
         model, tokenizer = loader.load(models, loader.placement(models, with_header=True))
+        merger, arriving = Merger(model, tokenizer), _arriving(prefetcher, sources, candidates)
         if recipe.joint:
-            _mix(recipe, loader, prefetcher, model, tokenizer, candidates)
-            sources = candidates = []
-        merger = Merger(model, tokenizer)
-        for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
-            prefetcher.wait(number)
-            compare_fingerprints(source, candidate.checkpoint, "has changed since the recipe was written")
+            console.timed(f"{len(sources)} candidates, all at once")
+            _mix(recipe, merger, [candidate for _, candidate in arriving])
+        for number, (source, candidate) in enumerate(arriving, start=1):
             decisions = [line.decision for line in recipe.accepted_of(source.number)]
             console.timed(f"Candidate {number}/{len(sources)}: {source.name}, {len(decisions)} merges")
             merger.repeat(candidate, decisions)
@@ -98,24 +95,23 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
         finish(console, unfinished, recipe, place.output, base, asked.overwrite)
 
 
-def _mix(
-    recipe: Recipe,
-    loader: ModelLoader,
-    prefetcher: Prefetcher,
-    model: ResidentModel,
-    tokenizer: Any,
-    candidates: Sequence[Candidate],
-) -> None:
-    """Make the model what a joint search has found."""
-    sources, joint = recipe.needed_sources[1:], recipe.joint
+def _arriving(
+    prefetcher: Prefetcher, sources: Sequence[Source], candidates: Sequence[Candidate]
+) -> Iterator[tuple[Source, Candidate]]:
+    """Each candidate, with its source, once it is here. Raises ConfigError if it is not what the recipe was made of."""
     for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
         prefetcher.wait(number)
         compare_fingerprints(source, candidate.checkpoint, "has changed since the recipe was written")
-    columns = [recipe.sources.index(source) - 1 for source in sources]
-    shares = [[row[column] for column in columns] for row in joint.shares]
+        yield source, candidate
+
+
+def _mix(recipe: Recipe, merger: Merger, candidates: Sequence[Candidate]) -> None:
+    """Make the model what a joint search has found. candidates: those that have a share."""
+    model, needed = merger.model, {source.number for source in recipe.needed_sources}
+    columns = [column for column, source in enumerate(recipe.sources[1:]) if source.number in needed]
+    shares = [[row[column] for column in columns] for row in recipe.joint.shares]
     outside = len(shares) > len(model.layers)
-    loader.console.timed(f"{len(candidates)} candidates, all at once")
-    Mix(model, tokenizer, candidates, outside, side_streams(model.devices)).compose(shares, exact=True)
+    Mix(model, merger.tokenizer, candidates, outside, side_streams(model.devices)).compose(shares, exact=True)
     for candidate in candidates:
         candidate.checkpoint.release()
 

@@ -70,7 +70,12 @@ class Search(Merger):
     @property
     def total(self) -> float:
         """The total score of the present state."""
-        return total(scores(self.log_probabilities, self.weights))
+        return total(self.state.scores)
+
+    @property
+    def state(self) -> State:
+        """What the model scores as it is."""
+        return State(scores(self.log_probabilities, self.weights), self.drift)
 
     @property
     def limits(self) -> Limits:
@@ -160,7 +165,7 @@ class Search(Merger):
         if self.guard:
             self.guard.tails.at_layer(index)
         try:
-            theirs, warning = self._in_memory(partial(self._reading.take, index)), None
+            theirs, warning = self.in_memory(partial(self._reading.take, index)), None
         except BrokenWeights as error:
             theirs, warning = None, f"{error}; layer {index + 1} stays as it is"
         for method in methods:
@@ -187,7 +192,7 @@ class Search(Merger):
         self._space = {}  # and no layer is merged any more
         ratio, warning, note = None, None, None
         try:
-            theirs, note = self._in_memory(self._reading.take_header)
+            theirs, note = self.in_memory(self._reading.take_header)
         except (BrokenWeights, HeaderSkipped) as error:
             warning = f"{error}; the header stays as it is"
         else:
@@ -198,12 +203,11 @@ class Search(Merger):
         self, part: Part, theirs: Tensors, method: str, ratios: Sequence[float], score_trials: ScoreTrials
     ) -> float | None:
         """Try all ratios on the unchanged part, install the best and return it; None if none is accepted."""
-        out = self._in_memory(partial(self._room, part))
+        out = self.in_memory(partial(self._room, part))
         tries = [partial(trying, part, method, theirs, ratio, out) for ratio in ratios]
         trials = self._scored(lambda: score_trials(tries))
-        rows = [[*self.log_probabilities, self.drift], *trials]
-        present, *tried = (State(scores(row[:-1], self.weights), row[-1]) for row in rows)
-        best = choose(self.config.strategy, present, tried, self.limits)
+        tried = [State(scores(row[:-1], self.weights), row[-1]) for row in trials]
+        best = choose(self.config.strategy, self.state, tried, self.limits)
         if best is None:
             return None
         self._install(part, theirs, method, ratios[best])
@@ -212,9 +216,9 @@ class Search(Merger):
 
     def _scored(self, work: Callable[[], list[list[float]]]) -> list[list[float]]:
         """What scoring gives, for the pairs of all processes."""
-        return self.group.sum(self._in_memory(work))
+        return self.group.sum(self.in_memory(work))
 
-    def _in_memory(self, work: Callable[[], Result]) -> Result:
+    def in_memory(self, work: Callable[[], Result]) -> Result:
         """Do work that needs memory, in all processes, again and again with less of it where it is not there.
 
         It is begun again in those too where it had succeeded, so that what it does once, and twice, must be the same.

@@ -54,7 +54,7 @@ class Merger:
         try:
             for decision in done:
                 if decision.ratio is not None:
-                    part, theirs = self._in_memory(partial(self._found, candidate, decision.layer))
+                    part, theirs = self.in_memory(partial(self._found, candidate, decision.layer))
                     self._install(part, theirs, decision.method, decision.ratio)
                 self.repeated += 1
         except (BrokenWeights, HeaderSkipped, IndexError) as error:
@@ -72,7 +72,7 @@ class Merger:
 
     def _install(self, part: Part, theirs: Tensors, method: str, ratio: float) -> None:
         """Merge for good. All that takes memory, and may be done again, comes before anything changes."""
-        part.install(*self._in_memory(partial(self._changes, part, theirs, method, ratio)))
+        part.install(*self.in_memory(partial(self._changes, part, theirs, method, ratio)))
 
     def _changes(self, part: Part, theirs: Tensors, method: str, ratio: float) -> tuple[Tensors, Tensor]:
         """What a merge makes of the part's tensors, and which of them it makes others of."""
@@ -85,6 +85,6 @@ class Merger:
         self._space = self._space or part.space()
         return self._space
 
-    def _in_memory(self, work: Callable[[], Result]) -> Result:
+    def in_memory(self, work: Callable[[], Result]) -> Result:
         """Do work that needs memory."""
         return work()

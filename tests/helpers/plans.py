@@ -42,7 +42,7 @@ def start(config, found):
     guard = None
     if config.is_guarded:
         texts = read_neutral_texts(config.neutral_texts)
-        _, windows = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, config.neutral_tokens)
+        _, windows = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, config.tokens_for_trials)
         guard = Guard(model, windows, Budget(), Rank())
     return Search(model, build_scorer(model, encoded), config, tokenizer, guard=guard)
 
