@@ -10,6 +10,7 @@ from itertools import groupby
 
 import pytest
 import tiny
+from drawings import ODD_NAMES, assert_nothing_is_cut_off, labels_of, legend_of, without_warnings
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from matplotlib.text import Text
@@ -26,14 +27,10 @@ from modules.search.methods import cyclic_shares, gradient_shares, ratios_for, s
 
 IMAGES = ROOT / "images"
 
-ODD_NAMES = ["Ba$e_x^2", "_$\\frac{1}{2", "名前\u202e\n🙂", "n" * 200, "$", "%s {0}", "\\alpha^$_", "m" * 200, "a\tb"]
-
 
 @pytest.fixture(autouse=True)
 def no_warnings():
-    """Whatever matplotlib has to say would stand between the lines of a run."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with without_warnings():
         yield
 
 
@@ -100,28 +97,12 @@ def columns(figure):
     return [[bar.get_height() for bar in container] for container in figure.axes[0].containers]
 
 
-def labels_of(axis):
-    return [label.get_text() for label in axis.get_ticklabels()]
-
-
-def legend_of(figure):
-    return [text.get_text() for text in figure.legends[0].get_texts()]
-
-
 def drawn(figure, place):
     """A picture's width and height in pixels; it is not blank."""
     pictures.save_figure(figure, place / "picture.png")
     image = imread(place / "picture.png")
     assert len({tuple(pixel) for pixel in image[::3, ::3].reshape(-1, image.shape[2])}) > 20
     return image.shape[1], image.shape[0]
-
-
-def assert_nothing_is_cut_off(figure):
-    with pictures.drawing():
-        figure.draw_without_rendering()
-        box = figure.get_tightbbox()
-    width, height = figure.get_size_inches()
-    assert box.x0 > -0.05 and box.y0 > -0.05 and box.x1 < width + 0.05 and box.y1 < height + 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ import json
 import math
 import random
 import re
-import warnings
 from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import tiny
+from drawings import ODD_NAMES, assert_nothing_is_cut_off, labels_of, legend_of, without_warnings
 from matplotlib.image import imread
 from matplotlib.text import Text
 from pydantic import ValidationError
@@ -23,14 +23,10 @@ from modules.output.recipe import Recipe, read_recipe
 from modules.output.share_map import share_map_figure
 from modules.output.style import DPI, drawing, save_figure
 
-NAMES = ["Ba$e_x^2", "_$\\frac{1}{2", "名前\u202e\n🙂", "n" * 200, "$", "%s {0}", "\\alpha^$_", "m" * 200, "a\tb"]
-
 
 @pytest.fixture(autouse=True)
 def no_warnings():
-    """Whatever matplotlib has to say would stand between the lines of a run."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with without_warnings():
         yield
 
 
@@ -100,28 +96,12 @@ def texts(axes):
     return [found[start : start + width] for start in range(0, len(found), width)]
 
 
-def labels_of(axis):
-    return [label.get_text() for label in axis.get_ticklabels()]
-
-
 def unit_of(axes):
     return float(re.search(r"in\s+units\s+of\s+(\S+):", axes.get_title("left"))[1])
 
 
-def legend_of(figure):
-    return [text.get_text() for text in figure.legends[0].get_texts()]
-
-
 def with_base(rows):
     return [[1 - math.fsum(row), *row] for row in rows]
-
-
-def assert_nothing_is_cut_off(figure):
-    with drawing():
-        figure.draw_without_rendering()
-        box = figure.get_tightbbox()
-    width, height = figure.get_size_inches()
-    assert box.x0 > -0.05 and box.y0 > -0.05 and box.x1 < width + 0.05 and box.y1 < height + 0.05
 
 
 def assert_titles_stay_apart(figure):
@@ -238,10 +218,10 @@ def test_no_number_is_minus_nothing():
 
 
 def test_names_of_any_kind(place):
-    figure = share_map_figure(make_recipe(layers=32, names=NAMES))
+    figure = share_map_figure(make_recipe(layers=32, names=ODD_NAMES))
     assert_nothing_is_cut_off(figure)
     assert_titles_stay_apart(figure)
-    assert [text.partition(": ")[0] for text in legend_of(figure)] == ["base", *map(str, range(1, len(NAMES)))]
+    assert [text.partition(": ")[0] for text in legend_of(figure)] == ["base", *map(str, range(1, len(ODD_NAMES)))]
     assert "Ba$e_x^2" in figure.get_suptitle() and "Ba$e_x^2" in legend_of(figure)[0]
     assert all(text.isprintable() and len(text) < 55 for text in legend_of(figure))
     written = [text for text in figure.findobj(Text) if "$" in text.get_text()]
