@@ -95,3 +95,14 @@ def test_a_journal_of_before_goes_on_in_what_it_was_begun_in(place, models):
     assert merge(place, models, "--resume") == 0
     assert "decisions are carried out again" in log_of(place)
     assert digest(whole)["model.safetensors"] == digest(place / "out")["model.safetensors"]
+
+
+def test_a_run_goes_on_in_what_its_journal_says_and_not_by_the_rule_of_before(place, models):
+    assert merge(place, models) == 0
+    whole = place / "whole"
+    (place / "out").rename(whole)
+    break_off(place, whole, 5)
+    assert merge(place, models, "--resume") == 0
+    assert "decisions are carried out again" in log_of(place)
+    assert told_and_noted(place) == ("float32, saved as bfloat16", "float32", None)
+    assert digest(whole)["model.safetensors"] == digest(place / "out")["model.safetensors"]
