@@ -57,6 +57,16 @@ def test_ids_are_those_of_the_template_and_the_text(shape, family, adds_bos, off
     assert doubled_tokens(tokenizer, pairs) == []
 
 
+@pytest.mark.parametrize("offsets", [True, False])
+def test_what_a_template_writes_is_left_as_it_is(offsets):
+    """Even where a message begins with what the template, and the tokenizer for other texts, begins with."""
+    tokenizer = chat_tokenizer("{{ bos_token }}{{ messages[0].content }}", adds_bos=True)
+    pairs = pairs_of(tokenizer, [Chat((Message("user", "<s>Where is the apple? "),))])
+    (found,) = encode_pairs(tokenizer if offsets else WithoutOffsets(tokenizer), pairs, 10**6, None)
+    whole = tokenizer(pairs[0].context + "bedroom", add_special_tokens=False)["input_ids"]
+    assert list(found.tokens) == whole and whole[:2] == [tokenizer.bos_token_id] * 2
+
+
 def test_a_prompt_of_a_sample_is_the_same_chat():
     tokenizer = chat_tokenizer(CHATML)
     (pair,) = pairs_of(tokenizer, [Chat((USER,))], template={"enable_thinking": False})
