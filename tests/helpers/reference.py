@@ -364,3 +364,33 @@ def plain_drift(base, other, windows):
         tokens, followed = tokens + len(window), followed + len(window) - 1
     kl, equal, new, old = sums.tolist()
     return kl / tokens, equal / tokens, math.exp(-new / followed), math.exp(-old / followed)
+
+
+def naive_phrases(texts, never_first, never_last, least):
+    """Every phrase that may be a finding, and the (text, first word) of all its places, looked for anew for each.
+
+    texts: of each the words of its prompt that do not belong to the language, and its own words; "," and "." are words.
+    """
+    return {
+        phrase: places
+        for phrase in sorted({words[i : i + n] for _, words in texts for i in range(len(words)) for n in range(1, 6)})
+        if (places := [(t, i) for t, text in enumerate(texts) for i in naive_finds(phrase, *text, never_first)])
+        and phrase[-1] not in never_last
+        and not {",", "."} & set(phrase)
+        and len({texts[t][0] for t, _ in places}) >= least
+    }
+
+
+def naive_finds(phrase, prompt, words, never_first):
+    """Where in the words the phrase is, if the prompt has none of its words."""
+    if not any(word in prompt for word in phrase if word not in never_first):
+        for i in range(len(words)):
+            if words[i : i + len(phrase)] == phrase and (phrase[0] not in never_first or naive_opens(words, i)):
+                yield i
+
+
+def naive_opens(words, i):
+    """Whether no word is before this one, or a full stop between them."""
+    while i and words[i - 1] == ",":
+        i -= 1
+    return i == 0 or words[i - 1] == "."

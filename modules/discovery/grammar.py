@@ -1,0 +1,63 @@
+"""With which words a phrase neither begins nor ends.
+
+Knows: the function words of English; for other languages, that the most frequent words are mostly such.
+Refuses to know: texts, rates.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+FUNCTION_WORDS = 100  # of a language other than English: so many of its most frequent words are taken for such
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_DETERMINERS = _words("a an the some any no each every either neither both all such another")
+_PERSONAL = _words("i you he she it we they")
+_PRONOUNS = _words(
+    """me my mine myself your yours yourself yourselves him his himself her hers herself its itself us our ours
+    ourselves them their theirs themselves this that these those who whom whose which what"""
+)
+_CONJUNCTIONS = _words(
+    """and or but nor so yet because although though while whilst if unless until till since when whenever where
+    wherever whether as than how why lest"""
+)
+_PREPOSITIONS = _words(
+    """of in on at by for from to with into onto upon over under about across after against along among amid amidst
+    around before behind below beneath beside besides between beyond despite down during except inside like near off
+    out outside past per through throughout toward towards up via within without"""
+)
+_AUXILIARIES = _words(
+    """am is are was were be been being have has had having do does did doing will would shall should can could may
+    might must ought there"""
+)
+_CONTRACTIONS = frozenset(
+    f"{pronoun}'{end}"
+    for pronoun in (*_PERSONAL, "that", "there", "who", "what", "where", "how")
+    for end in ("m", "s", "re", "ve", "ll", "d")
+)
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """Which words may stand first and last in a phrase."""
+
+    never_first: frozenset[str]  # but at the beginning of a sentence, where any may
+    never_last: frozenset[str]
+    names_by_capitals: bool = True  # whether only names have a capital letter within a sentence
+
+
+def english() -> Grammar:
+    """No phrase ends in an article, a determiner, a pronoun or a conjunction; none begins with these, a preposition or
+    an auxiliary. Negations ("couldn't") are taken for content."""
+    last = _DETERMINERS | _PERSONAL | _PRONOUNS | _CONJUNCTIONS | _CONTRACTIONS
+    return Grammar(last | _PREPOSITIONS | _AUXILIARIES, last)
+
+
+def by_frequency(language: str, most_frequent: Iterable[str]) -> Grammar:
+    """Of a language of which nothing else is known: its most frequent words stand neither first nor last, the few
+    nouns and verbs among them included. German writes every noun with a capital letter."""
+    frequent = frozenset(most_frequent)
+    return Grammar(frequent, frequent, names_by_capitals=language != "de")
