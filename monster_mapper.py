@@ -1,6 +1,8 @@
 """Show what a model would say in each context of a phrase list, and how the list's phrases compare.
 
     python monster_mapper.py --config my.yaml
+    python monster_mapper.py --config my.yaml --discover --yaml found.yaml   # a list of the model's own cliches
+    python monster_mapper.py --config my.yaml --rate MERGE                   # how often base and merge write the list's
 
 Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or model can't be used, 130 interrupted.
 """
@@ -45,25 +47,35 @@ def start(options: argparse.Namespace) -> int:
         return 2
     if rank.world_size > 1:
         raise ConfigError("the mapper runs in one process; start it with python, not with torchrun")
-    config = load_config(options.config, options.device, model=options.model, mapping=True)
+    config = load_config(
+        options.config, options.device, model=options.model, mapping=True, discovering=options.discover
+    )
+    rated = [
+        load_config(options.config, options.device, model=model, mapping=True, model_option="--rate")
+        for model in options.rate or ()
+    ]
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
     from modules.output import check_apart, input_paths
 
     exports = [path for path in (options.json, options.yaml) if path]
-    check_apart([LOGS, *exports], [Path(options.config), *input_paths(config)])
+    read = [path for one in (config, *rated) for path in input_paths(one)]
+    check_apart([LOGS, *exports], [Path(options.config), *read])
     with Console(LOG, quiet=options.quiet) as console:
-        return run(config, console, options)
+        return run(config, rated, console, options)
 
 
-def run(config: Config, console: Console, options: argparse.Namespace) -> int:
-    """Map, and turn every failure into one line and an exit code."""
+def run(config: Config, rated: Sequence[Config], console: Console, options: argparse.Namespace) -> int:
+    """Map, discover or count, and turn every failure into one line and an exit code."""
 
     def work() -> None:
-        from modules.run import Exports, check_exports, map_model
+        from modules.run import Exports, check_exports, discover, map_model, rate
 
         exports = Exports(options.json, options.yaml)
         check_exports(exports, options.overwrite)
-        map_model(config, console, exports)
+        if rated:
+            rate(config, rated, console, exports)
+        else:
+            (discover if options.discover else map_model)(config, console, exports)
 
     return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}.")
 
@@ -76,10 +88,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     default = "default-mapper.yaml"
     parser.add_argument("--config", metavar="FILE", default=default, help=f"settings (default: {default})")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--discover", action="store_true", help="find what the model itself says too often")
+    ways.add_argument(
+        "--rate", nargs="+", metavar="MODEL", help="count the list's phrases in what base and models write"
+    )
     parser.add_argument("--model", metavar="DIR", help="map this model in place of the file's base model")
     parser.add_argument("--device", metavar="NAME", help=f"{DEVICES}; replaces the file's device")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that was found")
-    parser.add_argument("--yaml", metavar="FILE", type=Path, help="write the suggestions as a phrase list")
+    parser.add_argument("--yaml", metavar="FILE", type=Path, help="write suggestions, or what was found, as a list")
     parser.add_argument("--overwrite", action="store_true", help="replace files of --json and --yaml that exist")
     parser.add_argument("--quiet", action="store_true", help="show only warnings, errors and the last line")
     parser.add_argument("--version", action="version", version=f"Monster Mapper {VERSION}")

@@ -20,4 +20,5 @@ from modules.config.locations import (
 )
 from modules.config.neutral_texts import read_neutral_texts
 from modules.config.phrase_lists import PHRASES, Chat, Message, Pair
-from modules.config.schema import NO_PART, TABLES, VERSION, Config, Directories, Joint, Mapper, Settings
+from modules.config.prompts import read_prompts
+from modules.config.schema import NO_PART, TABLES, VERSION, Config, Directories, Discover, Joint, Mapper, Settings

@@ -31,13 +31,16 @@ def load_config(
     output: str | None = None,
     model: str | None = None,
     mapping: bool = False,
+    discovering: bool = False,
+    model_option: str = "--model",
 ) -> Config:
     """Read and check a YAML file; `device`, `output` and `model`, the base, replace the file's own values.
 
-    mapping: for the mapper, which needs neither candidates nor an output directory.
+    mapping: for the mapper, which needs neither candidates nor an output directory; discovering: nor phrases.
+    model_option: with which the command line names the model.
     Raises ConfigError with one line for every error found.
     """
-    main = _with_options(read_yaml(Path(path), "Name a YAML file with --config."), device, output, model)
+    main = _with_options(read_yaml(Path(path), "Name a YAML file with --config."), device, output, model, model_option)
     files, found = _phrase_files(main, "phrase_files")
     held_out, more_found = _phrase_files(main, "held_out_files")
     found += more_found
@@ -51,7 +54,11 @@ def load_config(
     lists, aside = (
         [_checked(PhraseLists, _without(file, _NO_PHRASES), found) for file in some] for some in (files, held_out)
     )
-    if not count and not any(finding.file.name or "phrase" in str(finding.place[:1]) for finding in found):
+    if (
+        not discovering
+        and not count
+        and not any(finding.file.name or "phrase" in str(finding.place[:1]) for finding in found)
+    ):
         found.append(Finding(main, ("bad_phrases, good_phrases",), "both are empty; there is nothing to score"))
     found += [] if mapping else _missing_for_a_merge(main)
     if found:
@@ -93,12 +100,14 @@ def output_directory(name: str, value: str) -> Path:
         raise ConfigError(*map(str, findings_in(error, YamlFile("", value, None, name)))) from None
 
 
-def _with_options(file: YamlFile, device: str | None, output: str | None, model: str | None) -> YamlFile:
+def _with_options(
+    file: YamlFile, device: str | None, output: str | None, model: str | None, model_option: str
+) -> YamlFile:
     """A file with what the command line gives in place of its own values, if there are mappings for it."""
     if not isinstance(file.value, Mapping | None):
         return file
     values = {"directories": {}, **(file.value or {})}
-    asked = {"model_path1": ("--model", model), "output_directory": ("--output", output)}
+    asked = {"model_path1": (model_option, model), "output_directory": ("--output", output)}
     options = {("directories", key): option for key, (option, value) in asked.items() if value is not None}
     if isinstance(values["directories"], Mapping):
         given = {key: value for key, (_, value) in asked.items() if value is not None}

@@ -69,6 +69,13 @@ class Pair:
             return self
         return replace(self, chat=replace(self.chat, messages=(Message("system", system), *self.chat.messages)))
 
+    def as_context(self, **settings: Any) -> Any:
+        """The pair's context as a phrase list has it. settings: what is said of it there, such as held_out: true."""
+        if self.chat is None:
+            return {"context": self.context, **settings} if settings else self.context
+        answer = {"continue": self.chat.answer} if self.chat.answer else {}
+        return {"messages": [asdict(turn) for turn in self.chat.messages], **answer, **settings}
+
     def written(self) -> dict[str, Any]:
         """The pair as journal and recipe have it: most contexts are no chats."""
         return {key: value for key, value in asdict(self).items() if key != "chat" or value is not None}

@@ -44,6 +44,7 @@ NO_PART = (
     "samples",
     "neutral_texts",
     "mapper",
+    "discover",
 )
 
 
@@ -73,6 +74,25 @@ class Mapper:
     """Tokens of a branch."""
     additional_length: kinds.Count = 20
     """Tokens by which every branch is continued greedily, to be read."""
+
+
+@dataclass(frozen=True)
+class Discover:
+    """What the mapper lets models write, where it looks for their own phrases and counts them."""
+
+    __pydantic_config__ = CLOSED
+    prompts: kinds.AnyPath | None = None
+    """A text file with a prompt on each line, in place of the program's own."""
+    samples: kinds.CountFromOne = 8
+    """Texts that are drawn for every prompt."""
+    tokens: kinds.CountFromOne = 220
+    """Tokens of a text, at most."""
+    temperature: kinds.Limit = 0.8
+    """By which logits are divided before a token is drawn."""
+    language: kinds.Text = "en"
+    """The language of the texts: a code that wordfreq knows."""
+    phrases: kinds.CountFromOne = 30
+    """Phrases that --yaml gets, the most over-used first."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +176,8 @@ class Settings:
     """Run Python code that a checkpoint brings along."""
     mapper: Annotated[Mapper, kinds.keys_of(Mapper)] = field(default_factory=Mapper)
     """How far the mapper follows the model; only the mapper reads this."""
+    discover: Annotated[Discover, kinds.keys_of(Discover)] = field(default_factory=Discover)
+    """What models write for the mapper's --discover and --rate; only these read this."""
 
     @property
     def weight_of_drift(self) -> float | str:
@@ -204,6 +226,7 @@ _SECTIONS = {
     "directories": Directories,
     "joint": Joint,
     "mapper": Mapper,
+    "discover": Discover,
     "bad_phrases": Phrase,
     "good_phrases": Phrase,
     "contexts": (Context, ChatContext),

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from modules.config import Config, Mapper, Pair
+from modules.config import Config, Mapper
 from modules.mapper.completion_tree import Branch, CompletionTree, Node, path_of, tokens_of
 from modules.mapper.detokenize import Spelling
 from modules.mapper.ranking import PhraseRank
@@ -175,7 +175,7 @@ def phrase_list(standings: Sequence[PhraseRank], model: str) -> str:
     for standing in standings:
         if standing.suggestion is not None:
             contexts = found.setdefault((standing.pair.kind, standing.suggestion.phrase, standing.pair.weight), [])
-            context = _as_configured(standing.pair)
+            context = standing.pair.as_context()
             if context not in contexts:
                 contexts.append(context)
     lists = {
@@ -187,14 +187,6 @@ def phrase_list(standings: Sequence[PhraseRank], model: str) -> str:
         "# Read it before you use it: what stands under good_phrases is said in place of something wanted.\n"
     )
     return head + yaml.safe_dump(lists, allow_unicode=True, sort_keys=False, width=math.inf)
-
-
-def _as_configured(pair: Pair) -> Any:
-    """A context as a phrase list has it."""
-    if pair.chat is None:
-        return pair.context
-    answer = {"continue": pair.chat.answer} if pair.chat.answer else {}
-    return {"messages": [asdict(turn) for turn in pair.chat.messages], **answer}
 
 
 def short_percent(value: float) -> str:

@@ -1,8 +1,10 @@
-"""The conductors: merge, map, replay; the plan and its estimate.
+"""The conductors: merge, map, discover, rate, replay; the plan and its estimate.
 
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
+from modules.run.discover import discover
 from modules.run.map import Exports, check_exports, map_model
 from modules.run.merge import Options, merge_as_follower, merge_models
+from modules.run.rate import rate
 from modules.run.replay import Replay, replay_recipe

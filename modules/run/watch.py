@@ -18,6 +18,7 @@ from modules.runtime import Console, first_line, is_out_of_memory, within_memory
 from modules.scoring import (
     NOT_TAKEN,
     Budget,
+    Drawing,
     Drift,
     DriftMeter,
     Window,
@@ -61,7 +62,8 @@ class Watch:
         self.start = self.now = self._look()
         self.weights, warnings = signed_weights(self.pairs, config.auto_weights, self.start.held_out)
         console.warnings(warnings)
-        self._answers = partial(answers, model, tokenizer, seed=config.random_seed, template=config.template)
+        drawing = Drawing(template=config.template)
+        self._answers = partial(answers, model, tokenizer, seed=config.random_seed, drawing=drawing)
         self._base_said = self._ask(console, config.prompts)  # now, so that the base need not come back
         self.seconds = time.monotonic() - began
 

@@ -14,7 +14,7 @@ from modules.scoring.layout import NOT_TAKEN, attention_window, build_scorer, ch
 from modules.scoring.objective import Objective, Value
 from modules.scoring.packing import LAYOUTS, TokenTree, build_packs
 from modules.scoring.rounding import other_ways, spreads
-from modules.scoring.samples import answers
+from modules.scoring.samples import Drawing, answers, drawn, of_one_length
 from modules.scoring.scorer import Scorer
 from modules.scoring.streamed import streamed
 from modules.scoring.tails import Trial

@@ -9,6 +9,8 @@ here; on a device it would be the end of the device, and of the merge that is on
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -19,55 +21,108 @@ from modules.model import ResidentModel
 from modules.runtime import ConfigError
 from modules.scoring.tokenization import encode_prompt
 
-ANSWER = 80  # tokens at most
-TEMPERATURE = 0.8
+
+@dataclass(frozen=True)
+class Drawing:
+    """How texts are drawn."""
+
+    tokens: int = 80  # of a text, at most
+    temperature: float = 0.8
+    count: int = 1  # texts for a prompt
+    template: Mapping[str, Any] | None = None  # settings of the chat template
+    system: str | None = None  # a system turn before the prompt, of a chat
+
+
+DRAWING = Drawing()
+MOST_TEXTS = 32  # that are drawn at once
 
 
 def answers(
-    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], seed: int, template: Mapping[str, Any] | None = None
+    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], seed: int, drawing: Drawing = DRAWING
 ) -> tuple[dict[str, str], list[str]]:
-    """What the model answers to each prompt, and a line on each prompt that it can't take.
-
-    template: settings of the chat template. An answer depends on the seed and on its own prompt, on no other. Raises
-    whatever an architecture that can't generate, or a chat template, raises.
-    """
+    """What the model answers to each prompt, and a line on each prompt that it can't take. Raises as `drawn` does."""
     found, problems = {}, []
-    ends = model.end_tokens() | {token for token in [tokenizer.eos_token_id] if token is not None}
     for prompt in prompts:
         try:
-            tokens = encode_prompt(tokenizer, prompt, model.vocabulary, model.max_tokens, template)
+            found[prompt] = drawn(model, tokenizer, [prompt], seed, drawing)[0][0]
         except ConfigError as error:
             problems.append(str(error))
-            continue
-        new = _generated(model, tokens, sorted(ends), random.Random(f"{seed} {prompt}").getrandbits(63))
-        found[prompt] = tokenizer.decode(new, skip_special_tokens=True).strip()
     return found, problems
 
 
-def _generated(model: ResidentModel, tokens: Sequence[int], ends: Sequence[int], seed: int) -> list[int]:
-    """The tokens that follow, up to ANSWER or as many as the model takes."""
-    module, length = model.module, len(tokens)
-    room = ANSWER if model.max_tokens is None else min(ANSWER, model.max_tokens - length)
-    settings = GenerationConfig(max_new_tokens=room, eos_token_id=list(ends) or None, pad_token_id=tokens[0])
+def of_one_length(model: ResidentModel, tokenizer: Any, prompts: Sequence[str], drawing: Drawing) -> list[list[str]]:
+    """Prompts that can be answered together: they have as many tokens, and at most MOST_TEXTS texts are drawn at once.
+
+    Together is faster, since a model's weights are read once for all; and nothing is filled up.
+    """
+    by_length: dict[int, list[str]] = {}
+    for prompt in prompts:
+        by_length.setdefault(len(_encoded(model, tokenizer, prompt, drawing)), []).append(prompt)
+    most = max(1, MOST_TEXTS // drawing.count)
+    return [some[first : first + most] for some in by_length.values() for first in range(0, len(some), most)]
+
+
+def drawn(
+    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], seed: int, drawing: Drawing = DRAWING
+) -> list[list[str]]:
+    """Texts that the model writes to each of some prompts of one length. What is drawn for a prompt depends on the seed
+    and on that prompt; but for rounding, which may depend on how many there are.
+
+    Raises ConfigError for a prompt that it can't take, and whatever an architecture that can't generate, or a chat
+    template, raises.
+    """
+    tokens = [_encoded(model, tokenizer, prompt, drawing) for prompt in prompts]
+    ends = model.end_tokens() | {token for token in [tokenizer.eos_token_id] if token is not None}
+    seeds = [random.Random(f"{seed} {prompt}").getrandbits(63) for prompt in prompts]
+    whole = _generated(model, tokens, sorted(ends), seeds, drawing)
+    # What follows an end fills the row up: other texts were longer.
+    own = [
+        list(takewhile(lambda token: token not in ends, row[len(first) :]))
+        for first, rows in zip(tokens, whole.unflatten(0, (len(prompts), drawing.count)).tolist(), strict=True)
+        for row in rows
+    ]
+    texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in own]
+    return [texts[first : first + drawing.count] for first in range(0, len(texts), drawing.count)]
+
+
+def _encoded(model: ResidentModel, tokenizer: Any, prompt: str, drawing: Drawing) -> list[int]:
+    return encode_prompt(tokenizer, prompt, model.vocabulary, model.max_tokens, drawing.template, drawing.system)
+
+
+def _generated(
+    model: ResidentModel, tokens: Sequence[Sequence[int]], ends: Sequence[int], seeds: Sequence[int], drawing: Drawing
+) -> Tensor:
+    """The prompts and what follows them, (prompts * count, T): up to the drawing's tokens, or what the model takes."""
+    module, room = model.module, drawing.tokens
+    if model.max_tokens is not None:
+        room = min(room, model.max_tokens - len(tokens[0]))
+    settings = GenerationConfig(max_new_tokens=room, eos_token_id=list(ends) or None, pad_token_id=tokens[0][0])
     # What a checkpoint's generation_config.json says would stand in for all that these settings leave open.
     theirs, module.generation_config = module.generation_config, settings
     try:
-        ids = torch.tensor([tokens], device=model.device)
-        mask = torch.ones_like(ids)
-        whole = module.generate(ids, settings, attention_mask=mask, logits_processor=[_Drawn(seed)])
+        ids = torch.tensor(tokens, device=model.device).repeat_interleave(drawing.count, dim=0)
+        chance = _Drawn(seeds, drawing)
+        return module.generate(ids, settings, attention_mask=torch.ones_like(ids), logits_processor=[chance])
     finally:
         module.generation_config = theirs
-    return whole[0, length:].tolist()
 
 
 class _Drawn(LogitsProcessor):
     """Leaves one token possible: the one that was drawn."""
 
-    def __init__(self, seed: int) -> None:
-        self._chance = torch.Generator().manual_seed(seed)
+    def __init__(self, seeds: Sequence[int], drawing: Drawing) -> None:
+        self._chances = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._count, self._temperature = drawing.count, drawing.temperature
 
     def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) of the next token. Raises RuntimeError where they are no numbers."""
-        shares = (scores.cpu() / TEMPERATURE).softmax(-1)
-        token = torch.multinomial(shares, 1, generator=self._chance)
+        """Scores (B, V) of the next token. Raises ArithmeticError where they are no numbers.
+
+        The token is the first one up to which the probabilities add up to more than a number from 0 to 1 (inverse
+        transform sampling): one random number a text, not one for every token of the vocabulary.
+        """
+        sums = (scores.cpu().double() / self._temperature).softmax(-1).cumsum(-1)
+        if not bool(sums[:, -1].isfinite().all()):
+            raise ArithmeticError("the model's probabilities are no numbers")
+        parts = torch.cat([torch.rand(self._count, generator=chance, dtype=torch.double) for chance in self._chances])
+        token = torch.searchsorted(sums, parts[:, None] * sums[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token.to(scores.device), 0.0)

@@ -169,15 +169,21 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def encode_prompt(
-    tokenizer: Any, prompt: str, vocabulary: int, max_tokens: int | None, template: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    prompt: str,
+    vocabulary: int,
+    max_tokens: int | None,
+    template: Mapping[str, Any] | None = None,
+    system: str | None = None,
 ) -> list[int]:
     """Token ids of a prompt: in the tokenizer's chat template where it has one, else as the beginning of a text.
-    template: settings of the template.
+    template: settings of the template; system: the turn before the prompt, of a chat.
 
     Raises ConfigError for a prompt that has no tokens, and for one that the model can't take with an answer.
     """
     if getattr(tokenizer, "chat_template", None):
-        text = rendered(tokenizer, Chat((Message("user", prompt),)), template)
+        turns = [Message("system", system)] if system is not None else []
+        text = rendered(tokenizer, Chat((*turns, Message("user", prompt))), template)
         tokens = _tokens(tokenizer, text, special=False)  # the template has written them
     else:
         prefix, suffix = _frame(tokenizer)

@@ -1,4 +1,4 @@
-"""Samples in whole runs: what base and merge answer is what plain transformers generates, and changes nothing else."""
+"""Samples: what base and merge answer is what whole forwards lead to, and changes nothing else; several at a time."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from modules.config.fields import SAMPLES
 from modules.model.loading import load_model
 from modules.output.recipe import RECIPE_FILE
 from modules.runtime.errors import ConfigError
-from modules.scoring.samples import answers
+from modules.scoring.samples import MOST_TEXTS, Drawing, answers, drawn, of_one_length
 from modules.scoring.tokenization import encode_prompt
 from modules.search.search import Search
 
@@ -46,24 +46,37 @@ def recipe_of(folder):
     return json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
 
 
+def next_token(logits, chance, texts=1):
+    """The first token up to which the probabilities add up to more than a number from 0 to 1; of each of the texts that
+    are drawn from one chance, its number at each step."""
+    parts = torch.rand(texts, generator=chance, dtype=torch.double).tolist()
+    total, tokens = [0.0] * texts, [None] * texts
+    for text, (part, row) in enumerate(zip(parts, (logits.double() / 0.8).softmax(-1).tolist(), strict=True)):
+        for token, share in enumerate(row):
+            total[text] += share
+            if total[text] > part and tokens[text] is None:
+                tokens[text] = token
+    return tokens
+
+
+@torch.no_grad()
 def generated(folder, prompt, seed=512, chat=False):
-    """What plain transformers samples from a model's folder."""
+    """What whole forwards of a model's folder, by plain transformers, lead to, token by token."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     if chat:
         ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
         )["input_ids"]
     else:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
     ends = [1, tokenizer.eos_token_id]  # of config.json, and of the tokenizer
-    torch.manual_seed(random.Random(f"{seed} {prompt}").getrandbits(63))
-    new = model.generate(
-        ids, do_sample=True, temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=80, eos_token_id=ends, pad_token_id=0
-    )[0, ids.shape[1] :]
+    chance, new = torch.Generator().manual_seed(random.Random(f"{seed} {prompt}").getrandbits(63)), []
+    while len(new) < 80 and not set(new) & set(ends):
+        new += next_token(model(input_ids=torch.tensor([ids + new])).logits[:, -1], chance)
     return tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def test_both_answer_what_transformers_generates(place, models):
+def test_both_answer_what_whole_forwards_lead_to(place, models):
     assert merge(place, models, samples=PROMPTS) == 0
     found = recipe_of(place / "out")["samples"]
     assert [one["prompt"] for one in found] == PROMPTS
@@ -161,9 +174,40 @@ def test_every_architecture_answers_and_scores_afterwards_as_before(tmp_path, na
         chance = torch.Generator().manual_seed(random.Random(f"512 {prompt}").getrandbits(63))
         ids, new = tokenizer(prompt)["input_ids"], []
         while len(new) < 80 and (not new or new[-1] != tokenizer.eos_token_id):
-            shares = (logits(ids + new)[:, -1] / 0.8).softmax(-1)
-            new.append(torch.multinomial(shares, 1, generator=chance).item())
+            new += next_token(logits(ids + new)[:, -1], chance)
         assert found[prompt] == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_texts_that_are_drawn_together(models):
+    """Two prompts of one length, three texts of each: as if each prompt were alone, token by token."""
+    model = load_model(open_checkpoint(models[0], "base"), "cpu", "float32")
+    tokenizer, drawing = AutoTokenizer.from_pretrained(models[0]), Drawing(tokens=30, count=3)
+    prompts = ["Her eyes were filled with", "His eyes were filled with", "Where is the apple?", PROMPTS[1] + " Where?"]
+    groups = of_one_length(model, tokenizer, prompts, drawing)
+    assert sorted(prompt for group in groups for prompt in group) == sorted(prompts) and prompts[:2] in groups
+    found = drawn(model, tokenizer, prompts[:2], 512, drawing)
+    assert found == [drawn(model, tokenizer, [prompt], 512, drawing)[0] for prompt in prompts[:2]]
+    ends = model.end_tokens() | {tokenizer.eos_token_id}
+    for prompt, texts in zip(prompts, found, strict=False):
+        chance = torch.Generator().manual_seed(random.Random(f"512 {prompt}").getrandbits(63))
+        ids, new = tokenizer(prompt)["input_ids"], [[] for _ in texts]
+        for _ in range(30):
+            rows = [model.module(input_ids=torch.tensor([ids + row])).logits[0, -1] for row in new]
+            for row, token in zip(new, next_token(torch.stack(rows), chance, 3), strict=True):
+                row.append(token)
+        ended = [row[: next((n for n, token in enumerate(row) if token in ends), 30)] for row in new]
+        assert texts == [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ended]
+        assert len(set(texts)) == 3
+
+
+def test_no_more_texts_at_once_than_the_most(models):
+    model = load_model(open_checkpoint(models[0], "base"), "cpu", "float32")
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    prompts = [f"{word} eyes were filled with" for word in ("Her", "His", "Its", "My", "Our")]
+    lengths = {len(tokenizer(prompt)["input_ids"]) for prompt in prompts[:2]}
+    assert len(lengths) == 1
+    assert of_one_length(model, tokenizer, prompts[:2], Drawing(count=MOST_TEXTS)) == [prompts[:1], prompts[1:2]]
+    assert of_one_length(model, tokenizer, prompts[:2], Drawing(count=MOST_TEXTS // 2)) == [prompts[:2]]
 
 
 @pytest.mark.parametrize("error", [ValueError("no\ncache"), torch.OutOfMemoryError("out of memory"), TypeError("x")])
@@ -196,7 +240,7 @@ def test_answers_that_are_no_numbers(place, models, monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", broken)
     assert merge(place, models, samples=PROMPTS) == 0
-    assert log_of(place).count("WARNING: there are no samples: probability tensor contains") == 1
+    assert log_of(place).count("WARNING: there are no samples: the model's probabilities are no numbers") == 1
 
 
 def test_a_template_that_raises(place, tmp_path):

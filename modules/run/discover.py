@@ -1,0 +1,93 @@
+"""One whole discovery: a model writes, what it over-uses is found, and where it says so becomes a phrase list.
+
+Knows: the order of the steps. Refuses to know: how any of them is done.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from modules.config import Config, Pair
+from modules.discovery import (
+    Finding,
+    Text,
+    find,
+    human_rates,
+    listed_contexts,
+    possible_contexts,
+)
+from modules.discovery import report as found_report
+from modules.run.map import Exports, write_text
+from modules.run.steps import prepare_libraries
+from modules.run.writing import Author, author, folder_beside, prompts_for, write_texts
+from modules.runtime import Console, within_memory
+from modules.scoring import build_scorer, encode_pairs, render_chats, with_texts
+from modules.search import probability
+
+
+def discover(config: Config, console: Console, exports: Exports) -> None:
+    """Let the config's base write, print what it says far more often than people do, write what was asked for.
+
+    Raises ConfigError for what can't be used, OSError if a file fails.
+    """
+    prepare_libraries(config.random_seed)
+    console.timed("THE MONSTER MAPPER LISTENS")
+    human = human_rates(config.discover.language)
+    writer = author(config, console)
+    prompts = prompts_for(config, writer)
+    written = write_texts(writer, prompts, config, console, folder_beside(exports.yaml or exports.json))
+    texts = [Text(number, text) for number, of_prompt in enumerate(written) for text in of_prompt]
+    findings = find(texts, prompts, human)
+    console.lines(found_report.found_lines(findings, texts))
+    if exports.json:
+        document = found_report.found_document(findings, writer.name)
+        write_text(exports.json, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+        console.timed(f"All that was found is in {exports.json}")
+    if exports.yaml:
+        listed = contexts_of(findings.phrases[: config.discover.phrases], texts, prompts, writer, config, console)
+        write_text(exports.yaml, found_report.phrase_list(listed, writer.name, config.system))
+        console.lines(found_report.next_steps(listed, exports.yaml))
+    else:
+        console.line("With --yaml FILE this becomes a phrase list, each phrase in contexts of these texts.")
+    console.final(f"Done. The log is {console.log_path}")
+
+
+def contexts_of(
+    findings: Sequence[Finding],
+    texts: Sequence[Text],
+    prompts: Sequence[str],
+    writer: Author,
+    config: Config,
+    console: Console,
+) -> dict[str, list[Pair]]:
+    """Contexts of every phrase, those in which it is probable; a phrase without them is told and left out."""
+
+    def count(text: str) -> int:
+        return len(writer.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    possible = [possible_contexts(finding, texts, prompts, writer.chats, count) for finding in findings]
+    pairs = [one.pair for of_finding in possible for one in of_finding]
+    console.timed(f"{len(pairs)} contexts of {len(findings)} phrases are scored")
+    values = iter(probabilities(writer, pairs, config))
+    found = {
+        finding.phrase: listed_contexts(of_finding, [next(values) for _ in of_finding])
+        for finding, of_finding in zip(findings, possible, strict=True)
+    }
+    rare = [phrase for phrase, listed in found.items() if not listed]
+    if rare:
+        console.line(f"Not listed, since too few contexts bring them again: {', '.join(rare)}")
+    return {phrase: listed for phrase, listed in found.items() if listed}
+
+
+def probabilities(writer: Author, pairs: Sequence[Pair], config: Config) -> list[float]:
+    """How probable each pair is, as a merge would score it. Raises ConfigError as rendering and encoding do."""
+    if not pairs:
+        return []
+    under = tuple(pair.under(config.system) for pair in pairs)
+    chats = dict.fromkeys(pair.chat for pair in under if pair.chat is not None)
+    rendered = render_chats(writer.tokenizer, writer.name, chats, config.template)
+    scored = with_texts(replace(config, bad_phrases=under, good_phrases=(), held_out_pairs=()), rendered).bad_phrases
+    encoded = encode_pairs(writer.tokenizer, scored, writer.model.vocabulary, writer.model.max_tokens)
+    scorer = build_scorer(writer.model, encoded, tails=False)
+    found = within_memory(scorer.score, lambda: scorer.take_less_memory() is not None)
+    return [probability(value) for value in found]

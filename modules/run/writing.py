@@ -1,0 +1,103 @@
+"""A model's texts to many prompts: those that are kept, and those that are still missing, drawn and kept.
+
+Knows: the settings that texts depend on, where they are kept. Refuses to know: how a text is drawn, what is looked for.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from modules.checkpoints import dtype_name
+from modules.config import Config, read_prompts
+from modules.discovery import KeptTexts
+from modules.model import ModelLoader, ResidentModel
+from modules.runtime import ConfigError, Console, counted, first_line, is_out_of_memory
+from modules.scoring import Drawing, drawn, of_one_length
+
+FOLDER = "samples"  # of kept texts, beside the file that is written, or where the program was started
+
+
+@dataclass(frozen=True)
+class Author:
+    """A model that writes."""
+
+    name: str
+    model: ResidentModel
+    tokenizer: Any
+
+    @property
+    def chats(self) -> bool:
+        """Whether it is asked in a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+
+def author(config: Config, console: Console) -> Author:
+    """A config's base, loaded. Raises as ModelLoader does."""
+    loader = ModelLoader(config, console)
+    models = loader.open_base()
+    loader = loader.fitting(models)
+    model, tokenizer = loader.load(models, loader.placement(models, with_header=False))
+    return Author(config.directories.model_path1, model, tokenizer)
+
+
+def drawing_of(config: Config) -> Drawing:
+    """How the settings want texts to be drawn."""
+    settings = config.discover
+    return Drawing(settings.tokens, settings.temperature, settings.samples, config.template, config.system)
+
+
+def prompts_for(config: Config, author: Author) -> tuple[str, ...]:
+    """What is asked: for a model with a chat template questions, else openings of texts."""
+    return read_prompts(config.discover.prompts, author.chats)
+
+
+def folder_beside(file: Path | None) -> Path:
+    """Where texts are kept: beside what is written, or where the program was started."""
+    return (file.parent if file else Path()) / FOLDER
+
+
+def write_texts(
+    author: Author, prompts: Sequence[str], config: Config, console: Console, folder: Path
+) -> list[tuple[str, ...]]:
+    """What the model writes to each prompt, as often as the settings say. folder: where texts are kept.
+
+    Raises ConfigError where it can't write, OSError where its texts can't be kept.
+    """
+    drawing, model = drawing_of(config), author.model
+    way = {
+        "model": model.checkpoint.fingerprint(),
+        "dtype": dtype_name(model.dtype),
+        "chat_template": getattr(author.tokenizer, "chat_template", None),
+        "seed": config.random_seed,
+        **asdict(drawing),
+    }
+    kept = KeptTexts(folder, author.name, way)
+    missing = [prompt for prompt in prompts if kept.get(prompt) is None]
+    others = len(prompts) - len(missing)
+    there = f", {drawing.count * others:,} others are there" if others else ""
+    todo = f"{author.name} writes {counted(drawing.count * len(missing), 'text')}{there}: {kept.path}"
+    console.timed(todo if missing else f"All texts of {author.name} are there: {kept.path}")
+    began, words = time.monotonic(), 0
+    with console.progress(len(missing)) as bar:
+        for together in of_one_length(model, author.tokenizer, missing, drawing):
+            texts = _drawn(author, together, config.random_seed, drawing)
+            kept.add(dict(zip(together, texts, strict=True)))
+            words += sum(len(text.split()) for of_prompt in texts for text in of_prompt)
+            bar.update(len(together))
+            bar.tell(f"{words / (time.monotonic() - began):.0f} words/s")
+    if missing:
+        console.line(f"{words:,} words in {time.monotonic() - began:.0f} s")
+    return [kept.get(prompt) or () for prompt in prompts]
+
+
+def _drawn(author: Author, prompts: Sequence[str], seed: int, drawing: Drawing) -> list[list[str]]:
+    try:
+        return drawn(author.model, author.tokenizer, prompts, seed, drawing)
+    except ConfigError:
+        raise
+    except Exception as error:  # of an architecture, of a chat template, of probabilities that are no numbers
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(f"{author.name} can't write texts: {first_line(error)}") from None
