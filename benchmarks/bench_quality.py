@@ -70,6 +70,11 @@ MERGES: dict[str, dict[str, Any]] = {
     "greedy, float32, drift_weight 2": {"drift_weight": 2.0},
     "greedy, float32, drift_weight 8": {"drift_weight": 8.0},
     "greedy, float32, max_drift 0.02": {"max_drift": 0.02},
+    "joint, drift_weight 0.1": {"search": "joint", "drift_weight": 0.1},
+    "joint, drift_weight 0.5": {"search": "joint", "drift_weight": 0.5},
+    "joint, drift_weight 2": {"search": "joint", "drift_weight": 2.0},
+    "joint, drift_weight auto": {"search": "joint"},
+    "joint, drift_weight 32": {"search": "joint", "drift_weight": 32.0},
 }
 
 MERGE_THREADS = 1  # of a search; several at a time, as many as there are processors
