@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import reference
+import wordfreq
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,7 +42,6 @@ def phrases(findings):
 
 def test_planted_phrases_are_found_and_nothing_else(english):
     """In words drawn as often as people write them, in any order; a topic of one prompt is none of it."""
-    wordfreq = pytest.importorskip("wordfreq")
     draw = random.Random(0)
     rates = wordfreq.get_frequency_dict("en")
     # The commonest words stand in an order of their own, which words that are drawn do not have.
