@@ -51,20 +51,20 @@ def _own_words(sample: Sample, prompt: str, grammar: Grammar) -> set[str]:
     """The words of a sample that its prompt has not brought."""
     asked = Stems({word.text for word in words_of(prompt)} - grammar.never_first)
     words = {word.text for word in sample.words}
-    return {word for word in words if word in grammar.never_first or word not in asked}
+    return {word for word in words if not grammar.begins(word) or word not in asked}
 
 
 def _phrases(words: Sequence[Word], known: set[str], grammar: Grammar) -> Iterator[tuple[int, Phrase]]:
     """All phrases of known words that may be findings, each with the number of its first word."""
     for first, word in enumerate(words):
-        if not word.opens and word.text in grammar.never_first:
+        if not word.opens and not grammar.begins(word.text):
             continue
         phrase: Phrase = ()
         for other in words[first : first + LONGEST]:
             if other.text not in known or (phrase and not other.follows):
                 break
             phrase = (*phrase, other.text)
-            if other.text not in grammar.never_last:
+            if grammar.ends(other.text):
                 yield first, phrase
 
 

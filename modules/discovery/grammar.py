@@ -46,14 +46,23 @@ class Grammar:
 
     never_first: frozenset[str]  # but at the beginning of a sentence, where any may
     never_last: frozenset[str]
+    possessive: str | None = None  # how a word ends that never stands last either
     names_by_capitals: bool = True  # whether only names have a capital letter within a sentence
+
+    def begins(self, word: str) -> bool:
+        """Whether a phrase may begin with this word within a sentence."""
+        return word not in self.never_first
+
+    def ends(self, word: str) -> bool:
+        """Whether a phrase may end with this word."""
+        return word not in self.never_last and not (self.possessive and word.endswith(self.possessive))
 
 
 def english() -> Grammar:
-    """No phrase ends in an article, a determiner, a pronoun or a conjunction; none begins with these, a preposition or
-    an auxiliary. Negations ("couldn't") are taken for content."""
+    """No phrase ends in an article, a determiner (a possessive is one), a pronoun or a conjunction; none begins with
+    these, a preposition or an auxiliary. Negations ("couldn't") are taken for content."""
     last = _DETERMINERS | _PERSONAL | _PRONOUNS | _CONJUNCTIONS | _CONTRACTIONS
-    return Grammar(last | _PREPOSITIONS | _AUXILIARIES, last)
+    return Grammar(last | _PREPOSITIONS | _AUXILIARIES, last, possessive="'s")
 
 
 def by_frequency(language: str, most_frequent: Iterable[str]) -> Grammar:

@@ -21,19 +21,37 @@ INSTALL = "pip install wordfreq wordsegment"
 
 
 @dataclass(frozen=True)
+class PairTable:
+    """How often pairs of words were written in one place, and their words there, per million words."""
+
+    pairs: Mapping[str, float]  # two words with a space
+    words: Mapping[str, float]
+
+    @cached_property
+    def rarest(self) -> float:
+        """The rate at which the table was cut, that of every pair that it does not have."""
+        return min(self.pairs.values())
+
+    def rate(self, first: str, second: str) -> float:
+        """The rate of a pair, be it in the table or not."""
+        return self.pairs.get(f"{first} {second}", self.rarest)
+
+
+@dataclass(frozen=True)
 class HumanRates:
     """How often a language's writers use words, per million words.
 
     A pair of words is looked up where there is a table of pairs; one that is not in it counts as often as its rarest.
-    Where there is none, and for what it lacks by the way it was made (I, apostrophes, hyphens), a pair counts a tenth
-    of its rarer word, which is rather too much than too little. A longer phrase counts as often as the rarest pair of
-    neighbours in it, which is never too little either.
+    If either of its words is more frequent elsewhere than where the table was counted, so is the pair: "seemed to" is
+    rare on the web, since "seemed" is. Where there is no table, and for what it lacks by the way it was made (I,
+    apostrophes, hyphens), a pair counts a tenth of its rarer word, which is rather too much than too little. A longer
+    phrase counts as often as the rarest pair of neighbours in it, which is never too little either.
     """
 
     language: str
     grammar: Grammar
     word: Callable[[str], float] = field(repr=False)  # a word's rate, 0 of an unknown one
-    pairs: Mapping[str, float] = field(default_factory=dict, repr=False)  # two words with a space, and their rate
+    table: PairTable | None = field(default=None, repr=False)
 
     def per_million(self, words: Sequence[str]) -> float:
         """The rate of a word, or of a phrase given as its words, all in lower case."""
@@ -41,16 +59,13 @@ class HumanRates:
             return self.word(words[0])
         return min(self._pair(*pair) for pair in pairwise(words))
 
-    @cached_property
-    def rarest_pair(self) -> float:
-        """The rate at which the table of pairs was cut."""
-        return min(self.pairs.values(), default=0.0)
-
-    def _pair(self, first: str, second: str) -> float:
-        known = self.pairs.get(f"{first} {second}", self.rarest_pair)
-        if self.pairs and all(word.isalpha() and word != "i" for word in (first, second)):
-            return known
-        return max(known, PAIR_SHARE * min(self.word(first), self.word(second)))
+    def _pair(self, *pair: str) -> float:
+        guessed = PAIR_SHARE * min(map(self.word, pair))
+        if self.table is None:
+            return guessed
+        elsewhere = [self.word(word) / self.table.words[word] for word in pair if word in self.table.words]
+        known = self.table.rate(*pair) * max(1.0, *elsewhere)
+        return known if all(word.isalpha() and word != "i" for word in pair) else max(known, guessed)
 
 
 def human_rates(language: str = "en") -> HumanRates:
@@ -100,13 +115,24 @@ def _word_rate(wordfreq: ModuleType, language: str, word: str) -> float:
     return MILLION * wordfreq.word_frequency(word, language)
 
 
-def _english_pairs(wordsegment: ModuleType) -> dict[str, float]:
-    """Counts of pairs on the web of 2006, among the words that the package says there were; those below 100,000, or 0.1
-    per million, were cut. What differed in capital letters has lines of its own, and the commonest with capitals (New
-    York, I am) have none: names, and what has I in it, are too rare here."""
-    pairs = defaultdict[str, float](float)
-    with open(wordsegment.Segmenter.BIGRAMS_FILENAME, encoding="utf-8") as lines:
+def _english_pairs(wordsegment: ModuleType) -> PairTable:
+    """Pairs on the web of 2006, of which those with less than 100,000 places were cut. The total that the package gives
+    counts punctuation and numbers; this is in millions of words."""
+    table = wordsegment.Segmenter
+    words, pairs = _counts(table.UNIGRAMS_FILENAME), _counts(table.BIGRAMS_FILENAME)
+    millions = sum(words.values()) / MILLION
+    return PairTable(
+        pairs={pair: count / millions for pair, count in pairs.items()},
+        words={word: count / millions for word, count in words.items()},
+    )
+
+
+def _counts(file: str) -> dict[str, float]:
+    """What differed in capital letters only has lines of its own, but the commonest pairs with capitals (New York, I
+    am) have none: of names, and of pairs with I, there are too few."""
+    counts = defaultdict[str, float](float)
+    with open(file, encoding="utf-8") as lines:
         for line in lines:
-            pair, count = line.split("\t")
-            pairs[pair] += MILLION * float(count) / wordsegment.Segmenter.TOTAL
-    return dict(pairs)
+            text, count = line.split("\t")
+            counts[text] += float(count)
+    return counts

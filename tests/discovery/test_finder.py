@@ -83,9 +83,10 @@ def test_what_a_finding_says(english):
     [
         ("with a tapestry of woe.", ["tapestry of woe"]),  # begins with a content word
         ("is. With a sigh.", ["With a sigh"]),  # or at the beginning of a sentence
-        ("was nestled in the.", ["nestled in"]),  # does not end in an article,
+        ("was gleaming beneath the.", ["gleaming beneath"]),  # does not end in an article,
         ("was nestled but.", ["nestled"]),  # a conjunction
-        ("was nestled in their.", ["nestled in"]),  # or a pronoun
+        ("was gleaming beneath their.", ["gleaming beneath"]),  # a pronoun
+        ("was gleaming beneath nobody's.", ["gleaming beneath"]),  # or a possessive
         ("with shimmering, gleaming.", ["gleaming", "shimmering"]),  # goes over no comma
         ("with shimmering 3 gleaming.", ["gleaming", "shimmering"]),  # and no digit
         ("with shimmering\ngleaming.", ["gleaming", "shimmering"]),  # and no line's end
