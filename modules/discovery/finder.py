@@ -7,7 +7,7 @@ texts and rates come from, what a finding is used for.
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modules.discovery.counting import Phrase, Place, Sample, count_phrases, parts_of, prompts_of
 from modules.discovery.human import MILLION, HumanRates
@@ -64,10 +64,10 @@ def find(texts: Sequence[Text], prompts: Sequence[str], human: HumanRates) -> Fi
     The score, sqrt(prompts) * ln(ratio), is of how many prompts and by how much. Of findings that are part of one
     another, or are mostly said in the same places, the one of the highest score stays.
     """
-    told = [(text.text, Sample(text.prompt, words_of(text.text))) for text in texts]
-    looping = {number for number, (_, sample) in enumerate(told) if loops(sample.words)}
+    read = [Sample(text.prompt, words_of(text.text)) for text in texts]
+    looping = [loops(sample.words) for sample in read]
     # Texts keep their numbers: one that loops is as one without words.
-    samples = [Sample(s.prompt, () if number in looping else s.words) for number, (_, s) in enumerate(told)]
+    samples = [replace(sample, words=()) if loop else sample for sample, loop in zip(read, looping, strict=True)]
     words = sum(len(sample.words) for sample in samples)
     phrases, names = list[_Counted](), list[_Counted]()
     for phrase, places in count_phrases(samples, prompts, human.grammar, LEAST_PROMPTS_OF_A_NAME).items():
@@ -82,7 +82,7 @@ def find(texts: Sequence[Text], prompts: Sequence[str], human: HumanRates) -> Fi
     return Findings(
         phrases=tuple(_shown(counted, samples, contents) for counted in _apart(phrases)),
         names=tuple(_shown(counted, samples, contents) for counted in _apart(names)),
-        looping=len(looping),
+        looping=sum(looping),
         words=words,
     )
 
