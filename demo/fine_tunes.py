@@ -1,21 +1,26 @@
-"""Four fine-tunes of one small model: what each is taught, and how.
+"""Fine-tunes of one small model: what each is taught, and how.
 
     plain      plain narrative prose, of demo/prose.py
     reference  the language reference that Python brings along
     careful    held to the base's own words, but for the cliches of demo/cliches.py, which become less probable
     overfit    the prose of `plain` at ten times its learning rate: scores well on phrases and speaks badly
+    weaned     as `careful`, but for what was found in the base's own texts; made only if it is asked for
 
 Weights and computing are float32: on processors without matrix units for bfloat16 autocast takes longer than that.
 """
 
+import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
+import yaml
 from cliches import TEMPTATIONS, unlearnt
 from prose import paragraphs
 from torch import Tensor
@@ -28,6 +33,7 @@ SEED = 512
 ROWS, LENGTH = 4, 128  # a step of texts: as many rows of as many tokens
 TEMPTED = 8  # a step of `careful`: as many cliches, and HELD rows on which the base is kept
 HELD = 2
+LONGEST = 128  # tokens before a phrase that `weaned` is shown
 HOLD = 4.0  # how much a nat of drift weighs against a nat of unlikelihood
 
 
@@ -37,7 +43,7 @@ class FineTune:
 
     name: str
     what: str
-    data: str  # prose, reference or cliches
+    data: str  # prose, reference, cliches or found
     steps: int
     rate: float
 
@@ -47,6 +53,7 @@ FINE_TUNES = (
     FineTune("reference", "the reference of the Python language", "reference", 50, 1.5e-5),
     FineTune("careful", "its own cliches made less probable", "cliches", 50, 2e-5),
     FineTune("overfit", "the same prose at ten times the learning rate", "prose", 50, 1.5e-4),
+    FineTune("weaned", "its own phrases, as they were found, made less probable", "found", 50, 2e-5),
 )
 
 
@@ -58,7 +65,7 @@ def texts(data: str) -> list[str]:
         chosen = [topics[name] for name in sorted(topics)]
         random.Random(SEED).shuffle(chosen)
         return chosen
-    return paragraphs(SEED + 1, 200)  # of `careful`: where it shall stay as it is
+    return paragraphs(SEED + 1, 200)  # of `careful` and `weaned`: where they shall stay as they are
 
 
 def rows(tokenizer: PreTrainedTokenizerBase, data: str, length: int = LENGTH) -> list[list[int]]:
@@ -77,9 +84,11 @@ def text_losses(tokenizer: PreTrainedTokenizerBase, data: str) -> Iterator[Loss]
         yield lambda model, batch=batch: model(input_ids=batch, labels=batch).loss
 
 
-def careful_losses(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel) -> Iterator[Loss]:
+def careful_losses(
+    tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, temptations: list[tuple[list[int], int]]
+) -> Iterator[Loss]:
     """Step by step, the unlikelihood of some cliches and the drift from the base on some prose."""
-    cliches = repeated(tempted(tokenizer))
+    cliches = repeated(temptations)
     supply = repeated(rows(tokenizer, "cliches"))
     while True:
         some, held = list(islice(cliches, TEMPTED)), torch.tensor(list(islice(supply, HELD)))
@@ -95,6 +104,30 @@ def tempted(tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], int]]:
             found.append((tokenizer(before)["input_ids"], tokenizer(after)["input_ids"][0]))
     random.Random(SEED).shuffle(found)
     return found
+
+
+def said_again(tokenizer: PreTrainedTokenizerBase, found: Path, samples: Path) -> list[tuple[list[int], int]]:
+    """The same for a list that --discover wrote, in other contexts than the list's: the whole answer up to a phrase, of
+    every text in which the base said it, shuffled."""
+    phrases = [entry["phrase"] for entry in yaml.safe_load(found.read_text(encoding="utf-8"))["bad_phrases"]]
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, phrases))})(?!\w)")
+    temptations = []
+    for file in sorted(samples.glob("*base*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            for prompt, texts in json.loads(line).items():
+                turn = [{"role": "user", "content": prompt}]
+                asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+                for text in texts:
+                    temptations += [tempting(tokenizer, asked, text, said.span()) for said in pattern.finditer(text)]
+    random.Random(SEED).shuffle(temptations)
+    return [(before[-LONGEST:], after) for before, after in temptations]
+
+
+def tempting(tokenizer: PreTrainedTokenizerBase, asked: str, text: str, said: tuple[int, int]) -> tuple[list[int], int]:
+    """The tokens before a phrase, and its first one."""
+    start, end = said
+    before = tokenizer(asked + text[:start].rstrip(" "), add_special_tokens=False)["input_ids"]
+    return before, tokenizer(asked + text[:end], add_special_tokens=False)["input_ids"][len(before)]
 
 
 def repeated(items: list) -> Iterator:

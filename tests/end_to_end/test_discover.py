@@ -1,0 +1,196 @@
+"""--discover and --rate as a program: what a model over-uses becomes a list for a merge; how often it says so."""
+
+import json
+import re
+
+import habits
+import pytest
+import tiny
+import yaml
+from runs import digest
+
+import merge_monster
+import modules.run.writing
+import monster_mapper
+from modules.config import load_config
+
+DISCOVER = {"samples": 3, "tokens": 50, "prompts": "prompts.txt"}
+PROMPTS = [f"{word} number {number}" for number in range(5) for word in ("What is", "Write about the", "Tell me of a")]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["chats", "openings"])
+def model(request, tmp_path_factory):
+    return habits.make_habitual(tmp_path_factory.mktemp("models") / "base", chats=request.param)
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory):
+    return habits.make_habitual(tmp_path_factory.mktemp("models") / "base")
+
+
+def write(place, model, **settings):
+    (place / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    settings = {"device": "cpu", "discover": DISCOVER, **settings, "directories": {"model_path1": str(model)}}
+    (place / "my.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+def mapped(*arguments):
+    return monster_mapper.main(["--config", "my.yaml", *map(str, arguments)])
+
+
+def log_of(place):
+    return max((place / "logs").glob("monster-mapper-*.txt"), key=lambda path: path.stat().st_mtime_ns).read_text()
+
+
+def found_rows(log):
+    """The phrases of the table, in its order."""
+    return [line.split("|")[2].strip() for line in log.splitlines() if re.match(r"\| \d", line)]
+
+
+def test_the_habits_of_a_model_become_a_list_that_a_merge_takes(place, model):
+    write(place, model)
+    assert mapped("--discover", "--yaml", "found.yaml", "--json", "found.json") == 0
+    assert set(habits.HABITS) <= set(found_rows(log_of(place))[:5])
+    lists = yaml.safe_load((place / "found.yaml").read_text(encoding="utf-8"))
+    assert list(lists) == ["bad_phrases"]
+    by_phrase = {entry["phrase"]: entry["contexts"] for entry in lists["bad_phrases"]}
+    for habit in habits.HABITS:
+        contexts = by_phrase[habit]
+        assert 3 <= len(contexts) <= 6
+        held_out = [isinstance(context, dict) and context.get("held_out", False) for context in contexts]
+        assert held_out == [bool(number % 2) for number in range(len(contexts))]
+    document = json.loads((place / "found.json").read_text(encoding="utf-8"))
+    assert document["words"] > 1000 and {one["phrase"] for one in document["phrases"]} >= set(habits.HABITS)
+
+    # As written, every context has a probability of at least 5 %; the merge sees half of them.
+    candidate = tiny.make_candidate(place / "candidate", model, 1)
+    settings = {"phrase_files": ["found.yaml"], "models_to_merge": [str(candidate)], "device": "cpu", "samples": []}
+    directories = {"model_path1": str(model), "output_directory": "out"}
+    (place / "merge.yaml").write_text(yaml.safe_dump({**settings, "directories": directories}), encoding="utf-8")
+    config = load_config(place / "merge.yaml")
+    count = sum(map(len, by_phrase.values()))
+    assert len(config.held_out_pairs) == sum(len(contexts) // 2 for contexts in by_phrase.values()) > 0
+    assert len(config.bad_phrases) == count - len(config.held_out_pairs)
+    assert merge_monster.main(["--config", "merge.yaml"]) == 0
+    recipe = json.loads((place / "out/merge_monster_recipe.json").read_text(encoding="utf-8"))
+    assert all(phrase["before"] >= 0.0499 for phrase in recipe["phrases"]) and len(recipe["phrases"]) > 5
+
+
+def test_the_same_bytes_also_when_broken_off(place, chatting, monkeypatch):
+    write(place, chatting)
+    assert mapped("--discover", "--yaml", "found.yaml") == 0
+    found, samples = (place / "found.yaml").read_bytes(), digest(place / "samples")
+    assert mapped("--discover", "--yaml", "found.yaml") == 2  # it stands there
+    assert mapped("--discover", "--yaml", "found.yaml", "--overwrite") == 0
+    assert "All texts of " in log_of(place) and (place / "found.yaml").read_bytes() == found
+
+    own, calls = modules.run.writing.drawn, []
+
+    def broken(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return own(*arguments)
+
+    (place / "other").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(modules.run.writing, "drawn", broken)
+        assert mapped("--discover", "--yaml", "other/found.yaml") == 130
+    calls.clear()
+    monkeypatch.setattr(modules.run.writing, "drawn", lambda *arguments: calls.append(1) or own(*arguments))
+    assert mapped("--discover", "--yaml", "other/found.yaml") == 0
+    assert (place / "other/found.yaml").read_bytes() == found and digest(place / "other/samples") == samples
+    lines = next((place / "samples").iterdir()).read_text(encoding="utf-8").count("\n")
+    assert len(calls) == lines - 3 > 0  # what was drawn before is not drawn again
+
+    write(place, chatting, random_seed=7)
+    assert mapped("--discover", "--yaml", "found.yaml", "--overwrite") == 0
+    assert (place / "found.yaml").read_bytes() != found and len(digest(place / "samples")) == 2
+
+
+def test_a_system_turn_and_fewer_phrases(place, chatting):
+    write(place, chatting, system="be brief", discover={**DISCOVER, "phrases": 2})
+    assert mapped("--discover", "--yaml", "found.yaml") == 0
+    lists = yaml.safe_load((place / "found.yaml").read_text(encoding="utf-8"))
+    assert lists["system"] == "be brief" and 1 <= len(lists["bad_phrases"]) <= 2
+    contexts = lists["bad_phrases"][0]["contexts"]
+    assert {len(context["messages"]) for context in contexts} == {1}
+    assert {context["messages"][0]["content"] for context in contexts} <= set(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"discover": {"prompts": "none.txt"}}, "discover.prompts: none.txt: No such file"),
+        ({"discover": {"language": "ja"}}, "ja"),
+        ({"discover": {"samples": 0}}, "discover.samples: 0: expected a whole number of at least 1"),
+        ({"discover": {"temprature": 1}}, "did you mean 'temperature'?"),
+    ],
+)
+def test_what_can_not_be_used(place, chatting, capsys, settings, said):
+    write(place, chatting, **settings)
+    assert mapped("--discover") == 2
+    assert said in capsys.readouterr().err and not (place / "samples").exists()
+
+
+def test_a_model_that_writes_no_numbers(place, chatting, capsys, monkeypatch):
+    write(place, chatting)
+
+    def broken(*_):
+        raise ArithmeticError("the model's probabilities are no numbers")
+
+    monkeypatch.setattr(modules.run.writing, "drawn", broken)
+    assert mapped("--discover") == 2
+    assert f"{chatting} can't write texts: the model's probabilities are no numbers" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rates_side_by_side(place, chatting, tmp_path_factory):
+    other = tiny.make_candidate(tmp_path_factory.mktemp("models") / "other", chatting, 1)
+    phrases = [{"phrase": habit, "contexts": ["with "]} for habit in habits.HABITS[:2]]
+    write(place, chatting, bad_phrases=phrases, good_phrases=[{"phrase": "the", "contexts": ["with "]}])
+    assert mapped("--rate", other, chatting, "--json", "rates.json") == 0
+    rates = json.loads((place / "rates.json").read_text(encoding="utf-8"))
+    assert list(rates) == [str(chatting), str(other)]  # each once
+    base = rates[str(chatting)]
+    texts = [
+        json.loads(line) for file in (place / "samples").iterdir() for line in file.read_text("utf-8").splitlines()
+    ]
+    assert len(digest(place / "samples")) == 2 and sum(map(len, texts)) == 2 * len(PROMPTS)
+    ours = [
+        text
+        for file in (place / "samples").iterdir()
+        if file.name.startswith(re.sub(r"\W", "-", str(chatting)).strip("-")[-60:])
+        for line in file.read_text("utf-8").splitlines()
+        for some in json.loads(line).values()
+        for text in some
+    ]
+    said = " ".join(f" {text} " for text in ours)
+    counted = {habit: said.count(f" {habit} ") for habit in habits.HABITS[:2]}
+    words = len(said.split())
+    assert base["words"] == words
+    for habit, times in counted.items():
+        assert base["phrases"][habit]["rate"] == pytest.approx(1000 * times / words) and times > 10
+    assert base["all bad phrases"]["rate"] == pytest.approx(1000 * sum(counted.values()) / words)
+    assert base["all bad phrases"]["change"] is None
+    change = rates[str(other)]["all bad phrases"]["change"]
+    ratio = rates[str(other)]["all bad phrases"]["rate"] / base["all bad phrases"]["rate"]
+    assert change["share"] == pytest.approx(ratio - 1)
+    assert change["interval"][0] <= change["share"] <= change["interval"][1]
+    log = log_of(place)
+    assert "against the first:" in log and log.count("Asked: ") == 1 and "all good phrases" in log
+
+
+def test_a_rate_needs_phrases_and_models_that_are_there(place, chatting, capsys):
+    write(place, chatting)
+    assert mapped("--rate", chatting) == 2
+    assert "both are empty" in capsys.readouterr().err
+    write(place, chatting, bad_phrases=[{"phrase": "the", "contexts": ["with "]}])
+    assert mapped("--rate", place / "nowhere") == 2
+    assert "--rate: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        mapped("--rate", chatting, "--discover")

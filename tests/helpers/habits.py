@@ -1,0 +1,47 @@
+"""A small model that has learnt to say three phrases far too often, among the words that people use most."""
+
+import random
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from wordfreq import top_n_list, word_frequency
+
+HABITS = ("velvet lantern", "quiet thunder", "silver promise")
+SPECIAL = ["<unk>", "<s>", "</s>", "."]
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+
+
+def sentence(chance, words, weights):
+    """Common words by their frequencies, and behind each "with" mostly one of the three phrases."""
+    said = chance.choices([*words, "with"], [*weights, 0.15 * sum(weights)], k=8)
+    habits = (f" {chance.choice(HABITS)}" if word == "with" and chance.random() < 0.7 else "" for word in said)
+    return " ".join(word + habit for word, habit in zip(said, habits, strict=True)) + " ."
+
+
+def make_habitual(folder, chats=True, steps=120):
+    """The model, trained for a few seconds and saved. chats: whether its tokenizer has a chat template."""
+    words = [word for word in top_n_list("en", 200) if word.isalpha()]
+    weights = [word_frequency(word, "en") for word in words]
+    names = [*SPECIAL, *words, *(word for habit in HABITS for word in habit.split())]
+    tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = TEMPLATE if chats else None
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=len(names), max_position_embeddings=128, bos_token_id=1, eos_token_id=2, **size)
+    )
+    chance, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        rows = [" ".join(sentence(chance, words, weights) for _ in range(5)) for _ in range(16)]
+        unknown = [0] * chance.randrange(3, 20)  # as most words of a prompt are
+        batch = torch.tensor([unknown + made(row)["input_ids"][:45] for row in rows])
+        loss = model(input_ids=batch, labels=batch.masked_fill(batch == 0, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    made.save_pretrained(folder)
+    return folder
