@@ -1,14 +1,27 @@
-"""The phrase lists that come with the program: each loads, each runs."""
+"""The phrase lists that come with the program: each loads, each runs, and what a real model says in it comes first."""
+
+import math
 
 import pytest
 import tiny
 import yaml
 from project import ROOT
+from transformers import AutoTokenizer
 
 import merge_monster
+from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import load_config
+from modules.model.loading import load_model
+from modules.scoring.layout import build_scorer
+from modules.scoring.tokenization import encode_pairs
 
-LISTS = sorted((ROOT / "example_phrases").glob("*.yaml"))
+FOLDER = ROOT / "example_phrases"
+LISTS = sorted(FOLDER.glob("*.yaml"))
+REAL = ROOT / "demo/real/base"
+TRIED = "# Tried: SmolLM2-135M-Instruct."
+SAID = "  # Said with 1 % or more, the likeliest first\n"
+BELOW = f"  {TRIED} What follows reached 1 % in no model tried; larger models say other things.\n"
+NOTHING = f"{TRIED} Nothing here reached 1 % in any model tried; larger models say other things.\n"
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +74,51 @@ def test_contexts_say_enough_and_meet_their_phrases(place, models, file):
     for pair in pairs:
         assert not pair.phrase.startswith(" ") and not pair.context.endswith("  ")
         assert pair.context[-1] in " \n" or not pair.phrase[0].isalnum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Their order
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parts(file):
+    """The phrases of a list that a real model is said to say, and those that follow, with their contexts."""
+    text = file.read_text(encoding="utf-8")
+    [entries] = yaml.safe_load(text).values()
+    first = text.partition(BELOW)[0].count("- phrase:") if BELOW in text else 0
+    phrases = [(entry["phrase"], entry["contexts"]) for entry in entries]
+    return phrases[:first], phrases[first:]
+
+
+@pytest.mark.parametrize("file", LISTS, ids=lambda file: file.stem)
+def test_a_list_says_what_a_real_model_says_of_it(file):
+    """Once: between the two parts, or in its head that there is but one."""
+    text = file.read_text(encoding="utf-8")
+    head = text.split("_phrases:\n")[0]
+    said, rest = parts(file)
+    assert text.count(TRIED) == 1 and rest
+    assert bool(said) == (BELOW in text) == (SAID in text) != (NOTHING in head)
+
+
+@pytest.fixture(scope="module")
+def probabilities(tmp_path_factory):
+    """Of each phrase in each context of the lists, in the real model."""
+    if not REAL.is_dir():
+        pytest.skip("make real makes the model")
+    config = write_config(tmp_path_factory.mktemp("real"), (REAL, REAL), LISTS)
+    pairs = load_config(config).pairs
+    model = load_model(open_checkpoint(REAL, "base"), "cpu", "float32")
+    encoded = encode_pairs(AutoTokenizer.from_pretrained(REAL), pairs, model.vocabulary, model.max_tokens)
+    scores = build_scorer(model, encoded).score()
+    return {(pair.phrase, pair.context): math.exp(score) for pair, score in zip(pairs, scores, strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", LISTS, ids=lambda file: file.stem)
+def test_what_a_real_model_says_comes_first(probabilities, file):
+    said, rest = (
+        [[probabilities[phrase, context] for context in contexts] for phrase, contexts in part] for part in parts(file)
+    )
+    assert all(found[0] == max(found) >= 0.01 for found in said)
+    assert said == sorted(said, key=max, reverse=True)
+    assert all(max(found) < 0.01 for found in rest)
