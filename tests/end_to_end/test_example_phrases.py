@@ -1,6 +1,8 @@
 """The phrase lists that come with the program: each loads, each runs, and what a real model says in it comes first."""
 
 import math
+import re
+import shlex
 
 import pytest
 import tiny
@@ -9,6 +11,7 @@ from project import ROOT
 from transformers import AutoTokenizer
 
 import merge_monster
+import monster_mapper
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import load_config
 from modules.model.loading import load_model
@@ -17,6 +20,7 @@ from modules.scoring.tokenization import encode_pairs
 
 FOLDER = ROOT / "example_phrases"
 LISTS = sorted(FOLDER.glob("*.yaml"))
+GUIDE = (FOLDER / "README.md").read_text(encoding="utf-8")
 REAL = ROOT / "demo/real/base"
 TRIED = "# Tried: SmolLM2-135M-Instruct."
 SAID = "  # Said with 1 % or more, the likeliest first\n"
@@ -122,3 +126,37 @@ def test_what_a_real_model_says_comes_first(probabilities, file):
     assert all(found[0] == max(found) >= 0.01 for found in said)
     assert said == sorted(said, key=max, reverse=True)
     assert all(max(found) < 0.01 for found in rest)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page beside them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_tells_of_every_file_and_of_no_other():
+    names = set(re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", GUIDE))
+    assert all((FOLDER / name).exists() for name in names)
+    assert {path.name for path in FOLDER.iterdir()} - {"README.md"} == {
+        name.strip("/") for name in names if not name.startswith("..")
+    }
+
+
+def test_the_page_has_the_number_of_pairs():
+    rows = re.findall(r"^\| \[[^]]+\]\((\S+\.yaml)\) \| (\d+) \| (\d+) \|", GUIDE, re.MULTILINE)
+    assert [FOLDER / name for name, _, _ in rows] == LISTS
+    for name, _, number in rows:
+        said, rest = parts(FOLDER / name)
+        assert int(number) == sum(len(contexts) for _, contexts in [*said, *rest])
+
+
+@pytest.mark.slow
+def test_the_page_has_the_number_of_pairs_that_a_real_model_says(probabilities):
+    for name, number in re.findall(r"^\| \[[^]]+\]\((\S+\.yaml)\) \| (\d+) \|", GUIDE, re.MULTILINE):
+        said = [(phrase, context) for phrase, contexts in parts(FOLDER / name)[0] for context in contexts]
+        assert int(number) == sum(probabilities[pair] >= 0.01 for pair in said)
+
+
+def test_the_commands_of_the_page_can_be_given():
+    commands = [shlex.split(line) for line in GUIDE.splitlines() if line.startswith("    ") and "python " in line]
+    assert commands and all(words[:2] == ["python", "monster_mapper.py"] for words in commands)
+    assert any(monster_mapper.parse_arguments(words[2:]).discover for words in commands)
