@@ -14,7 +14,7 @@ from pathlib import Path
 
 try:
     import modules.search  # noqa: F401 - which methods and strategies there are; without PyTorch
-    from modules.config import DEVICES, TABLES, VERSION, Config, load_config, output_directory
+    from modules.config import DEVICES, SET, TABLES, VERSION, Config, load_config, output_directory
     from modules.runtime import (
         LOGS,
         Arguments,
@@ -49,7 +49,8 @@ def start(options: argparse.Namespace) -> int:
     if options.compare:
         return compare(options.compare) if rank.leads else 0
     try:
-        config = None if options.replay else load_config(options.config, options.device, options.output)
+        given = {"device": options.device, "output": options.output, "sets": options.set or ()}
+        config = None if options.replay else load_config(options.config, **given)
         if config is not None:
             # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
             from modules.output import check_apart, input_paths
@@ -120,6 +121,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", metavar="FILE", default="default.yaml", help="settings (default: default.yaml)")
     parser.add_argument("--device", metavar="NAME", help=f"{DEVICES}; replaces the file's device")
     parser.add_argument("--output", metavar="DIR", help="replaces the file's output directory")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an output that exists, once the new one stands"
     )
@@ -152,6 +154,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--compare only reads finished outputs; it goes with no other option")
     if options.replay and not options.output:
         parser.error("--replay needs --output, the directory for the model")
+    if options.replay and options.set:
+        parser.error("--set is for a search; a recipe has its own settings")
     if options.source and not options.replay:
         parser.error("--source goes with --replay")
     if options.trust_remote_code and not options.replay:

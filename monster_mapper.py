@@ -14,7 +14,7 @@ from pathlib import Path
 
 try:
     import modules.search  # noqa: F401 - which methods and strategies there are; without PyTorch
-    from modules.config import DEVICES, VERSION, Config, load_config
+    from modules.config import DEVICES, SET, VERSION, Config, load_config
     from modules.runtime import (
         LOGS,
         Arguments,
@@ -47,13 +47,9 @@ def start(options: argparse.Namespace) -> int:
         return 2
     if rank.world_size > 1:
         raise ConfigError("the mapper runs in one process; start it with python, not with torchrun")
-    config = load_config(
-        options.config, options.device, model=options.model, mapping=True, discovering=options.discover
-    )
-    rated = [
-        load_config(options.config, options.device, model=model, mapping=True, model_option="--rate")
-        for model in options.rate or ()
-    ]
+    given = {"device": options.device, "sets": options.set or (), "mapping": True}
+    config = load_config(options.config, model=options.model, discovering=options.discover, **given)
+    rated = [load_config(options.config, model=name, model_option="--rate", **given) for name in options.rate or ()]
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
     from modules.output import check_apart, input_paths
 
@@ -95,6 +91,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", metavar="DIR", help="map this model in place of the file's base model")
     parser.add_argument("--device", metavar="NAME", help=f"{DEVICES}; replaces the file's device")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that was found")
     parser.add_argument("--yaml", metavar="FILE", type=Path, help="write suggestions, or what was found, as a list")
     parser.add_argument("--overwrite", action="store_true", help="replace files of --json and --yaml that exist")

@@ -5,6 +5,7 @@ Refuses to know: torch, models, tokenizers. It must answer a typo in under a sec
 """
 
 from modules.config.choices import ACCELERATORS, DEVICES, METHODS, NUMBERED, STRATEGIES
+from modules.config.command_line import SET
 from modules.config.fields import DTYPES, OneOf, is_number, unusable
 from modules.config.load import load_config, output_directory
 from modules.config.locations import (

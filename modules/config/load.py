@@ -1,10 +1,9 @@
 """A YAML file to a configuration, or to all that is wrong with it.
 
-Knows: what the command line puts in place of a file's values, which phrase files a file names, what must be there
-together. Refuses to know: what a single value may be.
+Knows: which phrase files a file names, what must be there together. Refuses to know: what a single value may be.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from modules.config.command_line import with_given
 from modules.config.excerpts import shown
 from modules.config.fields import AnyPath, Output, keys_of
 from modules.config.findings import Finding, findings_in
@@ -33,17 +33,23 @@ def load_config(
     mapping: bool = False,
     discovering: bool = False,
     model_option: str = "--model",
+    sets: Sequence[str] = (),
 ) -> Config:
     """Read and check a YAML file; `device`, `output` and `model`, the base, replace the file's own values.
 
     mapping: for the mapper, which needs neither candidates nor an output directory; discovering: nor phrases.
-    model_option: with which the command line names the model.
+    model_option: with which the command line names the model. sets: more that is replaced, each KEY=VALUE.
     Raises ConfigError with one line for every error found.
     """
-    main = _with_options(read_yaml(Path(path), "Name a YAML file with --config."), device, output, model, model_option)
-    files, found = _phrase_files(main, "phrase_files")
-    held_out, more_found = _phrase_files(main, "held_out_files")
-    found += more_found
+    options = {
+        ("directories", "model_path1"): (model_option, model),
+        ("directories", "output_directory"): ("--output", output),
+        ("device",): ("--device", device),
+    }
+    main, found = with_given(read_yaml(Path(path), "Name a YAML file with --config."), sets, options)
+    files, more_found = _phrase_files(main, "phrase_files")
+    held_out, even_more = _phrase_files(main, "held_out_files")
+    found += more_found + even_more
     count = sum(count_pairs(file.value) for file in (main, *files))
     in_all = count + sum(count_pairs(file.value) for file in held_out)
     if in_all > MOST_PAIRS:
@@ -98,23 +104,6 @@ def output_directory(name: str, value: str) -> Path:
         return Path(TypeAdapter(Output).validate_python(value))
     except ValidationError as error:
         raise ConfigError(*map(str, findings_in(error, YamlFile("", value, None, name)))) from None
-
-
-def _with_options(
-    file: YamlFile, device: str | None, output: str | None, model: str | None, model_option: str
-) -> YamlFile:
-    """A file with what the command line gives in place of its own values, if there are mappings for it."""
-    if not isinstance(file.value, Mapping | None):
-        return file
-    values = {"directories": {}, **(file.value or {})}
-    asked = {"model_path1": (model_option, model), "output_directory": ("--output", output)}
-    options = {("directories", key): option for key, (option, value) in asked.items() if value is not None}
-    if isinstance(values["directories"], Mapping):
-        given = {key: value for key, (_, value) in asked.items() if value is not None}
-        values["directories"] = {**values["directories"], **given}
-    if device is not None:
-        values["device"], options[("device",)] = device, "--device"
-    return replace(file, value=values, options=options)
 
 
 def _without(file: YamlFile, keys: Collection[str]) -> YamlFile:

@@ -31,14 +31,14 @@ class YamlFile:
 
     def name_of(self, place: Place) -> str:
         """What messages call a place: bad_phrases[0].contexts, say."""
-        if place in self.options:
-            return self.options[place]
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-        return self.name + path if self.name else path.removeprefix(".") or "the file"
+        given = self._given(place)
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place[given:])
+        name = self.options[place[:given]] if given else self.name
+        return name + path if name else path.removeprefix(".") or "the file"
 
     def line_of(self, place: Place) -> int | None:
         """The line where a place begins, or the nearest one around it that is there; None for the whole file."""
-        node, line = None if place in self.options else self.node, None
+        node, line = None if self._given(place) else self.node, None
         for part in place:
             if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
                 begin = node = node.value[part]
@@ -52,20 +52,32 @@ class YamlFile:
             line = begin.start_mark.line + 1
         return line
 
+    def _given(self, place: Place) -> int:
+        """How many keys of a place lead to what the command line gives; 0 if it is the file's own."""
+        return next((count for count in range(len(place), 0, -1) if place[:count] in self.options), 0)
+
 
 def read_yaml(path: Path, if_absent: str, name: str = "") -> YamlFile:
     """Read a file. Raises ConfigError if that can't be done; if_absent: what to do where there is no such file."""
     text = _text_of(path, if_absent)
     try:
+        return YamlFile(text, *parse_yaml(text), name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+    """The values of a text, and what they were made of. Raises ConfigError, saying where, if it is no YAML."""
+    try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return YamlFile(text, None if node is None else loader.construct_document(node), node, name)
+        return None if node is None else loader.construct_document(node), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
-        raise ConfigError(f"{path}: not valid YAML at {where}: {error.problem or error.context}.") from None
+        raise ConfigError(f"not valid YAML at {where}: {error.problem or error.context}.") from None
     except Exception as error:  # whatever the library makes of a value that its tag does not fit
-        raise ConfigError(f"{path}: not valid YAML: {first_line(error)}") from None
+        raise ConfigError(f"not valid YAML: {first_line(error)}") from None
 
 
 def _text_of(path: Path, if_absent: str) -> str:

@@ -24,11 +24,11 @@ PAGE = (ROOT / "docs/greedy-or-joint.md").read_text(encoding="utf-8")
 @pytest.mark.slow
 def test_the_loop_walks_the_trade_off_as_it_is_printed(place, models):
     loop = PAGE.split("```sh\n")[1].split("```")[0]
-    assert loop.count("\n") == 5
+    assert loop.count("\n") <= 5
     base, *candidates = models
     (place / "plain.txt").write_text("The bread is on the table, and half of it is left. " * 12, encoding="utf-8")
-    more = {"search": "joint", "joint": {"steps": 2}, "neutral_texts": ["plain.txt"], "neutral_tokens": 100}
-    tiny.write_config(place / "my.yaml", base, candidates, place / "out", drift_weight=None, **more)
+    more = {"joint": {"steps": 2}, "neutral_texts": ["plain.txt"], "neutral_tokens": 100}
+    tiny.write_config(place / "my.yaml", base, candidates, place / "out", **more)
     (place / "merge_monster.py").symlink_to(ROOT / "merge_monster.py")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(

@@ -31,7 +31,6 @@ THEIRS = {
     "after.json",
     "my.yaml",
     "merge_monster_recipe.json",
-    "weight-$weight.yaml",
 }  # files that the reader has, or will have
 REQUIRED = object()
 
