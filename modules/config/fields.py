@@ -165,6 +165,27 @@ def _one_or_more(kind: Any) -> Any:
     return Annotated[tuple[kind, ...], WrapValidator(check, json_schema_input_type=kind | list[kind])]
 
 
+# Of layers, by number: one, or the first and the last of several. No model has as many as four digits can say.
+_SPAN = r"\d{1,4}(\s*-\s*\d{1,4})?"
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    """Numbers of layers, in order, each once; written as one span or as a list of them."""
+    found = set[int]()
+    for item in value if isinstance(value, list) else [value]:
+        is_span = isinstance(item, int | str) and re.fullmatch(_SPAN, str(item), re.ASCII)
+        first, *last = map(int, str(item).split("-")) if is_span else (1, 0)
+        found.update(span := range(first, (last or [first])[0] + 1))
+        if not span:
+            raise ValueError("expected numbers of layers, from 0 on, such as 8-24 or [0, 3, 8-12]")
+    if not found:
+        raise ValueError("expected at least one layer")
+    return tuple(sorted(found))
+
+
+_OneSpan = Annotated[int, Field(ge=0, lt=10_000)] | Annotated[str, Field(pattern=f"^{_SPAN}$")]
+Layers = Annotated[tuple[int, ...], PlainValidator(_layers, json_schema_input_type=_OneSpan | list[_OneSpan])]
+
 ROLES = ("system", "user", "assistant")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 ON_ERROR = ("stop", "skip")

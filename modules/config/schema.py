@@ -25,6 +25,7 @@ from modules.config.phrase_lists import (
     System,
 )
 from modules.config.yaml_file import Place
+from modules.runtime import ConfigError, spans
 
 VERSION = "1.0.0"  # of the program
 TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
@@ -127,6 +128,8 @@ class Settings:
     """The candidate's shares that are tried on every layer, 0 to 1."""
     merge_method: kinds.Methods = ("lerp",)
     """How two layers are mixed; of a list, one after another, each going on from the last one's result."""
+    layers: kinds.Layers | None = None
+    """The layers that are searched, counted from 0: 8-24, or a list such as [0, 3, 8-12]; null: all."""
     merge_headers: kinds.Boolean = True
     """Try the input embedding and the output head too, after a candidate's layers."""
     strategy: kinds.Strategy = "cumulative"
@@ -195,6 +198,13 @@ class Settings:
     def keeps_candidates(self) -> bool:
         """Whether all candidates' downloads are on the disk until the end: a joint search needs them all at once."""
         return self.keep_downloads or self.search == "joint"
+
+    def layers_in(self, count: int) -> tuple[int, ...]:
+        """Which layers are searched of a base that has so many. Raises ConfigError if one of them is not there."""
+        absent = [layer for layer in self.layers or () if layer >= count]
+        if absent:
+            raise ConfigError(f"layers: {', '.join(spans(absent))}: the base has {count} layers, 0 to {count - 1}")
+        return tuple(range(count)) if self.layers is None else self.layers
 
     @property
     def is_guarded(self) -> bool:

@@ -19,7 +19,7 @@ from modules.config import names_folder, repositories_in
 from modules.output.places import SETTINGS_FILE
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Sample, Source, Total
-from modules.runtime import counted, percent, shortened, visible
+from modules.runtime import counted, percent, shortened, spans, visible
 from modules.search.strategies import automatic_drift_weight
 
 CARD_FILE = "README.md"
@@ -126,9 +126,14 @@ def _introduction(recipe: Recipe) -> str:
         f"A merge of {taken} of {candidates} into {_named(base)}, made {way} with Merge Monster "
         f"{_plain(recipe.program)}. {_about_search(recipe)} {improved} of {phrases} improved; the total score (lower "
         f"is better) went from {before} to {after}. Strategy: {strategy}; merge methods: "
-        f"{', '.join(settings.merge_method)}; computed in {recipe.dtype}."
+        f"{', '.join(settings.merge_method)}; {_about_layers(recipe)}computed in {recipe.dtype}."
         f"{_about_held_out(recipe)}{_about_drift(recipe)}"
     )
+
+
+def _about_layers(recipe: Recipe) -> str:
+    layers = recipe.settings.layers
+    return f"layers searched: {', '.join(spans(layers))}, counted from 0; " if layers else ""
 
 
 def _about_search(recipe: Recipe) -> str:

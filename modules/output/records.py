@@ -59,6 +59,7 @@ class Settings(Record):
     keep_downloads: Any
     merge_ratios: Any
     merge_method: list[Method]
+    layers: list[Count] | None = None  # younger than journals are
     merge_headers: Any
     strategy: Annotated[str, OneOf(STRATEGIES)]
     strategy_threshold: Number
@@ -333,7 +334,8 @@ def read_lines(records: Sequence[Mapping[str, Any]], config: Config) -> tuple[li
             decisions.setdefault(line.number, 0)
         elif isinstance(line, Decided):
             sound = sound and line.candidate in decisions and any(isinstance(other, Start) for other in lines)
-            layer, method = divmod(decisions.get(line.candidate, 0), len(config.merge_method))
+            turn, method = divmod(decisions.get(line.candidate, 0), len(config.merge_method))
+            layer = turn if config.layers is None else dict(enumerate(config.layers)).get(turn, -1)
             sound = sound and (line.layer, line.method) in ((layer, config.merge_method[method]), (None, "lerp"))
             decisions[line.candidate] = decisions.get(line.candidate, 0) + 1
         if not sound:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from modules.config import Config, Pair
 from modules.output.records import Sample
-from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, columns, percent, row
+from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, columns, percent, row, spans
 from modules.scoring import Drift
 from modules.search import Decision, Merge, Shares, probability, scores, total, total_rounding
 
@@ -38,6 +38,7 @@ def summary(
         + (f", {len(config.held_out_pairs)} more held out" if config.held_out_pairs else ""),
         **scorer,
         "Auto weights": config.auto_weights,
+        **({"Layers searched": f"{', '.join(spans(config.layers))} (counted from 0)"} if config.layers else {}),
         **(_of_joint_search(config) if config.search == "joint" else _of_greedy_search(config)),
         **({"Drift": _guard(config, drift_weight)} if config.is_guarded else {}),
         **({"Rounding": _rounding(config, rounding)} if rounding else {}),

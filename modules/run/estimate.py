@@ -2,7 +2,7 @@
 
 Knows: rates, seconds, what one candidate costs. Refuses to know: models, files other than one that it times.
 
-What one candidate costs, for N layers, R ratios of a method and a forest of T packed tokens:
+What one candidate costs, for N layers that are all searched, R ratios of a method and a forest of T packed tokens:
 
     forwards of one layer   R * N             on T tokens each, with every ratio's own weights
                             R * N * (N-1)/2   on all ratios at once: R * T tokens
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from modules.run.plan import Plan
 from modules.run.room import Available
-from modules.runtime import in_memory, on_disk
+from modules.runtime import in_memory, on_disk, spans
 from modules.search import merge
 
 SECONDS_EACH = 0.2  # of one measurement
@@ -136,7 +136,7 @@ def estimate(plan: Plan, rates: Rates) -> Estimate:
     """What the plan takes at these rates."""
     search = _joint_seconds(plan, rates) if plan.steps else _search_seconds(plan, rates)
     count, watching = len(plan.disk.candidates), _watching_seconds(plan, rates)
-    bytes_read = plan.disk.base + sum(size for _, size in plan.disk.candidates) * (2 if plan.baselines else 1)
+    bytes_read = plan.disk.base + sum(size for _, size in plan.disk.candidates) + plan.disk.whole
     reading = bytes_read / rates.reading if rates.reading else 0
     return Estimate(search, (1 if plan.steps else count) * search + watching + reading, watching)
 
@@ -160,24 +160,28 @@ def _search_seconds(plan: Plan, rates: Rates) -> float:
     # Drift is read at every token, and the base's answer there as well: of a layer, once for all ratios.
     head = column * (plan.columns + plan.guarding_tokens * (1 + 1 / plan.stack))
     whole_head = column * (plan.columns + plan.guarding_tokens * 2)
-    forwards_alone = plan.forwards_alone + 2 * sizes.layers  # also to move the cache, and whole ones at the end
+    # Also to move the cache, up to the last layer that is searched, and whole ones at the end.
+    forwards_alone = plan.forwards_alone + plan.searched[-1] + 1 + sizes.layers
     alone = forwards_alone * (products / rates.alone + attention)
     stacked = plan.forwards_stacked * (products / rates.stacked + attention)
     heads = (plan.header_ratios + 1) * whole_head / rates.alone + plan.trials * head / rates.stacked
-    merged = [(method, (ratios + 1) * sizes.layers * sizes.layer_weights) for method, ratios in plan.methods]
+    merged = [(method, (ratios + 1) * len(plan.searched) * sizes.layer_weights) for method, ratios in plan.methods]
     if plan.header_ratios:
         merged.append(("lerp", (plan.header_ratios + 1) * sizes.header_weights))
     return alone + stacked + heads + sum(weights / rates.merging[method] for method, weights in merged)
 
 
 def _joint_seconds(plan: Plan, rates: Rates) -> float:
-    """All steps: a forward, the layers once more, twice as much backward; candidates contracted and mixed. To find
-    where they begin and to check the gradient takes about as long as CHECKING steps."""
-    sizes, count = plan.sizes, len(plan.disk.candidates)
-    tokens, weights = plan.packed_tokens + plan.guarding_tokens, sizes.layers * sizes.layer_weights
-    layers = 4 * tokens * (2 * sizes.layers * sizes.active_weights)
+    """All steps: a forward, the layers once more, twice as much backward; candidates contracted and mixed. Backward it
+    goes to the first layer that is mixed, or to what is before all of them. To find where they begin and to check the
+    gradient takes about as long as CHECKING steps."""
+    sizes, count, mixed = plan.sizes, len(plan.disk.candidates), len(plan.searched)
+    tokens, weights = plan.packed_tokens + plan.guarding_tokens, mixed * sizes.layer_weights
+    back = sizes.layers - (0 if plan.memory.header else plan.searched[0])
+    layers = tokens * (2 * (sizes.layers + 2 * back + mixed) * sizes.active_weights)
     head = (3 * plan.columns + 4 * plan.guarding_tokens) * 2 * sizes.hidden * sizes.vocabulary
-    attention = 16 * sizes.layers * tokens * max(plan.packs) * sizes.heads * sizes.head_size / rates.attention
+    passes = 4 * (sizes.layers + 3 * back)
+    attention = passes * tokens * max(plan.packs) * sizes.heads * sizes.head_size / rates.attention
     mixing = 2 * count * (weights + sizes.header_weights) / rates.merging["lerp"]
     return (plan.steps + CHECKING) * ((layers + head) / rates.alone + attention + mixing)
 
@@ -185,11 +189,14 @@ def _joint_seconds(plan: Plan, rates: Rates) -> float:
 def plan_lines(plan: Plan, room: Available, estimate: Estimate) -> list[str]:
     """The plan for the person at the terminal, one line for each of its figures."""
     disk, memory, count, packs = plan.disk, plan.memory, len(plan.disk.candidates), len(plan.packs)
-    tried = [f"every layer by {', '.join(f'{method} at {ratios} ratios' for method, ratios in plan.methods)}"]
+    some = f"layers {', '.join(spans(plan.layers))}" if plan.layers else ""
+    tried = [
+        f"{some or 'every layer'} by {', '.join(f'{method} at {ratios} ratios' for method, ratios in plan.methods)}"
+    ]
     tried += [f"the header at {plan.header_ratios}"] if plan.header_ratios else []
     decisions = f"{plan.decisions:,} a candidate, {count * plan.decisions:,} in all"
     if plan.steps:
-        tried, decisions = ["all shares at once, by gradient"], f"{plan.steps} steps"
+        tried, decisions = [f"all shares{some and f' of {some}'} at once, by gradient"], f"{plan.steps} steps"
     reads = [bytes_read for _, bytes_read in disk.candidates]
     each = on_disk(max(reads)) + (" at most" if min(reads) < max(reads) else "")
     header = " and the header" if memory.header else ""

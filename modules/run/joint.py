@@ -75,7 +75,8 @@ class JointConductor(Conductor):
         search, config = self.search, self.config
 
         def make() -> Joint:
-            mix = Mix(search.model, search.tokenizer, self._candidates, config.merge_headers, search.streams)
+            mixed = search.model, search.tokenizer, self._candidates, config.merge_headers, search.streams
+            mix = Mix(*mixed, layers=search.layers)
             weight = search.limits.drift_weight
             objective = Objective(search.model, search.scorer, search.weights, self._meter if weight else None, weight)
             return Joint(mix, objective, config.joint.steps, config.joint.step_size, search.group)
@@ -99,7 +100,7 @@ class JointConductor(Conductor):
         search, limits = self.search, self.search.limits
         weight = limits.drift_weight
         objectives = search.group.broadcast([limits.objective(search.state), *self._objectives_of_candidates()])
-        shares = first_shares(joint.mix.rows, objectives)
+        shares = joint.mix.limited(first_shares(joint.mix.rows, objectives))
         names = [search.model.checkpoint.name, *(candidate.name for candidate in self._candidates)]
         begin = names[objectives.index(min(objectives))]
         self.console.timed(f"The steps begin at {begin}; checking the gradient")
@@ -146,7 +147,7 @@ class JointConductor(Conductor):
             self.console.timed(f"All shares times {factor:.3f}: so the drift stays within {most:g}")
         whole = tuple(float(number == best) for number in range(len(known)))
         others = [
-            (self._candidates[best].name, (whole,) * joint.mix.rows),
+            (self._candidates[best].name, joint.mix.limited((whole,) * joint.mix.rows)),
             ("the base", ((0.0,) * len(known),) * joint.mix.rows),
         ]
         objectives = [self._composed(joint, shares) for _, shares in others]

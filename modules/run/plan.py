@@ -62,6 +62,7 @@ class Disk:
     output: int  # weights and the files beside them
     downloads: int  # what is still to be fetched from the hub
     downloads_kept: int  # of that, what is in the cache when the output is written
+    whole: int = 0  # read once more of all candidates together, to score them taken whole
     records: int = 0  # about, of all decisions: the journal and the recipe
 
     @property
@@ -94,7 +95,13 @@ class Plan:
     neutral_tokens: int = 0  # on which drift is measured
     guarding_tokens: int = 0  # on which it is measured under every trial
     baselines: bool = False  # whether candidates are scored whole, too
+    layers: tuple[int, ...] | None = None  # that are searched; None: all
     doubts: tuple[str, ...] = ()  # what may be a mistake in the phrases, as this base's tokenizer reads them
+
+    @property
+    def searched(self) -> tuple[int, ...]:
+        """The layers that are searched."""
+        return tuple(range(self.sizes.layers)) if self.layers is None else self.layers
 
     @property
     def packed_tokens(self) -> int:
@@ -104,7 +111,7 @@ class Plan:
     @property
     def decisions(self) -> int:
         """How often one candidate is decided about: every layer under every method, and the header."""
-        return self.sizes.layers * len(self.methods) + bool(self.header_ratios)
+        return len(self.searched) * len(self.methods) + bool(self.header_ratios)
 
     @property
     def forwards_alone(self) -> int:
@@ -114,12 +121,17 @@ class Plan:
     @property
     def forwards_stacked(self) -> int:
         """The same for all ratios' tokens together: the layers above the searched one."""
-        return self.trials * (self.sizes.layers - 1) // 2
+        return self.ratios * sum(self.sizes.layers - 1 - layer for layer in self.searched)
 
     @property
     def trials(self) -> int:
         """How many merges of a layer are scored for one candidate, the header's not included."""
-        return self.sizes.layers * sum(ratios for _, ratios in self.methods)
+        return len(self.searched) * self.ratios
+
+    @property
+    def ratios(self) -> int:
+        """How many merges of one layer that are."""
+        return sum(ratios for _, ratios in self.methods)
 
     @property
     def stack(self) -> int:
@@ -143,6 +155,7 @@ def plan_run(config: Config, models: Models, dtype: torch.dtype, sharing: int = 
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     texts = read_neutral_texts(config.neutral_texts)
     watched, guarding = neutral_windows(tokenizer, texts, sizes.vocabulary, longest, config.tokens_for_trials)
+    config.layers_in(sizes.layers)  # all are there
     steps = config.joint.steps if config.search == "joint" else 0
     tried = config.merge_method if not steps else ()
     methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in tried)
@@ -181,6 +194,7 @@ def plan_run(config: Config, models: Models, dtype: torch.dtype, sharing: int = 
         neutral_tokens=sum(map(len, watched)),
         guarding_tokens=sum(map(len, guarding)),
         baselines=config.baselines,
+        layers=config.layers,
         doubts=tuple(doubled_tokens(tokenizer, config.pairs)),
         weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
     )
@@ -211,19 +225,21 @@ def _activations(
 
 def _disk(config: Config, models: Models, module: PreTrainedModel) -> Disk:
     """What is read and written."""
-    base, layers = models.base, len(find_layers(module)[1])
+    base, every = models.base, range(len(find_layers(module)[1]))
+    layers = config.layers_in(len(every))
     saved = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    decisions = len(models.candidates) * (layers * len(config.merge_method) + config.merge_headers)
+    decisions = len(models.candidates) * (len(layers) * len(config.merge_method) + config.merge_headers)
     index = index_file(local_files(base.path))
     beside = [*base.companions.published.values(), *([(base.path / index).stat().st_size] if index else [])]
     return Disk(
         base=_stored_bytes(base, None),
-        candidates=tuple((one.name, _bytes_read(one, module, config.merge_headers)) for one in models.candidates),
+        candidates=tuple((c.name, _bytes_read(c, module, layers, config.merge_headers)) for c in models.candidates),
         output=_stored_bytes(base, saved) + sum(beside),
         downloads=bytes_needed(models.jobs, keep=True),
         # Searched candidates are removed again if they are not to be kept; the base is needed to the end, and so are
         # all in a joint search.
         downloads_kept=bytes_needed(models.jobs if config.keeps_candidates else [base.job], keep=True),
+        whole=sum(_bytes_read(c, module, every, config.merge_headers) for c in models.candidates if config.baselines),
         records=2 * decisions * (RECORD + RECORD_OF_PAIR * len(config.pairs)),
     )
 
@@ -236,11 +252,12 @@ def _stored_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
     )
 
 
-def _bytes_read(candidate: Candidate, module: PreTrainedModel, with_header: bool) -> int:
-    """Bytes of a candidate's layers and, if it is tried, of its header, as they are stored."""
-    conversion, layers = candidate.conversion, f"{find_layers(module)[0]}."
+def _bytes_read(candidate: Candidate, module: PreTrainedModel, layers: Sequence[int], with_header: bool) -> int:
+    """Bytes of some of a candidate's layers and, if it is tried, of its header, as they are stored."""
+    conversion, name_of_all = candidate.conversion, find_layers(module)[0]
+    prefixes = tuple(f"{name_of_all}.{layer}." for layer in layers)
     header = {id(weight) for weight in header_weights(module)} if with_header else set()
-    tried = {name for name, weight in module.named_parameters() if name.startswith(layers) or id(weight) in header}
+    tried = {name for name, weight in module.named_parameters() if name.startswith(prefixes) or id(weight) in header}
     return sum(
         math.prod(conversion.shape(name)) * conversion.dtype(name).itemsize for name in conversion if name in tried
     )

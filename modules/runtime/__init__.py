@@ -35,4 +35,5 @@ from modules.runtime.text import (
     percent,
     row,
     shortened,
+    spans,
 )

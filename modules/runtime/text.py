@@ -27,6 +27,14 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def spans(numbers: Sequence[int]) -> list[str]:
+    """Whole numbers in their order as short as they can be said: 0, 3, 8-12."""
+    known = set(numbers)
+    ends = [number for number in numbers if number + 1 not in known]
+    firsts = [number for number in numbers if number - 1 not in known]
+    return [str(one) if one == last else f"{one}-{last}" for one, last in zip(firsts, ends, strict=True)]
+
+
 def columns(text: str) -> int:
     """How wide a terminal shows a text: Chinese characters and emoji take two columns, marks on a letter none."""
     letters = [character for character in text if unicodedata.category(character) not in ("Mn", "Me")]

@@ -142,10 +142,13 @@ class GradientPass:
     # -- layers -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def layer(self, layer: int) -> Tensors:
-        """Gradients on a layer's tensors, by name, summed over texts; those on which nothing depends are absent."""
+    def layer(self, layer: int, wanted: bool = True) -> Tensors:
+        """Gradients on a layer's tensors, by name, summed over texts; those on which nothing depends are absent.
+
+        wanted: if not, the layer is only gone through, and there are none.
+        """
         self._take_to_texts()
-        own, sums = self._model.layer(layer).tensors, dict[str, Tensor]()
+        own, sums = self._model.layer(layer).tensors if wanted else {}, dict[str, Tensor]()
         for number, text in enumerate(self._of.texts):
             hidden = self._entered(layer, number)
 
@@ -156,11 +159,11 @@ class GradientPass:
             with _learning([hidden, *own.values()]):
                 output = recorded(self._model, text.arguments(), layer, run)
                 upstream = self._upstream[number].to(output.device)
-                gradients = torch.autograd.grad(output, [hidden, *own.values()], upstream, allow_unused=True)
+                gradients = [*torch.autograd.grad(output, [hidden, *own.values()], upstream, allow_unused=True)]
             self._upstream[number] = gradients[0]
-            for name, gradient in zip(own, gradients[1:], strict=True):
-                _add(sums, name, gradient)
-            del output, gradients, gradient  # a layer's worth
+            for name in reversed(own):
+                _add(sums, name, gradients.pop())
+            del output, gradients  # a layer's worth
         self._hidden.drop(layer)
         return sums
 

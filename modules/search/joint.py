@@ -123,7 +123,7 @@ class Joint:
         Where it fails, the model is no state's; after `go_to` the step can be made again. What one process lacks memory
         for fails in all of them.
         """
-        rows: dict[int, tuple[Row, Row, Row]] = {}
+        rows = dict(enumerate(zip(state.shares, state.mean, state.square, strict=True)))
         size = step_size(state.step + 1, self.steps, self.first_size)
 
         def update(row: int, gradient: Row) -> Row:
@@ -139,9 +139,9 @@ class Joint:
         return self._whole(self.group.on_all_ranks(lambda: self.mix.value(self.objective)))
 
     def gradient(self, shares: Sequence[Row], objective: Objective | None = None) -> Rows:
-        """d objective / d share of each row and candidate. shares: those that the model is composed from, and stays so.
-        objective: another than the own, as `Objective.part` gives it."""
-        rows: dict[int, Row] = {}
+        """d objective / d share of each row and candidate, 0 where none moves. shares: those that the model is composed
+        from, and stays so. objective: another than the own, as `Objective.part` gives it."""
+        rows = dict(enumerate([[0.0] * len(self.mix.candidates)] * self.mix.rows))
 
         def update(row: int, gradient: Row) -> Row:
             rows[row] = self._sum(gradient)
@@ -159,7 +159,8 @@ class Joint:
         """
         self.mix.compose(shares)
         value, gradient, chance = self.value(), self.gradient(shares), random.Random(0)
-        direction = [[math.copysign(chance.uniform(0.5, 1.5), slope) for slope in row] for row in gradient]
+        everywhere = [[math.copysign(chance.uniform(0.5, 1.5), slope) for slope in row] for row in gradient]
+        direction = self.mix.limited(everywhere)
         told = sum(a * b for row, way in zip(gradient, direction, strict=True) for a, b in zip(row, way, strict=True))
         dtype = self.mix.model.dtype
         amount, tolerance = _TRIED.get(dtype, _TRIED_IN_HALF)

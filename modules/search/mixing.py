@@ -44,18 +44,20 @@ class Mix:
         outside: bool = True,
         streams: Sequence[torch.Stream] = (),
         ahead: bool = True,
+        layers: Sequence[int] | None = None,
     ) -> None:
         """tokenizer: the base's. outside: whether what is outside the layers is mixed, too. streams: on which tensors
-        arrive; ahead: whether a thread reads what is needed next.
+        arrive; ahead: whether a thread reads what is needed next. layers: that are mixed, if not all are.
 
         Raises BrokenWeights if a tensor is no number, CheckpointError if a file can't be read.
         """
         self.model, self.candidates, self.mixes_outside = model, candidates, outside
+        self.layers = tuple(range(len(model.layers))) if layers is None else tuple(layers)
         self.notes: list[str] = []  # about headers that are not simply matched row by row
         self._sources = [model.as_candidate(), *candidates]
         self._streams, self.ahead = streams, ahead
         self._memories = [Memory(bool(streams)) for _ in range(4)]  # two in turn for the base, two for candidates
-        self._turn = count()
+        self._turns = count(), count()
         self._headers: list[HeaderRows | None] = []  # of the base and of each candidate; None: it can't be matched
         self._outside: list[Tensors] = []  # of the same, what is in neither layer nor header: it is small
         if outside:
@@ -67,6 +69,15 @@ class Mix:
         """How many rows of shares there are: the layers', and perhaps that of all else."""
         return len(self.model.layers) + int(self.mixes_outside)
 
+    @property
+    def moving(self) -> list[int]:
+        """The rows that are mixed; in the others, which are of layers that stay the base's, there are no shares."""
+        return [*self.layers, *range(len(self.model.layers), self.rows)]
+
+    def limited(self, shares: Sequence[Row]) -> tuple[tuple[float, ...], ...]:
+        """The shares of the rows that are mixed, and none in the others."""
+        return tuple(tuple(row) if number in self.moving else (0.0,) * len(row) for number, row in enumerate(shares))
+
     @torch.no_grad()
     def compose(self, shares: Sequence[Row], exact: bool = False) -> None:
         """Make the model W(shares), whatever it was, in the type that it computes in.
@@ -74,7 +85,7 @@ class Mix:
         shares: `rows` rows. exact: for good, with the values that saving will keep; what has no share is left as the
         base has it, and copied from the base's file when the model is saved. Raises as `Part.adopt` and reading do.
         """
-        layers = range(len(self.model.layers))
+        layers = self.layers
         jobs = [job for layer in layers for job in (self._base_layer(layer), *self._theirs(layer, shares[layer]))]
         jobs += self._header_jobs(shares[-1]) if self.mixes_outside else []
         with InTurn(jobs, self._streams, self.ahead) as arriving:
@@ -99,18 +110,21 @@ class Mix:
 
     @torch.no_grad()
     def descend(self, objective: Objective, update: Update) -> Value:
-        """One pass over the model, of which each row's shares are updated, and its weights composed from the new ones,
-        as soon as the gradient on them is there: layers from the last to the first, then the rest.
+        """One pass over the model, of which the shares of each moving row are updated, and its weights composed from
+        the new ones, as soon as the gradient on them is there: layers from the last to the first, then the rest.
 
         Returns the objective as it was before; of several processes this one's part, as `update` is given its part of
         gradients. Raises as `compose`, and BrokenWeights if a gradient is no number.
         """
-        work, layers = GradientPass(objective, self.mixes_outside), range(len(self.model.layers))
+        work = GradientPass(objective, self.mixes_outside)
         work.begin()
         with InTurn(self._descent_jobs(objective), self._streams, self.ahead) as arriving:
             outside = self._head_gradient(work, objective, arriving)
             value = work.value()
-            for layer in reversed(layers):
+            for layer in reversed(range(self._lowest, len(self.model.layers))):
+                if layer not in self.layers:
+                    work.layer(layer, wanted=False)
+                    continue
                 gradients, base = work.layer(layer), arriving.take(keep=True)
                 found = [_inner(gradients, base, arriving.take()) for _ in self.candidates]
                 del gradients
@@ -120,7 +134,7 @@ class Mix:
                 arriving.let_go()
             if self.mixes_outside:
                 self._add_front(work, arriving, outside)
-                shares = update(len(layers), self._on_the_host(outside, work.scale))
+                shares = update(len(self.model.layers), self._on_the_host(outside, work.scale))
                 self._compose_outside(arriving, shares, exact=False, all_arrive=True)
         return value
 
@@ -131,7 +145,7 @@ class Mix:
         if self.mixes_outside:
             for block in objective.blocks:
                 yield from (self._rows_job(number, self._head, *block) for number in self._with_header)
-        for layer in reversed(range(len(self.model.layers))):
+        for layer in reversed(self.layers):
             yield self._base_layer(layer)
             yield from self._theirs(layer, everyone)
             # Shares come between; by now, what was read lies in the system's memory.
@@ -140,6 +154,11 @@ class Mix:
             rows, name = objective.vocabulary, self.model.header_names()[0]
             yield from (partial(self._read_rows, number, [name], rows) for number in self._with_header)
             yield from self._header_jobs(everyone)
+
+    @property
+    def _lowest(self) -> int:
+        """The layer with which a pass ends: what is before the layers is reached through all of them."""
+        return 0 if self.mixes_outside else self.layers[0]
 
     def _header_jobs(self, shares: Row) -> Iterator[Callable[[], Any]]:
         for name, own in self.model.header().tensors.items():
@@ -163,7 +182,8 @@ class Mix:
         return [partial(self._read_layer, number, layer) for number, share in enumerate(shares, 1) if share]
 
     def _read_layer(self, number: int, layer: int) -> Tensors:
-        memory = self._memories[2 + next(self._turn) % 2 if number else layer % 2]
+        of_candidate = number > 0
+        memory = self._memories[2 * of_candidate + next(self._turns[of_candidate]) % 2]
         memory.free()
         part, source = self.model.layer(layer), self._sources[number]
         return part.adopt(source.stream(part.tensors, memory.room), source.name)

@@ -40,7 +40,9 @@ class ReadAhead:
         which comes last, if it is wanted; streams: on which the devices' work for all of it goes on beside theirs;
         ahead: if not, nothing is read before it is asked for."""
         self._candidate, self._streams, self._ahead = candidate, streams, ahead
-        self._jobs: dict[int | None, Job] = {layer: partial(self._read, layer, part) for layer, part in parts.items()}
+        self._jobs: dict[int | None, Job] = {
+            layer: partial(self._read, turn, part) for turn, (layer, part) in enumerate(parts.items())
+        }
         if header:
             self._jobs[None] = partial(_made, header, self._streams)
         # Two, in turn: on a CPU the tensors that are searched are the memory that they were read into.
@@ -97,8 +99,8 @@ class ReadAhead:
         follow(self._streams)
         self._begun = {place: self._begun[place] for place in kept if place in self._begun}
 
-    def _read(self, layer: int, part: Part) -> Arrived:
-        memory = self._memories[layer % 2]
+    def _read(self, turn: int, part: Part) -> Arrived:
+        memory = self._memories[turn % 2]
         memory.free()
         with torch.no_grad(), beside(self._streams):
             return part.adopt(self._candidate.stream(part.tensors, memory.room), self._candidate.name), None

@@ -5,7 +5,7 @@ Knows: the order of trials, when one is kept. Refuses to know: printing, logs, h
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,7 @@ class Search(Merger):
         self.streams = side_streams(model.devices)  # on which candidates arrive
         self._reading: ReadAhead | None = None  # of the present candidate
         self.reads_ahead = True
+        self.layers = config.layers_in(len(model.layers))  # that are searched
         self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
         self.log_probabilities: list[float] = []
         self.drift = 0.0  # without a guard it stays so
@@ -99,15 +100,15 @@ class Search(Merger):
         return spreads([[probability(value) for value in values] for values in found])
 
     def candidate(self, candidate: Candidate, done: Sequence[Decision] = ()) -> Generator[Decision, None, None]:
-        """Search all layers of a candidate and, if so configured, its header.
+        """Search the layers of a candidate and, if so configured, its header.
 
         done: the first decisions, taken by an earlier run; they are carried out without scoring, and not yielded.
         """
         past, count = deque(done), len(self.config.merge_method)
-        parts = [self.model.layer(index) for index in range(len(self.model.layers))]
+        parts = {index: self.model.layer(index) for index in self.layers}
         tries_header = self.config.merge_headers and len(past) <= count * len(parts)
         header = partial(aligned_header, self.model, self.tokenizer, candidate)
-        wanted = dict(list(enumerate(parts))[len(past) // count :])
+        wanted = dict(list(parts.items())[len(past) // count :])
         ahead = ReadAhead(candidate, wanted, header if tries_header else None, self.streams, self.reads_ahead)
         with ahead as self._reading:
             yield from self._layers(candidate, parts, past)
@@ -144,14 +145,13 @@ class Search(Merger):
 
     def steps_per_candidate(self) -> int:
         """The work of all decisions on one candidate."""
-        layers = range(len(self.model.layers))
-        steps = sum(self.steps(layer, method) for layer in layers for method in self.config.merge_method)
+        steps = sum(self.steps(layer, method) for layer in self.layers for method in self.config.merge_method)
         return steps + (self.steps(None, "lerp") if self.config.merge_headers else 0)
 
-    def _layers(self, candidate: Candidate, parts: Sequence[Part], past: deque[Decision]) -> Iterator[Decision]:
+    def _layers(self, candidate: Candidate, parts: Mapping[int, Part], past: deque[Decision]) -> Iterator[Decision]:
         self._restart()
         methods = self.config.merge_method
-        for index, part in enumerate(parts):
+        for index, part in parts.items():
             done = [past.popleft() for _ in methods if past]
             if done:
                 self.repeat(candidate, done)

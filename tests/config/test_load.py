@@ -137,6 +137,34 @@ def test_output_on_the_command_line_is_enough(folders):
     assert load_config(path, output="out").directories.output_directory == "out"
 
 
+@pytest.mark.parametrize(
+    "written, layers",
+    [
+        ("8-10", (8, 9, 10)),
+        ("0 - 1", (0, 1)),
+        (3, (3,)),
+        ("3", (3,)),
+        ([0, 3, "8-10"], (0, 3, 8, 9, 10)),
+        (["5-6", 2, "4-5"], (2, 4, 5, 6)),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_layers(folders, written, layers):
+    config = load_config(write(folders, layers=written))
+    assert config.layers == layers and config.layers_in(32) == (layers or tuple(range(32)))
+
+
+@pytest.mark.parametrize("written", ["8-", "10-8", -1, 1.5, True, [], ["a"], [[1]], "1,2", {}, "123456", "٣"], ids=str)
+def test_what_are_no_layers(folders, written):
+    assert "layers: " in errors_of(write(folders, layers=written))
+
+
+def test_layers_that_the_base_does_not_have(folders):
+    with pytest.raises(ConfigError, match=r"layers: 4, 8-10: the base has 4 layers, 0 to 3"):
+        load_config(write(folders, layers=[3, 4, "8-10"])).layers_in(4)
+
+
 def test_phrase_files_are_added(folders):
     (folders / "more.yaml").write_text(
         yaml.safe_dump({"bad_phrases": [{"phrase": "x", "contexts": ["y"]}], "good_phrases": PHRASES})

@@ -70,4 +70,4 @@ def test_its_keys_are_those_of_the_program():
     keys = [key for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for key in re.findall(r"`(.*?)`", cell)]
     known = {field.name for field in dataclasses.fields(Settings)}
     known |= {f"joint.{field.name}" for field in dataclasses.fields(Joint)}
-    assert len(keys) == 10 and set(keys) <= known
+    assert len(keys) == 11 and set(keys) <= known

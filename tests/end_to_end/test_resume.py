@@ -201,6 +201,7 @@ def harmless(place, models):
         "phrase file": ({"bad_phrases": pairs}, {"bad_phrases": [], "phrase_files": ["phrases.yaml"]}),
         "spelling": ({"strategy": "quantitive"}, {"strategy": "quantitative"}),
         "threshold": ({}, {"strategy_threshold": 0.9}),
+        "layers": ({"layers": "0-2"}, {"layers": [2, 0, 1]}),
         "scalars": ({"merge_ratios": [0.5]}, {"merge_ratios": 0.5}),
         "neutral_tokens": ({}, {"neutral_tokens": 9}),
         "steps of a search that makes none": ({}, {"joint": {"steps": 3}}),
@@ -218,6 +219,7 @@ def real(place, models):
         "models_to_merge": ({}, {"models_to_merge": [two, one]}),
         "merge_ratios": ({}, {"merge_ratios": [0.8, 0.6, 0.4, 0.2]}),
         "merge_method": ({}, {"merge_method": "slerp"}),
+        "layers": ({"layers": [0, 1]}, {"layers": [1]}),
         "merge_headers": ({}, {"merge_headers": False}),
         "search": ({"neutral_texts": None}, {"search": "joint", "neutral_texts": None}),
         "joint": (

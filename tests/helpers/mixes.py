@@ -130,9 +130,10 @@ def mixed(
     compute="float64",
     rank=ONLY,
     pairs=tiny.PAIRS,
+    layers=None,
 ):
     """A mix of a base in a folder with candidates: folders, or what opens one for a model. layout: None takes the
-    fastest that is exact."""
+    fastest that is exact. layers: that are mixed, if not all are."""
     checkpoint = open_checkpoint(folder, "base")
     checkpoint.config._experts_implementation = "eager"  # the others have no float64
     model, tokenizer = load_model(checkpoint, "cpu", "auto", compute), AutoTokenizer.from_pretrained(folder)
@@ -145,5 +146,5 @@ def mixed(
         meter = DriftMeter(model, WINDOWS) if neutral else None
         objective = Objective(model, scorer, weights, meter, DRIFT_WEIGHT)
         found = [opened(one, model) if isinstance(one, Path) else one(model) for one in candidates]
-        mix = Mix(model, tokenizer, found, outside)
+        mix = Mix(model, tokenizer, found, outside, layers=layers)
     return Mixed(folder, model, tokenizer, encoded, scorer, weights, meter, objective, mix)

@@ -39,6 +39,7 @@ class NaiveMerge:
     dtype: torch.dtype = torch.float32
     saved_dtype: torch.dtype | None = None
     device: str = "cpu"
+    layers: list | None = None
     decisions: list = field(default_factory=list)
 
     def run(self):
@@ -51,7 +52,7 @@ class NaiveMerge:
         self.current = self.start
         for folder in self.candidates:
             other = load(folder, self.dtype, self.device)
-            for layer in range(self.model.config.num_hidden_layers):
+            for layer in range(self.model.config.num_hidden_layers) if self.layers is None else self.layers:
                 for method in self.methods:
                     self.decide(folder, layer, method, lambda m, r, i=layer, k=method, o=other: self.mix(m, o, i, k, r))
             if self.headers:

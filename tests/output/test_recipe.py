@@ -43,6 +43,7 @@ def recipes(tmp_path_factory):
     (folder / "other.yaml").write_text(yaml.safe_dump(other), encoding="utf-8")
     rich["held_out_files"] = [str(folder / "other.yaml")]
     rich["baselines"] = True
+    rich["layers"] = [0, 2]
     rich["template"] = {"enable_thinking": False}
     rich["system"] = "Answer in plain words."
     rich["samples"] = ["The bread is"]

@@ -98,9 +98,10 @@ def test_activations_hold_what_grows_with_ratios_and_phrases(place, models):
     assert activations(300) < 1.1 * activations(200)
 
 
+@pytest.mark.parametrize("layers", [None, [1], "0-1", [0, 2]], ids=str)
 @pytest.mark.parametrize("headers", [True, False])
-def test_work_and_reading_are_those_of_the_search(place, models, headers):
-    config, found = opened(place, models, merge_method=["lerp", "cyclic"], merge_headers=headers)
+def test_work_and_reading_are_those_of_the_search(place, models, headers, layers):
+    config, found = opened(place, models, merge_method=["lerp", "cyclic"], merge_headers=headers, layers=layers)
     plan, search, read = planned(config, found), start(config, found), []
     candidate, stored = found.candidates[0], found.candidates[0].checkpoint.tensors
     reading = replace(candidate, checkpoint=Recorded.of(candidate.checkpoint, read))

@@ -74,6 +74,7 @@ class Plan:
     def __init__(self, layers, methods):
         self.model = SimpleNamespace(layers=[None] * layers)
         self.config = Config(Directories("base", "out"), merge_method=methods)
+        self.layers = self.config.layers_in(layers)
 
     def decisions(self):
         """The steps of every decision on one candidate, in order."""

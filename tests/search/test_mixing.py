@@ -17,7 +17,7 @@ from modules.model import part
 from modules.runtime.errors import BrokenWeights, ConfigError
 from modules.scoring.budget import Budget
 from modules.scoring.objective import AT_ONCE, Objective
-from modules.search.joint import Joint
+from modules.search.joint import Joint, JointState
 
 FILE = "model.safetensors"
 
@@ -51,6 +51,29 @@ def llamas(request, tmp_path_factory):
 @pytest.mark.parametrize("layout", ["forest", "rows", "single"])
 def test_in_every_layout(llamas, layout):
     check(*llamas, layout=layout)
+
+
+@pytest.mark.parametrize("outside", [True, False], ids=["", "layers only"])
+@pytest.mark.parametrize("layers", [[0, 2], [1], [2]], ids=str)
+def test_where_some_layers_are_mixed_the_others_have_no_gradient_and_stay_the_base_s(llamas, layers, outside):
+    base, folders = llamas
+    one = mixed(base, folders, outside=outside, layers=layers)
+    shares = one.mix.limited(SHARES[: one.mix.rows])
+    assert [any(row) for row in shares] == [number in (*layers, 3) for number in range(one.mix.rows)]
+    expected, found = one.expected(shares, folders, outside=outside), one.found(shares)
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-8)
+    for row, ours, theirs in zip(shares, found[2], expected[2], strict=True):
+        assert list(ours) == (pytest.approx(theirs, rel=1e-8) if any(row) else [0.0, 0.0])
+    own = {name: tensor.clone() for name, tensor in one.model.module.state_dict().items()}
+    with mixes.InDouble():
+        state = JointState.at(shares)
+        for _ in range(2):
+            state, _ = Joint(one.mix, one.objective).step(state)
+    stored = load_file(base / FILE)
+    for name, tensor in one.model.module.state_dict().items():
+        still = ".layers." in name and int(name.split(".")[2]) not in layers
+        assert not torch.equal(tensor, own[name]) or still or not outside
+        assert not still or torch.equal(tensor, stored[name].double())
 
 
 @pytest.mark.parametrize("here, beside", [(0, 0), (1, 0), (2, 0), (1, 1), (0, 3)])

@@ -62,6 +62,7 @@ def naive(base, candidates, pairs=tiny.PAIRS, **settings):
         settings.get("strategy_threshold", 0.6),
         settings.get("merge_headers", True),
         settings.get("auto_weights", False),
+        layers=settings.get("layers"),
     ).run()
 
 
@@ -113,6 +114,25 @@ def test_lists_of_methods_go_on_from_each_others_results(llamas, tmp_path, auto)
     decisions = compare(tmp_path, base, [two, one], merge_method=methods, merge_ratios=[0.3, 0.6], auto_weights=auto)
     assert any(decision.ratio is not None for decision in decisions)
     assert [d.method for d in decisions[:5]] == methods
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A base of five layers, and a candidate."""
+    folder, tokenizer = tmp_path_factory.mktemp("deep"), tiny.bpe_tokenizer()
+    base = tiny.make_model(folder / "base", tiny.llama_config(len(tokenizer), layers=5), tokenizer)
+    return base, tiny.make_candidate(folder / "one", base)
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("method, strategy, headers", list(itertools.product(METHODS, STRATEGIES, [True, False])))
+@pytest.mark.parametrize("layers", [[0, 2, 4], [1, 3], [2]], ids=str)
+def test_some_layers_only(deep, tmp_path, method, strategy, headers, layers):
+    base, one = deep
+    settings = {"merge_method": [method, "lerp"], "strategy": strategy, "merge_headers": headers, "layers": layers}
+    decisions = compare(tmp_path, base, [one], strategy_threshold=0.4, merge_ratios=RATIOS, **settings)
+    found = [decision.layer for decision in decisions]
+    assert found == [layer for layer in layers for _ in range(2)] + [None] * headers
 
 
 def test_weights_with_input_first(tmp_path):
