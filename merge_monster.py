@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,8 +98,13 @@ def replay(console: Console, options: argparse.Namespace) -> int:
     def work() -> None:
         from modules.run import Replay, replay_recipe
 
-        elsewhere, trust = dict(options.source or []), options.trust_remote_code
-        replay_recipe(Replay(options.replay, output, elsewhere, options.device, options.overwrite, trust), console)
+        sources, trust = options.source or [], options.trust_remote_code
+        elsewhere, folders = (
+            dict(pair for pair in sources if pair[0]),
+            [Path(path) for name, path in sources if not name],
+        )
+        asked = Replay(options.replay, output, elsewhere, options.device, folders, options.overwrite, trust)
+        replay_recipe(asked, console)
 
     return exit_code(work, console, lambda: what_stands(output, earlier))
 
@@ -135,7 +141,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--replay", metavar="RECIPE", type=Path, help="build the model of a recipe again, into --output"
     )
     parser.add_argument(
-        "--source", metavar="NAME=PATH", type=_named_path, action="append", help="where a recipe's source lies now"
+        "--source",
+        metavar="DIR|NAME=PATH",
+        type=_place_of_source,
+        action="append",
+        help="where a recipe's source lies now, or the folder in which all are found by their names",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a recipe that was made so run code that its models bring"
@@ -165,10 +175,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _named_path(text: str) -> tuple[str, str]:
+def _place_of_source(text: str) -> tuple[str, str]:
+    """A source's name, empty for all of them, and the path."""
     name, equals, path = text.partition("=")
+    if not equals and os.path.isdir(text):
+        return "", text
     if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"'{text}': expected NAME=PATH")
+        raise argparse.ArgumentTypeError(f"'{text}': expected NAME=PATH, or a folder in which the sources lie")
     return name, path
 
 

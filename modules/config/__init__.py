@@ -17,6 +17,7 @@ from modules.config.locations import (
     parse_location,
     parse_source,
     partial_of,
+    parts_of,
     repositories_in,
 )
 from modules.config.neutral_texts import read_neutral_texts

@@ -18,6 +18,9 @@ _HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>\w[\w./-]*))?"
 # As a recipe writes down where a model of the hub is: to the commit.
 _EXACT = re.compile(rf"(?:^|\+)(?P<repo>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}})(?=\+|\Z)", re.ASCII)
 
+# Where one begins behind another: at a plus before what is no more of a folder's name.
+_NEXT = re.compile(rf"\+(?=\.\./|~/|/|[A-Za-z]:[\\/]|{_NAME}/{_NAME}@[0-9a-f]{{40}}(?:\+|\Z))", re.ASCII)
+
 
 def partial_of(output: Path) -> Path:
     """Where an output that can be renamed is written until it is complete."""
@@ -130,6 +133,11 @@ def names_of(sources: list[Source]) -> list[str]:
         return "/".join(location.parts[-count:])
 
     return ["+".join(map(name, source.places)) for source in sources]
+
+
+def parts_of(where: str) -> list[str]:
+    """The places that a recipe's `where` names: one, or a model's and an adapter's. A folder may have a plus in it."""
+    return _NEXT.split(where)
 
 
 def repositories_in(where: str) -> list[tuple[str, str]]:

@@ -49,6 +49,8 @@ class ModelLoader:
     def open(self) -> Models:
         """The base and the candidates, opened and checked against each other."""
         models = open_models(self.config, partial(fetch_now, self.console), self.console.lines)
+        places = {models.base.name: models.base_where, **{one.name: one.where for one in models.candidates}}
+        self.console.lines([], [f"{name} is {where}" for name, where in places.items()])  # which the output won't say
         self.console.lines(models.notes)
         self.console.warnings(models.warnings)
         return models

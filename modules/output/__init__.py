@@ -11,6 +11,7 @@ from modules.output.journal import JournalCopy, naming
 from modules.output.model_card import CARD_FILE, write_card
 from modules.output.places import SETTINGS_FILE, Place, place_of
 from modules.output.plots import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
-from modules.output.recipe import Recipe, is_finished, read_outputs, read_recipe, write_recipe
+from modules.output.public import Public
+from modules.output.recipe import Recipe, is_finished, located, read_outputs, read_recipe, rebuilt, write_recipe
 from modules.output.records import JointStart, Sample, Settings, Source, rendered_in
 from modules.output.run_record import RunRecord, begun_run

@@ -28,6 +28,7 @@ from modules.config import (
 )
 from modules.model import resolve_device
 from modules.output.journal import Journal
+from modules.output.public import relative
 from modules.output.records import FORMAT, Run, Source
 from modules.runtime import ConfigError
 
@@ -40,7 +41,11 @@ def run_of(config: Config, computed: str | None = None) -> Run:
     pairs = {key: [pair.written() for pair in getattr(config, key)] for key in (*PHRASES, "held_out_pairs")}
     settings = json.loads(json.dumps({**asdict(config), **pairs}))  # as they will be when they are read again
     text = settings.pop("text")
-    here = {"device": resolve_device(config.device).type, "folder": os.path.abspath(""), "computed": computed}
+    here = {
+        "device": resolve_device(config.device).type,
+        "folder": relative("", config.directories.output_directory),
+        "computed": computed,
+    }
     if config.is_guarded:
         texts = json.dumps(read_neutral_texts(config.neutral_texts))
         here["neutral"] = hashlib.sha256(texts.encode()).hexdigest()
@@ -87,22 +92,26 @@ def changes_between(begun: Run, now: Run, base: Checkpoint | None = None) -> lis
     Raises ValueError for settings that can be none.
     """
     same = {key for key in ("device", *_DTYPES) if getattr(begun.settings, key) == getattr(now.settings, key)}
-    one, other = (_meaning(run, same, base) for run in (begun, now))
+    output = os.path.realpath(os.path.expanduser(now.settings.directories.output_directory))
+    one, other = (_meaning(run, output, same, base) for run in (begun, now))
     # A key that only one of them has is ruled by another one, in which they differ.
     return sorted(key for key in one.keys() & other.keys() if one[key] != other[key])
 
 
-def _meaning(run: Run, same: Collection[str], base: Checkpoint | None) -> dict[str, Any]:
+def _meaning(run: Run, output: str, same: Collection[str], base: Checkpoint | None) -> dict[str, Any]:
     """What decides the result of a search, by key, in one spelling.
 
-    same: keys that are spelt the same in both runs; if they mean something else on this machine, a warning says so.
+    output: from which on it is said where the run was started. same: keys that are spelt the same in both runs; if they
+    mean something else on this machine, a warning says so.
     """
     settings, given = run.settings, run.settings.directories
     # What an older run lacks is off.
     known = {**{key.name: key.default for key in fields(Settings)}, **settings.written()}
     told = {key: value for key, value in known.items() if key not in NO_PART}
-    all_in = None if given.model_directory is None else os.path.join(run.folder, given.model_directory)
-    texts = [_found_from(run.folder, text) for text in (given.model_path1, *settings.models_to_merge)]
+    # Journals of before name no folder, or a whole path.
+    folder = os.path.normpath(os.path.join(output, os.path.expanduser(run.folder))) if run.folder else ""
+    all_in = given.model_directory and os.path.join(folder, os.path.expanduser(given.model_directory))
+    texts = [_found_from(folder, text) for text in (given.model_path1, *settings.models_to_merge)]
     directories = Directories(given.model_path1, given.output_directory, all_in)
     candidates, _ = candidate_sources(Config(directories, models_to_merge=tuple(texts[1:])))
     base_source = parse_source(texts[0])
@@ -125,9 +134,11 @@ def _meaning(run: Run, same: Collection[str], base: Checkpoint | None) -> dict[s
 
 
 def _found_from(folder: str, text: str) -> str:
-    """A model's name as it can be read from anywhere, if it is that of a folder."""
+    """A model's name as it can be read from anywhere, as far as it is that of folders."""
     path = os.path.join(folder, os.path.expanduser(text))
-    return path if os.path.isdir(path) else text
+    if os.path.isdir(path) or "+" not in text:
+        return path if os.path.isdir(path) else text
+    return "+".join(_found_from(folder, part.strip()) for part in text.split("+"))
 
 
 def _identity(places: Sequence[Location]) -> list[str]:

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCardData
 
 from modules.checkpoints import is_licence, local_files
 from modules.config import names_folder, repositories_in
-from modules.output.places import SETTINGS_FILE
+from modules.output.card_settings import phrases_yaml, settings_yaml
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Sample, Source, Total
 from modules.runtime import counted, percent, shortened, spans, visible
@@ -26,7 +26,7 @@ CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
 MOST_COLUMNS = 160  # of a phrase or a context in the table; of a longer one the end is shown
 MOST_ANSWER = 2000  # columns of a prompt or an answer; of a longer one the beginning is shown
-MOST_SETTINGS = 50_000  # characters of YAML that are shown; they all are in the output too
+MOST_SETTINGS = 50_000  # characters of YAML that are shown; they all are in the recipe too
 
 _LARGEST_CARD = 100_000  # characters of the base's card that are looked at for its licence
 
@@ -72,7 +72,7 @@ def model_card(recipe: Recipe, name: str, licence: Licence, pictures: Sequence[s
         "## Licence",
         _about_licence(recipe, licence),
         "## Settings",
-        _settings(recipe.config),
+        *_settings(recipe),
         "## Building it again",
         _rebuilding(recipe),
     ]
@@ -146,8 +146,9 @@ def _about_search(recipe: Recipe) -> str:
     weight = _drift_weight(recipe)
     drift = f", where a nat of drift counted as {weight:.5g} of the total" if weight else ""
     steps = counted(len(recipe.joint.steps), "step")
+    layers = f"{'some' if recipe.settings.layers else 'all'} layers"
     return (
-        f"The shares of all candidates in all layers were sought together, by gradient, in {steps} towards unwanted "
+        f"The shares of all candidates in {layers} were sought together, by gradient, in {steps} towards unwanted "
         f"phrases less probable and wanted ones more so{drift}."
     )
 
@@ -256,10 +257,18 @@ def _about_licence(recipe: Recipe, licence: Licence) -> str:
     return " ".join(lines)
 
 
-def _settings(config: str) -> str:
-    if len(config) > MOST_SETTINGS:
-        return f"They are too long for this page: see `{SETTINGS_FILE}`."
-    return _fenced("yaml", config)
+def _settings(recipe: Recipe) -> list[str]:
+    """What another search needs to find the same, with the phrases folded away."""
+    pairs = counted(len(recipe.phrases) + len(recipe.held_out.phrases if recipe.held_out else ()), "pair")
+    summary = f"<details>\n<summary>The phrase lists: {pairs} of a phrase and a context</summary>"
+    lists = [summary, _yaml(phrases_yaml(recipe)), "</details>"]
+    return ["The models, and all that is not the default:", _yaml(settings_yaml(recipe)), *lists]
+
+
+def _yaml(text: str) -> str:
+    return (
+        _fenced("yaml", text) if len(text) <= MOST_SETTINGS else f"It is too long for this page: see `{RECIPE_FILE}`."
+    )
 
 
 def _rebuilding(recipe: Recipe) -> str:

@@ -5,15 +5,16 @@ Knows: what the recipe holds and how it is read back. Refuses to know: how a mod
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
 
-from modules.config import DTYPES, Config
+from modules.config import DTYPES, Config, parts_of
 from modules.output.changes import changes_between, run_of
 from modules.output.journal import naming
+from modules.output.public import Public, found_again, relative
 from modules.output.records import (
     FORMAT,
     Baseline,
@@ -46,6 +47,7 @@ class Recipe(Record):
     program: str
     libraries: dict[str, Any] | None = None
     settings: Settings
+    folder: str = ""  # where relative paths began, from the output on; younger than recipes are
     config: str
     device: str
     dtype: Dtype
@@ -133,12 +135,40 @@ def _refusal(error: ValidationError) -> str:
     return f"damaged ({what}); take the {RECIPE_FILE} of the output once more"
 
 
+def located(recipe: Recipe, path: Path, folders: Sequence[Path] = ()) -> Recipe:
+    """A recipe that was read from a path, with its sources where they lie from here; see `found_again`."""
+    start = path if path.is_dir() else path.parent
+    folder = found_again(recipe.folder, start)
+    return _with_places(recipe, folder, {one.number: found_again(one.where, start, folders) for one in recipe.sources})
+
+
+def rebuilt(recipe: Recipe, config: Config, places: Mapping[int, str]) -> Recipe:
+    """A recipe as it is written beside a model that was built from it. config: with which it was; places: where its
+    sources were found, by their numbers.
+
+    Of whole paths that stood in it, which an older version has written, the last name is left.
+    """
+    public, settings = Public.of(config), recipe.settings
+    for text in [*vars(settings.directories).values(), *settings.models_to_merge, *(s.where for s in recipe.sources)]:
+        for part in parts_of(text or ""):
+            if os.path.isabs(part):
+                public.know(part, os.path.basename(os.path.normpath(part)))
+    folder = relative(recipe.folder, config.directories.output_directory) if recipe.folder else ""
+    return public.record(_with_places(recipe, folder, places))
+
+
+def _with_places(recipe: Recipe, folder: str, places: Mapping[int, str]) -> Recipe:
+    sources = [one.model_copy(update={"where": places.get(one.number, one.where)}) for one in recipe.sources]
+    return recipe.model_copy(update={"sources": sources, **({"folder": folder} if folder else {})})
+
+
 def is_finished(config: Config, output: Path) -> bool:
     """Whether an output is what a run of this configuration has written."""
     try:
         recipe = read_recipe(output / RECIPE_FILE)
         now = run_of(with_texts(config, rendered_in(recipe.settings)))
         begun = {"settings": recipe.settings, "device": recipe.device.partition(":")[0]}
+        begun |= {"folder": recipe.folder} if recipe.folder else {}
         return not changes_between(now.model_copy(update=begun), now)
     except (ConfigError, ValueError):
         return False

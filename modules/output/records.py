@@ -115,7 +115,7 @@ def rendered_in(settings: Settings) -> dict[Chat, str]:
 
 
 class Run(Record):
-    """How a run began. device: the one that was meant; folder: where relative paths begin."""
+    """How a run began. device: the one that was meant; folder: where relative paths begin, from the output on."""
 
     format: Any  # another one is answered before the rest is read
     program: Any

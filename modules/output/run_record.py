@@ -15,6 +15,7 @@ from modules.config import Config, Pair
 from modules.output.changes import compare_fingerprints, refuse_changes, refuse_other_version, run_of
 from modules.output.journal import JOURNAL_FILE, Journal, begun_with
 from modules.output.places import Place
+from modules.output.public import Public
 from modules.output.recipe import Recipe
 from modules.output.records import (
     Baseline,
@@ -54,7 +55,8 @@ class RunRecord:
         computed: the dtype that is computed in. base: the model that it was chosen for; without one, nothing is said of
         what has changed.
         """
-        self.journal, self._now = journal, run_of(config, computed)
+        self.journal, self.public = journal, Public.of(config)
+        self._now = self.public.record(run_of(config, computed))
         self._lines: list[Record] = []
         if not journal.records:
             self._note("run", self._now)
@@ -66,8 +68,10 @@ class RunRecord:
             refuse_changes(self._all(Run)[0], self._now, base, journal)
         if damaged is not None:
             raise journal.damaged(damaged)
+        self._lines = [self.public.record(line) for line in self._lines]  # an older version had whole paths in them
 
     def _note(self, kind: str, line: Kind) -> Kind:
+        line = self.public.record(line)
         self.journal.append(kind, **line.written())
         self._lines.append(line)
         return line
@@ -121,6 +125,7 @@ class RunRecord:
             compare_fingerprints(known[0], checkpoint, since)
             return known[0]
         name, fingerprint = checkpoint.name, checkpoint.fingerprint()
+        self.public.know(checkpoint.path, where)  # of the hub's models, it lies in the cache
         return self._note("source", Source(number=number, name=name, text=text, where=where, fingerprint=fingerprint))
 
     def start(
@@ -245,6 +250,7 @@ class RunRecord:
             program=run.program,
             libraries=run.libraries,
             settings=run.settings,
+            folder=run.folder,
             config=run.config,
             **model,
             sources=self._all(Source),

@@ -147,7 +147,7 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         console.lines(report.share_lines(names, conductor.shares, conductor.layers))
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
-        save(console, model, unfinished, config.directories.output_directory, config.text)
+        save(console, model, unfinished, config.directories.output_directory, record.public.text(config.text))
         clock.lap("save")
         seconds = {**clock.seconds, "watch": round(watch.seconds, 1)}
         state = config.pairs, search.weights, search.log_probabilities

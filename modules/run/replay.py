@@ -21,7 +21,9 @@ from modules.output import (
     compare_fingerprints,
     held_place,
     input_paths,
+    located,
     read_recipe,
+    rebuilt,
     unfinished_output,
     written_paths,
 )
@@ -39,6 +41,7 @@ class Replay:
     output: Path
     elsewhere: Mapping[str, str]  # a source's name in the recipe -> where it lies now
     device: str | None = None  # the recipe's own, if None and if it is there
+    folders: Sequence[Path] = ()  # in which sources lie under their own names
     overwrite: bool = False
     trust_remote_code: bool = False  # whether a recipe may have code run that its models bring along
 
@@ -48,7 +51,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
 
     Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
     """
-    recipe = read_recipe(asked.recipe)
+    recipe = located(read_recipe(asked.recipe), asked.recipe, asked.folders)
     console.lines(BANNER.split("\n"))
     console.timed(f"THE MERGE MONSTER REMEMBERS {asked.recipe}")
     if recipe.settings.trust_remote_code and not asked.trust_remote_code:
@@ -74,6 +77,8 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
     console, base, candidates = loader.console, models.base, models.candidates
     if len(candidates) != len(sources):
         raise ConfigError(f"of the recipe's {len(sources)} candidates {len(candidates)} were found")
+    places = [models.base_where, *(candidate.where for candidate in candidates)]
+    told = rebuilt(recipe, loader.config, dict(zip((s.number for s in (base_source, *sources)), places, strict=True)))
     with (
         unfinished_output(place, resume=False, restart=False) as unfinished,
         fetching(console, models.jobs) as prefetcher,
@@ -91,8 +96,8 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
             console.timed(f"Candidate {number}/{len(sources)}: {source.name}, {len(decisions)} merges")
             merger.repeat(candidate, decisions)
             candidate.checkpoint.release()
-        save(console, model, unfinished, str(asked.output), recipe.config)
-        finish(console, unfinished, recipe, place.output, base, asked.overwrite)
+        save(console, model, unfinished, str(asked.output), told.config)
+        finish(console, unfinished, told, place.output, base, asked.overwrite)
 
 
 def _arriving(

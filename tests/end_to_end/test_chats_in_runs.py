@@ -168,7 +168,9 @@ def test_a_recipe_with_chats_replays_on_another_day(whole, place, monkeypatch):
     on(monkeypatch, 26)
     assert merge_monster.main(["--replay", str(whole / "out" / RECIPE), "--output", "again"]) == 0
     ours, theirs = digest(place / "again"), digest(whole / "out")
-    assert {name for name in theirs if ours.get(name) != theirs[name]} <= {JOURNAL, "README.md"}
+    assert {name for name in theirs if ours.get(name) != theirs[name]} <= {JOURNAL, RECIPE, "README.md"}
+    recipes = [json.loads((folder / RECIPE).read_text(encoding="utf-8")) for folder in (place / "again", whole / "out")]
+    assert recipes[0]["settings"] == recipes[1]["settings"] and recipes[0]["phrases"] == recipes[1]["phrases"]
     assert merge_monster.main(["--compare", "again", str(whole / "out")]) == 0
 
 

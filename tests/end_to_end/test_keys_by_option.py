@@ -1,6 +1,7 @@
 """--set on the command line, held against the same YAML written out: same output, same recipe, same journal."""
 
 import json
+import os
 
 import pytest
 import tiny
@@ -16,7 +17,7 @@ WRITTEN = {"merge_ratios": [0.3, 0.7], "merge_method": "slerp", "joint": {"steps
 
 
 def configured(models, **more):
-    base, *candidates = models
+    base, *candidates = map(os.path.relpath, models)
     tiny.write_config("my.yaml", base, candidates, "out", **more)
 
 

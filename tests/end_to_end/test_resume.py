@@ -77,7 +77,8 @@ def test_the_journal_tells_the_whole_run(models, whole):
     assert all(len(d["log_probabilities"]) == len(tiny.PAIRS) for d in decisions)
     assert any(d["ratio"] for d in decisions) and decisions[1]["before"] == decisions[0]["after"]
     for source, folder in zip((r for r in records if r["kind"] == "source"), models, strict=True):
-        assert source["text"] == source["where"] == str(folder)
+        assert source["where"] == os.path.relpath(folder, whole)
+        assert source["text"] == os.path.relpath(folder, whole.parent)  # in which the run was started
         assert {name for name in source["fingerprint"] if name.endswith("safetensors")} == {
             path.name for path in folder.glob("*.safetensors")
         }
@@ -628,7 +629,14 @@ def test_a_recipe_builds_the_same_bits(place, models, whole):
     assert replay(whole / RECIPE, place / "again") == 0
     ours, theirs = digest(place / "again"), digest(whole)
     assert ours.pop("README.md") != theirs.pop("README.md")  # its title is the output's name
+    assert ours.pop(RECIPE) != theirs.pop(RECIPE)  # it says where all lies from the output on
     assert ours == {name: value for name, value in theirs.items() if name != JOURNAL}
+    told = [json.loads((folder / RECIPE).read_text(encoding="utf-8")) for folder in (place / "again", whole)]
+    for recipe in told:
+        del recipe["folder"]
+        for source in recipe["sources"]:
+            del source["where"]
+    assert told[0] == told[1]
     assert before == {folder: digest(folder) for folder in models}
     assert sorted(path.name for path in place.iterdir()) == ["again", "logs"]
 
@@ -669,7 +677,7 @@ def test_decisions_that_can_not_be_carried_out(place, models, whole, capsys):
     recipe = json.loads((whole / RECIPE).read_text())
     next(d for d in recipe["decisions"] if d["ratio"] is not None and d["layer"] is not None)["layer"] = 7
     (place / "recipe.json").write_text(json.dumps(recipe))
-    assert replay(place / "recipe.json", place / "again") == 2
+    assert replay(place / "recipe.json", place / "again", f"--source={models[0].parent}") == 2
     error = capsys.readouterr().err
     assert "can't be carried out: the base has 3 layers, and no number 8" in error and "Traceback" not in error
     assert not (place / "again").exists() and not (place / "again.partial").exists()
@@ -691,14 +699,14 @@ def test_what_is_no_recipe(place, models, whole, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
-def test_a_recipe_does_not_decide_that_code_is_run(place, whole, capsys):
+def test_a_recipe_does_not_decide_that_code_is_run(place, models, whole, capsys):
     recipe = json.loads((whole / RECIPE).read_text())
     recipe["settings"]["trust_remote_code"] = True
     (place / "recipe.json").write_text(json.dumps(recipe))
     assert replay(place / "recipe.json", place / "again") == 2
     assert "if you trust them, add --trust-remote-code" in capsys.readouterr().err
     assert not (place / "again").exists()
-    assert replay(place / "recipe.json", place / "again", "--trust-remote-code") == 0
+    assert replay(place / "recipe.json", place / "again", "--trust-remote-code", f"--source={models[0].parent}") == 0
 
 
 def test_a_recipe_does_not_overwrite(place, whole, capsys):

@@ -72,6 +72,7 @@ def test_a_journal_is_gone_on_with(place, models, records):
     assert merge_monster.main(["--config", "my.yaml", "--resume"]) == 0
     after = [json.loads(line) for line in (place / "out" / JOURNAL).read_text(encoding="utf-8").splitlines()]
     assert after[: len(kept)] == kept and len(after) > len(kept)
+    assert str(place) not in (place / "out" / RECIPE).read_text(encoding="utf-8")  # of which the journal was full
     assert sum(entry["kind"] == "decision" for entry in after) == 10
 
 

@@ -116,8 +116,8 @@ def test_the_card_of_a_run(run, recipe):
     text = (partial / CARD_FILE).read_bytes().decode()
     assert "base_model" not in accepted(text) and metadata_load(partial / CARD_FILE)["tags"]
     assert text.split("---\n")[2].startswith("\n# merged\n")
-    prose, settings = text.split("## Settings")
-    assert str(run) not in prose and str(run) in settings  # the settings are the user's own text
+    prose = text.split("## Settings")[0]
+    assert str(run) not in text
     composition, phrases = tables(prose)
     assert composition[2:] == [
         [name, f"{share * 100:.2f}%", "a local folder"] for name, share in recipe["composition"].items()
@@ -273,12 +273,11 @@ def test_no_name_and_no_phrase_breaks_a_card(recipe, odd):
         source["name"] = names[source["name"]]
     recipe["composition"] = {names[name]: share for name, share in recipe["composition"].items()}
     recipe["phrases"] = [{**pair, "phrase": odd, "context": f"{odd} "} for pair in recipe["phrases"]]
-    recipe["config"] = f"{odd}\n"
     recipe["samples"] = [{"prompt": odd, "base": f"{odd}\n\n{odd}", "merge": odd * 5000}, NOTHING]
     licence = Licence((odd,), (odd,))
     text = card_of(recipe, odd, licence)
     samples = [{"prompt": "a", "base": "b", "merge": "c"}, NOTHING]
-    plain = card_of({**recipe, "config": "", "samples": samples}, "plain", Licence(("a",), ("b",)))
+    plain = card_of({**recipe, "samples": samples}, "plain", Licence(("a",), ("b",)))
     assert accepted(text) == accepted(plain)
     composition, phrases = tables(text.split("## Settings")[0])
     assert [row[0] for row in composition[2:]] == [as_shown(name) for name in recipe["composition"]]
@@ -296,23 +295,86 @@ def test_no_name_and_no_phrase_breaks_a_card(recipe, odd):
     assert text.split("---\n")[2].startswith("\n# ")
 
 
-@pytest.mark.parametrize(
-    "config",
-    ["a: |\n  ```\n  x\n  ```\n", "a: '````````'\n", "---\na: 1\n---\nb: 2\n", "a: 1\r\nb: 2\r\n" * 99, "a: 1"],
-)
-def test_settings_of_any_form_stay_in_their_fence(recipe, config):
-    recipe["config"] = config
+def blocks(text):
+    """The settings, and the phrases that are folded away, as YAML."""
+    told = text.split("## Settings\n")[1].split("\n## ")[0]
+    settings, phrases = re.findall(r"^(`{3,})yaml\n(.*?)\n\1$", told, re.DOTALL | re.MULTILINE)
+    folded = told.split("<details>\n<summary>")[1].split("</details>")[0]
+    assert phrases[1] in folded and settings[1] not in folded
+    return yaml.safe_load(settings[1]), yaml.safe_load(phrases[1])
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_settings_and_phrases_of_any_form_stay_in_their_fences(recipe, odd):
+    recipe["settings"]["samples"] = [odd]
+    recipe["phrases"] = [{**pair, "phrase": odd, "context": odd} for pair in recipe["phrases"]]
     text = card_of(recipe)
     accepted(text)
-    fence, block = re.search(r"## Settings\n\n(`+)yaml\n(.*?)\n\1\n", text, re.DOTALL).groups()
-    assert block == config.replace("\r\n", "\n").rstrip("\n") and fence not in block
-    assert text.split(f"{block}\n{fence}\n")[1].startswith("\n## Building it again")
+    settings, phrases = blocks(text)
+    assert settings["samples"] == [odd] and {entry["phrase"] for entry in phrases["bad_phrases"]} == {odd}
+    assert text.split("</details>\n")[-1].startswith("\n## Building it again")
 
 
-def test_long_settings_are_left_to_their_file(recipe):
-    recipe["config"] = "# long\n" * 10_000
+def test_long_settings_and_phrases_are_left_to_the_recipe(recipe):
+    recipe["settings"]["samples"] = ["long"] * 10_000
+    recipe["phrases"] = recipe["phrases"][:1] * 10_000
+    settings, phrases = card_of(recipe).split("## Settings")[1].split("<details>")
+    words = "It is too long for this page: see `merge_monster_recipe.json`."
+    assert words in settings and words in phrases and "```" not in settings + phrases.split("</details>")[0]
+
+
+def test_only_what_is_not_the_default_is_told(recipe):
+    on_hub(recipe, f"org/base@{COMMITS[0]}", f"org/m@{COMMITS[0]}+/models/one", "/home/somebody/two")
+    mine = {"neutral_texts": ["/home/somebody/mine.txt"], "phrase_files": ["/home/somebody/list.yaml"], "held_out": 0.5}
+    recipe["settings"] |= {
+        **mine,
+        "layers": [0, 2, 3],
+        "keep_downloads": False,
+        "samples": None,
+        "strategy_threshold": 0.6,
+    }
     text = card_of(recipe)
-    assert "# long" not in text and "see `merge_monster.yaml`" in text
+    settings, _ = blocks(text)
+    assert settings == {
+        "directories": {"model_path1": f"org/base@{COMMITS[0]}"},
+        "models_to_merge": ["one", "two"],
+        "merge_ratios": [0.7],
+        "layers": [0, "2-3"],
+        "baselines": False,
+        "neutral_texts": ["mine.txt"],
+        "device": "cpu",
+    }
+    assert "somebody" not in text and "list.yaml" not in text
+
+
+def test_phrases_are_told_as_lists(recipe):
+    pair = {"kind": "BAD", "phrase": "a", "context": "b", "weight": 2.0, "before": 0.5, "after": 0.25}
+    turn = {"role": "user", "content": "Hello."}
+    others = [{"context": "c"}, {"context": "It is", "chat": {"messages": [turn], "answer": "It is"}}, {"weight": 1.0}]
+    recipe["phrases"] = [pair, *({**pair, **other} for other in others), {**pair, "kind": "GOOD", "weight": -2.0}]
+    recipe["held_out"] = {"phrases": [{**pair, "context": "d"}], "total": recipe["total"]}
+    text = card_of(recipe)
+    assert "<summary>The phrase lists: 6 pairs of a phrase and a context</summary>" in text
+    chat = {"messages": [turn], "continue": "It is"}
+    assert blocks(text)[1] == {
+        "bad_phrases": [
+            {"phrase": "a", "weight": 2.0, "contexts": ["b", "c", chat]},
+            {"phrase": "a", "contexts": ["b"]},
+            {"phrase": "a", "weight": 2.0, "contexts": [{"context": "d", "held_out": True}]},
+        ],
+        "good_phrases": [{"phrase": "a", "weight": 2.0, "contexts": ["b"]}],
+    }
+    recipe["settings"]["auto_weights"] = True
+    assert "weight:" not in card_of(recipe).split("<details>")[1]
+
+
+def test_a_search_with_what_the_card_tells_finds_the_same(run, recipe, monkeypatch):
+    monkeypatch.chdir(run)
+    settings, phrases = blocks(card_of(recipe))
+    told = {**settings, **phrases, "neutral_texts": [], "samples": []}
+    (run / "told.yaml").write_text(yaml.safe_dump(told, allow_unicode=True), encoding="utf-8")
+    assert merge_monster.main(["--config", "told.yaml", "--output", "found"]) == 0
+    assert (run / "found/model.safetensors").read_bytes() == (run / "out/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("count", [MOST_PHRASES, MOST_PHRASES + 1, 2000])

@@ -142,7 +142,8 @@ class Bench:
     def command(self, arguments):
         """A whole command for this output."""
         if arguments == ["--replay"]:
-            return merge_monster.main(["--replay", str(self.here / RECIPE), "--output", str(self.out)])
+            replay = ["--replay", str(self.here / RECIPE), "--source", str(self.here / "models")]
+            return merge_monster.main([*replay, "--output", str(self.out)])
         return merge(self.place, self.models, *arguments)
 
     def troubles(self, work, restore, monkeypatch, hows=("killed before", "killed after", "fails")):

@@ -1,0 +1,73 @@
+"""A recipe's settings as a YAML file that others can use: models by their ids or names, phrases in place of files.
+
+Knows: which keys are for everybody, how phrases are written as lists. Refuses to know: Markdown.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from modules.config import Directories, names_folder
+from modules.config import Settings as Keys
+from modules.output.recipe import Recipe
+from modules.output.records import Phrase, Source
+from modules.runtime import spans
+
+# Paths, what the lists of phrases say instead, and what makes no difference to the model.
+_NOT_TOLD = (
+    *("directories", "models_to_merge", "bad_phrases", "good_phrases", "phrase_files", "held_out_files", "held_out"),
+    *("system", "on_error", "keep_downloads", "mapper"),
+)
+_DEFAULTS: dict[str, Any] = json.loads(json.dumps(asdict(Keys(Directories("", "")))))  # as a recipe has them
+_WIDTH = 110  # of a line
+
+
+def settings_yaml(recipe: Recipe) -> str:
+    """The models, and all settings that are not the default."""
+    base, *candidates = map(_said, recipe.sources)
+    told: dict[str, Any] = {"directories": {"model_path1": base}, "models_to_merge": candidates}
+    given = recipe.settings.written()
+    for key in (key for key in _DEFAULTS if key not in _NOT_TOLD and key in given):
+        if given[key] != _DEFAULTS[key]:
+            told[key] = given[key]
+    if isinstance(told.get("neutral_texts"), list):
+        told["neutral_texts"] = [os.path.basename(str(file)) for file in told["neutral_texts"]]
+    if recipe.settings.layers:
+        told["layers"] = [int(span) if span.isdigit() else span for span in spans(recipe.settings.layers)]
+    return _written(told)
+
+
+def _said(source: Source) -> str:
+    """What a file calls a model: its name, unless all of it is on the hub."""
+    return source.name if names_folder(source.where) else source.where
+
+
+def phrases_yaml(recipe: Recipe) -> str:
+    """All phrases as lists, those that are held out marked as such."""
+    lists: dict[str, list[dict[str, Any]]] = {}
+    held_out = recipe.held_out.phrases if recipe.held_out else []
+    weighed = not recipe.settings.auto_weights
+    for phrases, more in ((recipe.phrases, {}), (held_out, {"held_out": True})):
+        for phrase in phrases:
+            entries = lists.setdefault(f"{phrase.kind.lower()}_phrases", [])
+            weight = abs(phrase.weight) if weighed else 1
+            head = {"phrase": phrase.phrase, **({"weight": weight} if weight != 1 else {})}
+            if not entries or head != {key: value for key, value in entries[-1].items() if key != "contexts"}:
+                entries.append({**head, "contexts": []})
+            entries[-1]["contexts"].append(_context(phrase, more))
+    return _written(lists)
+
+
+def _context(phrase: Phrase, more: dict[str, Any]) -> Any:
+    if phrase.chat is None:
+        return {"context": phrase.context, **more} if more else phrase.context
+    answer = {"continue": phrase.chat.answer} if phrase.chat.answer else {}
+    messages = [{"role": turn.role, "content": turn.content} for turn in phrase.chat.messages]
+    return {"messages": messages, **answer, **more}
+
+
+def _written(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=_WIDTH)

@@ -1,0 +1,191 @@
+"""An output as others get it: no path of this machine in any file, and a recipe that still finds its sources."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+import yaml
+from broken_runs import JOURNAL, RECIPE, break_off
+from project import ROOT, environment
+from runs import digest, log_of, make_models
+from safetensors.torch import load_file, save_file
+
+import merge_monster
+
+TEXT = "The bread is on the table. It was baked this morning, and half of it is left for the evening. "
+
+
+def names_a_path(output, *folders):
+    """The files of an output in which one of these folders is named, however it is spelt."""
+    spelt = {os.fsencode(path) for folder in folders for path in (str(folder), os.path.realpath(folder))}
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert {JOURNAL, RECIPE, "merge_monster.yaml", "README.md", "model.safetensors"} <= {path.name for path in files}
+    return [path.name for path in files if any(one in path.read_bytes() for one in spelt)]
+
+
+def recipe_of(folder):
+    return json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+
+
+def whole_paths(place, models, **more):
+    """A configuration in which every path begins at the root."""
+    base, *candidates = models
+    (place / "plain.txt").write_text(TEXT * 12, encoding="utf-8")
+    for number, name in enumerate(("more.yaml", "held.yaml"), start=1):
+        lists = {"bad_phrases": tiny.phrase_entries(tiny.PAIRS[number : number + 1], "BAD")}
+        (place / name).write_text(yaml.safe_dump(lists), encoding="utf-8")
+    more = {
+        "neutral_texts": [str(place / "plain.txt")],
+        "phrase_files": [str(place / "more.yaml")],
+        "held_out_files": [str(place / "held.yaml")],
+        "baselines": True,
+        "merge_ratios": [0.5],
+        **more,
+    }
+    path = tiny.write_config(place / "my.yaml", base, candidates, place / "out", **more)
+    return path
+
+
+@pytest.fixture
+def own(place):
+    """Models in the folder of the test, the second with a tensor that is no number."""
+    models = make_models(place / "models")
+    tensors = load_file(models[2] / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, models[2] / "model.safetensors", metadata={"format": "pt"})
+    return models
+
+
+@pytest.mark.parametrize("search", ["greedy", "joint"])
+def test_no_file_of_an_output_names_a_path(place, own, search):
+    models = own if search == "greedy" else own[:2]
+    path = whole_paths(place, models, search=search, joint={"steps": 2})
+    path.write_text(f"# begun in {place}\n{path.read_text(encoding='utf-8')}", encoding="utf-8")
+    config = str(path)
+    assert merge_monster.main(["--config", config, "--set", f"random_seed=1 # {place}"]) == 0
+    assert names_a_path(place / "out", place, os.path.expanduser("~")) == []
+    recipe, kept = recipe_of(place / "out"), (place / "out/merge_monster.yaml").read_text(encoding="utf-8")
+    names = [model.name for model in models]
+    assert [source["where"] for source in recipe["sources"]] == [f"../models/{name}" for name in names]
+    assert [source["text"] for source in recipe["sources"]] == [f"models/{name}" for name in names]
+    assert recipe["settings"]["phrase_files"] == ["more.yaml"] and kept.startswith("# begun in .\n")
+    document = yaml.safe_load(kept)
+    assert document["models_to_merge"] == [f"models/{name}" for name in names[1:]]
+    assert document["directories"] == {"model_path1": "models/base", "output_directory": "out"}
+    assert recipe["config"] == kept and merge_monster.main(["--config", config, "--resume"]) == 2  # another seed
+    log = log_of(place)
+    assert search == "joint" or any(line["warning"] for line in recipe["decisions"])
+    assert merge_monster.main(["--config", config, "--set", "random_seed=1", "--resume"]) == 0  # is finished
+    logs = "\n".join(path.read_text(encoding="utf-8") for path in (place / "logs").iterdir())
+    assert all(f"{model.name} is {model}\n" in logs for model in models), log
+
+
+@pytest.mark.parametrize("search", ["greedy", "joint"])
+def test_a_run_of_whole_paths_goes_on(place, own, search, monkeypatch):
+    config = str(whole_paths(place, own[:2], search=search, joint={"steps": 2}))
+    assert merge_monster.main(["--config", config]) == 0
+    whole = (place / "out").rename(place / "whole")
+    assert json.loads((whole / JOURNAL).read_text(encoding="utf-8").splitlines()[0])["folder"] == ".."
+    kinds = [json.loads(line)["kind"] for line in (whole / JOURNAL).read_text(encoding="utf-8").splitlines()]
+    break_off(place, whole, max(n for n, kind in enumerate(kinds, start=1) if kind in ("decision", "step")))
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")  # the paths are whole: they lead there from anywhere
+    assert merge_monster.main(["--config", config, "--resume"]) == 0
+    assert names_a_path(place / "out", place) == [JOURNAL]  # of which the first line was written by this test
+    assert digest(place / "out")["model.safetensors"] == digest(whole)["model.safetensors"]
+
+
+def test_what_lies_in_the_home_folder_begins_with_it(place, own):
+    """Started outside of it, in a process of its own, with pictures."""
+    home, work = place / "home/jane", place / "work"
+    shutil.copytree(place / "models", home / "models")
+    work.mkdir()
+    config = tiny.write_config(home / "my.yaml", home / "models/base", [home / "models/one"], work / "out")
+    command = [sys.executable, str(ROOT / "merge_monster.py"), "--config", str(config)]
+    result = subprocess.run(
+        command, cwd=work, env=environment(HOME=str(home)), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert names_a_path(work / "out", place, "/home/jane") == [] and "jane" not in (work / "out" / RECIPE).read_text()
+    recipe = recipe_of(work / "out")
+    assert [source["where"] for source in recipe["sources"]] == ["~/models/base", "~/models/one"]
+    replay = [*command[:2], "--replay", "out", "--output", "again"]
+    result = subprocess.run(
+        replay, cwd=work, env=environment(HOME=str(home)), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert digest(work / "again")["model.safetensors"] == digest(work / "out")["model.safetensors"]
+    assert [path.name for path in (work / "again").glob("*.png")] and names_a_path_of_a_replay(
+        work / "again", place
+    ) == []
+
+
+def names_a_path_of_a_replay(output, *folders):
+    """The same of what was built again, which has no journal."""
+    (output / JOURNAL).touch()
+    return names_a_path(output, *folders)
+
+
+@pytest.fixture
+def whole(place, models):
+    base, *candidates = models
+    shutil.copytree(base.parent, place / "models")
+    names = [f"models/{folder.name}" for folder in (base, *candidates)]
+    tiny.write_config("my.yaml", names[0], names[1:], "runs/out", merge_ratios=[0.5])
+    assert merge_monster.main(["--config", "my.yaml"]) == 0
+    return place / "runs/out"
+
+
+def built_again(whole, *arguments):
+    assert merge_monster.main(["--replay", *map(str, arguments)]) == 0
+    assert digest(whole.parent / "deep/again")["model.safetensors"] == digest(whole)["model.safetensors"]
+    shutil.rmtree(whole.parent / "deep")
+
+
+def test_a_recipe_finds_what_lies_where_it_lay_from_the_output(place, whole, monkeypatch):
+    assert recipe_of(whole)["sources"][0]["where"] == "../../models/base"
+    again = whole.parent / "deep/again"
+    monkeypatch.chdir("logs")  # from wherever it is started
+    built_again(whole, whole / RECIPE, "--output", again)
+    moved = place / "moved"
+    moved.mkdir()
+    for name in ("models", "runs"):
+        (place / name).rename(moved / name)
+    whole, again = moved / "runs/out", moved / "runs/deeper/again"
+    assert merge_monster.main(["--replay", str(whole), "--output", str(again)]) == 0
+    assert recipe_of(again)["sources"][0]["where"] == "../../../models/base"
+    built_again(whole, again, "--output", moved / "runs/deep/again")
+
+
+def test_a_folder_is_looked_through_by_names(place, whole, capsys):
+    (place / "models").rename(place / "mine")
+    again = whole.parent / "deep/again"
+    assert merge_monster.main(["--replay", str(whole), "--output", str(again)]) == 2
+    assert f"{place / 'models/base'}: no such folder; " in capsys.readouterr().err
+    built_again(whole, whole, "--source", "mine", "--output", again)
+    (place / "mine/one").rename(place / "another-name")
+    built_again(whole, whole, "--source", "mine", "--source", "one=another-name", "--output", again)
+    built_again(whole, whole, "--source", "one=another-name", "--source", place / "mine", "--output", again)
+
+
+def test_a_recipe_of_before_loses_its_paths_when_it_is_built_again(place, whole):
+    recipe = recipe_of(whole)
+    theirs = "/home/somebody/models"
+    for source in recipe["sources"]:
+        source["where"] = source["text"] = f"{theirs}/{source['name']}"
+    recipe["settings"]["directories"]["model_path1"] = f"{theirs}/base"
+    recipe["settings"]["models_to_merge"] = [f"{theirs}/one", f"{theirs}/two"]
+    recipe["config"] = f"directories: {{model_path1: {theirs}/base}}\n"
+    recipe["failures"] = {"2": f"{theirs}/two/model.safetensors: can't be read"}
+    (place / "before.json").write_text(json.dumps(recipe), encoding="utf-8")
+    assert merge_monster.main(["--replay", "before.json", "--source", "models", "--output", "again"]) == 0
+    assert digest(place / "again")["model.safetensors"] == digest(whole)["model.safetensors"]
+    assert names_a_path_of_a_replay(place / "again", place, "/home/somebody") == []
+    now = recipe_of(place / "again")
+    assert [source["where"] for source in now["sources"]] == ["../models/base", "../models/one", "../models/two"]
+    assert now["config"] == "directories: {model_path1: base}\n"
+    assert now["failures"] == {"2": "two/model.safetensors: can't be read"}
