@@ -155,7 +155,7 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         seen = watch.now.drift, held_out, samples
         recipe = record.recipe(*state, composition, *seen, model.dtypes(), seconds, conductor.shares)
         finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
-    end(console, config, models.base)
+    end(console, config, models.base, config.directories.output_directory)
 
 
 def begin_search(

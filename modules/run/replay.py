@@ -68,7 +68,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         models = loader.open()
         check_space(models.jobs, config.keep_downloads)
         _rebuild(asked, recipe, loader, place, models)
-    end(console, config, models.base)
+    end(console, config, models.base, str(asked.output))
 
 
 def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, models: Models) -> None:

@@ -3,6 +3,7 @@
 Knows: libraries, saving, what lies beside the weights. Refuses to know: searching.
 """
 
+import shlex
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from modules.output import (
     MERGE_MAP_FILE,
     PHRASE_CHART_FILE,
     SETTINGS_FILE,
+    Public,
     Recipe,
     RunRecord,
     Settings,
@@ -34,6 +36,8 @@ from modules.output import (
 from modules.runtime import Console, first_line, postponed
 from modules.runtime.distributed import Group
 from modules.scoring import chats_of, render_chats, with_texts
+
+LARGEST_LOOKED_AT = 1_000_000  # bytes; vocabularies have more, and no paths
 
 
 def with_chats_rendered(loader: ModelLoader, models: Models, begun: Settings | None = None) -> ModelLoader:
@@ -78,14 +82,28 @@ def finish(
         except Exception as error:  # no reason to lose a merge
             (folder / file).unlink(missing_ok=True)
             console.warning(f"{file} could not be made ({first_line(error)})")
+    console.warnings(_paths_of_the_base(folder, base, Public(output, [base.path])))
     with postponed(lambda: None):  # it takes a moment, in which Ctrl-C is not heard unless it comes twice
         console.warnings(unfinished.take_place(overwrite))
 
 
-def end(console: Console, config: Config, base: Checkpoint) -> None:
-    """Leave no download that is not to be kept, and say that all is done."""
+def _paths_of_the_base(folder: Path, base: Checkpoint, public: Public) -> list[str]:
+    """A line for each of the base's files that was copied to a folder and names a path of this machine."""
+    lines = []
+    for name in (name for name, size in base.companions.published.items() if size <= LARGEST_LOOKED_AT):
+        path = public.found_in((folder / name).read_text(encoding="utf-8", errors="replace"))
+        lines += [f"{name}, which is the base's own, names {path}: see to it before you publish the output"] * bool(
+            path
+        )
+    return lines
+
+
+def end(console: Console, config: Config, base: Checkpoint, output: str = "") -> None:
+    """Leave no download that is not to be kept, and say that all is done. output: what there is to be published."""
     if not config.keep_downloads:
         remove_downloads(console, [base.repository])
+    if output:
+        console.line(f"To publish it: {shlex.join(['hf', 'upload', 'ORG/NAME', output, '--private'])}")
     console.final(f"Done. The log is {console.log_path}")
 
 

@@ -60,6 +60,7 @@ def without_digits(text):
     # Which ratio wins, and whether a layer changes, may differ too: only what surrounds them is compared.
     lines = [line for line in text.splitlines() if " - Layer " not in line and " - Header " not in line]
     lines = [line for line in lines if not line.startswith(("[[", "Output directory")) and "Saving to" not in line]
+    lines = [line for line in lines if not line.startswith("To publish it")]  # where the output is
     # Whether a candidate alone is better than the merge, and how wide a table of totals is.
     lines = [line for line in lines if "taken whole is better" not in line and not line.startswith(("Take it", "---"))]
     lines = [line for line in lines if not re.match(r"  base:|  merge:| {9}", line)]  # what a model answers

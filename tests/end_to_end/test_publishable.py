@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import yaml
 from broken_runs import JOURNAL, RECIPE, break_off
+from huggingface_hub import ModelCard, ModelCardData
 from project import ROOT, environment
 from runs import digest, log_of, make_models
 from safetensors.torch import load_file, save_file
@@ -189,3 +193,73 @@ def test_a_recipe_of_before_loses_its_paths_when_it_is_built_again(place, whole)
     assert [source["where"] for source in now["sources"]] == ["../models/base", "../models/one", "../models/two"]
     assert now["config"] == "directories: {model_path1: base}\n"
     assert now["failures"] == {"2": "two/model.safetensors: can't be read"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Uploaded as it is
+# ---------------------------------------------------------------------------------------------------------------------
+
+UPLOAD = "hf upload ORG/NAME {} --private"
+
+
+def last_lines(place):
+    return [line for line in log_of(place).splitlines() if line][-2:]
+
+
+def test_the_last_lines_name_the_command(place, whole):
+    for output in ("runs/out", "a folder"):
+        if output != "runs/out":
+            assert merge_monster.main(["--replay", str(whole), "--output", output]) == 0
+        upload, done = last_lines(place)
+        assert upload == f"To publish it: {UPLOAD.format(shlex.quote(output))}" and " - Done. The log is " in done
+    for arguments in (["--dry-run"], ["--resume"]):
+        merge_monster.main(["--config", "my.yaml", *arguments])
+        assert "hf upload" not in log_of(place)
+
+
+def test_the_pages_name_the_same_command():
+    texts = [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("output.md", "try-it.md")]
+    assert f"\n    {UPLOAD.format('demo/merged')}\n" in texts[0]
+    assert f"\nTo publish it: {UPLOAD.format('demo/merged')}\n" in texts[1]
+
+
+def test_the_command_is_one_of_the_hubs_client():
+    client = Path(sys.executable).parent / "hf"
+    result = subprocess.run([client, "upload", "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"hf upload .*REPO_ID \[LOCAL_PATH\]", result.stdout) and "--private" in result.stdout
+
+
+def test_nothing_is_in_the_folder_that_is_not_to_go_up(place):
+    """What a base's folder may hold beside a model stays there."""
+    models = make_models(place / "models")
+    for name in ("notes.txt", ".env", "README.md", "optimizer.pt", "trainer_state.json", "merge_monster_recipe.json"):
+        (models[0] / name).write_text("{}", encoding="utf-8")
+    (models[0] / "LICENSE").write_text("You may.", encoding="utf-8")
+    config = tiny.write_config(place / "my.yaml", models[0], models[1:], place / "out", merge_ratios=[0.5])
+    assert merge_monster.main(["--config", str(config)]) == 0
+    model = {"config.json", "generation_config.json", "model.safetensors", "LICENSE"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    own = {"README.md", "merge_monster.yaml", RECIPE, JOURNAL, "merge_map.png", "phrase_chart.png"}
+    found = sorted(path.relative_to(place / "out").as_posix() for path in (place / "out").rglob("*"))
+    assert found == sorted(model | tokenizer | own)
+
+
+def test_the_hubs_client_takes_the_card_of_an_output(whole):
+    """All that can be held without the hub, which is asked by `ModelCard.validate`."""
+    card = ModelCard.load(whole / "README.md")
+    assert str(card) == (whole / "README.md").read_text(encoding="utf-8")
+    told = card.data.to_dict()
+    assert ModelCardData(**told).to_dict() == told and told["tags"][0] == "merge"
+    assert (told["library_name"], told["pipeline_tag"]) == ("transformers", "text-generation")
+    assert set(told) == {"library_name", "pipeline_tag", "tags"}  # folders are no base models of the hub
+
+
+def test_a_path_in_what_is_copied_of_the_base_is_told(place):
+    models = make_models(place / "models")
+    tiny.edit_checkpoint(models[0], _name_or_path=str(place / "models/older"))
+    config = tiny.write_config(place / "my.yaml", models[0], models[1:], place / "out", merge_ratios=[0.5])
+    for arguments in (["--config", str(config)], ["--replay", "out", "--output", "again"]):
+        assert merge_monster.main(arguments) == 0
+        words = "WARNING: config.json, which is the base's own, names "
+        assert f"{words}{place}/models/older: see to it before you publish the output\n" in log_of(place)

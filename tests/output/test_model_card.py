@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import yaml
-from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.utils import validate_repo_id
 from runs import make_models
 
@@ -75,6 +75,8 @@ def accepted(text):
     card = ModelCard(text)
     assert str(card) == text
     data = card.data.to_dict()
+    assert ModelCardData(**data).to_dict() == data and isinstance(data.get("base_model", []), list)
+    assert data.get("base_model_relation", "merge") == "merge"
     for repository in data.get("base_model", []):
         validate_repo_id(repository)
     assert data["tags"] == ["merge", "mergemonster"]
