@@ -1,6 +1,8 @@
 # make demo   create .venv, install, train the demo models if they are missing, map and merge them, twice
 # make real   the same environment and two packages more; a real model of 135 M parameters and four fine-tunes of it,
 #             mapped and merged (about twenty minutes on two cores, 3 GB; the second time it is only merged)
+# make real-discover  what that model says too often, a merge against it, and how often it says so afterwards (half an
+#             hour on two cores)
 # make test   the same environment, then style checks and all tests
 # make bench  the figures of docs/performance.md (about twenty minutes)
 # make quality  the figures of docs/quality.md, on the models of make real (an hour or two, later minutes)
@@ -12,7 +14,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN = $(VENV)/bin/python
 
-.PHONY: demo real test bench quality clean
+.PHONY: demo real real-discover test bench quality clean
 
 demo: $(VENV)/installed
 	$(RUN) demo/make_models.py
@@ -26,6 +28,13 @@ real: $(VENV)/installed $(VENV)/real-with
 	$(RUN) monster_mapper.py --config demo/real-mapper.yaml
 	$(RUN) merge_monster.py --config demo/real.yaml --overwrite --resume --table summary
 	$(RUN) demo/make_real.py --show
+
+real-discover: $(VENV)/installed $(VENV)/real-with
+	$(RUN) demo/make_real.py
+	$(RUN) monster_mapper.py --config demo/real-mapper.yaml --discover --yaml demo/real/found.yaml --overwrite
+	$(RUN) merge_monster.py --config demo/real-found.yaml --overwrite --resume --table summary
+	$(RUN) monster_mapper.py --config demo/real-found.yaml --rate demo/real/merged-found --set random_seed=513 \
+		--json demo/real/rates.json --overwrite
 
 test: $(VENV)/tested-with
 	$(RUN) -m ruff format --check .

@@ -137,7 +137,7 @@ def test_the_page_tells_of_every_file_and_of_no_other():
     names = set(re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", GUIDE))
     assert all((FOLDER / name).exists() for name in names)
     assert {path.name for path in FOLDER.iterdir()} - {"README.md"} == {
-        name.strip("/") for name in names if not name.startswith("..")
+        name.split("/")[0] for name in names if not name.startswith("..")
     }
 
 
@@ -160,3 +160,15 @@ def test_the_commands_of_the_page_can_be_given():
     commands = [shlex.split(line) for line in GUIDE.splitlines() if line.startswith("    ") and "python " in line]
     assert commands and all(words[:2] == ["python", "monster_mapper.py"] for words in commands)
     assert any(monster_mapper.parse_arguments(words[2:]).discover for words in commands)
+
+
+def test_the_list_of_a_model_is_as_discover_writes_it():
+    lists = yaml.safe_load((FOLDER / "models/smollm2-135m-instruct.yaml").read_text(encoding="utf-8"))
+    assert list(lists) == ["bad_phrases"] and len(lists["bad_phrases"]) == 30
+    contexts = [context for entry in lists["bad_phrases"] for context in entry["contexts"]]
+    assert len(contexts) == 174 and all(len(context["messages"]) == 1 for context in contexts)
+    assert sum(context.get("held_out", False) for context in contexts) == 86
+    asked = set((FOLDER / "prompts.txt").read_text(encoding="utf-8").splitlines())
+    for entry in lists["bad_phrases"]:
+        prompts = {context["messages"][0]["content"] for context in entry["contexts"]}
+        assert len(prompts) >= 3 and prompts <= asked

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from project import ROOT
 
-from modules.config import DTYPES, METHODS, STRATEGIES, Directories, Joint, Mapper, Pair
+from modules.config import DTYPES, METHODS, STRATEGIES, Directories, Discover, Joint, Mapper, Pair
 from modules.config.fields import DEVICES, ON_ERROR
 from modules.config.phrase_lists import Phrase
 from modules.config.schema import Settings
@@ -30,6 +30,7 @@ THEIRS = {
     "before.json",
     "after.json",
     "my.yaml",
+    "found.yaml",
     "merge_monster_recipe.json",
 }  # files that the reader has, or will have
 REQUIRED = object()
@@ -89,7 +90,7 @@ def default_of(field):
 
 def expected_keys():
     """Every key of the YAML file and its default, nested ones with a dot."""
-    nested = {"directories": Directories, "joint": Joint, "mapper": Mapper}
+    nested = {"directories": Directories, "joint": Joint, "mapper": Mapper, "discover": Discover}
     found = {f.name: default_of(f) for f in dataclasses.fields(Settings) if f.name not in nested}
     for name, section_class in nested.items():
         found |= {f"{name}.{f.name}": default_of(f) for f in dataclasses.fields(section_class)}
