@@ -194,38 +194,48 @@ def limit_of(
 
 def matrix_products(shape: Shape, tokens: int, columns: int, ratios: int, headers: bool) -> Counter[Product]:
     """Every matrix product that the search of a candidate can't do without, with its number."""
+    found: Counter[Product] = Counter()
+    # Each trial on its own and one to move the cache on, in every layer; then all layers above it, stacked.
+    _add(found, _of_layer(shape, tokens), shape.layers * (ratios + 1))
+    _add(found, _of_layer(shape, tokens, ratios), shape.layers * (shape.layers - 1) // 2)
+    _add(found, _of_head(shape, columns, ratios), shape.layers)
+    # And forwards of the whole model.
+    _add(found, forward_products(shape, tokens, columns), 1 + (ratios if headers else 0))
+    return found
+
+
+def forward_products(shape: Shape, tokens: int, columns: int) -> Counter[Product]:
+    """Every matrix product of one forward of the whole model. tokens: packed; columns: at which the head is read."""
+    found: Counter[Product] = Counter()
+    _add(found, _of_layer(shape, tokens), shape.layers)
+    _add(found, _of_head(shape, columns), 1)
+    return found
+
+
+def _of_layer(shape: Shape, tokens: int, batch: int = 1) -> Counter[Product]:
     hidden, wide, kv = shape.hidden, shape.intermediate, shape.kv_heads * shape.head_size
     packs = -(-tokens // TOKENS)  # attention is within each
-    seen = -(-tokens // packs)
-
-    def layer(batch: int) -> list[tuple[Product, int]]:
-        rows = batch * tokens
-        return [
-            ((1, rows, hidden, hidden), 2),
-            ((1, rows, hidden, kv), 2),
-            ((1, rows, hidden, wide), 2),
-            ((1, rows, wide, hidden), 1),
-            ((batch * shape.heads, seen, shape.head_size, seen), packs),
-            ((batch * shape.heads, seen, seen, shape.head_size), packs),
-        ]
-
-    def head(batch: int) -> list[tuple[Product, int]]:
-        return [((1, batch * columns, hidden, shape.vocabulary), 1)]
-
+    seen, rows = -(-tokens // packs), batch * tokens
     found: Counter[Product] = Counter()
-
-    def add(products: list[tuple[Product, int]], times: int) -> None:
-        for product, count in products:
-            found[product] += times * count
-
-    # Each trial on its own and one to move the cache on, in every layer; then all layers above it, stacked.
-    add(layer(1), shape.layers * (ratios + 1))
-    add(layer(ratios), shape.layers * (shape.layers - 1) // 2)
-    add(head(ratios), shape.layers)
-    whole = 1 + (ratios if headers else 0)  # forwards of the whole model
-    add(layer(1), shape.layers * whole)
-    add(head(1), whole)
+    for product, count in (
+        ((1, rows, hidden, hidden), 2),
+        ((1, rows, hidden, kv), 2),
+        ((1, rows, hidden, wide), 2),
+        ((1, rows, wide, hidden), 1),
+        ((batch * shape.heads, seen, shape.head_size, seen), packs),
+        ((batch * shape.heads, seen, seen, shape.head_size), packs),
+    ):
+        found[product] += count
     return found
+
+
+def _of_head(shape: Shape, columns: int, batch: int = 1) -> Counter[Product]:
+    return Counter({(1, batch * columns, shape.hidden, shape.vocabulary): 1})
+
+
+def _add(found: Counter[Product], products: Counter[Product], times: int) -> None:
+    for product, count in products.items():
+        found[product] += times * count
 
 
 def product_seconds(product: Product, dtype: torch.dtype, device: torch.device) -> float:

@@ -1,0 +1,153 @@
+"""What a joint search costs: a step against its limit, how the time grows, and a greedy search beside it.
+
+    python benchmarks/bench_joint.py
+
+The whole program on a small random Llama in float32, one thread, headers on, drift weighed. Measured in turn, three
+times each; medians count. The limit of a step is the matrix products of a forward, its recomputation and its backward
+(four forwards' worth), one after another at the machine's own rate, and reading all candidates once. Prints tables and,
+as its last line, JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+
+from workload import (
+    Shape,
+    even_ratios,
+    forward_products,
+    machine,
+    make_models,
+    phrase_pairs,
+    product_seconds,
+    reading_seconds,
+)
+
+SHAPE = Shape(12, 512, 1408, 8000, heads=8, kv_heads=8, positions=512)
+PAIRS, NEUTRAL, CANDIDATES, RATIOS, STEPS = 40, 512, 4, 4, 25
+STEP_CURVE, CANDIDATE_CURVE = (5, 10, 25, 50), (1, 2, 4, 8)
+FORWARDS = 4  # whose products a step can't do without: forward, recomputed, and twice as much backward
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Models on the disk, and how often each thing is measured."""
+
+    folder: Path
+    repeats: int
+
+    def seconds(self, name: str, candidates: int, **settings: Any) -> float:
+        """A whole run's search, as its recipe tells it."""
+        place = self.folder / "run"
+        place.mkdir(exist_ok=True)
+        config = {
+            "directories": {"model_path1": str(self.folder / "base"), "output_directory": str(place / name)},
+            "models_to_merge": [str(self.folder / f"candidate-{number}") for number in range(candidates)],
+            "device": "cpu",
+            "compute_dtype": "float32",
+            "bad_phrases": [
+                {"phrase": pair.phrase, "contexts": [pair.context]}
+                for pair in phrase_pairs(PAIRS)
+                if pair.kind == "BAD"
+            ],
+            "drift_weight": 2.0,
+            "neutral_tokens": NEUTRAL,
+            "neutral_texts": [str(self.folder / "neutral.txt")],
+            "baselines": False,
+            "samples": [],
+            **settings,
+        }
+        (place / "bench.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        command = [sys.executable, str(ROOT / "merge_monster.py"), "--config", "bench.yaml", "--overwrite", "--quiet"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=place, env=environment, check=True, stdout=subprocess.DEVNULL)
+        recipe = json.loads((place / name / "merge_monster_recipe.json").read_text(encoding="utf-8"))
+        return recipe["seconds"]["search"]
+
+    def joint(self, steps: int, candidates: int) -> float:
+        """A joint search."""
+        return self.seconds("joint", candidates, search="joint", joint={"steps": steps})
+
+    def greedy(self, candidates: int, drift: bool) -> float:
+        """A greedy search with four ratios. drift: whether each trial's is measured, as that of each step is."""
+        own = {"merge_ratios": list(even_ratios(RATIOS)), **({} if drift else {"drift_weight": 0.0})}
+        return self.seconds("greedy", candidates, **own)
+
+
+def main() -> None:
+    """Measure, print."""
+    options = parse_arguments()
+    torch.set_num_threads(1)
+    steps, candidates = ((2, 4), (1, 2)) if options.quick else (STEP_CURVE, CANDIDATE_CURVE)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), 1 if options.quick else 3)
+        names = ["base", *(f"candidate-{number}" for number in range(max(*candidates, CANDIDATES)))]
+        make_models({SHAPE: [Path(folder) / name for name in names]})
+        words = " ".join(f"w{number % 3000}" for number in range(3 * NEUTRAL))
+        (Path(folder) / "neutral.txt").write_text(words, encoding="utf-8")
+        result = measured(bench, steps, candidates)
+    print_found(result)
+    print(json.dumps({"machine": machine(torch.device("cpu")), **result}))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """How much is measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two small points a curve, once each")
+    return parser.parse_args()
+
+
+def measured(bench: Bench, steps: Sequence[int], candidates: Sequence[int]) -> dict[str, Any]:
+    """All times in seconds, measured in turn."""
+    few, many = steps[0], steps[-1]
+    cases = {
+        **{f"steps {count}": (lambda count=count: bench.joint(count, CANDIDATES)) for count in steps},
+        **{f"candidates {count}": (lambda count=count: bench.joint(steps[1], count)) for count in candidates},
+        "greedy": lambda: bench.greedy(CANDIDATES, drift=False),
+        "greedy with drift": lambda: bench.greedy(CANDIDATES, drift=True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    limits = []
+    for _ in range(bench.repeats):
+        for name, measure in cases.items():
+            times[name].append(measure())
+        limits.append(limit_of_a_step(bench.folder))
+    found = {name: statistics.median(some) for name, some in times.items()}
+    step = (found[f"steps {many}"] - found[f"steps {few}"]) / (many - few)
+    return {"seconds": found, "step": step, "limit_of_a_step": statistics.median(limits)}
+
+
+def limit_of_a_step(folder: Path) -> float:
+    """Seconds that a step with all candidates can't do without, for the pairs as they are and the neutral tokens."""
+    pairs = [pair for pair in phrase_pairs(PAIRS) if pair.kind == "BAD"]
+    columns = sum(len(pair.phrase.split()) for pair in pairs) + NEUTRAL
+    tokens = sum(len(pair.context.split()) for pair in pairs) + columns
+    cpu, products = torch.device("cpu"), forward_products(SHAPE, tokens, columns)
+    forward = sum(count * product_seconds(product, torch.float32, cpu) for product, count in products.items())
+    return FORWARDS * forward + sum(reading_seconds(folder / f"candidate-{number}") for number in range(CANDIDATES))
+
+
+def print_found(result: dict[str, Any]) -> None:
+    """The result for people."""
+    for name, seconds in result["seconds"].items():
+        print(f"{name:<20} {seconds:7.2f} s")
+    step, limit = result["step"], result["limit_of_a_step"]
+    print(f"a step               {step:7.3f} s, {step / limit:.2f} times its limit of {limit:.3f} s")
+
+
+if __name__ == "__main__":
+    main()
