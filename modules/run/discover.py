@@ -18,10 +18,10 @@ from modules.discovery import (
 )
 from modules.discovery import report as found_report
 from modules.run.map import Exports, write_text
-from modules.run.steps import prepare_libraries
+from modules.run.steps import prepare_libraries, score_once
 from modules.run.writing import Author, author, folder_beside, prompts_for, write_texts
-from modules.runtime import Console, within_memory
-from modules.scoring import build_scorer, encode_pairs, render_chats, with_texts
+from modules.runtime import Console
+from modules.scoring import encode_pairs, render_chats, with_texts
 from modules.search import probability
 
 
@@ -88,6 +88,4 @@ def probabilities(writer: Author, pairs: Sequence[Pair], config: Config) -> list
     rendered = render_chats(writer.tokenizer, writer.name, chats, config.template)
     scored = with_texts(replace(config, bad_phrases=under, good_phrases=(), held_out_pairs=()), rendered).bad_phrases
     encoded = encode_pairs(writer.tokenizer, scored, writer.model.vocabulary, writer.model.max_tokens)
-    scorer = build_scorer(writer.model, encoded, tails=False)
-    found = within_memory(scorer.score, lambda: scorer.take_less_memory() is not None)
-    return [probability(value) for value in found]
+    return [probability(value) for value in score_once(writer.model, encoded)[1]]

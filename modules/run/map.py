@@ -4,7 +4,6 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from modules.mapper import CompletionTree, Explorer, PhraseRank, Spelling, build
 from modules.mapper import report as mapping_report
 from modules.model import ModelLoader, ResidentModel
 from modules.output import naming
-from modules.run.steps import end, prepare_libraries, with_chats_rendered
-from modules.runtime import ConfigError, Console, within_memory
-from modules.scoring import Encoded, build_scorer, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
+from modules.run.steps import end, prepare_libraries, score_once, with_chats_rendered
+from modules.runtime import ConfigError, Console
+from modules.scoring import Encoded, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,10 @@ def explore(
     """The tree of every distinct context and how its phrases stand, printed one context after another."""
     console.warnings(doubled_tokens(tokenizer, config.pairs))
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
-    scorer = build_scorer(model, encoded, tails=False)
+    scorer, log_probabilities = score_once(model, encoded)
     phrases: dict[tuple[str, Chat | None], list[tuple[Pair, Encoded, float]]] = {
         (pair.context, pair.chat): [] for pair in config.pairs
     }
-    log_probabilities = within_memory(scorer.score, lambda: scorer.take_less_memory() is not None)
-    if any(map(math.isnan, log_probabilities)):
-        raise model.no_numbers()
     for pair, item, log_probability in zip(config.pairs, encoded, log_probabilities, strict=True):
         phrases[pair.context, pair.chat].append((pair, item, log_probability))
     contexts, chats = zip(*phrases, strict=True)

@@ -3,8 +3,10 @@
 Knows: libraries, saving, what lies beside the weights. Refuses to know: searching.
 """
 
+import math
 import shlex
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,9 +35,9 @@ from modules.output import (
     write_card,
     write_recipe,
 )
-from modules.runtime import Console, first_line, postponed
+from modules.runtime import Console, first_line, postponed, within_memory
 from modules.runtime.distributed import Group
-from modules.scoring import chats_of, render_chats, with_texts
+from modules.scoring import Encoded, Scorer, build_scorer, chats_of, render_chats, with_texts
 
 LARGEST_LOOKED_AT = 1_000_000  # bytes; vocabularies have more, and no paths
 
@@ -52,6 +54,18 @@ def with_chats_rendered(loader: ModelLoader, models: Models, begun: Settings | N
         tokenizer = load_tokenizer(base.path, base.companions)
         known |= render_chats(tokenizer, str(base.path), new, loader.config.template)
     return replace(loader, config=with_texts(loader.config, known))
+
+
+def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer, list[float]]:
+    """Joint log-probabilities of pairs under a model that stays as it is, and what has found them.
+
+    Raises ConfigError if they are no numbers.
+    """
+    scorer = build_scorer(model, encoded, tails=False)
+    found = within_memory(scorer.score, lambda: scorer.take_less_memory() is not None)
+    if any(map(math.isnan, found)):
+        raise model.no_numbers()
+    return scorer, found
 
 
 def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: str, settings: str) -> None:
