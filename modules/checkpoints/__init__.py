@@ -13,4 +13,4 @@ from modules.checkpoints.hub import Prefetcher, bytes_needed, cache_folder, chec
 from modules.checkpoints.meaning import layer_settings
 from modules.checkpoints.open_models import Models, candidate_sources, open_base, open_models
 from modules.checkpoints.weight_files import dtype_name, index_file, is_there, local_files, read_file
-from modules.checkpoints.writing import write_shards, written_name
+from modules.checkpoints.writing import NewWeights, written_name

@@ -171,6 +171,13 @@ class Conversion:
                     )
 
     @cached_property
+    def groups(self) -> list[tuple[list[str], list[str]]]:
+        """All stored tensors, those together that are made of the same, and the module's tensors that they are; none,
+        for one that the module has no use for."""
+        found = [(list(group.sources), self.module_names(group.sources[0])) for group in self._groups]
+        return found + [([name], []) for name in self.unused]
+
+    @cached_property
     def _names_by_source(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = {}
         for name, group in self._group_of.items():

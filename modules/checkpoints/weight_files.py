@@ -7,8 +7,9 @@ import errno
 import hashlib
 import json
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # In this order: where a folder holds both formats, safetensors win.
 _FORMATS = ((SINGLE_FILE, INDEX_FILE), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -149,7 +150,7 @@ def read_header(path: Path, known: Forms | None = None) -> dict[str, TensorInfo]
     """
     tensors = {}
     for name, (stored, shape) in (known or _forms(path)).items():
-        dtype = stored if stored in _DTYPES.values() else _DTYPES.get(stored)
+        dtype = stored if stored in DTYPES.values() else DTYPES.get(stored)
         if dtype is None or (not dtype.is_floating_point and "weight" in name.rpartition(".")[2]):
             raise ConfigError(
                 f"{path}: {name} is stored as {dtype or stored}, which can't be merged; "
@@ -194,6 +195,12 @@ def _check_length(path: Path) -> None:
         raise ValueError(f"it is cut short: {size:,} bytes of {announced:,}; fetch it again")
 
 
+@lru_cache(maxsize=16)
+def _entries(header: bytes) -> Mapping[str, Any]:
+    """What a header says. To parse it takes as long as to read a tensor."""
+    return json.loads(header)
+
+
 def fresh(size: int) -> Tensor:
     """Memory that nobody else has."""
     return torch.empty(size, dtype=torch.uint8)
@@ -216,7 +223,7 @@ def stream_tensors(
     # No memory map: a file that shrinks or a mount that vanishes is then an error, not a crash. And read by ourselves,
     # since into memory that is used again and again it goes several times faster than into new memory.
     with reading(path), path.open("rb") as file:
-        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        entries = _entries(file.read(int.from_bytes(file.read(8), "little")))
         start = file.tell()
         for name in names:
             first, end = entries[name]["data_offsets"]
@@ -224,7 +231,7 @@ def stream_tensors(
             file.seek(start + first)
             if file.readinto(memory.numpy()) < end - first:
                 raise ValueError("it ends too early")
-            yield name, memory.view(_DTYPES[entries[name]["dtype"]]).view(entries[name]["shape"])
+            yield name, memory.view(DTYPES[entries[name]["dtype"]]).view(entries[name]["shape"])
 
 
 def read_rows(path: Path, name: str, rows: Tensor, held: Held | None = None) -> Tensor:
@@ -236,7 +243,7 @@ def read_rows(path: Path, name: str, rows: Tensor, held: Held | None = None) -> 
     if is_pickled(path.name):
         return unpickled_once(path, {} if held is None else held)[name].detach()[rows]
     with reading(path), path.open("rb", buffering=0) as file:
-        entry = json.loads(file.read(header := int.from_bytes(file.read(8), "little")))[name]
+        entry = _entries(file.read(header := int.from_bytes(file.read(8), "little")))[name]
         first, end = entry["data_offsets"]
         size = (end - first) // max(1, entry["shape"][0])  # of a row, in bytes
         memory = fresh(size * len(rows))
@@ -245,7 +252,7 @@ def read_rows(path: Path, name: str, rows: Tensor, held: Held | None = None) -> 
         for place, stop in zip([0, *ends], ends, strict=False):
             file.seek(8 + header + first + size * int(rows[place]))
             _fill(file, bytes_of[size * place : size * stop])
-        return memory.view(_DTYPES[entry["dtype"]]).view(len(rows), *entry["shape"][1:])
+        return memory.view(DTYPES[entry["dtype"]]).view(len(rows), *entry["shape"][1:])
 
 
 def _fill(file: RawIOBase, memory: Any) -> None:

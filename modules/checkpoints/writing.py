@@ -1,22 +1,24 @@
-"""New weight files: written in shards, and read back.
+"""New weight files: each tensor goes to its place as soon as it is there, and is read back.
 
-Knows: safetensors, indexes of shards. Refuses to know: where tensors come from, the output folder's name.
+Knows: the layout of safetensors, indexes of shards. Refuses to know: where tensors come from, the output folder's name.
 """
 
 import json
-import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from modules.checkpoints.bin_files import is_pickled
-from modules.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
-from modules.runtime import CheckpointError, first_line, reading
+from modules.checkpoints.weight_files import DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo
+from modules.runtime import CheckpointError, first_line
+
+_AT_ONCE = 1 << 20  # bytes that are compared with what was written
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")  # of a file's tensors, as safetensors'
 
 
 def written_name(file: str) -> str:
@@ -24,48 +26,79 @@ def written_name(file: str) -> str:
     return file.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors" if is_pickled(file) else file
 
 
-def write_shards(folder: Path, shards: Mapping[str, Iterable[tuple[str, Tensor]]]) -> None:
-    """Write weight files and, for more than one, their index. Each shard's tensors are asked for in turn, one shard in
-    memory at a time, and compared with what is then in the file. Raises CheckpointError if a file can't be written."""
-    weight_map: dict[str, str] = {}
-    total_size = 0
-    for file, named_tensors in shards.items():
-        tensors = dict(named_tensors)
+class NewWeights:
+    """Weight files in a folder, of known tensors that come in any order, whole or some rows at a time.
+
+    Every file is, byte for byte, the one that safetensors would write. All methods raise CheckpointError if a file
+    can't be written, or reads otherwise than it was written.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        """Make the files, and their index if there is more than one. tensors: all that will be in them."""
+        self._folder, self._tensors = folder, tensors
+        self._places: dict[str, int] = {}  # where each begins in its file
+        self._lacking = {name: _size(info) for name, info in tensors.items()}  # bytes that have not come yet
+        files = dict.fromkeys(info.file for info in tensors.values())
+        for file in files:
+            self._begin(file)
+        if set(files) != {SINGLE_FILE}:
+            weight_map = {name: info.file for name, info in sorted(tensors.items())}
+            index = {"metadata": {"total_size": sum(self._lacking.values())}, "weight_map": weight_map}
+            self._put(INDEX_FILE, json.dumps(index, indent=2).encode() + b"\n")
+
+    def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
+        """Put a tensor, or its rows from the first on, where it belongs, and compare what is then in the file."""
+        info, content = self._tensors[name], tensor.contiguous().reshape(-1).view(torch.uint8)
+        assert tensor.dtype == info.dtype and tensor.shape[1:] == info.shape[1:], f"{name} is not what was announced"
+        path, row = self._folder / info.file, math.prod(info.shape[1:]) * info.dtype.itemsize
         try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            with suppress(OSError):  # not every file system has rights
-                (folder / file).chmod(_usual_mode())  # safetensors lets nobody but the owner read it
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / file}: can't be written ({first_line(error)})") from None
-        _verify(folder / file, tensors)
-        weight_map.update((name, file) for name in tensors)
-        total_size += sum(tensor.nbytes for tensor in tensors.values())
-    if set(shards) != {SINGLE_FILE}:
-        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        try:
-            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            with path.open("r+b") as file:
+                file.seek(self._places[name] + first * row)
+                file.write(content.numpy())
+                file.seek(self._places[name] + first * row)
+                same = all(_reads(file, block) for block in content.split(_AT_ONCE))
         except OSError as error:
-            raise CheckpointError(f"{folder / INDEX_FILE}: can't be written ({error.strerror})") from None
+            raise self._refusal(info.file, error) from None
+        if not same:
+            raise CheckpointError(f"{path}: {name} reads otherwise than it was written; check the disk")
+        self._lacking[name] -= len(content)
+
+    def finish(self) -> None:
+        """All tensors have come."""
+        assert all(count <= 0 for count in self._lacking.values()), "not all that was announced has been written"
+
+    def _begin(self, file: str) -> None:
+        """Write a file's header."""
+        entries, place = {"__metadata__": {"format": "pt"}}, 0
+        infos = {name: info for name, info in self._tensors.items() if info.file == file}
+        for name in sorted(infos, key=lambda name: (_ORDER.index(_NAMES[infos[name].dtype]), name)):
+            info, end = infos[name], place + _size(infos[name])
+            entries[name] = {"dtype": _NAMES[info.dtype], "shape": info.shape, "data_offsets": (place, end)}
+            self._places[name], place = place, end
+        header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        self._put(file, len(header).to_bytes(8, "little") + header)
+        self._places |= {name: 8 + len(header) + self._places[name] for name in infos}
+
+    def _put(self, file: str, content: bytes) -> None:
+        try:
+            (self._folder / file).write_bytes(content)
+        except OSError as error:
+            raise self._refusal(file, error) from None
+
+    def _refusal(self, file: str, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self._folder / file}: can't be written ({first_line(error)})")
 
 
-def _usual_mode() -> int:
-    """The rights of a new file, as the umask has them."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return 0o666 & ~umask
+def _size(info: TensorInfo) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize
 
 
-def _verify(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if a file does not hold these very tensors, bit for bit."""
-    with reading(path), safe_open(path, "pt", backend="pread") as shard:
-        written = set(shard.keys())
-        wrong = written ^ tensors.keys() or [
-            name for name, tensor in tensors.items() if not _same(shard.get_tensor(name), tensor)
-        ]
-    if wrong:
-        raise CheckpointError(f"{path}: {min(wrong)} reads otherwise than it was written; check the disk")
-
-
-def _same(found: Tensor, written: Tensor) -> bool:
-    same_form = found.dtype == written.dtype and found.shape == written.shape
-    return same_form and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (found, written)))
+def _reads(file: BinaryIO, expected: Tensor) -> bool:
+    """Whether the next bytes of a file are these, (bytes,)."""
+    found = torch.empty_like(expected)
+    if file.readinto(found.numpy()) < len(expected):
+        return False
+    eights = len(expected) // 8 * 8  # compared as numbers of eight bytes, which goes several times faster
+    same = torch.equal(found[:eights].view(torch.int64), expected[:eights].view(torch.int64))
+    return same and torch.equal(found[eights:], expected[eights:])

@@ -28,3 +28,4 @@ from modules.model.memory import (
     weights_of,
 )
 from modules.model.part import BLOCKS, Part, row_ranges
+from modules.model.saving import Saving

@@ -6,7 +6,7 @@ Layers and header are handed out as Parts: named tensors that can be merged, tri
 """
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,17 +20,15 @@ from modules.checkpoints import (
     Candidate,
     Checkpoint,
     Conversion,
-    copy_companions,
     dtype_name,
     find_layers,
     input_first_weights,
     read_file,
-    write_shards,
-    written_name,
 )
 from modules.model.devices import wider
 from modules.model.part import Part
-from modules.runtime import CheckpointError, ConfigError
+from modules.model.saving import Saving, is_finite
+from modules.runtime import ConfigError
 
 
 class ResidentModel:
@@ -157,7 +155,7 @@ class ResidentModel:
     def layer(self, index: int) -> Part:
         """The floating-point parameters and persistent buffers of one decoder layer."""
         prefix = f"{self.layers_name}.{index}."
-        return self._part([name for name in self._state if name.startswith(prefix)])
+        return self.part_of([name for name in self._state if name.startswith(prefix)])
 
     def header(self) -> Part:
         """The input embedding and the output head; one weight for both where they are tied."""
@@ -166,13 +164,13 @@ class ResidentModel:
         owned = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
         # A tied head is the same tensor under a second name: it is taken once, under the first.
         names = {id(tensor): name for name, tensor in reversed(self._state.items()) if id(tensor) in owned}
-        return self._part(sorted(names.values()))
+        return self.part_of(sorted(names.values()))
 
     def outside(self) -> Part:
         """What is neither in a layer nor in the header: the final norm, position tables."""
         header = {id(tensor) for tensor in self.header().tensors.values()}
         inside = f"{self.layers_name}."
-        return self._part(
+        return self.part_of(
             [name for name, one in self._state.items() if not name.startswith(inside) and id(one) not in header]
         )
 
@@ -216,6 +214,16 @@ class ResidentModel:
         header = {id(tensor): name for name, tensor in self.header().tensors.items()}
         return {name: header[id(tensor)] for name, tensor in self._head_tensors().items()}
 
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All parameters and buffers, live; where they are tied, the same one under several names."""
+        return self._state
+
+    @property
+    def groups(self) -> list[tuple[list[str], list[str]]]:
+        """See `Conversion.groups`."""
+        return self._conversion.groups
+
     def as_candidate(self) -> Candidate:
         """The base as its files have it, whatever has been merged into the model, to be read as a candidate is."""
         return Candidate(self.checkpoint, self._conversion)
@@ -238,7 +246,8 @@ class ResidentModel:
             raise ValueError("the model has no output head with a row for each token")
         return found
 
-    def _part(self, names: list[str]) -> Part:
+    def part_of(self, names: list[str]) -> Part:
+        """Some tensors, of which those that are no floating-point numbers are left out."""
         names = [name for name in names if self._state[name].is_floating_point()]
         return Part(
             tensors={name: self._state[name] for name in names},
@@ -267,10 +276,10 @@ class ResidentModel:
     def check_weights(self) -> None:
         """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless."""
         for name, tensor in self._state.items():
-            if not _is_finite(tensor.detach()):
+            if not is_finite(tensor.detach()):
                 stored = self._conversion.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
                 what = "holds NaN or infinite values; it can't be merged"
-                if _is_finite(stored):
+                if is_finite(stored):
                     what = f"overflows in {dtype_name(tensor.dtype)}; {wider(tensor.dtype)}"
                 raise ConfigError(f"{self.checkpoint.path}: {name} {what}")
 
@@ -288,45 +297,20 @@ class ResidentModel:
 
         Raises CheckpointError if a file can't be written.
         """
-        copy_companions(self.checkpoint, folder, self.saved_dtype)
-        shards, copied = self.checkpoint.by_file(self.checkpoint.tensors), self._only_in_file()
-        write_shards(folder, {written_name(file): self._saved(names, copied) for file, names in shards.items()})
-
-    def _only_in_file(self) -> set[str]:
-        """The stored tensors that must be copied: the model has no use for them, or they are to be saved as they were
-        stored, no merge has touched them, and what the model has instead is rounded."""
+        saving = self.begin_saving(folder)
         flags = [one for names, changed in self._touched.items() for one in zip(names, changed.tolist(), strict=True)]
         touched = {id(self._state[name]) for name, changed in flags if changed}
-        found = set()
-        for stored, info in self.checkpoint.tensors.items():
-            ours = [self._state[name] for name in self._conversion.module_names(stored)]
-            is_rounded = any(tensor.dtype != info.dtype for tensor in ours)
-            is_kept = self._written_dtype(stored) == info.dtype and not any(id(tensor) in touched for tensor in ours)
-            if not ours or (is_kept and is_rounded):
-                found.add(stored)
-        return found
+        for stored, names in self.groups:
+            ours = {name: self._state[name].detach() for name in names}
+            is_touched = any(id(self._state[name]) in touched for name in names)
+            copied = [] if is_touched else saving.copied(stored, names)
+            saving.copy(copied)
+            saving.write([name for name in stored if name not in copied], ours)
+        saving.finish()
 
-    def _written_dtype(self, stored: str) -> torch.dtype:
-        """What a stored tensor is saved as."""
-        dtype = self.checkpoint.tensors[stored].dtype
-        return self.saved_dtype if dtype.is_floating_point and self.saved_dtype is not None else dtype
-
-    def _saved(self, stored_names: list[str], copied: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """One file's tensors: the model's own or, of some, those that lie in the base's file."""
-        written: set[int] = set()
-        ready = self.checkpoint.read([name for name in stored_names if name in copied])
-        for stored in stored_names:
-            names = self._conversion.module_names(stored)
-            if stored not in ready:
-                own = self._conversion.store(names, {name: self._state[name].detach() for name in names})
-                ready = {**own, **ready}
-            tensor = ready.pop(stored).to("cpu", self._written_dtype(stored)).contiguous()
-            if names and not _is_finite(tensor):
-                raise CheckpointError(f"{stored} has come to hold NaN or infinite values; nothing was put in place")
-            # Tensors that are fused or tied share memory, and a file can't hold one piece of memory twice.
-            memory = tensor.untyped_storage().data_ptr()
-            yield stored, tensor.clone() if memory in written else tensor
-            written.add(memory)
+    def begin_saving(self, folder: Path) -> Saving:
+        """What writes this model, whose tensors are still to come, into a folder."""
+        return Saving(self.checkpoint, self._conversion, self.saved_dtype, folder)
 
 
 def _tensors_of(module: PreTrainedModel) -> dict[str, Tensor]:
@@ -340,10 +324,3 @@ def _tensors_of(module: PreTrainedModel) -> dict[str, Tensor]:
                 if tensor.is_meta and getattr(one, "weights_map", None) is not None:
                     tensors[f"{prefix}.{name}"] = one.weights_map[name]
     return tensors
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinite values."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())

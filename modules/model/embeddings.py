@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checkpoints import Candidate, Tensors, load_tokenizer
+from modules.checkpoints import Candidate, Checkpoint, Tensors, load_tokenizer, read_file
 from modules.model.base_model import ResidentModel
 from modules.model.part import Part
 from modules.runtime import ConfigError
 
+_NO_TOKENS = ("config.json", "generation_config.json")  # files that decide on none within an architecture
 MIN_SHARED_TOKENS = 0.9  # of the base's vocabulary, for the headers to be merged at all
 
 
@@ -108,7 +109,8 @@ def matched_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -
     rows = min(tensor.shape[0] for tensor in part.tensors.values())
     their_rows = min(candidate.conversion.shape(source)[0] for source in sources.values())
     try:
-        other = load_tokenizer(*candidate.checkpoint.tokenizer_files)
+        same = _same_files(model.checkpoint, candidate.checkpoint)
+        other = tokenizer if same else load_tokenizer(*candidate.checkpoint.tokenizer_files)
     except ConfigError as error:
         raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
     alignment = _align(tokenizer, rows, other, their_rows, candidate.name)
@@ -142,6 +144,14 @@ def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -
     for name, tensor in aligned.items():
         keep_rows(part.tensors[name], tensor, found.matches)
     return aligned, found.note
+
+
+def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether the tokenizers of two models of one architecture are the same, file by file. Raises CheckpointError if a
+    file can't be read."""
+    (here, ours), (there, theirs) = one.tokenizer_files, other.tokenizer_files
+    sizes, others = ({n: size for n, size in found.sizes.items() if n not in _NO_TOKENS} for found in (ours, theirs))
+    return sizes == others and all(read_file(here / name) == read_file(there / name) for name in sizes)
 
 
 def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str, str]:

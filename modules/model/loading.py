@@ -3,7 +3,7 @@
 Knows: which settings decide this, transformers' loading, placements. Refuses to know: phrases, layers' contents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modules.checkpoints import (
     Checkpoint,
+    Conversion,
     Models,
     dtype_name,
     fetch_now,
@@ -78,6 +79,12 @@ class ModelLoader:
         weights = weights_of(models.module, self.compute, with_header)
         return placement_of(self.device, models.module, self.compute, weights)
 
+    def layout(self, models: Models) -> ResidentModel:
+        """The base without weights: how its tensors are called, tied and stored, and their types as they would be in
+        memory."""
+        assert self.compute is not None, "to be chosen before"
+        return load_layout(models, self.config.dtype, self.compute)
+
     def load(self, models: Models, placement: Sequence[torch.device] | None) -> tuple[ResidentModel, Any]:
         """The base with its weights, and its tokenizer."""
         base = models.base
@@ -117,15 +124,10 @@ def load_model(
         if is_out_of_memory(error):
             raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
         raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
-    if info["mismatched_keys"]:
-        name, stored, expected = sorted(info["mismatched_keys"])[0]
-        shapes = f"has shape {tuple(stored)}, its config.json says {tuple(expected)}"
-        raise ConfigError(f"{checkpoint.path}: {name} {shapes}")
-    if info["missing_keys"]:
-        raise ConfigError(f"{checkpoint.path}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    _check_complete(checkpoint, info)
     module.eval().requires_grad_(False)
     module.config.return_dict = True  # its outputs are read by name, whatever its configuration says
-    model = ResidentModel(module, checkpoint, None if dtype == "auto" else getattr(torch, dtype))
+    model = ResidentModel(module, checkpoint, _saved(dtype))
     model.check_weights()
     try:
         _ = model.tuples_returned  # a first token
@@ -138,16 +140,64 @@ def load_model(
     return model
 
 
+def load_layout(models: Models, dtype: str, compute: torch.dtype) -> ResidentModel:
+    """The base as `load_model` makes it, without weights: on the meta device. Raises as that, for what can be seen."""
+    checkpoint = models.base
+    empty = {
+        name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in checkpoint.tensors.items()
+    }
+    module, info = type(models.module).from_pretrained(
+        None, state_dict=empty, device_map={"": "meta"}, **_how(checkpoint, compute)
+    )
+    _check_complete(checkpoint, info)
+    module.requires_grad_(False)
+    _tie(module, models)
+    return ResidentModel(module, checkpoint, _saved(dtype))
+
+
+def _tie(module: PreTrainedModel, models: Models) -> None:
+    """Tie what the base's configuration ties and its files hold twice, if it is the same, as transformers does where
+    there are weights to be compared."""
+    first = dict[int, str]()
+    for name, tensor in models.module.state_dict(keep_vars=True).items():
+        twin = first.setdefault(id(tensor), name)
+        one, other = module.get_parameter_or_buffer(twin), module.get_parameter_or_buffer(name)
+        if one is not other:
+            stored = Conversion(module, models.base.tensors).load([twin, name], models.base.stream)
+            if torch.equal(stored[twin].to(one.dtype), stored[name].to(other.dtype)):
+                parent, _, own = name.rpartition(".")
+                setattr(module.get_submodule(parent), own, one)
+
+
+def _check_complete(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
+    """Raise ConfigError if, by transformers' account of loading it, a checkpoint is no complete model."""
+    if info["mismatched_keys"]:
+        name, stored, expected = sorted(info["mismatched_keys"])[0]
+        shapes = f"has shape {tuple(stored)}, its config.json says {tuple(expected)}"
+        raise ConfigError(f"{checkpoint.path}: {name} {shapes}")
+    if info["missing_keys"]:
+        raise ConfigError(f"{checkpoint.path}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+
+
+def _saved(dtype: str) -> torch.dtype | None:
+    return None if dtype == "auto" else getattr(torch, dtype)
+
+
+def _how(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """What is said to transformers wherever it loads a module."""
+    return {
+        "config": checkpoint.config,
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # `_check_complete` reports them in our words
+    }
+
+
 def _load_module(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, placement: Sequence[torch.device] | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The module with its weights, and what transformers has to say about loading them."""
-    common = {
-        "config": checkpoint.config,
-        "dtype": dtype,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # reported by load_model, in our words
-    }
+    common = _how(checkpoint, dtype)
     if device.type == "cpu" and dtype == checkpoint.main_dtype():
         # transformers would map the files into memory. Weights that are changed must own their memory (a first write
         # to a mapped page is slow), and a file that changes during a long run must not pull it down.

@@ -97,10 +97,9 @@ class Part:
                 tensor.data = own[name]
 
     def install(self, tensors: Tensors, changed: Tensor) -> None:
-        """Take tensors over for good, those that are others than the model's own. changed: see `changes_in`."""
-        for is_changed, (name, tensor) in zip(changed, tensors.items(), strict=True):
-            own = self.tensors[name].data
-            torch.where(is_changed.to(own.device), tensor, own, out=own)
+        """Take tensors over for good. changed: what `changes_in` has found in them."""
+        for name, tensor in tensors.items():
+            self.tensors[name].data.copy_(tensor)
         before = self.touched.get(tuple(tensors))
         self.note_changes(changed if before is None else before | changed)
 
@@ -111,15 +110,20 @@ class Part:
 
     def changes_in(self, tensors: Tensors) -> Tensor:
         """Which tensors are not equal to the model's own, in their order: (tensors,), boolean, on the device. Nobody
-        waits for it."""
-        flags = [(tensor != self.tensors[name]).any() for name, tensor in tensors.items()]
+        waits for it. An element that is equal becomes the model's own: a zero may have another sign."""
+        flags = []
+        for name, tensor in tensors.items():
+            differs = tensor != self.tensors[name]
+            torch.where(differs, tensor, self.tensors[name], out=tensor)
+            flags.append(differs.any())
         return torch.stack([flag.to(flags[0].device) for flag in flags])
 
 
-def row_ranges(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """First and end of ranges of a tensor's rows that fit into ROWS bytes: what is done by them takes little memory,
-    however large the tensor is."""
-    rows, size = (len(tensor), max(1, ROWS // (4 * max(1, tensor[:1].numel())))) if tensor.dim() else (1, 1)
+def row_ranges(tensor: Tensor, room: int | None = None) -> Iterator[tuple[int, int]]:
+    """First and end of ranges of a tensor's rows that fit into so many bytes (ROWS): what is done by them takes
+    little memory, however large the tensor is."""
+    room = room or ROWS
+    rows, size = (len(tensor), max(1, room // (4 * max(1, tensor[:1].numel())))) if tensor.dim() else (1, 1)
     return ((first, min(first + size, rows)) for first in range(0, rows, size))
 
 

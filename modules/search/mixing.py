@@ -252,7 +252,7 @@ class Mix:
             flags = []
             for first, end in row_ranges(own):
                 rows = replace(header, tensors={name: own.data[first:end]})
-                flags.append(_mixed(rows, arriving.take(keep=True), _in_turn(shares, arriving, all_arrive), exact))
+                flags.append(mixed_into(rows, arriving.take(keep=True), _in_turn(shares, arriving, all_arrive), exact))
             changed.append(torch.cat(flags))
         if exact:
             header.note_changes(torch.stack([flags.any() for flags in changed]))
@@ -264,12 +264,12 @@ def _in_turn(shares: Row, arriving: Arriving, all_arrive: bool) -> Iterator[tupl
 
 
 def _mix(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> None:
-    changed = _mixed(part, base, theirs, exact)
+    changed = mixed_into(part, base, theirs, exact)
     if exact:
         part.note_changes(changed)
 
 
-def _mixed(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> Tensor:
+def mixed_into(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> Tensor:
     """Make a part's tensors the mix of the base's and others, each with its share: summed in float32 or wider, rounded
     to what is saved, if exact, else to what is computed in. If exact, which of them are not the base's, boolean."""
     sums = {name: torch.zeros_like(tensor, dtype=_wide(tensor)) for name, tensor in base.items()}
@@ -285,9 +285,11 @@ def _mixed(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], e
         if shares:
             mixed = sums[name].add_(base[name], alpha=1 - math.fsum(shares))
             mixed = mixed.to(part.saved_dtypes[name] if exact else own.dtype).to(own.dtype)
-        own.data.copy_(mixed)
         if exact:
-            flags.append((mixed != base[name]).any())
+            differs = mixed != base[name]
+            flags.append(differs.any())
+            mixed = torch.where(differs, mixed, base[name])  # what is equal is the base's: a zero may have another sign
+        own.data.copy_(mixed)
     return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.bool)
 
 

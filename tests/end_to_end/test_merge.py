@@ -537,7 +537,7 @@ def test_a_save_that_fails_keeps_the_old_output(place, models, capsys, monkeypat
     def full(*_arguments, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modules.checkpoints.writing.save_file", full)
+    monkeypatch.setattr("modules.checkpoints.writing._reads", full)
     assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 1
     message = capsys.readouterr().err
     assert "can't be written" in message and "No space left on device" in message and "Traceback" not in message
