@@ -26,6 +26,7 @@ try:
         Unlogged,
         exit_code,
         find_rank,
+        importing,
         leave,
         open_streams,
         show,
@@ -54,7 +55,8 @@ def start(options: argparse.Namespace) -> int:
         config = None if options.replay else load_config(options.config, **given)
         if config is not None:
             # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
-            from modules.output import check_apart, input_paths
+            with importing():
+                from modules.output import check_apart, input_paths
 
             check_apart([LOGS], [Path(options.config), *input_paths(config)])
     except ConfigError:
@@ -75,7 +77,8 @@ def run(config: Config, console: Console, options: argparse.Namespace, rank: Ran
     output = Path(config.directories.output_directory)
 
     def work() -> None:
-        from modules.run import Options, merge_as_follower, merge_models
+        with importing():
+            from modules.run import Options, merge_as_follower, merge_models
         from modules.runtime.distributed import joined
 
         choices = options.overwrite, options.resume, options.restart, options.dry_run, options.table
@@ -90,13 +93,15 @@ def run(config: Config, console: Console, options: argparse.Namespace, rank: Ran
 
 def replay(console: Console, options: argparse.Namespace) -> int:
     """Build a recipe's model again, and turn every failure into one message and an exit code."""
-    from modules.output import stamp, what_stands
+    with importing():
+        from modules.output import stamp, what_stands
 
     output = output_directory("--output", options.output)
     earlier = stamp(output)
 
     def work() -> None:
-        from modules.run import Replay, replay_recipe
+        with importing():
+            from modules.run import Replay, replay_recipe
 
         sources, trust = options.source or [], options.trust_remote_code
         elsewhere, folders = (

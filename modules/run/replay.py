@@ -5,13 +5,14 @@ Knows: the order of the steps. Refuses to know: phrases, scores, how a decision 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from modules.checkpoints import Candidate, Models, Prefetcher, check_space, fetching
+from modules.checkpoints import Candidate, Models, Prefetcher, check_space, fetching, load_tokenizer
 from modules.config import Config, Directories, missing_folder, parse_source
-from modules.model import ModelLoader, present_devices, side_streams
+from modules.model import ModelLoader, present_devices, resolve_device
 from modules.output import (
     Place,
     Recipe,
@@ -29,8 +30,7 @@ from modules.output import (
 )
 from modules.run.steps import end, finish, prepare_libraries, save
 from modules.runtime import BANNER, ConfigError, Console
-from modules.search.mixing import Mix
-from modules.search.trial import Merger
+from modules.search.rebuild import Rebuild
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
         prefetcher.wait(0)
         compare_fingerprints(base_source, base, "has changed since the recipe was written")
         console.lines(_other_device(recipe, loader.device))
-        model, tokenizer = loader.load(models, loader.placement(models, with_header=True))
-        merger, arriving = Merger(model, tokenizer), _arriving(prefetcher, sources, candidates)
+        tokenizer = partial(load_tokenizer, base.path, base.companions)
+        rebuild = Rebuild(loader.layout(models), resolve_device(loader.device), tokenizer)
+        arriving = _arriving(prefetcher, sources, candidates)
         if recipe.joint:
             console.timed(f"{len(sources)} candidates, all at once")
-            _mix(recipe, merger, [candidate for _, candidate in arriving])
+            rebuild.mix([candidate for _, candidate in arriving], _shares(recipe))
         for number, (source, candidate) in enumerate(arriving, start=1):
             decisions = [line.decision for line in recipe.accepted_of(source.number)]
             console.timed(f"Candidate {number}/{len(sources)}: {source.name}, {len(decisions)} merges")
-            merger.repeat(candidate, decisions)
-            candidate.checkpoint.release()
-        save(console, model, unfinished, str(asked.output), told.config)
+            rebuild.repeat(candidate, decisions)
+        save(console, rebuild, unfinished, str(asked.output), told.config)
         finish(console, unfinished, told, place.output, base, asked.overwrite)
 
 
@@ -110,15 +110,11 @@ def _arriving(
         yield source, candidate
 
 
-def _mix(recipe: Recipe, merger: Merger, candidates: Sequence[Candidate]) -> None:
-    """Make the model what a joint search has found. candidates: those that have a share."""
-    model, needed = merger.model, {source.number for source in recipe.needed_sources}
+def _shares(recipe: Recipe) -> list[list[float]]:
+    """What a joint search has found, of those candidates that have a share."""
+    needed = {source.number for source in recipe.needed_sources}
     columns = [column for column, source in enumerate(recipe.sources[1:]) if source.number in needed]
-    shares = [[row[column] for column in columns] for row in recipe.joint.shares]
-    outside = len(shares) > len(model.layers)
-    Mix(model, merger.tokenizer, candidates, outside, side_streams(model.devices)).compose(shares, exact=True)
-    for candidate in candidates:
-        candidate.checkpoint.release()
+    return [[row[column] for column in columns] for row in recipe.joint.shares]
 
 
 def _configuration(asked: Replay, recipe: Recipe, sources: Sequence[Source]) -> Config:

@@ -38,6 +38,7 @@ from modules.output import (
 from modules.runtime import Console, first_line, postponed, within_memory
 from modules.runtime.distributed import Group
 from modules.scoring import Encoded, Scorer, build_scorer, chats_of, render_chats, with_texts
+from modules.search.rebuild import Rebuild
 
 LARGEST_LOOKED_AT = 1_000_000  # bytes; vocabularies have more, and no paths
 
@@ -68,8 +69,8 @@ def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer
     return scorer, found
 
 
-def save(console: Console, model: ResidentModel, unfinished: Unfinished, output: str, settings: str) -> None:
-    """Write the model and the text of the settings that made it; `output` is where they will be in the end."""
+def save(console: Console, model: ResidentModel | Rebuild, unfinished: Unfinished, output: str, settings: str) -> None:
+    """Write a model and the text of the settings that made it; `output` is where they will be in the end."""
     console.timed(f"Saving to {output}")
     with naming(unfinished.folder):
         model.save(unfinished.folder)

@@ -1,0 +1,255 @@
+"""A recipe carried out tensor by tensor: the same bytes as from the whole model in memory."""
+
+import subprocess
+import sys
+
+import mixes
+import pytest
+import tiny
+import torch
+from adapters import make_adapter
+from architectures import ARCHITECTURES, configuration
+from project import ROOT
+from runs import digest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import modules.model.part
+import modules.search.rebuild
+from modules.checkpoints.open_models import open_models
+from modules.config import METHODS, load_config
+from modules.model.loading import load_layout, load_model
+from modules.runtime import ConfigError
+from modules.search import Decision
+from modules.search.mixing import Mix
+from modules.search.rebuild import Rebuild
+from modules.search.trial import Merger
+
+FILE = "model.safetensors"
+CPU = torch.device("cpu")
+ALL = [(0, layer, method, 0.3) for layer, method in ((1, "lerp"), (0, "slerp"), (None, "lerp"), (1, "cyclic"))]
+
+
+class Both:
+    """A base with candidates, from which a model is built by both ways."""
+
+    def __init__(self, place, base, folders, compute="float32", dtype="auto"):
+        config = load_config(tiny.write_config(place / "my.yaml", base, folders, place / "out", dtype=dtype))
+        self.place, self.base, self.compute, self.dtype = place, base, getattr(torch, compute), dtype
+        self.models = open_models(config, lambda job: None)
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+
+    def written(self, name, model):
+        folder = self.place / name
+        folder.mkdir()
+        model.save(folder)
+        return {file: found for file, found in digest(folder).items() if "safetensors" in file}
+
+    def rebuild(self):
+        return Rebuild(load_layout(self.models, self.dtype, self.compute), CPU, lambda: self.tokenizer)
+
+    def whole(self):
+        return load_model(self.models.base, "cpu", self.dtype, self.compute)
+
+    def agree_on(self, decisions):
+        """decisions: (candidate, layer, method, ratio), in their order."""
+        ours, whole = self.rebuild(), self.whole()
+        merger = Merger(whole, self.tokenizer)
+        for number, layer, method, ratio in decisions:
+            decision, candidate = Decision("", layer, method, ratio, 0, 0, ()), self.models.candidates[number]
+            ours.repeat(candidate, [decision])
+            merger.repeat(candidate, [decision])
+        return self.agree(ours, whole)
+
+    def agree_on_shares(self, shares):
+        ours, whole = self.rebuild(), self.whole()
+        outside = len(shares) > len(whole.layers)
+        ours.mix(self.models.candidates, shares)
+        Mix(whole, self.tokenizer, self.models.candidates, outside).compose(shares, exact=True)
+        return self.agree(ours, whole)
+
+    def agree(self, ours, whole):
+        found = self.written("ours", ours)
+        assert found == self.written("resident", whole)
+        files = [
+            path for path in self.base.iterdir() if path.name.startswith("model") and path.suffix == ".safetensors"
+        ]
+        before = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        after = {name: one for file in found for name, one in load_file_if_weights(self.place / "ours" / file).items()}
+        return {name for name in after if name not in before or not torch.equal(before[name], after[name])}
+
+
+def load_file_if_weights(path):
+    return load_file(path) if path.suffix == ".safetensors" else {}
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture(tmp_path, name, compute):
+    made = mixes.make(tmp_path, configuration(name, len(tiny.bpe_tokenizer())))
+    assert Both(tmp_path, *made, compute).agree_on([*ALL, (1, 1, "gradient", 0.7), (1, None, "lerp", 0.6)])
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shares_in_every_architecture(tmp_path, name):
+    made = mixes.make(tmp_path, configuration(name, len(tiny.bpe_tokenizer())))
+    assert Both(tmp_path, *made).agree_on_shares([[0.3, 0.2], [0.0, 0.7], [0.4, 0.05]])
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    return mixes.make(tmp_path_factory.mktemp("llamas"), tiny.llama_config(len(tiny.bpe_tokenizer())))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_one_after_another(tmp_path, llamas, method):
+    changed = Both(tmp_path, *llamas).agree_on([(0, 1, method, 0.4), (1, 1, method, 0.7), (0, 1, method, 0.2)])
+    assert changed and all(".layers.1." in name for name in changed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_every_type_to_be_saved(tmp_path, llamas, compute, dtype):
+    assert Both(tmp_path, *llamas, compute, dtype).agree_on([*ALL, (1, 1, "lerp", 0.5)])
+
+
+def test_a_header_by_ranges_of_few_rows(tmp_path, llamas, monkeypatch):
+    monkeypatch.setattr(modules.search.rebuild, "ROOM", 4 * 32 * 30)
+    changed = Both(tmp_path, *llamas).agree_on([(0, None, "lerp", 0.4), (1, None, "lerp", 0.1)])
+    assert changed == {"lm_head.weight", "model.embed_tokens.weight"}
+
+
+def test_shares_of_a_header_by_ranges_of_few_rows(tmp_path, llamas, monkeypatch):
+    monkeypatch.setattr(modules.search.rebuild, "ROOM", 4 * 32 * 30)
+    monkeypatch.setattr(modules.model.part, "ROWS", 4 * 32 * 64)
+    changed = Both(tmp_path, *llamas).agree_on_shares([[0.0, 0.0], [0.5, 0.0], [0.0, 0.0], [0.2, 0.9]])
+    assert {name for name in changed if "layers" not in name} == {
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    }
+
+
+def test_shares_without_a_row_for_all_else(tmp_path, llamas):
+    changed = Both(tmp_path, *llamas).agree_on_shares([[0.0, 0.1], [0.5, 0.0], [0.0, 0.0]])
+    assert {name.split(".")[2] for name in changed} == {"0", "1"}
+
+
+def test_rows_at_other_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(modules.search.rebuild, "ROOM", 4 * 32 * 30)
+    tokenizer = tiny.bpe_tokenizer()
+    base, folders = mixes.make(tmp_path, tiny.llama_config(len(tokenizer)), tokenizer=tokenizer)
+    order = {token: (row * 7 + 3) % len(tokenizer) for token, row in tokenizer.get_vocab().items()}
+    missing = next(token for token, row in order.items() if row == len(tokenizer) - 1)
+    other = tiny.rewritten_tokenizer(tokenizer, order, {missing: "another"})
+    tiny.change_vocabulary(folders[1], other, len(tokenizer) + 5, {"another": missing})
+    both = Both(tmp_path, base, folders)
+    assert both.agree_on([(0, None, "lerp", 0.5), (1, None, "lerp", 0.4)])
+    for name in ("ours", "resident"):
+        (tmp_path / name).rename(tmp_path / f"{name}-greedy")
+    assert both.agree_on_shares([[0.0, 0.0]] * 3 + [[0.3, 0.4]])
+
+
+@pytest.mark.parametrize("twice", ["once", "twice", "differently"])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_a_head_that_is_tied(tmp_path, twice, compute):
+    """Its configuration ties it: transformers looks at the weights where both are stored."""
+    base, folders = mixes.make(tmp_path, tiny.llama_config(len(tiny.bpe_tokenizer()), tied=True))
+
+    def twofold(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.5 * (twice == "differently")
+
+    for folder in (base, folders[1]):
+        tiny.edit_checkpoint(folder, twofold if twice != "once" else None)
+    tiny.edit_checkpoint(folders[0], lambda tensors: tensors.pop("lm_head.weight", None))
+    both = Both(tmp_path, base, folders, compute)
+    names = {"model.embed_tokens.weight", *(["lm_head.weight"] if twice != "once" else [])}
+    assert both.agree_on([(0, None, "lerp", 0.5), (1, None, "lerp", 0.25)]) == names
+    saved = load_file(tmp_path / "ours" / FILE)
+    if twice == "twice":
+        assert torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
+
+
+def test_adapters_and_old_formats(tmp_path):
+    base, folders = mixes.make(tmp_path, tiny.llama_config(len(tiny.bpe_tokenizer())), 1)
+    targets = ["embed_tokens", "lm_head", "v_proj", "up_proj"]
+    adapter, _ = make_adapter(tmp_path, base, target_modules=targets)
+    for folder in (base, folders[0]):
+        tiny.save_as_bin(folder)
+    assert Both(tmp_path, base, [*folders, adapter]).agree_on([*ALL, (1, None, "lerp", 0.5), (1, 2, "slice", 0.5)])
+
+
+def test_a_zero_keeps_its_sign_where_nothing_is_merged(tmp_path, monkeypatch):
+    """Minus zero and minus zero are mixed to zero: in a range of rows that is as it was, and in one that is not."""
+    monkeypatch.setattr(modules.search.rebuild, "ROOM", 4 * 32 * 30)
+    base, folders = mixes.make(tmp_path, tiny.llama_config(len(tiny.bpe_tokenizer())))
+    for folder in (base, *folders):
+        tiny.edit_checkpoint(
+            folder,
+            lambda tensors: (
+                tensors["model.embed_tokens.weight"][:95].fill_(-0.0),
+                tensors["model.norm.weight"].zero_(),
+            ),
+        )
+    both = Both(tmp_path, base, folders)
+    assert "model.embed_tokens.weight" in both.agree_on([(0, None, "lerp", 0.5)])
+    assert load_file(tmp_path / "ours" / FILE)["model.embed_tokens.weight"][:95].signbit().all()
+    for name in ("ours", "resident"):
+        (tmp_path / name).rename(tmp_path / f"{name}-greedy")
+    both.agree_on_shares([[0.0, 0.0]] * 3 + [[0.3, 0.4]])
+    assert load_file(tmp_path / "ours" / FILE)["model.embed_tokens.weight"][:95].signbit().all()
+
+
+def test_what_can_not_be_carried_out(tmp_path, llamas):
+    both = Both(tmp_path, *llamas)
+    candidate = both.models.candidates[0]
+    with pytest.raises(ConfigError, match=r"can't be carried out: the base has 3 layers, and no number 8"):
+        both.rebuild().repeat(candidate, [Decision("", 7, "lerp", 0.5, 0, 0, ())])
+    with pytest.raises(ConfigError, match="the shares can't be taken: they are of 2 layers, the base has 3"):
+        both.rebuild().mix(both.models.candidates, [[0.5, 0.5]] * 2)
+
+
+def test_broken_weights_are_named(tmp_path):
+    base, folders = mixes.make(tmp_path, tiny.llama_config(len(tiny.bpe_tokenizer())))
+    name = "model.layers.1.mlp.up_proj.weight"
+    tiny.edit_checkpoint(folders[0], lambda tensors: tensors[name][3].fill_(torch.nan))
+    both = Both(tmp_path, base, folders)
+    ours, candidate = both.rebuild(), both.models.candidates[0]
+    ours.repeat(candidate, [Decision("", 1, "lerp", 0.5, 0, 0, ())])
+    (tmp_path / "ours").mkdir()
+    with pytest.raises(ConfigError, match=f"{candidate.name}: {name} holds NaN or infinite values"):
+        ours.save(tmp_path / "ours")
+
+
+MEASURED = """
+import sys
+import torch
+from modules.checkpoints.open_models import open_models
+from modules.config import load_config
+from modules.model.loading import load_layout
+from modules.search.rebuild import Rebuild
+models = open_models(load_config(sys.argv[1]), lambda job: None)
+layout = load_layout(models, "auto", torch.float32)
+rebuild = Rebuild(layout, torch.device("cpu"), None)
+rebuild.mix(models.candidates, [[0.5, 0.25]] * len(layout.layers))
+rebuild.save(__import__("pathlib").Path(sys.argv[2]))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+def test_its_memory_is_that_of_a_few_tensors(tmp_path):
+    """Of 2 layers and of 60, of which the weights alone are 200 MB."""
+    found = []
+    for layers in (2, 60):
+        place = tmp_path / str(layers)
+        config = tiny.llama_config(len(tiny.bpe_tokenizer()), layers, hidden=320)
+        base, folders = mixes.make(place, config)
+        config = tiny.write_config(place / "my.yaml", base, folders, place / "out")
+        (place / "out").mkdir()
+        command = [sys.executable, "-c", MEASURED, str(config), str(place / "out")]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        found.append(int(result.stdout) / 1024)
+    assert (place / "out" / FILE).stat().st_size > 2e8 and found[1] - found[0] < 40, found
