@@ -51,8 +51,9 @@ def start(options: argparse.Namespace) -> int:
     if options.compare:
         return compare(options.compare) if rank.leads else 0
     try:
+        from_recipe = options.replay or options.export_mergekit
         given = {"device": options.device, "output": options.output, "sets": options.set or ()}
-        config = None if options.replay else load_config(options.config, **given)
+        config = None if from_recipe else load_config(options.config, **given)
         if config is not None:
             # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
             with importing():
@@ -67,7 +68,9 @@ def start(options: argparse.Namespace) -> int:
     with Console(LOG, quiet=options.quiet) if rank.leads else Silent(rank.number) as console:
         if config is not None:
             return run(config, console, options, rank)
-        return replay(console, options) if rank.leads else 0
+        if not rank.leads:
+            return 0
+        return replay(console, options) if options.replay else export(console, options)
 
 
 def run(config: Config, console: Console, options: argparse.Namespace, rank: Rank) -> int:
@@ -103,15 +106,30 @@ def replay(console: Console, options: argparse.Namespace) -> int:
         with importing():
             from modules.run import Replay, replay_recipe
 
-        sources, trust = options.source or [], options.trust_remote_code
-        elsewhere, folders = (
-            dict(pair for pair in sources if pair[0]),
-            [Path(path) for name, path in sources if not name],
-        )
-        asked = Replay(options.replay, output, elsewhere, options.device, folders, options.overwrite, trust)
+        asked = Replay(options.replay, output, options.device, *how_to_open(options))
         replay_recipe(asked, console)
 
     return exit_code(work, console, lambda: what_stands(output, earlier))
+
+
+def export(console: Console, options: argparse.Namespace) -> int:
+    """Write a recipe as a file for mergekit, and turn every failure into one message and an exit code."""
+
+    def work() -> None:
+        with importing():
+            from modules.run import Replay, export_mergekit
+
+        file, recipe = options.export_mergekit
+        export_mergekit(Replay(recipe, file, "cpu", *how_to_open(options)), console)
+
+    return exit_code(work, console)
+
+
+def how_to_open(options: argparse.Namespace) -> tuple[dict[str, str], list[Path], bool, bool]:
+    """Of a recipe's sources: where each lies now, and folders that hold them; whether to overwrite, and to trust."""
+    sources = options.source or []
+    elsewhere, folders = dict(pair for pair in sources if pair[0]), [Path(path) for name, path in sources if not name]
+    return elsewhere, folders, options.overwrite, options.trust_remote_code
 
 
 def compare(outputs: Sequence[Path]) -> int:
@@ -146,6 +164,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--replay", metavar="RECIPE", type=Path, help="build the model of a recipe again, into --output"
     )
     parser.add_argument(
+        "--export-mergekit",
+        metavar=("FILE", "OUTPUT"),
+        type=Path,
+        nargs=2,
+        help="write a finished output's recipe for mergekit",
+    )
+    parser.add_argument(
         "--source",
         metavar="DIR|NAME=PATH",
         type=_place_of_source,
@@ -167,13 +192,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     if options.compare and given != ["compare"]:
         parser.error("--compare only reads finished outputs; it goes with no other option")
+    from_recipe = options.replay or options.export_mergekit
+    beside_an_export = {"export_mergekit", "source", "trust_remote_code", "overwrite", "quiet"}
+    if options.export_mergekit and not beside_an_export.issuperset(given):
+        parser.error("--export-mergekit goes with --source, --trust-remote-code, --overwrite and --quiet only")
     if options.replay and not options.output:
         parser.error("--replay needs --output, the directory for the model")
     if options.replay and options.set:
         parser.error("--set is for a search; a recipe has its own settings")
-    if options.source and not options.replay:
+    if options.source and not from_recipe:
         parser.error("--source goes with --replay")
-    if options.trust_remote_code and not options.replay:
+    if options.trust_remote_code and not from_recipe:
         parser.error("--trust-remote-code goes with --replay; for a search it is a key of the YAML file")
     if options.replay and (options.resume or options.restart or options.dry_run):
         parser.error("--replay begins at the beginning; --resume, --restart and --dry-run are for a search")

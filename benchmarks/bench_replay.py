@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 import yaml
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[part] / name) for part, name in ((0, ""), (1, ""), (1, "tests/helpers"))]
 
+import mergekits
 from workload import machine
 
 from modules.checkpoints.open_models import open_models
@@ -56,7 +57,7 @@ def main() -> None:
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        mergekit = installed(options.mergekit or place / "mergekit")
+        mergekit = [str(mergekits.install(options.mergekit or place / "mergekit") / "mergekit-yaml")]
         rows = [row for method in METHODS for row in measured(place, mergekit, method, options)]
     print("merge | program | processor s | peak MB | beside mergekit")
     for row in rows:
@@ -75,15 +76,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--mergekit", type=Path, help="an environment that has it, or is to get it")
     return parser.parse_args()
-
-
-def installed(folder: Path) -> list[str]:
-    """mergekit's command, installed if it is not."""
-    program = folder / "bin/mergekit-yaml"
-    if not program.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(folder / "bin/pip"), "install", "--quiet", "mergekit"], check=True)
-    return [str(program)]
 
 
 def measured(place: Path, mergekit: list[str], method: str, options: argparse.Namespace) -> list[dict]:

@@ -17,7 +17,8 @@ from modules.discovery import (
     possible_contexts,
 )
 from modules.discovery import report as found_report
-from modules.run.map import Exports, write_text
+from modules.output import write_text
+from modules.run.map import Exports
 from modules.run.steps import prepare_libraries, score_once
 from modules.run.writing import Author, author, folder_beside, prompts_for, write_texts
 from modules.runtime import Console

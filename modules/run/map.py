@@ -4,16 +4,15 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.config import Chat, Config, Pair, unusable
+from modules.config import Chat, Config, Pair
 from modules.mapper import CompletionTree, Explorer, PhraseRank, Spelling, build_continuation, rank_phrases
 from modules.mapper import report as mapping_report
 from modules.model import ModelLoader, ResidentModel
-from modules.output import naming
+from modules.output import check_file, write_text
 from modules.run.steps import end, prepare_libraries, score_once, with_chats_rendered
 from modules.runtime import ConfigError, Console
 from modules.scoring import Encoded, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
@@ -86,32 +85,7 @@ def explore(
 def check_exports(exports: Exports, overwrite: bool) -> None:
     """Raise ConfigError if a file can't be written, or another one stands there."""
     for option, path in (("--json", exports.json), ("--yaml", exports.yaml)):
-        if path is None:
-            continue
-        trouble = unusable(path) or unusable(_unfinished(path))
-        if trouble:
-            raise ConfigError(f"{option} {path}: not a usable path ({trouble})")
-        if path.is_dir() or not path.resolve().parent.is_dir():
-            raise ConfigError(f"{option} {path}: {'a folder' if path.is_dir() else 'its folder does not exist'}")
-        if path.exists() and not overwrite:
-            raise ConfigError(f"{option} {path}: this file exists; name another one, or add --overwrite")
-        if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
-            raise ConfigError(f"{option} {path}: can't be written")
+        if path is not None:
+            check_file(option, path, overwrite)
     if exports.json and exports.yaml and exports.json.resolve() == exports.yaml.resolve():
         raise ConfigError(f"--json and --yaml both name {exports.json}")
-
-
-def _unfinished(path: Path) -> Path:
-    """Where a file is written until it is complete: under a name that nobody else has."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial") if path.name else path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or, if writing fails, as it was before."""
-    partial = _unfinished(path)
-    try:
-        with naming(path), partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from modules.config import Config
 from modules.discovery import Counts, counts
 from modules.discovery import report as found_report
-from modules.run.map import Exports, write_text
+from modules.output import write_text
+from modules.run.map import Exports
 from modules.run.steps import prepare_libraries
 from modules.run.writing import author, folder_beside, prompts_for, write_texts
 from modules.runtime import Console

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from modules.checkpoints import Candidate, Models, Prefetcher, check_space, fetching, load_tokenizer
+from modules.checkpoints import Candidate, Checkpoint, Models, Prefetcher, check_space, fetching, load_tokenizer
 from modules.config import Config, Directories, missing_folder, parse_source
 from modules.model import ModelLoader, present_devices, resolve_device
 from modules.output import (
@@ -39,8 +39,8 @@ class Replay:
 
     recipe: Path
     output: Path
+    device: str | None  # the recipe's own, if None and if it is there
     elsewhere: Mapping[str, str]  # a source's name in the recipe -> where it lies now
-    device: str | None = None  # the recipe's own, if None and if it is there
     folders: Sequence[Path] = ()  # in which sources lie under their own names
     overwrite: bool = False
     trust_remote_code: bool = False  # whether a recipe may have code run that its models bring along
@@ -51,15 +51,10 @@ def replay_recipe(asked: Replay, console: Console) -> None:
 
     Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
     """
-    recipe = located(read_recipe(asked.recipe), asked.recipe, asked.folders)
+    recipe = recipe_of(asked)
     console.lines(BANNER.split("\n"))
     console.timed(f"THE MERGE MONSTER REMEMBERS {asked.recipe}")
-    if recipe.settings.trust_remote_code and not asked.trust_remote_code:
-        raise ConfigError(
-            f"{asked.recipe}: was made with trust_remote_code: Python code that its models bring along would be run; "
-            "if you trust them, add --trust-remote-code"
-        )
-    config = _configuration(asked, recipe, recipe.needed_sources)
+    config = opened_with(asked, recipe)
     prepare_libraries(config.random_seed)
     check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])
     with held_place(asked.output, console) as place:
@@ -71,42 +66,63 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     end(console, config, models.base, str(asked.output))
 
 
+def recipe_of(asked: Replay) -> Recipe:
+    """The recipe. Raises ConfigError if it is none, or would have code run that nobody said is trusted."""
+    recipe = located(read_recipe(asked.recipe), asked.recipe, asked.folders)
+    if recipe.settings.trust_remote_code and not asked.trust_remote_code:
+        raise ConfigError(
+            f"{asked.recipe}: was made with trust_remote_code: Python code that its models bring along would be run; "
+            "if you trust them, add --trust-remote-code"
+        )
+    return recipe
+
+
+def candidates_of(recipe: Recipe, models: Models) -> list[tuple[Source, Candidate]]:
+    """The candidates of which something was accepted. Raises ConfigError if they are not all there."""
+    _, *sources = recipe.needed_sources
+    if len(models.candidates) != len(sources):
+        raise ConfigError(f"of the recipe's {len(sources)} candidates {len(models.candidates)} were found")
+    return list(zip(sources, models.candidates, strict=True))
+
+
+def check_source(source: Source, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError if a model, as far as it is here, is not what the recipe was made of."""
+    if not checkpoint.job.absent:
+        compare_fingerprints(source, checkpoint, "has changed since the recipe was written")
+
+
 def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, models: Models) -> None:
     """Merge what the recipe accepted, and put the result into its place."""
-    base_source, *sources = recipe.needed_sources
-    console, base, candidates = loader.console, models.base, models.candidates
-    if len(candidates) != len(sources):
-        raise ConfigError(f"of the recipe's {len(sources)} candidates {len(candidates)} were found")
-    places = [models.base_where, *(candidate.where for candidate in candidates)]
-    told = rebuilt(recipe, loader.config, dict(zip((s.number for s in (base_source, *sources)), places, strict=True)))
+    console, base, found = loader.console, models.base, candidates_of(recipe, models)
+    places = [models.base_where, *(candidate.where for _, candidate in found)]
+    numbers = (source.number for source in recipe.needed_sources)
+    told = rebuilt(recipe, loader.config, dict(zip(numbers, places, strict=True)))
     with (
         unfinished_output(place, resume=False, restart=False) as unfinished,
         fetching(console, models.jobs) as prefetcher,
     ):
         prefetcher.wait(0)
-        compare_fingerprints(base_source, base, "has changed since the recipe was written")
+        check_source(recipe.sources[0], base)
         console.lines(_other_device(recipe, loader.device))
         tokenizer = partial(load_tokenizer, base.path, base.companions)
         rebuild = Rebuild(loader.layout(models), resolve_device(loader.device), tokenizer)
-        arriving = _arriving(prefetcher, sources, candidates)
+        arriving = _arriving(prefetcher, found)
         if recipe.joint:
-            console.timed(f"{len(sources)} candidates, all at once")
+            console.timed(f"{len(found)} candidates, all at once")
             rebuild.mix([candidate for _, candidate in arriving], _shares(recipe))
         for number, (source, candidate) in enumerate(arriving, start=1):
             decisions = [line.decision for line in recipe.accepted_of(source.number)]
-            console.timed(f"Candidate {number}/{len(sources)}: {source.name}, {len(decisions)} merges")
+            console.timed(f"Candidate {number}/{len(found)}: {source.name}, {len(decisions)} merges")
             rebuild.repeat(candidate, decisions)
         save(console, rebuild, unfinished, str(asked.output), told.config)
         finish(console, unfinished, told, place.output, base, asked.overwrite)
 
 
-def _arriving(
-    prefetcher: Prefetcher, sources: Sequence[Source], candidates: Sequence[Candidate]
-) -> Iterator[tuple[Source, Candidate]]:
+def _arriving(prefetcher: Prefetcher, found: Sequence[tuple[Source, Candidate]]) -> Iterator[tuple[Source, Candidate]]:
     """Each candidate, with its source, once it is here. Raises ConfigError if it is not what the recipe was made of."""
-    for number, (source, candidate) in enumerate(zip(sources, candidates, strict=True), start=1):
+    for number, (source, candidate) in enumerate(found, start=1):
         prefetcher.wait(number)
-        compare_fingerprints(source, candidate.checkpoint, "has changed since the recipe was written")
+        check_source(source, candidate.checkpoint)
         yield source, candidate
 
 
@@ -117,8 +133,9 @@ def _shares(recipe: Recipe) -> list[list[float]]:
     return [[row[column] for column in columns] for row in recipe.joint.shares]
 
 
-def _configuration(asked: Replay, recipe: Recipe, sources: Sequence[Source]) -> Config:
+def opened_with(asked: Replay, recipe: Recipe) -> Config:
     """What the models are opened with. Raises ConfigError for a source that the recipe does not have."""
+    sources = recipe.needed_sources
     names = [source.name for source in sources]
     unknown = sorted(asked.elsewhere.keys() - {source.name for source in recipe.sources})
     if unknown:

@@ -31,6 +31,7 @@ THEIRS = {
     "after.json",
     "my.yaml",
     "found.yaml",
+    "merge.yaml",
     "merge_monster_recipe.json",
 }  # files that the reader has, or will have
 REQUIRED = object()

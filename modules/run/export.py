@@ -1,0 +1,91 @@
+"""A recipe written as a file for mergekit, if its models are such that mergekit makes the same of them.
+
+Knows: what mergekit does otherwise. Refuses to know: its YAML, how a merge is made.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from modules.checkpoints import Adapted, Models, dtype_name, load_tokenizer
+from modules.model import HeaderSkipped, ModelLoader, ResidentModel, matched_header
+from modules.output import Names, Recipe, check_apart, check_file, check_sums, input_paths, mergekit_text, write_text
+from modules.run.replay import Replay, candidates_of, check_source, opened_with, recipe_of
+from modules.run.steps import prepare_libraries
+from modules.runtime import ConfigError, Console
+
+
+def export_mergekit(asked: Replay, console: Console) -> None:
+    """Write what a recipe did as a file for mergekit. asked: its output is the file.
+
+    Raises ConfigError for what mergekit can't be told, or would make something else of.
+    """
+    recipe = recipe_of(asked)
+    check_file("--export-mergekit", asked.output, asked.overwrite)
+    check_sums(recipe)
+    config = opened_with(asked, recipe)
+    prepare_libraries(config.random_seed)
+    check_apart([asked.output], [asked.recipe, *input_paths(config)])
+    loader = ModelLoader(config, console, compute=getattr(torch, recipe.dtype))
+    models = loader.open()
+    layout, saved = loader.layout(models), _saved(recipe, models)
+    problems = [*_unfit_types(recipe, models, saved), *_unfit_models(recipe, models, layout)]
+    if problems:
+        raise ConfigError("mergekit would make something else of this recipe:", *problems)
+    names = Names(
+        base=models.base_where,
+        candidates={source.number: one.where for source, one in candidates_of(recipe, models)},
+        layers=len(layout.layers),
+        layer=layout.layers_name.rpartition(".")[2],
+        header=[*dict.fromkeys(name for name in (*layout.header().tensors, *layout.header_names()) if name)],
+        dtype=saved[0],
+    )
+    write_text(asked.output, mergekit_text(recipe, names))
+    console.final(f"{asked.output} is for mergekit; its first line says how it is run")
+
+
+def _saved(recipe: Recipe, models: Models) -> list[str]:
+    """The types in which the output's weights are, by name."""
+    if recipe.saved_dtype:
+        return [recipe.saved_dtype]
+    return sorted({dtype_name(info.dtype) for info in models.base.tensors.values() if info.dtype.is_floating_point})
+
+
+def _unfit_types(recipe: Recipe, models: Models, saved: list[str]) -> Iterator[str]:
+    """What is wrong with types: of what is written there can be one, and what is computed in must have room for all."""
+    if len(saved) > 1:
+        yield f"{models.base.name}: its tensors are of several types ({', '.join(saved)}), mergekit writes one"
+    compute, checkpoints = getattr(torch, recipe.dtype), [models.base, *(one.checkpoint for one in models.candidates)]
+    stored = {info.dtype for one in checkpoints for info in one.tensors.values() if info.dtype.is_floating_point}
+    for dtype in sorted({dtype_name(dtype) for dtype in stored} | set(saved)):
+        if torch.promote_types(getattr(torch, dtype), compute) != compute:
+            yield f"it was computed in {recipe.dtype}, to which {dtype} was rounded; mergekit would not round it"
+
+
+def _unfit_models(recipe: Recipe, models: Models, layout: ResidentModel) -> Iterator[str]:
+    """What is wrong with models: adapters, and headers whose rows are not merged one by one."""
+    check_source(recipe.sources[0], models.base)
+    for source, candidate in candidates_of(recipe, models):
+        check_source(source, candidate.checkpoint)
+        if isinstance(candidate.checkpoint, Adapted):
+            yield f"{candidate.name} is an adapter, which mergekit applies in another way; merge it with PEFT first"
+        elif _takes_header(recipe, source.number, len(layout.layers)):
+            tokenizer = load_tokenizer(models.base.path, models.base.companions)
+            try:
+                found = matched_header(layout, tokenizer, candidate)
+            except HeaderSkipped as error:
+                yield f"{error}; its header was left out"
+                continue
+            if found.note:
+                yield found.note
+            elif len(found.matches) < layout.vocabulary:
+                count = layout.vocabulary - len(found.matches)
+                yield f"{candidate.name}: {count} rows of the header have no token and stay the base's"
+
+
+def _takes_header(recipe: Recipe, number: int, layers: int) -> bool:
+    """Whether something of a candidate's header was merged."""
+    if recipe.joint is None:
+        return any(line.layer is None for line in recipe.accepted_of(number))
+    column = [source.number for source in recipe.sources[1:]].index(number)
+    return any(row[column] for row in recipe.joint.shares[layers:])
