@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import mergekits
 import pytest
+import torch
 from matplotlib.image import imread
 from project import ROOT
+from runs import make_models
 
 BENCHMARKS = ROOT / "benchmarks"
 SMALL = ["--layers", "2", "--hidden", "128", "--intermediate", "256", "--vocabulary", "4000"]
@@ -48,6 +52,21 @@ def test_the_search_against_its_limit(tmp_path):
 def test_the_mapper(tmp_path):
     _, result = run(tmp_path, "bench_mapper.py", *SMALL, "--contexts", "1", "--max-depth", "2")
     assert result["same_branches_as_naive"] == result["leaves"] > 1
+
+
+@pytest.mark.slow
+def test_a_replay_beside_mergekit(tmp_path):
+    base, candidate, _ = make_models(tmp_path / "models", torch.bfloat16)
+    folder = os.environ.get("MERGEKIT") or str(tmp_path / "mergekit")
+    try:
+        mergekits.install(Path(folder))
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"mergekit can't be installed here: {error.stderr.strip().splitlines()[-1]}")
+    models = ["--base", str(base), "--candidate", str(candidate)]
+    output, result = run(tmp_path, "bench_replay.py", *models, "--mergekit", folder, "--runs", "1")
+    assert [row["merge"] for row in result["rows"]] == ["linear"] * 3 + ["slerp"] * 3
+    assert all(row["seconds"] > 0 and row["megabytes"] > 50 for row in result["rows"])
+    assert "slerp | with card and pictures | " in output
 
 
 @pytest.mark.slow
