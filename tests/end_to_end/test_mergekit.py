@@ -39,10 +39,18 @@ def opened(tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(place)
                 assert merge(place, models, merge_method="lerp", merge_ratios=[0.5]) == 0
-            made[dtype, tied] = models, json.loads((place / "out" / RECIPE).read_text())
+            made[dtype, tied] = models, recipe_in(place, models)
         return made[dtype, tied]
 
     return make
+
+
+def recipe_in(place, models):
+    """The recipe of an output, with whole paths: it is written again in other folders."""
+    recipe = json.loads((place / "out" / RECIPE).read_text())
+    for source, model in zip(recipe["sources"], models, strict=True):
+        source["where"] = str(model)
+    return recipe
 
 
 def told(recipe, merges):
@@ -185,7 +193,7 @@ def test_rows_at_other_places_are_refused_where_they_are_merged(place, capsys, m
     order = {token: (row * 7 + 3) % len(tokenizer) for token, row in tokenizer.get_vocab().items()}
     tiny.change_vocabulary(models[1], tiny.rewritten_tokenizer(tokenizer, order))
     assert merge(place, models, merge_method="lerp", merge_ratios=[0.5]) == 0
-    recipe = json.loads((place / "out" / RECIPE).read_text())
+    recipe = recipe_in(place, models)
     assert "of them at another place" in refused(place, told(recipe, merges), capsys)
     exported(place, told(recipe, [line for line in merges if len(line) == 3 and line[1] is not None] or merges[:3]))
 
@@ -196,7 +204,7 @@ def test_several_stored_types_are_refused(place, opened, capsys):
         models[0], lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items() if "norm" in n})
     )
     assert merge(place, models, merge_method="lerp", merge_ratios=[0.5]) == 0
-    recipe = told(json.loads((place / "out" / RECIPE).read_text()), ONCE)
+    recipe = told(recipe_in(place, models), ONCE)
     assert "base: its tensors are of several types (bfloat16, float32), mergekit writes one" in refused(
         place, recipe, capsys
     )
@@ -215,7 +223,7 @@ def test_adapters_are_refused(place, capsys):
     write_adapter(place / "adapter", models[0])
     models = models[0], place / "adapter"
     assert merge(place, models, merge_method="lerp", merge_ratios=[0.5]) == 0
-    recipe = told(json.loads((place / "out" / RECIPE).read_text()), [(1, 0, 0.5)])
+    recipe = told(recipe_in(place, models), [(1, 0, 0.5)])
     assert "adapter is an adapter, which mergekit applies in another way" in refused(place, recipe, capsys)
 
 
