@@ -20,7 +20,7 @@ from modules.discovery import report as found_report
 from modules.output import write_text
 from modules.run.map import Exports
 from modules.run.steps import prepare_libraries, score_once
-from modules.run.writing import Author, author, folder_beside, prompts_for, write_texts
+from modules.run.writing import Author, author, check_prompts, folder_beside, prompts_for, write_texts
 from modules.runtime import Console
 from modules.scoring import encode_pairs, render_chats, with_texts
 from modules.search import probability
@@ -33,6 +33,7 @@ def discover(config: Config, console: Console, exports: Exports) -> None:
     """
     prepare_libraries(config.random_seed)
     console.timed("THE MONSTER MAPPER LISTENS")
+    check_prompts(config)
     human = human_rates(config.discover.language)
     writer = author(config, console)
     prompts = prompts_for(config, writer)

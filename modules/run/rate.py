@@ -13,7 +13,7 @@ from modules.discovery import report as found_report
 from modules.output import write_text
 from modules.run.map import Exports
 from modules.run.steps import prepare_libraries
-from modules.run.writing import author, folder_beside, prompts_for, write_texts
+from modules.run.writing import author, check_prompts, folder_beside, prompts_for, write_texts
 from modules.runtime import Console
 
 
@@ -24,6 +24,7 @@ def rate(config: Config, others: Sequence[Config], console: Console, exports: Ex
     """
     prepare_libraries(config.random_seed)
     console.timed("THE MONSTER MAPPER COUNTS")
+    check_prompts(config)
     bad, good = (
         tuple(dict.fromkeys(pair.phrase for pair in pairs)) for pairs in (config.bad_phrases, config.good_phrases)
     )

@@ -48,6 +48,12 @@ def drawing_of(config: Config) -> Drawing:
     return Drawing(settings.tokens, settings.temperature, settings.samples, config.template, config.system)
 
 
+def check_prompts(config: Config) -> None:
+    """Raise ConfigError for a file of prompts that can't be used, before a model is loaded."""
+    if config.discover.prompts:
+        read_prompts(config.discover.prompts, for_chats=True)
+
+
 def prompts_for(config: Config, author: Author) -> tuple[str, ...]:
     """What is asked: for a model with a chat template questions, else openings of texts."""
     return read_prompts(config.discover.prompts, author.chats)
