@@ -121,7 +121,7 @@ def test_default_mapper_yaml_has_every_key_of_the_mapper_at_its_default():
 
 def test_default_yaml_has_every_key():
     document = yaml.safe_load((ROOT / "default.yaml").read_text(encoding="utf-8"))
-    assert set(document) == set(CONFIG_KEYS) - {"mapper"}
+    assert set(document) == set(CONFIG_KEYS) - {"mapper", "discover"}
     assert set(document["directories"]) == {"model_path1", "model_directory", "output_directory"}
 
 

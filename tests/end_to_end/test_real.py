@@ -1,5 +1,6 @@
 """The models of make real: what each fine-tune learns from, what is said where they can't be made, and the whole."""
 
+import json
 import os
 import re
 import shutil
@@ -70,8 +71,8 @@ def test_what_is_unlearnt_is_the_word_that_settles_the_cliche(phrase, before, af
 
 
 def test_each_fine_tune_has_its_own_data():
-    assert [tune.name for tune in fine_tunes.FINE_TUNES] == list(make_real.MODELS[1:])
-    plain, _, _, overfit = fine_tunes.FINE_TUNES
+    assert [tune.name for tune in fine_tunes.FINE_TUNES] == [*make_real.MODELS[1:], "weaned"]
+    plain, _, _, overfit, _ = fine_tunes.FINE_TUNES
     assert plain.data == overfit.data and overfit.rate == pytest.approx(10 * plain.rate)
     assert fine_tunes.texts("prose") == prose.paragraphs(fine_tunes.SEED, 400)
     assert any('The "if" statement' in text for text in fine_tunes.texts("reference"))
@@ -107,6 +108,18 @@ def test_careful_unlearns_and_is_held(tmp_path):
     assert fine_tunes.drift(base, model, ids).item() > 0
     [loss] = islice(fine_tunes.careful_losses(tokenizer, base, fine_tunes.tempted(tokenizer)), 1)
     assert loss(model).item() > 0
+
+
+def test_what_was_found_is_unlearnt_behind_the_whole_answer(tmp_path):
+    tokenizer = tiny.bpe_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}:"
+    lists = {"bad_phrases": [{"phrase": "thick with", "contexts": ["The air is "]}]}
+    (tmp_path / "found.yaml").write_text(yaml.safe_dump(lists), encoding="utf-8")
+    texts = {"Where?": ["The room is thick with anticipation.", "It is thicker, and thick  with it"], "Who?": ["She"]}
+    (tmp_path / "a-base-1.jsonl").write_text(json.dumps(texts) + "\n", encoding="utf-8")
+    [(before, after)] = fine_tunes.said_again(tokenizer, tmp_path / "found.yaml", tmp_path)
+    assert tokenizer.decode(before) == "[Where?]:The room is"
+    assert [*before, after] == tokenizer("[Where?]:The room is thick with")["input_ids"][: len(before) + 1]
 
 
 def test_it_says_what_it_takes_and_refuses_where_there_is_less():
