@@ -2,8 +2,8 @@
 
     python benchmarks/bench_joint.py
 
-The whole program on a small random Llama in float32, one thread, headers on, drift weighed. Measured in turn, three
-times each; medians count. The limit of a step is the matrix products of a forward, its recomputation and its backward
+The whole program on a small random Llama in float32, one thread, headers on, drift weighed. All are measured in turn;
+medians count. The limit of a step is the matrix products of a forward, its recomputation and its backward
 (four forwards' worth), one after another at the machine's own rate, and reading all candidates once. Prints tables and,
 as its last line, JSON.
 """
@@ -37,8 +37,8 @@ from workload import (
     reading_seconds,
 )
 
-SHAPE = Shape(12, 512, 1408, 8000, heads=8, kv_heads=8, positions=512)
-PAIRS, NEUTRAL, CANDIDATES, RATIOS, STEPS = 40, 512, 4, 4, 25
+SHAPE = Shape(8, 384, 1056, 4000, heads=6, kv_heads=6, positions=512)
+PAIRS, NEUTRAL, CANDIDATES, RATIOS = 40, 256, 4, 4
 STEP_CURVE, CANDIDATE_CURVE = (5, 10, 25, 50), (1, 2, 4, 8)
 FORWARDS = 4  # whose products a step can't do without: forward, recomputed, and twice as much backward
 
@@ -94,7 +94,7 @@ def main() -> None:
     torch.set_num_threads(1)
     steps, candidates = ((2, 4), (1, 2)) if options.quick else (STEP_CURVE, CANDIDATE_CURVE)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), 1 if options.quick else 3)
+        bench = Bench(Path(folder), options.repeats)
         names = ["base", *(f"candidate-{number}" for number in range(max(*candidates, CANDIDATES)))]
         make_models({SHAPE: [Path(folder) / name for name in names]})
         words = " ".join(f"w{number % 3000}" for number in range(3 * NEUTRAL))
@@ -107,7 +107,8 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """How much is measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two small points a curve, once each")
+    parser.add_argument("--repeats", type=int, default=3, help="of everything; medians count")
+    parser.add_argument("--quick", action="store_true", help="two small points a curve")
     return parser.parse_args()
 
 
