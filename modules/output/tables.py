@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from modules.config import Config, Pair
 from modules.output.records import Sample
-from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, columns, percent, row, spans
+from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, percent, row, spans
 from modules.scoring import Drift
 from modules.search import Decision, Merge, Shares, probability, scores, total, total_rounding
 
@@ -34,8 +34,7 @@ def summary(
         "Starting model": config.directories.model_path1,
         "Models to merge": ", ".join(candidates),
         "Output directory": config.directories.output_directory,
-        "Phrases loaded": f"{len(config.pairs)} ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good)"
-        + (f", {len(config.held_out_pairs)} more held out" if config.held_out_pairs else ""),
+        "Phrases loaded": _phrases(config),
         **scorer,
         "Auto weights": config.auto_weights,
         **({"Layers searched": f"{', '.join(spans(config.layers))} (counted from 0)"} if config.layers else {}),
@@ -44,6 +43,12 @@ def summary(
         **({"Rounding": _rounding(config, rounding)} if rounding else {}),
     }
     return [f"{name:<16} : {value}" for name, value in rows.items()]
+
+
+def _phrases(config: Config) -> str:
+    """How many pairs there are of each kind."""
+    more = f", {len(config.held_out_pairs)} more held out" if config.held_out_pairs else ""
+    return f"{len(config.pairs)} ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good){more}"
 
 
 def _of_greedy_search(config: Config) -> dict[str, object]:
@@ -250,61 +255,6 @@ def held_out_lines(searched: Totals, held_out: Totals) -> list[str]:
     ]
     names = f"Better only where it was searched: {', '.join(only)}"
     return [f"Searched {searched}, held out {held_out}", *([names] if only else [])]
-
-
-class Standing(NamedTuple):
-    """How a model does: totals of the searched pairs and of those that are held out, and on neutral text."""
-
-    name: str
-    total: float
-    held_out: float | None
-    drift: Drift | None
-
-
-def standing_table(base: Standing, candidates: Sequence[Standing], merge: Standing, search: str) -> list[str]:
-    """The base, the candidates taken whole and the merge as one table; and, where a candidate alone is better than the
-    merge, that it is. search: how the merge was found."""
-    rows = [_standing_cells(one) for one in (base, *candidates, merge)]
-    wanted = [True, True, merge.held_out is not None, merge.drift is not None, merge.drift is not None]
-    shown = [[cell for cell, is_wanted in zip(cells, wanted, strict=True) if is_wanted] for cells in [_STANDING, *rows]]
-    widths = [max(map(columns, cells)) for cells in zip(*shown, strict=True)]
-    header, *body = [row(cells, widths) for cells in shown]
-    rule = "-" * len(header)
-    return [rule, header, rule, *body, rule, *_better_alone(candidates, merge, search)]
-
-
-_STANDING = ["Taken whole", "Total", "Held out", "Drift (KL)", "Perplexity"]
-
-
-def _standing_cells(one: Standing) -> list[str]:
-    drift = one.drift
-    return [
-        one.name,
-        f"{one.total:.5f}",
-        "-" if one.held_out is None else f"{one.held_out:.5f}",
-        f"{drift.divergence:.4f}" if drift else "-",
-        f"{drift.perplexity:.2f}" if drift else "-",
-    ]
-
-
-# What to do where a candidate alone is better than what was found.
-_INSTEAD = {
-    "greedy": "begin with it: make it the base; or set search: joint",
-    "joint": "lower drift_weight, which has kept the merge nearer to the base",
-}
-
-
-def _better_alone(candidates: Sequence[Standing], merge: Standing, search: str) -> list[str]:
-    """That a candidate alone has a lower total than the merge, where it was searched or where it was not."""
-    lines = []
-    for what, key in (("where it was searched", "total"), ("on the phrases held out", "held_out")):
-        ours = getattr(merge, key)
-        known = [one for one in candidates if ours is not None and getattr(one, key) is not None]
-        best = min(known, key=lambda one: getattr(one, key), default=None)
-        if best is not None and getattr(best, key) < ours:
-            figures = f"{getattr(best, key):.5f} against {ours:.5f}"
-            lines.append(f"{best.name} taken whole is better than the merge {what}: {figures}.")
-    return [*lines, f"Take it as it is, or {_INSTEAD[search]}."] if lines else []
 
 
 def sample_lines(samples: Sequence[Sample]) -> list[str]:

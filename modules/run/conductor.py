@@ -11,12 +11,13 @@ from modules.checkpoints import Candidate, Prefetcher, remove_downloads
 from modules.config import Config
 from modules.output import RunRecord
 from modules.output import tables as report
+from modules.output.standings import Standing, standing_table
 from modules.output.tables import Totals
 from modules.run.steps import note_source
-from modules.run.watch import Sight, Watch
+from modules.run.watch import Watch
 from modules.runtime import BrokenWeights, CheckpointError, Console, postponed
 from modules.scoring import DriftMeter
-from modules.search import Decision, Merge, Shares, mean_shares, scores, total
+from modules.search import Decision, Merge, Shares, mean_shares, scores
 from modules.search.joint import Rows
 from modules.search.search import Search
 
@@ -159,9 +160,8 @@ class Conductor:
             self.console.warning(f"{candidate.name} can't be scored whole: there is too little memory")
             return
         log_probabilities, sight, guarded = seen
-        held_out = total(scores(sight.held_out, self.watch.weights)) if self.watch.pairs else None
-        searched = total(scores(log_probabilities, self.search.weights))
-        self.record.note_baseline(number, searched, held_out, sight.drift, guarded)
+        found = self.watch.standing(self.search, candidate.name, log_probabilities, sight)
+        self.record.note_baseline(number, found.total, found.held_out, found.drift, guarded)
 
     def _search(self, number: int, candidate: Candidate) -> str | None:
         """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""
@@ -211,17 +211,12 @@ def standing_lines(conductor: Conductor, candidates: Sequence[Candidate]) -> lis
     """Base, candidates taken whole and the merge, side by side; nothing if no candidate was scored whole."""
     watch, search, record = conductor.watch, conductor.search, conductor.record
     known = [(candidate.name, record.baseline(number)) for number, candidate in enumerate(candidates, start=1)]
-    whole = [report.Standing(name, one.total, one.held_out, one.drift) for name, one in known if one]
+    whole = [Standing(name, one.total, one.held_out, one.drift) for name, one in known if one]
     if not whole:
         return []
-
-    def standing(name: str, log_probabilities: Sequence[float], sight: Sight) -> report.Standing:
-        held_out = total(scores(sight.held_out, watch.weights)) if watch.pairs else None
-        return report.Standing(name, total(scores(log_probabilities, search.weights)), held_out, sight.drift)
-
-    base = standing(f"{search.model.checkpoint.name} (base)", record.start_scores(), watch.start)
-    merge = standing("the merge", search.log_probabilities, watch.now)
-    return report.standing_table(base, whole, merge, search.config.search)
+    base = watch.standing(search, f"{search.model.checkpoint.name} (base)", record.start_scores(), watch.start)
+    merge = watch.standing(search, "the merge", search.log_probabilities, watch.now)
+    return standing_table(base, whole, merge, search.config.search)
 
 
 class Clock:

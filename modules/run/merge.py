@@ -173,24 +173,41 @@ def begin_search(
     """
     config, console = loader.config, loader.console
     note_source(record, group, 0, config.directories.model_path1, models.base_where, models.base)
-    model, tokenizer = loader.load(models, placement)
-    encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
-    scorer = build_shared_scorer(model, encoded, budget, record.packing, group)
-    texts = read_neutral_texts(config.neutral_texts)
-    aside = config.tokens_for_trials
-    windows, guarding = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, aside)
-    guard = group.on_all_ranks(lambda: build_guard(model, guarding, budget, group.rank)) if aside else None
-    search = Search(model, scorer, config, tokenizer, group, guard)
+    search, windows, guarding = load_base(loader, models, budget, group, placement, record.packing)
+    model = search.model
     names = [candidate.name for candidate in models.candidates]
     measured = total_rounding(search.weights, search.rounding), search.limits.drift_weight
-    console.lines(report.summary(config, model.describe(), scorer.describe(), names, *measured))
+    console.lines(report.summary(config, model.describe(), search.scorer.describe(), names, *measured))
     console.warnings(search.warnings)
-    watch = Watch(config, console, model, tokenizer, budget, windows) if group.rank.leads else None
+    watch = Watch(config, console, model, search.tokenizer, budget, windows) if group.rank.leads else None
     led = config, console, search, record, prefetcher, watch
     if config.search == "greedy":
         return Conductor(*led)
     meter = DriftMeter(model, guarding, keeps_head=True) if guarding else None
     return JointConductor(*led, meter)
+
+
+def load_base(
+    loader: ModelLoader,
+    models: Models,
+    budget: Budget,
+    group: Group = ALONE,
+    placement: Sequence[torch.device] | None = None,
+    before: Packing | None = None,
+) -> tuple[Search, list[Window], list[Window]]:
+    """The base loaded and scored; windows of neutral text on which drift is watched, and those of the trials.
+
+    before: see `build_shared_scorer`.
+    """
+    config = loader.config
+    model, tokenizer = loader.load(models, placement)
+    encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
+    scorer = build_shared_scorer(model, encoded, budget, before, group)
+    texts = read_neutral_texts(config.neutral_texts)
+    aside = config.tokens_for_trials
+    windows, guarding = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, aside)
+    guard = group.on_all_ranks(lambda: build_guard(model, guarding, budget, group.rank)) if aside else None
+    return Search(model, scorer, config, tokenizer, group, guard), windows, guarding
 
 
 def build_guard(model: ResidentModel, windows: Sequence[Window], budget: Budget, rank: Rank) -> Guard:

@@ -14,6 +14,7 @@ from modules.checkpoints import Candidate
 from modules.config import Config
 from modules.model import ResidentModel
 from modules.output import Sample
+from modules.output.standings import Standing
 from modules.runtime import Console, first_line, is_out_of_memory, within_memory
 from modules.scoring import (
     NOT_TAKEN,
@@ -96,6 +97,11 @@ class Watch:
         found = total(scores(within_memory(self._scorer.score, self._take_less_memory), self.weights))
         self.seconds += time.monotonic() - began
         return found
+
+    def standing(self, search: Search, name: str, log_probabilities: Sequence[float], sight: Sight) -> Standing:
+        """How a model does. log_probabilities: of the searched pairs."""
+        held_out = total(scores(sight.held_out, self.weights)) if self.pairs else None
+        return Standing(name, total(scores(log_probabilities, search.weights)), held_out, sight.drift)
 
     def look_at_whole(
         self, search: Search, candidate: Candidate, guard: DriftMeter | None = None

@@ -8,7 +8,7 @@ from runs import log_of, make_models, merge
 
 import merge_monster
 from modules.output.recipe import RECIPE_FILE
-from modules.output.tables import Standing, standing_table
+from modules.output.standings import Standing, standing_table
 from modules.scoring import Drift
 from modules.search.search import Search
 
