@@ -3,6 +3,7 @@
     python merge_monster.py --config my.yaml
     torchrun --nproc-per-node 4 merge_monster.py --config my.yaml
     python merge_monster.py --compare one-output another-output
+    python merge_monster.py --config my.yaml --score one-model another-model
 
 Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't be used, 130 interrupted.
 """
@@ -53,19 +54,23 @@ def start(options: argparse.Namespace) -> int:
     try:
         from_recipe = options.replay or options.export_mergekit
         given = {"device": options.device, "output": options.output, "sets": options.set or ()}
-        config = None if from_recipe else load_config(options.config, **given)
+        if options.score and rank.world_size > 1:
+            raise ConfigError("--score runs in one process; start it with python, not with torchrun")
+        config = None if from_recipe else load_config(options.config, scored=options.score or (), **given)
         if config is not None:
             # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
             with importing():
                 from modules.output import check_apart, input_paths
 
-            check_apart([LOGS], [Path(options.config), *input_paths(config)])
+            check_apart([LOGS, *([options.json] if options.json else [])], [Path(options.config), *input_paths(config)])
     except ConfigError:
         if rank.leads:
             raise
         wait_for_the_leader()
         return 2
     with Console(LOG, quiet=options.quiet) if rank.leads else Silent(rank.number) as console:
+        if options.score:
+            return score(config, console, options)
         if config is not None:
             return run(config, console, options, rank)
         if not rank.leads:
@@ -123,6 +128,18 @@ def export(console: Console, options: argparse.Namespace) -> int:
         export_mergekit(Replay(recipe, file, "cpu", *how_to_open(options)), console)
 
     return exit_code(work, console)
+
+
+def score(config: Config, console: Console, options: argparse.Namespace) -> int:
+    """Score models by the configuration's phrases, and turn every failure into one message and an exit code."""
+
+    def work() -> None:
+        with importing():
+            from modules.run import score_models
+
+        score_models(config, console, options.json, options.overwrite)
+
+    return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}.")
 
 
 def how_to_open(options: argparse.Namespace) -> tuple[dict[str, str], list[Path], bool, bool]:
@@ -184,6 +201,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--compare", metavar="OUTPUT", type=Path, nargs="+", help="print finished outputs side by side, and stop"
     )
     parser.add_argument(
+        "--score",
+        metavar="MODEL",
+        nargs="+",
+        help="score base and models by the file's phrases, merge nothing, and stop",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write what --score has found")
+    parser.add_argument(
         "--table", choices=TABLES, default="full", help="how much of the phrase tables is shown (default: full)"
     )
     parser.add_argument("--quiet", action="store_true", help="show only warnings, errors and the last line")
@@ -196,6 +220,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     beside_an_export = {"export_mergekit", "source", "trust_remote_code", "overwrite", "quiet"}
     if options.export_mergekit and not beside_an_export.issuperset(given):
         parser.error("--export-mergekit goes with --source, --trust-remote-code, --overwrite and --quiet only")
+    beside_scores = {"score", "config", "device", "set", "json", "overwrite", "quiet"}
+    if options.score and not beside_scores.issuperset(given):
+        parser.error("--score goes with --config, --device, --set, --json, --overwrite and --quiet only")
+    if options.json and not options.score:
+        parser.error("--json goes with --score")
+    if options.score and options.overwrite and not options.json:
+        parser.error("--score writes no output; --overwrite goes with its --json")
     if options.replay and not options.output:
         parser.error("--replay needs --output, the directory for the model")
     if options.replay and options.set:

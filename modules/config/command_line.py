@@ -12,7 +12,7 @@ from modules.config.yaml_file import Place, YamlFile, parse_yaml
 from modules.runtime import ConfigError, visible
 
 SET = "replaces one key of the file, such as mapper.top_k=5; may be given several times"  # help on it
-Options = Mapping[Place, tuple[str, str | None]]  # by the place of what it gives: an option and its value
+Options = Mapping[Place, tuple[str, str | list[str] | None]]  # by the place of what it gives: an option and its value
 
 
 def with_given(file: YamlFile, sets: Sequence[str], options: Options) -> tuple[YamlFile, list[Finding]]:

@@ -2,8 +2,8 @@
 
 Knows: types with their limits, what can be a path, a model's name, an output. Refuses to know: which keys there are.
 
-A check that a value fails raises ValueError with what is allowed. Its `info.context` says whether the mapper asks: that
-reads no candidates, so they may still be missing.
+A check that a value fails raises ValueError with what is allowed. Its `info.context` names the keys that lead to
+candidates of which none is read: there they may still be missing.
 """
 
 import difflib
@@ -273,14 +273,15 @@ def _any_path(text: str) -> str:
 
 def _folder(text: str, info: ValidationInfo) -> str:
     path = _path(text)
-    if not info.context and not path.is_dir():
+    if "model_directory" not in (info.context or ()) and not path.is_dir():
         raise ValueError("no such folder")
     return str(path)
 
 
 def _candidate(text: str, info: ValidationInfo) -> str:
     """A model, an adapter, or both joined by a plus."""
-    return _any_path(text) if info.context else _model_named(text, parse_source)
+    not_read = "models_to_merge" in (info.context or ())
+    return _any_path(text) if not_read else _model_named(text, parse_source)
 
 
 def _model_named(text: str, parse: Callable[[str], object]) -> str:

@@ -34,17 +34,21 @@ def load_config(
     discovering: bool = False,
     model_option: str = "--model",
     sets: Sequence[str] = (),
+    scored: Sequence[str] = (),
 ) -> Config:
     """Read and check a YAML file; `device`, `output` and `model`, the base, replace the file's own values.
 
-    mapping: for the mapper, which needs neither candidates nor an output directory; discovering: nor phrases.
-    model_option: with which the command line names the model. sets: more that is replaced, each KEY=VALUE.
+    mapping: for the mapper, which needs neither candidates nor an output directory, and holds no phrase out;
+    discovering: nor phrases. model_option: with which the command line names the model. sets: more that is replaced,
+    each KEY=VALUE. scored: models that take the place of the file's candidates, to be scored and not merged: that
+    needs no output directory either.
     Raises ConfigError with one line for every error found.
     """
     options = {
         ("directories", "model_path1"): (model_option, model),
         ("directories", "output_directory"): ("--output", output),
         ("device",): ("--device", device),
+        ("models_to_merge",): ("--score", list(scored) or None),
     }
     main, found = with_given(read_yaml(Path(path), "Name a YAML file with --config."), sets, options)
     files, more_found = _phrase_files(main, "phrase_files")
@@ -56,7 +60,7 @@ def load_config(
         problem = f"{in_all:,} pairs of a phrase and a context; at most {MOST_PAIRS:,} are taken"
         found.append(Finding(main, ("phrase lists",), problem))
         main, files, held_out = _without(main, PHRASES), [], []
-    settings = _checked(Settings, main, found, mapping)
+    settings = _checked(Settings, main, found, _not_read(mapping, bool(scored)))
     lists, aside = (
         [_checked(PhraseLists, _without(file, _NO_PHRASES), found) for file in some] for some in (files, held_out)
     )
@@ -66,7 +70,7 @@ def load_config(
         and not any(finding.file.name or "phrase" in str(finding.place[:1]) for finding in found)
     ):
         found.append(Finding(main, ("bad_phrases, good_phrases",), "both are empty; there is nothing to score"))
-    found += [] if mapping else _missing_for_a_merge(main)
+    found += [] if mapping or scored else _missing_for_a_merge(main)
     if found:
         more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
         lines = [f"  {line}" for line in [*found[:_MOST_ERRORS], *more]]
@@ -117,10 +121,17 @@ def _adapter(kind: type) -> TypeAdapter:
     return TypeAdapter(Annotated[kind, keys_of(kind)])
 
 
-def _checked(kind: type, file: YamlFile, found: list[Finding], mapping: bool = False) -> Any:
+def _not_read(mapping: bool, scoring: bool) -> tuple[str, ...]:
+    """Which of the keys that name candidates are not read, so that there may be nothing where they lead."""
+    if mapping:
+        return "models_to_merge", "model_directory"
+    return ("model_directory",) if scoring else ()
+
+
+def _checked(kind: type, file: YamlFile, found: list[Finding], not_read: Collection[str] = ()) -> Any:
     """A file's values as a dataclass; None, and what is wrong is added to what was found, if they are none."""
     try:
-        return _adapter(kind).validate_python(file.value, context=mapping)
+        return _adapter(kind).validate_python(file.value, context=not_read)
     except ValidationError as error:
         found += findings_in(error, file)
         return None
@@ -155,7 +166,7 @@ def _phrase_files(main: YamlFile, key: str) -> tuple[list[YamlFile], list[Findin
 
 
 def _missing_for_a_merge(main: YamlFile) -> list[Finding]:
-    """What the merge needs and the mapper does without. Of what is no mapping, that has been said."""
+    """What the merge alone can't do without. Of what is no mapping, that has been said."""
     if not isinstance(main.value, Mapping):
         return []
     directories, found = main.value["directories"], []

@@ -57,7 +57,7 @@ class Directories:
     model_path1: kinds.Model
     """The base model, with which everything starts: a folder or an id of the hub."""
     output_directory: Annotated[kinds.Output, Field(default="")]
-    """The merged model's folder; must be empty or absent. Only the mapper runs without one."""
+    """The merged model's folder; must be empty or absent. Only the mapper and --score run without one."""
     model_directory: kinds.Folder | None = None
     """All models in here are candidates, alphabetically, unless models_to_merge names some."""
 

@@ -62,12 +62,12 @@ class ModelLoader:
         self.console.warnings(models.warnings)
         return models
 
-    def fitting(self, models: Models) -> "ModelLoader":
+    def fitting(self, models: Models, with_header: bool = False) -> "ModelLoader":
         """One that computes in what fits into memory with one layer at a time beside the base; if that is not what is
-        best, a line has said so."""
+        best, a line has said so. with_header: see `weights_of`."""
         device, config = resolve_device(self.device), self.config
         best, *others = compute_dtypes(config.compute_dtype, config.dtype, models.base.main_dtype(), device)
-        needed, free = weights_of(models.module, best, with_header=False).held, free_memory(device)
+        needed, free = weights_of(models.module, best, with_header).held, free_memory(device)
         if not others or free is None or needed <= free:
             return replace(self, compute=best)
         self.console.warning(too_large_for(best, others[0], needed, free))

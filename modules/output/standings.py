@@ -5,10 +5,15 @@ where the text goes.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
-from modules.runtime import columns, row
+from modules.config import Pair
+from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, columns, percent, row
 from modules.scoring import Drift
+from modules.search import probability
+
+_NAME_WIDTH = 24  # the widest that a column with a model's name above it gets; of a longer name the end is shown
 
 
 class Standing(NamedTuple):
@@ -69,3 +74,79 @@ def _better_alone(candidates: Sequence[Standing], merge: Standing, search: str) 
             figures = f"{getattr(best, key):.5f} against {ours:.5f}"
             lines.append(f"{best.name} taken whole is better than the merge {what}: {figures}.")
     return [*lines, f"Take it as it is, or {_INSTEAD[search]}."] if lines else []
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model and what it scored: joint log-probabilities of the searched pairs, and of those that are held out."""
+
+    name: str
+    where: str  # from wherever one looks
+    standing: Standing
+    searched: Sequence[float]
+    held_out: Sequence[float]
+
+    @property
+    def probabilities(self) -> list[float]:
+        """Of all pairs, the searched ones first."""
+        return [probability(value) for value in (*self.searched, *self.held_out)]
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """The pairs that models are scored by."""
+
+    searched: Sequence[Pair]
+    held_out: Sequence[Pair]
+    weights: Sequence[float]  # signed, of the searched pairs, then of the others
+    rounding: Sequence[float] = ()  # of the searched pairs' probabilities, if it is known
+
+    @property
+    def all(self) -> list[Pair]:
+        """The searched ones first."""
+        return [*self.searched, *self.held_out]
+
+
+def probability_table(pairs: ScoredPairs, models: Sequence[Scored]) -> list[str]:
+    """Each pair's probability in each model, the searched pairs first. No digit below its rounding is shown; of a pair
+    that is held out it is taken to be the largest of the others."""
+    names = [one.name for one in models]
+    widths = [4, PHRASE_WIDTH, CONTEXT_WIDTH, *(min(_NAME_WIDTH, max(RAW_WIDTH, columns(name))) for name in names)]
+    rounding = [*(pairs.rounding or [0.0] * len(pairs.searched))]
+    rounding += [max(rounding, default=0.0)] * len(pairs.held_out)
+    found = zip(*(one.probabilities for one in models), strict=True)
+    rows = []
+    for pair, values, least in zip(pairs.all, found, rounding, strict=True):
+        shown = (percent(value, RAW_WIDTH, rounding=least) for value in values)
+        rows.append(row((pair.kind, pair.phrase, pair.shown, *shown), widths))
+    header = row(("Type", "Phrase", "Context", *names), widths)
+    rule, count = "-" * len(header), len(pairs.searched)
+    held_out = ["Held out:", rule, *rows[count:], rule] if pairs.held_out else []
+    return [rule, header, rule, *rows[:count], rule, *held_out, "the models' own probabilities, without weights"]
+
+
+def score_document(pairs: ScoredPairs, models: Sequence[Scored]) -> dict[str, Any]:
+    """The same for JSON, with the totals: the base is the first of the models."""
+    found = zip(*(one.probabilities for one in models), strict=True)
+    names = [one.name for one in models]
+    return {
+        "models": [
+            {
+                "name": one.name,
+                "where": one.where,
+                "total": one.standing.total,
+                "held_out": one.standing.held_out,
+                "drift": one.standing.drift and asdict(one.standing.drift),
+            }
+            for one in models
+        ],
+        "phrases": [
+            {
+                **pair.written(),
+                "weight": abs(weight),
+                "held_out": number >= len(pairs.searched),
+                "probabilities": dict(zip(names, values, strict=True)),
+            }
+            for number, (pair, weight, values) in enumerate(zip(pairs.all, pairs.weights, found, strict=True))
+        ],
+    }

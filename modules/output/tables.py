@@ -45,6 +45,21 @@ def summary(
     return [f"{name:<16} : {value}" for name, value in rows.items()]
 
 
+def score_summary(
+    config: Config, model: Mapping[str, object], scorer: Mapping[str, object], names: Sequence[str]
+) -> list[str]:
+    """The same where models are scored and not merged."""
+    rows = {
+        **model,
+        "Base": config.directories.model_path1,
+        "Models to score": ", ".join(names),
+        "Phrases loaded": _phrases(config),
+        **scorer,
+        "Auto weights": config.auto_weights,
+    }
+    return [f"{name:<16} : {value}" for name, value in rows.items()]
+
+
 def _phrases(config: Config) -> str:
     """How many pairs there are of each kind."""
     more = f", {len(config.held_out_pairs)} more held out" if config.held_out_pairs else ""

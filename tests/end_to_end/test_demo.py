@@ -95,6 +95,18 @@ def test_the_readmes_example_prints_what_it_shows(log, tmp_path):
     assert better[0] + better[1] < 0 < better[2]  # by how much each, depends on how the models were trained
 
 
+def test_the_page_shows_how_models_do_without_a_merge(log, tmp_path):
+    example = (ROOT / "README.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "my.yaml").write_text(example, encoding="utf-8")
+    models = ["demo/models/plain-prose", "demo/models/apple-logic"]
+    result = python("merge_monster.py", "--config", str(tmp_path / "my.yaml"), "--score", *models)
+    assert result.returncode == 0, result.stderr
+    page = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    assert f"--config my.yaml --score {' '.join(models)}\n" in page
+    expected = without_digits(page.split("without a merge?")[1].split("```text\n")[1].split("```")[0])
+    assert without_digits(result.stdout)[-len(expected) - 1 : -1] == expected  # its last line names the log
+
+
 def test_the_page_shows_what_the_mapper_prints(log, tmp_path):
     """Line for line, in the order of the run, but for digits and what this machine's training makes the model say."""
     result = python("monster_mapper.py", "--yaml", str(tmp_path / "better.yaml"))
