@@ -139,7 +139,7 @@ def score(config: Config, console: Console, options: argparse.Namespace) -> int:
 
         score_models(config, console, options.json, options.overwrite)
 
-    return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}.")
+    return exit_code(work, console)
 
 
 def how_to_open(options: argparse.Namespace) -> tuple[dict[str, str], list[Path], bool, bool]:

@@ -400,6 +400,13 @@ def test_downloads_are_removed_if_they_are_not_to_be_kept(hub, models, tmp_path)
     assert not [path for path in cached(tmp_path) if "blobs" in path or "snapshots" in path]
 
 
+def test_so_they_are_where_models_are_only_scored(hub, tmp_path):
+    config = tiny.write_config(tmp_path / "my.yaml", "org/base", [], "out", keep_downloads=False)
+    assert merge_monster.main(["--config", str(config), "--score", "org/one@v1", "org/two"]) == 0
+    assert hub.fetched("pytorch_model.bin") == ["org/two/pytorch_model.bin"]
+    assert not [path for path in cached(tmp_path) if "blobs" in path or "snapshots" in path]
+
+
 def test_one_commit_under_two_names_is_removed_once(hub, models, tmp_path):
     adapter, _ = make_adapter(tmp_path, models / "base")
     hub.add("org/lora", adapter)

@@ -6,6 +6,7 @@ import math
 import pytest
 import reference
 import tiny
+import torch
 from adapters import make_adapter
 from runs import log_of, make_models, merge
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import merge_monster
 from modules.config import Pair, load_config
 from modules.output.recipe import RECIPE_FILE
+from modules.scoring.scorer import Scorer
 from modules.scoring.tokenization import neutral_windows
+from modules.search.search import Search
 
 TEXT = "The bread is on the table. It was baked this morning, and half of it is left for the evening. " * 6
 CONTEXTS = ("Her body quivers with ", "The air was thick with ", "Filled with ", "It was all about ")
@@ -184,6 +187,32 @@ def test_a_damaged_model_ends_it_or_has_no_row(place, models, capsys):
     assert score(folder, models[1], options=["--set", "on_error=skip"]) == 0
     assert [cells[0] for cells in table(log_of(place))] == ["Taken whole", "base (base)", "one"]
     assert "it has no row" in log_of(place)
+
+
+def test_where_memory_is_short_less_is_held_at_a_time(place, models, monkeypatch, capsys):
+    configure(place, models[0])
+    expected, _ = found_in(place, models[1])
+    own, tries = Search.score_whole, []
+
+    def short(self, *arguments):
+        tries.append(1)
+        if len(tries) < lacking:
+            raise torch.OutOfMemoryError("no more")
+        return own(self, *arguments)
+
+    monkeypatch.setattr(Search, "score_whole", short)
+    lacking = 3
+    found, _ = found_in(place, models[1])
+    assert found[1]["total"] == pytest.approx(expected[1]["total"], rel=1e-4) and len(tries) == 3
+    assert log_of(place).count("Out of memory: ") == 2
+    lacking = 1000
+    assert score(models[1]) == 1 and "one can't be scored: there is too little memory" in capsys.readouterr().err
+
+
+def test_a_base_that_takes_more_than_hidden_states_is_refused(place, models, monkeypatch, capsys):
+    configure(place, models[0])
+    monkeypatch.setattr(Scorer, "has_tails", False)
+    assert score(models[1]) == 2 and "can't be computed a layer at a time" in capsys.readouterr().err
 
 
 def test_what_can_not_be_scored_is_refused(place, models, capsys):
