@@ -130,7 +130,9 @@ def _rope(parameters: Any) -> Any:
 def _plain(key: str, value: Any) -> Any:
     if isinstance(value, str) and "act" in key:
         return _SAME_FUNCTION.get(value, value)
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, list | tuple):
+        return [_plain(key, one) for one in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value  # what was in float32 once is the same
 
 
 def _in_words(key: str, theirs: Any, ours: Any) -> str:
