@@ -14,7 +14,7 @@ _AGAIN = "fetch it again"
 _OF_BIN_FILES = (b"PK\x03\x04", b"\x80\x02")  # how those begin that are what their name says
 # How files begin that may lie under another one's name.
 _BEGINNINGS = (
-    (b"GGUF", "is a GGUF file, which llama.cpp reads; the model is needed as safetensors"),
+    (b"GGUF", "is a GGUF file, which llama.cpp reads; call it .gguf and name the file itself as the model"),
     (b"\x89HDF", "is a file of Keras or TensorFlow; the model is needed as safetensors"),
     (b"\x1f\x8b", "is packed (gzip); unpack it"),
     (b"PK\x03\x04", "is a zip archive; if PyTorch wrote it, call it pytorch_model.bin, else unpack it"),
@@ -23,7 +23,7 @@ _BEGINNINGS = (
 
 # Names of weights that no run reads, in this order, and what they are.
 _OTHER_FORMATS = (
-    ("*.gguf", "GGUF, which llama.cpp reads"),
+    ("*.gguf", "GGUF, which llama.cpp reads; name the file itself"),
     ("consolidated*", "the format in which Meta and Mistral publish, to be converted"),
     ("tf_model*", "TensorFlow"),
     ("flax_model*", "Flax"),

@@ -312,8 +312,12 @@ def bytes_needed(jobs: Sequence[Job], keep: bool) -> int:
 
 def cache_folder() -> Path:
     """Where the hub's files are kept, or the nearest folder above it that is there already."""
-    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
-    return next(path for path in (cache, *cache.parents) if path.exists())
+    return there_already(Path(constants.HF_HUB_CACHE).expanduser().resolve())
+
+
+def there_already(folder: Path) -> Path:
+    """A folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def check_space(jobs: Sequence[Job], keep: bool) -> None:

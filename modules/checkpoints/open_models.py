@@ -26,6 +26,7 @@ from modules.checkpoints.checkpoint import (
     read_configuration,
     small_files,
 )
+from modules.checkpoints.gguf_files import as_folder
 from modules.checkpoints.hub import Job, Repository, find
 from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from modules.checkpoints.lora import Adapter, open_adapter, read_settings
@@ -64,6 +65,7 @@ class Found:
     repository: Repository | None  # None for a local folder
     names: frozenset[str]  # of all its files, those included that are still to be fetched
     trusted: bool  # whether code that is among them may be run
+    note: str = ""  # about what its files were made from
 
     def same_as(self, other: "Found") -> bool:
         """Whether both are the same files: one folder, or one commit under two ids of the hub."""
@@ -74,7 +76,11 @@ class Found:
     @property
     def where(self) -> str:
         """Where exactly these files are, from wherever one looks."""
-        return f"{self.location.repo}@{self.folder.name}" if self.repository else str(self.folder.resolve())
+        return (
+            f"{self.location.repo}@{self.folder.name}"
+            if self.repository
+            else str((self.location.folder or self.folder).resolve())
+        )
 
     @property
     def has_adapter(self) -> bool:
@@ -89,7 +95,7 @@ class Found:
     def notes(self) -> list[str]:
         """What should be known about where the files come from."""
         if self.repository is None:
-            return []
+            return [self.note] if self.note else []
         trouble = f"; the cache's copy is used, since {self.repository.trouble}" if self.repository.trouble else ""
         return [f"{self.location.text} is at commit {self.folder.name}{trouble}"]
 
@@ -103,7 +109,7 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
     base_location, names_some = _base_of(config), config.models_to_merge or config.directories.model_directory
     locations = list(dict.fromkeys([base_location, *(place for source in sources for place in source.places)]))
     tell(_looked_up(locations))
-    found = _one_repository_each(_all_or_problems(partial(_find, trusted=config.trust_remote_code), locations))
+    found = _one_repository_each(_all_or_problems(partial(_find, config=config, tell=tell), locations))
     notes += [note for one in found.values() for note in one.notes()]
     for source in [s for s in sources if s.adapter is None and found[s.model].same_as(found[base_location])]:
         sources.remove(source)
@@ -132,7 +138,7 @@ def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
     """The base alone, its weights fetched, to be read and not to be copied. Raises ConfigError if it can't be used."""
     location = _base_of(config)
     tell(_looked_up([location]))
-    found = _find(location, config.trust_remote_code)
+    found = _find(location, config, tell)
     tell(found.notes())
     base = _as_base(found, location.text, fetch)
     fetch(base.job)
@@ -180,8 +186,16 @@ def _base_of(config: Config) -> Location:
     return location
 
 
-def _find(location: Location, trusted: bool) -> Found:
-    """What a location has; of the hub's models, the small files are fetched. Raises ConfigError."""
+def _find(location: Location, config: Config, tell: Tell) -> Found:
+    """What a location has; of the hub's models, the small files are fetched; of a GGUF file, a folder is made.
+
+    Raises ConfigError.
+    """
+    trusted = config.trust_remote_code
+    if location.is_gguf:
+        folder, described = as_folder(location.folder, config.tokenizer, tell)
+        note = described.note(location.text, config.tokenizer)
+        return Found(location, folder, None, frozenset(file_names(folder)), trusted, note)
     repository = find(location, small_files, licence_files) if location.folder is None else None
     folder = location.folder if repository is None else repository.folder
     assert folder is not None  # a location without a folder has a repository

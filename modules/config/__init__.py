@@ -9,6 +9,7 @@ from modules.config.command_line import SET
 from modules.config.fields import DTYPES, OneOf, is_number, unusable
 from modules.config.load import load_config, output_directory
 from modules.config.locations import (
+    GGUF,
     Location,
     Source,
     missing_folder,

@@ -1,6 +1,6 @@
-"""What a model is called in the YAML file: a folder, an id of the hub, or either with an adapter behind a plus.
+"""What a model is called in the YAML file: a folder, a GGUF file, an id of the hub; or one and an adapter.
 
-Knows: how names are spelt, which folders are there. Refuses to know: the network, what is in a folder.
+Knows: how names are spelt, which folders and files are there. Refuses to know: the network, what is in a folder.
 """
 
 import difflib
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HUB_FORM = "org/name or org/name@revision"
+GGUF = ".gguf"  # how the names of such files end
 
 # Letters, digits, "_", "-" and "."; neither "-" nor "." at an end, neither doubled: the hub's own rules.
 _NAME = r"\w(?:(?!--|\.\.)[\w.-])*(?<![.-])"
@@ -32,7 +33,7 @@ class Location:
     """Where a model lies: in a folder or, if that is None, on the hub."""
 
     text: str  # as it was written
-    folder: Path | None
+    folder: Path | None  # or a GGUF file, of which a folder is made when it is opened
     repo: str = ""
     revision: str | None = None  # a branch, a tag or a commit; None is the hub's main branch
 
@@ -43,6 +44,11 @@ class Location:
             return self.folder.resolve().parts
         owner, name = self.repo.split("/")
         return owner, f"{name}@{self.revision}" if self.revision else name
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file."""
+        return self.folder is not None and self.folder.is_file()
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,11 @@ class Source:
 
 
 def parse_location(text: str) -> Location | None:
-    """A folder that is there or, failing that, a text with the form of an id of the hub; None if it is neither.
+    """A folder or a GGUF file that is there or, failing that, a text with the form of an id of the hub; else None.
 
     models/one means a folder, and not the hub's, where there is a folder models; models/one@main means the hub's.
     """
-    folder = _folder(text)
+    folder = _folder(text) or _gguf_file(text)
     if folder is not None:
         return Location(text, folder)
     hub_id = _HUB_ID.fullmatch(text)
@@ -75,23 +81,24 @@ def parse_location(text: str) -> Location | None:
 
 def missing_folder(text: str) -> str:
     """What to say of a text that is no model: what there is in its place, or how a model of the hub is written."""
+    nothing = "no such file" if text.lower().endswith(GGUF) else "no such folder"
     parts = (part.strip() for part in (text, *text.split("+")))
     for part in (part for part in parts if parse_location(part) is None):
         parent, name = os.path.split(part.rstrip("/"))
         folder = _folder(parent or ".")
         if folder is None:
             continue
-        guess = difflib.get_close_matches(name, _folders_in(folder), 1)
+        guess = difflib.get_close_matches(name, _models_in(folder), 1)
         hints = [f"did you mean '{os.path.join(parent, guess[0])}'?"] if guess else []
         if parent:
             hints.insert(0, f"{parent} is there, {name} is not in it")
         if _HUB_ID.fullmatch(part):
             hints.append(f"the hub's would be written {part}@main")
         if hints:
-            return f"no such folder; {'; '.join(hints)}"
+            return f"{nothing}; {'; '.join(hints)}"
     if Path(text).is_absolute():
-        return "no such folder"
-    return f"no such folder; a model of the hub is written {HUB_FORM}, either with +adapter behind it"
+        return nothing
+    return f"{nothing}; a model of the hub is written {HUB_FORM}, either with +adapter behind it"
 
 
 def _folder(text: str) -> Path | None:
@@ -103,9 +110,18 @@ def _folder(text: str) -> Path | None:
         return None
 
 
-def _folders_in(folder: Path) -> list[str]:
+def _gguf_file(text: str) -> Path | None:
+    """The GGUF file of this name; None if there is none."""
     try:
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        file = Path(text).expanduser()
+        return file if file.suffix.lower() == GGUF and file.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # as above
+        return None
+
+
+def _models_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix.lower() == GGUF)
     except OSError:  # may not be looked into
         return []
 

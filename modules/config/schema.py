@@ -55,7 +55,7 @@ class Directories:
 
     __pydantic_config__ = CLOSED
     model_path1: kinds.Model
-    """The base model, with which everything starts: a folder or an id of the hub."""
+    """The base model, with which everything starts: a folder, a GGUF file or an id of the hub."""
     output_directory: Annotated[kinds.Output, Field(default="")]
     """The merged model's folder; must be empty or absent. Only the mapper and --score run without one."""
     model_directory: kinds.Folder | None = None
@@ -115,7 +115,9 @@ class Settings:
     directories: Annotated[Directories, kinds.keys_of(Directories)]
     """Where the models come from and where the merge goes."""
     models_to_merge: kinds.Candidates = ()
-    """The candidates in the order in which they are tried: folders, ids of the hub, either with +adapter behind it."""
+    """The candidates in the order in which they are tried: folders, GGUF files, ids of the hub, any with +adapter."""
+    tokenizer: kinds.Folder | None = None
+    """A folder with the tokenizer of the GGUF files among the models, in place of what is rebuilt from the files."""
     on_error: kinds.OnError = "stop"
     """What becomes of the run if a candidate can't be read any more. skip keeps what was accepted and goes on."""
     keep_downloads: kinds.Boolean = True

@@ -29,6 +29,7 @@ def input_paths(config: Config) -> list[Path]:
     if directories.model_directory and not config.models_to_merge and os.path.isdir(directories.model_directory):
         within = [path for path in Path(directories.model_directory).iterdir() if path.is_dir()]
         folders += [path for path in within if _real(path) not in written]
+    folders += [Path(config.tokenizer)] if config.tokenizer else []
     return [*folders, *map(Path, [*config.phrase_files, *config.held_out_files, *(config.neutral_texts or ())])]
 
 

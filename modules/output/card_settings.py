@@ -35,6 +35,8 @@ def settings_yaml(recipe: Recipe) -> str:
             told[key] = given[key]
     if isinstance(told.get("neutral_texts"), list):
         told["neutral_texts"] = [os.path.basename(str(file)) for file in told["neutral_texts"]]
+    if told.get("tokenizer"):
+        told["tokenizer"] = os.path.basename(told["tokenizer"])
     if recipe.settings.layers:
         told["layers"] = [int(span) if span.isdigit() else span for span in spans(recipe.settings.layers)]
     return _written(told)

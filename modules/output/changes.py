@@ -117,6 +117,8 @@ def _meaning(run: Run, output: str, same: Collection[str], base: Checkpoint | No
     base_source = parse_source(texts[0])
     told["directories"] = base_source and _identity(base_source.places)
     told["models_to_merge"] = [_identity(source.places) for source in candidates]
+    if settings.tokenizer:
+        told["tokenizer"] = os.path.realpath(os.path.join(folder, os.path.expanduser(settings.tokenizer)))
     if settings.strategy != "quantitive":
         del told["strategy_threshold"]
     if told["search"] != "joint":
@@ -134,10 +136,10 @@ def _meaning(run: Run, output: str, same: Collection[str], base: Checkpoint | No
 
 
 def _found_from(folder: str, text: str) -> str:
-    """A model's name as it can be read from anywhere, as far as it is that of folders."""
+    """A model's name as it can be read from anywhere, as far as it is that of folders and files."""
     path = os.path.join(folder, os.path.expanduser(text))
-    if os.path.isdir(path) or "+" not in text:
-        return path if os.path.isdir(path) else text
+    if os.path.exists(path) or "+" not in text:
+        return path if os.path.exists(path) else text
     return "+".join(_found_from(folder, part.strip()) for part in text.split("+"))
 
 

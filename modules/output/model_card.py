@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from modules.checkpoints import is_licence, local_files
-from modules.config import names_folder, repositories_in
+from modules.config import GGUF, names_folder, repositories_in
 from modules.output.card_settings import phrases_yaml, settings_yaml
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Sample, Source, Total
@@ -294,7 +294,8 @@ def _named(source: Source) -> str:
 def _origin(where: str) -> str:
     """Where a model comes from; of a folder no more than that it is one, since its path is nobody's business."""
     places = [f"{_link(repo)} at `{commit}`" for repo, commit in repositories_in(where)]
-    return " and ".join([*places, "a local folder"] if names_folder(where) else places)
+    here = "a local GGUF file" if where.lower().endswith(GGUF) else "a local folder"
+    return " and ".join([*places, here] if names_folder(where) else places)
 
 
 def _link(repo: str) -> str:

@@ -56,7 +56,7 @@ def found_again(where: str, start: str | Path, folders: Sequence[Path] = ()) -> 
     for part in parts_of(where):
         place = os.path.normpath(os.path.join(_real(start), part)) if part.startswith("../") else part
         named = (folder / os.path.basename(os.path.normpath(place)) for folder in folders)
-        found.append(next((str(folder) for folder in named if folder.is_dir() and not repositories_in(part)), place))
+        found.append(next((str(model) for model in named if model.exists() and not repositories_in(part)), place))
     return "+".join(found)
 
 
@@ -109,8 +109,8 @@ class Public:
         return "+".join(self._from_output(part) if os.path.isabs(part) else part for part in parts)
 
     def _from_output(self, path: str) -> str:
-        """Of a folder that is not here, as in a recipe from elsewhere, no more than its name."""
-        return relative(path, self._output) if os.path.isdir(path) else os.path.basename(os.path.normpath(path))
+        """Of a model that is not here, as in a recipe from elsewhere, no more than its name."""
+        return relative(path, self._output) if os.path.exists(path) else os.path.basename(os.path.normpath(path))
 
     def record(self, record: Kind) -> Kind:
         """A line of a journal, or a recipe."""

@@ -55,6 +55,7 @@ class Settings(Record):
 
     directories: Directories
     models_to_merge: list[str]
+    tokenizer: str | None = None  # younger than journals are
     on_error: Any
     keep_downloads: Any
     merge_ratios: Any

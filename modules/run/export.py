@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from modules.checkpoints import Adapted, Models, dtype_name, load_tokenizer
+from modules.checkpoints import Adapted, Checkpoint, Models, dtype_name, load_tokenizer
+from modules.config import GGUF
 from modules.model import HeaderSkipped, ModelLoader, ResidentModel, matched_header
 from modules.output import Names, Recipe, check_apart, check_file, check_sums, input_paths, mergekit_text, write_text
 from modules.run.replay import Replay, candidates_of, check_source, opened_with, recipe_of
@@ -33,8 +34,10 @@ def export_mergekit(asked: Replay, console: Console) -> None:
     if problems:
         raise ConfigError("mergekit would make something else of this recipe:", *problems)
     names = Names(
-        base=models.base_where,
-        candidates={source.number: one.where for source, one in candidates_of(recipe, models)},
+        base=_readable(models.base_where, models.base),
+        candidates={
+            source.number: _readable(one.where, one.checkpoint) for source, one in candidates_of(recipe, models)
+        },
         layers=len(layout.layers),
         layer=layout.layers_name.rpartition(".")[2],
         header=[*dict.fromkeys(name for name in (*layout.header().tensors, *layout.header_names()) if name)],
@@ -42,6 +45,11 @@ def export_mergekit(asked: Replay, console: Console) -> None:
     )
     write_text(asked.output, mergekit_text(recipe, names))
     console.final(f"{asked.output} is for mergekit; its first line says how it is run")
+
+
+def _readable(where: str, checkpoint: Checkpoint) -> str:
+    """Where mergekit finds a model: a GGUF file, as the folder that was made of it."""
+    return str(checkpoint.path) if where.lower().endswith(GGUF) else where
 
 
 def _saved(recipe: Recipe, models: Models) -> list[str]:

@@ -3,6 +3,7 @@
 Knows: the order of the steps. Refuses to know: phrases, scores, how a decision was taken.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -151,11 +152,21 @@ def opened_with(asked: Replay, recipe: Recipe) -> Config:
     return Config(
         directories=Directories(texts[0], str(asked.output)),
         models_to_merge=tuple(texts[1:]),
+        tokenizer=_tokenizer(asked, recipe),
         device=_device(asked, recipe),
         dtype=recipe.saved_dtype or "auto",
         random_seed=recipe.settings.random_seed,
         trust_remote_code=recipe.settings.trust_remote_code,
     )
+
+
+def _tokenizer(asked: Replay, recipe: Recipe) -> str | None:
+    """The folder from which GGUF files had their tokenizer, as it can be read from here."""
+    if not recipe.settings.tokenizer:
+        return None
+    start = asked.recipe if asked.recipe.is_dir() else asked.recipe.parent
+    parts = (os.path.expanduser(part) for part in (recipe.folder, recipe.settings.tokenizer))
+    return os.path.normpath(os.path.join(start, *parts))
 
 
 def _device(asked: Replay, recipe: Recipe) -> str:

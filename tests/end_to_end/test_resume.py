@@ -233,6 +233,7 @@ def real(place, models):
         "bad_phrases": ({}, {"bad_phrases": [{"phrase": "x", "contexts": ["y"]}]}),
         "good_phrases": ({}, {"good_phrases": []}),
         "template": ({}, {"template": {"enable_thinking": False}}),
+        "tokenizer": ({}, {"tokenizer": str(models[0])}),
         "device": ({}, {"device": "mps"}),
         "dtype": ({}, {"dtype": "bfloat16"}),
         "compute_dtype": ({}, {"compute_dtype": "bfloat16"}),
