@@ -15,9 +15,9 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -29,99 +29,96 @@ from modules.checkpoints.checkpoint import load_tokenizer
 from modules.checkpoints.companions import find_companions
 from modules.checkpoints.hub import there_already
 from modules.checkpoints.weight_files import dtype_name, fingerprint
-from modules.runtime import ConfigError, first_line
+from modules.runtime import ConfigError, first_line, reading
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OF_QUANTISED = torch.bfloat16
 _LONGEST = 80  # characters of the file's name in the folder's
-
-
-@dataclass(frozen=True)
-class Described:
-    """What a GGUF file says of itself."""
-
-    kind: str  # how most of its numbers are stored: Q4_1, F16, ...
-    numbers: int
-    header: str  # a hash of all that stands before them
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the numbers are stored in once they are plain ones."""
-        return _PLAIN.get(self.kind, _OF_QUANTISED)
-
-    def note(self, text: str, tokenizer: str | None) -> str:
-        """A line about what comes along with such a file. text: its name; tokenizer: where that was taken from."""
-        rounding = "" if self.kind in _PLAIN else " (a quantised model brings its rounding along)"
-        stored = f"{self.kind}{rounding}, read as {dtype_name(self.dtype)}"
-        rebuilt = "rebuilt from the file (tokenizer: FOLDER in the YAML file takes another)"
-        return f"{text} is a GGUF file of {stored}; its tokenizer is {f'that of {tokenizer}' if tokenizer else rebuilt}"
+_BEGINNING = 2**25  # bytes of a file, in which is what stands before its numbers, the tokenizer too
+_KIND = "merge_monster_gguf.txt"  # in the folder: how the file stores most of its numbers
 
 
 def as_folder(
     file: Path, tokenizer: str | None = None, tell: Callable[[Sequence[str]], None] = lambda lines: None
-) -> tuple[Path, Described]:
-    """The model folder that a GGUF file becomes, and what the file says of itself.
+) -> tuple[Path, str]:
+    """The model folder that a GGUF file becomes, and how the file stores most of its numbers: Q4_1, F16, ...
 
     tokenizer: a folder from which the tokenizer is taken; else it is rebuilt from the file. tell: is given a line if
-    the folder has still to be made. Raises ConfigError if it can't be.
+    the folder has still to be made. Raises ConfigError if it can't be, CheckpointError if the file can't be read.
     """
-    described = describe(file)
-    name = f"{file.stem[:_LONGEST]}-{_hash_of(file, described, tokenizer)}"
+    name = f"{file.stem[:_LONGEST]}-{_hash_of(file, tokenizer)}"
     folder = Path(constants.HF_ASSETS_CACHE).expanduser().resolve() / "merge-monster" / "gguf" / name
-    if not folder.is_dir():
-        size, free = described.numbers * described.dtype.itemsize, shutil.disk_usage(there_already(folder)).free
-        if size > free:
-            room = (
-                f"{folder.parent} has room for {free / 1e9:.1f}: make room, or set HF_HOME to a folder on a larger disk"
-            )
-            raise ConfigError(f"{file}: its plain numbers take {size / 1e9:.1f} GB, {room}")
-        tell([f"Dequantising {file} once ({described.kind}; {size / 1e9:.2f} GB) to {folder}"])
-        try:
-            _make(file, folder, described.dtype, tokenizer)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{file}: {folder} can't be written ({first_line(error)})") from None
-    return folder, described
+    try:
+        if not folder.is_dir():
+            kind, numbers = describe(file)
+            size, free = numbers * _dtype_of(kind).itemsize, shutil.disk_usage(there_already(folder)).free
+            if size > free:
+                room = f"{folder.parent} has room for {free / 1e9:.1f}"
+                hint = "make room, or set HF_HOME to a folder on a larger disk"
+                raise ConfigError(f"{file}: its plain numbers take {size / 1e9:.1f} GB, {room}: {hint}")
+            tell([f"Dequantising {file} once ({kind}; {size / 1e9:.2f} GB) to {folder}"])
+            _make(file, folder, kind, tokenizer)
+        return folder, (folder / _KIND).read_text(encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file}: can't be kept as {folder} ({first_line(error)})") from None
 
 
-def describe(file: Path) -> Described:
-    """What a GGUF file says of itself; its numbers are not read. Raises ConfigError if it is none, or damaged."""
+def about(text: str, kind: str, tokenizer: str | None) -> str:
+    """A line about what comes along with a GGUF file. text: its name; tokenizer: where that was taken from."""
+    rounding = "" if kind in _PLAIN else " (a quantised model brings its rounding along)"
+    rebuilt = "rebuilt from the file (tokenizer: FOLDER in the YAML file takes another)"
+    taken = f"that of {tokenizer}" if tokenizer else rebuilt
+    return f"{text} is a GGUF file of {kind}{rounding}, read as {dtype_name(_dtype_of(kind))}; its tokenizer is {taken}"
+
+
+def describe(file: Path) -> tuple[str, int]:
+    """How a GGUF file stores most of its numbers, and how many they are; none of them is read.
+
+    Raises ConfigError if it is no such file, or damaged.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"{file}: to read GGUF files, run: pip install gguf")
     from gguf import GGUFReader
 
     count: Counter[str] = Counter()
     try:
-        reader = GGUFReader(file)
-        for tensor in reader.tensors:
+        for tensor in GGUFReader(file).tensors:
             count[tensor.tensor_type.name] += int(tensor.n_elements)
-        with file.open("rb") as opened:
-            header = hashlib.sha256(opened.read(reader.data_offset)).hexdigest()
     except Exception as error:  # whatever a damaged file makes of its reader
         what = disguise(file) or f"can't be read as GGUF ({first_line(error)}); fetch it again"
         raise ConfigError(f"{file}: {what}") from None
     if not count:
         raise ConfigError(f"{file}: holds no tensors")
-    return Described(count.most_common(1)[0][0], count.total(), header)
+    return count.most_common(1)[0][0], count.total()
 
 
-def _hash_of(file: Path, described: Described, tokenizer: str | None) -> str:
-    """What the folder depends on, in a few letters. Raises ConfigError if the tokenizer's folder is not there."""
-    known = [fingerprint(file), described.header]
+def _dtype_of(kind: str) -> torch.dtype:
+    """What numbers are stored in once they are plain ones."""
+    return _PLAIN.get(kind, _OF_QUANTISED)
+
+
+def _hash_of(file: Path, tokenizer: str | None) -> str:
+    """What the folder depends on, in a few letters. Raises ConfigError if the tokenizer's folder is not there,
+    CheckpointError if a file can't be read."""
+    with reading(file), file.open("rb") as opened:
+        beginning = hashlib.sha256(opened.read(_BEGINNING)).hexdigest()
+    known: list[Any] = [fingerprint(file), beginning]
     if tokenizer is not None:
         folder = Path(tokenizer)
         if not folder.is_dir():
             raise ConfigError(f"tokenizer: {tokenizer}: no such folder")
-        known.append({name: fingerprint(folder / name) for name in sorted(find_companions(folder, False).sizes)})
+        known.append({name: fingerprint(folder / name) for name in find_companions(folder, trusted=False).sizes})
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _make(file: Path, folder: Path, dtype: torch.dtype, tokenizer: str | None) -> None:
+def _make(file: Path, folder: Path, kind: str, tokenizer: str | None) -> None:
     """Write the folder, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".unfinished-", dir=folder.parent, ignore_cleanup_errors=True) as place:
         unfinished = Path(place) / "model"
         unfinished.mkdir()
-        _write(file, unfinished, dtype, tokenizer)
+        _write(file, unfinished, _dtype_of(kind), tokenizer)
+        (unfinished / _KIND).write_text(kind, encoding="utf-8")
         try:
             unfinished.rename(folder)
         except OSError:

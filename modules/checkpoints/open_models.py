@@ -26,7 +26,7 @@ from modules.checkpoints.checkpoint import (
     read_configuration,
     small_files,
 )
-from modules.checkpoints.gguf_files import as_folder
+from modules.checkpoints.gguf_files import about, as_folder
 from modules.checkpoints.hub import Job, Repository, find
 from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from modules.checkpoints.lora import Adapter, open_adapter, read_settings
@@ -193,8 +193,8 @@ def _find(location: Location, config: Config, tell: Tell) -> Found:
     """
     trusted = config.trust_remote_code
     if location.is_gguf:
-        folder, described = as_folder(location.folder, config.tokenizer, tell)
-        note = described.note(location.text, config.tokenizer)
+        folder, kind = as_folder(location.folder, config.tokenizer, tell)
+        note = about(location.text, kind, config.tokenizer)
         return Found(location, folder, None, frozenset(file_names(folder)), trusted, note)
     repository = find(location, small_files, licence_files) if location.folder is None else None
     folder = location.folder if repository is None else repository.folder

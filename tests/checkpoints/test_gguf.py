@@ -7,6 +7,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from adapters import make_adapter
 from ggufs import write_gguf
 from huggingface_hub import constants
 from runs import log_of, make_models, merge, stored
@@ -16,7 +17,7 @@ import merge_monster
 import monster_mapper
 from modules.checkpoints import gguf_files
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.checkpoints.gguf_files import as_folder, describe
+from modules.checkpoints.gguf_files import as_folder
 from modules.checkpoints.open_models import open_models
 from modules.config import load_config
 from modules.runtime import ConfigError
@@ -65,12 +66,12 @@ def test_a_file_reads_as_transformers_dequantises_it(tmp_path, models, kind, dty
 
 def test_the_same_file_is_made_a_folder_once(tmp_path, models, cache):
     file, told = write_gguf(tmp_path / "tiny.gguf", models[0], "Q4_1"), []
-    folder, described = as_folder(file, tell=told.extend)
-    assert (described.kind, described.dtype) == ("Q4_1", torch.bfloat16)
+    folder, kind = as_folder(file, tell=told.extend)
+    assert kind == "Q4_1"
     assert told == [f"Dequantising {file} once (Q4_1; 0.00 GB) to {folder}"]
     assert names_in(cache) == [folder.name] and folder.name.startswith("tiny-")
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert as_folder(file, tell=told.extend)[0] == folder and len(told) == 1
+    assert as_folder(file, tell=told.extend) == (folder, "Q4_1") and len(told) == 1
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     write_gguf(file, models[1], "Q4_1")  # other numbers, or another tokenizer, make another model
     assert as_folder(file)[0] != folder
@@ -108,6 +109,7 @@ def test_a_merge_of_files_and_its_replay(place, models, capsys):
     assert f"{base} is a GGUF file of F16, read as float16; its tokenizer is rebuilt from the file" in log
     assert f"{one} is a GGUF file of Q4_1 (a quantised model brings its rounding along), read as bfloat16" in log
     assert "WARNING" not in log  # such as one of other settings
+    assert "merge_monster_gguf" not in log and not list((place / "out").glob("merge_monster_gguf*"))
     recipe = json.loads((place / "out/merge_monster_recipe.json").read_text())
     assert [source["where"] for source in recipe["sources"][:2]] == ["../base.gguf", "../one.gguf"]
     assert "| base.gguf |" in (place / "out/README.md").read_text()
@@ -154,6 +156,26 @@ def test_the_base_among_the_candidates_is_skipped(tmp_path, models):
     opened = open_models(load_config(config), fetch=lambda job: None)
     assert [candidate.name for candidate in opened.candidates] == ["one"]
     assert f"{file} is the base model itself: skipped" in opened.notes
+
+
+def test_an_adapter_is_applied_to_a_file(tmp_path, models):
+    adapter, _ = make_adapter(tmp_path, models[0])
+    file = write_gguf(tmp_path / "one.gguf", models[1], "F32")
+    sources = [f"{file}+{adapter}", f"{models[1]}+{adapter}"]
+    config = tiny.write_config(tmp_path / "my.yaml", models[0], sources, tmp_path / "out")
+    ours, theirs = open_models(load_config(config), fetch=lambda job: None).candidates
+    assert (ours.name, theirs.name) == ("one.gguf+adapter", "one+adapter")
+    expected, found = (one.read(list(one.conversion)) for one in (theirs, ours))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_recipe_for_mergekit_names_the_folder(place, models, cache):
+    file = write_gguf(place / "base.gguf", models[0], "F32")
+    assert merge(place, (file, models[1]), merge_headers=False, dtype="float32") == 0
+    assert merge_monster.main(["--export-mergekit", "kit.yaml", str(place / "out")]) == 0
+    named = (place / "kit.yaml").read_text()
+    assert str(cache / names_in(cache)[0]) in named and "base.gguf\n" not in named
 
 
 def cut(file):
@@ -205,7 +227,7 @@ def test_what_is_missing_is_named(tmp_path, models, monkeypatch, capsys):
         found = importlib.util.find_spec
         patch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
         with pytest.raises(ConfigError, match=r"to read GGUF files, run: pip install gguf$"):
-            describe(file)
+            as_folder(file)
     with monkeypatch.context() as patch:
         patch.setattr(gguf_files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
         with pytest.raises(ConfigError, match=r"room for 0.0: make room, or set HF_HOME"):
