@@ -76,11 +76,9 @@ class Found:
     @property
     def where(self) -> str:
         """Where exactly these files are, from wherever one looks."""
-        return (
-            f"{self.location.repo}@{self.folder.name}"
-            if self.repository
-            else str((self.location.folder or self.folder).resolve())
-        )
+        if self.repository:
+            return f"{self.location.repo}@{self.folder.name}"
+        return str((self.location.folder or self.folder).resolve())
 
     @property
     def has_adapter(self) -> bool:
