@@ -502,6 +502,7 @@ def test_a_tokenizer_that_is_damaged_or_missing(bench, role, file, damage):
     spoil_tokenizer(bench, role, file, None if damage is None else damage(tokenizer_file(bench, file)))
 
 
+@pytest.mark.slow
 @hostile(80, role=st.sampled_from(ROLES), file=st.sampled_from(TOKENIZER_FILES), change=changes())
 def test_a_tokenizer_of_another_form(bench, role, file, change):
     changed = change(json.loads(tokenizer_file(bench, file)))

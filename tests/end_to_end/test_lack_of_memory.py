@@ -167,6 +167,7 @@ def shown(trees):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, every", [("forest", 97), ("rows", 97), pytest.param("forest", 5, marks=pytest.mark.slow)]
 )

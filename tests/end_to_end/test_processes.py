@@ -120,6 +120,7 @@ def test_several_processes_take_the_decisions_of_one(tmp_path, models, one_proce
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_chats_are_what_the_process_that_leads_has_rendered(tmp_path):
     """Their template prints microseconds: no two processes would render the same."""
     tokenizer = chat_tokenizer("<s>{{ strftime_now('%f') }}{% for m in messages %}{{ m.content }}\n{% endfor %}")
@@ -140,6 +141,7 @@ def test_chats_are_what_the_process_that_leads_has_rendered(tmp_path):
     assert [math.exp(value) for value in scorer.score()] == pytest.approx([one["before"] for one in found], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_steps_of_one(tmp_path, models):
     joint = {"search": "joint", "joint": {"steps": 3}, "merge_method": "lerp"}
     found = []

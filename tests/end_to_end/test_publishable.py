@@ -103,6 +103,7 @@ def test_a_run_of_whole_paths_goes_on(place, own, search, monkeypatch):
     assert digest(place / "out")["model.safetensors"] == digest(whole)["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_home_folder_begins_with_it(place, own):
     """Started outside of it, in a process of its own, with pictures."""
     home, work = place / "home/jane", place / "work"
