@@ -497,6 +497,7 @@ def test_the_same_shards_are_well_under_a_right_index(bench, role):
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
+@pytest.mark.slow
 @hostile(80, role=st.sampled_from(ROLES), file=st.sampled_from(TOKENIZER_FILES), damage=st.none() | damages())
 def test_a_tokenizer_that_is_damaged_or_missing(bench, role, file, damage):
     spoil_tokenizer(bench, role, file, None if damage is None else damage(tokenizer_file(bench, file)))
@@ -539,6 +540,7 @@ def of_config():
     return sorted({*tiny.llama_config(300, layers=2).to_dict(), "quantization_config", "auto_map", "rope_scaling"})
 
 
+@pytest.mark.slow
 @hostile(160, role=st.sampled_from(ROLES), key=st.sampled_from(of_config()), value=SETTINGS)
 def test_any_setting_in_a_model_configuration(bench, role, key, value):
     folder = spoiled(bench, role)

@@ -316,6 +316,7 @@ def test_the_phrase_chart(place):
     drawn(figure, place)
 
 
+@pytest.mark.slow
 def test_the_height_grows_up_to_a_limit(place):
     recipes = [make_recipe(phrases=make_pairs(count)) for count in (1, 8, 60, 400)]
     sizes = [drawn(pictures.phrase_chart_figure(recipe), place) for recipe in recipes]
