@@ -213,6 +213,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quiet", action="store_true", help="show only warnings, errors and the last line")
     parser.add_argument("--version", action="version", version=f"Merge Monster {VERSION}")
     options = parser.parse_args(arguments)
+    check_together(parser, options)
+    return options
+
+
+def check_together(parser: Arguments, options: argparse.Namespace) -> None:
+    """Exit with code 2 for options that don't go together."""
     given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     if options.compare and given != ["compare"]:
         parser.error("--compare only reads finished outputs; it goes with no other option")
@@ -237,7 +243,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--trust-remote-code goes with --replay; for a search it is a key of the YAML file")
     if options.replay and (options.resume or options.restart or options.dry_run):
         parser.error("--replay begins at the beginning; --resume, --restart and --dry-run are for a search")
-    return options
 
 
 def _place_of_source(text: str) -> tuple[str, str]:

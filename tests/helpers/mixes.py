@@ -148,3 +148,15 @@ def mixed(
         found = [opened(one, model) if isinstance(one, Path) else one(model) for one in candidates]
         mix = Mix(model, tokenizer, found, outside, layers=layers)
     return Mixed(folder, model, tokenizer, encoded, scorer, weights, meter, objective, mix)
+
+
+def with_rows_elsewhere(folder):
+    """Models as `make` makes them; the second candidate has all rows at other places, of one token of the base none,
+    and a token of its own."""
+    tokenizer = tiny.bpe_tokenizer()
+    base, folders = make(folder, tiny.llama_config(len(tokenizer)), tokenizer=tokenizer)
+    order = {token: (row * 7 + 3) % len(tokenizer) for token, row in tokenizer.get_vocab().items()}
+    missing = next(token for token, row in order.items() if row == len(tokenizer) - 1)
+    other = tiny.rewritten_tokenizer(tokenizer, order, {missing: "another"})
+    tiny.change_vocabulary(folders[1], other, len(tokenizer) + 5, {"another": missing})
+    return base, folders

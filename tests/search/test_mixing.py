@@ -113,12 +113,7 @@ def test_an_adapter_is_mixed_as_the_model_that_it_makes(tmp_path, settings):
 
 def test_rows_are_matched_by_token(tmp_path):
     """Two tokens more, an end of another name, all rows at other places; of one token it has no row."""
-    tokenizer = tiny.bpe_tokenizer()
-    base, folders = mixes.make(tmp_path, tiny.llama_config(len(tokenizer)), tokenizer=tokenizer)
-    order = {token: (row * 7 + 3) % len(tokenizer) for token, row in tokenizer.get_vocab().items()}
-    missing = next(token for token, row in order.items() if row == len(tokenizer) - 1)
-    other = tiny.rewritten_tokenizer(tokenizer, order, {missing: "another"})
-    tiny.change_vocabulary(folders[1], other, len(tokenizer) + 5, {"another": missing})
+    base, folders = mixes.with_rows_elsewhere(tmp_path)
     one = check(base, folders)
     assert "of them at another place" in one.mix.notes[0] and "has no row for their tokens" in one.mix.notes[0]
 

@@ -139,12 +139,7 @@ def test_shares_without_a_row_for_all_else(tmp_path, llamas):
 
 def test_rows_at_other_places(tmp_path, monkeypatch):
     monkeypatch.setattr(modules.search.rebuild, "ROOM", 4 * 32 * 30)
-    tokenizer = tiny.bpe_tokenizer()
-    base, folders = mixes.make(tmp_path, tiny.llama_config(len(tokenizer)), tokenizer=tokenizer)
-    order = {token: (row * 7 + 3) % len(tokenizer) for token, row in tokenizer.get_vocab().items()}
-    missing = next(token for token, row in order.items() if row == len(tokenizer) - 1)
-    other = tiny.rewritten_tokenizer(tokenizer, order, {missing: "another"})
-    tiny.change_vocabulary(folders[1], other, len(tokenizer) + 5, {"another": missing})
+    base, folders = mixes.with_rows_elsewhere(tmp_path)
     both = Both(tmp_path, base, folders)
     assert both.agree_on([(0, None, "lerp", 0.5), (1, None, "lerp", 0.4)])
     for name in ("ours", "resident"):
