@@ -86,17 +86,16 @@ def make_whole(name: str, make: Callable[[Path], None]) -> None:
 
 
 def make_base(folder: Path) -> None:
-    """Write the package's model as a plain folder in bfloat16."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    """Write the package's model as the program itself reads such a file: a plain folder in bfloat16."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from modules.checkpoints.gguf_files import as_folder
+    from modules.runtime import CheckpointError, ConfigError
 
-    source = package_folder()
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    save(model, tokenizer, folder)
+    try:
+        made, _ = as_folder(package_folder() / GGUF_FILE, tell=lambda lines: print(*lines, sep="\n", flush=True))
+    except (ConfigError, CheckpointError) as error:
+        raise Trouble(f"{error}. {INSTEAD}") from None
+    shutil.copytree(made, folder, dirs_exist_ok=True)
 
 
 def make_fine_tune(name: str, folder: Path) -> None:
