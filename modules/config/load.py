@@ -71,11 +71,11 @@ def load_config(
     ):
         found.append(Finding(main, ("bad_phrases, good_phrases",), "both are empty; there is nothing to score"))
     found += [] if mapping or scored else _missing_for_a_merge(main)
+    found += _exclude_each_other(settings, main) if settings else []
     if found:
         more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
         lines = [f"  {line}" for line in [*found[:_MOST_ERRORS], *more]]
         raise ConfigError(f"{path} has {counted(len(found), 'error')}:", *lines)
-    _check_together(settings, path)
     values, pairs = vars(settings), [_pairs_of((settings, *lists), key) for key in PHRASES]
     if mapping:
         return Config(**{**values, **dict(zip(PHRASES, pairs, strict=True))}, text=main.text)
@@ -87,15 +87,17 @@ def load_config(
     return Config(**values, text=main.text, held_out_pairs=(*no_bad, *no_good, *others))
 
 
-def _check_together(settings: Settings, path: str | Path) -> None:
-    """Raise ConfigError for settings that exclude each other."""
+def _exclude_each_other(settings: Settings, main: YamlFile) -> list[Finding]:
+    """Settings of which each alone is right."""
+    found = []
     if settings.is_guarded and settings.neutral_texts == ():
         joint = " (search: joint weighs it, unless drift_weight is 0)" if settings.drift_weight is None else ""
-        raise ConfigError(
-            f"{path}: neutral_texts is empty, but drift_weight and max_drift measure drift on such texts{joint}"
-        )
+        problem = f"empty, but drift_weight and max_drift measure drift on such texts{joint}"
+        found.append(Finding(main, ("neutral_texts",), problem))
     if settings.search == "joint" and (settings.strategy, *settings.merge_method) != ("cumulative", "lerp"):
-        raise ConfigError(f"{path}: search: joint knows only strategy: cumulative and merge_method: lerp")
+        problem = "joint knows only strategy: cumulative and merge_method: lerp"
+        found.append(Finding(main, ("search",), problem))
+    return found
 
 
 def _pairs_of(parts: Iterable[Any], key: str) -> tuple[Pair, ...]:
