@@ -1,15 +1,17 @@
 """Phrase lists: how the file writes them, and the pairs that they stand for.
 
-Knows: their keys, which weight a context has, what a chat is, how many pairs there may be. Refuses to know: all other
-keys, tokenizers and their chat templates.
+Knows: their keys, which weight a context has, what a chat is, how variants of a phrase are shown, how many pairs there
+may be. Refuses to know: all other keys, tokenizers and their chat templates.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter
 
+from modules.config.excerpts import shown
 from modules.config.fields import Boolean, EmptyOrText, Role, Text, Weight, keys_of, listed
 from modules.runtime import one_line, shortened
 
@@ -53,6 +55,7 @@ class Pair:
     context: str  # of a chat, once it is rendered, all that stands before the phrase, special tokens included
     weight: float = 1.0
     chat: Chat | None = None
+    variants: tuple[str, ...] = ()  # of an any-of phrase the texts of which one must follow; `phrase` shows them all
 
     def __str__(self) -> str:
         """The pair in a message; of a long context its end is shown."""
@@ -62,6 +65,11 @@ class Pair:
     def shown(self) -> str:
         """The context as people read it."""
         return self.context if self.chat is None else str(self.chat)
+
+    @property
+    def each(self) -> tuple["Pair", ...]:
+        """The pair with each of its variants as its only phrase."""
+        return tuple(replace(self, phrase=text, variants=()) for text in self.variants) or (self,)
 
     def under(self, system: str | None) -> "Pair":
         """The pair with a system turn before its chat, if it is one without."""
@@ -77,8 +85,8 @@ class Pair:
         return {"messages": [asdict(turn) for turn in self.chat.messages], **answer, **settings}
 
     def written(self) -> dict[str, Any]:
-        """The pair as journal and recipe have it: most contexts are no chats."""
-        return {key: value for key, value in asdict(self).items() if key != "chat" or value is not None}
+        """The pair as journal and recipe have it: most contexts are no chats, most phrases have no variants."""
+        return {key: value for key, value in asdict(self).items() if key not in ("chat", "variants") or value}
 
 
 @dataclass(frozen=True)
@@ -137,13 +145,34 @@ _Context = Annotated[
 ]
 
 
+def _variants(value: Any) -> tuple[str, ...]:
+    return _TEXTS.validate_python(value) if isinstance(value, list) else (_ONE_TEXT.validate_python(value),)
+
+
+def _distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
+    if not texts:
+        raise ValueError("expected at least one text")
+    twice = next((text for text, count in Counter(texts).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{shown(twice)} stands twice")
+    return texts
+
+
+_ONE_TEXT = TypeAdapter(Text)
+_TEXTS = TypeAdapter(Annotated[tuple[Text, ...], AfterValidator(_distinct)])
+_Variants = Annotated[
+    tuple[str, ...],
+    PlainValidator(_variants, json_schema_input_type=Text | Annotated[list[Text], Field(min_length=1)]),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phrase:
     """A phrase and the contexts in which it is scored."""
 
     __pydantic_config__ = CLOSED
-    phrase: Text
-    """What to measure: how probable it is that the model goes on with this."""
+    phrase: _Variants
+    """What to measure: how probable it is that the model goes on with this; of a list of texts, with any of them."""
     weight: Weight = 1.0
     """How much it matters."""
     contexts: Annotated[tuple[_Context, ...], Field(min_length=1), BeforeValidator(listed)]
@@ -158,19 +187,21 @@ def _pairs(kind: str) -> PlainValidator:
     """For a tuple of pairs: made of a list of phrases."""
 
     def pairs(value: Any) -> tuple[Pair, ...]:
-        return tuple(
-            _pair(kind, phrase, context) for phrase in _PHRASES.validate_python(value) for context in phrase.contexts
-        )
+        return tuple(pair for phrase in _PHRASES.validate_python(value) for pair in _in_contexts(kind, phrase))
 
     return PlainValidator(pairs, json_schema_input_type=list[Phrase])
 
 
-def _pair(kind: str, phrase: Phrase, context: Context | ChatContext) -> Pair:
-    made = HeldOut if context.held_out else Pair
-    weight = phrase.weight if context.weight is None else context.weight
-    if isinstance(context, Context):
-        return made(kind, phrase.phrase, context.context, weight)
-    return made(kind, phrase.phrase, context.continue_, weight, Chat(context.messages, context.continue_))
+def _in_contexts(kind: str, phrase: Phrase) -> Iterator[Pair]:
+    shown_as, variants = " / ".join(phrase.phrase), phrase.phrase if len(phrase.phrase) > 1 else ()
+    for context in phrase.contexts:
+        made = HeldOut if context.held_out else Pair
+        weight = phrase.weight if context.weight is None else context.weight
+        if isinstance(context, Context):
+            yield made(kind, shown_as, context.context, weight, None, variants)
+        else:
+            chat = Chat(context.messages, context.continue_)
+            yield made(kind, shown_as, chat.answer, weight, chat, variants)
 
 
 BadPhrases = Annotated[tuple[Pair, ...], _pairs("BAD")]
@@ -192,7 +223,12 @@ class PhraseLists:
 
 
 def count_pairs(values: Any) -> int:
-    """How many pairs a file's lists stand for, before they are made: a short file can stand for very many."""
+    """How many pairs a file's lists stand for, before they are made: a short file can stand for very many. A pair
+    counts once for each of its phrase's variants."""
     lists = [values.get(key) for key in PHRASES] if isinstance(values, Mapping) else []
     entries = [entry for value in lists if isinstance(value, list) for entry in value if isinstance(entry, Mapping)]
-    return sum(len(entry["contexts"]) for entry in entries if isinstance(entry.get("contexts"), list))
+    return sum(
+        len(entry["contexts"]) * (len(entry["phrase"]) if isinstance(entry.get("phrase"), list) else 1)
+        for entry in entries
+        if isinstance(entry.get("contexts"), list)
+    )

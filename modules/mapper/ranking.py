@@ -35,18 +35,18 @@ class PhraseRank:
 
 
 def rank_phrases(
-    tree: CompletionTree, phrases: Sequence[tuple[Pair, Encoded, float]], settings: Mapper, spelling: Spelling
+    tree: CompletionTree, phrases: Sequence[tuple[Pair, Sequence[Encoded], float]], settings: Mapper, spelling: Spelling
 ) -> list[PhraseRank]:
-    """Compare phrases, each with its log-probability, with the branches that go another way.
+    """Compare phrases, each with its variants' tokens and its log-probability, with the branches that go another way.
 
-    A branch is taken up to as many words as the phrase has: "spine. The wind" stands for "spine" beside "skin". A
-    branch that is shorter is taken whole, or, where it is the beginning of the phrase, with its continuation. Branches
-    that are then alike count once.
+    A branch is taken up to as many words as the phrase has, or the longest of its variants: "spine. The wind" stands
+    for "spine" beside "skin". A branch that is shorter is taken whole, or, where it is the beginning of the phrase,
+    with its continuation. Branches that are then alike count once.
     """
     spelt = [(branch, spelling.pieces(tree.root, tokens_of(branch.nodes))) for branch in tree.branches]
     found = []
-    for pair, encoded, log_probability in phrases:
-        others = _others(tree.root, spelt, pair, encoded)
+    for pair, variants, log_probability in phrases:
+        others = _others(tree.root, spelt, pair, variants)
         rivals = [other for other in others if other.joint > log_probability]
         found.append(
             PhraseRank(
@@ -61,15 +61,16 @@ def rank_phrases(
     return found
 
 
-def _others(root: Root, spelt: Sequence[tuple[Branch, Pieces]], pair: Pair, encoded: Encoded) -> list[Node]:
+def _others(root: Root, spelt: Sequence[tuple[Branch, Pieces]], pair: Pair, variants: Sequence[Encoded]) -> list[Node]:
     """The last nodes of all branches that go another way than the phrase, each taken up to the phrase's length."""
-    others, words = {}, _words(pair.phrase)
+    others, words = {}, max(_words(one.phrase) for one in pair.each)
+    said = [variant.tokens for variant in variants]
     for branch, pieces in spelt:
         tokens = tuple(tokens_of(branch.nodes))
-        if (*root.tokens, *tokens)[: len(encoded.tokens)] == encoded.tokens:
+        if any((*root.tokens, *tokens)[: len(phrase)] == phrase for phrase in said):
             continue  # the phrase itself
         own = (*root.tokens, *tokens[: branch.length])
-        begins = encoded.tokens[: len(own)] == own
+        begins = any(phrase[: len(own)] == own for phrase in said)
         length = _whole_words(pieces, words, len(tokens) if begins else branch.length)
         if length:
             others[tokens[:length]] = branch.nodes[length - 1]

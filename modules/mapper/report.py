@@ -160,6 +160,7 @@ def _rank_document(standing: PhraseRank) -> dict[str, Any]:
     return {
         "type": standing.pair.kind,
         "phrase": standing.pair.phrase,
+        **({"variants": list(standing.pair.variants)} if standing.pair.variants else {}),
         "weight": standing.pair.weight,
         "probability": probability(standing.log_probability),
         "place": standing.place,

@@ -56,7 +56,7 @@ def phrases_yaml(recipe: Recipe) -> str:
         for phrase in phrases:
             entries = lists.setdefault(f"{phrase.kind.lower()}_phrases", [])
             weight = abs(phrase.weight) if weighed else 1
-            head = {"phrase": phrase.phrase, **({"weight": weight} if weight != 1 else {})}
+            head = {"phrase": list(phrase.variants) or phrase.phrase, **({"weight": weight} if weight != 1 else {})}
             if not entries or head != {key: value for key, value in entries[-1].items() if key != "contexts"}:
                 entries.append({**head, "contexts": []})
             entries[-1]["contexts"].append(_context(phrase, more))

@@ -70,4 +70,6 @@ def _about_totals(recipes: Mapping[str, Recipe]) -> list[str]:
 
 def _phrase_list(recipe: Recipe) -> tuple:
     """What makes totals mean the same. Automatic weights are measured, and differ by a rounding between machines."""
-    return tuple(sorted((p.kind, p.phrase, p.context, p.chat is None, f"{p.weight:.5g}") for p in recipe.phrases))
+    return tuple(
+        sorted((p.kind, p.phrase, p.variants, p.context, p.chat is None, f"{p.weight:.5g}") for p in recipe.phrases)
+    )

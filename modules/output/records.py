@@ -252,6 +252,7 @@ class Phrase(Record):
     after: Number
     rounding: Number = 0  # of the probabilities; only where a half type was computed in
     chat: ChatContext | None = None
+    variants: Annotated[tuple[str, ...], Strict(False)] = ()  # of an any-of phrase, which shows them all
 
     @property
     def shown(self) -> str:

@@ -4,6 +4,7 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from modules.model import ModelLoader, ResidentModel
 from modules.output import check_file, write_text
 from modules.run.steps import end, prepare_libraries, score_once, with_chats_rendered
 from modules.runtime import ConfigError, Console
-from modules.scoring import Encoded, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
+from modules.scoring import Encoded, by_pair, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def explore(
     console.warnings(doubled_tokens(tokenizer, config.pairs))
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     scorer, log_probabilities = score_once(model, encoded)
-    phrases: dict[tuple[str, Chat | None], list[tuple[Pair, Encoded, float]]] = {
+    phrases: dict[tuple[str, Chat | None], list[tuple[Pair, Sequence[Encoded], float]]] = {
         (pair.context, pair.chat): [] for pair in config.pairs
     }
-    for pair, item, log_probability in zip(config.pairs, encoded, log_probabilities, strict=True):
-        phrases[pair.context, pair.chat].append((pair, item, log_probability))
+    for pair, variants, log_probability in zip(config.pairs, by_pair(encoded, encoded), log_probabilities, strict=True):
+        phrases[pair.context, pair.chat].append((pair, variants, log_probability))
     contexts, chats = zip(*phrases, strict=True)
     roots = encode_contexts(tokenizer, contexts, model.vocabulary, chats)
     settings = config.mapper

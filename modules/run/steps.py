@@ -37,7 +37,7 @@ from modules.output import (
 )
 from modules.runtime import Console, first_line, postponed, within_memory
 from modules.runtime.distributed import Group
-from modules.scoring import Encoded, Scorer, build_scorer, chats_of, render_chats, with_texts
+from modules.scoring import Encoded, Scorer, build_scorer, chats_of, of_pairs, render_chats, with_texts
 from modules.search.rebuild import Rebuild
 
 LARGEST_LOOKED_AT = 1_000_000  # bytes; vocabularies have more, and no paths
@@ -66,7 +66,7 @@ def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer
     found = within_memory(scorer.score, lambda: scorer.take_less_memory() is not None)
     if any(map(math.isnan, found)):
         raise model.no_numbers()
-    return scorer, found
+    return scorer, of_pairs(found, encoded)
 
 
 def save(console: Console, model: ResidentModel | Rebuild, unfinished: Unfinished, output: str, settings: str) -> None:

@@ -27,6 +27,7 @@ from modules.scoring import (
     build_scorer,
     doubtful_phrases,
     encode_pairs,
+    of_pairs,
 )
 from modules.search import scores, total
 from modules.search.search import Search, signed_weights
@@ -94,7 +95,7 @@ class Watch:
     def held_out_total(self) -> float:
         """Of the pairs that are held out, by now."""
         began = time.monotonic()
-        found = total(scores(within_memory(self._scorer.score, self._take_less_memory), self.weights))
+        found = total(scores(self._held_out(), self.weights))
         self.seconds += time.monotonic() - began
         return found
 
@@ -129,8 +130,12 @@ class Watch:
             self.seconds += time.monotonic() - began
 
     def _look(self) -> Sight:
-        held_out = within_memory(self._scorer.score, self._take_less_memory) if self._scorer else ()
-        return Sight(_known(self._meter and self._meter.measure()), tuple(held_out))
+        return Sight(_known(self._meter and self._meter.measure()), self._held_out())
+
+    def _held_out(self) -> tuple[float, ...]:
+        if self._scorer is None:
+            return ()
+        return tuple(of_pairs(within_memory(self._scorer.score, self._take_less_memory), self._scorer.encoded))
 
     def _take_less_memory(self) -> bool:
         return self._scorer.take_less_memory() is not None

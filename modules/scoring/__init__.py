@@ -30,3 +30,4 @@ from modules.scoring.tokenization import (
     neutral_windows,
     spread,
 )
+from modules.scoring.variants import by_pair, of_pairs, of_variants

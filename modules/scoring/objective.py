@@ -23,6 +23,7 @@ from modules.runtime import ConfigError
 from modules.scoring.drift import DriftMeter
 from modules.scoring.hidden_states import ending_in, logits_with
 from modules.scoring.scorer import Scorer
+from modules.scoring.variants import of_variants
 
 AT_ONCE = 4  # tensors of the logits' size at a time: theirs, the base's, its shares, the gradient
 NOTHING = 1e-15  # a pair whose part in the gradient is smaller, by the largest, has none: see gradient.NOTHING
@@ -51,7 +52,7 @@ class Targets:
 class Value:
     """An objective and what it is made of; of one of several processes, its own part."""
 
-    log_probabilities: list[float]  # joint, of every pair; 0 for those of other processes
+    log_probabilities: list[float]  # joint, of every pair, or of its variants; 0 for those of other processes
     total: float  # sum of weight * probability
     divergence: float  # its part of the mean KL(base, now), in nats per token; 0 without neutral text
     objective: float
@@ -86,7 +87,7 @@ class Objective:
                 f"{kind}: no gradient can be made of layers that lie in the CPU's memory beside the device"
             )
         self.model, self.drift_weight = model, drift_weight
-        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.weights = torch.tensor(of_variants(weights, scorer.encoded), dtype=torch.float64)
         self.dtype = torch.promote_types(torch.float32, model.dtype)  # that logits and sums are made in
         self.tokens = 1 if meter is None else sum(batch.numel() for batch in meter.batches)  # of all processes
         self.before = torch.zeros(0)  # last hidden states of the base on neutral text, (positions, H), on the host

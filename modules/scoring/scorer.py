@@ -31,7 +31,8 @@ class Scorer:
     """Scores a fixed list of pairs under a model whose weights change.
 
     Deterministic: the same weights give the same bits. All results are joint log-probabilities of the phrases given
-    their contexts, one per pair, in the order of the pairs.
+    their contexts, one per pair, in the order of the pairs. A phrase's variants are pairs of their own here: `of_pairs`
+    makes one of them, of the results of all processes.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Scorer:
         self.layout, self.tolerance, self._rank = layout, tolerance, rank
         self.pairs = len(encoded)
         self._model, self._layers = model, model.layers
-        self._encoded, self._stacked, self._tails = encoded, stacked, tails
+        self.encoded, self._stacked, self._tails = encoded, stacked, tails
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
         self._layer = 0  # on which trials are scored
         self._pack(budget)
@@ -66,7 +67,7 @@ class Scorer:
         self._inputs: list[Inputs] = []
         self.packs = self.packed_tokens = self.columns = 0  # of all processes; columns: at which the head is read
         loads = [0] * self._rank.world_size
-        for pack in build_packs(self._encoded, self.layout, budget.tokens):
+        for pack in build_packs(self.encoded, self.layout, budget.tokens):
             owner = loads.index(min(loads))
             loads[owner] += pack.tokens
             if owner == self._rank.number:
@@ -81,7 +82,7 @@ class Scorer:
         """How the pairs go through the model, for the summary."""
         packs = "1 pack" if self.packs == 1 else f"{self.packs} packs"
         packs += f" shared by {self._rank.world_size} processes" if self._rank.world_size > 1 else ""
-        tokens = f"{self.packed_tokens:,} tokens packed from {sum(len(item.tokens) for item in self._encoded):,}"
+        tokens = f"{self.packed_tokens:,} tokens packed from {sum(len(item.tokens) for item in self.encoded):,}"
         whole = "" if self._tails else "; every ratio by whole forwards"
         return {"Phrase layout": f"{self.layout} ({tokens}, {packs}){whole}"}
 
@@ -122,14 +123,14 @@ class Scorer:
         budget = self.budget
         while budget.tokens > 1:
             budget = budget.halved()
-            other = Scorer(self._model, self._encoded, self.layout, budget, *self.settings[2:], self._rank)
+            other = Scorer(self._model, self.encoded, self.layout, budget, *self.settings[2:], self._rank)
             if other.packs > self.packs:
                 return other
         return None
 
     def alone(self) -> "Scorer":
         """One that has all packs in this process."""
-        return self if self._rank.world_size == 1 else Scorer(self._model, self._encoded, *self.settings)
+        return self if self._rank.world_size == 1 else Scorer(self._model, self.encoded, *self.settings)
 
     @property
     def inputs(self) -> list[Callable[[], dict[str, Tensor]]]:
@@ -219,14 +220,14 @@ class Scorer:
         found = self.token_scores() if found is None else found
         deviations = []
         for pair in {pair for inputs in self._inputs for pair in self._compared(inputs)}:
-            exact = plain.token_scores(self._encoded[pair])
+            exact = plain.token_scores(self.encoded[pair])
             deviations.append((found[pair, : len(exact)] - exact).abs().max())
         return bool(torch.stack(deviations).max() <= self.tolerance)  # NaN is not
 
     def _compared(self, inputs: Inputs) -> list[int]:
         """The pairs of a pack that are compared with plain forwards."""
         pairs = list(dict.fromkeys(inputs.targets.pairs.tolist()))
-        by_length = sorted(pairs, key=lambda pair: len(self._encoded[pair].tokens))
+        by_length = sorted(pairs, key=lambda pair: len(self.encoded[pair].tokens))
         return [*spread(pairs, SAMPLE // 2), *spread(by_length, SAMPLE // 2)]
 
     def _verify_new_packs(self) -> None:
@@ -236,7 +237,7 @@ class Scorer:
             return
         own = {pair for inputs in self._inputs for pair in inputs.targets.pairs.tolist()}
         if own and not self.agrees(Plain(self._model)):
-            packs = build_packs(self._encoded, "single", self.budget.tokens)
+            packs = build_packs(self.encoded, "single", self.budget.tokens)
             mine = (pack for pack in packs if pack.targets[0].pair in own)
             self._inputs = [Inputs.of(pack, self._model.device, self._model.dtype) for pack in mine]
             self._from_layer, self._stacked = TailForwards(self._model, self.inputs, self.budget), False

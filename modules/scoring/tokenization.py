@@ -1,6 +1,7 @@
 """Phrase lists and contexts to token ids.
 
-Knows: tokenizers, token ids, which pairs are one and the same. Refuses to know: torch, models, weights.
+Knows: tokenizers, token ids, which pairs are one and the same, which variants of a phrase exclude each other.
+Refuses to know: torch, models, weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +19,14 @@ _NO_FRAME: Frame = ([], [])
 
 @dataclass(frozen=True)
 class Encoded:
-    """A pair as token ids: `tokens[start:]` are the phrase's, everything before is given. start is at least 1."""
+    """A pair as token ids: `tokens[start:]` are the phrase's, everything before is given. start is at least 1.
+
+    A pair whose phrase has variants is several of these, side by side: see `variants.of_pairs`.
+    """
 
     tokens: tuple[int, ...]
     start: int
+    another: bool = False  # whether it is another variant of the same pair as the one before it
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ MOST_DOUBTS = 10  # that are told one by one
 def doubtful_phrases(pairs: Sequence[Pair]) -> list[str]:
     """What may be a mistake in the lists, a line for each; of many, the first ones and how many more there are."""
     alike: dict[tuple[str, str, bool], list[Pair]] = {}
-    for pair in pairs:
-        alike.setdefault(_as_scored(pair), []).append(pair)
+    for one in (one for pair in pairs for one in pair.each):
+        alike.setdefault(_as_scored(one), []).append(one)
     doubts = [doubt for same in alike.values() for doubt in _doubts(same)]
     more = len(doubts) - MOST_DOUBTS
     return [*doubts[:MOST_DOUBTS], f"and {more} more of this kind"] if more > 0 else doubts
@@ -81,7 +86,7 @@ def doubled_tokens(tokenizer: Any, pairs: Sequence[Pair]) -> list[str]:
     """A line if pairs write out what the tokenizer begins every text with anyway: it is taken once."""
     prefix, _ = _frame(tokenizer)
     names = tokenizer.convert_ids_to_tokens(prefix)
-    texts = [pair.context + pair.phrase for pair in pairs if pair.chat is None]
+    texts = [one.context + one.phrase for pair in pairs if pair.chat is None for one in pair.each]
     written = [text for text in texts if text.lstrip().startswith(tuple(names))]
     doubled = [text for text in written if _doubled(_tokens(tokenizer, text), prefix)]
     if not doubled:
@@ -91,18 +96,38 @@ def doubled_tokens(tokenizer: Any, pairs: Sequence[Pair]) -> list[str]:
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tokens: int | None) -> list[Encoded]:
-    """Token ids of all pairs, for a model of `vocabulary` embedding rows that takes at most `max_tokens` tokens.
+    """Token ids of all pairs, for a model of `vocabulary` embedding rows that takes at most `max_tokens` tokens; of a
+    pair whose phrase has variants, those of each.
 
     Raises ConfigError for a phrase without tokens of its own, and for a pair that the model can't take.
     """
     frame = _frame(tokenizer)
-    encoded = [encode_pair(tokenizer, pair.context, pair.phrase, frame, pair.chat is None) for pair in pairs]
-    for pair, item in zip(pairs, encoded, strict=True):
+    encoded = [_encode_variants(tokenizer, pair, frame) for pair in pairs]
+    for pair, item in ((pair, item) for pair, items in zip(pairs, encoded, strict=True) for item in items):
         if max_tokens is not None and len(item.tokens) - 1 > max_tokens:
             length = len(item.tokens)
             raise ConfigError(f"{pair} is {length} tokens long; the base model takes {max_tokens}: shorten it")
         _check_embedded(tokenizer, pair, item.tokens, vocabulary)
-    return encoded
+    return [item for items in encoded for item in items]
+
+
+def _encode_variants(tokenizer: Any, pair: Pair, frame: Frame) -> list[Encoded]:
+    """The variants of a pair that exclude each other: one that begins with another's tokens is a part of that.
+
+    All go on from the same tokens, so that their probabilities add up. Mostly these are the context's; where a variant
+    makes one token of its own beginning and the context's end, all are scored from there on.
+    """
+    found = [encode_pair(tokenizer, one.context, one.phrase, frame, one.chat is None) for one in pair.each]
+    if len(found) == 1:
+        return found
+    if len({item.tokens[0] for item in found}) > 1:  # not even a special token is before them all
+        first = _first_token(tokenizer, pair.phrase)
+        found = [item if item.tokens[0] == first else Encoded((first, *item.tokens), item.start + 1) for item in found]
+    given = [item.tokens[: item.start] for item in found]
+    start = _alike(min(given), max(given))  # what the first and the last in order share, all do
+    texts = dict.fromkeys(item.tokens for item in found)
+    whole = [tokens for tokens in texts if not any(tokens[:end] in texts for end in range(start + 1, len(tokens)))]
+    return [Encoded(tokens, start, another=number > 0) for number, tokens in enumerate(whole)]
 
 
 def _check_embedded(tokenizer: Any, what: object, tokens: Sequence[int], vocabulary: int) -> None:
@@ -252,10 +277,13 @@ def _split_by_prefix(
 ) -> tuple[list[int], int, int]:
     """The same for tokenizers without offsets: the tokens after the longest prefix shared with the context alone."""
     tokens, given = _tokens(tokenizer, text, special), _open(_tokens(tokenizer, text[:boundary], special), suffix)
-    shared = 0
-    while shared < min(len(tokens), len(given)) and tokens[shared] == given[shared]:
-        shared += 1
-    return tokens, shared, len(_open(tokens, suffix))
+    return tokens, _alike(tokens, given), len(_open(tokens, suffix))
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """With how many tokens both begin."""
+    differing = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    return next(differing, min(len(one), len(other)))
 
 
 def _open(tokens: list[int], suffix: Sequence[int]) -> list[int]:

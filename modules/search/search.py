@@ -14,7 +14,7 @@ from modules.config import Config, Pair
 from modules.model import HALF_DTYPES, HeaderSkipped, Part, ResidentModel, aligned_header, side_streams
 from modules.runtime import BrokenWeights, within_memory
 from modules.runtime.distributed import ALONE, Group
-from modules.scoring import Drift, DriftMeter, Guard, Scorer, Trial, check_numbers, other_ways, spreads
+from modules.scoring import Drift, DriftMeter, Guard, Scorer, Trial, check_numbers, of_pairs, other_ways, spreads
 from modules.search.decision import Decision, Result
 from modules.search.methods import ratios_for
 from modules.search.prefetch import ReadAhead
@@ -96,7 +96,8 @@ class Search(Merger):
         copies = len(self.config.merge_ratios) if self.scorer.stacks else 1
         found = [self.log_probabilities]
         for way in other_ways(self.scorer, max(2, copies)):
-            found += self._scored(lambda way=way: [way()])
+            (again,) = self._scored(lambda way=way: [way()])
+            found.append(of_pairs(again, self.scorer.encoded))
         return spreads([[probability(value) for value in values] for values in found])
 
     def candidate(self, candidate: Candidate, done: Sequence[Decision] = ()) -> Generator[Decision, None, None]:
@@ -127,7 +128,8 @@ class Search(Merger):
 
     def measure(self) -> None:
         """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find."""
-        (self.log_probabilities,) = self._scored(lambda: [self.scorer.score()])
+        (found,) = self._scored(lambda: [self.scorer.score()])
+        self.log_probabilities = of_pairs(found, self.scorer.encoded)
         self.measure_drift()
 
     def measure_drift(self) -> None:
@@ -205,17 +207,18 @@ class Search(Merger):
         """Try all ratios on the unchanged part, install the best and return it; None if none is accepted."""
         out = self.in_memory(partial(self._room, part))
         tries = [partial(trying, part, method, theirs, ratio, out) for ratio in ratios]
-        trials = self._scored(lambda: score_trials(tries))
-        tried = [State(scores(row[:-1], self.weights), row[-1]) for row in trials]
+        found = self._scored(lambda: score_trials(tries))
+        trials = [(of_pairs(row[:-1], self.scorer.encoded), row[-1]) for row in found]
+        tried = [State(scores(log_probabilities, self.weights), drift) for log_probabilities, drift in trials]
         best = choose(self.config.strategy, self.state, tried, self.limits)
         if best is None:
             return None
         self._install(part, theirs, method, ratios[best])
-        *self.log_probabilities, self.drift = trials[best]
+        self.log_probabilities, self.drift = trials[best]
         return ratios[best]
 
     def _scored(self, work: Callable[[], list[list[float]]]) -> list[list[float]]:
-        """What scoring gives, for the pairs of all processes."""
+        """What scoring gives, of all processes together, phrases by their variants."""
         return self.group.sum(self.in_memory(work))
 
     def in_memory(self, work: Callable[[], Result]) -> Result:

@@ -11,7 +11,7 @@ import torch
 
 from modules.checkpoints import Candidate, Tensors
 from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header
-from modules.scoring import Drift, DriftMeter, Scorer, streamed
+from modules.scoring import Drift, DriftMeter, Scorer, of_pairs, streamed
 from modules.search.prefetch import ReadAhead
 
 
@@ -53,7 +53,8 @@ def score_whole(
 
         hidden = iter(streamed(model, inputs, layers()))
     with held():
-        scores = [scorer.score_on([next(hidden) for _ in scorer.inputs]) for scorer in scorers]
+        found = [scorer.score_on([next(hidden) for _ in scorer.inputs]) for scorer in scorers]
+    scores = [of_pairs(one, scorer.encoded) for one, scorer in zip(found, scorers, strict=True)]
     same_header, drifts = len(theirs) == 1, list[Drift | None]()
     for meter in meters:
         states = [next(hidden) for _ in meter.inputs] if meter else []

@@ -21,6 +21,7 @@ from modules.scoring.layout import build_scorer
 from modules.scoring.objective import Objective
 from modules.scoring.scorer import DEFAULT, ONLY, Scorer
 from modules.scoring.tokenization import Encoded, encode_pairs
+from modules.scoring.variants import of_pairs
 from modules.search.joint import Joint, JointState
 from modules.search.mixing import Mix
 
@@ -73,8 +74,11 @@ class Mixed:
 
     def measured(self, neutral=True):
         """What the twin measures."""
-        items = [(item.tokens, item.start) for item in self.encoded]
-        return items, self.weights, WINDOWS if neutral else (), DRIFT_WEIGHT if neutral else 0.0
+        items, weights = [(item.tokens, item.start) for item in self.encoded], list(self.weights)
+        for number, item in enumerate(self.encoded):
+            if item.another:  # it has the weight of the one before it
+                weights.insert(number, weights[number - 1])
+        return items, weights, WINDOWS if neutral else (), DRIFT_WEIGHT if neutral else 0.0
 
     def expected(self, shares, folders, neutral=True, outside=True):
         """Total, divergence and gradient of the twin."""
@@ -140,7 +144,8 @@ def mixed(
     encoded = encode_pairs(tokenizer, pairs, model.vocabulary, model.max_tokens)
     scorer = build_scorer(model, encoded, budget)
     signs = [-1 if pair.kind == "GOOD" else 1 for pair in pairs]
-    weights = [sign * math.exp(-score) for sign, score in zip(signs, scorer.score(), strict=True)]
+    scores = of_pairs(scorer.score(), encoded)
+    weights = [sign * math.exp(-score) for sign, score in zip(signs, scores, strict=True)]
     scorer = Scorer(model, encoded, layout or scorer.layout, *scorer.settings[1:], rank)
     with InDouble() if compute == "float64" else nullcontext():
         meter = DriftMeter(model, WINDOWS) if neutral else None

@@ -5,6 +5,7 @@ in Python. No packing, no cache, no streaming, nothing shared with modules/ but 
 """
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -96,7 +97,7 @@ class NaiveMerge:
         ]
 
     def log_probabilities(self, model):
-        return [log_probability(model, self.tokenizer, pair.context, pair.phrase) for pair in self.pairs]
+        return [pair_log_probability(model, self.tokenizer, pair) for pair in self.pairs]
 
     def mix(self, model, other, layer, method, ratio):
         ours, theirs = decoder_layers(model)[layer], decoder_layers(other)[layer]
@@ -147,6 +148,31 @@ def decoder_layers(model):
     body = getattr(model, model.base_model_prefix)
     body = getattr(body, "decoder", body)  # OPT
     return next(getattr(body, name) for name in ("layers", "h", "blocks") if hasattr(body, name))
+
+
+def pair_log_probability(model, tokenizer, pair):
+    """A pair; of one whose phrase has variants, that any of them follows."""
+    if not pair.variants:
+        return log_probability(model, tokenizer, pair.context, pair.phrase)
+    tokens = {text: naive_encode(tokenizer, pair.context, text)[0] for text in pair.variants}
+    whole = [
+        text
+        for text in tokens
+        if not any(tokens[text][: len(tokens[other])] == tokens[other] for other in tokens if other != text)
+    ]
+    return math.log(sum(math.exp(log_probability(model, tokenizer, pair.context, text)) for text in whole))
+
+
+@torch.no_grad()
+def any_of(model, given, texts):
+    """How probable it is that one of several texts follows: every sequence of tokens is gone through that is as long as
+    the longest, and those that begin with a text are asked for."""
+    longest, total = max(map(len, texts)), 0.0
+    for tokens in itertools.product(range(model.config.vocab_size), repeat=longest):
+        if any(tokens[: len(text)] == text for text in texts):
+            table = said(model, [*given, *tokens])
+            total += math.exp(sum(table[len(given) - 1 + i, token].item() for i, token in enumerate(tokens)))
+    return total
 
 
 @torch.no_grad()

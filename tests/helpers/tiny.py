@@ -140,7 +140,7 @@ def make_candidate(folder, base, seed=1, amount=0.05, dtype=None, change=None):
 
 def phrase_entries(pairs, kind):
     return [
-        {"phrase": pair.phrase, "weight": pair.weight, "contexts": [pair.context]}
+        {"phrase": list(pair.variants) or pair.phrase, "weight": pair.weight, "contexts": [pair.context]}
         for pair in pairs
         if pair.kind == kind
     ]

@@ -279,7 +279,7 @@ def stand(model, tree, phrase, probability, prob_min=10.0):
     encoded = encode_pair(model.tokenizer, tree.root.context, phrase)
     log_probability = math.log(probability) if probability else -math.inf
     pair = Pair("BAD", phrase, tree.root.context)
-    (found,) = rank_phrases(tree, [(pair, encoded, log_probability)], Mapper(prob_min), model.spelling)
+    (found,) = rank_phrases(tree, [(pair, [encoded], log_probability)], Mapper(prob_min), model.spelling)
     suggestion = found.suggestion and (found.suggestion.phrase, round(math.exp(found.suggestion.log_probability), 6))
     return found.place, found.places, suggestion
 
@@ -312,6 +312,29 @@ def test_a_branch_that_only_begins_the_phrase_is_taken_with_its_continuation(bpe
     assert stand(bpe, tree, "filled with tears", 0.15) == (1, 1, None)
 
 
+def test_a_phrase_with_variants_is_compared_with_what_none_of_them_is(bpe):
+    """At the length of the longest of them; with what begins like one of them, taken with its continuation."""
+    tree = scripted(
+        bpe,
+        "Her eyes were ",
+        [("filled", 0.5), ("|", None), (" with", 0.6), (" tears", 0.5)],
+        [("closed", 0.3), (" tightly", 0.5)],
+        [("open", 0.1), (" now", 0.5)],
+    )
+
+    def stand_any(*variants, probability):
+        pair = Pair("BAD", " / ".join(variants), "Her eyes were ", variants=variants)
+        encoded = [encode_pair(bpe.tokenizer, pair.context, text) for text in variants]
+        phrase = (pair, encoded, math.log(probability))
+        (found,) = rank_phrases(tree, [phrase], Mapper(), bpe.spelling)
+        return found.place, found.places, found.suggestion and found.suggestion.phrase
+
+    assert stand_any("open", "closed", probability=0.4) == (2, 2, "filled")
+    assert stand_any("open", "closed tightly", probability=0.25) == (2, 2, "filled")
+    assert stand_any("filled up", "open", probability=0.12) == (3, 3, "filled with")
+    assert stand_any("filled", "closed", probability=0.8) == (1, 2, None)
+
+
 def test_what_cannot_be_written_as_a_phrase_is_a_rival_but_no_suggestion(bpe):
     tree = scripted(bpe, "The apple", [(bpe.tokenizer.eos_token_id, 0.5)], [(" is", 0.3)])
     assert stand(bpe, tree, " was", 0.01) == (3, 3, (" is", 0.3))
@@ -323,7 +346,8 @@ def test_a_phrase_below_prob_min_is_marked_and_one_at_it_is_not(bpe):
     marked = []
     for probability in (0.0999, 0.1, 0.5, 0.0):
         log_probability = math.log(probability) if probability else -math.inf
-        phrase = (Pair("BAD", " was", "The apple"), encode_pair(bpe.tokenizer, "The apple", " was"), log_probability)
+        encoded = encode_pair(bpe.tokenizer, "The apple", " was")
+        phrase = (Pair("BAD", " was", "The apple"), [encoded], log_probability)
         marked.append(rank_phrases(tree, [phrase], Mapper(10.0), bpe.spelling)[0].too_rare)
     assert marked == [True, False, False, True]
 
@@ -334,7 +358,7 @@ def test_a_pasted_suggestion_has_the_probability_that_was_claimed(model):
     contexts = [*CONTEXTS, "It sent shivers down her  ", ""]
     for tree in model.trees(contexts, settings):
         pair = Pair("BAD", "apple pie", tree.root.context)
-        phrase = (pair, encode_pair(model.tokenizer, pair.context, pair.phrase), -math.inf)
+        phrase = (pair, [encode_pair(model.tokenizer, pair.context, pair.phrase)], -math.inf)
         better = rank_phrases(tree, [phrase], settings, model.spelling)[0].suggestion
         if better:
             pasted = reference.log_probability(model.plain, model.plain_tokenizer, pair.context, better.phrase)

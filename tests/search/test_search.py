@@ -152,6 +152,20 @@ def test_accepted_merges_lower_the_total_and_the_odd_pairs_are_scored(llamas, tm
     assert all(decision.after < decision.before for decision in decisions if decision.ratio is not None)
 
 
+@pytest.mark.parametrize("strategy, auto", [*((name, False) for name in STRATEGIES), ("cumulative", True)])
+def test_phrases_with_variants(llamas, tmp_path, strategy, auto):
+    """Each is one pair with one weight; "anticipation." is a part of its first variant."""
+    base, one, two = llamas
+    texts = ("anticipation", "anticipation.", "determination", "a whisper")
+    pairs = [Pair("BAD", " / ".join(texts), pair.context, pair.weight, variants=texts) for pair in tiny.PAIRS[:2]]
+    places = ("the bedroom", "the kitchen")
+    good = Pair("GOOD", " / ".join(places), "Answer: The apple is in ", 3.0, variants=places)
+    settings = {"strategy": strategy, "auto_weights": auto, "strategy_threshold": 0.4, "merge_ratios": RATIOS}
+    decisions = compare(tmp_path, base, [one, two], [*pairs, *tiny.PAIRS[2:], good], **settings)
+    assert any(decision.ratio is not None for decision in decisions) == (strategy != "all_phrases")
+    assert {len(decision.log_probabilities) for decision in decisions} == {6}
+
+
 def test_after_a_candidate_the_present_state_is_measured_afresh(llamas, tmp_path, monkeypatch):
     base, one, _ = llamas
     _, _, state, _ = search(tmp_path, base, [one], dtype="bfloat16")
