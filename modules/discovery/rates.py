@@ -8,7 +8,7 @@ those that were, 95 % of the rates would lie in it. All models are resampled ali
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,10 +54,16 @@ class Counts:
         return 1000 * hits[drawn].sum(1) / words[drawn].sum(1).clamp(min=1)
 
 
-def counts(texts: Sequence[Sequence[str]], phrases: Sequence[str]) -> Counts:
+def counts(
+    texts: Sequence[Sequence[str]], phrases: Sequence[str], variants: Mapping[str, Sequence[str]] | None = None
+) -> Counts:
     """Count phrases in texts, a list of them for each prompt: whole words, whatever their case; an apostrophe is one
-    however it is written. Where two phrases begin, the longer one counts."""
-    by_words = {_plain(phrase): phrase for phrase in reversed(phrases)}
+    however it is written. Where two phrases begin, the longer one counts.
+
+    variants: of the phrases that are any of several texts; a text that several phrases have counts for the first.
+    """
+    texts_of = {phrase: (phrase,) for phrase in phrases} | dict(variants or {})
+    by_words = {_plain(text): phrase for phrase in reversed(phrases) for text in texts_of[phrase]}
     longest = sorted(by_words, key=lambda words: (-len(words), words))
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)")
     return Counts(

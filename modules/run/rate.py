@@ -30,13 +30,14 @@ def rate(config: Config, others: Sequence[Config], console: Console, exports: Ex
     )
     groups = {name: some for name, some in (("all bad phrases", bad), ("all good phrases", good)) if some}
     phrases = tuple(dict.fromkeys([*bad, *good]))
+    variants = {pair.phrase: pair.variants for pair in config.pairs if pair.variants}
     folder, prompts = folder_beside(exports.json), ()
     found, first = dict[str, Counts](), dict[str, str]()
     for one in (config, *others):
         writer = author(one, console)
         prompts = prompts or prompts_for(config, writer)
         texts = write_texts(writer, prompts, one, console, folder)
-        found[writer.name], first[writer.name] = counts(texts, phrases), texts[0][0]
+        found[writer.name], first[writer.name] = counts(texts, phrases, variants), texts[0][0]
         del writer
         gc.collect()  # one model at a time
     console.lines(found_report.rate_lines(groups, found))

@@ -62,6 +62,16 @@ def test_a_phrase_is_whole_words_and_the_longer_one_counts():
     assert found.rate(["breath"]) == pytest.approx(1000 / 12) and found.rate(["Elara"]) == 0
 
 
+def test_a_phrase_with_variants_counts_all_of_them_and_what_they_share_once():
+    """What another phrase has as well counts for the one that is listed first."""
+    variants = {"any": ("a mix", "mix of it", "Breath"), "more": ("breath", "word")}
+    text = "A mix of it. Mix of it, a mix; breath, breath. Word. A mix of a mix of it"
+    found = counts([[text]], ["any", "of", "more"], variants)
+    assert found.hits[0] == {"any": 7, "of": 3, "more": 1}
+    assert counts([[text]], ["more", "any"], variants).hits[0] == {"any": 5, "more": 3}
+    assert counts([[text]], ["a mix", "of"], {}).hits[0] == counts([[text]], ["a mix", "of"]).hits[0]
+
+
 def test_an_apostrophe_is_one_however_it_is_written():
     found = counts([["I don\u2019t know, they don't know"]], ["don\u2019t know", "breath"])
     assert dict(found.hits[0]) == {"don\u2019t know": 2}

@@ -1,5 +1,6 @@
 """--discover and --rate as a program: what a model over-uses becomes a list for a merge; how often it says so."""
 
+import itertools
 import json
 import re
 
@@ -151,6 +152,13 @@ def test_a_model_that_writes_no_numbers(place, chatting, capsys, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def written_in(file):
+    """The texts that are kept in a file."""
+    return [
+        text for line in file.read_text("utf-8").splitlines() for some in json.loads(line).values() for text in some
+    ]
+
+
 def test_rates_side_by_side(place, chatting, tmp_path_factory):
     other = tiny.make_candidate(tmp_path_factory.mktemp("models") / "other", chatting, 1)
     phrases = [{"phrase": habit, "contexts": ["with "]} for habit in habits.HABITS[:2]]
@@ -167,9 +175,7 @@ def test_rates_side_by_side(place, chatting, tmp_path_factory):
         text
         for file in (place / "samples").iterdir()
         if file.name.startswith(re.sub(r"\W", "-", str(chatting)).strip("-")[-60:])
-        for line in file.read_text("utf-8").splitlines()
-        for some in json.loads(line).values()
-        for text in some
+        for text in written_in(file)
     ]
     said = " ".join(f" {text} " for text in ours)
     counted = {habit: said.count(f" {habit} ") for habit in habits.HABITS[:2]}
@@ -185,6 +191,25 @@ def test_rates_side_by_side(place, chatting, tmp_path_factory):
     assert change["interval"][0] <= change["share"] <= change["interval"][1]
     log = log_of(place)
     assert "against the first:" in log and log.count("Asked: ") == 1 and "all good phrases" in log
+
+
+def test_a_phrase_with_variants_is_written_as_often_as_all_of_them(place, chatting):
+    """And --discover, which reads no phrases, takes a file that has some."""
+    found, (one, other, _) = {}, habits.HABITS
+    last = one.split()[1]  # counts where it stands alone, and not once more where the whole phrase stands
+    for name, lists in (("each", [one, other]), ("any", [[one, other, last]])):
+        write(place, chatting, bad_phrases=[{"phrase": phrase, "contexts": ["with "]} for phrase in lists])
+        assert mapped("--rate", chatting, "--json", f"{name}.json") == 0
+        found[name] = json.loads((place / f"{name}.json").read_text(encoding="utf-8"))[str(chatting)]
+    shown = f"{one} / {other} / {last}"
+    assert list(found["any"]["phrases"]) == [shown] and "thunder / lantern " in log_of(place)
+    rate = found["any"]["all bad phrases"]["rate"]
+    assert rate == found["any"]["phrases"][shown]["rate"] >= found["each"]["all bad phrases"]["rate"] > 0
+    texts = [text for file in (place / "samples").iterdir() for text in written_in(file)]
+    words = " ".join(texts).split()
+    hits = words.count(last) + sum(pair == tuple(other.split()) for pair in itertools.pairwise(words))
+    assert rate == pytest.approx(1000 * hits / len(words))
+    assert mapped("--discover") == 0
 
 
 def test_a_rate_needs_phrases_and_models_that_are_there(place, chatting, capsys):
