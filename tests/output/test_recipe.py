@@ -33,7 +33,7 @@ def recipes(tmp_path_factory):
     base, one, two = make_models(folder / "models")
     bad = [pair for pair in tiny.PAIRS if pair.kind == "BAD"]
     chat = {"messages": [{"role": "user", "content": "Describe an old house."}], "continue": "The house stands as a "}
-    chats = [{"phrase": "testament", "contexts": [chat]}]
+    chats = [{"phrase": ["testament", "witness"], "contexts": [chat]}]
     more = {"bad_phrases": tiny.phrase_entries(tiny.PAIRS, "BAD") + chats, "good_phrases": chats, "system": "Be brief."}
     (folder / "more.yaml").write_text(yaml.safe_dump(more), encoding="utf-8")
     rich = {"merge_method": ["lerp", "slice"], "phrase_files": [str(folder / "more.yaml")], "dtype": "float32"}
@@ -129,7 +129,8 @@ def test_what_is_optional_is_not_always_there(recipes):
 def test_items_of_every_list_have_the_same_keys(recipes):
     for recipe in recipes:
         for key in ("sources", "decisions", "phrases"):
-            keys = {tuple(name for name in item if name != "chat") for item in recipe[key]}  # most contexts are none
+            # Most contexts are no chats, and most phrases have no variants.
+            keys = {tuple(name for name in item if name not in ("chat", "variants")) for item in recipe[key]}
             assert len(keys) == (0 if key == "decisions" and "joint" in recipe else 1)
 
 
