@@ -5,7 +5,8 @@
     python merge_monster.py --compare one-output another-output
     python merge_monster.py --config my.yaml --score one-model another-model
 
-Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't be used, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't be used, 130 interrupted, 141 nobody
+reads the output any more.
 """
 
 import argparse
@@ -16,7 +17,19 @@ from pathlib import Path
 
 try:
     import modules.search  # noqa: F401 - which methods and strategies there are; without PyTorch
-    from modules.config import DEVICES, SET, TABLES, VERSION, Config, load_config, output_directory
+    from modules.config import (
+        CONFIG,
+        DEVICES,
+        QUIET,
+        SET,
+        TABLES,
+        VERSION,
+        Config,
+        check_apart,
+        input_paths,
+        load_config,
+        output_directory,
+    )
     from modules.runtime import (
         LOGS,
         Arguments,
@@ -25,12 +38,14 @@ try:
         Rank,
         Silent,
         Unlogged,
+        counted,
         exit_code,
         find_rank,
+        hint,
         importing,
         leave,
         open_streams,
-        show,
+        say,
         visible,
         wait_for_the_leader,
     )
@@ -58,10 +73,6 @@ def start(options: argparse.Namespace) -> int:
             raise ConfigError("--score runs in one process; start it with python, not with torchrun")
         config = None if from_recipe else load_config(options.config, scored=options.score or (), **given)
         if config is not None:
-            # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
-            with importing():
-                from modules.output import check_apart, input_paths
-
             check_apart([LOGS, *([options.json] if options.json else [])], [Path(options.config), *input_paths(config)])
     except ConfigError:
         if rank.leads:
@@ -80,7 +91,10 @@ def start(options: argparse.Namespace) -> int:
 
 def run(config: Config, console: Console, options: argparse.Namespace, rank: Rank) -> int:
     """Merge, and turn every failure into one message and an exit code."""
-    from modules.output import stamp, what_stands
+    console.banner("THE MERGE MONSTER HUNGERS")
+    # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
+    with importing():
+        from modules.output import stamp, what_stands
 
     output = Path(config.directories.output_directory)
 
@@ -101,6 +115,7 @@ def run(config: Config, console: Console, options: argparse.Namespace, rank: Ran
 
 def replay(console: Console, options: argparse.Namespace) -> int:
     """Build a recipe's model again, and turn every failure into one message and an exit code."""
+    console.banner(f"THE MERGE MONSTER REMEMBERS {options.replay}")
     with importing():
         from modules.output import stamp, what_stands
 
@@ -119,12 +134,13 @@ def replay(console: Console, options: argparse.Namespace) -> int:
 
 def export(console: Console, options: argparse.Namespace) -> int:
     """Write a recipe as a file for mergekit, and turn every failure into one message and an exit code."""
+    file, recipe = options.export_mergekit
+    console.timed(f"THE MERGE MONSTER TELLS OF {recipe}")
 
     def work() -> None:
         with importing():
             from modules.run import Replay, export_mergekit
 
-        file, recipe = options.export_mergekit
         export_mergekit(Replay(recipe, file, "cpu", *how_to_open(options)), console)
 
     return exit_code(work, console)
@@ -132,6 +148,7 @@ def export(console: Console, options: argparse.Namespace) -> int:
 
 def score(config: Config, console: Console, options: argparse.Namespace) -> int:
     """Score models by the configuration's phrases, and turn every failure into one message and an exit code."""
+    console.timed("THE MERGE MONSTER JUDGES")
 
     def work() -> None:
         with importing():
@@ -151,67 +168,46 @@ def how_to_open(options: argparse.Namespace) -> tuple[dict[str, str], list[Path]
 
 def compare(outputs: Sequence[Path]) -> int:
     """Print what finished outputs have become, side by side. Raises ConfigError if some are not finished outputs."""
-    from modules.output import comparison, read_outputs
+    hint(f"Reading {counted(len(outputs), 'output')}")
+    with importing():
+        from modules.output import comparison, read_outputs
 
     for line in comparison(read_outputs(outputs)):
-        show(visible(line), sys.stdout)
+        say(visible(line))
     return 0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
-    parser = Arguments(
-        description="Merge fine-tunes into a base model, keeping what makes unwanted phrases less probable.",
-        epilog="The YAML file is explained in default.yaml, key by key.",
-    )
-    parser.add_argument("--config", metavar="FILE", default="default.yaml", help="settings (default: default.yaml)")
-    parser.add_argument("--device", metavar="NAME", help=f"{DEVICES}; replaces the file's device")
-    parser.add_argument("--output", metavar="DIR", help="replaces the file's output directory")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an output that exists, once the new one stands"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print what the run would take, and stop"
-    )
-    unfinished = parser.add_mutually_exclusive_group()
+    parser = Arguments("Merge fine-tunes into a base model, keeping what makes unwanted phrases rarer.")
+    settings = parser.add_argument_group("settings, which default.yaml explains")
+    settings.add_argument("--config", metavar="FILE", default="default.yaml", help=CONFIG.format("default.yaml"))
+    settings.add_argument("--device", metavar="NAME", help=DEVICES)
+    settings.add_argument("--output", metavar="DIR", help="where the merged model goes")
+    settings.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
+    run = parser.add_argument_group("a run")
+    run.add_argument("--dry-run", action="store_true", help="check all, say what it would take, stop")
+    run.add_argument("--overwrite", action="store_true", help="replace an output, once the new one stands")
+    unfinished = run.add_mutually_exclusive_group()
     unfinished.add_argument("--resume", action="store_true", help="go on with a run that did not finish")
-    unfinished.add_argument("--restart", action="store_true", help="forget a run that did not finish, and begin again")
-    parser.add_argument(
-        "--replay", metavar="RECIPE", type=Path, help="build the model of a recipe again, into --output"
+    unfinished.add_argument("--restart", action="store_true", help="forget a run that did not finish")
+    others = parser.add_argument_group("without a search")
+    others.add_argument("--score", metavar="MODEL", nargs="+", help="how models do on the file's phrases")
+    others.add_argument("--json", metavar="FILE", type=Path, help="write what --score has found")
+    finished = "finished outputs side by side"
+    others.add_argument("--compare", metavar="OUTPUT", type=Path, nargs="+", help=finished)
+    others.add_argument("--replay", metavar="RECIPE", type=Path, help="build its model again, in --output")
+    export = {"metavar": ("FILE", "OUTPUT"), "type": Path, "nargs": 2}
+    others.add_argument("--export-mergekit", **export, help="write an output's recipe for mergekit")
+    source = {"metavar": "DIR|NAME=PATH", "type": _place_of_source, "action": "append"}
+    others.add_argument("--source", **source, help="where a recipe's models lie now")
+    others.add_argument("--trust-remote-code", action="store_true", help="let a recipe's models run their code")
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument(
+        "--table", metavar="KIND", choices=TABLES, default="full", help=f"phrase tables: {', '.join(TABLES)}"
     )
-    parser.add_argument(
-        "--export-mergekit",
-        metavar=("FILE", "OUTPUT"),
-        type=Path,
-        nargs=2,
-        help="write a finished output's recipe for mergekit",
-    )
-    parser.add_argument(
-        "--source",
-        metavar="DIR|NAME=PATH",
-        type=_place_of_source,
-        action="append",
-        help="where a recipe's source lies now, or the folder in which all are found by their names",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="let a recipe that was made so run code that its models bring"
-    )
-    parser.add_argument(
-        "--compare", metavar="OUTPUT", type=Path, nargs="+", help="print finished outputs side by side, and stop"
-    )
-    parser.add_argument(
-        "--score",
-        metavar="MODEL",
-        nargs="+",
-        help="score base and models by the file's phrases, merge nothing, and stop",
-    )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write what --score has found")
-    parser.add_argument(
-        "--table", choices=TABLES, default="full", help="how much of the phrase tables is shown (default: full)"
-    )
-    parser.add_argument("--quiet", action="store_true", help="show only warnings, errors and the last line")
-    parser.add_argument("--version", action="version", version=f"Merge Monster {VERSION}")
+    shown.add_argument("--quiet", action="store_true", help=QUIET)
+    shown.add_argument("--version", action="version", version=f"Merge Monster {VERSION}", help="print the version")
     options = parser.parse_args(arguments)
     check_together(parser, options)
     return options

@@ -4,7 +4,8 @@
     python monster_mapper.py --config my.yaml --discover --yaml found.yaml   # a list of the model's own cliches
     python monster_mapper.py --config my.yaml --rate MERGE                   # how often base and merge write the list's
 
-Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or model can't be used, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or model can't be used, 130 interrupted, 141 nobody
+reads the output any more.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 try:
     import modules.search  # noqa: F401 - which methods and strategies there are; without PyTorch
-    from modules.config import DEVICES, SET, VERSION, Config, load_config
+    from modules.config import CONFIG, DEVICES, QUIET, SET, VERSION, Config, check_apart, input_paths, load_config
     from modules.runtime import (
         LOGS,
         Arguments,
@@ -23,6 +24,7 @@ try:
         Unlogged,
         exit_code,
         find_rank,
+        importing,
         leave,
         open_streams,
         wait_for_the_leader,
@@ -50,9 +52,6 @@ def start(options: argparse.Namespace) -> int:
     given = {"device": options.device, "sets": options.set or (), "mapping": True}
     config = load_config(options.config, model=options.model, discovering=options.discover, **given)
     rated = [load_config(options.config, model=name, model_option="--rate", **given) for name in options.rate or ()]
-    # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
-    from modules.output import check_apart, input_paths
-
     exports = [path for path in (options.json, options.yaml) if path]
     read = [path for one in (config, *rated) for path in input_paths(one)]
     check_apart([LOGS, *exports], [Path(options.config), *read])
@@ -62,9 +61,13 @@ def start(options: argparse.Namespace) -> int:
 
 def run(config: Config, rated: Sequence[Config], console: Console, options: argparse.Namespace) -> int:
     """Map, discover or count, and turn every failure into one line and an exit code."""
+    does = "COUNTS" if rated else "LISTENS" if options.discover else "LOOKS AROUND"
+    console.timed(f"THE MONSTER MAPPER {does}")
 
     def work() -> None:
-        from modules.run import Exports, check_exports, discover, map_model, rate
+        # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
+        with importing():
+            from modules.run import Exports, check_exports, discover, map_model, rate
 
         exports = Exports(options.json, options.yaml)
         check_exports(exports, options.overwrite)
@@ -78,25 +81,23 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
-    parser = Arguments(
-        description="Show what a model would say in each context of a phrase list, and how the phrases compare.",
-        epilog="Any Merge Monster config will do; the mapper's own settings are explained in default-mapper.yaml.",
-    )
+    parser = Arguments("Show what a model would say in each context of a phrase list.")
+    settings = parser.add_argument_group("settings, which default-mapper.yaml explains")
     default = "default-mapper.yaml"
-    parser.add_argument("--config", metavar="FILE", default=default, help=f"settings (default: {default})")
-    ways = parser.add_mutually_exclusive_group()
+    settings.add_argument("--config", metavar="FILE", default=default, help=CONFIG.format(default))
+    settings.add_argument("--model", metavar="DIR", help="in place of the file's base model")
+    settings.add_argument("--device", metavar="NAME", help=DEVICES)
+    settings.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
+    ways = parser.add_argument_group("what else it does").add_mutually_exclusive_group()
     ways.add_argument("--discover", action="store_true", help="find what the model itself says too often")
-    ways.add_argument(
-        "--rate", nargs="+", metavar="MODEL", help="count the list's phrases in what base and models write"
-    )
-    parser.add_argument("--model", metavar="DIR", help="map this model in place of the file's base model")
-    parser.add_argument("--device", metavar="NAME", help=f"{DEVICES}; replaces the file's device")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that was found")
-    parser.add_argument("--yaml", metavar="FILE", type=Path, help="write suggestions, or what was found, as a list")
-    parser.add_argument("--overwrite", action="store_true", help="replace files of --json and --yaml that exist")
-    parser.add_argument("--quiet", action="store_true", help="show only warnings, errors and the last line")
-    parser.add_argument("--version", action="version", version=f"Monster Mapper {VERSION}")
+    ways.add_argument("--rate", nargs="+", metavar="MODEL", help="count the phrases in what models write")
+    written = parser.add_argument_group("what is written")
+    written.add_argument("--json", metavar="FILE", type=Path, help="everything that was found")
+    written.add_argument("--yaml", metavar="FILE", type=Path, help="a phrase list of what was found")
+    written.add_argument("--overwrite", action="store_true", help="replace these files where they exist")
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--quiet", action="store_true", help=QUIET)
+    shown.add_argument("--version", action="version", version=f"Monster Mapper {VERSION}", help="print the version")
     return parser.parse_args(arguments)
 
 

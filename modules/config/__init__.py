@@ -4,8 +4,9 @@ Knows: every key, its type, its default and what is allowed; reports all errors 
 Refuses to know: torch, models, tokenizers. It must answer a typo in under a second.
 """
 
+from modules.config.apart import check_apart, input_paths, real_path
 from modules.config.choices import ACCELERATORS, DEVICES, METHODS, NUMBERED, STRATEGIES
-from modules.config.command_line import SET
+from modules.config.command_line import CONFIG, QUIET, SET
 from modules.config.fields import DTYPES, OneOf, is_number, unusable
 from modules.config.load import load_config, output_directory
 from modules.config.locations import (

@@ -11,7 +11,10 @@ from modules.config.findings import Finding
 from modules.config.yaml_file import Place, YamlFile, parse_yaml
 from modules.runtime import ConfigError, visible
 
-SET = "replaces one key of the file, such as mapper.top_k=5; may be given several times"  # help on it
+# What the programs' help says of options that both have, on one line of a screen.
+CONFIG = "the YAML file (default: {})"
+SET = "in place of a key of the file"
+QUIET = "only warnings, errors and the last line"
 Options = Mapping[Place, tuple[str, str | list[str] | None]]  # by the place of what it gives: an option and its value
 
 

@@ -88,6 +88,7 @@ class ModelLoader:
     def load(self, models: Models, placement: Sequence[torch.device] | None) -> tuple[ResidentModel, Any]:
         """The base with its weights, and its tokenizer."""
         base = models.base
+        self.console.timed(f"Loading {base.name}")
         model = load_model(base, self.device, self.config.dtype, self.compute, placement)
         return model, load_tokenizer(base.path, base.companions)
 

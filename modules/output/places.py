@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from modules.config import partial_of
+from modules.config import partial_of, real_path
 from modules.output.filesystem import Lock, has_locks, has_rights, sync
 from modules.runtime import ConfigError
 
@@ -271,6 +271,12 @@ def _can_leave(beside: Beside, inside: Inside) -> bool:
         if trial is not None:
             trial.rmdir()
     return True
+
+
+def written_paths(output: Path) -> list[Path]:
+    """What a run may make, replace or delete for an output."""
+    beside = Beside(real_path(output))
+    return [output, beside.partial, beside.before, beside.hidden("lock")]
 
 
 def holds_output(folder: Path) -> bool:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from modules.config import Config, parts_of, repositories_in
-from modules.output.apart import input_paths, written_paths
+from modules.config import Config, input_paths, parts_of, repositories_in
+from modules.output.places import written_paths
 from modules.output.records import Record
 
 Kind = TypeVar("Kind", bound=Record)

@@ -151,6 +151,7 @@ class Conductor:
         wanted = self.watch and (self.config.baselines or joint) and self.search.scorer.has_tails
         if not wanted or self.record.baseline(number) or self.record.decisions(number) or self.record.end(number):
             return
+        self.console.timed(f"Scoring {candidate.name} taken whole")
         try:
             seen = self.watch.look_at_whole(self.search, candidate, self._meter)
         except (BrokenWeights, CheckpointError) as error:  # the search will meet it, too

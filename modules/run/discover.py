@@ -32,7 +32,6 @@ def discover(config: Config, console: Console, exports: Exports) -> None:
     Raises ConfigError for what can't be used, OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
-    console.timed("THE MONSTER MAPPER LISTENS")
     check_prompts(config)
     human = human_rates(config.discover.language)
     writer = author(config, console)

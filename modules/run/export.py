@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from modules.checkpoints import Adapted, Checkpoint, Models, dtype_name, load_tokenizer
-from modules.config import GGUF
+from modules.config import GGUF, check_apart, input_paths
 from modules.model import HeaderSkipped, ModelLoader, ResidentModel, matched_header
-from modules.output import Names, Recipe, check_apart, check_file, check_sums, input_paths, mergekit_text, write_text
+from modules.output import Names, Recipe, check_file, check_sums, mergekit_text, write_text
 from modules.run.replay import Replay, candidates_of, check_source, opened_with, recipe_of
 from modules.run.steps import prepare_libraries
 from modules.runtime import ConfigError, Console

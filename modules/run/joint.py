@@ -106,6 +106,8 @@ class JointConductor(Conductor):
         self.console.timed(f"The steps begin at {begin}; checking the gradient")
         self._in_memory(joint, partial(joint.check, shares))
 
+        self.console.timed("Measuring what every share changes")
+
         def slopes_of(pairs: bool) -> Rows:
             return self._in_memory(joint, lambda: joint.gradient(shares, joint.objective.part(pairs)))
 
@@ -127,8 +129,8 @@ class JointConductor(Conductor):
                 self._tell_of_step(state.step - 1, value, held_out)
                 bar.update(1)
                 bar.tell(report.joint_standing(state.step, joint.steps, value.objective))
-        value = self._in_memory(joint, joint.value, state)
-        self._tell_of_step(state.step, value, self._held_out())
+            value = self._in_memory(joint, joint.value, state)
+            self._tell_of_step(state.step, value, self._held_out())
         return state
 
     def _tell_of_step(self, step: int, value: Value, held_out: float | None) -> None:
@@ -140,6 +142,7 @@ class JointConductor(Conductor):
 
     def _end(self, joint: Joint, state: JointState) -> None:
         """Compose what is kept, exactly: what the steps have found, the best candidate whole or the base."""
+        self.console.timed("Comparing what the steps have found with the candidates and the base")
         most, known = self.search.limits.max_drift, self._objectives_of_candidates()
         best = self.search.group.broadcast(known.index(min(known)))
         factor = self._factor(joint, state, most) if most < math.inf else 1.0

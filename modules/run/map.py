@@ -33,7 +33,6 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
-    console.timed("THE MONSTER MAPPER LOOKS AROUND")
     loader = ModelLoader(config, console)
     models = loader.open_base()
     loader = with_chats_rendered(loader.fitting(models), models)
@@ -60,6 +59,7 @@ def explore(
     """The tree of every distinct context and how its phrases stand, printed one context after another."""
     console.warnings(doubled_tokens(tokenizer, config.pairs))
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
+    console.timed("Scoring the phrases")
     scorer, log_probabilities = score_once(model, encoded)
     phrases: dict[tuple[str, Chat | None], list[tuple[Pair, Sequence[Encoded], float]]] = {
         (pair.context, pair.chat): [] for pair in config.pairs

@@ -10,18 +10,16 @@ from pathlib import Path
 import torch
 
 from modules.checkpoints import Models, Prefetcher, check_space, dtype_name, fetching
-from modules.config import Config, read_neutral_texts
+from modules.config import Config, check_apart, input_paths, read_neutral_texts
 from modules.model import ModelLoader, ResidentModel
 from modules.output import (
     JournalCopy,
     Place,
     RunRecord,
     begun_run,
-    check_apart,
     check_output,
     computed_in,
     held_place,
-    input_paths,
     is_finished,
     unfinished_output,
     written_paths,
@@ -34,7 +32,7 @@ from modules.run.plan import Plan
 from modules.run.room import Available, check, find_available, fitting_plan
 from modules.run.steps import end, finish, note_source, prepare_libraries, save, with_chats_rendered
 from modules.run.watch import Watch
-from modules.runtime import BANNER, ConfigError, Console, Rank, first_line, is_out_of_memory
+from modules.runtime import ConfigError, Console, Rank, first_line, is_out_of_memory
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import (
     NOT_TAKEN,
@@ -85,8 +83,6 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     work; CheckpointError or OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
-    console.lines(BANNER.split("\n"))
-    console.timed("THE MERGE MONSTER HUNGERS")
     output = Path(config.directories.output_directory)
     check_apart(written_paths(output), [options.settings_file, *input_paths(config)])
     with held_place(output, console, options.dry_run) as place:
@@ -104,6 +100,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             if not options.dry_run:
                 _merge(loader, options, group, place, models, plan)
                 return
+            console.timed("Measuring how fast this machine is")
             console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
             console.final("Dry run: nothing was written")
     group.broadcast(NOTHING_TO_SEARCH)
@@ -141,7 +138,7 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         if conductor.is_base:
             console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
         console.lines(standing_lines(conductor, models.candidates))
-        samples = watch.samples(console)
+        samples = watch.samples()
         console.lines(report.sample_lines(samples))
         names = [models.base.name, *(candidate.name for candidate in models.candidates)]
         console.lines(report.share_lines(names, conductor.shares, conductor.layers))
@@ -202,6 +199,7 @@ def load_base(
     config = loader.config
     model, tokenizer = loader.load(models, placement)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
+    loader.console.timed("Scoring the base")
     scorer = build_shared_scorer(model, encoded, budget, before, group)
     texts = read_neutral_texts(config.neutral_texts)
     aside = config.tokens_for_trials

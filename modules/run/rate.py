@@ -23,7 +23,6 @@ def rate(config: Config, others: Sequence[Config], console: Console, exports: Ex
     Raises ConfigError for what can't be used, OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
-    console.timed("THE MONSTER MAPPER COUNTS")
     check_prompts(config)
     bad, good = (
         tuple(dict.fromkeys(pair.phrase for pair in pairs)) for pairs in (config.bad_phrases, config.good_phrases)

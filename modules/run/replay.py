@@ -12,17 +12,15 @@ from pathlib import Path
 import torch
 
 from modules.checkpoints import Candidate, Checkpoint, Models, Prefetcher, check_space, fetching, load_tokenizer
-from modules.config import Config, Directories, missing_folder, parse_source
+from modules.config import Config, Directories, check_apart, input_paths, missing_folder, parse_source
 from modules.model import ModelLoader, present_devices, resolve_device
 from modules.output import (
     Place,
     Recipe,
     Source,
-    check_apart,
     check_output,
     compare_fingerprints,
     held_place,
-    input_paths,
     located,
     read_recipe,
     rebuilt,
@@ -30,7 +28,7 @@ from modules.output import (
     written_paths,
 )
 from modules.run.steps import end, finish, prepare_libraries, save
-from modules.runtime import BANNER, ConfigError, Console
+from modules.runtime import ConfigError, Console
 from modules.search.rebuild import Rebuild
 
 
@@ -53,8 +51,6 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
     """
     recipe = recipe_of(asked)
-    console.lines(BANNER.split("\n"))
-    console.timed(f"THE MERGE MONSTER REMEMBERS {asked.recipe}")
     config = opened_with(asked, recipe)
     prepare_libraries(config.random_seed)
     check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])

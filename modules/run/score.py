@@ -32,7 +32,6 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
     prepare_libraries(config.random_seed)
     if file:
         check_file("--json", file, overwrite)
-    console.timed("THE MERGE MONSTER JUDGES")
     read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
     loader = ModelLoader(replace(config, samples=()), console)  # nobody is asked anything
     models = loader.open()

@@ -84,6 +84,7 @@ def finish(
 ) -> None:
     """Write the recipe, and what shows people what is in it, two pictures and a model card; make it all the output."""
     folder = unfinished.folder
+    console.timed("Writing recipe, pictures and model card")
     write_recipe(folder, recipe)
     drawn = {
         MERGE_MAP_FILE: lambda: merge_map(recipe, folder / MERGE_MAP_FILE),

@@ -15,7 +15,7 @@ from modules.config import Config
 from modules.model import ResidentModel
 from modules.output import Sample
 from modules.output.standings import Standing
-from modules.runtime import Console, first_line, is_out_of_memory, within_memory
+from modules.runtime import Console, counted, first_line, is_out_of_memory, within_memory
 from modules.scoring import (
     NOT_TAKEN,
     Budget,
@@ -55,7 +55,9 @@ class Watch:
     ) -> None:
         """Look at the base. windows: of neutral text. Raises ConfigError for pairs that it can't take."""
         began = time.monotonic()
-        self.pairs = config.held_out_pairs
+        self._console, self.pairs = console, config.held_out_pairs
+        self._texts = ["neutral text"] * bool(windows) + ["phrases held out"] * bool(self.pairs)
+        self._tell()
         self._meter, self._scorer = _meter(console, model, windows), None
         if self.pairs:
             console.warnings(doubtful_phrases(self.pairs))
@@ -66,30 +68,33 @@ class Watch:
         console.warnings(warnings)
         drawing = Drawing(template=config.template)
         self._answers = partial(answers, model, tokenizer, seed=config.random_seed, drawing=drawing)
-        self._base_said = self._ask(console, config.prompts)  # now, so that the base need not come back
+        self._base_said = self._ask("base", config.prompts)  # now, so that the base need not come back
         self.seconds = time.monotonic() - began
 
     def look(self) -> None:
         """See how things are by now."""
         began = time.monotonic()
+        self._tell()
         self.now = self._look()
         self.seconds += time.monotonic() - began
 
-    def samples(self, console: Console) -> list[Sample]:
+    def samples(self) -> list[Sample]:
         """The prompts with what the base has answered, and what the model answers by now."""
         began = time.monotonic()
-        said = self._ask(console, list(self._base_said))
+        said = self._ask("merge", list(self._base_said))
         self.seconds += time.monotonic() - began
         return [Sample(prompt=prompt, base=self._base_said[prompt], merge=merge) for prompt, merge in said.items()]
 
-    def _ask(self, console: Console, prompts: Sequence[str]) -> dict[str, str]:
+    def _ask(self, who: str, prompts: Sequence[str]) -> dict[str, str]:
         """What the model answers; nothing, and a warning, where it can't: no reason to lose a merge."""
+        if prompts:
+            self._console.timed(f"The {who} answers {counted(len(prompts), 'prompt')}")
         try:
             said, problems = within_memory(lambda: self._answers(prompts), lambda: False)
         except Exception as error:  # of an architecture, of a chat template, of a device
-            console.warning(f"there are no samples: {first_line(error)}")
+            self._console.warning(f"there are no samples: {first_line(error)}")
             return {}
-        console.warnings(problems)
+        self._console.warnings(problems)
         return said
 
     def held_out_total(self) -> float:
@@ -128,6 +133,11 @@ class Watch:
             return None
         finally:
             self.seconds += time.monotonic() - began
+
+    def _tell(self) -> None:
+        """Say what is looked at, before it takes its time."""
+        if self._texts:
+            self._console.timed(f"Measuring on {' and '.join(self._texts)}")
 
     def _look(self) -> Sight:
         return Sight(_known(self._meter and self._meter.measure()), self._held_out())

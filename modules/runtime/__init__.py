@@ -3,16 +3,16 @@
 Knows: terminals, signals, ranks. Refuses to know: models, configurations.
 """
 
+from modules.runtime.arguments import Arguments
 from modules.runtime.console import (
-    BANNER,
     LOGS,
-    Arguments,
     Console,
     Silent,
     Unlogged,
     coloured,
+    hint,
     open_streams,
-    show,
+    say,
     visible,
 )
 from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError, first_line, reading

@@ -6,7 +6,6 @@ Each text that is handed over here is one line. It may hold names that strangers
 cursor, end the line or turn the reading direction is shown escaped.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -17,11 +16,11 @@ from datetime import datetime
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
-from modules.runtime.errors import ConfigError
+from modules.runtime.errors import ConfigError, ReaderGone
 from modules.runtime.text import shortened
 
 LOGS = Path("logs")  # in the folder in which the program is started
@@ -67,19 +66,6 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-class Arguments(argparse.ArgumentParser):
-    """A command line whose errors show what was typed as it is."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print usage and error, and exit with code 2."""
-        super().error(visible(message))
-
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """End the program. A reader that is gone is no failure: what waits is written now, not when Python ends."""
-        show(None, sys.stdout)
-        super().exit(status, message)
-
-
 def open_streams() -> None:
     """Make writing to the terminal harmless: a stream that was closed (>&-) goes nowhere, and where it can't show a
     character there is a "?"."""
@@ -105,6 +91,20 @@ def show(text: str | None, stream: TextIO) -> OSError | ValueError | None:
             os.close(nowhere)
         return error
     return None
+
+
+def say(text: str) -> OSError | ValueError | None:
+    """`show` on standard output. Raises ReaderGone if whoever read it has ended."""
+    error = show(text, sys.stdout)
+    if isinstance(error, BrokenPipeError):
+        raise ReaderGone
+    return error
+
+
+def hint(text: str) -> None:
+    """Tell whoever waits at a terminal what is being done, beside what is printed."""
+    if sys.stderr.isatty():
+        show(text, sys.stderr)
 
 
 class Progress(tqdm):
@@ -187,6 +187,11 @@ class Console:
             self._record(visible(f"    {text}"))
         self.error(f"{summary}; the traceback is in {self.log_path}, please report it")
 
+    def banner(self, text: str) -> None:
+        """The first line of a program that merges, below its picture."""
+        self.lines(BANNER.split("\n"))
+        self.timed(text)
+
     def timed(self, text: str) -> None:
         """A line with the time of day before it."""
         self.line(_timed(text))
@@ -233,7 +238,7 @@ class Console:
         return True if self._quiet else None  # None leaves it to tqdm: none but on a terminal
 
     def _show(self, text: str) -> None:
-        error = show(text, sys.stdout)
+        error = say(text)
         if error is not None:
             reason = getattr(error, "strerror", None) or error
             self.error(f"WARNING: nothing more can be shown here ({reason}); the run goes on: {self.log_path}")

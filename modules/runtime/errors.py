@@ -31,6 +31,11 @@ class ProcessLost(Exception):
     """Another process has ended, or can't be reached; the message is for the user."""
 
 
+class ReaderGone(BaseException):
+    """Whoever read standard output has ended, as in `| head`. It ends a program as Ctrl-C does, whatever is being done:
+    other command-line programs are ended by SIGPIPE then."""
+
+
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
     """Whatever goes wrong with a file of weights in this block is a CheckpointError that names it."""

@@ -11,13 +11,14 @@ from contextlib import suppress
 from typing import NoReturn
 
 from modules.runtime.console import Console, show
-from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost, first_line
+from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost, ReaderGone, first_line
 from modules.runtime.interrupts import end_at_once, termination_interrupts
 from modules.runtime.shortage import is_out_of_memory
 
 
 def exit_code(work: Callable[[], int | None], console: Console, left: Callable[[], str] = lambda: "") -> int:
-    """Run `work`: its own code or 0, 1 failed, 2 it can't be done as asked, 130 interrupted by Ctrl-C or a signal.
+    """Run `work`: its own code or 0, 1 failed, 2 it can't be done as asked, 130 interrupted by Ctrl-C or a signal, 141
+    nobody reads what is shown any more.
 
     left: is asked, after a failure, what there is and how to go on, in one line; an empty one is not shown.
     """
@@ -33,6 +34,9 @@ def exit_code(work: Callable[[], int | None], console: Console, left: Callable[[
     except KeyboardInterrupt:
         console.ending(" ".join(["Interrupted.", *_found(left)]))
         return 130
+    except ReaderGone:  # who has left hears nothing more, as of other programs
+        console.lines([], [" ".join(["Ended: nobody reads any more what is shown.", *_found(left)])])
+        return 141  # what a shell says of a program that SIGPIPE has ended
     except Exception as error:
         message = _foreseen(error)
         if message is None:

@@ -1,6 +1,6 @@
 """What a run reads is never what it writes: one check of paths.
 
-Knows: which folders and files a configuration names, which names an output takes. Refuses to know: what is in them.
+Knows: which folders and files a configuration names. Refuses to know: what is in them, which names an output takes.
 """
 
 import os
@@ -8,27 +8,22 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from modules.config import Config, parse_location, parse_source
-from modules.output.places import Beside
+from modules.config.locations import parse_location, parse_source, partial_of
+from modules.config.schema import Config
 from modules.runtime import ConfigError
-
-
-def written_paths(output: Path) -> list[Path]:
-    """What a run may make, replace or delete for an output."""
-    beside = Beside(_real(output))
-    return [output, beside.partial, beside.before, beside.hidden("lock")]
 
 
 def input_paths(config: Config) -> list[Path]:
     """The folders and files on this machine that a run of this configuration reads, its YAML file not included."""
     directories = config.directories
-    written = [_real(path) for path in written_paths(Path(directories.output_directory))]
+    output = real_path(Path(directories.output_directory))
     sources = [parse_source(text) for text in config.models_to_merge]
     places = [parse_location(directories.model_path1), *(place for s in sources if s for place in s.places)]
     folders = [place.folder for place in places if place and place.folder]
     if directories.model_directory and not config.models_to_merge and os.path.isdir(directories.model_directory):
         within = [path for path in Path(directories.model_directory).iterdir() if path.is_dir()]
-        folders += [path for path in within if _real(path) not in written]
+        visible = [path for path in within if not path.name.startswith(".")]  # no other is a candidate
+        folders += [path for path in visible if real_path(path) not in (output, partial_of(output))]
     folders += [Path(config.tokenizer)] if config.tokenizer else []
     return [*folders, *map(Path, [*config.phrase_files, *config.held_out_files, *(config.neutral_texts or ())])]
 
@@ -58,11 +53,11 @@ def _linked(folder: Path) -> list[Path]:
 
 def _is_in(inner: Path, outer: Path) -> bool:
     """Whether a path is another one, or lies in it, however the two are spelt."""
-    inner, outer = _real(inner), _real(outer)
+    inner, outer = real_path(inner), real_path(outer)
     return any(place == outer or _is_same(place, outer) for place in (inner, *inner.parents))
 
 
-def _real(path: Path) -> Path:
+def real_path(path: Path) -> Path:
     """Unlike Path.resolve, this raises no error where links lead round in a circle."""
     try:
         return Path(os.path.realpath(path))
