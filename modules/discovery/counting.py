@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from modules.discovery.grammar import Grammar
 from modules.discovery.words import Stems, Word, words_of
+from modules.mapper.grammar import Grammar
 
 LONGEST = 5  # words
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from itertools import pairwise
 from types import ModuleType
 
-from modules.discovery.grammar import FUNCTION_WORDS, Grammar, by_frequency, english
+from modules.mapper.grammar import FUNCTION_WORDS, Grammar, by_frequency, english
 from modules.runtime import ConfigError
 
 MILLION = 1e6

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from modules.discovery import HumanRates, Text, find, human_rates, share_of
 from modules.discovery.counting import Sample, count_phrases
-from modules.discovery.grammar import Grammar
 from modules.discovery.words import words_of
+from modules.mapper.grammar import Grammar
 
 
 @pytest.fixture(scope="module")

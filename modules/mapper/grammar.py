@@ -33,6 +33,7 @@ _AUXILIARIES = _words(
     """am is are was were be been being have has had having do does did doing will would shall should can could may
     might must ought there"""
 )
+ADVERBS = _words("not just only even also too very still then more most")  # begin phrases, and say nothing alone
 _CONTRACTIONS = frozenset(
     f"{pronoun}'{end}"
     for pronoun in (*_PERSONAL, "that", "there", "who", "what", "where", "how")
