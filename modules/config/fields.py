@@ -120,6 +120,7 @@ Share = Annotated[float, Strict(), Field(ge=0, lt=1), _number("a number from 0 a
 Threshold = Annotated[float, Strict(), Field(gt=0, le=1), _number("a number above 0 and up to 1")]
 Percent = Annotated[float, Strict(), Field(ge=0, le=100), _number("a number from 0 to 100")]
 Weight = Annotated[float, Strict(), Field(ge=0, le=1e300), _number("a number of at least 0")]
+PercentAboveZero = Annotated[float, Strict(), Field(gt=0, le=100), _number("a number above 0 and up to 100")]
 Limit = Annotated[float, Strict(), Field(gt=0, le=1e300), _number("a number above 0")]
 AutoOrWeight = Annotated[
     Annotated[float, Strict(), Field(ge=0, le=1e300)] | Literal["auto"], _number("auto or a number of at least 0")

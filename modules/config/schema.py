@@ -75,6 +75,10 @@ class Mapper:
     """Tokens of a branch."""
     additional_length: kinds.Count = 20
     """Tokens by which every branch is continued greedily, to be read."""
+    max_branches: kinds.CountFromOne | None = None
+    """Branches of a context, the likeliest; all others are cut. null: all."""
+    min_joint: kinds.PercentAboveZero | None = None
+    """Percent; a branch is not followed to where all of its tokens together are less probable. null: any."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ Knows: branching, probabilities. Refuses to know: torch, the model's forward, ph
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -14,6 +14,8 @@ from modules.mapper.detokenize import Spelling
 from modules.mapper.next_tokens import Continuation, Guess
 from modules.runtime import within_memory
 from modules.scoring import Root, TokenTree
+
+ENDLESS = 10**12  # branches: nobody waits for more
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,21 @@ def tokens_of(nodes: Sequence[Node]) -> list[int]:
     return [node.token for node in nodes]
 
 
+def at_most(settings: Mapper) -> tuple[int, int]:
+    """How many branches a context has at most, and for how many next tokens the model is asked there at most."""
+    followed = min(settings.top_k, int(100 / settings.prob_min)) if settings.prob_min else settings.top_k
+    most = int(100 / settings.min_joint) if settings.min_joint else ENDLESS
+    ends, asked = 1, 0  # completions of one length; of all lengths before it
+    for depth in range(settings.max_depth):
+        asked += ends
+        before, ends = ends, min(ends * followed, most)
+        if ends == before:
+            asked += ends * (settings.max_depth - depth - 1)
+            break
+    branches = min(ends, settings.max_branches or ends)
+    return branches, asked + branches * settings.additional_length
+
+
 @dataclass(frozen=True, eq=False)
 class Branch:
     """A completion: the nodes that were explored, and those by which it was greedily continued."""
@@ -69,11 +86,21 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What the limits have left out of a tree."""
+
+    branches: int = 0  # at least so many, all less likely than those that are kept
+    share: float = 0.0  # in how many of all cases the model takes one of these
+    tokens: int = 0  # next tokens that were not followed: with them, a branch would be less probable than min_joint
+
+
+@dataclass(frozen=True)
 class CompletionTree:
-    """All branches of one context, by falling joint probability."""
+    """The branches of one context, by falling joint probability."""
 
     root: Root
     branches: tuple[Branch, ...]
+    cut: Cut = Cut()
 
 
 @dataclass(frozen=True)
@@ -89,6 +116,20 @@ class _Tip:
     depth: int = 0  # of the leaf
     length: int | None = None  # of the continuation, None while the completion still branches
 
+    @property
+    def joint(self) -> float:
+        """Log-probability of the branch so far."""
+        return self.leaf.joint if self.leaf else 0.0
+
+
+def _first_of_each(tips: Iterable[_Tip], count: int) -> tuple[list[_Tip], list[_Tip]]:
+    """The likeliest tips of each context, up to a number of them, and the others; of equals the lower tokens."""
+    first, others, seen = list[_Tip](), list[_Tip](), Counter[int]()
+    for tip in sorted(tips, key=lambda tip: (tip.tree, -tip.joint, tip.path)):
+        (first if seen[tip.tree] < count else others).append(tip)
+        seen[tip.tree] += 1
+    return first, others
+
 
 @dataclass
 class Explorer:
@@ -103,16 +144,27 @@ class Explorer:
     spelling: Spelling
     end_tokens: frozenset[int]  # those that end a text
     advanced: Callable[[float], None] = field(default=lambda amount: None)  # told of work done, in contexts
+    _cuts: defaultdict[int, Cut] = field(default_factory=lambda: defaultdict(Cut), init=False)  # by number of context
 
     def explore(self, roots: Sequence[Root]) -> Iterator[CompletionTree]:
         """The tree of each context, in order, each as soon as it is complete."""
-        branches: list[list[Branch]] = [[] for _ in roots]
-        stack = [[_Tip(tree, root.tokens, root.spaces, 1.0) for tree, root in enumerate(roots)]]
-        unfinished = Counter(range(len(roots)))  # number of open tips by context
-        done = 0
-        while stack:
-            group, tips = within_memory(partial(self._advance, stack), self.predictor.take_less_memory)
-            unfinished.subtract(tip.tree for tip in group)
+        self._cuts.clear()
+        tips = [_Tip(tree, root.tokens, root.spaces, 1.0) for tree, root in enumerate(roots)]
+        limit = self.settings.max_branches
+        if limit is None:
+            yield from self._followed(tips, roots)
+            return
+        while tips:
+            group, tips = self._fitting(tips)
+            yield from self._followed(self._likeliest(group, limit), roots)
+
+    def _followed(self, tips: Sequence[_Tip], roots: Sequence[Root]) -> Iterator[CompletionTree]:
+        """The trees of some contexts, from tips on that are followed to their ends, level by level."""
+        trees = sorted({tip.tree for tip in tips})
+        branches: dict[int, list[Branch]] = {tree: [] for tree in trees}
+        stack: list[list[_Tip]] = []
+        unfinished = Counter[int]()  # number of open tips by context
+        while True:
             still_open = []
             for tip in tips:
                 if self._is_finished(tip):
@@ -123,10 +175,35 @@ class Explorer:
                     unfinished[tip.tree] += 1
             if still_open:
                 stack.append(still_open)
-            while done < len(roots) and not unfinished[done]:
-                ordered = sorted(branches[done], key=lambda branch: (-branch.joint, tokens_of(branch.nodes)))
-                yield CompletionTree(roots[done], tuple(ordered))
-                done += 1
+            while trees and not unfinished[trees[0]]:
+                tree = trees.pop(0)
+                ordered = sorted(branches[tree], key=lambda branch: (-branch.joint, tokens_of(branch.nodes)))
+                yield CompletionTree(roots[tree], tuple(ordered), self._cuts[tree])
+            if not stack:
+                return
+            group, tips = within_memory(partial(self._advance, stack), self.predictor.take_less_memory)
+            unfinished.subtract(tip.tree for tip in group)
+
+    def _likeliest(self, tips: Sequence[_Tip], limit: int) -> list[_Tip]:
+        """Of each context the likeliest branches, up to a limit, not continued yet; all others are cut.
+
+        Best first: only what is among the likeliest so far is asked about. Nothing that follows on a tip is likelier
+        than the tip itself, so that the likeliest are found when none of them branches any more.
+        """
+        while True:
+            likeliest, others = _first_of_each(tips, limit)
+            branching = [tip for tip in likeliest if self._branches(tip)]
+            if not branching:
+                break
+            stack, tips = [branching], [tip for tip in likeliest if not self._branches(tip)] + others
+            while stack:
+                tips += within_memory(partial(self._advance, stack), self.predictor.take_less_memory)[1]
+        for tip in others:
+            cut = self._cuts[tip.tree]
+            share = cut.share + math.exp(tip.joint)
+            self._cuts[tip.tree] = replace(cut, branches=cut.branches + 1, share=share)
+            self.advanced(tip.share)
+        return likeliest
 
     def _advance(self, stack: list[list[_Tip]]) -> tuple[list[_Tip], list[_Tip]]:
         """As many of the last tips as fit, taken off, and those that follow on them."""
@@ -161,9 +238,13 @@ class Explorer:
     def _successors(self, tip: _Tip, guesses: Sequence[Guess]) -> list[_Tip]:
         if tip.length is None and tip.depth < self.settings.max_depth:
             probable = [guess for guess in guesses if math.exp(guess[1]) * 100 >= self.settings.prob_min]
-            if probable:
-                share = tip.share / len(probable)
-                return [self._branching(replace(tip, share=share), *guess) for guess in probable]
+            least = self.settings.min_joint or 0.0
+            likely = [guess for guess in probable if math.exp(tip.joint + guess[1]) * 100 >= least]
+            cut = self._cuts[tip.tree]
+            self._cuts[tip.tree] = replace(cut, tokens=cut.tokens + len(probable) - len(likely))
+            if likely:
+                share = tip.share / len(likely)
+                return [self._branching(replace(tip, share=share), *guess) for guess in likely]
         return [self._continued(tip, guesses)]
 
     def _branching(self, tip: _Tip, token: int, log_probability: float) -> _Tip:
@@ -180,6 +261,9 @@ class Explorer:
 
     def _moved(self, tip: _Tip, token: int) -> _Tip:
         return replace(tip, path=(*tip.path, token), spaces=self.spelling.spaces_after(tip.spaces, token))
+
+    def _branches(self, tip: _Tip) -> bool:
+        return tip.length is None and tip.depth < self.settings.max_depth and not self._is_finished(tip)
 
     def _is_finished(self, tip: _Tip) -> bool:
         if tip.end is not None and tip.end.token in self.end_tokens:

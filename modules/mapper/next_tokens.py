@@ -8,6 +8,7 @@ Two ways, the fastest that is exact for the model:
     Recomputed   all paths from their beginnings, as a token tree, as rows of one length, or one at a time
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -50,6 +51,7 @@ class Continuation(ABC):
     """Predicts next tokens under a model that does not change meanwhile. Deterministic: the same bits every time."""
 
     way: str  # how it is done, in words
+    pace: float | None = None  # seconds for what follows on one path, about; None if that was not measured
 
     def __init__(self, model: ResidentModel, spelling: Spelling, token_budget: int = TOKEN_BUDGET) -> None:
         self.token_budget = token_budget  # distinct tokens that should be asked about at once; one path may be longer
@@ -203,13 +205,18 @@ def build_continuation(
     budget = TOKEN_BUDGET
 
     def build() -> Continuation:
-        plain = Plain(model)
+        plain, begun = Plain(model), time.perf_counter()
         exact = [torch.stack([plain.next_tokens(path) for path in stage]) for stage in stages]
+        float(exact[-1].sum())  # waits for what has only been begun
+        seconds = time.perf_counter() - begun
         ways: list[Callable[[], Continuation]] = [partial(Cached, model, spelling, budget)] if trees else []
         layouts = LAYOUTS if trees else LAYOUTS[1:]
         ways += [partial(Recomputed, model, spelling, layout, budget) for layout in layouts]
         exact_ways = (make for make in ways[:-1] if is_taken(partial(_agrees, make(), stages, exact, scorer.tolerance)))
-        return next(exact_ways, ways[-1])()
+        way = next(exact_ways, ways[-1])()
+        # Where keys and values are kept, one token goes through the model, else the whole path.
+        way.pace = seconds / sum(len(path) if isinstance(way, Cached) else 1 for stage in stages for path in stage)
+        return way
 
     def take_less() -> bool:
         nonlocal budget

@@ -4,6 +4,7 @@ Knows: widths, digits, wording, file formats. Refuses to know: how anything was 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from modules.config import Config, Mapper
-from modules.mapper.completion_tree import Branch, CompletionTree, Node, path_of, tokens_of
+from modules.mapper.completion_tree import Branch, CompletionTree, Cut, Node, path_of, tokens_of
 from modules.mapper.detokenize import Spelling
 from modules.mapper.ranking import PhraseRank
 from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, coloured, percent, row, visible
@@ -33,6 +34,8 @@ def summary(config: Config, contexts: int, model: Mapping[str, object], way: str
         "top_k": settings.top_k,
         "max_depth": settings.max_depth,
         "additional_length": settings.additional_length,
+        **({} if settings.max_branches is None else {"max_branches": settings.max_branches}),
+        **({} if settings.min_joint is None else {"min_joint": f"{settings.min_joint:g}%"}),
     }
     return [f"{name:<17} : {value}" for name, value in rows.items()]
 
@@ -44,8 +47,26 @@ def tree_lines(
     lines = ["-" * 80, f"CONTEXT {number}: {folded(tree.root.shown) or '(empty)'}", ""]
     for place, branch in enumerate(tree.branches, start=1):
         lines += _branch_lines(place, tree, branch, settings, spelling)
-    lines += [f"TOTAL BRANCHES: {len(tree.branches)}", ""]
+    lines += [f"TOTAL BRANCHES: {len(tree.branches)}{_cut_note(tree.cut, settings)}", ""]
     return [*lines, *(_rank_line(standing, settings) for standing in standings), ""]
+
+
+def _cut_note(cut: Cut, settings: Mapper) -> str:
+    share = short_percent(cut.share)
+    notes = [f"cut: at least {cut.branches} less likely, together {share}"] if cut.branches else []
+    notes += [f"below a joint {settings.min_joint:g}%: {cut.tokens} next tokens"] if cut.tokens else []
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def cut_lines(trees: Sequence[CompletionTree]) -> list[str]:
+    """What the limits have left out of all trees, a line for each limit that has left out something."""
+    branches = [tree.cut.branches for tree in trees if tree.cut.branches]
+    tokens = [tree.cut.tokens for tree in trees if tree.cut.tokens]
+    lines = [
+        f"Cut by max_branches: at least {sum(branches)} branches in {len(branches)} of {len(trees)} contexts",
+        f"Not followed for min_joint: {sum(tokens)} next tokens in {len(tokens)} of {len(trees)} contexts",
+    ]
+    return [line for line, cut in zip(lines, (branches, tokens), strict=True) if cut]
 
 
 def _branch_lines(place: int, tree: CompletionTree, branch: Branch, settings: Mapper, spelling: Spelling) -> list[str]:
@@ -111,13 +132,14 @@ def document(
     """Everything that was found, for JSON. Nodes are a flat list per context; `parent` is a number in it, or null."""
     return {
         "model": config.directories.model_path1,
-        "mapper": asdict(config.mapper),
+        "mapper": {key: value for key, value in asdict(config.mapper).items() if value is not None},
         "contexts": [
             {
                 "context": tree.root.context,
                 **({} if tree.root.chat is None else {"chat": asdict(tree.root.chat)}),
                 "tokens": list(tree.root.tokens),
                 **_tree_document(tree, spelling),
+                **({"cut": asdict(tree.cut)} if tree.cut != Cut() else {}),
                 "phrases": [_rank_document(standing) for standing in phrases],
             }
             for tree, phrases in zip(trees, standings, strict=True)
@@ -171,21 +193,27 @@ def _rank_document(standing: PhraseRank) -> dict[str, Any]:
 
 
 def phrase_list(standings: Sequence[PhraseRank], model: str) -> str:
-    """The suggestions as a YAML phrase list, each in the place of its phrase, with its type, weight and context."""
+    """The suggestions as a YAML phrase list, each in the place of its phrase, with its type, weight and context. First
+    those that count most in the total: by their probabilities in all their contexts together, times the weight."""
     found: dict[tuple[str, str, float], list[Any]] = {}  # contexts, by kind, phrase and weight
+    shares: dict[tuple[str, str, float], float] = defaultdict(float)  # of the total, in the same order
     for standing in standings:
         if standing.suggestion is not None:
-            contexts = found.setdefault((standing.pair.kind, standing.suggestion.phrase, standing.pair.weight), [])
-            context = standing.pair.as_context()
+            pair, better = standing.pair, standing.suggestion
+            contexts = found.setdefault(key := (pair.kind, better.phrase, pair.weight), [])
+            context = pair.as_context()
             if context not in contexts:
                 contexts.append(context)
+                shares[key] += pair.weight * probability(better.log_probability)
+    ranked = sorted(found.items(), key=lambda item: -shares[item[0]])
     lists = {
-        key: [{"phrase": p, "weight": w, "contexts": c} for (kind, p, w), c in found.items() if kind == wanted]
+        key: [{"phrase": p, "weight": w, "contexts": c} for (kind, p, w), c in ranked if kind == wanted]
         for key, wanted in (("bad_phrases", "BAD"), ("good_phrases", "GOOD"))
     }
     head = (
         f"# What {folded(model)} rather says than the phrases of its list, found by the mapper.\n"
         "# Read it before you use it: what stands under good_phrases is said in place of something wanted.\n"
+        "# First comes what counts most in the total.\n"
     )
     return head + yaml.safe_dump(lists, allow_unicode=True, sort_keys=False, width=math.inf)
 

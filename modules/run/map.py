@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from modules.config import Chat, Config, Pair
-from modules.mapper import CompletionTree, Explorer, PhraseRank, Spelling, build_continuation, rank_phrases
+from modules.mapper import CompletionTree, Explorer, PhraseRank, Spelling, at_most, build_continuation, rank_phrases
 from modules.mapper import report as mapping_report
 from modules.model import ModelLoader, ResidentModel
 from modules.output import check_file, write_text
+from modules.run.estimate import duration
 from modules.run.steps import end, prepare_libraries, score_once, with_chats_rendered
 from modules.runtime import ConfigError, Console
 from modules.scoring import Encoded, by_pair, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
@@ -43,6 +44,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     trees, phrases = explore(config, console, model, tokenizer, spelling)
     everything = [standing for group in phrases for standing in group]
     console.lines(mapping_report.table(everything, config.mapper))
+    console.lines(mapping_report.cut_lines(trees))
     if exports.json:
         found = mapping_report.document(config, trees, phrases, spelling)
         write_text(exports.json, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
@@ -72,6 +74,12 @@ def explore(
     longest = max(len(root.tokens) for root in roots) + settings.max_depth + settings.additional_length
     continuation = build_continuation(model, spelling, scorer, [root.tokens for root in roots], longest)
     console.lines(mapping_report.summary(config, len(roots), model.describe(saving=False), continuation.way))
+    branches, places = at_most(settings)
+    asked = len(roots) * places
+    time = "" if continuation.pace is None else f", {duration(continuation.pace * asked)}"
+    console.timed(
+        f"At most: {branches:,} branches a context, {len(roots) * branches:,} in all; {asked:,} next tokens{time}"
+    )
     trees, stands = [], []
     with console.progress(len(roots)) as bar:
         explorer = Explorer(continuation, settings, spelling, model.end_tokens(), bar.update)

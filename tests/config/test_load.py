@@ -72,7 +72,10 @@ def test_all_keys(folders):
         auto_weights=True,
         good_phrases=[{"phrase": "yes", "weight": 2, "contexts": ["a", {"context": "b", "weight": 5}, ""]}],
         trust_remote_code=True,
-        mapper={"prob_min": 0.5, "top_k": 1, "max_depth": 9, "additional_length": 0},
+        mapper={
+            **{"prob_min": 0.5, "top_k": 1, "max_depth": 9, "additional_length": 0},
+            **{"max_branches": 4, "min_joint": 0.1},
+        },
     )
     config = load_config(path)
     assert config.models_to_merge == (str(folders / "two"), str(folders / "one"))
@@ -81,7 +84,7 @@ def test_all_keys(folders):
     assert config.strategy == "quantitive"
     assert config.good_phrases == (Pair("GOOD", "yes", "a", 2), Pair("GOOD", "yes", "b", 5), Pair("GOOD", "yes", "", 2))
     assert config.device == "cuda:1" and config.trust_remote_code and not config.merge_headers
-    assert config.mapper == Mapper(0.5, 1, 9, 0)
+    assert config.mapper == Mapper(0.5, 1, 9, 0, 4, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,12 @@ def test_all_keys(folders):
         ("max_depth", "deep", "'deep': expected a whole number of at least 1"),
         ("additional_length", -1, "-1: expected a whole number of at least 0"),
         ("additional_length", [20], "[20]: expected a whole number of at least 0"),
+        ("max_branches", 0, "0: expected a whole number of at least 1"),
+        ("max_branches", "all", "'all': expected a whole number of at least 1"),
+        ("max_branches", 2.5, "2.5: expected a whole number of at least 1"),
+        ("min_joint", 0, "0: expected a number above 0 and up to 100"),
+        ("min_joint", 101, "101: expected a number above 0 and up to 100"),
+        ("min_joint", "1%", "'1%': expected a number above 0 and up to 100"),
         ("max_dept", 5, "unknown key; did you mean 'max_depth'?"),
     ],
 )

@@ -113,7 +113,8 @@ def test_the_page_shows_what_the_mapper_prints(log, tmp_path):
     assert result.returncode == 0, result.stderr
 
     def lines_of(text):
-        own = re.sub(r"(Sequence:|Trace:|(?:BAD|GOOD)  \".*?\"|\| (?:BAD|GOOD)(?:.*?\|){3}).*", r"\1", text)
+        said = r"(Sequence:|Trace:|TOTAL BRANCHES:|(?:BAD|GOOD)  \".*?\"|\| (?:BAD|GOOD)(?:.*?\|){3}).*"
+        own = re.sub(said, r"\1", text)
         own = re.sub(r"\d+(\.\d+)?%?", "0", own)
         return [re.sub(r"\s+", " ", line).strip() for line in own.splitlines() if line.strip()]
 
@@ -125,9 +126,11 @@ def test_the_page_shows_what_the_mapper_prints(log, tmp_path):
     assert {"phrase": "unwavering", "weight": 1.0, "contexts": ["Filled with an "]} in better["bad_phrases"]
 
 
-def test_default_mapper_yaml_has_every_key_of_the_mapper_at_its_default():
+def test_default_mapper_yaml_has_every_key_of_the_mapper_at_its_default_and_limits():
     document = yaml.safe_load((ROOT / "default-mapper.yaml").read_text(encoding="utf-8"))
-    assert Mapper(**document["mapper"]) == Mapper()
+    settings = Mapper(**document["mapper"])
+    assert dataclasses.replace(settings, max_branches=None, min_joint=None) == Mapper()
+    assert settings.max_branches and settings.min_joint
     assert set(document["mapper"]) == {field.name for field in dataclasses.fields(Mapper)}
 
 

@@ -23,6 +23,7 @@ import monster_mapper
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.config import Pair, load_config
 from modules.mapper.detokenize import Spelling
+from modules.mapper.grammar import english
 from modules.run.map import Exports, check_exports
 from modules.runtime.errors import ConfigError
 from modules.scoring.tokenization import encode_contexts
@@ -115,7 +116,8 @@ def test_completions_have_the_raw_probability_that_the_merge_gives_them(place, b
 
 def test_a_pasted_suggestion_takes_the_place_of_its_phrase(place, base):
     """From one run's --yaml to the next run's phrase_files: its phrases now have the probabilities claimed."""
-    assert mapped(place, base, "--yaml", "better.yaml", "--json", "tree.json") == 0
+    settings = {**SETTINGS, "prob_min": 0.5}
+    assert mapped(place, base, "--yaml", "better.yaml", "--json", "tree.json", mapper=settings) == 0
     contexts = json.loads((place / "tree.json").read_text(encoding="utf-8"))["contexts"]
     claimed = {
         (context["context"], phrase["suggestion"]["phrase"]): phrase["suggestion"]["probability"]
@@ -134,7 +136,6 @@ def test_a_pasted_suggestion_takes_the_place_of_its_phrase(place, base):
     assert set(found) == set(claimed)
     for key, phrase in found.items():
         assert phrase["probability"] == pytest.approx(claimed[key], rel=1e-4)
-        assert phrase["place"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,6 +160,48 @@ def test_console_and_log(place, bpe, capsys):
     assert len(rows(log)) == len(pairs)
     assert log.count("below 5%") >= 2
     assert digest(bpe) == before
+
+
+def test_what_it_takes_at_most_is_said_before_the_first_context(place, bpe):
+    assert mapped(place, bpe, mapper={**SETTINGS, "max_branches": 4}) == 0
+    before, *contexts = log_of(place).split("CONTEXT ")
+    count, asked = len(contexts), len(contexts) * (1 + 3 + 9 + 4 * 4)
+    line = rf"At most: 4 branches a context, {4 * count} in all; {asked} next tokens, [\d.]+ s\n"
+    assert re.search(line, before)
+
+
+def test_limits_cut_and_say_so(place, bpe):
+    """Both off, nothing is said of them; what is not cut is what it was."""
+
+    def found(**limits):
+        settings = {**SETTINGS, "prob_min": 0.5, **limits}
+        assert mapped(place, bpe, "--json", "tree.json", "--overwrite", mapper=settings) == 0
+        contexts = json.loads((place / "tree.json").read_text(encoding="utf-8"))["contexts"]
+        branches = [[(branch["text"], branch["joint_probability"]) for branch in one["branches"]] for one in contexts]
+        return branches, log_of(place)
+
+    whole, log = found()
+    assert "cut" not in log.lower() and "joint 0.5%" not in log and "max_branches" not in log
+    kept, log = found(max_branches=2)
+    for some, every in zip(kept, whole, strict=True):
+        assert [text for text, _ in some] == [text for text, _ in every[:2]]
+        assert [joint for _, joint in some] == pytest.approx([joint for _, joint in every[:2]], rel=1e-3)
+    cut = sum(len(branches) > 2 for branches in whole)
+    assert cut and len(re.findall(r"^TOTAL BRANCHES: 2 \(cut: at least \d+ less likely", log, re.MULTILINE)) == cut
+    line = rf"^Cut by max_branches: at least \d+ branches in {cut} of {len(whole)} contexts$"
+    assert re.search(line, log, re.MULTILINE)
+    assert "max_branches      : 2\n" in log
+    kept, log = found(min_joint=5)
+    assert all(joint >= 0.05 for branches in kept for _, joint in branches)
+    assert re.search(r"^Not followed for min_joint: \d+ next tokens", log, re.MULTILINE)
+    assert "min_joint         : 5%\n" in log
+
+
+def test_no_suggestion_is_a_function_word(place, bpe):
+    assert mapped(place, bpe, "--yaml", "better.yaml", mapper={**SETTINGS, "prob_min": 0.1}) == 0
+    better = yaml.safe_load((place / "better.yaml").read_text(encoding="utf-8"))
+    suggested = [phrase["phrase"].split() for phrases in better.values() for phrase in phrases]
+    assert suggested and all(english().begins(words[-1].strip(".,").lower()) for words in suggested)
 
 
 def test_each_context_stands_once_with_all_its_phrases(place, bpe):

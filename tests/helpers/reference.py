@@ -263,6 +263,9 @@ class NaiveMapper:
     additional_length: int
     ends: tuple = ()
     answers: dict = field(default_factory=dict)  # what the model has said already, by path; None to ask each time
+    max_branches: int | None = None
+    min_joint: float = 0.0
+    not_followed: int = 0  # next tokens, because of min_joint
 
     def branches(self, context):
         given = context.rstrip(" ")
@@ -271,7 +274,7 @@ class NaiveMapper:
             bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
             root = [bos if bos is not None else eos]
         found = self.grow(root, [], [], context[len(given) :])
-        return sorted(found, key=lambda branch: (-branch.joint, branch.tokens))
+        return sorted(found, key=lambda branch: (-branch.joint, branch.tokens))[: self.max_branches]
 
     def grow(self, root, tokens, probabilities, spaces):
         if tokens and tokens[-1] in self.ends:
@@ -279,7 +282,10 @@ class NaiveMapper:
         children = []
         if len(tokens) < self.max_depth:
             likeliest = self.likeliest(root + tokens, spaces)[: self.top_k]
-            children = [(token, p) for token, p in likeliest if p * 100 >= self.prob_min]
+            probable = [(token, p) for token, p in likeliest if p * 100 >= self.prob_min]
+            joint = math.prod(probabilities)
+            children = [(token, p) for token, p in probable if joint * p * 100 >= self.min_joint]
+            self.not_followed += len(probable) - len(children)
         if not children:
             return [NaiveBranch(tokens, probabilities, self.continuation(root + tokens, spaces))]
         return [

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Mamba
 
 from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
 from modules.config import Mapper, Pair
-from modules.mapper.completion_tree import Explorer, path_of, tokens_of
+from modules.mapper.completion_tree import Cut, Explorer, at_most, path_of, tokens_of
 from modules.mapper.detokenize import Spelling
 from modules.mapper.next_tokens import Cached, Recomputed, build_continuation
 from modules.mapper.ranking import rank_phrases
@@ -52,7 +52,7 @@ class Model:
         roots = encode_contexts(self.tokenizer, contexts, self.resident.vocabulary)
         return list(Explorer(predictor, settings, self.spelling, frozenset(ends)).explore(roots))
 
-    def naive(self, context, settings, ends=()):
+    def naive(self, settings, ends=()):
         return reference.NaiveMapper(
             self.plain,
             self.plain_tokenizer,
@@ -62,14 +62,16 @@ class Model:
             settings.additional_length,
             ends,
             self.answers,
-        ).branches(context)
+            settings.max_branches,
+            settings.min_joint or 0.0,
+        )
 
     def check(self, contexts, settings, budget=MANY, predictor=None, ends=()):
         """Ours and the naive mapper's trees are the same; the number of branches."""
         trees = self.trees(contexts, settings, budget, predictor, ends)
         for context, tree in zip(contexts, trees, strict=True):
             assert tree.root.context == context
-            expected = {tuple(branch.tokens): branch for branch in self.naive(context, settings, ends)}
+            expected = {tuple(branch.tokens): branch for branch in self.naive(settings, ends).branches(context)}
             assert len(expected) == len(tree.branches)
             for branch in tree.branches:
                 tokens = tokens_of(branch.nodes)
@@ -204,15 +206,113 @@ def test_the_same_bits_every_time(model):
     assert bits() == bits()
 
 
+@pytest.mark.parametrize("max_branches", [None, 2])
 @pytest.mark.parametrize("budget", [1, 40, MANY])
-def test_progress_adds_up_to_the_number_of_contexts(model, budget):
+def test_progress_adds_up_to_the_number_of_contexts(model, budget, max_branches):
     told = []
     predictor = Cached(model.resident, model.spelling, budget)
     roots = encode_contexts(model.tokenizer, CONTEXTS, model.resident.vocabulary)
-    explorer = Explorer(predictor, Mapper(5.0, 3, 4, 6), model.spelling, frozenset(), told.append)
+    explorer = Explorer(predictor, Mapper(5.0, 3, 4, 6, max_branches), model.spelling, frozenset(), told.append)
     assert len(list(explorer.explore(roots))) == len(CONTEXTS)
     assert all(amount >= 0 for amount in told)
     assert sum(told) == pytest.approx(len(CONTEXTS))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Counting(Cached):
+    """Counts for how many next tokens it is asked."""
+
+    def __init__(self, model):
+        super().__init__(model.resident, model.spelling)
+        self.asked = 0
+
+    def next_tokens(self, paths, spaces, count):
+        self.asked += len(paths)
+        return super().next_tokens(paths, spaces, count)
+
+
+@pytest.mark.parametrize("budget", [pytest.param(1, marks=pytest.mark.slow), 40, MANY])
+@pytest.mark.parametrize("max_branches", [1, 2, 5, 1000])
+@pytest.mark.parametrize("prob_min", [0.0, 2.0])
+def test_the_likeliest_branches_are_those_of_all_that_are(model, prob_min, max_branches, budget):
+    """The naive mapper enumerates all, sorts them and takes the first."""
+    settings = Mapper(prob_min, 3, 4, 3, max_branches)
+    model.check(CONTEXTS, settings, budget)
+    everything = Mapper(prob_min, 3, 4, 0)
+    for context, tree in zip(CONTEXTS, model.trees(CONTEXTS, settings, budget), strict=True):
+        cut = [branch.joint for branch in model.naive(everything).branches(context)[max_branches:]]
+        assert bool(cut) == bool(tree.cut.branches) and tree.cut.branches <= len(cut)
+        assert sum(cut) <= tree.cut.share + 1e-5 and tree.cut.tokens == 0
+        assert tree.cut.share + sum(math.exp(branch.joint) for branch in tree.branches) <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("min_joint", [0.01, 1.0, 20.0, 100.0])
+@pytest.mark.parametrize("max_branches", [None, 3])
+def test_branches_are_not_followed_below_min_joint(model, min_joint, max_branches):
+    settings = Mapper(0.5, 3, 4, 3, max_branches, min_joint)
+    model.check(CONTEXTS, settings)
+    for context, tree in zip(CONTEXTS, model.trees(CONTEXTS, settings), strict=True):
+        assert all(math.exp(branch.joint) * 100 >= min_joint - 1e-3 for branch in tree.branches)
+        naive = model.naive(settings)
+        naive.branches(context)
+        assert tree.cut.tokens == naive.not_followed if max_branches is None else tree.cut.tokens <= naive.not_followed
+
+
+def test_limits_go_together_with_ends_of_texts_and_of_the_model(bpe, tmp_path):
+    settings = Mapper(0.0, 3, 4, 6, 4, 0.1)
+    first = bpe.trees(CONTEXTS, settings)[1].branches[0].nodes
+    bpe.check(CONTEXTS, settings, ends={first[1].token, first[5].token})
+    short = make(tmp_path, "bpe", positions=12)
+    short.check(["The apple is in the bedroom because", "The apple"], Mapper(0.0, 2, 4, 30, 3))
+
+
+def test_without_limits_nothing_is_cut(model):
+    assert all(tree.cut == Cut() for tree in model.trees(CONTEXTS, Mapper(1.0, 3, 4, 2)))
+
+
+def test_what_would_be_a_flood_is_not_enumerated(bpe):
+    """Of the 1,953,125 branches of a context hardly more than the three that are kept are asked about."""
+    predictor = Counting(bpe)
+    (tree,) = bpe.trees(CONTEXTS[:1], Mapper(0.0, 5, 9, 4, 3), predictor=predictor)
+    assert [len(branch.nodes) for branch in tree.branches] == [13] * 3
+    assert tree.cut.branches > 20 and predictor.asked < 2000
+
+
+@pytest.mark.parametrize("limits", [(None, None), (2, None), (None, 1.0), (2, 1.0)])
+@pytest.mark.parametrize("settings", [(0.0, 3, 3, 4), (10.0, 20, 4, 0), (60.0, 3, 4, 4), (100.0, 3, 2, 2)])
+def test_no_context_takes_more_than_was_said_before(model, settings, limits):
+    settings = Mapper(*settings, *limits)
+    branches, asked = at_most(settings)
+    for context in CONTEXTS:
+        predictor = Counting(model)
+        (tree,) = model.trees([context], settings, predictor=predictor)
+        assert len(tree.branches) <= branches and predictor.asked <= asked
+
+
+def test_what_is_said_before_is_what_a_full_tree_takes(model):
+    predictor = Counting(model)
+    (tree,) = model.trees(CONTEXTS[:1], Mapper(0.0, 3, 3, 4), predictor=predictor)
+    assert at_most(Mapper(0.0, 3, 3, 4)) == (len(tree.branches), predictor.asked) == (27, 13 + 27 * 4)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (Mapper(), (243, 121 + 243 * 20)),
+        (Mapper(max_branches=6, min_joint=1.0), (6, 121 + 6 * 20)),
+        (Mapper(40.0, 9, 5, 20), (32, 31 + 32 * 20)),
+        (Mapper(10.0, 9, 5, 20, None, 10.0), (10, 1 + 9 + 3 * 10 + 10 * 20)),
+        (Mapper(100.0, 9, 2**62, 20), (1, 2**62 + 20)),
+        (Mapper(0.0, 9, 2**62, 0, 5), (5, None)),
+    ],
+)
+def test_what_is_said_before_has_an_end(settings, expected):
+    branches, asked = at_most(settings)
+    assert branches == expected[0] and asked == (expected[1] or asked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,7 +408,7 @@ def test_a_phrase_of_two_words_is_compared_with_two_words(bpe):
 
 def test_a_branch_that_only_begins_the_phrase_is_taken_with_its_continuation(bpe):
     tree = scripted(bpe, "Her eyes were ", [("filled", 0.6), ("|", None), (" with", 0.5), (" tears", 0.5)])
-    assert stand(bpe, tree, "filled up", 0.2) == (2, 2, ("filled with", 0.3))
+    assert stand(bpe, tree, "filled up", 0.2) == (2, 2, None)  # which says nothing but the phrase's own "filled"
     assert stand(bpe, tree, "filled with tears", 0.15) == (1, 1, None)
 
 
@@ -336,8 +436,8 @@ def test_a_phrase_with_variants_is_compared_with_what_none_of_them_is(bpe):
 
 
 def test_what_cannot_be_written_as_a_phrase_is_a_rival_but_no_suggestion(bpe):
-    tree = scripted(bpe, "The apple", [(bpe.tokenizer.eos_token_id, 0.5)], [(" is", 0.3)])
-    assert stand(bpe, tree, " was", 0.01) == (3, 3, (" is", 0.3))
+    tree = scripted(bpe, "The apple", [(bpe.tokenizer.eos_token_id, 0.5)], [(" fell", 0.3)])
+    assert stand(bpe, tree, " was", 0.01) == (3, 3, (" fell", 0.3))
     assert stand(bpe, tree, " was", 0.4) == (2, 3, None)
 
 

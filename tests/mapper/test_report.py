@@ -1,6 +1,7 @@
 """Trees and phrases as text, JSON and YAML: to the character."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -9,6 +10,7 @@ from completions import completed, scripted
 
 from modules.config import Config, Directories, Mapper, Pair
 from modules.mapper import report as mapping_report
+from modules.mapper.completion_tree import Cut
 from modules.mapper.detokenize import Spelling
 from modules.mapper.ranking import PhraseRank, Suggestion
 from modules.runtime.console import _COLOUR, coloured
@@ -61,6 +63,25 @@ def test_a_context_to_the_character(model):
         'BAD  "spine"  50.00000%  place 2 of 3, below 10%  suggestion: "arm" (75.00%)',
         "",
     ]
+
+
+def test_what_was_cut_is_said_with_the_number_of_branches_and_for_all_contexts(model):
+    whole = scripted(model, "down her ", [("spine", 0.5)])
+    limits = Mapper(10.0, 3, 5, 20, 6, 1.0)
+    trees = [replace(whole, cut=cut) for cut in (Cut(4, 0.125, 3), Cut(0, 0.0, 1), Cut(2, 0.025, 0), Cut())]
+    said = [line for tree in trees for line in mapping_report.tree_lines("1/4", tree, [], limits, model.spelling)]
+    assert [line for line in said if line.startswith("TOTAL")] == [
+        "TOTAL BRANCHES: 1 (cut: at least 4 less likely, together 12.50%; below a joint 1%: 3 next tokens)",
+        "TOTAL BRANCHES: 1 (below a joint 1%: 1 next tokens)",
+        "TOTAL BRANCHES: 1 (cut: at least 2 less likely, together 2.50%)",
+        "TOTAL BRANCHES: 1",
+    ]
+    assert mapping_report.cut_lines(trees) == [
+        "Cut by max_branches: at least 6 branches in 2 of 4 contexts",
+        "Not followed for min_joint: 4 next tokens in 2 of 4 contexts",
+    ]
+    assert mapping_report.cut_lines([whole]) == []
+    assert mapping_report.cut_lines(trees[1:2]) == ["Not followed for min_joint: 1 next tokens in 1 of 1 contexts"]
 
 
 def trace(model, word):
@@ -148,6 +169,33 @@ def test_the_phrase_list_has_the_weights_kinds_and_contexts_of_the_phrases():
         ],
         "good_phrases": [{"phrase": "\U0001f642", "weight": 1.0, "contexts": ["say "]}],
     }
+
+
+def test_the_phrase_list_begins_with_what_counts_most():
+    """The probabilities in all contexts together, times the weight: 75% in each context here."""
+    found = yaml.safe_load(
+        mapping_report.phrase_list(
+            [
+                standing("a", "one ", better="leg"),
+                *(standing("b", f"{number} ", better="arm") for number in range(3)),
+                standing("c", "two ", better="back", weight=2.0),
+                standing("d", "two ", better="back", weight=2.0),  # the same, and not counted twice
+            ],
+            "model",
+        )
+    )
+    assert [phrase["phrase"] for phrase in found["bad_phrases"]] == ["arm", "back", "leg"]
+
+
+def test_the_document_says_what_was_cut_and_which_limits_were_set(model):
+    tree = scripted(model, "It is ", [("so", 0.5)])
+    for cut, limits in ((Cut(), {}), (Cut(2, 0.25, 1), {"max_branches": 6, "min_joint": 1.0})):
+        config = Config(Directories("folder", ""), mapper=Mapper(**limits))
+        found = mapping_report.document(config, [replace(tree, cut=cut)], [[]], model.spelling)
+        settings = {"prob_min": 10.0, "top_k": 3, "max_depth": 5, "additional_length": 20}
+        assert found["mapper"] == {**settings, **limits}
+        said = found["contexts"][0].get("cut")
+        assert said == ({"branches": 2, "share": 0.25, "tokens": 1} if limits else None)
 
 
 def test_the_document_holds_the_whole_tree(model):
