@@ -1,11 +1,14 @@
-"""How fast the mapper is, against a naive one that asks the model anew for every token.
+"""How fast the mapper is, against a naive one that asks the model anew for every token; where its time goes.
 
     python benchmarks/bench_mapper.py
+    python benchmarks/bench_mapper.py --config demo/real.yaml   # a config's own model and phrases, on the CPU
 
 Builds a seeded random Llama on disk, then measures in alternation, in one process:
   ours    the program's own exploring of all contexts, the verification of its kept keys and values included
   naive   one whole forward per node and per token of a continuation, no cache (tests/helpers/reference.py), one
           context at a time, in turn with ours
+With --config it takes the steps of a mapping one by one, for all branches and with the limits of default-mapper.yaml,
+and lets transformers' generate say as many tokens after the same contexts, a row for each branch: CPU seconds of each.
 Prints a table and, as its last line, JSON.
 """
 
@@ -16,9 +19,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "", "tests/helpers")]
 
@@ -26,13 +32,14 @@ import reference
 from workload import Shape, machine, make_models, parameter_count, print_table, shape_of, shape_options
 
 from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
-from modules.config import Mapper, Pair
+from modules.config import Config, Mapper, Pair, load_config
 from modules.mapper.completion_tree import CompletionTree, Explorer
 from modules.mapper.detokenize import Spelling
-from modules.mapper.next_tokens import build_continuation
+from modules.mapper.next_tokens import Continuation, build_continuation
 from modules.model.base_model import ResidentModel
 from modules.model.loading import load_model
-from modules.run.steps import prepare_libraries
+from modules.run.steps import prepare_libraries, score_once
+from modules.scoring import Root, Scorer
 from modules.scoring.layout import build_scorer
 from modules.scoring.tokenization import encode_contexts, encode_pairs
 
@@ -41,6 +48,12 @@ def main() -> None:
     """Build, measure, print."""
     options = parse_arguments()
     prepare_libraries(seed=0)
+    if options.config:
+        result = of_a_config(load_config(options.config, model=options.model, mapping=True))
+        print("| what | branches | tokens said | CPU seconds |\n|---|---|---|---|")
+        print(*(f"| {' | '.join(map(str, row))} |" for row in result["rows"]), sep="\n")
+        print(json.dumps(result))
+        return
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         make_models({shape_of(options): [base]})
@@ -53,6 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     """Sizes of the model and of the trees."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shape_options(parser, Shape())
+    parser.add_argument("--config", metavar="FILE", help="where the CPU seconds of this config's mapping go")
+    parser.add_argument("--model", metavar="DIR", help="in place of the config's base model")
     parser.add_argument("--contexts", type=int, default=3)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--max-depth", type=int, default=4)
@@ -113,9 +128,67 @@ def explore(
     pairs = [Pair("BAD", "w1", context + " ") for context in contexts]
     scorer = build_scorer(model, encode_pairs(tokenizer, pairs, model.vocabulary, model.max_tokens), tails=False)
     roots = encode_contexts(tokenizer, contexts, model.vocabulary)
-    longest = max(len(root.tokens) for root in roots) + settings.max_depth + settings.additional_length
-    continuation = build_continuation(model, spelling, scorer, [root.tokens for root in roots], longest)
+    continuation = continuing(model, spelling, scorer, roots, settings)
     return list(Explorer(continuation, settings, spelling, frozenset()).explore(roots)), continuation.way
+
+
+def continuing(
+    model: ResidentModel, spelling: Spelling, scorer: Scorer, roots: Sequence[Root], settings: Mapper
+) -> Continuation:
+    """The verified way to continue these contexts."""
+    longest = max(len(root.tokens) for root in roots) + settings.max_depth + settings.additional_length
+    return build_continuation(model, spelling, scorer, [root.tokens for root in roots], longest)
+
+
+def of_a_config(config: Config) -> dict[str, object]:
+    """What each step of a config's mapping takes, in CPU seconds, and what generate takes for as many tokens."""
+    rows: list[tuple[str, object, object, float]] = []
+    done = 0.0
+
+    def note(what: str, branches: object = "", tokens: object = "") -> None:
+        nonlocal done
+        spent, done = time.process_time() - done, time.process_time()
+        rows.append((what, branches, tokens, round(spent, 1)))
+
+    note("starting Python, PyTorch and transformers")
+    base = Path(config.directories.model_path1)
+    model, tokenizer = load_model(open_checkpoint(base, "base"), "cpu", "float32"), load_tokenizer(base)
+    note("loading the model")
+    scorer, _ = score_once(model, encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens))
+    note("scoring the phrases, verified")
+    spelling = Spelling(tokenizer, model.vocabulary)
+    contexts = list(dict.fromkeys(pair.context for pair in config.pairs))
+    roots = encode_contexts(tokenizer, contexts, model.vocabulary)
+    for kind, limits in (("all branches", {}), ("the limits of default-mapper.yaml", shipped_limits())):
+        settings = replace(config.mapper, **limits)
+        continuation = continuing(model, spelling, scorer, roots, settings)
+        note(f"{kind}: verifying")
+        trees = list(Explorer(continuation, settings, spelling, model.end_tokens()).explore(roots))
+        branches = [len(tree.branches) for tree in trees]
+        said = len({node for tree in trees for branch in tree.branches for node in branch.nodes})
+        note(f"{kind}: mapping", sum(branches), said)
+        texts = [root.tokens for root, count in zip(roots, branches, strict=True) for _ in range(count)]
+        note(f"{kind}: generate", len(texts), generated(model, texts, -(-said // len(texts))))
+    return {"machine": machine(torch.device("cpu")), "contexts": len(contexts), "rows": rows}
+
+
+def shipped_limits() -> dict[str, float]:
+    """The limits that default-mapper.yaml sets."""
+    path = Path(__file__).parents[1] / "default-mapper.yaml"
+    shipped = yaml.safe_load(path.read_text(encoding="utf-8"))["mapper"]
+    return {name: shipped[name] for name in ("max_branches", "min_joint")}
+
+
+@torch.no_grad()
+def generated(model: ResidentModel, texts: Sequence[Sequence[int]], each: int) -> int:
+    """Let transformers continue all texts greedily, at once, by so many tokens each; how many it has said."""
+    longest = max(map(len, texts))
+    ids = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts])
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+    found = model.module.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, min_new_tokens=each, max_new_tokens=each, pad_token_id=0
+    )
+    return (found.shape[1] - longest) * len(texts)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mergekits
 import pytest
+import tiny
 import torch
 from matplotlib.image import imread
 from project import ROOT
@@ -52,6 +53,19 @@ def test_the_search_against_its_limit(tmp_path):
 def test_the_mapper(tmp_path):
     _, result = run(tmp_path, "bench_mapper.py", *SMALL, "--contexts", "1", "--max-depth", "2")
     assert result["same_branches_as_naive"] == result["leaves"] > 1
+
+
+@pytest.mark.slow
+def test_where_the_seconds_of_a_mapping_go(tmp_path):
+    tokenizer = tiny.TOKENIZERS["bpe"]()
+    base = tiny.make_model(tmp_path / "base", tiny.llama_config(len(tokenizer)), tokenizer, scale=20.0)
+    config = tiny.write_config(tmp_path / "my.yaml", base, [], tmp_path / "out")
+    output, result = run(tmp_path, "bench_mapper.py", "--config", str(config))
+    rows = {what: (branches, tokens) for what, branches, tokens, _ in result["rows"]}
+    (mapped, said), (texts, generated) = rows["all branches: mapping"], rows["all branches: generate"]
+    assert mapped == texts >= result["contexts"] == 5 and said <= generated < said + texts
+    assert rows["the limits of default-mapper.yaml: mapping"][0] <= mapped
+    assert "| all branches: mapping | " in output
 
 
 @pytest.mark.slow
