@@ -431,7 +431,7 @@ def test_a_phrase_with_variants_is_compared_with_what_none_of_them_is(bpe):
 
     assert stand_any("open", "closed", probability=0.4) == (2, 2, "filled")
     assert stand_any("open", "closed tightly", probability=0.25) == (2, 2, "filled")
-    assert stand_any("filled up", "open", probability=0.12) == (3, 3, "filled with")
+    assert stand_any("filled up", "open", probability=0.12) == (3, 3, "closed tightly")
     assert stand_any("filled", "closed", probability=0.8) == (1, 2, None)
 
 

@@ -34,7 +34,7 @@ def suggested(model, phrase, *branches, context=SHIVERS, probability=0.001):
     """The suggestion in place of a phrase among these branches, and its probability."""
     tree = scripted(model, context, *branches)
     encoded = encode_pair(model.tokenizer, context, phrase)
-    phrases = [(Pair("BAD", phrase, context), encoded, math.log(probability))]
+    phrases = [(Pair("BAD", phrase, context), [encoded], math.log(probability))]
     found = rank_phrases(tree, phrases, Mapper(), model.spelling)[0].suggestion
     return found and (found.phrase, round(math.exp(found.log_probability), 6))
 
