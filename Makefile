@@ -4,7 +4,7 @@
 # make real-discover  what that model says too often, a merge against it, and how often it says so afterwards (half an
 #             hour on two cores)
 # make test   the same environment, then style checks and all tests
-# make bench  the figures of docs/performance.md (about twenty minutes)
+# make bench  the figures of docs/performance.md (about half an hour)
 # make quality  the figures of docs/quality.md, on the models of make real (an hour or two, later minutes)
 
 PYTHON ?= python3
@@ -47,6 +47,7 @@ bench: $(VENV)/installed $(VENV)/tested-with
 	$(RUN) benchmarks/bench_mapper.py
 	$(RUN) benchmarks/bench_processes.py
 	$(RUN) benchmarks/bench_scaling.py --picture images/scaling.png
+	$(RUN) benchmarks/bench_joint.py
 
 quality: $(VENV)/installed
 	$(RUN) benchmarks/bench_quality.py
