@@ -62,8 +62,8 @@ def counts(
 
     variants: of the phrases that are any of several texts; a text that several phrases have counts for the first.
     """
-    texts_of = {phrase: (phrase,) for phrase in phrases} | dict(variants or {})
-    by_words = {_plain(text): phrase for phrase in reversed(phrases) for text in texts_of[phrase]}
+    known = variants or {}
+    by_words = {_plain(text): phrase for phrase in reversed(phrases) for text in known.get(phrase, (phrase,))}
     longest = sorted(by_words, key=lambda words: (-len(words), words))
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)")
     return Counts(
