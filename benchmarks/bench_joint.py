@@ -1,8 +1,8 @@
-"""What a joint search costs: a step against its limit, how the time grows, and a greedy search beside it.
+"""What a joint search costs: a step against its limit, and how the time grows with steps and candidates.
 
     python benchmarks/bench_joint.py
 
-The whole program on a random Llama in float32, one thread, headers on, drift weighed: eight layers of the size of the
+The whole program on a random Llama in float32, one thread, headers on, drift weighed: four layers of the size of the
 real demo's model. All are measured in turn; medians count. The limit of a step is the matrix products of a forward, its
 recomputation and its backward (four forwards' worth), one after another at the machine's own rate, and reading all
 candidates once. Prints a table and, as its last line, JSON.
@@ -29,7 +29,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 from workload import (
     Shape,
-    even_ratios,
     forward_products,
     machine,
     make_models,
@@ -38,8 +37,8 @@ from workload import (
     reading_seconds,
 )
 
-SHAPE = Shape(8, 576, 1536, 12000, heads=9, kv_heads=3, positions=512)
-PAIRS, NEUTRAL, CANDIDATES, RATIOS = 40, 512, 4, 4
+SHAPE = Shape(4, 576, 1536, 6000, heads=9, kv_heads=3, positions=512)
+PAIRS, NEUTRAL, CANDIDATES = 40, 512, 4
 STEP_CURVE, CANDIDATE_CURVE = (5, 10, 25), (1, 2, 4, 8)
 FORWARDS = 4  # whose products a step can't do without: forward, recomputed, and twice as much backward
 
@@ -51,12 +50,12 @@ class Bench:
     folder: Path
     repeats: int
 
-    def recipe(self, name: str, candidates: int, **settings: Any) -> dict[str, Any]:
-        """Of a whole run."""
+    def joint(self, steps: int, candidates: int) -> tuple[float, float]:
+        """Seconds of a whole run's search, and of one step: the median of all."""
         place = self.folder / "run"
         place.mkdir(exist_ok=True)
         config = {
-            "directories": {"model_path1": str(self.folder / "base"), "output_directory": str(place / name)},
+            "directories": {"model_path1": str(self.folder / "base"), "output_directory": str(place / "out")},
             "models_to_merge": [str(self.folder / f"candidate-{number}") for number in range(candidates)],
             "device": "cpu",
             "compute_dtype": "float32",
@@ -70,24 +69,15 @@ class Bench:
             "neutral_texts": [str(self.folder / "neutral.txt")],
             "baselines": False,
             "samples": [],
-            **settings,
+            "search": "joint",
+            "joint": {"steps": steps},
         }
         (place / "bench.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         command = [sys.executable, str(ROOT / "merge_monster.py"), "--config", "bench.yaml", "--overwrite", "--quiet"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=place, env=environment, check=True, stdout=subprocess.DEVNULL)
-        return json.loads((place / name / "merge_monster_recipe.json").read_text(encoding="utf-8"))
-
-    def joint(self, steps: int, candidates: int) -> tuple[float, float]:
-        """Seconds of a joint search, and of one step: the median of all."""
-        found = self.recipe("joint", candidates, search="joint", joint={"steps": steps})
+        found = json.loads((place / "out" / "merge_monster_recipe.json").read_text(encoding="utf-8"))
         return found["seconds"]["search"], statistics.median(step["seconds"] for step in found["joint"]["steps"])
-
-    def greedy(self, candidates: int, drift: bool) -> float:
-        """Seconds of a greedy search with four ratios. drift: whether each trial's is measured, as that of each step
-        is."""
-        own = {"merge_ratios": list(even_ratios(RATIOS)), **({} if drift else {"drift_weight": 0.0})}
-        return self.recipe("greedy", candidates, **own)["seconds"]["search"]
 
 
 def main() -> None:
@@ -109,7 +99,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """How much is measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, help="of everything; medians count")
+    parser.add_argument("--repeats", type=int, default=2, help="of everything; medians count")
     parser.add_argument("--quick", action="store_true", help="two small points a curve")
     return parser.parse_args()
 
@@ -124,8 +114,6 @@ def measured(bench: Bench, steps: Sequence[int], candidates: Sequence[int]) -> d
             times["a step"].append(step)
         for count in candidates:
             times[f"candidates {count}"].append(bench.joint(steps[1], count)[0])
-        times["greedy"].append(bench.greedy(CANDIDATES, drift=False))
-        times["greedy with drift"].append(bench.greedy(CANDIDATES, drift=True))
         times["limit of a step"].append(limit_of_a_step(bench.folder))
     return {name: statistics.median(some) for name, some in times.items()}
 
