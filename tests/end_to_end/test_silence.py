@@ -93,6 +93,12 @@ def unannounced(parts):
     return found
 
 
+def test_a_silence_would_be_found():
+    line, bar = "09:06:37 - Loading base\r\n", "\r 41%|####    | 12:20 elapsed, 17:45 to go"
+    assert not unannounced([(SILENCE, line), (9, "Device: cpu\r\n"), (SILENCE, bar), (9, "\r\n")])
+    assert unannounced([(9, line), (9, "Device: cpu\r\n"), (9, bar)]) == [(9, "", line), (9, "Device: cpu", bar)]
+
+
 @pytest.mark.slow
 def test_no_silence_in_any_command(place):
     tokenizer = tiny.TOKENIZERS["bpe"]()
