@@ -1,11 +1,11 @@
 # make demo   create .venv, install, train the demo models if they are missing, map and merge them, twice
 # make real   the same environment and two packages more; a real model of 135 M parameters and four fine-tunes of it,
 #             mapped and merged (about twenty minutes on two cores, 3 GB; the second time it is only merged)
-# make real-discover  what that model says too often, a merge against it, and how often it says so afterwards (half an
-#             hour on two cores)
+# make real-discover  what that model says too often, a merge against it, and how often it says so afterwards (forty
+#             minutes on two cores)
 # make test   the same environment, then style checks and all tests
 # make bench  the figures of docs/performance.md (about half an hour)
-# make quality  the figures of docs/quality.md, on the models of make real (an hour or two, later minutes)
+# make quality  the figures of docs/quality.md, on the models of make real (two to three hours, later minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
