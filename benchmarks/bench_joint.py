@@ -51,7 +51,7 @@ class Bench:
     repeats: int
 
     def joint(self, steps: int, candidates: int) -> tuple[float, float]:
-        """Seconds of a whole run's search, and of one step: the median of all."""
+        """Seconds of all of a run's steps, and of one of them, the median."""
         place = self.folder / "run"
         place.mkdir(exist_ok=True)
         config = {
