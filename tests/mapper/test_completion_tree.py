@@ -108,9 +108,9 @@ def make(folder, family, config=tiny.llama_config, scale=20.0, **more):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Of all combinations, every thirteenth is in each run of the tests.
+# Of all combinations, every seventeenth is in each run of the tests.
 CASES = [
-    pytest.param(*case, marks=[pytest.mark.slow] if number % 13 else [])
+    pytest.param(*case, marks=[pytest.mark.slow] if number % 17 else [])
     for number, case in enumerate(itertools.product([1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [0.0, 10.0, 100.0], [1, MANY]))
 ]
 
@@ -140,9 +140,9 @@ def test_the_budget_changes_nothing(model, budget):
     model.check(CONTEXTS, Mapper(2.0, 3, 4, 8), budget)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", ["forest", "rows"])
-@pytest.mark.parametrize("budget", [1, MANY])
+@pytest.mark.parametrize("budget", [MANY, 1])
 def test_without_kept_keys_and_values(model, layout, budget):
     model.check(CONTEXTS, Mapper(2.0, 3, 4, 5), budget, Recomputed(model.resident, model.spelling, layout))
 
@@ -206,8 +206,9 @@ def test_the_same_bits_every_time(model):
     assert bits() == bits()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("max_branches", [None, 2])
-@pytest.mark.parametrize("budget", [1, 40, MANY])
+@pytest.mark.parametrize("budget", [MANY, 40, 1])
 def test_progress_adds_up_to_the_number_of_contexts(model, budget, max_branches):
     told = []
     predictor = Cached(model.resident, model.spelling, budget)
@@ -275,13 +276,14 @@ def test_without_limits_nothing_is_cut(model):
 
 
 def test_what_would_be_a_flood_is_not_enumerated(bpe):
-    """Of the 1,953,125 branches of a context hardly more than the three that are kept are asked about."""
+    """Of the 16,384 branches of a context hardly more than the three that are kept are asked about."""
     predictor = Counting(bpe)
-    (tree,) = bpe.trees(CONTEXTS[:1], Mapper(0.0, 5, 9, 4, 3), predictor=predictor)
-    assert [len(branch.nodes) for branch in tree.branches] == [13] * 3
-    assert tree.cut.branches > 20 and predictor.asked < 2000
+    (tree,) = bpe.trees(CONTEXTS[:1], Mapper(0.0, 4, 7, 4, 3), predictor=predictor)
+    assert [len(branch.nodes) for branch in tree.branches] == [11] * 3
+    assert tree.cut.branches > 20 and predictor.asked < 1000
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("limits", [(None, None), (2, None), (None, 1.0), (2, 1.0)])
 @pytest.mark.parametrize("settings", [(0.0, 3, 3, 4), (10.0, 20, 4, 0), (60.0, 3, 4, 4), (100.0, 3, 2, 2)])
 def test_no_context_takes_more_than_was_said_before(model, settings, limits):
