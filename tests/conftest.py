@@ -29,7 +29,7 @@ transformers.logging.set_verbosity_error()
 def pytest_configure(config):
     """Where slow tests are left out, so are most generated inputs."""
     settings.register_profile("all", max_examples=100)
-    settings.register_profile("some", max_examples=7)
+    settings.register_profile("some", max_examples=5)
     settings.load_profile("some" if "not slow" in config.getoption("markexpr") else "all")
 
 

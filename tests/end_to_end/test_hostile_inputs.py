@@ -483,6 +483,7 @@ def test_a_damaged_index(bench, role, damage):
     try_out(bench, folder, role, whole=False)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("role", ROLES)
 def test_the_same_shards_are_well_under_a_right_index(bench, role):
     folder = spoiled(bench, role)
@@ -576,6 +577,7 @@ def test_a_damaged_adapter(bench, file, damage):
     try_out(bench, folder, "adapter")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize(
     "file, change, code",
@@ -693,6 +695,7 @@ CODE = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("what", CODE)
 def test_code_beside_a_checkpoint_is_not_run_unless_trusted(bench, monkeypatch, role, what):
