@@ -6,6 +6,7 @@ Knows: how names are spelt, which folders and files are there. Refuses to know: 
 import difflib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def parse_location(text: str) -> Location | None:
 
     models/one means a folder, and not the hub's, where there is a folder models; models/one@main means the hub's.
     """
-    folder = _folder(text) or _gguf_file(text)
+    folder = _folder(text) or _there(text, _is_gguf_file)
     if folder is not None:
         return Location(text, folder)
     hub_id = _HUB_ID.fullmatch(text)
@@ -102,20 +103,19 @@ def missing_folder(text: str) -> str:
 
 
 def _folder(text: str) -> Path | None:
-    """The folder of this name; None if there is none, or the text can't be the name of one."""
+    return _there(text, Path.is_dir)
+
+
+def _is_gguf_file(path: Path) -> bool:
+    return path.suffix.lower() == GGUF and path.is_file()
+
+
+def _there(text: str, is_one: Callable[[Path], bool]) -> Path | None:
+    """What is wanted, of this name; None if it is not there, or the text can't be the name of anything."""
     try:
-        folder = Path(text).expanduser()
-        return folder if text and folder.is_dir() else None
+        path = Path(text).expanduser()
+        return path if text and is_one(path) else None
     except (OSError, ValueError, RuntimeError):  # too long, a null character, an unknown user
-        return None
-
-
-def _gguf_file(text: str) -> Path | None:
-    """The GGUF file of this name; None if there is none."""
-    try:
-        file = Path(text).expanduser()
-        return file if file.suffix.lower() == GGUF and file.is_file() else None
-    except (OSError, ValueError, RuntimeError):  # as above
         return None
 
 
