@@ -7,7 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from modules.config import Mapper
 from modules.mapper.detokenize import Spelling
@@ -181,7 +181,7 @@ class Explorer:
                 yield CompletionTree(roots[tree], tuple(ordered), self._cuts[tree])
             if not stack:
                 return
-            group, tips = within_memory(partial(self._advance, stack), self.predictor.take_less_memory)
+            group, tips = self._advance(stack)
             unfinished.subtract(tip.tree for tip in group)
 
     def _likeliest(self, tips: Sequence[_Tip], limit: int) -> list[_Tip]:
@@ -197,7 +197,7 @@ class Explorer:
                 break
             stack, tips = [branching], [tip for tip in likeliest if not self._branches(tip)] + others
             while stack:
-                tips += within_memory(partial(self._advance, stack), self.predictor.take_less_memory)[1]
+                tips += self._advance(stack)[1]
         for tip in others:
             cut = self._cuts[tip.tree]
             share = cut.share + math.exp(tip.joint)
@@ -207,10 +207,14 @@ class Explorer:
 
     def _advance(self, stack: list[list[_Tip]]) -> tuple[list[_Tip], list[_Tip]]:
         """As many of the last tips as fit, taken off, and those that follow on them."""
-        group, rest = self._fitting(stack[-1])
-        tips = self._step(group)
-        stack[-1:] = [rest] if rest else []
-        return group, tips
+
+        def advance() -> tuple[list[_Tip], list[_Tip]]:
+            group, rest = self._fitting(stack[-1])
+            tips = self._step(group)
+            stack[-1:] = [rest] if rest else []
+            return group, tips
+
+        return within_memory(advance, self.predictor.take_less_memory)
 
     def _fitting(self, tips: list[_Tip]) -> tuple[list[_Tip], list[_Tip]]:
         """As many tips, at least one, as can be followed to their ends within the budget if they do not branch."""
@@ -236,7 +240,7 @@ class Explorer:
         return successors
 
     def _successors(self, tip: _Tip, guesses: Sequence[Guess]) -> list[_Tip]:
-        if tip.length is None and tip.depth < self.settings.max_depth:
+        if self._branches(tip):
             probable = [guess for guess in guesses if math.exp(guess[1]) * 100 >= self.settings.prob_min]
             least = self.settings.min_joint or 0.0
             likely = [guess for guess in probable if math.exp(tip.joint + guess[1]) * 100 >= least]
