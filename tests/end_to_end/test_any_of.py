@@ -8,7 +8,7 @@ import pytest
 import reference
 import tiny
 import yaml
-from broken_runs import JOURNAL, RECIPE, break_off, journal
+from broken_runs import OWN, RECIPE, break_off, differing, journal, same
 from runs import digest, log_of, merge, tables
 from transformers import AutoTokenizer
 
@@ -28,7 +28,6 @@ BAD = [
 ]
 GOOD = [{"phrase": ROOMS, "weight": 3, "contexts": ["Answer: The apple is in "]}]
 TEXT = "The bread is on the table. It was baked this morning, and half of it is left for the evening. " * 6
-OWN = {JOURNAL, RECIPE, "README.md", "merge_monster.yaml"}  # what names the output, or times
 SEARCHES = {
     "greedy": {"merge_ratios": [0.3, 0.7], "auto_weights": True, "max_drift": 5.0},
     "joint": {"search": "joint", "joint": {"steps": 3}},
@@ -88,8 +87,7 @@ def test_a_replay_keeps_the_variants_and_gives_the_same_tensors(whole, models, p
     recipe = folder / "out" / RECIPE
     sources = [word for model in models for word in ("--source", f"{model.name}={model}")]
     assert merge_monster.main(["--replay", str(recipe), "--output", "again", *sources]) == 0
-    ours, theirs = digest(place / "again"), digest(folder / "out")
-    assert {name for name in theirs if ours.get(name) != theirs[name]} <= OWN
+    assert differing(digest(place / "again"), digest(folder / "out")) <= OWN
     assert recipe_of(place / "again")["phrases"] == recipe_of(folder / "out")["phrases"]
 
 
@@ -99,8 +97,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bytes(whole, models, place
     break_off(place, folder / "out", kinds.index("decision" if search == "greedy" else "step") + 2)
     assert run(place, models, "--resume", **SEARCHES[search]) == 0
     assert "Resuming" in log_of(place)
-    ours, theirs = digest(place / "out"), digest(folder / "out")
-    assert {name for name in theirs if ours.get(name) != theirs[name]} <= OWN
+    assert same(place / "out", folder / "out")
     for key in ("phrases", "held_out", "total", "baselines"):
         assert recipe_of(place / "out")[key] == recipe_of(folder / "out")[key]
     assert run(place, models, "--resume", **SEARCHES[search]) == 0

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import yaml
-from broken_runs import JOURNAL, RECIPE, break_off, journal
+from broken_runs import JOURNAL, RECIPE, break_off, differing, journal, same
 from chats import LLAMA_3, RAISING, chat_tokenizer, on
 from runs import digest, log_of, tables
 from transformers import AutoTokenizer
@@ -30,7 +30,6 @@ ENTRIES = [
     }
 ]
 SETTINGS = {"bad_phrases": ENTRIES, "good_phrases": [], "merge_ratios": [0.3, 0.7], "pairs": ()}
-OWN = {JOURNAL, RECIPE, "README.md", "merge_monster.yaml"}
 
 
 def make_models(folder, template=LLAMA_3):
@@ -111,8 +110,7 @@ def test_a_run_goes_on_on_another_day_with_what_it_has_rendered(whole, models, p
     break_off(place, whole / "out", records)
     on(monkeypatch, 26)
     assert merge(place, models, "--resume") == 0
-    ours, theirs = digest(place / "out"), digest(whole / "out")
-    assert {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)} <= OWN
+    assert same(place / "out", whole / "out")
     found, expected = recipe_of(place), recipe_of(whole)
     for key in ("phrases", "held_out", "total"):
         assert found[key] == expected[key]
@@ -167,8 +165,7 @@ def test_a_run_does_not_go_on_with_other_chats(whole, models, place, capsys, set
 def test_a_recipe_with_chats_replays_on_another_day(whole, place, monkeypatch):
     on(monkeypatch, 26)
     assert merge_monster.main(["--replay", str(whole / "out" / RECIPE), "--output", "again"]) == 0
-    ours, theirs = digest(place / "again"), digest(whole / "out")
-    assert {name for name in theirs if ours.get(name) != theirs[name]} <= {JOURNAL, RECIPE, "README.md"}
+    assert differing(digest(place / "again"), digest(whole / "out")) <= {JOURNAL, RECIPE, "README.md"}
     recipes = [json.loads((folder / RECIPE).read_text(encoding="utf-8")) for folder in (place / "again", whole / "out")]
     assert recipes[0]["settings"] == recipes[1]["settings"] and recipes[0]["phrases"] == recipes[1]["phrases"]
     assert merge_monster.main(["--compare", "again", str(whole / "out")]) == 0

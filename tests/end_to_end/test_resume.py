@@ -17,7 +17,21 @@ import pytest
 import tiny
 import torch
 import yaml
-from broken_runs import JOURNAL, RECIPE, break_off, broken_after, end, journal, merge, start, wait_until
+from broken_runs import (
+    JOURNAL,
+    OWN,
+    RECIPE,
+    break_off,
+    broken_after,
+    differing,
+    end,
+    journal,
+    merge,
+    same,
+    start,
+    undisturbed,
+    wait_until,
+)
 from runs import digest, log_of, make_models, tables
 from safetensors.torch import load_file
 
@@ -32,8 +46,6 @@ from modules.output.places import UNFINISHED
 from modules.output.run_record import RunRecord
 from modules.runtime.errors import CheckpointError, ConfigError
 
-OWN = {JOURNAL, RECIPE, "merge_monster.yaml", "README.md"}  # they say how long it took, and where the output is
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
@@ -43,20 +55,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
-    """What a run leaves that was not interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert merge(folder, models) == 0
-    return folder / "out"
-
-
-def same(folder, whole, marked=False):
-    """The same files, to the bit, but for what tells of this very run. marked: a mark of before may still be there."""
-    ours, theirs = digest(folder), digest(whole)
-    if marked:
-        ours.pop(UNFINISHED, None)
-    return ours.keys() == theirs.keys() and {name for name in ours if ours[name] != theirs[name]} <= OWN
+    return undisturbed(tmp_path_factory.mktemp("whole"), models)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -760,8 +759,7 @@ def test_a_shell_sees_how_to_go_on(place, models):
 
 def test_a_recipe_may_be_named_as_the_output_that_holds_it(place, whole):
     assert merge_monster.main(["--replay", str(whole), "--output", "again"]) == 0
-    ours, theirs = digest(place / "again"), digest(whole)
-    assert {name for name in theirs if ours.get(name) != theirs[name]} <= OWN
+    assert differing(digest(place / "again"), digest(whole)) <= OWN
 
 
 REPLAYS = {

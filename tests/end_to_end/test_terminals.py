@@ -11,31 +11,19 @@ import time
 
 import pytest
 import tiny
-from broken_runs import JOURNAL, end, journal, merge, start, wait_until
+from broken_runs import end, journal, merge, same, start, undisturbed, wait_until
 from project import ROOT
-from runs import digest, log_of
+from runs import log_of
 
 import merge_monster
 import modules.run.conductor
 import modules.run.merge
 import monster_mapper
 
-OWN = {JOURNAL, "merge_monster_recipe.json", "merge_monster.yaml", "README.md"}  # they say how long it took
-
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
-    """What a run leaves that nobody has disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert merge(folder, models) == 0
-    return folder / "out"
-
-
-def same(folder, whole):
-    ours, theirs = digest(folder), digest(whole)
-    return ours.keys() == theirs.keys() and {name for name in ours if ours[name] != theirs[name]} <= OWN
+    return undisturbed(tmp_path_factory.mktemp("whole"), models)
 
 
 class Gate:

@@ -1,17 +1,21 @@
-"""Runs that break off: one in a child process, to be killed; what a killed one leaves; a file that breaks meanwhile."""
+"""Runs that break off: one in a child process, to be killed; what a killed one leaves; a file that breaks meanwhile; a
+run that nobody disturbs, and whether others have left the same."""
 
 import json
 import os
 import sys
 import time
 
+import pytest
 import tiny
+from runs import digest
 
 import merge_monster
 from modules.checkpoints.candidate import Candidate
-from modules.output.places import Beside
+from modules.output.places import UNFINISHED, Beside
 
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"
+OWN = {JOURNAL, RECIPE, "merge_monster.yaml", "README.md"}  # they say how long it took, and where the output is
 SETTINGS = {"merge_method": ["slerp", "lerp"], "auto_weights": True}
 
 
@@ -19,6 +23,27 @@ def merge(place, models, *arguments, **settings):
     base, *candidates = models
     path = tiny.write_config(place / "my.yaml", base, candidates, place / "out", **{**SETTINGS, **settings})
     return merge_monster.main(["--config", str(path), *arguments])
+
+
+def undisturbed(folder, models):
+    """What a run leaves that was not interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert merge(folder, models) == 0
+    return folder / "out"
+
+
+def same(folder, whole, marked=False):
+    """The same files, to the bit, but for what tells of this very run. marked: a mark of before may still be there."""
+    ours, theirs = digest(folder), digest(whole)
+    if marked:
+        ours.pop(UNFINISHED, None)
+    return ours.keys() == theirs.keys() and differing(ours, theirs) <= OWN
+
+
+def differing(ours, theirs):
+    """The names of files whose digests are not the same, or that only one side has."""
+    return {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
 
 
 def journal(folder):

@@ -2,8 +2,21 @@
 
 import math
 
+import tiny
+
 from modules.mapper.completion_tree import Branch, CompletionTree, Node
+from modules.mapper.detokenize import Spelling
 from modules.scoring.tokenization import encode_contexts, encode_pair
+
+
+class TokenizerOnly:
+    """What `scripted` needs of a model: its tokenizer and the size of its vocabulary."""
+
+    def __init__(self):
+        self.tokenizer = tiny.bpe_tokenizer()
+        self.resident = self
+        self.vocabulary = len(self.tokenizer)
+        self.spelling = Spelling(self.tokenizer, self.vocabulary)
 
 
 def scripted(model, context, *branches):

@@ -4,31 +4,19 @@ import math
 from dataclasses import replace
 
 import pytest
-import tiny
 import yaml
-from completions import completed, scripted
+from completions import TokenizerOnly, completed, scripted
 
 from modules.config import Config, Directories, Mapper, Pair
 from modules.mapper import report as mapping_report
 from modules.mapper.completion_tree import Cut
-from modules.mapper.detokenize import Spelling
 from modules.mapper.ranking import PhraseRank, Suggestion
 from modules.runtime.console import _COLOUR, coloured
 
 
-class Model:
-    """What `scripted` needs of a model: its tokenizer and the size of its vocabulary."""
-
-    def __init__(self):
-        self.tokenizer = tiny.bpe_tokenizer()
-        self.resident = self
-        self.vocabulary = len(self.tokenizer)
-        self.spelling = Spelling(self.tokenizer, self.vocabulary)
-
-
 @pytest.fixture(scope="module")
 def model():
-    return Model()
+    return TokenizerOnly()
 
 
 def standing(phrase="spine", context="down her ", probability=0.5, rare=False, better=None, kind="BAD", weight=1.0):

@@ -3,11 +3,9 @@
 import math
 
 import pytest
-import tiny
-from completions import scripted
+from completions import TokenizerOnly, scripted
 
 from modules.config import Mapper, Pair
-from modules.mapper.detokenize import Spelling
 from modules.mapper.grammar import ADVERBS, english
 from modules.mapper.ranking import rank_phrases
 from modules.scoring.tokenization import encode_pair
@@ -15,19 +13,9 @@ from modules.scoring.tokenization import encode_pair
 SHIVERS = "It sent shivers down her "
 
 
-class Model:
-    """What `scripted` needs of a model: its tokenizer and the size of its vocabulary."""
-
-    def __init__(self):
-        self.tokenizer = tiny.bpe_tokenizer()
-        self.resident = self
-        self.vocabulary = len(self.tokenizer)
-        self.spelling = Spelling(self.tokenizer, self.vocabulary)
-
-
 @pytest.fixture(scope="module")
 def model():
-    return Model()
+    return TokenizerOnly()
 
 
 def suggested(model, phrase, *branches, context=SHIVERS, probability=0.001):
