@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from modules.checkpoints.causes import disguise
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.checkpoints.companions import find_companions
+from modules.checkpoints.gguf_tokenizer import check_rebuilt, rebuild_tokenizer
 from modules.checkpoints.hub import there_already
 from modules.checkpoints.weight_files import dtype_name, fingerprint
 from modules.runtime import ConfigError, first_line, reading
@@ -36,6 +37,8 @@ _OF_QUANTISED = torch.bfloat16
 _LONGEST = 80  # characters of the file's name in the folder's
 _BEGINNING = 2**25  # bytes of a file, in which is what stands before its numbers, the tokenizer too
 _KIND = "merge_monster_gguf.txt"  # in the folder: how the file stores most of its numbers
+_DOUBTS = "merge_monster_gguf_tokenizer.txt"  # in the folder: what the file leaves open of its tokenizer
+_REBUILDING = 2  # counts the ways in which tokenizers were rebuilt: a folder with one of an earlier way is not used
 
 
 def as_folder(
@@ -71,6 +74,14 @@ def about(text: str, kind: str, tokenizer: str | None) -> str:
     return f"{text} is a GGUF file of {kind}{rounding}, read as {dtype_name(_dtype_of(kind))}; its tokenizer is {taken}"
 
 
+def tokenizer_doubts(folder: Path) -> list[str]:
+    """What the file of which a folder was made leaves open of its tokenizer, a line for each; in all other folders
+    nothing. Raises CheckpointError if that can't be read."""
+    file = folder / _DOUBTS
+    with reading(file):
+        return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+
+
 def describe(file: Path) -> tuple[str, int]:
     """How a GGUF file stores most of its numbers, and how many they are; none of them is read.
 
@@ -103,7 +114,9 @@ def _hash_of(file: Path, tokenizer: str | None) -> str:
     with reading(file), file.open("rb") as opened:
         beginning = hashlib.sha256(opened.read(_BEGINNING)).hexdigest()
     known: list[Any] = [fingerprint(file), beginning]
-    if tokenizer is not None:
+    if tokenizer is None:
+        known.append(_REBUILDING)
+    else:
         folder = Path(tokenizer)
         if not folder.is_dir():
             raise ConfigError(f"tokenizer: {tokenizer}: no such folder")
@@ -128,12 +141,11 @@ def _make(file: Path, folder: Path, kind: str, tokenizer: str | None) -> None:
 
 def _write(file: Path, folder: Path, dtype: torch.dtype, tokenizer: str | None) -> None:
     """Write model and tokenizer into an empty folder. Raises ConfigError if transformers can't read the file."""
-    chosen = load_tokenizer(Path(tokenizer)) if tokenizer is not None else None
+    rebuilt = rebuild_tokenizer(file) if tokenizer is None else None
+    chosen = load_tokenizer(Path(tokenizer)) if rebuilt is None else rebuilt.tokenizer
     place = {"gguf_file": str(file.resolve())}  # by its path: nothing that lies beside it is read
     try:
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # a bar that no setting keeps away
-            if chosen is None:
-                chosen = AutoTokenizer.from_pretrained(folder, **place)
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 quantization_config=GgufConfig(dequantize=True),
@@ -150,7 +162,10 @@ def _write(file: Path, folder: Path, dtype: torch.dtype, tokenizer: str | None) 
     if missing:
         hint = "of a file that was split, join the parts with llama.cpp's llama-gguf-split first"
         raise ConfigError(f"{file}: lacks {len(missing)} of the model's tensors, such as {missing[0]}; {hint}")
-    if tokenizer is None:
+    if rebuilt is not None:
         chosen.model_max_length = getattr(model.config, "max_position_embeddings", chosen.model_max_length)
     model.save_pretrained(folder)
     chosen.save_pretrained(folder)
+    if rebuilt is not None:
+        check_rebuilt(file, load_tokenizer(folder), rebuilt.lists)
+        (folder / _DOUBTS).write_text("\n".join(rebuilt.doubts), encoding="utf-8")

@@ -26,7 +26,7 @@ from modules.checkpoints.checkpoint import (
     read_configuration,
     small_files,
 )
-from modules.checkpoints.gguf_files import about, as_folder
+from modules.checkpoints.gguf_files import about, as_folder, tokenizer_doubts
 from modules.checkpoints.hub import Job, Repository, find
 from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from modules.checkpoints.lora import Adapter, open_adapter, read_settings
@@ -90,6 +90,10 @@ class Found:
         """Whether there is an adapter and nothing else."""
         return self.has_adapter and not holds_weights(self.names)
 
+    def warnings(self) -> list[str]:
+        """What may be otherwise in the files than in what they were made from."""
+        return [f"{self.location.text}: {doubt}" for doubt in tokenizer_doubts(self.folder)]
+
     def notes(self) -> list[str]:
         """What should be known about where the files come from."""
         if self.repository is None:
@@ -126,6 +130,7 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
 
     candidates = _all_or_problems(open_one, zip(names, sources, strict=True))
     notes += base.notes + base.companions.notes
+    warnings += [warning for one in found.values() for warning in one.warnings()]
     for candidate in candidates:
         notes += [*candidate.notes, *candidate.checkpoint.notes]
         warnings += candidate.warnings
@@ -141,7 +146,7 @@ def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
     base = _as_base(found, location.text, fetch)
     fetch(base.job)
     module, warnings = _module_of(base)
-    return Models(base, found.where, module, candidates=[], notes=[], warnings=warnings)
+    return Models(base, found.where, module, candidates=[], notes=[], warnings=[*warnings, *found.warnings()])
 
 
 def _looked_up(locations: Iterable[Location]) -> list[str]:

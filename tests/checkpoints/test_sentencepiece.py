@@ -2,7 +2,6 @@
 
 import base64
 import importlib
-import io
 import json
 import subprocess
 import sys
@@ -21,21 +20,6 @@ from modules.runtime.errors import ConfigError
 TEXT = "The apple is in the kitchen, na\u00efve \U0001f642\n  and more."
 GEMMA = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "add_dummy_prefix": False, "control_symbols": "<mask>"}
 GEMMA |= {"bos_piece": "<bos>", "eos_piece": "<eos>"}
-
-
-def trained(kind, **more):
-    """A model of SentencePiece as it is in a file."""
-    written, rule = io.BytesIO(), {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tiny.TEXT * 9),
-        model_writer=written,
-        model_type=kind,
-        vocab_size=350,
-        byte_fallback=True,
-        minloglevel=2,
-        **{**rule, **more},
-    )
-    return written.getvalue()
 
 
 def folder_of(place, model_type, content, name="tokenizer.model", tokenizer_class=None):
@@ -59,14 +43,14 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_file_alone_encodes_as_sentencepiece_does(tmp_path, family):
     model_type, kind, more, tokenizer_class = FAMILIES[family]
-    content = trained(kind, **more)
+    content = tiny.sentencepiece_model(kind, **more)
     tokenizer = load_tokenizer(folder_of(tmp_path / "model", model_type, content, tokenizer_class=tokenizer_class))
     expected = sentencepiece.SentencePieceProcessor(model_proto=content).encode(TEXT)
     assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == expected
 
 
 def test_models_that_have_nothing_else_are_merged(place):
-    content = trained("bpe")
+    content = tiny.sentencepiece_model("bpe")
     size = sentencepiece.SentencePieceProcessor(model_proto=content).get_piece_size()
     for seed, name in enumerate(("base", "one")):
         tiny.make_model(place / name, tiny.llama_config(size, layers=1), None, seed)
@@ -100,7 +84,7 @@ def test_a_file_that_is_none(tmp_path, content, words):
 
 PACKAGES = pytest.mark.parametrize(
     ("content", "words"),
-    [(trained("bpe"), "pip install sentencepiece protobuf"), (ranks(), "pip install tiktoken")],
+    [(tiny.sentencepiece_model("bpe"), "pip install sentencepiece protobuf"), (ranks(), "pip install tiktoken")],
     ids=["sentencepiece", "tiktoken"],
 )
 

@@ -1,8 +1,10 @@
 """Tiny seeded models and tokenizers, written to disk as real checkpoints."""
 
+import io
 import json
 from pathlib import Path
 
+import sentencepiece
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -67,6 +69,21 @@ def spm_tokenizer(extra=(), eos="</s>"):
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, unk_token="<unk>")
+
+
+def sentencepiece_model(kind="bpe", **more):
+    """A model of SentencePiece as it is in a file."""
+    written, rule = io.BytesIO(), {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 9),
+        model_writer=written,
+        model_type=kind,
+        vocab_size=350,
+        byte_fallback=True,
+        minloglevel=2,
+        **{**rule, **more},
+    )
+    return written.getvalue()
 
 
 TOKENIZERS = {"bpe": bpe_tokenizer, "spm": spm_tokenizer}
