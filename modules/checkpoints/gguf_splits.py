@@ -10,6 +10,8 @@ all others.
 from tokenizers import Encoding, Regex, Tokenizer, pre_tokenizers
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+from modules.runtime import shortened
+
 _SENTENCE_MARKS = r"\s|.,!?\x{2026}\x{3002}\x{FF0C}\x{3001}\x{0964}\x{06D4}\x{060C}"
 _HAN_AND_HANGUL = r"[\x{0800}-\x{9FA5}\x{AC00}-\x{D7FF}]+"
 _HAN_AND_KANA = r"[\x{4E00}-\x{9FA5}\x{3040}-\x{30FF}]+"
@@ -97,12 +99,13 @@ def settle_split(backend: Tokenizer, name: str | None) -> str | None:
             backend.pre_tokenizer = rule
         return None
     if name not in _NOT_SAID:
-        return f"the rule by which it cuts text into words is not known here (tokenizer.ggml.pre: {name})"
+        return f"its pre-tokenizer {name} (tokenizer.ggml.pre) is not known here, so texts may become other tokens"
     rules = [rule for rule in _BY_NAME.values() if _makes_all_tokens(rule, backend)]
     text = next((text for rule in rules if (text := _first_difference(backend, rule)) is not None), None)
     if text is None:  # with this vocabulary it makes no difference
         return None
-    return f"the file does not say how it cuts text into words (tokenizer.ggml.pre), which changes texts like {text!r}"
+    example = shortened(repr(text))
+    return f"the file names no pre-tokenizer (tokenizer.ggml.pre), so texts like {example} may become other tokens"
 
 
 def _first_difference(backend: Tokenizer, rule: pre_tokenizers.PreTokenizer) -> str | None:

@@ -29,7 +29,8 @@ _SPACE = "\u2581"  # in SentencePiece's tokens
 _ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id"}
 _ROLES |= {"pad_token": "padding_token_id"}
 _NAMED = (*_ROLES.values(), "eot_token_id", "eom_token_id")
-_HINT = "name the folder of the original's tokenizer by `tokenizer:`"
+_UNTYPED = f"the file does not say which tokens are control tokens ({_KEY}token_type), so its tokenizer may cut some"
+_HINT = "set tokenizer: to the folder of the original's"
 
 
 class _Kind(IntEnum):
@@ -157,10 +158,10 @@ def rebuild_tokenizer(file: Path) -> Rebuilt:
         merges = state["model"].get("merges", ())
         lists = replace(lists, merged=frozenset(map("".join, merges)))
         backend = _mended(built, state, lists)
-        doubts = [] if lists.is_typed else ["the file does not say which tokens are control tokens (token_type)"]
+        doubts = [] if lists.is_typed else [_UNTYPED]
         if lists.model == _BYTE_LEVEL and (doubt := settle_split(backend, lists.get("pre"))):
             doubts.append(doubt)
-        return Rebuilt(_with_roles(backend, lists), lists, [f"{doubt}; to be sure, {_HINT}" for doubt in doubts])
+        return Rebuilt(_with_roles(backend, lists), lists, [f"{doubt}; {_HINT}" for doubt in doubts])
     except Exception as error:  # the tokenizer library raises bare Exception
         raise _refusal(file, f"can't be rebuilt ({first_line(error)})") from None
 
@@ -182,7 +183,7 @@ def _contradiction(lists: Lists) -> str | None:
     tokens, size = lists.tokens, len(lists.tokens or ())
     if not size:
         return f"the file lists no tokens ({_KEY}tokens)"
-    twice = [token for token, count in Counter(tokens).items() if count > 1]
+    twice = [token for token, count in Counter(tokens).items() if count > 1 and token]
     if twice:
         return f"token {shortened(twice[0])!r} is listed more than once ({_KEY}tokens)"
     for name in ("token_type", "scores"):

@@ -119,6 +119,7 @@ SENTENCEPIECE = {
     "llama": ({}, {}),
     "no prefix": ({"add_dummy_prefix": False}, {"add_space_prefix": False}),
     "a prefix, said": ({}, {"add_space_prefix": True}),
+    "no bytes": ({"byte_fallback": False, "vocab_size": 100}, {}),
 }
 
 
@@ -135,7 +136,8 @@ def test_scores_and_bytes_are_read_as_sentencepiece_does(tmp_path, family):
     expected = [[*model.encode(text), whole, *model.encode(text)] for text in TEXTS]
     assert ids(rebuilt.tokenizer, [f"{text}[INST]{text}" for text in TEXTS]) == expected
     assert rebuilt.tokenizer("a")["input_ids"] == [model.bos_id(), *model.encode("a")]
-    assert all(rebuilt.tokenizer.decode(model.encode(text)) == model.decode(model.encode(text)) for text in TEXTS)
+    known = [encoded for encoded in map(model.encode, TEXTS) if model.unk_id() not in encoded]
+    assert [rebuilt.tokenizer.decode(encoded) for encoded in known] == [model.decode(encoded) for encoded in known]
     assert rebuilt.tokenizer.unk_token == "<unk>" and len(rebuilt.tokenizer) == model.get_piece_size()
     check_rebuilt(file, rebuilt.tokenizer, rebuilt.lists)
 
@@ -203,7 +205,7 @@ def test_what_the_file_leaves_open_is_doubted(tmp_path):
     ]
     assert [len(found) for found in doubts] == [1, 1, 1]
     assert "mystery" in doubts[2][0]
-    assert all("tokenizer.ggml.pre" in found[0] and "`tokenizer:`" in found[0] for found in doubts)
+    assert all("tokenizer.ggml.pre" in found[0] and " tokenizer: " in found[0] for found in doubts)
     same = write_tokenizer(tmp_path / "same.gguf", tiny.bpe_tokenizer())  # of a vocabulary that all rules cut alike
     assert rebuild_tokenizer(same).doubts == []
 
@@ -228,7 +230,7 @@ def test_lists_that_make_no_tokenizer_are_refused(tmp_path, name):
     with pytest.raises(ConfigError) as refused:
         rebuild_tokenizer(file)
     assert str(refused.value).startswith(f"{file}: ")
-    assert cause in str(refused.value) and "`tokenizer:`" in str(refused.value)
+    assert cause in str(refused.value) and " tokenizer: " in str(refused.value)
 
 
 def test_scores_that_are_missing_are_refused(tmp_path):

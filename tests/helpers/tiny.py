@@ -73,15 +73,10 @@ def spm_tokenizer(extra=(), eos="</s>"):
 
 def sentencepiece_model(kind="bpe", **more):
     """A model of SentencePiece as it is in a file."""
-    written, rule = io.BytesIO(), {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    written, settings = io.BytesIO(), {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    settings |= {"vocab_size": 350, "byte_fallback": True, **more}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 9),
-        model_writer=written,
-        model_type=kind,
-        vocab_size=350,
-        byte_fallback=True,
-        minloglevel=2,
-        **{**rule, **more},
+        sentence_iterator=iter(TEXT * 9), model_writer=written, model_type=kind, minloglevel=2, **settings
     )
     return written.getvalue()
 
