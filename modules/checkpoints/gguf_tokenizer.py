@@ -145,9 +145,9 @@ def rebuild_tokenizer(file: Path) -> Rebuilt:
     try:
         keys, _ = read_gguf_metadata(str(file), (f"{_KEY}tokens", f"{_KEY}merges"))
         lists = Lists(keys)
-    except Exception as error:  # whatever a damaged file makes of its reader
+        contradiction = _contradiction(lists)
+    except Exception as error:  # whatever a damaged file, or a value of another type, makes of its reader
         raise _refusal(file, f"can't be read ({first_line(error)})") from None
-    contradiction = _contradiction(lists)
     if contradiction:
         raise _refusal(file, f"can't be rebuilt: {contradiction}")
     names = GGUF_TOKENIZER_MAPPING["tokenizer"]

@@ -219,6 +219,7 @@ BROKEN = {
     "types of others": ({"token_type": [1, 1, 1]}, "tokenizer.ggml.token_type"),
     "BOS beyond": ({"bos_token_id": 99999}, "tokenizer.ggml.bos_token_id"),
     "pad beyond": ({"padding_token_id": 99999}, "tokenizer.ggml.padding_token_id"),
+    "a role by name": ({"eos_token_id": "</s>"}, "str"),
     "of another kind": ({"model": "mystery"}, "mystery"),
 }
 
