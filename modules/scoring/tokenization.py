@@ -140,16 +140,16 @@ def encode_pair(tokenizer: Any, context: str, phrase: str, frame: Frame | None =
     """Encode context and phrase together and find where the phrase's tokens begin.
 
     The phrase's tokens are those that reach past the end of the context. Trailing spaces of the context belong to the
-    phrase: most tokenizers write a space as the beginning of the next word. What the text writes out of the prefix that
-    the tokenizer adds is taken once. frame: what it adds, looked up if it is not given. special: whether it adds
-    anything; a chat template has written all special tokens.
+    phrase: most tokenizers write a space as the beginning of the next word. A control token of the context that takes
+    the white space behind it along is given. What the text writes out of the prefix that the tokenizer adds is taken
+    once. frame: what it adds, looked up if it is not given. special: whether it adds anything; a chat template has
+    written all special tokens.
     """
-    boundary = len(context.rstrip(" "))
     prefix, suffix = (frame or _frame(tokenizer)) if special else _NO_FRAME
     if tokenizer.is_fast:
-        tokens, start, end = _split_by_offsets(tokenizer, context + phrase, boundary, special)
+        tokens, start, end = _split_by_offsets(tokenizer, context, phrase, special)
     else:
-        tokens, start, end = _split_by_prefix(tokenizer, context + phrase, boundary, suffix, special)
+        tokens, start, end = _split_by_prefix(tokenizer, context, phrase, suffix, special)
     doubled = _doubled(tokens, prefix)
     if doubled:
         tokens, start, end = _once(tokens, prefix), max(start - doubled, len(prefix)), end - doubled
@@ -225,18 +225,19 @@ def encode_prompt(
 def encode_contexts(
     tokenizer: Any, contexts: Sequence[str], vocabulary: int, chats: Sequence[Chat | None] = ()
 ) -> list[Root]:
-    """Token ids of contexts as `encode_pair` sees them before a phrase: without the spaces at their ends. chats: those
-    that the contexts are, if any is one.
+    """Token ids of contexts as `encode_pair` sees them before a phrase: without the spaces at their ends, unless a
+    control token takes them along. chats: those that the contexts are, if any is one.
 
     Raises ConfigError for a context with a token that the model's `vocabulary` rows lack.
     """
     roots, frame = [], _frame(tokenizer)
     for context, chat in zip(contexts, chats or [None] * len(contexts), strict=True):
-        given, (prefix, suffix) = context.rstrip(" "), frame if chat is None else _NO_FRAME
-        tokens = _tokens(tokenizer, given, special=chat is None) if given else []
-        tokens = _once(_open(tokens, suffix), prefix) or [_first_token(tokenizer, context)]
+        prefix, suffix = frame if chat is None else _NO_FRAME
+        given, spaces = _given(tokenizer, context, suffix, special=chat is None)
+        tokens = _once(given, prefix) if context.strip(" ") else []
+        tokens = tokens or [_first_token(tokenizer, context)]
         _check_embedded(tokenizer, f"the context '{shortened(context)}'", tokens, vocabulary)
-        roots.append(Root(context, tuple(tokens), context[len(given) :], chat))
+        roots.append(Root(context, tuple(tokens), spaces, chat))
     return roots
 
 
@@ -265,19 +266,48 @@ def _once(tokens: Sequence[int], prefix: Sequence[int]) -> list[int]:
     return [*tokens[: len(prefix)], *tokens[len(prefix) + _doubled(tokens, prefix) :]]
 
 
-def _split_by_offsets(tokenizer: Any, text: str, boundary: int, special: bool) -> tuple[list[int], int, int]:
-    """Tokens of the text and the range of those that end after `boundary` (in characters)."""
+def _split_by_offsets(tokenizer: Any, context: str, phrase: str, special: bool) -> tuple[list[int], int, int]:
+    """Tokens of context and phrase, and the range of those that are the phrase's."""
+    text, boundary = context + phrase, len(context.rstrip(" "))
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-    beyond = [i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > boundary]
-    return encoding["input_ids"], (beyond or [0])[0], (beyond or [-1])[-1] + 1
+    tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    beyond = [i for i, (_, end) in enumerate(offsets) if end > boundary]
+    if not beyond:
+        return tokens, 0, 0
+    first = beyond[0]
+    begin, end = offsets[first]
+    if begin < boundary and text[boundary:end].isspace() and _takes_white_space(tokenizer, tokens[first]):
+        first += 1
+    return tokens, first, beyond[-1] + 1
 
 
 def _split_by_prefix(
-    tokenizer: Any, text: str, boundary: int, suffix: Sequence[int], special: bool
+    tokenizer: Any, context: str, phrase: str, suffix: Sequence[int], special: bool
 ) -> tuple[list[int], int, int]:
     """The same for tokenizers without offsets: the tokens after the longest prefix shared with the context alone."""
-    tokens, given = _tokens(tokenizer, text, special), _open(_tokens(tokenizer, text[:boundary], special), suffix)
+    tokens, (given, _) = _tokens(tokenizer, context + phrase, special), _given(tokenizer, context, suffix, special)
     return tokens, _alike(tokens, given), len(_open(tokens, suffix))
+
+
+def _given(tokenizer: Any, context: str, suffix: Sequence[int], special: bool) -> tuple[list[int], str]:
+    """A context's tokens as they stand before a phrase, and the spaces at its end that are left to the phrase."""
+    given = context.rstrip(" ")
+    if given and given != context:
+        tokens = _open(_tokens(tokenizer, context, special), suffix)
+        if tokens and _takes_white_space(tokenizer, tokens[-1]):
+            return tokens, ""
+    return _open(_tokens(tokenizer, given, special), suffix), context[len(given) :]
+
+
+def _takes_white_space(tokenizer: Any, token: int) -> bool:
+    """Whether it is a control token that takes the white space behind it along: by a flag of its own (rstrip), or as
+    the end of its name."""
+    try:
+        added = tokenizer.added_tokens_decoder.get(token)
+    except NotImplementedError:  # of mistral-common's, which reads no control token in a text
+        return False
+    name = added.content if added else ""
+    return bool(name.strip()) and (added.rstrip or name != name.rstrip())
 
 
 def _alike(one: Sequence[int], other: Sequence[int]) -> int:

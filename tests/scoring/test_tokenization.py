@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import naive_encode
 from tiny import PAIRS, TOKENIZERS, WithoutOffsets, bpe_tokenizer, spm_tokenizer
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from modules.config import Pair
+from modules.config import Chat, Message, Pair
 from modules.runtime.errors import ConfigError
 from modules.scoring.packing import LAYOUTS, build_packs
 from modules.scoring.tokenization import (
@@ -20,6 +21,7 @@ from modules.scoring.tokenization import (
     encode_pairs,
 )
 
+CHAT = Chat((Message("user", "Where is the apple?"),))
 TOKENIZER = {name: make() for name, make in TOKENIZERS.items()}
 
 
@@ -129,6 +131,73 @@ def test_without_bos_a_text_begins_with_eos():
     bare = PreTrainedTokenizerFast(tokenizer_object=bpe_tokenizer()._tokenizer)
     with pytest.raises(ConfigError, match="'The apple' needs a context"):
         encode_pair(bare, "", "The apple")
+
+
+def with_controls(family):
+    """A tokenizer with control tokens that take white space along: by their flags, or as the end of a name."""
+    extra = [
+        AddedToken("<|says|>", rstrip=True, special=True),
+        AddedToken("<|both|>", lstrip=True, rstrip=True, normalized=False),
+        AddedToken("<|spaced|> ", special=True),
+        AddedToken("<|plain|>", special=True),
+        AddedToken("\n\n", normalized=False),  # white space that is a token is no control token
+    ]
+    return TOKENIZERS[family](extra=extra)
+
+
+# The control token, the white space behind it that is the context's, that which is the phrase's.
+BEHIND = [("", ""), (" ", ""), ("", " "), ("\n", ""), ("", "\n"), ("\n", " "), ("  ", "\n "), ("\t\n ", "")]
+GIVEN = [
+    *[(name, *spaces) for name in ("<|says|>", "<|both|>") for spaces in BEHIND],
+    *[("<|spaced|>", " ", ""), ("<|spaced|>", "", " ")],
+]
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("family", TOKENIZER)
+def test_a_control_token_is_given_with_the_white_space_that_it_takes_along(family, special, offsets):
+    """However that is shared out: what is scored are the tokens behind the control token."""
+    tokenizer = with_controls(family)
+    used = tokenizer if offsets else WithoutOffsets(tokenizer)
+    for name, before, after in GIVEN:
+        context, phrase = f"Where is it? {name}{before}", f"{after}The apple"
+        if not (offsets or before or name != "<|spaced|>"):
+            continue  # without offsets nobody can know where a token ends of which the context has a part
+        found = encode_pair(used, context, phrase, special=special)
+        assert list(found.tokens) == tokenizer(context + phrase, add_special_tokens=special)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(found.tokens[found.start - 1]).strip() == name
+        if before or name != "<|spaced|>":
+            (root,) = encode_contexts(used, [context], 10**6, [None if special else CHAT])
+            assert root.tokens == found.tokens[: found.start] and root.spaces == ""
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+@pytest.mark.parametrize("family", TOKENIZER)
+def test_what_is_scored_of_other_tokens_stays_what_it_was(family, offsets):
+    tokenizer = with_controls(family)
+    used = tokenizer if offsets else WithoutOffsets(tokenizer)
+    for context, phrase in (
+        ("Where? <|plain|> ", "The apple"),
+        ("Where? <|plain|>", " The apple"),
+        ("Answer:\n", "\nThe apple"),  # "\n\n" is one token, of the phrase
+        ("down her ", "<|says|> spine"),
+        ("down her\n", "<|both|> spine"),
+        ("It <|says|> sent shivers down her ", "spine"),
+    ):
+        found = encode_pair(used, context, phrase)
+        assert (list(found.tokens), found.start) == naive_encode(tokenizer, context, phrase)
+
+
+def test_variants_behind_a_control_token_exclude_each_other_as_its_tokens_say():
+    """Of two that differ in the white space that it takes along, one is left."""
+    tokenizer = with_controls("bpe")
+    texts = ("The apple", "\nThe apple", "Her eyes")
+    pair = Pair("BAD", " / ".join(texts), "Where is it? <|says|> ", variants=texts)
+    first, second = encode_pairs(tokenizer, [pair], 10**6, None)
+    assert first.start == second.start and second.another
+    expected = [encode_pair(tokenizer, pair.context, text) for text in (texts[0], texts[2])]
+    assert [item.tokens for item in (first, second)] == [item.tokens for item in expected]
 
 
 def adding(before, after=()):
