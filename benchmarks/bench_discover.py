@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import modules.search  # noqa: F401 - what a configuration can name
-from modules.config import Config, load_config
+from modules.config import load_config
 from modules.discovery import Finding, Text, counts, possible_contexts
 from modules.run.discover import probabilities
 from modules.run.steps import prepare_libraries
-from modules.run.writing import Author, author, prompts_for, write_texts
+from modules.run.writing import Author, open_writer, write_texts
 from modules.runtime import Console
 
 REAL = ROOT / "demo/real"
@@ -37,14 +37,14 @@ def main() -> int:
     config = load_config(CONFIG, mapping=True, sets=[f"phrase_files=[{LIST}]", "bad_phrases=[]"])
     prepare_libraries(config.random_seed)
     with Console("bench-discover") as console:
-        writer = author(config, console)
-        prompts = prompts_for(config, writer)
+        opened = open_writer(config, console)
+        prompts, writer = opened.prompts, opened.load()
         before, fresh = (
             write_texts(writer, prompts, replace(config, random_seed=seed), console, REAL / "samples")
             for seed in (config.random_seed, FRESH)
         )
         phrases = list(dict.fromkeys(pair.phrase for pair in config.bad_phrases))
-        scored = contexts_of(phrases, fresh, prompts, writer, config)
+        scored = contexts_of(phrases, fresh, prompts, writer)
     rates = [counts(texts, phrases).rate(phrases) for texts in (before, fresh)]
     found = {
         "contexts": len(scored),
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def contexts_of(
-    phrases: list[str], written: list[tuple[str, ...]], prompts: tuple[str, ...], writer: Author, config: Config
+    phrases: list[str], written: list[tuple[str, ...]], prompts: tuple[str, ...], writer: Author
 ) -> list[float]:
     """How probable every phrase is where the texts have it, at most twelve places each, as a list would have them."""
     texts = [Text(number, text) for number, of_prompt in enumerate(written) for text in of_prompt]
@@ -75,7 +75,7 @@ def contexts_of(
         finding = Finding(phrase, len(places), 0, 0, 0.0, 0.0, 0.0, 0.0, places)
         count = lambda text: len(writer.tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
         pairs += [one.pair for one in possible_contexts(finding, texts, prompts, writer.chats, count)]
-    return probabilities(writer, pairs, config)
+    return probabilities(writer, pairs)
 
 
 if __name__ == "__main__":

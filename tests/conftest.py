@@ -20,6 +20,7 @@ import transformers
 from hypothesis import settings
 
 import modules.search  # noqa: F401 - what a configuration can name
+from modules.scoring.template_child import outcomes
 
 pytest.register_assert_rewrite("broken_runs", "completions", "runs", "whole")  # what they find wrong is shown as well
 transformers.logging.disable_progress_bar()
@@ -72,6 +73,15 @@ def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("modules.run.steps.merge_map", write_nothing)
         patch.setattr("modules.run.steps.phrase_chart", write_nothing)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_children():
+    """Chat templates are rendered in this process: a child takes most of a second. Tests of it call the real function,
+    or start the program in another process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modules.scoring.chats.in_child", lambda request: list(outcomes(request)))
         yield
 
 

@@ -30,6 +30,12 @@ from modules.model.part import Part
 from modules.model.saving import Saving, is_finite
 from modules.runtime import ConfigError
 
+# transformers' names of the generation settings that forbid tokens, or force them.
+TOKEN_RULES = (
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
+    *("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids"),
+)
+
 
 class ResidentModel:
     """The base model in device memory, and all that saving it again needs."""
@@ -89,13 +95,25 @@ class ResidentModel:
 
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text, by the model's configuration and its generation settings."""
-        configs = [self.module.config.get_text_config(), self.module.config]
-        if "generation_config.json" in self.checkpoint.companions.sizes:
-            read_file(self.checkpoint.path / "generation_config.json")  # transformers takes it for missing if it can't
-            configs.append(GenerationConfig.from_pretrained(self.checkpoint.path, local_files_only=True))
+        configs = [self.module.config.get_text_config(), self.module.config, self._generation()]
         found = [getattr(config, "eos_token_id", None) for config in configs]
         lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
         return frozenset(token for ids in lists for token in ids)
+
+    def token_rules(self) -> dict[str, Any]:
+        """Which tokens the model never writes, or must, by its generation settings: those of TOKEN_RULES that are set.
+        Others, such as top_k, are of how a text is drawn, which is not the checkpoint's to say."""
+        settings = self._generation()
+        found = {name: getattr(settings, name, None) for name in TOKEN_RULES}
+        return {name: value for name, value in found.items() if value not in (None, [])}
+
+    def _generation(self) -> GenerationConfig:
+        """The model's own generation settings; where it has no file of them, those in its configuration."""
+        name, path = "generation_config.json", self.checkpoint.path
+        if name not in self.checkpoint.companions.sizes:
+            return GenerationConfig.from_pretrained(path, "config.json", _from_model_config=True, local_files_only=True)
+        read_file(path / name)  # transformers takes it for missing if it can't
+        return GenerationConfig.from_pretrained(path, local_files_only=True)
 
     @cached_property
     def tuples_returned(self) -> dict[int, tuple[None, ...]]:

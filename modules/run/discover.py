@@ -20,9 +20,9 @@ from modules.discovery import report as found_report
 from modules.output import write_text
 from modules.run.map import Exports
 from modules.run.steps import prepare_libraries, score_once
-from modules.run.writing import Author, author, check_prompts, folder_beside, prompts_for, write_texts
+from modules.run.writing import Author, check_prompts, folder_beside, open_writer, write_texts
 from modules.runtime import Console
-from modules.scoring import encode_pairs, render_chats, with_texts
+from modules.scoring import Asked, encode_pairs
 from modules.search import probability
 
 
@@ -34,8 +34,8 @@ def discover(config: Config, console: Console, exports: Exports) -> None:
     prepare_libraries(config.random_seed)
     check_prompts(config)
     human = human_rates(config.discover.language)
-    writer = author(config, console)
-    prompts = prompts_for(config, writer)
+    opened = open_writer(config, console)
+    prompts, writer = opened.prompts, opened.load()
     written = write_texts(writer, prompts, config, console, folder_beside(exports.yaml or exports.json))
     texts = [Text(number, text) for number, of_prompt in enumerate(written) for text in of_prompt]
     findings = find(texts, prompts, human)
@@ -66,10 +66,13 @@ def contexts_of(
     def count(text: str) -> int:
         return len(writer.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    possible = [possible_contexts(finding, texts, prompts, writer.chats, count) for finding in findings]
+    possible = [
+        [replace(one, pair=_in_the_answer(one.pair, writer.asked)) for one in of_finding]
+        for of_finding in (possible_contexts(finding, texts, prompts, writer.chats, count) for finding in findings)
+    ]
     pairs = [one.pair for of_finding in possible for one in of_finding]
     console.timed(f"{len(pairs)} contexts of {len(findings)} phrases are scored")
-    values = iter(probabilities(writer, pairs, config))
+    values = iter(probabilities(writer, pairs))
     found = {
         finding.phrase: listed_contexts(of_finding, [next(values) for _ in of_finding])
         for finding, of_finding in zip(findings, possible, strict=True)
@@ -80,13 +83,28 @@ def contexts_of(
     return {phrase: listed for phrase, listed in found.items() if listed}
 
 
-def probabilities(writer: Author, pairs: Sequence[Pair], config: Config) -> list[float]:
-    """How probable each pair is, as a merge would score it. Raises ConfigError as rendering and encoding do."""
+def probabilities(writer: Author, pairs: Sequence[Pair]) -> list[float]:
+    """How probable each pair is, as a merge would score it. Raises ConfigError as encoding does."""
     if not pairs:
         return []
-    under = tuple(pair.under(config.system) for pair in pairs)
-    chats = dict.fromkeys(pair.chat for pair in under if pair.chat is not None)
-    rendered = render_chats(writer.tokenizer, writer.name, chats, config.template)
-    scored = with_texts(replace(config, bad_phrases=under, good_phrases=(), held_out_pairs=()), rendered).bad_phrases
+    scored = [_as_asked(pair, writer.asked) for pair in pairs]
     encoded = encode_pairs(writer.tokenizer, scored, writer.model.vocabulary, writer.model.max_tokens)
     return [probability(value) for value in score_once(writer.model, encoded)[1]]
+
+
+def _in_the_answer(pair: Pair, asked: Asked) -> Pair:
+    """A pair as it is listed: where the prompt leaves a block of thoughts open, that is closed before the answer."""
+    closing = asked.thoughts.closing(asked.texts[_prompt(pair)]) if pair.chat else ""
+    if not closing:
+        return pair
+    answer = closing + pair.chat.answer
+    return replace(pair, context=answer, chat=replace(pair.chat, answer=answer))
+
+
+def _as_asked(pair: Pair, asked: Asked) -> Pair:
+    """A pair whose context is what the model has read, and then written."""
+    return replace(pair, context=asked.texts[_prompt(pair)] + pair.chat.answer) if pair.chat else pair
+
+
+def _prompt(pair: Pair) -> str:
+    return pair.chat.messages[-1].content

@@ -30,12 +30,13 @@ from modules.run.estimate import calibrate, estimate, plan_lines
 from modules.run.joint import JointConductor
 from modules.run.plan import Plan
 from modules.run.room import Available, check, find_available, fitting_plan
-from modules.run.steps import end, finish, note_source, prepare_libraries, save, with_chats_rendered
+from modules.run.steps import ask, end, finish, note_source, prepare_libraries, save, with_chats_rendered
 from modules.run.watch import Watch
 from modules.runtime import ConfigError, Console, Rank, first_line, is_out_of_memory
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import (
     NOT_TAKEN,
+    Asked,
     Budget,
     DriftMeter,
     Encoded,
@@ -94,11 +95,11 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
             begun = begun_run(place) if options.resume else None
-            loader = with_chats_rendered(loader, models, begun and begun.settings)
+            loader, asked = ask(loader, models, begun and begun.settings, loader.config.prompts)
             plan, room = _checked_plan(loader, models, begun and computed_in(begun, models.base))
             loader = replace(loader, compute=plan.dtype)
             if not options.dry_run:
-                _merge(loader, options, group, place, models, plan)
+                _merge(loader, options, group, place, models, plan, asked)
                 return
             console.timed("Measuring how fast this machine is")
             console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
@@ -119,8 +120,10 @@ def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> tup
     return plan, room
 
 
-def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, models: Models, plan: Plan) -> None:
-    """Search, and put the result into its place."""
+def _merge(
+    loader: ModelLoader, options: Options, group: Group, place: Place, models: Models, plan: Plan, asked: Asked
+) -> None:
+    """Search, and put the result into its place. asked: of the samples."""
     clock, config, console = Clock(), loader.config, loader.console
     with (
         unfinished_output(place, options.resume, options.restart) as unfinished,
@@ -130,7 +133,7 @@ def _merge(loader: ModelLoader, options: Options, group: Group, place: Place, mo
         prefetcher.wait(0)
         clock.lap("download")
         group.broadcast(Start(JournalCopy(record.journal.records), plan.dtype, plan.budget))
-        conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement)
+        conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement, asked)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
         search, model, watch = conductor.search, conductor.search.model, conductor.watch
@@ -163,10 +166,12 @@ def begin_search(
     budget: Budget,
     group: Group,
     placement: Sequence[torch.device] | None = None,
+    asked: Asked | None = None,
 ) -> Conductor:
     """Load the base and score it, print the summary; who leads the search from there.
 
-    prefetcher: brings the base as number 0, then the candidates; each while the one before it is searched.
+    prefetcher: brings the base as number 0, then the candidates; each while the one before it is searched. asked: of
+    the samples.
     """
     config, console = loader.config, loader.console
     note_source(record, group, 0, config.directories.model_path1, models.base_where, models.base)
@@ -176,7 +181,7 @@ def begin_search(
     measured = total_rounding(search.weights, search.rounding), search.limits.drift_weight
     console.lines(report.summary(config, model.describe(), search.scorer.describe(), names, *measured))
     console.warnings(search.warnings)
-    watch = Watch(config, console, model, search.tokenizer, budget, windows) if group.rank.leads else None
+    watch = Watch(config, console, model, search.tokenizer, budget, windows, asked) if group.rank.leads else None
     led = config, console, search, record, prefetcher, watch
     if config.search == "greedy":
         return Conductor(*led)

@@ -13,7 +13,7 @@ from modules.discovery import report as found_report
 from modules.output import write_text
 from modules.run.map import Exports
 from modules.run.steps import prepare_libraries
-from modules.run.writing import author, check_prompts, folder_beside, prompts_for, write_texts
+from modules.run.writing import check_prompts, folder_beside, open_writer, write_texts
 from modules.runtime import Console
 
 
@@ -30,11 +30,12 @@ def rate(config: Config, others: Sequence[Config], console: Console, exports: Ex
     groups = {name: some for name, some in (("all bad phrases", bad), ("all good phrases", good)) if some}
     phrases = tuple(dict.fromkeys([*bad, *good]))
     variants = {pair.phrase: pair.variants for pair in config.pairs if pair.variants}
-    folder, prompts = folder_beside(exports.json), ()
-    found, first = dict[str, Counts](), dict[str, str]()
-    for one in (config, *others):
-        writer = author(one, console)
-        prompts = prompts or prompts_for(config, writer)
+    folder, found, first = folder_beside(exports.json), dict[str, Counts](), dict[str, str]()
+    opened = open_writer(config, console)
+    prompts, writers = opened.prompts, [opened]
+    writers += [open_writer(one, console, prompts) for one in others]  # what a template refuses is told before any work
+    for one, opened in zip((config, *others), writers, strict=True):
+        writer = opened.load()
         texts = write_texts(writer, prompts, one, console, folder)
         found[writer.name], first[writer.name] = counts(texts, phrases, variants), texts[0][0]
         del writer

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from modules.checkpoints import Checkpoint, Models, load_tokenizer, remove_downloads
-from modules.config import Config
+from modules.config import Chat, Config
 from modules.model import ModelLoader, ResidentModel
 from modules.output import (
     CARD_FILE,
@@ -35,26 +35,74 @@ from modules.output import (
     write_card,
     write_recipe,
 )
-from modules.runtime import Console, first_line, postponed, within_memory
+from modules.runtime import Console, counted, first_line, postponed, within_memory
 from modules.runtime.distributed import Group
-from modules.scoring import Encoded, Scorer, build_scorer, chats_of, of_pairs, render_chats, with_texts
+from modules.scoring import (
+    CONTEXTS,
+    Asked,
+    Encoded,
+    Rendered,
+    Scorer,
+    asked_of,
+    build_scorer,
+    chat_of,
+    chats_of,
+    check_refusals,
+    has_template,
+    of_pairs,
+    render,
+    with_texts,
+    within_thoughts,
+)
 from modules.search.rebuild import Rebuild
 
 LARGEST_LOOKED_AT = 1_000_000  # bytes; vocabularies have more, and no paths
 
 
 def with_chats_rendered(loader: ModelLoader, models: Models, begun: Settings | None = None) -> ModelLoader:
-    """A loader whose configuration has chats as the base's tokenizer writes them.
+    """A loader whose configuration has chats as the base's tokenizer writes them. Otherwise as `ask`."""
+    return ask(loader, models, begun, prompts=())[0]
+
+
+def ask(
+    loader: ModelLoader, models: Models, begun: Settings | None, prompts: Sequence[str]
+) -> tuple[ModelLoader, Asked]:
+    """A loader whose configuration has chats as the base's tokenizer writes them; and prompts as the base reads them.
 
     begun: of the run that goes on. What it has rendered is taken from there: a template may print today's date.
-    Raises ConfigError for a chat that can't be rendered.
+    Raises ConfigError for a chat that can't be rendered. A prompt that can't be is no reason to lose a merge: it is
+    told and left out.
     """
-    base, known = models.base, rendered_in(begun) if begun else {}
-    new = [chat for chat in chats_of(loader.config) if chat not in known]
-    if new:
-        tokenizer = load_tokenizer(base.path, base.companions)
-        known |= render_chats(tokenizer, str(base.path), new, loader.config.template)
-    return replace(loader, config=with_texts(loader.config, known))
+    base, config, known = models.base, loader.config, rendered_in(begun) if begun else {}
+    new = [chat for chat in chats_of(config) if chat not in known]
+    if not (new or prompts):
+        return replace(loader, config=with_texts(config, known)), Asked()
+    tokenizer = load_tokenizer(base.path, base.companions)
+    chats = dict.fromkeys(map(chat_of, prompts if has_template(tokenizer) else ()), "samples")
+    chats |= dict.fromkeys(new, CONTEXTS)
+    rendered = render(tokenizer, str(base.path), chats, config.template, config.system)
+    check_refusals([rendered.refusals[chat] for chat in new if chat in rendered.refusals], "contexts")
+    for refusal in list(rendered.refusals.values())[:1]:  # of others the reason is mostly the same
+        which = (
+            "are no samples" if not rendered.texts else f"is no sample for {counted(len(rendered.refusals), 'prompt')}"
+        )
+        loader.console.warning(f"there {which}: {refusal}")
+    loader.console.warnings(_scored_in_thoughts(rendered, new))
+    texts = known | {chat: rendered.texts[chat] for chat in new}
+    return replace(loader, config=with_texts(config, texts)), asked_of(tokenizer, rendered, prompts)
+
+
+def _scored_in_thoughts(rendered: Rendered, contexts: Sequence[Chat]) -> list[str]:
+    """A line if the template begins a thought in whose middle phrases are scored."""
+    within = [chat for chat in within_thoughts(rendered) if chat in contexts]
+    if not within:
+        return []
+    switch = rendered.thoughts.switch
+    closing = rendered.thoughts.closing(rendered.texts[within[0]].removesuffix(within[0].answer)).strip()
+    ways = [f"template: {{{switch}: false}}"] * bool(switch) + [f"continue: {closing}..."] * bool(closing)
+    instead = f"; to score them in the answer: {' or '.join(ways)}" if ways else ""
+    where = counted(len(within), "chat context")
+    return [f"the chat template begins a thought, in which the phrases of {where} are scored{instead}"]
 
 
 def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer, list[float]]:

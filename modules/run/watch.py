@@ -18,6 +18,7 @@ from modules.output.standings import Standing
 from modules.runtime import Console, counted, first_line, is_out_of_memory, within_memory
 from modules.scoring import (
     NOT_TAKEN,
+    Asked,
     Budget,
     Drawing,
     Drift,
@@ -27,6 +28,7 @@ from modules.scoring import (
     build_scorer,
     doubtful_phrases,
     encode_pairs,
+    has_template,
     of_pairs,
 )
 from modules.search import scores, total
@@ -52,8 +54,10 @@ class Watch:
         tokenizer: Any,
         budget: Budget,
         windows: Sequence[Window],
+        asked: Asked | None = None,
     ) -> None:
-        """Look at the base. windows: of neutral text. Raises ConfigError for pairs that it can't take."""
+        """Look at the base. windows: of neutral text. asked: the samples' prompts as it reads them. Raises ConfigError
+        for pairs that it can't take."""
         began = time.monotonic()
         self._console, self.pairs = console, config.held_out_pairs
         self._texts = ["neutral text"] * bool(windows) + ["phrases held out"] * bool(self.pairs)
@@ -66,9 +70,11 @@ class Watch:
         self.start = self.now = self._look()
         self.weights, warnings = signed_weights(self.pairs, config.auto_weights, self.start.held_out)
         console.warnings(warnings)
-        drawing = Drawing(template=config.template)
+        asked = asked or Asked()
+        drawing = Drawing(asked=asked)
         self._answers = partial(answers, model, tokenizer, seed=config.random_seed, drawing=drawing)
-        self._base_said = self._ask("base", config.prompts)  # now, so that the base need not come back
+        prompts = [prompt for prompt in config.prompts if prompt in asked.texts or not has_template(tokenizer)]
+        self._base_said = self._ask("base", prompts)  # now, so that the base need not come back
         self.seconds = time.monotonic() - began
 
     def look(self) -> None:

@@ -5,16 +5,27 @@ Knows: the settings that texts depend on, where they are kept. Refuses to know: 
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoints import dtype_name
+from modules.checkpoints import Models, dtype_name, load_tokenizer
 from modules.config import Config, read_prompts
 from modules.discovery import KeptTexts
 from modules.model import ModelLoader, ResidentModel
 from modules.runtime import ConfigError, Console, counted, first_line, is_out_of_memory
-from modules.scoring import Drawing, drawn, of_one_length
+from modules.scoring import (
+    Asked,
+    Drawing,
+    asked_of,
+    chat_of,
+    check_refusals,
+    drawn,
+    has_template,
+    of_one_length,
+    render,
+    unanswered,
+)
 
 FOLDER = "samples"  # of kept texts, beside the file that is written, or where the program was started
 
@@ -26,37 +37,54 @@ class Author:
     name: str
     model: ResidentModel
     tokenizer: Any
+    asked: Asked  # its prompts as it reads them
 
     @property
     def chats(self) -> bool:
         """Whether it is asked in a chat template."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return has_template(self.tokenizer)
 
 
-def author(config: Config, console: Console) -> Author:
-    """A config's base, loaded. Raises as ModelLoader does."""
+@dataclass(frozen=True)
+class Writer:
+    """A model that will write, all that it is asked being known; its weights are not in memory."""
+
+    loader: ModelLoader
+    models: Models
+    prompts: tuple[str, ...]
+    asked: Asked
+
+    def load(self) -> Author:
+        """The model. Raises as ModelLoader does."""
+        loader = self.loader.fitting(self.models)
+        model, tokenizer = loader.load(self.models, loader.placement(self.models, with_header=False))
+        return Author(loader.config.directories.model_path1, model, tokenizer, self.asked)
+
+
+def open_writer(config: Config, console: Console, prompts: Sequence[str] = ()) -> Writer:
+    """A config's base. prompts: what it is asked; else for a model with a chat template questions, for another one
+    openings of texts. Raises as ModelLoader does, and for prompts that its template refuses."""
     loader = ModelLoader(config, console)
     models = loader.open_base()
-    loader = loader.fitting(models)
-    model, tokenizer = loader.load(models, loader.placement(models, with_header=False))
-    return Author(config.directories.model_path1, model, tokenizer)
+    tokenizer = load_tokenizer(models.base.path, models.base.companions)
+    prompts = tuple(prompts) or read_prompts(config.discover.prompts, has_template(tokenizer))
+    chats = [chat_of(prompt, config.system) for prompt in prompts] if has_template(tokenizer) else []
+    name = config.directories.model_path1
+    rendered = render(tokenizer, name, dict.fromkeys(chats, "discover.prompts"), config.template, config.system)
+    check_refusals(rendered.refusals.values(), "prompts")
+    return Writer(loader, models, prompts, asked_of(tokenizer, rendered, prompts, config.system))
 
 
-def drawing_of(config: Config) -> Drawing:
+def drawing_of(config: Config, asked: Asked) -> Drawing:
     """How the settings want texts to be drawn."""
     settings = config.discover
-    return Drawing(settings.tokens, settings.temperature, settings.samples, config.template, config.system)
+    return Drawing(settings.tokens, settings.temperature, settings.samples, asked)
 
 
 def check_prompts(config: Config) -> None:
     """Raise ConfigError for a file of prompts that can't be used, before a model is loaded."""
     if config.discover.prompts:
         read_prompts(config.discover.prompts, for_chats=True)
-
-
-def prompts_for(config: Config, author: Author) -> tuple[str, ...]:
-    """What is asked: for a model with a chat template questions, else openings of texts."""
-    return read_prompts(config.discover.prompts, author.chats)
 
 
 def folder_beside(file: Path | None) -> Path:
@@ -71,13 +99,17 @@ def write_texts(
 
     Raises ConfigError where it can't write, OSError where its texts can't be kept.
     """
-    drawing, model = drawing_of(config), author.model
+    drawing, model = drawing_of(config, author.asked), author.model
+    thoughts, rules = author.asked.thoughts, model.token_rules()
     way = {
         "model": model.checkpoint.fingerprint(),
         "dtype": dtype_name(model.dtype),
         "chat_template": getattr(author.tokenizer, "chat_template", None),
         "seed": config.random_seed,
-        **asdict(drawing),
+        **{"tokens": drawing.tokens, "temperature": drawing.temperature, "count": drawing.count},
+        **{"template": config.template, "system": config.system},
+        **({"thoughts": [[mark.opens, mark.closes] for mark in thoughts.marks]} if thoughts.marks else {}),
+        **({"token_rules": rules} if rules else {}),
     }
     kept = KeptTexts(folder, author.name, way)
     missing = [prompt for prompt in prompts if kept.get(prompt) is None]
@@ -95,7 +127,9 @@ def write_texts(
             bar.tell(f"{words / (time.monotonic() - began):.0f} words/s")
     if missing:
         console.line(f"{words:,} words in {time.monotonic() - began:.0f} s")
-    return [kept.get(prompt) or () for prompt in prompts]
+    written = [kept.get(prompt) or () for prompt in prompts]
+    console.warnings(f"{author.name}: {line}" for line in unanswered(written, drawing))
+    return written
 
 
 def _drawn(author: Author, prompts: Sequence[str], seed: int, drawing: Drawing) -> list[list[str]]:

@@ -4,7 +4,20 @@ Knows: tokenizers, packs, the model's forward. Refuses to know: merging, strateg
 """
 
 from modules.scoring.budget import LOGITS_ON_CPU, TOKENS, Budget, Packing, budget_of, layer_bytes, logits_bytes
-from modules.scoring.chats import chats_of, render_chats, with_texts
+from modules.scoring.chats import (
+    CONTEXTS,
+    Asked,
+    Rendered,
+    asked_of,
+    chat_of,
+    chats_of,
+    check_refusals,
+    has_template,
+    render,
+    render_chats,
+    with_texts,
+    within_thoughts,
+)
 from modules.scoring.drift import Drift, DriftMeter
 from modules.scoring.exactness import Plain
 from modules.scoring.gradient import GradientPass, Outside
@@ -14,7 +27,7 @@ from modules.scoring.layout import NOT_TAKEN, attention_window, build_scorer, ch
 from modules.scoring.objective import Objective, Value
 from modules.scoring.packing import LAYOUTS, TokenTree, build_packs
 from modules.scoring.rounding import other_ways, spreads
-from modules.scoring.samples import Drawing, answers, drawn, of_one_length
+from modules.scoring.samples import Drawing, answers, drawn, of_one_length, unanswered
 from modules.scoring.scorer import Scorer
 from modules.scoring.streamed import streamed
 from modules.scoring.tails import Trial

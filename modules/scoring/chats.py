@@ -1,24 +1,71 @@
-"""Chats to the texts that a model reads: by the tokenizer's own chat template, once.
+"""Chats to the texts that a model reads: by the tokenizer's own chat template, once, in a process apart.
 
-Knows: chat templates. Refuses to know: token ids, torch, models; what a pair is scored for.
+Knows: chat templates, the process in which one is rendered. Refuses to know: token ids, torch, models; what a pair is
+scored for.
+
+A template is a stranger's program: it may loop for ever, or make a text that no memory holds. So all chats of a run are
+rendered together before its work begins, in one child with limits (`template_child.py`), and never here.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from modules.config import PHRASES, Chat, Config
-from modules.runtime import ConfigError, first_line
+from transformers import PreTrainedTokenizerBase
+
+from modules.config import PHRASES, Chat, Config, Message
+from modules.runtime import ConfigError, first_line, shortened
+from modules.scoring.thoughts import Thoughts, questions, thoughts_of
 
 MOST_REFUSALS = 10  # that are told one by one
+SECONDS, SECONDS_OF_A_CHAT = 5.0, 0.02  # of the processor, for all chats together; most take a thousandth of a second
+PATIENCE = 3  # how many times longer the clock may take than the processor
+CONTEXTS = "contexts"  # the key that a chat is of
 
 _PAIRS = (*PHRASES, "held_out_pairs")
+_CHILD = Path(__file__).with_name("template_child.py")
+_START = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+
+Outcome = Mapping[str, Any]  # see `template_child.outcomes`
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a template has made of some chats."""
+
+    texts: Mapping[Chat, str] = field(default_factory=dict)  # with the beginning of the answer
+    refusals: Mapping[Chat, str] = field(default_factory=dict)  # a message for each chat that it refuses
+    thoughts: Thoughts = field(default_factory=Thoughts)  # what marks them in the answers
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts as a model reads them. One without a text here is the beginning of a text itself."""
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    thoughts: Thoughts = field(default_factory=Thoughts)
 
 
 def chats_of(config: Config) -> list[Chat]:
     """The chats among the contexts, each once."""
     pairs = [pair for key in _PAIRS for pair in getattr(config, key)]
     return list(dict.fromkeys(pair.chat for pair in pairs if pair.chat is not None))
+
+
+def chat_of(prompt: str, system: str | None = None) -> Chat:
+    """What a prompt is as a chat."""
+    turns = [Message("system", system)] if system is not None else []
+    return Chat((*turns, Message("user", prompt)))
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether prompts are asked in a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def render_chats(
@@ -29,24 +76,74 @@ def render_chats(
     name: the model's, for messages. template: its settings. Raises ConfigError if there is no template, or for all
     chats that it refuses.
     """
-    texts, refusals = dict[Chat, str](), list[str]()
-    for chat in chats:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(f"{name}: its tokenizer has no chat template, which the context '{chat}' needs")
-        try:
-            texts[chat] = rendered(tokenizer, chat, template) + chat.answer
-        except Exception as error:  # whatever a template raises, or runs into
-            refusals.append(f"{name}: its chat template refuses the context '{chat}': {first_line(error)}")
-    more = len(refusals) - MOST_REFUSALS
-    if refusals:
-        raise ConfigError(*refusals[:MOST_REFUSALS], *([f"and {more} more contexts"] if more > 0 else []))
-    return texts
+    rendered = render(tokenizer, name, dict.fromkeys(chats, CONTEXTS), template)
+    check_refusals(rendered.refusals.values(), "contexts")
+    return dict(rendered.texts)
 
 
-def rendered(tokenizer: Any, chat: Chat, template: Mapping[str, Any] | None) -> str:
-    """A chat as the template writes it, up to where the answer begins. Raises whatever the template does."""
-    turns = [{"role": turn.role, "content": turn.content} for turn in chat.messages]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **(template or {}))
+def check_refusals(refusals: Iterable[str], what: str) -> None:
+    """Raise ConfigError if there are some; of many, with the first ones and how many more `what` there are."""
+    lines = list(refusals)
+    more = len(lines) - MOST_REFUSALS
+    if lines:
+        raise ConfigError(*lines[:MOST_REFUSALS], *([f"and {more} more {what}"] if more > 0 else []))
+
+
+def render(
+    tokenizer: Any,
+    name: str,
+    chats: Mapping[Chat, str],
+    template: Mapping[str, Any] | None,
+    system: str | None = None,
+) -> Rendered:
+    """Chats as the template writes them, and what it refuses.
+
+    name: the model's, for messages. chats: each with the key that it is of. template: settings. system: the turn that
+    has a key of its own. Raises ConfigError if there is no template for a context, or if it takes too much.
+    """
+    if not chats:
+        return Rendered()
+    if not has_template(tokenizer):
+        raise ConfigError(f"{name}: its tokenizer has no chat template, which the context '{next(iter(chats))}' needs")
+    settings, source, added = dict(template or {}), "", list[str]()
+    if not _is_own_code(tokenizer):
+        source, added = _source(tokenizer, name, settings), list(tokenizer.get_added_vocab())
+        settings = {**tokenizer.special_tokens_map, **settings}
+    distinct = list(dict.fromkeys(chat.messages for chat in chats))
+    turns = [[{"role": turn.role, "content": turn.content} for turn in messages] for messages in distinct]
+    asked = [*({"messages": messages, "prompt": True, "settings": {}} for messages in turns), *questions()]
+    found = _outcomes(tokenizer, {"template": source, "settings": settings, "conversations": asked})
+    by_messages = dict(zip(distinct, found, strict=False))
+    texts, refusals = dict[Chat, str](), dict[Chat, str]()
+    for chat, key in chats.items():
+        outcome = by_messages[chat.messages]
+        if "text" in outcome:
+            texts[chat] = outcome["text"] + chat.answer
+            continue
+        message = _message(name, chat, key, outcome, system)
+        if "beyond" in outcome:
+            raise ConfigError(message)
+        refusals[chat] = message
+    told = [one.get("text") for one in found[len(distinct) :]]
+    return Rendered(texts, refusals, thoughts_of(source, added, told))
+
+
+def asked_of(tokenizer: Any, rendered: Rendered, prompts: Iterable[str], system: str | None = None) -> Asked:
+    """Those of the prompts that were rendered; without a template, all as they are."""
+    if not has_template(tokenizer):
+        return Asked(thoughts=thoughts_of("", list(tokenizer.get_added_vocab())))
+    chats = {prompt: chat_of(prompt, system) for prompt in prompts}
+    texts = {prompt: rendered.texts[chat] for prompt, chat in chats.items() if chat in rendered.texts}
+    return Asked(texts, rendered.thoughts)
+
+
+def within_thoughts(rendered: Rendered) -> list[Chat]:
+    """The chats whose phrases are scored in the middle of a thought, since the template begins one."""
+    return [
+        chat
+        for chat, text in rendered.texts.items()
+        if rendered.thoughts.opened_by(text.removesuffix(chat.answer)) and not rendered.thoughts.closed_in(chat.answer)
+    ]
 
 
 def with_texts(config: Config, texts: Mapping[Chat, str]) -> Config:
@@ -60,3 +157,77 @@ def with_texts(config: Config, texts: Mapping[Chat, str]) -> Config:
             for key in _PAIRS
         },
     )
+
+
+def _source(tokenizer: Any, name: str, settings: dict[str, Any]) -> str:
+    """The template's text; its name is taken out of the settings. Raises ConfigError if it can't be told which one."""
+    chosen, named = settings.pop("chat_template", None), tokenizer.chat_template
+    names = list(named) if isinstance(named, Mapping) else []
+    lacking = chosen not in names and "{" not in chosen if chosen else "default" not in names
+    if names and lacking:
+        which = f"has no chat template '{chosen}'" if chosen else "has several chat templates and no default"
+        choices = ", ".join(sorted(names))
+        raise ConfigError(f"{name}: {which}; pick one with template: {{chat_template: NAME}}: {choices}")
+    return tokenizer.get_chat_template(chosen, settings.get("tools"))
+
+
+def _message(name: str, chat: Chat, key: str, outcome: Outcome, system: str | None) -> str:
+    """What there is to say of a chat that is not rendered."""
+    what = f"context '{chat}'" if key == CONTEXTS else f"prompt '{shortened(chat.messages[-1].content)}'"
+    if "beyond" in outcome:
+        return (
+            f"{name}: its chat template {outcome['beyond']}, for the {what} ({key}). Take a model with another one, "
+            "or give another with template: {chat_template: ...}"
+        )
+    turn = chat.messages[outcome["turn"] - 1]
+    key = "system" if turn.role == "system" and turn.content == system else key
+    which = f"{key}, turn {outcome['turn']}: {turn.role}"
+    return f"{name}: its chat template refuses the {what}: {outcome['refusal']} ({which})"
+
+
+def _is_own_code(tokenizer: Any) -> bool:
+    """Whether a tokenizer writes chats by a program of its own, which came with it or with another library."""
+    return type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+
+
+def _outcomes(tokenizer: Any, request: Mapping[str, Any]) -> list[Outcome]:
+    """What becomes of a request's conversations. One that took too much is the last; those behind it are like it."""
+    if _is_own_code(tokenizer):
+        return [_by_own_code(tokenizer, request, one) for one in request["conversations"]]
+    seconds = SECONDS + SECONDS_OF_A_CHAT * len(request["conversations"])
+    found = in_child({**request, "seconds": seconds})
+    return [*found, *[found[-1]] * (len(request["conversations"]) - len(found))]
+
+
+def _by_own_code(tokenizer: Any, request: Mapping[str, Any], conversation: Mapping[str, Any]) -> Outcome:
+    """By a tokenizer that is a program itself: somebody has said that it is trusted."""
+    settings = {**request["settings"], **conversation["settings"], "add_generation_prompt": conversation["prompt"]}
+    try:
+        return {"text": tokenizer.apply_chat_template(list(conversation["messages"]), tokenize=False, **settings)}
+    except Exception as error:  # whatever it raises
+        return {"refusal": first_line(error), "turn": len(conversation["messages"])}
+
+
+def in_child(request: Mapping[str, Any]) -> Sequence[Outcome]:
+    """What `template_child.outcomes` makes of a request, in a process apart. At least one outcome: the last one tells
+    what was beyond the limits, if something was."""
+    command = [sys.executable, "-c", _START, str(_CHILD)]
+    root = _CHILD.parents[2]  # from where the child finds this program, and nothing else that lies around
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    too_long = f"takes longer than {request['seconds']:.0f} s"
+    with subprocess.Popen(command, cwd=root, **pipes) as process:
+        try:
+            process.stdout.readline()  # it is ready: the clock begins
+            answer, errors = process.communicate(json.dumps(request).encode(), timeout=PATIENCE * request["seconds"])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            answer, errors = process.communicate()[0], too_long.encode()
+        except BaseException:
+            process.kill()  # nobody waits for it any more
+            raise
+    found = [json.loads(line) for line in answer.splitlines(keepends=True) if line.endswith(b"\n")]
+    if process.returncode and not (found and "beyond" in found[-1]):
+        told = errors.decode(errors="replace").strip().splitlines() or [f"ends its process ({process.returncode})"]
+        ran_out = process.returncode == -getattr(signal, "SIGXCPU", 0)
+        found.append({"beyond": too_long if ran_out else shortened(told[-1])})
+    return found

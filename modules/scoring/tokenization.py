@@ -4,13 +4,12 @@ Knows: tokenizers, token ids, which pairs are one and the same, which variants o
 Refuses to know: torch, models, weights.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from modules.config import Chat, Message, Pair
+from modules.config import Chat, Pair
 from modules.runtime import ConfigError, shortened
-from modules.scoring.chats import rendered
 
 # The special tokens that a tokenizer puts before every text (BOS, others, mostly one or none), and behind it.
 Frame = tuple[list[int], list[int]]
@@ -194,21 +193,13 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def encode_prompt(
-    tokenizer: Any,
-    prompt: str,
-    vocabulary: int,
-    max_tokens: int | None,
-    template: Mapping[str, Any] | None = None,
-    system: str | None = None,
+    tokenizer: Any, prompt: str, vocabulary: int, max_tokens: int | None, text: str | None = None
 ) -> list[int]:
-    """Token ids of a prompt: in the tokenizer's chat template where it has one, else as the beginning of a text.
-    template: settings of the template; system: the turn before the prompt, of a chat.
+    """Token ids of a prompt. text: as a chat template has written it; None: it is the beginning of a text.
 
     Raises ConfigError for a prompt that has no tokens, and for one that the model can't take with an answer.
     """
-    if getattr(tokenizer, "chat_template", None):
-        turns = [Message("system", system)] if system is not None else []
-        text = rendered(tokenizer, Chat((*turns, Message("user", prompt))), template)
+    if text is not None:
         tokens = _tokens(tokenizer, text, special=False)  # the template has written them
     else:
         prefix, suffix = _frame(tokenizer)

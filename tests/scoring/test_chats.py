@@ -8,7 +8,7 @@ from tiny import WithoutOffsets
 
 from modules.config import Chat, Message, Pair
 from modules.runtime.errors import ConfigError
-from modules.scoring.chats import MOST_REFUSALS, render_chats
+from modules.scoring.chats import MOST_REFUSALS, chat_of, render_chats
 from modules.scoring.packing import build_packs
 from modules.scoring.tokenization import doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs, encode_prompt
 
@@ -70,7 +70,8 @@ def test_what_a_template_writes_is_left_as_it_is(offsets):
 def test_a_prompt_of_a_sample_is_the_same_chat():
     tokenizer = chat_tokenizer(CHATML)
     (pair,) = pairs_of(tokenizer, [Chat((USER,))], template={"enable_thinking": False})
-    tokens = encode_prompt(tokenizer, USER.content, 10**6, None, {"enable_thinking": False})
+    (asked,) = render_chats(tokenizer, "base", [chat_of(USER.content)], {"enable_thinking": False}).values()
+    tokens = encode_prompt(tokenizer, USER.content, 10**6, None, asked)
     assert tokens == tokenizer(pair.context, add_special_tokens=False)["input_ids"]
     assert pair.context.endswith("assistant\n<think>\n\n</think>\n\n")
     assert not pairs_of(tokenizer, [Chat((USER,))])[0].context.endswith("\n\n")
@@ -119,7 +120,8 @@ def test_a_template_that_raises_is_told_in_its_words():
         render_chats(chat_tokenizer(RAISING), "models/base", chats, None)
     lines = str(caught.value).splitlines()
     assert lines[0] == (
-        "models/base: its chat template refuses the context 'user: Where is the apple? ▸ 0 ': never today"
+        "models/base: its chat template refuses the context 'user: Where is the apple? ▸ 0 ': never today "
+        "(contexts, turn 1: user)"
     )
     assert len(lines) == MOST_REFUSALS + 1 and lines[-1] == "and 2 more contexts"
     for template, messages, words in (

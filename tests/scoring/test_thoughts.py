@@ -1,0 +1,41 @@
+"""What is thought in a text is no part of the answer, however a template or a tokenizer marks it."""
+
+import pytest
+from thinking import SHAPES
+
+from modules.scoring.template_child import outcomes
+from modules.scoring.thoughts import Thoughts, questions, thoughts_of
+
+USER = {
+    "messages": [{"role": "user", "content": "Describe <think>ing</think> houses."}],
+    "prompt": True,
+    "settings": {},
+}
+
+
+def of(shape):
+    """What marks thoughts, and what is given before an answer."""
+    asked = {"template": shape.template, "settings": shape.settings, "conversations": [USER, *questions()]}
+    given, *told = [found.get("text") for found in outcomes(asked)]
+    return thoughts_of(shape.template, shape.added, told), given
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_a_reader_sees_the_answer_alone(shape):
+    thoughts, given = of(shape)
+    opened = thoughts.opened_by(given) is not None
+    assert (opened, thoughts.closing(given), thoughts.switch) == (shape.opened, shape.closing, shape.switch)
+    for text, answer in shape.texts.items():
+        found = thoughts.answer(text, opened)
+        assert (found if found is None else found.strip()) == answer, text
+    assert thoughts.closed_in(shape.closing) == bool(shape.closing)
+
+
+def test_what_is_behind_a_closed_block_is_an_answer():
+    thoughts, given = of(SHAPES["opened by the prompt"])
+    assert thoughts.opened_by(given + "Hm.</think>") is None and thoughts.closing(given + "Hm.</think>") == ""
+    assert thoughts.answer("A house. <think>Hm.</think> A garden.", False) == "A house.  A garden."
+
+
+def test_a_template_that_refuses_every_question_marks_nothing():
+    assert thoughts_of("{{ raise_exception('no') }}", [], [None] * 5) == Thoughts() == thoughts_of("", [])
