@@ -80,7 +80,7 @@ def ask(
     tokenizer = load_tokenizer(base.path, base.companions)
     chats = dict.fromkeys(map(chat_of, prompts if has_template(tokenizer) else ()), "samples")
     chats |= dict.fromkeys(new, CONTEXTS)
-    rendered = render(tokenizer, str(base.path), chats, config.template, config.system)
+    rendered = render(tokenizer, config.directories.model_path1, chats, config.template, config.system)
     check_refusals([rendered.refusals[chat] for chat in new if chat in rendered.refusals], "contexts")
     for refusal in list(rendered.refusals.values())[:1]:  # of others the reason is mostly the same
         which = (

@@ -128,7 +128,7 @@ def write_texts(
     if missing:
         console.line(f"{words:,} words in {time.monotonic() - began:.0f} s")
     written = [kept.get(prompt) or () for prompt in prompts]
-    console.warnings(f"{author.name}: {line}" for line in unanswered(written, drawing))
+    console.warnings(f"{author.name}: {line}; discover.tokens gives more" for line in unanswered(written, drawing))
     return written
 
 

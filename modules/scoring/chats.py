@@ -23,8 +23,8 @@ from modules.runtime import ConfigError, first_line, shortened
 from modules.scoring.thoughts import Thoughts, questions, thoughts_of
 
 MOST_REFUSALS = 10  # that are told one by one
-SECONDS, SECONDS_OF_A_CHAT = 5.0, 0.02  # of the processor, for all chats together; most take a thousandth of a second
-PATIENCE = 3  # how many times longer the clock may take than the processor
+SECONDS, SECONDS_OF_A_CHAT = 2.0, 0.02  # of the processor, for all chats together; most take a thousandth of a second
+PATIENCE = 5  # how many times longer the clock may take than the processor
 CONTEXTS = "contexts"  # the key that a chat is of
 
 _PAIRS = (*PHRASES, "held_out_pairs")

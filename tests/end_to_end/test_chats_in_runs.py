@@ -14,6 +14,7 @@ import merge_monster
 import monster_mapper
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.mapper.detokenize import Spelling
+from modules.scoring.chats import in_child
 from modules.scoring.tokenization import Root
 
 TURN = {"role": "user", "content": "Describe an old house."}
@@ -199,6 +200,27 @@ def test_a_chat_that_cannot_be_rendered_is_told_before_any_work(place, tmp_path,
     message = capsys.readouterr().err
     assert f"{models[0]}: its " in message and words in message and "Traceback" not in message
     assert not (place / "out").exists() and not (place / "out.partial").exists()
+
+
+@pytest.mark.parametrize("key", ["contexts", "samples", "discover.prompts"])
+def test_a_template_that_takes_all_memory_ends_a_run_before_its_work(place, tmp_path, capsys, monkeypatch, key):
+    monkeypatch.setattr("modules.scoring.chats.in_child", in_child)
+    models = make_models(tmp_path, "{{ 'x' * 8000000000 }}")
+    plain = [{"phrase": "spine", "contexts": ["down her "]}]
+    if key == "discover.prompts":
+        path = tiny.write_config(place / "my.yaml", models[0], [], place / "out", bad_phrases=plain, pairs=())
+        assert monster_mapper.main(["--config", str(path), "--rate", str(models[0])]) == 2
+    else:
+        settings = {"samples": ["Q"], "bad_phrases": plain} if key == "samples" else {}
+        assert merge(place, models, **settings) == 2
+    message = capsys.readouterr().err
+    assert f"{models[0]}: its chat template takes more than 1 GiB" in message and f"({key})" in message
+    assert not (place / "out").exists() and not (place / "out.partial").exists() and not (place / "samples").exists()
+
+
+def test_a_run_without_chats_starts_no_child(place, models, monkeypatch):
+    monkeypatch.setattr("modules.scoring.chats.in_child", None)
+    assert merge(place, models, "--dry-run", bad_phrases=[{"phrase": "spine", "contexts": ["down her "]}]) == 0
 
 
 def test_what_is_listed_twice_is_told_of_chats_too(models, place):
