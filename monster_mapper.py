@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    import modules.search  # noqa: F401 - which methods and strategies there are; without PyTorch
     from modules.config import CONFIG, DEVICES, QUIET, SET, VERSION, Config, check_apart, input_paths, load_config
     from modules.runtime import (
         LOGS,

@@ -16,7 +16,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-import modules.search  # noqa: F401 - what a configuration can name
 from modules.config import load_config
 from modules.discovery import Finding, Text, counts, possible_contexts
 from modules.run.discover import probabilities

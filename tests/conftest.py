@@ -19,7 +19,6 @@ import torch
 import transformers
 from hypothesis import settings
 
-import modules.search  # noqa: F401 - what a configuration can name
 from modules.scoring.template_child import outcomes
 
 pytest.register_assert_rewrite("broken_runs", "completions", "runs", "whole")  # what they find wrong is shown as well

@@ -5,7 +5,6 @@ Knows: how JSON is laid out. Refuses to know: the keys.
 
 import json
 
-import modules.search  # noqa: F401 - which methods and strategies there are
 from modules.config.schema import json_schema
 
 print(json.dumps(json_schema(), indent=2))

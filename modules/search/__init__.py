@@ -2,10 +2,9 @@
 
 Knows: what is tried and what is kept. Refuses to know: files, printing, how a forward is made.
 
-Neither this file nor what it imports imports PyTorch: the names of methods and strategies must be known before a
-configuration is checked. The searches are in modules.search.search, layer by layer, and modules.search.joint, by
-gradient on what modules.search.mixing mixes; merging without one is in modules.search.trial, and, without a model in
-memory, in modules.search.rebuild.
+Neither this file nor what it imports imports PyTorch. The searches are in modules.search.search, layer by layer, and
+modules.search.joint, by gradient on what modules.search.mixing mixes; merging without one is in modules.search.trial,
+and, without a model in memory, in modules.search.rebuild.
 """
 
 from modules.search.decision import Decision, Merge, Shares, mean_shares, shares_of

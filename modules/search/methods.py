@@ -5,11 +5,10 @@ Knows: tensors and ratios. Refuses to know: models, layers, files, scores.
 Every method keeps shape, dtype and device, computes in float32, and never changes its inputs. A column is one input
 feature: the last axis of a weight stored (output, input).
 
-To add a method, write a function below and decorate it: @merge_method if it merges two tensors, @column_method if it
-says which share of the other model each column gets. Nothing else knows its name.
+To add a method, give METHODS in modules/config/choices.py its name, write a function below and decorate it:
+@merge_method if it merges two tensors, @column_method if it says which share of the other model each column gets.
 
-PyTorch is imported where it is used: which methods there are must be known before a configuration is checked, and
-whoever made a typo should not wait for it.
+PyTorch is imported where it is used: modules.search is imported where nobody should wait for it.
 """
 
 from __future__ import annotations
@@ -47,24 +46,26 @@ _METHODS: dict[str, Method] = {}
 
 
 def merge_method(
-    name: str, line: str, ratios: tuple[float, ...] | None = None, recorded_share: float | None = None
+    name: str, ratios: tuple[float, ...] | None = None, recorded_share: float | None = None
 ) -> Callable[[Combine], Combine]:
-    """Make a function a merge method. line: what default.yaml says of it; the others: see Method."""
+    """Make a function the merge method of a name. Raises KeyError if no configuration can name it; see Method."""
+    _ = METHODS[name]
 
     def register(combine: Combine) -> Combine:
-        METHODS[name], _METHODS[name] = line, Method(combine, ratios, recorded_share)
+        _METHODS[name] = Method(combine, ratios, recorded_share)
         return combine
 
     return register
 
 
 def column_method(
-    name: str, line: str, ratios: tuple[float, ...] | None = None, recorded_share: float | None = None
+    name: str, ratios: tuple[float, ...] | None = None, recorded_share: float | None = None
 ) -> Callable[[Shares], Shares]:
-    """Make a formula of column shares a merge method. Tensors of one dimension stay the base's."""
+    """Make a formula of column shares the merge method of a name. Tensors of one dimension stay the base's."""
+    as_method = merge_method(name, ratios, recorded_share)
 
     def register(shares: Shares) -> Shares:
-        @merge_method(name, line, ratios, recorded_share)
+        @as_method
         def by_columns(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
             if base.dim() < 2:
                 out.copy_(base)
@@ -117,7 +118,7 @@ def merge(
     return out
 
 
-@merge_method("lerp", "a straight mix of the two layers")
+@merge_method("lerp")
 def lerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
     """(1-t)*a + t*b. torch.lerp computes half types in float32 and rounds once."""
     import torch
@@ -125,7 +126,7 @@ def lerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
     torch.lerp(base, other, ratio, out=out)
 
 
-@merge_method("slerp", "a mix along the arc between them, which keeps their length")
+@merge_method("slerp")
 def slerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
     """Spherical interpolation of the whole tensor as one vector; stacked experts one matrix at a time.
 
@@ -150,9 +151,7 @@ def slerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
     _in_float32(lambda a, b, o: torch.mul(a, share_base, out=o).addcmul_(b, share_other), base, other, out)
 
 
-@column_method(
-    "slice", "the base's columns, a short blend, then the candidate's columns; the ratio is the candidate's part"
-)
+@column_method("slice")
 def slice_shares(width: int, ratio: float) -> Tensor:
     """The other's share per column, (width,) float32: none, a blend of 2e columns around c, then all.
 
@@ -162,12 +161,7 @@ def slice_shares(width: int, ratio: float) -> Tensor:
     return _ramp(width, int(width * (1 - ratio)) - edge, 2 * edge)
 
 
-@column_method(
-    "cyclic",
-    "a band of the candidate's columns (15 %) at four fixed places; merge_ratios is not used",
-    ratios=(0.25, 0.45, 0.65, 0.85),
-    recorded_share=0.15,
-)
+@column_method("cyclic", ratios=(0.25, 0.45, 0.65, 0.85), recorded_share=0.15)
 def cyclic_shares(width: int, ratio: float) -> Tensor:
     """The other's share per column, (width,) float32: as slice, but back to the base after int(0.10*width) columns."""
     edge = int(0.05 * width)
@@ -175,11 +169,7 @@ def cyclic_shares(width: int, ratio: float) -> Tensor:
     return _ramp(width, start, 2 * edge) - _ramp(width, start + 2 * edge + int(0.10 * width), 2 * edge)
 
 
-@column_method(
-    "gradient",
-    "the candidate fades in up to a peak at 1 - ratio, then out again (45 % in all)",
-    recorded_share=0.45,
-)
+@column_method("gradient", recorded_share=0.45)
 def gradient_shares(width: int, ratio: float) -> Tensor:
     """The other's share per column, (width,) float32: up from 0 to 0.9 at c = int(width*(1-ratio)), then down again."""
     import torch

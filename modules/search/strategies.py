@@ -5,7 +5,7 @@ Knows: numbers, one score per pair, and a drift. Refuses to know: where they com
 A score is exp(sum of the phrase's token log-probabilities) x weight; good phrases count negative, so lower is better
 for every pair and for the total. With a weight on drift, the objective stands wherever totals are compared.
 
-To add a strategy, write its rank below and decorate it. Nothing else knows its name.
+To add a strategy, give STRATEGIES in modules/config/choices.py its name, write its rank below and decorate it.
 """
 
 import math
@@ -55,11 +55,12 @@ Rank = Callable[[State, State, Limits], tuple | None]
 _RANKS: dict[str, Rank] = {}
 
 
-def strategy(name: str, line: str) -> Callable[[Rank], Rank]:
-    """Make a rank a strategy. line: what default.yaml says of it."""
+def strategy(name: str) -> Callable[[Rank], Rank]:
+    """Make a rank the strategy of a name. Raises KeyError if no configuration can name it."""
+    _ = STRATEGIES[name]
 
     def register(rank: Rank) -> Rank:
-        STRATEGIES[name], _RANKS[name] = line, rank
+        _RANKS[name] = rank
         return rank
 
     return register
@@ -118,23 +119,21 @@ def improved(current: Scores, trial: Scores) -> int:
     return Limits().changes(State(current), State(trial))[0]
 
 
-@strategy("cumulative", "take the ratio with the lowest total, if it is below the present one")
+@strategy("cumulative")
 def cumulative(current: State, trial: State, limits: Limits) -> tuple | None:
     """The lowest objective."""
     before, after = limits.objective(current), limits.objective(trial)
     return (after,) if before - after > limits.min_gain else None
 
 
-@strategy("all_phrases", "only ratios that make no phrase worse and at least one better")
+@strategy("all_phrases")
 def all_phrases(current: State, trial: State, limits: Limits) -> tuple | None:
     """The lowest objective of those that cost no pair anything."""
     better, worse = limits.changes(current, trial)
     return (limits.objective(trial),) if better and not worse else None
 
 
-@strategy(
-    "quantitive", "only ratios that improve at least strategy_threshold of all phrases; of those, the most improved"
-)
+@strategy("quantitive")
 def quantitive(current: State, trial: State, limits: Limits) -> tuple | None:
     """The most pairs improved; of equals the lowest objective."""
     better, _ = limits.changes(current, trial)

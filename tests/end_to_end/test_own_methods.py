@@ -1,11 +1,14 @@
-"""A method and a strategy are added in one place: where they are written."""
+"""A method and a strategy are added by a name and a function."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from project import environment
 from safetensors.torch import load_file
 
 import merge_monster
@@ -30,16 +33,19 @@ def own_names():
 
 def test_a_method_and_a_strategy_of_ones_own(place, capsys, own_names):
     """They are configured by name, checked, merged with, recorded with their share, and replayed."""
+    METHODS["average"] = "half of each, whatever is configured"
+    METHODS["odd"] = "every other column is the candidate's"
+    STRATEGIES["always"] = "the trial with the highest total, come what may"
 
-    @merge_method("average", "half of each, whatever is configured", ratios=(1.0,), recorded_share=0.5)
+    @merge_method("average", ratios=(1.0,), recorded_share=0.5)
     def average(base, other, ratio, out):
         out.copy_((base.float() + other.float()) / 2)
 
-    @column_method("odd", "every other column is the candidate's")
+    @column_method("odd")
     def odd_shares(width, ratio):
         return (torch.arange(width) % 2).float()
 
-    @strategy("always", "the trial with the highest total, come what may")
+    @strategy("always")
     def always(current, trial, limits):
         return (-total(trial.scores),)
 
@@ -63,10 +69,29 @@ def test_a_method_and_a_strategy_of_ones_own(place, capsys, own_names):
 
 
 def test_a_misspelt_name_is_told_the_nearest_one(place, capsys, own_names):
-    merge_method("average", "half of each")(lambda *_: None)
+    METHODS["average"] = "half of each"
     path = tiny.write_config(place / "my.yaml", place, [place], "out", merge_method="averag")
     assert merge_monster.main(["--config", str(path)]) == 2
     assert "lerp, slerp, slice, cyclic, gradient or average; did you mean 'average'?" in capsys.readouterr().err
+
+
+def test_every_name_has_its_function_and_none_has_another():
+    assert METHODS.keys() == methods._METHODS.keys() and STRATEGIES.keys() == strategies._RANKS.keys()
+    for decorator in (merge_method, column_method, strategy):
+        with pytest.raises(KeyError):
+            decorator("nobody can name this")
+
+
+def test_a_configuration_is_read_whoever_imported_what(place):
+    """Here by an interpreter that imports nothing else."""
+    path = tiny.write_config(place / "my.yaml", place, [place], "out", merge_method=["slice", "lerp"])
+    code = (
+        "import sys; from modules.config import load_config; print(load_config(sys.argv[1]).merge_method, *sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("('slice', 'lerp') ")
+    assert not {"torch", "modules.search"}.intersection(result.stdout.split())
 
 
 def test_default_yaml_has_the_line_of_each():
