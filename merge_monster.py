@@ -128,13 +128,15 @@ def replay(console: Console, options: argparse.Namespace) -> int:
         asked = Replay(options.replay, output, options.device, *how_to_open(options))
         replay_recipe(asked, console)
 
-    return exit_code(work, console, lambda: what_stands(output, earlier))
+    return exit_code(work, console, lambda: what_stands(output, earlier, searching=False))
 
 
 def export(console: Console, options: argparse.Namespace) -> int:
     """Write a recipe as a file for mergekit, and turn every failure into one message and an exit code."""
     file, recipe = options.export_mergekit
     console.timed(f"THE MERGE MONSTER TELLS OF {recipe}")
+    with importing():
+        from modules.output import files_left
 
     def work() -> None:
         with importing():
@@ -142,12 +144,14 @@ def export(console: Console, options: argparse.Namespace) -> int:
 
         export_mergekit(Replay(recipe, file, "cpu", *how_to_open(options)), console)
 
-    return exit_code(work, console)
+    return exit_code(work, console, files_left([file]))
 
 
 def score(config: Config, console: Console, options: argparse.Namespace) -> int:
     """Score models by the configuration's phrases, and turn every failure into one message and an exit code."""
     console.timed("THE MERGE MONSTER JUDGES")
+    with importing():
+        from modules.output import files_left
 
     def work() -> None:
         with importing():
@@ -155,7 +159,7 @@ def score(config: Config, console: Console, options: argparse.Namespace) -> int:
 
         score_models(config, console, options.json, options.overwrite)
 
-    return exit_code(work, console)
+    return exit_code(work, console, files_left([options.json] if options.json else []))
 
 
 def how_to_open(options: argparse.Namespace) -> tuple[dict[str, str], list[Path], bool, bool]:
@@ -237,7 +241,7 @@ def check_together(parser: Arguments, options: argparse.Namespace) -> None:
     if options.trust_remote_code and not from_recipe:
         parser.error("--trust-remote-code goes with --replay; for a search it is a key of the YAML file")
     if options.replay and (options.resume or options.restart or options.dry_run):
-        parser.error("--replay begins at the beginning; --resume, --restart and --dry-run are for a search")
+        parser.error("--replay always begins anew: leave out --resume, --restart and --dry-run")
 
 
 def _place_of_source(text: str) -> tuple[str, str]:

@@ -62,9 +62,11 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
     """Map, discover or count, and turn every failure into one line and an exit code."""
     does = "COUNTS" if rated else "LISTENS" if options.discover else "LOOKS AROUND"
     console.timed(f"THE MONSTER MAPPER {does}")
+    # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
+    with importing():
+        from modules.output import files_left
 
     def work() -> None:
-        # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
         with importing():
             from modules.run import Exports, check_exports, discover, map_model, rate
 
@@ -75,7 +77,8 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
         else:
             (discover if options.discover else map_model)(config, console, exports)
 
-    return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}.")
+    written = files_left([path for path in (options.json, options.yaml) if path])
+    return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}. {written()}".strip())
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from modules.runtime import open_input
+
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 _AGAIN = "fetch it again"
@@ -64,7 +66,7 @@ def disguise(path: Path) -> str | None:
 
 def _beginning(path: Path) -> bytes | None:
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             return file.read(512)
     except OSError:
         return None  # for its reader to complain about

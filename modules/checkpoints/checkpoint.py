@@ -40,7 +40,7 @@ from modules.checkpoints.weight_files import (
     stream_tensors,
     weight_files,
 )
-from modules.runtime import CheckpointError, ConfigError, first_line
+from modules.runtime import CheckpointError, ConfigError, first_line, naming
 
 _DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
@@ -172,7 +172,7 @@ def read_configuration(path: Path, names: Collection[str], trusted: bool = False
 
 def check_quantisation(path: Path, names: Collection[str] | None = None) -> None:
     """Raise ConfigError if config.json says that a model is quantised. names: of its tensors, if they are known."""
-    key = _quantisation(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    key = _quantisation(json.loads(read_file(path / "config.json")))
     if key is None:
         return
     problem = f"{path}: by {key} in config.json this model is quantised; merge the original weights instead"
@@ -334,12 +334,14 @@ def copy_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | N
         _copy(checkpoint.path / name, folder / name)
     if dtype is not None:
         file = folder / "config.json"
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(read_file(file))
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(dtype)
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + os.linesep, encoding="utf-8")
+        with naming(file):
+            file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + os.linesep, encoding="utf-8")
 
 
 def _copy(file: Path, to: Path) -> None:
     content = read_file(file)
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_bytes(content)
+    with naming(to):
+        to.write_bytes(content)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modules.checkpoints.bin_files import Forms, Held, is_pickled, pickled_forms, unpickled_once
 from modules.checkpoints.causes import disguise, found_instead
-from modules.runtime import CheckpointError, ConfigError, reading
+from modules.runtime import CheckpointError, ConfigError, open_input, reading
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -88,7 +88,8 @@ def _unread(path: Path, error: OSError) -> CheckpointError:
 def read_file(path: Path) -> bytes:
     """All of a small file. Raises CheckpointError if it can't be read."""
     try:
-        return path.read_bytes()
+        with open_input(path) as file:
+            return file.read()
     except OSError as error:
         raise _unread(path, error) from None
 
@@ -164,8 +165,8 @@ def place_in_index(folder: Path, name: str) -> str | None:
     """The shard in which a tensor is by the index that a folder has; None if it has none, or that does not know it."""
     index = index_file(local_files(folder))
     try:
-        return json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].get(name) if index else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return json.loads(read_file(folder / index))["weight_map"].get(name) if index else None
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # what is said of a tensor does without
 
 

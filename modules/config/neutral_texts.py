@@ -6,7 +6,7 @@ Knows: where those of the program lie, how a file is read. Refuses to know: toke
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules.runtime import ConfigError, first_line
+from modules.runtime import ConfigError, first_line, open_input
 
 SHIPPED = Path(__file__).parents[2] / "example_phrases/neutral"
 MOST_CHARACTERS = 2_000_000  # of a file; the measure needs some thousand tokens
@@ -21,7 +21,7 @@ def read_neutral_texts(files: Sequence[str] | None) -> list[str]:
     texts, problems = [], []
     for path in paths:
         try:
-            with path.open(encoding="utf-8-sig") as file:
+            with open_input(path, "utf-8-sig") as file:
                 text = file.read(MOST_CHARACTERS)
             if not text.strip():
                 raise ValueError("the file is empty")

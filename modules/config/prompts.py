@@ -5,7 +5,7 @@ Knows: where those of the program lie, how a file is read. Refuses to know: chat
 
 from pathlib import Path
 
-from modules.runtime import ConfigError, first_line
+from modules.runtime import ConfigError, first_line, open_input
 
 LISTS = Path(__file__).parents[2] / "example_phrases"
 SHIPPED, OPENINGS = LISTS / "prompts.txt", LISTS / "openings.txt"
@@ -20,7 +20,7 @@ def read_prompts(file: str | None, for_chats: bool) -> tuple[str, ...]:
     """
     path = Path(file) if file else SHIPPED if for_chats else OPENINGS
     try:
-        with path.open(encoding="utf-8-sig") as opened:
+        with open_input(path, "utf-8-sig") as opened:
             lines = opened.read(LARGEST).splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)

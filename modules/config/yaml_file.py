@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from modules.runtime import ConfigError, first_line
+from modules.runtime import ConfigError, first_line, open_input
 
 _LARGEST = 100_000_000  # bytes of a YAML file; what has more is none, and may have no end (/dev/zero)
 _MOST_VALUES = 2_000_000  # in a YAML file: many times as many lists can stand in a short one that refers to itself
@@ -82,7 +82,7 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
 
 def _text_of(path: Path, if_absent: str) -> str:
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
             raise ConfigError(f"{path}: has more than {_LARGEST // 1_000_000} MB; this is no YAML file of settings")

@@ -6,7 +6,7 @@ Knows: files and wording. Refuses to know: how anything was found.
 from modules.output.changes import compare_fingerprints, computed_in
 from modules.output.comparison import comparison
 from modules.output.folder import Unfinished, check_output, held_place, stamp, unfinished_output, what_stands
-from modules.output.journal import JournalCopy, naming
+from modules.output.journal import JournalCopy
 from modules.output.mergekit import Names, check_sums, mergekit_text
 from modules.output.model_card import CARD_FILE, write_card
 from modules.output.places import SETTINGS_FILE, Place, place_of, written_paths
@@ -15,4 +15,4 @@ from modules.output.public import Public
 from modules.output.recipe import Recipe, is_finished, located, read_outputs, read_recipe, rebuilt, write_recipe
 from modules.output.records import JointStart, Sample, Settings, Source, rendered_in
 from modules.output.run_record import RunRecord, begun_run
-from modules.output.text_files import check_file, write_text
+from modules.output.text_files import check_file, files_left, write_text

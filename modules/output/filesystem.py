@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from modules.runtime import naming
+
 # What a system says of something that a file system does not have, rather than of something that failed.
 _LACKING = (
     *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY),
@@ -16,19 +18,32 @@ _LACKING = (
 )
 
 _LOCK_TRIES = 100
+_TAKEN = "another process has locked it"
+
+Stamp = tuple[int, int, int] | None  # by which a file is known from another one; None if there is none
+
+
+def stamp_of(file: Path) -> Stamp:
+    """What tells the file that stands here from any other one."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def sync(path: Path) -> bool:
     """Have a file's content, or a folder's list of files, on the disk; False where the file system has no such thing.
 
-    Raises OSError if it fails.
+    Raises OSError, which names it, if that fails.
     """
     if os.name == "nt" and path.is_dir():
         return True  # Windows has no such thing for folders
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            with naming(path):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -54,7 +69,7 @@ class Lock:
                 self._file.close()
                 raise
             self._file.close()  # whoever had it locked has removed it meanwhile
-        raise BlockingIOError
+        raise BlockingIOError(errno.EWOULDBLOCK, _TAKEN, str(path))
 
     def release(self) -> None:
         """Let go, and remove the file."""
@@ -74,7 +89,7 @@ def _is_open_file(path: Path, file: BinaryIO) -> bool:
 
 def _lock(file: BinaryIO) -> bool:
     """Lock an open file until it is closed; False where the file system has no locks. Raises BlockingIOError if
-    another process has locked it."""
+    another process has locked it, OSError if it can't be locked."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -87,7 +102,9 @@ def _lock(file: BinaryIO) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise BlockingIOError from None
+            raise BlockingIOError(errno.EWOULDBLOCK, _TAKEN, file.name) from None
+        if error.errno not in _LACKING:
+            raise OSError(error.errno, error.strerror, file.name) from None
         return False
     return True
 

@@ -9,12 +9,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from modules.output.filesystem import sync
-from modules.output.journal import JOURNAL_FILE, Journal
+from modules.output.filesystem import Stamp, stamp_of, sync
+from modules.output.journal import JOURNAL_FILE, Journal, begun_with
 from modules.output.places import SETTINGS_FILE, UNFINISHED, Beside, Inside, Place, holds_output, place_of
 from modules.runtime import CheckpointError, ConfigError, Console
-
-Stamp = tuple[int, int, int] | None  # by which an output is known from another one; None if there is none
 
 
 def check_output(place: Place, overwrite: bool) -> None:
@@ -89,12 +87,15 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished_output(place: Place, resume: bool, restart: bool) -> Iterator[Unfinished]:
+def unfinished_output(
+    place: Place, resume: bool = False, restart: bool = False, searching: bool = True
+) -> Iterator[Unfinished]:
     """The folder in which an output is written, with its journal. The place is locked, and settled.
 
-    What an earlier run has decided is there, if `resume`, or has been removed, if `restart`. If the block ends with an
-    error, the folder stays as soon as it has a decision; without one it is removed. Raises ConfigError if an earlier
-    run did not finish and neither option was given, or the folder can't be made.
+    What an earlier run has decided is there, if `resume`, or has been removed, if `restart`. searching: whether these
+    options can be given. If the block, or what precedes it, ends with an error, the folder stays as soon as it has a
+    decision; without one it is removed. Raises ConfigError if an earlier run did not finish and neither option was
+    given, or the folder can't be made.
     """
     folder = place.partial
     if folder.exists() and not _is_unfinished(folder):
@@ -106,16 +107,15 @@ def unfinished_output(place: Place, resume: bool, restart: bool) -> Iterator[Unf
         raise ConfigError(place.refusal(error)) from None
     with closing(Journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
         if journal.decisions and not resume:
-            raise ConfigError(
-                f"{folder} has {journal.decisions} decisions of a run that did not finish: add --resume to go on from "
-                "there, or --restart to begin again"
-            )
-        if not journal.decisions:
-            journal.clear()
-        place.mark()
-        unfinished = Unfinished(place, journal)
-        unfinished.clear()
+            advice = "add --resume to go on from there, or --restart to begin again"
+            advice = advice if searching else "finish that search, delete this folder, or name another --output"
+            raise ConfigError(f"{folder} has {journal.decisions} decisions of a run that did not finish: {advice}")
         try:
+            if not journal.decisions:
+                journal.clear()
+            place.mark()
+            unfinished = Unfinished(place, journal)
+            unfinished.clear()
             yield unfinished
         except BaseException:
             if not journal.decisions:
@@ -134,23 +134,18 @@ def _is_unfinished(folder: Path) -> bool:
 
 def stamp(output: Path) -> Stamp:
     """What tells the output that stands here, or is aside for the moment, from any other one."""
-    for folder in (output, *(place.before for place in _places(output))):
-        try:
-            found = (folder / SETTINGS_FILE).stat()
-        except OSError:
-            continue
-        return found.st_dev, found.st_ino, found.st_mtime_ns
-    return None
+    folders = (output, *(place.before for place in _places(output)))
+    return next((found for folder in folders if (found := stamp_of(folder / SETTINGS_FILE))), None)
 
 
-def what_stands(output: Path, earlier: Stamp) -> str:
+def what_stands(output: Path, earlier: Stamp, searching: bool = True) -> str:
     """What there is, after a run has broken off, at the output's place, and how to go on. It is looked up.
 
-    earlier: the output's stamp before the run.
+    earlier: the output's stamp before the run. searching: whether the run could go on with what was decided.
     """
     places = _places(output)
     half = [path for place in places for path in place.parts if path.is_dir() and path.name.startswith(".")]
-    kept = [place.partial for place in places if (place.partial / JOURNAL_FILE).is_file()]
+    kept = [place.partial for place in places if searching and begun_with(place.partial / JOURNAL_FILE)]
     if half and (len(half) > 1 or not holds_output(output)):
         text = f"The output is in {' and '.join(map(str, half))}: the next command for {output} puts it into its place."
     elif holds_output(output) and stamp(output) != earlier:

@@ -7,12 +7,12 @@ A journal may end in the middle of a line, where a run was killed while it wrote
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from modules.runtime import ConfigError
+from modules.runtime import ConfigError, check_is_file, naming, open_input
 
 JOURNAL_FILE = "merge_monster_journal.jsonl"
 
@@ -20,21 +20,10 @@ Line = dict[str, Any]  # "kind" says which
 _DECISIONS = ("decision", "step")  # without one of these a run begins at its beginning
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give an OSError that comes from this file its name, which those of writing lack."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def begun_with(path: Path) -> Line | None:
     """The first record of a journal from which a run can go on; None if that is not so, whoever opens it says why."""
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             first = json.loads(file.readline())
             others = (json.loads(line) for line in file if line.endswith(b"\n"))  # the last one may be torn
             return first if any(record["kind"] in _DECISIONS for record in others) else None
@@ -51,11 +40,13 @@ class Journal:
         self.path = path
         self.records: list[Line] = []
         try:
+            check_is_file(path)
             self._file = path.open("a+b")
         except OSError as error:
             raise ConfigError(f"{path}: can't be written ({error.strerror})") from None
         try:
-            self.records = [] if afresh else self._read()
+            with naming(path):
+                self.records = [] if afresh else self._read()
         except BaseException:
             self._file.close()
             raise
@@ -80,7 +71,8 @@ class Journal:
 
     def clear(self) -> None:
         """Forget all records."""
-        self._file.truncate(0)
+        with naming(self.path):
+            self._file.truncate(0)
         self.records = []
 
     def _read(self) -> list[Line]:
@@ -102,7 +94,8 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the journal; what was appended is on the disk already."""
-        self._file.close()
+        with suppress(OSError):  # a record that could not be written is tried again, and was told of
+            self._file.close()
 
 
 class JournalCopy(Journal):

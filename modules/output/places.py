@@ -31,7 +31,7 @@ from pathlib import Path
 
 from modules.config import partial_of, real_path
 from modules.output.filesystem import Lock, has_locks, has_rights, sync
-from modules.runtime import ConfigError
+from modules.runtime import ConfigError, naming
 
 SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
 UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is no output yet
@@ -79,7 +79,9 @@ class Place(ABC):
 
     def mark(self) -> None:
         """Mark the folder in which the output is written as such. Raises OSError."""
-        (self.partial / UNFINISHED).write_text(_ABOUT_IT, encoding="utf-8")
+        file = self.partial / UNFINISHED
+        with naming(file):
+            file.write_text(_ABOUT_IT, encoding="utf-8")
 
     def discard(self) -> list[str]:
         """Delete what stood there before, as far as that can be done; a line for each folder that is left of it.

@@ -13,7 +13,6 @@ from pydantic import ValidationError, model_validator
 
 from modules.config import DTYPES, Config, parts_of
 from modules.output.changes import changes_between, run_of
-from modules.output.journal import naming
 from modules.output.public import Public, found_again, relative
 from modules.output.records import (
     FORMAT,
@@ -31,7 +30,7 @@ from modules.output.records import (
     Total,
     rendered_in,
 )
-from modules.runtime import ConfigError
+from modules.runtime import ConfigError, naming, open_input
 from modules.scoring import with_texts
 from modules.search import improved
 
@@ -109,13 +108,16 @@ def read_recipe(path: Path) -> Recipe:
     """A recipe of this version, named itself or as the output that holds it. Raises ConfigError if it is none."""
     path = path / RECIPE_FILE if os.path.isdir(path) else path
     try:
-        recipe = Recipe.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        with naming(path), open_input(path, "utf-8") as file:
+            recipe = Recipe.model_validate(json.load(file))
         json.dumps(recipe.written(), ensure_ascii=False, allow_nan=False).encode()  # as it will be written
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; a recipe is the {RECIPE_FILE} of an output") from None
     except ValidationError as error:
         raise ConfigError(f"{path}: {_refusal(error)}") from None
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
         raise ConfigError(f"{path}: {_NONE}") from None
     return recipe
 

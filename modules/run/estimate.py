@@ -24,7 +24,7 @@ from torch import Tensor
 
 from modules.run.plan import Plan
 from modules.run.room import Available
-from modules.runtime import in_memory, on_disk, spans
+from modules.runtime import in_memory, naming, on_disk, spans
 from modules.search import merge
 
 SECONDS_EACH = 0.2  # of one measurement
@@ -128,7 +128,7 @@ def _reading_rate(plan: Plan) -> float | None:
     if local is None:
         return None
     start = time.perf_counter()
-    with local.open("rb", buffering=0) as file:
+    with naming(local), local.open("rb", buffering=0) as file:
         return len(file.read(READ_AT_MOST)) / (time.perf_counter() - start)
 
 

@@ -95,7 +95,7 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
     numbers = (source.number for source in recipe.needed_sources)
     told = rebuilt(recipe, loader.config, dict(zip(numbers, places, strict=True)))
     with (
-        unfinished_output(place, resume=False, restart=False) as unfinished,
+        unfinished_output(place, searching=False) as unfinished,
         fetching(console, models.jobs) as prefetcher,
     ):
         prefetcher.wait(0)

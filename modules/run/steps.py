@@ -29,13 +29,12 @@ from modules.output import (
     Unfinished,
     compare_fingerprints,
     merge_map,
-    naming,
     phrase_chart,
     rendered_in,
     write_card,
     write_recipe,
 )
-from modules.runtime import Console, counted, first_line, postponed, within_memory
+from modules.runtime import Console, counted, first_line, naming, postponed, within_memory
 from modules.runtime.distributed import Group
 from modules.scoring import (
     CONTEXTS,
@@ -155,7 +154,8 @@ def _paths_of_the_base(folder: Path, base: Checkpoint, public: Public) -> list[s
     """A line for each of the base's files that was copied to a folder and names a path of this machine."""
     lines = []
     for name in (name for name, size in base.companions.published.items() if size <= LARGEST_LOOKED_AT):
-        path = public.found_in((folder / name).read_text(encoding="utf-8", errors="replace"))
+        with naming(folder / name):
+            path = public.found_in((folder / name).read_text(encoding="utf-8", errors="replace"))
         lines += [f"{name}, which is the base's own, names {path}: see to it before you publish the output"] * bool(
             path
         )

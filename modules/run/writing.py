@@ -13,7 +13,7 @@ from modules.checkpoints import Models, dtype_name, load_tokenizer
 from modules.config import Config, read_prompts
 from modules.discovery import KeptTexts
 from modules.model import ModelLoader, ResidentModel
-from modules.runtime import ConfigError, Console, counted, first_line, is_out_of_memory
+from modules.runtime import ConfigError, Console, counted, first_line, is_out_of_memory, naming
 from modules.scoring import (
     Asked,
     Drawing,
@@ -121,7 +121,8 @@ def write_texts(
     with console.progress(len(missing)) as bar:
         for together in of_one_length(model, author.tokenizer, missing, drawing):
             texts = _drawn(author, together, config.random_seed, drawing)
-            kept.add(dict(zip(together, texts, strict=True)))
+            with naming(kept.path):
+                kept.add(dict(zip(together, texts, strict=True)))
             words += sum(len(text.split()) for of_prompt in texts for text in of_prompt)
             bar.update(len(together))
             bar.tell(f"{words / (time.monotonic() - began):.0f} words/s")

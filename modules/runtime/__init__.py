@@ -15,9 +15,10 @@ from modules.runtime.console import (
     say,
     visible,
 )
-from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError, first_line, reading
+from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError, first_line, naming, reading
 from modules.runtime.exit_codes import exit_code, leave
 from modules.runtime.imports import importing
+from modules.runtime.input_files import check_is_file, no_file, open_input
 from modules.runtime.interrupts import postponed
 from modules.runtime.ranks import Rank, find_rank, wait_for_the_leader
 from modules.runtime.shortage import is_out_of_memory, within_memory

@@ -50,6 +50,17 @@ def reading(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: can't be read ({first_line(error)})") from None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that comes from this file or folder its name, which those of an open file lack."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def first_line(error: BaseException) -> str:
     """An error of a library on one line, with its kind where the words alone would say little."""
     lines = str(error).strip().splitlines()

@@ -22,9 +22,8 @@ from runs import make_models
 import merge_monster
 import monster_mapper
 from modules.config import Config, Directories
-from modules.output.journal import naming
 from modules.runtime.console import Console, Progress, Unlogged, coloured, visible
-from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost, ReaderGone
+from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost, ReaderGone, naming
 from modules.runtime.exit_codes import exit_code
 from modules.runtime.ranks import find_rank
 from modules.search.search import Search

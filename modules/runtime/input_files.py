@@ -1,0 +1,44 @@
+"""Files that a run reads: opened only if they are files.
+
+Knows: what else can stand under a file's name, on which a program would wait for ever. Refuses to know: what is in
+them, who reads them.
+"""
+
+import errno
+import stat
+from pathlib import Path
+from typing import IO
+
+_KINDS = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def no_file(path: Path) -> str | None:
+    """What stands at a path, its links followed, that is neither a file nor a folder; None if nothing such does.
+
+    Raises OSError if that can't be looked up.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return next((kind for is_one, kind in _KINDS if is_one(mode)), None)
+
+
+def check_is_file(path: Path) -> None:
+    """Raise OSError, which names the path, if what stands there is a pipe, a socket or a device: to open or to read it
+    may take for ever."""
+    kind = no_file(path)
+    if kind:
+        raise OSError(errno.EINVAL, f"this is {kind}; copy what it holds into a file", str(path))
+
+
+def open_input(path: Path, encoding: str | None = None) -> IO:
+    """Open a file to be read: its bytes or, with an encoding, its text. Raises OSError if it is none, or can't be
+    opened."""
+    check_is_file(path)
+    return path.open("rb") if encoding is None else path.open(encoding=encoding)

@@ -1,0 +1,229 @@
+"""Files that somebody asked for: what is no plain file stays what it is, and a plain one is whole or as it was."""
+
+import errno
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+import merge_monster
+import monster_mapper
+from modules.output import filesystem, text_files
+from modules.output.text_files import check_file, files_left, write_text
+from modules.runtime import ConfigError
+
+
+def write(path, text, overwrite=False):
+    """As a program does it."""
+    check_file("--json", path, overwrite)
+    write_text(path, text)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(path.name)
+
+
+NO_FILES = {
+    "a pipe": os.mkfifo,
+    "a socket": make_socket,
+    "a link to a pipe": lambda path: (os.mkfifo(path.with_name("real")), path.symlink_to("real")),
+    "a link to a device": lambda path: path.symlink_to("/dev/null"),
+    "a folder": Path.mkdir,
+    "a link to a folder": lambda path: path.symlink_to("."),
+    "a link round in a circle": lambda path: path.symlink_to(path.name),
+    "a link into no folder": lambda path: path.symlink_to("absent/file"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_plain_file_is_refused_and_stays(place, kind):
+    path = place / "it"
+    NO_FILES[kind](path)
+    before, names = os.lstat(path), sorted(os.listdir())
+    with pytest.raises(ConfigError, match=r"^--json .*it: "):
+        check_file("--json", path, overwrite=True)
+    if kind != "a link into no folder":  # it may have come to be meanwhile
+        with pytest.raises(OSError) as caught:
+            write_text(path, "new")
+        assert caught.value.filename == str(path)
+    after = os.lstat(path)
+    assert (after.st_ino, stat.S_IFMT(after.st_mode)) == (before.st_ino, stat.S_IFMT(before.st_mode))
+    assert sorted(os.listdir()) == names
+
+
+@pytest.mark.parametrize("old", ["old", None])
+@pytest.mark.parametrize("links", [["real/file"], ["other", "real/file"]])
+def test_a_link_stays_and_what_it_leads_to_is_written(place, links, old):
+    (place / "real").mkdir()
+    if old:
+        (place / "real/file").write_text(old)
+        with pytest.raises(ConfigError, match="this file exists"):
+            check_file("--json", place / "real/file", overwrite=False)
+    for name, target in zip(["it", *links], links, strict=False):
+        (place / name).symlink_to(target)
+    write(place / "it", "new", overwrite=bool(old))
+    assert (place / "it").is_symlink() and not (place / "real/file").is_symlink()
+    assert (place / "real/file").read_text() == (place / "it").read_text() == "new"
+    assert os.listdir("real") == ["file"]
+
+
+def in_a_child(work):
+    """The exit code of a child process that does some work; negative for a signal."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        work()
+        os._exit(0)
+    except ConfigError:
+        os._exit(2)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/stderr", "/dev/null", "shown", "link"])
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="no such devices")
+def test_where_the_programs_own_output_goes_is_not_replaced(place, name):
+    (place / "link").symlink_to("shown")
+
+    def work():
+        for number in (1, 2):
+            os.dup2(os.open("shown", os.O_WRONLY | os.O_CREAT), number)
+        check_file("--json", Path(name), overwrite=True)
+
+    assert in_a_child(work) == 2
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(place, monkeypatch):
+    (place / "it").write_text("old")
+    calls, replace = [], Path.replace
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append(os.readlink(f"/proc/self/fd/{number}")))
+
+    def replaced(self, target):
+        calls.append(("replace", self.read_text(), target.read_text()))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replaced)
+    write(place / "it", "new", overwrite=True)
+    partial, renaming, folder = calls
+    assert Path(partial).name == f".it.{os.getpid()}.partial" and renaming == ("replace", "new", "old")
+    assert folder == str(place)
+
+
+@pytest.mark.parametrize("how", ["write", "fsync", "replace", "folder"])
+def test_an_error_names_the_file_and_leaves_it_as_it_was(place, monkeypatch, how):
+    (place / "it").write_text("old")
+    left = files_left([place / "it"])
+
+    def fail(*_arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    if how == "write":
+        opened = Path.open
+        monkeypatch.setattr(Path, "open", lambda self, *_, **__: opened(Path("/dev/full"), "w"))
+    elif how == "replace":
+        monkeypatch.setattr(Path, "replace", fail)
+    else:
+        calls = []
+        monkeypatch.setattr(os, "fsync", lambda _: calls.append(1) if how == "folder" and not calls else fail())
+    with pytest.raises(OSError) as caught:
+        write_text(place / "it", "new")
+    monkeypatch.undo()
+    assert caught.value.filename == str(place / "it") and caught.value.errno in (errno.EIO, errno.ENOSPC)
+    assert (place / "it").read_text() == ("new" if how == "folder" else "old") and os.listdir(place) == ["it"]
+    assert left() == f"{place / 'it'} " + ("is written, and whole." if how == "folder" else "was not changed.")
+
+
+def test_what_a_killed_run_has_left_goes_with_the_next_call_and_nothing_else(place):
+    """Not what a process that still runs is writing; a later process may have a killed one's number."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as writer:
+        kept = [f".it.{writer.pid}.partial", ".it.partial", "it.1.partial", ".other.1.partial", ".it.x.partial"]
+        left = [f".it.{2**22 + 1}.partial", f".it.{os.getpid()}.partial"]
+        for name in (*kept, *left):
+            (place / name).write_text("{")
+        for name in left:
+            os.utime(place / name, (1, 1))
+        check_file("--json", place / "it", overwrite=False)
+        assert sorted(os.listdir()) == sorted(kept)
+        os.utime(place / kept[0], (1, 1))  # written before that process began
+        check_file("--json", place / "it", overwrite=False)
+        assert sorted(os.listdir()) == sorted(kept[1:])
+        writer.communicate(b"\n")
+
+
+def test_a_run_that_is_killed_while_it_writes(place):
+    (place / "it").write_text("old")
+
+    def work():
+        text_files.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+        write_text(Path("it"), "new")
+
+    assert in_a_child(work) == -signal.SIGKILL
+    assert (place / "it").read_text() == "old" and len(os.listdir()) == 2
+    write(place / "it", "new", overwrite=True)
+    assert (place / "it").read_text() == "new" and os.listdir() == ["it"]
+
+
+def test_a_lock_that_the_system_can_not_give_is_an_error_and_a_lack_of_locks_is_none(place, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def answer(number):
+        def flock(*_arguments):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    answer(errno.EIO)
+    with pytest.raises(OSError) as caught:
+        filesystem.Lock(place / "lock")
+    assert caught.value.filename == str(place / "lock")
+    answer(errno.EWOULDBLOCK)
+    with pytest.raises(BlockingIOError) as caught:
+        filesystem.has_locks(place / "lock")
+    assert caught.value.filename == str(place / "lock")
+    answer(errno.ENOLCK)
+    assert not filesystem.has_locks(place / "lock")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("old", ["old", None])
+def test_an_interrupted_run_says_whether_the_file_stands(place, models, capsys, monkeypatch, moment, old):
+    """before or after it has taken its name."""
+    base, one, _ = models
+    settings = {"samples": [], "neutral_texts": [], "baselines": False}
+    path = tiny.write_config(place / "my.yaml", base, [one], "out", **settings)
+    if old:
+        (place / "it").write_text(old)
+    sync, calls = text_files.sync, []
+
+    def interrupted(path):
+        calls.append(path)
+        if len(calls) == (1 if moment == "before" else 2):
+            raise KeyboardInterrupt
+        return sync(path)
+
+    monkeypatch.setattr(text_files, "sync", interrupted)
+    overwrite = ["--overwrite"] if old else []
+    score = ["--config", str(path), "--score", str(one), "--json", "it", "--quiet", *overwrite]
+    mapped = ["--config", str(path), "--json", "it", "--quiet", *overwrite]
+    for program, arguments in ((merge_monster, score), (monster_mapper, mapped)):
+        assert program.main(arguments) == 130
+        told = capsys.readouterr().err.strip()
+        stands = "it is written, and whole." if moment == "after" else f"it was not {'changed' if old else 'written'}."
+        assert told.startswith("Interrupted.") and told.endswith(stands)
+        assert (place / "it").exists() == (moment == "after" or bool(old)) and not list(place.glob(".it*"))
+        calls.clear()
+        if moment == "after" and not old:
+            (place / "it").unlink()
