@@ -40,7 +40,7 @@ from modules.checkpoints.weight_files import (
     stream_tensors,
     weight_files,
 )
-from modules.runtime import CheckpointError, ConfigError, first_line, naming
+from modules.runtime import CheckpointError, ConfigError, first_line, naming, without_panics
 
 _DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
@@ -243,10 +243,11 @@ def load_tokenizer(path: Path, companions: Companions | None = None) -> Any:
     companions = companions or find_companions(path, trusted=False)
     with _copied(path, companions.sizes) as copies:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                copies, trust_remote_code=companions.trusted, local_files_only=True
-            )
-            tokenizer("a")  # some wrong settings only show when it is used
+            with without_panics():
+                tokenizer = AutoTokenizer.from_pretrained(
+                    copies, trust_remote_code=companions.trusted, local_files_only=True
+                )
+                tokenizer("a")  # some wrong settings only show when it is used
         except Exception as error:  # the tokenizer library raises bare Exception for a broken tokenizer.json
             _raise_if_unread(path, "its tokenizer", error)
             trouble = first_line(error).replace(str(copies), str(path))

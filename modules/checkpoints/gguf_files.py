@@ -30,7 +30,7 @@ from modules.checkpoints.companions import find_companions
 from modules.checkpoints.gguf_tokenizer import check_rebuilt, rebuild_tokenizer
 from modules.checkpoints.hub import there_already
 from modules.checkpoints.weight_files import dtype_name, fingerprint
-from modules.runtime import ConfigError, first_line, reading
+from modules.runtime import ConfigError, first_line, reading, without_panics
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OF_QUANTISED = torch.bfloat16
@@ -145,7 +145,8 @@ def _write(file: Path, folder: Path, dtype: torch.dtype, tokenizer: str | None) 
     chosen = load_tokenizer(Path(tokenizer)) if rebuilt is None else rebuilt.tokenizer
     place = {"gguf_file": str(file.resolve())}  # by its path: nothing that lies beside it is read
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # a bar that no setting keeps away
+        # A bar is shown that no setting keeps away.
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), without_panics():
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 quantization_config=GgufConfig(dequantize=True),

@@ -15,7 +15,7 @@ from modules.config import Config
 from modules.model import ResidentModel
 from modules.output import Sample
 from modules.output.standings import Standing
-from modules.runtime import Console, counted, first_line, is_out_of_memory, within_memory
+from modules.runtime import Console, counted, first_line, is_out_of_memory, within_memory, without_panics
 from modules.scoring import (
     NOT_TAKEN,
     Asked,
@@ -96,7 +96,8 @@ class Watch:
         if prompts:
             self._console.timed(f"The {who} answers {counted(len(prompts), 'prompt')}")
         try:
-            said, problems = within_memory(lambda: self._answers(prompts), lambda: False)
+            with without_panics():
+                said, problems = within_memory(lambda: self._answers(prompts), lambda: False)
         except Exception as error:  # of an architecture, of a chat template, of a device
             self._console.warning(f"there are no samples: {first_line(error)}")
             return {}

@@ -13,7 +13,7 @@ from modules.checkpoints import Models, dtype_name, load_tokenizer
 from modules.config import Config, read_prompts
 from modules.discovery import KeptTexts
 from modules.model import ModelLoader, ResidentModel
-from modules.runtime import ConfigError, Console, counted, first_line, is_out_of_memory, naming
+from modules.runtime import ConfigError, Console, counted, first_line, is_out_of_memory, naming, without_panics
 from modules.scoring import (
     Asked,
     Drawing,
@@ -135,7 +135,8 @@ def write_texts(
 
 def _drawn(author: Author, prompts: Sequence[str], seed: int, drawing: Drawing) -> list[list[str]]:
     try:
-        return drawn(author.model, author.tokenizer, prompts, seed, drawing)
+        with without_panics():
+            return drawn(author.model, author.tokenizer, prompts, seed, drawing)
     except ConfigError:
         raise
     except Exception as error:  # of an architecture, of a chat template, of probabilities that are no numbers

@@ -15,7 +15,15 @@ from modules.runtime.console import (
     say,
     visible,
 )
-from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError, first_line, naming, reading
+from modules.runtime.errors import (
+    BrokenWeights,
+    CheckpointError,
+    ConfigError,
+    first_line,
+    naming,
+    reading,
+    without_panics,
+)
 from modules.runtime.exit_codes import exit_code, leave
 from modules.runtime.imports import importing
 from modules.runtime.input_files import check_is_file, no_file, open_input

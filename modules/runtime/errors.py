@@ -37,10 +37,22 @@ class ReaderGone(BaseException):
 
 
 @contextmanager
+def without_panics() -> Iterator[None]:
+    """Make the panic of a library in Rust, which is none of Python's Exceptions, a RuntimeError with its words."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # every such library has a class of its own, under this name
+            raise
+        raise RuntimeError(f"its library panics: {first_line(error)}") from None
+
+
+@contextmanager
 def reading(file: Path) -> Iterator[None]:
     """Whatever goes wrong with a file of weights in this block is a CheckpointError that names it."""
     try:
-        yield
+        with without_panics():
+            yield
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{file}: is damaged, or opening it would run code that it brings along, which is refused; "

@@ -37,7 +37,9 @@ def exit_code(work: Callable[[], int | None], console: Console, left: Callable[[
     except ReaderGone:  # who has left hears nothing more, as of other programs
         console.lines([], [" ".join(["Ended: nobody reads any more what is shown.", *_found(left)])])
         return 141  # what a shell says of a program that SIGPIPE has ended
-    except Exception as error:
+    except (GeneratorExit, SystemExit):
+        raise
+    except BaseException as error:  # a library in Rust that panics raises none that is an Exception
         message = _foreseen(error)
         if message is None:
             console.bug(f"ERROR: internal error: {_named(error)}", traceback.format_exc().splitlines())
@@ -66,7 +68,7 @@ def _found(left: Callable[[], str]) -> list[str]:
     return []
 
 
-def _foreseen(error: Exception) -> str | None:
+def _foreseen(error: BaseException) -> str | None:
     """What to say of an error that has its cause outside the program; None for one that has not."""
     if isinstance(error, CheckpointError):
         return str(error)
@@ -80,6 +82,6 @@ def _foreseen(error: Exception) -> str | None:
     return None
 
 
-def _named(error: Exception) -> str:
+def _named(error: BaseException) -> str:
     words = str(error).strip() or "nothing more is known"
     return f"{type(error).__name__}: {words.splitlines()[0]}"

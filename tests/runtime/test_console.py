@@ -452,6 +452,10 @@ def full(path):
         file.write("x")
 
 
+class Panic(BaseException):
+    """As a library in Rust raises one: it is no Exception."""
+
+
 FAILURES = [
     (ConfigError("one", "two"), 2, "ERROR: one\ntwo\n"),
     (CheckpointError("gone"), 1, "ERROR: gone\nkept\n"),
@@ -466,6 +470,11 @@ FAILURES = [
     (ModuleNotFoundError("No module", name="tiktoken"), 1, "the package tiktoken is not installed: pip install"),
     (KeyboardInterrupt(), 130, "Interrupted. kept\n"),
     (ReaderGone(), 141, ""),
+    (
+        Panic("index out of range\nand more"),
+        1,
+        "ERROR: internal error: Panic: index out of range; the traceback is in logs/",
+    ),
     (RecursionError("too deep"), 1, "ERROR: internal error: RecursionError: too deep; the traceback is in logs/"),
     (KeyError("a\n\x1b"), 1, "ERROR: internal error: KeyError: 'a\\n\\x1b'; the traceback is in logs/"),
     (AssertionError(), 1, "ERROR: internal error: AssertionError: nothing more is known"),
