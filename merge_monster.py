@@ -27,9 +27,11 @@ try:
         check_apart,
         input_paths,
         load_config,
+        option_for,
         output_directory,
     )
     from modules.runtime import (
+        LOADING,
         LOGS,
         Arguments,
         ConfigError,
@@ -50,6 +52,8 @@ try:
     )
 except KeyboardInterrupt:  # imports take a moment
     sys.exit(130)
+except ModuleNotFoundError as error:
+    sys.exit(f"ERROR: the package {error.name} is not installed: pip install -r requirements.txt")
 
 LOG = "merge-monster"
 
@@ -91,6 +95,7 @@ def start(options: argparse.Namespace) -> int:
 def run(config: Config, console: Console, options: argparse.Namespace, rank: Rank) -> int:
     """Merge, and turn every failure into one message and an exit code."""
     console.banner("THE MERGE MONSTER HUNGERS")
+    console.timed(LOADING)
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
     with importing():
         from modules.output import stamp, what_stands
@@ -115,6 +120,7 @@ def run(config: Config, console: Console, options: argparse.Namespace, rank: Ran
 def replay(console: Console, options: argparse.Namespace) -> int:
     """Build a recipe's model again, and turn every failure into one message and an exit code."""
     console.banner(f"THE MERGE MONSTER REMEMBERS {options.replay}")
+    console.timed(LOADING)
     with importing():
         from modules.output import stamp, what_stands
 
@@ -135,6 +141,7 @@ def export(console: Console, options: argparse.Namespace) -> int:
     """Write a recipe as a file for mergekit, and turn every failure into one message and an exit code."""
     file, recipe = options.export_mergekit
     console.timed(f"THE MERGE MONSTER TELLS OF {recipe}")
+    console.timed(LOADING)
     with importing():
         from modules.output import files_left
 
@@ -150,6 +157,7 @@ def export(console: Console, options: argparse.Namespace) -> int:
 def score(config: Config, console: Console, options: argparse.Namespace) -> int:
     """Score models by the configuration's phrases, and turn every failure into one message and an exit code."""
     console.timed("THE MERGE MONSTER JUDGES")
+    console.timed(LOADING)
     with importing():
         from modules.output import files_left
 
@@ -182,7 +190,8 @@ def compare(outputs: Sequence[Path]) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
-    parser = Arguments("Merge fine-tunes into a base model, keeping what makes unwanted phrases rarer.")
+    description = "Merge fine-tunes into a base model, keeping what makes unwanted phrases rarer."
+    parser = Arguments(description, lambda text: option_for(text, "--set directories.model_path1={} (the base)"))
     settings = parser.add_argument_group("settings, which default.yaml explains")
     settings.add_argument("--config", metavar="FILE", default="default.yaml", help=CONFIG.format("default.yaml"))
     settings.add_argument("--device", metavar="NAME", help=DEVICES)

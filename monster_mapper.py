@@ -14,8 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    from modules.config import CONFIG, DEVICES, QUIET, SET, VERSION, Config, check_apart, input_paths, load_config
+    from modules.config import (
+        CONFIG,
+        DEVICES,
+        QUIET,
+        SET,
+        VERSION,
+        Config,
+        check_apart,
+        input_paths,
+        load_config,
+        option_for,
+    )
     from modules.runtime import (
+        LOADING,
         LOGS,
         Arguments,
         ConfigError,
@@ -30,6 +42,8 @@ try:
     )
 except KeyboardInterrupt:  # imports take a moment
     sys.exit(130)
+except ModuleNotFoundError as error:
+    sys.exit(f"ERROR: the package {error.name} is not installed: pip install -r requirements.txt")
 
 LOG = "monster-mapper"
 
@@ -62,6 +76,7 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
     """Map, discover or count, and turn every failure into one line and an exit code."""
     does = "COUNTS" if rated else "LISTENS" if options.discover else "LOOKS AROUND"
     console.timed(f"THE MONSTER MAPPER {does}")
+    console.timed(LOADING)
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
     with importing():
         from modules.output import files_left
@@ -83,7 +98,8 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
-    parser = Arguments("Show what a model would say in each context of a phrase list.")
+    description = "Show what a model would say in each context of a phrase list."
+    parser = Arguments(description, lambda text: option_for(text, "--model {}"))
     settings = parser.add_argument_group("settings, which default-mapper.yaml explains")
     default = "default-mapper.yaml"
     settings.add_argument("--config", metavar="FILE", default=default, help=CONFIG.format(default))

@@ -25,7 +25,7 @@ from modules.runtime.errors import (
     without_panics,
 )
 from modules.runtime.exit_codes import exit_code, leave
-from modules.runtime.imports import importing
+from modules.runtime.imports import LOADING, importing
 from modules.runtime.input_files import check_is_file, no_file, open_input
 from modules.runtime.interrupts import postponed
 from modules.runtime.ranks import Rank, find_rank, wait_for_the_leader

@@ -1,11 +1,13 @@
 """Imports of much code at once.
 
-Knows: that it stays. Refuses to know: what it is.
+Knows: that it stays, and what takes its time. Refuses to know: who needs it.
 """
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+LOADING = "Loading PyTorch"  # said before it is imported
 
 
 @contextmanager
