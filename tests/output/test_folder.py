@@ -142,3 +142,11 @@ def test_a_replay_that_failed_is_repeated_as_it_was(place, models, capsys, monke
         assert caught.value.code == 2 and "leave out --resume" in capsys.readouterr().err
         assert merge_monster.main(replay) == 0
         shutil.rmtree(place / "again")
+    (place / "again.partial").mkdir()  # a search that did not finish is not the replay's
+    (place / "again.partial" / JOURNAL_FILE).write_bytes(DECIDED)
+    assert merge_monster.main(replay) == 2
+    assert "--resume" not in capsys.readouterr().err
+    monkeypatch.setattr("modules.run.replay.check_space", fails())
+    assert merge_monster.main(replay) == 1
+    assert "--resume" not in capsys.readouterr().err
+    assert (place / "again.partial" / JOURNAL_FILE).read_bytes() == DECIDED
