@@ -250,7 +250,7 @@ def check_together(parser: Arguments, options: argparse.Namespace) -> None:
     if options.trust_remote_code and not from_recipe:
         parser.error("--trust-remote-code goes with --replay; for a search it is a key of the YAML file")
     if options.replay and (options.resume or options.restart or options.dry_run):
-        parser.error("--replay always begins anew: leave out --resume, --restart and --dry-run")
+        parser.error("--replay always begins anew; leave out --resume, --restart and --dry-run, which are for a search")
 
 
 def _place_of_source(text: str) -> tuple[str, str]:

@@ -33,6 +33,10 @@ def check_file(option: str, path: Path, overwrite: bool) -> None:
         raise ConfigError(f"{option} {path}: {'a folder' if file.is_dir() else 'its folder does not exist'}")
     if _is_open(file):
         raise ConfigError(f"{option} {path}: this program's own output goes there; name another file")
+    if _is_mounted(file):
+        raise ConfigError(
+            f"{option} {path}: this file is mounted by itself, so none can take its place; mount its folder"
+        )
     if file.exists() and not overwrite:
         raise ConfigError(f"{option} {path}: this file exists; name another one, or add --overwrite")
     if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
@@ -92,6 +96,13 @@ def _is_being_written(partial: Path, process: int) -> bool:
         return psutil.Process(process).create_time() <= partial.stat().st_mtime
     except psutil.NoSuchProcess:
         return False
+
+
+def _is_mounted(file: Path) -> bool:
+    """Whether a file is a mount point, as a single file that a container was given."""
+    with suppress(OSError):  # the system does not tell
+        return any(mount.mountpoint == str(file) for mount in psutil.disk_partitions(all=True))
+    return False
 
 
 def _is_open(file: Path) -> bool:

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -99,6 +100,15 @@ def test_where_the_programs_own_output_goes_is_not_replaced(place, name):
         check_file("--json", Path(name), overwrite=True)
 
     assert in_a_child(work) == 2
+
+
+def test_a_file_that_is_mounted_by_itself_is_refused_before_the_work(place, monkeypatch):
+    (place / "it").write_text("old")
+    mounts = [SimpleNamespace(mountpoint="/"), SimpleNamespace(mountpoint=str(place / "it"))]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    with pytest.raises(ConfigError, match="mounted by itself"):
+        check_file("--json", place / "it", overwrite=True)
+    check_file("--json", place / "other", overwrite=True)
 
 
 def test_what_is_written_is_on_the_disk_before_it_has_its_name(place, monkeypatch):
