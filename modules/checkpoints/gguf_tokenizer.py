@@ -20,7 +20,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer, read_gguf_metadata
 
 from modules.checkpoints.gguf_splits import BEGINS_WITH_BOS, TAKES_WHOLE_WORDS, TEXTS, settle_split
-from modules.runtime import ConfigError, counted, first_line, shortened
+from modules.runtime import ConfigError, counted, first_line, shortened, without_panics
 
 _KEY = "tokenizer.ggml."
 _BYTE_LEVEL, _SENTENCEPIECE, _GEMMA_4 = "gpt2", "llama", "gemma4"
@@ -153,11 +153,12 @@ def rebuild_tokenizer(file: Path) -> Rebuilt:
     names = GGUF_TOKENIZER_MAPPING["tokenizer"]
     values = {ours: keys[f"tokenizer.{theirs}"] for theirs, ours in names.items() if f"tokenizer.{theirs}" in keys}
     try:
-        built = convert_gguf_tokenizer(keys["general.architecture"], values)[0]
-        state = json.loads(built.to_str())
-        merges = state["model"].get("merges", ())
-        lists = replace(lists, merged=frozenset(map("".join, merges)))
-        backend = _mended(built, state, lists)
+        with without_panics():
+            built = convert_gguf_tokenizer(keys["general.architecture"], values)[0]
+            state = json.loads(built.to_str())
+            merges = state["model"].get("merges", ())
+            lists = replace(lists, merged=frozenset(map("".join, merges)))
+            backend = _mended(built, state, lists)
         doubts = [] if lists.is_typed else [_UNTYPED]
         if lists.model == _BYTE_LEVEL and (doubt := settle_split(backend, lists.get("pre"))):
             doubts.append(doubt)
