@@ -19,7 +19,7 @@ from modules.config import GGUF, names_folder, repositories_in
 from modules.output.card_settings import phrases_yaml, settings_yaml
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Sample, Source, Total
-from modules.runtime import counted, percent, shortened, spans, visible
+from modules.runtime import counted, ended, percent, shortened, spans, visible
 from modules.search.strategies import automatic_drift_weight
 
 CARD_FILE = "README.md"
@@ -237,7 +237,7 @@ def _samples(recipe: Recipe) -> list[str]:
 
 def _sample(sample: Sample) -> str:
     """A quoted block of three paragraphs. Each is one line that begins with a word of ours: no text begins a block."""
-    texts = ("Prompt", sample.prompt), ("Base", sample.base), ("Merge", sample.merge)
+    texts = ("Prompt", sample.prompt), ("Base", ended(sample.base)), ("Merge", ended(sample.merge))
     return "\n>\n".join(f"> **{name}:** {_paragraph(text)}" for name, text in texts)
 
 
@@ -323,8 +323,15 @@ def _excerpt(text: str) -> str:
 
 # What means something in Markdown. A backslash, where it escapes itself, may begin a formula on the hub.
 _MARKS = str.maketrans({"\\": "&#92;", **{mark: f"\\{mark}" for mark in "`*_[]<>|~&$#"}})
+# What the hub makes a link of wherever it stands. A backtick or a bar ends it: neither can stand in code in a table.
+_LINK = re.compile(
+    r"""((?:[a-z][a-z\d+.-]*://|www\.|(?:mailto|xmpp):|[\w.+-]+@[\w-]+\.)[^\s`|]*[^\s`|.,;:!?'"()\[\]{}<>*_~])""",
+    re.IGNORECASE,
+)
 
 
 def _plain(text: str) -> str:
-    """Markdown that shows a text on one line and within one cell of a table; what can't be seen is escaped."""
-    return visible(text).translate(_MARKS).strip()
+    """Markdown that shows a text on one line and within one cell of a table; what can't be seen is escaped, and what
+    would become a link is code."""
+    parts = _LINK.split(visible(text).strip())
+    return "".join(f"`{part}`" if number % 2 else part.translate(_MARKS) for number, part in enumerate(parts))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from modules.config import Config, Pair
 from modules.output.records import Sample
-from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, percent, row, spans
+from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, ended, percent, row, spans
 from modules.scoring import Drift
 from modules.search import Decision, Merge, Shares, probability, scores, total, total_rounding
 
@@ -275,7 +275,9 @@ def held_out_lines(searched: Totals, held_out: Totals) -> list[str]:
 def sample_lines(samples: Sequence[Sample]) -> list[str]:
     """Prompts and, below each, what base and merge have answered."""
     texts = (
-        text for one in samples for text in (("Prompt:", one.prompt), ("  base:", one.base), ("  merge:", one.merge))
+        text
+        for one in samples
+        for text in (("Prompt:", one.prompt), ("  base:", ended(one.base)), ("  merge:", ended(one.merge)))
     )
     lines = [
         f"{'' if number else name:<9}{line}"

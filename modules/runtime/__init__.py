@@ -38,6 +38,7 @@ from modules.runtime.text import (
     columns,
     counted,
     decimals,
+    ended,
     fit,
     in_memory,
     on_disk,

@@ -4,12 +4,17 @@ Knows: characters, columns, bytes. Refuses to know: what a text is about, where 
 """
 
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from itertools import accumulate, takewhile
 from typing import Literal
 
 _CUT = "..."  # stands for what was left out
+_SENTENCE_END = re.compile(  # of the scripts that models write most, with what closes behind it
+    r"""[.!?\u2026\u203c\u2047-\u2049\u3002\uff01\uff0e\uff1f\uff61\u061f\u06d4\u0964\u0965]"""
+    r"""["'*_`)\]}\xbb\xab\u2019\u201c\u201d\u203a\u300b\u300d\u300f\u3011\uff09]*\Z"""
+)
 
 
 def shortened(text: str, width: int = 40, keep: Literal["start", "end", "both"] = "end") -> str:
@@ -19,6 +24,12 @@ def shortened(text: str, width: int = 40, keep: Literal["start", "end", "both"] 
     room = width - len(_CUT)
     head = {"start": room, "end": 0, "both": room // 2}[keep]
     return _beginning(text, head) + _CUT + _ending(text, room - head)
+
+
+def ended(text: str) -> str:
+    """A text that somebody broke off, with an ellipsis unless a sentence ends where it does."""
+    text = text.rstrip()
+    return text + "\u2026" if text and not _SENTENCE_END.search(text) else text
 
 
 def one_line(text: str) -> str:

@@ -33,6 +33,7 @@ ODD = [
     "日本語 \U0001f642 naïve",
     "key: value: [1, {2}] & *alias !tag %",
     "\x1b[31mred\x00\u202eback\t",
+    "see https://example.org/a_b|www.example.org, or some@example.org.",
 ]
 
 
@@ -95,7 +96,8 @@ def tables(text):
 
 
 def shown(cell):
-    return re.sub(r"\\([^a-zA-Z0-9\s])", r"\1", cell.strip()).replace("&#92;", "\\")
+    cell = re.sub(r"(?<!\\)`", "", cell.strip())  # around what would be a link
+    return re.sub(r"\\([^a-zA-Z0-9\s])", r"\1", cell).replace("&#92;", "\\")
 
 
 def as_shown(text):
@@ -295,6 +297,38 @@ def test_no_name_and_no_phrase_breaks_a_card(recipe, odd):
     assert shown(quoted[0].split(":** ")[1].replace("<br>", "\n")) == "\n".join(map(as_shown, odd.strip().splitlines()))
     assert max(map(len, quoted)) < 25_000 and quoted[-1] == "> **Merge:** *nothing*"
     assert text.split("---\n")[2].startswith("\n# ")
+
+
+@pytest.mark.parametrize(
+    ("link", "more"),
+    [
+        ("https://example.org/a?b=c&d_e_f", ""),
+        ("http://example.org", "."),
+        ("HTTPS://EXAMPLE.ORG", ")."),
+        ("www.example.org/(a)b", " and more"),
+        ("ftp://example.org", "|https://example.com"),
+        ("mailto:some@example.org", '"'),
+        ("some.body+else@mail.example.org", "`"),
+        ("xmpp:some@example.org", "*"),
+    ],
+)
+def test_no_link_that_a_model_wrote_is_one(recipe, link, more):
+    """It stands in code, where nothing is made a link; in answers, and in what becomes a phrase or a context."""
+    text = f"Look at (*{link}{more} ."
+    recipe["samples"] = [{"prompt": text, "base": text, "merge": f"One.\n\n{text}"}]
+    recipe["phrases"] = [{**pair, "phrase": link, "context": text} for pair in recipe["phrases"]]
+    prose = card_of(recipe).split("## Settings")[0]
+    assert prose.count(f"`{link}`") == prose.count(link) == 3 + 2 * len(recipe["phrases"])
+    outside = re.sub(r"(?<!\\)`[^`\n]*`", "", prose)
+    assert not re.search(r"://(?!huggingface)|www\.|@(?!`)|mailto:", outside)
+    _, phrases = tables(prose)
+    assert all(row[1:3] == [link, as_shown(text)] for row in phrases[2:-1])
+
+
+def test_answers_end_at_a_sentence_or_in_an_ellipsis(recipe):
+    recipe["samples"] = [{"prompt": "Say", "base": "A b. And the", "merge": "A \u201cb.\u201d"}]
+    quoted = re.findall(r"^> \*\*.*", card_of(recipe), re.MULTILINE)
+    assert quoted == ["> **Prompt:** Say", "> **Base:** A b. And the\u2026", "> **Merge:** A \u201cb.\u201d"]
 
 
 def blocks(text):

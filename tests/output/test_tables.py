@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from modules.config import Pair
 from modules.output import tables as report
+from modules.output.records import Sample
 from modules.runtime import text as widths
 from modules.runtime.text import columns, shortened
 from modules.search.decision import Decision
@@ -229,6 +230,14 @@ def test_long_names_keep_to_their_lines():
     assert lines(made, [(1.0, "base"), (0.5, name)])[1] == "Layer 1/32 - CHANGED - 1.00000 > 0.50000 - 50.0%"
     assert report.composition_lines({name: 1.0}) == [f"100.00%  {name}"]
     assert report.standing("2/3", made, 32, 12) == "candidate 2/3, layer 1/32, 12 accepted"
+
+
+def test_answers_end_at_a_sentence_or_in_an_ellipsis():
+    samples = [Sample(prompt="Say", base="A b. And the", merge="One.\nTwo"), Sample(prompt="?", base="", merge="A.")]
+    assert report.sample_lines(samples)[1:-1] == [
+        *("Prompt:  Say", "  base:  A b. And the\u2026", "  merge: One.", f"{'':<9}Two\u2026"),
+        *("Prompt:  ?", "  base:  (nothing)", "  merge: A."),
+    ]
 
 
 def test_composition_lines():
