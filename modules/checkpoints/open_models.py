@@ -143,7 +143,7 @@ def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
     tell(_looked_up([location]))
     found = _find(location, config, tell)
     tell(found.notes())
-    base = _as_base(found, location.text, fetch)
+    base = _as_base(found, location.name, fetch)
     fetch(base.job)
     module, warnings = _module_of(base)
     return Models(base, found.where, module, candidates=[], notes=[], warnings=[*warnings, *found.warnings()])

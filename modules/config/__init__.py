@@ -21,6 +21,7 @@ from modules.config.locations import (
     partial_of,
     parts_of,
     repositories_in,
+    without_folders,
 )
 from modules.config.neutral_texts import read_neutral_texts
 from modules.config.phrase_lists import PHRASES, Chat, Message, Pair

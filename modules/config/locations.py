@@ -47,6 +47,11 @@ class Location:
         return owner, f"{name}@{self.revision}" if self.revision else name
 
     @property
+    def name(self) -> str:
+        """What it is called without where it lies: a folder's or a file's own name, an id of the hub."""
+        return self.text if self.folder is None else self.folder.resolve().name or "model"
+
+    @property
     def is_gguf(self) -> bool:
         """Whether it is a GGUF file."""
         return self.folder is not None and self.folder.is_file()
@@ -154,6 +159,13 @@ def names_of(sources: list[Source]) -> list[str]:
 def parts_of(where: str) -> list[str]:
     """The places that a recipe's `where` names: one, or a model's and an adapter's. A folder may have a plus in it."""
     return _NEXT.split(where)
+
+
+def without_folders(where: str) -> str:
+    """What a recipe's `where` names, of a folder no more than its name."""
+    return "+".join(
+        part if repositories_in(part) else os.path.basename(os.path.normpath(part)) for part in parts_of(where)
+    )
 
 
 def repositories_in(where: str) -> list[tuple[str, str]]:

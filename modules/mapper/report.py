@@ -15,7 +15,7 @@ from modules.config import Config, Mapper
 from modules.mapper.completion_tree import Branch, CompletionTree, Cut, Node, path_of, tokens_of
 from modules.mapper.detokenize import Spelling
 from modules.mapper.ranking import PhraseRank
-from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, coloured, percent, row, visible
+from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, coloured, ended, percent, row, visible
 from modules.search import probability
 
 INDENT = "     "
@@ -74,6 +74,8 @@ def _branch_lines(place: int, tree: CompletionTree, branch: Branch, settings: Ma
     own = spelling.pieces(tree.root, tokens[: branch.length])
     said = "".join(text for _, text in own)
     after = spelling.added(tree.root, tokens, branch.length)
+    if len(tokens) - branch.length == settings.additional_length:  # broken off: it would go on
+        after = ended(after)
     trace, start = [], 0
     for count, text in own:
         share = probability(sum(node.log_probability for node in branch.nodes[start : start + count]))
@@ -127,12 +129,16 @@ def suggestion(standing: PhraseRank) -> str:
 
 
 def document(
-    config: Config, trees: Sequence[CompletionTree], standings: Sequence[Sequence[PhraseRank]], spelling: Spelling
+    model: str,
+    settings: Mapper,
+    trees: Sequence[CompletionTree],
+    standings: Sequence[Sequence[PhraseRank]],
+    spelling: Spelling,
 ) -> dict[str, Any]:
     """Everything that was found, for JSON. Nodes are a flat list per context; `parent` is a number in it, or null."""
     return {
-        "model": config.directories.model_path1,
-        "mapper": {key: value for key, value in asdict(config.mapper).items() if value is not None},
+        "model": model,
+        "mapper": {key: value for key, value in asdict(settings).items() if value is not None},
         "contexts": [
             {
                 "context": tree.root.context,

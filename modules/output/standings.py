@@ -81,7 +81,7 @@ class Scored:
     """A model and what it scored: joint log-probabilities of the searched pairs, and of those that are held out."""
 
     name: str
-    where: str  # from wherever one looks
+    where: str  # a commit of the hub, or a folder's name
     standing: Standing
     searched: Sequence[float]
     held_out: Sequence[float]

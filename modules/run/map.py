@@ -46,11 +46,11 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     console.lines(mapping_report.table(everything, config.mapper))
     console.lines(mapping_report.cut_lines(trees))
     if exports.json:
-        found = mapping_report.document(config, trees, phrases, spelling)
+        found = mapping_report.document(models.base.name, config.mapper, trees, phrases, spelling)
         write_text(exports.json, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
         console.timed(f"The whole tree is in {exports.json}")
     if exports.yaml:
-        write_text(exports.yaml, mapping_report.phrase_list(everything, config.directories.model_path1))
+        write_text(exports.yaml, mapping_report.phrase_list(everything, models.base.name))
         console.timed(f"The suggestions are in {exports.yaml}")
     end(console, config, models.base)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from modules.checkpoints import Candidate, Models, check_space, fetching, remove_downloads
-from modules.config import Config, read_neutral_texts
+from modules.config import Config, read_neutral_texts, without_folders
 from modules.model import HeaderSkipped, ModelLoader, matched_header
 from modules.output import check_file, write_text
 from modules.output.standings import Scored, ScoredPairs, probability_table, score_document, standing_rows
@@ -68,7 +68,7 @@ def _scored(loader: ModelLoader, models: Models) -> tuple[Search, Watch, list[Sc
         console.lines(neutral_text_lines(watch.start.drift))
         name, found = models.base.name, search.log_probabilities
         start = watch.standing(search, f"{name} (base)", found, watch.start)
-        scored = [Scored(name, models.base_where, start, found, watch.start.held_out)]
+        scored = [Scored(name, without_folders(models.base_where), start, found, watch.start.held_out)]
         for number, candidate in enumerate(models.candidates, start=1):
             try:
                 prefetcher.wait(number)
@@ -102,7 +102,7 @@ def _score(console: Console, search: Search, watch: Watch, candidate: Candidate)
     if any(map(math.isnan, (*found, *sight.held_out))):
         raise CheckpointError(f"{candidate.name} can't be scored: what it computes is no number")
     standing = watch.standing(search, candidate.name, found, sight)
-    return Scored(candidate.name, candidate.where, standing, found, sight.held_out)
+    return Scored(candidate.name, without_folders(candidate.where), standing, found, sight.held_out)
 
 
 def _about_header(console: Console, search: Search, candidate: Candidate) -> list[str]:

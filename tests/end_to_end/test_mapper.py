@@ -94,7 +94,9 @@ def test_completions_have_the_raw_probability_that_the_merge_gives_them(place, b
     tokenizer = load_tokenizer(base)
     spelling = Spelling(tokenizer, len(tokenizer))
     expected = {}
-    for context in json.loads((place / "tree.json").read_text(encoding="utf-8"))["contexts"]:
+    document = json.loads((place / "tree.json").read_text(encoding="utf-8"))
+    assert document["model"] == base.name  # and not where it lies
+    for context in document["contexts"]:
         root = encode_contexts(tokenizer, [context["context"]], len(tokenizer))[0]
         for branch in context["branches"]:
             tokens, number = [], branch["leaf"]
@@ -199,6 +201,7 @@ def test_limits_cut_and_say_so(place, bpe):
 
 def test_no_suggestion_is_a_function_word(place, bpe):
     assert mapped(place, bpe, "--yaml", "better.yaml", mapper={**SETTINGS, "prob_min": 0.1}) == 0
+    assert bpe.parent.name not in (place / "better.yaml").read_text(encoding="utf-8")
     better = yaml.safe_load((place / "better.yaml").read_text(encoding="utf-8"))
     suggested = [phrase["phrase"].split() for phrases in better.values() for phrase in phrases]
     assert suggested and all(english().begins(words[-1].strip(".,").lower()) for words in suggested)

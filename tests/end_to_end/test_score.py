@@ -79,7 +79,7 @@ def test_scores_are_those_of_plain_transformers(place, models, auto_weights):
     configure(place, models[0], auto_weights=auto_weights)
     found, phrases = found_in(place, *models[1:])
     assert [one["name"] for one in found] == ["base", "one", "two"]
-    assert [one["where"] for one in found] == [str(folder) for folder in models]
+    assert [one["where"] for one in found] == [folder.name for folder in models]
     assert sum(phrase["held_out"] for phrase in phrases) == 2 and len(phrases) == 5
     first = plain(models[0], models[0])[0]
     for one, folder in zip(found, models, strict=True):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from completions import TokenizerOnly, completed, scripted
 
-from modules.config import Config, Directories, Mapper, Pair
+from modules.config import Mapper, Pair
 from modules.mapper import report as mapping_report
 from modules.mapper.completion_tree import Cut
 from modules.mapper.ranking import PhraseRank, Suggestion
@@ -51,6 +51,15 @@ def test_a_context_to_the_character(model):
         'BAD  "spine"  50.00000%  place 2 of 3, below 10%  suggestion: "arm" (75.00%)',
         "",
     ]
+
+
+def test_a_continuation_that_was_broken_off_ends_in_an_ellipsis(model):
+    tree = scripted(model, "down her ", [("spine", 0.7), ("|", None), (" His", 0.9)])
+    (branch,) = tree.branches
+    added = len(branch.nodes) - branch.length
+    for length, end in ((added, "His\u2026"), (added + 1, "His")):
+        lines = mapping_report.tree_lines("1/1", tree, [], Mapper(10.0, 3, 5, length), model.spelling)
+        assert lines[3] == f"  1. Sequence: spine | {end}"
 
 
 def test_what_was_cut_is_said_with_the_number_of_branches_and_for_all_contexts(model):
@@ -178,8 +187,7 @@ def test_the_phrase_list_begins_with_what_counts_most():
 def test_the_document_says_what_was_cut_and_which_limits_were_set(model):
     tree = scripted(model, "It is ", [("so", 0.5)])
     for cut, limits in ((Cut(), {}), (Cut(2, 0.25, 1), {"max_branches": 6, "min_joint": 1.0})):
-        config = Config(Directories("folder", ""), mapper=Mapper(**limits))
-        found = mapping_report.document(config, [replace(tree, cut=cut)], [[]], model.spelling)
+        found = mapping_report.document("model", Mapper(**limits), [replace(tree, cut=cut)], [[]], model.spelling)
         settings = {"prob_min": 10.0, "top_k": 3, "max_depth": 5, "additional_length": 20}
         assert found["mapper"] == {**settings, **limits}
         said = found["contexts"][0].get("cut")
@@ -193,9 +201,8 @@ def test_the_document_holds_the_whole_tree(model):
         [("so", 0.5), (".", 0.5), ("|", None), (" His", 0.25)],
         [("so", 0.5), (" very", 0.25)],
     )
-    config = Config(Directories("folder", ""), mapper=Mapper(5.0, 2, 3, 4))
-    found = mapping_report.document(config, [tree], [[standing(better="so")]], model.spelling)
-    assert (found["model"], found["mapper"]["prob_min"], found["mapper"]["top_k"]) == ("folder", 5.0, 2)
+    found = mapping_report.document("model", Mapper(5.0, 2, 3, 4), [tree], [[standing(better="so")]], model.spelling)
+    assert (found["model"], found["mapper"]["prob_min"], found["mapper"]["top_k"]) == ("model", 5.0, 2)
     (context,) = found["contexts"]
     assert context["context"] == "It is " and context["tokens"] == list(tree.root.tokens)
     assert context["phrases"] == [
