@@ -4,8 +4,8 @@
     python monster_mapper.py --config my.yaml --discover --yaml found.yaml   # a list of the model's own cliches
     python monster_mapper.py --config my.yaml --rate MERGE                   # how often base and merge write the list's
 
-Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or model can't be used, 130 interrupted, 141 nobody
-reads the output any more.
+Exit codes: 0 done, 1 the run failed or nothing was found, 2 configuration, arguments or model can't be used, 130
+interrupted, 141 nobody reads the output any more.
 """
 
 import argparse
@@ -81,16 +81,15 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
     with importing():
         from modules.output import files_left
 
-    def work() -> None:
+    def work() -> int | None:
         with importing():
             from modules.run import Exports, check_exports, discover, map_model, rate
 
         exports = Exports(options.json, options.yaml)
         check_exports(exports, options.overwrite)
         if rated:
-            rate(config, rated, console, exports)
-        else:
-            (discover if options.discover else map_model)(config, console, exports)
+            return rate(config, rated, console, exports)
+        return (discover if options.discover else map_model)(config, console, exports)
 
     written = files_left([path for path in (options.json, options.yaml) if path])
     return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}. {written()}".strip())

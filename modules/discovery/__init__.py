@@ -7,4 +7,5 @@ from modules.discovery.contexts import Possible, listed_contexts, possible_conte
 from modules.discovery.finder import Finding, Findings, Text, find, share_of
 from modules.discovery.human import HumanRates, human_rates
 from modules.discovery.kept_texts import KeptTexts
+from modules.discovery.matching import word_count
 from modules.discovery.rates import Counts, counts

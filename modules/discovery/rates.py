@@ -1,12 +1,13 @@
 """How often a model writes a list's phrases, counted in its texts; and how sure that is.
 
-Knows: texts, whole words, resampling. Refuses to know: models, how the texts came about, tables.
+Knows: counts, resampling. Refuses to know: models, how the texts came about, what makes a word, tables.
 
 The interval is that of a bootstrap over prompts (Efron 1979): had other prompts been asked, drawn with replacement from
 those that were, 95 % of the rates would lie in it. All models are resampled alike, so that a change is a paired one.
+Resamples of no hits have no hits: of a phrase that was never written the interval goes up to 3 / words, the rule of
+three (Hanley and Lippman-Hand 1983).
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modules.discovery.matching import finder, plain, word_count
+
 RESAMPLES = 10_000
 SHARE = 0.95  # of the resamples that an interval holds
+RULE_OF_THREE = 3  # hits: with more than so many expected, no hit at all has a chance of less than 5 %
 
 Interval = tuple[float, float]
 
@@ -26,16 +30,34 @@ class Counts:
 
     words: tuple[int, ...]
     hits: tuple[Counter[str], ...]
+    characters: int = 0  # among all words, of scripts that put no spaces between words
+    elsewhere: frozenset[str] = frozenset()  # phrases that stand in the texts, and count for others wherever they do
+
+    @property
+    def total(self) -> int:
+        """Words in all texts."""
+        return sum(self.words)
+
+    def times(self, phrases: Sequence[str]) -> int:
+        """How often the phrases stand in all texts."""
+        return sum(hits[phrase] for hits in self.hits for phrase in phrases)
 
     def rate(self, phrases: Sequence[str]) -> float:
         """How often the phrases stand in 1,000 words."""
-        return 1000 * sum(hits[phrase] for hits in self.hits for phrase in phrases) / max(sum(self.words), 1)
+        return 1000 * self.times(phrases) / max(self.total, 1)
 
-    def interval(self, phrases: Sequence[str]) -> Interval:
-        """Of the rate."""
-        return _middle(self._resampled(phrases))
+    def interval(self, phrases: Sequence[str]) -> Interval | None:
+        """Of the rate; None if one prompt has brought all hits there can be."""
+        if not self.times(phrases):
+            return 0.0, self._upper
+        return _middle(self._resampled(phrases)) if len(self.words) > 1 else None
 
-    def change(self, base: "Counts", phrases: Sequence[str]) -> tuple[float, Interval] | None:
+    @property
+    def _upper(self) -> float:
+        """The highest rate, in 1,000 words, that goes with no hit at all."""
+        return 1000 * RULE_OF_THREE / max(self.total, 1)
+
+    def change(self, base: "Counts", phrases: Sequence[str]) -> tuple[float, Interval | None] | None:
         """By how much the rate is another one than the base's, as a share of that, and the interval.
 
         None where the base says none of the phrases, or may have said none to other prompts.
@@ -43,7 +65,12 @@ class Counts:
         before = base._resampled(phrases)
         if bool((before == 0).any()):
             return None
-        return self.rate(phrases) / base.rate(phrases) - 1, _middle(self._resampled(phrases) / before - 1)
+        share = self.rate(phrases) / base.rate(phrases) - 1
+        if len(self.words) < 2:
+            return share, None
+        if not self.times(phrases):
+            return share, (share, self._upper / _middle(before)[0] - 1)
+        return share, _middle(self._resampled(phrases) / before - 1)
 
     def _resampled(self, phrases: Sequence[str]) -> Tensor:
         """The rates of all resamples."""
@@ -57,26 +84,30 @@ class Counts:
 def counts(
     texts: Sequence[Sequence[str]], phrases: Sequence[str], variants: Mapping[str, Sequence[str]] | None = None
 ) -> Counts:
-    """Count phrases in texts, a list of them for each prompt: whole words, whatever their case; an apostrophe is one
-    however it is written. Where two phrases begin, the longer one counts.
+    """Count phrases in texts, a list of them for each prompt. Where several phrases begin, the longest one counts.
 
     variants: of the phrases that are any of several texts; a text that several phrases have counts for the first.
     """
     known = variants or {}
-    by_words = {_plain(text): phrase for phrase in reversed(phrases) for text in known.get(phrase, (phrase,))}
-    longest = sorted(by_words, key=lambda words: (-len(words), words))
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)")
+    forms = {phrase: [plain(text) for text in known.get(phrase, (phrase,))] for phrase in phrases}
+    owners = {form: phrase for phrase in reversed(forms) for form in forms[phrase]}
+    pattern = finder(owners)
+    compared = [[plain(text) for text in of_prompt] for of_prompt in texts]
+    hits = tuple(Counter(owners[hit] for text in some for hit in pattern.findall(text)) for some in compared)
+    counted = [word_count("\n".join(of_prompt)) for of_prompt in texts]
+    uncounted = [phrase for phrase in forms if not any(of_prompt[phrase] for of_prompt in hits)]
+    together = "\n".join(text for some in compared for text in some)
     return Counts(
-        tuple(sum(len(text.split()) for text in of_prompt) for of_prompt in texts),
-        tuple(
-            Counter(by_words[hit] for text in of_prompt for hit in pattern.findall(_plain(text))) for of_prompt in texts
-        ),
+        tuple(count.words for count in counted),
+        hits,
+        sum(count.characters for count in counted),
+        frozenset(phrase for phrase in uncounted if finder(forms[phrase]).search(together)),
     )
 
 
-def _plain(text: str) -> str:
-    """Text as it is compared: in small letters, with one kind of apostrophe and of white space."""
-    return " ".join(text.replace("\u2019", "'").lower().split())
+def countable(phrase: str, variants: Mapping[str, Sequence[str]]) -> bool:
+    """Whether there is anything of a phrase to be looked for, and not only what can't be seen."""
+    return any(map(plain, variants.get(phrase, (phrase,))))
 
 
 def _middle(values: Tensor) -> Interval:

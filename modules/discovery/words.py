@@ -3,6 +3,7 @@
 Knows: what parts words and sentences, endings. Refuses to know: languages, how frequent anything is.
 """
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -25,7 +26,7 @@ _OPENING = regex.compile(r'[\n:…"“«„]|\p{Sentence_Terminal}')
 class Word(NamedTuple):
     """A word and where it stands."""
 
-    text: str  # in lower case, with straight apostrophes
+    text: str  # in lower case, with composed letters and straight apostrophes
     start: int  # first character in the text
     end: int
     capital: bool
@@ -46,7 +47,7 @@ def words_of(text: str) -> list[Word]:
 
 
 def _plain(word: str) -> str:
-    return word.lower().replace("’", "'").rstrip("'")
+    return unicodedata.normalize("NFC", word.lower()).replace("’", "'").rstrip("'")
 
 
 def loops(words: Iterable[Word]) -> bool:

@@ -25,11 +25,14 @@ from modules.runtime import Console
 from modules.scoring import Asked, encode_pairs
 from modules.search import probability
 
+NOTHING = 1  # exit code where nothing was found
 
-def discover(config: Config, console: Console, exports: Exports) -> None:
+
+def discover(config: Config, console: Console, exports: Exports) -> int:
     """Let the config's base write, print what it says far more often than people do, write what was asked for.
 
-    Raises ConfigError for what can't be used, OSError if a file fails.
+    Returns an exit code: NOTHING where no phrase was found, or none for the list that was asked for; but 0 where the
+    report alone was asked for, which says so. Raises ConfigError for what can't be used, OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
     check_prompts(config)
@@ -44,13 +47,21 @@ def discover(config: Config, console: Console, exports: Exports) -> None:
         document = found_report.found_document(findings, writer.name)
         write_text(exports.json, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
         console.timed(f"All that was found is in {exports.json}")
-    if exports.yaml:
+    if not findings.phrases:
+        console.error(*found_report.nothing_found(exports.yaml))
+        if exports.yaml or not exports.json:
+            return NOTHING
+    elif exports.yaml:
         listed = contexts_of(findings.phrases[: config.discover.phrases], texts, prompts, writer, config, console)
+        if not listed:
+            console.error(*found_report.nothing_listed(exports.yaml))
+            return NOTHING
         write_text(exports.yaml, found_report.phrase_list(listed, writer.name, config.system))
         console.lines(found_report.next_steps(listed, exports.yaml))
     else:
         console.line("With --yaml FILE this becomes a phrase list, each phrase in contexts of these texts.")
     console.final(f"Done. The log is {console.log_path}")
+    return 0
 
 
 def contexts_of(

@@ -6,8 +6,9 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 import gc
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from modules.config import Config
+from modules.config import Config, Location, Source, names_of, parse_location
 from modules.discovery import Counts, counts
 from modules.discovery import report as found_report
 from modules.output import write_text
@@ -30,20 +31,36 @@ def rate(config: Config, others: Sequence[Config], console: Console, exports: Ex
     groups = {name: some for name, some in (("all bad phrases", bad), ("all good phrases", good)) if some}
     phrases = tuple(dict.fromkeys([*bad, *good]))
     variants = {pair.phrase: pair.variants for pair in config.pairs if pair.variants}
-    folder, found, first = folder_beside(exports.json), dict[str, Counts](), dict[str, str]()
-    opened = open_writer(config, console)
-    prompts, writers = opened.prompts, [opened]
-    writers += [open_writer(one, console, prompts) for one in others]  # what a template refuses is told before any work
-    for one, opened in zip((config, *others), writers, strict=True):
+    folder = folder_beside(exports.json)
+    found: dict[str, Counts] = {}
+    first: dict[str, str] = {}
+    models = (config, *others)
+    base = open_writer(config, console)
+    prompts = base.prompts
+    # What a template refuses is told before any work.
+    writers = [base, *(open_writer(other, console, prompts) for other in others)]
+    for name, one, opened in zip(names_for(models), models, writers, strict=True):
+        if name in found:
+            continue
         writer = opened.load()
         texts = write_texts(writer, prompts, one, console, folder)
-        found[writer.name], first[writer.name] = counts(texts, phrases, variants), texts[0][0]
+        found[name], first[name] = counts(texts, phrases, variants), texts[0][0]
         del writer
         gc.collect()  # one model at a time
-    console.lines(found_report.rate_lines(groups, found))
+    console.lines(found_report.rate_lines(groups, variants, found))
+    console.warnings(found_report.doubts(phrases, variants, found))
     console.lines(found_report.sample_lines(prompts[0], first))
     if exports.json:
         document = found_report.rate_document(groups, found)
         write_text(exports.json, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
         console.timed(f"All rates are in {exports.json}")
     console.final(f"Done. The log is {console.log_path}")
+
+
+def names_for(models: Sequence[Config]) -> list[str]:
+    """What reports call the bases: ids of the hub, folders by their names or as much more as tells them apart."""
+    texts = [one.directories.model_path1 for one in models]
+    # Of a folder that has gone meanwhile, whoever opens it says so.
+    locations = [parse_location(text) or Location(text, Path(text)) for text in texts]
+    names = names_of([Source(location.text, location) for location in locations])
+    return [location.name if location.folder is None else name for location, name in zip(locations, names, strict=True)]

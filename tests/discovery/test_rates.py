@@ -6,7 +6,7 @@ import sys
 import pytest
 from project import ROOT
 
-from modules.discovery.rates import counts
+from modules.discovery.rates import countable, counts
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -75,6 +75,50 @@ def test_a_phrase_with_variants_counts_all_of_them_and_what_they_share_once():
 def test_an_apostrophe_is_one_however_it_is_written():
     found = counts([["I don\u2019t know, they don't know"]], ["don\u2019t know", "breath"])
     assert dict(found.hits[0]) == {"don\u2019t know": 2}
+
+
+def test_a_zero_has_an_upper_bound():
+    """Of no hit in so many words, 3 in so many: with a rate above that, none has a chance of less than 5 %."""
+    found = counts([["word " * 300], ["word " * 200]], ["mix of", "a mix"])
+    for phrases in (["mix of"], ["mix of", "a mix"]):
+        assert found.rate(phrases) == 0 and found.interval(phrases) == (0, pytest.approx(6.0))
+    assert (1 - found.interval(["mix of"])[1] / 1000) ** 500 == pytest.approx(0.05, abs=0.002)
+    assert counts([[""], [""]], ["mix of"]).interval(["mix of"]) == (0, 3000)
+
+
+def test_a_change_to_zero_has_an_upper_bound_too():
+    base = counts([["mix of " * 5 + "word " * 90]] * 4, ["mix of"])
+    gone = counts([["word " * 1000]] * 4, ["mix of"])
+    share, interval = gone.change(base, ["mix of"])
+    assert share == -1 and interval == (-1, pytest.approx(0.75 / 50 - 1))
+
+
+def test_with_one_prompt_there_is_no_interval():
+    one = counts([["mix of it"]], ["mix of", "none"])
+    assert one.interval(["mix of"]) is None and one.change(one, ["mix of"]) == (0, None)
+    assert one.interval(["none"]) == (0, 1000)
+
+
+def test_what_counts_for_another_phrase_wherever_it_stands_is_told():
+    phrases = ["mix of", "a mix of", "Don't", "don\u2019t", "never", "mi"]
+    found = counts([["A mix of it. I don't."], ["A mix of."]], phrases)
+    assert found.hits == ({"a mix of": 1, "Don't": 1}, {"a mix of": 1})
+    assert found.elsewhere == {"mix of", "don\u2019t"}
+
+
+def test_words_and_characters_of_all_texts():
+    found = counts([["\u5979\u5fae\u7b11\u3002", "one two"], ["three"]], ["\u5fae\u7b11"])
+    assert (found.words, found.total, found.characters) == ((5, 1), 6, 3)
+    assert found.rate(["\u5fae\u7b11"]) == pytest.approx(1000 / 6)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "variants", "expected"),
+    [("a", {}, True), ("\u200b", {}, False), ("\u200b / a", {"\u200b / a": ("\u200b", "a")}, True)],
+)
+def test_what_can_be_counted(phrase, variants, expected):
+    assert countable(phrase, variants) == expected
+    assert sum(counts([["a \u200b"]], [phrase], variants).hits[0].values()) == expected
 
 
 def test_an_interval_holds_the_rate_and_grows_with_chance():

@@ -29,6 +29,7 @@ def test_a_word_is_where_it_stands():
         ("हिन्दी भाषा है।", ["हिन्दी", "भाषा", "है"]),
         ("", []),
         ("... 12 %", []),
+        ("cafe\u0301", ["caf\u00e9"]),
     ],
 )
 def test_what_a_word_is(text, expected):

@@ -1,0 +1,79 @@
+"""Where a phrase stands in a text, and how many words a text has, whatever script it is written in.
+
+Knows: Unicode: scripts, letters and marks, the forms in which one text may be written. Refuses to know: rates, models,
+how the texts came about.
+"""
+
+import unicodedata
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import regex
+
+# Scripts that put no space between words. A character of theirs counts as a word, as in word processors.
+_UNSPACED = (
+    r"[[\p{L}\p{M}\p{N}]&&[\p{Ideographic}\p{scx=Hiragana}\p{scx=Katakana}\p{Line_Break=Complex_Context}\p{Tibetan}]]"
+)
+_SPACED = rf"[[\p{{L}}\p{{M}}\p{{N}}_]--{_UNSPACED}]"
+# Korean writes particles behind a word without a space.
+_NO_WORD_BEFORE, _NO_WORD_AFTER = rf"(?<!{_SPACED})", rf"(?![{_SPACED}--\p{{Hangul}}]|\p{{M}})"
+
+_BEGINS_WORD = regex.compile(rf"[{_SPACED}--\p{{M}}]", regex.V1)
+_ENDS_WORD = regex.compile(rf"[{_SPACED}--\p{{M}}]\p{{M}}*\Z", regex.V1)
+_ENDS_LETTER = regex.compile(r"[\p{L}\p{N}]\p{M}*\Z", regex.V1)
+_CHARACTER = regex.compile(rf"[{_UNSPACED}--\p{{M}}]", regex.V1)
+_WORD_BETWEEN = regex.compile(rf"{_SPACED}+(?:['’.,-]{_SPACED}+)*", regex.V1)
+
+_INVISIBLE = regex.compile(r"[\p{Variation_Selector}\u00ad\u200b\u2060\ufeff]")
+_OTHER_FORM = regex.compile(r"[\ufb00-\uffef]+")  # presentation forms: ligatures, small, full and half width
+# Forms that mean the same. A hyphen is no dash, and a short dash no long one.
+_ALIKE = str.maketrans(
+    {
+        **dict.fromkeys("\u00b4\u2018\u2019\u201a\u201b\u02bc", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f", '"'),
+        **dict.fromkeys("\u2010\u2011", "-"),
+        "\u2026": "...",
+    }
+)
+
+
+def plain(text: str) -> str:
+    """Text as it is compared: without regard to capital letters, with one form of what can be written in several
+    (composed letters, ligatures, widths, quotes, hyphens, ellipses, white space), and without what can't be seen."""
+    text = _OTHER_FORM.sub(lambda match: unicodedata.normalize("NFKC", match[0]), _INVISIBLE.sub("", text))
+    return " ".join(unicodedata.normalize("NFC", text.translate(_ALIKE).casefold()).split())
+
+
+def finder(phrases: Iterable[str]) -> regex.Pattern[str]:
+    """Finds phrases in a text, both as `plain` writes them; where several begin, the longest.
+
+    Where a phrase begins or ends in a letter or a digit, it is a whole word there, in scripts that part words by
+    spaces; a sign, and a character of any other script, counts wherever it stands.
+    """
+    longest = sorted({phrase for phrase in phrases if phrase}, key=lambda phrase: (-len(phrase), phrase))
+    return regex.compile("|".join(map(_bounded, longest)) or r"(?!)", regex.V1)
+
+
+def _bounded(phrase: str) -> str:
+    before = _NO_WORD_BEFORE if _BEGINS_WORD.match(phrase) else ""
+    after = r"(?!\p{M})" if _ENDS_LETTER.search(phrase) else ""
+    after = _NO_WORD_AFTER if _ENDS_WORD.search(phrase) else after
+    return f"{before}{regex.escape(phrase, special_only=True)}{after}"
+
+
+class WordCount(NamedTuple):
+    """How many words a text has."""
+
+    words: int
+    characters: int  # among them, of scripts that put no spaces between words
+
+
+def word_count(text: str) -> WordCount:
+    """Words are what stands between spaces; in what holds characters of scripts without spaces, each of these is a
+    word, and so is every word of other scripts between them."""
+    words = characters = 0
+    for piece in text.split():
+        count = len(_CHARACTER.findall(piece))
+        words += count + len(_WORD_BETWEEN.findall(piece)) if count else 1
+        characters += count
+    return WordCount(words, characters)
