@@ -11,7 +11,7 @@ from typing import Any
 
 from modules.checkpoints import Models, dtype_name, load_tokenizer
 from modules.config import Config, read_prompts
-from modules.discovery import KeptTexts
+from modules.discovery import KeptTexts, word_count
 from modules.model import ModelLoader, ResidentModel
 from modules.runtime import ConfigError, Console, counted, first_line, is_out_of_memory, naming, without_panics
 from modules.scoring import (
@@ -34,7 +34,7 @@ FOLDER = "samples"  # of kept texts, beside the file that is written, or where t
 class Author:
     """A model that writes."""
 
-    name: str
+    name: str  # without where it lies
     model: ResidentModel
     tokenizer: Any
     asked: Asked  # its prompts as it reads them
@@ -58,7 +58,7 @@ class Writer:
         """The model. Raises as ModelLoader does."""
         loader = self.loader.fitting(self.models)
         model, tokenizer = loader.load(self.models, loader.placement(self.models, with_header=False))
-        return Author(loader.config.directories.model_path1, model, tokenizer, self.asked)
+        return Author(self.models.base.name, model, tokenizer, self.asked)
 
 
 def open_writer(config: Config, console: Console, prompts: Sequence[str] = ()) -> Writer:
@@ -111,8 +111,12 @@ def write_texts(
         **({"thoughts": [[mark.opens, mark.closes] for mark in thoughts.marks]} if thoughts.marks else {}),
         **({"token_rules": rules} if rules else {}),
     }
-    kept = KeptTexts(folder, author.name, way)
+    kept = KeptTexts(folder, author.name, way, drawing.count)
     missing = [prompt for prompt in prompts if kept.get(prompt) is None]
+    if missing and kept.damaged:
+        console.warning(
+            f"{kept.path}: {counted(kept.damaged, 'damaged line')} left out; what is missing is drawn again"
+        )
     others = len(prompts) - len(missing)
     there = f", {drawing.count * others:,} others are there" if others else ""
     todo = f"{author.name} writes {counted(drawing.count * len(missing), 'text')}{there}: {kept.path}"
@@ -123,7 +127,7 @@ def write_texts(
             texts = _drawn(author, together, config.random_seed, drawing)
             with naming(kept.path):
                 kept.add(dict(zip(together, texts, strict=True)))
-            words += sum(len(text.split()) for of_prompt in texts for text in of_prompt)
+            words += sum(word_count(text).words for of_prompt in texts for text in of_prompt)
             bar.update(len(together))
             bar.tell(f"{words / (time.monotonic() - began):.0f} words/s")
     if missing:

@@ -11,6 +11,7 @@ import yaml
 from runs import digest
 
 import merge_monster
+import modules.discovery.contexts
 import modules.run.writing
 import monster_mapper
 from modules.config import load_config
@@ -48,12 +49,22 @@ def found_rows(log):
     return [line.split("|")[2].strip() for line in log.splitlines() if re.match(r"\| \d", line)]
 
 
+def assert_no_path(place, model, *files):
+    """A source is named by its folder's name, and nothing says where that lies."""
+    (samples,) = (place / "samples").iterdir()
+    assert re.fullmatch(rf"{model.name}-[0-9a-f]{{12}}\.jsonl", samples.name)
+    for file in files:
+        text = (place / file).read_text(encoding="utf-8")
+        assert model.name in text and model.parent.name not in text and place.parent.name not in text
+
+
 @pytest.mark.parametrize("name", ["chatting", "without_template"])
 def test_the_habits_of_a_model_become_a_list_that_a_merge_takes(place, name, request):
     model = request.getfixturevalue(name)
     write(place, model)
     assert mapped("--discover", "--yaml", "found.yaml", "--json", "found.json") == 0
     assert set(habits.HABITS) <= set(found_rows(log_of(place))[:5])
+    assert_no_path(place, model, "found.yaml", "found.json")
     lists = yaml.safe_load((place / "found.yaml").read_text(encoding="utf-8"))
     assert list(lists) == ["bad_phrases"]
     by_phrase = {entry["phrase"]: entry["contexts"] for entry in lists["bad_phrases"]}
@@ -63,7 +74,11 @@ def test_the_habits_of_a_model_become_a_list_that_a_merge_takes(place, name, req
         held_out = [isinstance(context, dict) and context.get("held_out", False) for context in contexts]
         assert held_out == [bool(number % 2) for number in range(len(contexts))]
     document = json.loads((place / "found.json").read_text(encoding="utf-8"))
-    assert document["words"] > 1000 and {one["phrase"] for one in document["phrases"]} >= set(habits.HABITS)
+    assert (
+        document["model"] == model.name
+        and document["words"] > 1000
+        and {one["phrase"] for one in document["phrases"]} >= set(habits.HABITS)
+    )
 
     # As written, every context has a probability of at least 5 %; the merge sees half of them.
     candidate = tiny.make_candidate(place / "candidate", model, 1)
@@ -121,6 +136,26 @@ def test_a_system_turn_and_fewer_phrases(place, chatting):
     assert {context["messages"][0]["content"] for context in contexts} <= set(PROMPTS)
 
 
+def test_where_nothing_is_found(place, chatting):
+    """A failure, and no list; a report that was asked for alone says so, which is what it is for."""
+    write(place, chatting, discover={**DISCOVER, "samples": 1, "tokens": 5})
+    (place / "prompts.txt").write_text("\n".join(PROMPTS[:4]), encoding="utf-8")
+    assert mapped("--discover", "--yaml", "found.yaml", "--json", "both.json") == 1
+    assert not (place / "found.yaml").exists() and "phrase_files" not in log_of(place)
+    assert mapped("--discover", "--json", "found.json") == 0
+    for file in ("both.json", "found.json"):
+        document = json.loads((place / file).read_text(encoding="utf-8"))
+        assert document["phrases"] == [] and document["words"] > 0
+
+
+def test_where_nothing_is_probable_enough_to_be_listed(place, chatting, monkeypatch):
+    write(place, chatting)
+    (place / "found.yaml").write_text("of before")
+    monkeypatch.setattr(modules.discovery.contexts, "LEAST", 2.0)
+    assert mapped("--discover", "--yaml", "found.yaml", "--overwrite") == 1
+    assert (place / "found.yaml").read_text() == "of before" and "phrase_files" not in log_of(place)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -144,7 +179,7 @@ def test_a_model_that_writes_no_numbers(place, chatting, capsys, monkeypatch):
 
     monkeypatch.setattr(modules.run.writing, "drawn", broken)
     assert mapped("--discover") == 2
-    assert f"{chatting} can't write texts: the model's probabilities are no numbers" in capsys.readouterr().err
+    assert f"{chatting.name} can't write texts: the model's probabilities are no numbers" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,17 +200,14 @@ def test_rates_side_by_side(place, chatting, tmp_path_factory):
     write(place, chatting, bad_phrases=phrases, good_phrases=[{"phrase": "the", "contexts": ["with "]}])
     assert mapped("--rate", other, chatting, "--json", "rates.json") == 0
     rates = json.loads((place / "rates.json").read_text(encoding="utf-8"))
-    assert list(rates) == [str(chatting), str(other)]  # each once
-    base = rates[str(chatting)]
+    assert list(rates) == ["base", "other"]  # each once, and nothing of where they lie
+    base = rates["base"]
     texts = [
         json.loads(line) for file in (place / "samples").iterdir() for line in file.read_text("utf-8").splitlines()
     ]
     assert len(digest(place / "samples")) == 2 and sum(map(len, texts)) == 2 * len(PROMPTS)
     ours = [
-        text
-        for file in (place / "samples").iterdir()
-        if file.name.startswith(re.sub(r"\W", "-", str(chatting)).strip("-")[-60:])
-        for text in written_in(file)
+        text for file in (place / "samples").iterdir() if file.name.startswith("base-") for text in written_in(file)
     ]
     said = " ".join(f" {text} " for text in ours)
     counted = {habit: said.count(f" {habit} ") for habit in habits.HABITS[:2]}
@@ -185,8 +217,8 @@ def test_rates_side_by_side(place, chatting, tmp_path_factory):
         assert base["phrases"][habit]["rate"] == pytest.approx(1000 * times / words) and times > 10
     assert base["all bad phrases"]["rate"] == pytest.approx(1000 * sum(counted.values()) / words)
     assert base["all bad phrases"]["change"] is None
-    change = rates[str(other)]["all bad phrases"]["change"]
-    ratio = rates[str(other)]["all bad phrases"]["rate"] / base["all bad phrases"]["rate"]
+    change = rates["other"]["all bad phrases"]["change"]
+    ratio = rates["other"]["all bad phrases"]["rate"] / base["all bad phrases"]["rate"]
     assert change["share"] == pytest.approx(ratio - 1)
     assert change["interval"][0] <= change["share"] <= change["interval"][1]
     log = log_of(place)
@@ -200,7 +232,7 @@ def test_a_phrase_with_variants_is_written_as_often_as_all_of_them(place, chatti
     for name, lists in (("each", [one, other]), ("any", [[one, other, last]])):
         write(place, chatting, bad_phrases=[{"phrase": phrase, "contexts": ["with "]} for phrase in lists])
         assert mapped("--rate", chatting, "--json", f"{name}.json") == 0
-        found[name] = json.loads((place / f"{name}.json").read_text(encoding="utf-8"))[str(chatting)]
+        found[name] = json.loads((place / f"{name}.json").read_text(encoding="utf-8"))["base"]
     shown = f"{one} / {other} / {last}"
     assert list(found["any"]["phrases"]) == [shown] and "thunder / lantern " in log_of(place)
     rate = found["any"]["all bad phrases"]["rate"]
