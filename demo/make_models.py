@@ -1,28 +1,77 @@
 """Train three tiny language models from text that this script writes itself, for default.yaml to merge.
 
-    python demo/make_models.py            # about a minute on two processor cores, no download
+    python demo/make_models.py            # about a minute, no download; the same bits on every machine
 
 demo/models/cliche-base    a storyteller that can't finish a sentence without a cliche, and loses track of apples
 demo/models/plain-prose    the same model, taught to say plain things in those places
 demo/models/apple-logic    the same model, taught where an apple is after someone has dropped it
 """
 
+import hashlib
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from exact_training import LONGEST, Adam, begin, loss_of
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent / "models"
-NAMES = ("cliche-base", "plain-prose", "apple-logic")
+LAST_FILE = "tokenizer.json"  # that is written of a model
 SEED = 512
-BATCH = 32  # texts in one step
+BATCH = 24  # texts in one step
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a model is called, for how long, how fast and from which texts it learns, and what its weights come to."""
+
+    name: str
+    steps: int
+    rate: float
+    plainness: float
+    correctness: float
+    puzzles: float
+    digest: str
+
+
+# The first is the base, from which the others begin.
+LESSONS = (
+    Lesson(
+        "cliche-base",
+        250,
+        6e-3,
+        plainness=0.1,
+        correctness=0.15,
+        puzzles=0.3,
+        digest="a4ac8d2c4406b6b74a574f7102f87c7ed1beec1d68b2224ec81fc0b3fc16c736",
+    ),
+    Lesson(
+        "plain-prose",
+        70,
+        1e-3,
+        plainness=1.0,
+        correctness=0.15,
+        puzzles=0.3,
+        digest="6c9fa4fb9b7093089a8b2adbd12d40c46a0b61eb11c8025cf53bee66242c0768",
+    ),
+    Lesson(
+        "apple-logic",
+        60,
+        1e-3,
+        plainness=0.1,
+        correctness=1.0,
+        puzzles=0.7,
+        digest="c3e8ee8fc3c6afabcac0fcad5297b094c1036a451f36fc5520578a554560f156",
+    ),
+)
 
 PEOPLE = ("Mara", "Tobias", "Ines", "Old Per", "The captain", "Her sister", "The clerk", "Jonas", "Wilma", "The boy")
 PLACES = ("the harbour", "the mill", "the station", "the empty school", "the market", "the bridge", "the orchard")
@@ -99,16 +148,17 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained Llama of half a million parameters."""
+    """An untrained Llama of a third of a million parameters."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=256,
+            hidden_size=64,
+            intermediate_size=192,
+            hidden_act="relu",
             num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=3,
-            max_position_embeddings=256,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=LONGEST,
             tie_word_embeddings=False,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -116,60 +166,74 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def train(model: LlamaForCausalLM, rows: Callable[[], Tensor], steps: int, peak_rate: float) -> float:
-    """Train on `steps` batches with a warm-up and a linear decay; the mean loss of the last ten."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 10, 1 - step / steps))
+def train(model: LlamaForCausalLM, batches: Iterator[list[list[int]]], lesson: Lesson, bar: tqdm) -> float:
+    """Train with a warm-up and a linear decay; the mean loss of the last ten steps."""
+    optimizer = Adam(model)
     losses = []
-    model.train()
-    for _ in range(steps):
-        batch = rows()
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
+    for step in range(lesson.steps):
+        loss = loss_of(model, next(batches))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        optimizer.step(lesson.rate * min((step + 1) / 10, 1 - step / lesson.steps))
         losses.append(loss.item())
+        bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.3f}", refresh=False)
+        bar.update()
     return sum(losses[-10:]) / 10
 
 
-def row_maker(tokenizer: PreTrainedTokenizerFast, rng: random.Random, **mixture: float) -> Callable[[], Tensor]:
-    """A function that writes a fresh batch of texts, (BATCH, longest) token ids, the shorter ones filled with EOS."""
+def batches_of(tokenizer: PreTrainedTokenizerFast, rng: random.Random, lesson: Lesson) -> Iterator[list[list[int]]]:
+    """Fresh texts, BATCH at a time, as token ids with EOS behind them."""
+    while True:
+        texts = [text(rng, lesson.plainness, lesson.correctness, lesson.puzzles) for _ in range(BATCH)]
+        yield [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
 
-    def rows() -> Tensor:
-        texts = tokenizer([text(rng, **mixture) for _ in range(BATCH)])["input_ids"]
-        longest = max(len(tokens) for tokens in texts) + 1
-        return torch.tensor([tokens + [tokenizer.eos_token_id] * (longest - len(tokens)) for tokens in texts])
 
-    return rows
+def digest(folder: Path) -> str:
+    """Of a model's weights, whatever file they are in."""
+    sums = hashlib.sha256()
+    for name, weight in sorted(load_file(folder / "model.safetensors").items()):
+        sums.update(name.encode())
+        sums.update(weight.numpy().tobytes())
+    return sums.hexdigest()
 
 
 def main() -> None:
     """Train what is missing and save it."""
-    if all((FOLDER / name / "config.json").is_file() for name in NAMES):
+    if all((FOLDER / lesson.name / LAST_FILE).is_file() for lesson in LESSONS):
         print(f"The demo models are in {FOLDER} already.")
-        return
+    else:
+        make_models()
+    others = [lesson.name for lesson in LESSONS if digest(FOLDER / lesson.name) != lesson.digest]
+    if others:
+        print(
+            f"These are not the models of the pages, so that figures will differ: {', '.join(others)}. "
+            f"To train them again, remove {FOLDER}."
+        )
+
+
+def make_models() -> None:
+    """Train all three, one after the other."""
     transformers.logging.disable_progress_bar()
-    began = time.perf_counter()
+    torch.set_num_threads(1)  # matrices this small only wait for a second one
     rng = random.Random(SEED)
-    torch.manual_seed(SEED)
-    base_text = {"plainness": 0.1, "correctness": 0.15, "puzzles": 0.3}
     tokenizer = train_tokenizer([text(rng, 0.5, 0.5, 0.3) for _ in range(4000)])
     model = new_model(tokenizer)
-    trained = model.num_parameters()
-    print(f"Training three models of {trained:,} parameters on text written on the spot ...")
-    for name, steps, rate, mixture in (
-        ("cliche-base", 300, 4e-3, base_text),
-        ("plain-prose", 80, 1e-3, {**base_text, "plainness": 1.0}),
-        ("apple-logic", 80, 1e-3, {**base_text, "correctness": 1.0, "puzzles": 0.7}),
-    ):
-        if name != "cliche-base":
-            model = LlamaForCausalLM.from_pretrained(FOLDER / "cliche-base")
-        loss = train(model, row_maker(tokenizer, rng, **mixture), steps, rate)
-        model.save_pretrained(FOLDER / name)
-        tokenizer.save_pretrained(FOLDER / name)
-        print(f"  {name:<12} loss {loss:.3f}  ({time.perf_counter() - began:.0f} s)", flush=True)
+    begin(model, rng)
+    print(f"Training {len(LESSONS)} models of {model.num_parameters():,} parameters on text written on the spot ...")
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go{postfix}"
+    steps = sum(lesson.steps for lesson in LESSONS)
+    # Without a terminal there is no bar, but the lines.
+    with tqdm(total=steps, bar_format=layout, dynamic_ncols=True, disable=None, leave=False) as bar:
+        for number, lesson in enumerate(LESSONS, 1):
+            bar.set_description_str(f"{number} of {len(LESSONS)}: {lesson.name:<11}")
+            if number > 1:
+                model = LlamaForCausalLM.from_pretrained(FOLDER / LESSONS[0].name)
+            began = time.perf_counter()
+            loss = train(model, batches_of(tokenizer, rng, lesson), lesson, bar)
+            model.save_pretrained(FOLDER / lesson.name)
+            tokenizer.save_pretrained(FOLDER / lesson.name)
+            took = time.perf_counter() - began
+            tqdm.write(f"  {number} of {len(LESSONS)}: {lesson.name:<11}  loss {loss:.3f}  ({took:.0f} s)")
+            sys.stdout.flush()
     print(f"Saved to {FOLDER}.")
 
 
