@@ -10,6 +10,11 @@ import yaml
 from project import ROOT
 from runs import tables
 
+sys.path.insert(0, str(ROOT / "demo"))
+
+from make_models import LESSONS, digest
+from write_pages import DEMO, EXCERPTS, page_of, prepare, printed
+
 from modules.config import Mapper
 from modules.config.schema import CONFIG_KEYS
 
@@ -19,15 +24,28 @@ def python(*arguments):
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory):
-    """What the merge of the demo models prints; they are trained if they are missing."""
+def folder(tmp_path_factory):
+    """What the commands of the pages are run in; the demo's models are trained if they are missing."""
     made = python("demo/make_models.py")
     assert made.returncode == 0, made.stderr
-    output = tmp_path_factory.mktemp("demo") / "merged"
-    result = python("merge_monster.py", "--config", "default.yaml", "--output", str(output))
-    assert result.returncode == 0, result.stderr
-    assert (output / "model.safetensors").is_file()
-    return result.stdout
+    folder = tmp_path_factory.mktemp("demo")
+    prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def log(folder):
+    """What the merge of the demo models prints."""
+    log = printed(DEMO, folder)
+    assert (folder / "demo/merged/model.safetensors").is_file()
+    return log
+
+
+def test_the_models_are_those_of_the_pages(folder):
+    """To the bit, on every machine. If they are older: remove demo/models, and they are trained again."""
+    assert {lesson.name: digest(folder / "demo/models" / lesson.name) for lesson in LESSONS} == {
+        lesson.name: lesson.digest for lesson in LESSONS
+    }
 
 
 def test_a_cliche_falls_by_half_and_the_apple_is_found(log):
@@ -55,75 +73,61 @@ def test_the_joint_search_comes_below_every_candidate(log, tmp_path):
     assert len(re.findall(r" - Step \d+/25 - ", result.stdout)) == 25
 
 
-def without_digits(text):
-    """Lines as another processor, which rounds differently, prints them too."""
-    # Which ratio wins, and whether a layer changes, may differ too: only what surrounds them is compared.
-    lines = [line for line in text.splitlines() if " - Layer " not in line and " - Header " not in line]
-    lines = [line for line in lines if not line.startswith(("[[", "Output directory")) and "Saving to" not in line]
-    lines = [line for line in lines if not line.startswith("To publish it")]  # where the output is
-    # Whether a candidate alone is better than the merge, and how wide a table of totals is.
-    lines = [line for line in lines if "taken whole is better" not in line and not line.startswith(("Take it", "---"))]
-    lines = [line for line in lines if not re.match(r"  base:|  merge:| {9}", line)]  # what a model answers
-    lines = [re.sub(r"[-+]?\d[\d.e-]*", "0", line) for line in lines]
-    return [re.sub(r"\s+", " ", line).strip() for line in lines if line.strip()]
+NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+WHEN = re.compile(r"\d\d:\d\d:\d\d|\d{8}_\d{6}|\d+\.\d s\b")
 
 
-def test_the_page_shows_this_very_run(log):
-    page = (ROOT / "docs/try-it.md").read_text(encoding="utf-8")
-    shown = page.split("## What merging prints")[1].split("```text\n")[1].split("```")[0]
-    assert sorted(without_digits(shown)) == sorted(without_digits(log))
+def words_and_numbers(text):
+    """Of what a run prints, but for times of day and seconds. Columns are as wide as their numbers: no word is."""
+    text = WHEN.sub("TIME", text)
+    words = [re.sub(r"[\s-]+", " ", NUMBER.sub("NUMBER", line)).strip() for line in text.splitlines()]
+    return words, [float(number.replace(",", "")) for number in NUMBER.findall(text)]
 
 
-def test_the_readmes_example_prints_what_it_shows(log, tmp_path):
-    """Ten lines, as they stand there; what is shown is the end of the search, without a gap."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = readme.split("```yaml\n")[1].split("```")[0]
-    assert len(example.splitlines()) == 10
-    (tmp_path / "my.yaml").write_text(example, encoding="utf-8")
-    result = python("merge_monster.py", "--config", str(tmp_path / "my.yaml"), "--output", str(tmp_path / "merged"))
-    assert result.returncode == 0, result.stderr
-
-    shown = readme.split("```yaml\n")[1].split("```text\n")[1].split("```")[0]
-    assert shown.startswith("[[1.0, 'cliche-base'], ") and " - Layer " in shown
-    end = without_digits(result.stdout.split("Saving to")[0])[:-1]  # its last line is the time of that one
-    expected = without_digits(shown)
-    assert len(expected) > 10
-    # The order of the composition, and only it, may differ.
-    assert sorted(end[-len(expected) :]) == sorted(expected) and end[-5:-3] == expected[-5:-3]
-    first, last = tables(result.stdout)[0][:-1], tables(result.stdout)[-1][:-1]
-    better = [float(after[3].rstrip("%")) - float(row[3].rstrip("%")) for row, after in zip(first, last, strict=True)]
-    assert better[0] + better[1] < 0 < better[2]  # by how much each, depends on how the models were trained
+def assert_same_run(shown, found):
+    """Line for line the same words, and numbers that differ by what another processor rounds."""
+    (shown_words, shown_numbers), (words, numbers) = words_and_numbers(shown), words_and_numbers(found)
+    assert words == shown_words
+    assert numbers == pytest.approx(shown_numbers, rel=1e-3, abs=2e-3)
 
 
-def test_the_page_shows_how_models_do_without_a_merge(log, tmp_path):
-    example = (ROOT / "README.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
-    (tmp_path / "my.yaml").write_text(example, encoding="utf-8")
-    models = ["demo/models/plain-prose", "demo/models/apple-logic"]
-    result = python("merge_monster.py", "--config", str(tmp_path / "my.yaml"), "--score", *models)
-    assert result.returncode == 0, result.stderr
-    page = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
-    assert f"--config my.yaml --score {' '.join(models)}\n" in page
-    expected = without_digits(page.split("without a merge?")[1].split("```text\n")[1].split("```")[0])
-    assert without_digits(result.stdout)[-len(expected) - 1 : -1] == expected  # its last line names the log
+@pytest.mark.parametrize(
+    "excerpt",
+    [pytest.param(excerpt, marks=[pytest.mark.slow] if excerpt.before else []) for excerpt in EXCERPTS],
+    ids=lambda excerpt: excerpt.page,
+)
+def test_a_page_shows_what_its_command_prints(excerpt, folder, log):
+    """If not, python demo/write_pages.py writes the pages anew."""
+    for command in excerpt.before:
+        printed(command, folder)
+    found = log if excerpt.command == DEMO else printed(excerpt.command, folder)
+    assert_same_run(page_of(excerpt)[1], excerpt.part(found))
 
 
-def test_the_page_shows_what_the_mapper_prints(log, tmp_path):
-    """Line for line, in the order of the run, but for digits and what this machine's training makes the model say."""
-    result = python("monster_mapper.py", "--yaml", str(tmp_path / "better.yaml"))
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize(
+    "shown, found, same",
+    [
+        ("09:06:37 - Total 5.85325 | -0.1%", "10:00:00 - Total 5.85326 | -0.1%", True),
+        ("| a | 5.85325 |\n-----------", "| a | 15.85325 |\n------------", False),
+        ("Layer 1/4 - CHANGED - 0.2 > 0.1", "Layer 1/4 - RETAINED - 0.2", False),
+        ("80.00%  apple-logic", "80.00%  plain-prose", False),
+        ("0.41493", "-0.41493", False),
+        ("3,935 tokens", "3,900 tokens", False),
+    ],
+)
+def test_another_run_would_be_noticed(shown, found, same):
+    if same:
+        assert_same_run(shown, found)
+    else:
+        with pytest.raises(AssertionError):
+            assert_same_run(shown, found)
 
-    def lines_of(text):
-        said = r"(Sequence:|Trace:|TOTAL BRANCHES:|(?:BAD|GOOD)  \".*?\"|\| (?:BAD|GOOD)(?:.*?\|){3}).*"
-        own = re.sub(said, r"\1", text)
-        own = re.sub(r"\d+(\.\d+)?%?", "0", own)
-        return [re.sub(r"\s+", " ", line).strip() for line in own.splitlines() if line.strip()]
 
-    page = (ROOT / "docs/mapper.md").read_text(encoding="utf-8")
-    shown = page.split("# What would the model say?")[1].split("```text")[1].split("```")[0]
-    printed = iter(lines_of(result.stdout))
-    assert all(line in printed for line in lines_of(shown))
-    better = yaml.safe_load((tmp_path / "better.yaml").read_text(encoding="utf-8"))
-    assert {"phrase": "unwavering", "weight": 1.0, "contexts": ["Filled with an "]} in better["bad_phrases"]
+def test_the_example_is_short_and_better_in_everything(folder):
+    assert len((folder / "my.yaml").read_text(encoding="utf-8").splitlines()) == 10
+    [shown] = [page_of(excerpt)[1] for excerpt in EXCERPTS if excerpt.page == "README.md"]
+    changes = [float(row[5].rstrip("%")) for row in tables(shown)[-1][:-1]]
+    assert changes[0] < 0 and changes[1] < 0 and changes[2] > 0
 
 
 def test_default_mapper_yaml_has_every_key_of_the_mapper_at_its_default_and_limits():
