@@ -161,7 +161,7 @@ def train(model: PreTrainedModel, losses: Iterator[Loss], tune: FineTune) -> flo
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, slope)
     seen = []
     model.train()
-    with tqdm(total=tune.steps, desc=f"{tune.name:<9}", unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=tune.steps, desc=f"{tune.name:<9}", unit="step", dynamic_ncols=True, disable=None) as bar:
         for loss_of in islice(losses, tune.steps):
             optimizer.zero_grad()
             loss = loss_of(model)

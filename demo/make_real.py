@@ -142,9 +142,9 @@ def make_models() -> None:
     if "base" in left:
         package_folder()
     be_quiet()
-    for name in left:
+    for number, name in enumerate(left, 1):
         began = time.perf_counter()
-        print(f"Making {FOLDER / name} ...", flush=True)
+        print(f"{number} of {len(left)}: making {FOLDER / name} ...", flush=True)
         make_whole(name, make_base if name == "base" else lambda folder, name=name: make_fine_tune(name, folder))
         print(f"{name} took {time.perf_counter() - began:.0f} s.", flush=True)
 

@@ -1,7 +1,7 @@
 """Put what the demo's runs print into the pages that show it, all of one run.
 
     python demo/make_models.py
-    python demo/write_pages.py# the pages; about a minute
+    python demo/write_pages.py            # the pages; about a minute
 
 Knows: which page shows which part of which command's output. Refuses to know: what the lines mean. The runs are made in
 a folder of their own, so that nothing of yours is touched.

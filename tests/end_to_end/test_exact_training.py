@@ -1,6 +1,8 @@
 """The training of the demo's models: the gradients of transformers' own forward, the same bits on any machine."""
 
+import dataclasses
 import hashlib
+import io
 import os
 import random
 import subprocess
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(ROOT / "demo"))
 
 import exact_training
+import make_models
 from exact_training import Adam, begin, loss_of
 
 # Of the weights after three steps, on whatever machine.
@@ -115,3 +118,27 @@ def test_another_machine_comes_to_the_same_bits():
         check=True,
     )
     assert there.stdout.strip() == weights_after_three_steps() == EXPECTED
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_which_model_is_trained_and_how_far(tmp_path, monkeypatch, capsys):
+    """And models that are not those of the pages are named."""
+    short = tuple(dataclasses.replace(lesson, steps=2) for lesson in make_models.LESSONS)
+    monkeypatch.setattr(make_models, "LESSONS", short)
+    monkeypatch.setattr(make_models, "FOLDER", tmp_path)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    make_models.main()
+    lines = capsys.readouterr().out.splitlines()
+    for number, lesson in enumerate(short, 1):
+        assert f"{number} of 3: {lesson.name}" in terminal.getvalue()
+        assert any(line.strip().startswith(f"{number} of 3: {lesson.name}") for line in lines)
+        assert lesson.name in lines[-1]
+    assert "100%" in terminal.getvalue()
+    make_models.main()
+    again = capsys.readouterr().out.splitlines()
+    assert len(again) == 2 and again[-1] == lines[-1]
