@@ -23,9 +23,12 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from modules.checkpoints.bin_files import Held, is_pickled, is_whole
 from modules.checkpoints.causes import disguise, found_instead, pointers
-from modules.checkpoints.companions import LARGEST, Companions, find_companions, is_licence, is_small
+from modules.checkpoints.companions import Companions, belongs, find_companions, is_licence, is_small
+from modules.checkpoints.config_file import check_implementations, check_stated, has_quantised, quantised_by
 from modules.checkpoints.hub import Job, Repository
 from modules.checkpoints.weight_files import (
+    LARGEST_SETTINGS,
+    LARGEST_TEXT,
     Fingerprint,
     Room,
     TensorInfo,
@@ -43,14 +46,6 @@ from modules.checkpoints.weight_files import (
 from modules.runtime import CheckpointError, ConfigError, first_line, naming, without_panics
 
 _DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-_MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
-_QUANTISED = ("quantization_config", "compression_config")  # keys of config.json
-
-# The last parts of the names of tensors beside quantised weights (GPTQ, AWQ, bitsandbytes, FP8, compressed-tensors).
-_OF_QUANTISATION = (
-    *("qweight", "qzeros", "scales", "g_idx", "absmax", "quant_map", "nested_absmax", "SCB", "weight_format"),
-    *("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point", "input_scale"),
-)
 ADAPTER_SETTINGS = "adapter_config.json"  # what makes a folder an adapter
 
 
@@ -152,16 +147,15 @@ def read_configuration(path: Path, names: Collection[str], trusted: bool = False
         instead = found_instead(path, names, ["config.json"])
         raise ConfigError(f"{path}: no model here (config.json is missing){instead}")
     try:
-        stated = json.loads(read_file(path / "config.json").decode("utf-8"))
-        if isinstance(stated, Mapping) and "peft_type" in stated:
-            raise ValueError(f"it holds an adapter's settings; if this is an adapter, call it {ADAPTER_SETTINGS}")
-        if _layers(stated) > _MOST_LAYERS:
-            raise ValueError(f"it has {_layers(stated):.4g} layers")
+        stated = json.loads(read_file(path / "config.json", LARGEST_SETTINGS).decode("utf-8"))
+        check_stated(stated, trusted)
         beside = find_companions(path, trusted).sizes
         with _copied(path, [name for name in beside if name == "config.json" or name.endswith(".py")]) as copies:
             config = AutoConfig.from_pretrained(copies, trust_remote_code=trusted, local_files_only=True)
+        if not trusted:
+            check_implementations(config)
         config.name_or_path = str(path)
-    except CheckpointError:
+    except (CheckpointError, ConfigError):
         raise
     except Exception as error:  # whatever a configuration class makes of a wrong value
         _raise_if_unread(path, "its configuration", error)
@@ -172,37 +166,13 @@ def read_configuration(path: Path, names: Collection[str], trusted: bool = False
 
 def check_quantisation(path: Path, names: Collection[str] | None = None) -> None:
     """Raise ConfigError if config.json says that a model is quantised. names: of its tensors, if they are known."""
-    key = _quantisation(json.loads(read_file(path / "config.json")))
+    key = quantised_by(json.loads(read_file(path / "config.json")))
     if key is None:
         return
     problem = f"{path}: by {key} in config.json this model is quantised; merge the original weights instead"
-    if names is not None and not any(name.rpartition(".")[2] in _OF_QUANTISATION for name in names):
+    if names is not None and not has_quantised(names):
         problem += f" (its weights are plain numbers, though: if they were converted back, remove {key} there)"
     raise ConfigError(problem)
-
-
-def _quantisation(settings: Any) -> str | None:
-    """The key that says how a model is quantised, with those above it; None if none does."""
-    if not isinstance(settings, Mapping):
-        return None
-    for key, value in settings.items():
-        inner = key if key in _QUANTISED and value else _quantisation(value)
-        if inner:
-            return inner if inner == key else f"{key}.{inner}"
-    return None
-
-
-def _layers(settings: Any) -> float:
-    """The largest number of layers that a configuration states (num_hidden_layers, n_layer, ...), in any part."""
-    if not isinstance(settings, Mapping):
-        return 0
-    return max(
-        (
-            value if isinstance(value, int | float) and key.endswith(("layers", "n_layer")) else _layers(value)
-            for key, value in settings.items()
-        ),
-        default=0,
-    )
 
 
 def open_checkpoint(path: Path, name: str, trusted: bool = False, repository: Repository | None = None) -> Checkpoint:
@@ -276,6 +246,10 @@ def _plain_cause(path: Path, companions: Companions) -> str | None:
     disguised = [f"{name} {what}" for name in companions.sizes if (what := disguise(path / name))]
     if disguised:
         return "; ".join(disguised)
+    for name in filter(belongs, companions.others):
+        size = (path / name).stat().st_size
+        if size > LARGEST_TEXT:
+            return f"{name} is {size:,} bytes long, no more than {LARGEST_TEXT:,} are read"
     for name in companions.sizes:
         beginning = read_file(path / name)[:200]
         if "tokenizer.json" in companions.sizes or not name.endswith((".model", ".spm")):
@@ -318,12 +292,12 @@ def small_files(sizes: Mapping[str, int]) -> list[str]:
     sizes: in bytes, by name. What calls itself text or JSON but is large is somebody's data.
     """
     needed = {"config.json", ADAPTER_SETTINGS, index_file(sizes)}
-    return [name for name, size in sizes.items() if name in needed or (is_small(name) and size <= LARGEST)]
+    return [name for name, size in sizes.items() if (name in needed or is_small(name)) and size <= LARGEST_TEXT]
 
 
 def licence_files(sizes: Mapping[str, int]) -> list[str]:
     """Of all files of a model, those that go with it wherever it goes, and that no program needs."""
-    return [name for name, size in sizes.items() if is_licence(name) and size <= LARGEST]
+    return [name for name, size in sizes.items() if is_licence(name) and size <= LARGEST_TEXT]
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:

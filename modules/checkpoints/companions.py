@@ -17,9 +17,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from modules.checkpoints.weight_files import is_there, local_files, read_file
-
-LARGEST = 100_000_000  # bytes of a file that describes or opens a model; tokenizers have some ten million
+from modules.checkpoints.weight_files import LARGEST_TEXT, is_there, local_files, read_file
 
 _SETTINGS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json",
@@ -115,7 +113,7 @@ def find_companions(folder: Path, trusted: bool) -> Companions:
     found = [name for name in sizes if belongs(name)]
     if trusted:
         found += _code(folder, found, sizes)
-    found = [name for name in dict.fromkeys(found) if sizes[name] <= LARGEST]
+    found = [name for name in dict.fromkeys(found) if sizes[name] <= LARGEST_TEXT]
     astray = [name for name in found if _leads_out(folder, name)]
     others = [name for name in sizes if name not in found and (is_small(name) or belongs(name))]
     return Companions({name: sizes[name] for name in found}, astray, others, trusted)

@@ -23,6 +23,7 @@ from modules.checkpoints.checkpoint import ADAPTER_SETTINGS, Checkpoint
 from modules.checkpoints.companions import Companions, find_companions
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.weight_files import (
+    LARGEST_SETTINGS,
     Fingerprint,
     Room,
     TensorInfo,
@@ -94,7 +95,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     pointer = pointers(path, (ADAPTER_SETTINGS, *WEIGHTS))
     if pointer:
         raise ConfigError(pointer)
-    content = read_file(path / ADAPTER_SETTINGS)
+    content = read_file(path / ADAPTER_SETTINGS, LARGEST_SETTINGS)
     try:
         settings = json.loads(content.decode("utf-8"))
         alphas = [settings.get("lora_alpha", 8), *(settings.get("alpha_pattern") or {}).values()]

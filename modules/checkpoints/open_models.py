@@ -30,7 +30,7 @@ from modules.checkpoints.gguf_files import about, as_folder, tokenizer_doubts
 from modules.checkpoints.hub import Job, Repository, find
 from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from modules.checkpoints.lora import Adapter, open_adapter, read_settings
-from modules.checkpoints.weight_files import holds_weights, local_files, weight_files
+from modules.checkpoints.weight_files import LARGEST_SETTINGS, holds_weights, local_files, weight_files
 from modules.config import Config, Location, Source, names_of, parse_location, parse_source, partial_of
 from modules.runtime import ConfigError
 
@@ -202,6 +202,9 @@ def _find(location: Location, config: Config, tell: Tell) -> Found:
     repository = find(location, small_files, licence_files) if location.folder is None else None
     folder = location.folder if repository is None else repository.folder
     assert folder is not None  # a location without a folder has a repository
+    for name in ("config.json", ADAPTER_SETTINGS):
+        if repository is not None and repository.sizes.get(name, 0) > LARGEST_SETTINGS:
+            raise ConfigError(f"{location.text}: {name} is {repository.sizes[name]:,} bytes long, which is no model's")
     return Found(location, folder, repository, frozenset(file_names(folder, repository)), trusted)
 
 

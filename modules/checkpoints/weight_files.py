@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -45,6 +45,10 @@ Room = Callable[[int], Tensor]  # so many bytes of the CPU's memory, as a tensor
 
 Fingerprint = dict[str, int | str]  # "size" in bytes, "sha256"
 _BLOCKS, _BLOCK = 64, 1 << 16  # of a large file, how many blocks of how many bytes a fingerprint looks at
+
+LARGEST_TEXT = 100_000_000  # bytes of a file that describes a model; tokenizers have some ten million
+LARGEST_SETTINGS = 10_000_000  # of config.json and adapter_config.json, which mostly have a few thousand
+_LONGEST_HEADER = 100_000_000  # bytes, as for safetensors itself
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,14 @@ def _unread(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path}: can't be read ({error.strerror or error})")
 
 
-def read_file(path: Path) -> bytes:
-    """All of a small file. Raises CheckpointError if it can't be read."""
+def read_file(path: Path, largest: int = LARGEST_TEXT) -> bytes:
+    """All of a small file. Raises ConfigError if it has more bytes than `largest`, CheckpointError if it can't be
+    read."""
     try:
         with open_input(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > largest:
+                raise ConfigError(f"{path}: is {size:,} bytes long, no more than {largest:,} are read; fetch it again")
             return file.read()
     except OSError as error:
         raise _unread(path, error) from None
@@ -187,13 +195,26 @@ def _check_length(path: Path) -> None:
     """Raise ValueError if a safetensors file ends before what its header announces."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-        announced = 8 + header
-        if announced <= size:
-            entries = json.loads(file.read(header))
-            announced += max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
+        entries = json.loads(_read_header(file, size))
+        announced = file.tell()
+    announced += max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
     if size < announced:
-        raise ValueError(f"it is cut short: {size:,} bytes of {announced:,}; fetch it again")
+        raise ValueError(_cut_short(size, announced))
+
+
+def _read_header(file: BinaryIO, size: int) -> bytes:
+    """The header of a safetensors file of so many bytes, which is open at its beginning. Raises ValueError if it can't
+    be as long as the file says."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > _LONGEST_HEADER:
+        raise ValueError(f"its header is to have {length:,} bytes, no header has more than {_LONGEST_HEADER:,}")
+    if size < 8 + length:
+        raise ValueError(_cut_short(size, 8 + length))
+    return file.read(length)
+
+
+def _cut_short(size: int, announced: int) -> str:
+    return f"it is cut short: {size:,} bytes of {announced:,}; fetch it again"
 
 
 @lru_cache(maxsize=16)
@@ -224,7 +245,7 @@ def stream_tensors(
     # No memory map: a file that shrinks or a mount that vanishes is then an error, not a crash. And read by ourselves,
     # since into memory that is used again and again it goes several times faster than into new memory.
     with reading(path), path.open("rb") as file:
-        entries = _entries(file.read(int.from_bytes(file.read(8), "little")))
+        entries = _entries(_read_header(file, path.stat().st_size))
         start = file.tell()
         for name in names:
             first, end = entries[name]["data_offsets"]
@@ -244,14 +265,15 @@ def read_rows(path: Path, name: str, rows: Tensor, held: Held | None = None) -> 
     if is_pickled(path.name):
         return unpickled_once(path, {} if held is None else held)[name].detach()[rows]
     with reading(path), path.open("rb", buffering=0) as file:
-        entry = _entries(file.read(header := int.from_bytes(file.read(8), "little")))[name]
+        entry = _entries(_read_header(file, path.stat().st_size))[name]
+        start = file.tell()
         first, end = entry["data_offsets"]
         size = (end - first) // max(1, entry["shape"][0])  # of a row, in bytes
         memory = fresh(size * len(rows))
         bytes_of, breaks = memory.numpy(), (rows.diff() != 1).nonzero().flatten() + 1
         ends = [*breaks.tolist(), len(rows)] if len(rows) else []
         for place, stop in zip([0, *ends], ends, strict=False):
-            file.seek(8 + header + first + size * int(rows[place]))
+            file.seek(start + first + size * int(rows[place]))
             _fill(file, bytes_of[size * place : size * stop])
         return memory.view(DTYPES[entry["dtype"]]).view(len(rows), *entry["shape"][1:])
 
@@ -279,7 +301,7 @@ def fingerprint(path: Path) -> Fingerprint:
                 digest.update(file.read())
             else:
                 header = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
-                digest.update(file.read(min(header, size)))
+                digest.update(file.read(min(header, size, _LONGEST_HEADER)))
                 for number in range(_BLOCKS):
                     file.seek((size - _BLOCK) * number // (_BLOCKS - 1))
                     digest.update(file.read(_BLOCK))

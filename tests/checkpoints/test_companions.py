@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import merge_monster
-from modules.checkpoints.companions import LARGEST, belongs, find_companions
+from modules.checkpoints.companions import belongs, find_companions
+from modules.checkpoints.weight_files import LARGEST_TEXT
 
 MODELS_OWN = [
     "config.json",
@@ -152,7 +153,7 @@ def test_what_is_no_plain_file_or_far_too_large(tmp_path):
     os.mkfifo(tmp_path / "tokenizer.model")
     (tmp_path / "vocab.json").mkdir()
     plain(tmp_path / "LICENSE")
-    os.truncate(tmp_path / "LICENSE", LARGEST + 1)
+    os.truncate(tmp_path / "LICENSE", LARGEST_TEXT + 1)
     found = find_companions(tmp_path, False)
     assert found.sizes == {} and found.others == ["LICENSE"]
 

@@ -1,0 +1,141 @@
+"""Lengths that a stranger's file announces: none is believed before it is held against the file and a limit."""
+
+import json
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+from adapters import make_bench
+from runs import refused
+
+from modules.checkpoints import weight_files
+from modules.checkpoints.bin_files import pickled_forms
+from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint, small_files
+from modules.checkpoints.lora import read_settings
+from modules.checkpoints.weight_files import LARGEST_SETTINGS, LARGEST_TEXT, read_header, read_rows, stream_tensors
+from modules.runtime import CheckpointError, ConfigError
+
+HUGE = 3 << 30  # bytes; in a sparse file they take no room
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return make_bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture
+def little_memory():
+    """What is done takes less than a third of a huge file."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # kilobytes
+
+
+def as_long_as_its_header(file):
+    with file.open("wb") as opened:
+        opened.write((HUGE - 8).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}')
+        opened.truncate(HUGE)
+
+
+READERS = {
+    "header": read_header,
+    "tensor": lambda file: list(stream_tensors(file, ["a"])),
+    "rows": lambda file: read_rows(file, "a", torch.tensor([0])),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_header_as_long_as_a_huge_file_is_not_read(tmp_path, little_memory, reader):
+    as_long_as_its_header(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"model.safetensors.*{HUGE - 8:,}"):
+        READERS[reader](tmp_path / "model.safetensors")
+
+
+def test_nor_where_a_file_is_only_to_be_known_again(tmp_path, little_memory):
+    as_long_as_its_header(tmp_path / "model.safetensors")
+    assert weight_files.fingerprint(tmp_path / "model.safetensors")["size"] == HUGE
+
+
+def test_a_run_with_such_a_candidate_is_refused(bench, place, capsys):
+    models = bench / "base", shutil.copytree(bench / "one", place / "one")
+    as_long_as_its_header(models[1] / "model.safetensors")
+    os.truncate(models[1] / "model.safetensors", LARGEST_TEXT * 2)  # which `refused` reads through
+    refused(place, models, capsys, ["one/model.safetensors", f"{HUGE - 8:,}"], "--dry-run")
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_list_of_what_an_archive_holds_is_as_long_as_its_end_says(tmp_path, little_memory, large):
+    """In the record of archives of any size, or in that of large ones, to which a locator points."""
+    file, listing = tmp_path / "pytorch_model.bin", HUGE - 200
+    torch.save({"a": torch.ones(3, 4)}, file)
+    assert pickled_forms(file) == {"a": (torch.float32, (3, 4))}
+    end = b"PK\5\6" + bytes(8) + listing.to_bytes(4, "little") + bytes(6)
+    if large:
+        record = b"PK\6\6" + (44).to_bytes(8, "little") + bytes(28) + listing.to_bytes(8, "little") + bytes(8)
+        locator = b"PK\6\7" + bytes(4) + HUGE.to_bytes(8, "little") + (1).to_bytes(4, "little")
+        end = record + locator + b"PK\5\6" + bytes(8) + b"\xff" * 8 + bytes(2)
+    with file.open("r+b") as opened:
+        opened.seek(HUGE)
+        opened.write(end)
+    with pytest.raises(CheckpointError, match=f"pytorch_model.bin.*{listing:,}"):
+        pickled_forms(file)
+
+
+def test_a_file_in_an_archive_that_is_to_be_longer_than_the_archive(tmp_path):
+    """By the list at its end, which PyTorch believes."""
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(333)}, file)
+    content = file.read_bytes()
+    at = content.rindex((1332).to_bytes(4, "little") * 2)  # packed and unpacked
+    file.write_bytes(content[:at] + (HUGE).to_bytes(4, "little") * 2 + content[at + 8 :])
+    with pytest.raises(CheckpointError, match=f"pytorch_model.bin.*{HUGE:,}"):
+        pickled_forms(file)
+
+
+@pytest.mark.parametrize("as_archive", [True, False])
+def test_a_shape_that_is_more_than_the_file_holds(tmp_path, as_archive):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(1).expand(10**6, 10**6)}, file, _use_new_zipfile_serialization=as_archive)
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin.*a has shape \(1000000, 1000000\)"):
+        pickled_forms(file)
+
+
+def test_a_number_in_several_places_is_read_as_long_as_it_fits(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(1).expand(4, 4), "b": torch.ones(8)}, file)
+    assert pickled_forms(file)["a"] == (torch.float32, (4, 4))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "adapter_config.json"])
+def test_json_that_is_far_too_long_is_not_read(bench, tmp_path, little_memory, name):
+    adapter = name.startswith("adapter")
+    folder = shutil.copytree(bench / ("adapter" if adapter else "one"), tmp_path / "one")
+    if "index" in name:
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        (folder / name).write_text(json.dumps({"weight_map": {}}))
+    os.truncate(folder / name, HUGE)
+    with pytest.raises(ConfigError, match=f"{name}.*{HUGE:,}"):
+        read_settings(folder) if adapter else open_checkpoint(folder, "one")
+
+
+def test_a_limit_is_above_what_models_have(bench, tmp_path):
+    """A configuration with thousands of labels, say, is read."""
+    folder = shutil.copytree(bench / "one", tmp_path / "one")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["unused"] = "x" * (LARGEST_SETTINGS // 2)
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert open_checkpoint(folder, "one").config.hidden_size == 16
+
+
+def test_nothing_that_long_is_fetched_from_the_hub():
+    sizes = {"config.json": 700, "tokenizer.json": HUGE, "model.safetensors.index.json": HUGE, "vocab.json": 9}
+    assert small_files(sizes) == ["config.json", "vocab.json"]
+
+
+def test_a_tokenizer_that_is_far_too_long_is_named(bench, tmp_path, little_memory):
+    folder = shutil.copytree(bench / "one", tmp_path / "one")
+    os.truncate(folder / "tokenizer.json", HUGE)
+    with pytest.raises(ConfigError, match=f"tokenizer.json.*{HUGE:,}"):
+        load_tokenizer(folder)
