@@ -10,7 +10,7 @@ an adapter may hold besides are whole tensors that take the place of the model's
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from modules.checkpoints.causes import disguise, found_instead, pointers
 from modules.checkpoints.checkpoint import ADAPTER_SETTINGS, Checkpoint
 from modules.checkpoints.companions import Companions, find_companions
 from modules.checkpoints.conversion import Conversion
+from modules.checkpoints.patterns import first_matches
 from modules.checkpoints.weight_files import (
     LARGEST_SETTINGS,
     Fingerprint,
@@ -99,10 +100,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(content.decode("utf-8"))
         alphas = [settings.get("lora_alpha", 8), *(settings.get("alpha_pattern") or {}).values()]
-        for pattern in settings.get("alpha_pattern") or {}:
-            re.compile(pattern)
         valid = all(map(is_number, alphas)) and isinstance(settings.get("use_rslora", False), bool)
-    except (ValueError, AttributeError, TypeError, RecursionError, re.error):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         valid = False
     if not valid:
         what = disguise(path / ADAPTER_SETTINGS) or "not the settings of an adapter"
@@ -143,7 +142,7 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
     whole, sides = _sorted_out(path, tensors)
     if not whole and not sides:
         raise ConfigError(f"{path / file}: the adapter is empty")
-    products = {}
+    alphas, products = _alphas(path, settings, [module for module, _ in sides]), {}
     for (module, is_embedding), names in sides.items():
         if set(names) != {"A", "B"}:
             raise ConfigError(f"{path}: {module} has only one of lora_A and lora_B")
@@ -151,7 +150,7 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
             hint = "DeepSpeed and FSDP save such adapters if their shards were not gathered first"
             raise ConfigError(f"{path}: lora_A {a} and lora_B {b} of {module} make no product; {hint}")
-        scale = _scale(settings, module, a[0])
+        scale = alphas[module] / (math.sqrt(a[0]) if settings.get("use_rslora") else a[0])
         products[f"{module}.weight"] = Product(names["A"], names["B"], scale, is_embedding)
     trained_on = str(settings.get("base_model_name_or_path") or "")
     return Adapter(path, name, trained_on, tensors, whole, products, find_companions(path, trusted))
@@ -174,12 +173,17 @@ def _sorted_out(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[
     return whole, sides
 
 
-def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha/r, or alpha/sqrt(r) if rank-stabilised; alpha_pattern names modules that have an alpha of their own."""
-    alphas = (settings.get("alpha_pattern") or {}).items()
-    own = (alpha for pattern, alpha in alphas if re.fullmatch(rf"(.*\.)?({pattern})", module))
-    alpha = next(own, settings.get("lora_alpha", 8))
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+def _alphas(path: Path, settings: Mapping[str, Any], modules: Sequence[str]) -> dict[str, float]:
+    """Every module's alpha: alpha_pattern names those that have one of their own. Raises ConfigError if its patterns
+    can't be matched."""
+    own, usual = settings.get("alpha_pattern") or {}, settings.get("lora_alpha", 8)
+    try:
+        patterns = first_matches(list(own), modules)
+    except (ValueError, TimeoutError) as error:
+        raise ConfigError(
+            f"{path / ADAPTER_SETTINGS}: the patterns of alpha_pattern can't be used ({error}); name modules plainly"
+        ) from None
+    return {module: own.get(pattern, usual) for module, pattern in zip(modules, patterns, strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def test_broken_adapters(place, bases, capsys):
             (
                 "adapter_config.json",
                 b'{"peft_type": "LORA", "alpha_pattern": {"(": 1}}',
-                "not the settings of an adapter",
+                "adapter_config.json: the patterns of alpha_pattern can't be used",
             ),
             ("adapter_config.json", b"{}", "an adapter of type None"),
             ("adapter_model.safetensors", b"broken", "adapter_model.safetensors: can't be read"),
