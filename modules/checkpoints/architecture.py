@@ -81,6 +81,13 @@ def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 
+def header_names(module: PreTrainedModel) -> tuple[str, str | None]:
+    """The names of the weights of input embedding and output head, which a tied model has too; None without a head."""
+    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    names = {id(child): f"{name}.weight" for name, child in module.named_modules()}
+    return names[id(embedding)], names.get(id(head))
+
+
 def input_first_weights(module: PreTrainedModel) -> set[str]:
     """Names of the weights stored (input, output): GPT-2's Conv1D, and stacked experts that say so of themselves."""
     names = set()

@@ -12,12 +12,12 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modules.checkpoints.architecture import find_layers, input_first_weights
+from modules.checkpoints.architecture import find_layers, header_names, input_first_weights
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.hub import Repository
 from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
-from modules.checkpoints.meaning import clashes, differences, setting
+from modules.checkpoints.meaning import clashes, differences, setting, ties_header
 from modules.checkpoints.weight_files import Room, fresh, place_in_index
 from modules.runtime import ConfigError, counted
 
@@ -122,7 +122,8 @@ def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: Pr
     """A checkpoint that fits the base, with an adapter applied. Raises ConfigError if either does not fit."""
     conversion = _conversion(checkpoint, base, module)
     stored = (conversion.stored_name(name) for name in input_first_weights(module))
-    return apply_adapter(adapter, checkpoint, conversion, {name for name in stored if name})
+    header = header_names(module) if ties_header(checkpoint.config) else ()
+    return apply_adapter(adapter, checkpoint, conversion, {name for name in stored if name}, header)
 
 
 def check_configuration(path: Path, config: PreTrainedConfig, base: Checkpoint) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,10 @@ class Adapter:
     whole: Mapping[str, str]  # the model's tensor -> the adapter's that takes its place
     products: Mapping[str, Product]  # the model's weight -> what is added to it
     companions: Companions  # as they were when it was opened
+    ties: bool = False  # what it does to a tied model's embedding, it does to the head: ensure_weight_tying
+    by_tying: Collection[
+        str
+    ] = ()  # the model's weights that it changes for that alone, and not of a model without ties
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """Some of the adapter's own tensors, on the CPU. Raises CheckpointError if a file can't be read."""
@@ -153,7 +157,15 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
         scale = alphas[module] / (math.sqrt(a[0]) if settings.get("use_rslora") else a[0])
         products[f"{module}.weight"] = Product(names["A"], names["B"], scale, is_embedding)
     trained_on = str(settings.get("base_model_name_or_path") or "")
-    return Adapter(path, name, trained_on, tensors, whole, products, find_companions(path, trusted))
+    ties, companions = bool(settings.get("ensure_weight_tying")), find_companions(path, trusted)
+    by_tying = [f"{module}.weight" for module, _ in sides if ties and not _is_target(settings, module)]
+    return Adapter(path, name, trained_on, tensors, whole, products, companions, ties, by_tying)
+
+
+def _is_target(settings: Mapping[str, Any], module: str) -> bool:
+    """Whether an adapter's settings list a module among those that it changes; a pattern is taken to mean all."""
+    targets = settings.get("target_modules")
+    return not isinstance(targets, list) or any(f".{module}".endswith(f".{target}") for target in targets)
 
 
 def _sorted_out(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[tuple[str, bool], dict[str, str]]]:
@@ -196,6 +208,8 @@ class Adapted(Checkpoint):
     """A checkpoint that is read with an adapter applied, in the dtypes that it stores."""
 
     adapter: Adapter  # by the checkpoint's stored names
+    plain: Checkpoint  # the same without it
+    copies: Mapping[str, str] = field(default_factory=dict)  # the half of a tied pair that is not stored -> the other
 
     @property
     def tokenizer_files(self) -> tuple[Path, Companions]:
@@ -220,20 +234,29 @@ class Adapted(Checkpoint):
         whole = {name: self.adapter.whole[name] for name in names if name in self.adapter.whole}
         products = {name: self.adapter.products[name] for name in names if name in self.adapter.products}
         own = self.adapter.read({*whole.values(), *(side for p in products.values() for side in (p.a, p.b))})
-        ready = ((name, own[stored]) for name, stored in whole.items())
-        for name, weight in chain(ready, super().stream([name for name in names if name not in whole], room)):
+        sources: dict[str, list[str]] = {}  # stored tensor -> those that are made of it
+        for name in names:
+            if name not in whole:
+                sources.setdefault(self.copies.get(name, name), []).append(name)
+        read = ((name, weight) for source, weight in self.plain.stream(sources, room) for name in sources[source])
+        for name, weight in chain(((name, own[stored]) for name, stored in whole.items()), read):
             product = products.get(name)
             yield name, _sum(weight, own[product.a], own[product.b], product) if product else weight
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of a tensor with the adapter applied; see `read_rows`."""
         whole, product = self.adapter.whole.get(name), self.adapter.products.get(name)
-        weight = super().rows(name, rows) if whole is None else self.adapter.read([whole])[whole][rows]
+        stored = self.copies.get(name, name)
+        weight = self.plain.rows(stored, rows) if whole is None else self.adapter.read([whole])[whole][rows]
         if product is None:
             return weight
         own = self.adapter.read({product.a, product.b})
         a, b = own[product.a], own[product.b]
         return _sum(weight, *((a[:, rows], b) if product.transposed else (a, b[rows])), product)
+
+    def release(self) -> None:
+        """Let go of what `stream` keeps in memory."""
+        self.plain.release()
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:
@@ -243,16 +266,23 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:
 
 
 def apply_adapter(
-    adapter: Adapter, checkpoint: Checkpoint, conversion: Conversion, input_first: Collection[str]
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    conversion: Conversion,
+    input_first: Collection[str],
+    tied: Sequence[str | None] = (),
 ) -> Adapted:
     """The checkpoint with the adapter applied.
 
-    conversion: the checkpoint's. input_first: stored names of weights (input, output). Raises ConfigError if the
-    adapter changes what the checkpoint lacks, or what has another shape there.
+    conversion: the checkpoint's. input_first: stored names of weights (input, output). tied: names of embedding and
+    head, if the checkpoint's configuration ties them. Raises ConfigError if the adapter changes what the checkpoint
+    lacks, or what has another shape there.
     """
+    adapter, copies = _untied(adapter, conversion, [name for name in tied if name])
     whole, products, tensors = {}, {}, dict(checkpoint.tensors)
+    tensors |= {name: tensors[stored] for name, stored in copies.items()}
     for name, own in adapter.whole.items():
-        # A head that the model ties to its embedding, and therefore does not store, is the adapter's own.
+        # A tensor that the model knows and does not store is the adapter's own.
         stored = conversion.stored_name(name) or (name if conversion.knows(name) else None)
         if stored is None:
             raise ConfigError(f"{adapter.path}: {checkpoint.name} has no {name}, which the adapter brings")
@@ -262,7 +292,7 @@ def apply_adapter(
             raise ConfigError(f"{adapter.path}: {name} {shapes}; merge the adapter into its model with PEFT first")
         tensors[stored] = form
     for name, product in adapter.products.items():
-        stored = conversion.stored_name(name)
+        stored = name if name in copies else conversion.stored_name(name)
         if stored is None:
             raise ConfigError(f"{adapter.path}: {checkpoint.name} stores no {name}, which the adapter changes")
         product = replace(product, transposed=product.transposed or stored in input_first)
@@ -280,4 +310,37 @@ def apply_adapter(
         checkpoint.repository,
         checkpoint.twice,
         adapter=replace(adapter, whole=whole, products=products),
+        plain=replace(checkpoint),
+        copies=copies,
     )
+
+
+def _untied(adapter: Adapter, conversion: Conversion, tied: Sequence[str]) -> tuple[Adapter, dict[str, str]]:
+    """What an adapter does to embedding and head of a model that ties them, to each by itself, and which of the two is
+    to be read from the other's stored tensor.
+
+    PEFT changes one half of such a pair and leaves the other as it was, unless ensure_weight_tying says otherwise.
+    tied: names of embedding and head, or none. Raises ConfigError if the adapter ties what it does not have.
+    """
+    whole, products = dict(adapter.whole), dict(adapter.products)
+    if len(tied) < 2:
+        for name in adapter.by_tying:
+            products.pop(name)
+            whole.pop(name, None)
+        return replace(adapter, whole=whole, products=products), {}
+    if not any(name in whole or name in products for name in tied):
+        return adapter, {}
+    embedding, head = tied
+    stored = {name: conversion.stored_name(name) for name in tied}
+    present = next((found for found in stored.values() if found), None)
+    copies = {name: present for name, found in stored.items() if present and not found}
+    bases = [whole[name] for name in tied if ".base_layer." in whole.get(name, "")]
+    if copies and bases:  # PEFT loads what it saved beside its own tensors into the one that both halves are
+        whole = {**dict.fromkeys(tied, bases[0]), **whole}
+    if adapter.ties:
+        if embedding not in whole and embedding not in products:
+            raise ConfigError(f"{adapter.path}: ensures tied weights (ensure_weight_tying), but has no {embedding}")
+        for kind in (whole, products):
+            kind.pop(head, None)
+            kind |= {head: kind[embedding]} if embedding in kind else {}
+    return replace(adapter, whole=whole, products=products), copies

@@ -55,6 +55,12 @@ def clashes(base: PreTrainedConfig, other: PreTrainedConfig) -> list[str]:
     return [_in_words(key, theirs[key], ours[key]) for key in both if theirs[key] != ours[key]]
 
 
+def ties_header(config: PreTrainedConfig) -> bool:
+    """Whether a configuration ties the output head to the input embedding: they then are one, unless a file holds both
+    and they differ."""
+    return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+
+
 def layer_settings(config: PreTrainedConfig, key: str) -> list[Any]:
     """A setting of each decoder layer, None where there is none: most configurations have one for all layers, some a
     list, some another configuration for each layer, and then none for all."""

@@ -16,7 +16,14 @@ from modules.model.devices import (
     wider,
     widest_float,
 )
-from modules.model.embeddings import HeaderRows, HeaderSkipped, aligned_header, matched_header, own_header
+from modules.model.embeddings import (
+    HeaderRows,
+    HeaderSkipped,
+    aligned_header,
+    matched_header,
+    own_header,
+    untied_header,
+)
 from modules.model.loading import ModelLoader, too_large_for
 from modules.model.memory import (
     Memory,

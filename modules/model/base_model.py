@@ -22,6 +22,7 @@ from modules.checkpoints import (
     Conversion,
     dtype_name,
     find_layers,
+    header_names,
     input_first_weights,
     read_file,
 )
@@ -193,10 +194,8 @@ class ResidentModel:
         )
 
     def header_names(self) -> tuple[str, str | None]:
-        """The full names of the weights of input embedding and output head, which a tied model has too, or None."""
-        weight, head = self.module.get_input_embeddings().weight, self.module.get_output_embeddings()
-        embedding = next(name for name, tensor in self._state.items() if tensor is weight)
-        return embedding, next((f"{name}.weight" for name, one in self.module.named_modules() if one is head), None)
+        """See `architecture.header_names`."""
+        return header_names(self.module)
 
     # -- the head, some of its rows at a time --------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checkpoints import Candidate, Checkpoint, Tensors, load_tokenizer, read_file
+from modules.checkpoints import Candidate, Checkpoint, Tensors, load_tokenizer, read_file, ties_header
 from modules.model.base_model import ResidentModel
 from modules.model.part import Part
 from modules.runtime import ConfigError
@@ -75,7 +75,19 @@ class HeaderRows:
     candidate: Candidate
     sources: Mapping[str, str]  # tensor of the base's header -> the candidate's that is merged into it
     matches: Mapping[int, int]  # base row -> candidate row
-    note: str | None  # how rows were matched, if that is not simply by their place
+    alignment: str | None = None  # how rows were matched, if that is not simply by their place
+    tying: str | None = None  # what becomes of the candidate's head where one of the two models is tied
+    own_head: str | None = None  # the candidate's head, if it has one of its own and the base has no place for it
+
+    @property
+    def note(self) -> str | None:
+        """A line about what had to be matched, and what a merge does without."""
+        return f"Header: {self.alignment}" + (f"; {self.tying}" if self.tying else "") if self.alignment else None
+
+    @property
+    def note_of_scores(self) -> str | None:
+        """The same where the candidate is only scored, as `untied_header` has it."""
+        return self.note if self.own_head is None else f"Header: {self.alignment}; its head is not its embedding"
 
     @cached_property
     def _order(self) -> Tensor:
@@ -114,18 +126,18 @@ def matched_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -
     except ConfigError as error:
         raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
     alignment = _align(tokenizer, rows, other, their_rows, candidate.name)
-    tying = _about_tying(model, candidate, part)
-    note = None
+    tying, own_head = _about_tying(model, candidate, part)
+    said = None
     if alignment.base != alignment.candidate or tying:  # else they are the same, row for row
-        note = f"Header: {alignment.describe(candidate.name)}" + (f"; {tying}" if tying else "")
-    return HeaderRows(candidate, sources, alignment.matches, note)
+        said = alignment.describe(candidate.name)
+    return HeaderRows(candidate, sources, alignment.matches, said, tying, own_head)
 
 
 def own_header(model: ResidentModel) -> HeaderRows:
     """The base's header as its files have it, whatever has been merged into the model."""
     part, base = model.header(), model.as_candidate()
     rows = max(tensor.shape[0] for tensor in part.tensors.values())
-    return HeaderRows(base, _sources(model, base, part), {row: row for row in range(rows)}, None)
+    return HeaderRows(base, _sources(model, base, part), {row: row for row in range(rows)})
 
 
 def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> tuple[Tensors, str | None]:
@@ -134,16 +146,32 @@ def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -
     tokenizer: the base's. Raises HeaderSkipped if too few rows match, BrokenWeights if they are no numbers,
     CheckpointError if a file can't be read.
     """
+    found = matched_header(model, tokenizer, candidate)
+    return _aligned(model.header(), found, found.sources), found.note
+
+
+def untied_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> tuple[Tensors, Tensors]:
+    """The candidate's header as `aligned_header` has it, to be held where the embedding is read, and where the head is:
+    two where the candidate has a head of its own and the base has not. Raises as that."""
     part, found = model.header(), matched_header(model, tokenizer, candidate)
-    stored = candidate.read(set(found.sources.values()))
+    header = _aligned(part, found, found.sources)
+    if found.own_head is None:
+        return header, header
+    embedding, _ = model.header_names()
+    return header, _aligned(part, found, {**found.sources, embedding: found.own_head})
+
+
+def _aligned(part: Part, found: HeaderRows, sources: Mapping[str, str]) -> Tensors:
+    """A candidate's tensors in the base's order. sources: see `HeaderRows.sources`."""
+    stored = found.candidate.read(set(sources.values()))
     ordered = (
         (name, align_rows(stored[source], part.tensors[name].shape[0], found.matches))
-        for name, source in found.sources.items()
+        for name, source in sources.items()
     )
-    aligned = part.adopt(ordered, candidate.name)
+    aligned = part.adopt(ordered, found.candidate.name)
     for name, tensor in aligned.items():
         keep_rows(part.tensors[name], tensor, found.matches)
-    return aligned, found.note
+    return aligned
 
 
 def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
@@ -160,7 +188,7 @@ def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str
     A candidate whose head is tied to its embedding may store only one of the two, which then stands for both.
     """
     embedding, head = model.header_names()
-    twins = {embedding: head, head: embedding} if _is_tied(candidate) else {}
+    twins = {embedding: head, head: embedding} if ties_header(candidate.checkpoint.config) else {}
     sources = {}
     for name, ours in part.tensors.items():
         source = name if name in candidate.conversion else twins.get(name)
@@ -173,27 +201,24 @@ def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str
     return sources
 
 
-def _about_tying(model: ResidentModel, candidate: Candidate, part: Part) -> str | None:
-    """What becomes of the candidate's head where one model has a head of its own and the other has not."""
+def _about_tying(model: ResidentModel, candidate: Candidate, part: Part) -> tuple[str | None, str | None]:
+    """What becomes of the candidate's head where one model has a head of its own and the other has not; and, if it is
+    the base that has not, the name of that head."""
     embedding, head = model.header_names()
     if head is None:
-        return None
+        return None, None
     ours_is_own = head in part.tensors
     theirs_is_own = embedding in candidate.conversion and head in candidate.conversion
-    if theirs_is_own and _is_tied(candidate):
+    if theirs_is_own and ties_header(candidate.checkpoint.config):
         # As transformers has it: such a model is tied if, and only if, the two are equal. In .bin files they are.
         theirs_is_own = not torch.equal(*candidate.read([embedding, head]).values())
     if theirs_is_own and not ours_is_own:
-        return f"the base's head is its embedding, so {candidate.name}'s own head is not used"
+        alike = candidate.conversion.shape(head) == candidate.conversion.shape(embedding)
+        unused = f"the base's head is its embedding, so {candidate.name}'s own head is not used"
+        return unused, head if alike else None
     if ours_is_own and not theirs_is_own:
-        return f"{candidate.name}'s head is its embedding, which is merged into both of the base's"
-    return None
-
-
-def _is_tied(candidate: Candidate) -> bool:
-    """Whether a candidate's configuration ties its head to its embedding."""
-    config = candidate.checkpoint.config
-    return any(getattr(one, "tie_word_embeddings", False) for one in (config, config.get_text_config()))
+        return f"{candidate.name}'s head is its embedding, which is merged into both of the base's", None
+    return None, None
 
 
 def _align(base: Any, rows: int, other: Any, their_rows: int, candidate: str) -> Alignment:

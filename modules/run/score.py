@@ -89,9 +89,9 @@ def _score(console: Console, search: Search, watch: Watch, candidate: Candidate)
     """One model beside the base. Raises CheckpointError if it can't be scored."""
     try:
         console.lines(_about_header(console, search, candidate))
-        seen = watch.look_at_whole(search, candidate)
+        seen = watch.look_at_whole(search, candidate, as_it_is=True)
         while seen is None and search.take_less_memory():
-            seen = watch.look_at_whole(search, candidate)
+            seen = watch.look_at_whole(search, candidate, as_it_is=True)
     except (BrokenWeights, CheckpointError) as error:
         raise CheckpointError(f"{candidate.name} can't be scored: {error}") from None
     finally:
@@ -108,7 +108,7 @@ def _score(console: Console, search: Search, watch: Watch, candidate: Candidate)
 def _about_header(console: Console, search: Search, candidate: Candidate) -> list[str]:
     """What had to be matched of a model's vocabulary, that the phrases may mean the same tokens in it."""
     try:
-        note = matched_header(search.model, search.tokenizer, candidate).note
+        note = matched_header(search.model, search.tokenizer, candidate).note_of_scores
     except HeaderSkipped as error:
         console.warning(f"{error}; it is scored with the base's embedding and head")
         return []

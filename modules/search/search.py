@@ -121,10 +121,14 @@ class Search(Merger):
         self.measure()
 
     def score_whole(
-        self, candidate: Candidate, scorers: Sequence[Scorer], meters: Sequence[DriftMeter | None]
+        self,
+        candidate: Candidate,
+        scorers: Sequence[Scorer],
+        meters: Sequence[DriftMeter | None],
+        as_it_is: bool = False,
     ) -> tuple[list[list[float]], list[Drift | None]]:
         """See `whole.score_whole`."""
-        return score_whole(self.model, self.tokenizer, candidate, scorers, meters, self.streams)
+        return score_whole(self.model, self.tokenizer, candidate, scorers, meters, self.streams, as_it_is)
 
     def measure(self) -> None:
         """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find."""

@@ -5,12 +5,13 @@ Knows: which tensors make a candidate, how they are read. Refuses to know: what 
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 
 from modules.checkpoints import Candidate, Tensors
-from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header
+from modules.model import HeaderSkipped, Part, ResidentModel, untied_header
 from modules.scoring import Drift, DriftMeter, Scorer, of_pairs, streamed
 from modules.search.prefetch import ReadAhead
 
@@ -23,22 +24,27 @@ def score_whole(
     scorers: Sequence[Scorer],
     meters: Sequence[DriftMeter | None],
     streams: Sequence[torch.Stream] = (),
+    as_it_is: bool = False,
 ) -> tuple[list[list[float]], list[Drift | None]]:
     """Joint log-probabilities by each scorer, and the drift by each meter, of a model with every tensor that the
     candidate has: its header with its rows in the base's order, or the resident one where they can't be matched.
 
-    tokenizer: the base's. Raises BrokenWeights if a tensor is no number, CheckpointError if a file can't be read,
+    tokenizer: the base's. as_it_is: with a head that is not its embedding, though a tied base could not take over both.
+    Raises BrokenWeights if a tensor is no number, CheckpointError if a file can't be read,
     torch.OutOfMemoryError if there is no room.
     """
     outside, header = model.outside(), model.header()
-    theirs = [(outside, outside_of(candidate, outside))]
+    front = [(outside, outside_of(candidate, outside))]  # what is there while the layers run, and behind them
+    end = front.copy()
     with suppress(HeaderSkipped):
-        theirs.append((header, aligned_header(model, tokenizer, candidate)[0]))
+        embedding, head = untied_header(model, tokenizer, candidate)
+        front.append((header, embedding))
+        end.append((header, head if as_it_is else embedding))
 
     @contextmanager
-    def held(*more: tuple[Part, dict[str, torch.Tensor]]) -> Iterator[None]:
+    def held(parts: Sequence[tuple[Part, Tensors]]) -> Iterator[None]:
         with ExitStack() as stack:
-            for part, tensors in (*theirs, *more):
+            for part, tensors in parts:
                 stack.enter_context(part.holding(tensors))
             yield
 
@@ -49,16 +55,16 @@ def score_whole(
 
         def layers() -> Iterator[AbstractContextManager[None]]:
             for layer, part in parts.items():
-                yield held((part, ahead.take(layer)))
+                yield held([*front, (part, ahead.take(layer))])
 
         hidden = iter(streamed(model, inputs, layers()))
-    with held():
+    with held(end):
         found = [scorer.score_on([next(hidden) for _ in scorer.inputs]) for scorer in scorers]
     scores = [of_pairs(one, scorer.encoded) for one, scorer in zip(found, scorers, strict=True)]
-    same_header, drifts = len(theirs) == 1, list[Drift | None]()
+    same_header, drifts = len(end) == 1, list[Drift | None]()
     for meter in meters:
         states = [next(hidden) for _ in meter.inputs] if meter else []
-        drifts.append(meter.measure_on(states, held, same_header)[0] if meter else None)
+        drifts.append(meter.measure_on(states, partial(held, end), same_header)[0] if meter else None)
     return scores, drifts
 
 

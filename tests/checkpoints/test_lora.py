@@ -237,11 +237,6 @@ def test_an_adapter_for_another_model(place, bases, capsys):
     refused(place, (bases["llama"], adapter), capsys, words)
 
 
-def test_lora_on_a_head_that_is_tied(place, bases, capsys):
-    adapter, _ = make_adapter(place, bases["llama"], target_modules=["lm_head"])
-    refused(place, (bases["tied"], adapter), capsys, "tied stores no lm_head.weight, which the adapter changes")
-
-
 def test_broken_adapters(place, bases, capsys):
     for number, (name, content, words) in enumerate(
         (

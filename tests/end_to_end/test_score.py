@@ -3,6 +3,7 @@
 import json
 import math
 
+import peft
 import pytest
 import reference
 import tiny
@@ -275,3 +276,16 @@ def test_phrases_are_held_out_as_in_a_merge(place, models):
     scored = load_config(path, scored=[str(models[1])])
     assert scored.models_to_merge == (str(models[1]),) and len(scored.held_out_pairs) == 2
     assert len(load_config(path, mapping=True).pairs) == len(PAIRS)
+
+
+def test_an_adapter_that_changes_one_half_of_a_tied_pair_is_scored_as_peft_runs_it(place, tmp_path, capsys):
+    base, _, _ = make_models(tmp_path, tied=True)
+    adapter, _ = make_adapter(place, base, target_modules=["embed_tokens"])
+    configure(place, base, pairs=list(tiny.PAIRS[:2]), held_out=0.0, neutral_texts=[])
+    _, phrases = found_in(place, adapter)
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    expected = [math.exp(reference.pair_log_probability(model, tokenizer, pair)) for pair in tiny.PAIRS[:2]]
+    assert [entry["probabilities"]["adapter"] for entry in phrases] == pytest.approx(expected, rel=1e-3)
+    assert merge(place, (base, adapter), pairs=tiny.PAIRS[:2]) == 0
+    assert "so adapter's own head is not used" in log_of(place)

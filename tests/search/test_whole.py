@@ -26,7 +26,7 @@ def everything_moved(model):
         parameter.add_(torch.randn_like(parameter) * 0.05 * (1 + parameter.abs().mean()))
 
 
-def whole(base, other, pairs=tiny.PAIRS, budget=None, other_dtype=None):
+def whole(base, other, pairs=tiny.PAIRS, budget=None, as_it_is=False):
     model, tokenizer = load_model(open_checkpoint(base, "base"), "cpu", "float32"), AutoTokenizer.from_pretrained(base)
     candidate = open_candidate(open_checkpoint(other, "other"), model.checkpoint, model.module)
     encoded = encode_pairs(tokenizer, pairs, model.vocabulary, model.max_tokens)
@@ -34,7 +34,7 @@ def whole(base, other, pairs=tiny.PAIRS, budget=None, other_dtype=None):
     windows = [tuple(range(5, 30)), tuple(range(40, 65)), (3, 4, 9)]
     meter = DriftMeter(model, windows)
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
-    scores, (drift, none) = score_whole(model, tokenizer, candidate, scorers, [meter, None])
+    scores, (drift, none) = score_whole(model, tokenizer, candidate, scorers, [meter, None], as_it_is=as_it_is)
     assert none is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.module.state_dict().items())
     return scores, drift, windows, tokenizer
@@ -64,3 +64,20 @@ def test_in_many_packs_tied_and_untied(tmp_path, tied):
     tokenizer = tiny.bpe_tokenizer()
     base = tiny.make_model(tmp_path / "base", tiny.llama_config(len(tokenizer), tied=tied), tokenizer, scale=3.0)
     check(base, tiny.make_candidate(tmp_path / "other", base, change=everything_moved), budget=Budget(tokens=20))
+
+
+@pytest.mark.parametrize("says_tied", [True, False])
+def test_a_head_of_its_own_beside_a_base_that_is_tied(tmp_path, says_tied):
+    """A file that has both is not tied, whatever its configuration says."""
+    tokenizer = tiny.bpe_tokenizer()
+    config = tiny.llama_config(len(tokenizer), tied=True)
+    base = tiny.make_model(tmp_path / "base", config, tokenizer, scale=3.0)
+    other = tiny.make_candidate(tmp_path / "other", base, change=everything_moved)
+
+    def own_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+
+    tiny.edit_checkpoint(other, own_head, tie_word_embeddings=says_tied)
+    check(base, other, as_it_is=True)
+    with pytest.raises(AssertionError):
+        check(base, other)  # as a merge takes it, into one tensor
