@@ -38,6 +38,7 @@ class Candidate:
     conversion: Conversion
     notes: Sequence[str] = ()  # lines for the person at the terminal
     warnings: Sequence[str] = ()  # the same, of what may spoil the merge
+    otherwise: Sequence[str] = ()  # in what it computes by other settings than the base; a line for each
     repositories: Sequence[Repository] = ()  # of the hub, from which its files come
     text: str = ""  # what the configuration calls it
     where: str = ""  # absolute paths, ids of the hub with their commit
@@ -95,7 +96,8 @@ def open_candidate(
             f"{checkpoint.name}: its configuration means something else than the base's: {'; '.join(other_meaning)}; "
             "the merged model keeps the base's"
         )
-    return Candidate(checkpoint, conversion, notes, warnings, repositories)
+    otherwise = [line for line in other_meaning if not line.startswith("tie_word_embeddings")]  # of the header
+    return Candidate(checkpoint, conversion, notes, warnings, otherwise, repositories)
 
 
 def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ Knows: safetensors headers, .bin files, indexes of shards. Refuses to know: what
 import errno
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -36,3 +36,4 @@ from modules.model.memory import (
 )
 from modules.model.part import BLOCKS, Part, row_ranges
 from modules.model.saving import Saving
+from modules.model.settings import Settings, settings_of

@@ -25,6 +25,11 @@ class Standing(NamedTuple):
     drift: Drift | None
 
 
+def by_other_settings(name: str) -> str:
+    """What a row is called of a model that was computed by the base's settings, and has others."""
+    return f"{name} (scored with the base's settings)"
+
+
 def standing_table(base: Standing, candidates: Sequence[Standing], merge: Standing, search: str) -> list[str]:
     """The base, the candidates taken whole and the merge as one table; and, where a candidate alone is better than the
     merge, that it is. search: how the merge was found."""
@@ -122,7 +127,9 @@ def probability_table(pairs: ScoredPairs, models: Sequence[Scored]) -> list[str]
     header = row(("Type", "Phrase", "Context", *names), widths)
     rule, count = "-" * len(header), len(pairs.searched)
     held_out = ["Held out:", rule, *rows[count:], rule] if pairs.held_out else []
-    return [rule, header, rule, *rows[:count], rule, *held_out, "the models' own probabilities, without weights"]
+    others = [one.standing.name for one in models if one.standing.name == by_other_settings(one.name)]
+    footnote = "; ".join(["the models' own probabilities, without weights", *others])
+    return [rule, header, rule, *rows[:count], rule, *held_out, footnote]
 
 
 def score_document(pairs: ScoredPairs, models: Sequence[Scored]) -> dict[str, Any]:
@@ -134,6 +141,7 @@ def score_document(pairs: ScoredPairs, models: Sequence[Scored]) -> dict[str, An
             {
                 "name": one.name,
                 "where": one.where,
+                "settings": "base" if one.standing.name == by_other_settings(one.name) else "own",
                 "total": one.standing.total,
                 "held_out": one.standing.held_out,
                 "drift": one.standing.drift and asdict(one.standing.drift),

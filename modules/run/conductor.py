@@ -11,7 +11,7 @@ from modules.checkpoints import Candidate, Prefetcher, remove_downloads
 from modules.config import Config
 from modules.output import RunRecord
 from modules.output import tables as report
-from modules.output.standings import Standing, standing_table
+from modules.output.standings import Standing, by_other_settings, standing_table
 from modules.output.tables import Totals
 from modules.run.steps import note_source
 from modules.run.watch import Watch
@@ -211,7 +211,8 @@ class Conductor:
 def standing_lines(conductor: Conductor, candidates: Sequence[Candidate]) -> list[str]:
     """Base, candidates taken whole and the merge, side by side; nothing if no candidate was scored whole."""
     watch, search, record = conductor.watch, conductor.search, conductor.record
-    known = [(candidate.name, record.baseline(number)) for number, candidate in enumerate(candidates, start=1)]
+    names = [by_other_settings(one.name) if one.otherwise else one.name for one in candidates]
+    known = [(name, record.baseline(number)) for number, name in enumerate(names, start=1)]
     whole = [Standing(name, one.total, one.held_out, one.drift) for name, one in known if one]
     if not whole:
         return []

@@ -12,9 +12,16 @@ from pathlib import Path
 
 from modules.checkpoints import Candidate, Models, check_space, fetching, remove_downloads
 from modules.config import Config, read_neutral_texts, without_folders
-from modules.model import HeaderSkipped, ModelLoader, matched_header
+from modules.model import HeaderSkipped, ModelLoader, Settings, matched_header, settings_of
 from modules.output import check_file, write_text
-from modules.output.standings import Scored, ScoredPairs, probability_table, score_document, standing_rows
+from modules.output.standings import (
+    Scored,
+    ScoredPairs,
+    by_other_settings,
+    probability_table,
+    score_document,
+    standing_rows,
+)
 from modules.output.tables import neutral_text_lines, score_summary
 from modules.run.merge import load_base
 from modules.run.steps import end, prepare_libraries, with_chats_rendered
@@ -89,9 +96,13 @@ def _score(console: Console, search: Search, watch: Watch, candidate: Candidate)
     """One model beside the base. Raises CheckpointError if it can't be scored."""
     try:
         console.lines(_about_header(console, search, candidate))
-        seen = watch.look_at_whole(search, candidate, as_it_is=True)
+        own = settings_of(search.model, candidate.checkpoint) if candidate.otherwise else Settings()
+        if own is None:
+            console.warning(f"{candidate.name} can't be computed beside the base by its own settings")
+        name = candidate.name if own else by_other_settings(candidate.name)
+        seen = watch.look_at_whole(search, candidate, own=own or Settings())
         while seen is None and search.take_less_memory():
-            seen = watch.look_at_whole(search, candidate, as_it_is=True)
+            seen = watch.look_at_whole(search, candidate, own=own or Settings())
     except (BrokenWeights, CheckpointError) as error:
         raise CheckpointError(f"{candidate.name} can't be scored: {error}") from None
     finally:
@@ -101,7 +112,7 @@ def _score(console: Console, search: Search, watch: Watch, candidate: Candidate)
     found, sight, _ = seen
     if any(map(math.isnan, (*found, *sight.held_out))):
         raise CheckpointError(f"{candidate.name} can't be scored: what it computes is no number")
-    standing = watch.standing(search, candidate.name, found, sight)
+    standing = watch.standing(search, name, found, sight)
     return Scored(candidate.name, without_folders(candidate.where), standing, found, sight.held_out)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from modules.checkpoints import Candidate
 from modules.config import Config
-from modules.model import ResidentModel
+from modules.model import ResidentModel, Settings
 from modules.output import Sample
 from modules.output.standings import Standing
 from modules.runtime import Console, counted, first_line, is_out_of_memory, within_memory, without_panics
@@ -117,10 +117,10 @@ class Watch:
         return Standing(name, total(scores(log_probabilities, search.weights)), held_out, sight.drift)
 
     def look_at_whole(
-        self, search: Search, candidate: Candidate, guard: DriftMeter | None = None, as_it_is: bool = False
+        self, search: Search, candidate: Candidate, guard: DriftMeter | None = None, own: Settings | None = None
     ) -> tuple[list[float], Sight, float | None] | None:
         """A candidate taken whole: log-probabilities of the searched pairs, what else is seen, and its drift as the
-        guard measures it; None if memory is too short. as_it_is: see `score_whole`.
+        guard measures it; None if memory is too short. own: see `score_whole`.
 
         Raises BrokenWeights and CheckpointError as reading does.
         """
@@ -128,7 +128,9 @@ class Watch:
 
         def score() -> tuple[list[float], Sight, float | None]:
             scorers = [search.scorer.alone(), *([self._scorer] if self._scorer else [])]
-            (searched, *others), drifts = search.score_whole(candidate, scorers, [self._meter, guard], as_it_is)
+            if own and own.values:
+                scorers = [scorer.singly() for scorer in scorers]
+            (searched, *others), drifts = search.score_whole(candidate, scorers, [self._meter, guard], own)
             seen, guarded = map(_known, drifts)
             return searched, Sight(seen, tuple(others[0]) if others else ()), guarded and guarded.divergence
 

@@ -132,6 +132,10 @@ class Scorer:
         """One that has all packs in this process."""
         return self if self._rank.world_size == 1 else Scorer(self._model, self.encoded, *self.settings)
 
+    def singly(self) -> "Scorer":
+        """One that scores one pair at a time, as is exact by whatever settings the model computes."""
+        return Scorer(self._model, self.encoded, "single", *self.settings[1:])
+
     @property
     def inputs(self) -> list[Callable[[], dict[str, Tensor]]]:
         """For each pack, what makes that which the model's forward takes."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from modules.checkpoints import Candidate, Tensors
 from modules.config import Config, Pair
-from modules.model import HALF_DTYPES, HeaderSkipped, Part, ResidentModel, aligned_header, side_streams
+from modules.model import HALF_DTYPES, HeaderSkipped, Part, ResidentModel, Settings, aligned_header, side_streams
 from modules.runtime import BrokenWeights, within_memory
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import Drift, DriftMeter, Guard, Scorer, Trial, check_numbers, of_pairs, other_ways, spreads
@@ -125,10 +125,10 @@ class Search(Merger):
         candidate: Candidate,
         scorers: Sequence[Scorer],
         meters: Sequence[DriftMeter | None],
-        as_it_is: bool = False,
+        own: Settings | None = None,
     ) -> tuple[list[list[float]], list[Drift | None]]:
         """See `whole.score_whole`."""
-        return score_whole(self.model, self.tokenizer, candidate, scorers, meters, self.streams, as_it_is)
+        return score_whole(self.model, self.tokenizer, candidate, scorers, meters, self.streams, own)
 
     def measure(self) -> None:
         """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find."""

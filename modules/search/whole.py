@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from modules.checkpoints import Candidate, Tensors
-from modules.model import HeaderSkipped, Part, ResidentModel, untied_header
+from modules.model import HeaderSkipped, Part, ResidentModel, Settings, untied_header
 from modules.scoring import Drift, DriftMeter, Scorer, of_pairs, streamed
 from modules.search.prefetch import ReadAhead
 
@@ -24,14 +24,14 @@ def score_whole(
     scorers: Sequence[Scorer],
     meters: Sequence[DriftMeter | None],
     streams: Sequence[torch.Stream] = (),
-    as_it_is: bool = False,
+    own: Settings | None = None,
 ) -> tuple[list[list[float]], list[Drift | None]]:
     """Joint log-probabilities by each scorer, and the drift by each meter, of a model with every tensor that the
     candidate has: its header with its rows in the base's order, or the resident one where they can't be matched.
 
-    tokenizer: the base's. as_it_is: with a head that is not its embedding, though a tied base could not take over both.
-    Raises BrokenWeights if a tensor is no number, CheckpointError if a file can't be read,
-    torch.OutOfMemoryError if there is no room.
+    tokenizer: the base's. own: if it is scored as it is, not as a merge takes it: the settings that it computes by, and
+    a head that is not its embedding though a tied base could not take over both. Raises BrokenWeights if a tensor is no
+    number, CheckpointError if a file can't be read, torch.OutOfMemoryError if there is no room.
     """
     outside, header = model.outside(), model.header()
     front = [(outside, outside_of(candidate, outside))]  # what is there while the layers run, and behind them
@@ -39,11 +39,13 @@ def score_whole(
     with suppress(HeaderSkipped):
         embedding, head = untied_header(model, tokenizer, candidate)
         front.append((header, embedding))
-        end.append((header, head if as_it_is else embedding))
+        end.append((header, embedding if own is None else head))
 
     @contextmanager
     def held(parts: Sequence[tuple[Part, Tensors]]) -> Iterator[None]:
         with ExitStack() as stack:
+            if own:
+                stack.enter_context(own.taken())
             for part, tensors in parts:
                 stack.enter_context(part.holding(tensors))
             yield

@@ -289,3 +289,24 @@ def test_an_adapter_that_changes_one_half_of_a_tied_pair_is_scored_as_peft_runs_
     assert [entry["probabilities"]["adapter"] for entry in phrases] == pytest.approx(expected, rel=1e-3)
     assert merge(place, (base, adapter), pairs=tiny.PAIRS[:2]) == 0
     assert "so adapter's own head is not used" in log_of(place)
+
+
+def test_each_model_is_scored_by_its_own_settings(place, tmp_path, monkeypatch):
+    """A rotary scaling of its own, say; where that can't be done, the row says by whose. A merge takes its weights over
+    and keeps the base's settings, and its rows say so."""
+    base, one, _ = make_models(tmp_path)
+    tiny.edit_checkpoint(one, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    configure(place, base, pairs=PAIRS, held_out=0.0)
+    rows, phrases = found_in(place, one)
+    expected, (divergence, *_) = plain(one, base)
+    found = {phrase["context"]: phrase["probabilities"]["one"] for phrase in phrases}
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert rows[1]["drift"]["divergence"] == pytest.approx(divergence, rel=1e-3)
+    label = "one (scored with the base's settings)"
+    assert label not in log_of(place)
+    monkeypatch.setattr("modules.run.score.settings_of", lambda *_: None)
+    others, _ = found_in(place, one)
+    assert [row["settings"] for row in (rows[1], others[1])] == ["own", "base"]
+    assert log_of(place).count(label) == 2  # in its row, and below the probabilities
+    assert merge(place, (base, one), baselines=True, pairs=PAIRS) == 0
+    assert label in log_of(place)
