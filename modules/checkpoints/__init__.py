@@ -3,7 +3,13 @@
 Knows: formats, the hub, tensor names. Refuses to know: devices, scores, merging.
 """
 
-from modules.checkpoints.architecture import find_layers, header_names, input_first_weights, without_weights
+from modules.checkpoints.architecture import (
+    find_layers,
+    header_names,
+    input_first_weights,
+    with_buffers,
+    without_weights,
+)
 from modules.checkpoints.candidate import Candidate
 from modules.checkpoints.checkpoint import Checkpoint, copy_companions, load_tokenizer
 from modules.checkpoints.companions import is_licence

@@ -8,8 +8,9 @@ from copy import deepcopy
 from dataclasses import replace
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -28,6 +29,13 @@ def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=checkpoint.companions.trusted)
     except Exception as error:  # whatever an architecture makes of a wrong configuration
         raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
+
+
+def with_buffers(config: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
+    """A configuration's causal language model without weights, but with what is made of the configuration: rotary
+    frequencies, masks. Raises whatever an architecture makes of a wrong configuration."""
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted).eval()
 
 
 def settle_attention(checkpoint: Checkpoint) -> list[str]:

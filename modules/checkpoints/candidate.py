@@ -3,7 +3,6 @@
 Knows: configurations, shapes, stored names. Refuses to know: devices, scores, what is done with a layer.
 """
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from modules.checkpoints.architecture import find_layers, header_names, input_fi
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.hub import Repository
+from modules.checkpoints.leftovers import about_leftovers, leftovers, number_of, without_number
 from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
 from modules.checkpoints.meaning import clashes, differences, setting, ties_header
 from modules.checkpoints.weight_files import Room, fresh, place_in_index
@@ -90,7 +90,8 @@ def open_candidate(
     if problems and _kind(checkpoint.config) != _kind(base.config):
         problems.insert(0, f"it is {_kind(checkpoint.config)}, the base is {_kind(base.config)}")
     _refuse(checkpoint.path, problems, [*_index_differs(checkpoint, conversion, module), *other_meaning])
-    notes, warnings = [*notes, *_about_names(checkpoint, conversion, base)], []
+    left_out, warnings = about_leftovers(checkpoint, leftovers(checkpoint, conversion, module))
+    notes = [*notes, *_about_names(checkpoint, conversion, base), *left_out]
     if other_meaning:
         warnings.append(
             f"{checkpoint.name}: its configuration means something else than the base's: {'; '.join(other_meaning)}; "
@@ -100,8 +101,11 @@ def open_candidate(
     return Candidate(checkpoint, conversion, notes, warnings, otherwise, repositories)
 
 
-def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> None:
-    """Raise ConfigError if a base's tensors are not those of its own module, which may be without weights."""
+def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Lines and warnings about what a base stores beside its weights.
+
+    Raises ConfigError if its tensors are not those of its own module, which may be without weights.
+    """
     try:
         conversion = Conversion(module, checkpoint.tensors)
     except ConfigError as error:
@@ -118,6 +122,7 @@ def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> None:
         problem = f"the weights lack {', '.join(missing[:3])}{why}" if missing else None
     if problem:
         raise ConfigError(f"{checkpoint.path}: {problem}")
+    return about_leftovers(checkpoint, leftovers(checkpoint, conversion, module))
 
 
 def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: PreTrainedModel) -> Adapted:
@@ -196,34 +201,14 @@ def _other_layers(checkpoint: Checkpoint, conversion: Conversion, module: PreTra
         names = ", ".join(list(checkpoint.tensors)[:3])
         return f"none of its tensors is called like those of a {type(module).__name__}'s layers; there is {names}"
     stored = {
-        _without_number(n) for n in checkpoint.tensors if any(m.startswith(prefix) for m in conversion.module_names(n))
+        without_number(n) for n in checkpoint.tensors if any(m.startswith(prefix) for m in conversion.module_names(n))
     }
-    found |= {_number(name) for name in _unexpected(conversion, module) if _without_number(name) in stored}
+    others = leftovers(checkpoint, conversion, module).others
+    found |= {number_of(name) for name in others if without_number(name) in stored}
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if len(found) == config.num_hidden_layers or found != set(map(str, range(len(found)))):
         return None
     return f"its weights have {counted(len(found), 'layer')}, its config.json says {key}: {config.num_hidden_layers}"
-
-
-def _number(name: str) -> str:
-    """The first number in a tensor's name, which is its layer's; empty if there is none."""
-    return next((part for part in name.split(".") if part.isdecimal()), "")
-
-
-def _without_number(name: str) -> str:
-    return f".{name}.".replace(f".{_number(name)}.", ".*.", 1)
-
-
-def _unexpected(conversion: Conversion, module: PreTrainedModel) -> Iterator[str]:
-    """Stored tensors that the module has no use for, save those that its architecture knows and leaves out, as layers
-    for predicting several tokens at once."""
-    known = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
-    further = getattr(module.config.get_text_config(), "num_nextn_predict_layers", None) or 0
-    last = len(find_layers(module)[1])
-    for name in conversion.unused:
-        is_further = _number(name) and last <= int(_number(name)) < last + further
-        if not is_further and not any(re.search(pattern, name) for pattern in known):
-            yield name
 
 
 def _layer_differences(
@@ -237,14 +222,7 @@ def _layer_differences(
             yield f"{name} is stored as {conversion.dtype(name)}, not as a floating-point type"
         elif conversion.shape(name) != tuple(ours.shape):
             yield f"{name} has shape {conversion.shape(name)}, the base's has {tuple(ours.shape)}"
-    for name in _unexpected(conversion, module):
-        if name.startswith(conversion.prefix) and name not in base.tensors and _is_layer_weight(checkpoint, name):
+    for name in leftovers(checkpoint, conversion, module).others:
+        is_layers = number_of(name) and checkpoint.tensors[name].dtype.is_floating_point
+        if is_layers and name.startswith(conversion.prefix) and name not in base.tensors:
             yield f"the base has no {name}"
-
-
-def _is_layer_weight(checkpoint: Checkpoint, name: str) -> bool:
-    """A layer's number stands in its name. Old checkpoints also store masks and rotary frequencies there, which no
-    present model reads."""
-    info = checkpoint.tensors[name]
-    mask = name.endswith("masked_bias") or (name.endswith(".bias") and len(info.shape) > 1)
-    return bool(_number(name)) and info.dtype.is_floating_point and not mask and not name.endswith("inv_freq")

@@ -121,7 +121,7 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
     base_name, *names = names_of([Source(base_location.text, base_location), *sources])
     base = _as_base(found[base_location], base_name, fetch)
     _refuse_links(base)
-    module, warnings = _module_of(base)
+    module, left_out, warnings = _module_of(base)
 
     def open_one(named: tuple[str, Source]) -> Candidate:
         candidate = _open_candidate(*named, found, base, module, fetch)
@@ -129,7 +129,7 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
         return replace(candidate, text=named[1].text, where=where)
 
     candidates = _all_or_problems(open_one, zip(names, sources, strict=True))
-    notes += base.notes + base.companions.notes
+    notes += base.notes + left_out + base.companions.notes
     warnings += [warning for one in found.values() for warning in one.warnings()]
     for candidate in candidates:
         notes += [*candidate.notes, *candidate.checkpoint.notes]
@@ -145,7 +145,7 @@ def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
     tell(found.notes())
     base = _as_base(found, location.name, fetch)
     fetch(base.job)
-    module, warnings = _module_of(base)
+    module, _, warnings = _module_of(base)
     return Models(base, found.where, module, candidates=[], notes=[], warnings=[*warnings, *found.warnings()])
 
 
@@ -230,12 +230,15 @@ def _refuse_links(base: Checkpoint) -> None:
         )
 
 
-def _module_of(base: Checkpoint) -> tuple[PreTrainedModel, list[str]]:
-    """The base's module without weights, and warnings. Raises ConfigError if its tensors are not the module's."""
+def _module_of(base: Checkpoint) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """The base's module without weights, lines about what it stores beside weights, and warnings.
+
+    Raises ConfigError if its tensors are not the module's.
+    """
     warnings = settle_attention(base)
     module = without_weights(base)
-    check_base(base, module)
-    return module, warnings
+    notes, doubts = check_base(base, module)
+    return module, notes, [*warnings, *doubts]
 
 
 def _one_repository_each(found: Iterable[Found]) -> dict[Location, Found]:

@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from modules.checkpoints import Checkpoint
+from modules.checkpoints import Checkpoint, with_buffers
 from modules.model.base_model import ResidentModel
 from modules.runtime import is_out_of_memory
 
@@ -55,8 +53,11 @@ def settings_of(model: ResidentModel, checkpoint: Checkpoint) -> Settings | None
         config = config.get_text_config()
     if type(config) is not type(own):
         return None
+    config._attn_implementation = own._attn_implementation  # which is no matter of what is computed
+    config._experts_implementation = own._experts_implementation
+    config.return_dict = True
     try:
-        theirs = _without_weights(config, own, checkpoint.companions.trusted)
+        theirs = with_buffers(config, checkpoint.companions.trusted)
     except Exception:  # whatever an architecture makes of settings that it does not take
         return None
     others, found = dict(theirs.named_modules(remove_duplicate=False)), Settings()
@@ -90,15 +91,6 @@ def _is_taken(model: ResidentModel, settings: Settings) -> bool:
             raise
         return False
     return True
-
-
-def _without_weights(config: PreTrainedConfig, own: PreTrainedConfig, trusted: bool) -> nn.Module:
-    """A configuration's module without weights but with buffers, which attends as another one's does."""
-    config._attn_implementation = own._attn_implementation
-    config._experts_implementation = own._experts_implementation
-    config.return_dict = True
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted).eval()
 
 
 def _note_values(found: Settings, ours: nn.Module, theirs: nn.Module) -> None:
