@@ -1,11 +1,13 @@
-"""What a configuration's class says of a model without its weights: layers, their names, how weights lie.
+"""What a configuration's class says of a model without its weights: layers, their names, how weights lie, whether
+another class computes the same with them.
 
-Knows: torch modules on the meta device. Refuses to know: weight files, devices, merging.
+Knows: torch modules, on the meta device or small ones. Refuses to know: weight files, devices, merging.
 """
 
 from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -18,6 +20,16 @@ from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.config_file import parts_of
 from modules.runtime import ConfigError, first_line
 
+_SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_TOKENS = 16
+_ROUNDING = 1e-4  # of two products in float32, relative
+
+
+def empty_module(config: PreTrainedConfig, trusted: bool = False) -> PreTrainedModel:
+    """A configuration's causal language model on the meta device. trusted: whether code of its own may be run."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+
 
 def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
     """A checkpoint's causal language model on the meta device: its names and shapes.
@@ -25,8 +37,7 @@ def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises ConfigError if its configuration makes none.
     """
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=checkpoint.companions.trusted)
+        return empty_module(checkpoint.config, checkpoint.companions.trusted)
     except Exception as error:  # whatever an architecture makes of a wrong configuration
         raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
 
@@ -105,3 +116,44 @@ def input_first_weights(module: PreTrainedModel) -> set[str]:
         elif getattr(child, "is_transposed", False):
             names.update(f"{prefix}.{name}" for name, _ in child.named_parameters(recurse=False))
     return names
+
+
+def makes_the_same(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:
+    """Whether another configuration's class computes the same with the same tensors, given the first one's settings.
+
+    It is tried: both classes make a small model, which has the same random weights, and the same few tokens must lead
+    to the same logits. What shows only in longer texts is not seen; settings tell of it.
+    """
+    ours, theirs = config.get_text_config(), other.get_text_config()
+    try:
+        settings = _small_settings(ours)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            one, two = (_small_module(type(kind), settings) for kind in (ours, theirs))
+            ids = torch.randint(_SMALL["vocab_size"], (1, _TOKENS))
+            weights = {name: torch.randn(tensor.shape) / 4 for name, tensor in one.state_dict().items()}
+        for module in (one, two):
+            module.load_state_dict(weights, strict=True)
+        with torch.no_grad():
+            expected, found = (module(input_ids=ids).logits for module in (one, two))
+    except Exception:  # whatever a class makes of another one's settings or weights
+        return False
+    return bool((expected - found).abs().max() <= _ROUNDING * expected.abs().max())
+
+
+def _small_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """A configuration's settings for a small model; the heads keep their size."""
+    count = config.num_hidden_layers
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kept = {
+        key: value[: _SMALL["num_hidden_layers"]] if isinstance(value, list) and len(value) == count else value
+        for key, value in config.to_dict().items()
+        if key not in ("model_type", "architectures", "dtype", "quantization_config", "auto_map")
+    }
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    names = {config.attribute_map.get(key, key): value for key, value in _SMALL.items()}
+    return {**kept, **tokens, **names, "head_dim": width}
+
+
+def _small_module(kind: type[PreTrainedConfig], settings: dict[str, Any]) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(kind.from_dict(settings), dtype=torch.float32).eval()

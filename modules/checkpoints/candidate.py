@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modules.checkpoints.architecture import find_layers, header_names, input_first_weights
+from modules.checkpoints.architecture import find_layers, header_names, input_first_weights, makes_the_same
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.hub import Repository
@@ -22,7 +22,6 @@ from modules.checkpoints.weight_files import Room, fresh, place_in_index
 from modules.runtime import ConfigError, counted
 
 _MUST_AGREE = {
-    "model_type": "architecture",
     "num_hidden_layers": "number of layers",
     "hidden_size": "hidden size",
     "num_attention_heads": "number of attention heads",
@@ -136,7 +135,7 @@ def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: Pr
 def check_configuration(path: Path, config: PreTrainedConfig, base: Checkpoint) -> None:
     """Raise ConfigError, naming both values, if a model with this configuration can't fit the base."""
     ours, theirs = base.config.get_text_config(), config.get_text_config()
-    if ours.model_type != theirs.model_type:
+    if ours.model_type != theirs.model_type and not makes_the_same(base.config, config):
         _refuse(path, [f"architecture is {_kind(config)}, the base's is {_kind(base.config)}"])
     both = [(words, setting(theirs, key), setting(ours, key)) for key, words in _MUST_AGREE.items()]
     found = [f"{words} is {their}, the base's is {our}" for words, their, our in both if their != our]

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from modules.runtime import shortened
 
-_MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
+MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
 _QUANTISED = ("quantization_config", "compression_config")
 
 # The last parts of the names of tensors beside quantised weights (GPTQ, AWQ, bitsandbytes, FP8, compressed-tensors).
@@ -41,7 +41,7 @@ def check_stated(stated: Any, trusted: bool) -> None:
     """
     if isinstance(stated, Mapping) and "peft_type" in stated:
         raise ValueError("it holds an adapter's settings; if this is an adapter, call it adapter_config.json")
-    if _layers(stated) > _MOST_LAYERS:
+    if _layers(stated) > MOST_LAYERS:
         raise ValueError(f"it has {_layers(stated):.4g} layers")
     for key, value in _keys(stated):
         problem = _fetches(key.rpartition(".")[2], value, trusted)

@@ -1,7 +1,7 @@
 """GGUF files, as llama.cpp reads them: each becomes, once, an ordinary model folder in the cache.
 
-Knows: what such a file says of itself, where its folder lies. Refuses to know: architectures and the numbers' packing,
-which are transformers'; what the model is for.
+Knows: where such a file's folder lies, how it is made. Refuses to know: architectures and the numbers' packing, which
+are transformers'; what the model is for.
 
 The folder's name is that of the file and a hash of it, and of the folder from which the tokenizer was taken. It is made
 under another name, which it keeps until it is complete.
@@ -12,32 +12,36 @@ import importlib.util
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig
 
-from modules.checkpoints.causes import disguise
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.checkpoints.companions import find_companions
+from modules.checkpoints.gguf_header import GgufHeader, read_header
+from modules.checkpoints.gguf_rope import FACTORS
+from modules.checkpoints.gguf_settings import check_sizes, settle
+from modules.checkpoints.gguf_tensors import check_fit, check_rotary_width, left_out, refuse, with_biases
 from modules.checkpoints.gguf_tokenizer import check_rebuilt, rebuild_tokenizer
 from modules.checkpoints.hub import there_already
 from modules.checkpoints.weight_files import dtype_name, fingerprint
-from modules.runtime import ConfigError, first_line, reading, without_panics
+from modules.runtime import ConfigError, first_line, one_line, reading, without_panics
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OF_QUANTISED = torch.bfloat16
 _LONGEST = 80  # characters of the file's name in the folder's
 _BEGINNING = 2**25  # bytes of a file, in which is what stands before its numbers, the tokenizer too
-_KIND = "merge_monster_gguf.txt"  # in the folder: how the file stores most of its numbers
+_KIND = "merge_monster_gguf.txt"  # in the folder: how the file stores most of its numbers, then warnings, a line each
 _DOUBTS = "merge_monster_gguf_tokenizer.txt"  # in the folder: what the file leaves open of its tokenizer
+_MAKING = 2  # counts the ways in which models were made: a folder of an earlier way is not used
 _REBUILDING = 2  # counts the ways in which tokenizers were rebuilt: a folder with one of an earlier way is not used
 
 
@@ -53,15 +57,16 @@ def as_folder(
     folder = Path(constants.HF_ASSETS_CACHE).expanduser().resolve() / "merge-monster" / "gguf" / name
     try:
         if not folder.is_dir():
-            kind, numbers = describe(file)
-            size, free = numbers * _dtype_of(kind).itemsize, shutil.disk_usage(there_already(folder)).free
+            header = describe(file)
+            kind = header.kind
+            size, free = header.numbers * _dtype_of(kind).itemsize, shutil.disk_usage(there_already(folder)).free
             if size > free:
                 room = f"{folder.parent} has room for {free / 1e9:.1f}"
                 hint = "make room, or set HF_HOME to a folder on a larger disk"
                 raise ConfigError(f"{file}: its plain numbers take {size / 1e9:.1f} GB, {room}: {hint}")
             tell([f"Dequantising {file} once ({kind}; {size / 1e9:.2f} GB) to {folder}"])
-            _make(file, folder, kind, tokenizer)
-        return folder, (folder / _KIND).read_text(encoding="utf-8")
+            _make(header, folder, tokenizer)
+        return folder, _lines(folder / _KIND)[0]
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{file}: can't be kept as {folder} ({first_line(error)})") from None
 
@@ -74,33 +79,27 @@ def about(text: str, kind: str, tokenizer: str | None) -> str:
     return f"{text} is a GGUF file of {kind}{rounding}, read as {dtype_name(_dtype_of(kind))}; its tokenizer is {taken}"
 
 
-def tokenizer_doubts(folder: Path) -> list[str]:
-    """What the file of which a folder was made leaves open of its tokenizer, a line for each; in all other folders
+def warnings_of(folder: Path) -> list[str]:
+    """What of a file's meaning may have been lost when its folder was made, a line for each; of all other folders
     nothing. Raises CheckpointError if that can't be read."""
-    file = folder / _DOUBTS
-    with reading(file):
-        return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return _lines(folder / _KIND)[1:] + _lines(folder / _DOUBTS)
 
 
-def describe(file: Path) -> tuple[str, int]:
-    """How a GGUF file stores most of its numbers, and how many they are; none of them is read.
+def describe(file: Path) -> GgufHeader:
+    """What a GGUF file says of itself; none of its numbers is read.
 
     Raises ConfigError if it is no such file, or damaged.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"{file}: to read GGUF files, run: pip install gguf")
-    from gguf import GGUFReader
+    header = read_header(file)
+    check_sizes(header)
+    return header
 
-    count: Counter[str] = Counter()
-    try:
-        for tensor in GGUFReader(file).tensors:
-            count[tensor.tensor_type.name] += int(tensor.n_elements)
-    except Exception as error:  # whatever a damaged file makes of its reader
-        what = disguise(file) or f"can't be read as GGUF ({first_line(error)}); fetch it again"
-        raise ConfigError(f"{file}: {what}") from None
-    if not count:
-        raise ConfigError(f"{file}: holds no tensors")
-    return count.most_common(1)[0][0], count.total()
+
+def _lines(file: Path) -> list[str]:
+    with reading(file):
+        return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
 
 
 def _dtype_of(kind: str) -> torch.dtype:
@@ -113,7 +112,7 @@ def _hash_of(file: Path, tokenizer: str | None) -> str:
     CheckpointError if a file can't be read."""
     with reading(file), file.open("rb") as opened:
         beginning = hashlib.sha256(opened.read(_BEGINNING)).hexdigest()
-    known: list[Any] = [fingerprint(file), beginning]
+    known: list[Any] = [_MAKING, fingerprint(file), beginning]
     if tokenizer is None:
         known.append(_REBUILDING)
     else:
@@ -124,14 +123,14 @@ def _hash_of(file: Path, tokenizer: str | None) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _make(file: Path, folder: Path, kind: str, tokenizer: str | None) -> None:
+def _make(header: GgufHeader, folder: Path, tokenizer: str | None) -> None:
     """Write the folder, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".unfinished-", dir=folder.parent, ignore_cleanup_errors=True) as place:
         unfinished = Path(place) / "model"
         unfinished.mkdir()
-        _write(file, unfinished, _dtype_of(kind), tokenizer)
-        (unfinished / _KIND).write_text(kind, encoding="utf-8")
+        warnings = _write(header, unfinished, tokenizer)
+        (unfinished / _KIND).write_text("\n".join([header.kind, *map(one_line, warnings)]), encoding="utf-8")
         try:
             unfinished.rename(folder)
         except OSError:
@@ -139,30 +138,42 @@ def _make(file: Path, folder: Path, kind: str, tokenizer: str | None) -> None:
                 raise
 
 
-def _write(file: Path, folder: Path, dtype: torch.dtype, tokenizer: str | None) -> None:
-    """Write model and tokenizer into an empty folder. Raises ConfigError if transformers can't read the file."""
+def _write(header: GgufHeader, folder: Path, tokenizer: str | None) -> list[str]:
+    """Write model and tokenizer into an empty folder; warnings about what may be lost.
+
+    Raises ConfigError if transformers can't read the file, or would make another model of it.
+    """
+    file = header.file
     rebuilt = rebuild_tokenizer(file) if tokenizer is None else None
     chosen = load_tokenizer(Path(tokenizer)) if rebuilt is None else rebuilt.tokenizer
     place = {"gguf_file": str(file.resolve())}  # by its path: nothing that lies beside it is read
     try:
         # A bar is shown that no setting keeps away.
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), without_panics():
+            stated = AutoConfig.from_pretrained(folder, local_files_only=True, **place)
+            config, zeros, warnings = _understood(stated, header)
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
                 quantization_config=GgufConfig(dequantize=True),
-                dtype=dtype,
+                dtype=_dtype_of(header.kind),
                 output_loading_info=True,
                 local_files_only=True,
                 **place,
             )
     except MemoryError:
         raise ConfigError(f"{file}: there is too little memory to dequantise it") from None
+    except ConfigError:
+        raise
     except Exception as error:  # whatever transformers makes of a type or an architecture that it doesn't know
         raise ConfigError(f"{file}: transformers can't dequantise it ({first_line(error)})") from None
-    missing = sorted(found["missing_keys"])
+    missing = sorted(found["missing_keys"] - zeros)
     if missing:
         hint = "of a file that was split, join the parts with llama.cpp's llama-gguf-split first"
         raise ConfigError(f"{file}: lacks {len(missing)} of the model's tensors, such as {missing[0]}; {hint}")
+    refuse(header, config, sorted(found["unexpected_keys"]))
+    for name in zeros:
+        model.get_parameter(name).data.zero_()
     if rebuilt is not None:
         chosen.model_max_length = getattr(model.config, "max_position_embeddings", chosen.model_max_length)
     model.save_pretrained(folder)
@@ -170,3 +181,28 @@ def _write(file: Path, folder: Path, dtype: torch.dtype, tokenizer: str | None) 
     if rebuilt is not None:
         check_rebuilt(file, load_tokenizer(folder), rebuilt.lists)
         (folder / _DOUBTS).write_text("\n".join(rebuilt.doubts), encoding="utf-8")
+    return warnings
+
+
+def _understood(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTrainedConfig, frozenset[str], list[str]]:
+    """The configuration that says all that the file says; biases that are zeros; warnings.
+
+    Raises ConfigError, naming the key or tensor, if there is none.
+    """
+    factors = {name: _numbers(header, name) for name in FACTORS if name in header.tensors}
+    settled, warnings = settle(config, header, factors)
+    biased, zeros = with_biases(settled, header)
+    check_fit(biased, header)
+    check_rotary_width(biased, header)
+    return biased, zeros, [*warnings, *left_out(header)]
+
+
+def _numbers(header: GgufHeader, name: str) -> list[float]:
+    """A small tensor's numbers."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    tensor = header.tensors[name]
+    with reading(header.file), header.file.open("rb") as opened:
+        opened.seek(tensor.start)
+        stored = np.frombuffer(opened.read(tensor.size), np.uint8)
+        return dequantize(stored, GGMLQuantizationType[tensor.kind]).flatten().tolist()

@@ -1,4 +1,4 @@
-"""Where two configurations of one architecture make something else of the same weights.
+"""Where two configurations make something else of the same weights, of one architecture or of two that compute alike.
 
 Knows: configurations as transformers reads them, in which old and new spellings are one.
 Refuses to know: weights, files.
@@ -43,7 +43,7 @@ _ROPE_WHERE_NOT_SCALED = ("rope_theta", "partial_rotary_factor", "rope_type")
 def differences(base: PreTrainedConfig, other: PreTrainedConfig) -> list[str]:
     """A phrase for every key in which the other means something else, naming both values."""
     ours, theirs = _meaning(base), _meaning(other)
-    keys = [key for key in dict.fromkeys([*ours, *theirs]) if theirs.get(key) != ours.get(key)]
+    keys = [key for key in dict.fromkeys([*ours, *theirs]) if not _equal(theirs.get(key), ours.get(key))]
     return [_in_words(key, theirs.get(key), ours.get(key)) for key in keys]
 
 
@@ -75,11 +75,17 @@ def setting(config: PreTrainedConfig, key: str) -> Any:
     return found if any(value != found[0] for value in found) else next(iter(found), None)
 
 
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two settings mean the same; what is off is as good as what another architecture does not have."""
+    off = (one is None or one is False) and (other is None or other is False)
+    return off or one == other
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _keys(kind: type[PreTrainedConfig]) -> set[str]:
+def known_keys(kind: type[PreTrainedConfig]) -> set[str]:
     """The keys that a configuration's class knows; fine-tuners add others, which nothing reads."""
     parameters = inspect.signature(kind.__init__).parameters
     return {*parameters, *getattr(kind, "__dataclass_fields__", ()), "rope_parameters", "tie_word_embeddings"}
@@ -88,7 +94,7 @@ def _keys(kind: type[PreTrainedConfig]) -> set[str]:
 def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
     """The keys of the text model's configuration that bear a meaning, nested ones with dots between."""
     text = config.get_text_config()
-    keys = _keys(type(text))
+    keys = known_keys(type(text))
     known = {key: value for key, value in text.to_dict().items() if key in keys}
     known["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))  # the whole model's counts
     ignored = {*_WITHOUT_MEANING, *PreTrainedConfig().to_dict(), *_LENGTHS}  # names, and patterns of names

@@ -26,7 +26,7 @@ from modules.checkpoints.checkpoint import (
     read_configuration,
     small_files,
 )
-from modules.checkpoints.gguf_files import about, as_folder, tokenizer_doubts
+from modules.checkpoints.gguf_files import about, as_folder, warnings_of
 from modules.checkpoints.hub import Job, Repository, find
 from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from modules.checkpoints.lora import Adapter, open_adapter, read_settings
@@ -92,7 +92,7 @@ class Found:
 
     def warnings(self) -> list[str]:
         """What may be otherwise in the files than in what they were made from."""
-        return [f"{self.location.text}: {doubt}" for doubt in tokenizer_doubts(self.folder)]
+        return [f"{self.location.text}: {line}" for line in warnings_of(self.folder)]
 
     def notes(self) -> list[str]:
         """What should be known about where the files come from."""
@@ -124,7 +124,10 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
     module, left_out, warnings = _module_of(base)
 
     def open_one(named: tuple[str, Source]) -> Candidate:
-        candidate = _open_candidate(*named, found, base, module, fetch)
+        try:
+            candidate = _open_candidate(*named, found, base, module, fetch)
+        except ConfigError as error:
+            raise ConfigError(*(_by_files(line, found, named[1]) for line in error.args)) from None
         where = "+".join(found[place].where for place in named[1].places)
         return replace(candidate, text=named[1].text, where=where)
 
@@ -147,6 +150,14 @@ def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
     fetch(base.job)
     module, _, warnings = _module_of(base)
     return Models(base, found.where, module, candidates=[], notes=[], warnings=[*warnings, *found.warnings()])
+
+
+def _by_files(line: str, found: dict[Location, Found], source: Source) -> str:
+    """A message that names a candidate's GGUF file, not the folder that was made of it."""
+    for place in source.places:
+        if place.is_gguf:
+            line = line.replace(str(found[place].folder), place.text)
+    return line
 
 
 def _looked_up(locations: Iterable[Location]) -> list[str]:

@@ -1,0 +1,336 @@
+"""A GGUF file's keys against the configuration that transformers makes of them.
+
+Knows: what llama.cpp's keys are called in configurations, and which of them mean nothing to a forward.
+Refuses to know: tensors, modules; the keys of the tokenizer.
+
+transformers takes some keys of each architecture and leaves the others, so what it makes may be another model. Each key
+is looked at here: the configuration says the same, or is made to say it, or the file is refused by the key's name. A
+key that neither side knows is a warning.
+"""
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from fnmatch import fnmatch
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from modules.checkpoints.config_file import MOST_LAYERS
+from modules.checkpoints.gguf_header import GgufHeader
+from modules.checkpoints.gguf_rope import ROPE_KEYS, head_width, rope_parameters
+from modules.checkpoints.meaning import known_keys
+from modules.runtime import ConfigError, shortened
+
+# An architecture's keys, and what configurations call them: the first that the configuration's class knows is meant.
+_NAMES = {
+    "context_length": ("max_position_embeddings", "n_positions"),
+    "embedding_length": ("hidden_size",),
+    "block_count": ("num_hidden_layers",),
+    "feed_forward_length": ("intermediate_size", "ffn_hidden_size", "n_inner"),
+    "vocab_size": ("vocab_size",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.key_length": ("global_head_dim", "head_dim"),
+    "attention.value_length": ("v_head_dim", "global_head_dim", "head_dim"),
+    "attention.key_length_swa": ("head_dim",),
+    "attention.value_length_swa": ("head_dim",),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon", "layer_norm_eps"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "attention.sliding_window": ("sliding_window",),
+    "attention.clamp_kqv": ("clip_qkv",),
+    "attention.scale": ("attention_multiplier",),
+    "attention.shared_kv_layers": ("num_kv_shared_layers",),
+    "attention.max_alibi_bias": (),
+    "attention.causal": (),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "router_logit_softcapping": (),
+    "logit_scale": ("logit_scale",),
+    "residual_scale": ("residual_multiplier",),
+    "embedding_scale": ("embedding_multiplier",),
+    "use_parallel_residual": ("use_parallel_residual",),
+    "expert_count": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_shared_count": ("n_shared_experts",),
+    "expert_feed_forward_length": ("moe_intermediate_size", "intermediate_size"),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "expert_group_count": ("n_group",),
+    "expert_group_used_count": ("topk_group",),
+    "expert_weights_norm": ("norm_topk_prob",),
+    "expert_weights_scale": ("routed_scaling_factor",),
+    "expert_gating_func": ("scoring_func",),
+    "leading_dense_block_count": ("first_k_dense_replace",),
+    "moe_every_n_layers": (),
+    "full_attention_interval": ("full_attention_interval",),
+    "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
+    "shortconv.l_cache": ("conv_L_cache",),
+}
+
+_EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+
+# What a model is made by, and no tensor of it can be smaller than.
+_SIZES = (
+    *("embedding_length", "block_count", "feed_forward_length", "expert_feed_forward_length", "vocab_size"),
+    *("expert_shared_feed_forward_length", "expert_count", "expert_used_count", "expert_shared_count"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count", "rope.dimension_count_swa"),
+)
+
+# Values that change nothing where a configuration's class has no such setting; zeros, of everything, are others.
+_NEUTRAL = {
+    "attention.causal": True,
+    "logit_scale": 1,
+    "residual_scale": 1,
+    "embedding_scale": 1,
+    "expert_weights_scale": 1,
+    "expert_gating_func": 1,  # softmax
+}
+_NOT_NEEDED = ("context_length", "attention.head_count_kv")  # by a class that has no such setting
+_GATES = {1: "softmax", 2: "sigmoid"}  # expert_gating_func
+
+# A setting that modules read even if their configuration's class does not know it; if one did not, no shape would fit.
+_ALWAYS_READ = "head_dim"
+
+# Of no meaning to a forward, or told by the shapes of tensors too, which transformers compares.
+_NOT_COMPARED = ("tensor_data_layout", "pooling_type", "nextn_predict_layers", "ssm.*", "decoder_start_token_id")
+_OF_NO_ARCHITECTURE = ("general", "tokenizer", "split", "quantize", "imatrix")  # first parts of keys
+
+# llama.cpp knows only by their number of layers which models divide by the root of hidden size by heads in attention,
+# not by that of a head's size (src/llama-model.cpp: LLM_TYPE_27B).
+_SCALED_BY_WIDTH = (("gemma2", 46), ("gemma3", 62))
+
+
+def check_sizes(header: GgufHeader) -> None:
+    """Raise ConfigError if the file announces more layers than it has tensors, or anything larger than they are: a
+    model is made by these numbers before its tensors are looked at."""
+    largest = max(max(tensor.shape) for tensor in header.tensors.values())
+    for key in _SIZES:
+        value = header.setting(key)
+        most = min(len(header.tensors), MOST_LAYERS) if key == "block_count" else largest
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not 0 <= number <= most:
+                raise ConfigError(
+                    f"{header.file}: {header.architecture}.{key} is {number}, its tensors have room for {most}"
+                )
+
+
+def settle(
+    config: PreTrainedConfig, header: GgufHeader, factors: Mapping[str, list[float]]
+) -> tuple[PreTrainedConfig, list[str]]:
+    """The configuration made to say what the file says, and a warning for each key of which nothing is known.
+
+    factors: see `rope_parameters`. Raises ConfigError, naming the key, if a class can't say it.
+    """
+    config = _of_its_architecture(config, header)
+    new = _rebuilt(config, _changes(config, header))
+    if getattr(new, "rope_parameters", None):
+        changes: dict[str, Any] = {"rope_parameters": rope_parameters(new, header, factors)}
+        original = changes["rope_parameters"].get("original_max_position_embeddings")
+        if original and "original_max_position_embeddings" in known_keys(type(new)):
+            changes["original_max_position_embeddings"] = original
+        new = _with_rotation(new, changes, header)
+    _refuse_rest(new, header, factors)
+    return new, [*_unknown(header), *_guesses(config, new, header)]
+
+
+def _of_its_architecture(config: PreTrainedConfig, header: GgufHeader) -> PreTrainedConfig:
+    """The configuration, of the file's architecture: transformers takes that of a model named "mistral" from its name,
+    and then finds no place for its tensors."""
+    if config.model_type == header.architecture or config.model_type != header.keys.get("general.name"):
+        return config
+    kind = CONFIG_MAPPING[header.architecture]
+    known = known_keys(kind) - {"model_type", "architectures"}
+    return kind.from_dict({key: value for key, value in config.to_dict().items() if key in known})
+
+
+def _with_rotation(config: PreTrainedConfig, changes: Mapping[str, Any], header: GgufHeader) -> PreTrainedConfig:
+    """The configuration with other rope_parameters. Raises ConfigError if its class does not take them as they are."""
+    try:
+        new = _rebuilt(config, changes)
+        if _same(changes["rope_parameters"], new.rope_parameters):
+            return new
+    except Exception:  # whatever a class makes of a scaling that it does not know
+        pass
+    kinds = [changes["rope_parameters"], *changes["rope_parameters"].values()]
+    named = [kind["rope_type"] for kind in kinds if isinstance(kind, Mapping) and "rope_type" in kind]
+    raise ConfigError(
+        f"{header.file}: its rotary scaling ({header.architecture}.rope.scaling, {', '.join(named)}) is none that "
+        f"transformers' {type(config).__name__} takes; merge the model that the file was made from"
+    )
+
+
+def _rebuilt(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """A configuration with changes, what follows from them derived anew."""
+    return type(config).from_dict({**config.to_dict(), **deepcopy(dict(changes))}) if changes else config
+
+
+def _changes(config: PreTrainedConfig, header: GgufHeader) -> dict[str, Any]:
+    """What the file says otherwise than the configuration, in the configuration's own keys."""
+    found: dict[str, Any] = {}
+    settled = set()  # names that an earlier key has set: a later one is compared with it in the end
+    for key in _NAMES:
+        name, value = _name(config, key), _stated(config, header, key)
+        if name is None or name in settled or value is None:
+            continue
+        settled.add(name)
+        if not _as_implied(config, key, value):
+            found[config.attribute_map.get(name, name)] = value
+    if "query_pre_attn_scalar" in known_keys(type(config)):
+        found["query_pre_attn_scalar"] = _attention_divisor(config, header)
+    if (getattr(config, "pad_token_id", None) or 0) >= header.setting("vocab_size", math.inf):
+        found["pad_token_id"] = None  # that of the class, of which the file says nothing
+    pattern = _layer_types(config, header)
+    if pattern is not None:
+        found["layer_types"] = pattern
+    return {key: value for key, value in found.items() if not _same(value, getattr(config, key, None))}
+
+
+def _name(config: PreTrainedConfig, key: str) -> str | None:
+    """What a configuration calls a key, if its class has such a setting."""
+    known = {*known_keys(type(config)), *config.attribute_map, _ALWAYS_READ}
+    return next((name for name in _NAMES[key] if name in known), None)
+
+
+def _stated(config: PreTrainedConfig, header: GgufHeader, key: str) -> Any:
+    """A key's value as a configuration has it; None if the file does not have it, nor llama.cpp something for it."""
+    value = header.setting(key)
+    if isinstance(value, list):  # one for each layer; none for a layer without
+        some = {entry for entry in value if entry}
+        value = some.pop() if len(some) == 1 else value
+    if key == "attention.key_length" and value is None:
+        return _head_width(config, header)
+    if key == "attention.sliding_window" and value == 0:
+        return None
+    if key == "block_count" and value is not None:
+        return value - header.setting("nextn_predict_layers", 0)
+    return _GATES.get(value, value) if key == "expert_gating_func" else value
+
+
+def _head_width(config: PreTrainedConfig, header: GgufHeader) -> int | None:
+    """The size of a head where no key says it: that of the first tensor that has all heads, if there is one."""
+    heads, query = header.setting("attention.head_count"), header.tensors.get("blk.0.attn_q.weight")
+    if not isinstance(heads, int) or not heads:
+        return None
+    return (query.shape[0] if query else config.hidden_size) // heads
+
+
+def _attention_divisor(config: PreTrainedConfig, header: GgufHeader) -> float:
+    """By the root of what attention's products are divided."""
+    scale = header.setting("attention.scale")
+    if scale:
+        return round(scale**-2) if math.isclose(scale**-2, round(scale**-2), rel_tol=1e-6) else scale**-2
+    if (header.architecture, config.num_hidden_layers) in _SCALED_BY_WIDTH:
+        return config.hidden_size // config.num_attention_heads
+    return header.setting("attention.key_length") or head_width(config)
+
+
+def _layer_types(config: PreTrainedConfig, header: GgufHeader) -> list[str] | None:
+    """Each layer's kind, if the file says which have a window; a number says that every so many-th has none."""
+    pattern = header.setting("attention.sliding_window_pattern")
+    present = getattr(config, "layer_types", None)
+    if pattern is None or not present or set(present) - {"sliding_attention", "full_attention"}:
+        return None
+    if isinstance(pattern, list):
+        return ["sliding_attention" if local else "full_attention" for local in pattern]
+    last = pattern - 1
+    return ["sliding_attention" if not pattern or i % pattern < last else "full_attention" for i in range(len(present))]
+
+
+def _as_implied(config: PreTrainedConfig, key: str, value: Any) -> bool:
+    """Whether a value is the one that a configuration means by not setting it."""
+    name = _name(config, key)
+    if name is not None and getattr(config, name, None) is not None:
+        return False
+    if (not value and key != "attention.causal") or (name is None and key in _NOT_NEEDED):
+        return True
+    heads = getattr(config, "num_attention_heads", None)
+    implied = {
+        "feed_forward_length": 4 * config.hidden_size,
+        "attention.key_length": config.hidden_size // (heads or 1),
+        "attention.value_length": config.hidden_size // (heads or 1),
+        "attention.scale": (config.hidden_size // (heads or 1)) ** -0.5,
+        **_NEUTRAL,
+    }
+    return key in implied and _same(value, implied[key])
+
+
+def _refuse_rest(config: PreTrainedConfig, header: GgufHeader, factors: Mapping[str, list[float]]) -> None:
+    """Raise ConfigError, naming the key, if the file says something that the settled configuration does not."""
+    unsaid = []
+    for key in _NAMES:
+        value, name = _stated(config, header, key), _name(config, key)
+        if value is None or key not in _own_keys(header) or _as_implied(config, key, value):
+            continue
+        if key == "attention.scale" and "query_pre_attn_scalar" in known_keys(type(config)):
+            continue
+        if name is None or not _same(value, getattr(config, name, None)):
+            unsaid.append(key)
+    if not getattr(config, "rope_parameters", None):
+        unsaid += [key for key in ROPE_KEYS if header.setting(key) and key != "rope.dimension_count"]
+        unsaid += list(factors)
+    sections = [part for part in header.setting("rope.dimension_sections") or () if part]
+    if sections and (getattr(config, "rope_parameters", None) or {}).get("mrope_section") != sections:
+        unsaid.append("rope.dimension_sections")
+    pattern = _layer_types(config, header)
+    if header.setting("attention.sliding_window_pattern") and pattern != getattr(config, "layer_types", None):
+        unsaid.append("attention.sliding_window_pattern")
+    if unsaid:
+        named = ", ".join(_in_words(header, key) for key in unsaid[:3])
+        raise ConfigError(
+            f"{header.file}: {named}, which transformers' {type(config).__name__} can't say; "
+            "merge the model that the file was made from"
+        )
+
+
+def _in_words(header: GgufHeader, key: str) -> str:
+    value = header.setting(key)
+    name = f"{header.architecture}.{key}"
+    return key if value is None else f"{name} is {shortened(str(value), 40, keep='start')}"
+
+
+def _own_keys(header: GgufHeader) -> list[str]:
+    """The architecture's keys, named without it."""
+    start = f"{header.architecture}."
+    return [key.removeprefix(start) for key in header.keys if key.startswith(start)]
+
+
+def _unknown(header: GgufHeader) -> list[str]:
+    """A line about the keys of which nothing is known."""
+    handled = {*_NAMES, *ROPE_KEYS, "attention.sliding_window_pattern"}
+    of_architecture = [
+        f"{header.architecture}.{key}"
+        for key in _own_keys(header)
+        if key not in handled and not any(fnmatch(key, pattern) for pattern in _NOT_COMPARED)
+    ]
+    start = f"{header.architecture}."
+    others = [key for key in header.keys if not key.startswith(start) and key.split(".")[0] not in _OF_NO_ARCHITECTURE]
+    found = [*of_architecture, *others]
+    if not found:
+        return []
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return [f"unknown keys are ignored ({', '.join(found[:5])}{more}): if they matter, the model is another"]
+
+
+def _guesses(before: PreTrainedConfig, after: PreTrainedConfig, header: GgufHeader) -> list[str]:
+    """Lines about what the file does not say, where a configuration has to say something."""
+    guessed = []
+    divisor = "query_pre_attn_scalar"
+    taken = getattr(after, divisor, None)
+    if not header.setting("attention.scale") and taken != getattr(before, divisor, None):
+        guessed.append(f"{divisor}: {taken} is taken, as llama.cpp does")
+    names = [name for key in _EPSILONS if (name := _name(after, key))]
+    if names and not any(header.setting(key) for key in _EPSILONS):
+        guessed.append(f"{names[0]}: {getattr(after, names[0])} is taken, as transformers does")
+    return [f"the file has no key for {guess}, which may be wrong" for guess in guessed]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings are equal; numbers may have been in float32 once."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return all(_same(one.get(key), other.get(key)) for key in {*one, *other})
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other or (not one and not other)
