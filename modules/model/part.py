@@ -33,6 +33,11 @@ class Part:
         """Where its tensors are; mostly it is one device."""
         return {tensor.device for tensor in self.tensors.values()}
 
+    @property
+    def size(self) -> int:
+        """How many weights it has."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
     def space(self) -> Tensors:
         """Tensors of the same shapes to merge into."""
         return {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}

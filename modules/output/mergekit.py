@@ -60,7 +60,7 @@ def check_sums(recipe: Recipe) -> None:
     others: dict[str, list[str]] = {}
     for line in recipe.decisions:
         if line.ratio is not None and line.method != "lerp":
-            place = "the header" if line.layer is None else f"layer {line.layer + 1}"
+            place = "the header" if line.layer is None else f"layer {line.layer}"
             found = others.setdefault(line.method, [])
             found += [] if place in found else [place]
     if others:

@@ -33,6 +33,7 @@ from modules.output.style import (
     save_figure,
     short_name,
     title_of,
+    with_digits,
 )
 from modules.runtime import columns, one_line, shortened
 from modules.search import Decision, Merge, shares_of
@@ -43,6 +44,7 @@ PHRASE_CHART_FILE = "phrase_chart.png"
 _NARROWEST, _WIDEST = 8.0, 40.0  # inches of a merge map
 _COLUMN = 0.125  # inches of a layer, up to the widest
 _PHRASE, _CONTEXT = 28, 36  # columns of text
+_LEAST_DRIFT = 0.01  # nats at the top of the axis of drift: what is next to nothing looks like it
 
 _MOST_PAIRS = 60  # all are shown up to here; beyond, so many of each kind:
 _MOST_CHANGED = 30
@@ -141,19 +143,20 @@ def shown_pairs(pairs: Sequence[Phrase], kind: str) -> list[Phrase]:
 def _draw_shares(axes: Axes, models: Mapping[str, Any], parts: Sequence[Sequence[Merge]], width: float) -> None:
     """A column per layer and, apart from them, one for the header. models: name and colour by label."""
     layers = len(parts) - 1
-    header = layers + 1.5
-    places = [*range(1, layers + 1), header]
+    header = layers + 0.5
+    places = [*range(layers), header]
     shares = [shares_of(merges) for merges in parts]
     floor = [0.0] * len(parts)
     for label, (model, colour) in models.items():
         heights = [of_part.get(model, 0.0) for of_part in shares]
-        axes.bar(places, heights, 0.9, floor, color=colour, edgecolor="white", linewidth=0.3, label=label)
+        name = label if any(heights) else None  # the legend has what is in the merge
+        axes.bar(places, heights, 0.9, floor, color=colour, edgecolor="white", linewidth=0.3, label=name)
         floor = [low + height for low, height in zip(floor, heights, strict=True)]
-    ticks = map(int, MaxNLocator(int(1.5 * width), integer=True).tick_values(0, layers + 1))
-    numbers = [layer for layer in ticks if 1 <= layer <= min(layers, 0.94 * header)]
+    ticks = map(int, MaxNLocator(int(1.5 * width), integer=True).tick_values(0, layers))
+    numbers = [layer for layer in ticks if 0 <= layer < min(layers, 0.94 * header)]
     axes.set_xticks([*numbers, header], [*map(str, numbers), "header"])
     axes.yaxis.set_major_formatter(FuncFormatter(percent))
-    axes.set(xlim=(0.4, header + 0.6), ylim=(0, 1), xlabel="Layer", ylabel="Share of the weights")
+    axes.set(xlim=(-0.6, header + 0.6), ylim=(0, 1), xlabel="Layer", ylabel="Share of the weights")
     axes.set_title("What each layer is made of")
 
 
@@ -170,6 +173,7 @@ def _draw_path(axes: Axes, colours: Mapping[str, Any], decisions: Sequence[Decis
         axes.axvline(start, color=DARK, linewidth=0.6, linestyle=":")
         room = int((end - start) / len(decisions) * (width - 1.5) * LETTERS)
         label = shortened(f"{numbers[model]} {short_name(model)}", room, "both") if room > 8 else str(numbers[model])
+        label = label if len(label) <= room else ""  # it would run into the next one
         axes.text((start + end) / 2, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
         start = end
     axes.set_xlim(0, max(len(decisions), 1))
@@ -187,7 +191,7 @@ def _draw_drift(axes: Axes, recipe: Recipe) -> None:
     right.lines[0].set_clip_on(False)
     right.spines["right"].set(visible=True, color=DRIFT)
     right.tick_params(axis="y", colors=DRIFT)
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, max(_LEAST_DRIFT, 1.05 * max(drifts.values())))
     right.set_ylabel("Drift (KL per token), dashed", color=DRIFT)
 
 
@@ -205,7 +209,7 @@ def _draw_pairs(axes: Axes, pairs: Sequence[Phrase]) -> None:
     axes.scatter(before, rows, s=25, color="white", edgecolors=DARK, zorder=3, clip_on=False)
     axes.scatter(after, rows, s=25, color=colours, zorder=4, clip_on=False)
     for row, pair in enumerate(pairs):
-        old, new = (percent(value, rounding=pair.rounding) for value in (pair.before, pair.after))
+        old, new = (with_digits(value, pair.rounding) for value in (pair.before, pair.after))
         figures = f"{old} → {new}"
         axes.text(1.02, row, figures, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
     axes.set_yticks(rows, map(_pair_label, pairs), fontsize=8)

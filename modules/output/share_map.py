@@ -18,8 +18,10 @@ from modules.output.recipe import Recipe
 from modules.output.style import (
     BETTER,
     COLOURS,
+    DARK,
     LETTERS,
     SMALL_LETTERS,
+    UNKNOWN,
     WORSE,
     drawing,
     percent,
@@ -49,6 +51,7 @@ class _Panel:
     colours: Colormap
     scale: Normalize
     digits: int
+    unsearched: Sequence[int]  # rows that are left empty
 
 
 @drawing()
@@ -62,6 +65,7 @@ def share_map_figure(recipe: Recipe) -> Figure:
     labels = [
         f"{number or 'base'}: {short_name(name)} ({percent(recipe.composition.get(name, 0))})"
         for number, name in enumerate(names)
+        if any(row[number] for row in _with_base(recipe))  # a legend has what is in the merge
     ]
     width = 1.0 + sum(widths) + 0.25 * len(panels)
     side_by_side = max(1, int(width * SMALL_LETTERS / (4 + max(map(columns, labels)))))
@@ -81,41 +85,56 @@ def share_map_figure(recipe: Recipe) -> Figure:
 def _panels(recipe: Recipe) -> list[_Panel]:
     """What is drawn, from the left."""
     joint, heads = recipe.joint, ["base", *(str(source.number) for source in recipe.sources[1:])]
-    shares = [(1.0 - math.fsum(row), *row) for row in joint.shares]
+    shares = _with_base(recipe)
     flat = [share for row in shares for share in row]
     scale = TwoSlopeNorm(0.0, min(-1.0, *flat), max(1.0, *flat))
-    panels = [_Panel("Share of each model", shares, heads, _SHARES, scale, 2)]
+    unsearched = _unsearched(recipe)
+    panels = [_Panel("Share of each model", shares, heads, _SHARES, scale, 2, unsearched)]
     for what, slopes in (("total", joint.start.total_slopes), ("drift", joint.start.drift_slopes)):
         if slopes and heads[1:]:
-            panels.append(_slopes(what, slopes, heads[1:]))
+            panels.append(_slopes(what, slopes, heads[1:], unsearched))
     return panels
 
 
-def _slopes(what: str, slopes: Sequence[Sequence[float]], heads: Sequence[str]) -> _Panel:
+def _with_base(recipe: Recipe) -> list[tuple[float, ...]]:
+    """The shares of each row, the base's first: what the candidates leave of 1, without what rounding leaves of 0."""
+    return [(round(1.0 - math.fsum(row), 9), *row) for row in recipe.joint.shares]
+
+
+def _unsearched(recipe: Recipe) -> tuple[int, ...]:
+    """The layers that took no part in the search: of those nothing was measured."""
+    searched, layers = recipe.settings.layers, len(recipe.joint.shares) - bool(recipe.settings.merge_headers)
+    return () if searched is None else tuple(layer for layer in range(layers) if layer not in searched)
+
+
+def _slopes(what: str, slopes: Sequence[Sequence[float]], heads: Sequence[str], unsearched: Sequence[int]) -> _Panel:
     """By how much something changes with each share, in a unit in which the largest slope has one digit."""
     largest = max(abs(slope) for row in slopes for slope in row)
     unit = 10.0 ** max(_SMALLEST_UNIT, math.floor(math.log10(largest))) if largest else 1.0
     rows, end = [[slope / unit for slope in row] for row in slopes], largest / unit or 1.0
     title = f"How the {what} changes with a share where the steps begin, in units of {unit:g}: blue is down"
-    return _Panel(title, rows, heads, _SLOPES, Normalize(-end, end), 1)
+    return _Panel(title, rows, heads, _SLOPES, Normalize(-end, end), 1, unsearched)
 
 
 def _draw(figure: Figure, axes: Axes, panel: _Panel, outside: bool, inches: tuple[float, float]) -> None:
     """A panel. outside: the last row is of what is outside the layers. inches: of a row, and of the panel's width."""
     rows, (row, width) = list(panel.rows), inches
     layers = len(rows) - outside
-    ends = [*range(1, layers + 2), *([layers + 1.5, layers + 2.5] if outside else [])]
+    ends = [*range(layers + 1), *([layers + 0.5, layers + 1.5] if outside else [])]
     nothing = [math.nan] * len(panel.heads)
-    shown = rows[:layers] + ([nothing, rows[-1]] if outside else [])
+    shown = [nothing if number in panel.unsearched else rows[number] for number in range(layers)]
+    shown += [nothing, rows[-1]] if outside else []
     edges = range(len(panel.heads) + 1)
     mesh = axes.pcolormesh(
         edges, ends, np.ma.masked_invalid(shown), cmap=panel.colours, norm=panel.scale, edgecolor="white", linewidth=0.3
     )
-    middles = [number + 0.5 for number in range(1, layers + 1)] + ([layers + 2.0] if outside else [])
+    middles = [number + 0.5 for number in range(layers)] + ([layers + 1.0] if outside else [])
+    for number in panel.unsearched:
+        axes.axhspan(number, number + 1, color=UNKNOWN, zorder=0)
     if row >= _LEAST_ROW and width / len(panel.heads) >= _LEAST_COLUMN:
         _number(axes, panel, middles)
     every = math.ceil(_LEAST_ROW / row)
-    names = [str(number) if number % every == 0 else "" for number in range(1, layers + 1)]
+    names = [str(number) if number % every == 0 else "" for number in range(layers)]
     axes.set_yticks(middles, names + (["outside"] if outside else []), fontsize=7)
     axes.set_ylim(ends[-1], ends[0])
     axes.set_xticks([edge + 0.5 for edge in edges[:-1]], panel.heads, fontsize=7)
@@ -132,8 +151,11 @@ def _draw(figure: Figure, axes: Axes, panel: _Panel, outside: bool, inches: tupl
 
 
 def _number(axes: Axes, panel: _Panel, middles: Sequence[float]) -> None:
-    """Write each number into its cell."""
-    for middle, row in zip(middles, panel.rows, strict=True):
+    """Write each number into its cell, and into rows that were not searched that they were not."""
+    for number, (middle, row) in enumerate(zip(middles, panel.rows, strict=True)):
+        if number in panel.unsearched:
+            axes.text(len(row) / 2, middle, "not searched", ha="center", va="center", fontsize=6.5, color=DARK)
+            continue
         for column, value in enumerate(row):
             red, green, blue, _ = panel.colours(panel.scale(value))
             is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55

@@ -3,6 +3,7 @@
 Knows: looks and wording. Refuses to know: what a picture shows.
 """
 
+import math
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
-from modules.runtime import decimals, one_line, shortened
+from modules.runtime import one_line, shortened
 
 DPI = 110
 
@@ -23,6 +24,7 @@ BASE_COLOUR = "#BBBBBB"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
 BETTER, WORSE, SAME = "#0072B2", "#D55E00", "#888888"
 DARK, DRIFT = "#444444", "#B2182B"
+UNKNOWN = "#E5E5E5"  # of what was not measured
 
 # Scripts that matplotlib's own font lacks; of these fonts, those that the machine has stand in.
 _MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "Hiragino Sans", "Arial Unicode MS")
@@ -66,9 +68,19 @@ def save_figure(figure: Figure, file: str | Path) -> None:
     figure.savefig(file, format="png", metadata={"Software": None})
 
 
-def percent(value: float, _: Any = None, rounding: float = 0.0) -> str:
-    """A probability or share as a percentage of three digits, if they are above its rounding."""
-    return f"{round(value * 100, decimals(rounding)) if rounding else value * 100:.3g}%"
+def percent(value: float, _: Any = None) -> str:
+    """A share as a percentage of up to three digits."""
+    return f"{value * 100:.3g}%"
+
+
+def with_digits(probability: float, rounding: float = 0.0) -> str:
+    """A probability as a percentage of three digits, zeros too: two that are compared are as exact as each other. No
+    digit is shown below the one that its rounding makes uncertain."""
+    text = f"{probability * 100:#.3g}".rstrip(".")
+    if 0 < rounding < math.inf:
+        uncertain = max(0, math.ceil(-math.log10(rounding * 100)))
+        text = min(text, f"{probability * 100:.{uncertain}f}", key=len)
+    return f"{text}%"
 
 
 def short_name(model: str) -> str:

@@ -99,7 +99,9 @@ def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, nam
     """The composition of a layer or header so far, and what was decided about it (without the time of day).
 
     merges: (share, model) of all accepted merges, the base first. name_method: add the method, where there are several.
+    The layout is the original's, which counts layers from 1.
     """
+    part = "Header" if decision.layer is None else f"Layer {decision.layer + 1}/{layers}"
     method = f" - {decision.method}" if name_method and decision.layer is not None else ""
     if decision.ratio is None:
         outcome = f"RETAINED - {decision.after:.5f}"
@@ -109,7 +111,7 @@ def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, nam
         outcome = f"CHANGED - {before:.5f} > {after:.5f} - {change}"
     if decision.drift is not None:
         outcome += f" - drift {decision.drift:.4f}"
-    return [str([[share, model] for share, model in merges]), f"{_part(decision, layers)} - {outcome}{method}"]
+    return [str([[share, model] for share, model in merges]), f"{part} - {outcome}{method}"]
 
 
 def step_line(step: int, steps: int, before: float, after: float, held_out: float | None, drift: float | None) -> str:
@@ -129,19 +131,16 @@ def share_lines(names: Sequence[str], shares: Sequence[Sequence[float]], layers:
     """A joint search's shares of each layer and, if it was mixed, of what is outside of them. names: base first."""
     lines = []
     for number, own in enumerate(shares):
-        part = f"Layer {number + 1}/{layers}" if number < layers else "Outside"
+        part = f"Layer {number}" if number < layers else "Outside"
         told = [f"{share:.2f} {name}" for name, share in zip(names, (1 - math.fsum(own), *own), strict=True) if share]
         lines.append(f"{part:<13}: {', '.join(told)}")
     return lines
 
 
-def standing(turn: str, decision: Decision, layers: int, accepted: int) -> str:
+def standing(turn: str, decision: Decision, accepted: int) -> str:
     """How far a run is, for the progress bar. turn: which candidate of how many. accepted: merges so far."""
-    return f"candidate {turn}, {_part(decision, layers).lower()}, {accepted} accepted"
-
-
-def _part(decision: Decision, layers: int) -> str:
-    return "Header" if decision.layer is None else f"Layer {decision.layer + 1}/{layers}"
+    part = "header" if decision.layer is None else f"layer {decision.layer}"
+    return f"candidate {turn}, {part}, {accepted} accepted"
 
 
 class _PairRow(NamedTuple):

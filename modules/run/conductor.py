@@ -17,7 +17,7 @@ from modules.run.steps import note_source
 from modules.run.watch import Watch
 from modules.runtime import BrokenWeights, CheckpointError, Console, postponed
 from modules.scoring import DriftMeter
-from modules.search import Decision, Merge, Shares, mean_shares, scores
+from modules.search import Decision, Merge, Shares, composition_of, scores, shares_of
 from modules.search.joint import Rows
 from modules.search.search import Search
 
@@ -137,8 +137,14 @@ class Conductor:
 
     @property
     def composition(self) -> Shares:
-        """The mean over layers and header."""
-        return mean_shares(self.origins)
+        """How much of each model the weights are; what is neither layer nor header stays the base's."""
+        return self._composed_of([*map(shares_of, self.origins), {self.search.model.checkpoint.name: 1.0}])
+
+    def _composed_of(self, shares: Sequence[Shares]) -> Shares:
+        """The composition from the shares in every layer, in the header and in what is neither."""
+        model = self.search.model
+        parts = [*map(model.layer, range(self.layers)), model.header(), model.outside()]
+        return composition_of((part.size, one) for part, one in zip(parts, shares, strict=True))
 
     @property
     def is_base(self) -> bool:
@@ -202,7 +208,7 @@ class Conductor:
         count = self.bar.update if timed else self.bar.skip
         count(self.search.steps(decision.layer, decision.method))
         accepted = sum(len(merges) - 1 for merges in self.origins)
-        self.bar.tell(report.standing(self._turn, decision, self.layers, accepted))
+        self.bar.tell(report.standing(self._turn, decision, accepted))
 
     def _place(self, decision: Decision) -> int:
         return self.layers if decision.layer is None else decision.layer

@@ -15,16 +15,17 @@ from modules.run.conductor import Conductor
 from modules.run.steps import note_source
 from modules.runtime import BrokenWeights, CheckpointError, postponed, within_memory
 from modules.scoring import Objective, Value
-from modules.search import Shares
+from modules.search import Shares, mixed_shares
 from modules.search.decision import Result
 from modules.search.joint import Joint, JointState, Rows, first_shares, largest_factor, rounded
-from modules.search.mixing import Mix
+from modules.search.mixing import Mix, Row
 
 
 class JointConductor(Conductor):
     """Leads a joint search, from where an earlier run has left it."""
 
     _candidates: Sequence[Candidate] = ()
+    _header_shares: Row = ()  # of the header, if it is mixed; a candidate's may be left out there
 
     def conduct(self, candidates: Sequence[Candidate], resume: bool = False, table: str = "full") -> None:
         """Search, with a phrase table before the first step and after the last.
@@ -57,13 +58,11 @@ class JointConductor(Conductor):
 
     @property
     def composition(self) -> Shares:
-        """The mean over layers and all else; the base's share may be negative."""
-        rows = [*self.shares, *([(0.0,) * len(self._candidates)] if len(self.shares) == self.layers else [])]
-        means = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
-        found = {self.search.model.checkpoint.name: 1.0 - math.fsum(means)}
-        for candidate, mean in zip(self._candidates, means, strict=True):
-            found[candidate.name] = found.get(candidate.name, 0.0) + mean
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        """How much of each model the weights are; the base's share may be negative."""
+        outside = self.shares[self.layers :] or [(0.0,) * len(self._candidates)]
+        rows = [*self.shares[: self.layers], self._header_shares or outside[0], outside[0]]
+        base, names = self.search.model.checkpoint.name, [candidate.name for candidate in self._candidates]
+        return self._composed_of([mixed_shares(base, names, row) for row in rows])
 
     @property
     def is_base(self) -> bool:
@@ -174,6 +173,7 @@ class JointConductor(Conductor):
         search.in_memory(partial(joint.mix.compose, shares, exact=True))
         search.measure()
         self.shares = shares
+        self._header_shares = joint.mix.header_shares(shares)
         return limits.objective(search.state) if search.drift <= limits.max_drift else math.inf
 
     def _objectives_of_candidates(self) -> list[float]:

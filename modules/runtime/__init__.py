@@ -37,7 +37,6 @@ from modules.runtime.text import (
     USED_WIDTH,
     columns,
     counted,
-    decimals,
     ended,
     fit,
     in_memory,

@@ -3,6 +3,7 @@
 Knows: decisions, shares. Refuses to know: tensors, how a decision is taken.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,7 +11,7 @@ from typing import TypeVar
 from modules.search.methods import recorded_share
 
 Merge = tuple[float, str]  # (share, model name); the first entry of a part is (1.0, base)
-Shares = dict[str, float]  # model name -> share; sums to 1
+Shares = dict[str, float]  # model name -> share; they sum to 1
 
 
 def shares_of(merges: Sequence[Merge]) -> Shares:
@@ -22,14 +23,23 @@ def shares_of(merges: Sequence[Merge]) -> Shares:
     return shares
 
 
-def mean_shares(parts: Iterable[Sequence[Merge]]) -> Shares:
-    """Shares of the whole model: the plain mean over its layers and header, largest first."""
-    parts = list(parts)
+def mixed_shares(base: str, candidates: Sequence[str], row: Sequence[float]) -> Shares:
+    """Shares within one part of a joint search: the base has what a row leaves of 1, which may be below 0."""
+    shares: Shares = {base: 1.0 - math.fsum(row)}
+    for model, share in zip(candidates, row, strict=True):
+        shares[model] = shares.get(model, 0.0) + share
+    return shares
+
+
+def composition_of(parts: Iterable[tuple[int, Shares]]) -> Shares:
+    """Shares of the whole model by parameters, largest first. parts: how many weights each has, the shares in it."""
     sums: Shares = {}
-    for merges in parts:
-        for model, share in shares_of(merges).items():
-            sums[model] = sums.get(model, 0.0) + share
-    return dict(sorted(((model, value / len(parts)) for model, value in sums.items()), key=lambda item: -item[1]))
+    weights = 0
+    for size, shares in parts:
+        weights += size
+        for model, share in shares.items():
+            sums[model] = sums.get(model, 0.0) + size * share
+    return dict(sorted(((model, value / weights) for model, value in sums.items()), key=lambda item: -item[1]))
 
 
 Result = TypeVar("Result")

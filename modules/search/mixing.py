@@ -78,6 +78,12 @@ class Mix:
         """The shares of the rows that are mixed, and none in the others."""
         return tuple(tuple(row) if number in self.moving else (0.0,) * len(row) for number, row in enumerate(shares))
 
+    def header_shares(self, shares: Sequence[Row]) -> Row:
+        """What the header has of each candidate: nothing of one whose header can't be matched. Empty if it is not
+        mixed."""
+        row = shares[-1] if self.mixes_outside else ()
+        return [share if number in self._with_header else 0.0 for number, share in enumerate(row, start=1)]
+
     @torch.no_grad()
     def compose(self, shares: Sequence[Row], exact: bool = False) -> None:
         """Make the model W(shares), whatever it was, in the type that it computes in.

@@ -95,7 +95,7 @@ class Rebuild:
 
     def _layer(self, number: int) -> Part:
         if number >= len(self._layout.layers):
-            raise IndexError(f"the base has {len(self._layout.layers)} layers, and no number {number + 1}")
+            raise IndexError(f"the base has layers 0 to {len(self._layout.layers) - 1}, and no layer {number}")
         return self._layout.layer(number)
 
     def _theirs_of_header(self, candidate: Candidate) -> Theirs:

@@ -173,7 +173,7 @@ class Search(Merger):
         try:
             theirs, warning = self.in_memory(partial(self._reading.take, index)), None
         except BrokenWeights as error:
-            theirs, warning = None, f"{error}; layer {index + 1} stays as it is"
+            theirs, warning = None, f"{error}; layer {index} stays as it is"
         for method in methods:
             before, ratio = self.total, None
             if theirs is not None:

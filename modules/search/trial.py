@@ -66,7 +66,7 @@ class Merger:
             theirs, _ = aligned_header(self.model, self.tokenizer, candidate)
             return self.model.header(), theirs
         if layer >= len(self.model.layers):
-            raise IndexError(f"the base has {len(self.model.layers)} layers, and no number {layer + 1}")
+            raise IndexError(f"the base has layers 0 to {len(self.model.layers) - 1}, and no layer {layer}")
         part = self.model.layer(layer)
         return part, part.adopt(candidate.stream(part.tensors), candidate.name)
 

@@ -2,17 +2,17 @@
 
 import itertools
 import json
-import math
 import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import yaml
 from broken_runs import JOURNAL, RECIPE, break_off, end, start, wait_until
-from runs import digest, log_of, make_models, merge
+from runs import digest, log_of, make_models, merge, sizes
 from safetensors.torch import load_file
 
 import merge_monster
@@ -90,7 +90,8 @@ def test_the_output_is_the_mix_that_the_recipe_tells(models, whole):
         mixed = base + sum(share * (other - base) for share, other in zip(row, others, strict=True))
         close = 2**-7 if tensor.dtype == torch.bfloat16 else 1e-6
         assert torch.allclose(tensor.double(), mixed, rtol=close, atol=1e-6)
-    means = [math.fsum(column) / len(shares) for column in zip(*shares, strict=True)]
+    weights = sizes(models[0])
+    means = [np.average([*column, column[-1]], weights=weights) for column in zip(*shares, strict=True)]
     assert recipe["composition"] == pytest.approx({"base": 1 - sum(means), "one": means[0], "two": means[1]})
 
 

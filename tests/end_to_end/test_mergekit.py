@@ -180,7 +180,7 @@ def test_what_is_no_weighted_sum_is_named(place, opened, capsys):
     recipe = told(opened()[1], AGAIN)
     for number, method in ((1, "slerp"), (2, "slerp"), (4, "slice"), (5, "slerp"), (6, "gradient")):
         recipe["decisions"][number]["method"] = method
-    what = "slerp on layer 1, layer 2, layer 3; slice on layer 1; gradient on the header"
+    what = "slerp on layer 0, layer 1, layer 2; slice on layer 0; gradient on the header"
     assert f"only lerp and the shares of a joint search can be exported; this recipe has {what}" in refused(
         place, recipe, capsys
     )

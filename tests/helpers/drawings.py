@@ -2,6 +2,9 @@
 
 import warnings
 from contextlib import contextmanager
+from itertools import combinations
+
+from matplotlib.text import Text
 
 from modules.output.style import drawing
 
@@ -30,3 +33,11 @@ def assert_nothing_is_cut_off(figure):
         box = figure.get_tightbbox()
     width, height = figure.get_size_inches()
     assert box.x0 > -0.05 and box.y0 > -0.05 and box.x1 < width + 0.05 and box.y1 < height + 0.05
+
+
+def assert_no_labels_overlap(figure):
+    with drawing():
+        figure.draw_without_rendering()
+        shown = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+        boxes = [(text.get_text(), text.get_window_extent().padded(-0.5)) for text in shown]
+    assert [(one, other) for (one, box), (other, next_box) in combinations(boxes, 2) if box.overlaps(next_box)] == []

@@ -1,6 +1,7 @@
 """Runs of the whole program in this process, and what they leave: its log, its tables, its files."""
 
 import hashlib
+import math
 import shutil
 
 import tiny
@@ -56,6 +57,15 @@ def stored(folder):
             for name in shard.keys():  # noqa: SIM118
                 view = shard.get_slice(name)
                 found[name] = (view.get_dtype(), tuple(view.get_shape()))
+    return found
+
+
+def sizes(folder, layers=3):
+    """How many weights a model has in each layer, in the header and in what is neither."""
+    found = [0] * (layers + 2)
+    for name, (_, shape) in stored(folder).items():
+        place = int(name.split(".")[2]) if ".layers." in name else layers + ("embed" not in name and "head" not in name)
+        found[place] += math.prod(shape)
     return found
 
 

@@ -8,13 +8,22 @@ import warnings
 from dataclasses import asdict
 from itertools import groupby
 
+import numpy as np
 import pytest
 import tiny
-from drawings import ODD_NAMES, assert_nothing_is_cut_off, labels_of, legend_of, without_warnings
+from drawings import (
+    ODD_NAMES,
+    assert_no_labels_overlap,
+    assert_nothing_is_cut_off,
+    labels_of,
+    legend_of,
+    without_warnings,
+)
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from matplotlib.text import Text
 from project import ROOT
+from runs import sizes
 
 import merge_monster
 from modules.config import METHODS, Config, Directories
@@ -22,7 +31,7 @@ from modules.output import plots as pictures
 from modules.output.recipe import Recipe, read_recipe
 from modules.output.style import DPI
 from modules.runtime.text import one_line, shortened
-from modules.search.decision import mean_shares, shares_of
+from modules.search.decision import shares_of
 from modules.search.methods import cyclic_shares, gradient_shares, ratios_for, slice_shares
 
 IMAGES = ROOT / "images"
@@ -153,9 +162,6 @@ def test_shares_are_those_of_the_composition():
         assert shares_of(merges) == pytest.approx(
             {name: share for name, share in zip(pictures.names_of_sources(recipe), of_models, strict=True) if share}
         )
-    assert [sum(model) / 8 for model in heights] == pytest.approx(
-        [mean_shares(parts)[name] for name in pictures.names_of_sources(recipe)]
-    )
 
 
 @pytest.mark.parametrize("layers, inches", [(1, 8), (80, 12.125), (400, 40)])
@@ -167,8 +173,8 @@ def test_the_width_grows_with_the_layers_up_to_a_limit(layers, inches):
 def test_layers_are_numbered_and_the_header_is_named(layers):
     figure = pictures.merge_map_figure(make_recipe(layers, 1))
     *numbers, header = labels_of(figure.axes[0].xaxis)
-    assert header == "header" and all(1 <= int(number) <= layers for number in numbers)
-    assert len(numbers) >= min(layers, 8) and len(set(numbers)) == len(numbers)
+    assert header == "header" and all(0 <= int(number) < layers for number in numbers)
+    assert len(numbers) >= min(layers, 8) and len(set(numbers)) == len(numbers) and numbers[:1] in ([], ["0"])
 
 
 def test_the_path_of_the_total():
@@ -181,6 +187,12 @@ def test_the_path_of_the_total():
     assert [tuple(dot) for dot in dots] == accepted
     assert [line.get_xdata()[0] for line in lower.lines[1:]] == [0, 6, 12]
     assert [text.get_text() for text in lower.texts] == ["1 fine-tune-1", "2 fine-tune-2", "3 fine-tune-3"]
+
+
+@pytest.mark.parametrize("drift, top", [(0.0, 0.01), (1e-9, 0.01), (0.009, 0.01), (0.4, 0.42)])
+def test_next_to_no_drift_looks_like_it(drift, top):
+    figure = pictures.merge_map_figure(with_drift(make_recipe(candidates=1), {1: drift}))
+    assert figure.axes[2].get_ylim() == (0, pytest.approx(top))
 
 
 def with_drift(recipe, divergences):
@@ -224,7 +236,7 @@ def test_a_candidate_whose_drift_is_not_known_or_that_has_no_decision(place):
 
 def test_long_names_of_many_candidates(place):
     names = ["base", *(f"{'w' * 150}{number}" for number in range(20))]
-    figure = pictures.merge_map_figure(make_recipe(3, names=names))
+    figure = pictures.merge_map_figure(make_recipe(3, names=names, accepted=1))
     assert [text.get_text() for text in figure.axes[1].texts] == [str(number) for number in range(1, 21)]
     assert "12 more" in figure.get_suptitle() and len(set(legend_of(figure))) == 21
     assert_nothing_is_cut_off(figure)
@@ -232,7 +244,7 @@ def test_long_names_of_many_candidates(place):
 
 @pytest.mark.parametrize("candidates", [8, 20])
 def test_no_two_models_look_the_same(candidates):
-    figure = pictures.merge_map_figure(make_recipe(candidates=candidates))
+    figure = pictures.merge_map_figure(make_recipe(candidates=candidates, accepted=1))
     assert len({patch.get_facecolor() for patch in figure.legends[0].get_patches()}) == candidates + 1
 
 
@@ -242,9 +254,40 @@ def test_a_candidate_given_up_in_the_middle(place):
     groups = groupby(recipe.decisions, key=lambda decision: decision.candidate)
     decisions = [decision for number, group in groups for decision in list(group)[: kept[number]]]
     figure = pictures.merge_map_figure(recipe.model_copy(update={"decisions": decisions}))
-    assert figure.axes[1].texts[0].get_text() == "1 fine-tune-1"
-    assert len(legend_of(figure)) == 4
+    assert [text.get_text() for text in figure.axes[1].texts] == ["1 fine-tune-1", "2"]
+    taken = {one.candidate for one in decisions if one.ratio is not None}
+    assert [label[0] for label in legend_of(figure)] == ["b", *map(str, sorted(taken))] and 3 not in taken
+    assert_no_labels_overlap(figure)
     drawn(figure, place)
+
+
+@pytest.mark.parametrize("candidates, layers", [(60, 12), (3, 400)])
+def test_many_candidates_and_many_layers_have_labels_that_stay_apart(candidates, layers):
+    assert_no_labels_overlap(pictures.merge_map_figure(make_recipe(layers, candidates)))
+
+
+def test_candidates_given_up_at_once_have_no_label_that_runs_into_the_next():
+    recipe, kept = make_recipe(layers=30, candidates=5), {1: 31, 2: 1, 3: 1, 4: 31, 5: 31}
+    groups = groupby(recipe.decisions, key=lambda decision: decision.candidate)
+    decisions = [decision for number, group in groups for decision in list(group)[: kept[number]]]
+    figure = pictures.merge_map_figure(recipe.model_copy(update={"decisions": decisions}))
+    labels = [text.get_text() for text in figure.axes[1].texts]
+    assert labels == ["1 fine-tune-1", "", "", "4 fine-tune-4", "5 fine-tune-5"]
+    assert_no_labels_overlap(figure)
+
+
+def test_the_legend_has_the_models_that_are_in_the_merge():
+    recipe = make_recipe(layers=1, candidates=3, accepted=0)
+    merged = recipe.decisions[0].model_copy(update={"method": "lerp"})
+    merges = [(1, 0, 0.5), (1, None, 1.0), (2, 0, 0.4), (3, 0, 1.0)]
+    decisions = [
+        merged.model_copy(update={"candidate": number, "model": f"fine-tune-{number}", "layer": layer, "ratio": ratio})
+        for number, layer, ratio in merges
+    ]
+    figure = pictures.merge_map_figure(recipe.model_copy(update={"decisions": decisions}))
+    assert [label.partition(":")[0] for label in legend_of(figure)] == ["1", "3"]
+    figure = pictures.merge_map_figure(recipe.model_copy(update={"decisions": decisions[:3]}))
+    assert [label.partition(":")[0] for label in legend_of(figure)] == ["base", "1", "2"]
 
 
 def test_nothing_was_accepted_or_even_decided(place):
@@ -311,9 +354,26 @@ def test_the_phrase_chart(place):
     assert good.get_xlabel() == "Probability" and figure.get_supylabel() == "Context [phrase]"
     assert legend_of(figure) == ["before", "after, better", "after, worse", "after, the same"]
     assert figure.get_suptitle() == "Phrases before and after: base + fine-tune-1, fine-tune-2"
-    assert [text.get_text() for text in bad.texts] == ["95% → 5%", "90% → 20%", "40% → 50%"]
+    assert [text.get_text() for text in bad.texts] == ["95.0% → 5.00%", "90.0% → 20.0%", "40.0% → 50.0%"]
     assert_nothing_is_cut_off(figure)
     drawn(figure, place)
+
+
+@pytest.mark.parametrize(
+    "before, after, rounding, shown",
+    [
+        (0.447, 0.44, 0, "44.7% → 44.0%"),
+        (0.447, 0.44, 0.002, "44.7% → 44.0%"),  # the digit that is uncertain is the last one
+        (0.447, 0.44, 0.02, "45% → 44%"),
+        (1.0, 0.0, 0, "100% → 0.00%"),
+        (0.05, 3e-9, 0, "5.00% → 3.00e-07%"),
+        (0.05, 3e-9, 1e-4, "5.00% → 0.00%"),
+    ],
+)
+def test_figures_beside_a_pair_keep_their_digits(before, after, rounding, shown):
+    pair = make_pair(before=before, after=after) | {"rounding": rounding}
+    figure = pictures.phrase_chart_figure(make_recipe(phrases=[pair]))
+    assert figure.axes[0].texts[0].get_text() == shown
 
 
 @pytest.mark.slow
@@ -431,8 +491,9 @@ def test_the_recipe_of_a_run(place):
         assert merge_monster.main(["--config", str(settings)]) == 0
     recipe = read_recipe(place / "out")
     figure = pictures.merge_map_figure(recipe)
-    means = dict(zip(("base", "one", "two"), (sum(model) / 4 for model in columns(figure)), strict=True))
-    assert {name: share for name, share in means.items() if share} == pytest.approx(recipe.composition)
+    heights = [[*model, float(number == 0)] for number, model in enumerate(columns(figure))]  # the norm is the base's
+    means = (np.average(model, weights=sizes(base)) for model in heights)
+    assert dict(zip(("base", "one", "two"), means, strict=True)) == pytest.approx(recipe.composition)
     assert figure.axes[1].lines[0].get_ydata()[0] == pytest.approx(recipe.total.before)
     chart = pictures.phrase_chart_figure(recipe)
     probabilities = sorted((pair.before, pair.after) for pair in recipe.phrases)

@@ -10,11 +10,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import tiny
-from drawings import ODD_NAMES, assert_nothing_is_cut_off, labels_of, legend_of, without_warnings
+from drawings import (
+    ODD_NAMES,
+    assert_no_labels_overlap,
+    assert_nothing_is_cut_off,
+    labels_of,
+    legend_of,
+    without_warnings,
+)
 from matplotlib.image import imread
 from matplotlib.text import Text
 from pydantic import ValidationError
-from runs import make_models
+from runs import make_models, sizes
 
 import merge_monster
 from modules.config import Config, Directories
@@ -32,7 +39,7 @@ def no_warnings():
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """The recipe of a real joint search."""
+    """The recipe of a real joint search, and the folder that it was run in."""
     folder = tmp_path_factory.mktemp("joint")
     base, *candidates = make_models(folder)
     (folder / "plain.txt").write_text("The bread is on the table, and half of it is left. " * 12, encoding="utf-8")
@@ -41,7 +48,7 @@ def found(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert merge_monster.main(["--config", str(config)]) == 0
-    return read_recipe(folder / "out")
+    return read_recipe(folder / "out"), folder
 
 
 def make_recipe(layers=4, candidates=2, headers=True, drift=True, names=None, scale=0.01, shares=None):
@@ -134,7 +141,7 @@ def test_shares_and_slopes_are_the_recipe_s(place, layers, candidates):
         assert 1 <= np.abs(cells(axes)).max() < 10
         assert texts(axes) == [[f"{slope:.1f}".replace("-0.0", "0.0") for slope in row] for row in cells(axes)]
         assert labels_of(axes.xaxis) == numbers
-    assert labels_of(shares.yaxis) == [*map(str, range(1, layers + 1)), "outside"]
+    assert labels_of(shares.yaxis) == [*map(str, range(layers)), "outside"]
     names = [source.name for source in recipe.sources]
     assert all(name in text for name, text in zip(names, legend_of(figure), strict=True))
     assert legend_of(figure)[0] == f"base: base ({recipe.composition['base'] * 100:.3g}%)"
@@ -192,10 +199,30 @@ def test_colours_are_honest():
 def test_what_was_not_mixed_or_not_weighed_is_not_drawn(place, headers, drift):
     figure = share_map_figure(make_recipe(headers=headers, drift=drift))
     assert len(panels(figure)) == 2 + drift
-    assert labels_of(panels(figure)[0].yaxis) == ["1", "2", "3", "4", *(["outside"] if headers else [])]
+    assert labels_of(panels(figure)[0].yaxis) == ["0", "1", "2", "3", *(["outside"] if headers else [])]
     assert all(len(cells(axes)) == 4 + headers for axes in panels(figure))
     assert_nothing_is_cut_off(figure)
     save_figure(figure, place / "picture.png")
+
+
+def test_layers_that_were_not_searched_are_shown_as_unknown():
+    shares, slopes = [[0.0, 0.0], [0.3, 0.0], [0.0, 0.0], [0.0, 0.0], [0.4, 0.0]], [[0.0, 0.0]] * 5
+    recipe = make_recipe(shares=shares)
+    start = recipe.joint.start.model_copy(update={"total_slopes": slopes, "drift_slopes": slopes})
+    settings = recipe.settings.model_copy(update={"layers": [1, 2]})
+    joint = recipe.joint.model_copy(update={"start": start})
+    figure = share_map_figure(recipe.model_copy(update={"settings": settings, "joint": joint}))
+    for axes in panels(figure):
+        rows = axes.collections[0].get_array()
+        assert [bool(row.mask.all()) for row in rows] == [True, False, False, True, True, False]  # one is the gap
+        assert len(axes.texts) == 2 + 3 * len(axes.get_xticks())
+    assert cells(panels(figure)[0]) == [[0.7, 0.3, 0.0], [1.0, 0.0, 0.0], [0.6, 0.4, 0.0]]
+    assert_no_labels_overlap(figure)
+
+
+def test_the_legend_has_the_models_that_are_in_the_merge():
+    labels = legend_of(share_map_figure(make_recipe(shares=[[0.3, 0.0, 0.7]] * 5, candidates=3)))
+    assert [label.partition(":")[0] for label in labels] == ["1", "3"]
 
 
 def test_nothing_was_merged(place):
@@ -230,6 +257,7 @@ def test_names_of_any_kind(place):
 
 
 def test_a_run_s_merge_map_is_this_picture(found, place):
+    found, folder = found
     plots.merge_map(found, place / "one.png")
     save_figure(share_map_figure(found), place / "two.png")
     assert (place / "one.png").read_bytes() == (place / "two.png").read_bytes()
@@ -237,7 +265,8 @@ def test_a_run_s_merge_map_is_this_picture(found, place):
     assert np.array(cells(shares)) == pytest.approx(np.array(with_base(found.joint.shares)))
     assert np.array(cells(total)) * unit_of(total) == pytest.approx(np.array(found.joint.start.total_slopes))
     assert np.array(cells(drift)) * unit_of(drift) == pytest.approx(np.array(found.joint.start.drift_slopes))
-    means = np.mean(cells(shares), axis=0)
+    rows = cells(shares)
+    means = np.average([*rows, rows[-1]], axis=0, weights=sizes(folder / "base"))
     assert found.composition == pytest.approx(dict(zip(("base", "one", "two"), means, strict=True)))
 
 

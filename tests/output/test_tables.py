@@ -229,7 +229,7 @@ def test_long_names_keep_to_their_lines():
     made = Decision(name, 0, "lerp", 0.5, 1.0, 0.5, ())
     assert lines(made, [(1.0, "base"), (0.5, name)])[1] == "Layer 1/32 - CHANGED - 1.00000 > 0.50000 - 50.0%"
     assert report.composition_lines({name: 1.0}) == [f"100.00%  {name}"]
-    assert report.standing("2/3", made, 32, 12) == "candidate 2/3, layer 1/32, 12 accepted"
+    assert report.standing("2/3", made, 12) == "candidate 2/3, layer 0, 12 accepted"
 
 
 def test_answers_end_at_a_sentence_or_in_an_ellipsis():
