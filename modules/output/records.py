@@ -198,7 +198,7 @@ class Baseline(Record):
     total: Number
     held_out: Number | None
     drift: Drifted | None
-    guarded: Number | None = None  # its drift as a joint search weighs it
+    guarded: Number | None = None  # its drift as trials are judged by it
 
 
 Rows = Annotated[tuple[Annotated[tuple[Number, ...], Strict(False)], ...], Strict(False)]  # one number per candidate

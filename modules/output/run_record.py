@@ -148,7 +148,7 @@ class RunRecord:
     def note_baseline(
         self, number: int, total: float, held_out: float | None, drift: Drift | None, guarded: float | None = None
     ) -> Baseline:
-        """Note how a candidate does that is taken whole. guarded: its drift as a joint search weighs it."""
+        """Note how a candidate does that is taken whole. guarded: its drift as trials are judged by it."""
         more = {} if guarded is None else {"guarded": guarded}
         drifted = drift and Drifted(**asdict(drift))
         return self._note("baseline", Baseline(number=number, total=total, held_out=held_out, drift=drifted, **more))

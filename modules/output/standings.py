@@ -1,6 +1,6 @@
 """Models side by side: how each does on the phrases and on neutral text.
 
-Knows: the columns, widths, what is said of a merge that a candidate beats. Refuses to know: how anything was measured,
+Knows: the columns, widths. Refuses to know: how anything was measured,
 where the text goes.
 """
 
@@ -23,6 +23,7 @@ class Standing(NamedTuple):
     total: float
     held_out: float | None
     drift: Drift | None
+    guarded: float | None = None  # its drift as trials are judged by it, if they are
 
 
 def by_other_settings(name: str) -> str:
@@ -30,13 +31,7 @@ def by_other_settings(name: str) -> str:
     return f"{name} (scored with the base's settings)"
 
 
-def standing_table(base: Standing, candidates: Sequence[Standing], merge: Standing, search: str) -> list[str]:
-    """The base, the candidates taken whole and the merge as one table; and, where a candidate alone is better than the
-    merge, that it is. search: how the merge was found."""
-    return [*standing_rows([base, *candidates, merge], merge), *_better_alone(candidates, merge, search)]
-
-
-def standing_rows(models: Sequence[Standing], like: Standing) -> list[str]:
+def standing_table(models: Sequence[Standing], like: Standing) -> list[str]:
     """Models as one table. like: the one that has all that is shown of them."""
     rows = [_standing_cells(one) for one in models]
     wanted = [True, True, like.held_out is not None, like.drift is not None, like.drift is not None]
@@ -59,26 +54,6 @@ def _standing_cells(one: Standing) -> list[str]:
         f"{drift.divergence:.4f}" if drift else "-",
         f"{drift.perplexity:.2f}" if drift else "-",
     ]
-
-
-# What to do where a candidate alone is better than what was found.
-_INSTEAD = {
-    "greedy": "begin with it: make it the base; or set search: joint",
-    "joint": "lower drift_weight, which has kept the merge nearer to the base",
-}
-
-
-def _better_alone(candidates: Sequence[Standing], merge: Standing, search: str) -> list[str]:
-    """That a candidate alone has a lower total than the merge, where it was searched or where it was not."""
-    lines = []
-    for what, key in (("where it was searched", "total"), ("on the phrases held out", "held_out")):
-        ours = getattr(merge, key)
-        known = [one for one in candidates if ours is not None and getattr(one, key) is not None]
-        best = min(known, key=lambda one: getattr(one, key), default=None)
-        if best is not None and getattr(best, key) < ours:
-            figures = f"{getattr(best, key):.5f} against {ours:.5f}"
-            lines.append(f"{best.name} taken whole is better than the merge {what}: {figures}.")
-    return [*lines, f"Take it as it is, or {_INSTEAD[search]}."] if lines else []
 
 
 @dataclass(frozen=True)

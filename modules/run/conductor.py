@@ -11,6 +11,7 @@ from modules.checkpoints import Candidate, Prefetcher, remove_downloads
 from modules.config import Config
 from modules.output import RunRecord
 from modules.output import tables as report
+from modules.output.advice import Searched, advice, beyond_limit
 from modules.output.standings import Standing, by_other_settings, standing_table
 from modules.output.tables import Totals
 from modules.run.steps import note_source
@@ -54,7 +55,7 @@ class Conductor:
         watch: Watch | None = None,
         meter: DriftMeter | None = None,
     ) -> None:
-        """watch: of the process that leads; it has looked at the base. meter: of the drift that a joint search weighs,
+        """watch: of the process that leads; it has looked at the base. meter: of the drift that trials are judged by,
         on all of its text; made while the model was the base."""
         self.watch, self._meter = watch, meter
         self.config, self.console, self.search, self.record = config, console, search, record
@@ -214,17 +215,19 @@ class Conductor:
         return self.layers if decision.layer is None else decision.layer
 
 
-def standing_lines(conductor: Conductor, candidates: Sequence[Candidate]) -> list[str]:
-    """Base, candidates taken whole and the merge, side by side; nothing if no candidate was scored whole."""
-    watch, search, record = conductor.watch, conductor.search, conductor.record
+def show_standings(conductor: Conductor, candidates: Sequence[Candidate]) -> None:
+    """Base, candidates taken whole and the merge, side by side, if any candidate was scored whole; and what follows."""
+    watch, search, record, console = conductor.watch, conductor.search, conductor.record, conductor.console
+    searched = Searched(search.config, search.limits, conductor.layers)
+    merge = watch.standing(search, "the merge", search.log_probabilities, watch.now)
+    merge = merge._replace(guarded=search.drift if search.guard else None)
     names = [by_other_settings(one.name) if one.otherwise else one.name for one in candidates]
     known = [(name, record.baseline(number)) for number, name in enumerate(names, start=1)]
-    whole = [Standing(name, one.total, one.held_out, one.drift) for name, one in known if one]
-    if not whole:
-        return []
-    base = watch.standing(search, f"{search.model.checkpoint.name} (base)", record.start_scores(), watch.start)
-    merge = watch.standing(search, "the merge", search.log_probabilities, watch.now)
-    return standing_table(base, whole, merge, search.config.search)
+    whole = [Standing(name, one.total, one.held_out, one.drift, one.guarded) for name, one in known if one]
+    if whole:
+        base = watch.standing(search, f"{search.model.checkpoint.name} (base)", record.start_scores(), watch.start)
+        console.lines([*standing_table([base, *whole, merge], merge), *advice(whole, merge, searched)])
+    console.warnings(beyond_limit(merge, searched.limits))
 
 
 class Clock:

@@ -98,9 +98,11 @@ class JointConductor(Conductor):
         """Find and note where the steps begin, and how total and drift change there with every share."""
         search, limits = self.search, self.search.limits
         weight = limits.drift_weight
-        objectives = search.group.broadcast([limits.objective(search.state), *self._objectives_of_candidates()])
+        self.console.timed("Comparing base and candidates")
+        objectives = [limits.objective(search.state)]
+        objectives += [self._composed(joint, reached) for _, reached in self._reached(joint)]
         shares = joint.mix.limited(first_shares(joint.mix.rows, objectives))
-        names = [search.model.checkpoint.name, *(candidate.name for candidate in self._candidates)]
+        names = [search.model.checkpoint.name, *(name for name, _ in self._reached(joint))]
         begin = names[objectives.index(min(objectives))]
         self.console.timed(f"The steps begin at {begin}; checking the gradient")
         self._in_memory(joint, partial(joint.check, shares))
@@ -140,23 +142,25 @@ class JointConductor(Conductor):
             self.console.timed(report.step_line(step, self.config.joint.steps, *totals, held_out, drift))
 
     def _end(self, joint: Joint, state: JointState) -> None:
-        """Compose what is kept, exactly: what the steps have found, the best candidate whole or the base."""
+        """Compose what is kept, exactly: what the steps have found, or the best candidate or the base."""
         self.console.timed("Comparing what the steps have found with the candidates and the base")
-        most, known = self.search.limits.max_drift, self._objectives_of_candidates()
-        best = self.search.group.broadcast(known.index(min(known)))
+        most = self.search.limits.max_drift
         factor = self._factor(joint, state, most) if most < math.inf else 1.0
         if factor < 1:
             self.console.timed(f"All shares times {factor:.3f}: so the drift stays within {most:g}")
-        whole = tuple(float(number == best) for number in range(len(known)))
-        others = [
-            (self._candidates[best].name, joint.mix.limited((whole,) * joint.mix.rows)),
-            ("the base", ((0.0,) * len(known),) * joint.mix.rows),
-        ]
+        others = [*self._reached(joint), ("the base", ((0.0,) * len(self._candidates),) * joint.mix.rows)]
         objectives = [self._composed(joint, shares) for _, shares in others]
         if self._composed(joint, rounded(state.shares, factor)) > min(objectives):
             name, shares = others[objectives.index(min(objectives))]
             self._composed(joint, shares)
-            self.console.timed(f"The steps have not come below {name} as it is, which is kept")
+            self.console.timed(f"No step beat {name}: keeping it")
+
+    def _reached(self, joint: Joint) -> list[tuple[str, Rows]]:
+        """Each candidate's name and shares where it is taken as far as the search goes: whole, or in some layers."""
+        names, mix = [candidate.name for candidate in self._candidates], joint.mix
+        rows = [tuple(float(other == number) for other in range(len(names))) for number in range(len(names))]
+        where = " in the searched layers" if mix.is_restricted else ""
+        return [(name + where, mix.limited((row,) * mix.rows)) for name, row in zip(names, rows, strict=True)]
 
     def _factor(self, joint: Joint, state: JointState, most: float) -> float:
         """The largest factor of all shares with which the drift stays within a limit."""
@@ -168,19 +172,15 @@ class JointConductor(Conductor):
         return largest_factor(drift_at, most)
 
     def _composed(self, joint: Joint, shares: Rows) -> float:
-        """Make the model exactly what saving keeps of these shares; its objective, infinite if it drifts too far."""
+        """Make the model exactly what saving keeps of these shares; its objective, infinite if it drifts too far or
+        is no number."""
         search, limits = self.search, self.search.limits
         search.in_memory(partial(joint.mix.compose, shares, exact=True))
         search.measure()
         self.shares = shares
         self._header_shares = joint.mix.header_shares(shares)
-        return limits.objective(search.state) if search.drift <= limits.max_drift else math.inf
-
-    def _objectives_of_candidates(self) -> list[float]:
-        """Of each candidate whole; infinite where it is not known, and in processes that don't lead."""
-        weight = self.search.limits.drift_weight
-        known = [self.record.baseline(number) for number in range(1, len(self._candidates) + 1)]
-        return [one.total + weight * (one.guarded or 0.0) if one else math.inf for one in known]
+        objective = limits.objective(search.state)
+        return objective if search.drift <= limits.max_drift and math.isfinite(objective) else math.inf
 
     def _held_out(self) -> float | None:
         """The total of the pairs that are held out, in the present model."""

@@ -25,7 +25,7 @@ from modules.output import (
     written_paths,
 )
 from modules.output import tables as report
-from modules.run.conductor import Clock, Conductor, standing_lines
+from modules.run.conductor import Clock, Conductor, show_standings
 from modules.run.estimate import calibrate, estimate, plan_lines
 from modules.run.joint import JointConductor
 from modules.run.plan import Plan
@@ -140,7 +140,7 @@ def _merge(
         composition = conductor.composition
         if conductor.is_base:
             console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
-        console.lines(standing_lines(conductor, models.candidates))
+        show_standings(conductor, models.candidates)
         samples = watch.samples()
         console.lines(report.sample_lines(samples))
         names = [models.base.name, *(candidate.name for candidate in models.candidates)]
@@ -182,11 +182,11 @@ def begin_search(
     console.lines(report.summary(config, model.describe(), search.scorer.describe(), names, *measured))
     console.warnings(search.warnings)
     watch = Watch(config, console, model, search.tokenizer, budget, windows, asked) if group.rank.leads else None
-    led = config, console, search, record, prefetcher, watch
-    if config.search == "greedy":
-        return Conductor(*led)
-    meter = DriftMeter(model, guarding, keeps_head=True) if guarding else None
-    return JointConductor(*led, meter)
+    joint = config.search == "joint"
+    # A greedy search measures candidates taken whole by it, once each.
+    metered = guarding and (joint or (watch and config.baselines))
+    meter = DriftMeter(model, guarding, keeps_head=joint) if metered else None
+    return (JointConductor if joint else Conductor)(config, console, search, record, prefetcher, watch, meter)
 
 
 def load_base(

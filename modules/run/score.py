@@ -20,7 +20,7 @@ from modules.output.standings import (
     by_other_settings,
     probability_table,
     score_document,
-    standing_rows,
+    standing_table,
 )
 from modules.output.tables import neutral_text_lines, score_summary
 from modules.run.merge import load_base
@@ -49,7 +49,7 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
     search, watch, scored = _scored(loader, models)
     weights = [*search.weights, *watch.weights]
     pairs = ScoredPairs(config.pairs, watch.pairs, weights, search.rounding)
-    console.lines(standing_rows([one.standing for one in scored], scored[0].standing))
+    console.lines(standing_table([one.standing for one in scored], scored[0].standing))
     console.lines(probability_table(pairs, scored))
     if file:
         write_text(file, json.dumps(score_document(pairs, scored), ensure_ascii=False, indent=1) + "\n")

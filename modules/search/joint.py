@@ -56,7 +56,7 @@ class JointState:
 
 
 def first_shares(rows: int, objectives: Sequence[float]) -> Rows:
-    """Where the steps begin. objectives: of the base, then of each candidate whole; the lowest is begun at."""
+    """Where the steps begin. objectives: of the base, then of each candidate; the lowest is begun at."""
     best, candidates = objectives.index(min(objectives)), len(objectives) - 1
     row = (AT_BASE,) * candidates
     if best:

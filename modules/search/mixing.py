@@ -74,6 +74,11 @@ class Mix:
         """The rows that are mixed; in the others, which are of layers that stay the base's, there are no shares."""
         return [*self.layers, *range(len(self.model.layers), self.rows)]
 
+    @property
+    def is_restricted(self) -> bool:
+        """Whether there are parts that are not mixed."""
+        return len(self.moving) < len(self.model.layers) + 1
+
     def limited(self, shares: Sequence[Row]) -> tuple[tuple[float, ...], ...]:
         """The shares of the rows that are mixed, and none in the others."""
         return tuple(tuple(row) if number in self.moving else (0.0,) * len(row) for number, row in enumerate(shares))

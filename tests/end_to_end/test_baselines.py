@@ -8,8 +8,6 @@ from runs import log_of, make_models, merge
 
 import merge_monster
 from modules.output.recipe import RECIPE_FILE
-from modules.output.standings import Standing, standing_table
-from modules.scoring import Drift
 from modules.search.search import Search
 
 TEXT = "The bread is on the table. It was baked this morning, and half of it is left for the evening. " * 6
@@ -96,23 +94,15 @@ def test_a_candidate_that_is_damaged_has_no_row(place, models, tmp_path):
     assert "WARNING: broken can't be scored whole: broken: model.layers.1.mlp.up_proj.weight holds NaN" in log_of(place)
 
 
-def standing(name, total, held_out=None, kl=None):
-    return Standing(name, total, held_out, None if kl is None else Drift(kl, 0.9, 30.0, 31.0, 100))
-
-
-def test_a_better_candidate_is_named():
-    base, good, bad = standing("base", 0.384, 0.437), standing("good", 0.108, 0.168), standing("bad", 0.3, 0.4)
-    lines = standing_table(base, [good, bad], standing("the merge", 0.121, 0.213), "greedy")
-    assert lines[-3:] == [
-        "good taken whole is better than the merge where it was searched: 0.10800 against 0.12100.",
-        "good taken whole is better than the merge on the phrases held out: 0.16800 against 0.21300.",
-        "Take it as it is, or begin with it: make it the base; or set search: joint.",
-    ]
-    lines = standing_table(base, [good], standing("the merge", 0.096, 0.180), "greedy")
-    assert lines[-2].startswith("good taken whole is better than the merge on the phrases held out")
-    assert standing_table(base, [good], standing("the merge", 0.09, 0.1), "greedy")[-1].startswith("---")
-    assert standing_table(base, [bad], standing("the merge", 0.2), "greedy")[-1].startswith("---")
-    assert "Held out" not in standing_table(base, [bad], standing("the merge", 0.2), "greedy")[1]
-    assert (
-        "Perplexity" in standing_table(standing("base", 1, kl=0), [], standing("the merge", 0.2, kl=0.1), "greedy")[1]
-    )
+def test_the_advice_keeps_to_the_limit_and_names_the_causes(place, models, tmp_path):
+    near = tiny.make_candidate(tmp_path / "near", models[0], 2, amount=0.02)
+    limited = {"layers": 0, "merge_ratios": [0.2], "merge_headers": False, "max_drift": 0.08, "neutral_tokens": 100}
+    assert merge(place, (models[0], models[2], near), **{**settings_of(place), **limited}) == 0
+    recipe, lines = recipe_of(place / "out"), log_of(place).splitlines()
+    far, allowed = recipe["baselines"]
+    assert far["total"] < allowed["total"] < recipe["total"]["after"]
+    assert far["guarded"] > 0.08 > max(allowed["guarded"], allowed["drift"]["divergence"])
+    start = next(number for number, line in enumerate(lines) if line.startswith("near alone "))
+    assert f"{allowed['total']:.5f} vs {recipe['total']['after']:.5f}" in lines[start]
+    assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["layers", "merge_headers", "merge_ratios"]
+    assert not any(line.startswith("two alone") for line in lines)

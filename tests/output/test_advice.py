@@ -1,0 +1,114 @@
+"""What is said of a candidate that beats the merge: by what they are compared, what kept the search from it."""
+
+import re
+
+import pytest
+
+from modules.config import Config, Directories
+from modules.output.advice import Searched, advice, beyond_limit
+from modules.output.standings import Standing, standing_table
+from modules.scoring import Drift
+from modules.search.strategies import Limits
+
+
+def standing(name, total, held_out=None, kl=None, guarded=None):
+    return Standing(name, total, held_out, None if kl is None else Drift(kl, 0.9, 30.0, 31.0, 100), guarded)
+
+
+def told(candidates, merge, limits=None, **settings):
+    config = Config(Directories("base", "out"), **{"merge_ratios": (0.5, 1.0), **settings})
+    return advice(candidates, merge, Searched(config, limits or Limits(), layers=4))
+
+
+def named(lines):
+    """Which candidates are said to be better, on which pairs."""
+    found = [re.match(r"(\S+) alone scores better on the (\S+) pairs", line) for line in lines]
+    return [match.groups() for match in found if match]
+
+
+def causes(lines):
+    """The settings that are named."""
+    return [line.split()[0] for line in lines if line.split()[0].islower() and " alone " not in line]
+
+
+def test_a_better_candidate_is_named():
+    good, bad = standing("good", 0.108, 0.168), standing("bad", 0.3, 0.4)
+    lines = told([bad, good], standing("the merge", 0.121, 0.213))
+    assert named(lines) == [("good", "searched"), ("good", "held-out")]
+    assert "0.10800 vs 0.12100" in lines[0] and "0.16800 vs 0.21300" in lines[1]
+    assert len(lines) == 3 and "Take good as it is" in lines[2] and "search: joint" in lines[2]
+    assert named(told([good], standing("the merge", 0.096, 0.180))) == [("good", "held-out")]
+    assert told([good], standing("the merge", 0.09, 0.1)) == told([bad], standing("the merge", 0.2)) == []
+    assert "joint" not in told([good], standing("the merge", 0.2), search="joint")[-1]
+
+
+def test_what_looks_the_same_is_not_better():
+    assert told([standing("same", 0.1)], standing("the merge", 0.100004)) == []
+    assert told([standing("same", 1000.0)], standing("the merge", 1000.004)) == []
+    assert told([standing("same", 0.1)], standing("the merge", 0.13), Limits(min_gain=0.05)) == []
+
+
+def test_what_is_compared_is_the_objective():
+    near, far = standing("near", 0.3, kl=0.001, guarded=0.002), standing("far", 0.1, kl=0.4, guarded=0.5)
+    merge = standing("the merge", 0.35, kl=0.01, guarded=0.01)
+    assert named(told([near, far], merge)) == [("far", "searched")]
+    lines = told([near, far], merge, Limits(drift_weight=2.0))
+    assert named(lines) == [("near", "searched")] and "0.30400 vs 0.37000" in lines[0]
+    assert "0.0010 vs 0.0100" in lines[0]  # as the table shows them
+    assert told([far], merge, Limits(drift_weight=2.0)) == []
+
+
+@pytest.mark.parametrize("drifts", [{"kl": 0.03, "guarded": 0.01}, {"kl": 0.01, "guarded": 0.03}, {"kl": 0.03}, {}])
+def test_a_candidate_beyond_the_limit_is_passed_over_for_the_next_best(drifts):
+    far, near = standing("far", 0.1, 0.1, **drifts), standing("near", 0.2, 0.2, kl=0.01, guarded=0.01)
+    merge = standing("the merge", 0.3, 0.3, kl=0.001, guarded=0.001)
+    lines = told([far, near], merge, Limits(max_drift=0.02))
+    assert named(lines) == [("near", "searched"), ("near", "held-out")] and not any("far" in line for line in lines)
+    assert told([far], merge, Limits(max_drift=0.02)) == []
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, []),
+        ({"layers": (0, 2)}, ["layers"]),
+        ({"layers": (0, 1, 2, 3)}, []),
+        ({"merge_ratios": (0.2, 0.8)}, ["merge_ratios"]),
+        ({"merge_headers": False}, ["merge_headers"]),
+        ({"merge_method": ("cyclic", "slice")}, ["merge_method"]),
+        ({"merge_method": ("cyclic", "slerp")}, []),
+        ({"strategy": "all_phrases"}, ["strategy"]),
+        ({"layers": (1,), "merge_ratios": (0.9,)}, ["layers", "merge_ratios"]),
+        ({"layers": (1,), "merge_ratios": (0.9,), "search": "joint"}, ["layers"]),
+    ],
+)
+def test_the_cause_is_named(settings, expected):
+    assert causes(told([standing("good", 0.1, 0.1)], standing("the merge", 0.2, 0.2), **settings)) == expected
+
+
+def test_a_limit_that_others_have_used_up_is_a_cause():
+    first, good = standing("first", 0.3, guarded=0.015), standing("good", 0.1, guarded=0.012)
+    full, empty = standing("the merge", 0.2, guarded=0.015), standing("the merge", 0.2, guarded=0.004)
+    lines = told([first, good], full, Limits(max_drift=0.02))
+    assert causes(lines) == ["max_drift"] and "0.015 of 0.02" in lines[1] and "good first" in lines[1]
+    assert causes(told([first, good], empty, Limits(max_drift=0.02))) == []
+    assert "first in" not in told([good, first], full, Limits(max_drift=0.02))[1]
+    joint = told([first, good], full, Limits(max_drift=0.02), search="joint")
+    assert causes(joint) == ["max_drift"] and "first in" not in joint[1]
+
+
+def test_a_drift_above_its_limit_is_told():
+    limits = Limits(max_drift=0.02)
+    (line,) = beyond_limit(standing("the merge", 1.0, kl=0.02004, guarded=0.0199), limits)
+    assert "0.02004" in line and "max_drift 0.02" in line
+    assert beyond_limit(standing("the merge", 1.0, kl=0.02, guarded=0.0199), limits) == []
+    assert beyond_limit(standing("the merge", 1.0, kl=9.0), Limits()) == []
+    assert beyond_limit(standing("the merge", 1.0, guarded=0.0199), limits) == []
+
+
+def test_the_table_has_the_columns_that_are_known():
+    base, bad = standing("base", 0.384, 0.437), standing("bad", 0.3, 0.4)
+    merge = standing("the merge", 0.2)
+    assert "Held out" not in standing_table([base, bad, merge], merge)[1]
+    merge = standing("the merge", 0.2, kl=0.1)
+    assert "Perplexity" in standing_table([standing("base", 1, kl=0), merge], merge)[1]
