@@ -32,7 +32,7 @@ from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from modules.checkpoints.lora import Adapter, open_adapter, read_settings
 from modules.checkpoints.weight_files import LARGEST_SETTINGS, holds_weights, local_files, weight_files
 from modules.config import Config, Location, Source, names_of, parse_location, parse_source, partial_of
-from modules.runtime import ConfigError
+from modules.runtime import ConfigError, counted
 
 Fetch = Callable[[Job], None]  # returns when a job's files are there
 Tell = Callable[[Sequence[str]], None]  # gives the person at the terminal some lines while models are opened
@@ -49,6 +49,15 @@ class Models:
     candidates: list[Candidate]
     notes: list[str]  # lines for the person at the terminal
     warnings: list[str]  # the same, of what may spoil the merge
+    unpacked: tuple[Path, ...] = ()  # folders that GGUF files have become on this occasion
+
+    @property
+    def written(self) -> list[str]:
+        """What opening them has put on the disk."""
+        every = [self.base.repository, *(one for candidate in self.candidates for one in candidate.repositories)]
+        fetched = {one.location.text: len(one.fetched) for one in every if one and one.fetched}
+        files = [f"{counted(count, 'file')} of {text} in the hub's cache" for text, count in fetched.items()]
+        return [*(f"{folder}, unpacked from GGUF" for folder in self.unpacked), *files]
 
     @property
     def jobs(self) -> list[Job]:
@@ -66,6 +75,7 @@ class Found:
     names: frozenset[str]  # of all its files, those included that are still to be fetched
     trusted: bool  # whether code that is among them may be run
     note: str = ""  # about what its files were made from
+    is_new: bool = False  # whether they were made on this occasion
 
     def same_as(self, other: "Found") -> bool:
         """Whether both are the same files: one folder, or one commit under two ids of the hub."""
@@ -137,7 +147,8 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
     for candidate in candidates:
         notes += [*candidate.notes, *candidate.checkpoint.notes]
         warnings += candidate.warnings
-    return Models(base, found[base_location].where, module, candidates, notes, warnings)
+    unpacked = tuple(one.folder for one in found.values() if one.is_new)
+    return Models(base, found[base_location].where, module, candidates, notes, warnings, unpacked)
 
 
 def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
@@ -207,9 +218,15 @@ def _find(location: Location, config: Config, tell: Tell) -> Found:
     """
     trusted = config.trust_remote_code
     if location.is_gguf:
-        folder, kind = as_folder(location.folder, config.tokenizer, tell)
+        announced: list[str] = []
+
+        def announce(lines: Sequence[str]) -> None:
+            announced.extend(lines)
+            tell(lines)
+
+        folder, kind = as_folder(location.folder, config.tokenizer, announce)
         note = about(location.text, kind, config.tokenizer)
-        return Found(location, folder, None, frozenset(file_names(folder)), trusted, note)
+        return Found(location, folder, None, frozenset(file_names(folder)), trusted, note, bool(announced))
     repository = find(location, small_files, licence_files) if location.folder is None else None
     folder = location.folder if repository is None else repository.folder
     assert folder is not None  # a location without a folder has a repository

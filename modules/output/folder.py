@@ -6,13 +6,13 @@ its files.
 
 import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from modules.output.filesystem import Stamp, stamp_of, sync
 from modules.output.journal import JOURNAL_FILE, Journal, begun_with
 from modules.output.places import SETTINGS_FILE, UNFINISHED, Beside, Inside, Place, holds_output, place_of
-from modules.runtime import CheckpointError, ConfigError, Console
+from modules.runtime import CheckpointError, ConfigError, Console, counted
 
 
 def check_output(place: Place, overwrite: bool) -> None:
@@ -109,7 +109,7 @@ def unfinished_output(
         if journal.decisions and not resume:
             advice = "add --resume to go on from there, or --restart to begin again"
             advice = advice if searching else "finish that search, delete this folder, or name another --output"
-            raise ConfigError(f"{folder} has {journal.decisions} decisions of a run that did not finish: {advice}")
+            raise ConfigError(f"{folder} holds an unfinished run ({_progress(journal)}): {advice}")
         try:
             if not journal.decisions:
                 journal.clear()
@@ -121,6 +121,17 @@ def unfinished_output(
             if not journal.decisions:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _progress(journal: Journal) -> str:
+    """How far a run has come: a joint search has made steps, of which it is known how many there will be."""
+    made = sum(record["kind"] == "step" for record in journal.records)
+    if not made:
+        return counted(journal.decisions, "decision")
+    wanted = None
+    with suppress(KeyError, TypeError):  # of a beginning that is damaged
+        wanted = journal.records[0]["settings"]["joint"]["steps"]
+    return f"{made} of {wanted} steps" if isinstance(wanted, int) else counted(made, "step")
 
 
 def _is_unfinished(folder: Path) -> bool:

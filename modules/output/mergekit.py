@@ -16,6 +16,8 @@ import yaml
 from modules.output.recipe import Recipe
 from modules.runtime import ConfigError
 
+DIGITS = 6  # of a weight, behind the point
+
 Row = Sequence[float]  # a weight for each candidate; the base has what is left of 1
 
 _HOW = {
@@ -55,6 +57,13 @@ def mergekit_text(recipe: Recipe, names: Names) -> str:
     return f"# {_HOW[len(documents) > 1]}\n{text}"
 
 
+def about_digits(recipe: Recipe) -> list[str]:
+    """A line if weights are written with fewer digits than the recipe has."""
+    ratios = sorted({line.ratio for line in recipe.decisions if line.ratio is not None})
+    longer = [f"{ratio:g}" for ratio in ratios if round(ratio, DIGITS) != ratio]
+    return [f"ratios are written with {DIGITS} digits: {', '.join(longer)} lose some"] if longer else []
+
+
 def check_sums(recipe: Recipe) -> None:
     """Raise ConfigError, naming the layers, if something was merged that is no weighted sum."""
     others: dict[str, list[str]] = {}
@@ -90,8 +99,9 @@ def _merges(recipe: Recipe, names: Names) -> Iterator[list[Row]]:
 
 def _document(names: Names, base: str, rows: Sequence[Row]) -> dict[str, Any]:
     """One configuration: from a base, with those candidates of which it takes something."""
+    rows = [[round(weight, DIGITS) for weight in row] for row in rows]
     used = [column for column in range(len(names.candidates)) if any(row[column] for row in rows)]
-    weights = {base: [1.0 - math.fsum(row) for row in rows]}
+    weights = {base: [round(1.0 - math.fsum(row), DIGITS) for row in rows]}
     weights |= {list(names.candidates.values())[column]: [row[column] for row in rows] for column in used}
     return {
         "merge_method": "linear",

@@ -107,11 +107,20 @@ def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, nam
         outcome = f"RETAINED - {decision.after:.5f}"
     else:
         before, after = decision.before, decision.after
-        change = f"{abs(after - before) / abs(before) * 100:.1f}%" if before else "n/a"
+        relative = relative_change(before, after)
+        change = "n/a" if relative is None else f"{abs(relative) * 100:.1f}%"
         outcome = f"CHANGED - {before:.5f} > {after:.5f} - {change}"
     if decision.drift is not None:
         outcome += f" - drift {decision.drift:.4f}"
     return [str([[share, model] for share, model in merges]), f"{part} - {outcome}{method}"]
+
+
+def relative_change(before: float, after: float) -> float | None:
+    """The change of a total by the size of the old one; None where that says nothing: from zero on, across zero, or
+    where one of them is too large for a number."""
+    crosses = min(before, after) < 0 < max(before, after)
+    change = (after - before) / abs(before) if before and not crosses else math.inf
+    return change if math.isfinite(change) else None
 
 
 def step_line(step: int, steps: int, before: float, after: float, held_out: float | None, drift: float | None) -> str:
@@ -256,8 +265,9 @@ class Totals:
         return cls(total(old), total(new), changes)
 
     def __str__(self) -> str:
-        change = f" ({(self.now - self.before) / abs(self.before):+.0%})" if self.before else ""
-        return f"{self.before:.5f} > {self.now:.5f}{change}"
+        relative = relative_change(self.before, self.now)
+        change = "n/a" if relative is None else f"{relative:+.0%}"
+        return f"{self.before:.5f} > {self.now:.5f} ({change})"
 
 
 def held_out_lines(searched: Totals, held_out: Totals) -> list[str]:

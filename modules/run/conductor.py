@@ -34,7 +34,7 @@ def resume_search(console: Console, search: Search, record: RunRecord, resume: b
         if measured != search.log_probabilities and record.compares(packing):
             console.warning("the base scores otherwise here than where the run began: its end may differ slightly")
         if record.steps():
-            console.timed(f"Resuming behind step {record.steps()[-1].step}")
+            console.timed(f"Resuming after step {record.steps()[-1].step} of {search.config.joint.steps}")
         else:
             console.timed(f"Resuming: {len(record.decisions())} decisions are carried out again from the journal")
     elif resume:

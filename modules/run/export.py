@@ -10,7 +10,7 @@ import torch
 from modules.checkpoints import Adapted, Checkpoint, Models, dtype_name, load_tokenizer
 from modules.config import GGUF, check_apart, input_paths
 from modules.model import HeaderSkipped, ModelLoader, ResidentModel, matched_header
-from modules.output import Names, Recipe, check_file, check_sums, mergekit_text, write_text
+from modules.output import Names, Recipe, about_digits, check_file, check_sums, mergekit_text, write_text
 from modules.run.replay import Replay, candidates_of, check_source, opened_with, recipe_of
 from modules.run.steps import prepare_libraries
 from modules.runtime import ConfigError, Console
@@ -44,6 +44,7 @@ def export_mergekit(asked: Replay, console: Console) -> None:
         dtype=saved[0],
     )
     write_text(asked.output, mergekit_text(recipe, names))
+    console.warnings(about_digits(recipe))
     console.final(f"{asked.output} is for mergekit; its first line says how it is run")
 
 

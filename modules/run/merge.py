@@ -103,7 +103,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
                 return
             console.timed("Measuring how fast this machine is")
             console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
-            console.final("Dry run: nothing was written")
+            console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")
     group.broadcast(NOTHING_TO_SEARCH)
 
 

@@ -235,3 +235,12 @@ def test_what_is_missing_is_named(tmp_path, models, monkeypatch, capsys):
     config = tiny.write_config(tmp_path / "my.yaml", tmp_path / "tiny2.gguf", [models[1]], tmp_path / "out")
     with pytest.raises(ConfigError, match=r"no such file; .* tiny2.gguf is not in it; did you mean '.*tiny.gguf'\?"):
         load_config(config)
+
+
+def test_a_dry_run_says_what_it_has_unpacked(place, models, cache, capsys):
+    file = write_gguf(place / "tiny.gguf", models[0])
+    for made in (True, False):  # it is made once
+        assert merge(place, (file, models[1]), "--dry-run") == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert (f"{cache / names_in(cache)[0]}" in last) == made
+        assert str(sorted((place / "logs").iterdir())[-1].relative_to(place)) in last

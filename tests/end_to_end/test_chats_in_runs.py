@@ -182,7 +182,7 @@ def test_outputs_of_other_days_are_not_compared(whole, models, place, monkeypatc
 
 def test_a_dry_run_counts_chats_and_writes_nothing(models, place, capsys):
     assert merge(place, models, "--dry-run") == 0
-    assert "Dry run: nothing was written" in capsys.readouterr().out and not (place / "out").exists()
+    assert "Dry run: wrote only the log logs" in capsys.readouterr().out and not (place / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -183,13 +183,22 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bytes(place, models, whole
         break_off(place, whole / "out", records)
         assert searched(place, models, text, "--resume", held_out=0.3) == 0
         done = lines[:records].count("step")
-        assert f"Resuming behind step {done}" in log_of(place)
+        assert f"Resuming after step {done} of {STEPS}" in log_of(place)
         ours, theirs = recipe_of(place / "out"), recipe_of(whole / "out")
         assert ours["joint"]["shares"] == theirs["joint"]["shares"]
         assert [s["total"] for s in ours["joint"]["steps"]] == [s["total"] for s in theirs["joint"]["steps"]]
         files = [name for name in digest(whole / "out") if name.endswith(".safetensors")]
         assert files and all(digest(place / "out")[name] == digest(whole / "out")[name] for name in files)
         (place / "out").rename(place / f"out-{records}")
+
+
+@pytest.mark.parametrize("made", [1, 3])
+def test_an_unfinished_run_is_told_by_its_steps(place, models, whole, text, capsys, made):
+    lines = [json.loads(line)["kind"] for line in (whole / "out" / JOURNAL).read_text().splitlines()]
+    break_off(place, whole / "out", lines.index("step") + made)
+    assert searched(place, models, text, held_out=0.3) == 2
+    error = capsys.readouterr().err
+    assert f"({made} of {STEPS} steps)" in error and "decision" not in error
 
 
 def test_a_journal_without_a_step_begins_again(place, models, whole, text):

@@ -131,6 +131,22 @@ def test_the_file_says_what_was_merged(place, opened, dtype, tied, merges):
         assert documents[0]["slices"][1]["sources"][0]["parameters"]["weight"] == pytest.approx(-0.65)
 
 
+def weights_in(file):
+    """All weights, whether they stand alone or behind a filter."""
+    for document in yaml.safe_load_all(file.read_text()):
+        for source in [source for one in document["slices"] for source in one["sources"]]:
+            weight = source["parameters"]["weight"]
+            yield from [one["value"] for one in weight] if isinstance(weight, list) else [weight]
+
+
+@pytest.mark.parametrize("merges, losing", [([(1, 0, 0.1 + 0.2), (2, 1, 1 / 3)], True), (SHARES, False), (ONCE, False)])
+def test_a_weight_has_at_most_six_digits(place, opened, capsys, merges, losing):
+    weights = set(weights_in(exported(place, told(opened()[1], merges))))
+    assert all(len(f"{weight!r}".lstrip("-").partition(".")[2]) <= 6 for weight in weights)
+    assert ("0.333333" in capsys.readouterr().out) == losing
+    assert not losing or {0.3, 0.7, 0.333333, 0.666667} <= weights
+
+
 def test_a_type_that_was_asked_for(place, opened):
     models, recipe = opened("float32")
     file = exported(place, told(recipe | {"saved_dtype": "bfloat16"}, AGAIN))

@@ -135,7 +135,7 @@ def test_an_unfinished_run_is_never_overwritten(place, models, whole, capsys):
     for arguments in ([], ["--overwrite"]):
         assert merge(place, models, *arguments) == 2
         error = capsys.readouterr().err
-        assert "has 4 decisions of a run that did not finish" in error
+        assert "an unfinished run (4 decisions)" in error
         assert "--resume to go on from there" in error and "--restart to begin again" in error
     assert digest(place / "out.partial") == before
     assert merge(place, models, "--restart") == 0
@@ -503,7 +503,7 @@ def test_a_signal_ends_the_run_after_the_decision(place, models, whole, number):
     os.kill(child, number)
     assert end(child) == 130
     told = (place / "child.txt").read_text()
-    assert "Ending after this decision; once more to end at once." in told
+    assert "Stopping after this step; press Ctrl-C again to stop now." in told
     assert "Interrupted. Nothing was written to" in told and "with --restart begins again" in told
     records = journal(place / "out.partial")
     assert records[-1]["kind"] in ("decision", "candidate", "source")

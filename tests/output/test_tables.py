@@ -52,10 +52,28 @@ def test_the_header_and_several_methods():
 
 @pytest.mark.parametrize(
     "before, after, change",
-    [(0.5, 0.4, "20.0%"), (-0.5, -0.6, "20.0%"), (0.25, -0.25, "200.0%"), (0.0, -0.1, "n/a"), (-2.0, -2.004, "0.2%")],
+    [
+        (0.5, 0.4, "20.0%"),
+        (-0.5, -0.6, "20.0%"),
+        (-2.0, -2.004, "0.2%"),
+        (0.5, 0.0, "100.0%"),
+        (0.0, -0.1, "n/a"),
+        (0.25, -0.25, "n/a"),  # across zero
+        (-0.25, 0.25, "n/a"),
+        (1e-320, -1e-320, "n/a"),
+        (math.inf, 0.5, "n/a"),
+        (1e-310, 1e10, "n/a"),
+    ],
 )
 def test_the_percentage_is_relative_to_the_old_total(before, after, change):
     assert lines(decision(before=before, after=after))[1].endswith(f" - {change}")
+
+
+@pytest.mark.parametrize(
+    "before, now, change", [(0.5, 0.4, "-20%"), (-0.5, -0.4, "+20%"), (0.1, -0.3, "n/a"), (0.0, -0.3, "n/a")]
+)
+def test_two_totals_have_no_percentage_across_zero(before, now, change):
+    assert str(report.Totals(before, now, {})) == f"{before:.5f} > {now:.5f} ({change})"
 
 
 @pytest.mark.parametrize("method, share", [("lerp", 0.3), ("slice", 0.3), ("cyclic", 0.15), ("gradient", 0.45)])

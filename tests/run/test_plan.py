@@ -326,5 +326,5 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
     assert merge_monster.main(["--config", str(path), "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "Decisions        : 4 a candidate, 4 in all" in output and "Time (estimate)" in output
-    assert "Dry run: nothing was written" in output and "Layer 1/3" not in output
+    assert "Dry run: wrote only the log logs" in output and "Layer 1/3" not in output
     assert sorted(path for path in place.iterdir() if path.name != "logs") == before
