@@ -231,7 +231,7 @@ class Console:
     def on_interrupt(self) -> None:
         """Answer the first Ctrl-C. It may come in the middle of a line: this goes past everything that is buffered."""
         with suppress(OSError):  # the terminal may be gone, and that be the reason
-            os.write(2, b"\nStopping after this step; press Ctrl-C again to stop now.\n")
+            os.write(2, b"\nEnding after this step; once more to end at once.\n")
 
     @property
     def _no_bars(self) -> bool | None:

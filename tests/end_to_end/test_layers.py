@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from broken_runs import JOURNAL, RECIPE, break_off
-from runs import digest, log_of, merge
+from runs import digest, log_of, merge, sizes
 from safetensors.torch import load_file
 
 import merge_monster
@@ -24,6 +25,20 @@ def recipe_of(folder):
     return json.loads((folder / RECIPE).read_text(encoding="utf-8"))
 
 
+def by_weights(recipe, weights):
+    """The composition by the weights of three layers, of the header and of the rest, from decisions or shares."""
+    parts = [[1.0, 0.0, 0.0] for _ in weights]
+    for decision in (one for one in recipe["decisions"] if one["ratio"] is not None):
+        place = 3 if decision["layer"] is None else decision["layer"]
+        parts[place] = [share * (1 - decision["ratio"]) for share in parts[place]]
+        parts[place][decision["candidate"]] += decision["ratio"]
+    for place, row in enumerate(recipe.get("joint", {}).get("shares", [])):
+        parts[place] = [1 - sum(row), *row]
+        parts[4] = parts[3]
+    shares = zip(("base", "one", "two"), np.average(parts, axis=0, weights=weights), strict=True)
+    return {name: share for name, share in shares if name in recipe["composition"]}
+
+
 @pytest.mark.parametrize("headers", [True, False], ids=["headers", "no headers"])
 @pytest.mark.parametrize("search", SEARCHES)
 def test_nothing_but_these_layers_changes(place, models, text, search, headers):
@@ -40,6 +55,7 @@ def test_nothing_but_these_layers_changes(place, models, text, search, headers):
         assert [d["layer"] for d in recipe["decisions"]] == ([0, 2] + [None] * headers) * 2
         assert any(d["ratio"] is not None for d in recipe["decisions"])
     assert recipe["total"]["after"] < recipe["total"]["before"]
+    assert recipe["composition"] == pytest.approx(by_weights(recipe, sizes(models[0])))
     merged = load_file(place / "out/model.safetensors")
     changed = {name for name, tensor in merged.items() if not torch.equal(tensor, own[name])}
     assert changed and not any(".layers.1." in name for name in changed)

@@ -657,7 +657,7 @@ def test_ctrl_c_ends_with_130_after_the_decision(place, models):
                 break
         _, errors = child.communicate(timeout=120)
     assert child.returncode == 130
-    assert "Stopping after this step; press Ctrl-C again to stop now." in errors
+    assert "Ending after this step; once more to end at once." in errors
     assert "Interrupted. Nothing was written to" in errors and "--resume" in errors and "Traceback" not in errors
     assert not (place / "out").exists()
     kinds = [json.loads(line)["kind"] for line in (place / "out.partial/merge_monster_journal.jsonl").open()]

@@ -503,7 +503,7 @@ def test_a_signal_ends_the_run_after_the_decision(place, models, whole, number):
     os.kill(child, number)
     assert end(child) == 130
     told = (place / "child.txt").read_text()
-    assert "Stopping after this step; press Ctrl-C again to stop now." in told
+    assert "Ending after this step; once more to end at once." in told
     assert "Interrupted. Nothing was written to" in told and "with --restart begins again" in told
     records = journal(place / "out.partial")
     assert records[-1]["kind"] in ("decision", "candidate", "source")

@@ -205,7 +205,7 @@ def test_nohup_has_lines_when_they_come_and_no_bar(place, models, whole):
         assert "- Layer 1/3 - " in (place / "child.txt").read_text()
     assert end(child) == 0
     shown = (place / "child.txt").read_text()
-    assert "\r" not in shown and "%|" not in shown and "Stopping after" not in shown
+    assert "\r" not in shown and "%|" not in shown and "Ending after" not in shown
     assert "Done. The log is" in shown.splitlines()[-1]
     assert same(place / "out", whole)
 
