@@ -32,7 +32,7 @@ def test_what_json_gets_of_a_phrase():
     pairs = ScoredPairs([SPINE, APPLE], [ARM], [1.0, -2.0, 1.0])
     document = score_document(pairs, [scored("base", 0, 0.25, 0.75)])
     assert document["models"] == [
-        {"name": "base", "where": "/models/base", "total": 1.0, "held_out": None, "drift": None}
+        {"name": "base", "where": "/models/base", "settings": "own", "total": 1.0, "held_out": None, "drift": None}
     ]
     assert [phrase["weight"] for phrase in document["phrases"]] == [1.0, 2.0, 1.0]
     assert [phrase["held_out"] for phrase in document["phrases"]] == [False, False, True]
