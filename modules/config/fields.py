@@ -189,6 +189,8 @@ Layers = Annotated[tuple[int, ...], PlainValidator(_layers, json_schema_input_ty
 
 ROLES = ("system", "user", "assistant")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
+# Half types with a float32 residual stream beside them.
+COMPUTE_DTYPES = (*DTYPES, "float16+float32", "bfloat16+float32")
 ON_ERROR = ("stop", "skip")
 SEARCHES = ("greedy", "joint")
 
@@ -198,6 +200,7 @@ Device = Annotated[
     Field(pattern=DEVICE_PATTERN, examples=["auto", "cpu", *ACCELERATORS]),
     said(lambda value: f"expected {DEVICES}"),
 ]
+ComputeDtype = Annotated[str, OneOf(COMPUTE_DTYPES)]
 Dtype = Annotated[str, OneOf(DTYPES)]
 Methods = _one_or_more(Annotated[str, OneOf(METHODS)])
 OnError = Annotated[str, OneOf(ON_ERROR)]

@@ -177,8 +177,9 @@ class Settings:
     """Where to compute. auto takes an accelerator if there is one, else cpu."""
     dtype: kinds.Dtype = "auto"
     """What is computed in and saved as. auto: what compute_dtype says, and what the base stores."""
-    compute_dtype: kinds.Dtype = "auto"
-    """What is computed in, whatever is saved. auto: float32 on a CPU if it fits, a GPU the checkpoint's half type."""
+    compute_dtype: kinds.ComputeDtype = "auto"
+    """What is computed in, whatever is saved. auto: float32 on a CPU if it fits; on a GPU float16, or bfloat16+float32
+    where float16 overflows."""
     random_seed: kinds.Count = 512
     """What chance there is begins with this."""
     trust_remote_code: kinds.Boolean = False

@@ -3,11 +3,10 @@
 Knows: torch modules. Refuses to know: phrases, scores, strategies.
 """
 
+from modules.model.arithmetic import FALLBACK, Arithmetic, arithmetics
 from modules.model.base_model import ResidentModel
 from modules.model.devices import (
-    HALF_DTYPES,
     beside,
-    compute_dtypes,
     follow,
     free_memory,
     present_devices,

@@ -6,11 +6,12 @@ Layers and header are handed out as Parts: named tensors that can be merged, tri
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,17 @@ from modules.checkpoints import (
     input_first_weights,
     read_file,
 )
+from modules.model.arithmetic import FALLBACK, Arithmetic, Computing
 from modules.model.devices import wider
 from modules.model.part import Part
 from modules.model.saving import Saving, is_finite
-from modules.runtime import ConfigError
+from modules.runtime import ConfigError, TooNarrow
+
+Result = TypeVar("Result")
+
+# Root mean square of a float16 tensor below which its smallest numbers may matter: numbers up to 6e-5 have lost bits,
+# of a normal tensor's they are the smallest by far.
+SMALL_NUMBERS = 1e-3
 
 # transformers' names of the generation settings that forbid tokens, or force them.
 TOKEN_RULES = (
@@ -41,9 +49,20 @@ TOKEN_RULES = (
 class ResidentModel:
     """The base model in device memory, and all that saving it again needs."""
 
-    def __init__(self, module: PreTrainedModel, checkpoint: Checkpoint, saved_dtype: torch.dtype | None) -> None:
-        """saved_dtype: the dtype of all saved weights; None keeps what the checkpoint stores, tensor by tensor."""
-        self.module = module
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        checkpoint: Checkpoint,
+        saved_dtype: torch.dtype | None,
+        arithmetic: Arithmetic | None = None,
+        may_widen: bool = False,
+    ) -> None:
+        """saved_dtype: the dtype of all saved weights; None keeps what the checkpoint stores, tensor by tensor.
+        arithmetic: what to compute in; None: the module's own type. may_widen: whether FALLBACK is taken where that
+        is too narrow."""
+        self.module, self.may_widen = module, may_widen
+        self._computing = Computing(arithmetic or Arithmetic(module.dtype))
+        self._computing.attach(module)
         self.checkpoint = checkpoint
         self.saved_dtype = saved_dtype
         self.layers_name, self.layers = find_layers(module)
@@ -54,6 +73,7 @@ class ResidentModel:
         self._conversion.check_reversible()
         self._stored_as = self._find_stored_names()
         self._touched: dict[tuple[str, ...], Tensor] = {}  # names and, of each, whether it is no longer the base's
+        self._hold_vectors_in(self.arithmetic)
 
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device, or how many layers are on each of several, and dtype, for the summary."""
@@ -62,12 +82,12 @@ class ResidentModel:
         spread = ", ".join(f"{place} ({count} layers)" for place, count in counts.items())
         saved = f", saved as {dtype_name(self.saved_dtype or self.checkpoint.main_dtype())}" if saving else ""
         device = str(self.device) if len(counts) == 1 else spread
-        return {"Device": device, "Dtype": dtype_name(self.dtype) + saved}
+        return {"Device": device, "Dtype": self.arithmetic.name + saved}
 
     def dtypes(self) -> dict[str, str | None]:
         """The same for the recipe; saved_dtype None: what the checkpoint stores, tensor by tensor."""
         saved = None if self.saved_dtype is None else dtype_name(self.saved_dtype)
-        return {"device": str(self.device), "dtype": dtype_name(self.dtype), "saved_dtype": saved}
+        return {"device": str(self.device), "dtype": self.arithmetic.name, "saved_dtype": saved}
 
     @property
     def device(self) -> torch.device:
@@ -80,9 +100,60 @@ class ResidentModel:
         return {tensor.device for tensor in self._state.values()}
 
     @property
+    def arithmetic(self) -> Arithmetic:
+        """What the model computes in."""
+        return self._computing.arithmetic
+
+    @property
     def dtype(self) -> torch.dtype:
-        """What most of the model computes in."""
-        return self.module.dtype
+        """The type of products, and of weights of more than one dimension."""
+        return self.arithmetic.dtype
+
+    @contextmanager
+    def computing_in(self, arithmetic: Arithmetic) -> Iterator[None]:
+        """Compute in another arithmetic for a moment. Weights stay as they are, and are cast where they are used."""
+        before, vectors = self._computing.arithmetic, self._vectors
+        data = [vector.data for vector in vectors]
+        try:
+            self._computing.arithmetic = arithmetic
+            for vector in vectors:
+                vector.data = vector.data.to(arithmetic.stream)
+            yield
+        finally:
+            self._computing.arithmetic = before
+            for vector, own in zip(vectors, data, strict=True):
+                vector.data = own
+
+    def in_range(self, work: Callable[[], Result], is_sound: Callable[[Result], bool]) -> Result:
+        """What work gives or, where that is no number and FALLBACK may be taken, what it gives in that."""
+        found = work()
+        if is_sound(found) or not self.may_widen:
+            return found
+        with self.computing_in(FALLBACK):
+            return work()
+
+    def products(self) -> AbstractContextManager[Any]:
+        """Forwards of the module are made within this."""
+        return self._computing.products(self.device)
+
+    @property
+    def _vectors(self) -> list[Tensor]:
+        """All tensors of at most one dimension, each once."""
+        floats = (tensor for tensor in self._state.values() if tensor.is_floating_point() and tensor.dim() < 2)
+        return list({id(tensor): tensor for tensor in floats}.values())
+
+    def _hold_vectors_in(self, arithmetic: Arithmetic) -> None:
+        """A float32 norm multiplies with float32 weights; what was rounded to a half type when it was loaded comes from
+        the file again."""
+        if not arithmetic.float32_stream:
+            return
+        for name, tensor in self._state.items():
+            if not tensor.is_floating_point() or tensor.dim() > 1 or tensor.dtype == torch.float32:
+                continue
+            if tensor.is_meta:
+                tensor.data = tensor.data.float()
+                continue
+            tensor.data = self._stored(name).to(tensor.device, torch.float32)
 
     @property
     def vocabulary(self) -> int:
@@ -127,7 +198,7 @@ class ResidentModel:
 
         hooks = [layer.register_forward_hook(partial(note, number)) for number, layer in enumerate(self.layers)]
         with torch.no_grad():
-            self.module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+            self._forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         for hook in hooks:
             hook.remove()
         return forms
@@ -139,7 +210,7 @@ class ResidentModel:
 
         def move(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
             amount = torch.rand(output.shape, generator=chance).to(output.device) - 0.5
-            return (output.float() * (1 + torch.finfo(output.dtype).eps * amount)).to(output.dtype)
+            return (output.float() * (1 + torch.finfo(self.dtype).eps * amount)).to(output.dtype)
 
         hook = self.module.get_input_embeddings().register_forward_hook(move)
         try:
@@ -155,11 +226,11 @@ class ResidentModel:
         ids, column = torch.arange(3, device=self.device)[None], torch.tensor([1], device=self.device)
         failures = (TypeError, ValueError, IndexError)
         try:
-            everywhere = self.module(input_ids=ids, use_cache=False).logits
+            everywhere = self._forward(input_ids=ids, use_cache=False).logits
         except failures:
             return  # it can only be told
         try:
-            there = self.module(input_ids=ids, use_cache=False, logits_to_keep=column).logits
+            there = self._forward(input_ids=ids, use_cache=False, logits_to_keep=column).logits
         except failures:
             there = torch.empty(0)
         same_shape = there.shape == everywhere[:, column].shape
@@ -168,8 +239,12 @@ class ResidentModel:
     def logits(self, arguments: Mapping[str, Any], columns: Tensor) -> Tensor:
         """The model's own forward, read at the given columns: (B, columns, V)."""
         if self._takes_columns:
-            return self.module(**arguments, logits_to_keep=columns).logits
-        return self.module(**arguments).logits[:, columns]
+            return self._forward(**arguments, logits_to_keep=columns).logits
+        return self._forward(**arguments).logits[:, columns]
+
+    def _forward(self, **arguments: Any) -> Any:
+        with self.products():
+            return self.module(**arguments)
 
     def layer(self, index: int) -> Part:
         """The floating-point parameters and persistent buffers of one decoder layer."""
@@ -291,19 +366,43 @@ class ResidentModel:
         return {name: other for name, other in found.items() if other is not None}
 
     def check_weights(self) -> None:
-        """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless."""
+        """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless. Raise
+        TooNarrow or ConfigError, as `too_narrow` says, if its weights don't fit the type that is computed in."""
         for name, tensor in self._state.items():
             if not is_finite(tensor.detach()):
-                stored = self._conversion.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
-                what = "holds NaN or infinite values; it can't be merged"
-                if is_finite(stored):
-                    what = f"overflows in {dtype_name(tensor.dtype)}; {wider(tensor.dtype)}"
-                raise ConfigError(f"{self.checkpoint.path}: {name} {what}")
+                if is_finite(self._stored(name)):
+                    raise self.too_narrow(f"{name} overflows")
+                raise ConfigError(f"{self.checkpoint.path}: {name} holds NaN or infinite values; it can't be merged")
+            if tensor.dtype == torch.float16 and not tensor.is_meta:
+                self._check_small_numbers(name, tensor.detach())
 
-    def no_numbers(self) -> ConfigError:
-        """What there is to say if the base's answers are NaN or infinite although its weights are not."""
+    def _check_small_numbers(self, name: str, tensor: Tensor) -> None:
+        """Raise as `too_narrow` says if what a float16 tensor has lost of its smallest numbers is more than float16's
+        own rounding. Which tensors may have lost something is told by their norms alone; only these are read again."""
+        size = torch.linalg.vector_norm(tensor, dtype=torch.float32)
+        if size > SMALL_NUMBERS * math.sqrt(tensor.numel()):
+            return
+        stored = self._stored(name).to(tensor.device, torch.float32)
+        lost = torch.linalg.vector_norm(stored - tensor)
+        if lost > torch.finfo(torch.float16).eps / 2 * torch.linalg.vector_norm(stored):
+            gone = int(((tensor == 0) & (stored != 0)).sum())
+            raise self.too_narrow(f"{name} is too small, {gone:,} of its {tensor.numel():,} numbers are 0")
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor as the base's files have it, on the CPU."""
+        return self._conversion.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
+
+    def too_narrow(self, what: str) -> TooNarrow | ConfigError:
+        """What is raised where a number does not fit the type that is computed in: TooNarrow if another one may be
+        taken, else ConfigError with advice."""
+        message = f"{self.checkpoint.path}: {what} in {self.arithmetic.name}"
+        return TooNarrow(message) if self.may_widen else ConfigError(f"{message}; {wider(self.dtype)}")
+
+    def no_numbers(self, what: str = "its activations") -> TooNarrow | ConfigError:
+        """What there is to say if the base's answers are NaN or infinite although its weights are not. what: answers
+        so."""
         if self.dtype == torch.float16:
-            return ConfigError(f"{self.checkpoint.path}: its activations overflow in float16; {wider(self.dtype)}")
+            return self.too_narrow(f"{what} overflow")
         return ConfigError(
             f"{self.checkpoint.path}: its answers are NaN or infinite, and no dtype has more room than "
             f"{dtype_name(self.dtype)}: its weights are damaged, or config.json does not fit them"

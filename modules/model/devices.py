@@ -12,8 +12,6 @@ import torch
 from modules.config import ACCELERATORS, NUMBERED
 from modules.runtime import ConfigError, Rank
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-
 
 def accelerators() -> list[torch.device]:
     """The devices of this machine beside the CPU, all of one kind."""
@@ -59,20 +57,6 @@ def own_device(name: str, rank: Rank) -> str:
     return gpus[rank.local_rank]
 
 
-def compute_dtypes(compute: str, dtype: str, stored: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
-    """What to compute in: the first of these that fits into memory.
-
-    compute, dtype: as configured; the first that is not auto decides. auto: on an accelerator the checkpoint's own half
-    type (float16 unless it is bfloat16); on a CPU float32, or else the half type that the checkpoint is stored in.
-    """
-    name = dtype if compute == "auto" else compute
-    if name != "auto":
-        return (getattr(torch, name),)
-    if device.type != "cpu":
-        return (torch.bfloat16 if stored == torch.bfloat16 else torch.float16,)
-    return torch.float32, *((stored,) if stored in HALF_DTYPES else ())
-
-
 def widest_float(device: torch.device) -> torch.dtype:
     """What sums are best made in on a device: float64, where it has that."""
     try:
@@ -83,7 +67,9 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 def wider(dtype: torch.dtype, key: str = "compute_dtype") -> str:
     """What to do about values that are too large for a dtype; key: of the settings, which decides on it."""
-    others = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}  # bfloat16 ends a little before float32
+    others = {torch.float16: "bfloat16+float32 or float32", torch.bfloat16: "float32"}  # bfloat16 ends before float32
+    if key == "dtype":
+        others[torch.float16] = "bfloat16 or float32"
     return f"set {key}: {others[dtype]}" if dtype in others else "no dtype holds such values"
 
 

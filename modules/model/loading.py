@@ -3,10 +3,11 @@
 Knows: which settings decide this, transformers' loading, placements. Refuses to know: phrases, layers' contents.
 """
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -15,7 +16,6 @@ from modules.checkpoints import (
     Checkpoint,
     Conversion,
     Models,
-    dtype_name,
     fetch_now,
     find_layers,
     load_tokenizer,
@@ -24,10 +24,13 @@ from modules.checkpoints import (
     without_weights,
 )
 from modules.config import Config
+from modules.model.arithmetic import FALLBACK, Arithmetic, arithmetics
 from modules.model.base_model import ResidentModel
-from modules.model.devices import compute_dtypes, free_memory, own_device, resolve_device
+from modules.model.devices import free_memory, own_device, resolve_device
 from modules.model.memory import placement_of, weights_of
-from modules.runtime import ConfigError, Console, Rank, first_line, in_memory, is_out_of_memory
+from modules.runtime import ConfigError, Console, Rank, TooNarrow, first_line, in_memory, is_out_of_memory
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class ModelLoader:
     config: Config
     console: Console  # on which is said what there is to say, and shown what is fetched
     rank: Rank = field(default_factory=Rank)
-    compute: torch.dtype | None = None  # what to compute in; None: not known yet
+    compute: Arithmetic | None = None  # what to compute in; None: not known yet
 
     @property
     def device(self) -> str:
@@ -66,8 +69,8 @@ class ModelLoader:
         """One that computes in what fits into memory with one layer at a time beside the base; if that is not what is
         best, a line has said so. with_header: see `weights_of`."""
         device, config = resolve_device(self.device), self.config
-        best, *others = compute_dtypes(config.compute_dtype, config.dtype, models.base.main_dtype(), device)
-        needed, free = weights_of(models.module, best, with_header).held, free_memory(device)
+        best, *others = arithmetics(config.compute_dtype, config.dtype, models.base.main_dtype(), device)
+        needed, free = weights_of(models.module, best.dtype, with_header).held, free_memory(device)
         if not others or free is None or needed <= free:
             return replace(self, compute=best)
         self.console.warning(too_large_for(best, others[0], needed, free))
@@ -76,8 +79,8 @@ class ModelLoader:
     def placement(self, models: Models, with_header: bool) -> list[torch.device] | None:
         """Where each of the base's layers goes, if not all of them to the device. with_header: see `weights_of`."""
         assert self.compute is not None, "to be chosen before"
-        weights = weights_of(models.module, self.compute, with_header)
-        return placement_of(self.device, models.module, self.compute, weights)
+        weights = weights_of(models.module, self.compute.dtype, with_header)
+        return placement_of(self.device, models.module, self.compute.dtype, weights)
 
     def layout(self, models: Models) -> ResidentModel:
         """The base without weights: how its tensors are called, tied and stored, and their types as they would be in
@@ -89,15 +92,35 @@ class ModelLoader:
         """The base with its weights, and its tokenizer."""
         base = models.base
         self.console.timed(f"Loading {base.name}")
-        model = load_model(base, self.device, self.config.dtype, self.compute, placement)
+        model = load_model(base, self.device, self.config.dtype, self.compute, placement, self.may_widen)
         return model, load_tokenizer(base.path, base.companions)
 
+    @property
+    def may_widen(self) -> bool:
+        """Whether FALLBACK may be taken where float16 is too narrow: where nobody asked for float16."""
+        nobody_asked = self.config.compute_dtype == self.config.dtype == "auto"
+        return nobody_asked and self.compute == Arithmetic(torch.float16)
 
-def too_large_for(best: torch.dtype, other: torch.dtype, needed: int, free: int) -> str:
+    def in_range(self, work: Callable[["ModelLoader"], Result]) -> Result:
+        """Do work that loads models with this loader or, where float16 turns out too narrow for them and FALLBACK may
+        be taken, all of it again in that."""
+        try:
+            return work(self)
+        except TooNarrow as error:
+            if not self.may_widen:
+                raise
+            reason = str(error)
+        # Not within the handler: there, the error still holds the model.
+        gc.collect()
+        self.console.warning(f"{reason}: computing in {FALLBACK.name}")
+        return work(replace(self, compute=FALLBACK))
+
+
+def too_large_for(best: Arithmetic, other: Arithmetic, needed: int, free: int) -> str:
     """What there is to say where memory decides what is computed in, and so the result. needed, free: bytes."""
     return (
-        f"computing in {dtype_name(other)}: {dtype_name(best)} takes {in_memory(needed)}, of which {in_memory(free)} "
-        f"are free (compute_dtype: {dtype_name(other)} makes it the same everywhere)"
+        f"computing in {other.name}: {best.name} takes {in_memory(needed)}, of which {in_memory(free)} are free "
+        f"(compute_dtype: {other.name} makes it the same everywhere)"
     )
 
 
@@ -105,20 +128,22 @@ def load_model(
     checkpoint: Checkpoint,
     device: str,
     dtype: str,
-    compute: torch.dtype | None = None,
+    compute: Arithmetic | None = None,
     placement: Sequence[torch.device] | None = None,
+    may_widen: bool = False,
 ) -> ResidentModel:
     """Load a checkpoint's causal language model onto a device, ready to be searched.
 
     device, dtype: as in a configuration; compute: what to compute in, if it is not what is best for dtype; placement:
     where each layer goes, if not all of them to the device; those that go to the CPU are computed on the device all the
-    same, to which accelerate then copies them.
-    Raises ConfigError if the device is absent or the checkpoint is no complete causal language model.
+    same, to which accelerate then copies them; may_widen: see `ResidentModel`.
+    Raises ConfigError if the device is absent or the checkpoint is no complete causal language model, TooNarrow if it
+    does not fit what is computed in and may be widened.
     """
     target = resolve_device(device)
-    computed = compute or compute_dtypes("auto", dtype, checkpoint.main_dtype(), target)[0]
+    computed = compute or arithmetics("auto", dtype, checkpoint.main_dtype(), target)[0]
     try:
-        module, info = _load_module(checkpoint, target, computed, placement)
+        module, info = _load_module(checkpoint, target, computed.dtype, placement)
     except ConfigError:
         raise
     except Exception as error:  # whatever an architecture makes of a wrong configuration
@@ -128,7 +153,7 @@ def load_model(
     _check_complete(checkpoint, info)
     module.eval().requires_grad_(False)
     module.config.return_dict = True  # its outputs are read by name, whatever its configuration says
-    model = ResidentModel(module, checkpoint, _saved(dtype))
+    model = ResidentModel(module, checkpoint, _saved(dtype), computed, may_widen)
     model.check_weights()
     try:
         _ = model.tuples_returned  # a first token
@@ -141,19 +166,19 @@ def load_model(
     return model
 
 
-def load_layout(models: Models, dtype: str, compute: torch.dtype) -> ResidentModel:
+def load_layout(models: Models, dtype: str, compute: Arithmetic) -> ResidentModel:
     """The base as `load_model` makes it, without weights: on the meta device. Raises as that, for what can be seen."""
     checkpoint = models.base
     empty = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in checkpoint.tensors.items()
     }
     module, info = type(models.module).from_pretrained(
-        None, state_dict=empty, device_map={"": "meta"}, **_how(checkpoint, compute)
+        None, state_dict=empty, device_map={"": "meta"}, **_how(checkpoint, compute.dtype)
     )
     _check_complete(checkpoint, info)
     module.requires_grad_(False)
     _tie(module, models)
-    return ResidentModel(module, checkpoint, _saved(dtype))
+    return ResidentModel(module, checkpoint, _saved(dtype), compute)
 
 
 def _tie(module: PreTrainedModel, models: Models) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modules.checkpoints import Tensors, dtype_name
 from modules.model.devices import wider
-from modules.runtime import BrokenWeights, CheckpointError
+from modules.runtime import BrokenWeights, CheckpointError, TooNarrow
 
 BLOCKS = 8  # in which a tensor is cast
 ROWS = 64 << 20  # bytes of a range of rows, in float32
@@ -50,7 +50,8 @@ class Part:
     def adopt(self, theirs: Iterable[tuple[str, Tensor]], source: str) -> Tensors:
         """A candidate's tensors, which may just be arriving, on the model's device in its dtype, all of them there.
 
-        Raises BrokenWeights if one holds NaN or infinity, CheckpointError if a value does not fit the dtype.
+        Raises BrokenWeights if one holds NaN or infinity, TooNarrow if a value does not fit the type that is computed
+        in, CheckpointError if it does not fit the one that is saved.
         """
         adopted, bounds = {}, {}
         for name, tensor in theirs:
@@ -82,9 +83,13 @@ class Part:
             low, high = found[name]
             if not (-torch.inf < low and high < torch.inf):
                 raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
-            for key, dtype in (("compute_dtype", self.tensors[name].dtype), ("dtype", self.saved_dtypes[name])):
+            kinds = (
+                ("compute_dtype", self.tensors[name].dtype, TooNarrow),
+                ("dtype", self.saved_dtypes[name], CheckpointError),
+            )
+            for key, dtype, kind in kinds:
                 if max(-low, high) > torch.finfo(dtype).max:
-                    raise CheckpointError(
+                    raise kind(
                         f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}; "
                         f"{wider(dtype, key)}"
                     )

@@ -37,7 +37,7 @@ _HINT = "use what it was begun with, or begin again with --restart"
 
 
 def run_of(config: Config, computed: str | None = None) -> Run:
-    """What the journal says of a run that begins here and now. computed: the dtype that it computes in."""
+    """What the journal says of a run that begins here and now. computed: what it computes in."""
     pairs = {key: [pair.written() for pair in getattr(config, key)] for key in (*PHRASES, "held_out_pairs")}
     settings = json.loads(json.dumps({**asdict(config), **pairs}))  # as they will be when they are read again
     text = settings.pop("text")

@@ -21,12 +21,14 @@ _DECISIONS = ("decision", "step")  # without one of these a run begins at its be
 
 
 def begun_with(path: Path) -> Line | None:
-    """The first record of a journal from which a run can go on; None if that is not so, whoever opens it says why."""
+    """The first record of a journal from which a run can go on, with what it computes in by now; None if that is not
+    so, whoever opens it says why."""
     try:
         with open_input(path) as file:
             first = json.loads(file.readline())
-            others = (json.loads(line) for line in file if line.endswith(b"\n"))  # the last one may be torn
-            return first if any(record["kind"] in _DECISIONS for record in others) else None
+            others = [json.loads(line) for line in file if line.endswith(b"\n")]  # the last one may be torn
+            widened = [{"computed": record["computed"]} for record in others if record["kind"] == "widened"]
+            return first | dict(*widened[-1:]) if any(record["kind"] in _DECISIONS for record in others) else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 

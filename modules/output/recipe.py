@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
 
-from modules.config import DTYPES, Config, parts_of
+from modules.config import COMPUTE_DTYPES, DTYPES, Config, parts_of
 from modules.output.changes import changes_between, run_of
 from modules.output.public import Public, found_again, relative
 from modules.output.records import (
@@ -36,6 +36,7 @@ from modules.search import improved
 
 RECIPE_FILE = "merge_monster_recipe.json"
 
+ComputeDtype = Literal[COMPUTE_DTYPES[1:]]
 Dtype = Literal[DTYPES[1:]]
 
 
@@ -49,7 +50,7 @@ class Recipe(Record):
     folder: str = ""  # where relative paths began, from the output on; younger than recipes are
     config: str
     device: str
-    dtype: Dtype
+    dtype: ComputeDtype
     saved_dtype: Dtype | None = None
     sources: list[Source]
     decisions: list[Decided]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict, ValidationError
 
-from modules.config import DTYPES, METHODS, PHRASES, STRATEGIES, Chat, Config, Message, OneOf
+from modules.config import COMPUTE_DTYPES, DTYPES, METHODS, PHRASES, STRATEGIES, Chat, Config, Message, OneOf
 from modules.search import Decision
 
 FORMAT = 1  # of journals and recipes
@@ -72,7 +72,7 @@ class Settings(Record):
     samples: Any = None
     device: str
     dtype: Literal[DTYPES]
-    compute_dtype: Literal[DTYPES] = "auto"  # younger than journals are
+    compute_dtype: Literal[COMPUTE_DTYPES] = "auto"  # younger than journals are
     random_seed: Count
     trust_remote_code: bool
 
@@ -124,9 +124,15 @@ class Run(Record):
     config: str
     device: str | None = None  # this and the folder are younger than journals are
     folder: str = ""
-    computed: Literal[DTYPES[1:]] | None = None  # in what; younger still
+    computed: Literal[COMPUTE_DTYPES[1:]] | None = None  # in what; younger still
     neutral: str | None = None  # a digest of the texts, where trials are judged by their drift
     libraries: dict[str, Any]
+
+
+class Widened(Record):
+    """That a run goes on in another arithmetic, since its own was too narrow for a merge."""
+
+    computed: Literal[COMPUTE_DTYPES[1:]]
 
 
 class Source(Record):
@@ -301,6 +307,7 @@ class Joint(Record):
 # By kind, as the journal calls them. Others are nobody's business here.
 LINES = {
     "run": Run,
+    "widened": Widened,
     "source": Source,
     "start": Start,
     "baseline": Baseline,

@@ -35,6 +35,7 @@ from modules.output.records import (
     Start,
     Step,
     Total,
+    Widened,
     read_lines,
 )
 from modules.scoring import Drift, Packing, Value
@@ -52,8 +53,8 @@ class RunRecord:
         """Begin a journal, or go on with one. Raises ConfigError, saying what has changed, if it is another run's, or
         naming the line that no run can have written.
 
-        computed: the dtype that is computed in. base: the model that it was chosen for; without one, nothing is said of
-        what has changed.
+        computed: what is computed in. base: the model that it was chosen for; without one, nothing is said of what has
+        changed.
         """
         self.journal, self.public = journal, Public.of(config)
         self._now = self.public.record(run_of(config, computed))
@@ -69,6 +70,18 @@ class RunRecord:
         if damaged is not None:
             raise journal.damaged(damaged)
         self._lines = [self.public.record(line) for line in self._lines]  # an older version had whole paths in them
+        if self._computed not in (None, computed):
+            self._note("widened", Widened(computed=computed))
+
+    @property
+    def _computed(self) -> str | None:
+        """What is computed in by now; None if an older version has not noted it."""
+        return [line.computed for line in self._lines if isinstance(line, Run | Widened)][-1]
+
+    @property
+    def was_widened(self) -> bool:
+        """Whether the run began in a type that was too narrow."""
+        return bool(self._all(Widened))
 
     def _note(self, kind: str, line: Kind) -> Kind:
         line = self.public.record(line)

@@ -16,7 +16,7 @@ from modules.output.standings import Standing, by_other_settings, standing_table
 from modules.output.tables import Totals
 from modules.run.steps import note_source
 from modules.run.watch import Watch
-from modules.runtime import BrokenWeights, CheckpointError, Console, postponed
+from modules.runtime import BrokenWeights, CheckpointError, Console, TooNarrow, postponed
 from modules.scoring import DriftMeter
 from modules.search import Decision, Merge, Shares, composition_of, scores, shares_of
 from modules.search.joint import Rows
@@ -28,7 +28,9 @@ def resume_search(console: Console, search: Search, record: RunRecord, resume: b
     measured, packing = list(search.log_probabilities), search.scorer.packing
     start = record.start(measured, search.weights, packing, search.rounding)
     search.log_probabilities, search.weights = list(start.log_probabilities), list(start.weights)
-    search.rounding, search.base_scores = list(start.rounding), scores(search.log_probabilities, search.weights)
+    if not record.was_widened:
+        search.rounding = list(start.rounding)
+    search.base_scores = scores(search.log_probabilities, search.weights)
     if record.has_progress:
         console.warnings(record.warnings(packing))
         if measured != search.log_probabilities and record.compares(packing):
@@ -86,7 +88,7 @@ class Conductor:
 
     def _start(self, resume: bool, table: str) -> list[float]:
         """Show how the base stands, and go on from where an earlier run has left it; the base's scores."""
-        self._tell_of_memory()
+        self._tell_notes()
         self._show_table(table, whole_in_log=True)
         if self.watch:
             self.console.lines(report.neutral_text_lines(self.watch.start.drift))
@@ -118,7 +120,7 @@ class Conductor:
             self._score_whole(number, candidate)
             failure = self._search(number, candidate)
         except CheckpointError as error:
-            if self.config.on_error == "stop":
+            if self.config.on_error == "stop" or (isinstance(error, TooNarrow) and self.search.model.may_widen):
                 raise
             if self.search.repeated < behind:  # the recipe would tell of merges that the output does not have
                 kept = f"what was accepted of {candidate.name} can't be built again, so it is not skipped"
@@ -127,9 +129,14 @@ class Conductor:
             self.search.measure()
         finally:
             candidate.checkpoint.release()
+        if self.search.inexact:
+            computed = self.search.model.arithmetic.name
+            self.console.lines(
+                [], [f"{self.search.inexact:,} merged numbers so far are no {computed} numbers; rounded"]
+            )
         if failure:
             self.console.warning(f"{candidate.name} is given up; what was accepted of it stays: {failure}")
-        self._tell_of_memory()
+        self._tell_notes()
         if self.watch:
             self.watch.look()
         if self.record.end(number) is None:
@@ -188,15 +195,15 @@ class Conductor:
                 self.record.decided(number, decision, time.monotonic() - began, self.search.scorer.packing)
                 self._count(decision, timed)
                 merges = self.origins[self._place(decision)]
-                self._tell_of_memory()
+                self._tell_notes()
                 show_decision(self.console, decision, merges, self.layers, len(self.config.merge_method) > 1)
                 self.end_if_asked()
                 began, timed = time.monotonic(), True
         return None
 
-    def _tell_of_memory(self) -> None:
-        self.console.lines(self.search.memory_notes)
-        self.search.memory_notes.clear()
+    def _tell_notes(self) -> None:
+        self.console.lines(self.search.notes)
+        self.search.notes.clear()
 
     def _count_repeated(self, decisions: Iterable[Decision]) -> None:
         for decision in decisions:

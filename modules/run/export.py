@@ -9,7 +9,7 @@ import torch
 
 from modules.checkpoints import Adapted, Checkpoint, Models, dtype_name, load_tokenizer
 from modules.config import GGUF, check_apart, input_paths
-from modules.model import HeaderSkipped, ModelLoader, ResidentModel, matched_header
+from modules.model import Arithmetic, HeaderSkipped, ModelLoader, ResidentModel, matched_header
 from modules.output import Names, Recipe, about_digits, check_file, check_sums, mergekit_text, write_text
 from modules.run.replay import Replay, candidates_of, check_source, opened_with, recipe_of
 from modules.run.steps import prepare_libraries
@@ -27,7 +27,7 @@ def export_mergekit(asked: Replay, console: Console) -> None:
     config = opened_with(asked, recipe)
     prepare_libraries(config.random_seed)
     check_apart([asked.output], [asked.recipe, *input_paths(config)])
-    loader = ModelLoader(config, console, compute=getattr(torch, recipe.dtype))
+    loader = ModelLoader(config, console, compute=Arithmetic.named(recipe.dtype))
     models = loader.open()
     layout, saved = loader.layout(models), _saved(recipe, models)
     problems = [*_unfit_types(recipe, models, saved), *_unfit_models(recipe, models, layout)]
@@ -64,10 +64,12 @@ def _unfit_types(recipe: Recipe, models: Models, saved: list[str]) -> Iterator[s
     """What is wrong with types: of what is written there can be one, and what is computed in must have room for all."""
     if len(saved) > 1:
         yield f"{models.base.name}: its tensors are of several types ({', '.join(saved)}), mergekit writes one"
-    compute, checkpoints = getattr(torch, recipe.dtype), [models.base, *(one.checkpoint for one in models.candidates)]
+    computed = Arithmetic.named(recipe.dtype).dtype
+    checkpoints = [models.base, *(candidate.checkpoint for candidate in models.candidates)]
     stored = {info.dtype for one in checkpoints for info in one.tensors.values() if info.dtype.is_floating_point}
     for dtype in sorted({dtype_name(dtype) for dtype in stored} | set(saved)):
-        if torch.promote_types(getattr(torch, dtype), compute) != compute:
+        # bfloat16 numbers are float16 numbers, but for those that a run's log counts.
+        if torch.finfo(getattr(torch, dtype)).eps < torch.finfo(computed).eps:
             yield f"it was computed in {recipe.dtype}, to which {dtype} was rounded; mergekit would not round it"
 
 

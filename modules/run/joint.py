@@ -47,7 +47,7 @@ class JointConductor(Conductor):
         finally:
             for candidate in candidates:
                 candidate.checkpoint.release()
-        self._tell_of_memory()
+        self._tell_notes()
         if self.watch:
             self.watch.look()
         self._show_table(table, start, whole_in_log=True)
@@ -105,7 +105,8 @@ class JointConductor(Conductor):
         names = [search.model.checkpoint.name, *(name for name, _ in self._reached(joint))]
         begin = names[objectives.index(min(objectives))]
         self.console.timed(f"The steps begin at {begin}; checking the gradient")
-        self._in_memory(joint, partial(joint.check, shares))
+        error = self._in_memory(joint, partial(joint.check, shares))
+        self.console.timed(f"The gradient agrees with the objective's slope to {error:.2%}")
 
         self.console.timed("Measuring what every share changes")
 
@@ -126,7 +127,7 @@ class JointConductor(Conductor):
                 state, value = self._in_memory(joint, partial(joint.step, state), state)
                 seconds = time.monotonic() - began
                 self.record.stepped(state, value, held_out, seconds, self.search.scorer.packing)
-                self._tell_of_memory()
+                self._tell_notes()
                 self._tell_of_step(state.step - 1, value, held_out)
                 bar.update(1)
                 bar.tell(report.joint_standing(state.step, joint.steps, value.objective))

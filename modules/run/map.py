@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modules.checkpoints import Models
 from modules.config import Chat, Config, Pair
 from modules.mapper import CompletionTree, Explorer, PhraseRank, Spelling, at_most, build_continuation, rank_phrases
 from modules.mapper import report as mapping_report
@@ -39,9 +40,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     loader = with_chats_rendered(loader.fitting(models), models)
     config = loader.config
     console.warnings(doubtful_phrases(config.pairs))
-    model, tokenizer = loader.load(models, loader.placement(models, with_header=False))
-    spelling = Spelling(tokenizer, model.vocabulary)
-    trees, phrases = explore(config, console, model, tokenizer, spelling)
+    trees, phrases, spelling = loader.in_range(lambda wide: _explored(wide, models))
     everything = [standing for group in phrases for standing in group]
     console.lines(mapping_report.table(everything, config.mapper))
     console.lines(mapping_report.cut_lines(trees))
@@ -53,6 +52,13 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
         write_text(exports.yaml, mapping_report.phrase_list(everything, models.base.name))
         console.timed(f"The suggestions are in {exports.yaml}")
     end(console, config, models.base)
+
+
+def _explored(loader: ModelLoader, models: Models) -> tuple[list[CompletionTree], list[list[PhraseRank]], Spelling]:
+    """What `explore` gives, of the base in the loader's arithmetic."""
+    model, tokenizer = loader.load(models, loader.placement(models, with_header=False))
+    spelling = Spelling(tokenizer, model.vocabulary)
+    return *explore(loader.config, loader.console, model, tokenizer, spelling), spelling
 
 
 def explore(

@@ -3,15 +3,16 @@
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from modules.checkpoints import Models, Prefetcher, check_space, dtype_name, fetching
+from modules.checkpoints import Models, Prefetcher, check_space, fetching
 from modules.config import Config, check_apart, input_paths, read_neutral_texts
-from modules.model import ModelLoader, ResidentModel
+from modules.model import Arithmetic, ModelLoader, ResidentModel
 from modules.output import (
     JournalCopy,
     Place,
@@ -32,7 +33,7 @@ from modules.run.plan import Plan
 from modules.run.room import Available, check, find_available, fitting_plan
 from modules.run.steps import ask, end, finish, note_source, prepare_libraries, save, with_chats_rendered
 from modules.run.watch import Watch
-from modules.runtime import ConfigError, Console, Rank, first_line, is_out_of_memory
+from modules.runtime import ConfigError, Console, Rank, TooNarrow, first_line, is_out_of_memory
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import (
     NOT_TAKEN,
@@ -45,6 +46,7 @@ from modules.scoring import (
     Scorer,
     Window,
     build_scorer,
+    check_float16,
     doubtful_phrases,
     encode_pairs,
     neutral_windows,
@@ -58,7 +60,7 @@ class Start:
     """What the process that leads tells the others, for them to begin the search: all that is not in the YAML file."""
 
     journal: JournalCopy
-    compute: torch.dtype
+    compute: Arithmetic
     budget: Budget
 
 
@@ -97,9 +99,9 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             begun = begun_run(place) if options.resume else None
             loader, asked = ask(loader, models, begun and begun.settings, loader.config.prompts)
             plan, room = _checked_plan(loader, models, begun and computed_in(begun, models.base))
-            loader = replace(loader, compute=plan.dtype)
+            loader = replace(loader, compute=plan.arithmetic)
             if not options.dry_run:
-                _merge(loader, options, group, place, models, plan, asked)
+                loader.in_range(lambda wide: _merge_in(wide, options, group, place, models, plan, asked))
                 return
             console.timed("Measuring how fast this machine is")
             console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
@@ -120,6 +122,15 @@ def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> tup
     return plan, room
 
 
+def _merge_in(
+    loader: ModelLoader, options: Options, group: Group, place: Place, models: Models, plan: Plan, asked: Asked
+) -> None:
+    """Search and save in the loader's arithmetic. If that is not the plan's, it goes on with what was decided in it."""
+    if loader.compute != plan.arithmetic:
+        options = replace(options, resume=True, restart=False)
+    _merge(loader, options, group, place, models, replace(plan, arithmetic=loader.compute), asked)
+
+
 def _merge(
     loader: ModelLoader, options: Options, group: Group, place: Place, models: Models, plan: Plan, asked: Asked
 ) -> None:
@@ -129,10 +140,10 @@ def _merge(
         unfinished_output(place, options.resume, options.restart) as unfinished,
         fetching(console, models.jobs) as prefetcher,
     ):
-        record = RunRecord(unfinished.journal, config, dtype_name(plan.dtype), models.base)
+        record = RunRecord(unfinished.journal, config, plan.arithmetic.name, models.base)
         prefetcher.wait(0)
         clock.lap("download")
-        group.broadcast(Start(JournalCopy(record.journal.records), plan.dtype, plan.budget))
+        group.broadcast(Start(JournalCopy(record.journal.records), plan.arithmetic, plan.budget))
         conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement, asked)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
@@ -209,6 +220,7 @@ def load_base(
     texts = read_neutral_texts(config.neutral_texts)
     aside = config.tokens_for_trials
     windows, guarding = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, aside)
+    group.on_all_ranks(lambda: check_float16(scorer, [*windows, *guarding]))
     guard = group.on_all_ranks(lambda: build_guard(model, guarding, budget, group.rank)) if aside else None
     return Search(model, scorer, config, tokenizer, group, guard), windows, guarding
 
@@ -258,9 +270,24 @@ def merge_as_follower(config: Config, console: Console, options: Options, group:
         return
     loader = ModelLoader(config, console, group.rank, start.compute)
     models = loader.open()
+    try:
+        _follow(loader, models, start, group)
+    except TooNarrow:
+        if not loader.may_widen:
+            raise
+        start = None
+    if start is None:  # the leader begins again, and so do all
+        gc.collect()
+        start = group.broadcast()
+        _follow(replace(loader, compute=start.compute), models, start, group)
+
+
+def _follow(loader: ModelLoader, models: Models, start: Start, group: Group) -> None:
+    """Search along, in what the leader computes in."""
+    config, console = loader.config, loader.console
     with fetching(console, models.jobs) as prefetcher:
         prefetcher.wait(0)
-        record = RunRecord(start.journal, config, dtype_name(start.compute))
+        record = RunRecord(start.journal, config, start.compute.name)
         loader = with_chats_rendered(loader, models, record.settings)
         conductor = begin_search(loader, models, record, prefetcher, start.budget, group)
         conductor.conduct(models.candidates)

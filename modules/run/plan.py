@@ -25,6 +25,7 @@ from modules.checkpoints import (
 from modules.config import Config, read_neutral_texts
 from modules.model import (
     BLOCKS,
+    Arithmetic,
     Memory,
     Sizes,
     free_memory,
@@ -77,7 +78,7 @@ class Plan:
 
     output: Path
     device: torch.device
-    dtype: torch.dtype  # computed in
+    arithmetic: Arithmetic  # what is computed in
     sizes: Sizes
     methods: tuple[tuple[str, int], ...]  # in order: a method and how many ratios it tries
     header_ratios: int  # 0 if the header is not tried
@@ -97,6 +98,11 @@ class Plan:
     baselines: bool = False  # whether candidates are scored whole, too
     layers: tuple[int, ...] | None = None  # that are searched; None: all
     doubts: tuple[str, ...] = ()  # what may be a mistake in the phrases, as this base's tokenizer reads them
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and products."""
+        return self.arithmetic.dtype
 
     @property
     def searched(self) -> tuple[int, ...]:
@@ -139,14 +145,14 @@ class Plan:
         return max((ratios for _, ratios in self.methods), default=1)
 
 
-def plan_run(config: Config, models: Models, dtype: torch.dtype, sharing: int = 1) -> Plan:
+def plan_run(config: Config, models: Models, arithmetic: Arithmetic, sharing: int = 1) -> Plan:
     """The plan of a run whose models are open; no weight is read.
 
-    dtype: to compute in; sharing: how many processes on this machine do the same; where they compute on the CPU, each
-    has its share of the memory. Raises ConfigError if the device is absent, the base has no usable tokenizer or can't
-    take a phrase.
+    arithmetic: to compute in. sharing: how many processes on this machine do the same; where they compute on the CPU,
+    each has its share of the memory. Raises ConfigError if the device is absent, the base has no usable tokenizer or
+    can't take a phrase.
     """
-    base = models.base
+    base, dtype, stream = models.base, arithmetic.dtype, arithmetic.stream
     device = resolve_device(config.device)
     module = models.module
     sizes = sizes_of(module)
@@ -164,20 +170,20 @@ def plan_run(config: Config, models: Models, dtype: torch.dtype, sharing: int = 
     sharing = sharing if device.type == "cpu" else 1
     free = share_of(free_memory(device), sharing)
     lengths = [len(item.tokens) for item in encoded]
-    most = layer_bytes(sizes, dtype, min(TOKENS, sum(lengths)), stack)
-    least = layer_bytes(sizes, dtype, max(lengths), 1)  # one pair and one ratio at a time
+    most = layer_bytes(sizes, stream, min(TOKENS, sum(lengths)), stack)
+    least = layer_bytes(sizes, stream, max(lengths), 1)  # one pair and one ratio at a time
     placement = placement_of(config.device, module, dtype, replace(weights, activations=most), least)
     kept = weights.searched if placement else weights.reserved
-    budget = budget_of(sizes, dtype, device, stack, None if free is None else free - kept)
+    budget = budget_of(sizes, stream, device, stack, None if free is None else free - kept)
     packs = build_packs(encoded, "forest", budget.tokens)
     tokens, columns = zip(
         *((pack.tokens, len({target.column for target in pack.targets})) for pack in packs), strict=True
     )
-    activations = _activations(sizes, dtype, stack, tokens, max(columns), budget, sizes.layers if steps else 1)
+    activations = _activations(sizes, stream, stack, tokens, max(columns), budget, sizes.layers if steps else 1)
     return Plan(
         output=Path(config.directories.output_directory),
         device=device,
-        dtype=dtype,
+        arithmetic=arithmetic,
         sizes=sizes,
         methods=methods,
         header_ratios=len(config.merge_ratios) if config.merge_headers and not steps else 0,

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from modules.checkpoints import Candidate, Checkpoint, Models, Prefetcher, check_space, fetching, load_tokenizer
 from modules.config import Config, Directories, check_apart, input_paths, missing_folder, parse_source
-from modules.model import ModelLoader, present_devices, resolve_device
+from modules.model import Arithmetic, ModelLoader, present_devices, resolve_device
 from modules.output import (
     Place,
     Recipe,
@@ -56,7 +54,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])
     with held_place(asked.output, console) as place:
         check_output(place, asked.overwrite)
-        loader = ModelLoader(config, console, compute=getattr(torch, recipe.dtype))
+        loader = ModelLoader(config, console, compute=Arithmetic.named(recipe.dtype))
         models = loader.open()
         check_space(models.jobs, config.keep_downloads)
         _rebuild(asked, recipe, loader, place, models)

@@ -10,9 +10,17 @@ from pathlib import Path
 import psutil
 import torch
 
-from modules.checkpoints import Models, cache_folder, dtype_name
+from modules.checkpoints import Models, cache_folder
 from modules.config import Config
-from modules.model import Memory, compute_dtypes, free_memory, free_on_accelerators, resolve_device, too_large_for
+from modules.model import (
+    Arithmetic,
+    Memory,
+    arithmetics,
+    free_memory,
+    free_on_accelerators,
+    resolve_device,
+    too_large_for,
+)
 from modules.output import place_of
 from modules.run.plan import Plan, plan_run, share_of
 from modules.runtime import ConfigError, in_memory, on_disk
@@ -23,14 +31,15 @@ def fitting_plan(config: Config, models: Models, sharing: int, begun: str | None
 
     begun: in what the run computes that goes on. Raises as `plan_run` does.
     """
-    dtypes = compute_dtypes(config.compute_dtype, config.dtype, models.base.main_dtype(), resolve_device(config.device))
-    if begun and len(dtypes) > 1:
-        dtypes = (getattr(torch, begun),)
-    plan = plan_run(config, models, dtypes[0], sharing)
+    device = resolve_device(config.device)
+    ways = arithmetics(config.compute_dtype, config.dtype, models.base.main_dtype(), device)
+    if begun and config.compute_dtype == config.dtype == "auto":
+        ways = (Arithmetic.named(begun),)
+    plan = plan_run(config, models, ways[0], sharing)
     needed, free = plan.memory.reserved, _free_for(plan)
-    if len(dtypes) == 1 or free is None or needed <= free:
+    if len(ways) == 1 or free is None or needed <= free:
         return plan, []
-    return plan_run(config, models, dtypes[1], sharing), [too_large_for(*dtypes, needed, free)]
+    return plan_run(config, models, ways[1], sharing), [too_large_for(*ways, needed, free)]
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def _memory_problems(plan: Plan, room: Available) -> list[str]:
     if plan.dtype == torch.float32:
         advice.append("set compute_dtype: bfloat16, which takes half")
     advice.append("use a machine with more" if plan.device.type == "cpu" else "choose a device with more memory")
-    what = f"the base ({in_memory(memory.base)} in {dtype_name(plan.dtype)}) and what is searched at a time "
+    what = f"the base ({in_memory(memory.base)} in {plan.arithmetic.name}) and what is searched at a time "
     what += f"({in_memory(needed - memory.base)}) don't fit into the memory of {plan.device}, which has "
     return [f"{what}{in_memory(room.memory)} free, {in_memory(needed)} are needed: {', or '.join(advice)}"]
 

@@ -46,7 +46,7 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
     loader = with_chats_rendered(loader.fitting(models, with_header=True), models)
     config = loader.config
     console.warnings(doubtful_phrases(config.pairs))
-    search, watch, scored = _scored(loader, models)
+    search, watch, scored = loader.in_range(lambda wide: _scored(wide, models))
     weights = [*search.weights, *watch.weights]
     pairs = ScoredPairs(config.pairs, watch.pairs, weights, search.rounding)
     console.lines(standing_table([one.standing for one in scored], scored[0].standing))
@@ -88,7 +88,7 @@ def _scored(loader: ModelLoader, models: Models) -> tuple[Search, Watch, list[Sc
             if not config.keep_downloads:
                 later = [repository for one in models.candidates[number:] for repository in one.repositories]
                 remove_downloads(console, candidate.repositories, [models.base.repository, *later])
-    console.lines(search.memory_notes)
+    console.lines(search.notes)
     return search, watch, scored
 
 

@@ -4,6 +4,7 @@ any of them.
 Knows: when they are measured, how long that takes. Refuses to know: how, and what is decided.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Watch:
         """Look at the base. windows: of neutral text. asked: the samples' prompts as it reads them. Raises ConfigError
         for pairs that it can't take."""
         began = time.monotonic()
-        self._console, self.pairs = console, config.held_out_pairs
+        self._console, self.pairs, self._model = console, config.held_out_pairs, model
         self._texts = ["neutral text"] * bool(windows) + ["phrases held out"] * bool(self.pairs)
         self._tell()
         self._meter, self._scorer = _meter(console, model, windows), None
@@ -130,7 +131,10 @@ class Watch:
             scorers = [search.scorer.alone(), *([self._scorer] if self._scorer else [])]
             if own and own.values:
                 scorers = [scorer.singly() for scorer in scorers]
-            (searched, *others), drifts = search.score_whole(candidate, scorers, [self._meter, guard], own)
+            meters = [self._meter, guard]
+            (searched, *others), drifts = self._model.in_range(
+                lambda: search.score_whole(candidate, scorers, meters, own), _are_numbers
+            )
             seen, guarded = map(_known, drifts)
             return searched, Sight(seen, tuple(others[0]) if others else ()), guarded and guarded.divergence
 
@@ -149,15 +153,30 @@ class Watch:
             self._console.timed(f"Measuring on {' and '.join(self._texts)}")
 
     def _look(self) -> Sight:
-        return Sight(_known(self._meter and self._meter.measure()), self._held_out())
+        drift = None
+        if self._meter:
+            drift = self._model.in_range(self._meter.measure, lambda drift: drift.is_finite)
+        return Sight(_known(drift), self._held_out())
 
     def _held_out(self) -> tuple[float, ...]:
         if self._scorer is None:
             return ()
-        return tuple(of_pairs(within_memory(self._scorer.score, self._take_less_memory), self._scorer.encoded))
+
+        def score() -> list[float]:
+            return within_memory(self._scorer.score, self._take_less_memory)
+
+        found = self._model.in_range(score, lambda values: all(map(math.isfinite, values)))
+        return tuple(of_pairs(found, self._scorer.encoded))
 
     def _take_less_memory(self) -> bool:
         return self._scorer.take_less_memory() is not None
+
+
+def _are_numbers(found: tuple[list[list[float]], list[Drift | None]]) -> bool:
+    """Whether scores and drifts of a model could be computed."""
+    scores_of_all, drifts = found
+    values = [value for some in scores_of_all for value in some]
+    return all(map(math.isfinite, values)) and all(drift.is_finite for drift in drifts if drift)
 
 
 def _known(drift: Drift | None) -> Drift | None:

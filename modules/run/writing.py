@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoints import Models, dtype_name, load_tokenizer
+from modules.checkpoints import Models, load_tokenizer
 from modules.config import Config, read_prompts
 from modules.discovery import KeptTexts, word_count
 from modules.model import ModelLoader, ResidentModel
@@ -56,9 +56,12 @@ class Writer:
 
     def load(self) -> Author:
         """The model. Raises as ModelLoader does."""
-        loader = self.loader.fitting(self.models)
-        model, tokenizer = loader.load(self.models, loader.placement(self.models, with_header=False))
-        return Author(self.models.base.name, model, tokenizer, self.asked)
+
+        def load(loader: ModelLoader) -> Author:
+            model, tokenizer = loader.load(self.models, loader.placement(self.models, with_header=False))
+            return Author(self.models.base.name, model, tokenizer, self.asked)
+
+        return self.loader.fitting(self.models).in_range(load)
 
 
 def open_writer(config: Config, console: Console, prompts: Sequence[str] = ()) -> Writer:
@@ -103,7 +106,7 @@ def write_texts(
     thoughts, rules = author.asked.thoughts, model.token_rules()
     way = {
         "model": model.checkpoint.fingerprint(),
-        "dtype": dtype_name(model.dtype),
+        "dtype": model.arithmetic.name,
         "chat_template": getattr(author.tokenizer, "chat_template", None),
         "seed": config.random_seed,
         **{"tokens": drawing.tokens, "temperature": drawing.temperature, "count": drawing.count},

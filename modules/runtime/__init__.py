@@ -19,6 +19,7 @@ from modules.runtime.errors import (
     BrokenWeights,
     CheckpointError,
     ConfigError,
+    TooNarrow,
     first_line,
     naming,
     reading,

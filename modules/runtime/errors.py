@@ -23,6 +23,10 @@ class CheckpointError(Exception):
     """A checkpoint can't be read or written; the message is for the user."""
 
 
+class TooNarrow(CheckpointError):
+    """A number does not fit the type that is computed in; the message names the tensor or the text, and the type."""
+
+
 class BrokenWeights(Exception):
     """Weights hold NaN or infinite values; the message names the tensor."""
 

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from modules.checkpoints import dtype_name, layer_settings
-from modules.model import ResidentModel, wider
+from modules.checkpoints import layer_settings
+from modules.model import ResidentModel
 from modules.runtime import ConfigError, Rank, is_out_of_memory, within_memory
 from modules.scoring.budget import Budget
 from modules.scoring.exactness import Plain
@@ -52,7 +52,8 @@ def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain
     """All packs, of all processes, in the first layout whose scores are those of plain forwards."""
     by_length = sorted(encoded, key=lambda item: len(item.tokens))
     longest = by_length[-1].tokens
-    check_numbers(model, [float(plain.token_scores(item).sum()) for item in spread(by_length, SAMPLE)])
+    sample = spread(by_length, SAMPLE)
+    check_numbers(model, sample, [float(plain.token_scores(item).sum()) for item in sample])
     tokens = min(budget.tokens, sum(len(item.tokens) for item in encoded))  # more will not go through at a time
     limit = plain.tolerance(longest, tokens, budget.logits)
     # A 4-D mask is used as given: it would lift the window.
@@ -66,17 +67,16 @@ def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain
     raise ConfigError(f"{type(model.module).__name__}: the same text scored twice gives different scores")
 
 
-def check_numbers(model: ResidentModel, log_probabilities: Sequence[float]) -> None:
-    """Raise ConfigError, naming the dtype if that is the cause, if the base's scores are not finite."""
-    wrong = [value for value in log_probabilities if not math.isfinite(value)]
-    if any(value != -math.inf for value in wrong):
-        raise model.no_numbers()
+def check_numbers(model: ResidentModel, encoded: Sequence[Encoded], log_probabilities: Sequence[float]) -> None:
+    """Raise what `no_numbers` says, naming the phrase, if the base's scores of these pairs are not finite."""
+    wrong = [(item, value) for item, value in zip(encoded, log_probabilities, strict=True) if not math.isfinite(value)]
+    for item, value in wrong:
+        if value != -math.inf or model.dtype == torch.float16:
+            raise model.no_numbers(f"the scores of {item.pair}")
     if wrong:
-        advice = "remove phrases that it can't say"
-        advice += f", or, if it is an overflow, {wider(model.dtype)}" if model.dtype == torch.float16 else ""
         raise ConfigError(
             f"{model.checkpoint.path}: gives {len(wrong)} of {len(log_probabilities)} phrases a probability of exactly "
-            f"0 in {dtype_name(model.dtype)}, from which nothing can be searched: {advice}"
+            f"0 in {model.arithmetic.name}, from which nothing can be searched: remove phrases that it can't say"
         )
 
 
@@ -114,7 +114,7 @@ def is_taken(agrees: Callable[[], bool]) -> bool:
 
 def _altered(scorer: Scorer) -> Trial:
     """A trial of the cache's layer with other weights."""
-    part = scorer._model.layer(scorer._layer)
+    part = scorer.model.layer(scorer._layer)
     tensors = {name: tensor / 2 for name, tensor in part.tensors.items()}
     return lambda: part.holding(tensors)
 

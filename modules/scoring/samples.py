@@ -131,7 +131,8 @@ def _generated(
     try:
         ids = torch.tensor(tokens, device=model.device).repeat_interleave(drawing.count, dim=0)
         last = [*([_Forced(forced)] if forced else []), _Drawn(seeds, drawing)]
-        return module.generate(ids, settings, attention_mask=torch.ones_like(ids), logits_processor=last)
+        with model.products():
+            return module.generate(ids, settings, attention_mask=torch.ones_like(ids), logits_processor=last)
     finally:
         module.generation_config = theirs
 

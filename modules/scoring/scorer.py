@@ -51,7 +51,7 @@ class Scorer:
         forwards. rank: of several processes that share the packs; each has zeros for the pairs of the others."""
         self.layout, self.tolerance, self._rank = layout, tolerance, rank
         self.pairs = len(encoded)
-        self._model, self._layers = model, model.layers
+        self.model, self._layers = model, model.layers
         self.encoded, self._stacked, self._tails = encoded, stacked, tails
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
         self._layer = 0  # on which trials are scored
@@ -71,11 +71,11 @@ class Scorer:
             owner = loads.index(min(loads))
             loads[owner] += pack.tokens
             if owner == self._rank.number:
-                self._inputs.append(Inputs.of(pack, self._model.device, self._model.dtype))
+                self._inputs.append(Inputs.of(pack, self.model.device, self.model.dtype))
             self.packs += 1
             self.packed_tokens += pack.tokens
             self.columns += len({target.column for target in pack.targets})
-        self._from_layer = TailForwards(self._model, self.inputs, budget)
+        self._from_layer = TailForwards(self.model, self.inputs, budget)
         self._from_layer.at_layer(self._layer)
 
     def describe(self) -> dict[str, object]:
@@ -123,18 +123,18 @@ class Scorer:
         budget = self.budget
         while budget.tokens > 1:
             budget = budget.halved()
-            other = Scorer(self._model, self.encoded, self.layout, budget, *self.settings[2:], self._rank)
+            other = Scorer(self.model, self.encoded, self.layout, budget, *self.settings[2:], self._rank)
             if other.packs > self.packs:
                 return other
         return None
 
     def alone(self) -> "Scorer":
         """One that has all packs in this process."""
-        return self if self._rank.world_size == 1 else Scorer(self._model, self.encoded, *self.settings)
+        return self if self._rank.world_size == 1 else Scorer(self.model, self.encoded, *self.settings)
 
     def singly(self) -> "Scorer":
         """One that scores one pair at a time, as is exact by whatever settings the model computes."""
-        return Scorer(self._model, self.encoded, "single", *self.settings[1:])
+        return Scorer(self.model, self.encoded, "single", *self.settings[1:])
 
     @property
     def inputs(self) -> list[Callable[[], dict[str, Tensor]]]:
@@ -155,7 +155,7 @@ class Scorer:
     def score_on(self, hidden: Sequence[Tensor]) -> list[float]:
         """Joint log-probabilities by a model with these last hidden states, pack by pack, whose norm and head the
         resident model holds."""
-        return self._collect(1, lambda index: ending_in(self._model, hidden[index]))[0].sum(-1).tolist()
+        return self._collect(1, lambda index: ending_in(self.model, hidden[index]))[0].sum(-1).tolist()
 
     def restart(self) -> None:
         """Forget what is cached and go to layer 0. Needed after the embedding, or a layer before the present one,
@@ -240,11 +240,11 @@ class Scorer:
         if self._verified:
             return
         own = {pair for inputs in self._inputs for pair in inputs.targets.pairs.tolist()}
-        if own and not self.agrees(Plain(self._model)):
+        if own and not self.agrees(Plain(self.model)):
             packs = build_packs(self.encoded, "single", self.budget.tokens)
             mine = (pack for pack in packs if pack.targets[0].pair in own)
-            self._inputs = [Inputs.of(pack, self._model.device, self._model.dtype) for pack in mine]
-            self._from_layer, self._stacked = TailForwards(self._model, self.inputs, self.budget), False
+            self._inputs = [Inputs.of(pack, self.model.device, self.model.dtype) for pack in mine]
+            self._from_layer, self._stacked = TailForwards(self.model, self.inputs, self.budget), False
             self._from_layer.at_layer(self._layer)
         self._verified = True
 
@@ -254,7 +254,7 @@ class Scorer:
         """Run all packs; the phrases' token log-probabilities, (stack, pairs, longest phrase). copied: a stack of
         copies goes into the model, where otherwise a layer makes it."""
         # One place per token of each phrase, for a sum: unlike scattered additions, always in the same order.
-        places = torch.zeros(stack, self.pairs, self._longest_phrase, device=self._model.device)
+        places = torch.zeros(stack, self.pairs, self._longest_phrase, device=self.model.device)
         for index in range(len(self._inputs)):
             for logits, targets in self._logits(index, stack, forwards_for(index), copied):
                 normaliser = logits.logsumexp(-1)  # (stack, B, columns)
@@ -277,9 +277,9 @@ class Scorer:
             final.append(first_of(output))
             return output
 
-        column_bytes = 4 * stack * inputs.ids.shape[0] * self._model.vocabulary
+        column_bytes = 4 * stack * inputs.ids.shape[0] * self.model.vocabulary
         chunk = max(1, self.budget.logits // column_bytes)
         for first, columns in zip(range(0, len(inputs.columns), chunk), inputs.columns.split(chunk), strict=True):
-            layers = {**forwards, last: recording} if first == 0 else ending_in(self._model, final[0])
-            logits = logits_with(self._model, arguments, layers, columns).float()
+            layers = {**forwards, last: recording} if first == 0 else ending_in(self.model, final[0])
+            logits = logits_with(self.model, arguments, layers, columns).float()
             yield logits.unflatten(0, (stack, -1)), inputs.targets_in(first, first + len(columns))

@@ -5,7 +5,7 @@ Refuses to know: torch, models, weights.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from modules.config import Chat, Pair
@@ -26,6 +26,7 @@ class Encoded:
     tokens: tuple[int, ...]
     start: int
     another: bool = False  # whether it is another variant of the same pair as the one before it
+    pair: str = field(default="", compare=False)  # as it is called in messages
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tok
             length = len(item.tokens)
             raise ConfigError(f"{pair} is {length} tokens long; the base model takes {max_tokens}: shorten it")
         _check_embedded(tokenizer, pair, item.tokens, vocabulary)
-    return [item for items in encoded for item in items]
+    return [replace(item, pair=str(pair)) for pair, items in zip(pairs, encoded, strict=True) for item in items]
 
 
 def _encode_variants(tokenizer: Any, pair: Pair, frame: Frame) -> list[Encoded]:

@@ -8,6 +8,7 @@ moved as soon as its gradient is there. Shares stay within 0 and 1.
 
 import math
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,9 +151,10 @@ class Joint:
         self._descend(objective or self.objective, update)
         return tuple(tuple(rows[row]) for row in range(self.mix.rows))
 
-    def check(self, shares: Sequence[Row]) -> None:
+    def check(self, shares: Sequence[Row]) -> float:
         """Move all shares a little and see whether the objective follows its gradient; the model is then composed from
-        the shares. Raises ConfigError if it does not: such an architecture can't be searched by gradient.
+        the shares. By how much it does not, as a share of the slope. Raises ConfigError if that is more than rounding:
+        such an architecture can't be searched by gradient.
 
         Each share moves by another amount, in the direction in which the gradient says that the objective grows; by
         less and less, until half of it gives the same slope or rounding is all that there would be to see.
@@ -176,6 +178,7 @@ class Joint:
                 f"{type(self.mix.model.module).__name__}: its gradient can't be streamed: it says {told:.4g} where the "
                 f"objective changes by {found:.4g}"
             )
+        return abs(found - told) / max(abs(told), sys.float_info.min)
 
     def _slope(self, shares: Sequence[Row], direction: Sequence[Row], amount: float) -> float:
         """By how much the objective grows along a direction, as two models say that lie on it."""
@@ -209,6 +212,9 @@ class Joint:
     def _whole(self, part: Value) -> Value:
         """The value of all processes' parts together."""
         ((total, divergence),) = self.group.sum([[part.total, part.divergence]])
+        model = self.mix.model
+        if model.may_widen and not math.isfinite(total + divergence):
+            raise model.too_narrow("a step overflows")
         (log_probabilities,) = self.group.sum([part.log_probabilities])
         return Value(log_probabilities, total, divergence, total + self.objective.drift_weight * divergence)
 

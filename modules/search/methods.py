@@ -100,7 +100,7 @@ def merge(
 
     base, other: tensors of the same shape, dtype and device: (features,), (output, input) or (experts, output, input).
     input_axis: -1, or -2 for weights stored (input, output), as GPT-2's Conv1D does.
-    out: where to write the result; may be neither input.
+    out: where to write the result; may be neither input. It may be of another half type than these.
     Raises ValueError for an unknown method or tensors that do not match.
     """
     import torch
@@ -123,7 +123,10 @@ def lerp(base: Tensor, other: Tensor, ratio: float, out: Tensor) -> None:
     """(1-t)*a + t*b. torch.lerp computes half types in float32 and rounds once."""
     import torch
 
-    torch.lerp(base, other, ratio, out=out)
+    if out.dtype == base.dtype:
+        torch.lerp(base, other, ratio, out=out)
+    else:
+        _in_float32(lambda a, b, o: torch.lerp(a, b, ratio, out=o), base, other, out)
 
 
 @merge_method("slerp")

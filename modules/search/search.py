@@ -11,10 +11,21 @@ from typing import Any
 
 from modules.checkpoints import Candidate, Tensors
 from modules.config import Config, Pair
-from modules.model import HALF_DTYPES, HeaderSkipped, Part, ResidentModel, Settings, aligned_header, side_streams
-from modules.runtime import BrokenWeights, within_memory
+from modules.model import FALLBACK, HeaderSkipped, Part, ResidentModel, Settings, aligned_header, side_streams
+from modules.runtime import BrokenWeights, TooNarrow, counted, within_memory
 from modules.runtime.distributed import ALONE, Group
-from modules.scoring import Drift, DriftMeter, Guard, Scorer, Trial, check_numbers, of_pairs, other_ways, spreads
+from modules.scoring import (
+    Drift,
+    DriftMeter,
+    Guard,
+    Scorer,
+    Trial,
+    by_pair,
+    check_numbers,
+    of_pairs,
+    other_ways,
+    spreads,
+)
 from modules.search.decision import Decision, Result
 from modules.search.methods import ratios_for
 from modules.search.prefetch import ReadAhead
@@ -59,14 +70,15 @@ class Search(Merger):
         self._reading: ReadAhead | None = None  # of the present candidate
         self.reads_ahead = True
         self.layers = config.layers_in(len(model.layers))  # that are searched
-        self.memory_notes: list[str] = []  # what was done about a lack of memory, and not yet told
+        self.notes: list[str] = []  # what was done about a lack of memory or of range, and not yet told
+        self._outgrown: str | None = None  # what the model holds that does not fit what is computed in
         self.log_probabilities: list[float] = []
         self.drift = 0.0  # without a guard it stays so
         self.measure()
-        check_numbers(model, self.log_probabilities)
+        check_numbers(model, [items[0] for items in by_pair(scorer.encoded, scorer.encoded)], self.log_probabilities)
         self.weights, self.warnings = signed_weights(config.pairs, config.auto_weights, self.log_probabilities)
         self.base_scores = scores(self.log_probabilities, self.weights)
-        self.rounding = self._rounding() if model.dtype in HALF_DTYPES else []
+        self.rounding = self._rounding() if model.arithmetic.is_half else []
 
     @property
     def total(self) -> float:
@@ -118,6 +130,7 @@ class Search(Merger):
                 self.repeat(candidate, past)
             elif tries_header:
                 yield self._header(candidate)
+                self._check_range()
         self.measure()
 
     def score_whole(
@@ -180,6 +193,7 @@ class Search(Merger):
                 ratios = ratios_for(method, self.config.merge_ratios)
                 ratio = self._decide(part, theirs, method, ratios, self._score_layer)
             yield Decision(candidate.name, index, method, ratio, before, *self._present(), warning)
+            self._check_range()
 
     def _present(self) -> tuple[float, tuple[float, ...], float | None]:
         """What a decision notes of the state that it has led to."""
@@ -212,6 +226,7 @@ class Search(Merger):
         out = self.in_memory(partial(self._room, part))
         tries = [partial(trying, part, method, theirs, ratio, out) for ratio in ratios]
         found = self._scored(lambda: score_trials(tries))
+        overflowing = self._score_wider(found, tries)
         trials = [(of_pairs(row[:-1], self.scorer.encoded), row[-1]) for row in found]
         tried = [State(scores(log_probabilities, self.weights), drift) for log_probabilities, drift in trials]
         best = choose(self.config.strategy, self.state, tried, self.limits)
@@ -219,7 +234,30 @@ class Search(Merger):
             return None
         self._install(part, theirs, method, ratios[best])
         self.log_probabilities, self.drift = trials[best]
+        if best in overflowing:
+            self._outgrown = f"ratio {ratios[best]:g} is taken, with which {self.model.arithmetic.name} overflows"
         return ratios[best]
+
+    def _score_wider(self, found: list[list[float]], trials: Sequence[Trial]) -> list[int]:
+        """Score trials whose scores are no numbers again in FALLBACK, if it may be taken, by whole forwards; their
+        numbers. What is cached was computed in the other arithmetic."""
+        if not self.model.may_widen:
+            return []
+        overflowing = [number for number, row in enumerate(found) if not all(map(math.isfinite, row))]
+        if overflowing:
+            again = [trials[number] for number in overflowing]
+            with self.model.computing_in(FALLBACK):
+                for number, row in zip(overflowing, self._scored(lambda: self._score_whole(again)), strict=True):
+                    found[number] = row
+            name = self.model.arithmetic.name
+            what = f"{len(overflowing)} of {counted(len(trials), 'ratio')} overflow {name}"
+            self.notes.append(f"{what}: scored in {FALLBACK.name}")
+        return overflowing
+
+    def _check_range(self) -> None:
+        """Raise TooNarrow once a merge is noted that does not fit what is computed in: all that comes would not."""
+        if self._outgrown:
+            raise TooNarrow(f"{self.model.checkpoint.name}: {self._outgrown}")
 
     def _scored(self, work: Callable[[], list[list[float]]]) -> list[list[float]]:
         """What scoring gives, of all processes together, phrases by their variants."""
@@ -243,7 +281,7 @@ class Search(Merger):
             if self._reading:
                 self._reading.stop()
         if done:
-            self.memory_notes.append(f"Out of memory: {done}")
+            self.notes.append(f"Out of memory: {done}")
         return done is not None
 
     def _score_layer(self, trials: Sequence[Trial]) -> list[list[float]]:

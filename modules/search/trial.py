@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from modules.checkpoints import Candidate, Tensors
@@ -17,15 +18,26 @@ from modules.search.decision import Decision, Result
 from modules.search.methods import merge
 
 
-def merged(part: Part, method: str, theirs: Tensors, ratio: float, out: Tensors) -> Tensors:
-    """A part merged with a candidate's tensors, in `out`, with the values that saving will keep."""
+def merged(
+    part: Part, method: str, theirs: Tensors, ratio: float, out: Tensors, inexact: list[Tensor] | None = None
+) -> Tensors:
+    """A part merged with a candidate's tensors, in `out`, with the values that saving will keep.
+
+    inexact: gets, of each tensor, how many of these values the type that is computed in does not have.
+    """
     for name, ours in part.tensors.items():
-        tensors = ours, theirs[name], out[name]
+        saved = part.saved_dtypes[name]
+        # Rounded to what is saved first: one half type has bits that the other one lacks.
+        both_half = saved != ours.dtype and saved.itemsize == ours.dtype.itemsize
+        made = torch.empty_like(ours, dtype=saved) if both_half else out[name]
+        tensors = ours, theirs[name], made
         if name.endswith("bias"):  # a vector, even where a stack of experts has one each
             tensors = tuple(tensor.flatten() for tensor in tensors)
         merge(method, *tensors[:2], ratio, input_axis=part.input_axes[name], out=tensors[2])
-        if part.saved_dtypes[name] != ours.dtype:
-            out[name].copy_(out[name].to(part.saved_dtypes[name]))
+        if saved != ours.dtype:
+            out[name].copy_(made.to(saved))
+        if both_half and inexact is not None:
+            inexact.append((out[name].to(saved) != made).sum())
     return out
 
 
@@ -43,6 +55,7 @@ class Merger:
         """tokenizer: the model's, with which candidates' vocabularies are matched."""
         self.model, self.tokenizer = model, tokenizer
         self.repeated = 0  # decisions that were carried out again, of all candidates
+        self.inexact = 0  # numbers of all merges so far that the type that is computed in does not have
         self._space: Tensors = {}  # where merges are made, one part's worth
 
     def repeat(self, candidate: Candidate, done: Sequence[Decision]) -> None:
@@ -76,7 +89,9 @@ class Merger:
 
     def _changes(self, part: Part, theirs: Tensors, method: str, ratio: float) -> tuple[Tensors, Tensor]:
         """What a merge makes of the part's tensors, and which of them it makes others of."""
-        found = merged(part, method, theirs, ratio, self._room(part))
+        inexact: list[Tensor] = []
+        found = merged(part, method, theirs, ratio, self._room(part), inexact)
+        self.inexact += sum(int(count) for count in inexact)
         return found, part.changes_in(found)
 
     def _room(self, part: Part) -> Tensors:

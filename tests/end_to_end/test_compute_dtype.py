@@ -9,7 +9,7 @@ from runs import digest, log_of, make_models, merge, stored
 
 import modules.model.loading
 import modules.run.room
-from modules.model.devices import compute_dtypes
+from modules.model import arithmetics
 
 FREE = 600_000  # bytes: more than the models take in bfloat16, less than in float32
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -25,19 +25,21 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize(
     "compute, dtype, stored, device, expected",
     [
-        ("auto", "auto", BF16, CPU, (F32, BF16)),
-        ("auto", "auto", F16, CPU, (F32, F16)),
-        ("auto", "auto", F32, CPU, (F32,)),
-        ("auto", "auto", BF16, GPU, (BF16,)),
-        ("auto", "auto", F16, GPU, (F16,)),
-        ("auto", "auto", F32, GPU, (F16,)),
-        ("auto", "bfloat16", F32, CPU, (BF16,)),
-        ("float32", "bfloat16", BF16, GPU, (F32,)),
-        ("bfloat16", "auto", F16, CPU, (BF16,)),
+        ("auto", "auto", BF16, CPU, ["float32", "bfloat16"]),
+        ("auto", "auto", F16, CPU, ["float32", "float16"]),
+        ("auto", "auto", F32, CPU, ["float32"]),
+        ("auto", "auto", BF16, GPU, ["float16"]),
+        ("auto", "auto", F16, GPU, ["float16"]),
+        ("auto", "auto", F32, GPU, ["float16"]),
+        ("auto", "bfloat16", F32, CPU, ["bfloat16"]),
+        ("auto", "bfloat16", BF16, GPU, ["bfloat16"]),
+        ("float32", "bfloat16", BF16, GPU, ["float32"]),
+        ("bfloat16", "auto", F16, CPU, ["bfloat16"]),
+        ("bfloat16+float32", "auto", F16, GPU, ["bfloat16+float32"]),
     ],
 )
 def test_the_rule(compute, dtype, stored, device, expected):
-    assert compute_dtypes(compute, dtype, stored, device) == expected
+    assert [arithmetic.name for arithmetic in arithmetics(compute, dtype, stored, device)] == expected
 
 
 def told_and_noted(place):

@@ -37,10 +37,10 @@ from safetensors.torch import load_file
 
 import merge_monster
 import modules.checkpoints.writing
-from modules.checkpoints.checkpoint import dtype_name, open_checkpoint
+from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.hub import Prefetcher
 from modules.config import NO_PART, Config, load_config
-from modules.model.devices import compute_dtypes
+from modules.model import arithmetics
 from modules.output.journal import JournalCopy
 from modules.output.places import UNFINISHED
 from modules.output.run_record import RunRecord
@@ -265,8 +265,8 @@ def settings_at(place, models, changes):
 
 def record_of(journal, config, base):
     """A run's record, which computes in what is best for its settings."""
-    computed = compute_dtypes(config.compute_dtype, config.dtype, base.main_dtype(), torch.device("cpu"))[0]
-    return RunRecord(journal, config, dtype_name(computed), base)
+    computed = arithmetics(config.compute_dtype, config.dtype, base.main_dtype(), torch.device("cpu"))[0]
+    return RunRecord(journal, config, computed.name, base)
 
 
 YOUNGER = ("device", "folder", "computed")  # of what a journal begins with

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
+from modules.model.arithmetic import Arithmetic
 from modules.model.base_model import ResidentModel
 from modules.model.loading import load_model
 from modules.scoring.drift import DriftMeter
@@ -140,7 +141,8 @@ def mixed(
     fastest that is exact. layers: that are mixed, if not all are."""
     checkpoint = open_checkpoint(folder, "base")
     checkpoint.config._experts_implementation = "eager"  # the others have no float64
-    model, tokenizer = load_model(checkpoint, "cpu", "auto", compute), AutoTokenizer.from_pretrained(folder)
+    model = load_model(checkpoint, "cpu", "auto", Arithmetic.named(compute))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     encoded = encode_pairs(tokenizer, pairs, model.vocabulary, model.max_tokens)
     scorer = build_scorer(model, encoded, budget)
     signs = [-1 if pair.kind == "GOOD" else 1 for pair in pairs]

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from modules.checkpoints.open_models import open_models
 from modules.config import load_config, read_neutral_texts
+from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_model
 from modules.model.memory import Memory, Sizes
 from modules.run.plan import Disk, Plan
@@ -52,7 +53,7 @@ def made_up(place, **changes):
     plan = Plan(
         output=place / "out",
         device=torch.device("cuda:0"),
-        dtype=torch.bfloat16,
+        arithmetic=Arithmetic(torch.bfloat16),
         sizes=Sizes(32, 4096, 14336, 32, 128, 128256, 218.1e6, 218.1e6, 1_050_673_152),
         methods=(("lerp", 4), ("slerp", 4)),
         header_ratios=4,

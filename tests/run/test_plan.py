@@ -21,6 +21,7 @@ from modules.checkpoints.hub import Repository
 from modules.checkpoints.meaning import layer_settings, setting
 from modules.config import Pair
 from modules.config.locations import Location
+from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_model
 from modules.model.memory import Memory, weights_of
 from modules.model.part import BLOCKS
@@ -278,7 +279,7 @@ def test_what_would_help_against_too_little_memory(place):
     line = refusal(made_up(place), memory=18 * GIB)[0]
     assert "what is searched at a time (4.00 GiB)" in line and "or set merge_headers: false, or" in line
     assert "merge_headers" not in refusal(made_up(place), memory=16 * GIB - 1)[0]  # it would not help
-    line = refusal(made_up(place, dtype=torch.float32, device=torch.device("cpu")), memory=18 * GIB)[0]
+    line = refusal(made_up(place, arithmetic=Arithmetic(torch.float32), device=torch.device("cpu")), memory=18 * GIB)[0]
     assert (
         "close other programs" in line
         and "set compute_dtype: bfloat16, which takes half, or use a machine with more" in line

@@ -18,6 +18,7 @@ import modules.model.part
 import modules.search.rebuild
 from modules.checkpoints.open_models import open_models
 from modules.config import METHODS, load_config
+from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_layout, load_model
 from modules.runtime import ConfigError
 from modules.search import Decision
@@ -35,7 +36,7 @@ class Both:
 
     def __init__(self, place, base, folders, compute="float32", dtype="auto"):
         config = load_config(tiny.write_config(place / "my.yaml", base, folders, place / "out", dtype=dtype))
-        self.place, self.base, self.compute, self.dtype = place, base, getattr(torch, compute), dtype
+        self.place, self.base, self.compute, self.dtype = place, base, Arithmetic.named(compute), dtype
         self.models = open_models(config, lambda job: None)
         self.tokenizer = AutoTokenizer.from_pretrained(base)
 

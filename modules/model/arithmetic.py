@@ -1,0 +1,95 @@
+"""What a model is computed in: the type of its products, and that of the residual stream between them.
+
+Knows: torch's autocast, a module's forward and embedding. Refuses to know: phrases, candidates, which arithmetic a run
+should take.
+
+With a float32 residual stream, the embedding's output is float32 and every layer adds to it in float32; products alone
+(linear layers, attention) are made in the half type, as torch.autocast does it. Weights stay in the half type, but for
+vectors (norms and biases), which are small and which a float32 norm multiplies with.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.checkpoints import dtype_name
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+STREAM = "+float32"  # behind the name of a half type: with a float32 residual stream
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a model is computed in."""
+
+    dtype: torch.dtype  # of weights and products
+    float32_stream: bool = False  # whether the residual stream is float32, where the dtype is a half type
+
+    @classmethod
+    def named(cls, name: str) -> "Arithmetic":
+        """By its name in a configuration, a journal or a recipe: "float16", "bfloat16+float32"."""
+        dtype, plus, _ = name.partition("+")
+        return cls(getattr(torch, dtype), bool(plus))
+
+    @property
+    def name(self) -> str:
+        """As a configuration, a journal and a recipe have it."""
+        return dtype_name(self.dtype) + (STREAM if self.float32_stream else "")
+
+    @property
+    def is_half(self) -> bool:
+        """Whether products are rounded to a half type."""
+        return self.dtype in HALF_DTYPES
+
+    @property
+    def stream(self) -> torch.dtype:
+        """The type of hidden states between layers."""
+        return torch.float32 if self.float32_stream else self.dtype
+
+    def weight_dtype(self, dimensions: int) -> torch.dtype:
+        """The type in which a weight of so many dimensions is held."""
+        return self.stream if dimensions < 2 else self.dtype
+
+
+# What auto falls back to where float16 is too narrow: the range of float32, in half the memory.
+FALLBACK = Arithmetic(torch.bfloat16, float32_stream=True)
+
+
+def arithmetics(compute: str, dtype: str, stored: torch.dtype, device: torch.device) -> tuple[Arithmetic, ...]:
+    """What to compute in: the first of these that fits into memory.
+
+    compute, dtype: as configured; the first that is not auto decides. auto: float16 on an accelerator, which FALLBACK
+    replaces where the model does not stand it; on a CPU float32, or else the half type that the checkpoint is stored
+    in.
+    """
+    name = dtype if compute == "auto" else compute
+    if name != "auto":
+        return (Arithmetic.named(name),)
+    if device.type != "cpu":
+        return (Arithmetic(torch.float16),)
+    return Arithmetic(torch.float32), *((Arithmetic(stored),) if stored in HALF_DTYPES else ())
+
+
+@dataclass
+class Computing:
+    """In what a model computes now. It is apart from the model, so that what is hooked onto the model's embedding does
+    not hold the model."""
+
+    arithmetic: Arithmetic
+
+    def attach(self, module: nn.Module) -> None:
+        """Begin the residual stream of a model in the stream's type."""
+        module.get_input_embeddings().register_forward_hook(self._begin_stream)
+
+    def _begin_stream(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output.float() if self.arithmetic.float32_stream else output
+
+    def products(self, device: torch.device) -> AbstractContextManager[Any]:
+        """What is computed on a device within the block makes its products in the arithmetic's type."""
+        if not self.arithmetic.float32_stream:
+            return nullcontext()
+        # Weights are swapped within a forward: no cast of one may be kept for another.
+        return torch.autocast(device.type, self.arithmetic.dtype, cache_enabled=False)

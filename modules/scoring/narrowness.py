@@ -1,0 +1,76 @@
+"""Whether float16 is wide enough for a model: what it says of all that a run scores, beside what it says in bfloat16
+with a float32 residual stream.
+
+Knows: scorers, windows of neutral text, two arithmetics. Refuses to know: what is done where float16 is too narrow.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modules.model import FALLBACK, ResidentModel
+from modules.scoring.drift import DriftMeter
+from modules.scoring.exactness import ROUNDING
+from modules.scoring.hidden_states import last_states
+from modules.scoring.scorer import Scorer
+from modules.scoring.tokenization import Window
+
+# How much further apart the two may be than the wide one's own rounding puts it: float16's error is an eighth of that.
+MARGIN = 4.0
+
+
+@torch.no_grad()
+def check_float16(scorer: Scorer, windows: Sequence[Window]) -> None:
+    """Raise what `ResidentModel.too_narrow` says if a model that computes in float16 overflows on a phrase of this
+    process or on neutral text, or says something else there than in FALLBACK.
+
+    To be called while the model is the base. Of a model that computes in anything else, nothing is looked at.
+    """
+    model = scorer.model
+    if model.arithmetic.name != "float16":
+        return
+    _check_phrases(model, scorer)
+    if windows and model.may_widen:
+        _check_text(model, windows)
+
+
+def _check_phrases(model: ResidentModel, scorer: Scorer) -> None:
+    scores = scorer.token_scores()
+    for item, row in zip(scorer.encoded, scores, strict=True):
+        if not bool(row.isfinite().all()):
+            raise model.no_numbers(f"the scores of {item.pair}")
+    if not model.may_widen:
+        return
+    with model.computing_in(FALLBACK):
+        wide = scorer.token_scores()
+        with model.embeddings_moved():
+            moved = scorer.token_scores()
+    apart, limit = _size(scores - wide), MARGIN * max(_size(moved - wide), ROUNDING[FALLBACK.dtype])
+    if not apart <= limit:
+        raise model.too_narrow(f"phrases score otherwise, by {apart:.3g} nats a token,")
+
+
+def _check_text(model: ResidentModel, windows: Sequence[Window]) -> None:
+    texts = [torch.tensor([window], device=model.device) for window in windows]
+    if not all(bool(last_states(model, {"input_ids": text}, {}).isfinite().all()) for text in texts):
+        raise model.no_numbers("the scores of neutral text")
+    try:
+        meter = DriftMeter(model, windows)
+    except ValueError:  # drift can't be measured on this model, which others say
+        return
+    with model.computing_in(FALLBACK):
+        apart = meter.measure().divergence
+        with model.embeddings_moved():
+            own = meter.measure().divergence
+    # A divergence grows with the square of what it comes from.
+    limit = MARGIN**2 * max(own, ROUNDING[FALLBACK.dtype] ** 2)
+    if not apart <= limit:
+        raise model.too_narrow(f"neutral text scores otherwise, by {apart:.3g} nats a token,")
+
+
+def _size(differences: Tensor) -> float:
+    """Root mean square of differences between tokens' log-probabilities, (pairs, tokens); zeros stand for no token."""
+    counted = differences[differences != 0]
+    return math.sqrt(float(counted.double().square().mean())) if len(counted) else 0.0
