@@ -8,7 +8,7 @@ Layers and header are handed out as Parts: named tensors that can be merged, tri
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,17 +112,12 @@ class ResidentModel:
     @contextmanager
     def computing_in(self, arithmetic: Arithmetic) -> Iterator[None]:
         """Compute in another arithmetic for a moment. Weights stay as they are, and are cast where they are used."""
-        before, vectors = self._computing.arithmetic, self._vectors
-        data = [vector.data for vector in vectors]
+        before = self._computing.arithmetic
         try:
             self._computing.arithmetic = arithmetic
-            for vector in vectors:
-                vector.data = vector.data.to(arithmetic.stream)
             yield
         finally:
             self._computing.arithmetic = before
-            for vector, own in zip(vectors, data, strict=True):
-                vector.data = own
 
     def in_range(self, work: Callable[[], Result], is_sound: Callable[[Result], bool]) -> Result:
         """What work gives or, where that is no number and FALLBACK may be taken, what it gives in that."""
@@ -132,11 +127,22 @@ class ResidentModel:
         with self.computing_in(FALLBACK):
             return work()
 
-    def products(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def products(self) -> Iterator[None]:
         """Forwards of the module are made within this."""
-        return self._computing.products(self.device)
+        vectors = self._vectors if self.arithmetic.float32_stream else []
+        narrow = [vector for vector in vectors if vector.dtype != torch.float32]  # within `computing_in` alone
+        data = [vector.data for vector in narrow]
+        try:
+            for vector in narrow:
+                vector.data = vector.data.float()
+            with self._computing.products(self.device):
+                yield
+        finally:
+            for vector, own in zip(narrow, data, strict=True):
+                vector.data = own
 
-    @property
+    @cached_property
     def _vectors(self) -> list[Tensor]:
         """All tensors of at most one dimension, each once."""
         floats = (tensor for tensor in self._state.values() if tensor.is_floating_point() and tensor.dim() < 2)

@@ -130,10 +130,8 @@ class Conductor:
         finally:
             candidate.checkpoint.release()
         if self.search.inexact:
-            computed = self.search.model.arithmetic.name
-            self.console.lines(
-                [], [f"{self.search.inexact:,} merged numbers so far are no {computed} numbers; rounded"]
-            )
+            name = self.search.model.arithmetic.name
+            self.console.lines([], [f"{self.search.inexact:,} merged numbers so far have lost digits in {name}"])
         if failure:
             self.console.warning(f"{candidate.name} is given up; what was accepted of it stays: {failure}")
         self._tell_notes()

@@ -144,8 +144,13 @@ class Search(Merger):
         return score_whole(self.model, self.tokenizer, candidate, scorers, meters, self.streams, own)
 
     def measure(self) -> None:
-        """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find."""
+        """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find.
+
+        Raises TooNarrow for merges that don't fit what is computed in, if another arithmetic may be taken.
+        """
         (found,) = self._scored(lambda: [self.scorer.score()])
+        if self.model.may_widen and not all(map(math.isfinite, found)):
+            raise self.model.too_narrow("the model overflows")
         self.log_probabilities = of_pairs(found, self.scorer.encoded)
         self.measure_drift()
 
