@@ -220,7 +220,7 @@ def load_base(
     texts = read_neutral_texts(config.neutral_texts)
     aside = config.tokens_for_trials
     windows, guarding = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, aside)
-    group.on_all_ranks(lambda: check_float16(scorer, [*windows, *guarding]))
+    loader.console.lines(group.on_all_ranks(lambda: check_float16(scorer, [*windows, *guarding])))
     guard = group.on_all_ranks(lambda: build_guard(model, guarding, budget, group.rank)) if aside else None
     return Search(model, scorer, config, tokenizer, group, guard), windows, guarding
 

@@ -22,27 +22,32 @@ MARGIN = 4.0
 
 
 @torch.no_grad()
-def check_float16(scorer: Scorer, windows: Sequence[Window]) -> None:
-    """Raise what `ResidentModel.too_narrow` says if a model that computes in float16 overflows on a phrase of this
-    process or on neutral text, or says something else there than in FALLBACK.
+def check_float16(scorer: Scorer, windows: Sequence[Window]) -> list[str]:
+    """A line about how well float16 serves a model that computes in it because nobody asked for another type.
 
-    To be called while the model is the base. Of a model that computes in anything else, nothing is looked at.
+    Raises what `ResidentModel.too_narrow` says if it overflows on a phrase of this process or on neutral text, or says
+    something else there than in FALLBACK. To be called while the model is the base. Of a model that computes in
+    anything else, nothing is looked at.
     """
     model = scorer.model
     if model.arithmetic.name != "float16":
-        return
-    _check_phrases(model, scorer)
-    if windows and model.may_widen:
+        return []
+    apart = _check_phrases(model, scorer)
+    if not model.may_widen:
+        return []
+    if windows:
         _check_text(model, windows)
+    return [f"Computing in float16: all weights fit, phrases differ by {apart:.2g} nats a token from {FALLBACK.name}"]
 
 
-def _check_phrases(model: ResidentModel, scorer: Scorer) -> None:
+def _check_phrases(model: ResidentModel, scorer: Scorer) -> float:
+    """How far phrases are apart in both arithmetics, root mean square in nats a token."""
     scores = scorer.token_scores()
     for item, row in zip(scorer.encoded, scores, strict=True):
         if not bool(row.isfinite().all()):
             raise model.no_numbers(f"the scores of {item.pair}")
     if not model.may_widen:
-        return
+        return 0.0
     with model.computing_in(FALLBACK):
         wide = scorer.token_scores()
         with model.embeddings_moved():
@@ -50,6 +55,7 @@ def _check_phrases(model: ResidentModel, scorer: Scorer) -> None:
     apart, limit = _size(scores - wide), MARGIN * max(_size(moved - wide), ROUNDING[FALLBACK.dtype])
     if not apart <= limit:
         raise model.too_narrow(f"phrases score otherwise, by {apart:.3g} nats a token,")
+    return apart
 
 
 def _check_text(model: ResidentModel, windows: Sequence[Window]) -> None:
