@@ -84,7 +84,7 @@ def _is_taken(model: ResidentModel, settings: Settings) -> bool:
     """Whether the module still computes by these: something that they put there may know its own module's weights."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     try:
-        with settings.taken():
+        with settings.taken(), model.products():
             model.module(input_ids=ids, use_cache=False)
     except Exception as error:  # whatever an architecture makes of it
         if is_out_of_memory(error):
