@@ -74,14 +74,6 @@ def test_every_file_opens_with_what_it_knows_and_refuses_to_know():
         assert "Knows:" in opening and "Refuses to know:" in opening, name
 
 
-def test_no_file_and_no_function_is_long():
-    for name, source in SOURCES.items():
-        assert source.count("\n") <= 350, name
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{name}: {node.name}"
-
-
 @pytest.mark.parametrize("page", ["README.md", "docs/development.md"])
 def test_a_page_shows_the_real_file_tree(page):
     """A line for each file at the top and for each folder; what else has one is there too."""
