@@ -8,6 +8,7 @@ float32 products take.
 
 import runpy
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,4 +27,5 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None = None
 if __name__ == "__main__":
     torch.nn.functional.linear = linear_in_float32
     sys.argv.pop(0)
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as Python does for a program
     runpy.run_path(sys.argv[0], run_name="__main__")
