@@ -16,8 +16,10 @@ import monster_mapper
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import METHODS
+from modules.model import Arithmetic
 from modules.model.loading import load_model
 from modules.runtime.errors import ConfigError
+from modules.scoring import Encoded
 from modules.scoring.layout import check_numbers
 from modules.search.decision import Decision
 from modules.search.trial import Merger
@@ -59,7 +61,7 @@ def make_pair(folder, kind):
 def merged(place, pair, compute, decisions, dtype="auto"):
     """Stored tensors of the base, and of what is saved after some decisions (layer, method, ratio)."""
     base, other = pair
-    model = load_model(open_checkpoint(base, "base"), "cpu", dtype, compute=compute)
+    model = load_model(open_checkpoint(base, "base"), "cpu", dtype, compute and Arithmetic.named(compute))
     candidate = open_candidate(open_checkpoint(other, "other"), model.checkpoint, model.module)
     done = [Decision("other", layer, method, ratio, 0.0, 0.0, ()) for layer, method, ratio in decisions]
     Merger(model, AutoTokenizer.from_pretrained(base)).repeat(candidate, done)
@@ -142,7 +144,7 @@ def test_activations_that_overflow_in_float16_are_named(place, folders, loud, ca
     path = tiny.write_config(place / "my.yaml", loud, [folders["float32"][1]], place / "out", dtype="float16")
     assert program.main(["--config", str(path)]) == 2
     error = capsys.readouterr().err
-    assert "loud: its activations overflow in float16; set compute_dtype: bfloat16 or float32" in error
+    assert "'unwavering'" in error and "overflow in float16; set compute_dtype: bfloat16+float32 or float32" in error
     path = tiny.write_config(place / "my.yaml", loud, [folders["float32"][1]], place / "out", dtype="bfloat16")
     assert program.main(["--config", str(path)]) == 0
 
@@ -163,8 +165,9 @@ def test_a_base_that_no_dtype_helps_is_not_told_to_try_another(place, folders, c
 
 def test_a_phrase_that_a_base_can_not_say_is_no_overflow(folders):
     model = load_model(open_checkpoint(folders["float32"][0], "base"), "cpu", "float32")
-    check_numbers(model, [-1.0, -700.0])
+    pairs = [Encoded((1, 2), 1), Encoded((1, 3), 1)]
+    check_numbers(model, pairs, [-1.0, -700.0])
     with pytest.raises(ConfigError, match=r"1 of 2 phrases a probability of exactly 0 in float32.*remove phrases"):
-        check_numbers(model, [-1.0, -math.inf])
+        check_numbers(model, pairs, [-1.0, -math.inf])
     with pytest.raises(ConfigError, match="no dtype"):
-        check_numbers(model, [-math.inf, math.nan])
+        check_numbers(model, pairs, [-math.inf, math.nan])
