@@ -49,10 +49,6 @@ class Arithmetic:
         """The type of hidden states between layers."""
         return torch.float32 if self.float32_stream else self.dtype
 
-    def weight_dtype(self, dimensions: int) -> torch.dtype:
-        """The type in which a weight of so many dimensions is held."""
-        return self.stream if dimensions < 2 else self.dtype
-
 
 # What auto falls back to where float16 is too narrow: the range of float32, in half the memory.
 FALLBACK = Arithmetic(torch.bfloat16, float32_stream=True)

@@ -74,6 +74,7 @@ class ResidentModel:
         self._stored_as = self._find_stored_names()
         self._touched: dict[tuple[str, ...], Tensor] = {}  # names and, of each, whether it is no longer the base's
         self._hold_vectors_in(self.arithmetic)
+        self._dtypes = {name: tensor.dtype for name, tensor in self._state.items()}
 
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device, or how many layers are on each of several, and dtype, for the summary."""
@@ -119,11 +120,23 @@ class ResidentModel:
         finally:
             self._computing.arithmetic = before
 
-    def in_range(self, work: Callable[[], Result], is_sound: Callable[[Result], bool]) -> Result:
-        """What work gives or, where that is no number and FALLBACK may be taken, what it gives in that."""
-        found = work()
-        if is_sound(found) or not self.may_widen:
-            return found
+    def in_range(
+        self,
+        work: Callable[[], Result],
+        is_sound: Callable[[Result], bool] | None = None,
+        overflows: type[Exception] = TooNarrow,
+    ) -> Result:
+        """What work gives or, where that is no number and FALLBACK may be taken, what it gives in that.
+
+        is_sound: whether what it gives is a number; overflows: what it raises if it meets none.
+        """
+        try:
+            found = work()
+            if not self.may_widen or is_sound is None or is_sound(found):
+                return found
+        except overflows:
+            if not self.may_widen:
+                raise
         with self.computing_in(FALLBACK):
             return work()
 
@@ -153,6 +166,10 @@ class ResidentModel:
         the file again."""
         if not arithmetic.float32_stream:
             return
+        # Of a layer that is copied to its device for every forward, the copy has the type of what is replaced.
+        for parameter in self.module.parameters():
+            if parameter.is_meta and parameter.dim() < 2:
+                parameter.data = parameter.data.float()
         for name, tensor in self._state.items():
             if not tensor.is_floating_point() or tensor.dim() > 1 or tensor.dtype == torch.float32:
                 continue
@@ -349,6 +366,7 @@ class ResidentModel:
         names = [name for name in names if self._state[name].is_floating_point()]
         return Part(
             tensors={name: self._state[name] for name in names},
+            dtypes={name: self._dtypes[name] for name in names},
             saved_dtypes={name: self.saved_dtype or self._conversion.dtype(self._stored_as[name]) for name in names},
             input_axes={name: -2 if name in self._input_first else -1 for name in names},
             touched=self._touched,
@@ -379,7 +397,7 @@ class ResidentModel:
                 if is_finite(self._stored(name)):
                     raise self.too_narrow(f"{name} overflows")
                 raise ConfigError(f"{self.checkpoint.path}: {name} holds NaN or infinite values; it can't be merged")
-            if tensor.dtype == torch.float16 and not tensor.is_meta:
+            if self.may_widen and tensor.dtype == torch.float16:
                 self._check_small_numbers(name, tensor.detach())
 
     def _check_small_numbers(self, name: str, tensor: Tensor) -> None:

@@ -26,7 +26,7 @@ from modules.checkpoints import (
 from modules.config import Config
 from modules.model.arithmetic import FALLBACK, Arithmetic, arithmetics
 from modules.model.base_model import ResidentModel
-from modules.model.devices import free_memory, own_device, resolve_device
+from modules.model.devices import accelerators, free_memory, own_device, resolve_device
 from modules.model.memory import placement_of, weights_of
 from modules.runtime import ConfigError, Console, Rank, TooNarrow, first_line, in_memory, is_out_of_memory
 
@@ -109,11 +109,18 @@ class ModelLoader:
         except TooNarrow as error:
             if not self.may_widen:
                 raise
-            reason = str(error)
+            reason = error.args[0]
         # Not within the handler: there, the error still holds the model.
-        gc.collect()
+        free_memory_of_the_dead()
         self.console.warning(f"{reason}: computing in {FALLBACK.name}")
         return work(replace(self, compute=FALLBACK))
+
+
+def free_memory_of_the_dead() -> None:
+    """Give back what a model that is not referred to any more has held: there is no room for two."""
+    gc.collect()
+    for device in accelerators()[:1]:
+        torch.get_device_module(device).empty_cache()
 
 
 def too_large_for(best: Arithmetic, other: Arithmetic, needed: int, free: int) -> str:

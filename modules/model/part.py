@@ -24,6 +24,7 @@ class Part:
     """The mergeable tensors of one layer, or of the header, by their full names in the model."""
 
     tensors: Tensors  # the model's own parameters and buffers, live
+    dtypes: Mapping[str, torch.dtype]  # what each is computed in; a live one may be in another type for a moment
     saved_dtypes: Mapping[str, torch.dtype]  # what each is stored as when the model is saved
     input_axes: Mapping[str, int]  # which axis holds the input features, see methods.merge
     touched: dict[tuple[str, ...], Tensor]  # of the whole model, live: which of these are no longer the base's
@@ -63,11 +64,12 @@ class Part:
     def _adopted(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """A candidate's tensor on its device in the model's dtype, and its least and greatest value, (2,)."""
         own = self.tensors[name]
-        if tensor.dtype == own.dtype or tensor.dim() == 0:
+        dtype = self.dtypes[name]
+        if tensor.dtype == dtype or tensor.dim() == 0:
             arrived = tensor.to(own.device, non_blocking=True)
-            return arrived.to(own.dtype), torch.stack(arrived.aminmax())
+            return arrived.to(dtype), torch.stack(arrived.aminmax())
         # A part at a time is there in its own dtype, which may be twice as wide.
-        adopted, bounds = torch.empty(tensor.shape, dtype=own.dtype, device=own.device), []
+        adopted, bounds = torch.empty(tensor.shape, dtype=dtype, device=own.device), []
         rows = -(-len(tensor) // BLOCKS)
         for block, place in zip(tensor.split(rows), adopted.split(rows), strict=True):
             arrived = block.to(own.device, non_blocking=True)
@@ -84,15 +86,13 @@ class Part:
             if not (-torch.inf < low and high < torch.inf):
                 raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
             kinds = (
-                ("compute_dtype", self.tensors[name].dtype, TooNarrow),
+                ("compute_dtype", self.dtypes[name], TooNarrow),
                 ("dtype", self.saved_dtypes[name], CheckpointError),
             )
             for key, dtype, kind in kinds:
                 if max(-low, high) > torch.finfo(dtype).max:
-                    raise kind(
-                        f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}; "
-                        f"{wider(dtype, key)}"
-                    )
+                    what = f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}"
+                    raise kind(what, wider(dtype, key)) if kind is TooNarrow else kind(f"{what}; {wider(dtype, key)}")
 
     @contextmanager
     def holding(self, tensors: Tensors) -> Iterator[None]:

@@ -25,10 +25,15 @@ def begun_with(path: Path) -> Line | None:
     so, whoever opens it says why."""
     try:
         with open_input(path) as file:
-            first = json.loads(file.readline())
-            others = [json.loads(line) for line in file if line.endswith(b"\n")]  # the last one may be torn
-            widened = [{"computed": record["computed"]} for record in others if record["kind"] == "widened"]
-            return first | dict(*widened[-1:]) if any(record["kind"] in _DECISIONS for record in others) else None
+            first, has_decided = json.loads(file.readline()), False
+            for line in file:
+                if not line.endswith(b"\n"):  # torn
+                    break
+                with suppress(ValueError):  # whoever opens it says which line is damaged
+                    record = json.loads(line)
+                    has_decided = has_decided or record["kind"] in _DECISIONS
+                    first["computed"] = record.get("computed") or first.get("computed")
+            return first if has_decided else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 

@@ -130,7 +130,7 @@ class Run(Record):
 
 
 class Widened(Record):
-    """That a run goes on in another arithmetic, since its own was too narrow for a merge."""
+    """That a run goes on in another arithmetic, since its own is too narrow for what comes next."""
 
     computed: Literal[COMPUTE_DTYPES[1:]]
 
@@ -180,6 +180,7 @@ class Decided(Record):
     note: str | None
     packing: Packed | None = None
     seconds: Number
+    computed: Literal[COMPUTE_DTYPES[1:]] | None = None  # what the run goes on in, if not in what it was taken in
 
     @property
     def decision(self) -> Decision:

@@ -66,7 +66,8 @@ class RunRecord:
             refuse_other_version(journal.records[0], self._now, journal.path)
         self._lines, damaged = read_lines(journal.records, config)
         if damaged != 1 and base is not None:
-            refuse_changes(self._all(Run)[0], self._now, base, journal)
+            begun = self._all(Run)[0].model_copy(update={"computed": self._computed})
+            refuse_changes(begun, self._now, base, journal)
         if damaged is not None:
             raise journal.damaged(damaged)
         self._lines = [self.public.record(line) for line in self._lines]  # an older version had whole paths in them
@@ -76,12 +77,13 @@ class RunRecord:
     @property
     def _computed(self) -> str | None:
         """What is computed in by now; None if an older version has not noted it."""
-        return [line.computed for line in self._lines if isinstance(line, Run | Widened)][-1]
+        told = [line.computed for line in self._lines if isinstance(line, Run | Widened | Decided)]
+        return next((computed for computed in reversed(told) if computed), None)
 
     @property
     def was_widened(self) -> bool:
         """Whether the run began in a type that was too narrow."""
-        return bool(self._all(Widened))
+        return bool(self._all(Widened)) or any(line.computed for line in self._all(Decided))
 
     def _note(self, kind: str, line: Kind) -> Kind:
         line = self.public.record(line)
@@ -196,9 +198,12 @@ class RunRecord:
         """The base's log-probabilities."""
         return self._all(Start)[0].log_probabilities
 
-    def decided(self, number: int, decision: Decision, seconds: float, packing: Packing) -> None:
-        """Note a decision."""
+    def decided(
+        self, number: int, decision: Decision, seconds: float, packing: Packing, computed: str | None = None
+    ) -> None:
+        """Note a decision. computed: what the run goes on in, if it can't go on in what it was taken in."""
         more = {"packing": asdict(packing), "seconds": round(seconds, 3)}
+        more |= {"computed": computed} if computed else {}
         told = {key: value for key, value in asdict(decision).items() if key != "drift" or value is not None}
         self._note("decision", Decided(candidate=number, **told, **more))
 
@@ -267,7 +272,7 @@ class RunRecord:
             config=run.config,
             **model,
             sources=self._all(Source),
-            decisions=[line.written("packing") for line in decisions],
+            decisions=[line.written("packing", "computed") for line in decisions],
             failures={str(line.number): line.failure for line in self._all(Closed) if line.failure},
             phrases=phrases,
             total=in_all,

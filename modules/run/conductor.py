@@ -6,9 +6,11 @@ Knows: the order of what follows a decision. Refuses to know: how a decision is 
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from functools import partial
 
 from modules.checkpoints import Candidate, Prefetcher, remove_downloads
 from modules.config import Config
+from modules.model import FALLBACK
 from modules.output import RunRecord
 from modules.output import tables as report
 from modules.output.advice import Searched, advice, beyond_limit
@@ -33,7 +35,7 @@ def resume_search(console: Console, search: Search, record: RunRecord, resume: b
     search.base_scores = scores(search.log_probabilities, search.weights)
     if record.has_progress:
         console.warnings(record.warnings(packing))
-        if measured != search.log_probabilities and record.compares(packing):
+        if measured != search.log_probabilities and record.compares(packing) and not record.was_widened:
             console.warning("the base scores otherwise here than where the run began: its end may differ slightly")
         if record.steps():
             console.timed(f"Resuming after step {record.steps()[-1].step} of {search.config.joint.steps}")
@@ -117,7 +119,7 @@ class Conductor:
         try:
             group.on_all_ranks(lambda: self.prefetcher.wait(number))
             note_source(self.record, group, number, candidate.text, candidate.where, candidate.checkpoint)
-            self._score_whole(number, candidate)
+            group.on_all_ranks(partial(self._score_whole, number, candidate))
             failure = self._search(number, candidate)
         except CheckpointError as error:
             if self.config.on_error == "stop" or (isinstance(error, TooNarrow) and self.search.model.may_widen):
@@ -167,6 +169,8 @@ class Conductor:
         try:
             seen = self.watch.look_at_whole(self.search, candidate, self._meter)
         except (BrokenWeights, CheckpointError) as error:  # the search will meet it, too
+            if isinstance(error, TooNarrow) and self.search.model.may_widen:
+                raise
             self.console.warning(f"{candidate.name} can't be scored whole: {error}")
             return
         if seen is None:
@@ -190,7 +194,9 @@ class Conductor:
         # Closed whatever happens: the candidate is read by a thread.
         with closing(self.search.candidate(candidate, done)) as decisions:
             for decision in decisions:
-                self.record.decided(number, decision, time.monotonic() - began, self.search.scorer.packing)
+                goes_on_in = FALLBACK.name if self.search.outgrown else None
+                packing = self.search.scorer.packing
+                self.record.decided(number, decision, time.monotonic() - began, packing, goes_on_in)
                 self._count(decision, timed)
                 merges = self.origins[self._place(decision)]
                 self._tell_notes()

@@ -100,7 +100,8 @@ def probabilities(writer: Author, pairs: Sequence[Pair]) -> list[float]:
         return []
     scored = [_as_asked(pair, writer.asked) for pair in pairs]
     encoded = encode_pairs(writer.tokenizer, scored, writer.model.vocabulary, writer.model.max_tokens)
-    return [probability(value) for value in score_once(writer.model, encoded)[1]]
+    _, scores = writer.model.in_range(lambda: score_once(writer.model, encoded))
+    return [probability(value) for value in scores]
 
 
 def _in_the_answer(pair: Pair, asked: Asked) -> Pair:

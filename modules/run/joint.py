@@ -38,7 +38,7 @@ class JointConductor(Conductor):
             for number, candidate in enumerate(candidates, start=1):
                 search.group.on_all_ranks(partial(self.prefetcher.wait, number))
                 note_source(self.record, search.group, number, candidate.text, candidate.where, candidate.checkpoint)
-                self._score_whole(number, candidate)
+                search.group.on_all_ranks(partial(self._score_whole, number, candidate))
             joint = self._made_joint()
             with postponed(console.on_interrupt) as self.end_if_asked:
                 self._end(joint, self._steps(joint, self._begun(joint)))

@@ -3,7 +3,6 @@
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from modules.checkpoints import Models, Prefetcher, check_space, fetching
 from modules.config import Config, check_apart, input_paths, read_neutral_texts
-from modules.model import Arithmetic, ModelLoader, ResidentModel
+from modules.model import Arithmetic, ModelLoader, ResidentModel, free_memory_of_the_dead
 from modules.output import (
     JournalCopy,
     Place,
@@ -192,7 +191,11 @@ def begin_search(
     measured = total_rounding(search.weights, search.rounding), search.limits.drift_weight
     console.lines(report.summary(config, model.describe(), search.scorer.describe(), names, *measured))
     console.warnings(search.warnings)
-    watch = Watch(config, console, model, search.tokenizer, budget, windows, asked) if group.rank.leads else None
+
+    def look() -> Watch | None:
+        return Watch(config, console, model, search.tokenizer, budget, windows, asked) if group.rank.leads else None
+
+    watch = group.on_all_ranks(look)  # what the leader can't look at, no process can
     joint = config.search == "joint"
     # A greedy search measures candidates taken whole by it, once each.
     metered = guarding and (joint or (watch and config.baselines))
@@ -277,7 +280,7 @@ def merge_as_follower(config: Config, console: Console, options: Options, group:
             raise
         start = None
     if start is None:  # the leader begins again, and so do all
-        gc.collect()
+        free_memory_of_the_dead()
         start = group.broadcast()
         _follow(replace(loader, compute=start.compute), models, start, group)
 

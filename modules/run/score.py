@@ -26,7 +26,7 @@ from modules.output.tables import neutral_text_lines, score_summary
 from modules.run.merge import load_base
 from modules.run.steps import end, prepare_libraries, with_chats_rendered
 from modules.run.watch import Watch
-from modules.runtime import BrokenWeights, CheckpointError, ConfigError, Console
+from modules.runtime import BrokenWeights, CheckpointError, ConfigError, Console, TooNarrow
 from modules.scoring import Budget, doubled_tokens, doubtful_phrases
 from modules.search.search import Search
 
@@ -82,7 +82,7 @@ def _scored(loader: ModelLoader, models: Models) -> tuple[Search, Watch, list[Sc
                 console.timed(f"Model {number}/{len(names)}: {candidate.name}")
                 scored.append(_score(console, search, watch, candidate))
             except CheckpointError as error:
-                if config.on_error == "stop":
+                if config.on_error == "stop" or isinstance(error, TooNarrow):
                     raise
                 console.warning(f"{error}; it has no row")
             if not config.keep_downloads:
@@ -104,6 +104,8 @@ def _score(console: Console, search: Search, watch: Watch, candidate: Candidate)
         while seen is None and search.take_less_memory():
             seen = watch.look_at_whole(search, candidate, own=own or Settings())
     except (BrokenWeights, CheckpointError) as error:
+        if isinstance(error, TooNarrow) and search.model.may_widen:
+            raise
         raise CheckpointError(f"{candidate.name} can't be scored: {error}") from None
     finally:
         candidate.checkpoint.release()

@@ -24,7 +24,11 @@ class CheckpointError(Exception):
 
 
 class TooNarrow(CheckpointError):
-    """A number does not fit the type that is computed in; the message names the tensor or the text, and the type."""
+    """A number does not fit the type that is computed in. Its arguments: which number and which type; and perhaps what
+    to do if no other type may be taken."""
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.args))
 
 
 class BrokenWeights(Exception):

@@ -130,9 +130,13 @@ def _generated(
     theirs, module.generation_config = module.generation_config, settings
     try:
         ids = torch.tensor(tokens, device=model.device).repeat_interleave(drawing.count, dim=0)
-        last = [*([_Forced(forced)] if forced else []), _Drawn(seeds, drawing)]
-        with model.products():
-            return module.generate(ids, settings, attention_mask=torch.ones_like(ids), logits_processor=last)
+
+        def generate() -> Tensor:
+            last = [*([_Forced(forced)] if forced else []), _Drawn(seeds, drawing)]
+            with model.products():
+                return module.generate(ids, settings, attention_mask=torch.ones_like(ids), logits_processor=last)
+
+        return model.in_range(generate, overflows=ArithmeticError)
     finally:
         module.generation_config = theirs
 

@@ -207,6 +207,8 @@ class Joint:
         ((*found, failed, otherwise),) = self.group.sum([[*row, 0.0, 0.0]])
         if failed:
             raise _Elsewhere(lacks_memory=not otherwise)
+        if self.mix.model.may_widen and not all(map(math.isfinite, found)):
+            raise self.mix.model.too_narrow("a gradient overflows")
         return found
 
     def _whole(self, part: Value) -> Value:

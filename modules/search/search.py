@@ -71,7 +71,7 @@ class Search(Merger):
         self.reads_ahead = True
         self.layers = config.layers_in(len(model.layers))  # that are searched
         self.notes: list[str] = []  # what was done about a lack of memory or of range, and not yet told
-        self._outgrown: str | None = None  # what the model holds that does not fit what is computed in
+        self.outgrown: str | None = None  # what the model holds that does not fit what is computed in
         self.log_probabilities: list[float] = []
         self.drift = 0.0  # without a guard it stays so
         self.measure()
@@ -240,7 +240,7 @@ class Search(Merger):
         self._install(part, theirs, method, ratios[best])
         self.log_probabilities, self.drift = trials[best]
         if best in overflowing:
-            self._outgrown = f"ratio {ratios[best]:g} is taken, with which {self.model.arithmetic.name} overflows"
+            self.outgrown = f"ratio {ratios[best]:g} is taken, with which {self.model.arithmetic.name} overflows"
         return ratios[best]
 
     def _score_wider(self, found: list[list[float]], trials: Sequence[Trial]) -> list[int]:
@@ -252,8 +252,11 @@ class Search(Merger):
         if overflowing:
             again = [trials[number] for number in overflowing]
             with self.model.computing_in(FALLBACK):
-                for number, row in zip(overflowing, self._scored(lambda: self._score_whole(again)), strict=True):
-                    found[number] = row
+                wider = self._scored(lambda: self._score_whole(again))
+            for number, row in zip(overflowing, wider, strict=True):
+                if not all(map(math.isfinite, row)):  # some products know no other type than the weights'
+                    raise self.model.too_narrow("a trial overflows")
+                found[number] = row
             name = self.model.arithmetic.name
             what = f"{len(overflowing)} of {counted(len(trials), 'ratio')} overflow {name}"
             self.notes.append(f"{what}: scored in {FALLBACK.name}")
@@ -261,8 +264,8 @@ class Search(Merger):
 
     def _check_range(self) -> None:
         """Raise TooNarrow once a merge is noted that does not fit what is computed in: all that comes would not."""
-        if self._outgrown:
-            raise TooNarrow(f"{self.model.checkpoint.name}: {self._outgrown}")
+        if self.outgrown:
+            raise TooNarrow(f"{self.model.checkpoint.name}: {self.outgrown}")
 
     def _scored(self, work: Callable[[], list[list[float]]]) -> list[list[float]]:
         """What scoring gives, of all processes together, phrases by their variants."""

@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny
 import torch
+from architectures import configuration
 from broken_runs import RECIPE, break_off, differing, journal
 from runs import digest, log_of, make_models, merge, refused, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -191,6 +192,12 @@ def larger_mlp(folder, layer, factor):
         edited(folder, f"model.layers.{layer}.{name}", lambda tensor: tensor * factor)
 
 
+def widening(folder):
+    """The number of records before the only decision with which a run's arithmetic changes."""
+    (number,) = [number for number, line in enumerate(journal(folder)) if line.get("computed") == WIDE]
+    return number
+
+
 def test_a_trial_that_overflows_is_scored_in_the_wide_arithmetic(place, models):
     larger_mlp(models[1], 1, 3000)
     assert merge(place, models, min_gain=1e9) == 0  # nothing is accepted
@@ -210,15 +217,65 @@ def test_a_trial_that_overflows_and_wins(place, models):
     assert is_wide(place, "is taken, with which float16 overflows")
     whole = place / "whole"
     (place / "out").rename(whole)
-    kinds = [line["kind"] for line in journal(whole)]
-    assert kinds.count("widened") == 1
-    for records in (kinds.index("widened"), kinds.index("widened") + 3):
+    for records in (widening(whole), widening(whole) + 1, widening(whole) + 3):
         break_off(place, whole, records)
         assert merge(place, models, "--resume", **settings) == 0
         assert differing(digest(whole), digest(place / "out")) <= OWN
         (place / "out").rename(place / f"resumed{records}")
     assert merge_monster.main(["--replay", str(whole), "--output", str(place / "again")]) == 0
     assert digest(whole)["model.safetensors"] == digest(place / "again")["model.safetensors"]
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_broken_off_beside_the_winning_decision_it_ends_in_the_same_bits(place, tmp_path, more):
+    """Of float32 checkpoints, whose numbers round otherwise in the two types. more: decisions behind that one."""
+    models = make_models(tmp_path / "wide", torch.float32)
+    larger_mlp(models[1], 0, 3000)
+    settings = {"merge_ratios": [0.5, 1.0], "min_gain": 0}
+    assert merge(place, models, **settings) == 0
+    whole = place / "whole"
+    (place / "out").rename(whole)
+    break_off(place, whole, widening(whole) + 1 + more)
+    assert merge(place, models, "--resume", **settings) == 0
+    assert differing(digest(whole), digest(place / "out")) <= OWN
+
+
+def test_an_explicit_type_is_refused_where_a_run_was_widened(place, models, capsys):
+    larger_mlp(models[1], 1, 3000)
+    settings = {"merge_ratios": [0.5, 1.0], "min_gain": 0}
+    assert merge(place, models, **settings) == 0
+    whole = place / "whole"
+    (place / "out").rename(whole)
+    break_off(place, whole, widening(whole) + 2)
+    assert merge(place, models, "--resume", compute_dtype="float16", **settings) == 2
+    assert "compute_dtype" in capsys.readouterr().err
+    assert merge(place, models, "--resume", compute_dtype=WIDE, **settings) == 0
+
+
+def test_texts_are_drawn_in_the_wide_arithmetic_where_float16_overflows(place, models):
+    overflows_on(models[0], "z")
+    (place / "prompts.txt").write_text("a lazy zebra\n")
+    settings = {"discover": {"prompts": str(place / "prompts.txt"), "samples": 1, "tokens": 4}}
+    path = tiny.write_config(place / "my.yaml", models[0], models[1:], place / "out", **settings)
+    assert monster_mapper.main(["--config", str(path), "--rate", str(models[1]), "--json", str(place / "r.json")]) == 0
+    assert "NaN" not in (place / "r.json").read_text()
+
+
+def test_experts_that_only_another_type_can_compute(place, tmp_path):
+    """Their products know no type but their weights': what overflows in a trial begins the whole run again."""
+    folder = tmp_path / "experts"
+    tokenizer = tiny.bpe_tokenizer()
+    base = tiny.make_model(folder / "base", configuration("Mixtral", len(tokenizer)), tokenizer, dtype=torch.bfloat16)
+    one = tiny.make_candidate(folder / "one", base, 1)
+
+    def louder(tensors):
+        for name in tensors:
+            if ".layers.1." in name and ".experts." in name:
+                tensors[name] = tensors[name] * 300
+
+    tiny.edit_checkpoint(one, louder)
+    assert merge(place, (base, one), merge_ratios=[1.0]) == 0
+    assert all(map(math.isfinite, numbers_in(recipe_of(place / "out"))))
 
 
 def test_a_candidate_with_a_weight_beyond_float16(place, models):

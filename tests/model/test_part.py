@@ -11,7 +11,8 @@ SHAPES = {"matrix": (37, 5), "vector": (2 * BLOCKS + 1,), "short": (3,), "scalar
 
 def part(dtype, saved=None):
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
-    return Part(tensors, dict.fromkeys(SHAPES, saved or dtype), dict.fromkeys(SHAPES, -1), {})
+    types = dict.fromkeys(SHAPES, dtype)
+    return Part(tensors, types, dict.fromkeys(SHAPES, saved or dtype), dict.fromkeys(SHAPES, -1), {})
 
 
 def theirs(dtype, scale=1.0):
