@@ -50,6 +50,12 @@ def test_the_search_against_its_limit(tmp_path):
 
 
 @pytest.mark.slow
+def test_half_types(tmp_path):
+    _, result = run(tmp_path, "bench_half_types.py", *SMALL)
+    assert {"bfloat16", "bfloat16+float32"} <= result["seconds"].keys() and min(result["seconds"].values()) > 0
+
+
+@pytest.mark.slow
 def test_the_mapper(tmp_path):
     _, result = run(tmp_path, "bench_mapper.py", *SMALL, "--contexts", "1", "--max-depth", "2")
     assert result["same_branches_as_naive"] == result["leaves"] > 1
