@@ -23,7 +23,7 @@ from modules.model.embeddings import (
     own_header,
     untied_header,
 )
-from modules.model.loading import ModelLoader, free_memory_of_the_dead, too_large_for
+from modules.model.loading import ModelLoader, too_large_for
 from modules.model.memory import (
     Memory,
     Sizes,

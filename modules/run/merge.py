@@ -11,7 +11,7 @@ import torch
 
 from modules.checkpoints import Models, Prefetcher, check_space, fetching
 from modules.config import Config, check_apart, input_paths, read_neutral_texts
-from modules.model import Arithmetic, ModelLoader, ResidentModel, free_memory_of_the_dead
+from modules.model import Arithmetic, ModelLoader, ResidentModel
 from modules.output import (
     JournalCopy,
     Place,
@@ -32,7 +32,7 @@ from modules.run.plan import Plan
 from modules.run.room import Available, check, find_available, fitting_plan
 from modules.run.steps import ask, end, finish, note_source, prepare_libraries, save, with_chats_rendered
 from modules.run.watch import Watch
-from modules.runtime import ConfigError, Console, Rank, TooNarrow, first_line, is_out_of_memory
+from modules.runtime import ConfigError, Console, Rank, first_line, is_out_of_memory
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import (
     NOT_TAKEN,
@@ -273,16 +273,12 @@ def merge_as_follower(config: Config, console: Console, options: Options, group:
         return
     loader = ModelLoader(config, console, group.rank, start.compute)
     models = loader.open()
-    try:
-        _follow(loader, models, start, group)
-    except TooNarrow:
-        if not loader.may_widen:
-            raise
-        start = None
-    if start is None:  # the leader begins again, and so do all
-        free_memory_of_the_dead()
-        start = group.broadcast()
-        _follow(replace(loader, compute=start.compute), models, start, group)
+
+    def follow(own: ModelLoader) -> None:
+        # Where the leader begins again in another arithmetic, it says so anew.
+        _follow(own, models, start if own is loader else group.broadcast(), group)
+
+    loader.in_range(follow)
 
 
 def _follow(loader: ModelLoader, models: Models, start: Start, group: Group) -> None:
