@@ -59,13 +59,13 @@ def _check_phrases(model: ResidentModel, scorer: Scorer) -> float:
 
 
 def _check_text(model: ResidentModel, windows: Sequence[Window]) -> None:
-    texts = [torch.tensor([window], device=model.device) for window in windows]
-    if not all(bool(last_states(model, {"input_ids": text}, {}).isfinite().all()) for text in texts):
-        raise model.no_numbers("the scores of neutral text")
     try:
         meter = DriftMeter(model, windows)
-    except ValueError:  # drift can't be measured on this model, which others say
+    except ValueError:  # of a head without numbers or, which others say, of a model whose drift can't be measured
+        texts = [torch.tensor([window], device=model.device) for window in windows]
+        _check_finite(model, [last_states(model, {"input_ids": text}, {}) for text in texts])
         return
+    _check_finite(model, meter.before)
     with model.computing_in(FALLBACK):
         apart = meter.measure().divergence
         with model.embeddings_moved():
@@ -74,6 +74,11 @@ def _check_text(model: ResidentModel, windows: Sequence[Window]) -> None:
     limit = MARGIN**2 * max(own, ROUNDING[FALLBACK.dtype] ** 2)
     if not apart <= limit:
         raise model.too_narrow(f"neutral text scores otherwise, by {apart:.3g} nats a token,")
+
+
+def _check_finite(model: ResidentModel, hidden: Sequence[Tensor]) -> None:
+    if not all(bool(states.isfinite().all()) for states in hidden):
+        raise model.no_numbers("the scores of neutral text")
 
 
 def _size(differences: Tensor) -> float:
