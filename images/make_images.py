@@ -15,6 +15,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from modules.merging.methods import merge, ratios_for
 from modules.output.plots import (
     BASE_COLOUR,
     COLOURS,
@@ -28,7 +29,6 @@ from modules.output.plots import (
 )
 from modules.output.recipe import RECIPE_FILE, read_recipe
 from modules.runtime.errors import ConfigError
-from modules.search.methods import merge, ratios_for
 
 FOLDER = Path(__file__).parent
 RECIPE = FOLDER.parent / "demo/merged" / RECIPE_FILE

@@ -24,13 +24,15 @@ from pydantic import (
     Strict,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     WrapValidator,
 )
 from pydantic_core import core_schema
 
-from modules.config.choices import ACCELERATORS, DEVICE_PATTERN, DEVICES, METHODS, STRATEGIES
+from modules.config.choices import ACCELERATORS, DEVICE_PATTERN, DEVICES, STRATEGIES
 from modules.config.excerpts import shown
 from modules.config.locations import missing_folder, parse_location, parse_source
+from modules.merging.methods import METHODS, parsed, spelled
 
 # What the scripts of demo/ make.
 MADE_BY = {
@@ -137,12 +139,13 @@ class OneOf:
         self._allowed, self._also = allowed, also
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> Any:
-        return core_schema.no_info_plain_validator_function(self._checked)
+        return core_schema.no_info_plain_validator_function(self.checked)
 
     def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> dict[str, Any]:
         return {"enum": [*self._allowed, *self._also], "type": "string"}
 
-    def _checked(self, value: Any) -> str:
+    def checked(self, value: Any) -> str:
+        """The value. Raises ValueError, with the nearest name, if it is none of them."""
         names = list(self._allowed)
         if isinstance(value, str) and value in names:
             return value
@@ -202,7 +205,28 @@ Device = Annotated[
 ]
 ComputeDtype = Annotated[str, OneOf(COMPUTE_DTYPES)]
 Dtype = Annotated[str, OneOf(DTYPES)]
-Methods = _one_or_more(Annotated[str, OneOf(METHODS)])
+_METHOD_NAME = OneOf(METHODS)
+
+
+def _method(value: Any) -> str:
+    """A method's text, from its name or from a mapping of its name and its parameters."""
+    name, parameters = value, {}
+    if isinstance(value, Mapping):
+        name = value.get("name")
+        parameters = {str(key): item for key, item in value.items() if key != "name"}
+    elif isinstance(value, str) and "(" in value:
+        name, parameters = parsed(value)
+    return spelled(_METHOD_NAME.checked(name), parameters)
+
+
+def _method_schema() -> dict[str, Any]:
+    """What an editor takes: a name, or a mapping with a name."""
+    name = {"enum": list(METHODS), "type": "string"}
+    mapping = {"type": "object", "properties": {"name": name}, "required": ["name"]}
+    return {"anyOf": [name, mapping]}
+
+
+Methods = _one_or_more(Annotated[str, PlainValidator(_method), WithJsonSchema(_method_schema())])
 OnError = Annotated[str, OneOf(ON_ERROR)]
 Ratios = _one_or_more(_Ratio)
 Role = Annotated[str, OneOf(ROLES)]

@@ -19,6 +19,7 @@ from modules.config.held_out import set_aside
 from modules.config.phrase_lists import MOST_PAIRS, PHRASES, Pair, PhraseLists, count_pairs
 from modules.config.schema import CONFIG_KEYS, Config, Settings
 from modules.config.yaml_file import YamlFile, read_yaml
+from modules.merging.methods import seeded
 from modules.runtime import ConfigError, counted
 
 _MOST_ERRORS = 50  # of a file that are told one by one
@@ -83,7 +84,8 @@ def load_config(
     if not bad and not good:
         raise ConfigError(f"{path}: every phrase is held out; there is nothing to search with")
     others = [pair for key in PHRASES for pair in _pairs_of(aside, key)]
-    values = {**values, "bad_phrases": tuple(bad), "good_phrases": tuple(good)}
+    methods = tuple(seeded(method, settings.random_seed) for method in settings.merge_method)
+    values = {**values, "merge_method": methods, "bad_phrases": tuple(bad), "good_phrases": tuple(good)}
     return Config(**values, text=main.text, held_out_pairs=(*no_bad, *no_good, *others))
 
 

@@ -12,16 +12,26 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+    ValidationError,
+)
 
-from modules.config import COMPUTE_DTYPES, DTYPES, METHODS, PHRASES, STRATEGIES, Chat, Config, Message, OneOf
+from modules.config import COMPUTE_DTYPES, DTYPES, PHRASES, STRATEGIES, Chat, Config, Message, OneOf
+from modules.merging.methods import parsed, spelled
 from modules.search import Decision
 
 FORMAT = 1  # of journals and recipes
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[int | float, Field(ge=-sys.float_info.max, le=sys.float_info.max)]
-Method = Annotated[str, OneOf(METHODS)]
+Method = Annotated[str, AfterValidator(lambda text: spelled(*parsed(text)))]
 # JSON has no infinity: a probability of zero, whose logarithm that is, is written as null.
 LogProbability = Annotated[
     float,

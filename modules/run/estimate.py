@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.merging.methods import merge
 from modules.run.plan import Plan
 from modules.run.room import Available
 from modules.runtime import in_memory, naming, on_disk, spans
-from modules.search import merge
 
 SECONDS_EACH = 0.2  # of one measurement
 READ_AT_MOST = 64 << 20  # bytes

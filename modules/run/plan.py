@@ -23,6 +23,7 @@ from modules.checkpoints import (
     local_files,
 )
 from modules.config import Config, read_neutral_texts
+from modules.merging.methods import ratios_for
 from modules.model import (
     BLOCKS,
     Arithmetic,
@@ -46,7 +47,6 @@ from modules.scoring import (
     logits_bytes,
     neutral_windows,
 )
-from modules.search import ratios_for
 
 # On a disk: what an index, the headers of shards and rounding up to blocks may take beyond the tensors.
 MARGIN = 0.01

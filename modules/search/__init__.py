@@ -8,5 +8,4 @@ and, without a model in memory, in modules.search.rebuild.
 """
 
 from modules.search.decision import Decision, Merge, Shares, composition_of, mixed_shares, shares_of
-from modules.search.methods import merge, ratios_for
 from modules.search.strategies import improved, probability, scores, total, total_rounding

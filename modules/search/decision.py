@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from modules.search.methods import recorded_share
+from modules.merging.methods import recorded_share
 
 Merge = tuple[float, str]  # (share, model name); the first entry of a part is (1.0, base)
 Shares = dict[str, float]  # model name -> share; they sum to 1

@@ -11,6 +11,7 @@ from typing import Any
 
 from modules.checkpoints import Candidate, Tensors
 from modules.config import Config, Pair
+from modules.merging.methods import ratios_for
 from modules.model import FALLBACK, HeaderSkipped, Part, ResidentModel, Settings, aligned_header, side_streams
 from modules.runtime import BrokenWeights, TooNarrow, counted, within_memory
 from modules.runtime.distributed import ALONE, Group
@@ -27,7 +28,6 @@ from modules.scoring import (
     spreads,
 )
 from modules.search.decision import Decision, Result
-from modules.search.methods import ratios_for
 from modules.search.prefetch import ReadAhead
 from modules.search.strategies import (
     Limits,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints import Candidate, Tensors
+from modules.merging.methods import merge
 from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header
 from modules.runtime import BrokenWeights, ConfigError
 from modules.search.decision import Decision, Result
-from modules.search.methods import merge
 
 
 def merged(
@@ -33,7 +33,7 @@ def merged(
         tensors = ours, theirs[name], made
         if name.endswith("bias"):  # a vector, even where a stack of experts has one each
             tensors = tuple(tensor.flatten() for tensor in tensors)
-        merge(method, *tensors[:2], ratio, input_axis=part.input_axes[name], out=tensors[2])
+        merge(method, *tensors[:2], ratio, name=name, input_axis=part.input_axes[name], out=tensors[2])
         if saved != ours.dtype:
             out[name].copy_(made.to(saved))
         if both_half and inexact is not None:

@@ -1,5 +1,6 @@
 """A method and a strategy are added by a name and a function."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from project import environment
 from safetensors.torch import load_file
 
 import merge_monster
-from modules.config import METHODS, STRATEGIES
-from modules.search import methods, strategies
-from modules.search.methods import column_method, merge_method
+from modules.config import STRATEGIES, load_config
+from modules.merging.methods import METHODS, column_method, merge_method
+from modules.search import strategies
 from modules.search.strategies import strategy, total
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def own_names():
     """What a test registers is gone again after it."""
-    known = METHODS, methods._METHODS, STRATEGIES, strategies._RANKS
+    known = METHODS, STRATEGIES, strategies._RANKS
     before = [dict(names) for names in known]
     yield
     for names, earlier in zip(known, before, strict=True):
@@ -33,15 +34,13 @@ def own_names():
 
 def test_a_method_and_a_strategy_of_ones_own(place, capsys, own_names):
     """They are configured by name, checked, merged with, recorded with their share, and replayed."""
-    METHODS["average"] = "half of each, whatever is configured"
-    METHODS["odd"] = "every other column is the candidate's"
     STRATEGIES["always"] = "the trial with the highest total, come what may"
 
-    @merge_method("average", ratios=(1.0,), recorded_share=0.5)
+    @merge_method("average", "half of each, whatever is configured", ratios=(1.0,), recorded_share=0.5)
     def average(base, other, ratio, out):
         out.copy_((base.float() + other.float()) / 2)
 
-    @column_method("odd")
+    @column_method("odd", "every other column is the candidate's")
     def odd_shares(width, ratio):
         return (torch.arange(width) % 2).float()
 
@@ -69,17 +68,19 @@ def test_a_method_and_a_strategy_of_ones_own(place, capsys, own_names):
 
 
 def test_a_misspelt_name_is_told_the_nearest_one(place, capsys, own_names):
-    METHODS["average"] = "half of each"
+    merge_method("average", "half of each")(lambda base, other, ratio, out: None)
     path = tiny.write_config(place / "my.yaml", place, [place], "out", merge_method="averag")
     assert merge_monster.main(["--config", str(path)]) == 2
-    assert "lerp, slerp, slice, cyclic, gradient or average; did you mean 'average'?" in capsys.readouterr().err
+    assert (
+        "lerp, slerp, slice, cyclic, gradient, ties, dare or average; did you mean 'average'?"
+        in capsys.readouterr().err
+    )
 
 
 def test_every_name_has_its_function_and_none_has_another():
-    assert METHODS.keys() == methods._METHODS.keys() and STRATEGIES.keys() == strategies._RANKS.keys()
-    for decorator in (merge_method, column_method, strategy):
-        with pytest.raises(KeyError):
-            decorator("nobody can name this")
+    assert STRATEGIES.keys() == strategies._RANKS.keys()
+    with pytest.raises(KeyError):
+        strategy("nobody can name this")
 
 
 def test_a_configuration_is_read_whoever_imported_what(place):
@@ -96,5 +97,22 @@ def test_a_configuration_is_read_whoever_imported_what(place):
 
 def test_default_yaml_has_the_line_of_each():
     comments = re.findall(r"^# (.*)$", (ROOT / "default.yaml").read_text(encoding="utf-8"), re.MULTILINE)
-    for name, line in {**METHODS, **STRATEGIES}.items():
+    for name, line in {**{name: method.summary for name, method in METHODS.items()}, **STRATEGIES}.items():
         assert any(re.fullmatch(rf"{name} +{re.escape(line)}( \(default\))?", comment) for comment in comments), name
+
+
+def test_methods_with_parameters_are_merged_with_recorded_and_replayed(place):
+    tokenizer = tiny.bpe_tokenizer()
+    base = tiny.make_model(place / "base", tiny.llama_config(len(tokenizer)), tokenizer)
+    candidate = tiny.make_candidate(place / "candidate", base)
+    methods = [{"name": "ties", "density": 0.3}, "dare"]
+    settings = {"merge_ratios": [0.5], "merge_headers": False, "random_seed": 9}
+    path = tiny.write_config(place / "my.yaml", base, [candidate], "out", merge_method=methods, **settings)
+    assert load_config(path).merge_method == ("ties(density=0.3)", "dare(density=0.5, seed=9)")
+    assert merge_monster.main(["--config", str(path)]) == 0
+    recipe = json.loads((place / "out/merge_monster_recipe.json").read_text(encoding="utf-8"))
+    assert {line["method"] for line in recipe["decisions"]} == {"ties(density=0.3)", "dare(density=0.5, seed=9)"}
+    assert any(line["ratio"] for line in recipe["decisions"])
+    assert merge_monster.main(["--replay", "out/merge_monster_recipe.json", "--output", "again"]) == 0
+    outputs = [load_file(place / folder / "model.safetensors") for folder in ("out", "again")]
+    assert all(torch.equal(tensor, outputs[1][name]) for name, tensor in outputs[0].items())

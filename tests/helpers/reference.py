@@ -7,6 +7,8 @@ in Python. No packing, no cache, no streaming, nothing shared with modules/ but 
 import copy
 import itertools
 import math
+import re
+import zlib
 from dataclasses import dataclass, field
 
 import torch
@@ -103,11 +105,13 @@ class NaiveMerge:
         ours, theirs = decoder_layers(model)[layer], decoder_layers(other)[layer]
         input_first = {f"{n}.weight" for n, m in ours.named_modules() if isinstance(m, Conv1D)}
         state, other_state = ours.state_dict(), theirs.state_dict()
+        prefix = next(path for path, module in model.named_modules() if module is ours)
         for name, a in state.items():
             b = other_state[name]
             if not a.is_floating_point():
                 continue
-            merged = naive_merge(method, a.T, b.T, ratio).T if name in input_first else naive_merge(method, a, b, ratio)
+            turn = (lambda tensor: tensor.T) if name in input_first else (lambda tensor: tensor)
+            merged = turn(naive_merge(method, turn(a), turn(b), ratio, f"{prefix}.{name}"))
             a.copy_(self.rounded(merged))
 
     def mix_header(self, model, other, other_tokenizer, ratio):
@@ -195,11 +199,31 @@ def naive_encode(tokenizer, context, phrase):
     return tokens, start
 
 
-def naive_merge(method, a, b, t):
-    """One tensor, in float64, column by column."""
-    kind, a, b = a.dtype, a.double(), b.double()
+# Every method as one text, with all of its parameters.
+METHOD_TEXTS = ["lerp", "slerp", "slice", "cyclic", "gradient", "ties(density=0.3)", "dare(density=0.6, seed=7)"]
+
+
+def naive_merge(method, a, b, t, tensor=""):
+    """One tensor, in float64, column by column, or number by number. tensor: its name in the model."""
+    kind, text = a.dtype, method
+    method = text.partition("(")[0]
+    given = dict(re.findall(r"(\w+)=([\d.]+)", text))
+    if method == "dare":
+        density = float(given["density"])
+        generator = torch.Generator().manual_seed(zlib.crc32(tensor.encode(), int(given["seed"])))
+        kept = (torch.rand(a.shape, generator=generator) < density).flatten().tolist()
+        pairs = zip(a.double().flatten().tolist(), b.double().flatten().tolist(), kept, strict=True)
+        merged = [x + t * (y - x) / density if keep else x for x, y, keep in pairs]
+        return torch.tensor(merged, dtype=torch.float64).reshape(a.shape).to(kind)
+    if method == "ties" and a.dim() < 3:
+        differences = (b.float() - a.float()).flatten().tolist()  # equal sizes are equal in float32
+        count = max(1, int(float(given["density"]) * len(differences)))
+        smallest = sorted(map(abs, differences), reverse=True)[count - 1]
+        merged = [x + t * d * (abs(d) >= smallest) for x, d in zip(a.flatten().tolist(), differences, strict=True)]
+        return torch.tensor(merged, dtype=torch.float64).reshape(a.shape).to(kind)
+    a, b = a.double(), b.double()
     if a.dim() == 3:
-        return torch.stack([naive_merge(method, x, y, t) for x, y in zip(a, b, strict=True)]).to(kind)
+        return torch.stack([naive_merge(text, x, y, t) for x, y in zip(a, b, strict=True)]).to(kind)
     if method == "lerp" or (method == "slerp" and a.dim() == 1):
         return ((1 - t) * a + t * b).to(kind)
     if method == "slerp":

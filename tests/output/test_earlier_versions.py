@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import merge_monster
 from modules.checkpoints.checkpoint import open_checkpoint
+from modules.merging.methods import merge
 from modules.output.places import Beside
-from modules.search import merge
 
 EARLIER = ROOT / "tests/output/written_by_1.0.0"
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"

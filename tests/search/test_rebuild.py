@@ -10,6 +10,7 @@ import torch
 from adapters import make_adapter
 from architectures import ARCHITECTURES, configuration
 from project import ROOT
+from reference import METHOD_TEXTS
 from runs import digest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 import modules.model.part
 import modules.search.rebuild
 from modules.checkpoints.open_models import open_models
-from modules.config import METHODS, load_config
+from modules.config import load_config
 from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_layout, load_model
 from modules.runtime import ConfigError
@@ -104,7 +105,7 @@ def llamas(tmp_path_factory):
     return mixes.make(tmp_path_factory.mktemp("llamas"), tiny.llama_config(len(tiny.bpe_tokenizer())))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_TEXTS)
 def test_every_method_one_after_another(tmp_path, llamas, method):
     changed = Both(tmp_path, *llamas).agree_on([(0, 1, method, 0.4), (1, 1, method, 0.7), (0, 1, method, 0.2)])
     assert changed and all(".layers.1." in name for name in changed)

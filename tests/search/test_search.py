@@ -9,19 +9,20 @@ import pytest
 import reference
 import tiny
 import torch
+from reference import METHOD_TEXTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modules.model.base_model
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import METHODS, STRATEGIES, Pair, load_config
+from modules.config import STRATEGIES, Pair, load_config
+from modules.merging.methods import slice_shares
 from modules.model.loading import load_model
 from modules.scoring.budget import Budget
 from modules.scoring.layout import build_scorer
 from modules.scoring.scorer import DEFAULT
 from modules.scoring.tokenization import encode_pairs
-from modules.search.methods import slice_shares
 from modules.search.prefetch import ReadAhead
 from modules.search.search import Search, signed_weights
 from modules.search.trial import merged as mix
@@ -99,7 +100,7 @@ def llamas(request, tmp_path_factory):
 
 
 @pytest.mark.sampled(7)
-@pytest.mark.parametrize("method, strategy, headers", list(itertools.product(METHODS, STRATEGIES, [True, False])))
+@pytest.mark.parametrize("method, strategy, headers", list(itertools.product(METHOD_TEXTS, STRATEGIES, [True, False])))
 def test_same_decisions_and_tensors_as_the_naive_twin(llamas, tmp_path, method, strategy, headers):
     base, one, two = llamas
     settings = {"merge_method": method, "strategy": strategy, "merge_headers": headers, "merge_ratios": RATIOS}
@@ -125,7 +126,7 @@ def deep(tmp_path_factory):
 
 
 @pytest.mark.sampled(8)
-@pytest.mark.parametrize("method, strategy, headers", list(itertools.product(METHODS, STRATEGIES, [True, False])))
+@pytest.mark.parametrize("method, strategy, headers", list(itertools.product(METHOD_TEXTS, STRATEGIES, [True, False])))
 @pytest.mark.parametrize("layers", [[0, 2, 4], [1, 3], [2]], ids=str)
 def test_some_layers_only(deep, tmp_path, method, strategy, headers, layers):
     base, one = deep
@@ -283,7 +284,7 @@ def poison(name):
     return change
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_TEXTS)
 def test_nan_in_a_candidates_layer_never_wins(llamas, tmp_path, method):
     base, *_ = llamas
     bad = tiny.make_candidate(
@@ -328,7 +329,7 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", METHOD_TEXTS)
 def test_nobody_waits_for_a_device_between_two_scores(tmp_path, method):
     """A decision's scores are told to the host, and nothing else on the way to them or to the model."""
     base = tiny.make_model(tmp_path / "base", tiny.llama_config(400), tiny.bpe_tokenizer())

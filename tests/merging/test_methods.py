@@ -6,10 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import naive_merge, naive_shares
+from reference import METHOD_TEXTS, naive_merge, naive_shares
 
-from modules.config import METHODS
-from modules.search.methods import cyclic_shares, gradient_shares, merge, ratios_for, slice_shares
+from modules.merging.methods import (
+    METHODS,
+    cyclic_shares,
+    gradient_shares,
+    merge,
+    parsed,
+    ratios_for,
+    seeded,
+    slice_shares,
+    spelled,
+)
 
 SHARES = {"slice": slice_shares, "cyclic": cyclic_shares, "gradient": gradient_shares}
 
@@ -27,7 +36,7 @@ def roughness(base, other):
     return 2e-7 / min(sines) ** 3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_TEXTS)
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.one_of(
@@ -74,7 +83,7 @@ def test_ends_give_the_models_themselves():
     assert torch.equal(merge("lerp", base, other, 1.0), other)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_TEXTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(9,), (33, 40), (2, 5, 40), (1100, 1000)])
 def test_half_types_are_computed_in_float32_and_rounded_once(method, dtype, shape):
@@ -88,7 +97,7 @@ def test_half_types_are_computed_in_float32_and_rounded_once(method, dtype, shap
         assert torch.equal(merged, exact.to(dtype))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_TEXTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inputs_are_unchanged(method, dtype):
     base, other = tensors((6, 40), dtype)
@@ -99,7 +108,7 @@ def test_inputs_are_unchanged(method, dtype):
     assert torch.isfinite(out).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_TEXTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_input_first_weights_are_merged_along_the_same_logical_axis(method, dtype):
     base, other = tensors((12, 40), dtype)
@@ -137,5 +146,63 @@ def test_what_does_not_match_is_refused():
         merge("lerp", torch.zeros(2, 3), torch.zeros(2, 4), 0.5)
     with pytest.raises(ValueError, match="can't merge"):
         merge("lerp", torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float16), 0.5)
-    with pytest.raises(ValueError, match="unknown merge method 'ties'"):
-        merge("ties", torch.zeros(2), torch.zeros(2), 0.5)
+    with pytest.raises(ValueError, match="unknown merge method 'tees'"):
+        merge("tees", torch.zeros(2), torch.zeros(2), 0.5)
+
+
+def test_every_method_is_tested():
+    assert [parsed(text)[0] for text in METHOD_TEXTS] == list(METHODS)
+
+
+def test_ties_keeps_the_largest_differences_by_hand():
+    base, other = torch.zeros(2, 4), torch.tensor([[1.0, -8.0, 0.5, 2.0], [-4.0, 0.0, 3.0, 0.25]])
+    expected = torch.tensor([[0.0, -4.0, 0.0, 0.0], [-2.0, 0.0, 1.5, 0.0]])
+    assert torch.equal(merge("ties(density=0.4)", base, other, 0.5), expected)
+    torch.testing.assert_close(merge("ties(density=1.0)", base, other, 0.5), merge("lerp", base, other, 0.5))
+
+
+def test_dare_drops_by_chance_and_keeps_the_mean():
+    base, other = tensors((200, 300))
+    merged = merge("dare(density=0.25, seed=3)", base, other, 0.5, name="a")
+    kept = merged != base
+    assert kept.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    torch.testing.assert_close(merged[kept], (base + 2.0 * (other - base))[kept])
+    assert not torch.equal(merged, merge("dare(density=0.25, seed=3)", base, other, 0.5, name="b"))
+    assert not torch.equal(merged, merge("dare(density=0.25, seed=4)", base, other, 0.5, name="a"))
+    # Another ratio goes the same way further.
+    further = merge("dare(density=0.25, seed=3)", base, other, 1.0, name="a")
+    assert torch.equal(further != base, kept)
+
+
+def test_names_and_parameters_as_one_text():
+    assert spelled("lerp", {}) == "lerp"
+    assert spelled("ties", {}) == "ties(density=0.5)"
+    assert seeded(spelled("dare", {"density": 0.3}), 11) == "dare(density=0.3, seed=11)"
+    assert seeded("dare(density=0.3, seed=5)", 11) == "dare(density=0.3, seed=5)"
+    assert seeded("ties(density=0.3)", 11) == "ties(density=0.3)"
+    for text in METHOD_TEXTS:
+        assert spelled(*parsed(text)) == text
+
+
+@pytest.mark.parametrize(
+    "name, parameters, cause",
+    [
+        ("tees", {}, "tees"),
+        ("lerp", {"density": 0.5}, "density"),
+        ("ties", {"density": 0}, "density"),
+        ("ties", {"density": 1.5}, "density"),
+        ("ties", {"density": "half"}, "density"),
+        ("ties", {"seed": 3}, "seed"),
+        ("dare", {"seed": -1}, "seed"),
+        ("dare", {"density": float("nan")}, "density"),
+    ],
+)
+def test_what_a_method_cannot_be(name, parameters, cause):
+    with pytest.raises(ValueError, match=cause):
+        spelled(name, parameters)
+
+
+@pytest.mark.parametrize("text", ["", "ties(", "ties(0.5)", "ties(density=open('x'))", "(" * 5000, "a.b", "ties(**x)"])
+def test_what_is_no_method(text):
+    with pytest.raises(ValueError):
+        spelled(*parsed(text))
