@@ -39,7 +39,7 @@ def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
         return empty_module(checkpoint.config, checkpoint.companions.trusted)
     except Exception as error:  # whatever an architecture makes of a wrong configuration
-        raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
+        raise ConfigError(f"{checkpoint.text} can't be loaded: {first_line(error)}") from None
 
 
 def with_buffers(config: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
@@ -70,7 +70,7 @@ def settle_attention(checkpoint: Checkpoint) -> list[str]:
             trouble = str(error).partition("loaded: ")[2]
     checkpoint.config._attn_implementation = None
     return [
-        f"{checkpoint.path}: its config.json asks for the attention implementation {', '.join(sorted(wanted))}, which "
+        f"{checkpoint.text}: its config.json asks for the attention implementation {', '.join(sorted(wanted))}, which "
         f"can't be used here ({trouble}); the usual one is taken"
     ]
 

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from modules.checkpoints.weight_files import TensorInfo
+from modules.checkpoints.readers import TensorInfo
 from modules.runtime import ConfigError
 
 # Parts of names that wrappers put anywhere.
@@ -68,7 +68,8 @@ class Conversion:
 
         Raises ConfigError if the stored tensors can't be fused by the architecture's rules.
         """
-        self._module, self._stored = module, stored
+        self._module = module
+        self.stored = stored
         self._rules = Rules(module)
         self.prefix = _foreign_prefix(self._rules, stored)
         self._groups, self.unused = _grouped(self._rules, stored, self.prefix)
@@ -100,7 +101,7 @@ class Conversion:
 
     def dtypes(self, name: str) -> set[torch.dtype]:
         """The dtypes of all stored tensors that a module tensor is made of."""
-        return {self._stored[source].dtype for source in self._group_of[name].sources}
+        return {self.stored[source].dtype for source in self._group_of[name].sources}
 
     def stream(self, names: Collection[str], read: Read) -> Iterator[tuple[str, Tensor]]:
         """The named module tensors, each as soon as all is there that it is made of.
@@ -132,7 +133,7 @@ class Conversion:
     def stored_name(self, name: str) -> str | None:
         """The stored tensor that has this name, or that becomes the module's tensor of this name, or of the name that
         the architecture's rules make of it; None if there is none, or the module's is fused from several."""
-        if name in self._stored:
+        if name in self.stored:
             return name
         group = self._group_of.get(self._rules.module_name(name)[0])
         return group.sources[0] if group is not None and group.rule is None else None
@@ -164,7 +165,7 @@ class Conversion:
                 names = self.module_names(group.sources[0])
                 found = self.store(names, {name: self._forms[name] for name in names})
                 shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-                if shapes != {name: self._stored[name].shape for name in group.sources}:
+                if shapes != {name: self.stored[name].shape for name in group.sources}:
                     raise ConfigError(
                         f"{group.name} is fused from {', '.join(group.sources[:3])}, and this version of transformers "
                         "can't write it under these names again"

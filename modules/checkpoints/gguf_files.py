@@ -26,13 +26,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.checkpoints.companions import find_companions
+from modules.checkpoints.downloads import nearest_folder
 from modules.checkpoints.gguf_header import GgufHeader, read_header
 from modules.checkpoints.gguf_rope import FACTORS
 from modules.checkpoints.gguf_settings import check_sizes, settle
 from modules.checkpoints.gguf_tensors import check_fit, check_rotary_width, left_out, refuse, with_biases
 from modules.checkpoints.gguf_tokenizer import check_rebuilt, rebuild_tokenizer
-from modules.checkpoints.hub import there_already
-from modules.checkpoints.weight_files import dtype_name, fingerprint
+from modules.checkpoints.hub import Repository, local
+from modules.checkpoints.readers import dtype_name
+from modules.checkpoints.weight_files import fingerprint
+from modules.config import Location
 from modules.runtime import ConfigError, first_line, one_line, reading, without_panics
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -43,6 +46,19 @@ _KIND = "merge_monster_gguf.txt"  # in the folder: how the file stores most of i
 _DOUBTS = "merge_monster_gguf_tokenizer.txt"  # in the folder: what the file leaves open of its tokenizer
 _MAKING = 2  # counts the ways in which models were made: a folder of an earlier way is not used
 _REBUILDING = 2  # counts the ways in which tokenizers were rebuilt: a folder with one of an earlier way is not used
+
+
+def open_gguf(location: Location, tokenizer: str | None, tell: Callable[[Sequence[str]], None]) -> Repository:
+    """The files of the model folder that a GGUF file becomes. Arguments, errors: see `as_folder`."""
+    told: list[str] = []
+
+    def tell_at_once(lines: Sequence[str]) -> None:
+        told.extend(lines)
+        tell(lines)
+
+    folder, kind = as_folder(location.folder, tokenizer, tell_at_once)
+    warnings = [f"{location.text}: {line}" for line in warnings_of(folder)]
+    return local(location, folder, notes=[about(location.text, kind, tokenizer)], warnings=warnings, is_new=bool(told))
 
 
 def as_folder(
@@ -59,7 +75,7 @@ def as_folder(
         if not folder.is_dir():
             header = describe(file)
             kind = header.kind
-            size, free = header.numbers * _dtype_of(kind).itemsize, shutil.disk_usage(there_already(folder)).free
+            size, free = header.numbers * _dtype_of(kind).itemsize, shutil.disk_usage(nearest_folder(folder)).free
             if size > free:
                 room = f"{folder.parent} has room for {free / 1e9:.1f}"
                 hint = "make room, or set HF_HOME to a folder on a larger disk"

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from modules.checkpoints.architecture import find_layers, with_buffers
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.conversion import Conversion
-from modules.checkpoints.weight_files import TensorInfo, is_there
+from modules.checkpoints.readers import TensorInfo
+from modules.checkpoints.weight_files import is_there
 from modules.runtime import CheckpointError
 
 _FREQUENCIES = ("inv_freq", "original_inv_freq")

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import MixtralConfig
 
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.checkpoints.weight_files import read_header, read_rows, stream_tensors
+from modules.checkpoints.weight_files import open_reader
 from modules.runtime.errors import CheckpointError, ConfigError
 
 ONE, BIN = "model.safetensors", "pytorch_model.bin"
@@ -443,7 +443,8 @@ def test_a_file_that_must_be_loaded_whole_is_loaded_once(tmp_path, plain):
 
 def test_only_one_such_file_is_in_memory_at_a_time(tmp_path, plain):
     checkpoint, _ = opened(tmp_path, plain, as_legacy_bin_shards)
-    first, second, _ = checkpoint.by_file(checkpoint.tensors).values()
+    tensors = checkpoint.tensors
+    first, second, _ = ([name for name in tensors if tensors[name].file == file] for file in checkpoint.files)
     checkpoint.read(first + second)
     delete(checkpoint, *checkpoint.files)
     assert set(checkpoint.read(second)) == set(second)
@@ -689,7 +690,8 @@ def test_a_damaged_pickle_is_an_error_in_our_words(tmp_path, plain, save):
             damaged[chance.randrange(min(len(damaged), 1000))] = chance.randrange(256)
         (folder / BIN).write_bytes(damaged)
         try:
-            list(stream_tensors(folder / BIN, read_header(folder / BIN)))
+            reader = open_reader(folder, [BIN])
+            list(reader.read(reader.tensors))
             outcomes.add("read")
         except (ConfigError, CheckpointError) as error:
             assert f"{folder / BIN}: " in str(error)
@@ -706,14 +708,16 @@ def test_some_rows_of_a_tensor(tmp_path, file, rows):
         "stack": torch.randn(5, 2, 3).half(),
     }
     save_file(tensors, tmp_path / file) if file == ONE else torch.save(tensors, tmp_path / file)
+    reader = open_reader(tmp_path, [file])
     for name, tensor in tensors.items():
-        found = read_rows(tmp_path / file, name, torch.tensor(rows, dtype=torch.long))
+        found = reader.rows(name, torch.tensor(rows, dtype=torch.long))
         assert found.dtype == tensor.dtype and torch.equal(found, tensor[rows])
 
 
 def test_rows_behind_the_end_of_a_file_are_an_error(tmp_path):
     save_file({"matrix": torch.randn(50, 30)}, tmp_path / ONE)
+    reader = open_reader(tmp_path, [ONE])
     os.truncate(tmp_path / ONE, (tmp_path / ONE).stat().st_size - 200)
-    assert read_rows(tmp_path / ONE, "matrix", torch.arange(40)).shape == (40, 30)
+    assert reader.rows("matrix", torch.arange(40)).shape == (40, 30)
     with pytest.raises(CheckpointError, match="can't be read"):
-        read_rows(tmp_path / ONE, "matrix", torch.arange(50))
+        reader.rows("matrix", torch.arange(50))
