@@ -224,7 +224,7 @@ def _plain_cause(path: Path, companions: Companions) -> str | None:
         problem = disguise(path / name)
         if problem:
             return f"{name} {problem}"
-        # A model of SentencePiece begins with a line end, ranks of tiktoken, which may have its name, with a line of two.
+        # A model of SentencePiece begins with a line end; ranks of tiktoken may have its name.
         if name.endswith((".model", ".spm")) and not re.match(rb"\n|[\w+/=]+ \d+\n", read_file(path / name)[:200]):
             return f"{name} is no model of SentencePiece"
     for name in filter(belongs, companions.others):

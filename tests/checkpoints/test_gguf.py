@@ -66,12 +66,12 @@ def test_a_file_reads_as_transformers_dequantises_it(tmp_path, models, kind, dty
 
 def test_the_same_file_is_made_a_folder_once(tmp_path, models, cache):
     file, told = write_gguf(tmp_path / "tiny.gguf", models[0], "Q4_1"), []
-    folder, kind = as_folder(file, tell=told.extend)
-    assert kind == "Q4_1"
+    folder, is_new = as_folder(file, tell=told.extend)
+    assert is_new
     assert told == [f"Dequantising {file} once (Q4_1; 0.00 GB) to {folder}"]
     assert names_in(cache) == [folder.name] and folder.name.startswith("tiny-")
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert as_folder(file, tell=told.extend) == (folder, "Q4_1") and len(told) == 1
+    assert as_folder(file, tell=told.extend) == (folder, False) and len(told) == 1
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     write_gguf(file, models[1], "Q4_1")  # other numbers, or another tokenizer, make another model
     assert as_folder(file)[0] != folder
