@@ -14,7 +14,7 @@ from modules.checkpoints.architecture import find_layers, header_names, input_fi
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.hub import Repository
-from modules.checkpoints.leftovers import Leftovers, about_leftovers, leftovers, number_of, without_number
+from modules.checkpoints.leftovers import Leftovers, leftovers, number_of, without_number
 from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
 from modules.checkpoints.meaning import clashes, differences, setting, ties_header
 from modules.checkpoints.readers import Buffer, new_buffer
@@ -78,7 +78,7 @@ def open_candidate(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedM
     if problems and _kind(checkpoint.config) != _kind(base.config):
         problems.insert(0, f"it is {_kind(checkpoint.config)}, the base is {_kind(base.config)}")
     _refuse(checkpoint.text, problems, other_meaning)
-    left_out, warnings = about_leftovers(checkpoint, unused)
+    warnings = []
     if other_meaning:
         warnings.append(
             f"{checkpoint.name}: its configuration means something else than the base's: {'; '.join(other_meaning)}; "
@@ -87,15 +87,15 @@ def open_candidate(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedM
     return Candidate(
         checkpoint,
         conversion,
-        notes=[*_about_names(checkpoint, conversion, base), *left_out],
+        notes=[*_about_names(checkpoint, conversion, base), *unused.notes(checkpoint.name)],
         warnings=warnings,
         otherwise=[line for line in other_meaning if not line.startswith("tie_word_embeddings")],  # of the header
         repositories=[checkpoint.repository],
     )
 
 
-def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Lines and warnings about what a base stores beside its weights.
+def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> list[str]:
+    """Lines about what a base stores beside its weights.
 
     Raises ConfigError if its tensors are not those of its own module, which may be without weights.
     """
@@ -115,7 +115,7 @@ def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> tuple[list[st
         problem = f"the weights lack {', '.join(missing[:3])}"
     if problem:
         raise ConfigError(f"{checkpoint.text}: {problem}")
-    return about_leftovers(checkpoint, unused)
+    return unused.notes(checkpoint.name)
 
 
 def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: PreTrainedModel) -> Adapted:
@@ -188,10 +188,7 @@ def _other_layers(
     if not found:
         names = ", ".join(list(checkpoint.tensors)[:3])
         return f"none of its tensors is called like those of a {type(module).__name__}'s layers; there is {names}"
-    stored = set()  # names of the layers' tensors, but for the layer's number
-    for name in checkpoint.tensors:
-        if any(module_name.startswith(prefix) for module_name in conversion.module_names(name)):
-            stored.add(without_number(name))
+    stored = {without_number(name) for name in checkpoint.tensors if conversion.is_within(name, prefix[:-1])}
     found |= {number_of(name) for name in unused.others if without_number(name) in stored}
     config = checkpoint.config.get_text_config()
     if len(found) == config.num_hidden_layers or found != set(map(str, range(len(found)))):

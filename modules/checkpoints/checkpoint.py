@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from modules.checkpoints.causes import disguise, found_instead, pointers
 from modules.checkpoints.companions import ADAPTER_SETTINGS, Companions, belongs, find_companions, small_files
-from modules.checkpoints.config_file import check_implementations, check_stated, has_quantised, quantised_by
+from modules.checkpoints.config_file import check_implementations, check_stated, quantised_by
 from modules.checkpoints.downloads import Job
 from modules.checkpoints.hub import Repository, local
 from modules.checkpoints.readers import Buffer, Reader, TensorInfo, dtype_name, new_buffer
@@ -140,7 +140,7 @@ def open_checkpoint(where: Path | Repository, name: str, trusted: bool = False) 
         raise
     if not any(info.dtype.is_floating_point for info in reader.tensors.values()):
         raise ConfigError(f"{repository.text}: no weights found in its weight files")
-    check_quantisation(path, reader.tensors)
+    check_quantisation(path)
     return Checkpoint(repository, name, config, reader, find_companions(path, trusted))
 
 
@@ -171,15 +171,14 @@ def read_configuration(repository: Repository, trusted: bool) -> PreTrainedConfi
     return config
 
 
-def check_quantisation(path: Path, names: Collection[str] | None = None) -> None:
-    """Raise ConfigError if config.json says that a model is quantised. names: of its tensors, if they are known."""
+def check_quantisation(path: Path) -> None:
+    """Raise ConfigError if config.json says that a model is quantised."""
     key = quantised_by(json.loads(read_file(path / "config.json")))
-    if key is None:
-        return
-    problem = f"{path}: by {key} in config.json this model is quantised; merge the original weights instead"
-    if names is not None and not has_quantised(names):
-        problem += f" (its weights are plain numbers, though: if they were converted back, remove {key} there)"
-    raise ConfigError(problem)
+    if key is not None:
+        raise ConfigError(
+            f"{path}: by {key} in config.json this model is quantised; merge the original weights instead, or remove "
+            "that key if its weights were converted back"
+        )
 
 
 def load_tokenizer(path: Path, companions: Companions | None = None) -> Any:

@@ -203,8 +203,7 @@ def _module_of(base: Checkpoint) -> tuple[PreTrainedModel, list[str], list[str]]
     """
     warnings = settle_attention(base)
     module = without_weights(base)
-    notes, doubts = check_base(base, module)
-    return module, notes, [*warnings, *doubts]
+    return module, check_base(base, module), warnings
 
 
 def _open_model(
