@@ -95,8 +95,7 @@ def settle_split(backend: Tokenizer, name: str | None) -> str | None:
     """Have a byte-level tokenizer cut text as the name says, where it does not yet; a line if that can't be known."""
     rule = _BY_NAME.get(name or "")
     if rule is not None:
-        if _first_difference(backend, rule) is not None:
-            backend.pre_tokenizer = rule
+        backend.pre_tokenizer = rule
         return None
     if name not in _NOT_SAID:
         return f"its pre-tokenizer {name} (tokenizer.ggml.pre) is not known here, so texts may become other tokens"
@@ -110,13 +109,11 @@ def settle_split(backend: Tokenizer, name: str | None) -> str | None:
 
 def _first_difference(backend: Tokenizer, rule: pre_tokenizers.PreTokenizer) -> str | None:
     """A text that becomes other tokens by a rule than as it is; None if all of TEXTS become the same."""
-    used = backend.pre_tokenizer
     before = _encoded(backend)
-    backend.pre_tokenizer = rule
+    used, backend.pre_tokenizer = backend.pre_tokenizer, rule
     after = _encoded(backend)
     backend.pre_tokenizer = used
-    pairs = zip(TEXTS, before, after, strict=True)
-    return next((text for text, one, other in pairs if one.ids != other.ids), None)
+    return next((text for text, one, two in zip(TEXTS, before, after, strict=True) if one.ids != two.ids), None)
 
 
 def _makes_all_tokens(rule: pre_tokenizers.PreTokenizer, backend: Tokenizer) -> bool:

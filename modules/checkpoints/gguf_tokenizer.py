@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer, read_gguf_metadata
 
+from modules.checkpoints.gguf_header import MERGES, TOKENS
 from modules.checkpoints.gguf_splits import BEGINS_WITH_BOS, TAKES_WHOLE_WORDS, TEXTS, settle_split
 from modules.runtime import ConfigError, counted, first_line, shortened, without_panics
 
@@ -143,7 +144,7 @@ class Rebuilt:
 def rebuild_tokenizer(file: Path) -> Rebuilt:
     """The tokenizer that a GGUF file describes. Raises ConfigError if its lists contradict each other, or make none."""
     try:
-        keys, _ = read_gguf_metadata(str(file), (f"{_KEY}tokens", f"{_KEY}merges"))
+        keys, _ = read_gguf_metadata(str(file), (TOKENS, MERGES))
         lists = Lists(keys)
         contradiction = _contradiction(lists)
     except Exception as error:  # whatever a damaged file, or a value of another type, makes of its reader
@@ -213,7 +214,7 @@ def _mended(built: Tokenizer, state: dict[str, Any], lists: Lists) -> Tokenizer:
     else:
         model["unk_token"] = lists.role("unk_token")
     if lists.model == _SENTENCEPIECE:
-        _settle_spaces(built, state, lists.get("add_space_prefix"))
+        _settle_spaces(state, lists.get("add_space_prefix", True))
     state["added_tokens"] = [
         _added(number, lists.tokens[number], special)
         for number, special in lists.whole.items()
@@ -228,29 +229,16 @@ def _added(number: int, token: str, special: bool) -> dict[str, Any]:
     return {"id": number, "content": token, **plain, "special": special}
 
 
-def _settle_spaces(built: Tokenizer, state: dict[str, Any], prefixed: bool | None) -> None:
+def _settle_spaces(state: dict[str, Any], prefixed: bool) -> None:
     """Have every stretch of text between whole tokens begin with a space, or none, as SentencePiece does it: also where
-    it begins with one already. prefixed: as the file says; None leaves it as it is built."""
-    prefixed = _seen(built, "a") == f"{_SPACE}a" if prefixed is None else prefixed
-    texts = ("a", " a", "  a b")
-    beginning = _SPACE if prefixed else ""
-    if all(_seen(built, text) == beginning + text.replace(" ", _SPACE) for text in texts):
-        return
+    it begins with one already. state: a tokenizer as JSON, which is changed."""
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prepended = [{"type": "Prepend", "prepend": _SPACE}] if prefixed else []
+    stripped = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
+    steps = [step for step in state["decoder"]["decoders"] if step["type"] != "Strip"]
     state["normalizer"] = {"type": "Sequence", "normalizers": [*prepended, replaced]}
     state["pre_tokenizer"] = None
-    steps = [step for step in state["decoder"]["decoders"] if step["type"] != "Strip"]
-    stripped = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
     state["decoder"]["decoders"] = steps + stripped
-
-
-def _seen(backend: Tokenizer, text: str) -> str:
-    """A text as it comes before the merges."""
-    text = backend.normalizer.normalize_str(text) if backend.normalizer else text
-    if backend.pre_tokenizer is None:
-        return text
-    return "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
 
 
 def _with_roles(backend: Tokenizer, lists: Lists) -> PreTrainedTokenizerFast:
