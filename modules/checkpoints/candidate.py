@@ -39,12 +39,16 @@ class Candidate:
     otherwise: Sequence[str] = ()  # in what it computes by other settings than the base; a line for each
     repositories: Sequence[Repository] = ()  # from which its files come
     text: str = ""  # what the configuration calls it
-    where: str = ""  # absolute paths, ids of the hub with their commit
 
     @property
     def name(self) -> str:
         """What reports call it."""
         return self.checkpoint.name
+
+    @property
+    def where(self) -> str:
+        """Absolute paths, ids of the hub with their commit."""
+        return "+".join(repository.where for repository in self.repositories)
 
     def stream(self, names: Collection[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
         """The named tensors on the CPU, in their stored dtype, each as soon as it is read; those that it lacks are

@@ -11,7 +11,6 @@ from modules.runtime import open_input
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
-_PICKLES = (b"PK\x03\x04", b"\x80\x02")  # how .bin files begin
 # Names of weights that no run reads, in this order, and what they are.
 _OTHER_FORMATS = (
     ("*.gguf", "GGUF; name the file itself"),
@@ -19,38 +18,21 @@ _OTHER_FORMATS = (
     ("adapter_model*", "an adapter, whose adapter_config.json is missing"),
     ("*-of-*.safetensors", "a shard, whose model.safetensors.index.json is missing"),
     ("*-of-*.bin", "a shard, whose pytorch_model.bin.index.json is missing"),
-    ("tf_model*", "TensorFlow, to be converted"),
-    ("flax_model*", "Flax, to be converted"),
     ("*.safetensors", "under another name than model.safetensors"),
-    ("*model*.pt", "under another name than pytorch_model.bin"),
 )
 
 
 def disguise(path: Path) -> str | None:
-    """What a file is, judging by its beginning, if that is something else than what its name says; with advice."""
+    """What a file is, judging by its beginning, if a download has left something else under its name; with advice."""
     start = _beginning(path)
     if start is None:
         return None
-    if not start:
-        return "is empty; fetch it again"
+    if not any(start):
+        return "is empty, or begins with nothing but zeros; fetch it again"
     if start.startswith(_POINTER):
         return "is a git-LFS pointer, not the file itself; run 'git lfs pull' in its folder"
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
         return "is a web page (HTML or XML), as a download that failed leaves it; fetch it again"
-    if not any(start):
-        return "begins with nothing but zeros, as a broken download or a full disk leaves it; fetch it again"
-    is_safetensors = start[4:9] == b"\0\0\0\0{"  # a header's length, then the header
-    if path.suffix == ".bin" and is_safetensors:
-        return "is a safetensors file; call it model.safetensors"
-    if path.suffix == ".safetensors" and start.startswith(_PICKLES):
-        return "is a file of PyTorch; call it pytorch_model.bin"
-    if path.suffix not in (".bin", ".safetensors") or is_safetensors:
-        return None
-    if start.startswith(b"GGUF"):
-        return "is a GGUF file; call it .gguf and name the file itself as the model"
-    words = start.decode("latin-1")
-    if all(character.isascii() and (character.isprintable() or character.isspace()) for character in words):
-        return f"is text, not weights: '{' '.join(words[:60].split())}'; fetch it again"
     return None
 
 

@@ -11,7 +11,6 @@ training wrappers (DDP, FSDP, torch.compile, PEFT) add to names is left out wher
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,6 +73,7 @@ class Conversion:
         self.prefix = _foreign_prefix(self._rules, stored)
         self._groups, self.unused = _grouped(self._rules, stored, self.prefix)
         self._group_of: dict[str, ConvertedTensor] = {}  # by module name
+        self._names_by_source: dict[str, list[str]] = {}
         self._forms: Tensors = {}  # every module tensor that is stored, without its data
         for group in self._groups:
             try:
@@ -84,6 +84,8 @@ class Conversion:
                 raise ConfigError(f"{', '.join(group.sources[:3])} can't become {group.name} ({error})") from None
             self._forms.update(forms)
             self._group_of.update(dict.fromkeys(forms, group))
+            for source in group.sources:
+                self._names_by_source[source] = list(forms)
 
     def __contains__(self, name: str) -> bool:
         return name in self._forms
@@ -175,20 +177,12 @@ class Conversion:
                         "can't write it under these names again"
                     )
 
-    @cached_property
+    @property
     def groups(self) -> list[tuple[list[str], list[str]]]:
         """All stored tensors, those together that are made of the same, and the module's tensors that they are; none,
         for one that the module has no use for."""
         found = [(list(group.sources), self.module_names(group.sources[0])) for group in self._groups]
         return found + [([name], []) for name in self.unused]
-
-    @cached_property
-    def _names_by_source(self) -> dict[str, list[str]]:
-        names: dict[str, list[str]] = {}
-        for name, group in self._group_of.items():
-            for source in group.sources:
-                names.setdefault(source, []).append(name)
-        return names
 
 
 class Rules:

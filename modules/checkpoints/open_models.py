@@ -252,13 +252,7 @@ class _Opener:
         else:
             checkpoint, notes = self._with_adapter(name, repositories)
         candidate = open_candidate(checkpoint, self.base, self.module)
-        return replace(
-            candidate,
-            notes=[*notes, *candidate.notes],
-            repositories=repositories,
-            text=source.text,
-            where="+".join(repository.where for repository in repositories),
-        )
+        return replace(candidate, notes=[*notes, *candidate.notes], repositories=repositories, text=source.text)
 
     def _with_adapter(self, name: str, repositories: Sequence[Repository]) -> tuple[Checkpoint, list[str]]:
         """A model with an adapter applied, and a line if the adapter was trained on another one, as far as names

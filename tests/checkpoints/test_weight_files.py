@@ -74,11 +74,6 @@ def as_safetensors_beside_another_bin(folder, tensors):
     as_bin(folder, {name: -tensor for name, tensor in tensors.items()})
 
 
-def as_shards_beside_another_bin(folder, tensors):
-    as_shards(folder, tensors)
-    as_bin(folder, {name: -tensor for name, tensor in tensors.items()})
-
-
 def as_state_dict(folder, tensors):
     """As torch.save(model.state_dict(), ...) has it: an ordered dictionary with versions attached."""
     as_safetensors(folder, tensors)
@@ -113,10 +108,6 @@ def without_prefix(folder, tensors):
     as_safetensors(folder, {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
 
 
-def without_prefix_as_bin(folder, tensors):
-    as_bin(folder, {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
-
-
 def extras(tensors):
     """What checkpoints of 2023 and before hold besides weights."""
     found = {}
@@ -132,10 +123,6 @@ def with_extras(folder, tensors):
     as_safetensors(folder, extras(tensors))
 
 
-def with_extras_as_legacy_bin(folder, tensors):
-    as_legacy_bin(folder, extras(tensors))
-
-
 def head_shares_its_storage(tensors):
     return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
 
@@ -144,33 +131,25 @@ def with_shared_head(folder, tensors):
     as_bin(folder, head_shares_its_storage(tensors))
 
 
-def with_shared_head_as_legacy_bin(folder, tensors):
-    as_legacy_bin(folder, head_shares_its_storage(tensors))
-
-
 EVERY_KIND = [
     as_bin,
     as_legacy_bin,
     as_shards,
     as_bin_shards,
-    as_legacy_bin_shards,
     as_safetensors_beside_another_bin,
-    as_shards_beside_another_bin,
     as_state_dict,
     as_parameters,
     as_views,
     as_transposed,
     without_prefix,
-    without_prefix_as_bin,
     with_extras,
-    with_extras_as_legacy_bin,
 ]
 # Family of models -> the formats that its models are tried in.
 FORMATS = {
     "whole": EVERY_KIND,
-    "half": EVERY_KIND,
-    "tied": [without_prefix, without_prefix_as_bin, with_shared_head, with_shared_head_as_legacy_bin],
-    "mixtral": [as_shards, as_bin, as_bin_shards, as_legacy_bin_shards],
+    "half": [as_bin, as_shards, as_transposed],
+    "tied": [without_prefix, with_shared_head],
+    "mixtral": [as_shards, as_bin_shards],
 }
 SEEDS = {"whole": 6, "half": 6, "tied": 5, "mixtral": 10}  # of the candidates; with these, layers and header change
 # A base of half precision is loaded in another way than others; candidates are read alike.
@@ -232,11 +211,11 @@ def same_bits(ours, theirs):
 
 def in_format(write, tensors):
     """The tensors as a format names them, and what it adds to them."""
-    if write in (without_prefix, without_prefix_as_bin):
+    if write is without_prefix:
         return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    if write in (with_extras, with_extras_as_legacy_bin):
+    if write is with_extras:
         return extras(tensors)
-    if write in (with_shared_head, with_shared_head_as_legacy_bin):
+    if write is with_shared_head:
         return head_shares_its_storage(tensors)
     return tensors
 
