@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import gguf
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
@@ -178,13 +179,11 @@ def _understood(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTraine
 
     Raises ConfigError, naming the key or tensor, if there is none.
     """
-    from gguf import GGMLQuantizationType, dequantize
-
     factors = {}
     for name in FACTORS:
         if name in header.tensors:
             tensor = header.tensors[name]
-            factors[name] = dequantize(tensor.data, GGMLQuantizationType[tensor.kind]).flatten().tolist()
+            factors[name] = gguf.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.kind]).flatten().tolist()
     settled, warnings = settle(config, header, factors)
     config, zeros = placed(settled, header)
     check_rotary_width(config, header)

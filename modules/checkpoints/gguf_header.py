@@ -6,7 +6,6 @@ models.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import importlib.util
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGUFReader
 from transformers.integrations.gguf import read_gguf_metadata
 
 from modules.checkpoints.causes import disguise
@@ -81,8 +81,6 @@ def read_header(file: Path) -> GgufHeader:
 
     Raises ConfigError if it is no GGUF file, or damaged, CheckpointError if it can't be opened.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"{file}: to read GGUF files, run: pip install gguf")
     with reading(file), file.open("rb") as opened:
         start = opened.read(24)
     try:
@@ -108,8 +106,6 @@ def _keys(file: Path, start: bytes) -> dict[str, Any]:
 def _tensors(file: Path) -> dict[str, GgufTensor]:
     """The file's tensors. This reader sees to kinds, shapes and the file's end, and takes tensors that overlap. It goes
     through a whole array without looking where the file ends, so the keys must have been read before."""
-    from gguf import GGUFReader
-
     end = 0
     tensors = {}
     for tensor in sorted(GGUFReader(file).tensors, key=lambda tensor: tensor.data_offset):
