@@ -136,20 +136,19 @@ def find_companions(folder: Path, trusted: bool) -> Companions:
 
 
 def _leads_out(folder: Path, name: str) -> bool:
-    """Whether a file lies neither in the folder nor among the hub cache's blobs, once its links are followed."""
-    file, inside = (folder / name).resolve(), folder.resolve()
-    return inside not in file.parents and not _is_blob(file, inside)
-
-
-def _is_blob(file: Path, folder: Path) -> bool:
-    """Whether a file is a blob of the hub's cache, be it of another one that the folder lies in.
+    """Whether a file lies, once its links are followed, neither in the folder nor among the blobs of the hub's cache,
+    or of another one that the folder lies in.
 
     The cache has models--org--name/blobs/HASH and models--org--name/snapshots/COMMIT, a model's folder.
     """
-    blobs = file.parent
-    is_kept = blobs.name == "blobs" and blobs.parent.name.startswith("models--")
-    ours, own_cache = Path(constants.HF_HUB_CACHE).expanduser().resolve(), blobs.parent.parent
-    return is_kept and (own_cache == ours or folder.parent == blobs.parent / "snapshots")
+    file, inside = (folder / name).resolve(), folder.resolve()
+    if inside in file.parents:
+        return False
+    blobs, model = file.parent, file.parent.parent
+    is_cache = (
+        model.parent == Path(constants.HF_HUB_CACHE).expanduser().resolve() or inside.parent == model / "snapshots"
+    )
+    return not (blobs.name == "blobs" and model.name.startswith("models--") and is_cache)
 
 
 def _code(folder: Path, described: Collection[str], present: Collection[str]) -> list[str]:

@@ -109,14 +109,18 @@ def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
 
 def remove_downloads(console: Console, repositories: Iterable[Repository], needed: Iterable[Repository] = ()) -> None:
     """Remove these models from the hub's cache, but for those that were there before this run, or are needed still."""
-    kept = {repository.commit for repository in needed}
-    new = {one.commit for one in repositories if one.fetched and not one.was_cached and one.commit not in kept}
-    if not new:
+    ours = {(one.location.repo, one.commit) for one in repositories if one.fetched and not one.was_cached}
+    if not ours:
         return
+    kept = {repository.commit for repository in needed}
+    removable = set()
     cache = scan_cache_dir(constants.HF_HUB_CACHE)
-    there = {revision.commit_hash for repo in cache.repos for revision in repo.revisions}
+    for repo in cache.repos:
+        for revision in repo.revisions:
+            is_ours = (repo.repo_id, revision.commit_hash) in ours
+            (removable if is_ours else kept).add(revision.commit_hash)
     try:
-        cache.delete_revisions(*(new & there)).execute()
+        cache.delete_revisions(*(removable - kept)).execute()
     except OSError as error:  # no reason to lose a merge
         console.warning(f"downloads could not be removed from {constants.HF_HUB_CACHE} ({error.strerror})")
 
