@@ -85,19 +85,27 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
     if names_some and not sources:
         raise ConfigError("no candidates to merge: " + ("; ".join(notes) or "the model directory has no sub-folders"))
     base_name, *names = names_of([Source(base_location.text, base_location), *sources])
-    base, module, base_notes, warnings = _open_base(base_repository, base_name, config, fetch)
-    opener = _Opener(config.trust_remote_code, fetch, base, module)
+    opened = _open_base(base_repository, base_name, config, fetch)
+    base = opened.base
+    if base.companions.lacking:
+        name = base.companions.lacking[0]
+        raise ConfigError(
+            f"{base.text}: {name} is a link out of this folder, which is not followed when the output is written; "
+            f"put a copy in its place, or name the model's own folder ({(base.path / name).resolve().parent})"
+        )
+    opener = _Opener(config.trust_remote_code, fetch, base, opened.module)
     candidates = _all_or_problems(
         lambda named: opener.candidate(named[0], named[1], [repositories[place] for place in named[1].places]),
         zip(names, sources, strict=True),
     )
-    notes += base_notes
+    notes += [*base.notes, *opened.notes, *base.companions.notes]
+    warnings = list(opened.warnings)
     for repository in found:
         warnings += repository.warnings
     for candidate in candidates:
         notes += [*candidate.notes, *candidate.checkpoint.notes]
         warnings += candidate.warnings
-    return Models(base, module, candidates, notes, warnings)
+    return Models(base, opened.module, candidates, notes, warnings)
 
 
 def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
@@ -106,10 +114,23 @@ def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
     _tell_of_the_hub([location], tell)
     repository = _find(location, config, tell)
     tell(repository.notes)
-    base = _as_base(repository, location.name, config, fetch)
-    fetch(base.job)
-    module, _, warnings = _module_of(base)
-    return Models(base, module, candidates=[], notes=[], warnings=[*warnings, *repository.warnings])
+    opened = _open_base(repository, location.name, config, fetch)
+    fetch(opened.base.job)
+    return replace(opened, notes=[], warnings=[*opened.warnings, *repository.warnings])
+
+
+def _open_base(repository: Repository, name: str, config: Config, fetch: Fetch) -> Models:
+    """A model as the base, its weights not read, without candidates. Raises ConfigError if it can't be one."""
+    if ADAPTER_SETTINGS in repository.sizes:
+        if holds_weights(repository.sizes):
+            advice = f"holds an adapter beside a model's weights; move {ADAPTER_SETTINGS} away"
+        else:
+            advice = "this is an adapter; name its model as the base, it as a candidate"
+        raise ConfigError(f"{repository.text}: {advice}")
+    base = _open_model(repository, name, config.trust_remote_code, fetch)
+    warnings = settle_attention(base)
+    module = without_weights(base)
+    return Models(base, module, candidates=[], notes=check_base(base, module), warnings=warnings)
 
 
 def _tell_of_the_hub(locations: Iterable[Location], tell: Tell) -> None:
@@ -167,43 +188,6 @@ def _find(location: Location, config: Config, tell: Tell) -> Repository:
         if size > LARGEST_SETTINGS:
             raise ConfigError(f"{location.text}: {name} is {size:,} bytes long, which is no model's")
     return repository
-
-
-def _as_base(repository: Repository, name: str, config: Config, fetch: Fetch) -> Checkpoint:
-    """A model as the base, its weights not read. Raises ConfigError if it can't be one."""
-    if ADAPTER_SETTINGS in repository.sizes:
-        if holds_weights(repository.sizes):
-            advice = f"holds an adapter beside a model's weights; move {ADAPTER_SETTINGS} away"
-        else:
-            advice = "this is an adapter; name its model as the base, it as a candidate"
-        raise ConfigError(f"{repository.text}: {advice}")
-    return _open_model(repository, name, config.trust_remote_code, fetch)
-
-
-def _open_base(
-    repository: Repository, name: str, config: Config, fetch: Fetch
-) -> tuple[Checkpoint, PreTrainedModel, list[str], list[str]]:
-    """A model as the base that is copied: its checkpoint, its module without weights, notes, warnings."""
-    base = _as_base(repository, name, config, fetch)
-    lacking = base.companions.lacking
-    if lacking:
-        raise ConfigError(
-            f"{base.text}: {lacking[0]} is a link out of this folder, which is not followed when the output is "
-            "written; put a copy in its place, or name the model's own folder "
-            f"({(base.path / lacking[0]).resolve().parent})"
-        )
-    module, notes, warnings = _module_of(base)
-    return base, module, [*base.notes, *notes, *base.companions.notes], warnings
-
-
-def _module_of(base: Checkpoint) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """The base's module without weights, lines about what it stores beside weights, and warnings.
-
-    Raises ConfigError if its tensors are not the module's.
-    """
-    warnings = settle_attention(base)
-    module = without_weights(base)
-    return module, check_base(base, module), warnings
 
 
 def _open_model(
