@@ -4,9 +4,6 @@ another class computes the same with them.
 Knows: torch modules, on the meta device or small ones. Refuses to know: weight files, devices, merging.
 """
 
-from collections.abc import Collection
-from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +11,6 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.config_file import parts_of
@@ -39,7 +35,7 @@ def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
         return empty_module(checkpoint.config, checkpoint.companions.trusted)
     except Exception as error:  # whatever an architecture makes of a wrong configuration
-        raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
+        raise ConfigError(f"{checkpoint.text} can't be loaded: {first_line(error)}") from None
 
 
 def with_buffers(config: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
@@ -50,41 +46,14 @@ def with_buffers(config: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
 
 
 def settle_attention(checkpoint: Checkpoint) -> list[str]:
-    """Where a configuration asks for an attention implementation that can't be used here, take the usual one instead;
-    a line about it."""
-    wanted = {part._attn_implementation for part in parts_of(checkpoint.config)} - {None}
+    """Where a configuration asks for an attention implementation other than those that come with PyTorch, take the
+    usual one instead; a line about it. Where the other's package is missing, transformers would fetch one."""
+    wanted = {part._attn_implementation for part in parts_of(checkpoint.config)} - {None, "eager", "sdpa"}
     if not wanted:
         return []
-    usual = replace(checkpoint, config=deepcopy(checkpoint.config))
-    usual.config._attn_implementation = None
-    try:
-        architecture = type(without_weights(usual))
-    except ConfigError:
-        return []  # there is more than that; who makes the module says what
-    trouble = _not_installed(architecture, wanted)
-    if trouble is None:
-        try:
-            without_weights(replace(checkpoint, config=deepcopy(checkpoint.config)))
-            return []
-        except ConfigError as error:
-            trouble = str(error).partition("loaded: ")[2]
     checkpoint.config._attn_implementation = None
-    return [
-        f"{checkpoint.path}: its config.json asks for the attention implementation {', '.join(sorted(wanted))}, which "
-        f"can't be used here ({trouble}); the usual one is taken"
-    ]
-
-
-def _not_installed(architecture: type[PreTrainedModel], wanted: Collection[str]) -> str | None:
-    """Why transformers would look at the hub for one of these attention implementations, if it would."""
-    installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
-    taken = getattr(architecture, "_compatible_flash_implementations", None)
-    for name in sorted(installed.keys() & wanted):
-        if not installed[name]():
-            return "its package is not installed, or not for this machine"
-        if taken is not None and name not in taken:
-            return f"{architecture.__name__} takes {', '.join(taken)} in its place"
-    return None
+    named = ", ".join(sorted(wanted))
+    return [f"{checkpoint.text}: its config.json asks for the attention implementation {named}; the usual one is taken"]
 
 
 def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -1,54 +1,81 @@
 """Weights in .bin files: read as plain tensors, or refused.
 
-Knows: pickles and the archives they come in. Refuses to know: safetensors, indexes, what a tensor is for.
+Knows: pickles and the archives they come in. Refuses to know: indexes of shards, what a tensor is for.
 Nothing in a file is executed: a .bin file is a pickle, and one that would need more than tensors is refused.
 """
 
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from modules.checkpoints.readers import Buffer, FilesReader, Forms
 from modules.runtime import CheckpointError, reading
-
-# Tensor name -> dtype, torch's or the name that safetensors gives it, and shape.
-Forms = Mapping[str, tuple[Any, tuple[int, ...]]]
-
-# The last file that had to be loaded whole, if there was one, and its tensors.
-Held = dict[Path, dict[str, Tensor]]
 
 _LARGEST_LISTING = 100_000_000  # bytes of what is said of the tensors in a file; a hundred or two for each
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a .bin file is of the kind from before PyTorch 1.6. Since then it is an archive, which can be mapped."""
+class BinReader(FilesReader):
+    """See `Reader`. Files from before PyTorch 1.6 can only be loaded whole; the last such file is kept."""
+
+    def __init__(self, folder: Path, files: Sequence[str], known: Mapping[str, Forms]) -> None:
+        super().__init__(folder, files, known)
+        self._kept: dict[Path, dict[str, Tensor]] = {}  # no more than one file
+        sizes = {file: (folder / file).stat().st_size for file in files if not _is_archive(folder / file)}
+        if sizes:
+            largest = max(sizes, key=sizes.__getitem__)
+            self.notes.append(
+                f"{largest} is stored as before PyTorch 1.6 and can only be loaded whole, which takes "
+                f"{sizes[largest] / 1e9:.2f} GB of CPU memory; convert it to safetensors to avoid that"
+            )
+
+    def forms(self, path: Path) -> Forms:
+        """What one file holds."""
+        is_archive = _is_archive(path)
+        if is_archive:
+            with reading(path):
+                _check_archive(path)
+        # A file that can't be mapped is read, but on the meta device nothing of it stays in memory.
+        tensors = _load(path, "cpu" if is_archive else "meta")
+        with reading(path):
+            for name, tensor in tensors.items():
+                if tensor.numel() * tensor.element_size() > path.stat().st_size:  # one number in many places, say
+                    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which is more than the file holds")
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+    def read_file(self, path: Path, names: Iterable[str], buffer: Buffer) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors of one file."""
+        tensors = self._tensors_of(path)
+        # Copied: a tensor in a memory map changes with its file. Detached: it may be a module's parameter.
+        for name in names:
+            yield name, tensors[name].detach().clone(memory_format=torch.contiguous_format)
+
+    def rows(self, name: str, rows: Tensor) -> Tensor:
+        """See `Reader`."""
+        return self._tensors_of(self.folder / self.tensors[name].file)[name].detach()[rows]
+
+    def release(self) -> None:
+        """See `Reader`."""
+        self._kept.clear()
+
+    def _tensors_of(self, path: Path) -> dict[str, Tensor]:
+        if path in self._kept:
+            return self._kept[path]
+        if _is_archive(path):
+            return _load(path)
+        self._kept.clear()  # first, so that there are never two
+        self._kept[path] = _load(path)
+        return self._kept[path]
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is an archive, as since PyTorch 1.6, which can be mapped into memory."""
     with reading(path), path.open("rb") as file:
-        return file.read(4) != b"PK\x03\x04"
-
-
-def is_pickled(file: str) -> bool:
-    """Whether a weight file of this name is a pickle: its shapes can't be seen without the whole file."""
-    return file.endswith(".bin")
-
-
-def pickled_forms(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Of every tensor its dtype and shape. Raises CheckpointError if the file holds something else, or is damaged."""
-    whole = is_whole(path)
-    with reading(path):
-        if not whole:
-            _check_archive(path)
-    # A file that can't be mapped is read, but on the meta device nothing of it stays in memory.
-    tensors = _unpickled(path, "meta" if whole else "cpu")
-    with reading(path):
-        for name, tensor in tensors.items():
-            if tensor.numel() * tensor.element_size() > path.stat().st_size:  # one number in many places, say
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which is more than the file holds")
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _check_archive(path: Path) -> None:
@@ -77,29 +104,17 @@ class _ShortReads(FileIO):
         return super().read(wanted)
 
 
-def unpickled_once(path: Path, held: Held) -> dict[str, Tensor]:
-    """A .bin file's tensors; those of a file that has to be loaded whole are held until there is another one."""
-    if path in held:
-        return held[path]
-    if not is_whole(path):
-        return _unpickled(path)
-    held.clear()  # first, so that there are never two
-    held[path] = _unpickled(path)
-    return held[path]
-
-
-def _unpickled(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """A .bin file's tensors, in a memory map if it can be mapped; on the meta device they have no data."""
-    mapped = not is_whole(path)
+def _load(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """A file's tensors, in a memory map if it can be mapped; on the meta device they have no data."""
+    is_archive = _is_archive(path)
     with reading(path):
-        tensors = torch.load(path, map_location=device, mmap=mapped, weights_only=True)
-    if not isinstance(tensors, dict) or not all(
-        # Neither sparse, nor without data where there should be some.
-        isinstance(name, str)
-        and isinstance(tensor, Tensor)
-        and tensor.layout == torch.strided
-        and tensor.device.type == device
-        for name, tensor in tensors.items()
-    ):
+        tensors = torch.load(path, map_location=device, mmap=is_archive, weights_only=True)
+    is_named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not is_named or not all(_is_plain(tensor, device) for tensor in tensors.values()):
         raise CheckpointError(f"{path}: holds something else than named tensors; convert it to safetensors")
     return dict(tensors)
+
+
+def _is_plain(tensor: object, device: str) -> bool:
+    """Whether something is a tensor, neither sparse, nor without data where there should be some."""
+    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == device

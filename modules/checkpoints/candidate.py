@@ -6,7 +6,6 @@ Knows: configurations, shapes, stored names. Refuses to know: devices, scores, w
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -15,10 +14,10 @@ from modules.checkpoints.architecture import find_layers, header_names, input_fi
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.hub import Repository
-from modules.checkpoints.leftovers import about_leftovers, leftovers, number_of, without_number
+from modules.checkpoints.leftovers import Leftovers, leftovers, number_of, without_number
 from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
 from modules.checkpoints.meaning import clashes, differences, setting, ties_header
-from modules.checkpoints.weight_files import Room, fresh, place_in_index
+from modules.checkpoints.readers import Buffer, new_buffer
 from modules.runtime import ConfigError, counted
 
 _MUST_AGREE = {
@@ -38,23 +37,24 @@ class Candidate:
     notes: Sequence[str] = ()  # lines for the person at the terminal
     warnings: Sequence[str] = ()  # the same, of what may spoil the merge
     otherwise: Sequence[str] = ()  # in what it computes by other settings than the base; a line for each
-    repositories: Sequence[Repository] = ()  # of the hub, from which its files come
+    repositories: Sequence[Repository] = ()  # from which its files come
     text: str = ""  # what the configuration calls it
-    where: str = ""  # absolute paths, ids of the hub with their commit
 
     @property
     def name(self) -> str:
         """What reports call it."""
         return self.checkpoint.name
 
-    def stream(self, names: Collection[str], room: Room = fresh) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors on the CPU, in their stored dtype, each as soon as it is read; those that it lacks are
-        absent.
+    @property
+    def where(self) -> str:
+        """Absolute paths, ids of the hub with their commit."""
+        return "+".join(repository.where for repository in self.repositories)
 
-        room: where tensors are read into, if they need not be made. Raises CheckpointError if a file can't be read.
-        """
+    def stream(self, names: Collection[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors on the CPU, in their stored dtype, each as soon as it is read; those that it lacks are
+        absent. buffer: what they are read into. Raises CheckpointError if a file can't be read."""
         present = [name for name in names if name in self.conversion]
-        return self.conversion.stream(present, partial(self.checkpoint.stream, room=room))
+        return self.conversion.stream(present, partial(self.checkpoint.stream, buffer=buffer))
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of a tensor, in the order of their numbers: (rows, ...), on the CPU, in its stored dtype.
@@ -65,63 +65,61 @@ class Candidate:
         return self.read([name])[name][rows] if stored is None else self.checkpoint.rows(stored, rows)
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        """The same, all together and in the order of the names."""
+        """The same as `stream`, all together and in the order of the names."""
         return self.conversion.load([name for name in names if name in self.conversion], self.checkpoint.stream)
 
 
-def open_candidate(
-    checkpoint: Checkpoint,
-    base: Checkpoint,
-    module: PreTrainedModel,
-    notes: Sequence[str] = (),
-    repositories: Sequence[Repository] = (),
-) -> Candidate:
+def open_candidate(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Candidate:
     """A checkpoint as a candidate for the base, whose module may be without weights.
 
-    notes, repositories: of the candidate; the checkpoint's own repository is added. Raises ConfigError, naming both
-    values, if it does not fit.
+    Raises ConfigError, naming both values, if it does not fit.
     """
     conversion = _conversion(checkpoint, base, module)
-    repositories = (*repositories, *([checkpoint.repository] if checkpoint.repository else []))
     other_meaning = differences(base.config, checkpoint.config)
-    problem = _other_layers(checkpoint, conversion, module)
-    problems = [problem] if problem else list(_layer_differences(checkpoint, conversion, base, module))
+    unused = leftovers(checkpoint, conversion, module)
+    problem = _other_layers(checkpoint, conversion, module, unused)
+    problems = [problem] if problem else list(_layer_differences(conversion, base, module, unused))
     if problems and _kind(checkpoint.config) != _kind(base.config):
         problems.insert(0, f"it is {_kind(checkpoint.config)}, the base is {_kind(base.config)}")
-    _refuse(checkpoint.path, problems, [*_index_differs(checkpoint, conversion, module), *other_meaning])
-    left_out, warnings = about_leftovers(checkpoint, leftovers(checkpoint, conversion, module))
-    notes = [*notes, *_about_names(checkpoint, conversion, base), *left_out]
+    _refuse(checkpoint.text, problems, other_meaning)
+    warnings = []
     if other_meaning:
         warnings.append(
             f"{checkpoint.name}: its configuration means something else than the base's: {'; '.join(other_meaning)}; "
             "the merged model keeps the base's"
         )
-    otherwise = [line for line in other_meaning if not line.startswith("tie_word_embeddings")]  # of the header
-    return Candidate(checkpoint, conversion, notes, warnings, otherwise, repositories)
+    return Candidate(
+        checkpoint,
+        conversion,
+        notes=[*_about_names(checkpoint, conversion, base), *unused.notes(checkpoint.name)],
+        warnings=warnings,
+        otherwise=[line for line in other_meaning if not line.startswith("tie_word_embeddings")],  # of the header
+        repositories=[checkpoint.repository],
+    )
 
 
-def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Lines and warnings about what a base stores beside its weights.
+def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> list[str]:
+    """Lines about what a base stores beside its weights.
 
     Raises ConfigError if its tensors are not those of its own module, which may be without weights.
     """
     try:
         conversion = Conversion(module, checkpoint.tensors)
     except ConfigError as error:
-        raise ConfigError(f"{checkpoint.path}: {error}") from None
+        raise ConfigError(f"{checkpoint.text}: {error}") from None
     if conversion.wrappers:
         raise ConfigError(
-            f"{checkpoint.path}: the names of its tensors have {_listed(conversion.wrappers)} in them, as a training "
+            f"{checkpoint.text}: the names of its tensors have {_listed(conversion.wrappers)} in them, as a training "
             "wrapper leaves it, and transformers could not open them again; save the model without it first"
         )
-    problem = _other_layers(checkpoint, conversion, module)
-    if problem is None:
-        missing = [name for name in _layer_tensors(module) if name not in conversion]
-        why = "; ".join(["", *_index_differs(checkpoint, conversion, module)])
-        problem = f"the weights lack {', '.join(missing[:3])}{why}" if missing else None
+    unused = leftovers(checkpoint, conversion, module)
+    problem = _other_layers(checkpoint, conversion, module, unused)
+    missing = [name for name in _layer_tensors(module) if name not in conversion]
+    if problem is None and missing:
+        problem = f"the weights lack {', '.join(missing[:3])}"
     if problem:
-        raise ConfigError(f"{checkpoint.path}: {problem}")
-    return about_leftovers(checkpoint, leftovers(checkpoint, conversion, module))
+        raise ConfigError(f"{checkpoint.text}: {problem}")
+    return unused.notes(checkpoint.name)
 
 
 def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: PreTrainedModel) -> Adapted:
@@ -132,30 +130,30 @@ def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: Pr
     return apply_adapter(adapter, checkpoint, conversion, {name for name in stored if name}, header)
 
 
-def check_configuration(path: Path, config: PreTrainedConfig, base: Checkpoint) -> None:
-    """Raise ConfigError, naming both values, if a model with this configuration can't fit the base."""
+def check_configuration(text: str, config: PreTrainedConfig, base: Checkpoint) -> None:
+    """Raise ConfigError, naming both values, if a model with this configuration can't fit the base. text: its name."""
     ours, theirs = base.config.get_text_config(), config.get_text_config()
     if ours.model_type != theirs.model_type and not makes_the_same(base.config, config):
-        _refuse(path, [f"architecture is {_kind(config)}, the base's is {_kind(base.config)}"])
+        _refuse(text, [f"architecture is {_kind(config)}, the base's is {_kind(base.config)}"])
     both = [(words, setting(theirs, key), setting(ours, key)) for key, words in _MUST_AGREE.items()]
     found = [f"{words} is {their}, the base's is {our}" for words, their, our in both if their != our]
-    _refuse(path, found or clashes(base.config, config))
+    _refuse(text, found or clashes(base.config, config))
 
 
 def _conversion(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Conversion:
-    check_configuration(checkpoint.path, checkpoint.config, base)
+    check_configuration(checkpoint.text, checkpoint.config, base)
     try:
         return Conversion(module, checkpoint.tensors)
     except ConfigError as error:
-        raise ConfigError(f"{checkpoint.path} does not fit the base: {error}") from None
+        raise ConfigError(f"{checkpoint.text} does not fit the base: {error}") from None
 
 
-def _refuse(path: Path, differences: Sequence[str], causes: Sequence[str] = ()) -> None:
+def _refuse(text: str, differences: Sequence[str], causes: Sequence[str] = ()) -> None:
     """Raise ConfigError if there are differences. causes: what may have led to them."""
     if differences:
         more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
         why = "".join(f"; {cause}" for cause in causes[:3])
-        raise ConfigError(f"{path} does not fit the base: {'; '.join(differences[:3])}{more}{why}")
+        raise ConfigError(f"{text} does not fit the base: {'; '.join(differences[:3])}{more}{why}")
 
 
 def _kind(config: PreTrainedConfig) -> str:
@@ -182,36 +180,29 @@ def _layer_tensors(module: PreTrainedModel) -> dict[str, Tensor]:
     return {name: t for name, t in module.state_dict().items() if name.startswith(prefix) and t.is_floating_point()}
 
 
-def _index_differs(checkpoint: Checkpoint, conversion: Conversion, module: PreTrainedModel) -> list[str]:
-    """A line if the index of a checkpoint's shards names the first of the layers' tensors that they lack."""
-    missing = next((name for name in _layer_tensors(module) if name not in conversion), None)
-    file = place_in_index(checkpoint.path, missing) if missing else None
-    return [f"by its index, {missing} is in {file}, which lacks it"] if file else []
-
-
-def _other_layers(checkpoint: Checkpoint, conversion: Conversion, module: PreTrainedModel) -> str | None:
+def _other_layers(
+    checkpoint: Checkpoint, conversion: Conversion, module: PreTrainedModel, unused: Leftovers
+) -> str | None:
     """What is wrong if a checkpoint's layers are not as many as its own configuration says, or are none."""
-    config, prefix = checkpoint.config.get_text_config(), f"{find_layers(module)[0]}."
     unmerged = [name for name in checkpoint.tensors if ".lora_A." in name or ".base_layer." in name]
     if unmerged:
         return f"an adapter is wrapped into its weights ({unmerged[0]}); merge it with PEFT's merge_and_unload first"
+    prefix = f"{find_layers(module)[0]}."
     found = {name.removeprefix(prefix).split(".")[0] for name in conversion if name.startswith(prefix)}
     if not found:
         names = ", ".join(list(checkpoint.tensors)[:3])
         return f"none of its tensors is called like those of a {type(module).__name__}'s layers; there is {names}"
-    stored = {
-        without_number(n) for n in checkpoint.tensors if any(m.startswith(prefix) for m in conversion.module_names(n))
-    }
-    others = leftovers(checkpoint, conversion, module).others
-    found |= {number_of(name) for name in others if without_number(name) in stored}
-    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    stored = {without_number(name) for name in checkpoint.tensors if conversion.is_within(name, prefix[:-1])}
+    found |= {number_of(name) for name in unused.others if without_number(name) in stored}
+    config = checkpoint.config.get_text_config()
     if len(found) == config.num_hidden_layers or found != set(map(str, range(len(found)))):
         return None
+    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     return f"its weights have {counted(len(found), 'layer')}, its config.json says {key}: {config.num_hidden_layers}"
 
 
 def _layer_differences(
-    checkpoint: Checkpoint, conversion: Conversion, base: Checkpoint, module: PreTrainedModel
+    conversion: Conversion, base: Checkpoint, module: PreTrainedModel, unused: Leftovers
 ) -> Iterator[str]:
     """Tensors of layers that one side lacks, or that differ in shape."""
     for name, ours in _layer_tensors(module).items():
@@ -221,7 +212,7 @@ def _layer_differences(
             yield f"{name} is stored as {conversion.dtype(name)}, not as a floating-point type"
         elif conversion.shape(name) != tuple(ours.shape):
             yield f"{name} has shape {conversion.shape(name)}, the base's has {tuple(ours.shape)}"
-    for name in leftovers(checkpoint, conversion, module).others:
-        is_layers = number_of(name) and checkpoint.tensors[name].dtype.is_floating_point
+    for name in unused.others:
+        is_layers = number_of(name) and conversion.stored[name].dtype.is_floating_point
         if is_layers and name.startswith(conversion.prefix) and name not in base.tensors:
             yield f"the base has no {name}"

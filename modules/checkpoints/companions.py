@@ -17,7 +17,9 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from modules.checkpoints.weight_files import LARGEST_TEXT, is_there, local_files, read_file
+from modules.checkpoints.weight_files import LARGEST_TEXT, index_file, is_there, local_files, read_file
+
+ADAPTER_SETTINGS = "adapter_config.json"  # what makes a folder an adapter
 
 _SETTINGS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json",
@@ -72,17 +74,31 @@ class Companions:
     def notes(self) -> list[str]:
         """A line about what is not copied though it belongs to the model."""
         words = "Not copied, since they are links out of the base's folder"
-        return [f"{words}: {_first_of(self.astray)}"] if self.astray else []
+        return [f"{words}: {_listed(self.astray)}"] if self.astray else []
 
     def describe(self) -> list[str]:
         """Lines about what is copied and what is not."""
-        others = [f"Not copied, since they are no part of a model: {_first_of(self.others)}"] if self.others else []
-        return [f"Copied beside the weights: {_first_of(list(self.published))}", *self.notes, *others]
+        others = [f"Not copied, since they are no part of a model: {_listed(self.others)}"] if self.others else []
+        return [f"Copied beside the weights: {_listed(list(self.published))}", *self.notes, *others]
 
 
-def _first_of(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return f"{', '.join(names[:_MOST_NAMED])}{more}"
+
+
+def small_files(sizes: Mapping[str, int]) -> list[str]:
+    """Of all files of a model, those that are needed before its weights: what describes and opens it.
+
+    sizes: in bytes, by name. What calls itself text or JSON but is large is somebody's data.
+    """
+    needed = {"config.json", ADAPTER_SETTINGS, index_file(sizes)}
+    return [name for name, size in sizes.items() if (name in needed or is_small(name)) and size <= LARGEST_TEXT]
+
+
+def licence_files(sizes: Mapping[str, int]) -> list[str]:
+    """Of all files of a model, those that go with it wherever it goes, and that no program needs."""
+    return [name for name, size in sizes.items() if is_licence(name) and size <= LARGEST_TEXT]
 
 
 def is_licence(name: str) -> bool:
@@ -120,20 +136,19 @@ def find_companions(folder: Path, trusted: bool) -> Companions:
 
 
 def _leads_out(folder: Path, name: str) -> bool:
-    """Whether a file lies neither in the folder nor among the hub cache's blobs, once its links are followed."""
-    file, inside = (folder / name).resolve(), folder.resolve()
-    return inside not in file.parents and not _is_blob(file, inside)
-
-
-def _is_blob(file: Path, folder: Path) -> bool:
-    """Whether a file is a blob of the hub's cache, be it of another one that the folder lies in.
+    """Whether a file lies, once its links are followed, neither in the folder nor among the blobs of the hub's cache,
+    or of another one that the folder lies in.
 
     The cache has models--org--name/blobs/HASH and models--org--name/snapshots/COMMIT, a model's folder.
     """
-    blobs = file.parent
-    is_kept = blobs.name == "blobs" and blobs.parent.name.startswith("models--")
-    ours, own_cache = Path(constants.HF_HUB_CACHE).expanduser().resolve(), blobs.parent.parent
-    return is_kept and (own_cache == ours or folder.parent == blobs.parent / "snapshots")
+    file, inside = (folder / name).resolve(), folder.resolve()
+    if inside in file.parents:
+        return False
+    blobs, model = file.parent, file.parent.parent
+    is_cache = (
+        model.parent == Path(constants.HF_HUB_CACHE).expanduser().resolve() or inside.parent == model / "snapshots"
+    )
+    return not (blobs.name == "blobs" and model.name.startswith("models--") and is_cache)
 
 
 def _code(folder: Path, described: Collection[str], present: Collection[str]) -> list[str]:

@@ -4,7 +4,7 @@ Knows: the keys of config.json that fetch, or say how weights are quantised. Ref
 other keys mean.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -13,12 +13,6 @@ from modules.runtime import shortened
 
 MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
 _QUANTISED = ("quantization_config", "compression_config")
-
-# The last parts of the names of tensors beside quantised weights (GPTQ, AWQ, bitsandbytes, FP8, compressed-tensors).
-_OF_QUANTISATION = (
-    *("qweight", "qzeros", "scales", "g_idx", "absmax", "quant_map", "nested_absmax", "SCB", "weight_format"),
-    *("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point", "input_scale"),
-)
 
 # What comes with transformers or an installed package. Any other name may be one of native code at the hub, which
 # transformers fetches and loads where the package `kernels` is installed.
@@ -74,11 +68,6 @@ def quantised_by(stated: Any) -> str | None:
         if key.rpartition(".")[2] in _QUANTISED and value:
             return key
     return None
-
-
-def has_quantised(names: Collection[str]) -> bool:
-    """Whether tensors of these names are what lies beside quantised weights."""
-    return any(name.rpartition(".")[2] in _OF_QUANTISATION for name in names)
 
 
 def _fetches(key: str, value: Any, trusted: bool) -> str | None:

@@ -11,7 +11,6 @@ training wrappers (DDP, FSDP, torch.compile, PEFT) add to names is left out wher
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from modules.checkpoints.weight_files import TensorInfo
+from modules.checkpoints.readers import TensorInfo
 from modules.runtime import ConfigError
 
 # Parts of names that wrappers put anywhere.
@@ -68,11 +67,13 @@ class Conversion:
 
         Raises ConfigError if the stored tensors can't be fused by the architecture's rules.
         """
-        self._module, self._stored = module, stored
+        self._module = module
+        self.stored = stored
         self._rules = Rules(module)
         self.prefix = _foreign_prefix(self._rules, stored)
         self._groups, self.unused = _grouped(self._rules, stored, self.prefix)
         self._group_of: dict[str, ConvertedTensor] = {}  # by module name
+        self._names_by_source: dict[str, list[str]] = {}
         self._forms: Tensors = {}  # every module tensor that is stored, without its data
         for group in self._groups:
             try:
@@ -83,6 +84,8 @@ class Conversion:
                 raise ConfigError(f"{', '.join(group.sources[:3])} can't become {group.name} ({error})") from None
             self._forms.update(forms)
             self._group_of.update(dict.fromkeys(forms, group))
+            for source in group.sources:
+                self._names_by_source[source] = list(forms)
 
     def __contains__(self, name: str) -> bool:
         return name in self._forms
@@ -100,7 +103,7 @@ class Conversion:
 
     def dtypes(self, name: str) -> set[torch.dtype]:
         """The dtypes of all stored tensors that a module tensor is made of."""
-        return {self._stored[source].dtype for source in self._group_of[name].sources}
+        return {self.stored[source].dtype for source in self._group_of[name].sources}
 
     def stream(self, names: Collection[str], read: Read) -> Iterator[tuple[str, Tensor]]:
         """The named module tensors, each as soon as all is there that it is made of.
@@ -132,7 +135,7 @@ class Conversion:
     def stored_name(self, name: str) -> str | None:
         """The stored tensor that has this name, or that becomes the module's tensor of this name, or of the name that
         the architecture's rules make of it; None if there is none, or the module's is fused from several."""
-        if name in self._stored:
+        if name in self.stored:
             return name
         group = self._group_of.get(self._rules.module_name(name)[0])
         return group.sources[0] if group is not None and group.rule is None else None
@@ -150,6 +153,10 @@ class Conversion:
         """The module tensors that a stored one is a part of; none if the module has no use for it."""
         return self._names_by_source.get(stored_name, [])
 
+    def is_within(self, stored_name: str, module_name: str) -> bool:
+        """Whether a stored tensor is a part of a tensor below a module of this name."""
+        return any(name.startswith(f"{module_name}.") for name in self.module_names(stored_name))
+
     def store(self, names: Collection[str], tensors: Mapping[str, Tensor]) -> Tensors:
         """Module tensors as they are stored, by stored name. names: all module tensors of a stored one."""
         group = self._group_of[next(iter(names))]
@@ -164,26 +171,18 @@ class Conversion:
                 names = self.module_names(group.sources[0])
                 found = self.store(names, {name: self._forms[name] for name in names})
                 shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-                if shapes != {name: self._stored[name].shape for name in group.sources}:
+                if shapes != {name: self.stored[name].shape for name in group.sources}:
                     raise ConfigError(
                         f"{group.name} is fused from {', '.join(group.sources[:3])}, and this version of transformers "
                         "can't write it under these names again"
                     )
 
-    @cached_property
+    @property
     def groups(self) -> list[tuple[list[str], list[str]]]:
         """All stored tensors, those together that are made of the same, and the module's tensors that they are; none,
         for one that the module has no use for."""
         found = [(list(group.sources), self.module_names(group.sources[0])) for group in self._groups]
         return found + [([name], []) for name in self.unused]
-
-    @cached_property
-    def _names_by_source(self) -> dict[str, list[str]]:
-        names: dict[str, list[str]] = {}
-        for name, group in self._group_of.items():
-            for source in group.sources:
-                names.setdefault(source, []).append(name)
-        return names
 
 
 class Rules:

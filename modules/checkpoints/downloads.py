@@ -1,20 +1,97 @@
 """When files of the hub are fetched and removed during a run.
 
-Knows: which repositories a run needs, the bar, the one that comes ahead. Refuses to know: HTTP, what is in the files.
+Knows: which files a run needs next, the bar, the disk. Refuses to know: HTTP, what is in the files.
 """
 
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
+from huggingface_hub import constants, scan_cache_dir
 from tqdm import tqdm
 
-from modules.checkpoints.hub import Job, Prefetcher, Repository, check_space
-from modules.runtime import Console, counted
+from modules.checkpoints.hub import Cancelled, Repository
+from modules.runtime import ConfigError, Console, counted
+
+
+@dataclass(frozen=True)
+class Job:
+    """Files of a repository that will be needed together."""
+
+    name: str
+    repository: Repository
+    files: Sequence[str]
+
+    @property
+    def absent(self) -> list[str]:
+        """What is still to be fetched."""
+        return self.repository.absent(self.files)
+
+    @property
+    def sizes(self) -> dict[tuple[Path, str], int]:
+        """The same with its sizes in bytes, by folder and name."""
+        return {(self.repository.folder, file): self.repository.sizes.get(file, 0) for file in self.absent}
+
+
+class Prefetcher:
+    """Does jobs in their order in the background, never more than one ahead of the one that is in use."""
+
+    def __init__(self, jobs: Sequence[Job], begin: Callable[[Job], tqdm]) -> None:
+        """begin: is called, in the caller's thread, when a job's download begins; returns a bar for its progress."""
+        self._jobs, self._begin = jobs, begin
+        self._pool = ThreadPoolExecutor()
+        self._bars = ExitStack()
+        self._running: list[Future[None]] = []  # no more than one
+        self._is_over = False
+
+    def wait(self, number: int) -> None:
+        """Return when a job is done, the next one begun. Raises CheckpointError if a file can't be had."""
+        self._finish()
+        self._start(number)  # once more, if it has failed when it was not needed yet
+        for download in self._finish():
+            download.result()
+        if number + 1 < len(self._jobs):
+            self._start(number + 1)
+
+    def _start(self, number: int) -> None:
+        """Begin a job, if it has anything to do."""
+        job = self._jobs[number]
+        if not job.absent:
+            return
+        bar = self._bars.enter_context(self._begin(job))
+
+        def report(count: int) -> None:
+            if self._is_over:
+                raise Cancelled
+            bar.update(count)
+
+        self._running.append(self._pool.submit(job.repository.fetch, job.files, report))
+
+    def _finish(self) -> list[Future[None]]:
+        """Wait for what is running, be it in vain."""
+        ended, self._running = self._running, []
+        futures.wait(ended)
+        self._bars.close()
+        return ended
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        futures.wait(self._running, 1.0)  # time to remove what is half done
+        self._pool.shutdown(wait=False)
+        self._bars.close()
 
 
 def fetch_now(console: Console, job: Job) -> None:
     """Fetch a job's files from the hub, if any are missing, and return when they are here. Raises ConfigError if the
     disk is too small, CheckpointError if they can't be had."""
-    check_space([job], keep=True)
+    check_space([job])
     with fetching(console, [job]) as prefetcher:
         prefetcher.wait(0)
 
@@ -30,14 +107,46 @@ def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
     return Prefetcher(jobs, begin)
 
 
-def remove_downloads(
-    console: Console, repositories: Iterable[Repository | None], needed: Iterable[Repository | None] = ()
-) -> None:
-    """Remove from the hub's cache what this run has fetched of these, but for what is needed still."""
-    folders = {repository.folder for repository in needed if repository}
-    for repository in repositories:
-        if repository is not None and repository.folder not in folders:
-            try:
-                repository.remove_fetched()
-            except OSError as error:  # no reason to lose a merge
-                console.warning(f"{repository.folder} could not be removed ({error.strerror})")
+def remove_downloads(console: Console, repositories: Iterable[Repository], needed: Iterable[Repository] = ()) -> None:
+    """Remove these models from the hub's cache, but for those that were there before this run, or are needed still."""
+    ours = {(one.location.repo, one.commit) for one in repositories if one.fetched and not one.was_cached}
+    if not ours:
+        return
+    kept = {repository.commit for repository in needed}
+    removable = set()
+    cache = scan_cache_dir(constants.HF_HUB_CACHE)
+    for repo in cache.repos:
+        for revision in repo.revisions:
+            is_ours = (repo.repo_id, revision.commit_hash) in ours
+            (removable if is_ours else kept).add(revision.commit_hash)
+    try:
+        cache.delete_revisions(*(removable - kept)).execute()
+    except OSError as error:  # no reason to lose a merge
+        console.warning(f"downloads could not be removed from {constants.HF_HUB_CACHE} ({error.strerror})")
+
+
+def bytes_needed(jobs: Iterable[Job]) -> int:
+    """What the jobs put on the cache's disk together; a file that several need counts once."""
+    sizes: dict[tuple[Path, str], int] = {}
+    for job in jobs:
+        sizes |= job.sizes
+    return sum(sizes.values())
+
+
+def cache_folder() -> Path:
+    """Where the hub's files are kept, or the nearest folder above it that is there already."""
+    return nearest_folder(Path(constants.HF_HUB_CACHE).expanduser().resolve())
+
+
+def nearest_folder(folder: Path) -> Path:
+    """A folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def check_space(jobs: Iterable[Job]) -> None:
+    """Raise ConfigError if the cache's disk is too small for the jobs."""
+    needed, free = bytes_needed(jobs), shutil.disk_usage(cache_folder()).free
+    if needed > free:
+        room = f"{constants.HF_HUB_CACHE} has room for {free / 1e9:.1f}"
+        hint = "make room, or set HF_HOME to a folder on a larger disk"
+        raise ConfigError(f"{needed / 1e9:.1f} GB are to be downloaded, {room}: {hint}")

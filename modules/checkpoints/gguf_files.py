@@ -8,7 +8,6 @@ under another name, which it keeps until it is complete.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
+import gguf
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
@@ -26,80 +25,74 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.checkpoints.companions import find_companions
+from modules.checkpoints.downloads import nearest_folder
 from modules.checkpoints.gguf_header import GgufHeader, read_header
 from modules.checkpoints.gguf_rope import FACTORS
 from modules.checkpoints.gguf_settings import check_sizes, settle
-from modules.checkpoints.gguf_tensors import check_fit, check_rotary_width, left_out, refuse, with_biases
+from modules.checkpoints.gguf_tensors import check_rotary_width, left_out, placed, refuse
 from modules.checkpoints.gguf_tokenizer import check_rebuilt, rebuild_tokenizer
-from modules.checkpoints.hub import there_already
-from modules.checkpoints.weight_files import dtype_name, fingerprint
+from modules.checkpoints.hub import Repository, local
+from modules.checkpoints.readers import dtype_name
+from modules.checkpoints.weight_files import fingerprint, read_file
+from modules.config import Location
 from modules.runtime import ConfigError, first_line, one_line, reading, without_panics
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OF_QUANTISED = torch.bfloat16
 _LONGEST = 80  # characters of the file's name in the folder's
 _BEGINNING = 2**25  # bytes of a file, in which is what stands before its numbers, the tokenizer too
-_KIND = "merge_monster_gguf.txt"  # in the folder: how the file stores most of its numbers, then warnings, a line each
-_DOUBTS = "merge_monster_gguf_tokenizer.txt"  # in the folder: what the file leaves open of its tokenizer
-_MAKING = 2  # counts the ways in which models were made: a folder of an earlier way is not used
-_REBUILDING = 2  # counts the ways in which tokenizers were rebuilt: a folder with one of an earlier way is not used
+_NOTES = "merge_monster_gguf.json"  # in the folder: how the file stores most of its numbers, warnings
+_MAKING = 3  # counts the ways in which folders were made: one of an earlier way is not used
+
+Tell = Callable[[Sequence[str]], None]
 
 
-def as_folder(
-    file: Path, tokenizer: str | None = None, tell: Callable[[Sequence[str]], None] = lambda lines: None
-) -> tuple[Path, str]:
-    """The model folder that a GGUF file becomes, and how the file stores most of its numbers: Q4_1, F16, ...
+def open_gguf(location: Location, tokenizer: str | None, tell: Tell) -> Repository:
+    """The files of the model folder that a GGUF file becomes. Arguments, errors: see `as_folder`."""
+    folder, is_new = as_folder(location.folder, tokenizer, tell)
+    kind = _notes(folder)["kind"]
+    rounding = "" if kind in _PLAIN else " (a quantised model brings its rounding along)"
+    rebuilt = "rebuilt from the file (tokenizer: FOLDER in the YAML file takes another)"
+    chosen = f"that of {tokenizer}" if tokenizer else rebuilt
+    what = f"a GGUF file of {kind}{rounding}, read as {dtype_name(_dtype_of(kind))}; its tokenizer is {chosen}"
+    warnings = [f"{location.text}: {line}" for line in warnings_of(folder)]
+    return local(location, folder, is_new=is_new, notes=[f"{location.text} is {what}"], warnings=warnings)
+
+
+def as_folder(file: Path, tokenizer: str | None = None, tell: Tell = lambda lines: None) -> tuple[Path, bool]:
+    """The model folder that a GGUF file becomes, and whether it was made now.
 
     tokenizer: a folder from which the tokenizer is taken; else it is rebuilt from the file. tell: is given a line if
     the folder has still to be made. Raises ConfigError if it can't be, CheckpointError if the file can't be read.
     """
     name = f"{file.stem[:_LONGEST]}-{_hash_of(file, tokenizer)}"
     folder = Path(constants.HF_ASSETS_CACHE).expanduser().resolve() / "merge-monster" / "gguf" / name
+    if folder.is_dir():
+        return folder, False
+    header = read_header(file)
+    check_sizes(header)
     try:
-        if not folder.is_dir():
-            header = describe(file)
-            kind = header.kind
-            size, free = header.numbers * _dtype_of(kind).itemsize, shutil.disk_usage(there_already(folder)).free
-            if size > free:
-                room = f"{folder.parent} has room for {free / 1e9:.1f}"
-                hint = "make room, or set HF_HOME to a folder on a larger disk"
-                raise ConfigError(f"{file}: its plain numbers take {size / 1e9:.1f} GB, {room}: {hint}")
-            tell([f"Dequantising {file} once ({kind}; {size / 1e9:.2f} GB) to {folder}"])
-            _make(header, folder, tokenizer)
-        return folder, _lines(folder / _KIND)[0]
+        size = header.numbers * _dtype_of(header.kind).itemsize
+        free = shutil.disk_usage(nearest_folder(folder)).free
+        if size > free:
+            room = f"{folder.parent} has room for {free / 1e9:.1f}"
+            hint = "make room, or set HF_HOME to a folder on a larger disk"
+            raise ConfigError(f"{file}: its plain numbers take {size / 1e9:.1f} GB, {room}: {hint}")
+        tell([f"Dequantising {file} once ({header.kind}; {size / 1e9:.2f} GB) to {folder}"])
+        _make(header, folder, tokenizer)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{file}: can't be kept as {folder} ({first_line(error)})") from None
-
-
-def about(text: str, kind: str, tokenizer: str | None) -> str:
-    """A line about what comes along with a GGUF file. text: its name; tokenizer: where that was taken from."""
-    rounding = "" if kind in _PLAIN else " (a quantised model brings its rounding along)"
-    rebuilt = "rebuilt from the file (tokenizer: FOLDER in the YAML file takes another)"
-    taken = f"that of {tokenizer}" if tokenizer else rebuilt
-    return f"{text} is a GGUF file of {kind}{rounding}, read as {dtype_name(_dtype_of(kind))}; its tokenizer is {taken}"
+    return folder, True
 
 
 def warnings_of(folder: Path) -> list[str]:
-    """What of a file's meaning may have been lost when its folder was made, a line for each; of all other folders
-    nothing. Raises CheckpointError if that can't be read."""
-    return _lines(folder / _KIND)[1:] + _lines(folder / _DOUBTS)
+    """What of a file's meaning may have been lost when its folder was made, a line for each. Raises CheckpointError if
+    that can't be read."""
+    return _notes(folder)["warnings"]
 
 
-def describe(file: Path) -> GgufHeader:
-    """What a GGUF file says of itself; none of its numbers is read.
-
-    Raises ConfigError if it is no such file, or damaged.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"{file}: to read GGUF files, run: pip install gguf")
-    header = read_header(file)
-    check_sizes(header)
-    return header
-
-
-def _lines(file: Path) -> list[str]:
-    with reading(file):
-        return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+def _notes(folder: Path) -> dict[str, Any]:
+    return json.loads(read_file(folder / _NOTES))
 
 
 def _dtype_of(kind: str) -> torch.dtype:
@@ -113,9 +106,7 @@ def _hash_of(file: Path, tokenizer: str | None) -> str:
     with reading(file), file.open("rb") as opened:
         beginning = hashlib.sha256(opened.read(_BEGINNING)).hexdigest()
     known: list[Any] = [_MAKING, fingerprint(file), beginning]
-    if tokenizer is None:
-        known.append(_REBUILDING)
-    else:
+    if tokenizer is not None:
         folder = Path(tokenizer)
         if not folder.is_dir():
             raise ConfigError(f"tokenizer: {tokenizer}: no such folder")
@@ -130,7 +121,8 @@ def _make(header: GgufHeader, folder: Path, tokenizer: str | None) -> None:
         unfinished = Path(place) / "model"
         unfinished.mkdir()
         warnings = _write(header, unfinished, tokenizer)
-        (unfinished / _KIND).write_text("\n".join([header.kind, *map(one_line, warnings)]), encoding="utf-8")
+        notes = {"kind": header.kind, "warnings": [one_line(warning) for warning in warnings]}
+        (unfinished / _NOTES).write_text(json.dumps(notes), encoding="utf-8")
         try:
             unfinished.rename(folder)
         except OSError:
@@ -146,19 +138,17 @@ def _write(header: GgufHeader, folder: Path, tokenizer: str | None) -> list[str]
     file = header.file
     rebuilt = rebuild_tokenizer(file) if tokenizer is None else None
     chosen = load_tokenizer(Path(tokenizer)) if rebuilt is None else rebuilt.tokenizer
-    place = {"gguf_file": str(file.resolve())}  # by its path: nothing that lies beside it is read
+    place = {"gguf_file": str(file.resolve()), "local_files_only": True}  # nothing that lies beside it is read
     try:
         # A bar is shown that no setting keeps away.
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), without_panics():
-            stated = AutoConfig.from_pretrained(folder, local_files_only=True, **place)
-            config, zeros, warnings = _understood(stated, header)
+            config, zeros, warnings = _understood(AutoConfig.from_pretrained(folder, **place), header)
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=_dtype_of(header.kind),
                 output_loading_info=True,
-                local_files_only=True,
                 **place,
             )
     except MemoryError:
@@ -178,10 +168,10 @@ def _write(header: GgufHeader, folder: Path, tokenizer: str | None) -> list[str]
         chosen.model_max_length = getattr(model.config, "max_position_embeddings", chosen.model_max_length)
     model.save_pretrained(folder)
     chosen.save_pretrained(folder)
-    if rebuilt is not None:
-        check_rebuilt(file, load_tokenizer(folder), rebuilt.lists)
-        (folder / _DOUBTS).write_text("\n".join(rebuilt.doubts), encoding="utf-8")
-    return warnings
+    if rebuilt is None:
+        return warnings
+    check_rebuilt(file, load_tokenizer(folder), rebuilt.lists)
+    return [*warnings, *rebuilt.doubts]
 
 
 def _understood(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTrainedConfig, frozenset[str], list[str]]:
@@ -189,20 +179,12 @@ def _understood(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTraine
 
     Raises ConfigError, naming the key or tensor, if there is none.
     """
-    factors = {name: _numbers(header, name) for name in FACTORS if name in header.tensors}
+    factors = {}
+    for name in FACTORS:
+        if name in header.tensors:
+            tensor = header.tensors[name]
+            factors[name] = gguf.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.kind]).flatten().tolist()
     settled, warnings = settle(config, header, factors)
-    biased, zeros = with_biases(settled, header)
-    check_fit(biased, header)
-    check_rotary_width(biased, header)
-    return biased, zeros, [*warnings, *left_out(header)]
-
-
-def _numbers(header: GgufHeader, name: str) -> list[float]:
-    """A small tensor's numbers."""
-    from gguf import GGMLQuantizationType, dequantize
-
-    tensor = header.tensors[name]
-    with reading(header.file), header.file.open("rb") as opened:
-        opened.seek(tensor.start)
-        stored = np.frombuffer(opened.read(tensor.size), np.uint8)
-        return dequantize(stored, GGMLQuantizationType[tensor.kind]).flatten().tolist()
+    config, zeros = placed(settled, header)
+    check_rotary_width(config, header)
+    return config, zeros, [*warnings, *left_out(header)]

@@ -50,16 +50,12 @@ def rope_parameters(config: PreTrainedConfig, header: GgufHeader, factors: Mappi
     new = dict(present)
     for kind in kinds:
         if "sliding" in kind:
-            local = {"rope_type": "default", "rope_theta": header.setting("rope.freq_base_swa", _BASE)}
-            new[kind] = _with(present[kind], local, width, header.setting("rope.dimension_count_swa"))
+            said = {"rope_type": "default", "rope_theta": header.setting("rope.freq_base_swa", _BASE)}
+            new[kind] = _with(present[kind], said, width, header.setting("rope.dimension_count_swa"))
         else:
-            width_here = getattr(config, "global_head_dim", None) or width
-            new[kind] = _with(
-                present[kind],
-                _global(header, factors, width_here),
-                width_here,
-                header.setting("rope.dimension_count"),
-            )
+            own_width = getattr(config, "global_head_dim", None) or width
+            said = _global(header, factors, own_width)
+            new[kind] = _with(present[kind], said, own_width, header.setting("rope.dimension_count"))
     return new
 
 
@@ -92,7 +88,7 @@ def _global(header: GgufHeader, factors: Mapping[str, list[float]], width: int) 
     turned = header.setting("rope.dimension_count") or width
     if factors:
         if kind != "longrope" and factor != 1 and kind != "none":
-            _refuse(header, "rope.scaling.type", f"which goes with the tensor {next(iter(factors))}")
+            raise header.refusal(f"{header.architecture}.rope.scaling.type is {kind} beside {next(iter(factors))}")
         return {"rope_theta": theta, **_by_factors(header, factors, theta, turned, attention)}
     if kind == "yarn":
         return {"rope_theta": theta, **_yarn(header, factor, attention)}
@@ -192,10 +188,6 @@ def _llama3_factor(wave: float, factor: float, original: int) -> float:
     return 1 / ((1 - share) / factor + share)
 
 
-def _refuse(header: GgufHeader, name: str, why: str = "") -> None:
+def _refuse(header: GgufHeader, name: str) -> None:
     key = f"{header.architecture}.{name}"
-    more = f", {why}" if why else ""
-    raise ConfigError(
-        f"{header.file}: {key} is {header.keys.get(key)}{more}, for which transformers has no setting; "
-        "merge the model that the file was made from"
-    )
+    raise header.refusal(f"{key} is {header.keys.get(key)}, for which transformers has no setting")

@@ -10,7 +10,6 @@ key that neither side knows is a warning.
 
 import math
 from collections.abc import Mapping
-from copy import deepcopy
 from fnmatch import fnmatch
 from typing import Any
 
@@ -89,6 +88,8 @@ _NEUTRAL = {
 _NOT_NEEDED = ("context_length", "attention.head_count_kv")  # by a class that has no such setting
 _GATES = {1: "softmax", 2: "sigmoid"}  # expert_gating_func
 
+_DIVISOR = "query_pre_attn_scalar"
+
 # A setting that modules read even if their configuration's class does not know it; if one did not, no shape would fit.
 _ALWAYS_READ = "head_dim"
 
@@ -123,14 +124,12 @@ def settle(
     factors: see `rope_parameters`. Raises ConfigError, naming the key, if a class can't say it.
     """
     config = _of_its_architecture(config, header)
-    new = _rebuilt(config, _changes(config, header))
+    new = _changed(config, _changes(config, header))
     if getattr(new, "rope_parameters", None):
-        changes: dict[str, Any] = {"rope_parameters": rope_parameters(new, header, factors)}
-        original = changes["rope_parameters"].get("original_max_position_embeddings")
-        if original and "original_max_position_embeddings" in known_keys(type(new)):
-            changes["original_max_position_embeddings"] = original
-        new = _with_rotation(new, changes, header)
-    _refuse_rest(new, header, factors)
+        new = _with_rotation(new, rope_parameters(new, header, factors), header)
+    unsaid = _unsaid(new, header, factors)
+    if unsaid:
+        raise header.refusal(f"{', '.join(unsaid[:3])}, which transformers' {type(new).__name__} can't say")
     return new, [*_unknown(header), *_guesses(config, new, header)]
 
 
@@ -144,25 +143,27 @@ def _of_its_architecture(config: PreTrainedConfig, header: GgufHeader) -> PreTra
     return kind.from_dict({key: value for key, value in config.to_dict().items() if key in known})
 
 
-def _with_rotation(config: PreTrainedConfig, changes: Mapping[str, Any], header: GgufHeader) -> PreTrainedConfig:
-    """The configuration with other rope_parameters. Raises ConfigError if its class does not take them as they are."""
+def _changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """A configuration with changes, what follows from them derived anew."""
+    return type(config).from_dict({**config.to_dict(), **changes}) if changes else config
+
+
+def _with_rotation(config: PreTrainedConfig, parameters: Mapping[str, Any], header: GgufHeader) -> PreTrainedConfig:
+    """The configuration with these rope_parameters. Raises ConfigError if its class does not take them as they are."""
+    changes: dict[str, Any] = {"rope_parameters": dict(parameters)}
+    original = "original_max_position_embeddings"
+    if parameters.get(original) and original in known_keys(type(config)):
+        changes[original] = parameters[original]
     try:
-        new = _rebuilt(config, changes)
-        if _same(changes["rope_parameters"], new.rope_parameters):
+        new = _changed(config, changes)
+        if _same(parameters, new.rope_parameters):
             return new
     except Exception:  # whatever a class makes of a scaling that it does not know
         pass
-    kinds = [changes["rope_parameters"], *changes["rope_parameters"].values()]
-    named = [kind["rope_type"] for kind in kinds if isinstance(kind, Mapping) and "rope_type" in kind]
-    raise ConfigError(
-        f"{header.file}: its rotary scaling ({header.architecture}.rope.scaling, {', '.join(named)}) is none that "
-        f"transformers' {type(config).__name__} takes; merge the model that the file was made from"
+    raise header.refusal(
+        f"its rotary scaling ({header.architecture}.rope.scaling) is none that transformers' {type(config).__name__} "
+        "takes"
     )
-
-
-def _rebuilt(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
-    """A configuration with changes, what follows from them derived anew."""
-    return type(config).from_dict({**config.to_dict(), **deepcopy(dict(changes))}) if changes else config
 
 
 def _changes(config: PreTrainedConfig, header: GgufHeader) -> dict[str, Any]:
@@ -170,19 +171,20 @@ def _changes(config: PreTrainedConfig, header: GgufHeader) -> dict[str, Any]:
     found: dict[str, Any] = {}
     settled = set()  # names that an earlier key has set: a later one is compared with it in the end
     for key in _NAMES:
-        name, value = _name(config, key), _stated(config, header, key)
+        name = _name(config, key)
+        value = _stated(config, header, key)
         if name is None or name in settled or value is None:
             continue
         settled.add(name)
-        if not _as_implied(config, key, value):
+        if not _is_implied(config, key, value):
             found[config.attribute_map.get(name, name)] = value
-    if "query_pre_attn_scalar" in known_keys(type(config)):
-        found["query_pre_attn_scalar"] = _attention_divisor(config, header)
+    if _DIVISOR in known_keys(type(config)):
+        found[_DIVISOR] = _attention_divisor(config, header)
     if (getattr(config, "pad_token_id", None) or 0) >= header.setting("vocab_size", math.inf):
         found["pad_token_id"] = None  # that of the class, of which the file says nothing
-    pattern = _layer_types(config, header)
-    if pattern is not None:
-        found["layer_types"] = pattern
+    found["layer_types"] = _layer_types(config, header)
+    if found["layer_types"] is None:
+        del found["layer_types"]
     return {key: value for key, value in found.items() if not _same(value, getattr(config, key, None))}
 
 
@@ -199,20 +201,15 @@ def _stated(config: PreTrainedConfig, header: GgufHeader, key: str) -> Any:
         some = {entry for entry in value if entry}
         value = some.pop() if len(some) == 1 else value
     if key == "attention.key_length" and value is None:
-        return _head_width(config, header)
+        # The size of a head is then that of the first tensor that has all heads, if there is one.
+        heads, query = header.setting("attention.head_count"), header.tensors.get("blk.0.attn_q.weight")
+        if isinstance(heads, int) and heads:
+            return (query.shape[0] if query else config.hidden_size) // heads
     if key == "attention.sliding_window" and value == 0:
         return None
     if key == "block_count" and value is not None:
         return value - header.setting("nextn_predict_layers", 0)
     return _GATES.get(value, value) if key == "expert_gating_func" else value
-
-
-def _head_width(config: PreTrainedConfig, header: GgufHeader) -> int | None:
-    """The size of a head where no key says it: that of the first tensor that has all heads, if there is one."""
-    heads, query = header.setting("attention.head_count"), header.tensors.get("blk.0.attn_q.weight")
-    if not isinstance(heads, int) or not heads:
-        return None
-    return (query.shape[0] if query else config.hidden_size) // heads
 
 
 def _attention_divisor(config: PreTrainedConfig, header: GgufHeader) -> float:
@@ -231,81 +228,65 @@ def _layer_types(config: PreTrainedConfig, header: GgufHeader) -> list[str] | No
     present = getattr(config, "layer_types", None)
     if pattern is None or not present or set(present) - {"sliding_attention", "full_attention"}:
         return None
-    if isinstance(pattern, list):
-        return ["sliding_attention" if local else "full_attention" for local in pattern]
-    last = pattern - 1
-    return ["sliding_attention" if not pattern or i % pattern < last else "full_attention" for i in range(len(present))]
+    if not isinstance(pattern, list):
+        pattern = [not pattern or number % pattern < pattern - 1 for number in range(len(present))]
+    return ["sliding_attention" if local else "full_attention" for local in pattern]
 
 
-def _as_implied(config: PreTrainedConfig, key: str, value: Any) -> bool:
+def _is_implied(config: PreTrainedConfig, key: str, value: Any) -> bool:
     """Whether a value is the one that a configuration means by not setting it."""
     name = _name(config, key)
     if name is not None and getattr(config, name, None) is not None:
         return False
     if (not value and key != "attention.causal") or (name is None and key in _NOT_NEEDED):
         return True
-    heads = getattr(config, "num_attention_heads", None)
+    width = config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
     implied = {
         "feed_forward_length": 4 * config.hidden_size,
-        "attention.key_length": config.hidden_size // (heads or 1),
-        "attention.value_length": config.hidden_size // (heads or 1),
-        "attention.scale": (config.hidden_size // (heads or 1)) ** -0.5,
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "attention.scale": width**-0.5,
         **_NEUTRAL,
     }
     return key in implied and _same(value, implied[key])
 
 
-def _refuse_rest(config: PreTrainedConfig, header: GgufHeader, factors: Mapping[str, list[float]]) -> None:
-    """Raise ConfigError, naming the key, if the file says something that the settled configuration does not."""
+def _unsaid(config: PreTrainedConfig, header: GgufHeader, factors: Mapping[str, list[float]]) -> list[str]:
+    """What the file says and the settled configuration does not: keys with their values, tensors."""
     unsaid = []
     for key in _NAMES:
-        value, name = _stated(config, header, key), _name(config, key)
-        if value is None or key not in _own_keys(header) or _as_implied(config, key, value):
+        name = _name(config, key)
+        value = _stated(config, header, key)
+        if value is None or key not in header.settings or _is_implied(config, key, value):
             continue
-        if key == "attention.scale" and "query_pre_attn_scalar" in known_keys(type(config)):
+        if key == "attention.scale" and _DIVISOR in known_keys(type(config)):
             continue
         if name is None or not _same(value, getattr(config, name, None)):
             unsaid.append(key)
-    if not getattr(config, "rope_parameters", None):
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
         unsaid += [key for key in ROPE_KEYS if header.setting(key) and key != "rope.dimension_count"]
-        unsaid += list(factors)
     sections = [part for part in header.setting("rope.dimension_sections") or () if part]
-    if sections and (getattr(config, "rope_parameters", None) or {}).get("mrope_section") != sections:
+    if sections and (rope or {}).get("mrope_section") != sections:
         unsaid.append("rope.dimension_sections")
-    pattern = _layer_types(config, header)
-    if header.setting("attention.sliding_window_pattern") and pattern != getattr(config, "layer_types", None):
-        unsaid.append("attention.sliding_window_pattern")
-    if unsaid:
-        named = ", ".join(_in_words(header, key) for key in unsaid[:3])
-        raise ConfigError(
-            f"{header.file}: {named}, which transformers' {type(config).__name__} can't say; "
-            "merge the model that the file was made from"
-        )
-
-
-def _in_words(header: GgufHeader, key: str) -> str:
-    value = header.setting(key)
-    name = f"{header.architecture}.{key}"
-    return key if value is None else f"{name} is {shortened(str(value), 40, keep='start')}"
-
-
-def _own_keys(header: GgufHeader) -> list[str]:
-    """The architecture's keys, named without it."""
-    start = f"{header.architecture}."
-    return [key.removeprefix(start) for key in header.keys if key.startswith(start)]
+    pattern = "attention.sliding_window_pattern"
+    if header.setting(pattern) and _layer_types(config, header) != getattr(config, "layer_types", None):
+        unsaid.append(pattern)
+    named = [
+        f"{header.architecture}.{key} is {shortened(str(header.setting(key)), 40, keep='start')}" for key in unsaid
+    ]
+    return named if rope else [*named, *factors]
 
 
 def _unknown(header: GgufHeader) -> list[str]:
     """A line about the keys of which nothing is known."""
-    handled = {*_NAMES, *ROPE_KEYS, "attention.sliding_window_pattern"}
-    of_architecture = [
-        f"{header.architecture}.{key}"
-        for key in _own_keys(header)
-        if key not in handled and not any(fnmatch(key, pattern) for pattern in _NOT_COMPARED)
-    ]
-    start = f"{header.architecture}."
-    others = [key for key in header.keys if not key.startswith(start) and key.split(".")[0] not in _OF_NO_ARCHITECTURE]
-    found = [*of_architecture, *others]
+    handled = (*_NAMES, *ROPE_KEYS, "attention.sliding_window_pattern", *_NOT_COMPARED)
+    found = []
+    for key in header.keys:
+        first, _, rest = key.partition(".")
+        is_known = any(fnmatch(rest, pattern) for pattern in handled) if first == header.architecture else False
+        if not is_known and first not in _OF_NO_ARCHITECTURE:
+            found.append(key)
     if not found:
         return []
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
@@ -315,10 +296,9 @@ def _unknown(header: GgufHeader) -> list[str]:
 def _guesses(before: PreTrainedConfig, after: PreTrainedConfig, header: GgufHeader) -> list[str]:
     """Lines about what the file does not say, where a configuration has to say something."""
     guessed = []
-    divisor = "query_pre_attn_scalar"
-    taken = getattr(after, divisor, None)
-    if not header.setting("attention.scale") and taken != getattr(before, divisor, None):
-        guessed.append(f"{divisor}: {taken} is taken, as llama.cpp does")
+    divisor = getattr(after, _DIVISOR, None)
+    if not header.setting("attention.scale") and divisor != getattr(before, _DIVISOR, None):
+        guessed.append(f"{_DIVISOR}: {divisor} is taken, as llama.cpp does")
     names = [name for key in _EPSILONS if (name := _name(after, key))]
     if names and not any(header.setting(key) for key in _EPSILONS):
         guessed.append(f"{names[0]}: {getattr(after, names[0])} is taken, as transformers does")

@@ -91,32 +91,29 @@ TEXTS = (
 )  # fmt: skip
 
 
-def settle_split(backend: Tokenizer, name: str | None) -> str | None:
-    """Have a byte-level tokenizer cut text as the name says, where it does not yet; a line if that can't be known."""
+def settle_split(backend: Tokenizer, name: str | None) -> list[str]:
+    """Have a byte-level tokenizer cut text as the name says; a line if that can't be known."""
     rule = _BY_NAME.get(name or "")
     if rule is not None:
-        if _first_difference(backend, rule) is not None:
-            backend.pre_tokenizer = rule
-        return None
+        backend.pre_tokenizer = rule
+        return []
     if name not in _NOT_SAID:
-        return f"its pre-tokenizer {name} (tokenizer.ggml.pre) is not known here, so texts may become other tokens"
-    rules = [rule for rule in _BY_NAME.values() if _makes_all_tokens(rule, backend)]
-    text = next((text for rule in rules if (text := _first_difference(backend, rule)) is not None), None)
-    if text is None:  # with this vocabulary it makes no difference
-        return None
-    example = shortened(repr(text))
-    return f"the file names no pre-tokenizer (tokenizer.ggml.pre), so texts like {example} may become other tokens"
+        return [f"its pre-tokenizer {name} (tokenizer.ggml.pre) is not known here, so texts may become other tokens"]
+    for rule in _BY_NAME.values():
+        text = _first_difference(backend, rule) if _makes_all_tokens(rule, backend) else None
+        if text is not None:  # with this vocabulary it makes a difference
+            texts = f"texts like {shortened(repr(text))}"
+            return [f"the file names no pre-tokenizer (tokenizer.ggml.pre), so {texts} may become other tokens"]
+    return []
 
 
 def _first_difference(backend: Tokenizer, rule: pre_tokenizers.PreTokenizer) -> str | None:
     """A text that becomes other tokens by a rule than as it is; None if all of TEXTS become the same."""
-    used = backend.pre_tokenizer
     before = _encoded(backend)
-    backend.pre_tokenizer = rule
+    used, backend.pre_tokenizer = backend.pre_tokenizer, rule
     after = _encoded(backend)
     backend.pre_tokenizer = used
-    pairs = zip(TEXTS, before, after, strict=True)
-    return next((text for text, one, other in pairs if one.ids != other.ids), None)
+    return next((text for text, one, two in zip(TEXTS, before, after, strict=True) if one.ids != two.ids), None)
 
 
 def _makes_all_tokens(rule: pre_tokenizers.PreTokenizer, backend: Tokenizer) -> bool:

@@ -31,13 +31,13 @@ class _Fit:
     misshapen: dict[str, tuple[int, ...]]  # by the file's tensor, the model's shape
 
 
-def with_biases(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTrainedConfig, frozenset[str]]:
-    """The configuration with those biases that the file has, as far as its class has settings for them.
+def placed(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTrainedConfig, frozenset[str]]:
+    """The configuration with those biases that the file has, as far as its class has settings for them; and the biases
+    that came along and the file lacks: nothing is added there, so they are zeros.
 
-    Then the biases that came along and the file lacks: nothing is added there, so they are zeros. Raises ConfigError
-    if the configuration makes no model.
+    Raises ConfigError if the model has no place for tensors of the file, or one of another shape.
     """
-    if header.architecture in GGUF_ARCHS:  # transformers reads biases off the names
+    if header.architecture in GGUF_ARCHS:  # transformers reads biases off the names, and sees to the rest
         return config, frozenset()
     fit = _fit(config, header)
     before = fit.lacking
@@ -49,29 +49,19 @@ def with_biases(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTraine
         other = _fit(changed, header)
         if (len(other.unplaced), len(other.lacking)) < (len(fit.unplaced), len(fit.lacking)):
             config, fit = changed, other
-    return config, fit.lacking - before
-
-
-def check_fit(config: PreTrainedConfig, header: GgufHeader) -> None:
-    """Raise ConfigError, naming them, if the model has no place for tensors of the file, or one of another shape."""
-    if header.architecture in GGUF_ARCHS:
-        return  # transformers looks there itself
-    fit = _fit(config, header)
     refuse(header, config, sorted(fit.unplaced))
     for name, shape in fit.misshapen.items():
         found = header.tensors[name].shape
         raise ConfigError(f"{header.file}: {name} has the shape {found}, by the file's keys it would have {shape}")
+    return config, fit.lacking - before
 
 
 def refuse(header: GgufHeader, config: PreTrainedConfig, names: Sequence[str]) -> None:
     """Raise ConfigError if there are tensors without a place."""
-    if not names:
-        return
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    raise ConfigError(
-        f"{header.file}: transformers' {type(config).__name__} has no place for the tensors {', '.join(names[:3])}"
-        f"{more}; merge the model that the file was made from"
-    )
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        named = f"{', '.join(names[:3])}{more}"
+        raise header.refusal(f"transformers' {type(config).__name__} has no place for the tensors {named}")
 
 
 def left_out(header: GgufHeader) -> list[str]:
@@ -84,11 +74,11 @@ def check_rotary_width(config: PreTrainedConfig, header: GgufHeader) -> None:
     """Raise ConfigError if the model would turn another number of dimensions than the file says."""
     for name, buffer in _empty(config, header).named_buffers():
         key = f"rope.dimension_count{'_swa' if 'sliding' in name else ''}"
-        turned = header.setting(key)
-        if name.endswith("inv_freq") and turned not in (None, 0, 2 * len(buffer)):
-            raise ConfigError(
-                f"{header.file}: {header.architecture}.{key} is {turned}, transformers' {type(config).__name__} turns "
-                f"{2 * len(buffer)} dimensions; merge the model that the file was made from"
+        stated = header.setting(key)
+        if name.endswith("inv_freq") and stated not in (None, 0, 2 * len(buffer)):
+            raise header.refusal(
+                f"{header.architecture}.{key} is {stated}, transformers' {type(config).__name__} turns "
+                f"{2 * len(buffer)} dimensions"
             )
 
 

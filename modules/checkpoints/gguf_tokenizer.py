@@ -7,18 +7,18 @@ Refuses to know: tensors, configurations, where the tokenizer is kept.
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from enum import IntEnum
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer, read_gguf_metadata
 
+from modules.checkpoints.gguf_header import MERGES, TOKENS
 from modules.checkpoints.gguf_splits import BEGINS_WITH_BOS, TAKES_WHOLE_WORDS, TEXTS, settle_split
 from modules.runtime import ConfigError, counted, first_line, shortened, without_panics
 
@@ -26,109 +26,26 @@ _KEY = "tokenizer.ggml."
 _BYTE_LEVEL, _SENTENCEPIECE, _GEMMA_4 = "gpt2", "llama", "gemma4"
 _ALPHABET = frozenset(bytes_to_unicode().values())  # of byte-level tokens: a character for each byte
 _SPACE = "\u2581"  # in SentencePiece's tokens
-_ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id"}
-_ROLES |= {"pad_token": "padding_token_id"}
+_ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 _NAMED = (*_ROLES.values(), "eot_token_id", "eom_token_id")
 _UNTYPED = f"the file does not say which tokens are control tokens ({_KEY}token_type), so its tokenizer may cut some"
 _HINT = "set tokenizer: to the folder of the original's"
-
-
-class _Kind(IntEnum):
-    """What a file says of each of its tokens."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 @dataclass(frozen=True)
 class Lists:
     """What a file says of its tokenizer."""
 
-    keys: Mapping[str, Any]  # all of the file's
-    merged: frozenset[str] = frozenset()  # the tokens that merges make
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of tokenizer.ggml.NAME."""
-        return self.keys.get(_KEY + name, default)
-
-    @property
-    def model(self) -> str:
-        """How tokens are made: gpt2 (of bytes), llama (SentencePiece), ..."""
-        return self.get("model", "")
-
-    @property
-    def tokens(self) -> list[str]:
-        """The tokens' texts, by their ids."""
-        return self.get("tokens")
-
-    @property
-    def chat_template(self) -> str:
-        """The text of the chat template, empty if there is none."""
-        return self.keys.get("tokenizer.chat_template") or ""
-
-    @property
-    def is_typed(self) -> bool:
-        """Whether the file says which tokens are control tokens."""
-        return self.get("token_type") is not None
-
-    def is_ordinary(self, token: str) -> bool:
-        """Whether a token comes about in the middle of a text: a single character, or what a merge makes."""
-        return len(token) == 1 or token in self.merged
-
-    def kind(self, number: int) -> int:
-        """What the file says of a token; if it says nothing, those that no merge makes are taken for control tokens."""
-        if self.is_typed:
-            return self.get("token_type")[number]
-        token = self.tokens[number]
-        is_text = self.is_ordinary(token) or re.fullmatch("<0x[0-9A-F]{2}>", token)
-        return _Kind.NORMAL if is_text else _Kind.CONTROL
-
-    @cached_property
-    def whole(self) -> dict[int, bool]:
-        """The tokens that are taken whole wherever they stand in a text, and whether each is a special one."""
-        named = {self.get(name) for name in _NAMED}
-        whole = {}
-        for number, token in enumerate(self.tokens):
-            kind = self.kind(number)
-            if kind in (_Kind.CONTROL, _Kind.UNKNOWN):
-                whole[number] = True
-            elif kind == _Kind.USER_DEFINED:
-                whole[number] = False
-            elif kind == _Kind.NORMAL and not self.is_ordinary(token) and self._is_meant_whole(number, named):
-                whole[number] = True
-        return {number: special for number, special in whole.items() if self.tokens[number]}
-
-    def _is_meant_whole(self, number: int, named: set[int]) -> bool:
-        """Whether a token that no merge makes must still come about, though the file calls it a normal one."""
-        token = self.tokens[number]
-        if self.model == _BYTE_LEVEL and not _ALPHABET.issuperset(token):
-            return True
-        return number in named or token in self.chat_template
-
-    def role(self, name: str) -> str | None:
-        """The token that plays a part such as bos_token. To pad and to be unknown is no part for an ordinary token: it
-        would be cut out of every word."""
-        number = self.get(_ROLES[name])
-        if number is None or (number not in self.whole and name in ("unk_token", "pad_token")):
-            return None
-        return self.tokens[number]
-
-    @property
-    def adds_bos(self) -> bool:
-        """Whether every text begins with BOS."""
-        if self.model == _GEMMA_4:
-            return False  # its chat template writes it: so transformers has it
-        default = self.model == _SENTENCEPIECE or (self.model == _BYTE_LEVEL and self.get("pre") in BEGINS_WITH_BOS)
-        return self.role("bos_token") is not None and bool(self.get("add_bos_token", default))
-
-    @property
-    def adds_eos(self) -> bool:
-        """Whether every text ends with EOS."""
-        return self.role("eos_token") is not None and bool(self.get("add_eos_token", False))
+    tokens: Sequence[str]  # by their ids
+    whole: Mapping[int, bool]  # those that are taken whole wherever they stand, and whether each is a special one
+    roles: Mapping[str, str | None]  # bos_token, ... -> the token
+    adds_bos: bool  # before every text
+    adds_eos: bool  # behind every text
 
 
 @dataclass(frozen=True)
@@ -143,26 +60,33 @@ class Rebuilt:
 def rebuild_tokenizer(file: Path) -> Rebuilt:
     """The tokenizer that a GGUF file describes. Raises ConfigError if its lists contradict each other, or make none."""
     try:
-        keys, _ = read_gguf_metadata(str(file), (f"{_KEY}tokens", f"{_KEY}merges"))
-        lists = Lists(keys)
-        contradiction = _contradiction(lists)
+        keys, _ = read_gguf_metadata(str(file), (TOKENS, MERGES))
+        own = {key.removeprefix(_KEY): value for key, value in keys.items() if key.startswith(_KEY)}
+        contradiction = _contradiction(own)
     except Exception as error:  # whatever a damaged file, or a value of another type, makes of its reader
         raise _refusal(file, f"can't be read ({first_line(error)})") from None
     if contradiction:
         raise _refusal(file, f"can't be rebuilt: {contradiction}")
     names = GGUF_TOKENIZER_MAPPING["tokenizer"]
     values = {ours: keys[f"tokenizer.{theirs}"] for theirs, ours in names.items() if f"tokenizer.{theirs}" in keys}
+    template = keys.get("tokenizer.chat_template") or ""
     try:
         with without_panics():
-            built = convert_gguf_tokenizer(keys["general.architecture"], values)[0]
-            state = json.loads(built.to_str())
-            merges = state["model"].get("merges", ())
-            lists = replace(lists, merged=frozenset(map("".join, merges)))
-            backend = _mended(built, state, lists)
-        doubts = [] if lists.is_typed else [_UNTYPED]
-        if lists.model == _BYTE_LEVEL and (doubt := settle_split(backend, lists.get("pre"))):
-            doubts.append(doubt)
-        return Rebuilt(_with_roles(backend, lists), lists, [f"{doubt}; {_HINT}" for doubt in doubts])
+            state = json.loads(convert_gguf_tokenizer(keys["general.architecture"], values)[0].to_str())
+            merged = set(map("".join, state["model"].get("merges", ())))
+            lists = _lists(own, merged, template)
+            backend = _mended(state, own, lists)
+        doubts = [] if own.get("token_type") is not None else [_UNTYPED]
+        if own.get("model") == _BYTE_LEVEL:
+            doubts += settle_split(backend, own.get("pre"))
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            add_bos_token=lists.adds_bos,
+            add_eos_token=lists.adds_eos,
+            chat_template=template or None,
+            **lists.roles,
+        )
+        return Rebuilt(tokenizer, lists, [f"{doubt}; {_HINT}" for doubt in doubts])
     except Exception as error:  # the tokenizer library raises bare Exception
         raise _refusal(file, f"can't be rebuilt ({first_line(error)})") from None
 
@@ -179,88 +103,98 @@ def _refusal(file: Path, trouble: str) -> ConfigError:
     return ConfigError(f"{file}: its tokenizer {trouble}; {_HINT}")
 
 
-def _contradiction(lists: Lists) -> str | None:
+def _contradiction(keys: Mapping[str, Any]) -> str | None:
     """What makes it impossible to know a file's tokens."""
-    tokens, size = lists.tokens, len(lists.tokens or ())
+    tokens = keys.get("tokens") or ()
+    size = len(tokens)
     if not size:
-        return f"the file lists no tokens ({_KEY}tokens)"
+        return f"the file lists no tokens ({TOKENS})"
     twice = [token for token, count in Counter(tokens).items() if count > 1 and token]
     if twice:
-        return f"token {shortened(twice[0])!r} is listed more than once ({_KEY}tokens)"
+        return f"token {shortened(twice[0])!r} is listed more than once ({TOKENS})"
     for name in ("token_type", "scores"):
-        if lists.get(name) is not None and len(lists.get(name)) != size:
-            return f"{_KEY}{name} has {len(lists.get(name)):,} entries for {counted(size, 'token')}"
-    if lists.get("merges") is None and (lists.model == _BYTE_LEVEL or lists.get("scores") is None):
-        return f"the file says in no way how tokens are merged ({_KEY}merges)"
-    spaced = next((merge for merge in lists.get("merges", ()) if merge.count(" ") != 1), None)
+        if keys.get(name) is not None and len(keys[name]) != size:
+            return f"{_KEY}{name} has {len(keys[name]):,} entries for {counted(size, 'token')}"
+    if keys.get("merges") is None and (keys.get("model") == _BYTE_LEVEL or keys.get("scores") is None):
+        return f"the file says in no way how tokens are merged ({MERGES})"
+    spaced = next((merge for merge in keys.get("merges", ()) if merge.count(" ") != 1), None)
     if spaced is not None:
-        return f"the merge {shortened(spaced)!r} is not of two parts ({_KEY}merges)"
+        return f"the merge {shortened(spaced)!r} is not of two parts ({MERGES})"
     for name in _NAMED:
-        if not 0 <= lists.get(name, 0) < size:
-            return f"{_KEY}{name} is {lists.get(name)}, but there are {counted(size, 'token')}"
+        if not 0 <= keys.get(name, 0) < size:
+            return f"{_KEY}{name} is {keys[name]}, but there are {counted(size, 'token')}"
     return None
 
 
-def _mended(built: Tokenizer, state: dict[str, Any], lists: Lists) -> Tokenizer:
+def _lists(keys: Mapping[str, Any], merged: Collection[str], template: str) -> Lists:
+    """What the keys say. merged: the tokens that merges make; template: the chat template."""
+    model, tokens, types = keys.get("model"), keys["tokens"], keys.get("token_type")
+    named = {keys.get(name) for name in _NAMED}
+    whole = {}
+    for number, token in enumerate(tokens):
+        is_ordinary = len(token) == 1 or token in merged  # it comes about in the middle of a text
+        if types is not None:
+            kind = types[number]
+        elif is_ordinary or re.fullmatch("<0x[0-9A-F]{2}>", token):
+            kind = TokenType.NORMAL
+        else:
+            kind = TokenType.CONTROL
+        if kind == TokenType.NORMAL and not is_ordinary:
+            # The type may be wrong: it can come about in no other way.
+            is_beyond_bytes = model == _BYTE_LEVEL and not _ALPHABET.issuperset(token)
+            kind = TokenType.CONTROL if is_beyond_bytes or number in named or token in template else kind
+        if token and kind in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED):
+            whole[number] = kind != TokenType.USER_DEFINED
+    roles: dict[str, str | None] = dict.fromkeys(_ROLES)
+    for role, name in _ROLES.items():
+        number = keys.get(name)
+        # To pad and to be unknown is no part for an ordinary token: it would be cut out of every word.
+        if number is not None and (number in whole or role in ("bos_token", "eos_token")):
+            roles[role] = tokens[number]
+    adds_bos = model == _SENTENCEPIECE or (model == _BYTE_LEVEL and keys.get("pre") in BEGINS_WITH_BOS)
+    adds_bos = bool(keys.get("add_bos_token", adds_bos)) and model != _GEMMA_4  # whose chat template writes it
+    adds_eos = bool(keys.get("add_eos_token", False))
+    return Lists(
+        tokens,
+        whole,
+        roles,
+        adds_bos=adds_bos and roles["bos_token"] is not None,
+        adds_eos=adds_eos and roles["eos_token"] is not None,
+    )
+
+
+def _mended(state: dict[str, Any], keys: Mapping[str, Any], lists: Lists) -> Tokenizer:
     """What transformers has built, with the file's own tokens: those that are taken whole, and no others, are. state:
-    the same as JSON, which is changed."""
+    the tokenizer as JSON, which is changed."""
     model = state["model"]
     if model["type"] != "BPE":
-        return built
-    if lists.model == _BYTE_LEVEL:
+        return Tokenizer.from_str(json.dumps(state))
+    if keys.get("model") == _BYTE_LEVEL:
         model["vocab"] = {token: number for number, token in enumerate(lists.tokens)}
-        model["ignore_merges"] = lists.get("pre") in TAKES_WHOLE_WORDS
+        model["ignore_merges"] = keys.get("pre") in TAKES_WHOLE_WORDS
     else:
-        model["unk_token"] = lists.role("unk_token")
-    if lists.model == _SENTENCEPIECE:
-        _settle_spaces(built, state, lists.get("add_space_prefix"))
+        model["unk_token"] = lists.roles["unk_token"]
+    if keys.get("model") == _SENTENCEPIECE:
+        _settle_spaces(state, keys.get("add_space_prefix", True))
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     state["added_tokens"] = [
-        _added(number, lists.tokens[number], special)
+        {"id": number, "content": lists.tokens[number], **plain, "special": special}
         for number, special in lists.whole.items()
         if lists.tokens[number] in model["vocab"]  # not so Gemma's runs of spaces, which are merged
     ]
     return Tokenizer.from_str(json.dumps(state))
 
 
-def _added(number: int, token: str, special: bool) -> dict[str, Any]:
-    """A token that is taken whole, as the tokenizer library writes it."""
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": token, **plain, "special": special}
-
-
-def _settle_spaces(built: Tokenizer, state: dict[str, Any], prefixed: bool | None) -> None:
+def _settle_spaces(state: dict[str, Any], prefixed: bool) -> None:
     """Have every stretch of text between whole tokens begin with a space, or none, as SentencePiece does it: also where
-    it begins with one already. prefixed: as the file says; None leaves it as it is built."""
-    prefixed = _seen(built, "a") == f"{_SPACE}a" if prefixed is None else prefixed
-    texts = ("a", " a", "  a b")
-    beginning = _SPACE if prefixed else ""
-    if all(_seen(built, text) == beginning + text.replace(" ", _SPACE) for text in texts):
-        return
+    it begins with one already. state: a tokenizer as JSON, which is changed."""
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prepended = [{"type": "Prepend", "prepend": _SPACE}] if prefixed else []
+    stripped = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
+    steps = [step for step in state["decoder"]["decoders"] if step["type"] != "Strip"]
     state["normalizer"] = {"type": "Sequence", "normalizers": [*prepended, replaced]}
     state["pre_tokenizer"] = None
-    steps = [step for step in state["decoder"]["decoders"] if step["type"] != "Strip"]
-    stripped = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
     state["decoder"]["decoders"] = steps + stripped
-
-
-def _seen(backend: Tokenizer, text: str) -> str:
-    """A text as it comes before the merges."""
-    text = backend.normalizer.normalize_str(text) if backend.normalizer else text
-    if backend.pre_tokenizer is None:
-        return text
-    return "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
-
-
-def _with_roles(backend: Tokenizer, lists: Lists) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        add_bos_token=lists.adds_bos,
-        add_eos_token=lists.adds_eos,
-        chat_template=lists.chat_template or None,
-        **{name: lists.role(name) for name in _ROLES},
-    )
 
 
 def _difference(tokenizer: Any, lists: Lists) -> str | None:
@@ -273,8 +207,8 @@ def _difference(tokenizer: Any, lists: Lists) -> str | None:
     if beyond > 0:
         return f"it would have {counted(beyond, 'token')} more than the file"
     for name in _ROLES:
-        if getattr(tokenizer, name) != lists.role(name):
-            return f"{name} is {lists.role(name)!r} in the file, and would be {getattr(tokenizer, name)!r}"
+        if getattr(tokenizer, name) != lists.roles[name]:
+            return f"{name} is {lists.roles[name]!r} in the file, and would be {getattr(tokenizer, name)!r}"
     return _difference_in_texts(tokenizer, lists)
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: a checkpoint to which an adapter is applied while it is read, tensor by tensor.
+"""LoRA adapters: the tensors of a model with an adapter applied while they are read.
 
 Knows: PEFT's files, which kinds of adapters are nothing but sums. Refuses to know: layers, devices, scores.
 
@@ -11,30 +11,26 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from modules.checkpoints.causes import disguise, found_instead, pointers
-from modules.checkpoints.checkpoint import ADAPTER_SETTINGS, Checkpoint
-from modules.checkpoints.companions import Companions, find_companions
+from modules.checkpoints.checkpoint import Checkpoint
+from modules.checkpoints.companions import ADAPTER_SETTINGS, Companions, find_companions
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.patterns import first_matches
+from modules.checkpoints.readers import Buffer, FilesReader, Reader, TensorInfo, new_buffer
 from modules.checkpoints.weight_files import (
     LARGEST_SETTINGS,
     Fingerprint,
-    Room,
-    TensorInfo,
     fingerprint,
-    fresh,
     is_there,
     local_files,
+    open_reader,
     read_file,
-    read_header,
-    stream_tensors,
 )
 from modules.config import is_number
 from modules.runtime import CheckpointError, ConfigError
@@ -42,19 +38,10 @@ from modules.runtime import CheckpointError, ConfigError
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # safetensors win
 
 # Settings of PEFT under which an adapter is no sum of a weight and a product, or not of this model's weights.
-_REFUSED = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "trainable_token_indices": "trainable tokens",
-    "target_parameters": "LoRA on stacked experts",
-    "layer_replication": "replicated layers",
-    "lora_bias": "LoRA on biases",
-}
+_REFUSED = (
+    *("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
+    *("monteclora_config", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias"),
+)
 # How A and B began; under any other name (PiSSA, OLoRA, CorDA, LoftQ, ...) the model's own weights were changed too.
 _HARMLESS_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -80,18 +67,16 @@ class Adapter:
     path: Path
     name: str  # of the candidate
     trained_on: str  # as PEFT noted it
-    tensors: Mapping[str, TensorInfo]
+    reader: FilesReader
     whole: Mapping[str, str]  # the model's tensor -> the adapter's that takes its place
     products: Mapping[str, Product]  # the model's weight -> what is added to it
     companions: Companions  # as they were when it was opened
     ties: bool = False  # what it does to a tied model's embedding, it does to the head: ensure_weight_tying
-    by_tying: Collection[
-        str
-    ] = ()  # the model's weights that it changes for that alone, and not of a model without ties
+    by_tying: Collection[str] = ()  # weights that it changes for that alone, and not of a model without ties
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """Some of the adapter's own tensors, on the CPU. Raises CheckpointError if a file can't be read."""
-        return dict(stream_tensors(self.path / self.tensors[next(iter(names))].file, names)) if names else {}
+        return dict(self.reader.read(names))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -110,25 +95,18 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not valid:
         what = disguise(path / ADAPTER_SETTINGS) or "not the settings of an adapter"
         raise ConfigError(f"{path / ADAPTER_SETTINGS}: {what}")
-    problem = _refusal(settings)
-    if problem:
+    refused = [key for key in _REFUSED if settings.get(key)]
+    if settings.get("peft_type") != "LORA":
+        refused = ["peft_type"]
+    elif settings.get("init_lora_weights") not in _HARMLESS_BEGINNINGS:  # the model's own weights were changed then
+        refused.append("init_lora_weights")
+    if refused:
+        key = refused[0]
         raise ConfigError(
-            f"{path}: {problem} can't be applied while streaming; merge it into its model with PEFT first"
+            f"{path}: an adapter with {key}: {settings.get(key)} can't be applied while streaming; "
+            "merge it into its model with PEFT first"
         )
     return settings
-
-
-def _refusal(settings: Mapping[str, Any]) -> str | None:
-    """What kind of adapter it is, if it is one that can't be applied."""
-    if settings.get("peft_type") != "LORA":
-        return f"an adapter of type {settings.get('peft_type')}"
-    for key, kind in _REFUSED.items():
-        if settings.get(key):
-            return f"{kind} ({key})"
-    beginning = settings.get("init_lora_weights")
-    if beginning not in _HARMLESS_BEGINNINGS:
-        return f"an adapter begun as {beginning} (init_lora_weights), for which the model's own weights were changed,"
-    return None
 
 
 def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
@@ -140,26 +118,36 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
         instead = found_instead(path, local_files(path), WEIGHTS)
         raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}{instead}")
     try:
-        tensors = read_header(path / file)
+        reader = open_reader(path, [file])
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
-    whole, sides = _sorted_out(path, tensors)
+    whole, sides = _sorted_out(path, reader.tensors)
     if not whole and not sides:
         raise ConfigError(f"{path / file}: the adapter is empty")
-    alphas, products = _alphas(path, settings, [module for module, _ in sides]), {}
+    alphas = _alphas(path, settings, [module for module, _ in sides])
+    products = {}
     for (module, is_embedding), names in sides.items():
         if set(names) != {"A", "B"}:
             raise ConfigError(f"{path}: {module} has only one of lora_A and lora_B")
-        a, b = (tensors[names[side]].shape for side in "AB")
+        a = reader.tensors[names["A"]].shape
+        b = reader.tensors[names["B"]].shape
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
             hint = "DeepSpeed and FSDP save such adapters if their shards were not gathered first"
             raise ConfigError(f"{path}: lora_A {a} and lora_B {b} of {module} make no product; {hint}")
         scale = alphas[module] / (math.sqrt(a[0]) if settings.get("use_rslora") else a[0])
         products[f"{module}.weight"] = Product(names["A"], names["B"], scale, is_embedding)
-    trained_on = str(settings.get("base_model_name_or_path") or "")
-    ties, companions = bool(settings.get("ensure_weight_tying")), find_companions(path, trusted)
-    by_tying = [f"{module}.weight" for module, _ in sides if ties and not _is_target(settings, module)]
-    return Adapter(path, name, trained_on, tensors, whole, products, companions, ties, by_tying)
+    ties = bool(settings.get("ensure_weight_tying"))
+    return Adapter(
+        path,
+        name,
+        trained_on=str(settings.get("base_model_name_or_path") or ""),
+        reader=reader,
+        whole=whole,
+        products=products,
+        companions=find_companions(path, trusted),
+        ties=ties,
+        by_tying=[f"{module}.weight" for module, _ in sides if ties and not _is_target(settings, module)],
+    )
 
 
 def _is_target(settings: Mapping[str, Any], module: str) -> bool:
@@ -203,13 +191,72 @@ def _alphas(path: Path, settings: Mapping[str, Any], modules: Sequence[str]) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class LoraReader:
+    """A `Reader` of another reader's tensors with an adapter applied, in the dtypes that are stored."""
+
+    def __init__(
+        self, plain: Reader, adapter: Adapter, tensors: Mapping[str, TensorInfo], copies: Mapping[str, str]
+    ) -> None:
+        """adapter: by the names of `plain`. copies: the half of a tied pair that is not stored -> the other."""
+        self._plain = plain
+        self._adapter = adapter
+        self._copies = copies
+        self.tensors = tensors
+        self.notes = plain.notes
+
+    def read(self, names: Iterable[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
+        """See `Reader`."""
+        adapter = self._adapter
+        names = list(names)
+        needed = {adapter.whole[name] for name in names if name in adapter.whole}
+        for product in (adapter.products[name] for name in names if name in adapter.products):
+            needed |= {product.a, product.b}
+        own = adapter.read(needed)
+        made_of: dict[str, list[str]] = {}  # a stored tensor -> those that are made of it
+        for name in names:
+            if name in adapter.whole:
+                yield name, self._changed(name, own[adapter.whole[name]], own)
+            else:
+                made_of.setdefault(self._copies.get(name, name), []).append(name)
+        for stored, weight in self._plain.read(made_of, buffer):
+            for name in made_of[stored]:
+                yield name, self._changed(name, weight, own)
+
+    def _changed(self, name: str, weight: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        product = self._adapter.products.get(name)
+        return weight if product is None else _sum(weight, own[product.a], own[product.b], product)
+
+    def rows(self, name: str, rows: Tensor) -> Tensor:
+        """See `Reader`."""
+        whole = self._adapter.whole.get(name)
+        product = self._adapter.products.get(name)
+        if whole is None:
+            weight = self._plain.rows(self._copies.get(name, name), rows)
+        else:
+            weight = self._adapter.read([whole])[whole][rows]
+        if product is None:
+            return weight
+        own = self._adapter.read({product.a, product.b})
+        if product.transposed:
+            return _sum(weight, own[product.a][:, rows], own[product.b], product)
+        return _sum(weight, own[product.a], own[product.b][rows], product)
+
+    def release(self) -> None:
+        """See `Reader`."""
+        self._plain.release()
+
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:
+    """W + s*B*A, computed in float32 and rounded once to the weight's dtype."""
+    added = product.scale * (b.float() @ a.float())
+    return (weight.float() + (added.T if product.transposed else added)).to(weight.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapted(Checkpoint):
-    """A checkpoint that is read with an adapter applied, in the dtypes that it stores."""
+    """A checkpoint that is read with an adapter applied."""
 
-    adapter: Adapter  # by the checkpoint's stored names
-    plain: Checkpoint  # the same without it
-    copies: Mapping[str, str] = field(default_factory=dict)  # the half of a tied pair that is not stored -> the other
+    adapter: Adapter
 
     @property
     def tokenizer_files(self) -> tuple[Path, Companions]:
@@ -225,44 +272,8 @@ class Adapted(Checkpoint):
 
     def fingerprint(self) -> dict[str, Fingerprint]:
         """By which model and adapter are known again."""
-        files = {ADAPTER_SETTINGS, *(info.file for info in self.adapter.tensors.values())}
+        files = {ADAPTER_SETTINGS, *(info.file for info in self.adapter.reader.tensors.values())}
         return super().fingerprint() | {file: fingerprint(self.adapter.path / file) for file in sorted(files)}
-
-    def stream(self, names: Iterable[str], room: Room = fresh) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors with the adapter applied, on the CPU. Raises CheckpointError if a file can't be read."""
-        names = list(names)
-        whole = {name: self.adapter.whole[name] for name in names if name in self.adapter.whole}
-        products = {name: self.adapter.products[name] for name in names if name in self.adapter.products}
-        own = self.adapter.read({*whole.values(), *(side for p in products.values() for side in (p.a, p.b))})
-        sources: dict[str, list[str]] = {}  # stored tensor -> those that are made of it
-        for name in names:
-            if name not in whole:
-                sources.setdefault(self.copies.get(name, name), []).append(name)
-        read = ((name, weight) for source, weight in self.plain.stream(sources, room) for name in sources[source])
-        for name, weight in chain(((name, own[stored]) for name, stored in whole.items()), read):
-            product = products.get(name)
-            yield name, _sum(weight, own[product.a], own[product.b], product) if product else weight
-
-    def rows(self, name: str, rows: Tensor) -> Tensor:
-        """Some rows of a tensor with the adapter applied; see `read_rows`."""
-        whole, product = self.adapter.whole.get(name), self.adapter.products.get(name)
-        stored = self.copies.get(name, name)
-        weight = self.plain.rows(stored, rows) if whole is None else self.adapter.read([whole])[whole][rows]
-        if product is None:
-            return weight
-        own = self.adapter.read({product.a, product.b})
-        a, b = own[product.a], own[product.b]
-        return _sum(weight, *((a[:, rows], b) if product.transposed else (a, b[rows])), product)
-
-    def release(self) -> None:
-        """Let go of what `stream` keeps in memory."""
-        self.plain.release()
-
-
-def _sum(weight: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:
-    """W + s*B*A, computed in float32 and rounded once to the weight's dtype."""
-    added = product.scale * (b.float() @ a.float())
-    return (weight.float() + (added.T if product.transposed else added)).to(weight.dtype)
 
 
 def apply_adapter(
@@ -279,39 +290,38 @@ def apply_adapter(
     lacks, or what has another shape there.
     """
     adapter, copies = _untied(adapter, conversion, [name for name in tied if name])
-    whole, products, tensors = {}, {}, dict(checkpoint.tensors)
+    own = adapter.reader.tensors
+    whole, products = {}, {}
+    tensors = dict(checkpoint.tensors)
     tensors |= {name: tensors[stored] for name, stored in copies.items()}
-    for name, own in adapter.whole.items():
+    for name, brought in adapter.whole.items():
         # A tensor that the model knows and does not store is the adapter's own.
         stored = conversion.stored_name(name) or (name if conversion.knows(name) else None)
         if stored is None:
             raise ConfigError(f"{adapter.path}: {checkpoint.name} has no {name}, which the adapter brings")
-        whole[stored], form = own, adapter.tensors[own]
-        if stored in tensors and tensors[stored].shape != form.shape:
-            shapes = f"has shape {form.shape}, that of {checkpoint.name} {tensors[stored].shape}"
+        if stored in tensors and tensors[stored].shape != own[brought].shape:
+            shapes = f"has shape {own[brought].shape}, that of {checkpoint.name} {tensors[stored].shape}"
             raise ConfigError(f"{adapter.path}: {name} {shapes}; merge the adapter into its model with PEFT first")
-        tensors[stored] = form
+        whole[stored] = brought
+        tensors[stored] = own[brought]
     for name, product in adapter.products.items():
         stored = name if name in copies else conversion.stored_name(name)
         if stored is None:
             raise ConfigError(f"{adapter.path}: {checkpoint.name} stores no {name}, which the adapter changes")
         product = replace(product, transposed=product.transposed or stored in input_first)
-        added = adapter.tensors[product.b].shape[:1] + adapter.tensors[product.a].shape[1:]
+        added = own[product.b].shape[:1] + own[product.a].shape[1:]
         if tensors[stored].shape != (added[::-1] if product.transposed else added):
             shapes = f"{added} to {name}, which has shape {tensors[stored].shape} in {checkpoint.name}"
             raise ConfigError(f"{adapter.path}: adds a matrix {shapes}")
         products[stored] = product
+    adapter = replace(adapter, whole=whole, products=products)
     return Adapted(
-        checkpoint.path,
+        checkpoint.repository,
         adapter.name,
         checkpoint.config,
-        tensors,
+        LoraReader(checkpoint.reader, adapter, tensors, copies),
         checkpoint.companions,
-        checkpoint.repository,
-        checkpoint.twice,
-        adapter=replace(adapter, whole=whole, products=products),
-        plain=replace(checkpoint),
-        copies=copies,
+        adapter=adapter,
     )
 
 

@@ -12,10 +12,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from modules.checkpoints.bin_files import is_pickled
-from modules.checkpoints.weight_files import DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo
+from modules.checkpoints.readers import DTYPES, TensorInfo
 from modules.runtime import CheckpointError, first_line
 
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
 _AT_ONCE = 1 << 20  # bytes that are compared with what was written
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")  # of a file's tensors, as safetensors'
@@ -23,7 +24,7 @@ _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL") 
 
 def written_name(file: str) -> str:
     """What a weight file is called when its tensors are written again: .bin files become safetensors."""
-    return file.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors" if is_pickled(file) else file
+    return file.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"
 
 
 class NewWeights:
@@ -41,10 +42,10 @@ class NewWeights:
         files = dict.fromkeys(info.file for info in tensors.values())
         for file in files:
             self._begin(file)
-        if set(files) != {SINGLE_FILE}:
+        if set(files) != {_SINGLE_FILE}:
             weight_map = {name: info.file for name, info in sorted(tensors.items())}
             index = {"metadata": {"total_size": sum(self._lacking.values())}, "weight_map": weight_map}
-            self._put(INDEX_FILE, json.dumps(index, indent=2).encode() + b"\n")
+            self._put(_INDEX_FILE, json.dumps(index, indent=2).encode() + b"\n")
 
     def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
         """Put a tensor, or its rows from the first on, where it belongs, and compare what is then in the file."""

@@ -113,7 +113,7 @@ def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> tup
 
     begun: in what the run computes that goes on.
     """
-    check_space(models.jobs, loader.config.keeps_candidates)
+    check_space(models.jobs)
     config = replace(loader.config, device=loader.device)
     plan, lines = fitting_plan(config, models, loader.rank.local_world_size, begun)
     room = find_available(plan)

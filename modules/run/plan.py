@@ -241,10 +241,10 @@ def _disk(config: Config, models: Models, module: PreTrainedModel) -> Disk:
         base=_stored_bytes(base, None),
         candidates=tuple((c.name, _bytes_read(c, module, layers, config.merge_headers)) for c in models.candidates),
         output=_stored_bytes(base, saved) + sum(beside),
-        downloads=bytes_needed(models.jobs, keep=True),
+        downloads=bytes_needed(models.jobs),
         # Searched candidates are removed again if they are not to be kept; the base is needed to the end, and so are
         # all in a joint search.
-        downloads_kept=bytes_needed(models.jobs if config.keeps_candidates else [base.job], keep=True),
+        downloads_kept=bytes_needed(models.jobs if config.keeps_candidates else [base.job]),
         whole=sum(_bytes_read(c, module, every, config.merge_headers) for c in models.candidates if config.baselines),
         records=2 * decisions * (RECORD + RECORD_OF_PAIR * len(config.pairs)),
     )

@@ -56,7 +56,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         check_output(place, asked.overwrite)
         loader = ModelLoader(config, console, compute=Arithmetic.named(recipe.dtype))
         models = loader.open()
-        check_space(models.jobs, config.keep_downloads)
+        check_space(models.jobs)
         _rebuild(asked, recipe, loader, place, models)
     end(console, config, models.base, str(asked.output))
 

@@ -42,7 +42,7 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
     read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
     loader = ModelLoader(replace(config, samples=()), console)  # nobody is asked anything
     models = loader.open()
-    check_space(models.jobs, config.keep_downloads)
+    check_space(models.jobs)
     loader = with_chats_rendered(loader.fitting(models, with_header=True), models)
     config = loader.config
     console.warnings(doubtful_phrases(config.pairs))

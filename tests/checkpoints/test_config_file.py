@@ -106,17 +106,3 @@ def test_flash_attention_that_is_not_installed_is_not_fetched(bench, tmp_path, m
     checkpoint.config._attn_implementation = "flash_attention_2"
     without_weights(checkpoint)
     assert fetched  # which is what it does where nobody keeps it from it
-
-
-def test_nor_where_an_architecture_takes_a_kernel_of_the_hub_in_its_place(bench, tmp_path, monkeypatch):
-    module = "modules.checkpoints.architecture"
-    checkpoint = open_checkpoint(changed(bench, tmp_path / "one", attn_implementation="flash_attention_2"), "one")
-    monkeypatch.setattr(f"{module}.is_flash_attn_2_available", lambda: True)
-    architecture = type(without_weights(open_checkpoint(bench / "one", "one")))
-    monkeypatch.setattr(architecture, "_compatible_flash_implementations", [KERNEL], raising=False)
-    monkeypatch.setattr(
-        transformers.modeling_utils, "lazy_import_flash_attention", lambda *a, **k: pytest.fail("fetched")
-    )
-    said = settle_attention(checkpoint)
-    assert len(said) == 1 and KERNEL in said[0]
-    assert checkpoint.config._attn_implementation is None

@@ -9,14 +9,16 @@ import peft
 import pytest
 import tiny
 import torch
-from adapters import make_adapter
+from adapters import make_adapter, write_adapter
 from runs import digest, log_of, merge, refused, stored
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modules.checkpoints.checkpoint import open_checkpoint
+from modules.checkpoints.lora import open_adapter
 from modules.checkpoints.open_models import open_models
 from modules.config import load_config
+from modules.runtime import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -190,32 +192,22 @@ def test_an_adapter_beside_a_models_weights_is_not_applied_silently(place, bases
 # ---------------------------------------------------------------------------------------------------------------------
 
 KINDS = [
-    ({"use_dora": True}, "DoRA (use_dora) can't be applied"),
-    ({"init_lora_weights": "pissa"}, "an adapter begun as pissa (init_lora_weights)"),
-    ({"init_lora_weights": "olora"}, "an adapter begun as olora (init_lora_weights)"),
-    ({"trainable_token_indices": [1, 2]}, "trainable tokens (trainable_token_indices)"),
-    ({"lora_bias": True}, "LoRA on biases (lora_bias)"),
-    ({"layer_replication": [[0, 2], [1, 3]]}, "replicated layers (layer_replication)"),
-    ({"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}, "LoRA on stacked experts"),
+    ({"use_dora": True}, "use_dora: True"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights: olora"),
+    ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: "),
+    ({"lora_bias": True}, "lora_bias: True"),
+    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication: "),
+    ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters: "),
+    ({"peft_type": "IA3"}, "peft_type: IA3"),
 ]
 
 
 @pytest.mark.parametrize("settings, words", KINDS, ids=[words for _, words in KINDS])
-def test_kinds_that_are_refused_by_name(place, bases, capsys, settings, words):
-    base = "biased" if "lora_bias" in settings else "llama"
-    settings = {"target_modules": ["q_proj", "o_proj"], **settings}
-    if "lora_bias" in settings:
-        settings["target_modules"] = ["q_proj"]
-    model = AutoModelForCausalLM.from_pretrained(bases[base])
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
-    adapted.save_pretrained(place / "adapter")
-    refused(place, (bases[base], place / "adapter"), capsys, [words, "merge it into its model with PEFT first"])
-
-
-def test_another_type_of_adapter(place, bases, capsys):
-    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
-    peft.get_peft_model(model, peft.IA3Config(task_type="CAUSAL_LM")).save_pretrained(place / "adapter")
-    refused(place, (bases["llama"], place / "adapter"), capsys, "an adapter of type IA3 can't be applied")
+def test_kinds_that_are_refused_by_their_key(place, bases, settings, words):
+    write_adapter(place / "adapter", bases["llama"], **settings)
+    with pytest.raises(ConfigError, match=f"an adapter with {words}.*merge it into its model with PEFT first"):
+        open_adapter(place / "adapter", "adapter")
 
 
 def test_whole_tensors_of_other_shapes(place, bases, capsys):
@@ -237,64 +229,67 @@ def test_an_adapter_for_another_model(place, bases, capsys):
     refused(place, (bases["llama"], adapter), capsys, words)
 
 
-def test_broken_adapters(place, bases, capsys):
-    for number, (name, content, words) in enumerate(
-        (
-            ("adapter_config.json", b"{", "not the settings of an adapter"),
-            ("adapter_config.json", b"[]", "not the settings of an adapter"),
-            ("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": "x"}', "not the settings of an adapter"),
-            ("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": NaN}', "not the settings of an adapter"),
-            (
-                "adapter_config.json",
-                b'{"peft_type": "LORA", "lora_alpha": 1' + b"0" * 400 + b"}",
-                "not the settings of",
-            ),
-            ("adapter_config.json", b'{"peft_type": "LORA", "alpha_pattern": {"q": null}}', "not the settings of an"),
-            ("adapter_config.json", b'{"peft_type": "LORA", "use_rslora": "false"}', "not the settings of an adapter"),
-            (
-                "adapter_config.json",
-                b'{"peft_type": "LORA", "alpha_pattern": {"(": 1}}',
-                "adapter_config.json: the patterns of alpha_pattern can't be used",
-            ),
-            ("adapter_config.json", b"{}", "an adapter of type None"),
-            ("adapter_model.safetensors", b"broken", "adapter_model.safetensors: can't be read"),
-            ("adapter_model.safetensors", None, "the adapter has no weights"),
-        )
-    ):
-        adapter, _ = make_adapter(place / str(number), bases["llama"], target_modules=["q_proj"])
-        (adapter / name).unlink()
-        if content is not None:
-            (adapter / name).write_bytes(content)
-        refused(place, (bases["llama"], adapter), capsys, words)
+SETTINGS_FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BROKEN = {
+    "no JSON": (SETTINGS_FILE, b"{", "not the settings of an adapter"),
+    "a list": (SETTINGS_FILE, b"[]", "not the settings of an adapter"),
+    "alpha as text": (SETTINGS_FILE, b'{"lora_alpha": "x"}', "not the settings of an adapter"),
+    "no number as alpha": (SETTINGS_FILE, b'{"lora_alpha": NaN}', "not the settings of an adapter"),
+    "a huge alpha": (SETTINGS_FILE, b'{"lora_alpha": 1' + b"0" * 400 + b"}", "not the settings of an adapter"),
+    "no alpha for a pattern": (SETTINGS_FILE, b'{"alpha_pattern": {"q": null}}', "not the settings of an adapter"),
+    "a text for a truth": (SETTINGS_FILE, b'{"use_rslora": "false"}', "not the settings of an adapter"),
+    "no pattern": (SETTINGS_FILE, b'{"peft_type": "LORA", "alpha_pattern": {"(": 1}}', "the patterns of alpha_pattern"),
+    "no settings": (SETTINGS_FILE, b"{}", "peft_type: None"),
+    "broken weights": (WEIGHTS, b"broken", "adapter_model.safetensors: can't be read"),
+    "no weights": (WEIGHTS, None, "the adapter has no weights"),
+}
 
 
-def test_half_a_product(place, bases, capsys):
-    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors.popitem()
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    refused(place, (bases["llama"], adapter), capsys, "has only one of lora_A and lora_B")
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_adapters(place, bases, name):
+    file, content, words = BROKEN[name]
+    write_adapter(place / "adapter", bases["llama"])
+    (place / "adapter" / file).unlink()
+    if content is not None:
+        (place / "adapter" / file).write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        open_adapter(place / "adapter", "adapter")
+    assert str(refused.value).startswith(str(place / "adapter")) and words in str(refused.value)
 
 
+def refused_with(place, base, change, words):
+    """An adapter with other tensors is refused with these words."""
+    write_adapter(place / "adapter", base)
+    tensors = load_file(place / "adapter" / WEIGHTS)
+    change(tensors)
+    save_file(tensors, place / "adapter" / WEIGHTS)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        open_adapter(place / "adapter", "adapter")
+
+
+MODULE = "base_model.model.model.layers.2.self_attn.q_proj"
 SHAPES = {"gathered by nobody": ((0,), (0,)), "rank 0": ((0, 32), (32, 0)), "two ranks": ((3, 32), (32, 4))}
 SHAPES |= {"a number": ((), (32, 4)), "three axes": ((4, 32), (32, 4, 1))}
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_that_make_no_product(place, bases, capsys, name):
-    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    module = "base_model.model.model.layers.2.self_attn.q_proj"
-    for side, shape in zip("AB", SHAPES[name], strict=True):
-        tensors[f"{module}.lora_{side}.weight"] = torch.zeros(shape)
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    refused(place, (bases["llama"], adapter), capsys, "make no product; DeepSpeed and FSDP save such adapters")
+def test_shapes_that_make_no_product(place, bases, name):
+    a, b = map(torch.zeros, SHAPES[name])
+    sides = {f"{MODULE}.lora_A.weight": a, f"{MODULE}.lora_B.weight": b}
+    refused_with(place, bases["llama"], lambda tensors: tensors.update(sides), "make no product; DeepSpeed and FSDP")
 
 
-def test_an_empty_adapter(place, bases, capsys):
-    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
-    save_file({}, adapter / "adapter_model.safetensors")
-    refused(place, (bases["llama"], adapter), capsys, "the adapter is empty")
+def test_tensors_that_make_no_adapter(place, bases):
+    refused_with(place, bases["llama"], lambda tensors: tensors.popitem(), "has only one of lora_A and lora_B")
+    shutil.rmtree(place / "adapter")
+    refused_with(place, bases["llama"], dict.clear, "the adapter is empty")
+
+
+@pytest.mark.parametrize("name", ["lora_magnitude_vector", "vera_lambda_b", "lora_C.weight"])
+def test_tensors_that_are_no_part_of_plain_lora(place, bases, name):
+    """What a kind of adapter brings that is not known here, whatever its settings say."""
+    more = {f"{MODULE}.{name}": torch.ones(2)}
+    refused_with(place, bases["llama"], lambda tensors: tensors.update(more), f"{name} is no part of plain LoRA")
 
 
 @pytest.mark.parametrize("name", ["score.weight", "model.embed_tokens_extra.weight"])
@@ -303,16 +298,6 @@ def test_whole_tensors_that_the_model_has_no_place_for(place, bases, capsys, nam
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file({**tensors, f"base_model.model.{name}": torch.ones(2, 32)}, adapter / "adapter_model.safetensors")
     refused(place, (bases["llama"], adapter), capsys, f"llama has no {name}, which the adapter brings")
-
-
-@pytest.mark.parametrize("name", ["q_proj.lora_magnitude_vector", "q_proj.vera_lambda_b", "q_proj.lora_C.weight"])
-def test_tensors_that_are_no_part_of_plain_lora(place, bases, capsys, name):
-    """What a kind of adapter brings that is not known here, whatever its settings say."""
-    adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors[f"base_model.model.model.layers.0.self_attn.{name}"] = torch.ones(2)
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    refused(place, (bases["llama"], adapter), capsys, f"{name} is no part of plain LoRA")
 
 
 def test_two_models_where_the_second_is_no_adapter(place, bases, capsys):

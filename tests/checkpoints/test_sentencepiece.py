@@ -1,17 +1,11 @@
 """Models whose only tokenizer file is one of SentencePiece, or looks like one."""
 
-import base64
-import importlib
 import json
-import subprocess
-import sys
 
 import pytest
 import sentencepiece
 import tiny
-from project import ROOT
 from safetensors.torch import load_file
-from tokenizers.pre_tokenizers import ByteLevel
 
 import merge_monster
 from modules.checkpoints.checkpoint import load_tokenizer
@@ -62,12 +56,6 @@ def test_models_that_have_nothing_else_are_merged(place):
     assert load_file(place / "out/model.safetensors").keys() == load_file(place / "base/model.safetensors").keys()
 
 
-def ranks():
-    """A vocabulary as tiktoken writes it, which Llama 3 has under SentencePiece's name."""
-    lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(len(ByteLevel.alphabet()))]
-    return "".join(lines).encode()
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -80,44 +68,3 @@ def ranks():
 def test_a_file_that_is_none(tmp_path, content, words):
     with pytest.raises(ConfigError, match=words):
         load_tokenizer(folder_of(tmp_path / "model", "llama", content))
-
-
-PACKAGES = pytest.mark.parametrize(
-    ("content", "words"),
-    [(tiny.sentencepiece_model("bpe"), "pip install sentencepiece protobuf"), (ranks(), "pip install tiktoken")],
-    ids=["sentencepiece", "tiktoken"],
-)
-
-
-@PACKAGES
-def test_packages_that_are_not_installed_are_named(tmp_path, monkeypatch, content, words):
-    def lacking(*_):
-        raise ImportError("requires a library")
-
-    converters = importlib.import_module("transformers.convert_slow_tokenizer")
-    monkeypatch.setattr(converters, "requires_backends", lacking)
-    monkeypatch.setattr(converters.TikTokenConverter, "load_tiktoken_bpe", lacking)
-    for package in ("sentencepiece", "protobuf", "tiktoken"):
-        monkeypatch.setattr(f"modules.checkpoints.checkpoint.is_{package}_available", lambda: False)
-    with pytest.raises(ConfigError, match=words):
-        load_tokenizer(folder_of(tmp_path / "model", "llama", content))
-
-
-@pytest.mark.slow
-@PACKAGES
-def test_the_same_where_they_really_are_not(tmp_path, content, words):
-    folder_of(tmp_path / "model", "llama", content)
-    code = """
-import importlib.util, sys
-real = importlib.util.find_spec
-absent = ("sentencepiece", "google", "tiktoken")
-importlib.util.find_spec = lambda name, *more: None if name.split(".")[0] in absent else real(name, *more)
-for name in absent:
-    sys.modules[name] = None
-from pathlib import Path
-from modules.checkpoints import load_tokenizer
-load_tokenizer(Path(sys.argv[1]))
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "model")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert words in result.stderr.splitlines()[-1]

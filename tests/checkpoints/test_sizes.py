@@ -9,12 +9,13 @@ import pytest
 import torch
 from adapters import make_bench
 from runs import refused
+from safetensors.torch import save_file
 
 from modules.checkpoints import weight_files
-from modules.checkpoints.bin_files import pickled_forms
-from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint, small_files
+from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
+from modules.checkpoints.companions import small_files
 from modules.checkpoints.lora import read_settings
-from modules.checkpoints.weight_files import LARGEST_SETTINGS, LARGEST_TEXT, read_header, read_rows, stream_tensors
+from modules.checkpoints.weight_files import LARGEST_SETTINGS, LARGEST_TEXT, open_reader
 from modules.runtime import CheckpointError, ConfigError
 
 HUGE = 3 << 30  # bytes; in a sparse file they take no room
@@ -39,18 +40,25 @@ def as_long_as_its_header(file):
         opened.truncate(HUGE)
 
 
+def forms(file):
+    return {name: (info.dtype, info.shape) for name, info in open_reader(file.parent, [file.name]).tensors.items()}
+
+
 READERS = {
-    "header": read_header,
-    "tensor": lambda file: list(stream_tensors(file, ["a"])),
-    "rows": lambda file: read_rows(file, "a", torch.tensor([0])),
+    "header": lambda reader: reader.forms(reader.folder / "model.safetensors"),
+    "tensor": lambda reader: list(reader.read(["a"])),
+    "rows": lambda reader: reader.rows("a", torch.tensor([0])),
 }
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_a_header_as_long_as_a_huge_file_is_not_read(tmp_path, little_memory, reader):
-    as_long_as_its_header(tmp_path / "model.safetensors")
+@pytest.mark.parametrize("name", READERS)
+def test_a_header_as_long_as_a_huge_file_is_not_read(tmp_path, little_memory, name):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1)}, file)
+    reader = open_reader(tmp_path, [file.name])
+    as_long_as_its_header(file)
     with pytest.raises(CheckpointError, match=f"model.safetensors.*{HUGE - 8:,}"):
-        READERS[reader](tmp_path / "model.safetensors")
+        READERS[name](reader)
 
 
 def test_nor_where_a_file_is_only_to_be_known_again(tmp_path, little_memory):
@@ -70,7 +78,7 @@ def test_the_list_of_what_an_archive_holds_is_as_long_as_its_end_says(tmp_path, 
     """In the record of archives of any size, or in that of large ones, to which a locator points."""
     file, listing = tmp_path / "pytorch_model.bin", HUGE - 200
     torch.save({"a": torch.ones(3, 4)}, file)
-    assert pickled_forms(file) == {"a": (torch.float32, (3, 4))}
+    assert forms(file) == {"a": (torch.float32, (3, 4))}
     end = b"PK\5\6" + bytes(8) + listing.to_bytes(4, "little") + bytes(6)
     if large:
         record = b"PK\6\6" + (44).to_bytes(8, "little") + bytes(28) + listing.to_bytes(8, "little") + bytes(8)
@@ -80,7 +88,7 @@ def test_the_list_of_what_an_archive_holds_is_as_long_as_its_end_says(tmp_path, 
         opened.seek(HUGE)
         opened.write(end)
     with pytest.raises(CheckpointError, match=f"pytorch_model.bin.*{listing:,}"):
-        pickled_forms(file)
+        forms(file)
 
 
 def test_a_file_in_an_archive_that_is_to_be_longer_than_the_archive(tmp_path):
@@ -91,7 +99,7 @@ def test_a_file_in_an_archive_that_is_to_be_longer_than_the_archive(tmp_path):
     at = content.rindex((1332).to_bytes(4, "little") * 2)  # packed and unpacked
     file.write_bytes(content[:at] + (HUGE).to_bytes(4, "little") * 2 + content[at + 8 :])
     with pytest.raises(CheckpointError, match=f"pytorch_model.bin.*{HUGE:,}"):
-        pickled_forms(file)
+        forms(file)
 
 
 @pytest.mark.parametrize("as_archive", [True, False])
@@ -99,13 +107,13 @@ def test_a_shape_that_is_more_than_the_file_holds(tmp_path, as_archive):
     file = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.ones(1).expand(10**6, 10**6)}, file, _use_new_zipfile_serialization=as_archive)
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin.*a has shape \(1000000, 1000000\)"):
-        pickled_forms(file)
+        forms(file)
 
 
 def test_a_number_in_several_places_is_read_as_long_as_it_fits(tmp_path):
     file = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.ones(1).expand(4, 4), "b": torch.ones(8)}, file)
-    assert pickled_forms(file)["a"] == (torch.float32, (4, 4))
+    assert forms(file)["a"] == (torch.float32, (4, 4))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "adapter_config.json"])

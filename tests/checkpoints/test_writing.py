@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import modules.checkpoints.writing
-from modules.checkpoints.weight_files import DTYPES, TensorInfo
+from modules.checkpoints.readers import DTYPES, TensorInfo
 from modules.checkpoints.writing import NewWeights
 from modules.runtime import CheckpointError
 

@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM
 import merge_monster
 import modules.checkpoints.hub
 import monster_mapper
-from modules.checkpoints.hub import Job, bytes_needed
+from modules.checkpoints.downloads import Job, bytes_needed
+from modules.checkpoints.hub import Repository, reporting
 from modules.config.locations import Location
 
 JUNK = ("model.gguf", "optimizer.pt", "training_args.bin", "original/params.json", "onnx/model.onnx", "README.md")
@@ -211,20 +212,22 @@ def test_what_failed_before_it_was_needed_is_tried_again(hub, models, tmp_path):
 
 def test_a_file_that_several_candidates_need_counts_once(tmp_path):
     location = Location("org/base", None, "org/base")
-    base = modules.checkpoints.hub.Repository(location, tmp_path / "base", {"a": 100, "b": 50})
-    other = modules.checkpoints.hub.Repository(location, tmp_path / "other", {"a": 30})
-    jobs = [Job("base", base, ("a", "b")), Job("one", base, ("a", "b")), Job("two", other, ("a",)), Job("local")]
-    assert bytes_needed(jobs, keep=True) == 180
-    assert bytes_needed([*jobs, Job("three", other, ("a",))], keep=False) == 180
-    assert bytes_needed(jobs[:2], keep=False) == 150
+    base = Repository(location, tmp_path / "base", {"a": 100, "b": 50}, "abc")
+    other = Repository(location, tmp_path / "other", {"a": 30}, "def")
+    local = Repository(Location("local", tmp_path), tmp_path, {"a": 7})
+    jobs = [Job("base", base, ("a", "b")), Job("one", base, ("b",)), Job("two", other, ("a",)), Job("x", local, ("a",))]
+    assert bytes_needed(jobs) == 180
 
 
 def test_progress_is_told_by_the_hubs_own_protocol_too():
     """Large files of the real hub come by Xet, which reports otherwise than a plain download."""
     got = []
-    reporting = modules.checkpoints.hub._reporting(got.append)
     with XetDownloadProgressReporter(
-        reconstruction_desc="x", log_level=30, total=100, name="huggingface_hub.snapshot_download", tqdm_class=reporting
+        reconstruction_desc="x",
+        log_level=30,
+        total=100,
+        name="huggingface_hub.snapshot_download",
+        tqdm_class=reporting(got.append),
     ) as reporter:
         for done in (10, 60, 100):
             reporter.update_progress(
@@ -365,7 +368,7 @@ def test_an_adapter_that_can_not_be_applied_is_not_fetched(hub, models, tmp_path
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
     hub.add("org/dora", adapter)
-    refused(tmp_path, capsys, "DoRA (use_dora) can't be applied", candidates=["org/dora"])
+    refused(tmp_path, capsys, "use_dora: True can't be applied", candidates=["org/dora"])
     assert hub.fetched("safetensors") == []
 
 
@@ -424,17 +427,18 @@ def test_the_base_under_another_name_is_skipped(hub, models, tmp_path):
     assert "Models to merge  : one@v1\n" in log and "old/name is the base model itself: skipped" in log
 
 
-def test_only_what_this_run_fetched_is_removed(hub, models, tmp_path):
-    hub.add("org/one", models / "one", "v2")  # the same files in another revision: their blobs are shared
+def test_a_model_that_was_in_the_cache_before_stays(hub, models, tmp_path):
+    hub.add(
+        "org/one", shutil.copytree(models / "one", tmp_path / "v2"), "v2"
+    )  # the same files in another revision: their blobs are shared
     hf_hub_download("org/one", "model.safetensors", revision="v2")
-    hf_hub_download("org/one", "config.json", revision="v1")
     hf_hub_download("org/two", "pytorch_model.bin")
-    before = cached(tmp_path)
     assert merge(tmp_path, keep_downloads=False) == 0
-    after = cached(tmp_path)
-    assert {path for path in after if ".no_exist" not in path and ".locks" not in path} == {
-        path for path in before if ".no_exist" not in path and ".locks" not in path
-    }
+    two = hub.shelves["org/two"].commit("main")
+    kept = {path.rsplit("/", 1)[-1] for path in cached(tmp_path) if "snapshots" in path and two in path}
+    assert {"pytorch_model.bin", "config.json", "tokenizer.json"} <= kept
+    others = [path for path in cached(tmp_path) if "snapshots" in path and two not in path]
+    assert [(path.split("/")[0], Path(path).name) for path in others] == [("models--org--one", "model.safetensors")]
     assert load_file(next((tmp_path / "cache").glob("models--org--one/snapshots/*/model.safetensors")))
 
 

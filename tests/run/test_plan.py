@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import merge_monster
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.hub import Repository
 from modules.checkpoints.meaning import layer_settings, setting
+from modules.checkpoints.safetensors_files import SafetensorsReader
 from modules.config import Pair
 from modules.config.locations import Location
 from modules.model.arithmetic import Arithmetic
@@ -105,7 +107,8 @@ def test_work_and_reading_are_those_of_the_search(place, models, headers, layers
     config, found = opened(place, models, merge_method=["lerp", "cyclic"], merge_headers=headers, layers=layers)
     plan, search, read = planned(config, found), start(config, found), []
     candidate, stored = found.candidates[0], found.candidates[0].checkpoint.tensors
-    reading = replace(candidate, checkpoint=Recorded.of(candidate.checkpoint, read))
+    recorded = replace(candidate.checkpoint, reader=Recorded(candidate.checkpoint.reader, read))
+    reading = replace(candidate, checkpoint=recorded)
     decisions = list(search.candidate(reading))
     assert plan.decisions == len(decisions)
     assert plan.forwards_alone + plan.forwards_stacked == search.steps_per_candidate()
@@ -113,19 +116,22 @@ def test_work_and_reading_are_those_of_the_search(place, models, headers, layers
     assert dict(plan.disk.candidates)["one"] == sum(4 * math.prod(stored[name].shape) for name in set(read))
 
 
-class Recorded(Checkpoint):
-    """A checkpoint that notes what is read of it."""
+class Recorded:
+    """A reader that notes what is read of it."""
 
-    @classmethod
-    def of(cls, checkpoint, noted):
-        recorded = cls(checkpoint.path, checkpoint.name, checkpoint.config, checkpoint.tensors, checkpoint.companions)
-        object.__setattr__(recorded, "noted", noted)
-        return recorded
+    def __init__(self, reader, noted):
+        self.reader, self.noted, self.tensors = reader, noted, reader.tensors
 
-    def stream(self, names, **room):
+    def read(self, names, *buffer):
         names = list(names)
         self.noted.extend(names)
-        return super().stream(names, **room)
+        return self.reader.read(names, *buffer)
+
+    def rows(self, name, rows):
+        return self.reader.rows(name, rows)
+
+    def release(self):
+        self.reader.release()
 
 
 def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
@@ -133,7 +139,7 @@ def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(Checkpoint, "stream", read)
-    monkeypatch.setattr("modules.checkpoints.checkpoint.stream_tensors", read)
+    monkeypatch.setattr(SafetensorsReader, "read_file", read)
     config, found = opened(place, models)
     plan = planned(config, found)
     assert check(plan, find_available(plan)) == []
@@ -203,8 +209,10 @@ def test_downloads_are_those_that_are_missing_and_kept(place, models):
 
     def of_hub(checkpoint, folder, size):
         """The same checkpoint, its weights still to be fetched."""
-        sizes = {"model.safetensors": size}
-        return replace(checkpoint, repository=Repository(Location("org/x", None), place / folder, sizes))
+        empty = place / "cache" / folder
+        shutil.copytree(checkpoint.path, empty, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+        hub = Repository(Location("org/x", None, "org/x"), empty, {"model.safetensors": size}, commit="abc")
+        return replace(checkpoint, repository=hub)
 
     base = of_hub(found.base, "base", 5 * GB)
     one, two = found.candidates

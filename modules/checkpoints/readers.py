@@ -1,0 +1,125 @@
+"""What every format of weight files offers: its tensors by name, read whole or by rows.
+
+Knows: names, shapes, dtypes, which file holds what. Refuses to know: how a format stores them, models, devices.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from modules.checkpoints.causes import disguise
+from modules.runtime import CheckpointError, ConfigError
+
+# By the names that safetensors gives them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+Forms = Mapping[str, tuple[Any, Sequence[int]]]  # tensor name -> dtype, as torch or safetensors call it, and shape
+Buffer = Callable[[int], Tensor]  # so many bytes of CPU memory, as a tensor of uint8
+
+
+def new_buffer(size: int) -> Tensor:
+    """Memory that nobody else uses."""
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float16 and so on, as settings and messages have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Which file holds a tensor, and what it looks like."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Reader(Protocol):
+    """The tensors of a model or an adapter. All methods raise CheckpointError if a file can't be read."""
+
+    tensors: Mapping[str, TensorInfo]  # in file order
+    notes: Sequence[str]  # what is peculiar about them, for the person at the terminal
+
+    def read(self, names: Iterable[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors on the CPU, in their stored dtype, each as soon as it is read. buffer: where to."""
+
+    def rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of a tensor: (rows, ...), on the CPU, in its stored dtype. rows: (rows,), int64, on the CPU."""
+
+    def release(self) -> None:
+        """Let go of what is kept in memory between calls."""
+
+
+class FilesReader(ABC):
+    """A `Reader` of files of one format in one folder."""
+
+    def __init__(self, folder: Path, files: Sequence[str], known: Mapping[str, Forms]) -> None:
+        """Read what the files hold, but no weights. known: the same of files that are still to be fetched.
+
+        Raises ConfigError for a dtype that can't be merged, and for weights that are no floating-point numbers: what
+        quantised models are made of. Raises CheckpointError if a file can't be read.
+        """
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        self.notes: list[str] = []
+        twice = []
+        for file in files:
+            forms = known[file] if file in known else self._described(folder / file)
+            twice += [name for name in forms if name in self.tensors]
+            for name, (stored, shape) in forms.items():
+                self.tensors[name] = TensorInfo(file, tuple(shape), _dtype(folder / file, name, stored))
+        if twice:
+            file = self.tensors[twice[0]].file
+            more = f" ({len(twice)} such tensors)" if len(twice) > 1 else ""
+            self.notes.append(f"{twice[0]} is stored twice; that in {file} counts{more}")
+
+    def read(self, names: Iterable[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
+        """See `Reader`. One file after another is read."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        for file, wanted in by_file.items():
+            yield from self.read_file(self.folder / file, wanted, buffer)
+
+    def _described(self, path: Path) -> Forms:
+        problem = disguise(path)
+        if problem:
+            raise CheckpointError(f"{path}: can't be read (it {problem})")
+        return self.forms(path)
+
+    @abstractmethod
+    def forms(self, path: Path) -> Forms:
+        """What one file holds."""
+
+    @abstractmethod
+    def read_file(self, path: Path, names: Iterable[str], buffer: Buffer) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors of one file."""
+
+
+def _dtype(path: Path, name: str, stored: Any) -> torch.dtype:
+    dtype = stored if isinstance(stored, torch.dtype) else DTYPES.get(stored)
+    is_weight = "weight" in name.rpartition(".")[2]
+    if dtype not in DTYPES.values() or (is_weight and not dtype.is_floating_point):
+        raise ConfigError(
+            f"{path}: {name} is stored as {dtype or stored}, which can't be merged; "
+            "if this model is quantised, merge the original weights instead"
+        )
+    return dtype
