@@ -18,7 +18,7 @@ from modules.checkpoints import is_licence, local_files
 from modules.config import GGUF, names_folder, repositories_in
 from modules.output.card_settings import phrases_yaml, settings_yaml
 from modules.output.recipe import RECIPE_FILE, Recipe
-from modules.output.records import Phrase, Sample, Source, Total
+from modules.output.records import Phrase, Sample, Source
 from modules.runtime import counted, ended, percent, shortened, spans, visible
 from modules.search.strategies import automatic_drift_weight
 
@@ -120,7 +120,7 @@ def _introduction(recipe: Recipe) -> str:
     settings, base = recipe.settings, recipe.sources[0]
     taken, candidates = len(recipe.needed_sources) - 1, counted(len(recipe.sources) - 1, "candidate")
     improved, phrases = recipe.improved, counted(len(recipe.phrases), "phrase")
-    before, after = _percents(recipe.total)
+    before, after = _percents(*recipe.figures("total"), recipe.rounding)
     way, strategy = ("all at once", "joint") if recipe.joint else ("layer by layer", settings.strategy)
     return (
         f"A merge of {taken} of {candidates} into {_named(base)}, made {way} with Merge Monster "
@@ -155,27 +155,28 @@ def _about_search(recipe: Recipe) -> str:
 
 def _drift_weight(recipe: Recipe) -> float:
     """What a nat of drift added to the total in a joint search; 0 if drift was not weighed."""
-    if recipe.joint.start.drift_slopes is None:
+    if "kl" not in recipe.joint.slopes:
         return 0.0
-    given = (recipe.settings.model_extra or {}).get("drift_weight")
+    given = recipe.settings.weight_of_drift
     automatic = automatic_drift_weight([phrase.before * phrase.weight for phrase in recipe.phrases])
-    return float(given) if isinstance(given, int | float) else automatic
+    return automatic if given == "auto" else given
 
 
 def _about_held_out(recipe: Recipe) -> str:
-    if recipe.held_out is None:
+    totals = recipe.figures("held_out")
+    if totals is None:
         return ""
-    count, (before, after) = counted(len(recipe.held_out.phrases), "phrase"), _percents(recipe.held_out.total)
+    count, (before, after) = counted(len(recipe.held_out), "phrase"), _percents(*totals)
     return f" {count} more, which the search never saw, went from a total of {before} to {after}."
 
 
 def _about_drift(recipe: Recipe) -> str:
-    drift = recipe.drift
-    if drift is None:
+    drift, perplexity = recipe.figures("kl"), recipe.figures("perplexity")
+    if drift is None or perplexity is None:
         return ""
     return (
-        f" On {drift.tokens:,} tokens of neutral text its next-token distributions are {drift.divergence:.4f} nats per "
-        f"token (KL) from the base's; perplexity {drift.base_perplexity:.2f} before, {drift.perplexity:.2f} after."
+        f" On {recipe.neutral_tokens:,} tokens of neutral text its next-token distributions are {drift[1]:.4f} nats "
+        f"per token (KL) from the base's; perplexity {perplexity[0]:.2f} before, {perplexity[1]:.2f} after."
     )
 
 
@@ -209,15 +210,16 @@ def _about_phrases(recipe: Recipe) -> str:
 
 def _phrases(recipe: Recipe) -> str:
     rows = [("", "phrase", "context", "weight", "before", "after")]
+    totals = _percents(*recipe.figures("total"), recipe.rounding)
     for phrase in _changed_most(recipe.phrases):
         texts = _excerpt(phrase.phrase), _excerpt(phrase.shown) or "*the beginning of a text*"
-        rows.append((phrase.kind.lower(), *texts, f"{abs(phrase.weight):g}", *_percents(phrase)))
-    return _table([*rows, ("", "**all phrases: bad - good, times weight**", "", "", *_percents(recipe.total))])
+        percents = _percents(phrase.before, phrase.after, phrase.rounding)
+        rows.append((phrase.kind.lower(), *texts, f"{abs(phrase.weight):g}", *percents))
+    return _table([*rows, ("", "**all phrases: bad - good, times weight**", "", "", *totals)])
 
 
-def _percents(figures: Phrase | Total) -> tuple[str, str]:
-    """Before and after."""
-    return percent(figures.before, rounding=figures.rounding), percent(figures.after, rounding=figures.rounding)
+def _percents(before: float, after: float, rounding: float = 0.0) -> tuple[str, str]:
+    return percent(before, rounding=rounding), percent(after, rounding=rounding)
 
 
 def _changed_most(phrases: Sequence[Phrase]) -> list[Phrase]:
@@ -259,7 +261,7 @@ def _about_licence(recipe: Recipe, licence: Licence) -> str:
 
 def _settings(recipe: Recipe) -> list[str]:
     """What another search needs to find the same, with the phrases folded away."""
-    pairs = counted(len(recipe.phrases) + len(recipe.held_out.phrases if recipe.held_out else ()), "pair")
+    pairs = counted(len(recipe.phrases) + len(recipe.held_out), "pair")
     summary = f"<details>\n<summary>The phrase lists: {pairs} of a phrase and a context</summary>"
     lists = [summary, _yaml(phrases_yaml(recipe)), "</details>"]
     return ["The models, and all that is not the default:", _yaml(settings_yaml(recipe)), *lists]

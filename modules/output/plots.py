@@ -85,7 +85,7 @@ def merge_map_figure(recipe: Recipe) -> Figure:
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])
     _draw_shares(upper, dict(zip(labels, colours.items(), strict=True)), parts, width)
     _draw_path(lower, colours, decisions, width)
-    if recipe.drift_after:
+    if recipe.metrics_after:
         _draw_drift(lower, recipe)
     figure.legend(loc="outside lower center", ncols=side_by_side, frameon=False)
     return figure
@@ -184,7 +184,7 @@ def _draw_path(axes: Axes, colours: Mapping[str, Any], decisions: Sequence[Decis
 
 def _draw_drift(axes: Axes, recipe: Recipe) -> None:
     """The drift after each candidate's decisions, on an axis of its own at the right; the base's is 0."""
-    drifts = {int(number): drift.divergence for number, drift in recipe.drift_after.items()}
+    drifts = {int(number): metrics["kl"] for number, metrics in recipe.metrics_after.items()}
     ends = [sum(line.candidate <= number for line in recipe.decisions) for number in drifts]
     right = axes.twinx()
     right.plot([0, *ends], [0.0, *drifts.values()], color=DRIFT, linewidth=1, linestyle="--", marker="D", markersize=4)

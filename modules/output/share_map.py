@@ -90,7 +90,7 @@ def _panels(recipe: Recipe) -> list[_Panel]:
     scale = TwoSlopeNorm(0.0, min(-1.0, *flat), max(1.0, *flat))
     unsearched = _unsearched(recipe)
     panels = [_Panel("Share of each model", shares, heads, _SHARES, scale, 2, unsearched)]
-    for what, slopes in (("total", joint.start.total_slopes), ("drift", joint.start.drift_slopes)):
+    for what, slopes in (("total", joint.slopes.get("total")), ("drift", joint.slopes.get("kl"))):
         if slopes and heads[1:]:
             panels.append(_slopes(what, slopes, heads[1:], unsearched))
     return panels

@@ -11,7 +11,7 @@ from functools import partial
 from modules.checkpoints import Candidate, Prefetcher, remove_downloads
 from modules.config import Config
 from modules.model import FALLBACK
-from modules.output import RunRecord
+from modules.output import RunRecord, drift_of, metrics_of
 from modules.output import tables as report
 from modules.output.advice import Searched, advice, beyond_limit
 from modules.output.standings import Standing, by_other_settings, standing_table
@@ -28,19 +28,27 @@ from modules.search.search import Search
 def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:
     """Note the base's scores or, where an earlier run has, go on from its own; those scores."""
     measured, packing = list(search.log_probabilities), search.scorer.packing
-    start = record.start(measured, search.weights, packing, search.rounding)
+    start = record.line("start", 0) or record.note(
+        "start",
+        number=0,
+        log_probabilities=measured,
+        packing=packing,
+        weights=search.weights,
+        rounding=search.rounding,
+    )
     search.log_probabilities, search.weights = list(start.log_probabilities), list(start.weights)
     if not record.was_widened:
         search.rounding = list(start.rounding)
     search.base_scores = scores(search.log_probabilities, search.weights)
-    if record.has_progress:
+    decisions, steps = record.lines("decision"), record.lines("step")
+    if decisions or steps:
         console.warnings(record.warnings(packing))
-        if measured != search.log_probabilities and record.compares(packing) and not record.was_widened:
+        if measured != search.log_probabilities and start.packing == packing and not record.was_widened:
             console.warning("the base scores otherwise here than where the run began: its end may differ slightly")
-        if record.steps():
-            console.timed(f"Resuming after step {record.steps()[-1].step} of {search.config.joint.steps}")
+        if steps:
+            console.timed(f"Resuming after step {steps[-1].step} of {search.config.joint.steps}")
         else:
-            console.timed(f"Resuming: {len(record.decisions())} decisions are carried out again from the journal")
+            console.timed(f"Resuming: {len(decisions)} decisions are carried out again from the journal")
     elif resume:
         console.timed("Nothing to resume: beginning at the beginning")
     return list(search.log_probabilities)
@@ -118,7 +126,7 @@ class Conductor:
         behind = self.search.repeated + len(self.record.decisions(number))
         try:
             group.on_all_ranks(lambda: self.prefetcher.wait(number))
-            note_source(self.record, group, number, candidate.text, candidate.where, candidate.checkpoint)
+            note_source(self.record, group, number, candidate.where, candidate.checkpoint)
             group.on_all_ranks(partial(self._score_whole, number, candidate))
             failure = self._search(number, candidate)
         except CheckpointError as error:
@@ -139,9 +147,15 @@ class Conductor:
         self._tell_notes()
         if self.watch:
             self.watch.look()
-        if self.record.end(number) is None:
-            drift = self.watch and self.watch.now.drift
-            self.record.closed(number, self.search.log_probabilities, failure, self.search.scorer.packing, drift)
+        if self.record.line("candidate", number) is None:
+            self.record.note(
+                "candidate",
+                number=number,
+                log_probabilities=self.search.log_probabilities,
+                packing=self.search.scorer.packing,
+                metrics=metrics_of(self.watch and self.watch.now.drift),
+                failure=failure,
+            )
 
     @property
     def composition(self) -> Shares:
@@ -163,7 +177,8 @@ class Conductor:
         """Note how the candidate does that is taken whole, if that is wanted and not yet known."""
         joint = self.config.search == "joint"
         wanted = self.watch and (self.config.baselines or joint) and self.search.scorer.has_tails
-        if not wanted or self.record.baseline(number) or self.record.decisions(number) or self.record.end(number):
+        known = self.record.line("baseline", number) or self.record.line("candidate", number)
+        if not wanted or known or self.record.decisions(number):
             return
         self.console.timed(f"Scoring {candidate.name} taken whole")
         try:
@@ -178,11 +193,18 @@ class Conductor:
             return
         log_probabilities, sight, guarded = seen
         found = self.watch.standing(self.search, candidate.name, log_probabilities, sight)
-        self.record.note_baseline(number, found.total, found.held_out, found.drift, guarded)
+        metrics = {"total": found.total, "held_out": found.held_out, "trial_kl": guarded, **metrics_of(found.drift)}
+        self.record.note(
+            "baseline",
+            number=number,
+            log_probabilities=log_probabilities,
+            packing=self.search.scorer.packing,
+            metrics={name: value for name, value in metrics.items() if value is not None},
+        )
 
     def _search(self, number: int, candidate: Candidate) -> str | None:
         """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""
-        done, end = self.record.decisions(number), self.record.end(number)
+        done, end = self.record.decisions(number), self.record.line("candidate", number)
         if end is not None:
             self.search.repeat(candidate, done)
             self.search.log_probabilities = list(end.log_probabilities)
@@ -195,8 +217,8 @@ class Conductor:
         with closing(self.search.candidate(candidate, done)) as decisions:
             for decision in decisions:
                 goes_on_in = FALLBACK.name if self.search.outgrown else None
-                packing = self.search.scorer.packing
-                self.record.decided(number, decision, time.monotonic() - began, packing, goes_on_in)
+                seconds, packing = round(time.monotonic() - began, 3), self.search.scorer.packing
+                self.record.decided(number, decision, seconds=seconds, packing=packing, computed=goes_on_in)
                 self._count(decision, timed)
                 merges = self.origins[self._place(decision)]
                 self._tell_notes()
@@ -233,10 +255,16 @@ def show_standings(conductor: Conductor, candidates: Sequence[Candidate]) -> Non
     merge = watch.standing(search, "the merge", search.log_probabilities, watch.now)
     merge = merge._replace(guarded=search.drift if search.guard else None)
     names = [by_other_settings(one.name) if one.otherwise else one.name for one in candidates]
-    known = [(name, record.baseline(number)) for number, name in enumerate(names, start=1)]
-    whole = [Standing(name, one.total, one.held_out, one.drift, one.guarded) for name, one in known if one]
+    whole = []
+    for number, name in enumerate(names, start=1):
+        known = record.line("baseline", number)
+        if known:
+            metrics = known.metrics
+            drift = drift_of(metrics, watch.start.drift)
+            whole.append(Standing(name, metrics["total"], metrics.get("held_out"), drift, metrics.get("trial_kl")))
     if whole:
-        base = watch.standing(search, f"{search.model.checkpoint.name} (base)", record.start_scores(), watch.start)
+        start = record.line("start", 0).log_probabilities
+        base = watch.standing(search, f"{search.model.checkpoint.name} (base)", start, watch.start)
         console.lines([*standing_table([base, *whole, merge], merge), *advice(whole, merge, searched)])
     console.warnings(beyond_limit(merge, searched.limits))
 

@@ -6,10 +6,10 @@ Knows: the order of what comes before, between and behind the steps. Refuses to 
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 
 from modules.checkpoints import Candidate, remove_downloads
-from modules.output import JointStart
 from modules.output import tables as report
 from modules.run.conductor import Conductor
 from modules.run.steps import note_source
@@ -37,7 +37,7 @@ class JointConductor(Conductor):
         try:
             for number, candidate in enumerate(candidates, start=1):
                 search.group.on_all_ranks(partial(self.prefetcher.wait, number))
-                note_source(self.record, search.group, number, candidate.text, candidate.where, candidate.checkpoint)
+                note_source(self.record, search.group, number, candidate.where, candidate.checkpoint)
                 search.group.on_all_ranks(partial(self._score_whole, number, candidate))
             joint = self._made_joint()
             with postponed(console.on_interrupt) as self.end_if_asked:
@@ -86,15 +86,15 @@ class JointConductor(Conductor):
 
     def _begun(self, joint: Joint) -> JointState:
         """The state from which the next step is made, and the model composed from it."""
-        if self.record.steps():
-            state = JointState.of(self.record.steps()[-1].model_dump())
+        steps, begun = self.record.lines("step"), self.record.lines("joint")
+        if steps:
+            state = JointState.of(steps[-1].model_dump())
         else:
-            noted = self.record.joint_start() or self._find_start(joint)
-            state = JointState.at(noted.shares)
+            state = JointState.at(begun[0].start if begun else self._find_start(joint))
         self._in_memory(joint, partial(joint.go_to, state))
         return state
 
-    def _find_start(self, joint: Joint) -> JointStart:
+    def _find_start(self, joint: Joint) -> Rows:
         """Find and note where the steps begin, and how total and drift change there with every share."""
         search, limits = self.search, self.search.limits
         weight = limits.drift_weight
@@ -113,9 +113,11 @@ class JointConductor(Conductor):
         def slopes_of(pairs: bool) -> Rows:
             return self._in_memory(joint, lambda: joint.gradient(shares, joint.objective.part(pairs)))
 
-        slopes = slopes_of(pairs=True)
-        of_drift = [[slope / weight for slope in row] for row in slopes_of(pairs=False)] if weight else None
-        return self.record.note_joint_start(shares, slopes, of_drift)
+        slopes = {"total": slopes_of(pairs=True)}
+        if weight:
+            slopes["kl"] = [[slope / weight for slope in row] for row in slopes_of(pairs=False)]
+        self.record.note("joint", start=shares, slopes=slopes)
+        return shares
 
     def _steps(self, joint: Joint, state: JointState) -> JointState:
         """Make the steps that are left, and tell of each when it is known what it has led to."""
@@ -125,8 +127,12 @@ class JointConductor(Conductor):
                 self.end_if_asked()
                 held_out, began = self._held_out(), time.monotonic()
                 state, value = self._in_memory(joint, partial(joint.step, state), state)
-                seconds = time.monotonic() - began
-                self.record.stepped(state, value, held_out, seconds, self.search.scorer.packing)
+                seconds = round(time.monotonic() - began, 3)
+                metrics = {"total": value.total, "kl": value.divergence}
+                if held_out is not None:
+                    metrics["held_out"] = held_out
+                packing = self.search.scorer.packing
+                self.record.note("step", **asdict(state), metrics=metrics, packing=packing, seconds=seconds)
                 self._tell_notes()
                 self._tell_of_step(state.step - 1, value, held_out)
                 bar.update(1)
@@ -138,7 +144,7 @@ class JointConductor(Conductor):
     def _tell_of_step(self, step: int, value: Value, held_out: float | None) -> None:
         """What a step has led to; of none, nothing."""
         if step:
-            totals = self.record.steps()[step - 1].total, value.total
+            totals = self.record.lines("step")[step - 1].metrics["total"], value.total
             drift = value.divergence if self.search.limits.drift_weight else None
             self.console.timed(report.step_line(step, self.config.joint.steps, *totals, held_out, drift))
 

@@ -13,14 +13,16 @@ from modules.checkpoints import Models, Prefetcher, check_space, fetching
 from modules.config import Config, check_apart, input_paths, read_neutral_texts
 from modules.model import Arithmetic, ModelLoader, ResidentModel
 from modules.output import (
-    JournalCopy,
+    JOURNAL_FILE,
+    Journal,
+    Line,
     Place,
     RunRecord,
     begun_run,
     check_output,
-    computed_in,
     held_place,
     is_finished,
+    read_journal,
     unfinished_output,
     written_paths,
 )
@@ -58,7 +60,7 @@ from modules.search.search import Search
 class Start:
     """What the process that leads tells the others, for them to begin the search: all that is not in the YAML file."""
 
-    journal: JournalCopy
+    journal: list[Line]  # its lines
     compute: Arithmetic
     budget: Budget
 
@@ -95,9 +97,9 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
-            begun = begun_run(place) if options.resume else None
+            begun = begun_run(read_journal(place.partial / JOURNAL_FILE)) if options.resume else None
             loader, asked = ask(loader, models, begun and begun.settings, loader.config.prompts)
-            plan, room = _checked_plan(loader, models, begun and computed_in(begun, models.base))
+            plan, room = _checked_plan(loader, models, begun and begun.computed)
             loader = replace(loader, compute=plan.arithmetic)
             if not options.dry_run:
                 loader.in_range(lambda wide: _merge_in(wide, options, group, place, models, plan, asked))
@@ -139,10 +141,10 @@ def _merge(
         unfinished_output(place, options.resume, options.restart) as unfinished,
         fetching(console, models.jobs) as prefetcher,
     ):
-        record = RunRecord(unfinished.journal, config, plan.arithmetic.name, models.base)
+        record = RunRecord(unfinished.journal, config, plan.arithmetic.name)
         prefetcher.wait(0)
         clock.lap("download")
-        group.broadcast(Start(JournalCopy(record.journal.records), plan.arithmetic, plan.budget))
+        group.broadcast(Start(record.journal.records, plan.arithmetic, plan.budget))
         conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement, asked)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
@@ -157,7 +159,7 @@ def _merge(
         console.lines(report.share_lines(names, conductor.shares, conductor.layers))
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
-        save(console, model, unfinished, config.directories.output_directory, record.public.text(config.text))
+        save(console, model, unfinished, config.directories.output_directory)
         clock.lap("save")
         seconds = {**clock.seconds, "watch": round(watch.seconds, 1)}
         state = config.pairs, search.weights, search.log_probabilities
@@ -184,7 +186,7 @@ def begin_search(
     the samples.
     """
     config, console = loader.config, loader.console
-    note_source(record, group, 0, config.directories.model_path1, models.base_where, models.base)
+    note_source(record, group, 0, models.base_where, models.base)
     search, windows, guarding = load_base(loader, models, budget, group, placement, record.packing)
     model = search.model
     names = [candidate.name for candidate in models.candidates]
@@ -283,10 +285,9 @@ def merge_as_follower(config: Config, console: Console, options: Options, group:
 
 def _follow(loader: ModelLoader, models: Models, start: Start, group: Group) -> None:
     """Search along, in what the leader computes in."""
-    config, console = loader.config, loader.console
-    with fetching(console, models.jobs) as prefetcher:
+    with fetching(loader.console, models.jobs) as prefetcher:
         prefetcher.wait(0)
-        record = RunRecord(start.journal, config, start.compute.name)
-        loader = with_chats_rendered(loader, models, record.settings)
+        loader = with_chats_rendered(loader, models, begun_run(start.journal).settings)
+        record = RunRecord(Journal(start.journal), loader.config, start.compute.name)
         conductor = begin_search(loader, models, record, prefetcher, start.budget, group)
         conductor.conduct(models.candidates)
