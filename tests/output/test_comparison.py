@@ -79,8 +79,8 @@ def test_the_table_has_what_the_recipes_say(here, capsys):
     plain, others = rows(lines)
     for found, folder in ((plain, here / "plain"), (others, here / "others")):
         said = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-        assert found["Total before"] == percent(said["total"]["before"])
-        assert found["Total after"] == percent(said["total"]["after"])
+        assert found["Total before"] == percent(said["metrics"]["base"]["total"])
+        assert found["Total after"] == percent(said["metrics"]["merge"]["total"])
         better = [p for p in said["phrases"] if p["after"] * p["weight"] < p["before"] * p["weight"]]
         assert found["Improved"] == f"{len(better)} of {len(tiny.PAIRS)}"
         shares = said["composition"].items()
@@ -181,12 +181,13 @@ def test_a_run_that_merged_nothing(recipe):
 
 
 def test_a_joint_search_is_told_by_its_steps(recipe):
-    shares, step = [[0.9], [0.8]], {"total": 1.0, "drift": 0.0, "held_out": None, "seconds": 0.1}
+    shares, step = [[0.9], [0.8]], {"total": 1.0, "kl": 0.0, "seconds": 0.1}
     joint = copy.deepcopy(recipe) | {"decisions": [], "composition": {"one": 1.35, "base": -0.35}}
     for steps in (1, 25):
         joint["joint"] = {
             "shares": shares,
-            "start": {"shares": shares, "total_slopes": shares},
+            "start": shares,
+            "slopes": {"total": shares},
             "steps": [{"step": number, **step} for number in range(1, steps + 1)],
         }
         greedy, found = rows(comparison({"greedy": recipe, "joint": joint}))
@@ -214,8 +215,8 @@ def test_all_that_are_no_finished_output_are_named_in_one_message(here, recipe, 
     [
         {"phrases": [1]},
         {"phrases": [{"kind": "BAD", "phrase": "a", "context": "b", "weight": "1", "before": 0, "after": 0}]},
-        {"total": {"before": 1.0}},
-        {"total": {"before": 1.0, "after": None}},
+        {"metrics": {"base": {"total": 1.0}}},
+        {"metrics": {"base": {"total": 1.0}, "merge": {"total": None}}},
         {"composition": {"a": "much"}},
         {"composition": []},
         {"seconds": {"search": None}},

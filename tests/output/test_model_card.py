@@ -137,7 +137,7 @@ def test_the_card_of_a_run(run, recipe):
         ]
         for pair in recipe["phrases"]
     ]
-    total = [percent(recipe["total"][key]) for key in ("before", "after")]
+    total = [percent(recipe["metrics"][key]["total"]) for key in ("base", "merge")]
     assert phrases[-1][-2:] == total and f"went from {total[0]} to {total[1]}" in prose
     for picture in PICTURES:
         assert f"]({picture})" in prose
@@ -156,8 +156,6 @@ def test_the_command_builds_the_model_again(run, recipe, monkeypatch):
     assert command[:2] == ["python", "merge_monster.py"]
     arguments = [word.replace("PATH", str(run / word.split("=")[0])) for word in command[2:]]
     arguments[arguments.index("rebuilt")] = str(run / "rebuilt")
-    for source in recipe["sources"]:
-        source["where"] = "/nowhere/" + source["name"]
     (run / "elsewhere.json").write_text(json.dumps(recipe))
     arguments[arguments.index(RECIPE_FILE)] = str(run / "elsewhere.json")
     assert merge_monster.main(arguments) == 0
@@ -224,12 +222,11 @@ def test_a_run_that_merged_nothing(recipe):
 
 def as_joint(recipe, shares, steps=25, drift_slopes=True, **settings):
     """The recipe as a joint search writes it."""
-    start = {"shares": shares, "total_slopes": shares, **({"drift_slopes": shares} if drift_slopes else {})}
-    step = {"total": 1.0, "drift": 0.0, "held_out": None, "seconds": 0.1}
-    steps = [{"step": number, **step} for number in range(1, steps + 1)]
+    slopes = {"total": shares, **({"kl": shares} if drift_slopes else {})}
+    steps = [{"total": 1.0, "kl": 0.0, "seconds": 0.1}] * steps
     one, two = (sum(column) / len(shares) for column in zip(*shares, strict=True))
     composition = {"two": two, "one": one, "base": 1 - one - two}
-    joint = {"shares": shares, "start": start, "steps": steps}
+    joint = {"start": shares, "slopes": slopes, "shares": shares, "steps": steps}
     settings = {**recipe["settings"], "search": "joint", **settings}
     return {**recipe, "decisions": [], "joint": joint, "composition": composition, "settings": settings}
 
@@ -361,7 +358,7 @@ def test_long_settings_and_phrases_are_left_to_the_recipe(recipe):
 
 def test_only_what_is_not_the_default_is_told(recipe):
     on_hub(recipe, f"org/base@{COMMITS[0]}", f"org/m@{COMMITS[0]}+/models/one", "/home/somebody/two")
-    mine = {"neutral_texts": ["/home/somebody/mine.txt"], "phrase_files": ["/home/somebody/list.yaml"], "held_out": 0.5}
+    mine = {"neutral_texts": ["mine.txt"], "phrase_files": ["list.yaml"], "held_out": 0.5}
     recipe["settings"] |= {
         **mine,
         "layers": [0, 2, 3],
@@ -388,7 +385,9 @@ def test_phrases_are_told_as_lists(recipe):
     turn = {"role": "user", "content": "Hello."}
     others = [{"context": "c"}, {"context": "It is", "chat": {"messages": [turn], "answer": "It is"}}, {"weight": 1.0}]
     recipe["phrases"] = [pair, *({**pair, **other} for other in others), {**pair, "kind": "GOOD", "weight": -2.0}]
-    recipe["held_out"] = {"phrases": [{**pair, "context": "d"}], "total": recipe["total"]}
+    recipe["held_out"] = [{**pair, "context": "d"}]
+    for metrics in recipe["metrics"].values():
+        metrics["held_out"] = metrics["total"]
     text = card_of(recipe)
     assert "<summary>The phrase lists: 6 pairs of a phrase and a context</summary>" in text
     chat = {"messages": [turn], "continue": "It is"}
