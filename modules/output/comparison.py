@@ -27,14 +27,13 @@ def comparison(recipes: Mapping[str, Recipe]) -> list[str]:
 
 def _row(name: str, recipe: Recipe) -> dict[str, str]:
     """What is said of an output, by column."""
-    settings, seconds, drift = recipe.settings, recipe.seconds, recipe.metrics["merge"].get("kl")
+    settings, seconds = recipe.settings, recipe.seconds
     threshold = f" {settings.strategy_threshold:g}" if settings.strategy == "quantitive" else ""
     return {
         "Output": name,
-        "Total before": percent(recipe.metrics["base"]["total"], rounding=recipe.rounding),
-        "Total after": percent(recipe.metrics["merge"]["total"], rounding=recipe.rounding),
+        "Total before": percent(recipe.total.before, rounding=recipe.total.rounding),
+        "Total after": percent(recipe.total.after, rounding=recipe.total.rounding),
         "Improved": f"{recipe.improved} of {len(recipe.phrases)}",
-        "Drift (KL)": f"{drift:.4f}" if drift is not None else "-",
         "Composition": _short(recipe.composition),
         "Taken": f"{len(recipe.needed_sources) - 1} of {len(recipe.sources) - 1}",
         "Methods": ", ".join(settings.merge_method),

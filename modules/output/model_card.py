@@ -18,9 +18,8 @@ from modules.checkpoints import is_licence, local_files
 from modules.config import GGUF, names_folder, repositories_in
 from modules.output.card_settings import phrases_yaml, settings_yaml
 from modules.output.recipe import RECIPE_FILE, Recipe
-from modules.output.records import Phrase, Sample, Source
+from modules.output.records import Phrase, Sample, Source, Total
 from modules.runtime import counted, ended, percent, shortened, spans, visible
-from modules.search.strategies import automatic_drift_weight
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
@@ -120,14 +119,14 @@ def _introduction(recipe: Recipe) -> str:
     settings, base = recipe.settings, recipe.sources[0]
     taken, candidates = len(recipe.needed_sources) - 1, counted(len(recipe.sources) - 1, "candidate")
     improved, phrases = recipe.improved, counted(len(recipe.phrases), "phrase")
-    before, after = _percents(*recipe.figures("total"), recipe.rounding)
+    before, after = _percents(recipe.total)
     way, strategy = ("all at once", "joint") if recipe.joint else ("layer by layer", settings.strategy)
     return (
         f"A merge of {taken} of {candidates} into {_named(base)}, made {way} with Merge Monster "
         f"{_plain(recipe.program)}. {_about_search(recipe)} {improved} of {phrases} improved; the total score (lower "
         f"is better) went from {before} to {after}. Strategy: {strategy}; merge methods: "
         f"{', '.join(settings.merge_method)}; {_about_layers(recipe)}computed in {recipe.dtype}."
-        f"{_about_held_out(recipe)}{_about_drift(recipe)}"
+        f"{_about_held_out(recipe)}"
     )
 
 
@@ -143,41 +142,19 @@ def _about_search(recipe: Recipe) -> str:
             "Every merge of a layer was tried, and kept only where it made unwanted phrases less probable or wanted "
             "ones more so."
         )
-    weight = _drift_weight(recipe)
-    drift = f", where a nat of drift counted as {weight:.5g} of the total" if weight else ""
     steps = counted(len(recipe.joint.steps), "step")
     layers = f"{'some' if recipe.settings.layers else 'all'} layers"
     return (
         f"The shares of all candidates in {layers} were sought together, by gradient, in {steps} towards unwanted "
-        f"phrases less probable and wanted ones more so{drift}."
+        f"phrases less probable and wanted ones more so."
     )
-
-
-def _drift_weight(recipe: Recipe) -> float:
-    """What a nat of drift added to the total in a joint search; 0 if drift was not weighed."""
-    if "kl" not in recipe.joint.slopes:
-        return 0.0
-    given = recipe.settings.weight_of_drift
-    automatic = automatic_drift_weight([phrase.before * phrase.weight for phrase in recipe.phrases])
-    return automatic if given == "auto" else given
 
 
 def _about_held_out(recipe: Recipe) -> str:
-    totals = recipe.figures("held_out")
-    if totals is None:
+    if recipe.held_out is None:
         return ""
-    count, (before, after) = counted(len(recipe.held_out), "phrase"), _percents(*totals)
+    count, (before, after) = counted(len(recipe.held_out.phrases), "phrase"), _percents(recipe.held_out.total)
     return f" {count} more, which the search never saw, went from a total of {before} to {after}."
-
-
-def _about_drift(recipe: Recipe) -> str:
-    drift, perplexity = recipe.figures("kl"), recipe.figures("perplexity")
-    if drift is None or perplexity is None:
-        return ""
-    return (
-        f" On {recipe.neutral_tokens:,} tokens of neutral text its next-token distributions are {drift[1]:.4f} nats "
-        f"per token (KL) from the base's; perplexity {perplexity[0]:.2f} before, {perplexity[1]:.2f} after."
-    )
 
 
 def _composition(recipe: Recipe) -> str:
@@ -210,16 +187,15 @@ def _about_phrases(recipe: Recipe) -> str:
 
 def _phrases(recipe: Recipe) -> str:
     rows = [("", "phrase", "context", "weight", "before", "after")]
-    totals = _percents(*recipe.figures("total"), recipe.rounding)
     for phrase in _changed_most(recipe.phrases):
         texts = _excerpt(phrase.phrase), _excerpt(phrase.shown) or "*the beginning of a text*"
-        percents = _percents(phrase.before, phrase.after, phrase.rounding)
-        rows.append((phrase.kind.lower(), *texts, f"{abs(phrase.weight):g}", *percents))
-    return _table([*rows, ("", "**all phrases: bad - good, times weight**", "", "", *totals)])
+        rows.append((phrase.kind.lower(), *texts, f"{abs(phrase.weight):g}", *_percents(phrase)))
+    return _table([*rows, ("", "**all phrases: bad - good, times weight**", "", "", *_percents(recipe.total))])
 
 
-def _percents(before: float, after: float, rounding: float = 0.0) -> tuple[str, str]:
-    return percent(before, rounding=rounding), percent(after, rounding=rounding)
+def _percents(figures: Phrase | Total) -> tuple[str, str]:
+    """Before and after."""
+    return percent(figures.before, rounding=figures.rounding), percent(figures.after, rounding=figures.rounding)
 
 
 def _changed_most(phrases: Sequence[Phrase]) -> list[Phrase]:
@@ -261,7 +237,7 @@ def _about_licence(recipe: Recipe, licence: Licence) -> str:
 
 def _settings(recipe: Recipe) -> list[str]:
     """What another search needs to find the same, with the phrases folded away."""
-    pairs = counted(len(recipe.phrases) + len(recipe.held_out), "pair")
+    pairs = counted(len(recipe.phrases) + len(recipe.held_out.phrases if recipe.held_out else ()), "pair")
     summary = f"<details>\n<summary>The phrase lists: {pairs} of a phrase and a context</summary>"
     lists = [summary, _yaml(phrases_yaml(recipe)), "</details>"]
     return ["The models, and all that is not the default:", _yaml(settings_yaml(recipe)), *lists]

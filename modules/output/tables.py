@@ -1,6 +1,6 @@
-"""Results as text: summary, phrase table, decision lines, composition.
+"""Results as text: summary, phrase table, decision lines, models side by side, composition.
 
-Knows: widths, digits, wording. Refuses to know: how anything was measured, where the text goes.
+Knows: widths, digits, wording. Refuses to know: how anything was measured, which metrics there are, where text goes.
 """
 
 import math
@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from modules.config import Config, Pair
+from modules.metrics.registry import columns_of
 from modules.output.records import Sample
-from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, ended, percent, row, spans
-from modules.scoring import Drift
+from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, ended, percent, shortened, spans, table
 from modules.search import Decision, Merge, Shares, probability, scores, total, total_rounding
 
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
 CHANGED = 0.005  # percentage points of Used Prob: a pair that moved no more has not changed
+NAME_WIDTH = 24  # the widest that a column gets for the sake of the model's name above it
+
+Values = Mapping[str, float]  # of metrics, by name
 
 
 def summary(
@@ -23,26 +26,34 @@ def summary(
     model: Mapping[str, object],
     scorer: Mapping[str, object],
     candidates: Sequence[str],
+    weighed: Mapping[str, str],
     rounding: float = 0.0,
-    drift_weight: float = 0.0,
 ) -> list[str]:
-    """The settings of a run, one line each; `model` and `scorer` add what they say of themselves. rounding: of the
-    total, if it was measured. drift_weight: as it counts."""
+    """The settings of a run, one line each; `model`, `scorer` and `weighed` add what they say of themselves. rounding:
+    of the total, if it was measured."""
     rows = {
         **model,
         "Random seed": config.random_seed,
-        "Starting model": config.directories.model_path1,
+        "Base model": config.directories.model_path1,
         "Models to merge": ", ".join(candidates),
         "Output directory": config.directories.output_directory,
-        "Phrases loaded": _phrases(config),
+        "Pairs": _pairs(config),
         **scorer,
-        "Auto weights": config.auto_weights,
-        **({"Layers searched": f"{', '.join(spans(config.layers))} (counted from 0)"} if config.layers else {}),
-        **(_of_joint_search(config) if config.search == "joint" else _of_greedy_search(config)),
-        **({"Drift": _guard(config, drift_weight)} if config.is_guarded else {}),
-        **({"Rounding": _rounding(config, rounding)} if rounding else {}),
+        "Auto weights": _on(config.auto_weights),
     }
-    return [f"{name:<16} : {value}" for name, value in rows.items()]
+    if config.layers:
+        rows["Layers searched"] = f"{', '.join(spans(config.layers))} (counted from 0)"
+    if config.search == "joint":
+        rows["Search"] = f"joint, {config.joint.steps} steps, step size {config.joint.step_size:g}"
+    else:
+        rows["Merge ratios"] = list(config.merge_ratios)
+        rows["Merge method"] = ", ".join(config.merge_method)
+        rows["Strategy"] = strategy_text(config.strategy, config.strategy_threshold)
+    rows["Merge headers"] = _on(config.merge_headers)
+    rows |= weighed
+    if rounding:
+        rows["Rounding"] = _rounding(config, rounding)
+    return _aligned(rows)
 
 
 def score_summary(
@@ -51,41 +62,32 @@ def score_summary(
     """The same where models are scored and not merged."""
     rows = {
         **model,
-        "Base": config.directories.model_path1,
+        "Base model": config.directories.model_path1,
         "Models to score": ", ".join(names),
-        "Phrases loaded": _phrases(config),
+        "Pairs": _pairs(config),
         **scorer,
-        "Auto weights": config.auto_weights,
+        "Auto weights": _on(config.auto_weights),
     }
+    return _aligned(rows)
+
+
+def strategy_text(name: str, threshold: float) -> str:
+    """A strategy, with its threshold if it has one."""
+    return f"{name} (threshold {threshold:g})" if name == "quantitive" else name
+
+
+def _aligned(rows: Mapping[str, object]) -> list[str]:
     return [f"{name:<16} : {value}" for name, value in rows.items()]
 
 
-def _phrases(config: Config) -> str:
+def _on(value: bool) -> str:
+    return "on" if value else "off"
+
+
+def _pairs(config: Config) -> str:
     """How many pairs there are of each kind."""
-    more = f", {len(config.held_out_pairs)} more held out" if config.held_out_pairs else ""
-    return f"{len(config.pairs)} ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good){more}"
-
-
-def _of_greedy_search(config: Config) -> dict[str, object]:
-    threshold = f" (threshold {config.strategy_threshold:g})" if config.strategy == "quantitive" else ""
-    return {
-        "Merge ratios": list(config.merge_ratios),
-        "Merge method": ", ".join(config.merge_method),
-        "Merge headers": config.merge_headers,
-        "Strategy used": config.strategy + threshold,
-    }
-
-
-def _of_joint_search(config: Config) -> dict[str, object]:
-    steps = f"joint, {config.joint.steps} steps, the first by {config.joint.step_size:g}"
-    return {"Search": steps, "Merge headers": config.merge_headers}
-
-
-def _guard(config: Config, drift_weight: float) -> str:
-    """What is done about drift."""
-    parts = [f"a nat counts as {drift_weight:.5g} of the total"] if drift_weight else []
-    parts += [f"at most {config.max_drift:g}"] if config.max_drift is not None else []
-    return f"{', '.join(parts)}; measured on {config.neutral_tokens} tokens meanwhile"
+    more = f", {len(config.held_out_pairs)} held out" if config.held_out_pairs else ""
+    return f"{len(config.pairs)} searched ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good){more}"
 
 
 def _rounding(config: Config, rounding: float) -> str:
@@ -110,9 +112,12 @@ def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, nam
         relative = relative_change(before, after)
         change = "n/a" if relative is None else f"{abs(relative) * 100:.1f}%"
         outcome = f"CHANGED - {before:.5f} > {after:.5f} - {change}"
-    if decision.drift is not None:
-        outcome += f" - drift {decision.drift:.4f}"
-    return [str([[share, model] for share, model in merges]), f"{part} - {outcome}{method}"]
+    metrics = "".join(f" - {text}" for text in _labelled(decision.metrics))
+    return [str([[share, model] for share, model in merges]), f"{part} - {outcome}{metrics}{method}"]
+
+
+def _labelled(values: Values) -> list[str]:
+    return [f"{column.label} {column.text(values[column.name])}" for column in columns_of(values)]
 
 
 def relative_change(before: float, after: float) -> float | None:
@@ -123,12 +128,10 @@ def relative_change(before: float, after: float) -> float | None:
     return change if math.isfinite(change) else None
 
 
-def step_line(step: int, steps: int, before: float, after: float, held_out: float | None, drift: float | None) -> str:
-    """What a step of a joint search has made of the totals and the drift (without the time of day)."""
-    parts = [f"Step {step}/{steps}", f"{before:.5f} > {after:.5f}"]
-    parts += [f"held out {held_out:.5f}"] if held_out is not None else []
-    parts += [f"drift {drift:.4f}"] if drift is not None else []
-    return " - ".join(parts)
+def step_line(step: int, steps: int, before: float, metrics: Values) -> str:
+    """What a step of a joint search has made of the total, which was `before`, and other metrics (without the time)."""
+    others = {name: value for name, value in metrics.items() if name != "total"}
+    return " - ".join([f"Step {step}/{steps}", f"{before:.5f} > {metrics['total']:.5f}", *_labelled(others)])
 
 
 def joint_standing(step: int, steps: int, objective: float) -> str:
@@ -186,18 +189,17 @@ def phrase_table(
         "changed": (changed, [_not_shown(len(standings) - len(changed), len(standings))]),
         "summary": ([], [_moved_well(standings)]),
     }[kind]
-    header = row(("Type", "Phrase", "Context", "Raw Prob*", "Used Prob**", "Change"), WIDTHS)
-    rule = "-" * len(header)
-    body = [*(_pair_row(one, start is not None) for one in shown), rule] if shown else []
-    notes = [*notes, "* the model's own probability - ** after weighting; lower totals are better"]
-    return [rule, header, rule, *body, _total_row(pairs, weights, now, start, rounding), rule, *notes]
+    header = ("Type", "Phrase", "Context", "Raw Prob*", "Used Prob**", "Change")
+    body = [_pair_row(one, start is not None) for one in shown]
+    lines = table(header, body, [_total_row(pairs, weights, now, start, rounding)], widths=WIDTHS)
+    return [*lines, *notes, "* the model's own probability - ** after weighting; lower totals are better"]
 
 
-def _pair_row(one: _PairRow, with_change: bool) -> str:
+def _pair_row(one: _PairRow, with_change: bool) -> tuple[str, ...]:
     least = one.rounding * one.weight
     raw, used = percent(one.raw, RAW_WIDTH, rounding=one.rounding), percent(one.raw * one.weight, rounding=least)
     change = percent(one.move * one.weight, signed=True, rounding=least) if with_change else "N/A"
-    return row((one.pair.kind, one.pair.phrase, one.pair.shown, raw, used, change), WIDTHS)
+    return one.pair.kind, one.pair.phrase, one.pair.shown, raw, used, change
 
 
 def _total_row(
@@ -206,13 +208,13 @@ def _total_row(
     now: Sequence[float],
     start: Sequence[float] | None,
     rounding: Sequence[float],
-) -> str:
+) -> tuple[str, ...]:
     raw = sum(probability(value) * (-1 if pair.kind == "GOOD" else 1) for pair, value in zip(pairs, now, strict=True))
     used = total(scores(now, weights))
     least = total_rounding(weights, rounding)
     change = "N/A" if start is None else percent(used - total(scores(start, weights)), signed=True, rounding=least)
-    told = percent(raw, RAW_WIDTH, rounding=math.hypot(*rounding)), percent(used, rounding=least)
-    return row(("", "Total (bad - good)", "", *told, change), WIDTHS)
+    own = percent(raw, RAW_WIDTH, rounding=math.hypot(*rounding))
+    return "", "Total (bad - good)", "", own, percent(used, rounding=least), change
 
 
 def _not_shown(count: int, pairs: int) -> str:
@@ -229,56 +231,79 @@ def _moved_well(standings: Sequence[_PairRow]) -> str:
     )
 
 
-def neutral_text_lines(drift: Drift | None) -> list[str]:
-    """On what drift is measured, and how the base does there; nothing if it is not."""
-    return [f"Neutral text: {drift.tokens:,} tokens, perplexity {drift.base_perplexity:.2f}"] if drift else []
+class ResultRow(NamedTuple):
+    """A model's row in a table of metrics."""
+
+    name: str
+    metrics: Values
 
 
-def drift_lines(drift: Drift | None) -> list[str]:
-    """How far the model has gone from the base on neutral text; nothing if that was not measured."""
-    if drift is None:
-        return []
-    return [
-        f"Drift: KL {drift.divergence:.4f} nats per token from the base on {drift.tokens:,} tokens of neutral text, "
-        f"{drift.agreement:.1%} of likeliest tokens the same, perplexity {drift.base_perplexity:.2f} > "
-        f"{drift.perplexity:.2f}"
-    ]
+def by_other_settings(name: str) -> str:
+    """What a row is called of a model that was computed by the base's settings, and has others."""
+    return f"{name} (scored with the base's settings)"
+
+
+def results_table(rows: Sequence[ResultRow]) -> list[str]:
+    """Models side by side, a column for each metric that is known of one of them."""
+    shown = columns_of(*(row.metrics for row in rows))
+    body = [[row.name, *(column.text(row.metrics.get(column.name)) for column in shown)] for row in rows]
+    return table(["Model", *(column.label for column in shown)], body)
+
+
+def metrics_line(before: Values, now: Values) -> str:
+    """How all metrics have changed."""
+    parts = [f"{c.label} {c.text(before.get(c.name))} -> {c.text(now[c.name])}" for c in columns_of(now)]
+    return f"Metrics: {', '.join(parts)}"
+
+
+def gains(
+    pairs: Sequence[Pair], weights: Sequence[float], before: Sequence[float], now: Sequence[float]
+) -> dict[tuple[str, str], float]:
+    """How much of the total's change is due to each phrase, by kind and text: below 0 if it is better now.
+
+    weights: signed; before, now: joint log-probabilities.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for pair, old, new in zip(pairs, scores(before, weights), scores(now, weights), strict=True):
+        phrase = pair.kind, pair.phrase
+        found[phrase] = found.get(phrase, 0.0) + new - old
+    return found
+
+
+def overfit_lines(searched: Mapping[tuple[str, str], float], held_out: Mapping[tuple[str, str], float]) -> list[str]:
+    """The phrases that are better where they were searched and not where they were held out, if there are any."""
+    only = [phrase[1] for phrase, gain in held_out.items() if gain >= 0 > searched.get(phrase, 0.0)]
+    return [f"Improved on searched contexts only (overfit?): {', '.join(only)}"] if only else []
 
 
 @dataclass(frozen=True)
-class Totals:
-    """A total before and now, and how much of the change is due to each phrase."""
+class ScoredPairs:
+    """The pairs that models are scored by."""
 
-    before: float
-    now: float
-    changes: Mapping[tuple[str, str], float]  # kind and phrase -> below 0 if it is better now
+    searched: Sequence[Pair]
+    held_out: Sequence[Pair]
+    rounding: Sequence[float] = ()  # of the searched pairs' probabilities, if it is known
 
-    @classmethod
-    def of(
-        cls, pairs: Sequence[Pair], weights: Sequence[float], before: Sequence[float], now: Sequence[float]
-    ) -> "Totals":
-        """weights: signed; before, now: joint log-probabilities."""
-        old, new = scores(before, weights), scores(now, weights)
-        changes: dict[tuple[str, str], float] = {}
-        for pair, one, other in zip(pairs, old, new, strict=True):
-            changes[pair.kind, pair.phrase] = changes.get((pair.kind, pair.phrase), 0.0) + other - one
-        return cls(total(old), total(new), changes)
-
-    def __str__(self) -> str:
-        relative = relative_change(self.before, self.now)
-        change = "n/a" if relative is None else f"{relative:+.0%}"
-        return f"{self.before:.5f} > {self.now:.5f} ({change})"
+    @property
+    def all(self) -> list[Pair]:
+        """The searched ones first."""
+        return [*self.searched, *self.held_out]
 
 
-def held_out_lines(searched: Totals, held_out: Totals) -> list[str]:
-    """Both totals, and the phrases that are better where they were searched and not where they were held out."""
-    only = [
-        phrase
-        for (kind, phrase), change in held_out.changes.items()
-        if change >= 0 > searched.changes.get((kind, phrase), 0.0)
-    ]
-    names = f"Better only where it was searched: {', '.join(only)}"
-    return [f"Searched {searched}, held out {held_out}", *([names] if only else [])]
+def probability_table(pairs: ScoredPairs, models: Mapping[str, Sequence[float]]) -> list[str]:
+    """Each pair's probability in each model, the searched pairs first. No digit below its rounding is shown; of a pair
+    that is held out it is taken to be the largest of the others. models: probabilities of all pairs by model.
+    """
+    count = len(pairs.searched)
+    rounding = list(pairs.rounding) or [0.0] * count
+    rounding += [max(rounding, default=0.0)] * len(pairs.held_out)
+    rows = []
+    for pair, values, least in zip(pairs.all, zip(*models.values(), strict=True), rounding, strict=True):
+        shown = [percent(value, RAW_WIDTH, rounding=least) for value in values]
+        rows.append((pair.kind, shortened(pair.phrase, PHRASE_WIDTH), shortened(pair.shown, CONTEXT_WIDTH), *shown))
+    header = ("Type", "Phrase", "Context", *(shortened(name, NAME_WIDTH) for name in models))
+    held_out = f"; the last {len(pairs.held_out)} rows are held out" if pairs.held_out else ""
+    return [*table(header, rows[:count], rows[count:]), f"the models' own probabilities, without weights{held_out}"]
 
 
 def sample_lines(samples: Sequence[Sample]) -> list[str]:
