@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from modules.metrics import kl_penalty
+from modules.metrics.kl_penalty import NAME, weigh
 from modules.metrics.metric import Column, Context, Measure, Metric
 from modules.runtime import counted, first_line
 from modules.scoring import NOT_TAKEN
@@ -53,11 +53,11 @@ def prepare(context: Context) -> NeutralText | None:
 
 METRIC = Metric(
     columns=(
-        Column("kl", "KL", is_drawn=True),
+        Column("kl", "KL to base", is_drawn=True),
         Column("top1", "Top-1 agreement", ".1%", lower_is_better=False),
         Column("perplexity", "Perplexity", ",.2f", lower_is_better=None),
-        Column(kl_penalty.NAME, "KL in trials", shown_as="kl", limit_key="max_drift"),
+        Column(NAME, "KL in trials", shown_as="kl", limit_key="max_drift"),
     ),
     prepare=prepare,
-    weigh=kl_penalty.weigh,
+    weigh=weigh,
 )

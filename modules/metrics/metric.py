@@ -17,6 +17,8 @@ from modules.scoring import Budget, Window
 from modules.scoring.hidden_states import Inputs
 from modules.search.search import Search, WeighedMetric
 
+WIDTH = 14  # characters of a value in a table
+
 
 @dataclass(frozen=True)
 class Column:
@@ -31,8 +33,11 @@ class Column:
     limit_key: str = ""  # and the configuration's key of its limit
 
     def text(self, value: float | None) -> str:
-        """A value in a table."""
-        return "-" if value is None else format(value, self.format)
+        """A value in a table; a huge one with few digits."""
+        if value is None:
+            return "-"
+        text = format(value, self.format)
+        return text if len(text) <= WIDTH else f"{value:.4g}"
 
 
 @dataclass(frozen=True)

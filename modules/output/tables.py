@@ -4,14 +4,25 @@ Knows: widths, digits, wording. Refuses to know: how anything was measured, whic
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from modules.config import Config, Pair
 from modules.metrics.registry import columns_of
 from modules.output.records import Sample
-from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, RAW_WIDTH, USED_WIDTH, ended, percent, shortened, spans, table
+from modules.runtime import (
+    CONTEXT_WIDTH,
+    PHRASE_WIDTH,
+    RAW_WIDTH,
+    USED_WIDTH,
+    counted,
+    ended,
+    percent,
+    shortened,
+    spans,
+    table,
+)
 from modules.search import Decision, Merge, Shares, probability, scores, total, total_rounding
 
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
@@ -60,15 +71,8 @@ def score_summary(
     config: Config, model: Mapping[str, object], scorer: Mapping[str, object], names: Sequence[str]
 ) -> list[str]:
     """The same where models are scored and not merged."""
-    rows = {
-        **model,
-        "Base model": config.directories.model_path1,
-        "Models to score": ", ".join(names),
-        "Pairs": _pairs(config),
-        **scorer,
-        "Auto weights": _on(config.auto_weights),
-    }
-    return _aligned(rows)
+    models = {"Base model": config.directories.model_path1, "Models to score": ", ".join(names)}
+    return _aligned({**model, **models, "Pairs": _pairs(config), **scorer, "Auto weights": _on(config.auto_weights)})
 
 
 def strategy_text(name: str, threshold: float) -> str:
@@ -93,8 +97,8 @@ def _pairs(config: Config) -> str:
 def _rounding(config: Config, rounding: float) -> str:
     """What the total is uncertain by, and what follows from that."""
     least = 2 * rounding if config.min_gain == "auto" else config.min_gain
-    counted = f"a gain counts from {least:.5f} on" if config.strategy == "cumulative" else "smaller changes don't count"
-    return f"{rounding:.5f} of the total; {counted} (compute_dtype: float32 has none)"
+    rule = f"a gain counts from {least:.5f} on" if config.strategy == "cumulative" else "smaller changes don't count"
+    return f"{rounding:.5f} of the total; {rule} (compute_dtype: float32 has none)"
 
 
 def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, name_method: bool) -> list[str]:
@@ -142,10 +146,10 @@ def joint_standing(step: int, steps: int, objective: float) -> str:
 def share_lines(names: Sequence[str], shares: Sequence[Sequence[float]], layers: int) -> list[str]:
     """A joint search's shares of each layer and, if it was mixed, of what is outside of them. names: base first."""
     lines = []
-    for number, own in enumerate(shares):
+    for number, row in enumerate(shares):
         part = f"Layer {number}" if number < layers else "Outside"
-        told = [f"{share:.2f} {name}" for name, share in zip(names, (1 - math.fsum(own), *own), strict=True) if share]
-        lines.append(f"{part:<13}: {', '.join(told)}")
+        known = zip(names, (1 - math.fsum(row), *row), strict=True)
+        lines.append(f"{part:<13}: {', '.join(f'{share:.2f} {name}' for name, share in known if share)}")
     return lines
 
 
@@ -153,16 +157,6 @@ def standing(turn: str, decision: Decision, accepted: int) -> str:
     """How far a run is, for the progress bar. turn: which candidate of how many. accepted: merges so far."""
     part = "header" if decision.layer is None else f"layer {decision.layer}"
     return f"candidate {turn}, {part}, {accepted} accepted"
-
-
-class _PairRow(NamedTuple):
-    """How probable a pair is, and how much more than at the start."""
-
-    pair: Pair
-    weight: float  # without a sign
-    raw: float
-    move: float
-    rounding: float  # of raw
 
 
 def phrase_table(
@@ -178,57 +172,36 @@ def phrase_table(
     weights: signed, good phrases negative. now, start: joint log-probabilities. kind: one of TABLES. rounding: of each
     probability, if it is known; no digit below it is shown.
     """
-    rounding = rounding or [0.0] * len(pairs)
-    standings = [
-        _PairRow(pair, abs(weight), probability(after), probability(after) - probability(before), least)
-        for pair, weight, after, before, least in zip(pairs, weights, now, start or now, rounding, strict=True)
-    ]
-    changed = [one for one in standings if abs(one.move * one.weight) * 100 > CHANGED]
-    shown, notes = {
-        "full": (standings, []),
-        "changed": (changed, [_not_shown(len(standings) - len(changed), len(standings))]),
-        "summary": ([], [_moved_well(standings)]),
-    }[kind]
+    roundings = rounding or [0.0] * len(pairs)
+    rows, better, raw_total = [], Counter[str](), 0.0
+    for pair, signed, after, before, least in zip(pairs, weights, now, start or now, roundings, strict=True):
+        raw, weight = probability(after), abs(signed)
+        move = raw - probability(before)
+        sign = -1 if pair.kind == "GOOD" else 1
+        raw_total += raw * sign
+        better[pair.kind] += move * sign < 0
+        if kind == "full" or (kind == "changed" and abs(move * weight) * 100 > CHANGED):
+            used = percent(raw * weight, rounding=least * weight)
+            change = percent(move * weight, signed=True, rounding=least * weight) if start is not None else "N/A"
+            rows.append((pair.kind, pair.phrase, pair.shown, percent(raw, RAW_WIDTH, rounding=least), used, change))
+    used_total, least = total(scores(now, weights)), total_rounding(weights, rounding)
+    change = "N/A"
+    if start is not None:
+        change = percent(used_total - total(scores(start, weights)), signed=True, rounding=least)
+    raw = percent(raw_total, RAW_WIDTH, rounding=math.hypot(*roundings))
+    totals = ("", "Total (bad - good)", "", raw, percent(used_total, rounding=least), change)
     header = ("Type", "Phrase", "Context", "Raw Prob*", "Used Prob**", "Change")
-    body = [_pair_row(one, start is not None) for one in shown]
-    lines = table(header, body, [_total_row(pairs, weights, now, start, rounding)], widths=WIDTHS)
-    return [*lines, *notes, "* the model's own probability - ** after weighting; lower totals are better"]
-
-
-def _pair_row(one: _PairRow, with_change: bool) -> tuple[str, ...]:
-    least = one.rounding * one.weight
-    raw, used = percent(one.raw, RAW_WIDTH, rounding=one.rounding), percent(one.raw * one.weight, rounding=least)
-    change = percent(one.move * one.weight, signed=True, rounding=least) if with_change else "N/A"
-    return one.pair.kind, one.pair.phrase, one.pair.shown, raw, used, change
-
-
-def _total_row(
-    pairs: Sequence[Pair],
-    weights: Sequence[float],
-    now: Sequence[float],
-    start: Sequence[float] | None,
-    rounding: Sequence[float],
-) -> tuple[str, ...]:
-    raw = sum(probability(value) * (-1 if pair.kind == "GOOD" else 1) for pair, value in zip(pairs, now, strict=True))
-    used = total(scores(now, weights))
-    least = total_rounding(weights, rounding)
-    change = "N/A" if start is None else percent(used - total(scores(start, weights)), signed=True, rounding=least)
-    own = percent(raw, RAW_WIDTH, rounding=math.hypot(*rounding))
-    return "", "Total (bad - good)", "", own, percent(used, rounding=least), change
-
-
-def _not_shown(count: int, pairs: int) -> str:
-    return f"not shown: {count} of {pairs} pairs, whose Used Prob has changed by {CHANGED:g} percentage points or less"
-
-
-def _moved_well(standings: Sequence[_PairRow]) -> str:
-    """How many pairs have gone where they should."""
-    bad = [one.move < 0 for one in standings if one.pair.kind == "BAD"]
-    good = [one.move > 0 for one in standings if one.pair.kind == "GOOD"]
-    return (
-        f"since the start: {sum(bad)} of {len(bad)} bad pairs less probable, "
-        f"{sum(good)} of {len(good)} good pairs more probable"
-    )
+    lines = table(header, rows, [totals], widths=WIDTHS)
+    if kind == "changed":
+        hidden = f"{len(pairs) - len(rows)} of {len(pairs)} pairs"
+        lines.append(f"not shown: {hidden}, whose Used Prob has changed by {CHANGED:g} percentage points or less")
+    if kind == "summary":
+        counts = Counter(pair.kind for pair in pairs)
+        lines.append(
+            f"since the start: {better['BAD']} of {counts['BAD']} bad pairs less probable, "
+            f"{better['GOOD']} of {counts['GOOD']} good pairs more probable"
+        )
+    return [*lines, "* the model's own probability - ** after weighting; lower totals are better"]
 
 
 class ResultRow(NamedTuple):
@@ -276,49 +249,34 @@ def overfit_lines(searched: Mapping[tuple[str, str], float], held_out: Mapping[t
     return [f"Improved on searched contexts only (overfit?): {', '.join(only)}"] if only else []
 
 
-@dataclass(frozen=True)
-class ScoredPairs:
-    """The pairs that models are scored by."""
-
-    searched: Sequence[Pair]
-    held_out: Sequence[Pair]
-    rounding: Sequence[float] = ()  # of the searched pairs' probabilities, if it is known
-
-    @property
-    def all(self) -> list[Pair]:
-        """The searched ones first."""
-        return [*self.searched, *self.held_out]
-
-
-def probability_table(pairs: ScoredPairs, models: Mapping[str, Sequence[float]]) -> list[str]:
-    """Each pair's probability in each model, the searched pairs first. No digit below its rounding is shown; of a pair
-    that is held out it is taken to be the largest of the others. models: probabilities of all pairs by model.
-    """
-    count = len(pairs.searched)
-    rounding = list(pairs.rounding) or [0.0] * count
-    rounding += [max(rounding, default=0.0)] * len(pairs.held_out)
+def probability_table(
+    searched: Sequence[Pair],
+    held_out: Sequence[Pair],
+    models: Mapping[str, Sequence[float]],
+    rounding: Sequence[float] = (),
+) -> list[str]:
+    """Each pair's probability in each model. models: the probabilities of all pairs, the searched ones first, by name.
+    rounding: of the searched pairs', below which no digit is shown; of the others the largest of it."""
+    count = len(searched)
+    roundings = [*(rounding or [0.0] * count), *[max(rounding, default=0.0)] * len(held_out)]
     rows = []
-    for pair, values, least in zip(pairs.all, zip(*models.values(), strict=True), rounding, strict=True):
+    for pair, *values, least in zip([*searched, *held_out], *models.values(), roundings, strict=True):
         shown = [percent(value, RAW_WIDTH, rounding=least) for value in values]
         rows.append((pair.kind, shortened(pair.phrase, PHRASE_WIDTH), shortened(pair.shown, CONTEXT_WIDTH), *shown))
     header = ("Type", "Phrase", "Context", *(shortened(name, NAME_WIDTH) for name in models))
-    held_out = f"; the last {len(pairs.held_out)} rows are held out" if pairs.held_out else ""
-    return [*table(header, rows[:count], rows[count:]), f"the models' own probabilities, without weights{held_out}"]
+    last = f"; held out: the last {counted(len(held_out), 'row')}" if held_out else ""
+    return [*table(header, rows[:count], rows[count:]), f"the models' own probabilities, without weights{last}"]
 
 
 def sample_lines(samples: Sequence[Sample]) -> list[str]:
     """Prompts and, below each, what base and merge have answered."""
-    texts = (
-        text
-        for one in samples
-        for text in (("Prompt:", one.prompt), ("  base:", ended(one.base)), ("  merge:", ended(one.merge)))
-    )
-    lines = [
-        f"{'' if number else name:<9}{line}"
-        for name, text in texts
-        for number, line in enumerate(text.strip().splitlines() or ["(nothing)"])
-    ]
-    return ["What base and merge answer, with the same seed:", *lines, ""] if lines else []
+    lines = ["What base and merge answer, with the same seed:"]
+    for sample in samples:
+        answers = ("  base:", ended(sample.base)), ("  merge:", ended(sample.merge))
+        for label, text in (("Prompt:", sample.prompt), *answers):
+            first, *more = text.strip().splitlines() or ["(nothing)"]
+            lines += [f"{label:<9}{first}", *(f"{'':<9}{line}" for line in more)]
+    return [*lines, ""] if samples else []
 
 
 def composition_lines(shares: Shares) -> list[str]:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from modules.checkpoints import Candidate, Models, check_space, fetching, remove_downloads
-from modules.config import Config, read_neutral_texts, without_folders
+from modules.config import Config, Pair, read_neutral_texts, without_folders
 from modules.metrics.evaluator import Evaluation, Evaluator
 from modules.model import HeaderSkipped, ModelLoader, Settings, matched_header, settings_of
 from modules.output import check_file, write_text
 from modules.output.tables import (
     ResultRow,
-    ScoredPairs,
     by_other_settings,
     probability_table,
     results_table,
@@ -65,18 +64,22 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
     config = loader.config
     console.warnings(doubtful_phrases(config.pairs))
     search, evaluator, scored = loader.in_range(lambda wide: _scored(wide, models))
-    pairs = ScoredPairs(config.pairs, evaluator.phrases.pairs, search.rounding)
+    held_out = evaluator.phrases.pairs
     console.lines(results_table([ResultRow(model.label, model.found.metrics) for model in scored]))
-    console.lines(probability_table(pairs, {model.name: model.probabilities for model in scored}))
+    probabilities = {model.name: model.probabilities for model in scored}
+    console.lines(probability_table(config.pairs, held_out, probabilities, search.rounding))
     if file:
-        document = _document(pairs, [*search.weights, *evaluator.phrases.weights], scored)
+        weights = [*search.weights, *evaluator.phrases.weights]
+        document = _document([*config.pairs, *held_out], len(config.pairs), weights, scored)
         write_text(file, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
         console.timed(f"All scores are in {file}")
     end(console, config, models.base)
 
 
-def _document(pairs: ScoredPairs, weights: Sequence[float], scored: Sequence[Scored]) -> dict[str, Any]:
-    """All scores for JSON, the base's first. weights: signed, of all pairs."""
+def _document(
+    pairs: Sequence[Pair], searched: int, weights: Sequence[float], scored: Sequence[Scored]
+) -> dict[str, Any]:
+    """All scores for JSON, the base's first. searched: how many pairs are; the others are held out. weights: signed."""
     models = [
         {
             "name": model.name,
@@ -87,9 +90,9 @@ def _document(pairs: ScoredPairs, weights: Sequence[float], scored: Sequence[Sco
         for model in scored
     ]
     phrases = []
-    for number, (pair, weight) in enumerate(zip(pairs.all, weights, strict=True)):
+    for number, (pair, weight) in enumerate(zip(pairs, weights, strict=True)):
         probabilities = {model.name: model.probabilities[number] for model in scored}
-        more = {"weight": abs(weight), "held_out": number >= len(pairs.searched), "probabilities": probabilities}
+        more = {"weight": abs(weight), "held_out": number >= searched, "probabilities": probabilities}
         phrases.append({**pair.written(), **more})
     return {"models": models, "phrases": phrases}
 

@@ -135,7 +135,7 @@ def finish(
     drawn = {
         MERGE_MAP_FILE: lambda: merge_map(recipe, folder / MERGE_MAP_FILE),
         PHRASE_CHART_FILE: lambda: phrase_chart(recipe, folder / PHRASE_CHART_FILE),
-        CARD_FILE: lambda: write_card(folder, recipe, output.name, base.path, (MERGE_MAP_FILE, PHRASE_CHART_FILE)),
+        CARD_FILE: lambda: write_card(folder, recipe, output.name, (MERGE_MAP_FILE, PHRASE_CHART_FILE)),
     }
     for file, write in drawn.items():
         try:
