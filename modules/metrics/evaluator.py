@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modules.checkpoints import Candidate
@@ -24,7 +24,7 @@ class Evaluation:
 
     metrics: dict[str, float]  # by name; what can't be measured, or is no number, is missing
     searched: tuple[float, ...]  # joint log-probabilities of the searched pairs
-    held_out: tuple[float, ...] = field(default=())  # and of those that are held out
+    held_out: tuple[float, ...]  # and of those that are held out
 
 
 class Evaluator:
@@ -41,6 +41,12 @@ class Evaluator:
             self._at_steps = [measure for metric, measure in prepared if measure is not None and metric.every_step]
             (self.phrases,) = [measure for measure in self._measures if isinstance(measure, PhraseTotals)]
             self.start = self.now = self._evaluated()
+
+    def take_noted_scores(self) -> None:
+        """The search goes on from scores of the base that an earlier run has noted."""
+        searched = tuple(self._search.log_probabilities)
+        totals = self.phrases.totals(searched, self.start.held_out)
+        self.start = replace(self.start, searched=searched, metrics=self.start.metrics | _numbers(totals))
 
     def evaluate(self) -> Evaluation:
         """The model as it is now, `now` from here on."""

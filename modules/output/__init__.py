@@ -22,5 +22,5 @@ from modules.output.recipe import (
     write_recipe,
 )
 from modules.output.records import Sample, Source
-from modules.output.run_record import RunRecord, begun_run, drift_of, metrics_of
+from modules.output.run_record import RunRecord, begun_run
 from modules.output.text_files import check_file, files_left, write_text

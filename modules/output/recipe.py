@@ -18,7 +18,6 @@ from modules.output.changes import changes_between, rendered_in, run_of
 from modules.output.records import (
     FORMAT,
     ComputeDtype,
-    Count,
     Decided,
     Metrics,
     Mixed,
@@ -55,7 +54,6 @@ class Recipe(Record):
     metrics_after: dict[str, Metrics]
     baselines: dict[str, Metrics]
     rounding: Number = 0.0
-    neutral_tokens: Count = 0
     joint: Mixed | None = None
     samples: list[Sample]
     composition: dict[str, Number]
@@ -69,19 +67,14 @@ class Recipe(Record):
             raise ValueError("its sources are not numbered from 0")
         if any(decision.candidate not in numbers[1:] for decision in self.decisions):
             raise ValueError("a decision is on no source")
-        if self.figures("total") is None:
-            raise ValueError("metrics lack the totals of base and merge")
+        if set(self.metrics) != {"base", "merge"}:
+            raise ValueError("metrics lack those of base or merge")
         if self.joint:
             rows = [self.joint.start, *self.joint.slopes.values()]
             form = [len(row) for row in self.joint.shares]
             if any(count != len(numbers) - 1 for count in form) or any([*map(len, row)] != form for row in rows):
                 raise ValueError("shares are on no source, or slopes on no share")
         return self
-
-    def figures(self, name: str) -> tuple[float, float] | None:
-        """A metric of the base and of the merge; None if it was not measured."""
-        found = [self.metrics.get(model, {}).get(name) for model in ("base", "merge")]
-        return None if None in found else tuple(found)
 
     def accepted_of(self, number: int) -> list[Decided]:
         """The decisions that merged something of a candidate."""

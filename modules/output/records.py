@@ -32,7 +32,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[int | float, Field(ge=-sys.float_info.max, le=sys.float_info.max)]
 Numbers = Annotated[tuple[Number, ...], Strict(False)]
 Rows = Annotated[tuple[Numbers, ...], Strict(False)]  # one for each layer, with a number for each candidate
-Metrics = dict[str, Number]  # by name: total, held_out, kl (nats per token), top1 (0 to 1), perplexity
+Metrics = dict[str, Number]  # by name
 ComputeDtype = Literal[COMPUTE_DTYPES[1:]]
 # JSON has no infinity: a probability of zero, whose logarithm that is, is written as null.
 LogProbability = Annotated[
@@ -118,7 +118,7 @@ class Decided(Record):
     before: int | float  # a total may be too large for a number
     after: int | float
     log_probabilities: LogProbabilities
-    metrics: Metrics = {}  # kl, where it is guarded against
+    metrics: Metrics = {}  # those that are weighed or limited, afterwards
     warning: str | None
     note: str | None
     packing: Packed | None = None
@@ -128,15 +128,15 @@ class Decided(Record):
     @property
     def decision(self) -> Decision:
         """The decision as it was before it was written down."""
-        numbers = self.before, self.after, self.log_probabilities, self.metrics.get("kl")
+        numbers = self.before, self.after, self.log_probabilities, self.metrics
         return Decision(self.model, self.layer, self.method, self.ratio, *numbers, self.warning, self.note)
 
 
 class Mixed(Record):
-    """A joint search: where its steps begin, how total and KL change there with each share; what it has kept."""
+    """A joint search: where its steps begin, how each metric changes there with each share; what it has kept."""
 
     start: Rows
-    slopes: dict[Literal["total", "kl"], Rows]
+    slopes: dict[str, Rows]  # of the total and of the metrics that are weighed
     shares: Rows = ()
     steps: list[Metrics] = []  # what each began with, and its seconds
 

@@ -8,7 +8,7 @@ other than its own.
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,8 +19,8 @@ from modules.output.changes import compare_fingerprints, named, refuse_changes, 
 from modules.output.journal import Journal, Line, damaged
 from modules.output.recipe import Recipe
 from modules.output.records import LINES, Decided, Metrics, Phrase, Record, Rows, Run, Sample, Scored, Source
-from modules.scoring import Drift, Packing
-from modules.search import Decision, Shares, probability, scores, total, total_rounding
+from modules.scoring import Packing
+from modules.search import Decision, Shares, probability, total_rounding
 
 # Pairs, their signed weights, joint log-probabilities before and after.
 ScoredPairs = tuple[Sequence[Pair], Sequence[float], Sequence[float], Sequence[float]]
@@ -119,10 +119,7 @@ class RunRecord:
 
     def decided(self, number: int, decision: Decision, **fields: Any) -> None:
         """Note a decision on a candidate; fields: what else there is to say of it."""
-        told = asdict(decision)
-        drift = told.pop("drift")
-        metrics = {} if drift is None else {"kl": drift}
-        self.note("decision", candidate=number, **told, metrics=metrics, **fields)
+        self.note("decision", candidate=number, **asdict(decision), **fields)
 
     @property
     def was_widened(self) -> bool:
@@ -166,7 +163,7 @@ class RunRecord:
         weights: Sequence[float],
         scores_now: Sequence[float],
         composition: Shares,
-        drift: Drift | None,
+        metrics: Mapping[str, Metrics],
         held_out: ScoredPairs,
         samples: Sequence[Sample],
         model: Mapping[str, str | None],
@@ -175,16 +172,10 @@ class RunRecord:
     ) -> Recipe:
         """Everything that another person needs to build the same model and to see what it is; see docs/recipe.md.
 
-        held_out: the pairs that were, maybe none. model: device, compute dtype, saved dtype. seconds: by phase; those
-        of the search are in the journal. shares: of a joint search.
+        metrics: of base and merge. held_out: the pairs that were, maybe none. model: device, compute and saved dtype.
+        seconds: by phase; those of the search are in the journal. shares: of a joint search.
         """
         begun, start, ends = self._lines["run"][0], self._lines["start"][0], self._lines["candidate"]
-        before, now = {"total": total(scores(start.log_probabilities, weights))}, metrics_of(drift)
-        now |= {"total": total(scores(scores_now, weights))}
-        if held_out[0]:
-            before["held_out"], now["held_out"] = (total(scores(values, held_out[1])) for values in held_out[2:])
-        if drift:
-            before |= {"kl": 0.0, "top1": 1.0, "perplexity": drift.base_perplexity}
         joint = None
         if shares:
             steps = [line.metrics | {"seconds": line.seconds} for line in self._lines["step"]]
@@ -201,11 +192,10 @@ class RunRecord:
             failures={str(line.number): line.failure for line in ends if line.failure},
             phrases=_phrases(pairs, weights, start.log_probabilities, scores_now, start.rounding),
             held_out=_phrases(*held_out),
-            metrics={"base": before, "merge": now},
+            metrics=dict(metrics),
             metrics_after={str(line.number): line.metrics for line in ends if line.metrics},
             baselines={str(line.number): line.metrics for line in self._lines["baseline"]},
             rounding=total_rounding(weights, start.rounding) if start.rounding else 0.0,
-            neutral_tokens=drift.tokens if drift else 0,
             joint=joint,
             samples=list(samples),
             composition=dict(composition),
@@ -223,20 +213,6 @@ def begun_run(records: Sequence[Line]) -> Run | None:
         return Run.model_validate({**_without_kind(records[0]), "computed": computed[-1]})
     except (IndexError, ValidationError):
         return None
-
-
-def metrics_of(drift: Drift | None) -> Metrics:
-    """How far a model is from the base on neutral text; nothing where that is not known."""
-    if drift is None:
-        return {}
-    return {"kl": drift.divergence, "top1": drift.agreement, "perplexity": drift.perplexity}
-
-
-def drift_of(metrics: Metrics, base: Drift | None) -> Drift | None:
-    """The same as it was measured, where it was. base: of the base, on the same texts."""
-    if base is None or "kl" not in metrics:
-        return None
-    return replace(base, divergence=metrics["kl"], agreement=metrics["top1"], perplexity=metrics["perplexity"])
 
 
 def _without_kind(record: Line) -> Line:

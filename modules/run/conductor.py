@@ -12,7 +12,7 @@ from modules.checkpoints import Candidate, Prefetcher, remove_downloads
 from modules.config import Config
 from modules.metrics.evaluator import Evaluator
 from modules.model import FALLBACK
-from modules.output import RunRecord, drift_of, metrics_of
+from modules.output import RunRecord
 from modules.output import tables as report
 from modules.output.advice import Searched, advice, beyond_limit
 from modules.output.tables import ResultRow, by_other_settings, results_table
@@ -98,7 +98,10 @@ class Conductor:
         """Show how the base stands, and go on from where an earlier run has left it; the base's scores."""
         self._tell_notes()
         self._show_table(table, whole_in_log=True)
-        return resume_search(self.console, self.search, self.record, resume)
+        start = resume_search(self.console, self.search, self.record, resume)
+        if self.evaluator:
+            self.evaluator.take_noted_scores()
+        return start
 
     def _show_table(self, kind: str, start: Sequence[float] | None = None, whole_in_log: bool = False) -> None:
         state = self.config.pairs, self.search.weights, self.search.log_probabilities, start

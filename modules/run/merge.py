@@ -163,7 +163,7 @@ def _merge(
         state = config.pairs, search.weights, search.log_probabilities
         phrases, start, now = evaluator.phrases, evaluator.start, evaluator.now
         held_out = phrases.pairs, phrases.weights, start.held_out, now.held_out
-        measured = start.metrics, now.metrics, held_out, samples
+        measured = {"base": start.metrics, "merge": now.metrics}, held_out, samples
         recipe = record.recipe(*state, composition, *measured, search.model.dtypes(), seconds, conductor.shares)
         finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
     end(console, config, models.base, config.directories.output_directory)
