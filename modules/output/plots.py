@@ -188,8 +188,9 @@ def _draw_metrics(axes: Axes, recipe: Recipe) -> None:
     for column in drawn:
         values = {number: found[column.name] for number, found in recipe.metrics_after.items() if column.name in found}
         ends = [sum(line.candidate <= int(number) for line in recipe.decisions) for number in values]
+        base = recipe.metrics["base"].get(column.name, 0.0)
         right = axes.twinx()
-        (line,) = right.plot([0, *ends], [0.0, *values.values()], linestyle="--", marker="D", markersize=4)
+        (line,) = right.plot([0, *ends], [base, *values.values()], linestyle="--", marker="D", markersize=4)
         line.set(color=DRIFT, linewidth=1, clip_on=False)
         right.spines["right"].set(visible=True, color=DRIFT)
         right.tick_params(axis="y", colors=DRIFT)

@@ -212,7 +212,9 @@ def test_the_drift_after_each_candidate(place, candidates):
     (curve,) = right.lines
     assert list(curve.get_xdata()) == [33 * number for number in range(candidates + 1)]
     assert list(curve.get_ydata()) == [0, *drifts.values()]
-    assert "Drift (KL" in right.get_ylabel() and right.get_ylim()[0] == 0 and right.get_xlim() == lower.get_xlim()
+    assert (
+        right.get_ylabel() == "KL to base, dashed" and right.get_ylim()[0] == 0 and right.get_xlim() == lower.get_xlim()
+    )
     assert len(legend_of(figure)) == candidates + 1
     assert_nothing_is_cut_off(figure)
     drawn(figure, place)

@@ -59,7 +59,7 @@ def make_recipe(layers=4, candidates=2, headers=True, drift=True, names=None, sc
 
     shares = shares or rows(lambda: rng.choice((0.0, round(rng.random(), 2))))
     slopes = {"total": rows(lambda: rng.gauss(0, 1) * scale)}
-    slopes |= {"kl": rows(lambda: rng.gauss(0, 1) * scale / 10)} if drift else {}
+    slopes |= {"trial_kl": rows(lambda: rng.gauss(0, 1) * scale / 10)} if drift else {}
     means = [math.fsum(column) / len(shares) for column in zip(*shares, strict=True)]
     return Recipe.model_validate(
         {
@@ -106,7 +106,7 @@ def texts(axes):
 
 
 def unit_of(axes):
-    return float(re.search(r"in\s+units\s+of\s+(\S+):", axes.get_title("left"))[1])
+    return float(re.search(r"\(x\s+(\S+);", axes.get_title("left"))[1])
 
 
 def with_base(rows):
@@ -134,10 +134,10 @@ def test_shares_and_slopes_are_the_recipe_s(place, layers, candidates):
     assert labels_of(shares.xaxis) == ["base", *numbers]
     assert texts(shares) == [[f"{share:.2f}".replace("-0.00", "0.00") for share in row] for row in cells(shares)]
     for axes, what, slopes in (
-        (total, "total", joint.slopes["total"]),
-        (drift, "drift", joint.slopes["kl"]),
+        (total, "Total", joint.slopes["total"]),
+        (drift, "KL in trials", joint.slopes["trial_kl"]),
     ):
-        assert f"the {what} changes" in axes.get_title("left").replace("\n", " ")
+        assert f"Effect of each weight on {what} at" in axes.get_title("left").replace("\n", " ")
         unit = unit_of(axes)
         assert np.array(cells(axes)) * unit == pytest.approx(np.array(slopes))
         assert 1 <= np.abs(cells(axes)).max() < 10
@@ -211,7 +211,7 @@ def test_layers_that_were_not_searched_are_shown_as_unknown():
     shares, slopes = [[0.0, 0.0], [0.3, 0.0], [0.0, 0.0], [0.0, 0.0], [0.4, 0.0]], [[0.0, 0.0]] * 5
     recipe = make_recipe(shares=shares)
     settings = replace(recipe.settings, layers=(1, 2))
-    joint = recipe.joint.model_copy(update={"slopes": {"total": slopes, "kl": slopes}})
+    joint = recipe.joint.model_copy(update={"slopes": {"total": slopes, "trial_kl": slopes}})
     figure = share_map_figure(recipe.model_copy(update={"settings": settings, "joint": joint}))
     for axes in panels(figure):
         rows = axes.collections[0].get_array()
@@ -265,13 +265,13 @@ def test_a_run_s_merge_map_is_this_picture(found, place):
     shares, total, drift = panels(share_map_figure(found))
     assert np.array(cells(shares)) == pytest.approx(np.array(with_base(found.joint.shares)))
     assert np.array(cells(total)) * unit_of(total) == pytest.approx(np.array(found.joint.slopes["total"]))
-    assert np.array(cells(drift)) * unit_of(drift) == pytest.approx(np.array(found.joint.slopes["kl"]))
+    assert np.array(cells(drift)) * unit_of(drift) == pytest.approx(np.array(found.joint.slopes["trial_kl"]))
     rows = cells(shares)
     means = np.average([*rows, rows[-1]], axis=0, weights=sizes(folder / "base"))
     assert found.composition == pytest.approx(dict(zip(("base", "one", "two"), means, strict=True)))
 
 
-@pytest.mark.parametrize("key", ["start", "total", "kl"])
+@pytest.mark.parametrize("key", ["start", "total", "trial_kl"])
 @pytest.mark.parametrize("rows", [[[0.1, 0.2]], [[0.1]] * 5, [[0.1, 0.2]] * 4 + [[0.1]], []], ids=str)
 def test_a_recipe_without_a_slope_for_each_share_is_refused(key, rows):
     recipe = make_recipe().written()
