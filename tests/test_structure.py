@@ -16,6 +16,7 @@ PACKAGES = (
     "model",
     "scoring",
     "search",
+    "metrics",
     "output",
     "mapper",
     "discovery",

@@ -3,7 +3,8 @@
 Knows: types with their limits, what can be a path, a model's name, an output. Refuses to know: which keys there are.
 
 A check that a value fails raises ValueError with what is allowed. Its `info.context` names the keys that lead to
-candidates of which none is read: there they may still be missing.
+candidates of which none is read: there they may still be missing. DUMPED in it: they are values of `Config.dumped`,
+and their paths were checked when the file was read.
 """
 
 import difflib
@@ -33,6 +34,8 @@ from modules.config.choices import ACCELERATORS, DEVICE_PATTERN, DEVICES, STRATE
 from modules.config.excerpts import shown
 from modules.config.locations import missing_folder, parse_location, parse_source
 from modules.merging.methods import METHODS, parsed, spelled
+
+DUMPED = "dumped"
 
 # What the scripts of demo/ make.
 MADE_BY = {
@@ -295,25 +298,38 @@ def _path(text: str) -> Path:
     return path
 
 
-def _any_path(text: str) -> str:
-    return str(_path(text))
+def is_dumped(info: ValidationInfo) -> bool:
+    """Whether the values come from `Config.dumped`."""
+    return DUMPED in (info.context or ())
+
+
+def _any_path(text: str, info: ValidationInfo) -> str:
+    return text if is_dumped(info) else str(_path(text))
 
 
 def _folder(text: str, info: ValidationInfo) -> str:
+    if is_dumped(info):
+        return text
     path = _path(text)
     if "model_directory" not in (info.context or ()) and not path.is_dir():
         raise ValueError("no such folder")
     return str(path)
 
 
+def _base(text: str, info: ValidationInfo) -> str:
+    return _model_named(text, parse_location, info)
+
+
 def _candidate(text: str, info: ValidationInfo) -> str:
     """A model, an adapter, or both joined by a plus."""
     not_read = "models_to_merge" in (info.context or ())
-    return _any_path(text) if not_read else _model_named(text, parse_source)
+    return _any_path(text, info) if not_read else _model_named(text, parse_source, info)
 
 
-def _model_named(text: str, parse: Callable[[str], object]) -> str:
+def _model_named(text: str, parse: Callable[[str], object], info: ValidationInfo) -> str:
     """A folder or an id of the hub. Whether the hub has it can't be known here."""
+    if is_dumped(info):
+        return text
     path = _path(text)
     if parse(text) is None:
         script = MADE_BY.get(path.as_posix())
@@ -322,7 +338,11 @@ def _model_named(text: str, parse: Callable[[str], object]) -> str:
     return text
 
 
-def _output(text: str) -> str:
+def _output(text: str, info: ValidationInfo) -> str:
+    if is_dumped(info):
+        return text
+    if not text:
+        raise ValueError("expected text")
     path = _path(text)
     try:
         whole = path.resolve()
@@ -340,6 +360,6 @@ def _output(text: str) -> str:
 AnyPath = Annotated[Text, AfterValidator(_any_path)]
 Paths = Annotated[tuple[AnyPath, ...], BeforeValidator(listed)]
 Folder = Annotated[Text, AfterValidator(_folder)]
-Model = Annotated[Text, AfterValidator(lambda text: _model_named(text, parse_location))]
+Model = Annotated[Text, AfterValidator(_base)]
 Candidates = Annotated[tuple[Annotated[Text, AfterValidator(_candidate)], ...], BeforeValidator(listed)]
-Output = Annotated[Text, AfterValidator(_output)]
+Output = Annotated[EmptyOrText, AfterValidator(_output)]

@@ -27,4 +27,4 @@ def set_aside(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair
         # Drawn for each phrase by itself: another phrase in the list changes nothing.
         aside.update(random.Random(f"{seed} {kind} {phrase}").sample(numbers, min(count, len(numbers) - 1)))
     searched = [pair for number, pair in enumerate(pairs) if number not in aside]
-    return searched, [pairs[number] for number in sorted(aside)]
+    return searched, [Pair(**vars(pairs[number])) for number in sorted(aside)]  # where they stand now says it all

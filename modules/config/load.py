@@ -77,9 +77,11 @@ def load_config(
         more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
         lines = [f"  {line}" for line in [*found[:_MOST_ERRORS], *more]]
         raise ConfigError(f"{path} has {counted(len(found), 'error')}:", *lines)
-    values, pairs = vars(settings), [_pairs_of((settings, *lists), key) for key in PHRASES]
+    values, pairs = dict(vars(settings)), [_pairs_of((settings, *lists), key) for key in PHRASES]
     if mapping:
-        return Config(**{**values, **dict(zip(PHRASES, pairs, strict=True))}, text=main.text)
+        for key, some in zip(PHRASES, pairs, strict=True):
+            values[key] = tuple(Pair(**vars(pair)) for pair in some)
+        return Config(**values, text=main.text)
     (bad, no_bad), (good, no_good) = (set_aside(some, settings.held_out, settings.random_seed) for some in pairs)
     if not bad and not good:
         raise ConfigError(f"{path}: every phrase is held out; there is nothing to search with")

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationInfo
 
 from modules.config.excerpts import shown
-from modules.config.fields import Boolean, EmptyOrText, Role, Text, Weight, keys_of, listed
+from modules.config.fields import Boolean, EmptyOrText, Role, Text, Weight, is_dumped, keys_of, listed
 from modules.runtime import one_line, shortened
 
 MOST_PAIRS = 100_000
@@ -37,6 +37,7 @@ class Message:
 class Chat:
     """A context as a chat: its turns, and how the answer to them begins."""
 
+    __pydantic_config__ = CLOSED
     messages: tuple[Message, ...]
     answer: str = ""
 
@@ -50,6 +51,7 @@ class Chat:
 class Pair:
     """One phrase in one context: the unit that is scored."""
 
+    __pydantic_config__ = CLOSED
     kind: str  # "BAD" or "GOOD"
     phrase: str
     context: str  # of a chat, once it is rendered, all that stands before the phrase, special tokens included
@@ -180,13 +182,16 @@ class Phrase:
     continue: ...}, which is a chat."""
 
 
+_PAIRS = TypeAdapter(tuple[Pair, ...])
 _PHRASES = TypeAdapter(Annotated[tuple[Annotated[Phrase, keys_of(Phrase)], ...], BeforeValidator(listed)])
 
 
 def _pairs(kind: str) -> PlainValidator:
     """For a tuple of pairs: made of a list of phrases."""
 
-    def pairs(value: Any) -> tuple[Pair, ...]:
+    def pairs(value: Any, info: ValidationInfo) -> tuple[Pair, ...]:
+        if is_dumped(info):
+            return _PAIRS.validate_python(value)
         return tuple(pair for phrase in _PHRASES.validate_python(value) for pair in _in_contexts(kind, phrase))
 
     return PlainValidator(pairs, json_schema_input_type=list[Phrase])

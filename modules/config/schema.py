@@ -6,14 +6,17 @@ read.
 `python -m modules.run.schema > modules/config/schema.json` writes the JSON schema anew after a change.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, Self
 
 from pydantic import Field, TypeAdapter
 
 import modules.config.fields as kinds
 from modules.config.phrase_lists import (
     CLOSED,
+    PHRASES,
     BadPhrases,
     ChatContext,
     Context,
@@ -235,6 +238,19 @@ class Config(Settings):
     def prompts(self) -> tuple[str, ...]:
         """What base and merge are asked."""
         return kinds.SAMPLES if self.samples is None else self.samples
+
+    def dumped(self) -> dict[str, Any]:
+        """All keys as JSON has them, pairs with their rendered chats in place of phrase lists; without the text."""
+        pairs = {key: [pair.written() for pair in getattr(self, key)] for key in (*PHRASES, "held_out_pairs")}
+        values = {key: value for key, value in {**asdict(self), **pairs}.items() if key != "text"}
+        return json.loads(json.dumps(values))
+
+    @classmethod
+    def loaded(cls, values: Mapping[str, Any], text: str = "") -> Self:
+        """The configuration that was dumped; nothing is looked for on the disk. Raises ValueError if it is none."""
+        return TypeAdapter(Annotated[cls, kinds.keys_of(cls)]).validate_python(
+            {**values, "text": text}, context=(kinds.DUMPED,)
+        )
 
 
 CONFIG_KEYS = tuple(key.name for key in fields(Settings))

@@ -3,16 +3,24 @@
 Knows: files and wording. Refuses to know: how anything was found.
 """
 
-from modules.output.changes import compare_fingerprints, computed_in
+from modules.output.card_settings import settings_file
+from modules.output.changes import compare_fingerprints, rendered_in
 from modules.output.comparison import comparison
 from modules.output.folder import Unfinished, check_output, held_place, stamp, unfinished_output, what_stands
-from modules.output.journal import JournalCopy
+from modules.output.journal import JOURNAL_FILE, Journal, Line, read_journal
 from modules.output.mergekit import Names, about_digits, check_sums, mergekit_text
 from modules.output.model_card import CARD_FILE, write_card
 from modules.output.places import SETTINGS_FILE, Place, place_of, written_paths
 from modules.output.plots import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
-from modules.output.public import Public
-from modules.output.recipe import Recipe, is_finished, located, read_outputs, read_recipe, rebuilt, write_recipe
-from modules.output.records import JointStart, Sample, Settings, Source, rendered_in
+from modules.output.recipe import (
+    Recipe,
+    find_source,
+    folders_of,
+    is_finished,
+    read_outputs,
+    read_recipe,
+    write_recipe,
+)
+from modules.output.records import Sample, Source
 from modules.output.run_record import RunRecord, begun_run
 from modules.output.text_files import check_file, files_left, write_text

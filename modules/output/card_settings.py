@@ -3,15 +3,11 @@
 Knows: which keys are for everybody, how phrases are written as lists. Refuses to know: Markdown.
 """
 
-import json
-import os
-from dataclasses import asdict
 from typing import Any
 
 import yaml
 
-from modules.config import Directories, names_folder
-from modules.config import Settings as Keys
+from modules.config import Config, Directories, names_folder
 from modules.output.recipe import Recipe
 from modules.output.records import Phrase, Source
 from modules.runtime import spans
@@ -19,27 +15,28 @@ from modules.runtime import spans
 # Paths, what the lists of phrases say instead, and what makes no difference to the model.
 _NOT_TOLD = (
     *("directories", "models_to_merge", "bad_phrases", "good_phrases", "phrase_files", "held_out_files", "held_out"),
-    *("system", "on_error", "keep_downloads", "mapper"),
+    *("held_out_pairs", "system", "on_error", "keep_downloads", "mapper"),
 )
-_DEFAULTS: dict[str, Any] = json.loads(json.dumps(asdict(Keys(Directories("", "")))))  # as a recipe has them
+_DEFAULTS = Config(Directories("", "")).dumped()
 _WIDTH = 110  # of a line
 
 
-def settings_yaml(recipe: Recipe) -> str:
-    """The models, and all settings that are not the default."""
+def settings_yaml(recipe: Recipe, output: str = "") -> str:
+    """The models, and all settings that are not the default. output: the name of its folder, if that is told."""
     base, *candidates = map(_said, recipe.sources)
-    told: dict[str, Any] = {"directories": {"model_path1": base}, "models_to_merge": candidates}
-    given = recipe.settings.written()
-    for key in (key for key in _DEFAULTS if key not in _NOT_TOLD and key in given):
-        if given[key] != _DEFAULTS[key]:
-            told[key] = given[key]
-    if isinstance(told.get("neutral_texts"), list):
-        told["neutral_texts"] = [os.path.basename(str(file)) for file in told["neutral_texts"]]
-    if told.get("tokenizer"):
-        told["tokenizer"] = os.path.basename(told["tokenizer"])
+    directories = {"model_path1": base, **({"output_directory": output} if output else {})}
+    told: dict[str, Any] = {"directories": directories, "models_to_merge": candidates}
+    for key, value in recipe.settings.dumped().items():
+        if key not in _NOT_TOLD and value != _DEFAULTS[key]:
+            told[key] = value
     if recipe.settings.layers:
         told["layers"] = [int(span) if span.isdigit() else span for span in spans(recipe.settings.layers)]
     return _written(told)
+
+
+def settings_file(recipe: Recipe, output: str) -> str:
+    """Settings and phrase lists as a file that can be run again. output: the name of its folder."""
+    return f"# Models go by their names: write where they lie.\n{settings_yaml(recipe, output)}{phrases_yaml(recipe)}"
 
 
 def _said(source: Source) -> str:
@@ -50,9 +47,8 @@ def _said(source: Source) -> str:
 def phrases_yaml(recipe: Recipe) -> str:
     """All phrases as lists, those that are held out marked as such."""
     lists: dict[str, list[dict[str, Any]]] = {}
-    held_out = recipe.held_out.phrases if recipe.held_out else []
     weighed = not recipe.settings.auto_weights
-    for phrases, more in ((recipe.phrases, {}), (held_out, {"held_out": True})):
+    for phrases, more in ((recipe.phrases, {}), (recipe.held_out, {"held_out": True})):
         for phrase in phrases:
             entries = lists.setdefault(f"{phrase.kind.lower()}_phrases", [])
             weight = abs(phrase.weight) if weighed else 1

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from modules.output.filesystem import Stamp, stamp_of, sync
-from modules.output.journal import JOURNAL_FILE, Journal, begun_with
+from modules.output.journal import JOURNAL_FILE, Journal, open_journal, read_journal
 from modules.output.places import SETTINGS_FILE, UNFINISHED, Beside, Inside, Place, holds_output, place_of
 from modules.runtime import CheckpointError, ConfigError, Console, counted
 
@@ -105,7 +105,7 @@ def unfinished_output(
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(place.refusal(error)) from None
-    with closing(Journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
+    with closing(open_journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
         if journal.decisions and not resume:
             advice = "add --resume to go on from there, or --restart to begin again"
             advice = advice if searching else "finish that search, delete this folder, or name another --output"
@@ -156,7 +156,7 @@ def what_stands(output: Path, earlier: Stamp, searching: bool = True) -> str:
     """
     places = _places(output)
     half = [path for place in places for path in place.parts if path.is_dir() and path.name.startswith(".")]
-    kept = [place.partial for place in places if searching and begun_with(place.partial / JOURNAL_FILE)]
+    kept = [place.partial for place in places if searching and read_journal(place.partial / JOURNAL_FILE)]
     if half and (len(half) > 1 or not holds_output(output)):
         text = f"The output is in {' and '.join(map(str, half))}: the next command for {output} puts it into its place."
     elif holds_output(output) and stamp(output) != earlier:

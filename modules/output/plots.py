@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from modules.metrics.registry import columns_of
 from modules.output.recipe import Recipe
 from modules.output.records import Phrase
 from modules.output.share_map import share_map_figure
@@ -85,8 +86,7 @@ def merge_map_figure(recipe: Recipe) -> Figure:
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])
     _draw_shares(upper, dict(zip(labels, colours.items(), strict=True)), parts, width)
     _draw_path(lower, colours, decisions, width)
-    if recipe.drift_after:
-        _draw_drift(lower, recipe)
+    _draw_metrics(lower, recipe)
     figure.legend(loc="outside lower center", ncols=side_by_side, frameon=False)
     return figure
 
@@ -182,17 +182,20 @@ def _draw_path(axes: Axes, colours: Mapping[str, Any], decisions: Sequence[Decis
     axes.set(xlabel="Decision", ylabel="Total score, lower is better")
 
 
-def _draw_drift(axes: Axes, recipe: Recipe) -> None:
-    """The drift after each candidate's decisions, on an axis of its own at the right; the base's is 0."""
-    drifts = {int(number): drift.divergence for number, drift in recipe.drift_after.items()}
-    ends = [sum(line.candidate <= number for line in recipe.decisions) for number in drifts]
-    right = axes.twinx()
-    right.plot([0, *ends], [0.0, *drifts.values()], color=DRIFT, linewidth=1, linestyle="--", marker="D", markersize=4)
-    right.lines[0].set_clip_on(False)
-    right.spines["right"].set(visible=True, color=DRIFT)
-    right.tick_params(axis="y", colors=DRIFT)
-    right.set_ylim(0, max(_LEAST_DRIFT, 1.05 * max(drifts.values())))
-    right.set_ylabel("Drift (KL per token), dashed", color=DRIFT)
+def _draw_metrics(axes: Axes, recipe: Recipe) -> None:
+    """The metrics that are drawn after each candidate's decisions, on an axis of their own at the right."""
+    drawn = [column for column in columns_of(*recipe.metrics_after.values()) if column.is_drawn]
+    for column in drawn:
+        values = {number: found[column.name] for number, found in recipe.metrics_after.items() if column.name in found}
+        ends = [sum(line.candidate <= int(number) for line in recipe.decisions) for number in values]
+        base = recipe.metrics["base"].get(column.name, 0.0)
+        right = axes.twinx()
+        (line,) = right.plot([0, *ends], [base, *values.values()], linestyle="--", marker="D", markersize=4)
+        line.set(color=DRIFT, linewidth=1, clip_on=False)
+        right.spines["right"].set(visible=True, color=DRIFT)
+        right.tick_params(axis="y", colors=DRIFT)
+        right.set_ylim(0, max(_LEAST_DRIFT, 1.05 * max(values.values())))
+        right.set_ylabel(f"{column.label}, dashed", color=DRIFT)
 
 
 def _gain(pair: Phrase) -> float:

@@ -1,34 +1,32 @@
 """The recipe: all that is needed to build a model again, in one file beside it.
 
-Knows: what the recipe holds and how it is read back. Refuses to know: how a model is built.
+Knows: what the recipe holds, how it is read back, where its sources are looked for. Refuses to know: how a model is
+built.
 """
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import ValidationError, model_validator
 
-from modules.config import COMPUTE_DTYPES, DTYPES, Config, parts_of
-from modules.output.changes import changes_between, run_of
-from modules.output.public import Public, found_again, relative
+from modules.config import DTYPES, Config, names_folder
+from modules.output.changes import changes_between, rendered_in, run_of
 from modules.output.records import (
     FORMAT,
-    Baseline,
+    ComputeDtype,
     Decided,
-    Drifted,
-    HeldOut,
-    Joint,
+    Metrics,
+    Mixed,
     Number,
     Phrase,
     Record,
     Sample,
     Settings,
     Source,
-    Total,
-    rendered_in,
 )
 from modules.runtime import ConfigError, naming, open_input
 from modules.scoring import with_texts
@@ -36,48 +34,46 @@ from modules.search import improved
 
 RECIPE_FILE = "merge_monster_recipe.json"
 
-ComputeDtype = Literal[COMPUTE_DTYPES[1:]]
-Dtype = Literal[DTYPES[1:]]
-
 
 class Recipe(Record):
     """What docs/recipe.md explains, key by key."""
 
     format: Literal[FORMAT]
     program: str
-    libraries: dict[str, Any] | None = None
+    libraries: dict[str, str]
     settings: Settings
-    folder: str = ""  # where relative paths began, from the output on; younger than recipes are
-    config: str
     device: str
     dtype: ComputeDtype
-    saved_dtype: Dtype | None = None
+    saved_dtype: Literal[DTYPES[1:]] | None
     sources: list[Source]
     decisions: list[Decided]
     failures: dict[str, str]
     phrases: list[Phrase]
-    total: Total
-    baselines: list[Baseline] | None = None
-    held_out: HeldOut | None = None
-    joint: Joint | None = None
-    drift: Drifted | None = None
-    drift_after: dict[str, Drifted] | None = None
-    samples: list[Sample] | None = None
+    held_out: list[Phrase]
+    metrics: dict[Literal["base", "merge"], Metrics]
+    metrics_after: dict[str, Metrics]
+    baselines: dict[str, Metrics]
+    rounding: Number = 0.0
+    joint: Mixed | None = None
+    samples: list[Sample]
     composition: dict[str, Number]
     seconds: dict[str, Number]
 
     @model_validator(mode="after")
-    def _sources_are_known(self) -> Self:
+    def _is_sound(self) -> Self:
         # A number is missing where a candidate was given up before it could be opened.
         numbers = [source.number for source in self.sources]
         if numbers[:1] != [0] or numbers != sorted(set(numbers)):
             raise ValueError("its sources are not numbered from 0")
         if any(decision.candidate not in numbers[1:] for decision in self.decisions):
             raise ValueError("a decision is on no source")
-        if self.joint and any(len(row) != len(numbers) - 1 for row in self.joint.shares):
-            raise ValueError("shares are on no source")
-        if self.joint and not self.joint.is_even:
-            raise ValueError("shares and slopes are not of the same layers")
+        if set(self.metrics) != {"base", "merge"}:
+            raise ValueError("metrics lack those of base or merge")
+        if self.joint:
+            rows = [self.joint.start, *self.joint.slopes.values()]
+            form = [len(row) for row in self.joint.shares]
+            if any(count != len(numbers) - 1 for count in form) or any([*map(len, row)] != form for row in rows):
+                raise ValueError("shares are on no source, or slopes on no share")
         return self
 
     def accepted_of(self, number: int) -> list[Decided]:
@@ -138,43 +134,42 @@ def _refusal(error: ValidationError) -> str:
     return f"damaged ({what}); take the {RECIPE_FILE} of the output once more"
 
 
-def located(recipe: Recipe, path: Path, folders: Sequence[Path] = ()) -> Recipe:
-    """A recipe that was read from a path, with its sources where they lie from here; see `found_again`."""
-    start = path if path.is_dir() else path.parent
-    folder = found_again(recipe.folder, start)
-    return _with_places(recipe, folder, {one.number: found_again(one.where, start, folders) for one in recipe.sources})
+def folders_of(path: Path, folders: Sequence[Path] = ()) -> list[Path]:
+    """Where a recipe's local sources are looked for: in the given folders, in and beside the recipe's own, and here.
 
-
-def rebuilt(recipe: Recipe, config: Config, places: Mapping[int, str]) -> Recipe:
-    """A recipe as it is written beside a model that was built from it. config: with which it was; places: where its
-    sources were found, by their numbers.
-
-    Of whole paths that stood in it, which an older version has written, the last name is left.
+    path: of the recipe, or of the output that holds it.
     """
-    public, settings = Public.of(config), recipe.settings
-    for text in [*vars(settings.directories).values(), *settings.models_to_merge, *(s.where for s in recipe.sources)]:
-        for part in parts_of(text or ""):
-            if os.path.isabs(part):
-                public.know(part, os.path.basename(os.path.normpath(part)))
-    folder = relative(recipe.folder, config.directories.output_directory) if recipe.folder else ""
-    return public.record(_with_places(recipe, folder, places))
+    own = Path(os.path.abspath(path if os.path.isdir(path) else path.parent))
+    return [*folders, own, own.parent, Path(os.path.abspath(""))]
 
 
-def _with_places(recipe: Recipe, folder: str, places: Mapping[int, str]) -> Recipe:
-    sources = [one.model_copy(update={"where": places.get(one.number, one.where)}) for one in recipe.sources]
-    return recipe.model_copy(update={"sources": sources, **({"folder": folder} if folder else {})})
+def find_source(where: str, folders: Sequence[Path]) -> str | None:
+    """A recipe's source as a configuration names it: an id of the hub, or what has its name in one of the folders; both
+    for an adapter behind a plus. None if it is not there."""
+    for parts in ([where], *([where[: plus.start()], where[plus.end() :]] for plus in re.finditer(r"\+", where))):
+        found = [_find_place(part, folders) for part in parts]
+        if None not in found:
+            return "+".join(found)
+    return None
+
+
+def _find_place(name: str, folders: Sequence[Path]) -> str | None:
+    if name and not names_folder(name):
+        return name
+    paths = [os.path.join(folder, name) for folder in folders if name]
+    return next((path for path in paths if os.path.exists(path)), None)
 
 
 def is_finished(config: Config, output: Path) -> bool:
     """Whether an output is what a run of this configuration has written."""
     try:
         recipe = read_recipe(output / RECIPE_FILE)
-        now = run_of(with_texts(config, rendered_in(recipe.settings)))
-        begun = {"settings": recipe.settings, "device": recipe.device.partition(":")[0]}
-        begun |= {"folder": recipe.folder} if recipe.folder else {}
-        return not changes_between(now.model_copy(update=begun), now)
+        now = run_of(with_texts(config, rendered_in(recipe.settings)), recipe.dtype)
     except (ConfigError, ValueError):
         return False
+    # What auto would compute in is not known before the models are opened.
+    begun = {"settings": recipe.settings, "device": recipe.device.partition(":")[0], "computed": None}
+    return not changes_between(now.model_copy(update=begun), now)
 
 
 def read_outputs(outputs: Iterable[Path]) -> dict[str, Recipe]:

@@ -14,6 +14,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, TwoS
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from modules.metrics.registry import columns_of
 from modules.output.recipe import Recipe
 from modules.output.style import (
     BETTER,
@@ -56,8 +57,8 @@ class _Panel:
 
 @drawing()
 def share_map_figure(recipe: Recipe) -> Figure:
-    """The shares of a joint search, the base's too; beside them, where the candidates have any, by how much total and
-    drift changed with each share where the steps began. A row for each layer and, apart from them, for all else."""
+    """The shares of a joint search, the base's too; beside them, where the candidates have any, by how much each
+    metric changed with each share where the steps began. A row for each layer and, apart from them, for all else."""
     panels, names = _panels(recipe), [source.name for source in recipe.sources]
     wanted = [max(_NARROWEST, _COLUMN * len(panel.heads)) for panel in panels]
     widths = [width * min(1.0, _WIDEST / sum(wanted)) for width in wanted]
@@ -90,9 +91,8 @@ def _panels(recipe: Recipe) -> list[_Panel]:
     scale = TwoSlopeNorm(0.0, min(-1.0, *flat), max(1.0, *flat))
     unsearched = _unsearched(recipe)
     panels = [_Panel("Share of each model", shares, heads, _SHARES, scale, 2, unsearched)]
-    for what, slopes in (("total", joint.start.total_slopes), ("drift", joint.start.drift_slopes)):
-        if slopes and heads[1:]:
-            panels.append(_slopes(what, slopes, heads[1:], unsearched))
+    for column in columns_of(joint.slopes) if heads[1:] else ():
+        panels.append(_slopes(column.label, joint.slopes[column.name], heads[1:], unsearched))
     return panels
 
 
@@ -112,7 +112,7 @@ def _slopes(what: str, slopes: Sequence[Sequence[float]], heads: Sequence[str], 
     largest = max(abs(slope) for row in slopes for slope in row)
     unit = 10.0 ** max(_SMALLEST_UNIT, math.floor(math.log10(largest))) if largest else 1.0
     rows, end = [[slope / unit for slope in row] for row in slopes], largest / unit or 1.0
-    title = f"How the {what} changes with a share where the steps begin, in units of {unit:g}: blue is down"
+    title = f"Effect of each weight on {what} at the start (x {unit:g}; blue lowers it)"
     return _Panel(title, rows, heads, _SLOPES, Normalize(-end, end), 1, unsearched)
 
 

@@ -10,16 +10,15 @@ from functools import partial
 
 from modules.checkpoints import Candidate, Prefetcher, remove_downloads
 from modules.config import Config
+from modules.metrics.evaluator import Evaluator
 from modules.model import FALLBACK
 from modules.output import RunRecord
 from modules.output import tables as report
 from modules.output.advice import Searched, advice, beyond_limit
-from modules.output.standings import Standing, by_other_settings, standing_table
-from modules.output.tables import Totals
+from modules.output.tables import ResultRow, by_other_settings, results_table
+from modules.run.samples import Samples
 from modules.run.steps import note_source
-from modules.run.watch import Watch
 from modules.runtime import BrokenWeights, CheckpointError, Console, TooNarrow, postponed
-from modules.scoring import DriftMeter
 from modules.search import Decision, Merge, Shares, composition_of, scores, shares_of
 from modules.search.joint import Rows
 from modules.search.search import Search
@@ -28,19 +27,27 @@ from modules.search.search import Search
 def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:
     """Note the base's scores or, where an earlier run has, go on from its own; those scores."""
     measured, packing = list(search.log_probabilities), search.scorer.packing
-    start = record.start(measured, search.weights, packing, search.rounding)
+    start = record.line("start", 0) or record.note(
+        "start",
+        number=0,
+        log_probabilities=measured,
+        packing=packing,
+        weights=search.weights,
+        rounding=search.rounding,
+    )
     search.log_probabilities, search.weights = list(start.log_probabilities), list(start.weights)
     if not record.was_widened:
         search.rounding = list(start.rounding)
     search.base_scores = scores(search.log_probabilities, search.weights)
-    if record.has_progress:
+    decisions, steps = record.lines("decision"), record.lines("step")
+    if decisions or steps:
         console.warnings(record.warnings(packing))
-        if measured != search.log_probabilities and record.compares(packing) and not record.was_widened:
+        if measured != search.log_probabilities and start.packing == packing and not record.was_widened:
             console.warning("the base scores otherwise here than where the run began: its end may differ slightly")
-        if record.steps():
-            console.timed(f"Resuming after step {record.steps()[-1].step} of {search.config.joint.steps}")
+        if steps:
+            console.timed(f"Resuming after step {steps[-1].step} of {search.config.joint.steps}")
         else:
-            console.timed(f"Resuming: {len(record.decisions())} decisions are carried out again from the journal")
+            console.timed(f"Resuming: {len(decisions)} decisions are carried out again from the journal")
     elif resume:
         console.timed("Nothing to resume: beginning at the beginning")
     return list(search.log_probabilities)
@@ -56,12 +63,11 @@ class Conductor:
         search: Search,
         record: RunRecord,
         prefetcher: Prefetcher,
-        watch: Watch | None = None,
-        meter: DriftMeter | None = None,
+        evaluator: Evaluator | None = None,
+        samples: Samples | None = None,
     ) -> None:
-        """watch: of the process that leads; it has looked at the base. meter: of the drift that trials are judged by,
-        on all of its text; made while the model was the base."""
-        self.watch, self._meter = watch, meter
+        """evaluator, samples: of the process that leads; they have met the base."""
+        self.evaluator, self.samples = evaluator, samples
         self.config, self.console, self.search, self.record = config, console, search, record
         self.prefetcher, self.layers = prefetcher, len(search.model.layers)
         self.shares: Rows = ()  # of a joint search, not of this one
@@ -83,7 +89,7 @@ class Conductor:
                 self._candidate(number, candidate)
                 self.bar.left((len(candidates) - number) * search.steps_per_candidate())
                 self._show_table(table, start, whole_in_log=number == len(candidates))
-                self._show_watch(start)
+                self._show_metrics(start)
                 if not self.config.keep_downloads:
                     later = [repository for other in candidates[number:] for repository in other.repositories]
                     remove_downloads(console, candidate.repositories, [search.model.checkpoint.repository, *later])
@@ -92,9 +98,10 @@ class Conductor:
         """Show how the base stands, and go on from where an earlier run has left it; the base's scores."""
         self._tell_notes()
         self._show_table(table, whole_in_log=True)
-        if self.watch:
-            self.console.lines(report.neutral_text_lines(self.watch.start.drift))
-        return resume_search(self.console, self.search, self.record, resume)
+        start = resume_search(self.console, self.search, self.record, resume)
+        if self.evaluator:
+            self.evaluator.take_noted_scores()
+        return start
 
     def _show_table(self, kind: str, start: Sequence[float] | None = None, whole_in_log: bool = False) -> None:
         state = self.config.pairs, self.search.weights, self.search.log_probabilities, start
@@ -102,24 +109,24 @@ class Conductor:
         whole = report.phrase_table(*state, "full", rounding) if whole_in_log else None
         self.console.lines(report.phrase_table(*state, kind, rounding), whole)
 
-    def _show_watch(self, start: Sequence[float]) -> None:
-        """What the candidate's search may have cost, and whether it gained more than it was searched for."""
-        if self.watch is None:
+    def _show_metrics(self, start: Sequence[float]) -> None:
+        """How the metrics have changed, and which phrases improved on the searched contexts only."""
+        if self.evaluator is None:
             return
-        self.console.lines(report.drift_lines(self.watch.now.drift))
-        if self.watch.pairs:
-            ours = Totals.of(self.config.pairs, self.search.weights, start, self.search.log_probabilities)
-            watch = self.watch
-            others = Totals.of(watch.pairs, watch.weights, watch.start.held_out, watch.now.held_out)
-            self.console.lines(report.held_out_lines(ours, others))
+        phrases, before, now = self.evaluator.phrases, self.evaluator.start, self.evaluator.now
+        self.console.line(report.metrics_line(before.metrics, now.metrics))
+        if phrases.pairs:
+            searched = report.gains(self.config.pairs, self.search.weights, start, self.search.log_probabilities)
+            held_out = report.gains(phrases.pairs, phrases.weights, before.held_out, now.held_out)
+            self.console.lines(report.overfit_lines(searched, held_out))
 
     def _candidate(self, number: int, candidate: Candidate) -> None:
         failure, group = None, self.search.group
         behind = self.search.repeated + len(self.record.decisions(number))
         try:
             group.on_all_ranks(lambda: self.prefetcher.wait(number))
-            note_source(self.record, group, number, candidate.text, candidate.where, candidate.checkpoint)
-            group.on_all_ranks(partial(self._score_whole, number, candidate))
+            note_source(self.record, group, number, candidate.where, candidate.checkpoint)
+            group.on_all_ranks(partial(self._evaluate_alone, number, candidate))
             failure = self._search(number, candidate)
         except CheckpointError as error:
             if self.config.on_error == "stop" or (isinstance(error, TooNarrow) and self.search.model.may_widen):
@@ -137,11 +144,16 @@ class Conductor:
         if failure:
             self.console.warning(f"{candidate.name} is given up; what was accepted of it stays: {failure}")
         self._tell_notes()
-        if self.watch:
-            self.watch.look()
-        if self.record.end(number) is None:
-            drift = self.watch and self.watch.now.drift
-            self.record.closed(number, self.search.log_probabilities, failure, self.search.scorer.packing, drift)
+        metrics = self.evaluator.evaluate().metrics if self.evaluator else {}
+        if self.record.line("candidate", number) is None:
+            self.record.note(
+                "candidate",
+                number=number,
+                log_probabilities=self.search.log_probabilities,
+                packing=self.search.scorer.packing,
+                metrics=metrics,
+                failure=failure,
+            )
 
     @property
     def composition(self) -> Shares:
@@ -159,34 +171,39 @@ class Conductor:
         """Whether nothing was merged."""
         return all(len(merges) == 1 for merges in self.origins)
 
-    def _score_whole(self, number: int, candidate: Candidate) -> None:
-        """Note how the candidate does that is taken whole, if that is wanted and not yet known."""
+    def _evaluate_alone(self, number: int, candidate: Candidate) -> None:
+        """Note how the candidate does on its own, if that is wanted and not yet known."""
         joint = self.config.search == "joint"
-        wanted = self.watch and (self.config.baselines or joint) and self.search.scorer.has_tails
-        if not wanted or self.record.baseline(number) or self.record.decisions(number) or self.record.end(number):
+        wanted = self.evaluator and (self.config.baselines or joint) and self.search.scorer.has_tails
+        known = self.record.line("baseline", number) or self.record.line("candidate", number)
+        if not wanted or known or self.record.decisions(number):
             return
-        self.console.timed(f"Scoring {candidate.name} taken whole")
+        self.console.timed(f"Scoring {candidate.name} on its own")
         try:
-            seen = self.watch.look_at_whole(self.search, candidate, self._meter)
+            found = self.evaluator.evaluate_alone(candidate)
         except (BrokenWeights, CheckpointError) as error:  # the search will meet it, too
             if isinstance(error, TooNarrow) and self.search.model.may_widen:
                 raise
-            self.console.warning(f"{candidate.name} can't be scored whole: {error}")
+            self.console.warning(f"{candidate.name} can't be scored alone: {error}")
             return
-        if seen is None:
-            self.console.warning(f"{candidate.name} can't be scored whole: there is too little memory")
+        if found is None:
+            self.console.warning(f"Not enough memory to score {candidate.name} alone")
             return
-        log_probabilities, sight, guarded = seen
-        found = self.watch.standing(self.search, candidate.name, log_probabilities, sight)
-        self.record.note_baseline(number, found.total, found.held_out, found.drift, guarded)
+        self.record.note(
+            "baseline",
+            number=number,
+            log_probabilities=found.searched,
+            packing=self.search.scorer.packing,
+            metrics=found.metrics,
+        )
 
     def _search(self, number: int, candidate: Candidate) -> str | None:
         """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""
-        done, end = self.record.decisions(number), self.record.end(number)
+        done, end = self.record.decisions(number), self.record.line("candidate", number)
         if end is not None:
             self.search.repeat(candidate, done)
             self.search.log_probabilities = list(end.log_probabilities)
-            self.search.measure_drift()
+            self.search.measure_weighed()
             self._count_repeated(done)
             return end.failure
         self._count_repeated(done)
@@ -195,8 +212,8 @@ class Conductor:
         with closing(self.search.candidate(candidate, done)) as decisions:
             for decision in decisions:
                 goes_on_in = FALLBACK.name if self.search.outgrown else None
-                packing = self.search.scorer.packing
-                self.record.decided(number, decision, time.monotonic() - began, packing, goes_on_in)
+                seconds, packing = round(time.monotonic() - began, 3), self.search.scorer.packing
+                self.record.decided(number, decision, seconds=seconds, packing=packing, computed=goes_on_in)
                 self._count(decision, timed)
                 merges = self.origins[self._place(decision)]
                 self._tell_notes()
@@ -226,18 +243,20 @@ class Conductor:
         return self.layers if decision.layer is None else decision.layer
 
 
-def show_standings(conductor: Conductor, candidates: Sequence[Candidate]) -> None:
-    """Base, candidates taken whole and the merge, side by side, if any candidate was scored whole; and what follows."""
-    watch, search, record, console = conductor.watch, conductor.search, conductor.record, conductor.console
+def show_results(conductor: Conductor, candidates: Sequence[Candidate]) -> None:
+    """Base, candidates on their own and the merge, side by side, if any candidate was scored so; and what follows."""
+    evaluator, search, console = conductor.evaluator, conductor.search, conductor.console
     searched = Searched(search.config, search.limits, conductor.layers)
-    merge = watch.standing(search, "the merge", search.log_probabilities, watch.now)
-    merge = merge._replace(guarded=search.drift if search.guard else None)
-    names = [by_other_settings(one.name) if one.otherwise else one.name for one in candidates]
-    known = [(name, record.baseline(number)) for number, name in enumerate(names, start=1)]
-    whole = [Standing(name, one.total, one.held_out, one.drift, one.guarded) for name, one in known if one]
-    if whole:
-        base = watch.standing(search, f"{search.model.checkpoint.name} (base)", record.start_scores(), watch.start)
-        console.lines([*standing_table([base, *whole, merge], merge), *advice(whole, merge, searched)])
+    merge = ResultRow("the merge", evaluator.now.metrics)
+    alone = []
+    for number, candidate in enumerate(candidates, start=1):
+        known = conductor.record.line("baseline", number)
+        if known:
+            name = by_other_settings(candidate.name) if candidate.otherwise else candidate.name
+            alone.append(ResultRow(name, known.metrics))
+    if alone:
+        base = ResultRow(f"{search.model.checkpoint.name} (base)", evaluator.start.metrics)
+        console.lines([*results_table([base, *alone, merge]), *advice(alone, merge, searched)])
     console.warnings(beyond_limit(merge, searched.limits))
 
 

@@ -5,16 +5,17 @@ Knows: the order of what comes before, between and behind the steps. Refuses to 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 
 from modules.checkpoints import Candidate, remove_downloads
-from modules.output import JointStart
+from modules.metrics.registry import columns_of
 from modules.output import tables as report
 from modules.run.conductor import Conductor
 from modules.run.steps import note_source
 from modules.runtime import BrokenWeights, CheckpointError, postponed, within_memory
-from modules.scoring import Objective, Value
+from modules.scoring import Objective, Penalty, Value
 from modules.search import Shares, mixed_shares
 from modules.search.decision import Result
 from modules.search.joint import Joint, JointState, Rows, first_shares, largest_factor, rounded
@@ -37,8 +38,8 @@ class JointConductor(Conductor):
         try:
             for number, candidate in enumerate(candidates, start=1):
                 search.group.on_all_ranks(partial(self.prefetcher.wait, number))
-                note_source(self.record, search.group, number, candidate.text, candidate.where, candidate.checkpoint)
-                search.group.on_all_ranks(partial(self._score_whole, number, candidate))
+                note_source(self.record, search.group, number, candidate.where, candidate.checkpoint)
+                search.group.on_all_ranks(partial(self._evaluate_alone, number, candidate))
             joint = self._made_joint()
             with postponed(console.on_interrupt) as self.end_if_asked:
                 self._end(joint, self._steps(joint, self._begun(joint)))
@@ -48,10 +49,10 @@ class JointConductor(Conductor):
             for candidate in candidates:
                 candidate.checkpoint.release()
         self._tell_notes()
-        if self.watch:
-            self.watch.look()
+        if self.evaluator:
+            self.evaluator.evaluate()
         self._show_table(table, start, whole_in_log=True)
-        self._show_watch(start)
+        self._show_metrics(start)
         if not self.config.keep_downloads:
             downloads = [repository for candidate in candidates for repository in candidate.repositories]
             remove_downloads(console, downloads, [search.model.checkpoint.repository])
@@ -76,8 +77,10 @@ class JointConductor(Conductor):
         def make() -> Joint:
             mixed = search.model, search.tokenizer, self._candidates, config.merge_headers, search.streams
             mix = Mix(*mixed, layers=search.layers)
-            weight = search.limits.drift_weight
-            objective = Objective(search.model, search.scorer, search.weights, self._meter if weight else None, weight)
+            weights = search.limits.weights
+            weighed = [metric for metric in search.weighed if metric.name in weights]
+            penalties = [Penalty(metric.name, weights[metric.name], metric.meter) for metric in weighed]
+            objective = Objective(search.model, search.scorer, search.weights, penalties)
             return Joint(mix, objective, config.joint.steps, config.joint.step_size, search.group)
 
         joint = search.in_memory(make)
@@ -86,18 +89,17 @@ class JointConductor(Conductor):
 
     def _begun(self, joint: Joint) -> JointState:
         """The state from which the next step is made, and the model composed from it."""
-        if self.record.steps():
-            state = JointState.of(self.record.steps()[-1].model_dump())
+        steps, begun = self.record.lines("step"), self.record.lines("joint")
+        if steps:
+            state = JointState.of(steps[-1].model_dump())
         else:
-            noted = self.record.joint_start() or self._find_start(joint)
-            state = JointState.at(noted.shares)
+            state = JointState.at(begun[0].start if begun else self._find_start(joint))
         self._in_memory(joint, partial(joint.go_to, state))
         return state
 
-    def _find_start(self, joint: Joint) -> JointStart:
-        """Find and note where the steps begin, and how total and drift change there with every share."""
+    def _find_start(self, joint: Joint) -> Rows:
+        """Find and note where the steps begin, and how total and weighed metrics change there with every share."""
         search, limits = self.search, self.search.limits
-        weight = limits.drift_weight
         self.console.timed("Comparing base and candidates")
         objectives = [limits.objective(search.state)]
         objectives += [self._composed(joint, reached) for _, reached in self._reached(joint)]
@@ -108,14 +110,16 @@ class JointConductor(Conductor):
         error = self._in_memory(joint, partial(joint.check, shares))
         self.console.timed(f"The gradient agrees with the objective's slope to {error:.2%}")
 
-        self.console.timed("Measuring what every share changes")
+        self.console.timed("Measuring each layer's effect")
 
-        def slopes_of(pairs: bool) -> Rows:
-            return self._in_memory(joint, lambda: joint.gradient(shares, joint.objective.part(pairs)))
+        def slopes_of(part: str | None) -> Rows:
+            return self._in_memory(joint, lambda: joint.gradient(shares, joint.objective.part(part)))
 
-        slopes = slopes_of(pairs=True)
-        of_drift = [[slope / weight for slope in row] for row in slopes_of(pairs=False)] if weight else None
-        return self.record.note_joint_start(shares, slopes, of_drift)
+        slopes = {"total": slopes_of(None)}
+        for name, weight in limits.weights.items():
+            slopes[name] = [[slope / weight for slope in row] for row in slopes_of(name)]
+        self.record.note("joint", start=shares, slopes=slopes)
+        return shares
 
     def _steps(self, joint: Joint, state: JointState) -> JointState:
         """Make the steps that are left, and tell of each when it is known what it has led to."""
@@ -123,32 +127,35 @@ class JointConductor(Conductor):
             bar.skip(state.step)
             while state.step < joint.steps:
                 self.end_if_asked()
-                held_out, began = self._held_out(), time.monotonic()
+                evaluated = self._evaluated()
+                began = time.monotonic()
                 state, value = self._in_memory(joint, partial(joint.step, state), state)
-                seconds = time.monotonic() - began
-                self.record.stepped(state, value, held_out, seconds, self.search.scorer.packing)
+                seconds = round(time.monotonic() - began, 3)
+                metrics = {**evaluated, "total": value.total, **value.metrics}
+                packing = self.search.scorer.packing
+                self.record.note("step", **asdict(state), metrics=metrics, packing=packing, seconds=seconds)
                 self._tell_notes()
-                self._tell_of_step(state.step - 1, value, held_out)
+                self._tell_of_step(state.step - 1, metrics)
                 bar.update(1)
                 bar.tell(report.joint_standing(state.step, joint.steps, value.objective))
-            value = self._in_memory(joint, joint.value, state)
-            self._tell_of_step(state.step, value, self._held_out())
+            value: Value = self._in_memory(joint, joint.value, state)
+            self._tell_of_step(state.step, {**self._evaluated(), "total": value.total, **value.metrics})
         return state
 
-    def _tell_of_step(self, step: int, value: Value, held_out: float | None) -> None:
+    def _tell_of_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """What a step has led to; of none, nothing."""
         if step:
-            totals = self.record.steps()[step - 1].total, value.total
-            drift = value.divergence if self.search.limits.drift_weight else None
-            self.console.timed(report.step_line(step, self.config.joint.steps, *totals, held_out, drift))
+            before = self.record.lines("step")[step - 1].metrics["total"]
+            self.console.timed(report.step_line(step, self.config.joint.steps, before, metrics))
 
     def _end(self, joint: Joint, state: JointState) -> None:
         """Compose what is kept, exactly: what the steps have found, or the best candidate or the base."""
-        self.console.timed("Comparing what the steps have found with the candidates and the base")
-        most = self.search.limits.max_drift
-        factor = self._factor(joint, state, most) if most < math.inf else 1.0
+        self.console.timed("Comparing the result with base and candidates")
+        maxima = self.search.limits.maxima
+        factor = self._factor(joint, state) if maxima else 1.0
         if factor < 1:
-            self.console.timed(f"All shares times {factor:.3f}: so the drift stays within {most:g}")
+            limits = ", ".join(f"{column.limit_key} {maxima[column.name]:g}" for column in columns_of(maxima))
+            self.console.timed(f"Scaled all weights by {factor:.3f} to hold {limits}")
         others = [*self._reached(joint), ("the base", ((0.0,) * len(self._candidates),) * joint.mix.rows)]
         objectives = [self._composed(joint, shares) for _, shares in others]
         if self._composed(joint, rounded(state.shares, factor)) > min(objectives):
@@ -163,29 +170,29 @@ class JointConductor(Conductor):
         where = " in the searched layers" if mix.is_restricted else ""
         return [(name + where, mix.limited((row,) * mix.rows)) for name, row in zip(names, rows, strict=True)]
 
-    def _factor(self, joint: Joint, state: JointState, most: float) -> float:
-        """The largest factor of all shares with which the drift stays within a limit."""
+    def _factor(self, joint: Joint, state: JointState) -> float:
+        """The largest factor of all shares with which the metrics stay within their limits."""
 
-        def drift_at(factor: float) -> float:
+        def is_allowed(factor: float) -> bool:
             self._composed(joint, rounded(state.shares, factor))
-            return self.search.drift
+            return self.search.limits.allow(self.search.metrics)
 
-        return largest_factor(drift_at, most)
+        return largest_factor(is_allowed)
 
     def _composed(self, joint: Joint, shares: Rows) -> float:
-        """Make the model exactly what saving keeps of these shares; its objective, infinite if it drifts too far or
-        is no number."""
+        """Make the model exactly what saving keeps of these shares; its objective, infinite if it is beyond a limit or
+        no number."""
         search, limits = self.search, self.search.limits
         search.in_memory(partial(joint.mix.compose, shares, exact=True))
         search.measure()
         self.shares = shares
         self._header_shares = joint.mix.header_shares(shares)
         objective = limits.objective(search.state)
-        return objective if search.drift <= limits.max_drift and math.isfinite(objective) else math.inf
+        return objective if limits.allow(search.metrics) and math.isfinite(objective) else math.inf
 
-    def _held_out(self) -> float | None:
-        """The total of the pairs that are held out, in the present model."""
-        return self.watch.held_out_total() if self.watch and self.watch.pairs else None
+    def _evaluated(self) -> dict[str, float]:
+        """The metrics that are measured at every step, of the present model."""
+        return self.evaluator.evaluate_step() if self.evaluator else {}
 
     def _in_memory(self, joint: Joint, work: Callable[[], Result], state: JointState | None = None) -> Result:
         """Do work of the steps that needs memory, again and again with less of it where it is not there. state: that

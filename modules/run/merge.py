@@ -11,39 +11,40 @@ import torch
 
 from modules.checkpoints import Models, Prefetcher, check_space, fetching
 from modules.config import Config, check_apart, input_paths, read_neutral_texts
+from modules.metrics.evaluator import Evaluator
+from modules.metrics.metric import Context
+from modules.metrics.registry import METRICS
 from modules.model import Arithmetic, ModelLoader, ResidentModel
 from modules.output import (
-    JournalCopy,
+    JOURNAL_FILE,
+    Journal,
+    Line,
     Place,
     RunRecord,
     begun_run,
     check_output,
-    computed_in,
     held_place,
     is_finished,
+    read_journal,
     unfinished_output,
     written_paths,
 )
 from modules.output import tables as report
-from modules.run.conductor import Clock, Conductor, show_standings
+from modules.run.conductor import Clock, Conductor, show_results
 from modules.run.estimate import calibrate, estimate, plan_lines
 from modules.run.joint import JointConductor
 from modules.run.plan import Plan
 from modules.run.room import Available, check, find_available, fitting_plan
+from modules.run.samples import Samples
 from modules.run.steps import ask, end, finish, note_source, prepare_libraries, save, with_chats_rendered
-from modules.run.watch import Watch
-from modules.runtime import ConfigError, Console, Rank, first_line, is_out_of_memory
+from modules.runtime import Console
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import (
-    NOT_TAKEN,
     Asked,
     Budget,
-    DriftMeter,
     Encoded,
-    Guard,
     Packing,
     Scorer,
-    Window,
     build_scorer,
     check_float16,
     doubtful_phrases,
@@ -51,14 +52,14 @@ from modules.scoring import (
     neutral_windows,
 )
 from modules.search import total_rounding
-from modules.search.search import Search
+from modules.search.search import Search, WeighedMetric
 
 
 @dataclass(frozen=True)
 class Start:
     """What the process that leads tells the others, for them to begin the search: all that is not in the YAML file."""
 
-    journal: JournalCopy
+    journal: list[Line]  # its lines
     compute: Arithmetic
     budget: Budget
 
@@ -95,9 +96,9 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
-            begun = begun_run(place) if options.resume else None
+            begun = begun_run(read_journal(place.partial / JOURNAL_FILE)) if options.resume else None
             loader, asked = ask(loader, models, begun and begun.settings, loader.config.prompts)
-            plan, room = _checked_plan(loader, models, begun and computed_in(begun, models.base))
+            plan, room = _checked_plan(loader, models, begun and begun.computed)
             loader = replace(loader, compute=plan.arithmetic)
             if not options.dry_run:
                 loader.in_range(lambda wide: _merge_in(wide, options, group, place, models, plan, asked))
@@ -139,31 +140,31 @@ def _merge(
         unfinished_output(place, options.resume, options.restart) as unfinished,
         fetching(console, models.jobs) as prefetcher,
     ):
-        record = RunRecord(unfinished.journal, config, plan.arithmetic.name, models.base)
+        record = RunRecord(unfinished.journal, config, plan.arithmetic.name)
         prefetcher.wait(0)
         clock.lap("download")
-        group.broadcast(Start(JournalCopy(record.journal.records), plan.arithmetic, plan.budget))
+        group.broadcast(Start(record.journal.records, plan.arithmetic, plan.budget))
         conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement, asked)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
-        search, model, watch = conductor.search, conductor.search.model, conductor.watch
-        composition = conductor.composition
+        search, evaluator, composition = conductor.search, conductor.evaluator, conductor.composition
         if conductor.is_base:
             console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
-        show_standings(conductor, models.candidates)
-        samples = watch.samples()
+        show_results(conductor, models.candidates)
+        samples = conductor.samples.compared()
         console.lines(report.sample_lines(samples))
         names = [models.base.name, *(candidate.name for candidate in models.candidates)]
         console.lines(report.share_lines(names, conductor.shares, conductor.layers))
         console.lines(["Merge composition:", *report.composition_lines(composition), ""])
         clock.lap("search")
-        save(console, model, unfinished, config.directories.output_directory, record.public.text(config.text))
+        save(console, search.model, unfinished, config.directories.output_directory)
         clock.lap("save")
-        seconds = {**clock.seconds, "watch": round(watch.seconds, 1)}
+        seconds = {**clock.seconds, "evaluation": round(evaluator.seconds + conductor.samples.seconds, 1)}
         state = config.pairs, search.weights, search.log_probabilities
-        held_out = watch.pairs, watch.weights, watch.start.held_out, watch.now.held_out
-        seen = watch.now.drift, held_out, samples
-        recipe = record.recipe(*state, composition, *seen, model.dtypes(), seconds, conductor.shares)
+        phrases, start, now = evaluator.phrases, evaluator.start, evaluator.now
+        held_out = phrases.pairs, phrases.weights, start.held_out, now.held_out
+        measured = {"base": start.metrics, "merge": now.metrics}, held_out, samples
+        recipe = record.recipe(*state, composition, *measured, search.model.dtypes(), seconds, conductor.shares)
         finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
     end(console, config, models.base, config.directories.output_directory)
 
@@ -184,23 +185,28 @@ def begin_search(
     the samples.
     """
     config, console = loader.config, loader.console
-    note_source(record, group, 0, config.directories.model_path1, models.base_where, models.base)
-    search, windows, guarding = load_base(loader, models, budget, group, placement, record.packing)
-    model = search.model
+    note_source(record, group, 0, models.base_where, models.base)
+    context = load_base(loader, models, budget, group, placement, record.packing)
+    search = context.search
     names = [candidate.name for candidate in models.candidates]
-    measured = total_rounding(search.weights, search.rounding), search.limits.drift_weight
-    console.lines(report.summary(config, model.describe(), search.scorer.describe(), names, *measured))
+    weighed: dict[str, str] = {}
+    for metric in search.weighed:
+        weighed |= metric.describe(search.limits.weights.get(metric.name, 0.0))
+    rounding = total_rounding(search.weights, search.rounding)
+    about_model, about_scorer = search.model.describe(), search.scorer.describe()
+    console.lines(report.summary(config, about_model, about_scorer, names, weighed, rounding))
     console.warnings(search.warnings)
 
-    def look() -> Watch | None:
-        return Watch(config, console, model, search.tokenizer, budget, windows, asked) if group.rank.leads else None
+    def evaluate() -> Evaluator | None:
+        return Evaluator(context) if group.rank.leads else None
 
-    watch = group.on_all_ranks(look)  # what the leader can't look at, no process can
-    joint = config.search == "joint"
-    # A greedy search measures candidates taken whole by it, once each.
-    metered = guarding and (joint or (watch and config.baselines))
-    meter = DriftMeter(model, guarding, keeps_head=joint) if metered else None
-    return (JointConductor if joint else Conductor)(config, console, search, record, prefetcher, watch, meter)
+    def sample() -> Samples | None:
+        return Samples(config, console, search.model, search.tokenizer, asked) if group.rank.leads else None
+
+    evaluator = group.on_all_ranks(evaluate)  # what the leader can't evaluate, no process can
+    samples = group.on_all_ranks(sample)
+    conductor = JointConductor if config.search == "joint" else Conductor
+    return conductor(config, console, search, record, prefetcher, evaluator, samples)
 
 
 def load_base(
@@ -210,10 +216,11 @@ def load_base(
     group: Group = ALONE,
     placement: Sequence[torch.device] | None = None,
     before: Packing | None = None,
-) -> tuple[Search, list[Window], list[Window]]:
-    """The base loaded and scored; windows of neutral text on which drift is watched, and those of the trials.
+    weighs: bool = True,
+) -> Context:
+    """The base loaded and scored, and what metrics are measured with.
 
-    before: see `build_shared_scorer`.
+    before: see `build_shared_scorer`. weighs: whether there will be trials, which metrics may judge.
     """
     config = loader.config
     model, tokenizer = loader.load(models, placement)
@@ -221,24 +228,17 @@ def load_base(
     loader.console.timed("Scoring the base")
     scorer = build_shared_scorer(model, encoded, budget, before, group)
     texts = read_neutral_texts(config.neutral_texts)
-    aside = config.tokens_for_trials
-    windows, guarding = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, aside)
-    loader.console.lines(group.on_all_ranks(lambda: check_float16(scorer, [*windows, *guarding])))
-    guard = group.on_all_ranks(lambda: build_guard(model, guarding, budget, group.rank)) if aside else None
-    return Search(model, scorer, config, tokenizer, group, guard), windows, guarding
+    longest, for_trials = model.max_tokens, config.tokens_for_trials
+    windows, trial_windows = neutral_windows(tokenizer, texts, model.vocabulary, longest, for_trials)
+    loader.console.lines(group.on_all_ranks(lambda: check_float16(scorer, [*windows, *trial_windows])))
+    context = Context(config, loader.console, model, tokenizer, budget, group.rank, windows, trial_windows)
 
+    def weigh() -> list[WeighedMetric]:
+        weighed = [metric.weigh(context) for metric in METRICS if metric.weigh]
+        return [metric for metric in weighed if metric is not None]
 
-def build_guard(model: ResidentModel, windows: Sequence[Window], budget: Budget, rank: Rank) -> Guard:
-    """What measures drift under trials. Raises ConfigError if that can't be done on this model, or on these texts."""
-    if not windows:
-        raise ConfigError("neutral_texts: too little text to measure drift on, as drift_weight and max_drift need it")
-    try:
-        return Guard(model, windows, budget, rank)
-    except NOT_TAKEN as error:
-        if is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-        raise ConfigError(f"drift_weight, max_drift: drift can't be measured on this model ({reason})") from None
+    weighed = group.on_all_ranks(weigh) if weighs else []
+    return replace(context, search=Search(model, scorer, config, tokenizer, group, weighed))
 
 
 def build_shared_scorer(
@@ -283,10 +283,9 @@ def merge_as_follower(config: Config, console: Console, options: Options, group:
 
 def _follow(loader: ModelLoader, models: Models, start: Start, group: Group) -> None:
     """Search along, in what the leader computes in."""
-    config, console = loader.config, loader.console
-    with fetching(console, models.jobs) as prefetcher:
+    with fetching(loader.console, models.jobs) as prefetcher:
         prefetcher.wait(0)
-        record = RunRecord(start.journal, config, start.compute.name)
-        loader = with_chats_rendered(loader, models, record.settings)
+        loader = with_chats_rendered(loader, models, begun_run(start.journal).settings)
+        record = RunRecord(Journal(start.journal), loader.config, start.compute.name)
         conductor = begin_search(loader, models, record, prefetcher, start.budget, group)
         conductor.conduct(models.candidates)

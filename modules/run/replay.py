@@ -3,7 +3,6 @@
 Knows: the order of the steps. Refuses to know: phrases, scores, how a decision was taken.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +17,10 @@ from modules.output import (
     Source,
     check_output,
     compare_fingerprints,
+    find_source,
+    folders_of,
     held_place,
-    located,
     read_recipe,
-    rebuilt,
     unfinished_output,
     written_paths,
 )
@@ -63,7 +62,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
 
 def recipe_of(asked: Replay) -> Recipe:
     """The recipe. Raises ConfigError if it is none, or would have code run that nobody said is trusted."""
-    recipe = located(read_recipe(asked.recipe), asked.recipe, asked.folders)
+    recipe = read_recipe(asked.recipe)
     if recipe.settings.trust_remote_code and not asked.trust_remote_code:
         raise ConfigError(
             f"{asked.recipe}: was made with trust_remote_code: Python code that its models bring along would be run; "
@@ -89,9 +88,6 @@ def check_source(source: Source, checkpoint: Checkpoint) -> None:
 def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, models: Models) -> None:
     """Merge what the recipe accepted, and put the result into its place."""
     console, base, found = loader.console, models.base, candidates_of(recipe, models)
-    places = [models.base_where, *(candidate.where for _, candidate in found)]
-    numbers = (source.number for source in recipe.needed_sources)
-    told = rebuilt(recipe, loader.config, dict(zip(numbers, places, strict=True)))
     with (
         unfinished_output(place, searching=False) as unfinished,
         fetching(console, models.jobs) as prefetcher,
@@ -109,8 +105,8 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
             decisions = [line.decision for line in recipe.accepted_of(source.number)]
             console.timed(f"Candidate {number}/{len(found)}: {source.name}, {len(decisions)} merges")
             rebuild.repeat(candidate, decisions)
-        save(console, rebuild, unfinished, str(asked.output), told.config)
-        finish(console, unfinished, told, place.output, base, asked.overwrite)
+        save(console, rebuild, unfinished, str(asked.output))
+        finish(console, unfinished, recipe, place.output, base, asked.overwrite)
 
 
 def _arriving(prefetcher: Prefetcher, found: Sequence[tuple[Source, Candidate]]) -> Iterator[tuple[Source, Candidate]]:
@@ -130,23 +126,31 @@ def _shares(recipe: Recipe) -> list[list[float]]:
 
 def opened_with(asked: Replay, recipe: Recipe) -> Config:
     """What the models are opened with. Raises ConfigError for a source that the recipe does not have."""
-    sources = recipe.needed_sources
-    names = [source.name for source in sources]
+    sources, folders = recipe.needed_sources, folders_of(asked.recipe, asked.folders)
     unknown = sorted(asked.elsewhere.keys() - {source.name for source in recipe.sources})
     if unknown:
-        raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {', '.join(names)}")
-    texts = [asked.elsewhere.get(source.name, source.where) for source in sources]
-    lost = [
-        f"{text}: {missing_folder(text)}; name where it lies with --source {source.name}=PATH"
-        for source, text in zip(sources, texts, strict=True)
-        if parse_source(text) is None
-    ]
+        names = ", ".join(source.name for source in sources)
+        raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {names}")
+    texts, lost = [], []
+    for source in sources:
+        given = asked.elsewhere.get(source.name)
+        text = given or find_source(source.where, folders)
+        texts.append(text)
+        if text is None or parse_source(text) is None:
+            problem = f"{given}: {missing_folder(given)}" if given else f"{source.where} is not in {_listed(folders)}"
+            lost.append(f"{problem}; name where it lies with --source {source.name}=PATH")
+    wanted = recipe.settings.tokenizer
+    tokenizer = wanted and find_source(wanted, folders)
+    if wanted and not tokenizer:
+        lost.append(
+            f"the tokenizer {wanted} is not in {_listed(folders)}; name a folder that holds it with --source DIR"
+        )
     if lost:
         raise ConfigError(*lost)
     return Config(
         directories=Directories(texts[0], str(asked.output)),
         models_to_merge=tuple(texts[1:]),
-        tokenizer=_tokenizer(asked, recipe),
+        tokenizer=tokenizer,
         device=_device(asked, recipe),
         dtype=recipe.saved_dtype or "auto",
         random_seed=recipe.settings.random_seed,
@@ -154,13 +158,8 @@ def opened_with(asked: Replay, recipe: Recipe) -> Config:
     )
 
 
-def _tokenizer(asked: Replay, recipe: Recipe) -> str | None:
-    """The folder from which GGUF files had their tokenizer, as it can be read from here."""
-    if not recipe.settings.tokenizer:
-        return None
-    start = asked.recipe if asked.recipe.is_dir() else asked.recipe.parent
-    parts = (os.path.expanduser(part) for part in (recipe.folder, recipe.settings.tokenizer))
-    return os.path.normpath(os.path.join(start, *parts))
+def _listed(folders: Sequence[Path]) -> str:
+    return ", ".join(map(str, dict.fromkeys(folders)))
 
 
 def _device(asked: Replay, recipe: Recipe) -> str:

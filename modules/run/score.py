@@ -7,28 +7,45 @@ The base is in memory, every other model is read one layer at a time, as a candi
 
 import json
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from modules.checkpoints import Candidate, Models, check_space, fetching, remove_downloads
-from modules.config import Config, read_neutral_texts, without_folders
+from modules.config import Config, Pair, read_neutral_texts, without_folders
+from modules.metrics.evaluator import Evaluation, Evaluator
 from modules.model import HeaderSkipped, ModelLoader, Settings, matched_header, settings_of
 from modules.output import check_file, write_text
-from modules.output.standings import (
-    Scored,
-    ScoredPairs,
+from modules.output.tables import (
+    ResultRow,
     by_other_settings,
     probability_table,
-    score_document,
-    standing_table,
+    results_table,
+    score_summary,
 )
-from modules.output.tables import neutral_text_lines, score_summary
 from modules.run.merge import load_base
 from modules.run.steps import end, prepare_libraries, with_chats_rendered
-from modules.run.watch import Watch
 from modules.runtime import BrokenWeights, CheckpointError, ConfigError, Console, TooNarrow
 from modules.scoring import Budget, doubled_tokens, doubtful_phrases
+from modules.search import probability
 from modules.search.search import Search
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model and what it scored."""
+
+    name: str
+    label: str  # with what is to be said of it in a table
+    where: str  # a commit of the hub, or a folder's name
+    own_settings: bool  # whether it was computed by its own
+    found: Evaluation
+
+    @property
+    def probabilities(self) -> list[float]:
+        """Of all pairs, the searched ones first."""
+        return [probability(value) for value in (*self.found.searched, *self.found.held_out)]
 
 
 def score_models(config: Config, console: Console, file: Path | None, overwrite: bool) -> None:
@@ -46,23 +63,48 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
     loader = with_chats_rendered(loader.fitting(models, with_header=True), models)
     config = loader.config
     console.warnings(doubtful_phrases(config.pairs))
-    search, watch, scored = loader.in_range(lambda wide: _scored(wide, models))
-    weights = [*search.weights, *watch.weights]
-    pairs = ScoredPairs(config.pairs, watch.pairs, weights, search.rounding)
-    console.lines(standing_table([one.standing for one in scored], scored[0].standing))
-    console.lines(probability_table(pairs, scored))
+    search, evaluator, scored = loader.in_range(lambda wide: _scored(wide, models))
+    held_out = evaluator.phrases.pairs
+    console.lines(results_table([ResultRow(model.label, model.found.metrics) for model in scored]))
+    probabilities = {model.name: model.probabilities for model in scored}
+    console.lines(probability_table(config.pairs, held_out, probabilities, search.rounding))
     if file:
-        write_text(file, json.dumps(score_document(pairs, scored), ensure_ascii=False, indent=1) + "\n")
+        weights = [*search.weights, *evaluator.phrases.weights]
+        document = _document([*config.pairs, *held_out], len(config.pairs), weights, scored)
+        write_text(file, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
         console.timed(f"All scores are in {file}")
     end(console, config, models.base)
 
 
-def _scored(loader: ModelLoader, models: Models) -> tuple[Search, Watch, list[Scored]]:
+def _document(
+    pairs: Sequence[Pair], searched: int, weights: Sequence[float], scored: Sequence[Scored]
+) -> dict[str, Any]:
+    """All scores for JSON, the base's first. searched: how many pairs are; the others are held out. weights: signed."""
+    models = [
+        {
+            "name": model.name,
+            "where": model.where,
+            "settings": "own" if model.own_settings else "base",
+            "metrics": model.found.metrics,
+        }
+        for model in scored
+    ]
+    phrases = []
+    for number, (pair, weight) in enumerate(zip(pairs, weights, strict=True)):
+        probabilities = {model.name: model.probabilities[number] for model in scored}
+        more = {"weight": abs(weight), "held_out": number >= searched, "probabilities": probabilities}
+        phrases.append({**pair.written(), **more})
+    return {"models": models, "phrases": phrases}
+
+
+def _scored(loader: ModelLoader, models: Models) -> tuple[Search, Evaluator, list[Scored]]:
     """The base and what has scored it; all models' scores, the base's first."""
     config, console = loader.config, loader.console
     with fetching(console, models.jobs) as prefetcher:
         prefetcher.wait(0)
-        search, windows, _ = load_base(loader, models, Budget(), placement=loader.placement(models, with_header=True))
+        placement = loader.placement(models, with_header=True)
+        context = load_base(loader, models, Budget(), placement=placement, weighs=False)
+        search = context.search
         model, tokenizer, scorer = search.model, search.tokenizer, search.scorer
         if not scorer.has_tails:
             raise ConfigError(
@@ -71,16 +113,14 @@ def _scored(loader: ModelLoader, models: Models) -> tuple[Search, Watch, list[Sc
         names = [candidate.name for candidate in models.candidates]
         console.lines(score_summary(config, model.describe(saving=False), scorer.describe(), names))
         console.warnings([*doubled_tokens(tokenizer, config.pairs), *search.warnings])
-        watch = Watch(config, console, model, tokenizer, Budget(), windows)
-        console.lines(neutral_text_lines(watch.start.drift))
-        name, found = models.base.name, search.log_probabilities
-        start = watch.standing(search, f"{name} (base)", found, watch.start)
-        scored = [Scored(name, without_folders(models.base_where), start, found, watch.start.held_out)]
+        evaluator = Evaluator(context)
+        name, where = models.base.name, without_folders(models.base_where)
+        scored = [Scored(name, f"{name} (base)", where, own_settings=True, found=evaluator.start)]
         for number, candidate in enumerate(models.candidates, start=1):
             try:
                 prefetcher.wait(number)
                 console.timed(f"Model {number}/{len(names)}: {candidate.name}")
-                scored.append(_score(console, search, watch, candidate))
+                scored.append(_score(console, search, evaluator, candidate))
             except CheckpointError as error:
                 if config.on_error == "stop" or isinstance(error, TooNarrow):
                     raise
@@ -89,33 +129,31 @@ def _scored(loader: ModelLoader, models: Models) -> tuple[Search, Watch, list[Sc
                 later = [repository for one in models.candidates[number:] for repository in one.repositories]
                 remove_downloads(console, candidate.repositories, [models.base.repository, *later])
     console.lines(search.notes)
-    return search, watch, scored
+    return search, evaluator, scored
 
 
-def _score(console: Console, search: Search, watch: Watch, candidate: Candidate) -> Scored:
+def _score(console: Console, search: Search, evaluator: Evaluator, candidate: Candidate) -> Scored:
     """One model beside the base. Raises CheckpointError if it can't be scored."""
     try:
         console.lines(_about_header(console, search, candidate))
         own = settings_of(search.model, candidate.checkpoint) if candidate.otherwise else Settings()
         if own is None:
             console.warning(f"{candidate.name} can't be computed beside the base by its own settings")
-        name = candidate.name if own else by_other_settings(candidate.name)
-        seen = watch.look_at_whole(search, candidate, own=own or Settings())
-        while seen is None and search.take_less_memory():
-            seen = watch.look_at_whole(search, candidate, own=own or Settings())
+        found = evaluator.evaluate_alone(candidate, own=own or Settings())
+        while found is None and search.take_less_memory():
+            found = evaluator.evaluate_alone(candidate, own=own or Settings())
     except (BrokenWeights, CheckpointError) as error:
         if isinstance(error, TooNarrow) and search.model.may_widen:
             raise
         raise CheckpointError(f"{candidate.name} can't be scored: {error}") from None
     finally:
         candidate.checkpoint.release()
-    if seen is None:
+    if found is None:
         raise CheckpointError(f"{candidate.name} can't be scored: there is too little memory")
-    found, sight, _ = seen
-    if any(map(math.isnan, (*found, *sight.held_out))):
+    if any(map(math.isnan, (*found.searched, *found.held_out))):
         raise CheckpointError(f"{candidate.name} can't be scored: what it computes is no number")
-    standing = watch.standing(search, name, found, sight)
-    return Scored(candidate.name, without_folders(candidate.where), standing, found, sight.held_out)
+    name = candidate.name if own else by_other_settings(candidate.name)
+    return Scored(candidate.name, name, without_folders(candidate.where), own is not None, found)
 
 
 def _about_header(console: Console, search: Search, candidate: Candidate) -> list[str]:

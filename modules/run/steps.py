@@ -4,6 +4,8 @@ Knows: libraries, saving, what lies beside the weights. Refuses to know: searchi
 """
 
 import math
+import os
+import re
 import shlex
 import warnings
 from collections.abc import Sequence
@@ -22,15 +24,14 @@ from modules.output import (
     MERGE_MAP_FILE,
     PHRASE_CHART_FILE,
     SETTINGS_FILE,
-    Public,
     Recipe,
     RunRecord,
-    Settings,
     Unfinished,
     compare_fingerprints,
     merge_map,
     phrase_chart,
     rendered_in,
+    settings_file,
     write_card,
     write_recipe,
 )
@@ -58,14 +59,12 @@ from modules.search.rebuild import Rebuild
 LARGEST_LOOKED_AT = 1_000_000  # bytes; vocabularies have more, and no paths
 
 
-def with_chats_rendered(loader: ModelLoader, models: Models, begun: Settings | None = None) -> ModelLoader:
+def with_chats_rendered(loader: ModelLoader, models: Models, begun: Config | None = None) -> ModelLoader:
     """A loader whose configuration has chats as the base's tokenizer writes them. Otherwise as `ask`."""
     return ask(loader, models, begun, prompts=())[0]
 
 
-def ask(
-    loader: ModelLoader, models: Models, begun: Settings | None, prompts: Sequence[str]
-) -> tuple[ModelLoader, Asked]:
+def ask(loader: ModelLoader, models: Models, begun: Config | None, prompts: Sequence[str]) -> tuple[ModelLoader, Asked]:
     """A loader whose configuration has chats as the base's tokenizer writes them; and prompts as the base reads them.
 
     begun: of the run that goes on. What it has rendered is taken from there: a template may print today's date.
@@ -116,27 +115,27 @@ def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer
     return scorer, of_pairs(found, encoded)
 
 
-def save(console: Console, model: ResidentModel | Rebuild, unfinished: Unfinished, output: str, settings: str) -> None:
-    """Write a model and the text of the settings that made it; `output` is where they will be in the end."""
+def save(console: Console, model: ResidentModel | Rebuild, unfinished: Unfinished, output: str) -> None:
+    """Write a model; `output` is where it will be in the end."""
     console.timed(f"Saving to {output}")
     with naming(unfinished.folder):
         model.save(unfinished.folder)
     console.lines(model.checkpoint.companions.describe())
-    with naming(unfinished.folder / SETTINGS_FILE):
-        (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 
 
 def finish(
     console: Console, unfinished: Unfinished, recipe: Recipe, output: Path, base: Checkpoint, overwrite: bool
 ) -> None:
-    """Write the recipe, and what shows people what is in it, two pictures and a model card; make it all the output."""
+    """Write the recipe, the settings as a file to run again, two pictures and a model card; make it all the output."""
     folder = unfinished.folder
     console.timed("Writing recipe, pictures and model card")
     write_recipe(folder, recipe)
+    with naming(folder / SETTINGS_FILE):
+        (folder / SETTINGS_FILE).write_text(settings_file(recipe, output.name), encoding="utf-8", newline="\n")
     drawn = {
         MERGE_MAP_FILE: lambda: merge_map(recipe, folder / MERGE_MAP_FILE),
         PHRASE_CHART_FILE: lambda: phrase_chart(recipe, folder / PHRASE_CHART_FILE),
-        CARD_FILE: lambda: write_card(folder, recipe, output.name, base.path, (MERGE_MAP_FILE, PHRASE_CHART_FILE)),
+        CARD_FILE: lambda: write_card(folder, recipe, output.name, (MERGE_MAP_FILE, PHRASE_CHART_FILE)),
     }
     for file, write in drawn.items():
         try:
@@ -145,20 +144,21 @@ def finish(
         except Exception as error:  # no reason to lose a merge
             (folder / file).unlink(missing_ok=True)
             console.warning(f"{file} could not be made ({first_line(error)})")
-    console.warnings(_paths_of_the_base(folder, base, Public(output, [base.path])))
+    console.warnings(_paths_of_the_base(folder, base))
     with postponed(lambda: None):  # it takes a moment, in which Ctrl-C is not heard unless it comes twice
         console.warnings(unfinished.take_place(overwrite))
 
 
-def _paths_of_the_base(folder: Path, base: Checkpoint, public: Public) -> list[str]:
+def _paths_of_the_base(folder: Path, base: Checkpoint) -> list[str]:
     """A line for each of the base's files that was copied to a folder and names a path of this machine."""
+    known = {os.path.expanduser("~"), os.getcwd(), str(base.path.resolve().parent)} - {os.sep}
+    pattern = rf"(?<![\w.~/-])(?:{'|'.join(map(re.escape, known))})(?![\w-])[^\s\"',;:]*"
     lines = []
     for name in (name for name, size in base.companions.published.items() if size <= LARGEST_LOOKED_AT):
         with naming(folder / name):
-            path = public.found_in((folder / name).read_text(encoding="utf-8", errors="replace"))
-        lines += [f"{name}, which is the base's own, names {path}: see to it before you publish the output"] * bool(
-            path
-        )
+            path = re.search(pattern, (folder / name).read_text(encoding="utf-8", errors="replace"))
+        if path:
+            lines.append(f"{name}, which is the base's own, names {path[0]}: see to it before you publish the output")
     return lines
 
 
@@ -183,8 +183,8 @@ def prepare_libraries(seed: int) -> None:
     huggingface_hub.logging.set_verbosity_error()
 
 
-def note_source(record: RunRecord, group: Group, number: int, text: str, where: str, checkpoint: Checkpoint) -> None:
+def note_source(record: RunRecord, group: Group, number: int, where: str, checkpoint: Checkpoint) -> None:
     """Note which model a number is. Raises ConfigError if it is not what an earlier run, or another process, has."""
-    noted = group.broadcast(group.on_all_ranks(lambda: record.source(number, text, where, checkpoint)))
+    noted = group.broadcast(group.on_all_ranks(lambda: record.source(number, where, checkpoint)))
     here = f"is not the same in process {group.rank.number} as in process 0"
     group.on_all_ranks(lambda: compare_fingerprints(noted, checkpoint, here) if not group.rank.leads else None)

@@ -47,4 +47,5 @@ from modules.runtime.text import (
     row,
     shortened,
     spans,
+    table,
 )

@@ -69,6 +69,23 @@ def _ending(text: str, width: int) -> str:
 PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH = 24, 28, 10, 12
 
 
+def table(header: Sequence[str], *groups: Sequence[Sequence[str]], widths: Sequence[int] = ()) -> list[str]:
+    """The lines of a table: a header and groups of rows, with a rule below each group that has any.
+
+    widths: of the columns; without them each is as wide as its widest cell.
+    """
+    if not widths:
+        rows = [header, *(cells for group in groups for cells in group)]
+        widths = [max(columns(one_line(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    first = row(header, widths)
+    rule = "-" * columns(first)
+    lines = [rule, first, rule]
+    for group in groups:
+        if group:
+            lines += [*(row(cells, widths) for cells in group), rule]
+    return lines
+
+
 def row(cells: Sequence[str], widths: Sequence[int]) -> str:
     """One line of a table."""
     return "| " + " | ".join(fit(cell, width) for cell, width in zip(cells, widths, strict=True)) + " |"

@@ -21,11 +21,10 @@ from modules.scoring.chats import (
 from modules.scoring.drift import Drift, DriftMeter
 from modules.scoring.exactness import Plain
 from modules.scoring.gradient import GradientPass, Outside
-from modules.scoring.guard import Guard
 from modules.scoring.inputs import Inputs, attention_mask, depths, tree_mask
 from modules.scoring.layout import NOT_TAKEN, attention_window, build_scorer, check_numbers, is_taken
 from modules.scoring.narrowness import check_float16
-from modules.scoring.objective import Objective, Value
+from modules.scoring.objective import Objective, Penalty, Value
 from modules.scoring.packing import LAYOUTS, TokenTree, build_packs
 from modules.scoring.rounding import other_ways, spreads
 from modules.scoring.samples import Drawing, answers, drawn, of_one_length, unanswered

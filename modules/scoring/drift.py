@@ -59,7 +59,7 @@ class DriftMeter:
 
         Raises ValueError if the model's head can't be read in blocks of its rows.
         """
-        self._model, self._block = model, BLOCK
+        self.model, self._block = model, BLOCK
         self._keeps_head = keeps_head
         self._head: Tensors | None = None
         # Windows of one length together, (B, T), and what the model's last layer made of them, (B, T, H), on the CPU.
@@ -90,10 +90,10 @@ class DriftMeter:
         held: within it, the resident model has the others' norm and head. same_header: the base's header is the
         resident one, whatever is held.
         """
-        original = self._original_head() if not same_header or self._model.header_has_changed() else None
+        original = self._original_head() if not same_header or self.model.header_has_changed() else None
         sums = torch.zeros(4, stack, dtype=torch.float64)
         for batch, before, now in zip(self.batches, self.before, hidden, strict=True):
-            sums += self._compare(batch, before.to(self._model.device), now, original, held).cpu()
+            sums += self._compare(batch, before.to(self.model.device), now, original, held).cpu()
         followed = self.tokens - sum(len(batch) for batch in self.batches)  # what follows a window is not known
         drifts = []
         for divergence, equal, said_now, said_before in sums.T.tolist():
@@ -103,7 +103,7 @@ class DriftMeter:
         return drifts
 
     def _original_head(self) -> Tensors:
-        head = self._head or self._model.original_head()
+        head = self._head or self.model.original_head()
         self._head = head if self._keeps_head else None
         return head
 
@@ -120,10 +120,10 @@ class DriftMeter:
         """Of windows (B, T) with hidden states (B, T, H) and a stack's (R * B, T, H), the sums over their positions: of
         the divergence, of equal likeliest tokens, and of what the next token's log-probability is now and was before:
         (4, R)."""
-        base, present = _Said(batch[None]), _Said(batch.expand(len(now) // len(batch), -1, -1))
+        base, present = SoftmaxStats(batch[None]), SoftmaxStats(batch.expand(len(now) // len(batch), -1, -1))
         gap = torch.zeros_like(present.weight)  # sum of exp(old - top) * (old - new)
         for first, end in self._blocks(batch.numel() + now.shape[0] * now.shape[1]):
-            with self._model.outside().holding(self._outside):  # the final norm may have been merged as well
+            with self.model.outside().holding(self._outside):  # the final norm may have been merged as well
                 old = self._logits(batch, before, first, end, original)[None]
             with held():
                 new = self._logits(batch, now, first, end).unflatten(0, (-1, len(batch)))
@@ -140,7 +140,7 @@ class DriftMeter:
 
     def _blocks(self, positions: int) -> Iterator[tuple[int, int]]:
         """Ranges of the head's rows whose logits at so many positions, of all models, fit into a block."""
-        rows, size = self._model.head_size, max(1, self._block // (4 * positions))
+        rows, size = self.model.head_size, max(1, self._block // (4 * positions))
         return ((first, min(first + size, rows)) for first in range(0, rows, size))
 
     def _logits(self, batch: Tensor, hidden: Tensor, first: int, end: int, rows: Tensors | None = None) -> Tensor:
@@ -148,27 +148,27 @@ class DriftMeter:
         (B, T, rows)."""
         ids = torch.zeros_like(batch)  # any that every block has a row for; nothing comes of them
         columns = torch.arange(batch.shape[1], device=batch.device)
-        with self._model.head_rows(first, end, rows):
-            found = logits_with(self._model, {"input_ids": ids}, ending_in(self._model, hidden), columns)
+        with self.model.head_rows(first, end, rows):
+            found = logits_with(self.model, {"input_ids": ids}, ending_in(self.model, hidden), columns)
         return found if found.dtype == torch.float64 else found.float()
 
     def _hidden(self, batch: Tensor) -> Tensor:
         """The last layer's hidden states of windows (B, T): (B, T, H)."""
-        return last_states(self._model, {"input_ids": batch}, {})
+        return last_states(self.model, {"input_ids": batch}, {})
 
     def _check_blocks(self, batch: Tensor) -> None:
         """Raise ValueError unless blocks of the head's rows give what the whole head gives, but for rounding."""
-        columns, size = torch.arange(batch.shape[1], device=batch.device), self._model.head_size
-        whole = logits_with(self._model, {"input_ids": batch}, {}, columns)
+        columns, size = torch.arange(batch.shape[1], device=batch.device), self.model.head_size
+        whole = logits_with(self.model, {"input_ids": batch}, {}, columns)
         # Of the same forward: another number of tokens would round otherwise.
         hidden, ends = self._hidden(batch), (0, size // 3, size)
         parts = torch.cat([self._logits(batch, hidden, first, end) for first, end in pairwise(ends)], -1)
-        rounding = 4 * max(torch.finfo(self._model.dtype).eps, ROUNDING) * float(whole.abs().max())
+        rounding = 4 * max(torch.finfo(self.model.dtype).eps, ROUNDING) * float(whole.abs().max())
         if parts.shape != whole.shape or not float((parts - whole).abs().max()) <= rounding:
             raise ValueError("the output head does not give the same in blocks of its rows")
 
 
-class _Said:
+class SoftmaxStats:
     """What models' logits say at the positions of windows, (R, B, T), gathered block by block of the vocabulary. Terms
     are as exact as the logits, sums as exact as the device can make them."""
 

@@ -34,7 +34,7 @@ from modules.scoring.hidden_states import (
     logits_with,
     recorded,
 )
-from modules.scoring.objective import Objective, Value
+from modules.scoring.objective import Objective, Penalty, Value
 
 NOTHING = 1e-25  # a smaller gradient on a logit, by the largest, is none: processors take ten times as long for such
 EMBEDDING = "embedding"  # its gradient, before it is known by another name
@@ -61,7 +61,8 @@ class GradientPass:
         self._shapes: list[torch.Size] = []  # of every text's hidden states
         self._upstream: list[Tensor] = []  # of every text, d objective / d hidden states, once the head is through
         self._dense: Tensors = {}
-        self._divergence = torch.zeros((), dtype=objective.dtype, device=self._model.device)
+        zero = torch.zeros((), dtype=objective.dtype, device=self._model.device)
+        self._divergences = {penalty.name: zero.clone() for penalty in objective.penalties}
         self.scale = 1.0
 
     @torch.no_grad()
@@ -76,7 +77,8 @@ class GradientPass:
         self._final_gradient = torch.zeros_like(self._final, dtype=self._of.dtype)
         self._normaliser, self._log_probabilities = self._of.scored(self._final)
         self._asked = self._of.upstream(self._log_probabilities)
-        largest = max([self._of.drift_weight / self._of.tokens, *self._asked.each.abs().tolist()])
+        per_token = [penalty.per_token for penalty in self._of.penalties]
+        largest = max([0.0, *per_token, *self._asked.each.abs().tolist()])
         self.scale = 2.0 ** -math.floor(math.log2(largest)) if largest else 1.0
 
     # -- the head -----------------------------------------------------------------------------------------------------
@@ -88,8 +90,8 @@ class GradientPass:
         names; None: the model holds them. learn: if not, only the value is computed.
         """
         found: Tensors = {}
-        for start, stop in self._chunks(end - first):
-            self._add_chunk(found, start, stop, first, end, base, learn)
+        for start, stop, penalty in self._chunks(end - first):
+            self._add_chunk(found, start, stop, penalty, first, end, base, learn)
         names = self._model.head_names().values() if self._wants_outside else ()
         for name in found.keys() - set(names):
             _add(self._dense, name, found.pop(name))
@@ -97,17 +99,28 @@ class GradientPass:
 
     def value(self) -> Value:
         """This process's part of the objective, once all blocks are through."""
-        return self._of.value(self._log_probabilities, float(self._divergence))
+        divergences = {name: float(value) for name, value in self._divergences.items()}
+        return self._of.value(self._log_probabilities, divergences)
 
-    def _chunks(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Ranges of positions at which so many rows are read at a time; pairs' and neutral text's don't mix."""
-        size, parts = self._of.chunk(rows), ((0, self._of.asked), (self._of.asked, self._of.positions))
-        return ((start, min(start + size, end)) for begin, end in parts for start in range(begin, end, size))
+    def _chunks(self, rows: int) -> Iterator[tuple[int, int, Penalty | None]]:
+        """Ranges of positions at which so many rows are read at a time, each of one penalty or, None, of pairs."""
+        size = self._of.chunk(rows)
+        for begin, end, penalty in self._of.ranges:
+            for start in range(begin, end, size):
+                yield start, min(start + size, end), penalty
 
     def _add_chunk(
-        self, found: Tensors, start: int, stop: int, first: int, end: int, base: Tensors | None, learn: bool
+        self,
+        found: Tensors,
+        start: int,
+        stop: int,
+        penalty: Penalty | None,
+        first: int,
+        end: int,
+        base: Tensors | None,
+        learn: bool,
     ) -> None:
-        """Of positions start..stop-1 and rows first..end-1: what they add to gradients and divergence."""
+        """Of positions start..stop-1 and rows first..end-1: what they add to gradients and divergences."""
         header, outside = self._model.header().tensors, self._model.outside().tensors
         own = {name: header[name] for name in self._model.head_names().values()} | outside
         own = own if self._wants_outside and learn else {}
@@ -116,7 +129,7 @@ class GradientPass:
             with torch.set_grad_enabled(learn):
                 logits = self._of.logits(hidden)
             with torch.no_grad():
-                upstream = self.scale * self._on_logits(logits, start, first, end, base)
+                upstream = self.scale * self._on_logits(logits, start, penalty, first, base)
                 upstream = torch.nn.functional.hardshrink(upstream, NOTHING)
             if not learn:
                 return
@@ -125,10 +138,12 @@ class GradientPass:
         for name, gradient in zip(own, gradients[1:], strict=True):
             _add(found, name, gradient)
 
-    def _on_logits(self, logits: Tensor, start: int, first: int, end: int, base: Tensors | None) -> Tensor:
-        """d objective / d logits of positions from `start` on, (positions, rows); adds to the divergence."""
+    def _on_logits(
+        self, logits: Tensor, start: int, penalty: Penalty | None, first: int, base: Tensors | None
+    ) -> Tensor:
+        """d objective / d logits of positions from `start` on, (positions, rows); adds to the penalty's divergence."""
         of, stop = self._of, start + len(logits)
-        if start < of.asked:
+        if penalty is None:
             return self._asked.on_logits(logits, self._normaliser[start:stop], start, first)
         now, place = logits - self._normaliser[start:stop, None], slice(start - of.asked, stop - of.asked)
         held = nullcontext() if base is None else self._model.head_holding(base)
@@ -136,8 +151,8 @@ class GradientPass:
             was = of.logits(of.before[place].to(self._model.device)) - of.base_normaliser[place, None]
         shares = was.exp()
         # A token that neither can say has no share; its difference is no number.
-        self._divergence += torch.where(shares > 0, shares * (was - now), 0.0).sum()
-        return (now.exp() - shares) * (of.drift_weight / of.tokens)
+        self._divergences[penalty.name] += torch.where(shares > 0, shares * (was - now), 0.0).sum()
+        return (now.exp() - shares) * penalty.per_token
 
     # -- layers -------------------------------------------------------------------------------------------------------
 

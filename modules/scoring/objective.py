@@ -1,19 +1,20 @@
-"""What joint search makes small: the pairs' weighted probabilities and the divergence on neutral text, as tensors.
+"""What joint search makes small: the pairs' weighted probabilities and weighted divergences from the base, as tensors.
 
 Knows: which outputs of a model answer for which target, the gradient of the objective on logits. Refuses to know:
 layers, whose weights they are, how a gradient goes on from the logits.
 
-    objective = sum over pairs of weight * p  +  drift_weight * mean over tokens of KL(base, now)
+    objective = sum over pairs of weight * p  +  sum over penalties of weight * mean over tokens of KL(base, now)
 
     d objective / d logit of token v
-        where pairs are read           sum over the targets there of weight * p * ([v is the target] - p(v))
-        where neutral text is read     drift_weight / tokens * (p(v) - p_base(v))
+        where pairs are read               sum over the targets there of weight * p * ([v is the target] - p(v))
+        where a penalty's text is read     weight / tokens * (p(v) - p_base(v))
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -54,14 +55,28 @@ class Value:
 
     log_probabilities: list[float]  # joint, of every pair, or of its variants; 0 for those of other processes
     total: float  # sum of weight * probability
-    divergence: float  # its part of the mean KL(base, now), in nats per token; 0 without neutral text
+    metrics: dict[str, float]  # of each penalty, by name, its part of the mean KL(base, now), in nats per token
     objective: float
 
 
-class Objective:
-    """Total + drift_weight x divergence of a model whose weights change.
+@dataclass(frozen=True)
+class Penalty:
+    """A divergence from the base on some text, and what a nat of it adds to the objective."""
 
-    To be made while the model is the base: what it says then of neutral text is the base's side.
+    name: str
+    weight: float
+    meter: DriftMeter  # has the text, of which several processes take a share each
+
+    @property
+    def per_token(self) -> float:
+        """What a nat at one of its positions adds to the objective."""
+        return self.weight / self.meter.tokens
+
+
+class Objective:
+    """Total + weighted divergences of a model whose weights change.
+
+    To be made while the model is the base: what it says then of the penalties' texts is the base's side.
     """
 
     def __init__(
@@ -69,12 +84,10 @@ class Objective:
         model: ResidentModel,
         scorer: Scorer,
         weights: Sequence[float],
-        meter: DriftMeter | None = None,
-        drift_weight: float = 0.0,
+        penalties: Sequence[Penalty] = (),
     ) -> None:
-        """weights: of the scorer's pairs, good phrases negative. meter: has the neutral text, of which several
-        processes take a share each; made when this is. Raises ConfigError if the model is of a kind that can only be
-        scored by whole forwards."""
+        """weights: of the scorer's pairs, good phrases negative. Raises ConfigError if the model is of a kind that can
+        only be scored by whole forwards."""
         kind = type(model.module).__name__
         if not scorer.has_tails:
             raise ConfigError(f"{kind}: no gradient can be streamed, since more than hidden states reaches its layers")
@@ -86,21 +99,21 @@ class Objective:
             raise ConfigError(
                 f"{kind}: no gradient can be made of layers that lie in the CPU's memory beside the device"
             )
-        self.model, self.drift_weight = model, drift_weight
+        self.model, self.penalties = model, list(penalties)
         self.weights = torch.tensor(of_variants(weights, scorer.encoded), dtype=torch.float64)
         self.dtype = torch.promote_types(torch.float32, model.dtype)  # that logits and sums are made in
-        self.tokens = 1 if meter is None else sum(batch.numel() for batch in meter.batches)  # of all processes
-        self.before = torch.zeros(0)  # last hidden states of the base on neutral text, (positions, H), on the host
-        self._batches: list[Tensor] = []  # of neutral text
+        self.before = torch.zeros(0)  # last hidden states of the base on penalties' texts, (positions, H), on the host
+        self._lengths: list[int] = []  # of each penalty, how many of these positions are its own
+        self._batches: list[Tensor] = []  # of penalties' texts
         self._pack(scorer)
-        if meter is not None and drift_weight:
-            self._add(meter, scorer)
+        if penalties:
+            self._add_penalties(scorer)
 
     def _pack(self, scorer: Scorer) -> None:
         """Take over how a scorer packs the pairs, and how much memory it allows itself."""
         self.budget = scorer.budget
         self.texts, self.targets = _texts_of(scorer)
-        self.asked = sum(len(text.rows) for text in self.texts)  # positions of pairs; those of neutral text come behind
+        self.asked = sum(len(text.rows) for text in self.texts)  # positions of pairs; those of penalties come behind
         self.own = torch.zeros(len(self.weights), dtype=torch.bool)  # the pairs of this process
         self.own[self.targets.pairs] = True
         for batch in self._batches:
@@ -109,10 +122,14 @@ class Objective:
                 self.texts.append(Text(partial(dict, input_ids=windows), windows, rows, columns))
 
     @torch.no_grad()
-    def _add(self, meter: DriftMeter, scorer: Scorer) -> None:
-        """This process's share of neutral text."""
-        own = slice(scorer.rank.number, None, scorer.rank.world_size)
-        self._batches, before = meter.batches[own], [hidden.flatten(0, 1) for hidden in meter.before[own]]
+    def _add_penalties(self, scorer: Scorer) -> None:
+        """This process's share of the penalties' texts."""
+        own, before = slice(scorer.rank.number, None, scorer.rank.world_size), list[Tensor]()
+        for penalty in self.penalties:
+            hidden = [states.flatten(0, 1) for states in penalty.meter.before[own]]
+            self._batches += penalty.meter.batches[own]
+            self._lengths.append(sum(map(len, hidden)))
+            before += hidden
         self.before = torch.cat(before) if before else self.before
         self.outside = {name: tensor.clone() for name, tensor in self.model.outside().tensors.items()}
         self._pack(scorer)
@@ -124,14 +141,19 @@ class Objective:
         found._pack(scorer)
         return found
 
-    def part(self, pairs: bool) -> "Objective":
-        """The same without neutral text's divergence or, if not `pairs`, of that alone."""
+    def part(self, name: str | None) -> "Objective":
+        """One summand of the objective: the penalty of this name or, for None, the pairs' total."""
         found = copy(self)
-        if pairs:
-            found.drift_weight = 0.0
-        else:
+        found.penalties = [one if one.name == name else replace(one, weight=0.0) for one in self.penalties]
+        if name is not None:
             found.weights = torch.zeros_like(self.weights)
         return found
+
+    @property
+    def ranges(self) -> list[tuple[int, int, Penalty | None]]:
+        """First and last position, exclusive, of the pairs (None) and of each penalty."""
+        ends = list(accumulate(self._lengths, initial=self.asked))
+        return [(0, self.asked, None), *zip(ends, ends[1:], self.penalties, strict=False)]
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -189,16 +211,23 @@ class Objective:
             0, targets.pairs, said
         ).tolist()
 
-    def value(self, log_probabilities: list[float], divergence: float) -> Value:
-        """divergence: the sum over this process's tokens."""
+    def value(self, log_probabilities: list[float], divergences: Mapping[str, float]) -> Value:
+        """divergences: of each penalty, by name, the sum over this process's tokens."""
         scores = torch.tensor(log_probabilities, dtype=torch.float64).exp() * self.weights
-        total, mean = float(scores[self.own].sum()), divergence / self.tokens
-        return Value(log_probabilities, total, mean, total + self.drift_weight * mean)
+        means = {one.name: divergences[one.name] / one.meter.tokens for one in self.penalties}
+        return self.sum_of(log_probabilities, float(scores[self.own].sum()), means)
+
+    def sum_of(self, log_probabilities: list[float], total: float, metrics: dict[str, float]) -> Value:
+        """The value of these summands."""
+        objective = total
+        for penalty in self.penalties:
+            objective += penalty.weight * metrics[penalty.name]
+        return Value(log_probabilities, total, metrics, objective)
 
     def size(self, value: Value) -> float:
         """Of what the objective is the sum, the size: good phrases count against it, rounding does not know that."""
         scores = torch.tensor(value.log_probabilities, dtype=torch.float64).exp() * self.weights
-        return float(scores.abs().sum()) + self.drift_weight * value.divergence
+        return float(scores.abs().sum()) + sum(one.weight * value.metrics[one.name] for one in self.penalties)
 
     def upstream(self, log_probabilities: Sequence[float]) -> "Upstream":
         """Of what the pairs' probabilities are, how the objective changes with the logits of their positions."""

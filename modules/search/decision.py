@@ -4,8 +4,8 @@ Knows: decisions, shares. Refuses to know: tensors, how a decision is taken.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from modules.merging.methods import recorded_share
@@ -56,7 +56,7 @@ class Decision:
     before: float  # total score
     after: float
     log_probabilities: tuple[float, ...]  # joint, of every pair, afterwards
-    drift: float | None = None  # afterwards; None if nothing guards against it
+    metrics: Mapping[str, float] = field(default_factory=dict)  # those that are weighed or limited, afterwards
     warning: str | None = None  # why nothing could be tried
     note: str | None = None  # how the header was matched, if its rows are not simply the base's
 

@@ -89,18 +89,18 @@ def rounded(shares: Sequence[Row], factor: float = 1.0) -> Rows:
     return tuple(tuple(round(share, DECIMALS) if share >= LEAST else 0.0 for share in row) for row in scaled)
 
 
-def largest_factor(drift_at: Callable[[float], float], max_drift: float, halvings: int = 7) -> float:
-    """The largest factor of all shares, up to 1, at which the drift holds, by bisection: to within 2**-halvings.
+def largest_factor(is_allowed: Callable[[float], bool], halvings: int = 7) -> float:
+    """The largest factor of all shares, up to 1, at which limits hold, by bisection: to within 2**-halvings.
 
-    drift_at: the exact drift with shares multiplied with a factor; at 0, which is the base, there is none. The factor
+    is_allowed: whether they hold with shares multiplied with a factor; at 0, which is the base, they do. The factor
     that is returned has been tried, unless it is 0.
     """
-    if drift_at(1.0) <= max_drift:
+    if is_allowed(1.0):
         return 1.0
     low, high = 0.0, 1.0
     for _ in range(halvings):
         middle = (low + high) / 2
-        low, high = (middle, high) if drift_at(middle) <= max_drift else (low, middle)
+        low, high = (middle, high) if is_allowed(middle) else (low, middle)
     return low
 
 
@@ -213,12 +213,12 @@ class Joint:
 
     def _whole(self, part: Value) -> Value:
         """The value of all processes' parts together."""
-        ((total, divergence),) = self.group.sum([[part.total, part.divergence]])
+        ((total, *values),) = self.group.sum([[part.total, *part.metrics.values()]])
         model = self.mix.model
-        if model.may_widen and not math.isfinite(total + divergence):
+        if model.may_widen and not all(map(math.isfinite, [total, *values])):
             raise model.too_narrow("a step overflows")
         (log_probabilities,) = self.group.sum([part.log_probabilities])
-        return Value(log_probabilities, total, divergence, total + self.objective.drift_weight * divergence)
+        return self.objective.sum_of(log_probabilities, total, dict(zip(part.metrics, values, strict=True)))
 
 
 class _Elsewhere(Exception):

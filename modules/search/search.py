@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from modules.checkpoints import Candidate, Tensors
 from modules.config import Config, Pair
@@ -15,40 +15,50 @@ from modules.merging.methods import ratios_for
 from modules.model import FALLBACK, HeaderSkipped, Part, ResidentModel, Settings, aligned_header, side_streams
 from modules.runtime import BrokenWeights, TooNarrow, counted, within_memory
 from modules.runtime.distributed import ALONE, Group
-from modules.scoring import (
-    Drift,
-    DriftMeter,
-    Guard,
-    Scorer,
-    Trial,
-    by_pair,
-    check_numbers,
-    of_pairs,
-    other_ways,
-    spreads,
-)
+from modules.scoring import Scorer, Trial, by_pair, check_numbers, of_pairs, other_ways, spreads
+from modules.scoring.drift import DriftMeter
+from modules.scoring.tails import TailForwards
 from modules.search.decision import Decision, Result
 from modules.search.prefetch import ReadAhead
-from modules.search.strategies import (
-    Limits,
-    State,
-    automatic_drift_weight,
-    choose,
-    probability,
-    scores,
-    total,
-    total_rounding,
-)
+from modules.search.strategies import Limits, State, choose, probability, scores, total, total_rounding
 from modules.search.trial import Merger, trying
-from modules.search.whole import score_whole
+from modules.search.whole import Streamed, score_whole
 
 # Below this a probability has lost digits to underflow, and its reciprocal is no sensible weight.
 SMALLEST_PROBABILITY = 2.2250738585072014e-308
 ScoreTrials = Callable[[Sequence[Trial]], list[list[float]]]
 
 
+class WeighedMetric(Protocol):
+    """A metric that trials are judged by, lower is better. Values are this process's parts: all processes' are summed.
+
+    One process measures some of its text, and the parts of all add up to the value.
+    """
+
+    name: str
+    limit: float  # a trial with more is not taken; math.inf: none
+    tails: TailForwards
+    # What a gradient is made of, and a candidate on its own is measured by: a divergence from the base on all the text.
+    meter: DriftMeter | None
+
+    def weight(self, base_scores: Sequence[float]) -> float:
+        """What 1 of it adds to the total, which is that of the base's scores to begin with."""
+
+    def value(self) -> float:
+        """Of the model as it is."""
+
+    def under_trials(self, trials: Sequence[Trial], by_tails: bool) -> list[float]:
+        """Under each trial's weights for the present layer, by tail forwards or by whole ones."""
+
+    def under_header_trials(self, trials: Sequence[Trial]) -> list[float]:
+        """Under each trial's weights for the header."""
+
+
 class Search(Merger):
-    """A model that takes over what improves its scores. `log_probabilities` and `drift` are of its present state."""
+    """A model that takes over what improves its scores.
+
+    `log_probabilities` and `metrics`, those that are weighed or limited, are of its present state.
+    """
 
     def __init__(
         self,
@@ -57,15 +67,15 @@ class Search(Merger):
         config: Config,
         tokenizer: Any,
         group: Group = ALONE,
-        guard: Guard | None = None,
+        weighed: Sequence[WeighedMetric] = (),
     ) -> None:
         """Score the base. group: processes that search together; each has the model and a share of the scorer's packs.
-        guard: measures drift under trials, if they are to be judged by it.
+        weighed: metrics that trials are judged by.
 
         Raises ConfigError if its scores are not finite.
         """
         super().__init__(model, tokenizer)
-        self.scorer, self.config, self.group, self.guard = scorer, config, group, guard
+        self.scorer, self.config, self.group, self.weighed = scorer, config, group, weighed
         self.streams = side_streams(model.devices)  # on which candidates arrive
         self._reading: ReadAhead | None = None  # of the present candidate
         self.reads_ahead = True
@@ -73,7 +83,7 @@ class Search(Merger):
         self.notes: list[str] = []  # what was done about a lack of memory or of range, and not yet told
         self.outgrown: str | None = None  # what the model holds that does not fit what is computed in
         self.log_probabilities: list[float] = []
-        self.drift = 0.0  # without a guard it stays so
+        self.metrics: dict[str, float] = {}
         self.measure()
         check_numbers(model, [items[0] for items in by_pair(scorer.encoded, scorer.encoded)], self.log_probabilities)
         self.weights, self.warnings = signed_weights(config.pairs, config.auto_weights, self.log_probabilities)
@@ -88,19 +98,20 @@ class Search(Merger):
     @property
     def state(self) -> State:
         """What the model scores as it is."""
-        return State(scores(self.log_probabilities, self.weights), self.drift)
+        return State(scores(self.log_probabilities, self.weights), self.metrics)
 
     @property
     def limits(self) -> Limits:
         """What a trial must be to be accepted."""
-        config, rounding, weight = self.config, self.rounding, self.config.weight_of_drift
+        config, rounding = self.config, self.rounding
+        weights = {metric.name: metric.weight(self.base_scores) for metric in self.weighed}
         automatic = 2.0 * total_rounding(self.weights, rounding)
         return Limits(
             threshold=config.strategy_threshold,
             min_gain=automatic if config.min_gain == "auto" else config.min_gain,
             rounding=[abs(weight) * least for weight, least in zip(self.weights, rounding, strict=bool(rounding))],
-            drift_weight=automatic_drift_weight(self.base_scores) if weight == "auto" else weight,
-            max_drift=math.inf if config.max_drift is None else config.max_drift,
+            weights={name: weight for name, weight in weights.items() if weight},
+            maxima={metric.name: metric.limit for metric in self.weighed if metric.limit < math.inf},
         )
 
     def _rounding(self) -> list[float]:
@@ -137,11 +148,11 @@ class Search(Merger):
         self,
         candidate: Candidate,
         scorers: Sequence[Scorer],
-        meters: Sequence[DriftMeter | None],
+        measures: Sequence[Streamed],
         own: Settings | None = None,
-    ) -> tuple[list[list[float]], list[Drift | None]]:
+    ) -> tuple[list[list[float]], list[Any]]:
         """See `whole.score_whole`."""
-        return score_whole(self.model, self.tokenizer, candidate, scorers, meters, self.streams, own)
+        return score_whole(self.model, self.tokenizer, candidate, scorers, measures, self.streams, own)
 
     def measure(self) -> None:
         """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find.
@@ -152,16 +163,22 @@ class Search(Merger):
         if self.model.may_widen and not all(map(math.isfinite, found)):
             raise self.model.too_narrow("the model overflows")
         self.log_probabilities = of_pairs(found, self.scorer.encoded)
-        self.measure_drift()
+        self.measure_weighed()
 
-    def measure_drift(self) -> None:
-        """The same for the drift alone."""
-        if self.guard:
-            ((self.drift,),) = self._scored(lambda: [[self.guard.drift()]])
+    def measure_weighed(self) -> None:
+        """The same for the metrics that are weighed, alone."""
+        if self.weighed:
+            (values,) = self._scored(lambda: [[metric.value() for metric in self.weighed]])
+            self.metrics = self._by_name(values)
+
+    def _by_name(self, values: Sequence[float]) -> dict[str, float]:
+        """Values of the metrics that are weighed."""
+        return {metric.name: value for metric, value in zip(self.weighed, values, strict=True)}
 
     def _stand_as(self, decision: Decision) -> None:
         """The scores of the present state are those after a decision that was carried out."""
-        self.log_probabilities, self.drift = list(decision.log_probabilities), decision.drift or 0.0
+        self.log_probabilities = list(decision.log_probabilities)
+        self.metrics = dict(decision.metrics)
 
     def steps(self, layer: int | None, method: str) -> int:
         """The work of one decision in forwards of one layer, the unit of the progress bar."""
@@ -186,8 +203,8 @@ class Search(Merger):
     def _layer(self, candidate: Candidate, index: int, part: Part, methods: Sequence[str]) -> Iterator[Decision]:
         """Try a layer under some methods."""
         self.scorer.at_layer(index)
-        if self.guard:
-            self.guard.tails.at_layer(index)
+        for metric in self.weighed:
+            metric.tails.at_layer(index)
         try:
             theirs, warning = self.in_memory(partial(self._reading.take, index)), None
         except BrokenWeights as error:
@@ -200,15 +217,15 @@ class Search(Merger):
             yield Decision(candidate.name, index, method, ratio, before, *self._present(), warning)
             self._check_range()
 
-    def _present(self) -> tuple[float, tuple[float, ...], float | None]:
+    def _present(self) -> tuple[float, tuple[float, ...], dict[str, float]]:
         """What a decision notes of the state that it has led to."""
-        return self.total, tuple(self.log_probabilities), self.drift if self.guard else None
+        return self.total, tuple(self.log_probabilities), self.metrics
 
     def _restart(self) -> None:
         """Begin with the first layer again."""
         self.scorer.restart()
-        if self.guard:
-            self.guard.tails.restart()
+        for metric in self.weighed:
+            metric.tails.restart()
 
     def _header(self, candidate: Candidate) -> Decision:
         """The input embedding and the output head together, always by lerp."""
@@ -232,13 +249,17 @@ class Search(Merger):
         tries = [partial(trying, part, method, theirs, ratio, out) for ratio in ratios]
         found = self._scored(lambda: score_trials(tries))
         overflowing = self._score_wider(found, tries)
-        trials = [(of_pairs(row[:-1], self.scorer.encoded), row[-1]) for row in found]
-        tried = [State(scores(log_probabilities, self.weights), drift) for log_probabilities, drift in trials]
+        trials, tried = [], []
+        for row in found:
+            count = len(row) - len(self.weighed)
+            log_probabilities, metrics = of_pairs(row[:count], self.scorer.encoded), self._by_name(row[count:])
+            trials.append((log_probabilities, metrics))
+            tried.append(State(scores(log_probabilities, self.weights), metrics))
         best = choose(self.config.strategy, self.state, tried, self.limits)
         if best is None:
             return None
         self._install(part, theirs, method, ratios[best])
-        self.log_probabilities, self.drift = trials[best]
+        self.log_probabilities, self.metrics = trials[best]
         if best in overflowing:
             self.outgrown = f"ratio {ratios[best]:g} is taken, with which {self.model.arithmetic.name} overflows"
         return ratios[best]
@@ -282,8 +303,8 @@ class Search(Merger):
     def take_less_memory(self) -> bool:
         """Score with smaller packs or fewer ratios at a time or, where that can't be, do without reading ahead."""
         done = self.group.on_all_ranks(self.scorer.take_less_memory)
-        if self.guard:
-            self.guard.tails.let_go()
+        for metric in self.weighed:
+            metric.tails.let_go()
         if done is None and self.reads_ahead:
             self.reads_ahead, done = False, "no layer is read before it is needed from here on"
             if self._reading:
@@ -293,17 +314,19 @@ class Search(Merger):
         return done is not None
 
     def _score_layer(self, trials: Sequence[Trial]) -> list[list[float]]:
-        """Log-probabilities and, behind them, the drift under each trial for the present layer."""
-        drifts = self.guard.drifts(trials, self.scorer.has_tails) if self.guard else [0.0] * len(trials)
-        return [[*found, drift] for found, drift in zip(self.scorer.score_trials(trials), drifts, strict=True)]
+        """Log-probabilities and, behind them, each weighed metric under each trial for the present layer."""
+        columns = [metric.under_trials(trials, self.scorer.has_tails) for metric in self.weighed]
+        rows = self.scorer.score_trials(trials)
+        return [[*row, *(values[number] for values in columns)] for number, row in enumerate(rows)]
 
     def _score_whole(self, trials: Sequence[Trial]) -> list[list[float]]:
         """The same by whole forwards: an embedding changes what every layer sees."""
-        drifts, results = self.guard.header_drifts(trials) if self.guard else [0.0] * len(trials), []
-        for trial, drift in zip(trials, drifts, strict=True):
+        columns = [metric.under_header_trials(trials) for metric in self.weighed]
+        rows = []
+        for number, trial in enumerate(trials):
             with trial():
-                results.append([*self.scorer.score(), drift])
-        return results
+                rows.append([*self.scorer.score(), *(values[number] for values in columns)])
+        return rows
 
 
 def signed_weights(

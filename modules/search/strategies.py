@@ -1,20 +1,18 @@
 """Accept or reject: which of several trials, if any, replaces the current state.
 
-Knows: numbers, one score per pair, and a drift. Refuses to know: where they come from, torch, what a pair says.
+Knows: numbers, one score per pair, and metrics by name. Refuses to know: where they come from, torch, what a pair says.
 
 A score is exp(sum of the phrase's token log-probabilities) x weight; good phrases count negative, so lower is better
-for every pair and for the total. With a weight on drift, the objective stands wherever totals are compared.
+for every pair and for the total. Where metrics are weighed, the objective stands wherever totals are compared.
 
 To add a strategy, give STRATEGIES in modules/config/choices.py its name, write its rank below and decorate it.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from modules.config import STRATEGIES
-
-NATS = 0.05  # of drift that count as much as all phrases, if its weight is automatic
 
 Scores = Sequence[float]  # one per pair
 
@@ -24,7 +22,7 @@ class State:
     """What a model scores, as it is or under a trial."""
 
     scores: Scores
-    drift: float = 0.0  # from the base on neutral text, in nats per token; only measured where limits ask for it
+    metrics: Mapping[str, float] = field(default_factory=dict)  # those that are weighed or limited, lower is better
 
 
 @dataclass(frozen=True)
@@ -34,12 +32,22 @@ class Limits:
     threshold: float = 0.6  # the share of the pairs that must improve; quantitive only
     min_gain: float = 0.0  # that the objective must exceed; cumulative only
     rounding: Scores = ()  # that a pair's score must exceed for the pair to have changed; empty: any change counts
-    drift_weight: float = 0.0  # what a nat of drift adds to the total
-    max_drift: float = math.inf  # a trial that drifts further is not taken
+    weights: Mapping[str, float] = field(default_factory=dict)  # by metric: what 1 of it adds to the total
+    maxima: Mapping[str, float] = field(default_factory=dict)  # by metric: a trial with more is not taken
 
     def objective(self, state: State) -> float:
-        """What goes down: the total and the weighted drift."""
-        return total(state.scores) + self.drift_weight * state.drift
+        """What goes down: the total and the weighted metrics."""
+        return self.weighed(total(state.scores), state.metrics)
+
+    def weighed(self, total: float, metrics: Mapping[str, float]) -> float:
+        """The objective of a model with this total. Raises KeyError if a metric that is weighed is missing."""
+        for name, weight in self.weights.items():
+            total += weight * metrics[name]
+        return total
+
+    def allow(self, metrics: Mapping[str, float]) -> bool:
+        """Whether no metric is above its limit, or missing or no number where it has one."""
+        return all(metrics.get(name, math.inf) <= most for name, most in self.maxima.items())
 
     def changes(self, current: State, trial: State) -> tuple[int, int]:
         """How many pairs score better under a trial, and how many worse."""
@@ -79,15 +87,16 @@ def probability(log_probability: float) -> float:
 def choose(name: str, current: State, trials: Sequence[State], limits: Limits = Limits()) -> int | None:
     """Index of the trial that replaces `current` under a strategy, by its name, or None to keep `current`.
 
-    A trial with a NaN or infinite score is never chosen, nor is one beyond the limit of drift. Of equals the first
-    wins. Raises ValueError for an unknown strategy.
+    A trial with a NaN or infinite score or metric is never chosen, nor is one beyond a limit. Of equals the first wins.
+    Raises ValueError for an unknown strategy.
     """
     if name not in _RANKS:
         raise ValueError(f"unknown strategy '{name}'")
     rank = _RANKS[name]
     best, best_rank = None, None
     for index, trial in enumerate(trials):
-        if not all(map(math.isfinite, (*trial.scores, trial.drift))) or trial.drift > limits.max_drift:
+        numbers = [*trial.scores, *trial.metrics.values()]
+        if not all(map(math.isfinite, numbers)) or not limits.allow(trial.metrics):
             continue
         trial_rank = rank(current, trial, limits)
         if trial_rank is not None and (best_rank is None or trial_rank < best_rank):
@@ -107,11 +116,6 @@ def total_rounding(weights: Scores, rounding: Scores) -> float:
     """How far rounding alone moves the total if it moves each probability, independently, by so much; 0 if that is not
     known."""
     return math.hypot(*(weight * least for weight, least in zip(weights, rounding, strict=bool(rounding))))
-
-
-def automatic_drift_weight(values: Scores) -> float:
-    """What a nat of drift counts if NATS of it are worth all scores together, good phrases' too."""
-    return total([abs(value) for value in values]) / NATS
 
 
 def improved(current: Scores, trial: Scores) -> int:

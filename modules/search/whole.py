@@ -3,17 +3,31 @@
 Knows: which tensors make a candidate, how they are read. Refuses to know: what the scores are compared with.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from modules.checkpoints import Candidate, Tensors
 from modules.model import HeaderSkipped, Part, ResidentModel, Settings, untied_header
-from modules.scoring import Drift, DriftMeter, Scorer, of_pairs, streamed
+from modules.scoring import Scorer, of_pairs, streamed
+from modules.scoring.hidden_states import Inputs
 from modules.search.prefetch import ReadAhead
+
+
+class Streamed(Protocol):
+    """What can be measured of a model that is read one layer at a time."""
+
+    inputs: Sequence[Inputs]  # that go through its layers
+
+    def measure_on(
+        self, hidden: Sequence[Tensor], held: Callable[[], AbstractContextManager[None]], same_header: bool
+    ) -> Any:
+        """hidden: the last hidden states of each input, (B, T, H). held: within it, the resident model has the
+        candidate's norm and head. same_header: whether these are the resident ones anyway."""
 
 
 @torch.no_grad()
@@ -22,11 +36,11 @@ def score_whole(
     tokenizer: Any,
     candidate: Candidate,
     scorers: Sequence[Scorer],
-    meters: Sequence[DriftMeter | None],
+    measures: Sequence[Streamed],
     streams: Sequence[torch.Stream] = (),
     own: Settings | None = None,
-) -> tuple[list[list[float]], list[Drift | None]]:
-    """Joint log-probabilities by each scorer, and the drift by each meter, of a model with every tensor that the
+) -> tuple[list[list[float]], list[Any]]:
+    """Joint log-probabilities by each scorer, and what each measure finds, of a model with every tensor that the
     candidate has: its header with its rows in the base's order, or the resident one where they can't be matched.
 
     tokenizer: the base's. own: if it is scored as it is, not as a merge takes it: the settings that it computes by, and
@@ -51,8 +65,7 @@ def score_whole(
             yield
 
     parts = {layer: model.layer(layer) for layer in range(len(model.layers))}
-    measures = [one for one in (*scorers, *meters) if one]
-    inputs = [inputs for one in measures for inputs in one.inputs]
+    inputs = [inputs for one in (*scorers, *measures) for inputs in one.inputs]
     with ReadAhead(candidate, parts, None, streams) as ahead:
 
         def layers() -> Iterator[AbstractContextManager[None]]:
@@ -63,11 +76,11 @@ def score_whole(
     with held(end):
         found = [scorer.score_on([next(hidden) for _ in scorer.inputs]) for scorer in scorers]
     scores = [of_pairs(one, scorer.encoded) for one, scorer in zip(found, scorers, strict=True)]
-    same_header, drifts = len(end) == 1, list[Drift | None]()
-    for meter in meters:
-        states = [next(hidden) for _ in meter.inputs] if meter else []
-        drifts.append(meter.measure_on(states, partial(held, end), same_header)[0] if meter else None)
-    return scores, drifts
+    same_header, values = len(end) == 1, []
+    for measure in measures:
+        states = [next(hidden) for _ in measure.inputs]
+        values.append(measure.measure_on(states, partial(held, end), same_header))
+    return scores, values
 
 
 def outside_of(candidate: Candidate, part: Part) -> Tensors:

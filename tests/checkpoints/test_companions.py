@@ -192,7 +192,14 @@ def test_the_output_has_what_belongs_and_the_log_says_so(place, base, models):
     (place / "letters/letter.jinja").write_text("PRIVATE")
     (base / "additional_chat_templates/letter.jinja").symlink_to(place / "letters/letter.jinja")
     assert merge_monster.main(["--config", write(place, base, models[1:2])]) == 0
-    replay = ["--replay", str(place / "out/merge_monster_recipe.json"), "--output", "again"]
+    replay = [
+        "--replay",
+        str(place / "out/merge_monster_recipe.json"),
+        "--output",
+        "again",
+        "--source",
+        str(base.parent),
+    ]
     assert merge_monster.main(replay) == 0
     for folder in (place / "out", place / "again"):
         published = {name for name in files_of(folder) if not name.endswith((".svg", ".png"))}
@@ -237,7 +244,8 @@ def test_code_goes_along_only_where_it_is_trusted(place, base, models, trust):
     assert {*CODE, "upload_to_hub.py", "own_vocabulary.txt", "notes.txt"} & files_of(place / "out") == added
     if not trust:
         return
-    replay = ["--replay", str(place / "out/merge_monster_recipe.json"), "--output", "again", "--trust-remote-code"]
+    replay = ["--replay", str(place / "out/merge_monster_recipe.json"), "--output", "again"]
+    replay += ["--trust-remote-code", "--source", str(base.parent)]
     assert merge_monster.main(replay) == 0
     theirs, ours = (load_file(place / name / "model.safetensors") for name in ("out", "again"))
     assert all(theirs[name].equal(ours[name]) for name in theirs)

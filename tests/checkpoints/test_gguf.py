@@ -110,7 +110,7 @@ def test_a_merge_of_files_and_its_replay(place, models, capsys):
     assert "WARNING" not in log  # such as one of other settings
     assert "merge_monster_gguf" not in log and not list((place / "out").glob("merge_monster_gguf*"))
     recipe = json.loads((place / "out/merge_monster_recipe.json").read_text())
-    assert [source["where"] for source in recipe["sources"][:2]] == ["../base.gguf", "../one.gguf"]
+    assert [source["where"] for source in recipe["sources"][:2]] == ["base.gguf", "one.gguf"]
     assert "| base.gguf |" in (place / "out/README.md").read_text()
     assert "a local GGUF file" in (place / "out/README.md").read_text()
     assert {dtype for dtype, _ in stored(place / "out").values()} == {"F16"}
@@ -134,12 +134,12 @@ def test_a_merge_with_a_tokenizer_of_its_own_is_replayed_with_it(place, models, 
     shutil.copytree(models[0], place / "words")
     assert merge(place, (file, models[1]), tokenizer="words") == 0
     assert "its tokenizer is that of words" in log_of(place)
-    arguments = ["--replay", str(place / "out"), "--output", str(place / "again")]
+    arguments = ["--replay", str(place / "out"), "--output", str(place / "again"), "--source", str(models[1].parent)]
     assert merge_monster.main(arguments) == 0
     assert (place / "out/tokenizer.json").read_bytes() == (place / "again/tokenizer.json").read_bytes()
     (place / "words").rename(place / "gone")
     assert merge_monster.main([*arguments, "--overwrite"]) == 2
-    assert "words: no such folder" in capsys.readouterr().err
+    assert "the tokenizer words is not in " in capsys.readouterr().err
 
 
 def test_the_mapper_reads_a_file(place, models, capsys):

@@ -67,14 +67,14 @@ def test_recipe_and_table_have_a_row_for_each_phrase(whole, models):
     recipe, log = recipe_of(folder / "out"), log_of(folder)
     assert [pair["phrase"] for pair in recipe["phrases"]] == [SHOWN] * 3 + ["unwavering", "the bedroom / the kitchen"]
     assert [pair.get("variants") for pair in recipe["phrases"]] == [BODY] * 3 + [None, ROOMS]
-    assert [pair["variants"] for pair in recipe["held_out"]["phrases"]] == [BODY]
+    assert [pair["variants"] for pair in recipe["held_out"]] == [BODY]
     assert recipe["phrases"][2]["context"] == "Go on. Her eyes were filled with "
-    for pair in (*recipe["phrases"], *recipe["held_out"]["phrases"]):
+    for pair in (*recipe["phrases"], *recipe["held_out"]):
         assert pair["before"] == pytest.approx(plain_probability(models[0], models[0], pair), rel=1e-3)
         assert pair["after"] == pytest.approx(plain_probability(folder / "out", models[0], pair), rel=1e-3)
         if search == "greedy":
             assert abs(pair["weight"]) == pytest.approx(1 / pair["before"])
-    assert recipe["total"]["after"] < recipe["total"]["before"]
+    assert recipe["metrics"]["merge"]["total"] < recipe["metrics"]["base"]["total"]
     rows = tables(log)[-1]
     assert [row[1] for row in rows[:3]] == ["...tion. / determination"] * 3
     assert len(rows) == 6 and "Phrases loaded   : 5 (4 bad, 1 good), 1 more held out" in log
@@ -98,7 +98,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bytes(whole, models, place
     assert run(place, models, "--resume", **SEARCHES[search]) == 0
     assert "Resuming" in log_of(place)
     assert same(place / "out", folder / "out")
-    for key in ("phrases", "held_out", "total", "baselines"):
+    for key in ("phrases", "held_out", "metrics", "baselines"):
         assert recipe_of(place / "out")[key] == recipe_of(folder / "out")[key]
     assert run(place, models, "--resume", **SEARCHES[search]) == 0
     assert "This run has finished" in log_of(place)
@@ -132,8 +132,6 @@ def test_one_text_in_a_list_leaves_what_the_text_leaves(models, place, tmp_path)
         entries = [{"phrase": phrase, "contexts": [*CONTEXTS, HELD_OUT]}]
         assert run(place, models, "--overwrite", bad=entries, good=[], merge_ratios=[0.5]) == 0
         recipe, lines = recipe_of(place / "out"), journal(place / "out")
-        for part in (recipe, lines[0]):
-            del part["config"]
         found.append([recipe | {"decisions": [], "seconds": {}}, [line | {"seconds": 0} for line in lines]])
         assert "variants" not in json.dumps(found)
     assert found[0] == found[1]

@@ -30,20 +30,20 @@ def settings_of(place):
 def test_a_candidate_taken_whole_scores_as_a_base_does(place, models):
     assert merge(place, models, **settings_of(place)) == 0
     recipe, log = recipe_of(place / "out"), log_of(place)
-    assert [one["number"] for one in recipe["baselines"]] == [1, 2]
-    for found, candidate in zip(recipe["baselines"], models[1:], strict=True):
+    assert list(recipe["baselines"]) == ["1", "2"]
+    for found, candidate in zip(recipe["baselines"].values(), models[1:], strict=True):
         run = place / candidate.name
         run.mkdir()
         path = tiny.write_config(run / "my.yaml", candidate, [models[0]], run / "out", merge_ratios=0)
         assert merge_monster.main(["--config", str(path)]) == 0
-        assert found["total"] == pytest.approx(recipe_of(run / "out")["total"]["before"], rel=1e-4)
-        assert found["held_out"] is None and found["drift"]["divergence"] > 1e-3
+        assert found["total"] == pytest.approx(recipe_of(run / "out")["metrics"]["base"]["total"], rel=1e-4)
+        assert "held_out" not in found and found["kl"] > 1e-3
     rows = [line.strip("| ").split() for line in log.splitlines() if line.startswith("| ")]
     table = rows[next(place for place, cells in enumerate(rows) if cells[:2] == ["Taken", "whole"]) :]
     assert [cells[0] for cells in table] == ["Taken", "base", "one", "two", "the"]
-    for cells, one in zip(table[2:4], recipe["baselines"], strict=True):
-        assert f"{one['total']:.5f}" in cells and f"{one['drift']['divergence']:.4f}" in cells
-    assert f"{recipe['total']['after']:.5f}" in table[-1]
+    for cells, one in zip(table[2:4], recipe["baselines"].values(), strict=True):
+        assert f"{one['total']:.5f}" in cells and f"{one['kl']:.4f}" in cells
+    assert f"{recipe['metrics']['merge']['total']:.5f}" in table[-1]
 
 
 def test_no_decision_depends_on_it(place, models):
@@ -51,7 +51,7 @@ def test_no_decision_depends_on_it(place, models):
     found = recipe_of(place / "out")
     assert merge(place, models, "--overwrite", **{**settings_of(place), "baselines": False}) == 0
     without = recipe_of(place / "out")
-    assert "baselines" not in without and "Taken whole" not in log_of(place)
+    assert without["baselines"] == {} and "Taken whole" not in log_of(place)
     for recipe in (found, without):
         for decision in recipe["decisions"]:
             del decision["seconds"]
@@ -90,7 +90,7 @@ def test_a_candidate_that_is_damaged_has_no_row(place, models, tmp_path):
         broken, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[:1].fill_(float("nan"))
     )
     assert merge(place, (models[0], broken, models[1]), **settings_of(place)) == 0
-    assert [one["number"] for one in recipe_of(place / "out")["baselines"]] == [2]
+    assert list(recipe_of(place / "out")["baselines"]) == ["2"]
     assert "WARNING: broken can't be scored whole: broken: model.layers.1.mlp.up_proj.weight holds NaN" in log_of(place)
 
 
@@ -99,10 +99,10 @@ def test_the_advice_keeps_to_the_limit_and_names_the_causes(place, models, tmp_p
     limited = {"layers": 0, "merge_ratios": [0.2], "merge_headers": False, "max_drift": 0.08, "neutral_tokens": 100}
     assert merge(place, (models[0], models[2], near), **{**settings_of(place), **limited}) == 0
     recipe, lines = recipe_of(place / "out"), log_of(place).splitlines()
-    far, allowed = recipe["baselines"]
-    assert far["total"] < allowed["total"] < recipe["total"]["after"]
-    assert far["guarded"] > 0.08 > max(allowed["guarded"], allowed["drift"]["divergence"])
+    (far, allowed), ours = recipe["baselines"].values(), recipe["metrics"]["merge"]["total"]
+    assert far["total"] < allowed["total"] < ours
+    assert far["trial_kl"] > 0.08 > max(allowed["trial_kl"], allowed["kl"])
     start = next(number for number, line in enumerate(lines) if line.startswith("near alone "))
-    assert f"{allowed['total']:.5f} vs {recipe['total']['after']:.5f}" in lines[start]
+    assert f"{allowed['total']:.5f} vs {ours:.5f}" in lines[start]
     assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["layers", "merge_headers", "merge_ratios"]
     assert not any(line.startswith("two alone") for line in lines)

@@ -75,7 +75,7 @@ def test_what_was_rendered_is_in_journal_and_recipe_and_shown_on_one_line(whole,
         assert chat["context"].startswith("<s>") and text.startswith("<s>") and other["weight"] == 3
         assert [pair["chat"]["answer"] for pair in settings["held_out_pairs"]] == ["His voice was "]
     assert [phrase["context"] for phrase in recipe["phrases"]] == [chat["context"], other["context"], plain["context"]]
-    assert recipe["held_out"]["phrases"][0]["chat"]["answer"] == "His voice was "
+    assert recipe["held_out"][0]["chat"]["answer"] == "His voice was "
     shown = "user: Describe an old house. ▸ Her eyes were filled with"
     (card,) = [line for line in (whole / "out/README.md").read_text(encoding="utf-8").splitlines() if shown in line]
     assert card.startswith("| bad | determination | user: ")
@@ -163,10 +163,11 @@ def test_a_run_does_not_go_on_with_other_chats(whole, models, place, capsys, set
     assert f"has changed since {place}/out.partial/{JOURNAL} was begun: {key}" in capsys.readouterr().err
 
 
-def test_a_recipe_with_chats_replays_on_another_day(whole, place, monkeypatch):
+def test_a_recipe_with_chats_replays_on_another_day(whole, models, place, monkeypatch):
     on(monkeypatch, 26)
-    assert merge_monster.main(["--replay", str(whole / "out" / RECIPE), "--output", "again"]) == 0
-    assert differing(digest(place / "again"), digest(whole / "out")) <= {JOURNAL, RECIPE, "README.md"}
+    sources = ["--source", str(models[0].parent)]
+    assert merge_monster.main(["--replay", str(whole / "out" / RECIPE), "--output", "again", *sources]) == 0
+    assert differing(digest(place / "again"), digest(whole / "out")) <= {JOURNAL, "README.md", "merge_monster.yaml"}
     recipes = [json.loads((folder / RECIPE).read_text(encoding="utf-8")) for folder in (place / "again", whole / "out")]
     assert recipes[0]["settings"] == recipes[1]["settings"] and recipes[0]["phrases"] == recipes[1]["phrases"]
     assert merge_monster.main(["--compare", "again", str(whole / "out")]) == 0

@@ -37,13 +37,13 @@ def test_a_limit_is_held_on_texts_that_took_no_part(place, models, text, strateg
     free = {"neutral_texts": [text], "strategy": strategy, "strategy_threshold": 0.4}
     assert merge(place, models, **free) == 0
     before = recipe_of(place / "out")
-    limit = before["drift"]["divergence"] / 4
+    limit = before["metrics"]["merge"]["kl"] / 4
     assert merge(place, models, "--overwrite", **free, max_drift=limit, neutral_tokens=200) == 0
     after = recipe_of(place / "out")
-    assert 0 < after["drift"]["divergence"] < 1.5 * limit
+    assert 0 < after["metrics"]["merge"]["kl"] < 1.5 * limit
     assert any(ratio is not None for ratio in ratios(after)) and ratios(after) != ratios(before)
-    drifts = [decision["drift"] for decision in after["decisions"]]
-    assert max(drifts) <= limit * (1 + 1e-4) and "drift" not in before["decisions"][0]
+    drifts = [decision["metrics"]["kl"] for decision in after["decisions"]]
+    assert max(drifts) <= limit * (1 + 1e-4) and "metrics" not in before["decisions"][0]
     assert f"CHANGED - {after['decisions'][0]['before']:.5f} > " in log_of(place)
     assert f" - drift {drifts[0]:.4f}\n" in log_of(place)
 
@@ -68,7 +68,7 @@ def test_a_larger_weight_never_ends_with_more_drift_in_a_search_of_one_layer(tmp
         for drift_weight in (weight, weight + more):
             given = {"merge_headers": False, "neutral_texts": [text], "drift_weight": drift_weight}
             assert merge(folder, (base, one), "--overwrite", **given) == 0
-            drifts.append(recipe_of(folder / "out")["decisions"][-1]["drift"])
+            drifts.append(recipe_of(folder / "out")["decisions"][-1]["metrics"]["kl"])
     assert drifts[1] <= drifts[0] + 1e-9
 
 
@@ -83,7 +83,7 @@ def test_a_guarded_run_goes_on_to_the_same_bits(place, models, text):
         break_off(place, whole, records)
         assert merge(place, models, "--resume", **guarded) == 0
         again = recipe_of(place / "out")
-        assert [one["drift"] for one in again["decisions"]] == [one["drift"] for one in recipe_of(whole)["decisions"]]
+        assert [one["metrics"] for one in again["decisions"]] == [d["metrics"] for d in recipe_of(whole)["decisions"]]
         assert digest(whole)["model.safetensors"] == digest(place / "out")["model.safetensors"]
         (place / "out").rename(place / f"out-{records}")
     break_off(place, whole, 5)
@@ -128,9 +128,9 @@ def test_rounding_is_told_and_noted_where_there_is_some(place, models, dtype, to
     assert merge(place, models, compute_dtype=dtype) == 0
     recipe = recipe_of(place / "out")
     lines = [line for line in log_of(place).splitlines() if line.startswith("Rounding")]
-    assert bool(lines) == told == ("rounding" in recipe["total"])
+    assert bool(lines) == told == ("rounding" in recipe)
     if told:
-        least = recipe["total"]["rounding"]
+        least = recipe["rounding"]
         assert f": {least:.5f} of the total; a gain counts from {2 * least:.5f} on" in lines[0]
         gains = [one["before"] - one["after"] for one in recipe["decisions"] if one["ratio"] is not None]
         assert gains and min(gains) > 2 * least > 0

@@ -29,13 +29,13 @@ def test_held_out_pairs_change_no_decision(place, models, auto_weights):
     settings = {"auto_weights": auto_weights, "merge_ratios": [0.3, 0.7]}
     assert merge(place, models, pairs=SEARCHED, held_out=0.5, **settings) == 0
     found = recipe_of(place)
-    aside = [(p["phrase"], p["context"]) for p in found["held_out"]["phrases"]]
+    aside = [(p["phrase"], p["context"]) for p in found["held_out"]]
     assert len(aside) == 2 and len(found["phrases"]) == 2
     rest = [pair for pair in SEARCHED if (pair.phrase, pair.context) not in aside]
     assert merge(place, models, "--overwrite", pairs=rest, **settings) == 0
     without = recipe_of(place)
-    assert "held_out" not in without
-    for key in ("decisions", "phrases", "total", "composition"):
+    assert without["held_out"] == [] and found["metrics"]["merge"].items() > without["metrics"]["merge"].items()
+    for key in ("decisions", "phrases", "composition"):
         one, other = (
             [{k: v for k, v in d.items() if k != "seconds"} for d in recipe[key]] if key == "decisions" else recipe[key]
             for recipe in (found, without)
@@ -45,23 +45,24 @@ def test_held_out_pairs_change_no_decision(place, models, auto_weights):
 
 def test_held_out_pairs_are_scored_as_others_are(place, models):
     assert merge(place, models, pairs=SEARCHED, held_out=0.5) == 0
-    found, log = recipe_of(place)["held_out"], log_of(place)
+    found, metrics, log = recipe_of(place)["held_out"], recipe_of(place)["metrics"], log_of(place)
     base, merged = models[0], place / "out"
     expected = {}
     for name, folder in (("before", base), ("after", merged)):
         # The scores of a run that has these pairs in its list, before anything is merged.
-        pairs = [Pair("BAD", p["phrase"], p["context"], 2.0) for p in found["phrases"]]
+        pairs = [Pair("BAD", p["phrase"], p["context"], 2.0) for p in found]
         run = place / name
         run.mkdir()
         path = tiny.write_config(run / "my.yaml", folder, [models[1]], run / "out", pairs, merge_ratios=0)
         assert merge_monster.main(["--config", str(path)]) == 0
         expected[name] = json.loads((run / "out" / RECIPE_FILE).read_text(encoding="utf-8"))["phrases"]
     for name, phrases in expected.items():
-        assert [p["before"] for p in phrases] == pytest.approx([p[name] for p in found["phrases"]], rel=1e-5)
-        assert found["total"][name] == pytest.approx(sum(2 * p["before"] for p in phrases), rel=1e-5)
+        assert [p["before"] for p in phrases] == pytest.approx([p[name] for p in found], rel=1e-5)
+        totals = {"before": metrics["base"]["held_out"], "after": metrics["merge"]["held_out"]}
+        assert totals[name] == pytest.approx(sum(2 * p["before"] for p in phrases), rel=1e-5)
     assert "Phrases loaded   : 2 (2 bad, 0 good), 2 more held out" in log
     lines = [line for line in log.splitlines() if line.startswith("Searched ")]
-    assert len(lines) == 2 and f"held out {found['total']['before']:.5f} > {found['total']['after']:.5f} (" in lines[1]
+    assert len(lines) == 2 and f"held out {totals['before']:.5f} > {totals['after']:.5f} (" in lines[1]
     assert "2 phrases more, which the search never saw" in (place / "out/README.md").read_text()
 
 

@@ -657,7 +657,9 @@ def test_a_journal_that_lacks_its_beginning_is_refused(bench):
 def replay(bench, recipe):
     (bench / "recipes").mkdir(exist_ok=True)  # as deep as the output: sources lie where they lay from there
     (bench / "recipes/recipe.json").write_bytes(recipe)
-    return run_program(bench, "--replay", "recipes/recipe.json", "--output", "out", expected=(0, 1, 2))
+    return run_program(
+        bench, "--replay", "recipes/recipe.json", "--output", "out", "--source", "models", expected=(0, 1, 2)
+    )
 
 
 @hostile(120, change=changes())

@@ -40,10 +40,8 @@ def test_it_is_as_if_it_stood_in_the_file(place, models, whole):
     assert ours["settings"] == theirs["settings"] and ours["settings"]["merge_ratios"] == [0.3, 0.7]
     assert [d["ratio"] for d in ours["decisions"]] == [d["ratio"] for d in theirs["decisions"]]
     assert digest(place / "out")["model.safetensors"] == digest(whole)["model.safetensors"]
-    text = (place / "my.yaml").read_text(encoding="utf-8")
-    kept = (place / "out/merge_monster.yaml").read_text(encoding="utf-8")
-    assert kept == ours["config"] == text + "".join(f"# --set {word}\n" for word in SETS[1::2])
-    assert yaml.safe_load(kept) == yaml.safe_load(text)
+    kept = yaml.safe_load((place / "out/merge_monster.yaml").read_text(encoding="utf-8"))
+    assert kept["merge_ratios"] == [0.3, 0.7]
 
 
 def test_a_run_goes_on_with_the_same_value_however_it_is_given(place, models, whole, capsys):

@@ -49,12 +49,12 @@ def test_nothing_but_these_layers_changes(place, models, text, search, headers):
     if search == "joint":
         shares = recipe["joint"]["shares"]
         assert len(shares) == 3 + headers and shares[1] == [0.0, 0.0] and any(map(any, shares))
-        for rows in recipe["joint"]["start"].values():
+        for rows in (recipe["joint"]["start"], recipe["joint"]["slopes"]["total"]):
             assert rows[1] == [0.0, 0.0] and any(rows[0]) and any(rows[2])
     else:
         assert [d["layer"] for d in recipe["decisions"]] == ([0, 2] + [None] * headers) * 2
         assert any(d["ratio"] is not None for d in recipe["decisions"])
-    assert recipe["total"]["after"] < recipe["total"]["before"]
+    assert recipe["metrics"]["merge"]["total"] < recipe["metrics"]["base"]["total"]
     assert recipe["composition"] == pytest.approx(by_weights(recipe, sizes(models[0])))
     merged = load_file(place / "out/model.safetensors")
     changed = {name for name, tensor in merged.items() if not torch.equal(tensor, own[name])}
@@ -62,7 +62,7 @@ def test_nothing_but_these_layers_changes(place, models, text, search, headers):
     assert headers or all(".layers." in name for name in changed)
     assert "Layers searched  : 0, 2 (counted from 0)\n" in log_of(place)
     assert "layers searched: 0, 2, counted from 0;" in (place / "out/README.md").read_text(encoding="utf-8")
-    assert merge_monster.main(["--replay", "out", "--output", "again"]) == 0
+    assert merge_monster.main(["--replay", "out", "--output", "again", "--source", str(models[0].parent)]) == 0
     assert digest(place / "again")["model.safetensors"] == digest(place / "out")["model.safetensors"]
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_monster
-from modules.output.journal import Journal
+from modules.output.journal import open_journal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What comes out
@@ -590,7 +590,7 @@ def test_a_full_disk_names_the_file(place, models, capsys, monkeypatch, name):
 
 
 def test_a_journal_on_a_full_disk_is_named(place):
-    with contextlib.closing(Journal(place / "journal")) as journal:
+    with contextlib.closing(open_journal(place / "journal")) as journal:
         journal._file.close()
         journal._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
         with pytest.raises(OSError) as error:

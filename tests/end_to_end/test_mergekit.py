@@ -57,8 +57,8 @@ def told(recipe, merges):
     """The recipe as if these had been the search's decisions, or the shares that it found."""
     one = recipe["decisions"][0]
     if any(isinstance(row, list) for row in merges):
-        start = {"shares": merges, "total_slopes": merges}
-        return recipe | {"decisions": [], "joint": {"shares": merges, "start": start, "steps": []}}
+        joint = {"start": merges, "slopes": {"total": merges}, "shares": merges}
+        return recipe | {"decisions": [], "joint": joint}
     return recipe | {
         "decisions": [one | {"candidate": number, "layer": layer, "ratio": ratio} for number, layer, ratio in merges]
     }

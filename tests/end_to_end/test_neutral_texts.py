@@ -34,25 +34,24 @@ def drift_lines(place):
 def test_drift_is_that_of_the_saved_model(place, models):
     (place / "plain.txt").write_text(TEXT, encoding="utf-8")
     assert merge(place, models, neutral_texts=[str(place / "plain.txt")]) == 0
-    found = recipe_of(place / "out")["drift"]
+    recipe = recipe_of(place / "out")
+    found, tokens = recipe["metrics"]["merge"], recipe["neutral_tokens"]
+    before = recipe["metrics"]["base"]["perplexity"]
     base, merged = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (models[0], place / "out"))
     ids = AutoTokenizer.from_pretrained(models[0])(TEXT, add_special_tokens=False)["input_ids"]
     first = [1] if AutoTokenizer.from_pretrained(models[0])("").input_ids else []  # BOS, where the tokenizer adds it
     size = WINDOW - len(first)
     windows = [(*first, *ids[start : start + size]) for start in range(0, len(ids), size)]
-    assert len(windows) > 1 and found["tokens"] == sum(map(len, windows))
+    assert len(windows) > 1 and tokens == sum(map(len, windows))
     expected = reference.plain_drift(base, merged, windows)
     assert expected[0] > 1e-3
-    names = ("divergence", "agreement", "perplexity", "base_perplexity")
-    assert [found[name] for name in names] == pytest.approx(expected, rel=1e-5)
+    assert [found["kl"], found["top1"], found["perplexity"], before] == pytest.approx(expected, rel=1e-5)
     # Before the search, after each candidate; in the card, too.
     lines = drift_lines(place)
-    start = f"Neutral text: {found['tokens']:,} tokens, perplexity {found['base_perplexity']:.2f}\n"
+    start = f"Neutral text: {tokens:,} tokens, perplexity {before:.2f}\n"
     assert start in log_of(place) and len(lines) == 2
-    assert (
-        f"Drift: KL {found['divergence']:.4f} nats per token from the base on {found['tokens']:,} tokens" in lines[-1]
-    )
-    assert f"{found['divergence']:.4f} nats per token (KL) from the base's" in (place / "out/README.md").read_text()
+    assert f"Drift: KL {found['kl']:.4f} nats per token from the base on {tokens:,} tokens" in lines[-1]
+    assert f"{found['kl']:.4f} nats per token (KL) from the base's" in (place / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize("turn", [2, 3])  # before the first candidate's end is in the journal, and after that
@@ -72,13 +71,15 @@ def test_a_run_that_goes_on_and_a_replay_are_told_the_same(place, models, monkey
         assert merge(place, models, **settings) == 130
     assert merge(place, models, "--resume", **settings) == 0
     resumed = recipe_of(place / "out")
-    after = resumed["drift_after"]
-    assert list(after) == ["1", "2"] and after["2"] == resumed["drift"] != after["1"]
-    assert merge_monster.main(["--replay", str(place / "out"), "--output", str(place / "again")]) == 0
-    assert all(recipe_of(place / "again")[key] == resumed[key] for key in ("drift", "drift_after"))
+    after, merged = resumed["metrics_after"], resumed["metrics"]["merge"]
+    assert list(after) == ["1", "2"] and after["2"].items() <= merged.items() and after["1"] != after["2"]
+    replay = ["--replay", str(place / "out"), "--output", str(place / "again"), "--source", str(models[0].parent)]
+    assert merge_monster.main(replay) == 0
+    assert all(recipe_of(place / "again")[key] == resumed[key] for key in ("metrics", "metrics_after"))
     # Which texts are looked at has no part in what is found.
     assert merge(place, models, "--overwrite", neutral_texts=[]) == 0
-    assert not {"drift", "drift_after"} & set(recipe_of(place / "out")) and drift_lines(place) == []
+    recipe = recipe_of(place / "out")
+    assert recipe["metrics_after"] == {} and "kl" not in recipe["metrics"]["merge"] and drift_lines(place) == []
     assert recipe_of(place / "out")["phrases"] == resumed["phrases"]
 
 

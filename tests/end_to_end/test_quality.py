@@ -85,7 +85,8 @@ def test_the_total_of_a_merge_is_the_one_in_its_recipe(place, family, loaded):
     pairs = [judge.Pair(pair.phrase, pair.context, pair.weight) for pair in tiny.PAIRS if pair.kind == "BAD"]
     pairs += [judge.Pair(pair.phrase, pair.context, -pair.weight) for pair in tiny.PAIRS if pair.kind == "GOOD"]
     ours = judge.total(judge.load(place / "out"), loaded[2], pairs)
-    assert ours == pytest.approx(recipe["total"]["after"], abs=1e-5) and ours < recipe["total"]["before"] - 0.001
+    assert ours == pytest.approx(recipe["metrics"]["merge"]["total"], abs=1e-5)
+    assert ours < recipe["metrics"]["base"]["total"] - 0.001
 
 
 def test_every_pair_of_the_frozen_lists_is_read(place, family):

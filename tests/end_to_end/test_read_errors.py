@@ -127,8 +127,8 @@ def test_a_candidate_is_not_skipped_while_its_merges_are_made_again(place, model
     path = tiny.write_config(place / "my.yaml", models[0], models[1:2], place / "out", on_error="skip")
     record_end, count = RunRecord.decided, []
 
-    def killed(self, *arguments):
-        record_end(self, *arguments)
+    def killed(self, *arguments, **fields):
+        record_end(self, *arguments, **fields)
         count.append(1)
         if len(count) == 2:
             raise KeyboardInterrupt

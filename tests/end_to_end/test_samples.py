@@ -88,7 +88,8 @@ def test_both_answer_what_whole_forwards_lead_to(place, models):
     log, card = log_of(place), (place / "out/README.md").read_text(encoding="utf-8")
     assert f"Prompt:  {PROMPTS[1]}\n  base:  " in log and "## Samples" in card
     # A replay asks nobody, and tells the same.
-    assert merge_monster.main(["--replay", str(place / "out"), "--output", str(place / "again")]) == 0
+    replay = ["--replay", str(place / "out"), "--output", str(place / "again"), "--source", str(models[0].parent)]
+    assert merge_monster.main(replay) == 0
     assert recipe_of(place / "again")["samples"] == found
 
 

@@ -130,7 +130,7 @@ def run(program: Path, folder: Path, script: str, *arguments: str, ranks: int = 
 
 
 def replayed(program: Path, folder: Path) -> dict[str, object]:
-    recipe = ("--replay", "out/merge_monster_recipe.json", "--output", "again")
+    recipe = ("--replay", "out/merge_monster_recipe.json", "--output", "again", "--source", "../models")
     console = run(program, folder, "merge_monster.py", *recipe)
     return {"weights": weights(folder / "again"), "console": console}
 

@@ -55,10 +55,6 @@ def break_off(place, whole, records, torn=b""):
     lines = (whole / JOURNAL).read_bytes().splitlines(keepends=True)
     partial = place / "out.partial"
     partial.mkdir()
-    own = json.loads(lines[0])
-    own["settings"]["directories"]["output_directory"] = str(place / "out")
-    own["config"] = (place / "my.yaml").read_text() if (place / "my.yaml").exists() else own["config"]
-    lines[0] = json.dumps(own).encode() + b"\n"
     (partial / JOURNAL).write_bytes(b"".join(lines[:records]) + torn)
     Beside(place / "out").mark()
 

@@ -19,7 +19,7 @@ from modules.model.base_model import ResidentModel
 from modules.model.loading import load_model
 from modules.scoring.drift import DriftMeter
 from modules.scoring.layout import build_scorer
-from modules.scoring.objective import Objective
+from modules.scoring.objective import Objective, Penalty
 from modules.scoring.scorer import DEFAULT, ONLY, Scorer
 from modules.scoring.tokenization import Encoded, encode_pairs
 from modules.scoring.variants import of_pairs
@@ -107,7 +107,7 @@ class Mixed:
         with InDouble():
             joint.go_to(JointState.at(shares))
             value = joint.value()
-            return value.total, value.divergence, joint.gradient(shares)
+            return value.total, value.metrics.get("kl", 0.0), joint.gradient(shares)
 
 
 def plain(folder):
@@ -151,7 +151,7 @@ def mixed(
     scorer = Scorer(model, encoded, layout or scorer.layout, *scorer.settings[1:], rank)
     with InDouble() if compute == "float64" else nullcontext():
         meter = DriftMeter(model, WINDOWS) if neutral else None
-        objective = Objective(model, scorer, weights, meter, DRIFT_WEIGHT)
+        objective = Objective(model, scorer, weights, [Penalty("kl", DRIFT_WEIGHT, meter)] if meter else [])
         found = [opened(one, model) if isinstance(one, Path) else one(model) for one in candidates]
         mix = Mix(model, tokenizer, found, outside, layers=layers)
     return Mixed(folder, model, tokenizer, encoded, scorer, weights, meter, objective, mix)

@@ -8,14 +8,15 @@ from transformers import AutoTokenizer
 
 from modules.checkpoints.open_models import open_models
 from modules.config import load_config, read_neutral_texts
+from modules.metrics.kl_penalty import weigh
+from modules.metrics.metric import Context
 from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_model
 from modules.model.memory import Memory, Sizes
 from modules.run.plan import Disk, Plan
 from modules.run.room import fitting_plan
-from modules.runtime import Rank
+from modules.runtime import Rank, Silent
 from modules.scoring.budget import Budget
-from modules.scoring.guard import Guard
 from modules.scoring.layout import build_scorer
 from modules.scoring.tokenization import encode_pairs, neutral_windows
 from modules.search.search import Search
@@ -40,12 +41,10 @@ def start(config, found):
     """A search on the base, as a run begins it."""
     model, tokenizer = load_model(found.base, "cpu", config.dtype), AutoTokenizer.from_pretrained(found.base.path)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
-    guard = None
-    if config.is_guarded:
-        texts = read_neutral_texts(config.neutral_texts)
-        _, windows = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, config.tokens_for_trials)
-        guard = Guard(model, windows, Budget(), Rank())
-    return Search(model, build_scorer(model, encoded), config, tokenizer, guard=guard)
+    texts = read_neutral_texts(config.neutral_texts)
+    windows = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, config.tokens_for_trials)
+    metric = weigh(Context(config, Silent(1), model, tokenizer, Budget(), Rank(), *windows))
+    return Search(model, build_scorer(model, encoded), config, tokenizer, weighed=[metric] if metric else [])
 
 
 def made_up(place, **changes):

@@ -6,13 +6,21 @@ import pytest
 
 from modules.config import Config, Directories
 from modules.output.advice import Searched, advice, beyond_limit
-from modules.output.standings import Standing, standing_table
-from modules.scoring import Drift
+from modules.output.tables import ResultRow, results_table
 from modules.search.strategies import Limits
 
 
-def standing(name, total, held_out=None, kl=None, guarded=None):
-    return Standing(name, total, held_out, None if kl is None else Drift(kl, 0.9, 30.0, 31.0, 100), guarded)
+def standing(name, total, held_out=None, kl=None, trial_kl=None):
+    values = {"total": total, "held_out": held_out, "kl": kl, "trial_kl": trial_kl}
+    return ResultRow(name, {name: value for name, value in values.items() if value is not None})
+
+
+def limited(kl):
+    return Limits(maxima={"trial_kl": kl})
+
+
+def weighted(weight):
+    return Limits(weights={"trial_kl": weight})
 
 
 def told(candidates, merge, limits=None, **settings):
@@ -49,22 +57,21 @@ def test_what_looks_the_same_is_not_better():
 
 
 def test_what_is_compared_is_the_objective():
-    near, far = standing("near", 0.3, kl=0.001, guarded=0.002), standing("far", 0.1, kl=0.4, guarded=0.5)
-    merge = standing("the merge", 0.35, kl=0.01, guarded=0.01)
+    near, far = standing("near", 0.3, kl=0.001, trial_kl=0.002), standing("far", 0.1, kl=0.4, trial_kl=0.5)
+    merge = standing("the merge", 0.35, kl=0.01, trial_kl=0.01)
     assert named(told([near, far], merge)) == [("far", "searched")]
-    lines = told([near, far], merge, Limits(drift_weight=2.0))
-    assert named(lines) == [("near", "searched")] and "0.30400 vs 0.37000" in lines[0]
-    assert "0.0010 vs 0.0100" in lines[0]  # as the table shows them
-    assert told([far], merge, Limits(drift_weight=2.0)) == []
+    lines = told([near, far], merge, weighted(2.0))
+    assert named(lines) == [("near", "searched")] and "0.30400 vs 0.37000, with 2 x KL in trials" in lines[0]
+    assert told([far], merge, weighted(2.0)) == []
 
 
-@pytest.mark.parametrize("drifts", [{"kl": 0.03, "guarded": 0.01}, {"kl": 0.01, "guarded": 0.03}, {"kl": 0.03}, {}])
+@pytest.mark.parametrize("drifts", [{"kl": 0.03, "trial_kl": 0.01}, {"kl": 0.01, "trial_kl": 0.03}, {"kl": 0.03}, {}])
 def test_a_candidate_beyond_the_limit_is_passed_over_for_the_next_best(drifts):
-    far, near = standing("far", 0.1, 0.1, **drifts), standing("near", 0.2, 0.2, kl=0.01, guarded=0.01)
-    merge = standing("the merge", 0.3, 0.3, kl=0.001, guarded=0.001)
-    lines = told([far, near], merge, Limits(max_drift=0.02))
+    far, near = standing("far", 0.1, 0.1, **drifts), standing("near", 0.2, 0.2, kl=0.01, trial_kl=0.01)
+    merge = standing("the merge", 0.3, 0.3, kl=0.001, trial_kl=0.001)
+    lines = told([far, near], merge, limited(0.02))
     assert named(lines) == [("near", "searched"), ("near", "held-out")] and not any("far" in line for line in lines)
-    assert told([far], merge, Limits(max_drift=0.02)) == []
+    assert told([far], merge, limited(0.02)) == []
 
 
 @pytest.mark.parametrize(
@@ -87,28 +94,31 @@ def test_the_cause_is_named(settings, expected):
 
 
 def test_a_limit_that_others_have_used_up_is_a_cause():
-    first, good = standing("first", 0.3, guarded=0.015), standing("good", 0.1, guarded=0.012)
-    full, empty = standing("the merge", 0.2, guarded=0.015), standing("the merge", 0.2, guarded=0.004)
-    lines = told([first, good], full, Limits(max_drift=0.02))
+    first, good = standing("first", 0.3, trial_kl=0.015), standing("good", 0.1, trial_kl=0.012)
+    full, empty = standing("the merge", 0.2, trial_kl=0.015), standing("the merge", 0.2, trial_kl=0.004)
+    lines = told([first, good], full, limited(0.02))
     assert causes(lines) == ["max_drift"] and "0.015 of 0.02" in lines[1] and "good first" in lines[1]
-    assert causes(told([first, good], empty, Limits(max_drift=0.02))) == []
-    assert "first in" not in told([good, first], full, Limits(max_drift=0.02))[1]
-    joint = told([first, good], full, Limits(max_drift=0.02), search="joint")
+    assert causes(told([first, good], empty, limited(0.02))) == []
+    assert "first in" not in told([good, first], full, limited(0.02))[1]
+    joint = told([first, good], full, limited(0.02), search="joint")
     assert causes(joint) == ["max_drift"] and "first in" not in joint[1]
 
 
 def test_a_drift_above_its_limit_is_told():
-    limits = Limits(max_drift=0.02)
-    (line,) = beyond_limit(standing("the merge", 1.0, kl=0.02004, guarded=0.0199), limits)
+    limits = limited(0.02)
+    (line,) = beyond_limit(standing("the merge", 1.0, kl=0.02004, trial_kl=0.0199), limits)
     assert "0.02004" in line and "max_drift 0.02" in line
-    assert beyond_limit(standing("the merge", 1.0, kl=0.02, guarded=0.0199), limits) == []
+    assert beyond_limit(standing("the merge", 1.0, kl=0.02, trial_kl=0.0199), limits) == []
     assert beyond_limit(standing("the merge", 1.0, kl=9.0), Limits()) == []
-    assert beyond_limit(standing("the merge", 1.0, guarded=0.0199), limits) == []
+    assert beyond_limit(standing("the merge", 1.0, trial_kl=0.0199), limits) == []
 
 
 def test_the_table_has_the_columns_that_are_known():
     base, bad = standing("base", 0.384, 0.437), standing("bad", 0.3, 0.4)
     merge = standing("the merge", 0.2)
-    assert "Held out" not in standing_table([base, bad, merge], merge)[1]
-    merge = standing("the merge", 0.2, kl=0.1)
-    assert "Perplexity" in standing_table([standing("base", 1, kl=0), merge], merge)[1]
+    assert "KL" not in results_table([base, bad, merge])[1]
+    merge = ResultRow("the merge", {"total": 0.2, "kl": 0.1, "unknown": 7})
+    header, _, first, last = (line.strip("| ").split() for line in results_table([base, merge])[1:5])
+    assert header == ["Model", "|", "Total", "|", "Held", "out", "|", "KL", "to", "base", "|", "unknown"]
+    assert first[2:] == ["0.38400", "|", "0.43700", "|", "-", "|", "-"]
+    assert last[3:] == ["0.20000", "|", "-", "|", "0.1000", "|", "7.0000"]

@@ -10,7 +10,7 @@ import tiny
 
 import merge_monster
 from modules.output.folder import stamp, unfinished_output, what_stands
-from modules.output.journal import JOURNAL_FILE, Journal
+from modules.output.journal import JOURNAL_FILE, open_journal
 from modules.output.places import UNFINISHED, Beside
 from modules.runtime import ConfigError
 
@@ -105,7 +105,7 @@ def _only_in_place(fail):
 @pytest.mark.parametrize("when", ["close", "append"])
 def test_a_full_disk_names_the_journal_however_often_it_is_tried(place, when):
     """What could not be written is tried again when the journal is closed, and has no name there."""
-    journal = Journal(place / JOURNAL_FILE)
+    journal = open_journal(place / JOURNAL_FILE)
     with journal._file, open("/dev/full", "a+b") as full:
         journal._file = full
         if when == "append":
@@ -130,7 +130,7 @@ def test_a_replay_that_failed_is_repeated_as_it_was(place, models, capsys, monke
     settings = {"samples": [], "neutral_texts": [], "baselines": False, "merge_ratios": [0.5]}
     path = tiny.write_config(place / "my.yaml", base, [one], "out", **settings)
     assert merge_monster.main(["--config", str(path), "--quiet"]) == 0
-    replay = ["--replay", "out", "--output", "again", "--quiet"]
+    replay = ["--replay", "out", "--output", "again", "--quiet", "--source", str(base.parent)]
     for broken in ("modules.checkpoints.writing._reads", "modules.output.places.Path.write_text", "os.fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(broken, fails())

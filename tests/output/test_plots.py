@@ -1,11 +1,9 @@
 """The pictures: what they show, how large they are, and that no name or number breaks them."""
 
 import importlib.util
-import json
 import math
 import random
 import warnings
-from dataclasses import asdict
 from itertools import groupby
 
 import numpy as np
@@ -71,18 +69,22 @@ def make_recipe(layers=4, candidates=2, accepted=0.5, names=None, phrases=()):
         {
             "format": 1,
             "program": "1.0.0",
-            "settings": json.loads(json.dumps(asdict(Config(Directories("base", "out"))))),
-            "config": "",
+            "libraries": {},
+            "settings": Config(Directories("base", "")),
             "device": "cpu",
             "dtype": "float32",
             "sources": [
-                {"number": number, "name": name, "text": name, "where": name, "fingerprint": {}}
-                for number, name in enumerate(names)
+                {"number": number, "name": name, "where": name, "fingerprint": {}} for number, name in enumerate(names)
             ],
             "decisions": decisions,
             "failures": {},
             "phrases": list(phrases),
-            "total": {"before": 6.0, "after": total},
+            "held_out": [],
+            "metrics": {"base": {"total": 6.0}, "merge": {"total": total}},
+            "metrics_after": {},
+            "baselines": {},
+            "saved_dtype": None,
+            "samples": [],
             "composition": {names[0]: 1.0},
             "seconds": {},
         }
@@ -197,11 +199,8 @@ def test_next_to_no_drift_looks_like_it(drift, top):
 
 def with_drift(recipe, divergences):
     """A recipe that tells the drift after some candidates."""
-    drifts = {
-        str(number): {"divergence": value, "agreement": 0.9, "perplexity": 22, "base_perplexity": 21, "tokens": 99}
-        for number, value in divergences.items()
-    }
-    return Recipe.model_validate({**recipe.written(), "drift_after": drifts})
+    metrics = {str(number): {"kl": value, "top1": 0.9, "perplexity": 22} for number, value in divergences.items()}
+    return Recipe.model_validate({**recipe.written(), "metrics_after": metrics})
 
 
 @pytest.mark.parametrize("candidates", [1, 8])
@@ -213,7 +212,9 @@ def test_the_drift_after_each_candidate(place, candidates):
     (curve,) = right.lines
     assert list(curve.get_xdata()) == [33 * number for number in range(candidates + 1)]
     assert list(curve.get_ydata()) == [0, *drifts.values()]
-    assert "Drift (KL" in right.get_ylabel() and right.get_ylim()[0] == 0 and right.get_xlim() == lower.get_xlim()
+    assert (
+        right.get_ylabel() == "KL to base, dashed" and right.get_ylim()[0] == 0 and right.get_xlim() == lower.get_xlim()
+    )
     assert len(legend_of(figure)) == candidates + 1
     assert_nothing_is_cut_off(figure)
     drawn(figure, place)
@@ -494,7 +495,7 @@ def test_the_recipe_of_a_run(place):
     heights = [[*model, float(number == 0)] for number, model in enumerate(columns(figure))]  # the norm is the base's
     means = (np.average(model, weights=sizes(base)) for model in heights)
     assert dict(zip(("base", "one", "two"), means, strict=True)) == pytest.approx(recipe.composition)
-    assert figure.axes[1].lines[0].get_ydata()[0] == pytest.approx(recipe.total.before)
+    assert figure.axes[1].lines[0].get_ydata()[0] == pytest.approx(recipe.metrics["base"]["total"])
     chart = pictures.phrase_chart_figure(recipe)
     probabilities = sorted((pair.before, pair.after) for pair in recipe.phrases)
     assert sorted(row[1:] for axes in chart.axes for row in rows_of(axes)) == probabilities

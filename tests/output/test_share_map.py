@@ -1,10 +1,9 @@
 """The picture of a joint search: shares and slopes are the recipe's, legible at any size and with any name."""
 
-import json
 import math
 import random
 import re
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -59,27 +58,30 @@ def make_recipe(layers=4, candidates=2, headers=True, drift=True, names=None, sc
         return [[value() for _ in names[1:]] for _ in range(layers + headers)]
 
     shares = shares or rows(lambda: rng.choice((0.0, round(rng.random(), 2))))
-    start = {"shares": shares, "total_slopes": rows(lambda: rng.gauss(0, 1) * scale)}
-    start |= {"drift_slopes": rows(lambda: rng.gauss(0, 1) * scale / 10)} if drift else {}
+    slopes = {"total": rows(lambda: rng.gauss(0, 1) * scale)}
+    slopes |= {"trial_kl": rows(lambda: rng.gauss(0, 1) * scale / 10)} if drift else {}
     means = [math.fsum(column) / len(shares) for column in zip(*shares, strict=True)]
-    settings = json.loads(json.dumps(asdict(Config(Directories("base", "out")))))
     return Recipe.model_validate(
         {
             "format": 1,
             "program": "1.0.0",
-            "settings": {**settings, "search": "joint", "merge_headers": headers},
-            "config": "",
+            "libraries": {},
+            "settings": Config(Directories("base", ""), search="joint", merge_headers=headers),
             "device": "cpu",
             "dtype": "float32",
             "sources": [
-                {"number": number, "name": name, "text": name, "where": name, "fingerprint": {}}
-                for number, name in enumerate(names)
+                {"number": number, "name": name, "where": name, "fingerprint": {}} for number, name in enumerate(names)
             ],
             "decisions": [],
             "failures": {},
             "phrases": [],
-            "total": {"before": 1.0, "after": 0.5},
-            "joint": {"shares": shares, "start": start, "steps": []},
+            "held_out": [],
+            "metrics": {"base": {"total": 1.0}, "merge": {"total": 0.5}},
+            "metrics_after": {},
+            "baselines": {},
+            "saved_dtype": None,
+            "samples": [],
+            "joint": {"start": shares, "slopes": slopes, "shares": shares},
             "composition": dict(zip(names, [1 - math.fsum(means), *means], strict=True)),
             "seconds": {},
         }
@@ -104,7 +106,7 @@ def texts(axes):
 
 
 def unit_of(axes):
-    return float(re.search(r"in\s+units\s+of\s+(\S+):", axes.get_title("left"))[1])
+    return float(re.search(r"\(x\s+(\S+);", axes.get_title("left"))[1])
 
 
 def with_base(rows):
@@ -132,10 +134,10 @@ def test_shares_and_slopes_are_the_recipe_s(place, layers, candidates):
     assert labels_of(shares.xaxis) == ["base", *numbers]
     assert texts(shares) == [[f"{share:.2f}".replace("-0.00", "0.00") for share in row] for row in cells(shares)]
     for axes, what, slopes in (
-        (total, "total", joint.start.total_slopes),
-        (drift, "drift", joint.start.drift_slopes),
+        (total, "Total", joint.slopes["total"]),
+        (drift, "KL in trials", joint.slopes["trial_kl"]),
     ):
-        assert f"the {what} changes" in axes.get_title("left").replace("\n", " ")
+        assert f"Effect of each weight on {what} at" in axes.get_title("left").replace("\n", " ")
         unit = unit_of(axes)
         assert np.array(cells(axes)) * unit == pytest.approx(np.array(slopes))
         assert 1 <= np.abs(cells(axes)).max() < 10
@@ -208,9 +210,8 @@ def test_what_was_not_mixed_or_not_weighed_is_not_drawn(place, headers, drift):
 def test_layers_that_were_not_searched_are_shown_as_unknown():
     shares, slopes = [[0.0, 0.0], [0.3, 0.0], [0.0, 0.0], [0.0, 0.0], [0.4, 0.0]], [[0.0, 0.0]] * 5
     recipe = make_recipe(shares=shares)
-    start = recipe.joint.start.model_copy(update={"total_slopes": slopes, "drift_slopes": slopes})
-    settings = recipe.settings.model_copy(update={"layers": [1, 2]})
-    joint = recipe.joint.model_copy(update={"start": start})
+    settings = replace(recipe.settings, layers=(1, 2))
+    joint = recipe.joint.model_copy(update={"slopes": {"total": slopes, "trial_kl": slopes}})
     figure = share_map_figure(recipe.model_copy(update={"settings": settings, "joint": joint}))
     for axes in panels(figure):
         rows = axes.collections[0].get_array()
@@ -263,17 +264,17 @@ def test_a_run_s_merge_map_is_this_picture(found, place):
     assert (place / "one.png").read_bytes() == (place / "two.png").read_bytes()
     shares, total, drift = panels(share_map_figure(found))
     assert np.array(cells(shares)) == pytest.approx(np.array(with_base(found.joint.shares)))
-    assert np.array(cells(total)) * unit_of(total) == pytest.approx(np.array(found.joint.start.total_slopes))
-    assert np.array(cells(drift)) * unit_of(drift) == pytest.approx(np.array(found.joint.start.drift_slopes))
+    assert np.array(cells(total)) * unit_of(total) == pytest.approx(np.array(found.joint.slopes["total"]))
+    assert np.array(cells(drift)) * unit_of(drift) == pytest.approx(np.array(found.joint.slopes["trial_kl"]))
     rows = cells(shares)
     means = np.average([*rows, rows[-1]], axis=0, weights=sizes(folder / "base"))
     assert found.composition == pytest.approx(dict(zip(("base", "one", "two"), means, strict=True)))
 
 
-@pytest.mark.parametrize("key", ["shares", "total_slopes", "drift_slopes"])
+@pytest.mark.parametrize("key", ["start", "total", "trial_kl"])
 @pytest.mark.parametrize("rows", [[[0.1, 0.2]], [[0.1]] * 5, [[0.1, 0.2]] * 4 + [[0.1]], []], ids=str)
 def test_a_recipe_without_a_slope_for_each_share_is_refused(key, rows):
     recipe = make_recipe().written()
-    recipe["joint"]["start"][key] = rows
-    with pytest.raises(ValidationError, match="shares and slopes are not of the same layers"):
+    (recipe["joint"] if key == "start" else recipe["joint"]["slopes"])[key] = rows
+    with pytest.raises(ValidationError, match="slopes on no share"):
         Recipe.model_validate(recipe)

@@ -24,7 +24,7 @@ from runs import digest, make_models
 
 import merge_monster
 from modules.output.folder import Unfinished, stamp, what_stands
-from modules.output.journal import JOURNAL_FILE, Journal
+from modules.output.journal import JOURNAL_FILE, open_journal
 from modules.output.places import SETTINGS_FILE, UNFINISHED, Beside, Inside, Place
 from modules.runtime.errors import CheckpointError, ConfigError
 
@@ -136,7 +136,7 @@ class Bench:
 
     def swap(self, place):
         """What a run does at its end."""
-        with place.locked(), contextlib.closing(Journal(place.partial / JOURNAL_FILE)) as journal:
+        with place.locked(), contextlib.closing(open_journal(place.partial / JOURNAL_FILE)) as journal:
             return Unfinished(place, journal).take_place(overwrite=True)
 
     def command(self, arguments):

@@ -69,11 +69,30 @@ def test_the_percentage_is_relative_to_the_old_total(before, after, change):
     assert lines(decision(before=before, after=after))[1].endswith(f" - {change}")
 
 
-@pytest.mark.parametrize(
-    "before, now, change", [(0.5, 0.4, "-20%"), (-0.5, -0.4, "+20%"), (0.1, -0.3, "n/a"), (0.0, -0.3, "n/a")]
-)
-def test_two_totals_have_no_percentage_across_zero(before, now, change):
-    assert str(report.Totals(before, now, {})) == f"{before:.5f} > {now:.5f} ({change})"
+def test_metrics_are_shown_by_name():
+    made = decision(metrics={"trial_kl": 0.0123, "words": 3})
+    assert lines(made)[1].endswith(" - 0.2% - KL in trials 0.0123 - words 3.0000")
+    values = {"total": 0.5, "top1": 0.25, "perplexity": 1e15}
+    assert report.metrics_line({**values, "total": 1}, values) == (
+        "Metrics: Total 1.00000 -> 0.50000, Top-1 agreement 25.0% -> 25.0%, Perplexity 1e+15 -> 1e+15"
+    )
+    assert report.step_line(7, 25, 1.5, values) == (
+        "Step 7/25 - 1.50000 > 0.50000 - Top-1 agreement 25.0% - Perplexity 1e+15"
+    )
+
+
+def test_no_digit_of_a_probability_below_its_rounding_is_shown():
+    spine, apple, arm = Pair("BAD", "spine", "a "), Pair("GOOD", "apple", "b "), Pair("BAD", "arm", "c ")
+    models = {"base": [0.5, 0.25, 0.75], "a-model-with-quite-a-long-name": [0.0, 0.3, 1.0]}
+    shown = report.probability_table([spine, apple], [arm], models, [0.0, 0.002])
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown if line.startswith("|")]
+    assert cells == [
+        ["Type", "Phrase", "Context", "base", "...ith-quite-a-long-name"],
+        ["BAD", "spine", "a", "50.00000%", "0.00000%"],
+        ["GOOD", "apple", "b", "25%", "30%"],
+        ["BAD", "arm", "c", "75%", "100%"],
+    ]
+    assert len({len(line) for line in shown[:-1]}) == 1 and shown[-1].endswith("held out: the last 1 row")
 
 
 @pytest.mark.parametrize("method, share", [("lerp", 0.3), ("slice", 0.3), ("cyclic", 0.15), ("gradient", 0.45)])
@@ -226,7 +245,7 @@ ODD = st.text(
 @given(st.text() | ODD, st.text(max_size=200) | ODD, st.integers(4, 40))
 @example("n" * 200, "\U0001f642" * 200, 24)
 def test_a_row_of_any_text_is_as_wide_as_all_others(phrase, context, width):
-    line = report.row((phrase, context, "x"), (width, width, 3))
+    line = widths.row((phrase, context, "x"), (width, width, 3))
     assert columns(line) == 2 * width + 3 + 10
     assert line.isprintable() and line.count("\n") == 0
 

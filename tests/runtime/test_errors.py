@@ -87,7 +87,14 @@ def test_a_panic_in_the_middle_of_a_run_ends_it_in_one_line_and_what_is_kept_is_
 
     settings = {"samples": [], "neutral_texts": [], "baselines": False, "merge_ratios": [0.5]}
     path = tiny.write_config(place / "my.yaml", models[0], [models[1]], "out", **settings)
-    monkeypatch.setattr(RunRecord, "closed", lambda *_: raising(PanicException("index out of range\nmore")))
+    note = RunRecord.note
+
+    def panics(self, kind, **fields):
+        return (
+            raising(PanicException("index out of range\nmore")) if kind == "candidate" else note(self, kind, **fields)
+        )
+
+    monkeypatch.setattr(RunRecord, "note", panics)
     assert merge_monster.main(["--config", str(path), "--quiet"]) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert "index out of range" in first and "--resume" in second and "Traceback" not in first

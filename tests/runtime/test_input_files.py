@@ -12,7 +12,7 @@ import yaml
 import merge_monster
 import monster_mapper
 from modules.config import load_config, read_neutral_texts, read_prompts
-from modules.output.journal import Journal, begun_with
+from modules.output.journal import open_journal, read_journal
 from modules.output.recipe import read_outputs, read_recipe
 from modules.runtime import ConfigError, open_input
 
@@ -72,7 +72,7 @@ READERS = {
     "discover.prompts": lambda path: read_prompts(str(path), for_chats=True),
     "a recipe": read_recipe,
     "an output's recipe": lambda path: read_outputs([path]),
-    "a journal": Journal,
+    "a journal": open_journal,
 }
 
 
@@ -91,7 +91,7 @@ def test_an_error_names_the_path_and_a_file_is_read(place, kind):
     with pytest.raises(OSError) as caught:
         open_input(place / "it")
     assert caught.value.filename == str(place / "it") and caught.value.strerror.startswith(WORDS[kind])
-    assert begun_with(place / "it") is None
+    assert read_journal(place / "it") == []
     (place / "file").write_text("a\r\nb")
     (place / "link").symlink_to("file")
     with open_input(place / "link") as as_bytes, open_input(place / "link", "utf-8") as as_text:

@@ -14,7 +14,9 @@ from modules.runtime import Rank
 from modules.runtime.distributed import Group
 from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost
 from modules.scoring.budget import Budget
+from modules.scoring.drift import DriftMeter
 from modules.scoring.gradient import GradientPass
+from modules.scoring.objective import Objective, Penalty
 from modules.search.joint import Joint, JointState, first_shares, largest_factor, moved, rounded, step_size
 
 
@@ -76,13 +78,13 @@ def test_what_is_kept_has_two_decimals():
 def test_the_largest_factor_that_holds(limit, expected):
     tried = []
 
-    def drift_at(factor):
+    def is_allowed(factor):
         tried.append(factor)
-        return factor * factor
+        return factor * factor <= limit
 
-    found = largest_factor(drift_at, limit)
+    found = largest_factor(is_allowed)
     assert expected - 2**-7 <= found <= expected and len(tried) <= 8
-    assert drift_at(found) <= limit and (found in tried[:-1] or found == 0)
+    assert is_allowed(found) and (found in tried[:-1] or found == 0)
 
 
 @pytest.fixture(scope="module")
@@ -128,18 +130,28 @@ def test_the_objective_falls(llama):
     value = joint.value()
     assert value.objective == pytest.approx(last, rel=0.02)
     assert value.log_probabilities == pytest.approx(one.scorer.score(), rel=1e-5)
-    assert value.divergence == pytest.approx(one.meter.measure().divergence, rel=1e-4) and value.divergence > 1e-4
+    kl = value.metrics["kl"]
+    assert kl == pytest.approx(one.meter.measure().divergence, rel=1e-4) and kl > 1e-4
 
 
-def test_slopes_of_pairs_and_of_drift_make_the_gradient(llama):
+def test_slopes_of_pairs_and_of_penalties_make_the_gradient(llama):
     one = mixed(*llama)
-    joint, shares = Joint(one.mix, one.objective), [[0.3, 0.2]] * one.mix.rows
+    shares = [[0.3, 0.2]] * one.mix.rows
     with InDouble():
+        meters = [DriftMeter(one.model, windows) for windows in (mixes.WINDOWS[:1], mixes.WINDOWS[1:])]
+        penalties = [Penalty(name, *more) for name, *more in zip("ab", (3.0, 5.0), meters, strict=True)]
+        objective = Objective(one.model, one.scorer, one.weights, penalties)
+        joint = Joint(one.mix, objective)
         one.mix.compose(shares)
-        whole = joint.gradient(shares)
-        parts = [joint.gradient(shares, one.objective.part(pairs)) for pairs in (True, False)]
-    for row, *both in zip(whole, *parts, strict=True):
-        assert [a + b for a, b in zip(*both, strict=True)] == pytest.approx(row, rel=1e-9)
+        value, whole = joint.value(), joint.gradient(shares)
+        parts = [joint.gradient(shares, objective.part(name)) for name in (None, "a", "b")]
+        one.mix.compose(shares, exact=True)
+        divergences = [meter.measure().divergence for meter in meters]
+    assert list(value.metrics.values()) == pytest.approx(divergences, rel=1e-9) and min(divergences) > 1e-3
+    assert value.objective == pytest.approx(value.total + 3 * divergences[0] + 5 * divergences[1], rel=1e-9)
+    for row, *summands in zip(whole, *parts, strict=True):
+        assert [sum(slopes) for slopes in zip(*summands, strict=True)] == pytest.approx(row, rel=1e-9)
+        assert all(any(slopes) for slopes in summands)
 
 
 class Together(Group):
@@ -196,8 +208,8 @@ def test_several_processes_find_what_one_finds(llama, processes):
     for row, other in zip(found[0][0].shares, state.shares, strict=True):
         assert row == pytest.approx(other, abs=1e-6)
     assert found[0][1].log_probabilities == pytest.approx(value.log_probabilities, rel=1e-9)
-    found = found[0][1].objective, found[0][1].divergence
-    assert found == pytest.approx((value.objective, value.divergence), rel=1e-9)
+    assert found[0][1].objective == pytest.approx(value.objective, rel=1e-9)
+    assert found[0][1].metrics == pytest.approx(value.metrics, rel=1e-9)
 
 
 @pytest.mark.parametrize(

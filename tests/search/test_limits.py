@@ -1,4 +1,4 @@
-"""What a trial must be to be accepted: a gain above rounding, a drift below its limit; the objective."""
+"""What a trial must be to be accepted: a gain above rounding, metrics below their limits; the objective."""
 
 import math
 
@@ -8,12 +8,22 @@ from hypothesis import strategies as st
 
 from modules.search.strategies import Limits, State, choose, improved, total_rounding
 
-NOW = State([0.4, 0.3, -0.2], drift=0.0)
-BETTER = State([0.3, 0.3, -0.2], drift=0.005)
-BEST = State([0.2, 0.3, -0.2], drift=0.04)
+
+def state(scores, kl):
+    return State(scores, {"kl": kl})
+
+
+def weight(number):
+    """Limits with a weight on the metric."""
+    return Limits(threshold=0.3, weights={"kl": number})
+
+
+NOW = state([0.4, 0.3, -0.2], 0.0)
+BETTER = state([0.3, 0.3, -0.2], 0.005)
+BEST = state([0.2, 0.3, -0.2], 0.04)
 
 values = st.floats(-2, 2, allow_nan=False)
-states = st.builds(State, st.lists(values, min_size=3, max_size=3), st.floats(0, 3))
+states = st.builds(state, st.lists(values, min_size=3, max_size=3), st.floats(0, 3))
 
 
 def test_a_gain_must_exceed_the_least_gain():
@@ -35,27 +45,27 @@ def test_a_change_below_rounding_is_none():
 
 @pytest.mark.parametrize("strategy", ["cumulative", "all_phrases", "quantitive"])
 def test_what_drifts_too_far_is_not_taken(strategy):
-    limits = Limits(threshold=0.3, max_drift=0.02)
+    limits = Limits(threshold=0.3, maxima={"kl": 0.02})
     assert choose(strategy, NOW, [BEST, BETTER], limits) == 1
     assert choose(strategy, NOW, [BEST], limits) is None
-    assert choose(strategy, NOW, [State(BEST.scores, math.nan)], limits) is None
+    assert choose(strategy, NOW, [state(BEST.scores, math.nan)], limits) is None
 
 
 @pytest.mark.parametrize("strategy", ["cumulative", "all_phrases", "quantitive"])
 def test_the_objective_ranks(strategy):
     assert choose(strategy, NOW, [BETTER, BEST], Limits(threshold=0.3)) == 1
-    assert choose(strategy, NOW, [BETTER, BEST], Limits(threshold=0.3, drift_weight=2.8)) == 1
-    assert choose(strategy, NOW, [BETTER, BEST], Limits(threshold=0.3, drift_weight=2.9)) == 0
+    assert choose(strategy, NOW, [BETTER, BEST], weight(2.8)) == 1
+    assert choose(strategy, NOW, [BETTER, BEST], weight(2.9)) == 0
 
 
 def test_a_higher_total_is_worth_less_drift():
-    now, back = State([0.3], drift=0.1), State([0.35], drift=0.02)
-    assert choose("cumulative", now, [back], Limits(drift_weight=1.0)) == 0
-    assert choose("cumulative", now, [back], Limits(drift_weight=0.5)) is None
+    now, back = state([0.3], 0.1), state([0.35], 0.02)
+    assert choose("cumulative", now, [back], weight(1.0)) == 0
+    assert choose("cumulative", now, [back], weight(0.5)) is None
 
 
 @given(states, st.lists(states, max_size=4), st.sampled_from(["cumulative", "all_phrases", "quantitive"]))
-def test_without_limits_drift_and_rounding_decide_nothing(now, trials, strategy):
+def test_without_limits_metrics_and_rounding_decide_nothing(now, trials, strategy):
     alone = [State(trial.scores) for trial in trials]
     assert choose(strategy, now, trials) == choose(strategy, State(now.scores), alone)
     zero = Limits(rounding=[0.0] * 3)
@@ -63,16 +73,25 @@ def test_without_limits_drift_and_rounding_decide_nothing(now, trials, strategy)
 
 
 @given(states, st.lists(states, min_size=1, max_size=5), st.floats(0, 5), st.floats(0, 5))
-def test_a_larger_weight_never_takes_more_drift(now, trials, weight, more):
-    def end(weight):
-        found = choose("cumulative", now, trials, Limits(drift_weight=weight))
+def test_a_larger_weight_never_takes_more_drift(now, trials, number, more):
+    def end(number):
+        found = choose("cumulative", now, trials, weight(number))
         return now if found is None else trials[found]
 
-    light, heavy = end(weight), end(weight + more)
+    light, heavy = end(number), end(number + more)
     # Rounding may decide between objectives that are equal.
-    assert heavy.drift <= light.drift or math.isclose(
-        Limits(drift_weight=weight).objective(light), Limits(drift_weight=weight).objective(heavy), abs_tol=1e-9
-    )
+    is_close = math.isclose(weight(number).objective(light), weight(number).objective(heavy), abs_tol=1e-9)
+    assert heavy.metrics["kl"] <= light.metrics["kl"] or is_close
+
+
+def test_several_metrics_have_weights_and_limits_of_their_own():
+    now = State([1.0], {"kl": 0.0, "own": 0.0})
+    first, second = State([0.5], {"kl": 0.1, "own": 0.0}), State([0.4], {"kl": 0.0, "own": 0.1})
+    assert choose("cumulative", now, [first, second]) == 1
+    assert choose("cumulative", now, [first, second], Limits(weights={"kl": 1.0, "own": 3.0})) == 0
+    assert Limits(weights={"kl": 1.0, "own": 3.0}).objective(second) == 0.4 + 3.0 * 0.1
+    assert choose("cumulative", now, [first, second], Limits(maxima={"own": 0.05, "kl": 1.0})) == 0
+    assert choose("cumulative", now, [first, second], Limits(maxima={"own": 0.05, "kl": 0.05})) is None
 
 
 def test_the_rounding_of_a_total_is_that_of_independent_errors():

@@ -1,4 +1,4 @@
-"""The drift of trials, by tail forwards and by whole ones, against plain transformers with whole logits."""
+"""KL under trials, by tail forwards and by whole ones, against plain transformers with whole logits."""
 
 from functools import partial
 
@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
+from modules.config import Config, Directories
+from modules.metrics.kl_penalty import TrialKL
+from modules.metrics.metric import Context
 from modules.model.embeddings import aligned_header
 from modules.model.loading import load_model
-from modules.runtime import Rank
+from modules.runtime import Rank, Silent
 from modules.scoring import drift as measure
 from modules.scoring.budget import Budget
-from modules.scoring.guard import Guard
 from modules.search.trial import merged, trying
 
 NAMES = ["Llama", "GPT-2", "Gemma 2", "Phi", "BLOOM", "Mixtral", "OPT", "Qwen3"]
@@ -25,7 +27,7 @@ RATIOS = [0.3, 0.9]
 
 
 class Case:
-    """A base, a candidate, the guard on the base; and the base as a plain model."""
+    """A base, a candidate, KL under trials in each process; and the base as a plain model."""
 
     def __init__(self, folder, config, tokenizer, rank=None, budget=None):
         base = tiny.make_model(folder / "base", config, tokenizer, scale=3.0)
@@ -34,7 +36,12 @@ class Case:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.candidate = open_candidate(open_checkpoint(other, "other"), self.model.checkpoint, self.model.module)
         self.plain, self.now = (AutoModelForCausalLM.from_pretrained(base).eval() for _ in range(2))
-        self.guards = [Guard(self.model, WINDOWS, budget or Budget(), one) for one in rank or [Rank()]]
+        config, console = Config(Directories("base", "out"), max_drift=1.0), Silent(1)
+        budget = budget or Budget()
+        self.metrics = []
+        for one in rank or [Rank()]:
+            context = Context(config, console, self.model, self.tokenizer, budget, one, (), WINDOWS)
+            self.metrics.append(TrialKL(context))
 
     def theirs(self, layer):
         """A part, and the candidate's tensors for it."""
@@ -61,16 +68,16 @@ class Case:
         found = merged(part, "lerp", theirs, 0.5, part.space())
         part.install(found, part.changes_in(found))
 
-    def drifts(self, layer, by_tails=True):
+    def under_trials(self, layer, by_tails=True):
         """Of all processes together."""
 
-        def of(guard):
-            guard.tails.at_layer(layer or 0)
-            return (
-                guard.header_drifts(self.tries(layer)) if layer is None else guard.drifts(self.tries(layer), by_tails)
-            )
+        def of(metric):
+            if layer is None:
+                return metric.under_header_trials(self.tries(None))
+            metric.tails.at_layer(layer)
+            return metric.under_trials(self.tries(layer), by_tails)
 
-        return [sum(parts) for parts in zip(*map(of, self.guards), strict=True)]
+        return [sum(parts) for parts in zip(*map(of, self.metrics), strict=True)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,14 +85,14 @@ def test_trials_drift_as_whole_models_do(tmp_path, name):
     tokenizer = tiny.bpe_tokenizer()
     case = Case(tmp_path, configuration(name, len(tokenizer)), tokenizer)
     for layer in (0, 1, None):
-        found, expected = case.drifts(layer), case.expected(layer)
+        found, expected = case.under_trials(layer), case.expected(layer)
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-8) and min(expected) > 1e-5
         case.install(layer)
-    (guard,) = case.guards
+    (metric,) = case.metrics
     case.now.load_state_dict(case.model.module.state_dict())
-    assert guard.drift() == pytest.approx(reference.plain_drift(case.plain, case.now, WINDOWS)[0], rel=1e-5)
-    guard.tails.restart()  # another candidate's turn, after the header was changed
-    assert case.drifts(1) == pytest.approx(case.expected(1), rel=1e-4)
+    assert metric.value() == pytest.approx(reference.plain_drift(case.plain, case.now, WINDOWS)[0], rel=1e-5)
+    metric.tails.restart()  # another candidate's turn, after the header was changed
+    assert case.under_trials(1) == pytest.approx(case.expected(1), rel=1e-4)
 
 
 @pytest.mark.parametrize("by_tails", [True, False])
@@ -95,7 +102,7 @@ def test_the_way_makes_no_difference(tmp_path, monkeypatch, by_tails, cache):
     tokenizer = tiny.bpe_tokenizer()
     case = Case(tmp_path, tiny.llama_config(len(tokenizer)), tokenizer, budget=Budget(cache=cache))
     case.install(0)
-    assert case.drifts(2, by_tails) == pytest.approx(case.expected(2), rel=1e-4)
+    assert case.under_trials(2, by_tails) == pytest.approx(case.expected(2), rel=1e-4)
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
@@ -104,21 +111,21 @@ def test_the_shares_of_all_processes_make_the_mean(tmp_path, count):
     ranks = [Rank(number, count) for number in range(count)]
     case = Case(tmp_path, tiny.llama_config(len(tokenizer), tied=True), tokenizer, ranks)
     for layer in (1, None):
-        assert case.drifts(layer) == pytest.approx(case.expected(layer), rel=1e-4)
+        assert case.under_trials(layer) == pytest.approx(case.expected(layer), rel=1e-4)
         case.install(layer)
     case.now.load_state_dict(case.model.module.state_dict())
     expected = reference.plain_drift(case.plain, case.now, WINDOWS)[0]
-    assert sum(guard.drift() for guard in case.guards) == pytest.approx(expected, rel=1e-5)
+    assert sum(metric.value() for metric in case.metrics) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_without_a_change_has_no_drift(tmp_path):
     tokenizer = tiny.bpe_tokenizer()
     case = Case(tmp_path, tiny.llama_config(len(tokenizer)), tokenizer)
-    (guard,) = case.guards
+    (metric,) = case.metrics
     part = case.model.layer(1)
     same = partial(part.holding, {name: tensor.clone() for name, tensor in part.tensors.items()})
-    guard.tails.at_layer(1)
-    assert guard.drift() < 1e-9 and max(guard.drifts([same, same], True)) < 1e-9
+    metric.tails.at_layer(1)
+    assert metric.value() < 1e-9 and max(metric.under_trials([same, same], True)) < 1e-9
 
 
 def test_drift_that_is_no_number_stays_none(tmp_path):
@@ -126,5 +133,5 @@ def test_drift_that_is_no_number_stays_none(tmp_path):
     case = Case(tmp_path, tiny.llama_config(len(tokenizer)), tokenizer)
     part = case.model.layer(1)
     broken = partial(part.holding, {name: torch.full_like(tensor, torch.nan) for name, tensor in part.tensors.items()})
-    case.guards[0].tails.at_layer(1)
-    assert all(value != value for value in case.guards[0].drifts([broken], True))
+    case.metrics[0].tails.at_layer(1)
+    assert all(value != value for value in case.metrics[0].under_trials([broken], True))

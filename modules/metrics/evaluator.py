@@ -1,0 +1,119 @@
+"""Evaluates models by all metrics: the base at the beginning, the merge from time to time, candidates on their own.
+
+Knows: when they are measured, how long that takes. Refuses to know: what is measured, what is decided.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from modules.checkpoints import Candidate
+from modules.metrics.metric import Context
+from modules.metrics.phrases import PhraseTotals
+from modules.metrics.registry import METRICS
+from modules.model import Settings
+from modules.runtime import is_out_of_memory, within_memory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known of one model."""
+
+    metrics: dict[str, float]  # by name; what can't be measured, or is no number, is missing
+    searched: tuple[float, ...]  # joint log-probabilities of the searched pairs
+    held_out: tuple[float, ...]  # and of those that are held out
+
+
+class Evaluator:
+    """Measures all metrics. No decision depends on any of its values."""
+
+    def __init__(self, context: Context) -> None:
+        """Evaluate the base. context: with a search. Raises ConfigError for held-out pairs that don't fit the model."""
+        self._search, self._console = context.search, context.console
+        self.seconds = 0.0
+        with self._timed():
+            self._console.timed("Evaluating the base")
+            prepared = [(metric, metric.prepare(context)) for metric in METRICS]
+            self._measures = [measure for _, measure in prepared if measure is not None]
+            self._at_steps = [measure for metric, measure in prepared if measure is not None and metric.every_step]
+            (self.phrases,) = [measure for measure in self._measures if isinstance(measure, PhraseTotals)]
+            self.start = self.now = self._evaluated()
+
+    def take_noted_scores(self) -> None:
+        """The search goes on from scores of the base that an earlier run has noted."""
+        searched = tuple(self._search.log_probabilities)
+        totals = self.phrases.totals(searched, self.start.held_out)
+        self.start = replace(self.start, searched=searched, metrics=self.start.metrics | _numbers(totals))
+
+    def evaluate(self) -> Evaluation:
+        """The model as it is now, `now` from here on."""
+        with self._timed():
+            self._console.timed("Evaluating the merge")
+            self.now = self._evaluated()
+        return self.now
+
+    def evaluate_step(self) -> dict[str, float]:
+        """The metrics that are measured before every step of a joint search."""
+        found: dict[str, float] = {}
+        with self._timed():
+            for measure in self._at_steps:
+                found |= _numbers(measure.measure())
+        return found
+
+    def evaluate_alone(self, candidate: Candidate, own: Settings | None = None) -> Evaluation | None:
+        """A candidate on its own; None if memory is too short. own: see `score_whole`.
+
+        Raises BrokenWeights and CheckpointError as reading does.
+        """
+        weighed = [metric.whole for metric in self._search.weighed if metric.whole]
+        measures = [measure for measure in (*self._measures, *weighed) if measure.inputs]
+
+        def measure() -> tuple[list[list[float]], list[dict[str, float]]]:
+            scorers = self.phrases.scorers(singly=bool(own and own.values))
+            return self._search.model.in_range(
+                lambda: self._search.score_whole(candidate, scorers, measures, own), _are_numbers
+            )
+
+        try:
+            with self._timed():
+                (searched, *others), values = within_memory(measure, lambda: False)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        held_out = tuple(others[0]) if others else ()
+        metrics = _numbers(self.phrases.totals(searched, held_out))
+        for found in values:
+            metrics |= _numbers(found)
+        return Evaluation(metrics, tuple(searched), held_out)
+
+    def _evaluated(self) -> Evaluation:
+        metrics: dict[str, float] = {}
+        for measure in self._measures:
+            metrics |= _numbers(measure.measure())
+        metrics |= self._search.metrics
+        return Evaluation(metrics, tuple(self._search.log_probabilities), self.phrases.held_out)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - began
+
+
+def _numbers(values: dict[str, float]) -> dict[str, float]:
+    """The values of a measure, or none if one of them is no number: no journal holds such a one."""
+    return values if all(map(math.isfinite, values.values())) else {}
+
+
+def _are_numbers(found: tuple[list[list[float]], list[dict[str, Any]]]) -> bool:
+    """Whether scores and values of a model could be computed."""
+    scores, values = found
+    numbers = [number for row in scores for number in row]
+    numbers += [number for row in values for number in row.values()]
+    return all(map(math.isfinite, numbers))

@@ -1,0 +1,123 @@
+"""KL under trials, on neutral text that is set aside for them: what drift_weight and max_drift judge by.
+
+Knows: tail forwards, divergences, several processes, the keys. Refuses to know: what is decided.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from modules.metrics.metric import Context, Measure
+from modules.runtime import ConfigError, first_line, is_out_of_memory
+from modules.scoring import NOT_TAKEN, Trial
+from modules.scoring.drift import DriftMeter
+from modules.scoring.hidden_states import last_states
+from modules.scoring.tails import TailForwards
+from modules.search import total
+
+NAME = "trial_kl"
+NATS = 0.05  # of KL that count as much as all phrases, if its weight is automatic
+
+
+def weigh(context: Context) -> "TrialKL | None":
+    """None if neither key is set. Raises ConfigError if it can't be measured on this model, or on these texts."""
+    if not context.config.is_guarded:
+        return None
+    if not context.neutral_for_trials:
+        raise ConfigError("neutral_texts: too little text to measure drift on, as drift_weight and max_drift need it")
+    try:
+        return TrialKL(context)
+    except NOT_TAKEN as error:
+        if is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+        raise ConfigError(f"drift_weight, max_drift: drift can't be measured on this model ({reason})") from None
+
+
+class TrialKL:
+    """Mean KL(base, model) as the model is and as it would be under trials; see `search.WeighedMetric`."""
+
+    name = NAME
+
+    def __init__(self, context: Context) -> None:
+        """Raises as DriftMeter does."""
+        config, windows, rank = context.config, context.neutral_for_trials, context.rank
+        self._model, self._config = context.model, config
+        self.limit = math.inf if config.max_drift is None else config.max_drift
+        own = windows[rank.number :: rank.world_size]
+        self._meter = DriftMeter(context.model, own, keeps_head=True) if own else None
+        self._share = sum(map(len, own)) / max(1, sum(map(len, windows)))
+        self._inputs = self._meter.inputs if self._meter else []
+        self.tails = TailForwards(context.model, self._inputs, context.budget)
+        is_joint = config.search == "joint"
+        self.meter = self._meter
+        if rank.world_size > 1:
+            measures_whole = is_joint or (rank.leads and config.baselines)
+            self.meter = DriftMeter(context.model, windows, keeps_head=is_joint) if measures_whole else None
+        self.whole = OnAllText(self.meter) if self.meter else None
+
+    def weight(self, base_scores: Sequence[float]) -> float:
+        """What a nat adds to the total."""
+        weight = self._config.weight_of_drift
+        return total([abs(value) for value in base_scores]) / NATS if weight == "auto" else weight
+
+    def describe(self, weight: float) -> dict[str, str]:
+        """What the summary of a run says of it."""
+        tokens = f"checked on {self._config.neutral_tokens} tokens in every trial"
+        how = " (auto)" if self._config.weight_of_drift == "auto" else ""
+        lines = {"KL penalty": f"{weight:.5g} per nat{how}, {tokens}"} if weight else {}
+        return lines | ({"KL limit": f"{self.limit:g} nats per token, {tokens}"} if self.limit < math.inf else {})
+
+    def value(self) -> float:
+        """Of the model as it is, by whole forwards: this process's part."""
+        return self._share * self._meter.measure().divergence if self._meter else 0.0
+
+    @torch.no_grad()
+    def under_trials(self, trials: Sequence[Trial], by_tails: bool) -> list[float]:
+        """Under each trial's weights for the present layer. by_tails: by tail forwards, else by whole ones.
+
+        One trial at a time: masks of several windows do not fit several trials' worth of them.
+        """
+        if self._meter is None:
+            return [0.0] * len(trials)
+        hidden = []
+        for index, inputs in enumerate(self._inputs):
+            states = []
+            for trial in trials:
+                if by_tails:
+                    states.append(last_states(self._model, inputs(), self.tails.trying(index, [trial])))
+                else:
+                    with trial():
+                        states.append(last_states(self._model, inputs(), {}))
+            hidden.append(torch.cat(states))
+        found = self._meter.measure_on(hidden, same_header=True, stack=len(trials))
+        return [self._share * drift.divergence for drift in found]
+
+    @torch.no_grad()
+    def under_header_trials(self, trials: Sequence[Trial]) -> list[float]:
+        """Under each trial's weights for the header, by whole forwards."""
+        if self._meter is None:
+            return [0.0] * len(trials)
+        found = []
+        for trial in trials:
+            with trial():
+                hidden = [last_states(self._model, inputs(), {}) for inputs in self._inputs]
+            found += self._meter.measure_on(hidden, trial, same_header=True)
+        return [self._share * drift.divergence for drift in found]
+
+
+class OnAllText(Measure):
+    """The same of a candidate on its own, by this process alone."""
+
+    def __init__(self, meter: DriftMeter) -> None:
+        self._meter, self.inputs = meter, meter.inputs
+
+    def measure_on(
+        self, hidden: Sequence[Tensor], held: Callable[[], AbstractContextManager[None]], same_header: bool
+    ) -> dict[str, float]:
+        """See `Measure`."""
+        (drift,) = self._meter.measure_on(hidden, held, same_header)
+        return {NAME: drift.divergence}

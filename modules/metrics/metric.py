@@ -1,0 +1,82 @@
+"""What a metric is: values of a model by name, how tables show them, how they are measured.
+
+Knows: what a metric may measure with. Refuses to know: which metrics there are, files, where a table goes.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from modules.config import Config
+from modules.model import ResidentModel
+from modules.runtime import Console, Rank
+from modules.scoring import Budget, Window
+from modules.scoring.hidden_states import Inputs
+from modules.search.search import Search, WeighedMetric
+
+WIDTH = 14  # characters of a value in a table
+
+
+@dataclass(frozen=True)
+class Column:
+    """One value of a metric, and how it is shown."""
+
+    name: str  # in journal, recipe and JSON
+    label: str
+    format: str = ".4f"
+    lower_is_better: bool | None = True  # None: neither way
+    is_drawn: bool = False  # in the merge map, candidate by candidate
+    shown_as: str = ""  # of one that trials are judged by: the metric that it is on texts with no part in the search
+    limit_key: str = ""  # and the configuration's key of its limit
+
+    def text(self, value: float | None) -> str:
+        """A value in a table; a huge one with few digits."""
+        if value is None:
+            return "-"
+        text = format(value, self.format)
+        return text if len(text) <= WIDTH else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What metrics are measured with. While they are prepared, the model is the base."""
+
+    config: Config
+    console: Console
+    model: ResidentModel
+    tokenizer: Any
+    budget: Budget
+    rank: Rank
+    neutral: Sequence[Window]  # text that takes no part in the search
+    neutral_for_trials: Sequence[Window]
+    search: Search | None = None  # not there yet for what it is to weigh
+
+
+class Measure:
+    """Measures the resident model."""
+
+    # What goes through the layers of a candidate that is read one layer at a time; none: no value of it is known.
+    inputs: Sequence[Inputs] = ()
+
+    def measure(self) -> dict[str, float]:
+        """The values by now, by their columns' names. If one is no number, none of them counts."""
+        raise NotImplementedError
+
+    def measure_on(
+        self, hidden: Sequence[Tensor], held: Callable[[], AbstractContextManager[None]], same_header: bool
+    ) -> dict[str, float]:
+        """The values of a candidate; see `search.whole.Streamed`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured together, in one pass."""
+
+    columns: tuple[Column, ...]
+    prepare: Callable[[Context], Measure | None]  # None: it is not wanted, or can't be measured on this model
+    every_step: bool = False  # whether it is measured before every step of a joint search as well
+    weigh: Callable[[Context], WeighedMetric | None] | None = None  # what trials are judged by, if it is configured

@@ -1,0 +1,63 @@
+"""The totals of the pairs that are searched and of those that are held out.
+
+Knows: how pairs that are held out are scored and weighed. Refuses to know: how the search scores its own.
+"""
+
+import math
+from collections.abc import Sequence
+
+from modules.metrics.metric import Column, Context, Measure, Metric
+from modules.runtime import within_memory
+from modules.scoring import Scorer, build_scorer, doubtful_phrases, encode_pairs, of_pairs
+from modules.search import scores, total
+from modules.search.search import signed_weights
+
+
+class PhraseTotals(Measure):
+    """Totals of the searched pairs, as the search knows them, and of the held-out ones, which are scored here."""
+
+    def __init__(self, context: Context) -> None:
+        """Raises ConfigError for pairs that the model can't take."""
+        self._search, self._console, self._model = context.search, context.console, context.model
+        self._auto_weights = context.config.auto_weights
+        self.pairs = context.config.held_out_pairs
+        self.weights: list[float] | None = None  # of the held-out pairs, signed; by the base, the first to be measured
+        self.held_out: tuple[float, ...] = ()  # their joint log-probabilities, by the last measurement
+        self._scorer: Scorer | None = None
+        if self.pairs:
+            self._console.warnings(doubtful_phrases(self.pairs))
+            encoded = encode_pairs(context.tokenizer, self.pairs, self._model.vocabulary, self._model.max_tokens)
+            self._scorer = build_scorer(self._model, encoded, context.budget, tails=False)
+
+    def measure(self) -> dict[str, float]:
+        """See `Measure`."""
+        if self._scorer:
+            found = self._model.in_range(self._score, lambda values: all(map(math.isfinite, values)))
+            self.held_out = tuple(of_pairs(found, self._scorer.encoded))
+        if self.weights is None:
+            self.weights, warnings = signed_weights(self.pairs, self._auto_weights, self.held_out)
+            self._console.warnings(warnings)
+        return self.totals(self._search.log_probabilities, self.held_out)
+
+    def totals(self, searched: Sequence[float], held_out: Sequence[float]) -> dict[str, float]:
+        """Both totals of a model, from joint log-probabilities."""
+        found = {"total": total(scores(searched, self._search.weights))}
+        if self.pairs:
+            found["held_out"] = total(scores(held_out, self.weights))
+        return found
+
+    def scorers(self, singly: bool = False) -> list[Scorer]:
+        """What scores the searched pairs and, if there are any, the held-out ones, in this process alone. singly: one
+        pair at a time, as is exact by whatever settings a model computes."""
+        found = [self._search.scorer.alone(), *([self._scorer] if self._scorer else [])]
+        return [scorer.singly() for scorer in found] if singly else found
+
+    def _score(self) -> list[float]:
+        return within_memory(self._scorer.score, lambda: self._scorer.take_less_memory() is not None)
+
+
+METRIC = Metric(
+    columns=(Column("total", "Total", ".5f"), Column("held_out", "Held out", ".5f")),
+    prepare=PhraseTotals,
+    every_step=True,
+)

@@ -1,0 +1,28 @@
+"""All metrics.
+
+Knows: their order in tables. Refuses to know: what they measure.
+"""
+
+from collections.abc import Mapping
+
+from modules.metrics.kl import METRIC as KL
+from modules.metrics.metric import Column, Metric
+from modules.metrics.phrases import METRIC as PHRASES
+
+METRICS: list[Metric] = [PHRASES, KL]
+
+
+def all_columns() -> list[Column]:
+    """Of all metrics, in the order of tables."""
+    return [column for metric in METRICS for column in metric.columns]
+
+
+def columns_of(*values: Mapping[str, object]) -> list[Column]:
+    """The columns of these values, by name, in the order of tables; of an unknown one, its name and plain digits."""
+    names = dict.fromkeys(name for some in values for name in some)
+    known = all_columns()
+    others = names.keys() - {column.name for column in known}
+    return [
+        *(column for column in known if column.name in names),
+        *(Column(name, name) for name in names if name in others),
+    ]

@@ -1,0 +1,52 @@
+"""What base and merge answer to the same prompts.
+
+Knows: who is asked when, how long that takes. Refuses to know: how an answer is generated.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from modules.config import Config
+from modules.model import ResidentModel
+from modules.output import Sample
+from modules.runtime import Console, counted, first_line, within_memory, without_panics
+from modules.scoring import Asked, Drawing, answers, has_template
+
+
+class Samples:
+    """Asks the base, and later the merge."""
+
+    def __init__(
+        self, config: Config, console: Console, model: ResidentModel, tokenizer: Any, asked: Asked | None = None
+    ) -> None:
+        """Ask the base now, so that it need not come back. asked: the prompts as it reads them."""
+        began = time.monotonic()
+        asked = asked or Asked()
+        drawing = Drawing(asked=asked)
+        self._console = console
+        self._answers = partial(answers, model, tokenizer, seed=config.random_seed, drawing=drawing)
+        prompts = [prompt for prompt in config.prompts if prompt in asked.texts or not has_template(tokenizer)]
+        self._of_base = self._ask("base", prompts)
+        self.seconds = time.monotonic() - began
+
+    def compared(self) -> list[Sample]:
+        """The prompts with what the base has answered, and what the model answers by now."""
+        began = time.monotonic()
+        of_merge = self._ask("merge", list(self._of_base))
+        self.seconds += time.monotonic() - began
+        return [Sample(prompt=prompt, base=self._of_base[prompt], merge=merge) for prompt, merge in of_merge.items()]
+
+    def _ask(self, who: str, prompts: Sequence[str]) -> dict[str, str]:
+        """What the model answers; nothing, and a warning, where it can't: no reason to lose a merge."""
+        if prompts:
+            self._console.timed(f"Generating the {who}'s answers to {counted(len(prompts), 'prompt')}")
+        try:
+            with without_panics():
+                found, problems = within_memory(lambda: self._answers(prompts), lambda: False)
+        except Exception as error:  # of an architecture, of a chat template, of a device
+            self._console.warning(f"there are no samples: {first_line(error)}")
+            return {}
+        self._console.warnings(problems)
+        return found
