@@ -320,14 +320,13 @@ def test_settings_that_no_run_has_written_are_damaged(place, models, whole, caps
     assert "line 1 is damaged" in error
 
 
-@pytest.mark.parametrize("key, words", [("format", "journals of format 0"), ("program", "Merge Monster 0")])
-def test_a_journal_of_another_version_is_refused(place, models, whole, capsys, key, words):
+def test_a_journal_of_another_version_is_refused(place, models, whole, capsys):
     break_off(place, whole, 8)
     path = place / "out.partial" / JOURNAL
     first, *others = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(json.dumps({**json.loads(first), key: 0}).encode() + b"\n" + b"".join(others))
+    path.write_bytes(json.dumps({**json.loads(first), "program": "0.9"}).encode() + b"\n" + b"".join(others))
     assert merge(place, models, "--resume") == 2
-    assert f"was begun by {words}" in capsys.readouterr().err
+    assert "was begun by Merge Monster 0.9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
