@@ -71,7 +71,7 @@ class Record(BaseModel):
 
     def written(self, *without: str) -> dict[str, Any]:
         """The mapping as JSON has it; what has its default is left out."""
-        return self.model_dump(exclude={"kind", *without}, exclude_defaults=True)
+        return self.model_dump(exclude=set(without), exclude_defaults=True)
 
 
 class Run(Record):

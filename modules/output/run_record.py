@@ -53,8 +53,9 @@ class RunRecord:
         refuse_other_version(records[0], path)
         lines = []
         for number, record in enumerate(records, start=1):
+            fields = {key: value for key, value in record.items() if key != "kind"}
             try:
-                lines.append(LINES[record["kind"]].model_validate(record))
+                lines.append(LINES[record["kind"]].model_validate(fields))
             except (KeyError, ValidationError):
                 raise damaged(path, number) from None
         if not isinstance(lines[0], Run):

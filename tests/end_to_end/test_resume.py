@@ -99,8 +99,16 @@ def test_a_run_goes_on_from_every_record(place, models, whole):
         assert same(place / "out", whole), count
         assert tables(log_of(place))[-1] == table
         assert [r["kind"] for r in journal(place / "out")] == [r["kind"] for r in records]
+        assert timeless(place / "out") == timeless(whole)
         assert sorted(path.name for path in place.iterdir()) == ["logs", "my.yaml", "out"]
         shutil.rmtree(place / "out")
+
+
+def timeless(folder):
+    """An output's recipe, but for how long all took."""
+    recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    decisions = [{key: value for key, value in line.items() if key != "seconds"} for line in recipe["decisions"]]
+    return recipe | {"seconds": {}, "decisions": decisions}
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
@@ -665,8 +673,8 @@ def test_what_is_no_recipe(place, models, whole, capsys):
         ("{", "not a recipe"),
         ("[]", "not a recipe"),
         ("{}", "not a recipe"),
-        (json.dumps({**recipe, "decisions": 1}), "not a recipe"),
-        (json.dumps({**recipe, "format": 9}), "a recipe of format 9, this program reads format 1"),
+        (json.dumps({**recipe, "decisions": 1}), "not a recipe of format 1 (decisions: "),
+        (json.dumps({**recipe, "format": 9}), "not a recipe of format 1 (format: "),
     ):
         (place / "recipe.json").write_text(content)
         assert replay(place / "recipe.json", place / "again") == 2
