@@ -142,6 +142,9 @@ def test_what_the_page_says_of_the_values(recipes):
             s["number"] for s in recipe["sources"]
         )
         assert all((pair["weight"] < 0) == (pair["kind"] == "GOOD") for pair in recipe["phrases"])
+        for model, key in (("base", "before"), ("merge", "after")):
+            total = sum(pair[key] * pair["weight"] for pair in recipe["phrases"])
+            assert recipe["metrics"][model]["total"] == pytest.approx(total)
         kinds = [pair["kind"] for pair in recipe["phrases"]]
         assert kinds == sorted(kinds)  # BAD before GOOD
         shares = list(recipe["composition"].values())
