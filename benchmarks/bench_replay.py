@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -82,7 +81,10 @@ def measured(place: Path, mergekit: list[str], method: str, options: argparse.Na
     """A merge by all three, in turn: medians, and how many times mergekit's."""
     ours = write_inputs(place, method, options)
     output = str(place / "replayed")
-    replay = ["--replay", str(ours), "--output", output]
+    folders = [
+        word for folder in (options.base, options.candidate) for word in ("--source", str(folder.resolve().parent))
+    ]
+    replay = ["--replay", str(ours), "--output", output, *folders]
     commands = {
         "mergekit": [*mergekit, str(place / "mergekit.yaml"), str(place / "merged"), "--quiet"],
         "a replay": [sys.executable, "-c", UNDRAWN, *replay],
@@ -124,19 +126,19 @@ def write_inputs(place: Path, method: str, options: argparse.Namespace) -> Path:
     models = open_models(config, lambda job: None)
     layers = models.base.config.get_text_config().num_hidden_layers
     sources = (models.base, models.candidates[0].checkpoint)
-    with closing(Journal(place / "journal.jsonl", afresh=True)) as journal:
-        record = RunRecord(journal, config, options.dtype, models.base)
-        for number, (checkpoint, folder) in enumerate(zip(sources, (base, candidate), strict=True)):
-            record.source(number, str(folder), str(folder), checkpoint)
-        packing = Packing("forest", 8, 8, stacked=False)
-        record.start([-1.0], [1.0], packing)
-        for layer in (*range(layers), None):
-            kind = METHODS[method] if layer is not None else "lerp"
-            record.decided(1, Decision(sources[1].name, layer, kind, RATIO, 1.0, 1.0, (-1.0,)), 1.0, packing)
-        composition = {sources[1].name: RATIO, sources[0].name: 1 - RATIO}
-        how = {"device": "cpu", "dtype": options.dtype, "saved_dtype": None}
-        state = config.pairs, [1.0], [-1.0], composition, None, ((), (), (), ()), ()
-        write_recipe(place, record.recipe(*state, how, {}))
+    record = RunRecord(Journal(), config, options.dtype)
+    for number, (checkpoint, folder) in enumerate(zip(sources, (base, candidate), strict=True)):
+        record.source(number, str(folder), checkpoint)
+    packing = Packing("forest", 8, 8, stacked=False)
+    record.note("start", number=0, log_probabilities=[-1.0], weights=[1.0], packing=packing)
+    for layer in (*range(layers), None):
+        kind = METHODS[method] if layer is not None else "lerp"
+        decision = Decision(sources[1].name, layer, kind, RATIO, 1.0, 1.0, (-1.0,))
+        record.decided(1, decision, packing=packing, seconds=1.0)
+    composition = {sources[1].name: RATIO, sources[0].name: 1 - RATIO}
+    how = {"device": "cpu", "dtype": options.dtype, "saved_dtype": None}
+    state = config.pairs, [1.0], [-1.0], composition, None, ((), (), (), ()), ()
+    write_recipe(place, record.recipe(*state, how, {}))
     theirs = {
         "linear": {
             "models": [

@@ -71,11 +71,10 @@ def rendered_in(settings: Config) -> dict[Chat, str]:
     return {pair.chat: pair.context for pair in pairs if pair.chat}
 
 
-def refuse_other_version(begun: Mapping[str, Any], now: Run, path: Path) -> None:
+def refuse_other_version(begun: Mapping[str, Any], path: Path) -> None:
     """Raise ConfigError if another version of the program has begun a journal. begun: its first line."""
-    for key, what in (("format", "journals of format"), ("program", "Merge Monster")):
-        if begun.get(key) != getattr(now, key):
-            raise ConfigError(f"{path} was begun by {what} {begun.get(key)}, this is {getattr(now, key)}; {_HINT}")
+    if begun.get("program", VERSION) != VERSION:
+        raise ConfigError(f"{path} was begun by Merge Monster {begun['program']}, this is {VERSION}; {_HINT}")
 
 
 def refuse_changes(begun: Run, now: Run, path: Path) -> None:

@@ -28,7 +28,7 @@ from modules.output.records import (
     Settings,
     Source,
 )
-from modules.runtime import ConfigError, naming, open_input
+from modules.runtime import ConfigError, first_line, naming, open_input
 from modules.scoring import with_texts
 from modules.search import improved
 
@@ -110,28 +110,19 @@ def read_recipe(path: Path) -> Recipe:
         json.dumps(recipe.written(), ensure_ascii=False, allow_nan=False).encode()  # as it will be written
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; a recipe is the {RECIPE_FILE} of an output") from None
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_refusal(error)}") from None
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise ConfigError(f"{path}: {_NONE}") from None
+    except (ValueError, RecursionError) as error:
+        what = f"not a recipe of format {FORMAT} ({_reason(error)})"
+        raise ConfigError(f"{path}: {what}; take the {RECIPE_FILE} of an output") from None
     return recipe
 
 
-_NONE = f"not a recipe; it is the {RECIPE_FILE} of an output"
-
-
-def _refusal(error: ValidationError) -> str:
-    """What pydantic found first in a recipe, in words: it is none, or of another format, or damaged."""
+def _reason(error: ValueError | RecursionError) -> str:
+    if not isinstance(error, ValidationError):
+        return first_line(error)
     first = error.errors(include_url=False)[0]
-    place, words = first["loc"], first["msg"].removeprefix("Value error, ")
-    if place == ("format",) and first["type"] != "missing":
-        return f"a recipe of format {first['input']}, this program reads format {FORMAT}"
-    if len(place) < 2 and first["type"] != "value_error":
-        return _NONE
-    what = ": ".join(filter(None, [".".join(map(str, place)), words]))
-    return f"damaged ({what}); take the {RECIPE_FILE} of the output once more"
+    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
 
 
 def folders_of(path: Path, folders: Sequence[Path] = ()) -> list[Path]:

@@ -50,12 +50,12 @@ class RunRecord:
     def _read(self, config: Config) -> None:
         """Take over what the journal has."""
         records, path = self.journal.records, self.journal.path
-        if records[0]["kind"] == "run":
-            refuse_other_version(records[0], self._now, path)
+        refuse_other_version(records[0], path)
         lines = []
         for number, record in enumerate(records, start=1):
+            fields = {key: value for key, value in record.items() if key != "kind"}
             try:
-                lines.append(LINES[record["kind"]].model_validate(_without_kind(record)))
+                lines.append(LINES[record["kind"]].model_validate(fields))
             except (KeyError, ValidationError):
                 raise damaged(path, number) from None
         if not isinstance(lines[0], Run):
@@ -210,7 +210,7 @@ def begun_run(records: Sequence[Line]) -> Run | None:
     """
     computed = [record["computed"] for record in records if record.get("computed")]
     try:
-        return Run.model_validate({**_without_kind(records[0]), "computed": computed[-1]})
+        return Run.model_validate({**records[0], "computed": computed[-1]})
     except (IndexError, ValidationError):
         return None
 

@@ -172,7 +172,10 @@ def test_an_adapter_is_applied_to_a_file(tmp_path, models):
 def test_a_recipe_for_mergekit_names_the_folder(place, models, cache):
     file = write_gguf(place / "base.gguf", models[0], "F32")
     assert merge(place, (file, models[1]), merge_headers=False, dtype="float32") == 0
-    assert merge_monster.main(["--export-mergekit", "kit.yaml", str(place / "out")]) == 0
+    assert (
+        merge_monster.main(["--export-mergekit", "kit.yaml", str(place / "out"), "--source", str(models[1].parent)])
+        == 0
+    )
     named = (place / "kit.yaml").read_text()
     assert str(cache / names_in(cache)[0]) in named and "base.gguf\n" not in named
 

@@ -113,7 +113,7 @@ def test_a_run_goes_on_on_another_day_with_what_it_has_rendered(whole, models, p
     assert merge(place, models, "--resume") == 0
     assert same(place / "out", whole / "out")
     found, expected = recipe_of(place), recipe_of(whole)
-    for key in ("phrases", "held_out", "total"):
+    for key in ("phrases", "held_out", "metrics"):
         assert found[key] == expected[key]
     assert "26 Nov" not in json.dumps(found)
     assert "measured anew" not in log_of(place)

@@ -129,8 +129,9 @@ def test_what_is_optional_is_not_always_there(recipes):
 def test_items_of_every_list_have_the_same_keys(recipes):
     for recipe in recipes:
         for key in ("sources", "decisions", "phrases"):
-            # Most contexts are no chats, and most phrases have no variants.
-            keys = {tuple(name for name in item if name not in ("chat", "variants")) for item in recipe[key]}
+            # Most contexts are no chats, most phrases have no variants, some are not rounded.
+            other = ("chat", "variants", "rounding")
+            keys = {tuple(name for name in item if name not in other) for item in recipe[key]}
             assert len(keys) == (0 if key == "decisions" and "joint" in recipe else 1)
 
 
@@ -141,6 +142,9 @@ def test_what_the_page_says_of_the_values(recipes):
             s["number"] for s in recipe["sources"]
         )
         assert all((pair["weight"] < 0) == (pair["kind"] == "GOOD") for pair in recipe["phrases"])
+        for model, key in (("base", "before"), ("merge", "after")):
+            total = sum(pair[key] * pair["weight"] for pair in recipe["phrases"])
+            assert recipe["metrics"][model]["total"] == pytest.approx(total)
         kinds = [pair["kind"] for pair in recipe["phrases"]]
         assert kinds == sorted(kinds)  # BAD before GOOD
         shares = list(recipe["composition"].values())
@@ -149,4 +153,4 @@ def test_what_the_page_says_of_the_values(recipes):
         assert all(decision["model"] == names[decision["candidate"]] for decision in recipe["decisions"])
         assert all(len(d["log_probabilities"]) == len(recipe["phrases"]) for d in recipe["decisions"])
         assert all(d["layer"] is None or d["layer"] >= 0 for d in recipe["decisions"])
-        assert [d["before"] for d in recipe["decisions"][:1]] in ([], [recipe["total"]["before"]])
+        assert [d["before"] for d in recipe["decisions"][:1]] in ([], [recipe["metrics"]["base"]["total"]])
