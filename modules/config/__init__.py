@@ -4,11 +4,10 @@ Knows: every key, its type, its default and what is allowed; reports all errors 
 Refuses to know: torch, models, tokenizers. It must answer a typo in under a second.
 """
 
-from modules.config.apart import check_apart, input_paths, real_path
 from modules.config.choices import ACCELERATORS, DEVICES, NUMBERED, STRATEGIES
-from modules.config.command_line import CONFIG, QUIET, SET, option_for
 from modules.config.fields import COMPUTE_DTYPES, DTYPES, OneOf, is_number, unusable
-from modules.config.load import load_config, output_directory
+from modules.config.inputs import check_apart, input_paths, read_neutral_texts, read_prompts, real_path
+from modules.config.load import load_config, option_for, output_directory
 from modules.config.locations import (
     GGUF,
     Location,
@@ -23,7 +22,18 @@ from modules.config.locations import (
     repositories_in,
     without_folders,
 )
-from modules.config.neutral_texts import read_neutral_texts
 from modules.config.phrase_lists import PHRASES, Chat, Message, Pair
-from modules.config.prompts import read_prompts
-from modules.config.schema import NO_PART, TABLES, VERSION, Config, Directories, Discover, Joint, Mapper, Settings
+from modules.config.schema import (
+    CONFIG,
+    NO_PART,
+    QUIET,
+    SET,
+    TABLES,
+    VERSION,
+    Config,
+    Directories,
+    Discover,
+    Joint,
+    Mapper,
+    Settings,
+)

@@ -1,22 +1,20 @@
-"""The kinds of values that keys have, and what is said of a value that is none of its kind.
+"""The kinds of values that keys have.
 
 Knows: types with their limits, what can be a path, a model's name, an output. Refuses to know: which keys there are.
 
-A check that a value fails raises ValueError with what is allowed. Its `info.context` names the keys that lead to
-candidates of which none is read: there they may still be missing. DUMPED in it: they are values of `Config.dumped`,
-and their paths were checked when the file was read.
+The context of a validation is a set of what must be there: MERGE, SCORE or MAP. Without one nothing is looked for: a
+configuration that was dumped may name folders of another machine.
 """
 
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -28,72 +26,64 @@ from pydantic import (
     WithJsonSchema,
     WrapValidator,
 )
-from pydantic_core import core_schema
+from pydantic_core import PydanticCustomError, core_schema
 
 from modules.config.choices import ACCELERATORS, DEVICE_PATTERN, DEVICES, STRATEGIES
-from modules.config.excerpts import shown
 from modules.config.locations import missing_folder, parse_location, parse_source
 from modules.merging.methods import METHODS, parsed, spelled
 
-DUMPED = "dumped"
+MAP = frozenset({"base"})  # candidates and output may be absent
+SCORE = MAP | {"candidates"}
+MERGE = SCORE | {"folders", "output"}
 
-# What the scripts of demo/ make.
-MADE_BY = {
-    **{f"demo/models/{name}": "demo/make_models.py" for name in ("cliche-base", "plain-prose", "apple-logic")},
-    **{f"demo/real/{name}": "demo/make_real.py" for name in ("base", "plain", "reference", "careful", "overfit")},
-}
+# By folder, the script that makes the models in it.
+MADE_BY = {"demo/models": "demo/make_models.py", "demo/real": "demo/make_real.py"}
+_BESIDE = 40  # characters that are added, at most, to an output's name while it is made
 
-# What base and merge answer where nobody asks something else: a story, a question, an instruction.
-SAMPLES = (
-    "The last train had gone. She was alone on the platform, and",
-    "Why does bread go stale sooner in the fridge than on the table?",
-    "Write a short note to a neighbour whose dog barks at night.",
-)
-
-Check = Callable[[Any], Any]  # the value to keep; raises what pydantic takes for an error
-
-_NUMBER = re.compile(r"[+-]?\d{1,20}[.,]?\d{0,20}(e[+-]?\d{1,2})?", re.IGNORECASE)
-_BESIDE = 40  # characters by which the names are longer, at most, that stand beside an output while it is made
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers, names, texts
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def said(words: Callable[[Any], str]) -> WrapValidator:
-    """Whatever a type refuses, for whatever reason, is answered with these words on the value."""
-
-    def check(value: Any, validate: Check) -> Any:
-        try:
-            return validate(value)
-        except ValidationError:
-            raise ValueError(words(value)) from None
-
-    return WrapValidator(check)
-
-
-def keys_of(section: type) -> BeforeValidator:
-    """For a mapping that becomes a dataclass: a key of it that holds nothing is as good as absent, and all are text."""
-    known = set(names_of_keys(section))
-
-    def given(value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {_encodable(key): item for key, item in value.items() if item is not None or key not in known}
-
-    return BeforeValidator(given)
-
-
-def names_of_keys(section: type) -> tuple[str, ...]:
-    """The keys of a section; one that is a word of Python's is a field with an underscore behind it."""
-    return tuple(field.name.removesuffix("_") for field in fields(section))
-
-
-def _encodable(key: Any) -> str:
-    return (key if isinstance(key, str) else shown(key)).encode(errors="backslashreplace").decode()
-
-
-def listed(value: Any) -> Any:
-    """For a tuple: nothing but a list of the file becomes one."""
-    if not isinstance(value, list):
-        raise ValueError("expected a list")
+def _with_exponent(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3 for text, since it has no point, and 1.5e3, since the exponent has no sign."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,3}", value, re.ASCII):
+        return float(value)
     return value
+
+
+def number(**limits: float) -> Any:
+    """The type of a finite number within limits, as pydantic's Field calls them."""
+    return Annotated[float, Strict(), Field(allow_inf_nan=False, **limits), BeforeValidator(_with_exponent)]
+
+
+def _auto_or_number(value: Any, validate: Callable[[Any], float]) -> float | str:
+    if value == "auto":
+        return value
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError("expected auto or a number of at least 0") from None
+
+
+def one_or_more(kind: Any) -> Any:
+    """The type of a tuple that the file writes as a list or as a single value."""
+
+    def listed(value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else [value]
+
+    return Annotated[
+        tuple[kind, ...],
+        BeforeValidator(listed, json_schema_input_type=kind | list[kind]),
+        AfterValidator(not_empty),
+    ]
+
+
+def not_empty(values: tuple) -> tuple:
+    """Raise ValueError if there is none."""
+    if not values:
+        raise ValueError("expected at least one")
+    return values
 
 
 def is_number(value: Any) -> bool:
@@ -101,45 +91,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _number(what: str) -> WrapValidator:
-    return said(lambda value: f"expected {what}{_number_as_text(value)}")
-
-
-def _whole_number(low: int) -> WrapValidator:
-    return said(lambda value: f"expected a whole number of at least {low}{_number_as_text(value, whole=True)}")
-
-
-def _number_as_text(value: Any, whole: bool = False) -> str:
-    """What to write in place of a number that YAML reads as text: 1e-3 has no point, 0,5 a comma, "0.5" quotes."""
-    if not isinstance(value, str) or not _NUMBER.fullmatch(value.strip()):
-        return ""
-    meant = float(value.replace(",", "."))
-    if whole and not meant.is_integer():
-        return ""
-    return f"; YAML reads this as text: write {f'{meant:.0f}' if whole else yaml.safe_dump(meant).split()[0]}"
-
-
-Boolean = Annotated[bool, Strict(), said(lambda value: "expected true or false")]
-_Ratio = Annotated[float, Strict(), Field(ge=0, le=1), _number("a number from 0 to 1")]
-Share = Annotated[float, Strict(), Field(ge=0, lt=1), _number("a number from 0 and below 1")]
-Threshold = Annotated[float, Strict(), Field(gt=0, le=1), _number("a number above 0 and up to 1")]
-Percent = Annotated[float, Strict(), Field(ge=0, le=100), _number("a number from 0 to 100")]
-Weight = Annotated[float, Strict(), Field(ge=0, le=1e300), _number("a number of at least 0")]
-PercentAboveZero = Annotated[float, Strict(), Field(gt=0, le=100), _number("a number above 0 and up to 100")]
-Limit = Annotated[float, Strict(), Field(gt=0, le=1e300), _number("a number above 0")]
-AutoOrWeight = Annotated[
-    Annotated[float, Strict(), Field(ge=0, le=1e300)] | Literal["auto"], _number("auto or a number of at least 0")
-]
-Count = Annotated[int, Strict(), Field(ge=0, lt=2**63), _whole_number(0)]
-CountFromOne = Annotated[int, Strict(), Field(ge=1, lt=2**63), _whole_number(1)]
-
-
 class OneOf:
     """The type of a value that is one of a few names; a list of names may still grow."""
 
-    def __init__(self, allowed: Collection[str], *also: str) -> None:
-        """also: names that an editor takes beside them."""
-        self._allowed, self._also = allowed, also
+    def __init__(self, allowed: Collection[str], also: Mapping[str, str] | None = None) -> None:
+        """also: other spellings that are taken for one of the names."""
+        self._allowed = allowed
+        self._also = also or {}
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> Any:
         return core_schema.no_info_plain_validator_function(self.checked)
@@ -148,66 +106,27 @@ class OneOf:
         return {"enum": [*self._allowed, *self._also], "type": "string"}
 
     def checked(self, value: Any) -> str:
-        """The value. Raises ValueError, with the nearest name, if it is none of them."""
+        """The name. Raises ValueError, with the nearest one, if it is none of them."""
         names = list(self._allowed)
-        if isinstance(value, str) and value in names:
-            return value
-        guess = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else []
+        text = value if isinstance(value, str) else ""
+        name = self._also.get(text, text)
+        if name in names:
+            return name
+        guess = difflib.get_close_matches(text, names, 1)
         hint = f"; did you mean '{guess[0]}'?" if guess else ""
         raise ValueError(f"expected {', '.join(names[:-1])} or {names[-1]}{hint}")
 
 
-def _one_or_more(kind: Any) -> Any:
-    """The type of a tuple that the file writes as a list or as a single value. What is wrong is said of the whole."""
+Boolean = Annotated[bool, Strict()]
+Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+CountFromOne = Annotated[int, Strict(), Field(ge=1, lt=2**63)]
+Weight = number(ge=0, le=1e300)
+Limit = number(gt=0, le=1e300)
+AutoOrWeight = Annotated[Weight, WrapValidator(_auto_or_number, json_schema_input_type=Literal["auto"] | Weight)]
 
-    def check(value: Any, validate: Check) -> Any:
-        values = value if isinstance(value, list) else [value]
-        if not values:
-            raise ValueError("expected at least one value")
-        try:
-            return validate(values)
-        except ValidationError as error:
-            raise error.errors()[0]["ctx"]["error"] from None
-
-    return Annotated[tuple[kind, ...], WrapValidator(check, json_schema_input_type=kind | list[kind])]
-
-
-# Of layers, by number: one, or the first and the last of several. No model has as many as four digits can say.
-_SPAN = r"\d{1,4}(\s*-\s*\d{1,4})?"
-
-
-def _layers(value: Any) -> tuple[int, ...]:
-    """Numbers of layers, in order, each once; written as one span or as a list of them."""
-    found = set[int]()
-    for item in value if isinstance(value, list) else [value]:
-        is_span = isinstance(item, int | str) and re.fullmatch(_SPAN, str(item), re.ASCII)
-        first, *last = map(int, str(item).split("-")) if is_span else (1, 0)
-        found.update(span := range(first, (last or [first])[0] + 1))
-        if not span:
-            raise ValueError("expected numbers of layers, from 0 on, such as 8-24 or [0, 3, 8-12]")
-    if not found:
-        raise ValueError("expected at least one layer")
-    return tuple(sorted(found))
-
-
-_OneSpan = Annotated[int, Field(ge=0, lt=10_000)] | Annotated[str, Field(pattern=f"^{_SPAN}$")]
-Layers = Annotated[tuple[int, ...], PlainValidator(_layers, json_schema_input_type=_OneSpan | list[_OneSpan])]
-
-ROLES = ("system", "user", "assistant")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 # Half types with a float32 residual stream beside them.
 COMPUTE_DTYPES = (*DTYPES, "float16+float32", "bfloat16+float32")
-ON_ERROR = ("stop", "skip")
-SEARCHES = ("greedy", "joint")
-
-Device = Annotated[
-    str,
-    Strict(),
-    Field(pattern=DEVICE_PATTERN, examples=["auto", "cpu", *ACCELERATORS]),
-    said(lambda value: f"expected {DEVICES}"),
-]
-ComputeDtype = Annotated[str, OneOf(COMPUTE_DTYPES)]
-Dtype = Annotated[str, OneOf(DTYPES)]
 _METHOD_NAME = OneOf(METHODS)
 
 
@@ -229,44 +148,52 @@ def _method_schema() -> dict[str, Any]:
     return {"anyOf": [name, mapping]}
 
 
-Methods = _one_or_more(Annotated[str, PlainValidator(_method), WithJsonSchema(_method_schema())])
-OnError = Annotated[str, OneOf(ON_ERROR)]
-Ratios = _one_or_more(_Ratio)
-Role = Annotated[str, OneOf(ROLES)]
-Search = Annotated[str, OneOf(SEARCHES)]
-Strategy = Annotated[
-    str,
-    OneOf(STRATEGIES, "quantitative"),
-    BeforeValidator(lambda value: "quantitive" if value == "quantitative" else value),
+Methods = one_or_more(Annotated[str, PlainValidator(_method), WithJsonSchema(_method_schema())])
+Strategy = Annotated[str, OneOf(STRATEGIES, {"quantitative": "quantitive"})]
+
+Text = Annotated[str, Strict(), Field(pattern=r"\S")]
+Texts = tuple[Text, ...]
+EmptyOrText = Annotated[str, Strict(), Field(pattern=r"^$|\S")]
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(DEVICE_PATTERN, text):
+        raise ValueError(f"expected {DEVICES}")
+    return text
+
+
+_DEVICE_SCHEMA = {"pattern": DEVICE_PATTERN, "examples": ["auto", "cpu", *ACCELERATORS], "format": DEVICES}
+Device = Annotated[str, Strict(), AfterValidator(_device), Field(json_schema_extra=_DEVICE_SCHEMA)]
+
+# Of layers, by number: one, or the first and the last of several. No model has as many as four digits can say.
+_SPAN = r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?"
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    """Numbers of layers, in order, each once; written as one span or as a list of them."""
+    items = value if isinstance(value, list | tuple) else [value]
+    layers = set()
+    for item in items:
+        span = re.fullmatch(_SPAN, str(item), re.ASCII) if isinstance(item, int | str) else None
+        numbers = range(int(span[1]), int(span[2] or span[1]) + 1) if span else ()
+        if not numbers:
+            raise ValueError("expected numbers of layers, from 0 on, such as 8-24 or [0, 3, 8-12]")
+        layers.update(numbers)
+    return not_empty(tuple(sorted(layers)))
+
+
+_OneSpan = Annotated[int, Field(ge=0, lt=10_000)] | Annotated[str, Field(pattern=f"^{_SPAN}$")]
+Layers = Annotated[
+    tuple[int, ...],
+    PlainValidator(_layers, json_schema_input_type=_OneSpan | list[_OneSpan]),
+    Field(json_schema_extra={"format": "layers, such as 8-24 or [0, 3, 8-12]"}),
 ]
 
 
-def _about_text(value: Any) -> str:
-    if isinstance(value, str) and value.strip():
-        return "holds half of a character (a lone surrogate)"
-    return "expected text" + (" (put it in quotes)" if isinstance(value, bool | int | float) else "")
-
-
-Text = Annotated[str, Strict(), Field(pattern=r"\S"), said(_about_text)]
-Texts = Annotated[tuple[Text, ...], BeforeValidator(listed)]
-EmptyOrText = Annotated[str, Strict(), Field(pattern=r"^$|\S"), said(_about_text)]
-
-
-# What transformers' apply_chat_template takes beside a template's settings, and what is the program's to say.
-_NOT_OF_A_TEMPLATE = {
-    *("conversation", "messages", "add_generation_prompt", "continue_final_message", "sanitize_control_tokens"),
-    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
-}
-
-
 def _template(value: Any) -> dict[str, Any]:
-    """Settings of a chat template, as they can be written down."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+    """Settings of a chat template, as JSON has them."""
+    if not isinstance(value, Mapping):
         raise ValueError("expected a mapping of names to values")
-    taken = sorted(_NOT_OF_A_TEMPLATE & value.keys())
-    if taken:
-        raise ValueError(f"{taken[0]} is none of a chat template's settings")
     try:
         return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
     except (TypeError, ValueError, RecursionError):
@@ -274,6 +201,10 @@ def _template(value: Any) -> dict[str, Any]:
 
 
 Template = Annotated[dict[str, Any], PlainValidator(_template, json_schema_input_type=dict[str, Any])]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def unusable(path: Path) -> str | None:
@@ -287,79 +218,74 @@ def unusable(path: Path) -> str | None:
     return None
 
 
-def _path(text: str) -> Path:
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:  # there is no such user
-        raise ValueError(f"not a usable path ({error})") from None
-    trouble = unusable(path)
-    if trouble:
-        raise ValueError(f"not a usable path ({trouble})")
-    return path
+def _needs(info: ValidationInfo, what: str) -> bool:
+    return what in (info.context or ())
 
 
-def is_dumped(info: ValidationInfo) -> bool:
-    """Whether the values come from `Config.dumped`."""
-    return DUMPED in (info.context or ())
-
-
-def _any_path(text: str, info: ValidationInfo) -> str:
-    return text if is_dumped(info) else str(_path(text))
+def _expanded(text: str) -> str:
+    return str(Path(os.path.expanduser(text)))  # Path.expanduser would raise an error where there is no such user
 
 
 def _folder(text: str, info: ValidationInfo) -> str:
-    if is_dumped(info):
-        return text
-    path = _path(text)
-    if "model_directory" not in (info.context or ()) and not path.is_dir():
+    folder = _expanded(text)
+    if _needs(info, "folders") and not os.path.isdir(folder):
         raise ValueError("no such folder")
-    return str(path)
+    return folder
 
 
 def _base(text: str, info: ValidationInfo) -> str:
-    return _model_named(text, parse_location, info)
-
-
-def _candidate(text: str, info: ValidationInfo) -> str:
-    """A model, an adapter, or both joined by a plus."""
-    not_read = "models_to_merge" in (info.context or ())
-    return _any_path(text, info) if not_read else _model_named(text, parse_source, info)
-
-
-def _model_named(text: str, parse: Callable[[str], object], info: ValidationInfo) -> str:
-    """A folder or an id of the hub. Whether the hub has it can't be known here."""
-    if is_dumped(info):
-        return text
-    path = _path(text)
-    if parse(text) is None:
-        script = MADE_BY.get(path.as_posix())
-        words = f"no such folder; python {script} makes it" if script else missing_folder(text)
-        raise ValueError(_encodable(words))  # a folder's name that is told may be no UTF-8
+    if _needs(info, "base") and parse_location(text) is None:
+        raise ValueError(_no_model(text))
     return text
 
 
+def _candidate(text: str, info: ValidationInfo) -> str:
+    if _needs(info, "candidates") and parse_source(text) is None:
+        raise ValueError(_no_model(text))
+    return text
+
+
+def _no_model(text: str) -> str:
+    script = MADE_BY.get(os.path.dirname(os.path.normpath(text)))
+    return f"no such folder; python {script} makes it" if script else missing_folder(text)
+
+
+def _candidates(texts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    directories = info.data.get("directories")
+    if _needs(info, "output") and not texts and not (directories and directories.model_directory):
+        raise PydanticCustomError("absent", "no candidates; list models here or set directories.model_directory")
+    return texts
+
+
 def _output(text: str, info: ValidationInfo) -> str:
-    if is_dumped(info):
+    if not text and _needs(info, "output"):
+        raise PydanticCustomError("absent", "missing")
+    if not text or not info.context:
         return text
-    if not text:
-        raise ValueError("expected text")
-    path = _path(text)
     try:
+        path = Path(text).expanduser()
         whole = path.resolve()
-    except OSError:
-        raise ValueError("the folder that you are in is gone; go to one that is there") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a null character, no such user, the current folder is gone
+        raise ValueError(f"not a usable path ({error})") from None
     if not whole.name:
         raise ValueError("a whole file system can't be an output; name a folder in it")
-    if path.name in ("", ".."):
-        path = whole
+    trouble = unusable(path)
+    if trouble:
+        raise ValueError(f"not a usable path ({trouble})")
     if unusable(whole.with_name(whole.name + "-" * _BESIDE)):
-        raise ValueError(f"its name is too long; the names that stand beside it for a while add {_BESIDE} to it")
-    return str(path)
+        raise ValueError(f"its name is too long; names up to {_BESIDE} characters longer stand beside it for a while")
+    return str(whole if path.name in ("", "..") else path)
 
 
-AnyPath = Annotated[Text, AfterValidator(_any_path)]
-Paths = Annotated[tuple[AnyPath, ...], BeforeValidator(listed)]
-Folder = Annotated[Text, AfterValidator(_folder)]
-Model = Annotated[Text, AfterValidator(_base)]
-Candidates = Annotated[tuple[Annotated[Text, AfterValidator(_candidate)], ...], BeforeValidator(listed)]
-Output = Annotated[EmptyOrText, AfterValidator(_output)]
+def _named(kind: str) -> Any:
+    """For a text: what it names, as the table of keys says it."""
+    return Field(json_schema_extra={"format": kind})
+
+
+AnyPath = Annotated[Text, AfterValidator(_expanded), _named("file")]
+Paths = tuple[AnyPath, ...]
+Folder = Annotated[Text, AfterValidator(_folder), _named("folder")]
+Model = Annotated[Text, AfterValidator(_base), _named("model")]
+Candidate = Annotated[Text, AfterValidator(_candidate), _named("model")]
+Candidates = Annotated[tuple[Candidate, ...], AfterValidator(_candidates)]
+Output = Annotated[EmptyOrText, AfterValidator(_output), _named("folder")]

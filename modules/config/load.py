@@ -1,29 +1,65 @@
 """A YAML file to a configuration, or to all that is wrong with it.
 
-Knows: which phrase files a file names, what must be there together. Refuses to know: what a single value may be.
+Knows: which phrase files a file names, what must be there together, the words for what pydantic finds, what a bare
+word on the command line may have meant. Refuses to know: what a single value may be.
 """
 
+import difflib
+import os
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from modules.config.command_line import with_given
-from modules.config.excerpts import shown
-from modules.config.fields import AnyPath, Output, keys_of
-from modules.config.findings import Finding, findings_in
-from modules.config.held_out import set_aside
-from modules.config.phrase_lists import MOST_PAIRS, PHRASES, Pair, PhraseLists, count_pairs
-from modules.config.schema import CONFIG_KEYS, Config, Settings
-from modules.config.yaml_file import YamlFile, read_yaml
+from modules.config.fields import MAP, MERGE, SCORE, Output
+from modules.config.locations import parse_source
+from modules.config.phrase_lists import MOST_PAIRS, PHRASES, Pair, PhraseLists, pairs_of, set_aside
+from modules.config.schema import CONFIG_KEYS, Config, Settings, known_keys
+from modules.config.yaml_file import Place, YamlFile, read_yaml, shown, with_sets, with_value
 from modules.merging.methods import seeded
 from modules.runtime import ConfigError, counted
 
+_NO_PHRASES = {*CONFIG_KEYS} - {*PHRASES, "system"}  # are passed over in a phrase file
 _MOST_ERRORS = 50  # of a file that are told one by one
-_NO_PHRASES = [key for key in CONFIG_KEYS if key not in (*PHRASES, "system")]  # are passed over in a phrase file
+
+# In place of pydantic's own words.
+_WORDS = {
+    "missing": "missing",
+    "dataclass_type": "expected a mapping of keys to values",
+    "tuple_type": "expected a list",
+    "bool_type": "expected true or false",
+    "string_type": "expected text (put it in quotes)",
+    "string_pattern_mismatch": "expected text",
+}
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Something wrong at a place of a file. Its words are made when it is told: a file can have very many."""
+
+    file: YamlFile
+    place: Place
+    problem: str
+    kind: str = "absent"  # pydantic's type of error; of this there is no value to show
+    value: Any = None
+
+    def __str__(self) -> str:
+        name, line = self.file.where(self.place)
+        return f"{name}: {self._words()}{line}"
+
+    def _words(self) -> str:
+        words = _WORDS.get(self.kind, self.problem)
+        if self.kind == "unexpected_keyword_argument":
+            known = known_keys(self.place[:-1])
+            guess = difflib.get_close_matches(str(self.place[-1]), known, 1)
+            hint = f"did you mean '{guess[0]}'?" if guess else f"known keys: {', '.join(known)}"
+            return f"unknown key; {hint}"
+        return words if self.kind in ("absent", "missing") else f"{shown(self.value)}: {words}"
 
 
 def load_config(
@@ -51,136 +87,150 @@ def load_config(
         ("device",): ("--device", device),
         ("models_to_merge",): ("--score", list(scored) or None),
     }
-    main, found = with_given(read_yaml(Path(path), "Name a YAML file with --config."), sets, options)
-    files, more_found = _phrase_files(main, "phrase_files")
-    held_out, even_more = _phrase_files(main, "held_out_files")
-    found += more_found + even_more
-    count = sum(count_pairs(file.value) for file in (main, *files))
-    in_all = count + sum(count_pairs(file.value) for file in held_out)
-    if in_all > MOST_PAIRS:
-        problem = f"{in_all:,} pairs of a phrase and a context; at most {MOST_PAIRS:,} are taken"
-        found.append(Finding(main, ("phrase lists",), problem))
-        main, files, held_out = _without(main, PHRASES), [], []
-    settings = _checked(Settings, main, found, _not_read(mapping, bool(scored)))
-    lists, aside = (
-        [_checked(PhraseLists, _without(file, _NO_PHRASES), found) for file in some] for some in (files, held_out)
-    )
-    if (
-        not discovering
-        and not count
-        and not any(finding.file.name or "phrase" in str(finding.place[:1]) for finding in found)
-    ):
-        found.append(Finding(main, ("bad_phrases, good_phrases",), "both are empty; there is nothing to score"))
-    found += [] if mapping or scored else _missing_for_a_merge(main)
-    found += _exclude_each_other(settings, main) if settings else []
-    if found:
-        more = [f"and {len(found) - _MOST_ERRORS} more"] if len(found) > _MOST_ERRORS else []
-        lines = [f"  {line}" for line in [*found[:_MOST_ERRORS], *more]]
-        raise ConfigError(f"{path} has {counted(len(found), 'error')}:", *lines)
-    values, pairs = dict(vars(settings)), [_pairs_of((settings, *lists), key) for key in PHRASES]
-    if mapping:
-        for key, some in zip(PHRASES, pairs, strict=True):
-            values[key] = tuple(Pair(**vars(pair)) for pair in some)
-        return Config(**values, text=main.text)
-    (bad, no_bad), (good, no_good) = (set_aside(some, settings.held_out, settings.random_seed) for some in pairs)
-    if not bad and not good:
+    problems = []
+    main = read_yaml(Path(path), "Name a YAML file with --config.")
+    if isinstance(main.value, Mapping | None):
+        main = with_sets(replace(main, value={"directories": {}, **(main.value or {})}), sets, problems)
+    for place, (option, value) in options.items():
+        with suppress(ConfigError):  # what is in the way of the value will be found
+            main = main if value is None else with_value(main, place, value, option)
+    settings = _checked(Settings, main, problems, MAP if mapping else SCORE if scored else MERGE)
+    lists = _phrase_lists(main, "phrase_files", problems)
+    held_out = _phrase_lists(main, "held_out_files", problems)
+    if settings:
+        problems += _exclude_each_other(settings, main)
+    searched = (settings, *lists)
+    if not problems and not discovering and not any(part.bad_phrases or part.good_phrases for part in searched):
+        problems.append(_Problem(main, ("bad_phrases, good_phrases",), "both are empty; there is nothing to score"))
+    if problems:
+        more = [f"and {len(problems) - _MOST_ERRORS} more"] if len(problems) > _MOST_ERRORS else []
+        lines = [f"  {line}" for line in [*problems[:_MOST_ERRORS], *more]]
+        raise ConfigError(f"{path} has {counted(len(problems), 'error')}:", *lines)
+    phrases = [phrase for part in (*searched, *held_out) for key in PHRASES for phrase in getattr(part, key)]
+    count = sum(len(phrase.contexts) * len(phrase.phrase) for phrase in phrases)
+    if count > MOST_PAIRS:
+        raise ConfigError(f"{path}: {count:,} pairs of a phrase and a context; at most {MOST_PAIRS:,} are taken")
+    config = _with_pairs(searched, held_out, main.text, mapping)
+    if not config.pairs and not discovering:
         raise ConfigError(f"{path}: every phrase is held out; there is nothing to search with")
-    others = [pair for key in PHRASES for pair in _pairs_of(aside, key)]
-    methods = tuple(seeded(method, settings.random_seed) for method in settings.merge_method)
-    values = {**values, "merge_method": methods, "bad_phrases": tuple(bad), "good_phrases": tuple(good)}
-    return Config(**values, text=main.text, held_out_pairs=(*no_bad, *no_good, *others))
+    return config
 
 
-def _exclude_each_other(settings: Settings, main: YamlFile) -> list[Finding]:
+def _with_pairs(searched: Sequence[Any], aside: Sequence[PhraseLists], text: str, mapping: bool) -> Config:
+    """The configuration with the pairs of all files. searched: the settings, then lists; aside: those held out."""
+    settings = searched[0]
+    values = {**vars(settings), "text": text}
+    values["merge_method"] = tuple(seeded(method, settings.random_seed) for method in settings.merge_method)
+    held_out = []
+    for key in PHRASES:
+        pairs = _pairs(key, searched)
+        if mapping:
+            values[key] = tuple(pair for pair, _ in pairs)
+            continue
+        kept, drawn = set_aside(pairs, settings.held_out, settings.random_seed)
+        values[key] = tuple(kept)
+        held_out += drawn
+    for key in () if mapping else PHRASES:
+        held_out += [pair for pair, _ in _pairs(key, aside)]
+    return Config(**values, held_out_pairs=tuple(held_out))
+
+
+def _pairs(key: str, parts: Iterable[Settings | PhraseLists]) -> list[tuple[Pair, bool]]:
+    kind = key.removesuffix("_phrases").upper()
+    return [pair for part in parts for pair in pairs_of(kind, getattr(part, key), part.system)]
+
+
+def _phrase_lists(main: YamlFile, key: str, problems: list) -> list[PhraseLists]:
+    """The phrase files that a key names; what is wrong with them is added to the problems."""
+    named = main.value.get(key) if isinstance(main.value, Mapping) else None
+    lists = []
+    for number, item in enumerate(named if isinstance(named, list) else []):
+        place = (key, number)
+        try:
+            hint = "A relative path begins in the folder you start the program in."
+            file = read_yaml(Path(os.path.expanduser(item)), hint, f"{main.where(place)[0]} ({item})")
+        except TypeError:  # no text: found where the key itself is checked
+            continue
+        except ConfigError as error:
+            problems.append(_Problem(main, place, str(error)))
+            continue
+        if isinstance(file.value, Mapping) and file.value.get("phrase_files"):
+            problem = "a phrase file can't name others; name them all in the first file"
+            problems.append(_Problem(file, ("phrase_files",), problem))
+        if isinstance(file.value, Mapping):  # a whole configuration may be a phrase file
+            value = {key: item for key, item in file.value.items() if key not in _NO_PHRASES}
+            file = replace(file, value=value)
+        checked = _checked(PhraseLists, file, problems)
+        lists += [checked] if checked else []
+    return lists
+
+
+def _checked(kind: type, file: YamlFile, problems: list, needs: Collection[str] = ()) -> Any:
+    """A file's values as a dataclass; None, and what is wrong is added to the problems, if they are none."""
+    if _least_pairs(file.value) > MOST_PAIRS:
+        problem = f"more than {MOST_PAIRS:,} pairs of a phrase and a context"
+        problems.append(_Problem(file, ("phrase lists",), problem))
+        return None
+    try:
+        return _adapter(kind).validate_python(file.value, context=needs)
+    except ValidationError as error:
+        problems += _problems_in(error, file)
+        return None
+
+
+def _least_pairs(values: Any) -> int:
+    """How many contexts a file has, before they are checked: the aliases of a short one can stand for very many."""
+    count = 0
+    for key in PHRASES if isinstance(values, Mapping) else ():
+        entries = values.get(key)
+        for entry in entries if isinstance(entries, list) else ():
+            contexts = entry.get("contexts") if isinstance(entry, Mapping) else None
+            count += len(contexts) if isinstance(contexts, list) else 1
+    return count
+
+
+@cache
+def _adapter(kind: type) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def _problems_in(error: ValidationError, file: YamlFile) -> list[_Problem]:
+    problems = []
+    for item in error.errors(include_url=False):
+        words = str(item.get("ctx", {}).get("error", item["msg"]))
+        problems.append(_Problem(file, item["loc"], words, item["type"], item["input"]))
+    return problems
+
+
+def _exclude_each_other(settings: Settings, main: YamlFile) -> list[_Problem]:
     """Settings of which each alone is right."""
-    found = []
+    problems = []
     if settings.is_guarded and settings.neutral_texts == ():
         joint = " (search: joint weighs it, unless drift_weight is 0)" if settings.drift_weight is None else ""
         problem = f"empty, but drift_weight and max_drift measure drift on such texts{joint}"
-        found.append(Finding(main, ("neutral_texts",), problem))
+        problems.append(_Problem(main, ("neutral_texts",), problem))
     if settings.search == "joint" and (settings.strategy, *settings.merge_method) != ("cumulative", "lerp"):
         problem = "joint knows only strategy: cumulative and merge_method: lerp"
-        found.append(Finding(main, ("search",), problem))
-    return found
-
-
-def _pairs_of(parts: Iterable[Any], key: str) -> tuple[Pair, ...]:
-    return tuple(pair.under(part.system) for part in parts for pair in getattr(part, key))
+        problems.append(_Problem(main, ("search",), problem))
+    return problems
 
 
 def output_directory(name: str, value: str) -> Path:
     """An output as an option called `name` gives it. Raises ConfigError if none can be written there."""
     try:
-        return Path(TypeAdapter(Output).validate_python(value))
+        return Path(TypeAdapter(Output).validate_python(value, context=MERGE))
     except ValidationError as error:
-        raise ConfigError(*map(str, findings_in(error, YamlFile("", value, None, name)))) from None
+        file = YamlFile("", value, None, name)
+        raise ConfigError(*map(str, _problems_in(error, file))) from None
 
 
-def _without(file: YamlFile, keys: Collection[str]) -> YamlFile:
-    if not isinstance(file.value, Mapping):
-        return file
-    return replace(file, value={key: value for key, value in file.value.items() if key not in keys})
+def option_for(text: str, for_model: str) -> str | None:
+    """What somebody may have meant who gave this without an option; None if it is nothing known.
 
-
-@cache
-def _adapter(kind: type) -> TypeAdapter:
-    return TypeAdapter(Annotated[kind, keys_of(kind)])
-
-
-def _not_read(mapping: bool, scoring: bool) -> tuple[str, ...]:
-    """Which of the keys that name candidates are not read, so that there may be nothing where they lead."""
-    if mapping:
-        return "models_to_merge", "model_directory"
-    return ("model_directory",) if scoring else ()
-
-
-def _checked(kind: type, file: YamlFile, found: list[Finding], not_read: Collection[str] = ()) -> Any:
-    """A file's values as a dataclass; None, and what is wrong is added to what was found, if they are none."""
-    try:
-        return _adapter(kind).validate_python(file.value, context=not_read)
-    except ValidationError as error:
-        found += findings_in(error, file)
-        return None
-
-
-def _phrase_files(main: YamlFile, key: str) -> tuple[list[YamlFile], list[Finding]]:
-    """The phrase files that a key names and that hold keys, and what is wrong with them as files."""
-    named = main.value.get(key) if isinstance(main.value, Mapping) else None
-    files, found = list[YamlFile](), list[Finding]()
-    for number, item in enumerate(named if isinstance(named, list) else []):
-        place = (key, number)
-        try:
-            path = Path(TypeAdapter(AnyPath).validate_python(item))
-            hint = "A relative path begins in the folder you start the program in."
-            file = read_yaml(path, hint, f"{main.name_of(place)} ({item})")
-        except ValidationError:  # found where phrase_files itself is checked
-            continue
-        except ConfigError as error:
-            found.append(Finding(main, place, str(error)))
-            continue
-        if file.value is None:
-            found.append(Finding(file, (), "the file is empty"))
-        elif isinstance(file.value, list):
-            found.append(Finding(file, (), "a bare list; bad_phrases: or good_phrases: is missing above it"))
-        else:
-            files.append(file)
-        others = file.value.get("phrase_files") if isinstance(file.value, Mapping) else None
-        if others:
-            problem = f"{shown(others)}: a phrase file can't name others; name them all in the first file"
-            found.append(Finding(file, ("phrase_files",), problem))
-    return files, found
-
-
-def _missing_for_a_merge(main: YamlFile) -> list[Finding]:
-    """What the merge alone can't do without. Of what is no mapping, that has been said."""
-    if not isinstance(main.value, Mapping):
-        return []
-    directories, found = main.value["directories"], []
-    if not isinstance(directories, Mapping):
-        directories = {"output_directory": ""}
-    if directories.get("output_directory") is None:
-        found.append(Finding(main, ("directories", "output_directory"), "missing"))
-    if not main.value.get("models_to_merge") and not directories.get("model_directory"):
-        problem = "no candidates; list models here or set directories.model_directory"
-        found.append(Finding(main, ("models_to_merge",), problem))
-    return found
+    for_model: what a model's folder, file or id was meant as; {} stands for it.
+    """
+    if Path(text).suffix.lower() in (".yaml", ".yml"):
+        return f"--config {shlex.quote(text)}"
+    if parse_source(text) is not None:
+        return for_model.format(shlex.quote(text))
+    return f"--config {shlex.quote(text)}" if os.path.isfile(text) else None

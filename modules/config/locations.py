@@ -3,14 +3,11 @@
 Knows: how names are spelt, which folders and files are there. Refuses to know: the network, what is in a folder.
 """
 
-import difflib
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-HUB_FORM = "org/name or org/name@revision"
 GGUF = ".gguf"  # how the names of such files end
 
 # Letters, digits, "_", "-" and "."; neither "-" nor "." at an end, neither doubled: the hub's own rules.
@@ -76,59 +73,23 @@ def parse_location(text: str) -> Location | None:
 
     models/one means a folder, and not the hub's, where there is a folder models; models/one@main means the hub's.
     """
-    folder = _folder(text) or _there(text, _is_gguf_file)
-    if folder is not None:
-        return Location(text, folder)
+    path = os.path.expanduser(text)
+    if os.path.isdir(path) or (path.lower().endswith(GGUF) and os.path.isfile(path)):
+        return Location(text, Path(path))
     hub_id = _HUB_ID.fullmatch(text)
-    if hub_id is None or (hub_id["revision"] is None and _folder(os.path.dirname(text)) is not None):
+    if hub_id is None or (hub_id["revision"] is None and os.path.isdir(os.path.dirname(text))):
         return None
     return Location(text, None, hub_id["repo"], hub_id["revision"])
 
 
 def missing_folder(text: str) -> str:
-    """What to say of a text that is no model: what there is in its place, or how a model of the hub is written."""
+    """What to say of a text that is no model."""
     nothing = "no such file" if text.lower().endswith(GGUF) else "no such folder"
-    parts = (part.strip() for part in (text, *text.split("+")))
-    for part in (part for part in parts if parse_location(part) is None):
-        parent, name = os.path.split(part.rstrip("/"))
-        folder = _folder(parent or ".")
-        if folder is None:
-            continue
-        guess = difflib.get_close_matches(name, _models_in(folder), 1)
-        hints = [f"did you mean '{os.path.join(parent, guess[0])}'?"] if guess else []
-        if parent:
-            hints.insert(0, f"{parent} is there, {name} is not in it")
-        if _HUB_ID.fullmatch(part):
-            hints.append(f"the hub's would be written {part}@main")
-        if hints:
-            return f"{nothing}; {'; '.join(hints)}"
-    if Path(text).is_absolute():
+    if os.path.isabs(text):
         return nothing
-    return f"{nothing}; a model of the hub is written {HUB_FORM}, either with +adapter behind it"
-
-
-def _folder(text: str) -> Path | None:
-    return _there(text, Path.is_dir)
-
-
-def _is_gguf_file(path: Path) -> bool:
-    return path.suffix.lower() == GGUF and path.is_file()
-
-
-def _there(text: str, is_one: Callable[[Path], bool]) -> Path | None:
-    """What is wanted, of this name; None if it is not there, or the text can't be the name of anything."""
-    try:
-        path = Path(text).expanduser()
-        return path if text and is_one(path) else None
-    except (OSError, ValueError, RuntimeError):  # too long, a null character, an unknown user
-        return None
-
-
-def _models_in(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix.lower() == GGUF)
-    except OSError:  # may not be looked into
-        return []
+    if _HUB_ID.fullmatch(text):
+        return f"{nothing} in {os.path.dirname(text)}; the hub's would be written {text}@main"
+    return f"{nothing}; a model of the hub is written org/name or org/name@revision"
 
 
 def parse_source(text: str) -> Source | None:
@@ -136,8 +97,9 @@ def parse_source(text: str) -> Source | None:
     whole = parse_location(text)
     if whole is not None:
         return Source(text, whole)
-    for plus in (match.start() for match in re.finditer(r"\+", text)):
-        model, adapter = parse_location(text[:plus].strip()), parse_location(text[plus + 1 :].strip())
+    for plus in re.finditer(r"\+", text):
+        model = parse_location(text[: plus.start()].strip())
+        adapter = parse_location(text[plus.end() :].strip())
         if model is not None and adapter is not None:
             return Source(text, model, adapter)
     return None

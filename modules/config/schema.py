@@ -1,76 +1,61 @@
-"""The keys of the YAML file, their kinds and defaults, as frozen dataclasses and as a JSON schema for editors.
+"""The keys of the YAML file, their kinds, defaults and descriptions, as frozen dataclasses.
 
 Knows: every key. Refuses to know: torch, models, tokenizers: it must answer a typo in under a second; and how a file is
 read.
 
-`python -m modules.run.schema > modules/config/schema.json` writes the JSON schema anew after a change.
+The text under a key is its only description. After a change `python demo/write_keys.py` writes schema.json, the table
+in docs/configuration.md and the comments of default.yaml and default-mapper.yaml anew.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter
 
 import modules.config.fields as kinds
-from modules.config.phrase_lists import (
-    CLOSED,
-    PHRASES,
-    BadPhrases,
-    ChatContext,
-    Context,
-    GoodPhrases,
-    Message,
-    Pair,
-    Phrase,
-    PhraseLists,
-    System,
-)
+from modules.config.phrase_lists import PHRASES, Context, Message, Pair, Phrase, Phrases, Section, System
 from modules.config.yaml_file import Place
 from modules.runtime import ConfigError, spans
 
 VERSION = "1.0.0"  # of the program
 TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
+# What the programs' help says of options that both have, on one line of a screen.
+CONFIG = "the YAML file (default: {})"
+SET = "in place of a key of the file"
+QUIET = "only warnings, errors and the last line"
 
-# Keys that have no part in what a search finds: a run goes on that was begun with others. (What phrase_files name is in
-# bad_phrases and good_phrases, and `system` is in their chats.) All other keys have one, those of `directories` as far
-# as they name models.
-NO_PART = (
-    "on_error",
-    "keep_downloads",
-    "phrase_files",
-    "system",
-    "held_out",
-    "held_out_files",
-    "held_out_pairs",
-    "baselines",
-    "samples",
-    "neutral_texts",
-    "mapper",
-    "discover",
+# What base and merge answer where nobody asks something else: a story, a question, an instruction.
+SAMPLES = (
+    "The last train had gone. She was alone on the platform, and",
+    "Why does bread go stale sooner in the fridge than on the table?",
+    "Write a short note to a neighbour whose dog barks at night.",
 )
 
 
+_EVEN_IF_ABSENT = Field(validate_default=True)  # of a key that some uses need
+# Of a key that has no part in what a search finds: a run goes on that was begun with another value.
+_NO_PART = {"no_part": True}
+
+
 @dataclass(frozen=True)
-class Directories:
+class Directories(Section):
     """Where the models come from and where the merge goes."""
 
-    __pydantic_config__ = CLOSED
     model_path1: kinds.Model
-    """The base model, with which everything starts: a folder, a GGUF file or an id of the hub."""
-    output_directory: Annotated[kinds.Output, Field(default="")]
-    """The merged model's folder; must be empty or absent. Only the mapper and --score run without one."""
+    """The base model: a folder, a GGUF file, or an id of the Hugging Face hub (org/name or org/name@revision)."""
+    output_directory: Annotated[kinds.Output, _EVEN_IF_ABSENT] = ""
+    """Where the merged model goes; must be empty or absent. Only the mapper and --score do without."""
     model_directory: kinds.Folder | None = None
-    """All models in here are candidates, alphabetically, unless models_to_merge names some."""
+    """All models in this folder are candidates, in alphabetical order, unless models_to_merge names some."""
 
 
 @dataclass(frozen=True)
-class Mapper:
-    """How far the mapper follows the model."""
+class Mapper(Section):
+    """How far the mapper follows the model; only the mapper reads this."""
 
-    __pydantic_config__ = CLOSED
-    prob_min: kinds.Percent = 10.0
+    prob_min: kinds.number(ge=0, le=100) = 10.0
     """Percent; a less probable next token is not followed."""
     top_k: kinds.CountFromOne = 3
     """Next tokens that are followed at every place."""
@@ -80,17 +65,17 @@ class Mapper:
     """Tokens by which every branch is continued greedily, to be read."""
     max_branches: kinds.CountFromOne | None = None
     """Branches of a context, the likeliest; all others are cut. null: all."""
-    min_joint: kinds.PercentAboveZero | None = None
-    """Percent; a branch is not followed to where all of its tokens together are less probable. null: any."""
+    min_joint: kinds.number(gt=0, le=100) | None = None
+    """Percent; a branch is not followed to where its tokens together are less probable. null: any."""
 
 
 @dataclass(frozen=True)
-class Discover:
-    """What the mapper lets models write, where it looks for their own phrases and counts them."""
+class Discover(Section):
+    """What models write for the mapper's --discover and --rate; only these read this."""
 
-    __pydantic_config__ = CLOSED
     prompts: kinds.AnyPath | None = None
-    """A text file with a prompt on each line, in place of the program's own."""
+    """A text file with a prompt on each line. null: example_phrases/prompts.txt, or openings.txt if there is no chat
+    template."""
     samples: kinds.CountFromOne = 8
     """Texts that are drawn for every prompt."""
     tokens: kinds.CountFromOne = 220
@@ -104,93 +89,100 @@ class Discover:
 
 
 @dataclass(frozen=True)
-class Joint:
-    """How a joint search steps."""
+class Joint(Section):
+    """How a joint search steps; merge_ratios and min_gain are not used by it."""
 
-    __pydantic_config__ = CLOSED
     steps: kinds.CountFromOne = 25
-    """How many steps are made; each costs about four forwards of all phrases."""
-    step_size: kinds.Threshold = 0.08
-    """By how much a share moves at most in the first step; in the last it is a tenth of that."""
+    """How many steps a joint search makes; each costs about four forwards of all phrases."""
+    step_size: kinds.number(gt=0, le=1) = 0.08
+    """By how much a candidate's weight moves at most in the first step; in the last it is a tenth of that."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Section):
     """The settings of Merge Monster and Monster Mapper. Only `directories` and some phrases must be there."""
 
-    __pydantic_config__ = CLOSED
-    directories: Annotated[Directories, kinds.keys_of(Directories)]
-    """Where the models come from and where the merge goes."""
-    models_to_merge: kinds.Candidates = ()
-    """The candidates in the order in which they are tried: folders, GGUF files, ids of the hub, any with +adapter."""
+    directories: Directories
+    models_to_merge: Annotated[kinds.Candidates, _EVEN_IF_ABSENT] = ()
+    """The candidates, in the order in which they are tried: models of the base's architecture and size, LoRA adapters
+    of the base, or model+adapter."""
     tokenizer: kinds.Folder | None = None
-    """A folder with the tokenizer of the GGUF files among the models, in place of what is rebuilt from the files."""
-    on_error: kinds.OnError = "stop"
-    """What becomes of the run if a candidate can't be read any more. skip keeps what was accepted and goes on."""
-    keep_downloads: kinds.Boolean = True
-    """Leave what is fetched from the hub in its cache after the run."""
-    search: kinds.Search = "greedy"
-    """How shares are found: layer by layer, the best of those that are tried, or all at once, by gradient."""
-    joint: Annotated[Joint, kinds.keys_of(Joint)] = field(default_factory=Joint)
-    """How a joint search steps."""
-    merge_ratios: kinds.Ratios = (0.2, 0.4, 0.6, 0.8)
-    """The candidate's shares that are tried on every layer, 0 to 1."""
+    """A folder from which GGUF files have their tokenizer. null: it is rebuilt from each file. See
+    docs/own-models.md#from-a-gguf-file."""
+    on_error: Literal["stop", "skip"] = field(default="stop", metadata=_NO_PART)
+    """If a candidate can't be read any more: stop (mend it, then --resume) or skip (keep what was accepted of it, go on
+    without it)."""
+    keep_downloads: kinds.Boolean = field(default=True, metadata=_NO_PART)
+    """Leave what is fetched from the hub in its cache. false removes each candidate again when it has been searched."""
+    search: Literal["greedy", "joint"] = "greedy"
+    """greedy tries merge_ratios on layer after layer, candidate after candidate; joint moves all weights at once, by
+    gradient, and drift counts. See docs/greedy-or-joint.md."""
+    joint: Joint = field(default_factory=Joint)
+    merge_ratios: kinds.one_or_more(kinds.number(ge=0, le=1)) = (0.2, 0.4, 0.6, 0.8)
+    """The candidate's weights that are tried on every layer, 0 to 1 (1 takes its layer). The time grows with their
+    number."""
     merge_method: kinds.Methods = ("lerp",)
-    """How two layers are mixed; of a list, one after another, each going on from the last one's result."""
+    """How two layers are mixed; of a list, one after another, each going on from the last one's result. ties and
+    dare take a density, 0.5 unless it is given: {name: ties, density: 0.3}."""
     layers: kinds.Layers | None = None
-    """The layers that are searched, counted from 0: 8-24, or a list such as [0, 3, 8-12]; null: all."""
+    """The layers that are searched, counted from 0: 8-24, or a list such as [0, 3, 8-12]; null: all. The others stay
+    the base's."""
     merge_headers: kinds.Boolean = True
-    """Try the input embedding and the output head too, after a candidate's layers."""
+    """Try the input embedding and the output head too, after a candidate's layers; rows are matched token by token."""
     strategy: kinds.Strategy = "cumulative"
-    """When a ratio is accepted: a lower total, no phrase worse, or enough phrases better."""
-    strategy_threshold: kinds.Threshold = 0.6
-    """The share of the pairs that must improve; quantitive only."""
+    """When a merge of a layer is accepted."""
+    strategy_threshold: kinds.number(gt=0, le=1) = 0.6
+    """quantitive: the share of the pairs of phrase and context that must improve."""
     auto_weights: kinds.Boolean = False
-    """Give every phrase the weight 1 / its probability in the base model."""
-    bad_phrases: BadPhrases = ()
-    """What the merged model should say less."""
-    good_phrases: GoodPhrases = ()
+    """Give every phrase the weight 1 / its probability in the base, so that all count the same at the start."""
+    bad_phrases: Phrases = ()
+    """What the merged model should say less: a list of phrases with their contexts. See docs/phrases.md."""
+    good_phrases: Phrases = ()
     """What the merged model should say more."""
-    system: System = None
-    """A system turn before all chat contexts of this file that have none."""
+    system: System = field(default=None, metadata=_NO_PART)
+    """A system turn for all chats of this file that have none."""
     template: kinds.Template | None = None
     """Settings of the base's chat template, such as {enable_thinking: false}."""
-    phrase_files: kinds.Paths = ()
+    phrase_files: kinds.Paths = field(default=(), metadata=_NO_PART)
     """YAML files whose bad_phrases and good_phrases are added."""
-    held_out: kinds.Share = 0.0
-    """The share of each phrase's contexts that is scored and never searched."""
-    held_out_files: kinds.Paths = ()
+    held_out: kinds.number(ge=0, lt=1) = field(default=0.0, metadata=_NO_PART)
+    """The share of each phrase's contexts that is scored and never searched, to show overfitting; 0.25 is a good share
+    of long lists. See docs/phrases.md."""
+    held_out_files: kinds.Paths = field(default=(), metadata=_NO_PART)
     """Phrase files whose pairs are all scored and never searched."""
     min_gain: kinds.AutoOrWeight = "auto"
-    """What a merge must gain; cumulative only. auto: twice the total's rounding, which is taken as 0 in float32."""
+    """cumulative: the smallest drop of the total that is accepted. auto: twice the total's rounding error, 0 in
+    float32. See docs/own-models.md#rounding."""
     drift_weight: kinds.AutoOrWeight | None = None
-    """What a nat of drift adds to the total that is judged by; null: 0, or auto if the search is joint. auto: 0.05 nats
-    count as much as all phrases do in the base."""
+    """What a nat of drift (KL from the base) adds to the total that trials are judged by. null: 0, or auto for a joint
+    search. auto: 0.05 nats count as much as all phrases do in the base."""
     max_drift: kinds.Limit | None = None
-    """Nats per token; a trial that drifts further from the base is not taken."""
+    """Reject trials that drift further from the base, in nats per token (0.02, say). Judging drift takes two or three
+    times as long."""
     neutral_tokens: kinds.CountFromOne = 512
-    """Tokens of neutral text on which the drift of every trial is measured, if it is judged by that."""
-    baselines: kinds.Boolean = True
-    """Score every candidate taken whole, too, and show it beside the merge."""
-    samples: kinds.Texts | None = None
-    """Prompts that base and merge answer, in place of the program's own; [] for none."""
-    neutral_texts: kinds.Paths | None = None
-    """Text files on which drift is measured, in place of the program's own; [] for none."""
+    """Tokens of neutral text on which the drift of every trial is measured, if it counts; more are slower and surer."""
+    baselines: kinds.Boolean = field(default=True, metadata=_NO_PART)
+    """Score every candidate on its own, too, and show it beside the merge."""
+    samples: kinds.Texts | None = field(default=None, metadata=_NO_PART)
+    """Prompts that base and merge answer with the same seed, for the log and the model card. null: three of the
+    program's own; [] for none."""
+    neutral_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
+    """Text files on which drift is measured. null: those of the program (example_phrases/neutral); [] for none. See
+    docs/drift.md."""
     device: kinds.Device = "auto"
     """Where to compute. auto takes an accelerator if there is one, else cpu."""
-    dtype: kinds.Dtype = "auto"
-    """What is computed in and saved as. auto: what compute_dtype says, and what the base stores."""
-    compute_dtype: kinds.ComputeDtype = "auto"
-    """What is computed in, whatever is saved. auto: float32 on a CPU if it fits; on a GPU float16, or bfloat16+float32
-    where float16 overflows."""
+    dtype: Literal[kinds.DTYPES] = "auto"
+    """What the merged model is saved in, and computed in unless compute_dtype says otherwise. auto: every tensor as the
+    base stores it."""
+    compute_dtype: Literal[kinds.COMPUTE_DTYPES] = "auto"
+    """What is computed in. auto: float32 on a CPU if it fits; on a GPU float16, or bfloat16+float32 where float16
+    overflows. See docs/own-models.md#data-types."""
     random_seed: kinds.Count = 512
-    """What chance there is begins with this."""
+    """The seed of all that is drawn: contexts that are held out, texts that models write."""
     trust_remote_code: kinds.Boolean = False
-    """Run Python code that a checkpoint brings along."""
-    mapper: Annotated[Mapper, kinds.keys_of(Mapper)] = field(default_factory=Mapper)
-    """How far the mapper follows the model; only the mapper reads this."""
-    discover: Annotated[Discover, kinds.keys_of(Discover)] = field(default_factory=Discover)
-    """What models write for the mapper's --discover and --rate; only these read this."""
+    """Run Python code that a model brings along; only for architectures that need it."""
+    mapper: Mapper = field(default_factory=Mapper, metadata=_NO_PART)
+    discover: Discover = field(default_factory=Discover, metadata=_NO_PART)
 
     @property
     def weight_of_drift(self) -> float | str:
@@ -198,6 +190,11 @@ class Settings:
         if self.drift_weight is None:
             return "auto" if self.search == "joint" else 0.0
         return self.drift_weight
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether drift counts in what is judged by."""
+        return self.weight_of_drift != 0 or self.max_drift is not None
 
     @property
     def tokens_for_trials(self) -> int:
@@ -216,18 +213,15 @@ class Settings:
             raise ConfigError(f"layers: {', '.join(spans(absent))}: the base has {count} layers, 0 to {count - 1}")
         return tuple(range(count)) if self.layers is None else self.layers
 
-    @property
-    def is_guarded(self) -> bool:
-        """Whether drift counts in what is judged by."""
-        return self.weight_of_drift != 0 or self.max_drift is not None
-
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Everything a run depends on: what the file says, with the phrases of the files that it names."""
+    """Everything a run depends on: what the file says, with pairs of all files in place of its own phrases."""
 
+    bad_phrases: tuple[Pair, ...] = ()
+    good_phrases: tuple[Pair, ...] = ()
     text: str = field(default="", repr=False)  # the YAML file to the letter; not a key
-    held_out_pairs: tuple[Pair, ...] = ()  # scored and never searched; of these keys, and of marked contexts
+    held_out_pairs: tuple[Pair, ...] = field(default=(), metadata=_NO_PART)  # scored and never searched
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -237,7 +231,7 @@ class Config(Settings):
     @property
     def prompts(self) -> tuple[str, ...]:
         """What base and merge are asked."""
-        return kinds.SAMPLES if self.samples is None else self.samples
+        return SAMPLES if self.samples is None else self.samples
 
     def dumped(self) -> dict[str, Any]:
         """All keys as JSON has them, pairs with their rendered chats in place of phrase lists; without the text."""
@@ -248,12 +242,13 @@ class Config(Settings):
     @classmethod
     def loaded(cls, values: Mapping[str, Any], text: str = "") -> Self:
         """The configuration that was dumped; nothing is looked for on the disk. Raises ValueError if it is none."""
-        return TypeAdapter(Annotated[cls, kinds.keys_of(cls)]).validate_python(
-            {**values, "text": text}, context=(kinds.DUMPED,)
-        )
+        return TypeAdapter(cls).validate_python({**values, "text": text})
 
 
 CONFIG_KEYS = tuple(key.name for key in fields(Settings))
+# What phrase_files name is in bad_phrases and good_phrases, and `system` is in their chats. All keys that are not here
+# have a part in the result, those of `directories` as far as they name models.
+NO_PART = tuple(key.name for key in fields(Config) if key.metadata.get("no_part"))
 
 _SECTIONS = {
     "directories": Directories,
@@ -262,7 +257,7 @@ _SECTIONS = {
     "discover": Discover,
     "bad_phrases": Phrase,
     "good_phrases": Phrase,
-    "contexts": (Context, ChatContext),
+    "contexts": Context,
     "messages": Message,
 }
 
@@ -270,14 +265,6 @@ _SECTIONS = {
 def known_keys(place: Place) -> tuple[str, ...]:
     """The keys that the mapping at a place of a file can have."""
     names = [part for part in place if isinstance(part, str)]
-    sections = _SECTIONS[names[-1]] if names else Settings
-    of_each = [kinds.names_of_keys(section) for section in (sections if isinstance(sections, tuple) else (sections,))]
-    return tuple(dict.fromkeys(key for keys in of_each for key in keys))
-
-
-def json_schema() -> dict[str, Any]:
-    """What an editor needs to complete and check a configuration and, under $defs/PhraseLists, a phrase list."""
-    CLOSED["use_attribute_docstrings"] = True  # only now: to read them takes time that a typo should not wait for
-    schema, lists = (TypeAdapter(kind).json_schema() for kind in (Settings, PhraseLists))
-    schema["$defs"] |= lists.pop("$defs") | {"PhraseLists": lists}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    section = _SECTIONS[names[-1]] if names else Settings
+    # One that is a word of Python's is a field with an underscore behind it.
+    return tuple(key.name.removesuffix("_") for key in fields(section))

@@ -1,20 +1,30 @@
-"""One YAML file: its text, its values, and the line of each of them.
+"""One YAML file: its text, its values, the line of each of them, and what the command line gives in their place.
 
-Knows: how large a file may be and what its aliases may stand for; that no key stands twice.
-Refuses to know: what the keys mean.
+Knows: how large a file may be and what its aliases may stand for; that no key stands twice; how a key with dots is
+walked along. Refuses to know: what the keys mean.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from modules.runtime import ConfigError, first_line, open_input
+from modules.runtime import ConfigError, first_line, open_input, shortened, visible
 
 _LARGEST = 100_000_000  # bytes of a YAML file; what has more is none, and may have no end (/dev/zero)
 _MOST_VALUES = 2_000_000  # in a YAML file: many times as many lists can stand in a short one that refers to itself
+_HALF = re.compile("[\ud800-\udfff]")  # of a character: a lone surrogate, which an escape can make
+_MERGE_KEY = "tag:yaml.org,2002:merge"
+
+# The beginning of what `repr` would write, in a time that does not grow with the value: the aliases of a short file can
+# stand for more than there is memory for.
+_EXCERPT = reprlib.Repr()
+_EXCERPT.maxlevel = 3
+_EXCERPT.maxstring = 100
 
 Place = tuple[str | int, ...]  # keys and numbers of items, from the whole file to a value
 
@@ -29,37 +39,53 @@ class YamlFile:
     name: str = ""  # with which messages begin what they call a place of it; that of the main file is empty
     options: Mapping[Place, str] = field(default_factory=dict)  # of the command line, by the place of what they give
 
-    def name_of(self, place: Place) -> str:
-        """What messages call a place: bad_phrases[0].contexts, say."""
-        given = self._given(place)
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place[given:])
-        name = self.options[place[:given]] if given else self.name
-        return name + path if name else path.removeprefix(".") or "the file"
+    def where(self, place: Place) -> tuple[str, str]:
+        """What messages call a place, bad_phrases[0].contexts, say, and " (line 7)" if it is one of the file."""
+        nodes = self._nodes(place)
+        line = ""
+        if nodes:  # of the place, or the nearest one around it that is there
+            line = f" (line {nodes[-1].start_mark.line + 1}{' of that file' if self.name else ''})"
+        name = self.name
+        for given, option in self.options.items():
+            is_within = place[: len(given)] == given
+            is_around = given[: len(place)] == place and len(nodes) < len(place)  # a mapping made to hold what is given
+            if is_within or is_around:
+                name, place, line = option, place[len(given) :], ""
+                break
+        for part in place:
+            name += f"[{part}]" if isinstance(part, int) else f".{part}"
+        return name.removeprefix(".") or "the file", line
 
-    def line_of(self, place: Place) -> int | None:
-        """The line where a place begins, or the nearest one around it that is there; None for the whole file."""
-        node, line = None if self._given(place) else self.node, None
+    def _nodes(self, place: Place) -> list[yaml.Node]:
+        """Keys and items on the way to a place, as far as they are there."""
+        node, nodes = self.node, []
         for part in place:
             if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-                begin = node = node.value[part]
-            elif isinstance(node, yaml.MappingNode):
-                pairs = [pair for pair in node.value if pair[0].value == part]
-                if not pairs:
-                    break
-                begin, node = pairs[-1]  # of a key that was merged (<<) and is there itself, its own comes last
+                node = node.value[part]
+                nodes.append(node)
+            elif isinstance(node, yaml.MappingNode) and any(key.value == part for key, _ in node.value):
+                # Of a key that was merged (<<) and is there itself, its own comes last.
+                key, node = [pair for pair in node.value if pair[0].value == part][-1]
+                nodes.append(key)
             else:
                 break
-            line = begin.start_mark.line + 1
-        return line
-
-    def _given(self, place: Place) -> int:
-        """How many keys of a place lead to what the command line gives; 0 if it is the file's own."""
-        return next((count for count in range(len(place), 0, -1) if place[:count] in self.options), 0)
+        return nodes
 
 
 def read_yaml(path: Path, if_absent: str, name: str = "") -> YamlFile:
     """Read a file. Raises ConfigError if that can't be done; if_absent: what to do where there is no such file."""
-    text = _text_of(path, if_absent)
+    try:
+        with open_input(path) as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ConfigError(f"{path}: has more than {_LARGEST // 1_000_000} MB; this is no YAML file of settings")
+        text = content.decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. {if_absent}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start}).") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: can't be read ({getattr(error, 'strerror', error)}).") from None
     try:
         return YamlFile(text, *parse_yaml(text), name)
     except ConfigError as error:
@@ -71,7 +97,10 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return None if node is None else loader.construct_document(node), node
+        if node is None:
+            return None, None
+        _size(node, {})
+        return loader.construct_document(node), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
@@ -80,58 +109,88 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
         raise ConfigError(f"not valid YAML: {first_line(error)}") from None
 
 
-def _text_of(path: Path, if_absent: str) -> str:
-    try:
-        with open_input(path) as file:
-            content = file.read(_LARGEST + 1)
-        if len(content) > _LARGEST:
-            raise ConfigError(f"{path}: has more than {_LARGEST // 1_000_000} MB; this is no YAML file of settings")
-        return content.decode("utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. {if_absent}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start}).") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror}).") from None
+def with_sets(file: YamlFile, sets: Sequence[str], problems: list) -> YamlFile:
+    """A file with what each KEY=VALUE gives, the key with dots, the value in YAML, in place of its own values.
+
+    The file's text, which is kept for people, gets each of them as a comment at its end. problems: get what is wrong.
+    """
+    if sets and file.text and not file.text.endswith("\n"):
+        file = replace(file, text=file.text + "\n")
+    for text in sets:
+        key, equals, value = text.partition("=")
+        place = tuple(part.strip() for part in key.split("."))
+        try:
+            if not equals or not all(place):
+                raise ConfigError("expected KEY=VALUE, such as drift_weight=2 or directories.output_directory=merged")
+            file = with_value(file, place, parse_yaml(value)[0], f"--set {'.'.join(place)}")
+        except ConfigError as error:
+            problems.append(f"--set {key}: {error}")
+        file = replace(file, text=f"{file.text}# --set {visible(text)}\n")
+    return file
+
+
+def with_value(file: YamlFile, place: Place, value: Any, option: str) -> YamlFile:
+    """A file with a value that an option gives. Raises ConfigError if something else is on the way to its place."""
+    values = _with_value(file.value, place, value, ())
+    return replace(file, value=values, options={**file.options, place: option})
+
+
+def _with_value(values: Any, place: Place, value: Any, before: Place) -> dict[str, Any]:
+    if not isinstance(values, Mapping | None):
+        raise ConfigError(f"{'.'.join(before) or 'the file'} is no mapping of keys to values")
+    values = dict(values or {})
+    key, *rest = place
+    values[key] = _with_value(values.get(key), tuple(rest), value, (*before, key)) if rest else value
+    if values[key] is None:  # what holds nothing is as good as absent
+        del values[key]
+    return values
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but a key that stands twice in one mapping is an error, since the first would be lost silently;
-    and so are aliases of aliases that stand for more than there is time to look at."""
+    """The safe loader, but keys are text, and one that holds nothing is as good as absent."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._sizes: dict[int, int] = {}  # of each node, how many it stands for, itself included; by its id
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node of the file; of an alias, the node that it stands for."""
-        node = super().compose_node(parent, index)
-        if node is not None and id(node) not in self._sizes:
-            size = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(self._size(child) for child in node.value)
-            self._sizes[id(node)] = size
-            if size > _MOST_VALUES:
-                problem = f"this stands for more than {_MOST_VALUES:,} values"
-                raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
-        return node
-
-    def _size(self, child: Any) -> int:
-        """Of an item of a list, or of a key with its value. A node that holds itself has no size yet."""
-        return sum(self._sizes.get(id(node), 1) for node in (child if isinstance(child, tuple) else (child,)))
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         """A mapping's values."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if isinstance(key, str) and key_node.tag != "tag:yaml.org,2002:merge":
-                if key in seen:
-                    problem = f"the key '{key}' stands twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+        values = super().construct_mapping(node, deep)
+        return {str(key): value for key, value in values.items() if value is not None}
 
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge keys (<<) resolved. A mapping merged twice counts once: mappings of such mappings would grow without
-        end."""
-        super().flatten_mapping(node)
-        node.value = list({id(key): (key, value) for key, value in node.value}.values())
+
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values a node stands for, aliases of aliases included; sizes: those known by the nodes' ids.
+
+    Raises MarkedYAMLError if there are too many, if a key stands twice, since the first would be lost silently, or if a
+    text can't be written.
+    """
+    if id(node) in sizes:
+        return sizes[id(node)]
+    size = sizes[id(node)] = 1  # for a node that holds itself
+    if isinstance(node, yaml.ScalarNode) and _HALF.search(node.value):
+        raise yaml.MarkedYAMLError(problem="this holds half of a character", problem_mark=node.start_mark)
+    if isinstance(node, yaml.SequenceNode):
+        size += sum(_size(item, sizes) for item in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_KEY:
+                if key.value in seen:
+                    problem = f"the key '{key.value}' stands twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+            size += _size(key, sizes) + _size(value, sizes)
+    if size > _MOST_VALUES:
+        problem = f"this stands for more than {_MOST_VALUES:,} values"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    sizes[id(node)] = size
+    return size
+
+
+def shown(value: Any) -> str:
+    """A value as the YAML file would write it, short enough for one line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "nothing"
+    try:
+        return shortened(_EXCERPT.repr(value), 60, "start")
+    except ValueError:
+        return "a number of very many digits"

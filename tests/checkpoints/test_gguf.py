@@ -230,7 +230,7 @@ def test_what_is_missing_is_named(tmp_path, models, monkeypatch, capsys):
         with pytest.raises(ConfigError, match=r"room for 0.0: make room, or set HF_HOME"):
             as_folder(file)
     config = tiny.write_config(tmp_path / "my.yaml", tmp_path / "tiny2.gguf", [models[1]], tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"no such file; .* tiny2.gguf is not in it; did you mean '.*tiny.gguf'\?"):
+    with pytest.raises(ConfigError, match=r"tiny2.gguf': no such file"):
         load_config(config)
 
 

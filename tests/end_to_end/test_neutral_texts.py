@@ -9,7 +9,7 @@ from runs import log_of, make_models, merge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_monster
-from modules.config.neutral_texts import SHIPPED, read_neutral_texts
+from modules.config.inputs import SHIPPED, read_neutral_texts
 from modules.output.recipe import RECIPE_FILE
 from modules.runtime.errors import ConfigError
 from modules.scoring.drift import DriftMeter

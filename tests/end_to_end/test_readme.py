@@ -1,7 +1,6 @@
 """The README and the pages of docs/ against what they tell of: keys and defaults, options, commands, figures, links."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import re
@@ -11,14 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from project import ROOT
-
-from modules.config import DTYPES, STRATEGIES, Directories, Discover, Joint, Mapper, Pair
-from modules.config.fields import DEVICES, ON_ERROR
-from modules.config.phrase_lists import Phrase
-from modules.config.schema import Settings
-from modules.merging.methods import METHODS
 
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 PAGES = {
@@ -35,7 +27,6 @@ THEIRS = {
     "merge.yaml",
     "merge_monster_recipe.json",
 }  # files that the reader has, or will have
-REQUIRED = object()
 
 
 def section(page, heading):
@@ -70,62 +61,6 @@ def test_the_first_pages_figures_are_those_of_the_benchmarks():
         shown = [cell.strip() for cell in line.split("|")]
         assert all(figure in shown for figure in figures if re.match(r"\d", figure))
         assert sum(bool(re.match(r"\d", figure)) for figure in figures) >= 3
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Keys
-# ---------------------------------------------------------------------------------------------------------------------
-
-KEY_ROWS = rows(section("docs/configuration.md", "Keys of the YAML file"), "key")
-KEYS = {cells[0].strip("`"): cells for cells in KEY_ROWS}
-
-
-def default_of(field):
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return REQUIRED if field.default is dataclasses.MISSING else field.default
-
-
-def expected_keys():
-    """Every key of the YAML file and its default, nested ones with a dot."""
-    nested = {"directories": Directories, "joint": Joint, "mapper": Mapper, "discover": Discover}
-    found = {f.name: default_of(f) for f in dataclasses.fields(Settings) if f.name not in nested}
-    for name, section_class in nested.items():
-        found |= {f"{name}.{f.name}": default_of(f) for f in dataclasses.fields(section_class)}
-    weight = next(f.default for f in dataclasses.fields(Pair) if f.name == "weight")
-    return found | {f.name: REQUIRED for f in dataclasses.fields(Phrase)} | {"weight": weight}
-
-
-def test_the_table_has_every_key_and_no_other():
-    assert len(KEYS) == len(KEY_ROWS)
-    assert set(KEYS) == set(expected_keys())
-
-
-@pytest.mark.parametrize("key, default", expected_keys().items())
-def test_the_table_has_the_default(key, default):
-    shown = KEYS[key][2]
-    if default is REQUIRED:
-        assert shown == "required"
-    else:
-        assert shown[0] == shown[-1] == "`"
-        value = yaml.safe_load(shown.strip("`"))
-        value = tuple(value) if isinstance(value, list) else value
-        assert value == default and isinstance(value, bool) == isinstance(default, bool)
-
-
-@pytest.mark.parametrize(
-    "key, allowed",
-    [
-        ("merge_method", METHODS),
-        ("strategy", STRATEGIES),
-        ("dtype", DTYPES),
-        ("on_error", ON_ERROR),
-        ("device", DEVICES.replace(" or", ",").split(", ")),
-    ],
-)
-def test_the_table_names_what_is_allowed(key, allowed):
-    shown = re.split(r", | or |; ", KEYS[key][1])
-    assert shown[: len(allowed)] == list(allowed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -729,7 +729,7 @@ REPLAYS = {
     "its name is too long": ["--output", "a" * 250],
     "not on this machine": ["--output", "again", "--device", "\x1b[2J"],
     "no such source": ["--output", "again", "--source", "no\n=here"],
-    "one is there, zzz is not in it": ["--output", "again", "--source", "one=one/zzz"],
+    "no such folder in one": ["--output", "again", "--source", "one=one/zzz"],
 }
 
 
