@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from project import ROOT
 
-PACKAGES = ("runtime", "config", "checkpoints", "model", "scoring", "search", "output", "mapper", "discovery", "run")
+PACKAGES = ("runtime", "config", "checkpoints", "model", "scoring", "search", "output", "mapper", "slop", "run")
 SOURCES = {
     path.relative_to(ROOT / "modules").with_suffix("").as_posix(): path.read_text(encoding="utf-8")
     for path in sorted((ROOT / "modules").glob("*/*.py"))

@@ -21,9 +21,9 @@ from modules.scoring import (
     NOT_TAKEN,
     Asked,
     Budget,
-    Drawing,
     Drift,
     DriftMeter,
+    SamplingParams,
     Window,
     answers,
     build_scorer,
@@ -72,8 +72,8 @@ class Watch:
         self.weights, warnings = signed_weights(self.pairs, config.auto_weights, self.start.held_out)
         console.warnings(warnings)
         asked = asked or Asked()
-        drawing = Drawing(asked=asked)
-        self._answers = partial(answers, model, tokenizer, seed=config.random_seed, drawing=drawing)
+        params = SamplingParams(asked=asked)
+        self._answers = partial(answers, model, tokenizer, seed=config.random_seed, params=params)
         prompts = [prompt for prompt in config.prompts if prompt in asked.texts or not has_template(tokenizer)]
         self._base_said = self._ask("base", prompts)  # now, so that the base need not come back
         self.seconds = time.monotonic() - began

@@ -18,6 +18,7 @@ from modules.scoring.exactness import Plain
 from modules.scoring.packing import LAYOUTS
 from modules.scoring.scorer import DEFAULT, ONLY, SAMPLE, Scorer, Trial
 from modules.scoring.tokenization import Encoded, spread
+from modules.scoring.variants import of_pairs
 
 # What architectures raise that do not take these inputs.
 NOT_TAKEN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)
@@ -46,6 +47,18 @@ def build_scorer(
         return left
 
     return within_memory(build, take_less)
+
+
+def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer, list[float]]:
+    """Joint log-probabilities of pairs under a model that stays as it is, and what has found them.
+
+    Raises ConfigError if they are no numbers.
+    """
+    scorer = build_scorer(model, encoded, tails=False)
+    found = within_memory(scorer.score, lambda: scorer.take_less_memory() is not None)
+    if any(map(math.isnan, found)):
+        raise model.no_numbers()
+    return scorer, of_pairs(found, encoded)
 
 
 def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain, budget: Budget, rank: Rank) -> Scorer:

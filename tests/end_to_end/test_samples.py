@@ -18,7 +18,7 @@ from modules.model.loading import load_model
 from modules.output.recipe import RECIPE_FILE
 from modules.runtime.errors import ConfigError
 from modules.scoring.chats import chat_of, render_chats
-from modules.scoring.samples import MOST_TEXTS, Drawing, answers, drawn, of_one_length
+from modules.scoring.samples import BATCH, SamplingParams, answers, same_length_batches, sample
 from modules.scoring.tokenization import encode_prompt
 from modules.search.search import Search
 
@@ -183,12 +183,12 @@ def test_every_architecture_answers_and_scores_afterwards_as_before(tmp_path, na
 def test_texts_that_are_drawn_together(models):
     """Two prompts of one length, three texts of each: as if each prompt were alone, token by token."""
     model = load_model(open_checkpoint(models[0], "base"), "cpu", "float32")
-    tokenizer, drawing = AutoTokenizer.from_pretrained(models[0]), Drawing(tokens=30, count=3)
+    tokenizer, params = AutoTokenizer.from_pretrained(models[0]), SamplingParams(tokens=30, count=3)
     prompts = ["Her eyes were filled with", "His eyes were filled with", "Where is the apple?", PROMPTS[1] + " Where?"]
-    groups = of_one_length(model, tokenizer, prompts, drawing)
+    groups = same_length_batches(model, tokenizer, prompts, params)
     assert sorted(prompt for group in groups for prompt in group) == sorted(prompts) and prompts[:2] in groups
-    found = drawn(model, tokenizer, prompts[:2], 512, drawing)
-    assert found == [drawn(model, tokenizer, [prompt], 512, drawing)[0] for prompt in prompts[:2]]
+    found = sample(model, tokenizer, prompts[:2], 512, params)
+    assert found == [sample(model, tokenizer, [prompt], 512, params)[0] for prompt in prompts[:2]]
     ends = model.end_tokens() | {tokenizer.eos_token_id}
     for prompt, texts in zip(prompts, found, strict=False):
         chance = torch.Generator().manual_seed(random.Random(f"512 {prompt}").getrandbits(63))
@@ -208,8 +208,11 @@ def test_no_more_texts_at_once_than_the_most(models):
     prompts = [f"{word} eyes were filled with" for word in ("Her", "His", "Its", "My", "Our")]
     lengths = {len(tokenizer(prompt)["input_ids"]) for prompt in prompts[:2]}
     assert len(lengths) == 1
-    assert of_one_length(model, tokenizer, prompts[:2], Drawing(count=MOST_TEXTS)) == [prompts[:1], prompts[1:2]]
-    assert of_one_length(model, tokenizer, prompts[:2], Drawing(count=MOST_TEXTS // 2)) == [prompts[:2]]
+    assert same_length_batches(model, tokenizer, prompts[:2], SamplingParams(count=BATCH)) == [
+        prompts[:1],
+        prompts[1:2],
+    ]
+    assert same_length_batches(model, tokenizer, prompts[:2], SamplingParams(count=BATCH // 2)) == [prompts[:2]]
 
 
 @pytest.mark.parametrize("error", [ValueError("no\ncache"), torch.OutOfMemoryError("out of memory"), TypeError("x")])
