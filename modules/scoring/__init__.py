@@ -14,7 +14,6 @@ from modules.scoring.chats import (
     check_refusals,
     has_template,
     render,
-    render_chats,
     with_texts,
     within_thoughts,
 )

@@ -17,7 +17,7 @@ from modules.config.fields import SAMPLES
 from modules.model.loading import load_model
 from modules.output.recipe import RECIPE_FILE
 from modules.runtime.errors import ConfigError
-from modules.scoring.chats import chat_of, render_chats
+from modules.scoring.chats import CONTEXTS, chat_of, render
 from modules.scoring.samples import BATCH, SamplingParams, answers, same_length_batches, sample
 from modules.scoring.tokenization import encode_prompt
 from modules.search.search import Search
@@ -95,7 +95,7 @@ def test_both_answer_what_whole_forwards_lead_to(place, models):
 def test_a_chat_template_is_used_and_writes_bos_once(place, tmp_path):
     models = models_in(tmp_path, "spm", TEMPLATE)  # a tokenizer that puts BOS before every text
     tokenizer = AutoTokenizer.from_pretrained(models[0])
-    (text,) = render_chats(tokenizer, "base", [chat_of(PROMPTS[0])], None).values()
+    (text,) = render(tokenizer, "base", {chat_of(PROMPTS[0]): CONTEXTS}, None).texts.values()
     tokens = encode_prompt(tokenizer, PROMPTS[0], len(tokenizer), None, text)
     assert tokens.count(tokenizer.bos_token_id) == 1 and tokens[0] == tokenizer.bos_token_id
     assert tokenizer.decode(tokens).endswith(f"[user] {PROMPTS[0]}:")
@@ -252,7 +252,7 @@ def test_a_template_that_raises(place, tmp_path):
     models = models_in(tmp_path, "bpe", "{{ raise_exception('only systems here') }}")
     assert merge(place, models, samples=PROMPTS) == 0
     (line,) = [line for line in log_of(place).splitlines() if "WARNING: there are no samples: " in line]
-    assert f"{models[0]}: " in line and "only systems here" in line and line.endswith("(samples, turn 1: user)")
+    assert f"{models[0]}: " in line and "only systems here" in line and line.endswith("(samples)")
 
 
 def test_a_prompt_that_does_not_fit_is_named_and_left_out(place, models):
