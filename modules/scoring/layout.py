@@ -16,9 +16,8 @@ from modules.runtime import ConfigError, Rank, is_out_of_memory, within_memory
 from modules.scoring.budget import Budget
 from modules.scoring.exactness import Plain
 from modules.scoring.packing import LAYOUTS
-from modules.scoring.scorer import DEFAULT, ONLY, SAMPLE, Scorer, Trial
+from modules.scoring.scorer import DEFAULT, ONLY, SAMPLE, Scorer, Trial, of_pairs
 from modules.scoring.tokenization import Encoded, spread
-from modules.scoring.variants import of_pairs
 
 # What architectures raise that do not take these inputs.
 NOT_TAKEN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)
@@ -37,7 +36,7 @@ def build_scorer(
     def build() -> Scorer:
         scorer = _exact_scorer(model, encoded, plain, budget, rank)
         if tails:
-            scorer._stacked, scorer._tails = _exact_trials(scorer, plain, stacked)
+            scorer._stacked, scorer.has_tails = _exact_trials(scorer, plain, stacked)
         return scorer if rank.world_size == 1 else Scorer(model, encoded, *scorer.settings, rank)
 
     def take_less() -> bool:
@@ -111,7 +110,7 @@ def _tails_agree(scorer: Scorer, plain: Plain) -> bool:
     """
     if not scorer.agrees(plain, scorer.trial_token_scores([_altered(scorer), nullcontext])[1]):
         return False
-    scorer.at_layer(len(scorer._layers) - 1)
+    scorer.at_layer(len(scorer.model.layers) - 1)
     return scorer.agrees(plain, scorer.trial_token_scores([nullcontext, _altered(scorer)])[0])
 
 

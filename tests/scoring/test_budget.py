@@ -24,8 +24,7 @@ from modules.scoring.budget import (
     budget_of,
     layer_bytes,
 )
-from modules.scoring.inputs import Inputs, attention_mask, depths, tree_mask
-from modules.scoring.packing import build_packs
+from modules.scoring.packing import Inputs, attention_mask, build_packs, depths, tree_mask
 from modules.scoring.tokenization import Encoded
 
 GIB = 1 << 30
@@ -116,7 +115,7 @@ scorer.at_layer(1)
 part = model.layer(1)
 theirs = {name: tensor + 0.01 for name, tensor in part.tensors.items()}
 scores = scorer.score_trials([lambda: part.holding(theirs), lambda: part.holding(part.tensors)])
-print(json.dumps({"bytes": resident(1) - before, "tokens": scorer.packed_tokens, "packs": len(scorer._inputs),
+print(json.dumps({"bytes": resident(1) - before, "tokens": scorer.packed_tokens, "packs": len(scorer.packs_here),
     "layout": scorer.layout, "kept": len(scorer._from_layer._cache.kept()), "scores": scores}))
 """
 

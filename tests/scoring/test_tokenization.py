@@ -63,7 +63,7 @@ def listed(*pairs):
         ([("a", "x "), ("+ a", "x")], ["the phrase 'a' after 'x ' is listed as bad and as good"]),
         (
             [(" a", "x ")],
-            ["the phrase ' a' after 'x ' begins with a space, and so the two are scored with two spaces between them"],
+            ["the phrase ' a' after 'x ' begins with a space: it is scored with two spaces before it"],
         ),
         ([(" a", "x"), (" a", "x\n"), (" a", "")], []),
         ([("a", "x  "), ("b", "x ")], []),
@@ -234,7 +234,7 @@ def test_a_special_token_that_is_written_out_and_added_is_taken_once(before, wri
             (root,) = encode_contexts(tokenizer, [there], 10**6)
             assert root.tokens == found.tokens[: found.start]
             line = doubled_tokens(tokenizer, listed((phrase, there), (phrase, context or "a")))
-            assert len(line) == 1 and line[0].startswith(f"1 pair writes out {''.join(before)}")
+            assert len(line) == 1 and line[0].startswith(f"1 pair with {''.join(before)} ")
         whole = encode_pair(tokenizer, "", f"{written}The apple")
         assert whole == encode_pair(tokenizer, written, "The apple")
 

@@ -16,8 +16,8 @@ from modules.config import Pair
 from modules.runtime import Rank
 from modules.scoring.budget import Budget
 from modules.scoring.gradient import GradientPass
+from modules.scoring.scorer import by_pair, of_pairs, of_variants
 from modules.scoring.tokenization import Encoded, doubtful_phrases, encode_pair, encode_pairs
-from modules.scoring.variants import by_pair, of_pairs, of_variants
 
 WORDS = ["<s>", "</s>", "down", "her", "his", "spine", "back", "shiver", "shivers", "up", "a"]
 TOKENIZERS = {
