@@ -24,6 +24,7 @@ from modules.scoring.thoughts import Thoughts, thoughts_of
 
 MOST_REFUSALS = 10  # that are told one by one
 SECONDS, SECONDS_OF_A_CHAT = 2.0, 0.02  # of the processor, for all chats together; most take a thousandth of a second
+STARTS_IN = 300.0  # seconds by the clock that the child has for its imports
 PATIENCE = 5  # how many times longer the clock may take than the processor
 CONTEXTS = "contexts"  # the key that a chat is of
 
@@ -185,21 +186,18 @@ def in_child(request: Mapping[str, Any]) -> Sequence[Outcome]:
     what was beyond the limits, if something was."""
     command = [sys.executable, "-c", _START, str(_CHILD)]
     root = _CHILD.parents[2]  # from where the child finds this program, and nothing else that lies around
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     too_long = f"takes longer than {request['seconds']:.0f} s"
-    with subprocess.Popen(command, cwd=root, **pipes) as process:
-        try:
-            process.stdout.readline()  # it is ready: the clock begins
-            answer, errors = process.communicate(json.dumps(request).encode(), timeout=PATIENCE * request["seconds"])
-        except subprocess.TimeoutExpired:
-            process.kill()
-            answer, errors = process.communicate()[0], too_long.encode()
-        except BaseException:
-            process.kill()  # nobody waits for it any more
-            raise
+    patience = STARTS_IN + PATIENCE * request["seconds"]
+    try:
+        ended = subprocess.run(
+            command, input=json.dumps(request).encode(), cwd=root, capture_output=True, timeout=patience, check=False
+        )
+        answer, errors, code = ended.stdout, ended.stderr.decode(errors="replace").strip(), ended.returncode
+    except subprocess.TimeoutExpired as error:
+        answer, errors, code = error.stdout or b"", too_long, 1
     found = [json.loads(line) for line in answer.splitlines(keepends=True) if line.endswith(b"\n")]
-    if process.returncode and not (found and "beyond" in found[-1]):
-        told = errors.decode(errors="replace").strip().splitlines() or [f"ends its process ({process.returncode})"]
-        ran_out = process.returncode == -getattr(signal, "SIGXCPU", 0)
-        found.append({"beyond": too_long if ran_out else shortened(told[-1])})
+    if code and not (found and "beyond" in found[-1]):
+        words = errors.splitlines()[-1] if errors else f"ends its process ({code})"
+        ran_out = code == -getattr(signal, "SIGXCPU", 0)
+        found.append({"beyond": too_long if ran_out else shortened(words)})
     return found

@@ -2,8 +2,7 @@
 
 Knows: transformers' renderer, what a process may take. Refuses to know: torch, tokenizers, what the texts are for.
 
-`chats.py` starts this file as a program. It says that it is ready once its libraries are there; then it reads a request
-and answers each conversation with a line of JSON, in order.
+`chats.py` starts this file as a program, which reads a request and answers each conversation with a line of JSON.
 """
 
 import json
@@ -73,7 +72,6 @@ def _limit(seconds: float) -> None:
 
 def main() -> None:
     """Answer the request that standard input brings."""
-    print("ready", flush=True)
     request = json.loads(sys.stdin.buffer.read())
     _limit(request["seconds"])
     for found in outcomes(request):

@@ -46,7 +46,7 @@ def test_a_child_answers_as_transformers_does(in_a_child):
         assert found.texts[chat] == text + chat.answer
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("template", HOSTILE.values(), ids=list(HOSTILE))
 def test_what_takes_too_much_is_ended_in_time(template):
     began = time.monotonic()
