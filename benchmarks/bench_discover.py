@@ -67,7 +67,7 @@ def contexts_of(phrases: list[str], answers: list[list[str]], generator: Generat
             (number, *match.span()) for number, text in enumerate(texts) for match in pattern.finditer(text.text)
         )
         finding = Finding(phrase, (), 0, 0, 0.0, 0.0, places)
-        pairs += candidate_contexts(finding, texts, generator.prompts, generator.chats, generator.count_tokens)
+        pairs += candidate_contexts(finding, texts, generator.prompts, generator.answers_begin, generator.count_tokens)
     return probabilities(generator, pairs)
 
 

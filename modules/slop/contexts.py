@@ -25,24 +25,29 @@ Item = TypeVar("Item")
 
 
 def candidate_contexts(
-    finding: Finding, texts: Sequence[Text], prompts: Sequence[str], chats: bool, count: CountTokens
+    finding: Finding,
+    texts: Sequence[Text],
+    prompts: Sequence[str],
+    answers_begin: Mapping[str, str] | None,
+    count: CountTokens,
 ) -> dict[Pair, int]:
     """Pairs for places where the phrase is spelled as it is listed, at most MOST_TRIED, taken in turn from each prompt;
     and the number of each pair's prompt.
 
-    chats: whether prompts are turns of a chat; else they are beginnings of texts. count: how many tokens a text has.
+    answers_begin: by prompt, what comes first in its answer, which ends thoughts that a chat template begins; None if
+    prompts are no turns of a chat, but beginnings of texts. count: how many tokens a text has.
     """
     found = dict[Pair, int]()
     for number, start, end in in_turn(finding.places, lambda place: texts[place[0]].prompt):
-        prompt, text = texts[number].prompt, texts[number].text
+        text, prompt = texts[number].text, prompts[texts[number].prompt]
         if text[start:end] != finding.phrase:
             continue
-        if chats:
-            answer = last_sentences(text[:start], count)
-            pair = Pair("BAD", finding.phrase, answer, chat=Chat((Message("user", prompts[prompt]),), answer))
+        if answers_begin is None:
+            pair = Pair("BAD", finding.phrase, last_sentences(joined(prompt, text[:start]), count))
         else:
-            pair = Pair("BAD", finding.phrase, last_sentences(joined(prompts[prompt], text[:start]), count))
-        found.setdefault(pair, prompt)
+            answer = answers_begin[prompt] + last_sentences(text[:start], count)
+            pair = Pair("BAD", finding.phrase, answer, chat=Chat((Message("user", prompt),), answer))
+        found.setdefault(pair, texts[number].prompt)
         if len(found) == MOST_TRIED:
             break
     return found

@@ -16,7 +16,7 @@ import yaml
 from modules.config import Config, Pair
 from modules.output import write_text
 from modules.runtime import Console, columns, one_line, row, shortened
-from modules.scoring import Asked, encode_pairs, score_once
+from modules.scoring import encode_pairs, score_once
 from modules.search import probability
 from modules.slop.contexts import candidate_contexts, last_sentence, listed_contexts
 from modules.slop.finder import LEAST_PROMPTS, LEAST_RATIO, Finding, Findings, Text, find
@@ -71,10 +71,8 @@ def contexts_of(
     findings: Sequence[Finding], texts: Sequence[Text], generator: Generator, console: Console
 ) -> dict[str, list[Pair]]:
     """Contexts of every phrase in which it is probable; phrases without them are left out, and named."""
-    candidates = []
-    for finding in findings:
-        found = candidate_contexts(finding, texts, generator.prompts, generator.chats, generator.count_tokens)
-        candidates.append({_after_thoughts(pair, generator.asked): prompt for pair, prompt in found.items()})
+    begin, count = generator.answers_begin, generator.count_tokens
+    candidates = [candidate_contexts(finding, texts, generator.prompts, begin, count) for finding in findings]
     pairs = [pair for of_finding in candidates for pair in of_finding]
     console.timed(f"Scoring {len(findings)} phrases in {len(pairs)} contexts")
     values = iter(probabilities(generator, pairs))
@@ -91,29 +89,14 @@ def probabilities(generator: Generator, pairs: Sequence[Pair]) -> list[float]:
     """How probable each pair is, as a merge would score it. Raises ConfigError as encoding does."""
     if not pairs:
         return []
-    model = generator.model
-    rendered = [_rendered(pair, generator.asked) for pair in pairs]
+    model, prompts = generator.model, generator.asked.texts
+    rendered = [
+        replace(pair, context=prompts[pair.chat.messages[-1].content] + pair.chat.answer) if pair.chat else pair
+        for pair in pairs
+    ]
     encoded = encode_pairs(generator.tokenizer, rendered, model.vocabulary, model.max_tokens)
     _, scores = model.in_range(lambda: score_once(model, encoded))
     return [probability(value) for value in scores]
-
-
-def _after_thoughts(pair: Pair, asked: Asked) -> Pair:
-    """A pair as it is listed: where the chat template opens a block of thoughts, the answer begins by closing it."""
-    closing = asked.thoughts.closing(_prompt_text(pair, asked)) if pair.chat else ""
-    if not closing:
-        return pair
-    answer = closing + pair.chat.answer
-    return replace(pair, context=answer, chat=replace(pair.chat, answer=answer))
-
-
-def _rendered(pair: Pair, asked: Asked) -> Pair:
-    """A pair with what the model has read, and then written, as its context."""
-    return replace(pair, context=_prompt_text(pair, asked) + pair.chat.answer) if pair.chat else pair
-
-
-def _prompt_text(pair: Pair, asked: Asked) -> str:
-    return asked.texts[pair.chat.messages[-1].content]
 
 
 def _report(findings: Findings, texts: Sequence[Text]) -> list[str]:

@@ -51,9 +51,11 @@ class Generator:
     asked: Asked  # the prompts as the model reads them
 
     @property
-    def chats(self) -> bool:
-        """Whether prompts are turns of a chat."""
-        return has_template(self.tokenizer)
+    def answers_begin(self) -> dict[str, str] | None:
+        """By prompt, what ends the thoughts that the chat template begins; None without a chat template."""
+        if not has_template(self.tokenizer):
+            return None
+        return {prompt: self.asked.thoughts.closing(text) for prompt, text in self.asked.texts.items()}
 
     def count_tokens(self, text: str) -> int:
         """How many tokens a text has."""

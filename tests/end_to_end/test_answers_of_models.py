@@ -17,7 +17,8 @@ from modules.config import Chat, Message, Pair
 from modules.model.base_model import TOKEN_RULES
 from modules.model.loading import load_model
 from modules.scoring import SamplingParams, answers, asked_of, chat_of, render, sample
-from modules.slop.discover import _after_thoughts, _rendered
+from modules.slop.discover import probabilities
+from modules.slop.generate import Generator
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
 THINKS = {"<think>": ["It is a testament to thinking.", "</think>", "The house ", "is old."]}
@@ -74,14 +75,13 @@ def test_samples_and_contexts_of_a_merge(place, thinker, capsys):
 
 
 def test_a_found_context_is_one_of_an_answer(thinker):
-    _, tokenizer = opened(thinker)
-    known = asked(tokenizer, "Q1")
-    pair = Pair("BAD", "is old", "The house ", chat=Chat((Message("user", "Q1"),), "The house "))
-    listed = _after_thoughts(pair, known)
-    assert listed.chat.answer == listed.context == "</think>The house "
-    assert _rendered(listed, known).context == "Q1<think></think>The house "
-    plain = Pair("BAD", "is old", "The house ")
-    assert _after_thoughts(plain, known) == _rendered(plain, known) == plain
+    """It is listed and scored behind the thought that the template begins."""
+    model, tokenizer = opened(thinker)
+    generator = Generator("thinker", None, model, tokenizer, ("Q1",), asked(tokenizer, "Q1"))
+    assert generator.answers_begin == {"Q1": "</think>"}
+    pair = Pair("BAD", "is old.", "", chat=Chat((Message("user", "Q1"),), "</think>The house "))
+    rendered = Pair("BAD", "is old.", "Q1<think></think>The house ")
+    assert probabilities(generator, [pair]) == probabilities(generator, [rendered]) > [0.1]
 
 
 def test_without_thoughts_a_text_is_what_it_was(tmp_path):

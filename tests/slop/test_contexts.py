@@ -88,7 +88,7 @@ def test_a_pair_for_each_place_of_the_listed_spelling():
         Text(2, "A road with a warm smile"),
     ]
     phrase = finding("warm smile", found_in(texts, "warm smile"))
-    found = candidate_contexts(phrase, texts, PROMPTS, True, count)
+    found = candidate_contexts(phrase, texts, PROMPTS, dict.fromkeys(PROMPTS, ""), count)
     assert [(prompt, pair.chat.answer) for pair, prompt in found.items()] == [
         (0, "The house has a "),
         (1, "The lake gives a "),
@@ -96,8 +96,10 @@ def test_a_pair_for_each_place_of_the_listed_spelling():
         (1, "The lake gives a warm smile. The lake gives a "),
     ]
     assert all(pair.chat.messages == (Message("user", PROMPTS[prompt]),) for pair, prompt in found.items())
+    thought = candidate_contexts(phrase, texts, PROMPTS, dict.fromkeys(PROMPTS, "</think>"), count)
+    assert [pair.context for pair in thought] == [f"</think>{pair.context}" for pair in found]
     assert all((pair.kind, pair.phrase) == ("BAD", "warm smile") for pair in found)
-    plain = candidate_contexts(phrase, texts, ["In the house,", "At the lake", "And so"], False, count)
+    plain = candidate_contexts(phrase, texts, ["In the house,", "At the lake", "And so"], None, count)
     assert [pair.context for pair in plain][:2] == [
         "In the house, The house has a ",
         "At the lake The lake gives a ",
@@ -107,7 +109,9 @@ def test_a_pair_for_each_place_of_the_listed_spelling():
 
 def test_no_more_places_are_tried_than_the_most():
     texts = [Text(number % 3, f"House {number} has a warm smile.") for number in range(40)]
-    found = candidate_contexts(finding("warm smile", found_in(texts, "warm smile")), texts, PROMPTS, True, count)
+    found = candidate_contexts(
+        finding("warm smile", found_in(texts, "warm smile")), texts, PROMPTS, dict.fromkeys(PROMPTS, ""), count
+    )
     assert len(found) == MOST_TRIED and list(found.values()) == [0, 1, 2] * 4
 
 
