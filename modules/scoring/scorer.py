@@ -194,8 +194,9 @@ class Scorer:
             return torch.stack(found)
         self._from_layer.fill()
         groups = [trials] if self.stacks else [[trial] for trial in trials]
-        tails = (partial(self._from_layer.trying, trials=group) for group in groups)
-        return torch.cat([self._collect(len(group), tail) for group, tail in zip(groups, tails, strict=True)])
+        return torch.cat(
+            [self._collect(len(group), partial(self._from_layer.trying, trials=group)) for group in groups]
+        )
 
     @property
     def stacks(self) -> bool:
