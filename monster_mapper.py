@@ -83,13 +83,18 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
 
     def work() -> int | None:
         with importing():
-            from modules.run import Exports, check_exports, discover, map_model, rate
+            from modules.run.map import Exports, check_exports, map_model
+            from modules.run.steps import prepare_libraries
+            from modules.slop import discover, rate
 
         exports = Exports(options.json, options.yaml)
         check_exports(exports, options.overwrite)
+        if not (rated or options.discover):
+            return map_model(config, console, exports)
+        prepare_libraries(config.random_seed)
         if rated:
-            return rate(config, rated, console, exports)
-        return (discover if options.discover else map_model)(config, console, exports)
+            return rate(config, rated, console, options.json)
+        return discover(config, console, options.json, options.yaml)
 
     written = files_left([path for path in (options.json, options.yaml) if path])
     return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}. {written()}".strip())

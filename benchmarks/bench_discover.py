@@ -10,18 +10,19 @@ seeds' texts. Prints this and, as its last line, JSON.
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from modules.config import load_config
-from modules.discovery import Finding, Text, counts, possible_contexts
-from modules.run.discover import probabilities
 from modules.run.steps import prepare_libraries
-from modules.run.writing import Author, open_writer, write_texts
 from modules.runtime import Console
+from modules.slop.contexts import candidate_contexts
+from modules.slop.discover import probabilities
+from modules.slop.finder import Finding, Text
+from modules.slop.generate import Generator, generate, load_generator
+from modules.slop.rate import counts
 
 REAL = ROOT / "demo/real"
 FRESH = 513  # the other seed
@@ -36,14 +37,10 @@ def main() -> int:
     config = load_config(CONFIG, mapping=True, sets=[f"phrase_files=[{LIST}]", "bad_phrases=[]"])
     prepare_libraries(config.random_seed)
     with Console("bench-discover") as console:
-        opened = open_writer(config, console)
-        prompts, writer = opened.prompts, opened.load()
-        before, fresh = (
-            write_texts(writer, prompts, replace(config, random_seed=seed), console, REAL / "samples")
-            for seed in (config.random_seed, FRESH)
-        )
+        generator = load_generator(config, console)
+        before, fresh = (generate(generator, seed, console, LIST) for seed in (config.random_seed, FRESH))
         phrases = list(dict.fromkeys(pair.phrase for pair in config.bad_phrases))
-        scored = contexts_of(phrases, fresh, prompts, writer)
+        scored = contexts_of(phrases, fresh, generator)
     rates = [counts(texts, phrases).rate(phrases) for texts in (before, fresh)]
     found = {
         "contexts": len(scored),
@@ -60,21 +57,18 @@ def main() -> int:
     return 0
 
 
-def contexts_of(
-    phrases: list[str], written: list[tuple[str, ...]], prompts: tuple[str, ...], writer: Author
-) -> list[float]:
+def contexts_of(phrases: list[str], answers: list[list[str]], generator: Generator) -> list[float]:
     """How probable every phrase is where the texts have it, at most twelve places each, as a list would have them."""
-    texts = [Text(number, text) for number, of_prompt in enumerate(written) for text in of_prompt]
+    texts = [Text(number, text) for number, of_prompt in enumerate(answers) for text in of_prompt]
     pairs = []
     for phrase in phrases:
         pattern = re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)")
         places = tuple(
-            (number, *said.span()) for number, text in enumerate(texts) for said in pattern.finditer(text.text)
+            (number, *match.span()) for number, text in enumerate(texts) for match in pattern.finditer(text.text)
         )
-        finding = Finding(phrase, len(places), 0, 0, 0.0, 0.0, 0.0, 0.0, places)
-        count = lambda text: len(writer.tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
-        pairs += [one.pair for one in possible_contexts(finding, texts, prompts, writer.chats, count)]
-    return probabilities(writer, pairs)
+        finding = Finding(phrase, (), 0, 0, 0.0, 0.0, places)
+        pairs += candidate_contexts(finding, texts, generator.prompts, generator.answers_begin, generator.count_tokens)
+    return probabilities(generator, pairs)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ from modules.mapper.detokenize import Spelling
 from modules.mapper.next_tokens import Continuation, build_continuation
 from modules.model.base_model import ResidentModel
 from modules.model.loading import load_model
-from modules.run.steps import prepare_libraries, score_once
+from modules.run.steps import prepare_libraries
 from modules.scoring import Root, Scorer
-from modules.scoring.layout import build_scorer
+from modules.scoring.layout import build_scorer, score_once
 from modules.scoring.tokenization import encode_contexts, encode_pairs
 
 

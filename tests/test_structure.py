@@ -19,7 +19,7 @@ PACKAGES = (
     "metrics",
     "output",
     "mapper",
-    "discovery",
+    "slop",
     "run",
 )
 SOURCES = {

@@ -12,7 +12,7 @@ from modules.config import Config
 from modules.model import ResidentModel
 from modules.output import Sample
 from modules.runtime import Console, counted, first_line, within_memory, without_panics
-from modules.scoring import Asked, Drawing, answers, has_template
+from modules.scoring import Asked, SamplingParams, answers, has_template
 
 
 class Samples:
@@ -24,9 +24,9 @@ class Samples:
         """Ask the base now, so that it need not come back. asked: the prompts as it reads them."""
         began = time.monotonic()
         asked = asked or Asked()
-        drawing = Drawing(asked=asked)
+        params = SamplingParams(asked=asked)
         self._console = console
-        self._answers = partial(answers, model, tokenizer, seed=config.random_seed, drawing=drawing)
+        self._answers = partial(answers, model, tokenizer, seed=config.random_seed, params=params)
         prompts = [prompt for prompt in config.prompts if prompt in asked.texts or not has_template(tokenizer)]
         self._of_base = self._ask("base", prompts)
         self.seconds = time.monotonic() - began

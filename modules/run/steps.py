@@ -3,7 +3,6 @@
 Knows: libraries, saving, what lies beside the weights. Refuses to know: searching.
 """
 
-import math
 import os
 import re
 import shlex
@@ -35,21 +34,17 @@ from modules.output import (
     write_card,
     write_recipe,
 )
-from modules.runtime import Console, counted, first_line, naming, postponed, within_memory
+from modules.runtime import Console, counted, first_line, naming, postponed
 from modules.runtime.distributed import Group
 from modules.scoring import (
     CONTEXTS,
     Asked,
-    Encoded,
     Rendered,
-    Scorer,
     asked_of,
-    build_scorer,
     chat_of,
     chats_of,
     check_refusals,
     has_template,
-    of_pairs,
     render,
     with_texts,
     within_thoughts,
@@ -101,18 +96,6 @@ def _scored_in_thoughts(rendered: Rendered, contexts: Sequence[Chat]) -> list[st
     instead = f"; to score them in the answer: {' or '.join(ways)}" if ways else ""
     where = counted(len(within), "chat context")
     return [f"the chat template begins a thought, in which the phrases of {where} are scored{instead}"]
-
-
-def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer, list[float]]:
-    """Joint log-probabilities of pairs under a model that stays as it is, and what has found them.
-
-    Raises ConfigError if they are no numbers.
-    """
-    scorer = build_scorer(model, encoded, tails=False)
-    found = within_memory(scorer.score, lambda: scorer.take_less_memory() is not None)
-    if any(map(math.isnan, found)):
-        raise model.no_numbers()
-    return scorer, of_pairs(found, encoded)
 
 
 def save(console: Console, model: ResidentModel | Rebuild, unfinished: Unfinished, output: str) -> None:

@@ -14,22 +14,19 @@ from modules.scoring.chats import (
     check_refusals,
     has_template,
     render,
-    render_chats,
     with_texts,
     within_thoughts,
 )
 from modules.scoring.drift import Drift, DriftMeter
 from modules.scoring.exactness import Plain
 from modules.scoring.gradient import GradientPass, Outside
-from modules.scoring.inputs import Inputs, attention_mask, depths, tree_mask
-from modules.scoring.layout import NOT_TAKEN, attention_window, build_scorer, check_numbers, is_taken
+from modules.scoring.hidden_states import streamed
+from modules.scoring.layout import NOT_TAKEN, attention_window, build_scorer, check_numbers, is_taken, score_once
 from modules.scoring.narrowness import check_float16
 from modules.scoring.objective import Objective, Penalty, Value
-from modules.scoring.packing import LAYOUTS, TokenTree, build_packs
-from modules.scoring.rounding import other_ways, spreads
-from modules.scoring.samples import Drawing, answers, drawn, of_one_length, unanswered
-from modules.scoring.scorer import Scorer
-from modules.scoring.streamed import streamed
+from modules.scoring.packing import LAYOUTS, Inputs, TokenTree, attention_mask, build_packs, depths, tree_mask
+from modules.scoring.samples import SamplingParams, answers, empty_answers, same_length_batches, sample
+from modules.scoring.scorer import Scorer, by_pair, of_pairs, of_variants, other_ways, spreads
 from modules.scoring.tails import Trial
 from modules.scoring.tokenization import (
     Encoded,
@@ -43,4 +40,3 @@ from modules.scoring.tokenization import (
     neutral_windows,
     spread,
 )
-from modules.scoring.variants import by_pair, of_pairs, of_variants

@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from modules.config import PHRASES, Chat, Config, Message
 from modules.runtime import ConfigError, first_line, shortened
-from modules.scoring.thoughts import Thoughts, questions, thoughts_of
+from modules.scoring.thoughts import Thoughts, thoughts_of
 
 MOST_REFUSALS = 10  # that are told one by one
 SECONDS, SECONDS_OF_A_CHAT = 2.0, 0.02  # of the processor, for all chats together; most take a thousandth of a second
+STARTS_IN = 300.0  # seconds by the clock that the child has for its imports
 PATIENCE = 5  # how many times longer the clock may take than the processor
 CONTEXTS = "contexts"  # the key that a chat is of
 
@@ -68,19 +69,6 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render_chats(
-    tokenizer: Any, name: str, chats: Iterable[Chat], template: Mapping[str, Any] | None
-) -> dict[Chat, str]:
-    """What the model reads before the phrase: the chat as the template writes it, then the beginning of the answer.
-
-    name: the model's, for messages. template: its settings. Raises ConfigError if there is no template, or for all
-    chats that it refuses.
-    """
-    rendered = render(tokenizer, name, dict.fromkeys(chats, CONTEXTS), template)
-    check_refusals(rendered.refusals.values(), "contexts")
-    return dict(rendered.texts)
-
-
 def check_refusals(refusals: Iterable[str], what: str) -> None:
     """Raise ConfigError if there are some; of many, with the first ones and how many more `what` there are."""
     lines = list(refusals)
@@ -90,13 +78,10 @@ def check_refusals(refusals: Iterable[str], what: str) -> None:
 
 
 def render(
-    tokenizer: Any,
-    name: str,
-    chats: Mapping[Chat, str],
-    template: Mapping[str, Any] | None,
-    system: str | None = None,
+    tokenizer: Any, name: str, chats: Mapping[Chat, str], template: Mapping[str, Any] | None, system: str | None = None
 ) -> Rendered:
-    """Chats as the template writes them, and what it refuses.
+    """What the model reads before the phrase: each chat as the template writes it, then the beginning of the answer;
+    and what the template refuses.
 
     name: the model's, for messages. chats: each with the key that it is of. template: settings. system: the turn that
     has a key of its own. Raises ConfigError if there is no template for a context, or if it takes too much.
@@ -111,27 +96,29 @@ def render(
         settings = {**tokenizer.special_tokens_map, **settings}
     distinct = list(dict.fromkeys(chat.messages for chat in chats))
     turns = [[{"role": turn.role, "content": turn.content} for turn in messages] for messages in distinct]
-    asked = [*({"messages": messages, "prompt": True, "settings": {}} for messages in turns), *questions()]
-    found = _outcomes(tokenizer, {"template": source, "settings": settings, "conversations": asked})
-    by_messages = dict(zip(distinct, found, strict=False))
+    found = _outcomes(tokenizer, {"template": source, "settings": settings, "conversations": turns})
+    by_messages = dict(zip(distinct, found, strict=True))
     texts, refusals = dict[Chat, str](), dict[Chat, str]()
     for chat, key in chats.items():
         outcome = by_messages[chat.messages]
+        shown = f"context '{chat}'" if key == CONTEXTS else f"prompt '{shortened(chat.messages[-1].content)}'"
         if "text" in outcome:
             texts[chat] = outcome["text"] + chat.answer
-            continue
-        message = _message(name, chat, key, outcome, system)
-        if "beyond" in outcome:
-            raise ConfigError(message)
-        refusals[chat] = message
-    told = [one.get("text") for one in found[len(distinct) :]]
-    return Rendered(texts, refusals, thoughts_of(source, added, told))
+        elif "beyond" in outcome:
+            raise ConfigError(
+                f"{name}: its chat template {outcome['beyond']}, for the {shown} ({key}). Take a model with another "
+                "one, or give another with template: {chat_template: ...}"
+            )
+        else:
+            key += ", system" if system is not None and chat.messages[0] == Message("system", system) else ""
+            refusals[chat] = f"{name}: its chat template refuses the {shown}: {outcome['refusal']} ({key})"
+    return Rendered(texts, refusals, thoughts_of(source, added, settings))
 
 
 def asked_of(tokenizer: Any, rendered: Rendered, prompts: Iterable[str], system: str | None = None) -> Asked:
     """Those of the prompts that were rendered; without a template, all as they are."""
     if not has_template(tokenizer):
-        return Asked(thoughts=thoughts_of("", list(tokenizer.get_added_vocab())))
+        return Asked(thoughts=thoughts_of("", list(tokenizer.get_added_vocab()), {}))
     chats = {prompt: chat_of(prompt, system) for prompt in prompts}
     texts = {prompt: rendered.texts[chat] for prompt, chat in chats.items() if chat in rendered.texts}
     return Asked(texts, rendered.thoughts)
@@ -171,20 +158,6 @@ def _source(tokenizer: Any, name: str, settings: dict[str, Any]) -> str:
     return tokenizer.get_chat_template(chosen, settings.get("tools"))
 
 
-def _message(name: str, chat: Chat, key: str, outcome: Outcome, system: str | None) -> str:
-    """What there is to say of a chat that is not rendered."""
-    what = f"context '{chat}'" if key == CONTEXTS else f"prompt '{shortened(chat.messages[-1].content)}'"
-    if "beyond" in outcome:
-        return (
-            f"{name}: its chat template {outcome['beyond']}, for the {what} ({key}). Take a model with another one, "
-            "or give another with template: {chat_template: ...}"
-        )
-    turn = chat.messages[outcome["turn"] - 1]
-    key = "system" if turn.role == "system" and turn.content == system else key
-    which = f"{key}, turn {outcome['turn']}: {turn.role}"
-    return f"{name}: its chat template refuses the {what}: {outcome['refusal']} ({which})"
-
-
 def _is_own_code(tokenizer: Any) -> bool:
     """Whether a tokenizer writes chats by a program of its own, which came with it or with another library."""
     return type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
@@ -193,19 +166,19 @@ def _is_own_code(tokenizer: Any) -> bool:
 def _outcomes(tokenizer: Any, request: Mapping[str, Any]) -> list[Outcome]:
     """What becomes of a request's conversations. One that took too much is the last; those behind it are like it."""
     if _is_own_code(tokenizer):
-        return [_by_own_code(tokenizer, request, one) for one in request["conversations"]]
-    seconds = SECONDS + SECONDS_OF_A_CHAT * len(request["conversations"])
-    found = in_child({**request, "seconds": seconds})
-    return [*found, *[found[-1]] * (len(request["conversations"]) - len(found))]
+        return [_by_own_code(tokenizer, request["settings"], messages) for messages in request["conversations"]]
+    count = len(request["conversations"])
+    found = in_child({**request, "seconds": SECONDS + SECONDS_OF_A_CHAT * count})
+    return [*found, *[found[-1]] * (count - len(found))]
 
 
-def _by_own_code(tokenizer: Any, request: Mapping[str, Any], conversation: Mapping[str, Any]) -> Outcome:
+def _by_own_code(tokenizer: Any, settings: Mapping[str, Any], messages: Sequence[Mapping[str, str]]) -> Outcome:
     """By a tokenizer that is a program itself: somebody has said that it is trusted."""
-    settings = {**request["settings"], **conversation["settings"], "add_generation_prompt": conversation["prompt"]}
+    settings = {**settings, "add_generation_prompt": True, "tokenize": False}
     try:
-        return {"text": tokenizer.apply_chat_template(list(conversation["messages"]), tokenize=False, **settings)}
+        return {"text": tokenizer.apply_chat_template(list(messages), **settings)}
     except Exception as error:  # whatever it raises
-        return {"refusal": first_line(error), "turn": len(conversation["messages"])}
+        return {"refusal": first_line(error)}
 
 
 def in_child(request: Mapping[str, Any]) -> Sequence[Outcome]:
@@ -213,21 +186,18 @@ def in_child(request: Mapping[str, Any]) -> Sequence[Outcome]:
     what was beyond the limits, if something was."""
     command = [sys.executable, "-c", _START, str(_CHILD)]
     root = _CHILD.parents[2]  # from where the child finds this program, and nothing else that lies around
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     too_long = f"takes longer than {request['seconds']:.0f} s"
-    with subprocess.Popen(command, cwd=root, **pipes) as process:
-        try:
-            process.stdout.readline()  # it is ready: the clock begins
-            answer, errors = process.communicate(json.dumps(request).encode(), timeout=PATIENCE * request["seconds"])
-        except subprocess.TimeoutExpired:
-            process.kill()
-            answer, errors = process.communicate()[0], too_long.encode()
-        except BaseException:
-            process.kill()  # nobody waits for it any more
-            raise
+    patience = STARTS_IN + PATIENCE * request["seconds"]
+    try:
+        ended = subprocess.run(
+            command, input=json.dumps(request).encode(), cwd=root, capture_output=True, timeout=patience, check=False
+        )
+        answer, errors, code = ended.stdout, ended.stderr.decode(errors="replace").strip(), ended.returncode
+    except subprocess.TimeoutExpired as error:
+        answer, errors, code = error.stdout or b"", too_long, 1
     found = [json.loads(line) for line in answer.splitlines(keepends=True) if line.endswith(b"\n")]
-    if process.returncode and not (found and "beyond" in found[-1]):
-        told = errors.decode(errors="replace").strip().splitlines() or [f"ends its process ({process.returncode})"]
-        ran_out = process.returncode == -getattr(signal, "SIGXCPU", 0)
-        found.append({"beyond": too_long if ran_out else shortened(told[-1])})
+    if code and not (found and "beyond" in found[-1]):
+        words = errors.splitlines()[-1] if errors else f"ends its process ({code})"
+        ran_out = code == -getattr(signal, "SIGXCPU", 0)
+        found.append({"beyond": too_long if ran_out else shortened(words)})
     return found

@@ -57,7 +57,7 @@ class GradientPass:
         """outside: whether gradients on what is outside the layers are wanted."""
         self._of, self._model, self._wants_outside = objective, objective.model, outside
         tokens = sum(text.ids.numel() for text in objective.texts)
-        self._hidden = Entrances(objective.budget, len(self._model.layers), tokens)
+        self._hidden = ActivationCheckpoints(objective.budget, len(self._model.layers), tokens)
         self._shapes: list[torch.Size] = []  # of every text's hidden states
         self._upstream: list[Tensor] = []  # of every text, d objective / d hidden states, once the head is through
         self._dense: Tensors = {}
@@ -249,7 +249,7 @@ class GradientPass:
         return found[0]
 
 
-class Entrances:
+class ActivationCheckpoints:
     """The hidden states of all texts that enter the layers: of all of them or, where there is no room for that, of
     every second, third, ...; on the device, or in the CPU's memory beside it."""
 

@@ -4,7 +4,7 @@ Knows: how a layer is called and what it returns. Refuses to know: packs, scores
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -158,3 +158,21 @@ def recorded(
     passed = handing_on(model, range(first, len(model.layers)))
     logits_with(model, arguments, {**passed, layer: recording})
     return found[0]
+
+
+@torch.no_grad()
+def streamed(
+    model: ResidentModel, inputs: Sequence[Inputs], layers: Iterable[AbstractContextManager[None]]
+) -> list[Tensor]:
+    """The last hidden states of inputs, (B, T, H) each, by layers that have weights of their own while they run.
+
+    layers: for each of the model's layers, in order, a context within which the model holds what it needs to run it.
+    Exact where nothing reaches a layer but hidden states, as tail forwards are.
+    """
+    hidden: list[Tensor] = []
+    for layer, held in enumerate(layers):
+        with held:
+            hidden = hidden or [recorded(model, arguments(), layer, entering) for arguments in inputs]
+            for number, arguments in enumerate(inputs):
+                hidden[number] = recorded(model, arguments(), layer, run_on(hidden[number]))
+    return hidden

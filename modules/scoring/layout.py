@@ -16,7 +16,7 @@ from modules.runtime import ConfigError, Rank, is_out_of_memory, within_memory
 from modules.scoring.budget import Budget
 from modules.scoring.exactness import Plain
 from modules.scoring.packing import LAYOUTS
-from modules.scoring.scorer import DEFAULT, ONLY, SAMPLE, Scorer, Trial
+from modules.scoring.scorer import DEFAULT, ONLY, SAMPLE, Scorer, Trial, of_pairs
 from modules.scoring.tokenization import Encoded, spread
 
 # What architectures raise that do not take these inputs.
@@ -36,7 +36,7 @@ def build_scorer(
     def build() -> Scorer:
         scorer = _exact_scorer(model, encoded, plain, budget, rank)
         if tails:
-            scorer._stacked, scorer._tails = _exact_trials(scorer, plain, stacked)
+            scorer._stacked, scorer.has_tails = _exact_trials(scorer, plain, stacked)
         return scorer if rank.world_size == 1 else Scorer(model, encoded, *scorer.settings, rank)
 
     def take_less() -> bool:
@@ -46,6 +46,18 @@ def build_scorer(
         return left
 
     return within_memory(build, take_less)
+
+
+def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer, list[float]]:
+    """Joint log-probabilities of pairs under a model that stays as it is, and what has found them.
+
+    Raises ConfigError if they are no numbers.
+    """
+    scorer = build_scorer(model, encoded, tails=False)
+    found = within_memory(scorer.score, lambda: scorer.take_less_memory() is not None)
+    if any(map(math.isnan, found)):
+        raise model.no_numbers()
+    return scorer, of_pairs(found, encoded)
 
 
 def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain, budget: Budget, rank: Rank) -> Scorer:
@@ -98,7 +110,7 @@ def _tails_agree(scorer: Scorer, plain: Plain) -> bool:
     """
     if not scorer.agrees(plain, scorer.trial_token_scores([_altered(scorer), nullcontext])[1]):
         return False
-    scorer.at_layer(len(scorer._layers) - 1)
+    scorer.at_layer(len(scorer.model.layers) - 1)
     return scorer.agrees(plain, scorer.trial_token_scores([nullcontext, _altered(scorer)])[0])
 
 

@@ -23,8 +23,7 @@ from modules.model import ResidentModel, row_ranges
 from modules.runtime import ConfigError
 from modules.scoring.drift import DriftMeter
 from modules.scoring.hidden_states import ending_in, logits_with
-from modules.scoring.scorer import Scorer
-from modules.scoring.variants import of_variants
+from modules.scoring.scorer import Scorer, of_variants
 
 AT_ONCE = 4  # tensors of the logits' size at a time: theirs, the base's, its shares, the gradient
 NOTHING = 1e-15  # a pair whose part in the gradient is smaller, by the largest, has none: see gradient.NOTHING

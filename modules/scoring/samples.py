@@ -1,15 +1,15 @@
-"""Samples: what a model answers to prompts, drawn with a seed.
+"""Samples: what a model answers to prompts, sampled with a seed.
 
 Knows: prompts as token ids, the model's generation, chance. Refuses to know: phrases, files, chat templates, who is
 compared.
 
-transformers generates, since architectures differ in what they keep of the tokens before. Which token comes next is
-drawn here, on the CPU: the seed of everything else is not touched, and a probability that is no number is an error
-here; on a device it would be the end of the device, and of the merge that is on it.
+transformers generates, since architectures differ in what they keep of the tokens before. The next token is sampled
+here, on the CPU: the seed of everything else is not touched, and a probability that is no number is an error here; on a
+device it would be the end of the device, and of the merge that is on it.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -25,8 +25,8 @@ from modules.scoring.tokenization import encode_prompt
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How texts are drawn."""
+class SamplingParams:
+    """How texts are sampled."""
 
     tokens: int = 80  # of a text, at most
     temperature: float = 0.8
@@ -34,77 +34,75 @@ class Drawing:
     asked: Asked = field(default_factory=Asked)  # prompts as the model reads them
 
 
-DRAWING = Drawing()
-MOST_TEXTS = 32  # that are drawn at once
-FORCED = "forced_decoder_ids"
+DEFAULT = SamplingParams()
+BATCH = 32  # texts that are sampled at once
 
 
 def answers(
-    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], seed: int, drawing: Drawing = DRAWING
+    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], seed: int, params: SamplingParams = DEFAULT
 ) -> tuple[dict[str, str], list[str]]:
     """What the model answers to each prompt; a line on each prompt that it can't take, and one if it does nothing but
-    think. Raises as `drawn` does."""
+    think. Raises as `sample` does."""
     found, problems = {}, []
     for prompt in prompts:
         try:
-            found[prompt] = drawn(model, tokenizer, [prompt], seed, drawing)[0][0]
+            found[prompt] = sample(model, tokenizer, [prompt], seed, params)[0][0]
         except ConfigError as error:
             problems.append(str(error))
-    return found, problems + unanswered([[text] for text in found.values()], drawing)
+    return found, problems + empty_answers([[text] for text in found.values()], params)
 
 
-def unanswered(texts: Sequence[Sequence[str]], drawing: Drawing) -> list[str]:
+def empty_answers(texts: Sequence[Sequence[str]], params: SamplingParams) -> list[str]:
     """A line if some texts of a model that thinks are empty: their tokens were all spent on thoughts."""
-    empty, every = sum(not text for some in texts for text in some), sum(map(len, texts))
-    if not (empty and drawing.asked.thoughts.marks):
+    empty = sum(not text for of_prompt in texts for text in of_prompt)
+    if not empty or not params.asked.thoughts.marks:
         return []
-    switch = drawing.asked.thoughts.switch
+    switch = params.asked.thoughts.switch
     without = f"; template: {{{switch}: false}} does without thinking" if switch else ""
-    what = f"{empty} of {counted(every, 'text')} without an answer"
-    return [f"{what}: thoughts, which are no part of it, took all {drawing.tokens} tokens{without}"]
+    what = f"{empty} of {counted(sum(map(len, texts)), 'text')} without an answer"
+    return [f"{what}: thoughts, which are no part of it, took all {params.tokens} tokens{without}"]
 
 
-def of_one_length(model: ResidentModel, tokenizer: Any, prompts: Sequence[str], drawing: Drawing) -> list[list[str]]:
-    """Prompts that can be answered together: they have as many tokens, and at most MOST_TEXTS texts are drawn at once.
+def same_length_batches(
+    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], params: SamplingParams
+) -> list[list[str]]:
+    """Prompts that can be answered together: they have as many tokens, and at most BATCH texts are sampled at once.
 
-    Together is faster, since a model's weights are read once for all; and nothing is filled up.
+    Together is faster, since a model's weights are read once for all; of one length, nothing needs padding.
     """
     by_length: dict[int, list[str]] = {}
     for prompt in prompts:
-        by_length.setdefault(len(_encoded(model, tokenizer, prompt, drawing)), []).append(prompt)
-    most = max(1, MOST_TEXTS // drawing.count)
-    return [some[first : first + most] for some in by_length.values() for first in range(0, len(some), most)]
+        by_length.setdefault(len(_encoded(model, tokenizer, prompt, params)), []).append(prompt)
+    size = max(1, BATCH // params.count)
+    return [alike[first : first + size] for alike in by_length.values() for first in range(0, len(alike), size)]
 
 
-def drawn(
-    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], seed: int, drawing: Drawing = DRAWING
+def sample(
+    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], seed: int, params: SamplingParams = DEFAULT
 ) -> list[list[str]]:
-    """Texts that the model writes to each of some prompts of one length. What is drawn for a prompt depends on the seed
-    and on that prompt; but for rounding, which may depend on how many there are.
+    """Texts that the model writes to each of some prompts of one length. What is sampled for a prompt depends on the
+    seed and on that prompt; but for rounding, which may depend on how many there are.
 
     Raises ConfigError for a prompt that it can't take, and whatever an architecture that can't generate, or a chat
     template, raises.
     """
-    tokens = [_encoded(model, tokenizer, prompt, drawing) for prompt in prompts]
+    tokens = [_encoded(model, tokenizer, prompt, params) for prompt in prompts]
     ends = model.end_tokens() | {token for token in [tokenizer.eos_token_id] if token is not None}
     seeds = [random.Random(f"{seed} {prompt}").getrandbits(63) for prompt in prompts]
-    whole = _generated(model, tokens, sorted(ends), seeds, drawing)
-    # What follows an end fills the row up: other texts were longer.
-    own = [
-        list(takewhile(lambda token: token not in ends, row[len(first) :]))
-        for first, rows in zip(tokens, whole.unflatten(0, (len(prompts), drawing.count)).tolist(), strict=True)
-        for row in rows
-    ]
-    rows = [prompt for prompt in prompts for _ in range(drawing.count)]
-    texts = [_text(tokenizer, row, prompt, drawing.asked) for row, prompt in zip(own, rows, strict=True)]
-    return [texts[first : first + drawing.count] for first in range(0, len(texts), drawing.count)]
+    rows = _generated(model, tokens, sorted(ends), seeds, params)[:, len(tokens[0]) :]
+    texts = []
+    for prompt, of_prompt in zip(prompts, rows.unflatten(0, (len(prompts), params.count)).tolist(), strict=True):
+        # What follows an end fills the row up: other texts were longer.
+        written = [list(takewhile(lambda token: token not in ends, row)) for row in of_prompt]
+        texts.append([_visible(tokenizer, row, prompt, params.asked) for row in written])
+    return texts
 
 
-def _encoded(model: ResidentModel, tokenizer: Any, prompt: str, drawing: Drawing) -> list[int]:
-    return encode_prompt(tokenizer, prompt, model.vocabulary, model.max_tokens, drawing.asked.texts.get(prompt))
+def _encoded(model: ResidentModel, tokenizer: Any, prompt: str, params: SamplingParams) -> list[int]:
+    return encode_prompt(tokenizer, prompt, model.vocabulary, model.max_tokens, params.asked.texts.get(prompt))
 
 
-def _text(tokenizer: Any, tokens: Sequence[int], prompt: str, asked: Asked) -> str:
+def _visible(tokenizer: Any, tokens: Sequence[int], prompt: str, asked: Asked) -> str:
     """What a reader sees of a text: no special tokens, and no thoughts."""
     if asked.thoughts.marks:  # their marks may be special tokens
         opened = asked.thoughts.opened_by(asked.texts.get(prompt, prompt)) is not None
@@ -117,64 +115,58 @@ def _text(tokenizer: Any, tokens: Sequence[int], prompt: str, asked: Asked) -> s
 
 
 def _generated(
-    model: ResidentModel, tokens: Sequence[Sequence[int]], ends: Sequence[int], seeds: Sequence[int], drawing: Drawing
+    model: ResidentModel,
+    tokens: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    seeds: Sequence[int],
+    params: SamplingParams,
 ) -> Tensor:
-    """The prompts and what follows them, (prompts * count, T): up to the drawing's tokens, or what the model takes."""
-    module, room = model.module, drawing.tokens
+    """The prompts and what follows them, (prompts * count, T): up to the params' tokens, or what the model takes."""
+    module, most = model.module, params.tokens
     if model.max_tokens is not None:
-        room = min(room, model.max_tokens - len(tokens[0]))
-    own = model.token_rules()
-    forced = own.pop(FORCED, None)
-    settings = GenerationConfig(max_new_tokens=room, eos_token_id=list(ends) or None, pad_token_id=tokens[0][0], **own)
+        most = min(most, model.max_tokens - len(tokens[0]))
+    rules = model.token_rules()
+    forced = dict(rules.pop("forced_decoder_ids", None) or ())
+    settings = GenerationConfig(
+        max_new_tokens=most, eos_token_id=list(ends) or None, pad_token_id=tokens[0][0], **rules
+    )
     # What a checkpoint's generation_config.json says would stand in for all that these settings leave open.
-    theirs, module.generation_config = module.generation_config, settings
+    checkpoints_own, module.generation_config = module.generation_config, settings
     try:
-        ids = torch.tensor(tokens, device=model.device).repeat_interleave(drawing.count, dim=0)
+        ids = torch.tensor(tokens, device=model.device).repeat_interleave(params.count, dim=0)
 
         def generate() -> Tensor:
-            last = [*([_Forced(forced)] if forced else []), _Drawn(seeds, drawing)]
+            last = [_Sampler(seeds, params, forced)]
             with model.products():
                 return module.generate(ids, settings, attention_mask=torch.ones_like(ids), logits_processor=last)
 
         return model.in_range(generate, overflows=ArithmeticError)
     finally:
-        module.generation_config = theirs
+        module.generation_config = checkpoints_own
 
 
-class _Forced(LogitsProcessor):
-    """Leaves one token possible where a model's settings name it (forced_decoder_ids): transformers 5 has nothing for
-    that any more."""
+class _Sampler(LogitsProcessor):
+    """Leaves one token possible: the one that is sampled or, where a model's settings name one for a place
+    (forced_decoder_ids, of which transformers 5 has nothing any more), that."""
 
-    def __init__(self, tokens: Sequence[tuple[int, int]]) -> None:
-        """tokens: places, counted from 0 at the beginning of the prompt, and what stands there."""
-        self._tokens = dict(tokens)
+    def __init__(self, seeds: Sequence[int], params: SamplingParams, forced: Mapping[int, int]) -> None:
+        """seeds: one for each prompt; forced: tokens by their places, counted from 0 at the beginning of the prompt."""
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._params, self._forced = params, forced
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) of the next token behind ids (B, T)."""
-        token = self._tokens.get(ids.shape[1])
-        if token is None:
-            return scores
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, token] = 0.0
-        return forced
-
-
-class _Drawn(LogitsProcessor):
-    """Leaves one token possible: the one that was drawn."""
-
-    def __init__(self, seeds: Sequence[int], drawing: Drawing) -> None:
-        self._chances = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._count, self._temperature = drawing.count, drawing.temperature
-
-    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) of the next token. Raises ArithmeticError where they are no numbers.
+        """Scores (B, V) of the next token behind ids (B, T). Raises ArithmeticError where they are no numbers.
 
         The token is the first one up to which the probabilities add up to more than a number from 0 to 1 (inverse
         transform sampling): one random number a text, not one for every token of the vocabulary.
         """
-        sums = (scores.cpu().double() / self._temperature).softmax(-1).cumsum(-1)
-        if not bool(sums[:, -1].isfinite().all()):
-            raise ArithmeticError("the model's probabilities are no numbers")
-        parts = torch.cat([torch.rand(self._count, generator=chance, dtype=torch.double) for chance in self._chances])
-        token = torch.searchsorted(sums, parts[:, None] * sums[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
+        count, place = self._params.count, ids.shape[1]
+        parts = torch.cat([torch.rand(count, generator=chance, dtype=torch.double) for chance in self._generators])
+        if place in self._forced:
+            token = torch.full((len(ids), 1), self._forced[place])
+        else:
+            sums = (scores.cpu().double() / self._params.temperature).softmax(-1).cumsum(-1)
+            if not bool(sums[:, -1].isfinite().all()):
+                raise ArithmeticError("the model's probabilities are no numbers")
+            token = torch.searchsorted(sums, parts[:, None] * sums[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token.to(scores.device), 0.0)

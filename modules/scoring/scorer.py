@@ -1,30 +1,33 @@
 """How probable the model finds each pair: whole forwards, and tail forwards for the search.
 
-Knows: packs, the model's forward, what is read from its logits. Refuses to know: merging, strategies, weights of pairs.
+Knows: packs, the model's forward, what is read from its logits, ways to score that differ by rounding alone. Refuses to
+know: merging, strategies.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from modules.model import ResidentModel
-from modules.runtime import Rank
+from modules.runtime import Rank, counted
 from modules.scoring.budget import FEWEST_TOKENS, Budget, Packing
 from modules.scoring.exactness import Plain
 from modules.scoring.hidden_states import Forward, ending_in, first_of, logits_with
-from modules.scoring.inputs import Inputs, Targets
-from modules.scoring.packing import build_packs
+from modules.scoring.packing import Inputs, Targets, build_packs
 from modules.scoring.tails import TailForwards, Trial
 from modules.scoring.tokenization import Encoded, spread
 
 PACKS_EACH = 4  # at least so many for each of several processes, that none has much more to do than another
 SAMPLE = 16  # pairs of each pack that are compared with plain forwards
 
+WAYS = 4  # in which the same is scored, to see what rounding does
+
 DEFAULT, ONLY = Budget(), Rank()
+Item = TypeVar("Item")
 
 
 class Scorer:
@@ -49,10 +52,10 @@ class Scorer:
         """tolerance: what rounding alone makes of a token's log-probability, as the layout was verified with. stacked:
         several trials at a time, where inputs allow it. tails: trials are scored from their layer on, not by whole
         forwards. rank: of several processes that share the packs; each has zeros for the pairs of the others."""
-        self.layout, self.tolerance, self._rank = layout, tolerance, rank
-        self.pairs = len(encoded)
-        self.model, self._layers = model, model.layers
-        self.encoded, self._stacked, self._tails = encoded, stacked, tails
+        self.model, self.encoded, self.pairs = model, encoded, len(encoded)
+        self.layout, self.tolerance, self.rank = layout, tolerance, rank
+        self.has_tails = tails  # whether nothing reaches a layer of this model but hidden states
+        self._stacked = stacked
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
         self._layer = 0  # on which trials are scored
         self._pack(budget)
@@ -64,14 +67,14 @@ class Scorer:
     def _pack(self, budget: Budget) -> None:
         """Pack the pairs and keep this process's share."""
         self.budget, self._verified = budget, False
-        self._inputs: list[Inputs] = []
+        self.packs_here: list[Inputs] = []  # of this process
         self.packs = self.packed_tokens = self.columns = 0  # of all processes; columns: at which the head is read
-        loads = [0] * self._rank.world_size
+        loads = [0] * self.rank.world_size
         for pack in build_packs(self.encoded, self.layout, budget.tokens):
             owner = loads.index(min(loads))
             loads[owner] += pack.tokens
-            if owner == self._rank.number:
-                self._inputs.append(Inputs.of(pack, self.model.device, self.model.dtype))
+            if owner == self.rank.number:
+                self.packs_here.append(Inputs.of(pack, self.model.device, self.model.dtype))
             self.packs += 1
             self.packed_tokens += pack.tokens
             self.columns += len({target.column for target in pack.targets})
@@ -80,16 +83,16 @@ class Scorer:
 
     def describe(self) -> dict[str, object]:
         """How the pairs go through the model, for the summary."""
-        packs = "1 pack" if self.packs == 1 else f"{self.packs} packs"
-        packs += f" shared by {self._rank.world_size} processes" if self._rank.world_size > 1 else ""
+        packs = counted(self.packs, "pack")
+        packs += f" shared by {self.rank.world_size} processes" if self.rank.world_size > 1 else ""
         tokens = f"{self.packed_tokens:,} tokens packed from {sum(len(item.tokens) for item in self.encoded):,}"
-        whole = "" if self._tails else "; every ratio by whole forwards"
+        whole = "" if self.has_tails else "; every ratio by whole forwards"
         return {"Phrase layout": f"{self.layout} ({tokens}, {packs}){whole}"}
 
     @property
     def settings(self) -> tuple[str, Budget, float, bool, bool]:
         """With which another process builds the same scorer: layout, budget, tolerance, stacked, tails."""
-        return self.layout, self.budget, self.tolerance, self._stacked, self._tails
+        return self.layout, self.budget, self.tolerance, self._stacked, self.has_tails
 
     @property
     def packing(self) -> Packing:
@@ -123,14 +126,14 @@ class Scorer:
         budget = self.budget
         while budget.tokens > 1:
             budget = budget.halved()
-            other = Scorer(self.model, self.encoded, self.layout, budget, *self.settings[2:], self._rank)
+            other = Scorer(self.model, self.encoded, self.layout, budget, *self.settings[2:], self.rank)
             if other.packs > self.packs:
                 return other
         return None
 
     def alone(self) -> "Scorer":
         """One that has all packs in this process."""
-        return self if self._rank.world_size == 1 else Scorer(self.model, self.encoded, *self.settings)
+        return self if self.rank.world_size == 1 else Scorer(self.model, self.encoded, *self.settings)
 
     def singly(self) -> "Scorer":
         """One that scores one pair at a time, as is exact by whatever settings the model computes."""
@@ -139,17 +142,7 @@ class Scorer:
     @property
     def inputs(self) -> list[Callable[[], dict[str, Tensor]]]:
         """For each pack, what makes that which the model's forward takes."""
-        return [inputs.arguments for inputs in self._inputs]
-
-    @property
-    def packs_here(self) -> Sequence[Inputs]:
-        """The packs of this process."""
-        return self._inputs
-
-    @property
-    def rank(self) -> Rank:
-        """Of several processes that share the packs."""
-        return self._rank
+        return [inputs.arguments for inputs in self.packs_here]
 
     @torch.no_grad()
     def score_on(self, hidden: Sequence[Tensor]) -> list[float]:
@@ -193,7 +186,7 @@ class Scorer:
     def trial_token_scores(self, trials: Sequence[Trial]) -> Tensor:
         """The same by the phrases' tokens: (trials, pairs, longest phrase)."""
         self._verify_new_packs()
-        if not self._tails:
+        if not self.has_tails:
             found = []
             for trial in trials:
                 with trial():
@@ -201,19 +194,15 @@ class Scorer:
             return torch.stack(found)
         self._from_layer.fill()
         groups = [trials] if self.stacks else [[trial] for trial in trials]
-        tails = (partial(self._from_layer.trying, trials=group) for group in groups)
-        return torch.cat([self._collect(len(group), tail) for group, tail in zip(groups, tails, strict=True)])
-
-    @property
-    def has_tails(self) -> bool:
-        """Whether nothing reaches a layer of this model but hidden states."""
-        return self._tails
+        return torch.cat(
+            [self._collect(len(group), partial(self._from_layer.trying, trials=group)) for group in groups]
+        )
 
     @property
     def stacks(self) -> bool:
         """Whether several trials go through the model at a time, along the batch: masks and position embeddings of
         batch 1 broadcast."""
-        return self._tails and self._stacked and all(len(inputs.ids) == 1 for inputs in self._inputs)
+        return self.has_tails and self._stacked and all(len(inputs.ids) == 1 for inputs in self.packs_here)
 
     # -- whether packs are exact --------------------------------------------------------------------------------------
 
@@ -223,7 +212,7 @@ class Scorer:
         among them."""
         found = self.token_scores() if found is None else found
         deviations = []
-        for pair in {pair for inputs in self._inputs for pair in self._compared(inputs)}:
+        for pair in {pair for inputs in self.packs_here for pair in self._compared(inputs)}:
             exact = plain.token_scores(self.encoded[pair])
             deviations.append((found[pair, : len(exact)] - exact).abs().max())
         return bool(torch.stack(deviations).max() <= self.tolerance)  # NaN is not
@@ -239,11 +228,11 @@ class Scorer:
         this process go one at a time."""
         if self._verified:
             return
-        own = {pair for inputs in self._inputs for pair in inputs.targets.pairs.tolist()}
+        own = {pair for inputs in self.packs_here for pair in inputs.targets.pairs.tolist()}
         if own and not self.agrees(Plain(self.model)):
             packs = build_packs(self.encoded, "single", self.budget.tokens)
             mine = (pack for pack in packs if pack.targets[0].pair in own)
-            self._inputs = [Inputs.of(pack, self.model.device, self.model.dtype) for pack in mine]
+            self.packs_here = [Inputs.of(pack, self.model.device, self.model.dtype) for pack in mine]
             self._from_layer, self._stacked = TailForwards(self.model, self.inputs, self.budget), False
             self._from_layer.at_layer(self._layer)
         self._verified = True
@@ -255,7 +244,7 @@ class Scorer:
         copies goes into the model, where otherwise a layer makes it."""
         # One place per token of each phrase, for a sum: unlike scattered additions, always in the same order.
         places = torch.zeros(stack, self.pairs, self._longest_phrase, device=self.model.device)
-        for index in range(len(self._inputs)):
+        for index in range(len(self.packs_here)):
             for logits, targets in self._logits(index, stack, forwards_for(index), copied):
                 normaliser = logits.logsumexp(-1)  # (stack, B, columns)
                 chosen = logits[:, targets.rows, targets.columns, targets.tokens]
@@ -266,7 +255,7 @@ class Scorer:
         self, index: int, stack: int, forwards: dict[int, Forward], copied: bool = False
     ) -> Iterator[tuple[Tensor, Targets]]:
         """Float32 logits (stack, B, columns, V) of one pack and the targets in them, in chunks of bounded size."""
-        inputs, last = self._inputs[index], len(self._layers) - 1
+        inputs, last = self.packs_here[index], len(self.model.layers) - 1
         arguments = inputs.arguments()
         if copied:
             arguments = {name: torch.cat([tensor] * stack) for name, tensor in arguments.items()}
@@ -283,3 +272,48 @@ class Scorer:
             layers = {**forwards, last: recording} if first == 0 else ending_in(self.model, final[0])
             logits = logits_with(self.model, arguments, layers, columns).float()
             yield logits.unflatten(0, (stack, -1)), inputs.targets_in(first, first + len(columns))
+
+
+def by_pair(items: Iterable[Item], encoded: Sequence[Encoded]) -> list[list[Item]]:
+    """One item for each encoded variant of a phrase, as one list for each pair."""
+    found: list[list[Item]] = []
+    for item, variant in zip(items, encoded, strict=True):
+        if variant.another:
+            found[-1].append(item)
+        else:
+            found.append([item])
+    return found
+
+
+def of_pairs(log_probabilities: Iterable[float], encoded: Sequence[Encoded]) -> list[float]:
+    """Log-probabilities of pairs, that one of their variants follows, from those of all variants.
+
+    Variants exclude each other, so probabilities add up. A pair without variants keeps its own to the last bit.
+    """
+    return [
+        each[0] if len(each) == 1 else float(torch.tensor(each, dtype=torch.float64).logsumexp(0))
+        for each in by_pair(log_probabilities, encoded)
+    ]
+
+
+def of_variants(weights: Iterable[float], encoded: Sequence[Encoded]) -> list[float]:
+    """The pairs' weights, each as often as its pair has variants."""
+    groups = by_pair(encoded, encoded)
+    return [weight for weight, each in zip(weights, groups, strict=True) for _ in each]
+
+
+def other_ways(scorer: Scorer, copies: int) -> list[Callable[[], list[float]]]:
+    """Three more ways to score the model as it stands, which differ by rounding alone: copies in a batch, and smaller
+    packs or, where all pairs are alone already, batches of other sizes.
+
+    copies: how many there are in a batch, at least two. With several processes each has zeros for the others' pairs.
+    """
+    smaller = scorer.in_smaller_packs()
+    if smaller is None:
+        return [partial(scorer.score_copies, copies + more) for more in range(WAYS - 1)]
+    return [partial(scorer.score_copies, copies), smaller.score, partial(smaller.score_copies, copies)]
+
+
+def spreads(ways: Sequence[Sequence[float]]) -> list[float]:
+    """How far apart the values of each pair are: (ways, pairs) to one of each pair."""
+    return [max(values) - min(values) for values in zip(*ways, strict=True)]

@@ -2,8 +2,7 @@
 
 Knows: transformers' renderer, what a process may take. Refuses to know: torch, tokenizers, what the texts are for.
 
-`chats.py` starts this file as a program. It says that it is ready once its libraries are there; then it reads a request
-and answers each conversation with a line of JSON, in order.
+`chats.py` starts this file as a program, which reads a request and answers each conversation with a line of JSON.
 """
 
 import json
@@ -25,53 +24,33 @@ except ImportError:  # Windows: whoever has started this waits no longer than it
 LONGEST = 10_000_000  # characters of a text
 MEMORY = 2**30  # bytes that rendering may add
 
-Messages = Sequence[Mapping[str, str]]
 
+def outcomes(request: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """What becomes of each of a request's `conversations`, lists of messages, up to the first that takes too much.
 
-def outcomes(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What becomes of each of a request's conversations, up to the first that takes too much.
-
-    A request has a `template`, its `settings`, and `conversations`: each has `messages`, `prompt` (whether the answer
-    is to begin behind them) and `settings` of its own. An outcome is a `text`; or a `refusal`, the template's words,
-    and the `turn` that it refuses, counted from 1; or what is `beyond` the limits.
+    A request has a `template` and its `settings` as well. An outcome is a `text`, to the beginning of the answer; or a
+    `refusal`, the template's words; or what is `beyond` the limits.
     """
-    for conversation in request["conversations"]:
-        settings = {**request["settings"], **conversation["settings"]}
-        found = _outcome(request["template"], settings, conversation["messages"], conversation["prompt"])
+    for messages in request["conversations"]:
+        found = _outcome(request["template"], request["settings"], messages)
         yield found
         if "beyond" in found:
             return
 
 
-def _outcome(template: str, settings: Mapping[str, Any], messages: Messages, prompt: bool) -> dict[str, Any]:
+def _outcome(template: str, settings: Mapping[str, Any], messages: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    settings = {**settings, "add_generation_prompt": True}
     try:
-        text = _rendered(template, settings, messages, prompt)
+        (text,), _ = render_jinja_template([list(messages)], chat_template=template, **settings)
     except MemoryError:
         return {"beyond": f"takes more than {MEMORY // 2**30} GiB of memory"}
     except RecursionError:
         return {"beyond": "calls itself without end"}
     except Exception as error:  # whatever a template raises, or runs into
-        words = first_line(error)
-        return {"refusal": words, "turn": _refused_turn(template, settings, messages, prompt, words)}
+        return {"refusal": first_line(error)}
     if len(text) > LONGEST:
         return {"beyond": f"makes a text of {len(text):,} characters"}
     return {"text": text}
-
-
-def _rendered(template: str, settings: Mapping[str, Any], messages: Messages, prompt: bool) -> str:
-    texts, _ = render_jinja_template([list(messages)], chat_template=template, add_generation_prompt=prompt, **settings)
-    return texts[0]
-
-
-def _refused_turn(template: str, settings: Mapping[str, Any], messages: Messages, prompt: bool, words: str) -> int:
-    """The last turn of the shortest beginning of a conversation that is refused in the same words."""
-    for end in range(1, len(messages)):
-        try:
-            _rendered(template, settings, messages[:end], prompt)
-        except Exception as error:
-            if first_line(error) == words:
-                return end
-    return len(messages)
 
 
 def _limit(seconds: float) -> None:
@@ -93,7 +72,6 @@ def _limit(seconds: float) -> None:
 
 def main() -> None:
     """Answer the request that standard input brings."""
-    print("ready", flush=True)
     request = json.loads(sys.stdin.buffer.read())
     _limit(request["seconds"])
     for found in outcomes(request):

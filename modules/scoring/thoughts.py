@@ -1,15 +1,13 @@
 """What of a model's text is thought, and not the answer: by its chat template and the tokens of its tokenizer.
 
-Knows: tags, how templates open and close a block of thoughts. Refuses to know: models, token ids, how a chat is
-rendered.
+Knows: tags of thoughts, settings that switch thoughts off. Refuses to know: models, token ids, how a chat is rendered.
 
-Nothing marks thoughts in the same way everywhere, so a template is asked: what it writes around a turn's reasoning, and
-how the beginning of an answer differs with and without thinking. Beside that, a pair of tags with a telling name counts
-(<think> and </think>, [THINK] and [/THINK]), and a channel with one (<|channel|>analysis).
+Nothing marks thoughts in the same way everywhere: a pair of tags with a telling name counts (<think> and </think>,
+[THINK] and [/THINK], <|START_THINKING|> and <|END_THINKING|>), and a channel with one (<|channel|>analysis).
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +17,7 @@ _CHANNEL = re.compile(r"<\|[^<>|]*channel[^<>|]*\|>")
 _CONTROL = r"<\|[^<>|]+\|>"
 _ENDS = (("START", "END"), ("BEGIN", "END"), ("start", "end"), ("begin", "end"), ("open", "close"))
 _ENDS += (("prefix", "suffix"), ("bot", "eot"), ("bo", "eo"))
-
-ASKED, REASON, ANSWER = "zqquestion", "zqreason", "zqanswer"
-_FLAGS = "enable_thinking", "thinking"  # settings that templates take
+_SWITCHES = "enable_thinking", "thinking"  # settings that templates take
 
 
 @dataclass(frozen=True)
@@ -79,97 +75,44 @@ class Thoughts:
             yield bool(found.lastgroup), found.start(), found.end()
 
 
-def questions() -> list[dict[str, Any]]:
-    """What a template is asked: conversations as `template_child.outcomes` takes them."""
-    user, answer = {"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWER}
-    reasoned = {**answer, "reasoning_content": REASON}
-    asked = [
-        ([user], True, {}),
-        ([user], True, dict.fromkeys(_FLAGS, True)),
-        ([user], True, dict.fromkeys(_FLAGS, False)),
-        ([user, answer], False, {}),
-        ([user, reasoned], False, dict.fromkeys(_FLAGS, True)),
-    ]
-    return [{"messages": messages, "prompt": prompt, "settings": flags} for messages, prompt, flags in asked]
-
-
-def thoughts_of(template: str, added: Collection[str], texts: Sequence[str | None] = (None,) * 5) -> Thoughts:
-    """What marks a model's thoughts. template: its text; added: the names of its tokenizer's added tokens; texts: what
-    the template has answered to `questions`, None where it refused."""
-    asked, thinking, silent, answered, reasoned = (text or "" for text in texts)
-    known = {*_TAG.findall(template), *(name for name in added if _TAG.fullmatch(name))}
-    before_answer = answered.partition(ANSWER)[0].rstrip()
-    pairs = [
-        _around_reasoning(reasoned, before_answer),
-        _of_the_difference(thinking, silent),
-        _opened(asked, before_answer, known),
-        *_telling(known),
-    ]
-    marks = [_tags(*pair) for pair in dict.fromkeys(pair for pair in pairs if pair)]
+def thoughts_of(template: str, added: Collection[str], settings: Mapping[str, Any]) -> Thoughts:
+    """What marks a model's thoughts. template: its text; added: the names of its tokenizer's added tokens; settings: of
+    the template."""
+    tags = {*_TAG.findall(template), *(name for name in added if _TAG.fullmatch(name))}
     channels = {*_CHANNEL.findall(" ".join(added)), *re.findall(rf"({_CONTROL})(?={_TELLING})", template)}
-    switches = [flag for flag in _FLAGS if re.search(rf"\b{flag}\b", template)] if silent not in ("", asked) else []
-    return Thoughts((*map(_channel, sorted(channels)), *marks), next(iter(switches), None))
+    marks = [*map(_channel, sorted(channels)), *(_tags(*pair) for pair in _pairs(tags))]
+    for switch in _SWITCHES:
+        # As a variable of its own, within the braces of a statement.
+        if settings.get(switch) is not False and re.search(rf"\{{[%{{][^{{}}]*(?<![.\w'\"]){switch}\b", template):
+            return Thoughts(tuple(marks), switch)
+    return Thoughts(tuple(marks))
 
 
-Pair = tuple[str, str]
+def _pairs(tags: Collection[str]) -> list[tuple[str, str]]:
+    """What opens and closes thoughts. Many a template only has one of the two: a prompt ends with the first, or what
+    stands before the second is taken away from earlier turns."""
+    pairs = []
+    for tag in sorted(tags):
+        telling = re.search(_TELLING, tag) is not None
+        if telling and tag[1] == "/":
+            pairs.append((tag.replace("/", "", 1), tag))
+        elif telling or "channel" in tag:
+            known = [closer for closer in _closers(tag) if closer in tags]
+            if telling and not known and tag[1] != "|":
+                known = [f"{tag[0]}/{tag[1:]}"]
+            pairs += [(tag, closer) for closer in known]
+    return list(dict.fromkeys(pairs))
 
 
-def _around_reasoning(reasoned: str, before_answer: str) -> Pair | None:
-    """The tags around the reasoning of a turn, if the one before it is not before every answer as well."""
-    before, _, behind = reasoned.partition(REASON)
-    between, stands, _ = behind.partition(ANSWER)
-    first, last = _last_tag(before), _TAG.match(between.lstrip())
-    if not (stands and first and last) or before_answer.endswith(first) or first == last.group():
-        return None
-    return first, last.group()
-
-
-def _of_the_difference(thinking: str, silent: str) -> Pair | None:
-    """The two tags by which the beginning of an answer differs with thinking from that without."""
-    ones, others = _TAG.findall(thinking), _TAG.findall(silent)
-    while ones and others and ones[0] == others[0]:
-        ones, others = ones[1:], others[1:]
-    tags = list(dict.fromkeys([*ones, *others]))
-    return (tags[0], tags[1]) if len(tags) == 2 and tags[1] in _partners(tags[0]) else None
-
-
-def _opened(asked: str, before_answer: str, known: Collection[str]) -> Pair | None:
-    """The tag that the beginning of an answer ends with, if a turn that is given has none there."""
-    tag = _last_tag(asked)
-    if tag is None or before_answer.endswith(tag):
-        return None
-    partners = _partners(tag)
-    closer = next((partner for partner in partners if partner in known), None)
-    if closer is None and partners and re.search(_TELLING, tag):
-        closer = partners[0]
-    return (tag, closer) if closer else None
-
-
-def _telling(known: Collection[str]) -> list[Pair]:
-    """Pairs of tags with a telling name."""
-    named = [tag for tag in sorted(known) if re.search(rf"{_TELLING}|channel", tag)]
-    pairs = [(tag, partner) for tag in named for partner in _partners(tag) if partner in known]
-    # Many a template only has the end: it takes away what stands before that in an earlier turn.
-    return pairs + [(tag.replace("/", "", 1), tag) for tag in named if tag[1:2] == "/"]
-
-
-def _last_tag(text: str) -> str | None:
-    tags = _TAG.findall(text)
-    return tags[-1] if tags and text.rstrip().endswith(tags[-1]) else None
-
-
-def _partners(tag: str) -> list[str]:
+def _closers(tag: str) -> list[str]:
     """How the tag may be called that closes what this one opens."""
     first, name, last = tag[0], tag[1:-1], tag[-1]
-    if name.startswith(("/", "|/")):
-        return []
+    swapped = [f"{first}{name.replace(begin, end)}{last}" for begin, end in _ENDS if begin in name]
     if name.startswith("|") and name.endswith("|"):
-        swapped = [name.replace(begin, end) for begin, end in _ENDS if begin in name]
-        return [f"{first}{other}{last}" for other in [*swapped, f"|/{name[1:]}"]]
+        return [*swapped, f"{first}|/{name[1:]}{last}"]
     if name.startswith("|"):
         return [f"{first}{name[1:]}|{last}"]
-    swapped = [name.replace(begin, end) for begin, end in _ENDS[:6] if begin in name]
-    return [f"{first}{other}{last}" for other in [f"/{name}", *swapped]]
+    return [f"{first}/{name}{last}", *swapped]
 
 
 def _tags(opener: str, closer: str) -> Mark:

@@ -4,12 +4,13 @@ Knows: tokenizers, token ids, which pairs are one and the same, which variants o
 Refuses to know: torch, models, weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from modules.config import Chat, Pair
-from modules.runtime import ConfigError, shortened
+from modules.runtime import ConfigError, counted, shortened
 
 # The special tokens that a tokenizer puts before every text (BOS, others, mostly one or none), and behind it.
 Frame = tuple[list[int], list[int]]
@@ -46,53 +47,44 @@ class Root:
 
 Window = tuple[int, ...]  # token ids of a piece of text
 WINDOW, MEASURED = 256, 4096  # tokens of a window, and of all that drift is measured on, at most
+MOST_DOUBTS = 10  # that are told one by one
 
 Item = TypeVar("Item")
-
-MOST_DOUBTS = 10  # that are told one by one
 
 
 def doubtful_phrases(pairs: Sequence[Pair]) -> list[str]:
     """What may be a mistake in the lists, a line for each; of many, the first ones and how many more there are."""
-    alike: dict[tuple[str, str, bool], list[Pair]] = {}
-    for one in (one for pair in pairs for one in pair.each):
-        alike.setdefault(_as_scored(one), []).append(one)
-    doubts = [doubt for same in alike.values() for doubt in _doubts(same)]
+    alike = defaultdict[tuple[str, str, bool], list[Pair]](list)
+    for variant in (variant for pair in pairs for variant in pair.each):
+        # Spaces between context and phrase are the phrase's, on whichever side they are written.
+        given = variant.context.rstrip(" ")
+        alike[given, variant.context[len(given) :] + variant.phrase, variant.chat is None].append(variant)
+    doubts = []
+    for same in alike.values():
+        kinds = Counter(pair.kind for pair in same)
+        for count in kinds.values():
+            if count > 1:
+                often = "twice and counts double" if count == 2 else f"and counts {count} times"
+                doubts.append(f"{same[0]} is listed {often}")
+        if len(kinds) > 1:
+            doubts.append(f"{same[0]} is listed as bad and as good")
+        spaced = [pair for pair in same if pair.context.endswith(" ") and pair.phrase.startswith(" ")]
+        doubts += [f"{pair} begins with a space: it is scored with two spaces before it" for pair in spaced]
     more = len(doubts) - MOST_DOUBTS
     return [*doubts[:MOST_DOUBTS], f"and {more} more of this kind"] if more > 0 else doubts
-
-
-def _as_scored(pair: Pair) -> tuple[str, str, bool]:
-    """What is given and what is asked for: spaces between context and phrase belong to the phrase on either side; and
-    whether special tokens are added."""
-    given = pair.context.rstrip(" ")
-    return given, pair.context[len(given) :] + pair.phrase, pair.chat is None
-
-
-def _doubts(same: Sequence[Pair]) -> Iterator[str]:
-    """What is doubtful about pairs that are scored alike."""
-    first, kinds = same[0], [pair.kind for pair in same]
-    for count in (kinds.count("BAD"), kinds.count("GOOD")):
-        if count > 1:
-            yield f"{first} is listed " + ("twice and counts double" if count == 2 else f"and counts {count} times")
-    if len(set(kinds)) > 1:
-        yield f"{first} is listed as bad and as good"
-    for pair in same:
-        if pair.context.endswith(" ") and pair.phrase.startswith(" "):
-            yield f"{pair} begins with a space, and so the two are scored with two spaces between them"
 
 
 def doubled_tokens(tokenizer: Any, pairs: Sequence[Pair]) -> list[str]:
     """A line if pairs write out what the tokenizer begins every text with anyway: it is taken once."""
     prefix, _ = _frame(tokenizer)
     names = tokenizer.convert_ids_to_tokens(prefix)
-    texts = [one.context + one.phrase for pair in pairs if pair.chat is None for one in pair.each]
+    texts = [variant.context + variant.phrase for pair in pairs if pair.chat is None for variant in pair.each]
     written = [text for text in texts if text.lstrip().startswith(tuple(names))]
     doubled = [text for text in written if _doubled(_tokens(tokenizer, text), prefix)]
     if not doubled:
         return []
-    what = ("1 pair writes" if len(doubled) == 1 else f"{len(doubled)} pairs write") + f" out {''.join(names)}"
-    return [f"{what}, which the tokenizer adds to every text ('{shortened(doubled[0])}'): one is kept"]
+    what = f"{counted(len(doubled), 'pair')} with {''.join(names)} written out, which the tokenizer adds to every text"
+    return [f"{what} ('{shortened(doubled[0])}'): one is kept"]
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tokens: int | None) -> list[Encoded]:
@@ -101,14 +93,15 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tok
 
     Raises ConfigError for a phrase without tokens of its own, and for a pair that the model can't take.
     """
-    frame = _frame(tokenizer)
-    encoded = [_encode_variants(tokenizer, pair, frame) for pair in pairs]
-    for pair, item in ((pair, item) for pair, items in zip(pairs, encoded, strict=True) for item in items):
-        if max_tokens is not None and len(item.tokens) - 1 > max_tokens:
+    frame, found = _frame(tokenizer), list[Encoded]()
+    for pair in pairs:
+        for item in _encode_variants(tokenizer, pair, frame):
             length = len(item.tokens)
-            raise ConfigError(f"{pair} is {length} tokens long; the base model takes {max_tokens}: shorten it")
-        _check_embedded(tokenizer, pair, item.tokens, vocabulary)
-    return [replace(item, pair=str(pair)) for pair, items in zip(pairs, encoded, strict=True) for item in items]
+            if max_tokens is not None and length - 1 > max_tokens:
+                raise ConfigError(f"{pair} is {length} tokens long; the base model takes {max_tokens}: shorten it")
+            _check_embedded(tokenizer, pair, item.tokens, vocabulary)
+            found.append(replace(item, pair=str(pair)))
+    return found
 
 
 def _encode_variants(tokenizer: Any, pair: Pair, frame: Frame) -> list[Encoded]:
@@ -178,11 +171,10 @@ def neutral_windows(
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         end = min(-(-for_trials // len(texts)), len(tokens) // 2)
         for windows, part in ((beginnings, tokens[:end]), (others, tokens[end:])):
-            windows += [(*prefix, *part[first : first + size]) for first in range(0, len(part), size)]
-    beginnings, others = (
-        [window for window in windows if len(window) > 1 and max(window) < vocabulary]
-        for windows in (beginnings, others)
-    )
+            for first in range(0, len(part), size):
+                window = (*prefix, *part[first : first + size])
+                if len(window) > 1 and max(window) < vocabulary:
+                    windows.append(window)
     return spread(others, MEASURED // (size + len(prefix))), beginnings
 
 

@@ -16,8 +16,9 @@ from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
 from modules.config import Chat, Message, Pair
 from modules.model.base_model import TOKEN_RULES
 from modules.model.loading import load_model
-from modules.run.discover import _as_asked, _in_the_answer
-from modules.scoring import Drawing, answers, asked_of, chat_of, drawn, render
+from modules.scoring import SamplingParams, answers, asked_of, chat_of, render, sample
+from modules.slop.discover import probabilities
+from modules.slop.generate import Generator
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
 THINKS = {"<think>": ["It is a testament to thinking.", "</think>", "The house ", "is old."]}
@@ -74,14 +75,13 @@ def test_samples_and_contexts_of_a_merge(place, thinker, capsys):
 
 
 def test_a_found_context_is_one_of_an_answer(thinker):
-    _, tokenizer = opened(thinker)
-    known = asked(tokenizer, "Q1")
-    pair = Pair("BAD", "is old", "The house ", chat=Chat((Message("user", "Q1"),), "The house "))
-    listed = _in_the_answer(pair, known)
-    assert listed.chat.answer == listed.context == "</think>The house "
-    assert _as_asked(listed, known).context == "Q1<think></think>The house "
-    plain = Pair("BAD", "is old", "The house ")
-    assert _in_the_answer(plain, known) == _as_asked(plain, known) == plain
+    """It is listed and scored behind the thought that the template begins."""
+    model, tokenizer = opened(thinker)
+    generator = Generator("thinker", None, model, tokenizer, ("Q1",), asked(tokenizer, "Q1"))
+    assert generator.answers_begin == {"Q1": "</think>"}
+    pair = Pair("BAD", "is old.", "", chat=Chat((Message("user", "Q1"),), "</think>The house "))
+    rendered = Pair("BAD", "is old.", "Q1<think></think>The house ")
+    assert probabilities(generator, [pair]) == probabilities(generator, [rendered]) > [0.1]
 
 
 def test_without_thoughts_a_text_is_what_it_was(tmp_path):
@@ -134,7 +134,7 @@ def test_rules_for_tokens_are_heeded_as_transformers_does(ruled, tmp_path, rules
     expected = tokenizer.decode(written, skip_special_tokens=True).strip()
     model, _ = opened(folder)
     assert set(model.token_rules()) == set(rules) <= set(TOKEN_RULES)
-    assert drawn(model, tokenizer, ["Q1"], 512, Drawing(tokens=3, count=2)) == [[text] * 2]
+    assert sample(model, tokenizer, ["Q1"], 512, SamplingParams(tokens=3, count=2)) == [[text] * 2]
     assert expected == text
 
 
@@ -142,7 +142,7 @@ def test_a_token_that_is_forced_at_a_place_is_there(ruled, monkeypatch):
     folder, rows = ruled
     model, tokenizer = opened(folder)
     monkeypatch.setattr(type(model), "token_rules", lambda self: {"forced_decoder_ids": [[2, rows["new "]]]})
-    assert drawn(model, tokenizer, ["Q1"], 512, Drawing(tokens=3)) == [["The new garden"]]
+    assert sample(model, tokenizer, ["Q1"], 512, SamplingParams(tokens=3)) == [["The new garden"]]
 
 
 def test_texts_by_other_rules_are_drawn_anew(place, ruled):

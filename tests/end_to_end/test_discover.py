@@ -11,8 +11,8 @@ import yaml
 from runs import digest
 
 import merge_monster
-import modules.discovery.contexts
-import modules.run.writing
+import modules.slop.contexts
+import modules.slop.generate
 import monster_mapper
 from modules.config import load_config
 
@@ -100,9 +100,9 @@ def test_the_same_bytes_also_when_broken_off(place, chatting, monkeypatch):
     found, samples = (place / "found.yaml").read_bytes(), digest(place / "samples")
     assert mapped("--discover", "--yaml", "found.yaml") == 2  # it stands there
     assert mapped("--discover", "--yaml", "found.yaml", "--overwrite") == 0
-    assert "All texts of " in log_of(place) and (place / "found.yaml").read_bytes() == found
+    assert "Generating 0 texts" in log_of(place) and (place / "found.yaml").read_bytes() == found
 
-    own, calls = modules.run.writing.drawn, []
+    own, calls = modules.slop.generate.sample, []
 
     def broken(*arguments):
         calls.append(arguments)
@@ -112,10 +112,10 @@ def test_the_same_bytes_also_when_broken_off(place, chatting, monkeypatch):
 
     (place / "other").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(modules.run.writing, "drawn", broken)
+        patch.setattr(modules.slop.generate, "sample", broken)
         assert mapped("--discover", "--yaml", "other/found.yaml") == 130
     calls.clear()
-    monkeypatch.setattr(modules.run.writing, "drawn", lambda *arguments: calls.append(1) or own(*arguments))
+    monkeypatch.setattr(modules.slop.generate, "sample", lambda *arguments: calls.append(1) or own(*arguments))
     assert mapped("--discover", "--yaml", "other/found.yaml") == 0
     assert (place / "other/found.yaml").read_bytes() == found and digest(place / "other/samples") == samples
     lines = next((place / "samples").iterdir()).read_text(encoding="utf-8").count("\n")
@@ -151,7 +151,7 @@ def test_where_nothing_is_found(place, chatting):
 def test_where_nothing_is_probable_enough_to_be_listed(place, chatting, monkeypatch):
     write(place, chatting)
     (place / "found.yaml").write_text("of before")
-    monkeypatch.setattr(modules.discovery.contexts, "LEAST", 2.0)
+    monkeypatch.setattr(modules.slop.contexts, "LEAST", 2.0)
     assert mapped("--discover", "--yaml", "found.yaml", "--overwrite") == 1
     assert (place / "found.yaml").read_text() == "of before" and "phrase_files" not in log_of(place)
 
@@ -177,9 +177,9 @@ def test_a_model_that_writes_no_numbers(place, chatting, capsys, monkeypatch):
     def broken(*_):
         raise ArithmeticError("the model's probabilities are no numbers")
 
-    monkeypatch.setattr(modules.run.writing, "drawn", broken)
+    monkeypatch.setattr(modules.slop.generate, "sample", broken)
     assert mapped("--discover") == 2
-    assert f"{chatting.name} can't write texts: the model's probabilities are no numbers" in capsys.readouterr().err
+    assert f"{chatting.name} can't generate texts: the model's probabilities are no numbers" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_rates_side_by_side(place, chatting, tmp_path_factory):
     assert change["share"] == pytest.approx(ratio - 1)
     assert change["interval"][0] <= change["share"] <= change["interval"][1]
     log = log_of(place)
-    assert "against the first:" in log and log.count("Asked: ") == 1 and "all good phrases" in log
+    assert "change vs base:" in log and log.count("Prompt: ") == 1 and "all good phrases" in log
 
 
 def test_a_phrase_with_variants_is_written_as_often_as_all_of_them(place, chatting):

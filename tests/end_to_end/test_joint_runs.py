@@ -260,7 +260,7 @@ def test_without_headers_there_is_no_row_for_what_is_outside(place, models, text
 
 
 def test_a_lack_of_memory_is_met_by_smaller_packs(place, models, text, whole, monkeypatch):
-    failed, collect = [], Scorer.packs_here
+    failed = []
 
     def packs(self):
         import traceback
@@ -268,9 +268,10 @@ def test_a_lack_of_memory_is_met_by_smaller_packs(place, models, text, whole, mo
         if not failed and any("descend" in line.name for line in traceback.extract_stack()):
             failed.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return collect.fget(self)
+        return vars(self)["packs_here"]
 
-    monkeypatch.setattr(Scorer, "packs_here", property(packs))
+    kept = property(packs, lambda self, found: vars(self).update(packs_here=found))
+    monkeypatch.setattr(Scorer, "packs_here", kept, raising=False)
     assert searched(place, models, text, held_out=0.3) == 0
     ours, theirs = recipe_of(place / "out"), recipe_of(whole / "out")
     assert ours["metrics"]["merge"]["total"] == pytest.approx(theirs["metrics"]["merge"]["total"], rel=0.2)

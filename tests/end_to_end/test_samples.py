@@ -17,8 +17,8 @@ from modules.config.schema import SAMPLES
 from modules.model.loading import load_model
 from modules.output.recipe import RECIPE_FILE
 from modules.runtime.errors import ConfigError
-from modules.scoring.chats import chat_of, render_chats
-from modules.scoring.samples import MOST_TEXTS, Drawing, answers, drawn, of_one_length
+from modules.scoring.chats import CONTEXTS, chat_of, render
+from modules.scoring.samples import BATCH, SamplingParams, answers, same_length_batches, sample
 from modules.scoring.tokenization import encode_prompt
 from modules.search.search import Search
 
@@ -96,7 +96,7 @@ def test_both_answer_what_whole_forwards_lead_to(place, models):
 def test_a_chat_template_is_used_and_writes_bos_once(place, tmp_path):
     models = models_in(tmp_path, "spm", TEMPLATE)  # a tokenizer that puts BOS before every text
     tokenizer = AutoTokenizer.from_pretrained(models[0])
-    (text,) = render_chats(tokenizer, "base", [chat_of(PROMPTS[0])], None).values()
+    (text,) = render(tokenizer, "base", {chat_of(PROMPTS[0]): CONTEXTS}, None).texts.values()
     tokens = encode_prompt(tokenizer, PROMPTS[0], len(tokenizer), None, text)
     assert tokens.count(tokenizer.bos_token_id) == 1 and tokens[0] == tokenizer.bos_token_id
     assert tokenizer.decode(tokens).endswith(f"[user] {PROMPTS[0]}:")
@@ -184,12 +184,12 @@ def test_every_architecture_answers_and_scores_afterwards_as_before(tmp_path, na
 def test_texts_that_are_drawn_together(models):
     """Two prompts of one length, three texts of each: as if each prompt were alone, token by token."""
     model = load_model(open_checkpoint(models[0], "base"), "cpu", "float32")
-    tokenizer, drawing = AutoTokenizer.from_pretrained(models[0]), Drawing(tokens=30, count=3)
+    tokenizer, params = AutoTokenizer.from_pretrained(models[0]), SamplingParams(tokens=30, count=3)
     prompts = ["Her eyes were filled with", "His eyes were filled with", "Where is the apple?", PROMPTS[1] + " Where?"]
-    groups = of_one_length(model, tokenizer, prompts, drawing)
+    groups = same_length_batches(model, tokenizer, prompts, params)
     assert sorted(prompt for group in groups for prompt in group) == sorted(prompts) and prompts[:2] in groups
-    found = drawn(model, tokenizer, prompts[:2], 512, drawing)
-    assert found == [drawn(model, tokenizer, [prompt], 512, drawing)[0] for prompt in prompts[:2]]
+    found = sample(model, tokenizer, prompts[:2], 512, params)
+    assert found == [sample(model, tokenizer, [prompt], 512, params)[0] for prompt in prompts[:2]]
     ends = model.end_tokens() | {tokenizer.eos_token_id}
     for prompt, texts in zip(prompts, found, strict=False):
         chance = torch.Generator().manual_seed(random.Random(f"512 {prompt}").getrandbits(63))
@@ -209,8 +209,11 @@ def test_no_more_texts_at_once_than_the_most(models):
     prompts = [f"{word} eyes were filled with" for word in ("Her", "His", "Its", "My", "Our")]
     lengths = {len(tokenizer(prompt)["input_ids"]) for prompt in prompts[:2]}
     assert len(lengths) == 1
-    assert of_one_length(model, tokenizer, prompts[:2], Drawing(count=MOST_TEXTS)) == [prompts[:1], prompts[1:2]]
-    assert of_one_length(model, tokenizer, prompts[:2], Drawing(count=MOST_TEXTS // 2)) == [prompts[:2]]
+    assert same_length_batches(model, tokenizer, prompts[:2], SamplingParams(count=BATCH)) == [
+        prompts[:1],
+        prompts[1:2],
+    ]
+    assert same_length_batches(model, tokenizer, prompts[:2], SamplingParams(count=BATCH // 2)) == [prompts[:2]]
 
 
 @pytest.mark.parametrize("error", [ValueError("no\ncache"), torch.OutOfMemoryError("out of memory"), TypeError("x")])
@@ -250,7 +253,7 @@ def test_a_template_that_raises(place, tmp_path):
     models = models_in(tmp_path, "bpe", "{{ raise_exception('only systems here') }}")
     assert merge(place, models, samples=PROMPTS) == 0
     (line,) = [line for line in log_of(place).splitlines() if "WARNING: there are no samples: " in line]
-    assert f"{models[0]}: " in line and "only systems here" in line and line.endswith("(samples, turn 1: user)")
+    assert f"{models[0]}: " in line and "only systems here" in line and line.endswith("(samples)")
 
 
 def test_a_prompt_that_does_not_fit_is_named_and_left_out(place, models):

@@ -20,9 +20,8 @@ from modules.model.loading import load_model
 from modules.scoring.drift import DriftMeter
 from modules.scoring.layout import build_scorer
 from modules.scoring.objective import Objective, Penalty
-from modules.scoring.scorer import DEFAULT, ONLY, Scorer
+from modules.scoring.scorer import DEFAULT, ONLY, Scorer, of_pairs
 from modules.scoring.tokenization import Encoded, encode_pairs
-from modules.scoring.variants import of_pairs
 from modules.search.joint import Joint, JointState
 from modules.search.mixing import Mix
 

@@ -110,18 +110,6 @@ SHAPES = {
         {"Hm.<|im_end|>\n<|im_start|>answer\nA house.": "A house.", "Hm.": ""},
         opened=True,
     ),
-    "a name that tells nothing, around a turn's reasoning": Shape(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.reasoning_content is defined %}<aside>{{ m.reasoning_content }}</aside>{% endif %}{{ m.content }}"
-        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        {"<aside>Hm.</aside>A house.": "A house.", "<other>A</other> house.": None},
-    ),
-    "a name that tells nothing, and a switch": Shape(
-        _TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n"
-        "{% if enable_thinking is defined and not enable_thinking %}<aside></aside>{% endif %}{% endif %}",
-        {"<aside>Hm.</aside>A house.": "A house."},
-        switch="enable_thinking",
-    ),
     "no thoughts": Shape(
         _TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         {"A <b>house</b>.": None, "<think>To the letter.</think>": None},

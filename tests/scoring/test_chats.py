@@ -8,7 +8,7 @@ from tiny import WithoutOffsets
 
 from modules.config import Chat, Message, Pair
 from modules.runtime.errors import ConfigError
-from modules.scoring.chats import MOST_REFUSALS, chat_of, render_chats
+from modules.scoring.chats import CONTEXTS, MOST_REFUSALS, chat_of, check_refusals, render
 from modules.scoring.packing import build_packs
 from modules.scoring.tokenization import doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs, encode_prompt
 
@@ -26,8 +26,14 @@ SHAPES = {
 }
 
 
+def rendered(tokenizer, chats, template=None):
+    found = render(tokenizer, "models/base", dict.fromkeys(chats, CONTEXTS), template)
+    check_refusals(found.refusals.values(), CONTEXTS)
+    return found.texts
+
+
 def pairs_of(tokenizer, chats, phrase="bedroom", template=None):
-    texts = render_chats(tokenizer, "base", chats, template)
+    texts = rendered(tokenizer, chats, template)
     return [Pair("BAD", phrase, texts[chat], chat=chat) for chat in chats]
 
 
@@ -70,7 +76,7 @@ def test_what_a_template_writes_is_left_as_it_is(offsets):
 def test_a_prompt_of_a_sample_is_the_same_chat():
     tokenizer = chat_tokenizer(CHATML)
     (pair,) = pairs_of(tokenizer, [Chat((USER,))], template={"enable_thinking": False})
-    (asked,) = render_chats(tokenizer, "base", [chat_of(USER.content)], {"enable_thinking": False}).values()
+    (asked,) = rendered(tokenizer, [chat_of(USER.content)], {"enable_thinking": False}).values()
     tokens = encode_prompt(tokenizer, USER.content, 10**6, None, asked)
     assert tokens == tokenizer(pair.context, add_special_tokens=False)["input_ids"]
     assert pair.context.endswith("assistant\n<think>\n\n</think>\n\n")
@@ -110,18 +116,17 @@ def test_a_chat_is_shown_on_one_line():
 
 def test_a_tokenizer_without_a_template_is_named():
     with pytest.raises(ConfigError, match="models/base: its tokenizer has no chat template, which the context 'user: "):
-        render_chats(chat_tokenizer(None), "models/base", [Chat((USER,), "The")], None)
-    assert render_chats(chat_tokenizer(None), "models/base", [], None) == {}
+        rendered(chat_tokenizer(None), [Chat((USER,), "The")])
+    assert rendered(chat_tokenizer(None), []) == {}
 
 
 def test_a_template_that_raises_is_told_in_its_words():
     chats = [Chat((USER,), f"{number} ") for number in range(MOST_REFUSALS + 2)]
     with pytest.raises(ConfigError) as caught:
-        render_chats(chat_tokenizer(RAISING), "models/base", chats, None)
+        rendered(chat_tokenizer(RAISING), chats)
     lines = str(caught.value).splitlines()
     assert lines[0] == (
-        "models/base: its chat template refuses the context 'user: Where is the apple? ▸ 0 ': never today "
-        "(contexts, turn 1: user)"
+        "models/base: its chat template refuses the context 'user: Where is the apple? ▸ 0 ': never today (contexts)"
     )
     assert len(lines) == MOST_REFUSALS + 1 and lines[-1] == "and 2 more contexts"
     for template, messages, words in (
@@ -131,4 +136,4 @@ def test_a_template_that_raises_is_told_in_its_words():
         ("{% if %}", (USER,), "Expected an expression"),
     ):
         with pytest.raises(ConfigError, match=f"base: its chat template refuses the context .*{words}"):
-            render_chats(chat_tokenizer(template), "base", [Chat(messages)], None)
+            rendered(chat_tokenizer(template), [Chat(messages)])

@@ -12,8 +12,7 @@ from modules.runtime import Rank
 from modules.scoring.budget import Budget
 from modules.scoring.layout import build_scorer
 from modules.scoring.packing import LAYOUTS
-from modules.scoring.rounding import other_ways, spreads
-from modules.scoring.scorer import Scorer
+from modules.scoring.scorer import Scorer, other_ways, spreads
 from modules.scoring.tokenization import encode_pairs
 
 

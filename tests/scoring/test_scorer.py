@@ -7,7 +7,7 @@ import pytest
 import reference
 import tiny
 import torch
-from transformers import AutoTokenizer, BloomConfig, MistralConfig, MptConfig, Qwen2Config
+from transformers import AutoTokenizer, BloomConfig, MistralConfig, MptConfig
 
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import Pair
@@ -53,7 +53,7 @@ def encode(folder, pairs):
     return encode_pairs(AutoTokenizer.from_pretrained(folder), pairs, 10**9, None)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", [1, 20, 45, 10**6])
 @pytest.mark.parametrize("logits", [1, 100_000, 1 << 26])
@@ -73,7 +73,7 @@ def changed(model, layer, seed):
     return tensors, lambda: part.holding(tensors)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", [30, 10**6])
 @pytest.mark.parametrize("logits", [20_000, 1 << 26])
@@ -120,50 +120,24 @@ def test_an_error_in_a_trial_leaves_no_trace(llama):
     assert scorer.score() == before
 
 
-def test_the_order_of_pairs_changes_no_bit(llama):
+def test_neither_the_order_of_pairs_nor_another_loading_changes_a_bit(llama):
     model = load(llama)
     pairs = list(ODD_PAIRS)
     scores = dict(zip(pairs, Scorer(model, encode(llama, pairs), "forest").score(), strict=True))
     random.Random(1).shuffle(pairs)
     shuffled = Scorer(model, encode(llama, pairs), "forest").score()
     assert shuffled == [scores[pair] for pair in pairs]
-
-
-def test_the_same_weights_give_the_same_bits(llama):
-    encoded = encode(llama, ODD_PAIRS)
-    assert build_scorer(load(llama), encoded).score() == build_scorer(load(llama), encoded).score()
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_close(llama, dtype):
-    scorer = build_scorer(load(llama, dtype), encode(llama, tiny.PAIRS))
-    assert scorer.layout == "forest"
-    exact = one_by_one(llama, tiny.PAIRS)
-    tokens = [len(item.tokens) - item.start for item in encode(llama, tiny.PAIRS)]
-    for found, truth, count in zip(scorer.score(), exact, tokens, strict=True):
-        assert abs(found - truth) < 0.3 * count
+    assert build_scorer(load(llama), encode(llama, pairs)).score() == shuffled
 
 
 LONG = Pair("BAD", "spine", "It sent shivers down her spine. " * 6)
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+SMALL = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
 ARCHITECTURES = {
     "gpt2": (lambda size: tiny.gpt2_config(size), "forest"),
-    "qwen2": (
-        lambda size: Qwen2Config(vocab_size=size, **SMALL),
-        "forest",
-    ),
     # A window shorter than the longest pair: a tree mask would lift it.
-    "mistral": (
-        lambda size: MistralConfig(vocab_size=size, sliding_window=16, **SMALL),
-        "rows",
-    ),
+    "mistral": (lambda size: MistralConfig(vocab_size=size, sliding_window=16, **SMALL), "rows"),
     # Takes a tree mask, but reckons positions from columns.
     "mpt": (lambda size: MptConfig(vocab_size=size, d_model=32, n_layers=3, n_heads=4, max_seq_len=256), "rows"),
     # Builds its own position bias from a 2-D mask.
@@ -186,15 +160,6 @@ def test_the_fastest_exact_layout_is_found(name, tmp_path):
     for trial, found in zip(trials, scorer.score_trials(trials), strict=True):
         with trial():
             assert found == pytest.approx(scorer.score(), abs=1e-5, rel=1e-5)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_same_layout_is_found_in_half_precision(name, dtype, tmp_path):
-    make_config, layout = ARCHITECTURES[name]
-    tokenizer = tiny.bpe_tokenizer()
-    folder = tiny.make_model(tmp_path, make_config(len(tokenizer)), tokenizer)
-    assert build_scorer(load(folder, dtype), encode(folder, (*tiny.PAIRS, LONG))).layout == layout
 
 
 def test_a_window_is_never_lifted_however_little_it_shows(tmp_path):

@@ -3,13 +3,13 @@
 import time
 
 import pytest
-from chats import CHATML, LLAMA_3, MISTRAL, RAISING, chat_tokenizer
+from chats import CHATML, LLAMA_3, chat_tokenizer
 
 from modules.config import Chat, Message
 from modules.runtime.errors import ConfigError
 from modules.scoring import chats
 from modules.scoring.chats import in_child, render
-from modules.scoring.template_child import LONGEST, outcomes
+from modules.scoring.template_child import LONGEST
 
 USER, OTHER = Message("user", "Where is the apple? \U0001f642 \ud800"), Message("assistant", "In the kitchen.")
 CHATS = [Chat((USER,)), Chat((USER, OTHER, USER), "The "), Chat((USER,), "It is"), Chat((USER, USER))]
@@ -33,8 +33,7 @@ def in_a_child(monkeypatch):
 
 def asked_of(template, *conversations, seconds=0.5):
     messages = [[{"role": turn.role, "content": turn.content} for turn in chat.messages] for chat in conversations]
-    asked = [{"messages": one, "prompt": True, "settings": {}} for one in messages]
-    return {"template": template, "settings": {"bos_token": "<s>"}, "conversations": asked, "seconds": seconds}
+    return {"template": template, "settings": {"bos_token": "<s>"}, "conversations": messages, "seconds": seconds}
 
 
 def test_a_child_answers_as_transformers_does(in_a_child):
@@ -47,7 +46,7 @@ def test_a_child_answers_as_transformers_does(in_a_child):
         assert found.texts[chat] == text + chat.answer
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("template", HOSTILE.values(), ids=list(HOSTILE))
 def test_what_takes_too_much_is_ended_in_time(template):
     began = time.monotonic()
@@ -68,31 +67,14 @@ def test_an_interpreter_that_does_not_start_is_told(monkeypatch):
     assert in_child(asked_of(CHATML, CHATS[0])) == [{"beyond": "no such library"}]
 
 
-@pytest.mark.parametrize(
-    "template, turns, turn",
-    [
-        (MISTRAL, (USER, OTHER, USER, USER), 4),
-        (MISTRAL, (Message("system", "s"), USER, OTHER, OTHER), 4),
-        (RAISING, (USER, OTHER, USER), 1),
-        ("{% for m in messages %}{{ m.rank.name }}{% endfor %}", (USER, OTHER), 1),
-        ("{{ raise_exception('alone' if messages | length == 1 else 'never') }}", (USER, OTHER, USER), 2),
-    ],
-)
-def test_the_turn_that_is_refused(template, turns, turn):
-    (found,) = outcomes(asked_of(template, Chat(turns)))
-    assert found["turn"] == turn and "text" not in found
-
-
-def test_a_refusal_names_model_turn_and_key():
+def test_a_refusal_names_model_and_key():
     system = "Answer in plain words."
     pairs = {Chat((Message("system", system), USER)): "discover.prompts", Chat((OTHER, USER)): "contexts"}
     template = "{% if messages[0].role != 'user' %}{{ raise_exception('only users begin') }}{% endif %}"
     found = render(chat_tokenizer(template), "models/base", pairs, None, system)
     first, second = found.refusals.values()
-    assert (
-        first.startswith("models/base: ") and "only users begin" in first and first.endswith("(system, turn 1: system)")
-    )
-    assert second.endswith("(contexts, turn 1: assistant)") and found.texts == {}
+    assert first.startswith("models/base: ") and "only users begin (discover.prompts, system)" in first
+    assert second.endswith("only users begin (contexts)") and found.texts == {}
 
 
 @pytest.mark.parametrize("chosen, words", [(None, "no default"), ("rags", "no chat template 'rags'")])

@@ -4,20 +4,16 @@ import pytest
 from thinking import SHAPES
 
 from modules.scoring.template_child import outcomes
-from modules.scoring.thoughts import Thoughts, questions, thoughts_of
+from modules.scoring.thoughts import thoughts_of
 
-USER = {
-    "messages": [{"role": "user", "content": "Describe <think>ing</think> houses."}],
-    "prompt": True,
-    "settings": {},
-}
+USER = [{"role": "user", "content": "Describe <think>ing</think> houses."}]
 
 
 def of(shape):
     """What marks thoughts, and what is given before an answer."""
-    asked = {"template": shape.template, "settings": shape.settings, "conversations": [USER, *questions()]}
-    given, *told = [found.get("text") for found in outcomes(asked)]
-    return thoughts_of(shape.template, shape.added, told), given
+    asked = {"template": shape.template, "settings": shape.settings, "conversations": [USER]}
+    (given,) = outcomes(asked)
+    return thoughts_of(shape.template, shape.added, shape.settings), given["text"]
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
@@ -35,7 +31,3 @@ def test_what_is_behind_a_closed_block_is_an_answer():
     thoughts, given = of(SHAPES["opened by the prompt"])
     assert thoughts.opened_by(given + "Hm.</think>") is None and thoughts.closing(given + "Hm.</think>") == ""
     assert thoughts.answer("A house. <think>Hm.</think> A garden.", False) == "A house.  A garden."
-
-
-def test_a_template_that_refuses_every_question_marks_nothing():
-    assert thoughts_of("{{ raise_exception('no') }}", [], [None] * 5) == Thoughts() == thoughts_of("", [])

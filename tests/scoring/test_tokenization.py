@@ -38,10 +38,12 @@ def test_equals_the_naive_twin(family, pair):
 
 
 def test_a_trailing_space_belongs_to_the_phrase():
+    """And so does a part of a word that the context begins."""
     for tokenizer, word in ((TOKENIZER["bpe"], "\u0120anticipation"), (TOKENIZER["spm"], "\u2581anticipation")):
         with_space = encode_pair(tokenizer, "The atmosphere is thick with ", "anticipation")
         without = encode_pair(tokenizer, "The atmosphere is thick with", " anticipation")
-        assert with_space == without
+        grown = encode_pair(tokenizer, "The atmosphere is thick with antici", "pation")
+        assert with_space == without == grown
         assert words(tokenizer, with_space) == [word]
 
 
@@ -51,33 +53,31 @@ def listed(*pairs):
 
 
 @pytest.mark.parametrize(
-    "pairs, doubts",
+    "pairs, words",
     [
         ([("a", "x "), ("b", "x "), ("a", "y "), ("A", "x ")], []),
-        ([("a", "x "), ("a", "x ")], ["the phrase 'a' after 'x ' is listed twice and counts double"]),
-        ([("a", "x "), (" a", "x")], ["the phrase 'a' after 'x ' is listed twice and counts double"]),
-        ([("+a", "x ")] * 3, ["the phrase 'a' after 'x ' is listed and counts 3 times"]),
-        ([("a", "x "), ("a", "x")], []),
-        ([("a", "x\n"), ("a", "x")], []),
-        ([("a", ""), (" a", "")], []),
-        ([("a", "x "), ("+ a", "x")], ["the phrase 'a' after 'x ' is listed as bad and as good"]),
-        (
-            [(" a", "x ")],
-            ["the phrase ' a' after 'x ' begins with a space, and so the two are scored with two spaces between them"],
-        ),
+        ([("a", "x "), (" a", "x")], ["after 'x ' is listed twice"]),
+        ([("+a", "x ")] * 3, ["is listed and counts 3 times"]),
+        ([("a", "x\n"), ("a", "x"), ("a", "x  ")], []),
+        ([("a", "x "), ("+ a", "x")], ["is listed as bad and as good"]),
+        ([(" a", "x ")], ["with two spaces"]),
         ([(" a", "x"), (" a", "x\n"), (" a", "")], []),
-        ([("a", "x  "), ("b", "x ")], []),
     ],
 )
-def test_what_may_be_a_mistake_is_told(pairs, doubts):
-    assert doubtful_phrases(listed(*pairs)) == doubts
+def test_what_may_be_a_mistake_is_told(pairs, words):
+    doubts = doubtful_phrases(listed(*pairs))
+    assert len(doubts) == len(words) and all(word in doubt for word, doubt in zip(words, doubts, strict=True))
+
+
+def test_a_variant_that_is_listed_elsewhere_is_told():
+    several = [Pair(kind, "any", "x ", variants=texts) for kind, texts in (("BAD", ("a", "b")), ("GOOD", ("a", "c")))]
+    first, second = doubtful_phrases([several[0], Pair("BAD", "b", "x "), several[1]])
+    assert "'a' after 'x ' is listed as bad and as good" in first and "'b' after 'x ' is listed twice" in second
 
 
 def test_of_many_mistakes_the_first_are_told():
-    pairs = listed(*[(f"{number}", "x ") for number in range(30)] * 2)
-    doubts = doubtful_phrases(pairs)
-    assert len(doubts) == MOST_DOUBTS + 1
-    assert doubts[0].startswith("the phrase '0' ") and doubts[-1] == f"and {30 - MOST_DOUBTS} more of this kind"
+    doubts = doubtful_phrases(listed(*[(f"{number}", "x ") for number in range(30)] * 2))
+    assert len(doubts) == MOST_DOUBTS + 1 and str(30 - MOST_DOUBTS) in doubts[-1]
 
 
 @pytest.mark.parametrize("family", TOKENIZER)
@@ -98,21 +98,6 @@ def test_a_space_that_is_a_token_of_its_own_still_belongs_to_the_phrase(family):
     assert tokenizer.decode(encoded.tokens[encoded.start :]).strip() == "\U0001f642"
     given = tokenizer("thick with")["input_ids"]
     assert list(encoded.tokens[: encoded.start]) == given
-
-
-@pytest.mark.parametrize("family", TOKENIZER)
-def test_a_newline_at_the_end_stays_with_the_context(family):
-    tokenizer = TOKENIZER[family]
-    encoded = encode_pair(tokenizer, "Answer:\n", "The apple")
-    assert "\n" not in tokenizer.decode(encoded.tokens[encoded.start :])
-
-
-@pytest.mark.parametrize("family", TOKENIZER)
-def test_a_phrase_that_grows_into_the_contexts_last_token(family):
-    tokenizer = TOKENIZER[family]
-    encoded = encode_pair(tokenizer, "The atmosphere is thick with antici", "pation")
-    whole = encode_pair(tokenizer, "The atmosphere is thick with ", "anticipation")
-    assert encoded == whole
 
 
 @pytest.mark.parametrize("family", TOKENIZER)
@@ -234,20 +219,9 @@ def test_a_special_token_that_is_written_out_and_added_is_taken_once(before, wri
             (root,) = encode_contexts(tokenizer, [there], 10**6)
             assert root.tokens == found.tokens[: found.start]
             line = doubled_tokens(tokenizer, listed((phrase, there), (phrase, context or "a")))
-            assert len(line) == 1 and line[0].startswith(f"1 pair writes out {''.join(before)}")
+            assert len(line) == 1 and line[0].startswith(f"1 pair with {''.join(before)} ")
         whole = encode_pair(tokenizer, "", f"{written}The apple")
         assert whole == encode_pair(tokenizer, written, "The apple")
-
-
-def test_where_the_tokenizer_adds_nothing_nothing_is_taken_away():
-    for tokenizer in adding([]):
-        beginning = tokenizer.convert_tokens_to_ids("<s>")
-        found = encode_pair(tokenizer, "<s><s>Her eyes ", "shine")
-        assert found.tokens[:2] == (beginning, beginning) and found.tokens[2] != beginning
-        assert encode_contexts(tokenizer, ["<s>Her"], 10**6)[0].tokens[0] == beginning
-        assert doubled_tokens(tokenizer, listed(("shine", "<s>Her eyes "))) == []
-        # A text without a context begins with BOS; here it does so itself.
-        assert encode_pair(tokenizer, "", "<s>The").tokens.count(beginning) == 1
 
 
 def test_of_two_that_are_written_out_two_are_kept():
@@ -370,11 +344,3 @@ def test_rows_are_padded_on_the_right_and_sorted_by_length():
     (pack,) = build_packs(encoded, "rows", 100)
     assert [row[0] for row in pack.rows] == [6, 8, 1]
     assert {len(row) for row in pack.rows} == {4}
-
-
-def test_duplicates_share_their_tokens_in_the_forest():
-    tokenizer = TOKENIZER["bpe"]
-    once = list(build_packs(encode_pairs(tokenizer, PAIRS, 500, 100), "forest", 10**6))
-    twice = list(build_packs(encode_pairs(tokenizer, PAIRS + PAIRS, 500, 100), "forest", 10**6))
-    assert twice[0].rows == once[0].rows
-    assert len(twice[0].targets) == 2 * len(once[0].targets)

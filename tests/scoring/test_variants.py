@@ -16,8 +16,8 @@ from modules.config import Pair
 from modules.runtime import Rank
 from modules.scoring.budget import Budget
 from modules.scoring.gradient import GradientPass
-from modules.scoring.tokenization import Encoded, doubtful_phrases, encode_pair, encode_pairs
-from modules.scoring.variants import by_pair, of_pairs, of_variants
+from modules.scoring.scorer import by_pair, of_pairs, of_variants
+from modules.scoring.tokenization import Encoded, encode_pair, encode_pairs
 
 WORDS = ["<s>", "</s>", "down", "her", "his", "spine", "back", "shiver", "shivers", "up", "a"]
 TOKENIZERS = {
@@ -61,9 +61,9 @@ def value_of(objective):
     return work.value()
 
 
-@pytest.mark.parametrize("budget", [Budget(), Budget(tokens=4, logits=100)], ids=["one pack", "many packs"])
-def test_the_sum_is_that_of_all_that_may_be_said(words, budget):
-    one = mixed(*words, pairs=PAIRS, budget=budget, neutral=False)
+def test_the_sum_is_that_of_all_that_may_be_said(words):
+    """In many packs, which several variants of a pair are in."""
+    one = mixed(*words, pairs=PAIRS, budget=Budget(tokens=4, logits=100), neutral=False)
     in_single = of_pairs(one.scorer.score(), one.encoded)
     with InDouble():
         module, found = mixes.plain(one.folder), value_of(one.objective)
@@ -73,6 +73,7 @@ def test_the_sum_is_that_of_all_that_may_be_said(words, budget):
             expected = math.log(reference.any_of(module, before, texts))
             assert of_pairs(found.log_probabilities, one.encoded)[number] == pytest.approx(expected, rel=1e-9)
             assert in_single[number] == pytest.approx(expected, abs=1e-5)
+        assert found.total == pytest.approx(3 - 1) and one.objective.size(found) == pytest.approx(4)
     assert [item.another for item in one.encoded] == [False, True, True, False, True, False, False, True]
 
 
@@ -85,15 +86,6 @@ def test_the_gradient_is_that_of_the_sum(words):
     assert size > 1e-3
     for row, other in zip(gradient, slopes, strict=True):
         assert row == pytest.approx(other, rel=1e-7, abs=1e-8 * size)
-
-
-def test_the_objective_has_the_weighted_sum_of_all_variants(words):
-    """In the base, whose pairs' weights make each of them count 1."""
-    one = mixed(*words, pairs=PAIRS, neutral=False)
-    with InDouble():
-        value = value_of(one.objective)
-    assert len(value.log_probabilities) == len(one.encoded)
-    assert value.total == pytest.approx(3 - 1) and one.objective.size(value) == pytest.approx(4)
 
 
 def test_variants_may_be_shared_by_processes(words):
@@ -160,11 +152,3 @@ def test_variants_of_a_first_word_are_scored_from_the_beginning_of_a_text():
 def test_of_one_variant_only_its_own_tokens_are_left():
     (found,) = encode_pairs(TOKENIZERS["bpe"], [any_of(" spine", " spine. His", context="her")], 500, None)
     assert found == encode_pair(TOKENIZERS["bpe"], "her", " spine")
-
-
-def test_a_variant_that_is_listed_elsewhere_is_told():
-    pairs = [any_of("a", "b", context="x "), Pair("BAD", "b", "x "), any_of("a", "c", context="x ", kind="GOOD")]
-    assert doubtful_phrases(pairs) == [
-        "the phrase 'a' after 'x ' is listed as bad and as good",
-        "the phrase 'b' after 'x ' is listed twice and counts double",
-    ]

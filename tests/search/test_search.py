@@ -206,7 +206,7 @@ def test_several_packs_make_the_same_decisions(llamas, tmp_path):
     base, one, two = llamas
     whole = search(tmp_path, base, [one, two])
     split = search(tmp_path, base, [one, two], budget=Budget(tokens=12, logits=10_000))
-    assert len(split[2].scorer._inputs) > 1
+    assert len(split[2].scorer.packs_here) > 1
     assert [(d.layer, d.ratio) for d in split[0]] == [(d.layer, d.ratio) for d in whole[0]]
     for name, tensor in whole[1].items():
         torch.testing.assert_close(split[1][name], tensor, atol=1e-6, rtol=1e-6)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modules.discovery.words import Stems, loops, share_stem, words_of
+from modules.slop.words import Stems, loops, share_stem, words_of
 
 
 def texts(text):

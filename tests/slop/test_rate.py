@@ -1,12 +1,14 @@
-"""Rates: what counts as a phrase, against the judge of the benchmarks; intervals."""
+"""Rates: what counts as a phrase, against the judge of the benchmarks; intervals; what the table and the JSON show."""
 
 import random
 import sys
+from pathlib import Path
 
 import pytest
 from project import ROOT
 
-from modules.discovery.rates import countable, counts
+from modules.config import Config, Directories
+from modules.slop.rate import counts, document, names_for, table
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -99,26 +101,10 @@ def test_with_one_prompt_there_is_no_interval():
     assert one.interval(["none"]) == (0, 1000)
 
 
-def test_what_counts_for_another_phrase_wherever_it_stands_is_told():
-    phrases = ["mix of", "a mix of", "Don't", "don\u2019t", "never", "mi"]
-    found = counts([["A mix of it. I don't."], ["A mix of."]], phrases)
-    assert found.hits == ({"a mix of": 1, "Don't": 1}, {"a mix of": 1})
-    assert found.elsewhere == {"mix of", "don\u2019t"}
-
-
-def test_words_and_characters_of_all_texts():
+def test_words_of_all_texts():
     found = counts([["\u5979\u5fae\u7b11\u3002", "one two"], ["three"]], ["\u5fae\u7b11"])
-    assert (found.words, found.total, found.characters) == ((5, 1), 6, 3)
+    assert (found.words, found.total) == ((5, 1), 6)
     assert found.rate(["\u5fae\u7b11"]) == pytest.approx(1000 / 6)
-
-
-@pytest.mark.parametrize(
-    ("phrase", "variants", "expected"),
-    [("a", {}, True), ("\u200b", {}, False), ("\u200b / a", {"\u200b / a": ("\u200b", "a")}, True)],
-)
-def test_what_can_be_counted(phrase, variants, expected):
-    assert countable(phrase, variants) == expected
-    assert sum(counts([["a \u200b"]], [phrase], variants).hits[0].values()) == expected
 
 
 def test_an_interval_holds_the_rate_and_grows_with_chance():
@@ -134,3 +120,32 @@ def test_no_change_against_a_base_that_may_say_nothing():
     assert seldom.change(seldom, ["mix of"]) is None
     often = counts([["mix of it"]] * 3, ["mix of"])
     assert often.change(often, ["mix of"]) == (0, (0, 0))
+
+
+def test_every_phrase_is_in_the_table_or_named_below():
+    phrases = ["mix of", "a mix of", "\u2014", "gone", "\u200b"]
+    texts = {"base": [["A mix of it\u2014so."], ["One. A mix of."]], "merge": [["Two words."], ["\u5979\u5fae\u7b11"]]}
+    counted = {name: counts(own, phrases) for name, own in texts.items()}
+    *lines, below = table({"all": phrases}, counted)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert [first for first, *_ in rows[1:]] == ["a mix of", "\u2014", "all", "", "words"]
+    assert rows[-1][1:] == ["8", "5"] and below.endswith(": mix of, gone, \u200b")
+    found = document({"all": phrases}, counted)["merge"]
+    assert (found["words"], found["all"]["rate"]) == (5, 0)
+    assert found["all"]["interval"] == found["phrases"]["gone"]["interval"] == (0, 600)
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (["one/base", "one/merge"], ["base", "merge"]),
+        (["one/base", "two/base", "one/base"], ["one/base", "two/base", "one/base"]),
+        (["/gone/base"], ["base"]),
+        (["org/name@main", "one/base"], ["org/name@main", "base"]),
+    ],
+)
+def test_names_tell_models_apart(tmp_path, monkeypatch, texts, names):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one/base", "one/merge", "two/base"):
+        Path(folder).mkdir(parents=True)
+    assert names_for([Config(Directories(text, "")) for text in texts]) == names

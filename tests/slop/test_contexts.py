@@ -3,20 +3,19 @@
 import pytest
 
 from modules.config import Chat, Message, Pair
-from modules.discovery.contexts import (
+from modules.slop.contexts import (
     FEWEST_TOKENS,
     MOST_CONTEXTS,
     MOST_TOKENS,
     MOST_TRIED,
-    Possible,
+    candidate_contexts,
     in_turn,
     joined,
+    last_sentence,
     last_sentences,
-    last_words,
     listed_contexts,
-    possible_contexts,
 )
-from modules.discovery.finder import Finding, Text
+from modules.slop.finder import Finding, Text
 
 PROMPTS = ["Describe a house.", "Describe a lake.", "Describe a road."]
 
@@ -27,7 +26,7 @@ def count(text):
 
 
 def finding(phrase, places):
-    return Finding(phrase, len(places), len(places), 3, 500.0, 1.0, 250.0, 9.0, tuple(places))
+    return Finding(phrase, (), len(places), 3, 500.0, 1.0, tuple(places))
 
 
 def found_in(texts, phrase):
@@ -68,7 +67,7 @@ def test_a_word_that_has_too_many_tokens_of_its_own():
 
 
 def test_shown_is_the_last_sentence():
-    assert last_words("It was. So it ") == "So it " and last_words("So it ") == "So it "
+    assert last_sentence("It was. So it ") == "So it " and last_sentence("So it ") == "So it "
 
 
 def test_a_text_goes_on_from_its_opening():
@@ -89,38 +88,46 @@ def test_a_pair_for_each_place_of_the_listed_spelling():
         Text(2, "A road with a warm smile"),
     ]
     phrase = finding("warm smile", found_in(texts, "warm smile"))
-    found = possible_contexts(phrase, texts, PROMPTS, True, count)
-    assert [(one.prompt, one.pair.chat.answer) for one in found] == [
+    found = candidate_contexts(phrase, texts, PROMPTS, dict.fromkeys(PROMPTS, ""), count)
+    assert [(prompt, pair.chat.answer) for pair, prompt in found.items()] == [
         (0, "The house has a "),
         (1, "The lake gives a "),
         (2, "A road with a "),
         (1, "The lake gives a warm smile. The lake gives a "),
     ]
-    assert all(one.pair.chat.messages == (Message("user", PROMPTS[one.prompt]),) for one in found)
-    assert all((one.pair.kind, one.pair.phrase) == ("BAD", "warm smile") for one in found)
-    plain = possible_contexts(phrase, texts, ["In the house,", "At the lake", "And so"], False, count)
-    assert [one.pair.context for one in plain[:2]] == [
+    assert all(pair.chat.messages == (Message("user", PROMPTS[prompt]),) for pair, prompt in found.items())
+    thought = candidate_contexts(phrase, texts, PROMPTS, dict.fromkeys(PROMPTS, "</think>"), count)
+    assert [pair.context for pair in thought] == [f"</think>{pair.context}" for pair in found]
+    assert all((pair.kind, pair.phrase) == ("BAD", "warm smile") for pair in found)
+    plain = candidate_contexts(phrase, texts, ["In the house,", "At the lake", "And so"], None, count)
+    assert [pair.context for pair in plain][:2] == [
         "In the house, The house has a ",
         "At the lake The lake gives a ",
     ]
-    assert all(one.pair.chat is None for one in plain)
+    assert all(pair.chat is None for pair in plain)
 
 
 def test_no_more_places_are_tried_than_the_most():
     texts = [Text(number % 3, f"House {number} has a warm smile.") for number in range(40)]
-    found = possible_contexts(finding("warm smile", found_in(texts, "warm smile")), texts, PROMPTS, True, count)
-    assert len(found) == MOST_TRIED and [one.prompt for one in found] == [0, 1, 2] * 4
+    found = candidate_contexts(
+        finding("warm smile", found_in(texts, "warm smile")), texts, PROMPTS, dict.fromkeys(PROMPTS, ""), count
+    )
+    assert len(found) == MOST_TRIED and list(found.values()) == [0, 1, 2] * 4
 
 
-def possible(prompt, answer):
-    chat = Chat((Message("user", PROMPTS[prompt]),), answer)
-    return Possible(Pair("BAD", "warm smile", answer, chat=chat), prompt)
+def candidates(prompts):
+    """A pair for each of these prompts, called a, b, c and so on."""
+    answers = [chr(ord("a") + number) for number in range(len(prompts))]
+    chats = [Chat((Message("user", PROMPTS[prompt]),), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return {
+        Pair("BAD", "warm smile", chat.answer, chat=chat): prompt for chat, prompt in zip(chats, prompts, strict=True)
+    }
 
 
 def test_listed_are_probable_ones_the_best_of_every_prompt_first():
-    some = [possible(0, "a"), possible(0, "b"), possible(1, "c"), possible(2, "d"), possible(2, "e")]
+    some = candidates([0, 0, 1, 2, 2])
     listed = listed_contexts(some, [0.06, 0.5, 0.05, 0.04, 0.3])
     assert [pair.context for pair in listed] == ["b", "e", "c", "a"]
     assert listed_contexts(some, [0.06, 0.5, 0.05, 0.04, 0.049]) == []  # two prompts are too few
-    many = [possible(number % 3, str(number)) for number in range(12)]
-    assert [pair.context for pair in listed_contexts(many, [0.5] * 12)] == [str(n) for n in range(MOST_CONTEXTS)]
+    many = candidates([0, 1, 2] * 4)
+    assert [pair.context for pair in listed_contexts(many, [0.5] * 12)] == list("abcdefghijkl")[:MOST_CONTEXTS]

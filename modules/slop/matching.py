@@ -6,7 +6,6 @@ how the texts came about.
 
 import unicodedata
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import regex
 
@@ -25,7 +24,7 @@ _CHARACTER = regex.compile(rf"[{_UNSPACED}--\p{{M}}]", regex.V1)
 _WORD_BETWEEN = regex.compile(rf"{_SPACED}+(?:['’.,-]{_SPACED}+)*", regex.V1)
 
 _INVISIBLE = regex.compile(r"[\p{Variation_Selector}\u00ad\u200b\u2060\ufeff]")
-_OTHER_FORM = regex.compile(r"[\ufb00-\uffef]+")  # presentation forms: ligatures, small, full and half width
+_PRESENTATION_FORMS = regex.compile(r"[\ufb00-\uffef]+")  # ligatures, small, full and half width
 # Forms that mean the same. A hyphen is no dash, and a short dash no long one.
 _ALIKE = str.maketrans(
     {
@@ -39,19 +38,19 @@ _ALIKE = str.maketrans(
 
 def plain(text: str) -> str:
     """Text as it is compared: without regard to capital letters, with one form of what can be written in several
-    (composed letters, ligatures, widths, quotes, hyphens, ellipses, white space), and without what can't be seen."""
-    text = _OTHER_FORM.sub(lambda match: unicodedata.normalize("NFKC", match[0]), _INVISIBLE.sub("", text))
+    (composed letters, ligatures, widths, quotes, hyphens, ellipses, white space), without invisible characters."""
+    text = _PRESENTATION_FORMS.sub(lambda match: unicodedata.normalize("NFKC", match[0]), _INVISIBLE.sub("", text))
     return " ".join(unicodedata.normalize("NFC", text.translate(_ALIKE).casefold()).split())
 
 
 def finder(phrases: Iterable[str]) -> regex.Pattern[str]:
     """Finds phrases in a text, both as `plain` writes them; where several begin, the longest.
 
-    Where a phrase begins or ends in a letter or a digit, it is a whole word there, in scripts that part words by
+    Where a phrase begins or ends in a letter or a digit, it is a whole word there, in scripts that separate words by
     spaces; a sign, and a character of any other script, counts wherever it stands.
     """
-    longest = sorted({phrase for phrase in phrases if phrase}, key=lambda phrase: (-len(phrase), phrase))
-    return regex.compile("|".join(map(_bounded, longest)) or r"(?!)", regex.V1)
+    longest_first = sorted({phrase for phrase in phrases if phrase}, key=lambda phrase: (-len(phrase), phrase))
+    return regex.compile("|".join(map(_bounded, longest_first)) or r"(?!)", regex.V1)
 
 
 def _bounded(phrase: str) -> str:
@@ -61,19 +60,11 @@ def _bounded(phrase: str) -> str:
     return f"{before}{regex.escape(phrase, special_only=True)}{after}"
 
 
-class WordCount(NamedTuple):
-    """How many words a text has."""
-
-    words: int
-    characters: int  # among them, of scripts that put no spaces between words
-
-
-def word_count(text: str) -> WordCount:
+def word_count(text: str) -> int:
     """Words are what stands between spaces; in what holds characters of scripts without spaces, each of these is a
     word, and so is every word of other scripts between them."""
-    words = characters = 0
+    words = 0
     for piece in text.split():
-        count = len(_CHARACTER.findall(piece))
-        words += count + len(_WORD_BETWEEN.findall(piece)) if count else 1
-        characters += count
-    return WordCount(words, characters)
+        characters = len(_CHARACTER.findall(piece))
+        words += characters + len(_WORD_BETWEEN.findall(piece)) if characters else 1
+    return words

@@ -1,0 +1,7 @@
+"""A model's own cliches ("slop"): what its texts over-use, contexts in which it writes it, and how often it does.
+
+Knows: words, frequencies, ranking, counting, wording. Refuses to know: merging, how texts are sampled and scored.
+"""
+
+from modules.slop.discover import discover
+from modules.slop.rate import rate

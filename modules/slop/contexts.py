@@ -1,0 +1,102 @@
+"""Contexts for what a model over-uses, cut from its own texts: where it wrote a phrase, it may write it again.
+
+Knows: texts and their prompts, which beginnings make a context, how many a phrase gets. Refuses to know: models,
+tokenizers (it is told how many tokens a text has), files.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from modules.config import Chat, Message, Pair
+from modules.slop.finder import Finding, Text
+
+FEWEST_TOKENS, MOST_TOKENS = 10, 40  # of the text before a phrase, in its context
+MOST_TRIED = 12  # places of a phrase whose probability is computed
+MOST_CONTEXTS, FEWEST_PROMPTS = 6, 3  # of a phrase that is listed
+LEAST = 0.05  # a phrase's probability in a context that is listed
+
+_SENTENCE_END = re.compile(r"(?<=[.!?\u2026])[\"'\u201d\u2019)]*\s+|\n+\s*")
+_WORD_START = re.compile(r"(?<=\s)(?=\S)")
+
+CountTokens = Callable[[str], int]
+Item = TypeVar("Item")
+
+
+def candidate_contexts(
+    finding: Finding,
+    texts: Sequence[Text],
+    prompts: Sequence[str],
+    answers_begin: Mapping[str, str] | None,
+    count: CountTokens,
+) -> dict[Pair, int]:
+    """Pairs for places where the phrase is spelled as it is listed, at most MOST_TRIED, taken in turn from each prompt;
+    and the number of each pair's prompt.
+
+    answers_begin: by prompt, what comes first in its answer, which ends thoughts that a chat template begins; None if
+    prompts are no turns of a chat, but beginnings of texts. count: how many tokens a text has.
+    """
+    found = dict[Pair, int]()
+    for number, start, end in in_turn(finding.places, lambda place: texts[place[0]].prompt):
+        text, prompt = texts[number].text, prompts[texts[number].prompt]
+        if text[start:end] != finding.phrase:
+            continue
+        if answers_begin is None:
+            pair = Pair("BAD", finding.phrase, last_sentences(joined(prompt, text[:start]), count))
+        else:
+            answer = answers_begin[prompt] + last_sentences(text[:start], count)
+            pair = Pair("BAD", finding.phrase, answer, chat=Chat((Message("user", prompt),), answer))
+        found.setdefault(pair, texts[number].prompt)
+        if len(found) == MOST_TRIED:
+            break
+    return found
+
+
+def last_sentences(before: str, count: CountTokens) -> str:
+    """The last sentences of a text: as few as have FEWEST_TOKENS, all if they have fewer; if these have more than
+    MOST_TOKENS, the last words of them."""
+    for start in reversed(_sentence_starts(before)):
+        if count(before[start:]) >= FEWEST_TOKENS:
+            break
+    if count(before[start:]) <= MOST_TOKENS:
+        return before[start:]
+    words = (before[match.start() :] for match in _WORD_START.finditer(before))
+    return next((rest for rest in words if count(rest) <= MOST_TOKENS), "")
+
+
+def _sentence_starts(text: str) -> list[int]:
+    return [0, *(match.end() for match in _SENTENCE_END.finditer(text))]
+
+
+def last_sentence(before: str) -> str:
+    """The last sentence of a text, as an example."""
+    return before[_sentence_starts(before)[-1] :]
+
+
+def joined(opening: str, text: str) -> str:
+    """A text behind the opening that it continues; the space between them is in neither."""
+    return opening + ("" if re.match(r"[\s.,;:!?'\u2019)]|$", text) else " ") + text
+
+
+def in_turn(items: Sequence[Item], owner: Callable[[Item], int]) -> list[Item]:
+    """The first item of every owner, then the second of each, and so on."""
+    earlier = Counter[int]()
+    rounds = []
+    for item in items:
+        rounds.append(earlier[owner(item)])
+        earlier[owner(item)] += 1
+    order = sorted(range(len(items)), key=rounds.__getitem__)
+    return [items[number] for number in order]
+
+
+def listed_contexts(candidates: Mapping[Pair, int], probabilities: Sequence[float]) -> list[Pair]:
+    """The contexts that a phrase list gets: those in which the phrase is probable, the best of every prompt first.
+
+    Empty if fewer than FEWEST_PROMPTS prompts have one: a phrase of one story is no habit.
+    """
+    probable = [(value, pair) for pair, value in zip(candidates, probabilities, strict=True) if value >= LEAST]
+    best_first = [pair for _, pair in sorted(probable, key=lambda item: -item[0])]
+    if len({candidates[pair] for pair in best_first}) < FEWEST_PROMPTS:
+        return []
+    return in_turn(best_first, candidates.__getitem__)[:MOST_CONTEXTS]

@@ -1,0 +1,155 @@
+"""--discover: a model generates texts; what it over-uses in them is found, and becomes a phrase list with contexts.
+
+Knows: the order of the steps, the files that are written. Refuses to know: how texts are generated and searched.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modules.config import Config, Pair
+from modules.output import write_text
+from modules.runtime import Console, columns, one_line, row, shortened
+from modules.scoring import encode_pairs, score_once
+from modules.search import probability
+from modules.slop.contexts import candidate_contexts, last_sentence, listed_contexts
+from modules.slop.finder import LEAST_PROMPTS, LEAST_RATIO, Finding, Findings, Text, find
+from modules.slop.generate import Generator, generate, load_generator
+from modules.slop.human_rates import human_rates
+
+NOTHING = 1  # exit code where nothing was found
+SHOWN, SHOWN_NAMES = 30, 10  # findings of the table
+
+_HEAD = ("", "Phrase", "Times", "Texts", "Prompts", "Per million", "Human", "Ratio", "Example")
+_WIDTHS = (3, 28, 6, 6, 8, 11, 9, 7, 45)  # columns
+
+
+def discover(config: Config, console: Console, json_file: Path | None, yaml_file: Path | None) -> int:
+    """Let the config's base generate texts, print what it over-uses, write the files that are asked for.
+
+    Returns an exit code: NOTHING where no phrase was found, or none for the list that was asked for; but 0 where the
+    report alone was asked for, which says so. Raises ConfigError for what can't be used, OSError if a file fails.
+    """
+    human = human_rates(config.discover.language)
+    generator = load_generator(config, console)
+    answers = generate(generator, config.random_seed, console, yaml_file or json_file)
+    texts = [Text(number, text) for number, of_prompt in enumerate(answers) for text in of_prompt]
+    findings = find(texts, generator.prompts, human)
+    console.lines(_report(findings, texts))
+    if json_file:
+        write_text(json_file, json.dumps(_document(findings, generator.name), ensure_ascii=False, indent=1) + "\n")
+        console.timed(f"All findings are in {json_file}")
+    unwritten = [f"{yaml_file} was not written."] if yaml_file else []
+    more = "Raise discover.samples, discover.tokens or discover.phrases, or add prompts."
+    if not findings.phrases:
+        what = f"is in texts of {LEAST_PROMPTS} prompts and {LEAST_RATIO:g} times as frequent as people write it"
+        console.error(f"Nothing found: no phrase {what}. {more}", *unwritten)
+        return 0 if json_file and not yaml_file else NOTHING
+    if not yaml_file:
+        console.line("Add --yaml FILE to write a phrase list, each phrase in contexts of these texts.")
+    else:
+        contexts = contexts_of(findings.phrases[: config.discover.phrases], texts, generator, console)
+        if not contexts:
+            console.error(f"Nothing to list: no phrase is probable in contexts of enough prompts. {more}", *unwritten)
+            return NOTHING
+        write_text(yaml_file, _phrase_list(contexts, generator.name, config.system))
+        count = sum(map(len, contexts.values()))
+        console.line(f"{yaml_file} has {len(contexts)} phrases in {count} contexts, every second one held out.")
+        console.line(f"Review it, delete what you don't mind, and add to your config: phrase_files: [{yaml_file}]")
+        console.line("After the merge, count again: python monster_mapper.py --config MY.yaml --rate OUT")
+    console.final(f"Done. The log is {console.log_path}")
+    return 0
+
+
+def contexts_of(
+    findings: Sequence[Finding], texts: Sequence[Text], generator: Generator, console: Console
+) -> dict[str, list[Pair]]:
+    """Contexts of every phrase in which it is probable; phrases without them are left out, and named."""
+    begin, count = generator.answers_begin, generator.count_tokens
+    candidates = [candidate_contexts(finding, texts, generator.prompts, begin, count) for finding in findings]
+    pairs = [pair for of_finding in candidates for pair in of_finding]
+    console.timed(f"Scoring {len(findings)} phrases in {len(pairs)} contexts")
+    values = iter(probabilities(generator, pairs))
+    listed = {}
+    for finding, of_finding in zip(findings, candidates, strict=True):
+        listed[finding.phrase] = listed_contexts(of_finding, list(islice(values, len(of_finding))))
+    rare = [phrase for phrase, contexts in listed.items() if not contexts]
+    if rare:
+        console.line(f"Dropped, since too few contexts reproduce them: {', '.join(rare)}")
+    return {phrase: contexts for phrase, contexts in listed.items() if contexts}
+
+
+def probabilities(generator: Generator, pairs: Sequence[Pair]) -> list[float]:
+    """How probable each pair is, as a merge would score it. Raises ConfigError as encoding does."""
+    if not pairs:
+        return []
+    model, prompts = generator.model, generator.asked.texts
+    rendered = [
+        replace(pair, context=prompts[pair.chat.messages[-1].content] + pair.chat.answer) if pair.chat else pair
+        for pair in pairs
+    ]
+    encoded = encode_pairs(generator.tokenizer, rendered, model.vocabulary, model.max_tokens)
+    _, scores = model.in_range(lambda: score_once(model, encoded))
+    return [probability(value) for value in scores]
+
+
+def _report(findings: Findings, texts: Sequence[Text]) -> list[str]:
+    """The table of what a model over-uses, the names, and how much of its text the table is."""
+    shown, lines = findings.phrases[:SHOWN], list[str]()
+    if shown:
+        head = row(_HEAD, _WIDTHS)
+        line = "-" * columns(head)
+        rows = [_row(number, finding, texts[finding.places[0][0]].text) for number, finding in enumerate(shown, 1)]
+        lines += [line, head, line, *rows, line]
+        share = sum(finding.times * len(finding.words) for finding in shown) / findings.words
+        lines.append(f"These phrases are {share:.1%} of {findings.words:,} words.")
+    if findings.names:
+        names = [f"{name.phrase} ({name.times})" for name in findings.names[:SHOWN_NAMES]]
+        lines.append(f"Overused names: {', '.join(names)}")
+    if findings.looping:
+        lines.append(f"Ignored {findings.looping} of {len(texts)} texts, which repeat themselves")
+    return lines
+
+
+def _row(number: int, finding: Finding, text: str) -> str:
+    """text: of its first place."""
+    _, start, end = finding.places[0]
+    before = shortened(one_line(last_sentence(text[:start])), _WIDTHS[-1] - columns(finding.phrase) - 3)
+    cells = [
+        *(str(number), finding.phrase, str(finding.times), str(finding.texts), str(finding.prompts)),
+        *(f"{finding.per_million:,.0f}", f"{finding.human:,.2f}", f"{finding.ratio:,.0f}"),
+        f"{before} {text[start:end]}\u2026".strip(),
+    ]
+    return row(cells, _WIDTHS)
+
+
+def _document(findings: Findings, model: str) -> dict[str, Any]:
+    """All findings, for JSON; rates are per million words."""
+    keys = ("phrase", "times", "texts", "prompts", "per_million", "human", "ratio", "score")
+    return {
+        "model": model,
+        "words": findings.words,
+        "looping": findings.looping,
+        "phrases": [{key: getattr(finding, key) for key in keys} for finding in findings.phrases],
+        "names": [{key: getattr(finding, key) for key in keys} for finding in findings.names],
+    }
+
+
+def _phrase_list(contexts: Mapping[str, Sequence[Pair]], model: str, system: str | None) -> str:
+    """A YAML phrase list. Each second context of a phrase is held out, to show whether a merge's gain holds there."""
+    phrases = []
+    for phrase, pairs in contexts.items():
+        entries = [pair.as_context(**({"held_out": True} if number % 2 else {})) for number, pair in enumerate(pairs)]
+        phrases.append({"phrase": phrase, "contexts": entries})
+    lists = {**({} if system is None else {"system": system}), "bad_phrases": phrases}
+    return (
+        f"# What {one_line(model)} writes far more often than people do, in contexts of its own texts.\n"
+        "# Review it before you use it, and delete what you don't mind.\n"
+        + yaml.safe_dump(lists, allow_unicode=True, sort_keys=False, width=math.inf)
+    )
