@@ -22,7 +22,7 @@ import merge_monster
 import monster_mapper
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.config import Pair, load_config
-from modules.mapper.detokenize import Spelling
+from modules.mapper.detokenize import Detokenizer
 from modules.mapper.grammar import english
 from modules.run.map import Exports, check_exports
 from modules.runtime.errors import ConfigError
@@ -92,7 +92,7 @@ def test_completions_have_the_raw_probability_that_the_merge_gives_them(place, b
     """Every branch that can be written as a phrase, written as one: to the digits that the merge prints."""
     assert mapped(place, base, "--json", "tree.json", mapper={**SETTINGS, "prob_min": 0.1}) == 0
     tokenizer = load_tokenizer(base)
-    spelling = Spelling(tokenizer, len(tokenizer))
+    detokenizer = Detokenizer(tokenizer, len(tokenizer))
     expected = {}
     document = json.loads((place / "tree.json").read_text(encoding="utf-8"))
     assert document["model"] == base.name  # and not where it lies
@@ -103,7 +103,7 @@ def test_completions_have_the_raw_probability_that_the_merge_gives_them(place, b
             while number is not None:
                 tokens.insert(0, context["nodes"][number]["token"])
                 number = context["nodes"][number]["parent"]
-            phrase = spelling.phrase(root, tokens) if tokens else None
+            phrase = detokenizer.phrase(root, tokens) if tokens else None
             if phrase is not None and branch["joint_probability"] > 0.0001:
                 expected[Pair("BAD", phrase, context["context"])] = branch["joint_probability"] * 100
     assert len(expected) >= 8
