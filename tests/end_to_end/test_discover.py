@@ -1,5 +1,7 @@
 """--discover and --rate as a program: what a model over-uses becomes a list for a merge; how often it says so."""
 
+import functools
+import importlib
 import itertools
 import json
 import re
@@ -15,6 +17,7 @@ import modules.discovery.contexts
 import modules.run.writing
 import monster_mapper
 from modules.config import load_config
+from modules.discovery.human import human_rates
 
 DISCOVER = {"samples": 2, "tokens": 40, "prompts": "prompts.txt"}
 PROMPTS = [f"{word} number {number}" for number in range(5) for word in ("What is", "Write about the", "Tell me of a")]
@@ -28,6 +31,14 @@ def chatting(tmp_path_factory):
 @pytest.fixture(scope="module")
 def without_template(tmp_path_factory):
     return habits.make_habitual(tmp_path_factory.mktemp("models") / "base", chats=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_reading_of_the_word_list():
+    """It takes longer than all the rest of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("modules.run.discover"), "human_rates", functools.cache(human_rates))
+        yield
 
 
 def write(place, model, **settings):
