@@ -83,9 +83,10 @@ def test_the_journal_tells_the_whole_run(models, whole):
         }
 
 
-def test_a_run_goes_on_from_every_record(place, models, whole):
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_goes_on_from_every_record(place, models, whole, every):
     records, table = journal(whole), None
-    for count in range(len(records) + 1):
+    for count in [*range(0, len(records), every), len(records)]:
         if count and not any(record["kind"] == "decision" for record in records[:count]):
             continue
         if count:
