@@ -33,9 +33,9 @@ from workload import Shape, machine, make_models, parameter_count, print_table, 
 
 from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
 from modules.config import Config, Mapper, Pair, load_config
-from modules.mapper.completion_tree import CompletionTree, Explorer
-from modules.mapper.detokenize import Spelling
-from modules.mapper.next_tokens import Continuation, build_continuation
+from modules.mapper.completion_tree import BeamSearch, CompletionTree
+from modules.mapper.detokenize import Detokenizer
+from modules.mapper.next_tokens import Predictor, build_predictor
 from modules.model.base_model import ResidentModel
 from modules.model.loading import load_model
 from modules.run.steps import prepare_libraries
@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace, base: Path) -> dict[str, object]:
         theirs.append(time.perf_counter() - start)
         found = {tuple(branch.tokens) for branch in branches}
         tree = next(tree for tree in trees if tree.root.context == context)
-        same += sum(tuple(node.token for node in branch.nodes[: branch.length]) in found for branch in tree.branches)
+        same += sum(branch.tokens[: branch.length] in found for branch in tree.branches)
     leaves = sum(len(tree.branches) for tree in trees)
     seconds, naive_seconds = statistics.median(ours), sum(theirs)
     return {
@@ -124,20 +124,21 @@ def explore(
     model: ResidentModel, tokenizer: object, contexts: list[str], settings: Mapper
 ) -> tuple[list[CompletionTree], str]:
     """All trees, as the program finds them, and the way in which it did."""
-    spelling = Spelling(tokenizer, model.vocabulary)
+    detokenizer = Detokenizer(tokenizer, model.vocabulary)
     pairs = [Pair("BAD", "w1", context + " ") for context in contexts]
     scorer = build_scorer(model, encode_pairs(tokenizer, pairs, model.vocabulary, model.max_tokens), tails=False)
     roots = encode_contexts(tokenizer, contexts, model.vocabulary)
-    continuation = continuing(model, spelling, scorer, roots, settings)
-    return list(Explorer(continuation, settings, spelling, frozenset()).explore(roots)), continuation.way
+    predictor = verified_predictor(model, detokenizer, scorer, roots, settings)
+    search = BeamSearch(predictor, settings, detokenizer, frozenset(), advanced=lambda amount: None)
+    return list(search.trees(roots)), predictor.way
 
 
-def continuing(
-    model: ResidentModel, spelling: Spelling, scorer: Scorer, roots: Sequence[Root], settings: Mapper
-) -> Continuation:
+def verified_predictor(
+    model: ResidentModel, detokenizer: Detokenizer, scorer: Scorer, roots: Sequence[Root], settings: Mapper
+) -> Predictor:
     """The verified way to continue these contexts."""
     longest = max(len(root.tokens) for root in roots) + settings.max_depth + settings.additional_length
-    return build_continuation(model, spelling, scorer, [root.tokens for root in roots], longest)
+    return build_predictor(model, detokenizer, scorer, [root.tokens for root in roots], longest)
 
 
 def of_a_config(config: Config) -> dict[str, object]:
@@ -156,20 +157,26 @@ def of_a_config(config: Config) -> dict[str, object]:
     note("loading the model")
     scorer, _ = score_once(model, encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens))
     note("scoring the phrases, verified")
-    spelling = Spelling(tokenizer, model.vocabulary)
+    detokenizer = Detokenizer(tokenizer, model.vocabulary)
     contexts = list(dict.fromkeys(pair.context for pair in config.pairs))
     roots = encode_contexts(tokenizer, contexts, model.vocabulary)
     for kind, limits in (("all branches", {}), ("the limits of default-mapper.yaml", shipped_limits())):
         settings = replace(config.mapper, **limits)
-        continuation = continuing(model, spelling, scorer, roots, settings)
+        predictor = verified_predictor(model, detokenizer, scorer, roots, settings)
         note(f"{kind}: verifying")
-        trees = list(Explorer(continuation, settings, spelling, model.end_tokens()).explore(roots))
+        search = BeamSearch(predictor, settings, detokenizer, model.end_tokens(), advanced=lambda amount: None)
+        trees = list(search.trees(roots))
         branches = [len(tree.branches) for tree in trees]
-        said = len({node for tree in trees for branch in tree.branches for node in branch.nodes})
+        said = sum(len(distinct_beginnings(tree)) for tree in trees)
         note(f"{kind}: mapping", sum(branches), said)
         texts = [root.tokens for root, count in zip(roots, branches, strict=True) for _ in range(count)]
         note(f"{kind}: generate", len(texts), generated(model, texts, -(-said // len(texts))))
     return {"machine": machine(torch.device("cpu")), "contexts": len(contexts), "rows": rows}
+
+
+def distinct_beginnings(tree: CompletionTree) -> set[tuple[int, ...]]:
+    """Every beginning of a branch, each once: so many tokens the model was asked for."""
+    return {branch.tokens[:end] for branch in tree.branches for end in range(1, len(branch.tokens) + 1)}
 
 
 def shipped_limits() -> dict[str, float]:

@@ -16,18 +16,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from modules.merging.methods import merge, ratios_for
-from modules.output.plots import (
-    BASE_COLOUR,
-    COLOURS,
-    DARK,
-    MERGE_MAP_FILE,
-    PHRASE_CHART_FILE,
-    drawing,
-    merge_map,
-    phrase_chart,
-    save_figure,
-)
+from modules.output.plots import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
 from modules.output.recipe import RECIPE_FILE, read_recipe
+from modules.output.style import BASE_COLOUR, COLOURS, DARK, drawing, save_figure
 from modules.runtime.errors import ConfigError
 
 FOLDER = Path(__file__).parent

@@ -1,88 +1,47 @@
-"""The completion tree of every context.
+"""The completion tree of every context, found by a beam search.
 
 Knows: branching, probabilities. Refuses to know: torch, the model's forward, phrases, output formats.
 """
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from modules.config import Mapper
-from modules.mapper.detokenize import Spelling
-from modules.mapper.next_tokens import Continuation, Guess
+from modules.mapper.detokenize import Detokenizer
+from modules.mapper.next_tokens import Guess, Predictor
 from modules.runtime import within_memory
 from modules.scoring import Root, TokenTree
 
 ENDLESS = 10**12  # branches: nobody waits for more
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Node:
-    """One token of a completion. Nodes are shared: branches that begin alike have the same first nodes."""
+    """One token of a completion."""
 
-    parent: "Node | None"
     token: int
     log_probability: float  # of this token
-    joint: float  # log-probability of all tokens from the context to here
-
-    @classmethod
-    def after(cls, parent: "Node | None", token: int, log_probability: float) -> "Node":
-        """The next node of a completion."""
-        return cls(parent, token, log_probability, log_probability + (parent.joint if parent else 0.0))
+    joint: float  # log-probability of all tokens from the context up to this one
 
 
-def path_of(node: Node | None) -> list[Node]:
-    """The nodes from the context to this one."""
-    path = []
-    while node is not None:
-        path.append(node)
-        node = node.parent
-    return path[::-1]
-
-
-def tokens_of(nodes: Sequence[Node]) -> list[int]:
-    """The nodes' token ids."""
-    return [node.token for node in nodes]
-
-
-def at_most(settings: Mapper) -> tuple[int, int]:
-    """How many branches a context has at most, and for how many next tokens the model is asked there at most."""
-    followed = min(settings.top_k, int(100 / settings.prob_min)) if settings.prob_min else settings.top_k
-    most = int(100 / settings.min_joint) if settings.min_joint else ENDLESS
-    ends, asked = 1, 0  # completions of one length; of all lengths before it
-    for depth in range(settings.max_depth):
-        asked += ends
-        before, ends = ends, min(ends * followed, most)
-        if ends == before:
-            asked += ends * (settings.max_depth - depth - 1)
-            break
-    branches = min(ends, settings.max_branches or ends)
-    return branches, asked + branches * settings.additional_length
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Branch:
     """A completion: the nodes that were explored, and those by which it was greedily continued."""
 
-    leaf: Node | None  # None if not even the first token was probable enough
-    end: Node | None  # the last node of the continuation; the leaf itself if there is none
+    nodes: tuple[Node, ...]
+    length: int  # number of explored nodes; 0 if not even the first token was probable enough
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All token ids, those of the continuation included."""
+        return tuple(node.token for node in self.nodes)
 
     @property
     def joint(self) -> float:
-        """Log-probability of the branch without its continuation."""
-        return self.leaf.joint if self.leaf else 0.0
-
-    @cached_property
-    def nodes(self) -> list[Node]:
-        """The branch, then its continuation."""
-        return path_of(self.end)
-
-    @cached_property
-    def length(self) -> int:
-        """Number of tokens without the continuation."""
-        return len(path_of(self.leaf))
+        """Log-probability of the explored nodes."""
+        return self.nodes[self.length - 1].joint if self.length else 0.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +49,7 @@ class Cut:
     """What the limits have left out of a tree."""
 
     branches: int = 0  # at least so many, all less likely than those that are kept
-    share: float = 0.0  # in how many of all cases the model takes one of these
+    share: float = 0.0  # their probability, summed
     tokens: int = 0  # next tokens that were not followed: with them, a branch would be less probable than min_joint
 
 
@@ -103,185 +62,184 @@ class CompletionTree:
     cut: Cut = Cut()
 
 
-@dataclass(frozen=True)
-class _Tip:
-    """Where a completion has got to."""
+def at_most(settings: Mapper) -> tuple[int, int]:
+    """How many branches a context has at most, and for how many next tokens the model is asked there at most."""
+    followed = min(settings.top_k, int(100 / settings.prob_min)) if settings.prob_min else settings.top_k
+    most = int(100 / settings.min_joint) if settings.min_joint else ENDLESS
+    branches, asked = 1, 0
+    for depth in range(settings.max_depth):
+        asked += branches
+        longer = min(branches * followed, most)
+        if longer == branches:  # from here on, no level has more
+            asked += branches * (settings.max_depth - depth - 1)
+            break
+        branches = longer
+    branches = min(branches, settings.max_branches or branches)
+    return branches, asked + branches * settings.additional_length
 
-    tree: int  # number of the context
-    path: tuple[int, ...]  # all tokens, the context's included
-    spaces: str  # what must be spelt next: what is left of the spaces at the context's end
-    share: float  # of the work on its context
-    leaf: Node | None = None
-    end: Node | None = None
-    depth: int = 0  # of the leaf
-    length: int | None = None  # of the continuation, None while the completion still branches
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A completion that is still growing."""
+
+    context: int  # number of its context
+    path: tuple[int, ...]  # all token ids, the context's included
+    spaces: str  # what is left to be written of the spaces at the context's end
+    nodes: tuple[Node, ...] = ()
+    length: int | None = None  # number of explored nodes; None while it still branches
+    finished: bool = False
 
     @property
     def joint(self) -> float:
-        """Log-probability of the branch so far."""
-        return self.leaf.joint if self.leaf else 0.0
+        """Log-probability of the explored nodes."""
+        explored = self.nodes[: self.length]
+        return explored[-1].joint if explored else 0.0
 
 
-def _first_of_each(tips: Iterable[_Tip], count: int) -> tuple[list[_Tip], list[_Tip]]:
-    """The likeliest tips of each context, up to a number of them, and the others; of equals the lower tokens."""
-    first, others, seen = list[_Tip](), list[_Tip](), Counter[int]()
-    for tip in sorted(tips, key=lambda tip: (tip.tree, -tip.joint, tip.path)):
-        (first if seen[tip.tree] < count else others).append(tip)
-        seen[tip.tree] += 1
-    return first, others
+def _likeliest_of_each(
+    hypotheses: Sequence[Hypothesis], count: int | None
+) -> tuple[list[Hypothesis], list[Hypothesis]]:
+    """The likeliest hypotheses of each context, up to a number of them, and the others; of equals the lower tokens."""
+    likeliest, others = [], []
+    seen = Counter[int]()
+    for hypothesis in sorted(hypotheses, key=lambda it: (it.context, -it.joint, it.path)):
+        seen[hypothesis.context] += 1
+        if count is None or seen[hypothesis.context] <= count:
+            likeliest.append(hypothesis)
+        else:
+            others.append(hypothesis)
+    return likeliest, others
 
 
-@dataclass
-class Explorer:
-    """Follows the likeliest next tokens from every context at once, level by level.
+@dataclass(frozen=True)
+class BeamSearch:
+    """Follows the likeliest next tokens from many contexts at once, level by level.
 
-    Where more tips are open than the predictor's budget allows, some of them are followed to their ends first. The
-    result does not depend on the budget.
+    Where more hypotheses are open than the predictor's budget allows, some of them go first. The result does not
+    depend on the budget.
     """
 
-    predictor: Continuation
+    predictor: Predictor
     settings: Mapper
-    spelling: Spelling
+    detokenizer: Detokenizer
     end_tokens: frozenset[int]  # those that end a text
-    advanced: Callable[[float], None] = field(default=lambda amount: None)  # told of work done, in contexts
-    _cuts: defaultdict[int, Cut] = field(default_factory=lambda: defaultdict(Cut), init=False)  # by number of context
+    advanced: Callable[[float], object]  # gets the work done since the last call, in contexts
+    _not_followed: Counter[int] = field(default_factory=Counter, init=False)  # next tokens, by number of context
 
-    def explore(self, roots: Sequence[Root]) -> Iterator[CompletionTree]:
-        """The tree of each context, in order, each as soon as it is complete."""
-        self._cuts.clear()
-        tips = [_Tip(tree, root.tokens, root.spaces, 1.0) for tree, root in enumerate(roots)]
-        limit = self.settings.max_branches
-        if limit is None:
-            yield from self._followed(tips, roots)
-            return
-        while tips:
-            group, tips = self._fitting(tips)
-            yield from self._followed(self._likeliest(group, limit), roots)
+    def trees(self, roots: Sequence[Root]) -> Iterator[CompletionTree]:
+        """The tree of each context, in order."""
+        settings = self.settings
+        waiting = [Hypothesis(number, root.tokens, root.spaces) for number, root in enumerate(roots)]
+        while waiting:
+            group = self._fitting(waiting, settings.max_depth + settings.additional_length)
+            waiting = waiting[len(group) :]
+            self._not_followed.clear()
+            kept, cut = self._explored(group)
+            finished = self._in_groups(kept, settings.additional_length, self._continued, len(group) / len(kept))
+            for hypothesis in group:
+                yield self._tree(hypothesis.context, roots, finished, cut)
 
-    def _followed(self, tips: Sequence[_Tip], roots: Sequence[Root]) -> Iterator[CompletionTree]:
-        """The trees of some contexts, from tips on that are followed to their ends, level by level."""
-        trees = sorted({tip.tree for tip in tips})
-        branches: dict[int, list[Branch]] = {tree: [] for tree in trees}
-        stack: list[list[_Tip]] = []
-        unfinished = Counter[int]()  # number of open tips by context
-        while True:
-            still_open = []
-            for tip in tips:
-                if self._is_finished(tip):
-                    branches[tip.tree].append(Branch(tip.leaf, tip.end))
-                    self.advanced(tip.share)
-                else:
-                    still_open.append(tip)
-                    unfinished[tip.tree] += 1
-            if still_open:
-                stack.append(still_open)
-            while trees and not unfinished[trees[0]]:
-                tree = trees.pop(0)
-                ordered = sorted(branches[tree], key=lambda branch: (-branch.joint, tokens_of(branch.nodes)))
-                yield CompletionTree(roots[tree], tuple(ordered), self._cuts[tree])
-            if not stack:
-                return
-            group, tips = self._advance(stack)
-            unfinished.subtract(tip.tree for tip in group)
+    def _tree(
+        self, context: int, roots: Sequence[Root], finished: Sequence[Hypothesis], cut: Sequence[Hypothesis]
+    ) -> CompletionTree:
+        branches = [Branch(it.nodes, it.length or 0) for it in finished if it.context == context]
+        left_out = [math.exp(it.joint) for it in cut if it.context == context]
+        return CompletionTree(
+            roots[context],
+            tuple(sorted(branches, key=lambda branch: (-branch.joint, branch.tokens))),
+            Cut(len(left_out), sum(left_out), self._not_followed[context]),
+        )
 
-    def _likeliest(self, tips: Sequence[_Tip], limit: int) -> list[_Tip]:
-        """Of each context the likeliest branches, up to a limit, not continued yet; all others are cut.
+    def _explored(self, hypotheses: list[Hypothesis]) -> tuple[list[Hypothesis], list[Hypothesis]]:
+        """Of each context the likeliest branches, up to max_branches, not continued yet; and what was cut.
 
-        Best first: only what is among the likeliest so far is asked about. Nothing that follows on a tip is likelier
-        than the tip itself, so that the likeliest are found when none of them branches any more.
+        Best first: only what is among the likeliest so far is asked about. Nothing that follows on a hypothesis is
+        likelier than itself, so that the likeliest are found when none of them branches any more.
         """
         while True:
-            likeliest, others = _first_of_each(tips, limit)
-            branching = [tip for tip in likeliest if self._branches(tip)]
+            likeliest, others = _likeliest_of_each(hypotheses, self.settings.max_branches)
+            branching = [hypothesis for hypothesis in likeliest if hypothesis.length is None]
             if not branching:
-                break
-            stack, tips = [branching], [tip for tip in likeliest if not self._branches(tip)] + others
-            while stack:
-                tips += self._advance(stack)[1]
-        for tip in others:
-            cut = self._cuts[tip.tree]
-            share = cut.share + math.exp(tip.joint)
-            self._cuts[tip.tree] = replace(cut, branches=cut.branches + 1, share=share)
-            self.advanced(tip.share)
-        return likeliest
+                return likeliest, others
+            ended = [hypothesis for hypothesis in likeliest if hypothesis.length is not None]
+            hypotheses = ended + others + self._in_groups(branching, 1, self._step)
 
-    def _advance(self, stack: list[list[_Tip]]) -> tuple[list[_Tip], list[_Tip]]:
-        """As many of the last tips as fit, taken off, and those that follow on them."""
+    def _continued(self, hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+        """The same hypotheses, continued greedily to their ends."""
+        finished = []
+        while hypotheses:
+            finished += [hypothesis for hypothesis in hypotheses if hypothesis.finished]
+            hypotheses = self._step([hypothesis for hypothesis in hypotheses if not hypothesis.finished])
+        return finished
 
-        def advance() -> tuple[list[_Tip], list[_Tip]]:
-            group, rest = self._fitting(stack[-1])
-            tips = self._step(group)
-            stack[-1:] = [rest] if rest else []
-            return group, tips
+    def _in_groups(
+        self,
+        hypotheses: list[Hypothesis],
+        steps: int,
+        work: Callable[[Sequence[Hypothesis]], list[Hypothesis]],
+        share: float = 0.0,
+    ) -> list[Hypothesis]:
+        """What work of so many steps makes of hypotheses, as many at once as fit into memory.
 
-        return within_memory(advance, self.predictor.take_less_memory)
+        share: what is reported as done for each of them, in contexts.
+        """
 
-    def _fitting(self, tips: list[_Tip]) -> tuple[list[_Tip], list[_Tip]]:
-        """As many tips, at least one, as can be followed to their ends within the budget if they do not branch."""
-        tree, ahead = TokenTree(), 0
-        for number, tip in enumerate(tips):
-            tree.add(tip.path)
-            ahead += self._steps_left(tip)
-            if number and (len(tree) + ahead > self.predictor.token_budget or number >= self.predictor.max_paths):
-                return tips[:number], tips[number:]
-        return tips, []
+        def next_group() -> tuple[int, list[Hypothesis]]:
+            group = self._fitting(hypotheses, steps)
+            return len(group), work(group)
 
-    def _step(self, tips: Sequence[_Tip]) -> list[_Tip]:
-        """The tips that follow on these; the work on them is counted."""
-        asked = [tip for tip in tips if not self._is_full(tip)]
-        paths, spaces = [tip.path for tip in asked], [tip.spaces for tip in asked]
-        guesses = iter(self.predictor.next_tokens(paths, spaces, self.settings.top_k) if asked else [])
-        successors = []
-        for tip in tips:
-            spent = tip.share / self._steps_left(tip)
-            self.advanced(spent)
-            left = replace(tip, share=tip.share - spent)
-            successors += self._successors(left, [] if self._is_full(tip) else next(guesses))
-        return successors
+        results = []
+        while hypotheses:
+            count, found = within_memory(next_group, self.predictor.take_less_memory)
+            results += found
+            hypotheses = hypotheses[count:]
+            self.advanced(count * share)
+        return results
 
-    def _successors(self, tip: _Tip, guesses: Sequence[Guess]) -> list[_Tip]:
-        if self._branches(tip):
-            probable = [guess for guess in guesses if math.exp(guess[1]) * 100 >= self.settings.prob_min]
-            least = self.settings.min_joint or 0.0
-            likely = [guess for guess in probable if math.exp(tip.joint + guess[1]) * 100 >= least]
-            cut = self._cuts[tip.tree]
-            self._cuts[tip.tree] = replace(cut, tokens=cut.tokens + len(probable) - len(likely))
+    def _fitting(self, hypotheses: list[Hypothesis], steps: int) -> list[Hypothesis]:
+        """As many hypotheses, at least one, as can take so many steps within the budget if they do not branch."""
+        tree = TokenTree()
+        for number, hypothesis in enumerate(hypotheses):
+            tree.add(hypothesis.path)
+            tokens = len(tree) + (number + 1) * steps
+            if number and (tokens > self.predictor.token_budget or number >= self.predictor.max_paths):
+                return hypotheses[:number]
+        return hypotheses
+
+    def _step(self, hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+        """The hypotheses that follow on these, one token longer."""
+        if not hypotheses:
+            return []
+        paths = [hypothesis.path for hypothesis in hypotheses]
+        spaces = [hypothesis.spaces for hypothesis in hypotheses]
+        guesses = self.predictor.next_tokens(paths, spaces, self.settings.top_k)
+        successors = map(self._successors, hypotheses, guesses)
+        return [successor for group in successors for successor in group]
+
+    def _successors(self, hypothesis: Hypothesis, guesses: Sequence[Guess]) -> list[Hypothesis]:
+        settings = self.settings
+        if hypothesis.length is None:
+            probable = [guess for guess in guesses if math.exp(guess[1]) * 100 >= settings.prob_min]
+            least = settings.min_joint or 0.0
+            likely = [guess for guess in probable if math.exp(hypothesis.joint + guess[1]) * 100 >= least]
+            self._not_followed[hypothesis.context] += len(probable) - len(likely)
             if likely:
-                share = tip.share / len(likely)
-                return [self._branching(replace(tip, share=share), *guess) for guess in likely]
-        return [self._continued(tip, guesses)]
+                return [self._longer(hypothesis, *guess) for guess in likely]
+            hypothesis = replace(hypothesis, length=len(hypothesis.nodes))
+        if not guesses or settings.additional_length == 0:
+            return [replace(hypothesis, finished=True)]
+        return [self._longer(hypothesis, *guesses[0])]
 
-    def _branching(self, tip: _Tip, token: int, log_probability: float) -> _Tip:
-        node = Node.after(tip.leaf, token, log_probability)
-        return replace(self._moved(tip, token), leaf=node, end=node, depth=tip.depth + 1)
-
-    def _continued(self, tip: _Tip, guesses: Sequence[Guess]) -> _Tip:
-        """The tip one greedy token on; where there is none, or none is wanted, as finished."""
-        length = tip.length or 0
-        if not guesses or length == self.settings.additional_length:
-            return replace(tip, length=self.settings.additional_length)
-        token, log_probability = guesses[0]
-        return replace(self._moved(tip, token), end=Node.after(tip.end, token, log_probability), length=length + 1)
-
-    def _moved(self, tip: _Tip, token: int) -> _Tip:
-        return replace(tip, path=(*tip.path, token), spaces=self.spelling.spaces_after(tip.spaces, token))
-
-    def _branches(self, tip: _Tip) -> bool:
-        return tip.length is None and tip.depth < self.settings.max_depth and not self._is_finished(tip)
-
-    def _is_finished(self, tip: _Tip) -> bool:
-        if tip.end is not None and tip.end.token in self.end_tokens:
-            return True
-        if tip.length is None:
-            return tip.depth == self.settings.max_depth and self.settings.additional_length == 0
-        return tip.length == self.settings.additional_length
-
-    def _is_full(self, tip: _Tip) -> bool:
-        """Whether the path is longer than anything the model takes."""
-        return self.predictor.max_tokens is not None and len(tip.path) > self.predictor.max_tokens
-
-    def _steps_left(self, tip: _Tip) -> int:
-        """How often the model may still be asked behind this tip; at least once."""
-        if tip.length is None:
-            return max(1, self.settings.max_depth - tip.depth + self.settings.additional_length)
-        return max(1, self.settings.additional_length - tip.length)
+    def _longer(self, hypothesis: Hypothesis, token: int, log_probability: float) -> Hypothesis:
+        """The hypothesis with one more token."""
+        before = hypothesis.nodes[-1].joint if hypothesis.nodes else 0.0
+        nodes = (*hypothesis.nodes, Node(token, log_probability, before + log_probability))
+        path = (*hypothesis.path, token)
+        is_full = self.predictor.max_tokens is not None and len(path) > self.predictor.max_tokens
+        ends = is_full or token in self.end_tokens
+        length = hypothesis.length
+        if length is None and (ends or len(nodes) == self.settings.max_depth):
+            length = len(nodes)
+        continued = length is not None and len(nodes) - length == self.settings.additional_length
+        spaces = self.detokenizer.spaces_after(hypothesis.spaces, token)
+        return Hypothesis(hypothesis.context, path, spaces, nodes, length, finished=ends or continued)

@@ -17,7 +17,7 @@ ANCHOR = 8  # tokens before a completion that are decoded along with it: what a 
 Pieces = list[tuple[int, str]]  # number of tokens, and the text that they spell together
 
 
-class Spelling:
+class Detokenizer:
     """How one tokenizer writes."""
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:

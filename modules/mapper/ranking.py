@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from modules.config import Mapper, Pair
-from modules.mapper.completion_tree import Branch, CompletionTree, Node, path_of, tokens_of
-from modules.mapper.detokenize import Pieces, Spelling
+from modules.mapper.completion_tree import Branch, CompletionTree, Node
+from modules.mapper.detokenize import Detokenizer, Pieces
 from modules.mapper.grammar import ADVERBS, english
 from modules.scoring import Encoded, Root
 
@@ -31,22 +31,29 @@ class PhraseRank:
 
     pair: Pair
     log_probability: float
-    place: int  # among the completions of its length, the phrase included; 1 is the most probable
-    places: int  # how many such completions there are
+    rank: int  # among the completions of its length, the phrase included; 1 is the most probable
+    ranked: int  # how many such completions there are
     too_rare: bool  # less probable than prob_min
     suggestion: Suggestion | None
 
 
-@dataclass(frozen=True, eq=False)
-class _Other:
+@dataclass(frozen=True)
+class _Rival:
     """A branch that goes another way than the phrase, up to the phrase's length."""
 
-    end: Node
+    nodes: tuple[Node, ...]
     is_whole: bool  # whether its last word ends with it
+
+    @property
+    def joint(self) -> float:
+        return self.nodes[-1].joint
 
 
 def rank_phrases(
-    tree: CompletionTree, phrases: Sequence[tuple[Pair, Sequence[Encoded], float]], settings: Mapper, spelling: Spelling
+    tree: CompletionTree,
+    phrases: Sequence[tuple[Pair, Sequence[Encoded], float]],
+    settings: Mapper,
+    detokenizer: Detokenizer,
 ) -> list[PhraseRank]:
     """Compare phrases, each with its variants' tokens and its log-probability, with the branches that go another way.
 
@@ -54,63 +61,71 @@ def rank_phrases(
     for "spine" beside "skin". A branch that is shorter is taken whole, or, where it is the beginning of the phrase,
     with its continuation. Branches that are then alike count once.
     """
-    spelt = [(branch, spelling.pieces(tree.root, tokens_of(branch.nodes))) for branch in tree.branches]
-    found = []
+    spelt = [(branch, detokenizer.pieces(tree.root, branch.tokens)) for branch in tree.branches]
+    ranks = []
     for pair, variants, log_probability in phrases:
-        others = _others(tree.root, spelt, pair, variants)
-        rivals = [other for other in others if other.end.joint > log_probability]
-        found.append(
+        rivals = _rivals(tree.root, spelt, pair, variants)
+        likelier = [rival for rival in rivals if rival.joint > log_probability]
+        ranks.append(
             PhraseRank(
                 pair,
                 log_probability,
-                place=1 + len(rivals),
-                places=1 + len(others),
+                rank=1 + len(likelier),
+                ranked=1 + len(rivals),
                 too_rare=not math.exp(log_probability) * 100 >= settings.prob_min,
-                suggestion=_suggestion(rivals, pair.phrase, tree.root, spelling),
+                suggestion=_suggestion(likelier, pair.phrase, tree.root, detokenizer),
             )
         )
-    return found
+    return ranks
 
 
-def _others(
+def _rivals(
     root: Root, spelt: Sequence[tuple[Branch, Pieces]], pair: Pair, variants: Sequence[Encoded]
-) -> list[_Other]:
+) -> list[_Rival]:
     """All branches that go another way than the phrase, each taken up to the phrase's length."""
-    others, words = {}, max(_words(one.phrase) for one in pair.each)
-    said = [variant.tokens for variant in variants]
+    rivals = {}
+    words = max(_count_words(variant.phrase) for variant in pair.each)
+    listed = [variant.tokens for variant in variants]
     for branch, pieces in spelt:
-        tokens = tuple(tokens_of(branch.nodes))
-        if any((*root.tokens, *tokens)[: len(phrase)] == phrase for phrase in said):
+        path = (*root.tokens, *branch.tokens)
+        if any(path[: len(phrase)] == phrase for phrase in listed):
             continue  # the phrase itself
-        own = (*root.tokens, *tokens[: branch.length])
-        begins = any(phrase[: len(own)] == own for phrase in said)
-        length, is_whole = _whole_words(pieces, words, len(tokens) if begins else branch.length)
+        explored = path[: len(root.tokens) + branch.length]
+        begins_a_phrase = any(phrase[: len(explored)] == explored for phrase in listed)
+        most = len(branch.nodes) if begins_a_phrase else branch.length
+        length, is_whole = _whole_words(pieces, words, most)
         if length:
-            others[tokens[:length]] = _Other(branch.nodes[length - 1], is_whole)
-    return list(others.values())
+            rivals[branch.tokens[:length]] = _Rival(branch.nodes[:length], is_whole)
+    return list(rivals.values())
 
 
-def _suggestion(rivals: Sequence[_Other], phrase: str, root: Root, spelling: Spelling) -> Suggestion | None:
+def _suggestion(likelier: Sequence[_Rival], phrase: str, root: Root, detokenizer: Detokenizer) -> Suggestion | None:
     """The most probable of the rivals that say something new and can be written as a phrase."""
-    ends = dict.fromkeys(_end_of_meaning(rival, phrase, root, spelling) for rival in rivals)
-    for end in sorted((end for end in ends if end is not None), key=lambda node: -node.joint):
-        written = spelling.phrase(root, tokens_of(path_of(end)))
+    meaningful = {_up_to_last_content_word(rival, phrase, root, detokenizer): None for rival in likelier}
+    for nodes in sorted((nodes for nodes in meaningful if nodes), key=lambda nodes: -nodes[-1].joint):
+        written = detokenizer.phrase(root, [node.token for node in nodes])
         if written is not None:
-            return Suggestion(written, end.joint)
+            return Suggestion(written, nodes[-1].joint)
     return None
 
 
-def _end_of_meaning(rival: _Other, phrase: str, root: Root, spelling: Spelling) -> Node | None:
-    """Where the last word of a completion ends that is no function word: up to there it is likelier than with what
-    follows. None if all such words are the phrase's own: then the completion only goes on where the phrase does."""
-    path = path_of(rival.end)
-    tokens = tokens_of(path)
-    words = _word_ends(spelling.text(root, tokens))
-    content = [(word, end) for word, end in words[: len(words) if rival.is_whole else -1] if _says_something(word)]
+def _up_to_last_content_word(
+    rival: _Rival, phrase: str, root: Root, detokenizer: Detokenizer
+) -> tuple[Node, ...] | None:
+    """A completion up to its last word that is no function word: it is likelier than with what follows. None if all
+    such words are the phrase's own: then the completion only goes on where the phrase does."""
+    tokens = [node.token for node in rival.nodes]
+    words = _word_ends(detokenizer.text(root, tokens))
+    if not rival.is_whole:
+        words = words[:-1]
+    content = [(word, end) for word, end in words if _ENGLISH.begins(word) and word not in ADVERBS]
     if {word for word, _ in content} <= {word for word, _ in _word_ends(phrase)}:
         return None
-    end = content[-1][1]
-    return next(path[n] for n in range(len(path)) if len(spelling.text(root, tokens[: n + 1])) >= end)
+    last_end = content[-1][1]
+    length = 1
+    while len(detokenizer.text(root, tokens[:length])) < last_end:
+        length += 1
+    return rival.nodes[:length]
 
 
 def _word_ends(text: str) -> list[tuple[str, int]]:
@@ -118,11 +133,7 @@ def _word_ends(text: str) -> list[tuple[str, int]]:
     return [(match[0].lower().replace("’", "'"), match.end()) for match in re.finditer(r"\w+(?:['’]\w+)*", text)]
 
 
-def _says_something(word: str) -> bool:
-    return _ENGLISH.begins(word) and word not in ADVERBS
-
-
-def _words(text: str) -> int:
+def _count_words(text: str) -> int:
     return len(re.findall(r"\w+", text))
 
 
@@ -131,7 +142,9 @@ def _whole_words(pieces: Pieces, words: int, most: int) -> tuple[int, bool]:
     length, text = 0, ""
     for tokens, piece in pieces:
         inside_a_word = bool(re.search(r"\w$", text) and re.match(r"\w", piece))
-        if length and (length + tokens > most or (_words(text) >= words and not inside_a_word)):
+        is_enough = _count_words(text) >= words and not inside_a_word
+        if length and (length + tokens > most or is_enough):
             return min(length, most), not inside_a_word
-        length, text = length + tokens, text + piece
+        length += tokens
+        text += piece
     return min(length, most), True

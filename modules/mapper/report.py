@@ -4,7 +4,6 @@ Knows: widths, digits, wording, file formats. Refuses to know: how anything was 
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import yaml
 
 from modules.config import Config, Mapper
-from modules.mapper.completion_tree import Branch, CompletionTree, Cut, Node, path_of, tokens_of
-from modules.mapper.detokenize import Spelling
+from modules.mapper.completion_tree import Branch, CompletionTree, Cut
+from modules.mapper.detokenize import Detokenizer
 from modules.mapper.ranking import PhraseRank
 from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, coloured, ended, percent, row, visible
 from modules.search import probability
@@ -34,187 +33,201 @@ def summary(config: Config, contexts: int, model: Mapping[str, object], way: str
         "top_k": settings.top_k,
         "max_depth": settings.max_depth,
         "additional_length": settings.additional_length,
-        **({} if settings.max_branches is None else {"max_branches": settings.max_branches}),
-        **({} if settings.min_joint is None else {"min_joint": f"{settings.min_joint:g}%"}),
     }
+    if settings.max_branches is not None:
+        rows["max_branches"] = settings.max_branches
+    if settings.min_joint is not None:
+        rows["min_joint"] = f"{settings.min_joint:g}%"
     return [f"{name:<17} : {value}" for name, value in rows.items()]
 
 
 def tree_lines(
-    number: str, tree: CompletionTree, standings: Sequence[PhraseRank], settings: Mapper, spelling: Spelling
+    number: str, tree: CompletionTree, ranks: Sequence[PhraseRank], settings: Mapper, detokenizer: Detokenizer
 ) -> list[str]:
     """One context, number "1/8" or so: its branches, then its phrases."""
     lines = ["-" * 80, f"CONTEXT {number}: {folded(tree.root.shown) or '(empty)'}", ""]
-    for place, branch in enumerate(tree.branches, start=1):
-        lines += _branch_lines(place, tree, branch, settings, spelling)
-    lines += [f"TOTAL BRANCHES: {len(tree.branches)}{_cut_note(tree.cut, settings)}", ""]
-    return [*lines, *(_rank_line(standing, settings) for standing in standings), ""]
+    for position, branch in enumerate(tree.branches, start=1):
+        lines += _branch_lines(position, tree, branch, settings, detokenizer)
+    notes = []
+    if tree.cut.branches:
+        notes.append(f"cut: at least {tree.cut.branches} less likely, together {short_percent(tree.cut.share)}")
+    if tree.cut.tokens:
+        notes.append(f"below a joint {settings.min_joint:g}%: {tree.cut.tokens} next tokens")
+    lines.append(f"TOTAL BRANCHES: {len(tree.branches)}" + (f" ({'; '.join(notes)})" if notes else ""))
+    lines.append("")
+    lines += [_rank_line(rank, settings) for rank in ranks]
+    lines.append("")
+    return lines
 
 
-def _cut_note(cut: Cut, settings: Mapper) -> str:
-    share = short_percent(cut.share)
-    notes = [f"cut: at least {cut.branches} less likely, together {share}"] if cut.branches else []
-    notes += [f"below a joint {settings.min_joint:g}%: {cut.tokens} next tokens"] if cut.tokens else []
-    return f" ({'; '.join(notes)})" if notes else ""
+def _branch_lines(
+    position: int, tree: CompletionTree, branch: Branch, settings: Mapper, detokenizer: Detokenizer
+) -> list[str]:
+    pieces = detokenizer.pieces(tree.root, branch.tokens[: branch.length])
+    explored = "".join(text for _, text in pieces)
+    continuation = detokenizer.added(tree.root, branch.tokens, branch.length)
+    if len(branch.nodes) - branch.length == settings.additional_length:  # broken off: it would go on
+        continuation = ended(continuation)
+    trace, start = [], 0
+    for count, text in pieces:
+        share = probability(sum(node.log_probability for node in branch.nodes[start : start + count]))
+        trace.append(coloured(f"{short_percent(share)} [{visible(text.strip(' ') or text)}]", share))
+        start += count
+    joint = probability(branch.joint)
+    texts = [folded(text) for text in (explored, continuation) if text]
+    return [
+        f"{position:>3}. Sequence: {' | '.join(texts)}",
+        f"{INDENT}Trace:    {' > '.join(trace) or f'no next token reaches {settings.prob_min:g}%'}",
+        f"{INDENT}Joint:    {coloured(short_percent(joint), joint)}",
+        "",
+    ]
+
+
+def _rank_line(rank: PhraseRank, settings: Mapper) -> str:
+    share = probability(rank.log_probability)
+    rare = f", below {settings.prob_min:g}%" if rank.too_rare else ""
+    better = f"  suggestion: {suggestion(rank)}" if rank.suggestion else ""
+    shown = f"{quoted(rank.pair.phrase)}  {coloured(percent(share), share)}"
+    return f"{rank.pair.kind:<4} {shown}  place {rank.rank} of {rank.ranked}{rare}{better}"
 
 
 def cut_lines(trees: Sequence[CompletionTree]) -> list[str]:
     """What the limits have left out of all trees, a line for each limit that has left out something."""
     branches = [tree.cut.branches for tree in trees if tree.cut.branches]
     tokens = [tree.cut.tokens for tree in trees if tree.cut.tokens]
-    lines = [
-        f"Cut by max_branches: at least {sum(branches)} branches in {len(branches)} of {len(trees)} contexts",
-        f"Not followed for min_joint: {sum(tokens)} next tokens in {len(tokens)} of {len(trees)} contexts",
-    ]
-    return [line for line, cut in zip(lines, (branches, tokens), strict=True) if cut]
+    lines = []
+    if branches:
+        lines.append(
+            f"Cut by max_branches: at least {sum(branches)} branches in {len(branches)} of {len(trees)} contexts"
+        )
+    if tokens:
+        lines.append(f"Not followed for min_joint: {sum(tokens)} next tokens in {len(tokens)} of {len(trees)} contexts")
+    return lines
 
 
-def _branch_lines(place: int, tree: CompletionTree, branch: Branch, settings: Mapper, spelling: Spelling) -> list[str]:
-    tokens = tokens_of(branch.nodes)
-    own = spelling.pieces(tree.root, tokens[: branch.length])
-    said = "".join(text for _, text in own)
-    after = spelling.added(tree.root, tokens, branch.length)
-    if len(tokens) - branch.length == settings.additional_length:  # broken off: it would go on
-        after = ended(after)
-    trace, start = [], 0
-    for count, text in own:
-        share = probability(sum(node.log_probability for node in branch.nodes[start : start + count]))
-        trace.append(coloured(f"{short_percent(share)} [{visible(text.strip(' ') or text)}]", share))
-        start += count
-    nothing = f"no next token reaches {settings.prob_min:g}%"
-    joint = probability(branch.joint)
-    return [
-        f"{place:>3}. Sequence: {' | '.join(folded(text) for text in (said, after) if text)}",
-        f"{INDENT}Trace:    {' > '.join(trace) or nothing}",
-        f"{INDENT}Joint:    {coloured(short_percent(joint), joint)}",
-        "",
-    ]
-
-
-def _rank_line(standing: PhraseRank, settings: Mapper) -> str:
-    raw = probability(standing.log_probability)
-    place = f"place {standing.place} of {standing.places}"
-    rare = f", below {settings.prob_min:g}%" if standing.too_rare else ""
-    better = f"  suggestion: {suggestion(standing)}" if standing.suggestion else ""
-    phrase = quoted(standing.pair.phrase)
-    return f"{standing.pair.kind:<4} {phrase}  {coloured(percent(raw), raw)}  {place}{rare}{better}"
-
-
-def table(standings: Sequence[PhraseRank], settings: Mapper) -> list[str]:
+def table(ranks: Sequence[PhraseRank], settings: Mapper) -> list[str]:
     """All phrases: probability, place, suggestion; those below prob_min are marked."""
     limit = f"{settings.prob_min:g}%"
     widths = (4, PHRASE_WIDTH, CONTEXT_WIDTH, 10, len(limit) + 6, 9)
-    lines = [row(("Type", "Phrase", "Context", "Raw Prob", "Too rare", "Place"), widths) + " Suggestion"]
-    for standing in standings:
-        pair, place = standing.pair, f"{standing.place} of {standing.places}"
-        mark = f"below {limit}" if standing.too_rare else ""
-        cells = (pair.kind, pair.phrase, pair.shown, percent(probability(standing.log_probability)), mark, place)
-        lines.append(f"{row(cells, widths)} {suggestion(standing)}".rstrip())
-    rule = "-" * (len(row([""] * len(widths), widths)) + 11)
-    rare = sum(standing.too_rare for standing in standings)
-    better = sum(standing.suggestion is not None for standing in standings)
-    notes = [
-        f"{rare} of {len(standings)} phrases are less probable than {limit}; {better} have a likelier suggestion",
+    rule = "-" * (len(row([""] * len(widths), widths)) + len(" Suggestion"))
+    lines = [rule, row(("Type", "Phrase", "Context", "Raw Prob", "Too rare", "Place"), widths) + " Suggestion", rule]
+    for rank in ranks:
+        cells = (
+            rank.pair.kind,
+            rank.pair.phrase,
+            rank.pair.shown,
+            percent(probability(rank.log_probability)),
+            f"below {limit}" if rank.too_rare else "",
+            f"{rank.rank} of {rank.ranked}",
+        )
+        lines.append(f"{row(cells, widths)} {suggestion(rank)}".rstrip())
+    rare = sum(rank.too_rare for rank in ranks)
+    better = sum(rank.suggestion is not None for rank in ranks)
+    return [
+        *lines,
+        rule,
+        f"{rare} of {len(ranks)} phrases are less probable than {limit}; {better} have a likelier suggestion",
         "Place: among the completions of the phrase's length in words, the phrase included",
     ]
-    return [rule, lines[0], rule, *lines[1:], rule, *notes]
 
 
-def suggestion(standing: PhraseRank) -> str:
+def suggestion(rank: PhraseRank) -> str:
     """What the model rather says, ready to paste, and how probable it is; empty if there is nothing."""
-    if standing.suggestion is None:
+    if rank.suggestion is None:
         return ""
-    share = short_percent(probability(standing.suggestion.log_probability))
-    return f"{quoted(standing.suggestion.phrase)} ({share})"
+    return f"{quoted(rank.suggestion.phrase)} ({short_percent(probability(rank.suggestion.log_probability))})"
 
 
 def document(
     model: str,
     settings: Mapper,
     trees: Sequence[CompletionTree],
-    standings: Sequence[Sequence[PhraseRank]],
-    spelling: Spelling,
+    ranks: Sequence[Sequence[PhraseRank]],
+    detokenizer: Detokenizer,
 ) -> dict[str, Any]:
     """Everything that was found, for JSON. Nodes are a flat list per context; `parent` is a number in it, or null."""
-    return {
-        "model": model,
-        "mapper": {key: value for key, value in asdict(settings).items() if value is not None},
-        "contexts": [
-            {
-                "context": tree.root.context,
-                **({} if tree.root.chat is None else {"chat": asdict(tree.root.chat)}),
-                "tokens": list(tree.root.tokens),
-                **_tree_document(tree, spelling),
-                **({"cut": asdict(tree.cut)} if tree.cut != Cut() else {}),
-                "phrases": [_rank_document(standing) for standing in phrases],
-            }
-            for tree, phrases in zip(trees, standings, strict=True)
-        ],
-    }
+    contexts = []
+    for tree, of_tree in zip(trees, ranks, strict=True):
+        context: dict[str, Any] = {"context": tree.root.context}
+        if tree.root.chat is not None:
+            context["chat"] = asdict(tree.root.chat)
+        context["tokens"] = list(tree.root.tokens)
+        context |= _tree_document(tree, detokenizer)
+        if tree.cut != Cut():
+            context["cut"] = asdict(tree.cut)
+        context["phrases"] = [_rank_document(rank) for rank in of_tree]
+        contexts.append(context)
+    given = {key: value for key, value in asdict(settings).items() if value is not None}
+    return {"model": model, "mapper": given, "contexts": contexts}
 
 
-def _tree_document(tree: CompletionTree, spelling: Spelling) -> dict[str, Any]:
-    numbers: dict[Node, int] = {}
+def _tree_document(tree: CompletionTree, detokenizer: Detokenizer) -> dict[str, Any]:
+    numbers: dict[tuple[int, ...], int] = {}  # of a node, by the tokens up to it
     nodes, branches = [], []
     for branch in tree.branches:
-        for place, node in enumerate(branch.nodes):
-            if node in numbers:
+        tokens = branch.tokens
+        for position, node in enumerate(branch.nodes):
+            path = tokens[: position + 1]
+            if path in numbers:
                 continue
-            numbers[node] = len(nodes)
+            numbers[path] = len(nodes)
             nodes.append(
                 {
-                    "parent": None if node.parent is None else numbers[node.parent],
+                    "parent": numbers.get(path[:-1]),
                     "token": node.token,
-                    "text": spelling.added(tree.root, tokens_of(branch.nodes[: place + 1]), place),
+                    "text": detokenizer.added(tree.root, path, position),
                     "probability": probability(node.log_probability),
                     "joint_probability": probability(node.joint),
-                    "greedy": place >= branch.length,
+                    "greedy": position >= branch.length,
                 }
             )
         branches.append(
             {
-                "leaf": numbers[branch.leaf] if branch.leaf else None,
-                "end": numbers[branch.end] if branch.end else None,
-                "text": spelling.added(tree.root, tokens_of(path_of(branch.leaf)), 0),
-                "continuation": spelling.added(tree.root, tokens_of(branch.nodes), branch.length),
+                "leaf": numbers.get(tokens[: branch.length]),
+                "end": numbers.get(tokens),
+                "text": detokenizer.added(tree.root, tokens[: branch.length], 0),
+                "continuation": detokenizer.added(tree.root, tokens, branch.length),
                 "joint_probability": probability(branch.joint),
             }
         )
     return {"nodes": nodes, "branches": branches}
 
 
-def _rank_document(standing: PhraseRank) -> dict[str, Any]:
-    better = standing.suggestion
+def _rank_document(rank: PhraseRank) -> dict[str, Any]:
+    document: dict[str, Any] = {"type": rank.pair.kind, "phrase": rank.pair.phrase}
+    if rank.pair.variants:
+        document["variants"] = list(rank.pair.variants)
+    better = rank.suggestion
     return {
-        "type": standing.pair.kind,
-        "phrase": standing.pair.phrase,
-        **({"variants": list(standing.pair.variants)} if standing.pair.variants else {}),
-        "weight": standing.pair.weight,
-        "probability": probability(standing.log_probability),
-        "place": standing.place,
-        "places": standing.places,
-        "below_prob_min": standing.too_rare,
+        **document,
+        "weight": rank.pair.weight,
+        "probability": probability(rank.log_probability),
+        "place": rank.rank,
+        "places": rank.ranked,
+        "below_prob_min": rank.too_rare,
         "suggestion": better and {"phrase": better.phrase, "probability": probability(better.log_probability)},
     }
 
 
-def phrase_list(standings: Sequence[PhraseRank], model: str) -> str:
+def phrase_list(ranks: Sequence[PhraseRank], model: str) -> str:
     """The suggestions as a YAML phrase list, each in the place of its phrase, with its type, weight and context. First
     those that count most in the total: by their probabilities in all their contexts together, times the weight."""
-    found: dict[tuple[str, str, float], list[Any]] = {}  # contexts, by kind, phrase and weight
-    shares: dict[tuple[str, str, float], float] = defaultdict(float)  # of the total, in the same order
-    for standing in standings:
-        if standing.suggestion is not None:
-            pair, better = standing.pair, standing.suggestion
-            contexts = found.setdefault(key := (pair.kind, better.phrase, pair.weight), [])
-            context = pair.as_context()
-            if context not in contexts:
-                contexts.append(context)
-                shares[key] += pair.weight * probability(better.log_probability)
-    ranked = sorted(found.items(), key=lambda item: -shares[item[0]])
+    entries: dict[tuple[str, str, float], dict[str, Any]] = {}  # by kind, phrase and weight
+    shares: dict[tuple[str, str, float], float] = {}  # of the total
+    for rank in ranks:
+        if rank.suggestion is None:
+            continue
+        pair, better = rank.pair, rank.suggestion
+        key = (pair.kind, better.phrase, pair.weight)
+        entry = entries.setdefault(key, {"phrase": better.phrase, "weight": pair.weight, "contexts": []})
+        context = pair.as_context()
+        if context not in entry["contexts"]:
+            entry["contexts"].append(context)
+            shares[key] = shares.get(key, 0.0) + pair.weight * probability(better.log_probability)
+    ordered = sorted(entries, key=lambda key: -shares[key])
     lists = {
-        key: [{"phrase": p, "weight": w, "contexts": c} for (kind, p, w), c in ranked if kind == wanted]
-        for key, wanted in (("bad_phrases", "BAD"), ("good_phrases", "GOOD"))
+        "bad_phrases": [entries[key] for key in ordered if key[0] == "BAD"],
+        "good_phrases": [entries[key] for key in ordered if key[0] == "GOOD"],
     }
     head = (
         f"# What {folded(model)} rather says than the phrases of its list, found by the mapper.\n"

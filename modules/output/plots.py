@@ -1,16 +1,18 @@
 """A recipe as two pictures: what every layer is made of, and what became of the phrases.
 
-Knows: a recipe's decisions and phrases, sizes, colours, wording. Refuses to know: models, tensors, how a decision was
-taken.
+Knows: a recipe's decisions, shares and phrases, sizes, colours, wording. Refuses to know: models, tensors, how a
+decision was taken.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from matplotlib import colormaps
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -18,16 +20,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from modules.metrics.registry import columns_of
 from modules.output.recipe import Recipe
 from modules.output.records import Phrase
-from modules.output.share_map import share_map_figure
 from modules.output.style import (
-    BASE_COLOUR,
     BETTER,
     COLOURS,
     DARK,
-    DRIFT,
-    LETTERS,
     SAME,
-    SMALL_LETTERS,
+    UNKNOWN,
     WORSE,
     drawing,
     percent,
@@ -36,30 +34,46 @@ from modules.output.style import (
     title_of,
     with_digits,
 )
-from modules.runtime import columns, one_line, shortened
-from modules.search import Decision, Merge, shares_of
+from modules.runtime import one_line, shortened
+from modules.search import shares_of
 
 MERGE_MAP_FILE = "merge_map.png"
 PHRASE_CHART_FILE = "phrase_chart.png"
 
-_NARROWEST, _WIDEST = 8.0, 40.0  # inches of a merge map
-_COLUMN = 0.125  # inches of a layer, up to the widest
-_PHRASE, _CONTEXT = 28, 36  # columns of text
-_LEAST_DRIFT = 0.01  # nats at the top of the axis of drift: what is next to nothing looks like it
+# White is nothing. A base's share may be below that; a slope below it is for the better.
+_SHARES = LinearSegmentedColormap.from_list("shares", [COLOURS[5], "white", COLOURS[2]])
+_SLOPES = LinearSegmentedColormap.from_list("slopes", [BETTER, "white", WORSE])
+
+_NARROWEST, _WIDEST = 8.0, 20.0  # inches of a merge map
+_NAMES = 3.5  # inches for the names beside it
+_COLUMN, _ROW = 0.42, 0.26  # inches of a layer, and of a model
+_LEAST_COLUMN = 0.34  # inches in which a number is legible
+_SMALLEST_UNIT = -300  # the power of ten that slopes are not measured below
 
 _MOST_PAIRS = 60  # all are shown up to here; beyond, so many of each kind:
 _MOST_CHANGED = 30
 _CHART_WIDTH = 11.0  # inches
 _KINDS = {"BAD": "Bad phrases: lower is better", "GOOD": "Good phrases: higher is better"}
 
-# Values that span more than this go on a logarithmic scale; what is smaller than the least is near zero there.
+# Probabilities that span more than this go on a logarithmic scale; what is smaller than the least is near zero there.
 _LINEAR_SPAN, _LEAST = 100.0, 1e-250
 
 
+@dataclass(frozen=True)
+class HeatMap:
+    """Numbers by layer, the last of all that is outside the layers, and by model."""
+
+    title: str
+    rows: Sequence[Sequence[float]]  # of each layer, a number for each model; NaN: not measured
+    models: Sequence[str]
+    colours: Colormap
+    scale: Normalize
+    digits: int
+
+
 def merge_map(recipe: Recipe, file: str | Path) -> None:
-    """Write the merge map of a recipe as a PNG file: of a joint search its shares, else what its decisions have led to.
-    Raises OSError if it can't be written."""
-    save_figure(share_map_figure(recipe) if recipe.joint else merge_map_figure(recipe), file)
+    """Write the merge map of a recipe as a PNG file. Raises OSError if it can't be written."""
+    save_figure(merge_map_figure(recipe), file)
 
 
 def phrase_chart(recipe: Recipe, file: str | Path) -> None:
@@ -69,26 +83,131 @@ def phrase_chart(recipe: Recipe, file: str | Path) -> None:
 
 @drawing()
 def merge_map_figure(recipe: Recipe) -> Figure:
-    """Above, the share of each model in every layer and in the header; below, the total score decision by decision and,
-    where it was measured, the drift after each candidate."""
-    decisions = [line.decision for line in recipe.decisions]
-    models = names_of_sources(recipe)
-    parts = parts_of(models[0], decisions)
-    more = len(models) - 1 > len(COLOURS)
-    palette = colormaps["turbo"].resampled(len(models) - 1).colors if more else COLOURS
-    colours = dict(zip(models, [BASE_COLOUR, *palette], strict=False))
-    shares = [percent(recipe.composition.get(model, 0)) for model in models]
-    labels = [f"{n or 'base'}: {short_name(model)} ({shares[n]})" for n, model in enumerate(models)]
-    width = min(max(2.0 + _COLUMN * len(parts), _NARROWEST), _WIDEST)
-    side_by_side = max(1, int(width * SMALL_LETTERS / (5 + max(map(columns, labels)))))
-    figure = Figure(figsize=(width, 6.2 + 0.2 * len(models) / side_by_side))
-    figure.suptitle(title_of("Merge map", models, width))
-    upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])
-    _draw_shares(upper, dict(zip(labels, colours.items(), strict=True)), parts, width)
-    _draw_path(lower, colours, decisions, width)
-    _draw_metrics(lower, recipe)
-    figure.legend(loc="outside lower center", ncols=side_by_side, frameon=False)
+    """The share of each model in every layer. Below: of a greedy search the total after every decision; of a joint one
+    by how much the total and each weighed metric changed with each share where the steps began."""
+    maps = heat_maps(recipe)
+    layers = layer_names(recipe)
+    width = min(max(_NAMES + _COLUMN * len(layers), _NARROWEST), _WIDEST)
+    heights = [0.8 + _ROW * len(heat_map.models) for heat_map in maps]
+    if recipe.joint is None:
+        heights.append(2.2)
+    figure = Figure(figsize=(width, 0.5 + sum(heights)))
+    figure.suptitle(title_of("Merge map", [source.name for source in recipe.sources], width))
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    has_numbers = width - _NAMES >= _LEAST_COLUMN * len(layers)
+    for axes, heat_map in zip(panels, maps, strict=False):
+        draw_heat_map(figure, axes, heat_map, layers, has_numbers)
+    panels[len(maps) - 1].set_xlabel("Layer")
+    if recipe.joint is None:
+        _draw_totals(panels[-1], recipe)
     return figure
+
+
+def layer_names(recipe: Recipe) -> list[str]:
+    """The numbers of the layers that something was decided on and, last, what is outside them."""
+    if recipe.joint is None:
+        decided = [line.layer for line in recipe.decisions if line.layer is not None]
+        return [*map(str, range(max(decided, default=-1) + 1)), "header"]
+    if recipe.settings.merge_headers:
+        return [*map(str, range(len(recipe.joint.shares) - 1)), "outside"]
+    return list(map(str, range(len(recipe.joint.shares))))
+
+
+def heat_maps(recipe: Recipe) -> list[HeatMap]:
+    """What a merge map shows, from the top."""
+    names = [source.name for source in recipe.sources]
+    labels = [
+        f"{number or 'base'}: {short_name(name)} ({percent(recipe.composition.get(name, 0))})"
+        for number, name in enumerate(names)
+    ]
+    if recipe.joint is None:
+        return [_share_map(_greedy_shares(recipe), labels)]
+    searched = recipe.settings.layers
+    shares = [(round(1.0 - math.fsum(row), 9), *row) for row in recipe.joint.shares]
+    maps = [_share_map(shares, labels)]
+    measured = [searched is None or not name.isdigit() or int(name) in searched for name in layer_names(recipe)]
+    for column in columns_of(recipe.joint.slopes) if names[1:] else ():
+        maps.append(_slope_map(column.label, recipe.joint.slopes[column.name], labels[1:], measured))
+    return maps
+
+
+def _greedy_shares(recipe: Recipe) -> list[list[float]]:
+    """The share of each source in every layer and, last, in the header."""
+    merges: dict[str, list[tuple[float, str]]] = {name: [(1.0, "0")] for name in layer_names(recipe)}
+    for line in recipe.decisions:
+        if line.ratio is not None:
+            merges["header" if line.layer is None else str(line.layer)].append(
+                (line.decision.share, str(line.candidate))
+            )
+    shares = map(shares_of, merges.values())
+    return [[of_layer.get(str(source.number), 0.0) for source in recipe.sources] for of_layer in shares]
+
+
+def _share_map(rows: Sequence[Sequence[float]], labels: Sequence[str]) -> HeatMap:
+    flat = [share for row in rows for share in row]
+    scale = TwoSlopeNorm(0.0, min(-1.0, *flat), max(1.0, *flat))
+    return HeatMap("Share of each model in each layer", rows, labels, _SHARES, scale, digits=2)
+
+
+def _slope_map(
+    measure: str, slopes: Sequence[Sequence[float]], labels: Sequence[str], measured: Sequence[bool]
+) -> HeatMap:
+    """By how much something changes with each share, in a unit in which the largest slope has one digit."""
+    largest = max(abs(slope) for row in slopes for slope in row)
+    unit = 10.0 ** max(_SMALLEST_UNIT, math.floor(math.log10(largest))) if largest else 1.0
+    rows = [
+        [slope / unit if is_measured else math.nan for slope in row]
+        for row, is_measured in zip(slopes, measured, strict=True)
+    ]
+    limit = largest / unit or 1.0
+    title = f"Effect of each share on the {measure} at the start, in units of {unit:g}; blue lowers it"
+    return HeatMap(title, rows, labels, _SLOPES, Normalize(-limit, limit), digits=1)
+
+
+def draw_heat_map(figure: Figure, axes: Axes, heat_map: HeatMap, layers: Sequence[str], has_numbers: bool) -> None:
+    """A row for each model and a column for each layer; has_numbers: there is room for them."""
+    values = np.ma.masked_invalid(np.array(heat_map.rows).T)  # (models, layers)
+    image = axes.pcolormesh(values, cmap=heat_map.colours, norm=heat_map.scale, edgecolor="white", linewidth=0.5)
+    axes.set_facecolor(UNKNOWN)
+    axes.invert_yaxis()
+    axes.set_title(heat_map.title)
+    axes.set_yticks(np.arange(len(heat_map.models)) + 0.5, heat_map.models, fontsize=8)
+    every = math.ceil(len(layers) / 70)  # numbers that stay apart in the widest picture
+    shown = [*range(0, len(layers) - 1, every), len(layers) - 1]
+    axes.set_xticks([column + 0.5 for column in shown], [layers[column] for column in shown], fontsize=7)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    ticks = [heat_map.scale.vmin, 0, heat_map.scale.vmax]
+    digits = heat_map.digits
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.02, ticks=ticks, format=f"%.{digits}f")
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+    if not has_numbers:
+        return
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            red, green, blue, _ = heat_map.colours(heat_map.scale(value))
+            colour = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else "black"
+            text = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6.5, color=colour)
+
+
+def _draw_totals(axes: Axes, recipe: Recipe) -> None:
+    """The total after every decision; the accepted ones are dots, the candidates are set apart."""
+    decisions = recipe.decisions
+    totals = [line.before for line in decisions[:1]] + [line.after for line in decisions]
+    axes.plot(range(len(totals)), totals, color=DARK, linewidth=0.8)
+    accepted = [number for number, line in enumerate(decisions, start=1) if line.ratio is not None]
+    axes.scatter(accepted, [totals[number] for number in accepted], s=8, color=DARK, zorder=3, clip_on=False)
+    start = 0
+    for candidate, lines in groupby(decisions, key=lambda line: line.candidate):
+        axes.axvline(start, color=DARK, linewidth=0.6, linestyle=":")
+        axes.text(start, 1.0, f" {candidate}", transform=axes.get_xaxis_transform(), fontsize=8, va="top")
+        start += len(list(lines))
+    axes.set_xlim(0, max(len(decisions), 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("Total score after every decision, candidate by candidate; a dot is an accepted merge")
+    axes.set(xlabel="Decision", ylabel="Lower is better")
 
 
 @drawing()
@@ -96,11 +215,11 @@ def phrase_chart_figure(recipe: Recipe) -> Figure:
     """The probability of every pair before and after, bad and good apart, the most improved first."""
     pairs = recipe.phrases
     groups = {kind: group for kind in _KINDS if (group := shown_pairs(pairs, kind))}
-    rows = sum(map(len, groups.values()))
-    title = title_of("Phrases before and after", names_of_sources(recipe), _CHART_WIDTH)
-    if rows < len(pairs):
+    shown = [pair for group in groups.values() for pair in group]
+    title = title_of("Phrases before and after", [source.name for source in recipe.sources], _CHART_WIDTH)
+    if len(shown) < len(pairs):
         title += f"\nof {len(pairs)} pairs, the {_MOST_CHANGED} of each kind that changed the most"
-    figure = Figure(figsize=(_CHART_WIDTH, 1.5 + 0.2 * rows + 0.5 * len(groups)))
+    figure = Figure(figsize=(_CHART_WIDTH, 1.5 + 0.2 * len(shown) + 0.5 * len(groups)))
     figure.suptitle(title)
     if not groups:
         return figure
@@ -109,27 +228,13 @@ def phrase_chart_figure(recipe: Recipe) -> Figure:
     for axes, (kind, group) in zip(panels, groups.items(), strict=True):
         _draw_pairs(axes, group)
         axes.set_title(_KINDS[kind])
-    shown = [pair for group in groups.values() for pair in group]
     _scale_probabilities(panels[-1], [value for pair in shown for value in (pair.before, pair.after)])
     figure.supylabel("Context [phrase]")
-    figure.legend(handles=_pair_handles(), loc="outside lower center", ncols=4, frameon=False)
+    ring = Line2D([], [], linestyle="", marker="o", color="white", markeredgecolor=DARK, label="before")
+    outcomes = {"after, better": BETTER, "after, worse": WORSE, "after, the same": SAME}
+    dots = [Line2D([], [], color=colour, marker="o", markersize=5, label=text) for text, colour in outcomes.items()]
+    figure.legend(handles=[ring, *dots], loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-def names_of_sources(recipe: Recipe) -> list[str]:
-    """The base's name and those of the candidates; one that was searched twice is one."""
-    return list(dict.fromkeys(source.name for source in recipe.sources))
-
-
-def parts_of(base: str, decisions: Iterable[Decision]) -> list[list[Merge]]:
-    """The accepted merges of every layer that something was decided on and, last, of the header; the base first."""
-    decisions = list(decisions)
-    layers = 1 + max((decision.layer for decision in decisions if decision.layer is not None), default=-1)
-    parts: list[list[Merge]] = [[(1.0, base)] for _ in range(layers + 1)]
-    for decision in decisions:
-        if decision.ratio is not None:
-            parts[layers if decision.layer is None else decision.layer].append((decision.share, decision.model))
-    return parts
 
 
 def shown_pairs(pairs: Sequence[Phrase], kind: str) -> list[Phrase]:
@@ -140,64 +245,6 @@ def shown_pairs(pairs: Sequence[Phrase], kind: str) -> list[Phrase]:
     return sorted(shown, key=_gain, reverse=True)
 
 
-def _draw_shares(axes: Axes, models: Mapping[str, Any], parts: Sequence[Sequence[Merge]], width: float) -> None:
-    """A column per layer and, apart from them, one for the header. models: name and colour by label."""
-    layers = len(parts) - 1
-    header = layers + 0.5
-    places = [*range(layers), header]
-    shares = [shares_of(merges) for merges in parts]
-    floor = [0.0] * len(parts)
-    for label, (model, colour) in models.items():
-        heights = [of_part.get(model, 0.0) for of_part in shares]
-        name = label if any(heights) else None  # the legend has what is in the merge
-        axes.bar(places, heights, 0.9, floor, color=colour, edgecolor="white", linewidth=0.3, label=name)
-        floor = [low + height for low, height in zip(floor, heights, strict=True)]
-    ticks = map(int, MaxNLocator(int(1.5 * width), integer=True).tick_values(0, layers))
-    numbers = [layer for layer in ticks if 0 <= layer < min(layers, 0.94 * header)]
-    axes.set_xticks([*numbers, header], [*map(str, numbers), "header"])
-    axes.yaxis.set_major_formatter(FuncFormatter(percent))
-    axes.set(xlim=(-0.6, header + 0.6), ylim=(0, 1), xlabel="Layer", ylabel="Share of the weights")
-    axes.set_title("What each layer is made of")
-
-
-def _draw_path(axes: Axes, colours: Mapping[str, Any], decisions: Sequence[Decision], width: float) -> None:
-    """The total after every decision, on the candidates' colours; the accepted ones are dots."""
-    totals = [decision.before for decision in decisions[:1]] + [decision.after for decision in decisions]
-    axes.plot(range(len(totals)), totals, color=DARK, linewidth=0.8)
-    accepted = [number for number, decision in enumerate(decisions, start=1) if decision.ratio is not None]
-    axes.scatter(accepted, [totals[number] for number in accepted], s=8, color=DARK, zorder=3, clip_on=False)
-    start, numbers = 0, {model: number for number, model in enumerate(colours)}
-    for model, group in groupby(decisions, key=lambda decision: decision.model):
-        end = start + len(list(group))
-        axes.axvspan(start, end, alpha=0.15, linewidth=0, color=colours[model])
-        axes.axvline(start, color=DARK, linewidth=0.6, linestyle=":")
-        room = int((end - start) / len(decisions) * (width - 1.5) * LETTERS)
-        label = shortened(f"{numbers[model]} {short_name(model)}", room, "both") if room > 8 else str(numbers[model])
-        label = label if len(label) <= room else ""  # it would run into the next one
-        axes.text((start + end) / 2, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
-        start = end
-    axes.set_xlim(0, max(len(decisions), 1))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("The total score after every decision; a dot is an accepted merge", pad=18)
-    axes.set(xlabel="Decision", ylabel="Total score, lower is better")
-
-
-def _draw_metrics(axes: Axes, recipe: Recipe) -> None:
-    """The metrics that are drawn after each candidate's decisions, on an axis of their own at the right."""
-    drawn = [column for column in columns_of(*recipe.metrics_after.values()) if column.is_drawn]
-    for column in drawn:
-        values = {number: found[column.name] for number, found in recipe.metrics_after.items() if column.name in found}
-        ends = [sum(line.candidate <= int(number) for line in recipe.decisions) for number in values]
-        base = recipe.metrics["base"].get(column.name, 0.0)
-        right = axes.twinx()
-        (line,) = right.plot([0, *ends], [base, *values.values()], linestyle="--", marker="D", markersize=4)
-        line.set(color=DRIFT, linewidth=1, clip_on=False)
-        right.spines["right"].set(visible=True, color=DRIFT)
-        right.tick_params(axis="y", colors=DRIFT)
-        right.set_ylim(0, max(_LEAST_DRIFT, 1.05 * max(values.values())))
-        right.set_ylabel(f"{column.label}, dashed", color=DRIFT)
-
-
 def _gain(pair: Phrase) -> float:
     """How far a pair moved in the direction it should."""
     return (pair.after - pair.before) * (1 if pair.kind == "GOOD" else -1)
@@ -205,34 +252,25 @@ def _gain(pair: Phrase) -> float:
 
 def _draw_pairs(axes: Axes, pairs: Sequence[Phrase]) -> None:
     """A row for every pair: a ring before, a dot after, a line between them, both figures beside it."""
-    rows, gains = range(len(pairs)), map(_gain, pairs)
+    rows = range(len(pairs))
+    gains = [_gain(pair) for pair in pairs]
     colours = [BETTER if gain > 0 else WORSE if gain < 0 else SAME for gain in gains]
-    before, after = [pair.before for pair in pairs], [pair.after for pair in pairs]
+    before = [pair.before for pair in pairs]
+    after = [pair.after for pair in pairs]
     axes.hlines(rows, before, after, colours, linewidth=1.5, zorder=2)
     axes.scatter(before, rows, s=25, color="white", edgecolors=DARK, zorder=3, clip_on=False)
     axes.scatter(after, rows, s=25, color=colours, zorder=4, clip_on=False)
+    labels = []
     for row, pair in enumerate(pairs):
-        old, new = (with_digits(value, pair.rounding) for value in (pair.before, pair.after))
-        figures = f"{old} → {new}"
+        figures = f"{with_digits(pair.before, pair.rounding)} → {with_digits(pair.after, pair.rounding)}"
         axes.text(1.02, row, figures, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
-    axes.set_yticks(rows, map(_pair_label, pairs), fontsize=8)
+        context = shortened(one_line(pair.shown), 36)
+        labels.append(f"{context} [{shortened(one_line(pair.phrase), 28, 'both')}]".lstrip())
+    axes.set_yticks(rows, labels, fontsize=8)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    axes.grid(color="#E5E5E5", linewidth=0.6)
+    axes.grid(color=UNKNOWN, linewidth=0.6)
     axes.set_axisbelow(True)
-
-
-def _pair_label(pair: Phrase) -> str:
-    """A pair as a reader meets it: the end of its context, then the phrase."""
-    context, phrase = one_line(pair.shown), one_line(pair.phrase)
-    return f"{shortened(context, _CONTEXT)} [{shortened(phrase, _PHRASE, 'both')}]".lstrip()
-
-
-def _pair_handles() -> list[Line2D]:
-    """The legend of a phrase chart."""
-    ring = Line2D([], [], linestyle="", marker="o", color="white", markeredgecolor=DARK, label="before")
-    outcomes = (("after, better", BETTER), ("after, worse", WORSE), ("after, the same", SAME))
-    return [ring, *(Line2D([], [], color=colour, marker="o", markersize=5, label=text) for text, colour in outcomes)]
 
 
 def _scale_probabilities(axes: Axes, values: Sequence[float]) -> None:

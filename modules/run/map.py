@@ -11,7 +11,7 @@ from typing import Any
 
 from modules.checkpoints import Models
 from modules.config import Chat, Config, Pair
-from modules.mapper import CompletionTree, Explorer, PhraseRank, Spelling, at_most, build_continuation, rank_phrases
+from modules.mapper import BeamSearch, CompletionTree, Detokenizer, PhraseRank, at_most, build_predictor, rank_phrases
 from modules.mapper import report as mapping_report
 from modules.model import ModelLoader, ResidentModel
 from modules.output import check_file, write_text
@@ -48,61 +48,60 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     loader = with_chats_rendered(loader.fitting(models), models)
     config = loader.config
     console.warnings(doubtful_phrases(config.pairs))
-    trees, phrases, spelling = loader.in_range(lambda wide: _explored(wide, models))
-    everything = [standing for group in phrases for standing in group]
-    console.lines(mapping_report.table(everything, config.mapper))
+    trees, ranks, detokenizer = loader.in_range(lambda wide: _explored(wide, models))
+    all_ranks = [rank for of_context in ranks for rank in of_context]
+    console.lines(mapping_report.table(all_ranks, config.mapper))
     console.lines(mapping_report.cut_lines(trees))
     if exports.json:
-        found = mapping_report.document(models.base.name, config.mapper, trees, phrases, spelling)
-        write_text(exports.json, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+        document = mapping_report.document(models.base.name, config.mapper, trees, ranks, detokenizer)
+        write_text(exports.json, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
         console.timed(f"The whole tree is in {exports.json}")
     if exports.yaml:
-        write_text(exports.yaml, mapping_report.phrase_list(everything, models.base.name))
+        write_text(exports.yaml, mapping_report.phrase_list(all_ranks, models.base.name))
         console.timed(f"The suggestions are in {exports.yaml}")
     end(console, config, models.base)
 
 
-def _explored(loader: ModelLoader, models: Models) -> tuple[list[CompletionTree], list[list[PhraseRank]], Spelling]:
+def _explored(loader: ModelLoader, models: Models) -> tuple[list[CompletionTree], list[list[PhraseRank]], Detokenizer]:
     """What `explore` gives, of the base in the loader's arithmetic."""
     model, tokenizer = loader.load(models, loader.placement(models, with_header=False))
-    spelling = Spelling(tokenizer, model.vocabulary)
-    return *explore(loader.config, loader.console, model, tokenizer, spelling), spelling
+    detokenizer = Detokenizer(tokenizer, model.vocabulary)
+    return *explore(loader.config, loader.console, model, tokenizer, detokenizer), detokenizer
 
 
 def explore(
-    config: Config, console: Console, model: ResidentModel, tokenizer: Any, spelling: Spelling
+    config: Config, console: Console, model: ResidentModel, tokenizer: Any, detokenizer: Detokenizer
 ) -> tuple[list[CompletionTree], list[list[PhraseRank]]]:
-    """The tree of every distinct context and how its phrases stand, printed one context after another."""
+    """The tree of every distinct context and the ranks of its phrases, printed one context after another."""
+    settings = config.mapper
     console.warnings(doubled_tokens(tokenizer, config.pairs))
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     console.timed("Scoring the phrases")
     scorer, log_probabilities = score_once(model, encoded)
-    phrases: dict[tuple[str, Chat | None], list[tuple[Pair, Sequence[Encoded], float]]] = {
-        (pair.context, pair.chat): [] for pair in config.pairs
-    }
+    phrases: dict[tuple[str, Chat | None], list[tuple[Pair, Sequence[Encoded], float]]] = {}
     for pair, variants, log_probability in zip(config.pairs, by_pair(encoded, encoded), log_probabilities, strict=True):
-        phrases[pair.context, pair.chat].append((pair, variants, log_probability))
+        phrases.setdefault((pair.context, pair.chat), []).append((pair, variants, log_probability))
     contexts, chats = zip(*phrases, strict=True)
     roots = encode_contexts(tokenizer, contexts, model.vocabulary, chats)
-    settings = config.mapper
     longest = max(len(root.tokens) for root in roots) + settings.max_depth + settings.additional_length
-    continuation = build_continuation(model, spelling, scorer, [root.tokens for root in roots], longest)
-    console.lines(mapping_report.summary(config, len(roots), model.describe(saving=False), continuation.way))
-    branches, places = at_most(settings)
-    asked = len(roots) * places
-    time = "" if continuation.pace is None else f", {duration(continuation.pace * asked)}"
+    predictor = build_predictor(model, detokenizer, scorer, [root.tokens for root in roots], longest)
+    console.lines(mapping_report.summary(config, len(roots), model.describe(saving=False), predictor.way))
+    branches, tokens = at_most(settings)
+    tokens *= len(roots)
+    time = "" if predictor.pace is None else f", {duration(predictor.pace * tokens)}"
     console.timed(
-        f"At most: {branches:,} branches a context, {len(roots) * branches:,} in all; {asked:,} next tokens{time}"
+        f"At most: {branches:,} branches a context, {len(roots) * branches:,} in all; {tokens:,} next tokens{time}"
     )
-    trees, stands = [], []
+    trees, ranks = [], []
     with console.progress(len(roots)) as bar:
-        explorer = Explorer(continuation, settings, spelling, model.end_tokens(), bar.update)
-        for tree in explorer.explore(roots):
+        search = BeamSearch(predictor, settings, detokenizer, model.end_tokens(), bar.update)
+        for tree in search.trees(roots):
+            of_tree = rank_phrases(tree, phrases[tree.root.context, tree.root.chat], settings, detokenizer)
+            number = f"{len(trees) + 1}/{len(roots)}"
+            console.coloured_lines(mapping_report.tree_lines(number, tree, of_tree, settings, detokenizer))
             trees.append(tree)
-            stands.append(rank_phrases(tree, phrases[tree.root.context, tree.root.chat], settings, spelling))
-            number = f"{len(trees)}/{len(roots)}"
-            console.coloured_lines(mapping_report.tree_lines(number, tree, stands[-1], settings, spelling))
-    return trees, stands
+            ranks.append(of_tree)
+    return trees, ranks
 
 
 def check_exports(exports: Exports, overwrite: bool) -> None:

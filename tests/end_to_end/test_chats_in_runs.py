@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import merge_monster
 import monster_mapper
 from modules.checkpoints.checkpoint import load_tokenizer
-from modules.mapper.detokenize import Spelling
+from modules.mapper.detokenize import Detokenizer
 from modules.scoring.chats import in_child
 from modules.scoring.tokenization import Root
 
@@ -249,7 +249,7 @@ def test_the_mapper_explores_chats(models, place, monkeypatch, capsys):
     suggested = yaml.safe_load((place / "found.yaml").read_text(encoding="utf-8"))["bad_phrases"]
     chats = [context for entry in suggested for context in entry["contexts"] if isinstance(context, dict)]
     assert chats and all(chat["messages"][-1] == TURN for chat in chats)
-    spelling = Spelling(tokenizer, len(tokenizer))
+    detokenizer = Detokenizer(tokenizer, len(tokenizer))
     for entry in found:
         root = Root(
             entry["context"],
@@ -262,4 +262,4 @@ def test_the_mapper_explores_chats(models, place, monkeypatch, capsys):
                 text = tokenizer(
                     entry["context"] + phrase["suggestion"]["phrase"], add_special_tokens="chat" not in entry
                 )
-                assert spelling.phrase(root, text["input_ids"][len(root.tokens) :]) == phrase["suggestion"]["phrase"]
+                assert detokenizer.phrase(root, text["input_ids"][len(root.tokens) :]) == phrase["suggestion"]["phrase"]

@@ -1,8 +1,11 @@
 """Out of the box: the plain commands of the pages, on the demo models and default.yaml as they are shipped."""
 
+import contextlib
 import dataclasses
+import io
 import re
-import subprocess
+import shlex
+import shutil
 import sys
 
 import pytest
@@ -12,22 +15,31 @@ from runs import tables
 
 sys.path.insert(0, str(ROOT / "demo"))
 
-from make_models import LESSONS, digest
-from write_pages import DEMO, EXCERPTS, page_of, prepare, printed
+import make_models
+from write_pages import DEMO, EXCERPTS, page_of, prepare
 
+import merge_monster
+import monster_mapper
 from modules.config import Mapper
 from modules.config.schema import CONFIG_KEYS
 
 
-def python(*arguments):
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def printed(command, folder):
+    """What a command of the pages prints in a prepared folder, in this process."""
+    script, *options = shlex.split(command)
+    program = {"merge_monster.py": merge_monster, "monster_mapper.py": monster_mapper}[script]
+    device = [] if "--compare" in options else ["--device", "cpu"]
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.chdir(folder)
+        assert program.main([*options, *device]) == 0
+    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the commands of the pages are run in; the demo's models are trained if they are missing."""
-    made = python("demo/make_models.py")
-    assert made.returncode == 0, made.stderr
+    make_models.main()
     folder = tmp_path_factory.mktemp("demo")
     prepare(folder)
     return folder
@@ -43,9 +55,8 @@ def log(folder):
 
 def test_the_models_are_those_of_the_pages(folder):
     """To the bit, on every machine. If they are older: remove demo/models, and they are trained again."""
-    assert {lesson.name: digest(folder / "demo/models" / lesson.name) for lesson in LESSONS} == {
-        lesson.name: lesson.digest for lesson in LESSONS
-    }
+    found = {lesson.name: make_models.digest(folder / "demo/models" / lesson.name) for lesson in make_models.LESSONS}
+    assert found == {lesson.name: lesson.digest for lesson in make_models.LESSONS}
 
 
 def test_a_cliche_falls_by_half_and_the_apple_is_found(log):
@@ -64,13 +75,13 @@ def test_both_candidates_have_a_share(log):
     assert all(share > 0 for share in shares.values())
 
 
-def test_the_joint_search_comes_below_every_candidate(log, tmp_path):
-    result = python("merge_monster.py", "--config", "demo/joint.yaml", "--output", str(tmp_path / "merged"))
-    assert result.returncode == 0, result.stderr
-    whole = re.findall(r"^\| ([\w-]+(?: \(base\))?|the merge) +\| +(-?[\d.]+) +\|$", result.stdout, re.MULTILINE)
+def test_the_joint_search_comes_below_every_candidate(folder):
+    shutil.copy(ROOT / "demo/joint.yaml", folder)
+    shown = printed("merge_monster.py --config joint.yaml --output joint", folder)
+    whole = re.findall(r"^\| ([\w-]+(?: \(base\))?|the merge) +\| +(-?[\d.]+) +\|$", shown, re.MULTILINE)
     totals = {name: float(total) for name, total in whole}
     assert len(totals) == 4 and totals.pop("the merge") < min(totals.values())
-    assert len(re.findall(r" - Step \d+/25 - ", result.stdout)) == 25
+    assert len(re.findall(r" - Step \d+/25 - ", shown)) == 25
 
 
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
@@ -144,10 +155,7 @@ def test_default_yaml_has_every_key():
     assert set(document["directories"]) == {"model_path1", "model_directory", "output_directory"}
 
 
-def test_without_the_demo_models_the_message_says_how_to_make_them(tmp_path):
-    (tmp_path / "default.yaml").write_text((ROOT / "default.yaml").read_text(encoding="utf-8"))
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "merge_monster.py")], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    assert "demo/models/cliche-base': no such folder; python demo/make_models.py makes it" in result.stderr
+def test_without_the_demo_models_the_message_says_how_to_make_them(place, capsys):
+    (place / "default.yaml").write_text((ROOT / "default.yaml").read_text(encoding="utf-8"))
+    assert merge_monster.main([]) == 2
+    assert "demo/models/cliche-base': no such folder; python demo/make_models.py makes it" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """--discover and --rate as a program: what a model over-uses becomes a list for a merge; how often it says so."""
 
+import functools
+import importlib
 import itertools
 import json
 import re
@@ -8,6 +10,7 @@ import habits
 import pytest
 import tiny
 import yaml
+from modules.slop.human_rates import human_rates
 from runs import digest
 
 import merge_monster
@@ -16,7 +19,7 @@ import modules.slop.generate
 import monster_mapper
 from modules.config import load_config
 
-DISCOVER = {"samples": 3, "tokens": 50, "prompts": "prompts.txt"}
+DISCOVER = {"samples": 2, "tokens": 40, "prompts": "prompts.txt"}
 PROMPTS = [f"{word} number {number}" for number in range(5) for word in ("What is", "Write about the", "Tell me of a")]
 
 
@@ -28,6 +31,14 @@ def chatting(tmp_path_factory):
 @pytest.fixture(scope="module")
 def without_template(tmp_path_factory):
     return habits.make_habitual(tmp_path_factory.mktemp("models") / "base", chats=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_reading_of_the_word_list():
+    """It takes longer than all the rest of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("modules.slop.discover"), "human_rates", functools.cache(human_rates))
+        yield
 
 
 def write(place, model, **settings):
@@ -58,7 +69,7 @@ def assert_no_path(place, model, *files):
         assert model.name in text and model.parent.name not in text and place.parent.name not in text
 
 
-@pytest.mark.parametrize("name", ["chatting", "without_template"])
+@pytest.mark.parametrize("name", ["chatting", pytest.param("without_template", marks=pytest.mark.slow)])
 def test_the_habits_of_a_model_become_a_list_that_a_merge_takes(place, name, request):
     model = request.getfixturevalue(name)
     write(place, model)
@@ -76,7 +87,7 @@ def test_the_habits_of_a_model_become_a_list_that_a_merge_takes(place, name, req
     document = json.loads((place / "found.json").read_text(encoding="utf-8"))
     assert (
         document["model"] == model.name
-        and document["words"] > 1000
+        and document["words"] > 500
         and {one["phrase"] for one in document["phrases"]} >= set(habits.HABITS)
     )
 

@@ -119,6 +119,7 @@ def test_float16_decides_as_float32_does(place, models):
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("compute", ["auto", WIDE, "float16+float32"])
 def test_broken_off_and_replayed_it_ends_in_the_same_bits(place, models, compute):
     settings = {"compute_dtype": compute, "merge_method": ["slerp", "lerp"]}

@@ -24,7 +24,7 @@ from modules.runtime import CheckpointError
 from modules.scoring.scorer import Scorer
 
 TEXT = "The bread is on the table. It was baked this morning, and half of it is left for the evening. "
-STEPS = 6
+STEPS = 4
 
 
 HALF = pytest.param(torch.bfloat16, marks=pytest.mark.slow)
@@ -109,21 +109,17 @@ def test_what_is_printed_is_what_is_saved(place, models, whole, text):
 
 def test_it_is_never_worse_than_the_base_or_a_candidate_whole(place, models, text):
     """Steps that lead nowhere good: far too large, and only one."""
-    for joint in ({"steps": 1, "step_size": 1.0}, {"steps": 3, "step_size": 1.0}):
-        for weight in (0.0, 0.5, 1000.0):
-            assert searched(place, models, text, "--overwrite", joint=joint, drift_weight=weight) == 0
-            recipe = recipe_of(place / "out")
-            log = log_of(place)
-            known = [
-                recipe["metrics"]["base"]["total"],
-                *(b["total"] + weight * b.get("trial_kl", 0) for b in recipe["baselines"].values()),
-            ]
-            if weight == 0:
-                assert recipe["metrics"]["merge"]["total"] <= min(known) + 1e-6
-            if weight == 1000:  # any drift is too much
-                assert set(map(tuple, recipe["joint"]["shares"])) == {(0.0, 0.0)}
-                assert "No step beat the base: keeping it" in log
-                assert "nothing was accepted, so the output is the base" in log
+    for steps in (1, 3):
+        joint = {"steps": steps, "step_size": 1.0}
+        assert searched(place, models, text, "--overwrite", joint=joint, drift_weight=0.0) == 0
+        recipe = recipe_of(place / "out")
+        known = [recipe["metrics"]["base"]["total"], *(alone["total"] for alone in recipe["baselines"].values())]
+        assert recipe["metrics"]["merge"]["total"] <= min(known) + 1e-6
+    assert searched(place, models, text, "--overwrite", joint=joint, drift_weight=1000.0) == 0
+    assert set(map(tuple, recipe_of(place / "out")["joint"]["shares"])) == {(0.0, 0.0)}  # any drift is too much
+    log = log_of(place)
+    assert "No step beat the base: keeping it" in log
+    assert "nothing was accepted, so the output is the base" in log
 
 
 def test_the_best_candidate_whole_is_kept_where_no_step_comes_below_it(place, models, text):

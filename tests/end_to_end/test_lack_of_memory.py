@@ -17,8 +17,7 @@ import merge_monster
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import Mapper, Pair, load_config
-from modules.mapper.completion_tree import tokens_of
-from modules.mapper.detokenize import Spelling
+from modules.mapper.detokenize import Detokenizer
 from modules.model.loading import load_model
 from modules.run.map import explore
 from modules.run.merge import build_shared_scorer
@@ -162,7 +161,7 @@ def test_memory_that_runs_out_everywhere_changes_no_decision(hungry, folders, pl
 def shown(trees):
     """What is in completion trees, to five digits."""
     return [
-        [(tokens_of(branch.nodes), branch.length, pytest.approx(branch.joint, abs=1e-5)) for branch in tree.branches]
+        [(branch.tokens, branch.length, pytest.approx(branch.joint, abs=1e-5)) for branch in tree.branches]
         for tree in trees
     ]
 
@@ -178,11 +177,11 @@ def test_memory_that_runs_out_anywhere_changes_no_map(hungry, folders, place, mo
     model = load_model(open_checkpoint(opened.base, "base"), "cpu", "float32")
     if layout == "rows":
         monkeypatch.setattr("modules.mapper.next_tokens.attention_window", lambda model: 0)
-    spelling = Spelling(opened.tokenizer, model.vocabulary)
+    detokenizer = Detokenizer(opened.tokenizer, model.vocabulary)
 
     def mapped(*failing):
         hungry.fails_at(*failing)
-        return explore(config, Silent(0), model, opened.tokenizer, spelling)[0]
+        return explore(config, Silent(0), model, opened.tokenizer, detokenizer)[0]
 
     expected = mapped()
     count = hungry.count

@@ -22,7 +22,7 @@ import merge_monster
 import monster_mapper
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.config import Pair, load_config
-from modules.mapper.detokenize import Spelling
+from modules.mapper.detokenize import Detokenizer
 from modules.mapper.grammar import english
 from modules.run.map import Exports, check_exports
 from modules.runtime.errors import ConfigError
@@ -78,21 +78,11 @@ def rows(log):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_phrases_have_the_raw_probability_of_the_merges_table(place, base):
-    candidate = tiny.make_candidate(place / "one", base)
-    path = tiny.write_config(place / "my.yaml", base, [candidate], place / "out", mapper=SETTINGS)
-    assert merge_monster.main(["--config", str(path)]) == 0
-    (merge_log,) = (place / "logs").glob("merge-monster-*.txt")
-    assert monster_mapper.main(["--config", str(path)]) == 0
-    raw = {(row[1], row[2]): row[3] for row in tables(merge_log.read_text(encoding="utf-8"))[0][:-1]}
-    assert {(row[1], row[2]): row[3] for row in rows(log_of(place))} == raw
-
-
 def test_completions_have_the_raw_probability_that_the_merge_gives_them(place, base):
     """Every branch that can be written as a phrase, written as one: to the digits that the merge prints."""
     assert mapped(place, base, "--json", "tree.json", mapper={**SETTINGS, "prob_min": 0.1}) == 0
     tokenizer = load_tokenizer(base)
-    spelling = Spelling(tokenizer, len(tokenizer))
+    detokenizer = Detokenizer(tokenizer, len(tokenizer))
     expected = {}
     document = json.loads((place / "tree.json").read_text(encoding="utf-8"))
     assert document["model"] == base.name  # and not where it lies
@@ -103,7 +93,7 @@ def test_completions_have_the_raw_probability_that_the_merge_gives_them(place, b
             while number is not None:
                 tokens.insert(0, context["nodes"][number]["token"])
                 number = context["nodes"][number]["parent"]
-            phrase = spelling.phrase(root, tokens) if tokens else None
+            phrase = detokenizer.phrase(root, tokens) if tokens else None
             if phrase is not None and branch["joint_probability"] > 0.0001:
                 expected[Pair("BAD", phrase, context["context"])] = branch["joint_probability"] * 100
     assert len(expected) >= 8
@@ -112,8 +102,11 @@ def test_completions_have_the_raw_probability_that_the_merge_gives_them(place, b
     path = tiny.write_config(place / "merge.yaml", base, [candidate], place / "out", pairs=list(expected))
     assert merge_monster.main(["--config", str(path)]) == 0
     (merge_log,) = (place / "logs").glob("merge-monster-*.txt")
-    shown = [float(row[-3].rstrip("%")) for row in tables(merge_log.read_text(encoding="utf-8"))[0][:-1]]
+    merged = tables(merge_log.read_text(encoding="utf-8"))[0][:-1]
+    shown = [float(row[-3].rstrip("%")) for row in merged]
     assert shown == pytest.approx(list(expected.values()), rel=2e-5, abs=1e-5)  # the last digit that is printed
+    assert monster_mapper.main(["--config", str(path)]) == 0
+    assert [row[3] for row in rows(log_of(place))] == [row[3] for row in merged]  # as phrases they have the same
 
 
 def test_a_pasted_suggestion_takes_the_place_of_its_phrase(place, base):
@@ -199,42 +192,30 @@ def test_limits_cut_and_say_so(place, bpe):
     assert "min_joint         : 5%\n" in log
 
 
-def test_no_suggestion_is_a_function_word(place, bpe):
-    assert mapped(place, bpe, "--yaml", "better.yaml", mapper={**SETTINGS, "prob_min": 0.1}) == 0
-    assert bpe.parent.name not in (place / "better.yaml").read_text(encoding="utf-8")
-    better = yaml.safe_load((place / "better.yaml").read_text(encoding="utf-8"))
-    suggested = [phrase["phrase"].split() for phrases in better.values() for phrase in phrases]
-    assert suggested and all(english().begins(words[-1].strip(".,").lower()) for words in suggested)
-
-
 def test_each_context_stands_once_with_all_its_phrases(place, bpe):
-    pairs = [Pair("BAD", "spine", "down her "), Pair("BAD", "arm", "down her "), Pair("GOOD", "leg", "down her ")]
-    assert mapped(place, bpe, pairs=pairs) == 0
+    phrases = [("BAD", "spine"), ("BAD", "arm"), ("GOOD", "leg"), ("GOOD", "spine")]
+    pairs = [Pair(kind, phrase, "down her ") for kind, phrase in phrases]
+    assert mapped(place, bpe, pairs=pairs, mapper={**SETTINGS, "prob_min": 0.5}) == 0
     log = log_of(place)
     assert log.count("CONTEXT ") == 1
-    assert re.findall(r'^(?:BAD|GOOD) +"(\w+)"', log, re.MULTILINE) == ["spine", "arm", "leg"]
-
-
-def test_branches_fall_in_joint_probability(place, bpe):
-    assert mapped(place, bpe) == 0
-    for section in log_of(place).split("CONTEXT ")[1:]:
-        joints = [float(joint) for joint in re.findall(r"Joint: +([\d.e-]+)%", section)]
-        assert joints == sorted(joints, reverse=True) and joints
-
-
-def test_phrases_that_are_listed_as_bad_and_as_good_are_told(place, bpe):
-    pairs = [Pair("BAD", "spine", "down her "), Pair("GOOD", "spine", "down her ")]
-    assert mapped(place, bpe, pairs=pairs) == 0
-    assert "WARNING: the phrase 'spine' after 'down her ' is listed as bad and as good\n" in log_of(place)
+    assert re.findall(r'^(BAD|GOOD) +"(\w+)"', log, re.MULTILINE) == phrases
+    joints = [float(joint) for joint in re.findall(r"Joint: +([\d.e-]+)%", log)]
+    assert joints == sorted(joints, reverse=True) and len(joints) > 2
+    assert "WARNING: the phrase 'spine' after 'down her ' is listed as bad and as good\n" in log
 
 
 def test_the_same_config_gives_the_same_lines_and_files(place, bpe):
     found = []
     for number in range(2):
-        assert mapped(place, bpe, "--json", f"{number}.json", "--yaml", f"{number}.yaml") == 0
+        files = ("--json", f"{number}.json", "--yaml", f"{number}.yaml")
+        assert mapped(place, bpe, *files, mapper={**SETTINGS, "prob_min": 0.1}) == 0
         lines = [line for line in log_of(place).splitlines() if not re.match(r"\d\d:\d\d:\d\d - ", line)]
         found.append((lines, (place / f"{number}.json").read_bytes(), (place / f"{number}.yaml").read_bytes()))
     assert found[0] == found[1]
+    text = found[0][2].decode("utf-8")
+    assert bpe.parent.name not in text
+    suggested = [phrase["phrase"].split() for phrases in yaml.safe_load(text).values() for phrase in phrases]
+    assert suggested and all(english().begins(words[-1].strip(".,").lower()) for words in suggested)
 
 
 def on_a_terminal(place, path, **environment):
@@ -268,11 +249,6 @@ def test_colours_are_for_terminals_only(place, bpe):
     shares = [int(share) for share in re.findall(r"(\d+)%\|", coloured)]
     assert shares[-1] == 100 and shares == sorted(shares)
     assert "%|" not in log_of(place)
-
-
-@pytest.mark.slow
-def test_no_color_is_heard_unless_it_is_empty(place, bpe):
-    path = write(place, bpe)
     assert "\x1b[38" not in on_a_terminal(place, path, NO_COLOR="1")
     assert "\x1b[38" in on_a_terminal(place, path, NO_COLOR="")
 
@@ -282,32 +258,34 @@ def test_no_color_is_heard_unless_it_is_empty(place, bpe):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_another_model_is_mapped_with_the_same_config(place, bpe):
+def test_another_model_is_mapped_with_a_config_of_a_merge(place, bpe):
+    """Without a section for the mapper: it has the defaults."""
     other = make_base(place / "other", "bpe", seed=3)
-    assert mapped(place, bpe) == 0
-    first = log_of(place)
-    assert mapped(place, bpe, "--model", other) == 0
-    second = log_of(place)
+    path = tiny.write_config(place / "my.yaml", bpe, ["not/there/yet"], place / "out")
+    found = []
+    for arguments in ([], ["--model", str(other)]):
+        assert monster_mapper.main(["--config", str(path), *arguments]) == 0
+        found.append(log_of(place))
+    assert not (place / "out").exists()
+    first, second = found
+    for line in (
+        "prob_min          : 10%",
+        "top_k             : 3",
+        "max_depth         : 5",
+        f"Model             : {bpe}",
+    ):
+        assert line in first
     assert f"Model             : {other}" in second
     assert [row[:3] for row in rows(first)] == [row[:3] for row in rows(second)]
     assert [row[3] for row in rows(first)] != [row[3] for row in rows(second)]
 
 
-def test_a_config_without_a_mapper_section_has_the_defaults(place, bpe):
-    path = tiny.write_config(place / "my.yaml", bpe, ["not/there/yet"], place / "out")
-    assert monster_mapper.main(["--config", str(path)]) == 0
-    for line in ("prob_min          : 10%", "top_k             : 3", "max_depth         : 5"):
-        assert line in log_of(place)
-    assert not (place / "out").exists()
-
-
-def test_half_precision_checkpoints(place, bpe):
-    for dtype in (torch.bfloat16, torch.float16):
-        tokenizer = tiny.TOKENIZERS["bpe"]()
-        folder = tiny.make_model(place / str(dtype), tiny.llama_config(len(tokenizer)), tokenizer, dtype=dtype)
-        for name, settings in (("float32", {}), ("bfloat16", {"compute_dtype": "bfloat16"})):
-            assert mapped(place, folder, **settings) == 0
-            assert f"Dtype             : {name}\n" in log_of(place)
+def test_half_precision_checkpoints(place):
+    tokenizer = tiny.TOKENIZERS["bpe"]()
+    folder = tiny.make_model(place / "half", tiny.llama_config(len(tokenizer)), tokenizer, dtype=torch.bfloat16)
+    for name, settings in (("float32", {}), ("bfloat16", {"compute_dtype": "bfloat16"})):
+        assert mapped(place, folder, **settings) == 0
+        assert f"Dtype             : {name}\n" in log_of(place)
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,7 @@ ANNOUNCED = re.compile(
     "arguments, title",
     [
         (["merge_monster.py", "--config", "my.yaml"], "MERGE MONSTER HUNGERS"),
-        (["merge_monster.py", "--config", "my.yaml", "--score", "one"], "MERGE MONSTER JUDGES"),
         (["merge_monster.py", "--replay", "out", "--output", "again"], "MERGE MONSTER REMEMBERS out"),
-        (["merge_monster.py", "--export-mergekit", "out.yaml", "out"], "MERGE MONSTER TELLS OF out"),
-        (["monster_mapper.py", "--config", "my.yaml"], "MONSTER MAPPER LOOKS AROUND"),
-        (["monster_mapper.py", "--config", "my.yaml", "--discover"], "MONSTER MAPPER LISTENS"),
         (["monster_mapper.py", "--config", "my.yaml", "--rate", "one"], "MONSTER MAPPER COUNTS"),
     ],
 )

@@ -222,12 +222,19 @@ def in_a_shell(place, program, streams):
     return subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("streams", CLOSED)
-def test_closed_streams_are_no_failure(place, streams):
-    for program, code in (("merge_monster.py --help", 0), ("monster_mapper.py --no-such", 2)):
-        result = in_a_shell(place, program, streams)
-        assert result.returncode == code
-        assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+@pytest.mark.parametrize(
+    "streams, program, code",
+    [
+        ("2>&-", "merge_monster.py --help", 0),
+        (">&-", "merge_monster.py --help", 0),
+        ("2>&-", "monster_mapper.py --no-such", 2),
+        ("<&- >&- 2>&-", "monster_mapper.py --no-such", 2),
+    ],
+)
+def test_closed_streams_are_no_failure(place, streams, program, code):
+    result = in_a_shell(place, program, streams)
+    assert result.returncode == code
+    assert "Traceback" not in result.stderr and "Exception" not in result.stderr
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import math
 import tiny
 
 from modules.mapper.completion_tree import Branch, CompletionTree, Node
-from modules.mapper.detokenize import Spelling
+from modules.mapper.detokenize import Detokenizer
 from modules.scoring.tokenization import encode_contexts, encode_pair
 
 
@@ -16,7 +16,7 @@ class TokenizerOnly:
         self.tokenizer = tiny.bpe_tokenizer()
         self.resident = self
         self.vocabulary = len(self.tokenizer)
-        self.spelling = Spelling(self.tokenizer, self.vocabulary)
+        self.detokenizer = Detokenizer(self.tokenizer, self.vocabulary)
 
 
 def scripted(model, context, *branches):
@@ -24,7 +24,7 @@ def scripted(model, context, *branches):
     root = encode_contexts(model.tokenizer, [context], model.resident.vocabulary)[0]
     found = []
     for branch in branches:
-        text, nodes, length = "", [], None
+        text, nodes, length, joint = "", [], None, 0.0
         for word, probability in branch:
             if word == "|":
                 length = len(nodes)
@@ -35,15 +35,16 @@ def scripted(model, context, *branches):
             else:
                 tokens = [word]
             for number, token in enumerate(tokens):
-                nodes.append(Node.after((nodes or [None])[-1], token, math.log(1.0 if number else probability)))
-        path = [None, *nodes]
-        found.append(Branch(path[len(nodes) if length is None else length], path[-1]))
+                log_probability = math.log(1.0 if number else probability)
+                joint += log_probability
+                nodes.append(Node(token, log_probability, joint))
+        found.append(Branch(tuple(nodes), len(nodes) if length is None else length))
     return CompletionTree(root, tuple(sorted(found, key=lambda branch: -branch.joint)))
 
 
-def completed(spelling, context, phrase):
+def completed(detokenizer, context, phrase):
     """The context's root and the tokens of a phrase behind it."""
-    root = encode_contexts(spelling._tokenizer, [context], spelling._vocabulary)[0]
-    encoded = encode_pair(spelling._tokenizer, context, phrase)
+    root = encode_contexts(detokenizer._tokenizer, [context], detokenizer._vocabulary)[0]
+    encoded = encode_pair(detokenizer._tokenizer, context, phrase)
     assert encoded.tokens[: encoded.start] == root.tokens
     return root, list(encoded.tokens[encoded.start :])

@@ -1,5 +1,6 @@
 """A small model that has learnt to say three phrases far too often, among the words that people use most."""
 
+import functools
 import random
 
 import torch
@@ -19,15 +20,24 @@ def sentence(chance, words, weights):
     return " ".join(word + habit for word, habit in zip(said, habits, strict=True)) + " ."
 
 
-def make_habitual(folder, chats=True, steps=120):
-    """The model, trained for a few seconds and saved. chats: whether its tokenizer has a chat template."""
+def make_habitual(folder, chats=True):
+    """The model, saved. chats: whether its tokenizer has a chat template."""
+    model, tokenizer = trained()
+    tokenizer.chat_template = TEMPLATE if chats else None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def trained(steps=120):
+    """The model and its tokenizer; it is trained for a few seconds, once in a process."""
     words = [word for word in top_n_list("en", 200) if word.isalpha()]
     weights = [word_frequency(word, "en") for word in words]
     names = [*SPECIAL, *words, *(word for habit in HABITS for word in habit.split())]
     tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    made.chat_template = TEMPLATE if chats else None
     torch.manual_seed(0)
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = AutoModelForCausalLM.from_config(
@@ -42,6 +52,4 @@ def make_habitual(folder, chats=True, steps=120):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model.save_pretrained(folder)
-    made.save_pretrained(folder)
-    return folder
+    return model, made

@@ -30,7 +30,7 @@ def plain(lines):
 
 
 def lines_of(model, tree, standings=(), prob_min=10.0):
-    return mapping_report.tree_lines("2/7", tree, standings, Mapper(prob_min), model.spelling)
+    return mapping_report.tree_lines("2/7", tree, standings, Mapper(prob_min), model.detokenizer)
 
 
 def test_a_context_to_the_character(model):
@@ -58,7 +58,7 @@ def test_a_continuation_that_was_broken_off_ends_in_an_ellipsis(model):
     (branch,) = tree.branches
     added = len(branch.nodes) - branch.length
     for length, end in ((added, "His\u2026"), (added + 1, "His")):
-        lines = mapping_report.tree_lines("1/1", tree, [], Mapper(10.0, 3, 5, length), model.spelling)
+        lines = mapping_report.tree_lines("1/1", tree, [], Mapper(10.0, 3, 5, length), model.detokenizer)
         assert lines[3] == f"  1. Sequence: spine | {end}"
 
 
@@ -66,7 +66,7 @@ def test_what_was_cut_is_said_with_the_number_of_branches_and_for_all_contexts(m
     whole = scripted(model, "down her ", [("spine", 0.5)])
     limits = Mapper(10.0, 3, 5, 20, 6, 1.0)
     trees = [replace(whole, cut=cut) for cut in (Cut(4, 0.125, 3), Cut(0, 0.0, 1), Cut(2, 0.025, 0), Cut())]
-    said = [line for tree in trees for line in mapping_report.tree_lines("1/4", tree, [], limits, model.spelling)]
+    said = [line for tree in trees for line in mapping_report.tree_lines("1/4", tree, [], limits, model.detokenizer)]
     assert [line for line in said if line.startswith("TOTAL")] == [
         "TOTAL BRANCHES: 1 (cut: at least 4 less likely, together 12.50%; below a joint 1%: 3 next tokens)",
         "TOTAL BRANCHES: 1 (below a joint 1%: 1 next tokens)",
@@ -83,8 +83,8 @@ def test_what_was_cut_is_said_with_the_number_of_branches_and_for_all_contexts(m
 
 def trace(model, word):
     """A word in a trace; where it is several tokens, those after the first are certain in a scripted tree."""
-    root, tokens = completed(model.spelling, "her ", word)
-    first, *rest = [text for _, text in model.spelling.pieces(root, tokens)]
+    root, tokens = completed(model.detokenizer, "her ", word)
+    first, *rest = [text for _, text in model.detokenizer.pieces(root, tokens)]
     return " > 100.00% ".join([f"[{first.strip(' ')}]", *(f"[{text}]" for text in rest)])
 
 
@@ -98,7 +98,7 @@ def test_probabilities_are_coloured_from_red_to_green(model):
 
 def test_a_branch_without_a_probable_token_says_so(model):
     tree = scripted(model, "down her ", [("|", None), (" His", 0.05)])
-    assert tree.branches[0].leaf is None
+    assert tree.branches[0].length == 0
     assert plain(lines_of(model, tree))[3:6] == [
         "  1. Sequence: His",
         "     Trace:    no next token reaches 10%",
@@ -187,7 +187,7 @@ def test_the_phrase_list_begins_with_what_counts_most():
 def test_the_document_says_what_was_cut_and_which_limits_were_set(model):
     tree = scripted(model, "It is ", [("so", 0.5)])
     for cut, limits in ((Cut(), {}), (Cut(2, 0.25, 1), {"max_branches": 6, "min_joint": 1.0})):
-        found = mapping_report.document("model", Mapper(**limits), [replace(tree, cut=cut)], [[]], model.spelling)
+        found = mapping_report.document("model", Mapper(**limits), [replace(tree, cut=cut)], [[]], model.detokenizer)
         settings = {"prob_min": 10.0, "top_k": 3, "max_depth": 5, "additional_length": 20}
         assert found["mapper"] == {**settings, **limits}
         said = found["contexts"][0].get("cut")
@@ -201,7 +201,7 @@ def test_the_document_holds_the_whole_tree(model):
         [("so", 0.5), (".", 0.5), ("|", None), (" His", 0.25)],
         [("so", 0.5), (" very", 0.25)],
     )
-    found = mapping_report.document("model", Mapper(5.0, 2, 3, 4), [tree], [[standing(better="so")]], model.spelling)
+    found = mapping_report.document("model", Mapper(5.0, 2, 3, 4), [tree], [[standing(better="so")]], model.detokenizer)
     assert (found["model"], found["mapper"]["prob_min"], found["mapper"]["top_k"]) == ("model", 5.0, 2)
     (context,) = found["contexts"]
     assert context["context"] == "It is " and context["tokens"] == list(tree.root.tokens)

@@ -23,7 +23,7 @@ def suggested(model, phrase, *branches, context=SHIVERS, probability=0.001):
     tree = scripted(model, context, *branches)
     encoded = encode_pair(model.tokenizer, context, phrase)
     phrases = [(Pair("BAD", phrase, context), [encoded], math.log(probability))]
-    found = rank_phrases(tree, phrases, Mapper(), model.spelling)[0].suggestion
+    found = rank_phrases(tree, phrases, Mapper(), model.detokenizer)[0].suggestion
     return found and (found.phrase, round(math.exp(found.log_probability), 6))
 
 

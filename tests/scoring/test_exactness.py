@@ -13,7 +13,7 @@ import whole
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.mapper.next_tokens import Cached, build_continuation
+from modules.mapper.next_tokens import PlainPredictor, build_predictor
 from modules.model.loading import load_model
 from modules.scoring.budget import Budget
 from modules.scoring.exactness import Plain
@@ -253,9 +253,9 @@ def check_continuation(model, plain, scorer, encoded, chance):
     """The mapper's way to go on, from every beginning to the end, by other tokens than those it was verified with."""
     paths, steps = [item.tokens[: item.start][:40] for item in encoded], 6
     most = max(map(len, paths)) + steps
-    continuation = build_continuation(model, None, scorer, paths, most)
+    predictor = build_predictor(model, None, scorer, paths, most)
     for _ in range(steps + 1):
-        for path, guesses in zip(paths, continuation.next_tokens(paths, [""] * len(paths), 5), strict=True):
+        for path, guesses in zip(paths, predictor.next_tokens(paths, [""] * len(paths), 5), strict=True):
             truth = plain(torch.tensor([path])).logits[0, -1].float().log_softmax(-1)
             for token, found in guesses:
                 assert abs(found - truth[token]) < 1e-4
@@ -326,11 +326,11 @@ def test_the_mapper_sees_that_a_text_will_grow_too_long_for_its_kept_keys(switch
     scorer = build_scorer(model, encoded, tails=False)
     assert scorer.layout == "forest"
     paths = [item.tokens[:-1] for item in encoded]
-    assert isinstance(build_continuation(model, None, scorer, paths, 16), Cached)
-    continuation = build_continuation(model, None, scorer, paths, 20)
+    assert not isinstance(build_predictor(model, None, scorer, paths, 16), PlainPredictor)
+    predictor = build_predictor(model, None, scorer, paths, 20)
     for length in range(10, 20):
         asked = [(path * 2)[:length] for path in paths]
-        found = continuation._log_probabilities(asked)
+        found = predictor.log_probabilities(asked)
         for row, path in zip(found, asked, strict=True):
             truth = plain(torch.tensor([path])).logits[0, -1].float().log_softmax(-1)
             assert (row - truth).abs().max() < 1e-4
