@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from modules.config import Config, input_paths, parts_of, repositories_in
-from modules.output.places import written_paths
+from modules.output.folder import written_paths
 from modules.output.records import Record
 
 Kind = TypeVar("Kind", bound=Record)

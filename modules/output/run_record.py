@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from modules.checkpoints import Checkpoint
 from modules.config import Config, Pair
 from modules.output.changes import compare_fingerprints, refuse_changes, refuse_other_version, run_of
+from modules.output.folder import Place
 from modules.output.journal import JOURNAL_FILE, Journal, begun_with
-from modules.output.places import Place
 from modules.output.public import Public
 from modules.output.recipe import Recipe
 from modules.output.records import (

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from modules.checkpoints import Models, cache_folder
-from modules.config import Config
+from modules.config import Config, partial_of
 from modules.model import (
     Arithmetic,
     Memory,
@@ -21,7 +21,6 @@ from modules.model import (
     resolve_device,
     too_large_for,
 )
-from modules.output import place_of
 from modules.run.plan import Plan, plan_run, share_of
 from modules.runtime import ConfigError, in_memory, on_disk
 
@@ -49,26 +48,14 @@ class Available:
     folder: Path  # the output goes to its file system
     disk: int  # bytes
     memory: int | None  # bytes on the device; None if it can't be asked
-    refusal: str | None  # why the output can't be written; None if it can
-    lacking: tuple[str, ...] = ()  # what its file system can't do, a line each
 
 
 def find_available(plan: Plan) -> Available:
-    """Ask the machine. What can be done where the output goes is tried, on a small folder that is removed again."""
-    place = place_of(plan.output)
+    """Ask the machine."""
     # A run that did not finish may have left a part of its output; it is removed before this one is written.
-    left = sum(file.stat().st_size for file in place.partial.rglob("*") if file.is_file())
-    try:
-        refusal, lacking = None, place.lacks()
-    except OSError as error:
-        refusal, lacking = place.refusal(error), []
-    return Available(
-        folder=place.nearest,
-        disk=shutil.disk_usage(place.nearest).free + left,
-        memory=_free_for(plan),
-        refusal=refusal,
-        lacking=tuple(lacking),
-    )
+    left = sum(file.stat().st_size for file in partial_of(plan.output).rglob("*") if file.is_file())
+    folder = next(path for path in plan.output.absolute().parents if path.exists())
+    return Available(folder, shutil.disk_usage(folder).free + left, _free_for(plan))
 
 
 def _free_for(plan: Plan) -> int | None:
@@ -83,11 +70,11 @@ def check(plan: Plan, room: Available) -> list[str]:
     problems = [*_writing_problems(plan, room), *_memory_problems(plan, room)]
     if problems:
         raise ConfigError(*problems)
-    return [*room.lacking, *_memory_warnings(plan, room)]
+    return _memory_warnings(plan, room)
 
 
 def _writing_problems(plan: Plan, room: Available) -> list[str]:
-    problems = [room.refusal] if room.refusal else []
+    problems = []
     fetched = plan.disk.downloads_kept if _same_disk(room.folder, cache_folder()) else 0
     if plan.disk.needed + fetched > room.disk:
         what = f"writing {plan.output} takes {on_disk(plan.disk.needed)}"

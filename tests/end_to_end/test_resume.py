@@ -41,8 +41,8 @@ from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.hub import Prefetcher
 from modules.config import NO_PART, Config, load_config
 from modules.model import arithmetics
+from modules.output.folder import UNFINISHED
 from modules.output.journal import JournalCopy
-from modules.output.places import UNFINISHED
 from modules.output.run_record import RunRecord
 from modules.runtime.errors import CheckpointError, ConfigError
 
