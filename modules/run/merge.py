@@ -26,10 +26,9 @@ from modules.output import (
 )
 from modules.output import tables as report
 from modules.run.conductor import Clock, Conductor, show_standings
-from modules.run.estimate import calibrate, estimate, plan_lines
+from modules.run.estimate import estimate_seconds
 from modules.run.joint import JointConductor
-from modules.run.plan import Plan
-from modules.run.room import Available, check, find_available, fitting_plan
+from modules.run.plan import Plan, make_plan, plan_lines
 from modules.run.steps import ask, end, finish, note_source, prepare_libraries, save, with_chats_rendered
 from modules.run.watch import Watch
 from modules.runtime import ConfigError, Console, Rank, first_line, is_out_of_memory
@@ -97,28 +96,26 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             models = loader.open()
             begun = begun_run(place) if options.resume else None
             loader, asked = ask(loader, models, begun and begun.settings, loader.config.prompts)
-            plan, room = _checked_plan(loader, models, begun and computed_in(begun, models.base))
+            plan = _checked_plan(loader, models, begun and computed_in(begun, models.base))
             loader = replace(loader, compute=plan.arithmetic)
             if not options.dry_run:
                 loader.in_range(lambda wide: _merge_in(wide, options, group, place, models, plan, asked))
                 return
             console.timed("Measuring how fast this machine is")
-            console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
+            console.lines(plan_lines(plan, estimate_seconds(plan, models.module)))
             console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")
     group.broadcast(NOTHING_TO_SEARCH)
 
 
-def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> tuple[Plan, Available]:
-    """What the run will do and take, and what room there is. Raises ConfigError if it is too little.
+def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> Plan:
+    """What the run will do and take. Raises ConfigError if memory or a disk is too small.
 
     begun: in what the run computes that goes on.
     """
     check_space(models.jobs, loader.config.keeps_candidates)
-    config = replace(loader.config, device=loader.device)
-    plan, lines = fitting_plan(config, models, loader.rank.local_world_size, begun)
-    room = find_available(plan)
-    loader.console.warnings([*doubtful_phrases(loader.config.pairs), *plan.doubts, *lines, *check(plan, room)])
-    return plan, room
+    plan = make_plan(replace(loader.config, device=loader.device), models, loader.rank.local_world_size, begun)
+    loader.console.warnings([*doubtful_phrases(loader.config.pairs), *plan.warnings])
+    return plan
 
 
 def _merge_in(

@@ -38,6 +38,7 @@ from modules.runtime.text import (
     USED_WIDTH,
     columns,
     counted,
+    duration,
     ended,
     fit,
     in_memory,

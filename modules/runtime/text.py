@@ -106,3 +106,15 @@ def on_disk(count: int) -> str:
 def in_memory(count: int) -> str:
     """Bytes as memory is counted: GiB, or MiB where that would say little."""
     return f"{count / 2**30:,.2f} GiB" if count >= 1e8 else f"{count / 2**20:,.2f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """A time with two units at most: an estimate has no more digits."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
