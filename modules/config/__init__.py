@@ -6,7 +6,7 @@ Refuses to know: torch, models, tokenizers. It must answer a typo in under a sec
 
 from modules.config.apart import check_apart, input_paths, real_path
 from modules.config.choices import ACCELERATORS, DEVICES, METHODS, NUMBERED, STRATEGIES
-from modules.config.command_line import CONFIG, QUIET, SET, option_for
+from modules.config.command_line import CONFIG, QUIET, SET
 from modules.config.fields import COMPUTE_DTYPES, DTYPES, OneOf, is_number, unusable
 from modules.config.load import load_config, output_directory
 from modules.config.locations import (

@@ -1,18 +1,13 @@
 """What the command line puts in place of a file's values: single keys by --set, and options of their own.
 
-Knows: how a key with dots is walked along, how messages name what was given, what a bare text may have been meant as.
-Refuses to know: what a value may be.
+Knows: how a key with dots is walked along, how messages name what was given. Refuses to know: what a value may be.
 """
 
-import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from modules.config.findings import Finding
-from modules.config.locations import parse_source
 from modules.config.yaml_file import Place, YamlFile, parse_yaml
 from modules.runtime import ConfigError, visible
 
@@ -21,18 +16,6 @@ CONFIG = "the YAML file (default: {})"
 SET = "in place of a key of the file"
 QUIET = "only warnings, errors and the last line"
 Options = Mapping[Place, tuple[str, str | list[str] | None]]  # by the place of what it gives: an option and its value
-
-
-def option_for(text: str, for_model: str) -> str | None:
-    """What somebody may have meant who gave this without an option; None if it is nothing known.
-
-    for_model: what a model's folder, file or id was meant as; {} stands for it.
-    """
-    if Path(text).suffix.lower() in (".yaml", ".yml"):
-        return f"--config {shlex.quote(text)}"
-    if parse_source(text) is not None:
-        return for_model.format(shlex.quote(text))
-    return f"--config {shlex.quote(text)}" if os.path.isfile(text) else None
 
 
 def with_given(file: YamlFile, sets: Sequence[str], options: Options) -> tuple[YamlFile, list[Finding]]:
