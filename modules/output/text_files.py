@@ -1,15 +1,11 @@
 """Text files that somebody asked for by name: refused where something else stands, and written whole or not at all.
 
-Knows: paths, links, what a killed run has left. Refuses to know: what is in the files.
+Knows: paths, links. Refuses to know: what is in the files.
 """
 
 import os
-import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
-
-import psutil
 
 from modules.config import real_path, unusable
 from modules.output.filesystem import is_mount_point, stamp_of, sync
@@ -18,7 +14,7 @@ from modules.runtime import ConfigError, check_is_file, no_file
 
 def check_file(option: str, path: Path, overwrite: bool) -> None:
     """Raise ConfigError, naming the option, if a file can't be written, or something stands there that may not be
-    replaced. What killed runs have left of it is removed. Of a link, what it leads to is the file."""
+    replaced. Of a link, what it leads to is the file."""
     trouble = unusable(path) or unusable(_partial(path))
     if trouble:
         raise ConfigError(f"{option} {path}: not a usable path ({trouble})")
@@ -34,7 +30,6 @@ def check_file(option: str, path: Path, overwrite: bool) -> None:
         raise ConfigError(f"{option} {path}: this file exists; name another one, or add --overwrite")
     if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
         raise ConfigError(f"{option} {path}: can't be written")
-    _remove_left(file)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,15 +69,5 @@ def files_left(paths: Sequence[Path]) -> Callable[[], str]:
 
 
 def _partial(path: Path) -> Path:
-    """Where this process writes a file until it is complete."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial") if path.name else path
-
-
-def _remove_left(file: Path) -> None:
-    """Remove what processes that have ended have left of a file."""
-    pattern = re.compile(re.escape(f".{file.name}.") + r"(\d{1,9})\.partial")
-    with suppress(OSError):  # the folder can't be listed
-        for path in file.parent.iterdir():
-            match = pattern.fullmatch(path.name)
-            if match and not psutil.pid_exists(int(match[1])):
-                path.unlink()
+    """Where a file is written until it is complete. What a killed run leaves there is written over."""
+    return path.with_name(f".{path.name}.partial-merge-monster") if path.name else path
