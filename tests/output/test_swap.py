@@ -357,10 +357,7 @@ _mark = Place.mark
 
 
 @pytest.mark.parametrize("finished", ["base", "candidate", "in model_directory"])
-@pytest.mark.parametrize("arguments", COMMANDS[:3], ids=str)
-def test_a_finished_output_that_is_called_partial_is_nobodys_unfinished_run(
-    bench, monkeypatch, capsys, finished, arguments
-):
+def test_a_finished_output_that_is_called_partial_is_nobodys_unfinished_run(bench, monkeypatch, capsys, finished):
     bench.restore()
     monkeypatch.chdir(bench.place)
     shutil.rmtree(bench.place / "out.partial")
@@ -372,8 +369,9 @@ def test_a_finished_output_that_is_called_partial_is_nobodys_unfinished_run(
         directories = {"model_path1": str(base), "output_directory": "x", "model_directory": str(bench.place)}
         settings = {"directories": directories, "models_to_merge": []}
     path = tiny.write_config(bench.place / "my.yaml", models[0], models[1:], bench.place / "x", **settings)
-    assert merge_monster.main(["--config", str(path), *arguments]) == 2
-    assert "x.partial" in capsys.readouterr().err
+    for arguments in ([], ["--overwrite"], ["--restart"]):
+        assert merge_monster.main(["--config", str(path), *arguments]) == 2
+        assert "x.partial" in capsys.readouterr().err
     assert digest(theirs) == before
 
 
@@ -396,9 +394,8 @@ def test_an_output_that_would_take_an_input_along(bench, monkeypatch, capsys, wh
     elif what == "a folder within":
         output = ours / "deep" / "out"
     path = tiny.write_config((output if what == "the settings" else bench.place) / "my.yaml", ours, [one], output)
-    for arguments in COMMANDS[:3]:
-        assert merge_monster.main(["--config", str(path), *arguments]) == 2
-        assert "which this run would write, " in capsys.readouterr().err
+    assert merge_monster.main(["--config", str(path), "--overwrite"]) == 2
+    assert "which this run would write, " in capsys.readouterr().err
     (bench.out / "my.yaml").unlink(missing_ok=True)
     assert digest(bench.out) == before
 
