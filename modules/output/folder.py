@@ -161,7 +161,7 @@ def _has_content(folder: Path) -> bool:
 
 @contextmanager
 def held_place(output: Path, console: Console, dry_run: bool = False) -> Iterator[Place]:
-    """The place of an output, locked, and made whole where an earlier run was killed while its output took it.
+    """The folder of an output, locked, and made whole where an earlier run was killed in its commit.
 
     dry_run: nothing is deleted. Raises ConfigError if the output can't be written, or another run writes there.
     """
@@ -279,7 +279,7 @@ def stamp(output: Path) -> Stamp:
 
 
 def what_stands(output: Path, earlier: Stamp, searching: bool = True) -> str:
-    """What there is, after a run has broken off, at the output's place, and how to go on. It is looked up.
+    """What there is of an output after a run has broken off, and how to go on. It is looked up.
 
     earlier: the output's stamp before the run. searching: whether the run could go on with what was decided.
     """

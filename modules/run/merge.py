@@ -189,10 +189,8 @@ def begin_search(
     console.lines(report.summary(config, model.describe(), search.scorer.describe(), names, *measured))
     console.warnings(search.warnings)
 
-    def look() -> Watch | None:
-        return Watch(config, console, model, search.tokenizer, budget, windows, asked) if group.rank.leads else None
-
-    watch = group.on_all_ranks(look)  # what the leader can't look at, no process can
+    # What the main process can't look at, no process can.
+    watch = group.on_main_process(lambda: Watch(config, console, model, search.tokenizer, budget, windows, asked))
     joint = config.search == "joint"
     # A greedy search measures candidates taken whole by it, once each.
     metered = guarding and (joint or (watch and config.baselines))
@@ -249,9 +247,7 @@ def build_shared_scorer(
     if before is not None and (model.device.type != "cpu" or before.tokens <= budget.tokens):
         budget = before.applied_to(budget)
     # How to score is measured once: another machine's rounding must not make another choice.
-    scorer = group.on_all_ranks(
-        lambda: build_scorer(model, encoded, budget, rank=group.rank) if group.rank.leads else None
-    )
+    scorer = group.on_main_process(lambda: build_scorer(model, encoded, budget, rank=group.rank))
     settings = group.broadcast(scorer and scorer.settings)
     scorer = group.on_all_ranks(lambda: scorer or Scorer(model, encoded, *settings, group.rank))
     if before is not None and before.layout == scorer.layout and before.applied_to(budget) == budget:

@@ -88,6 +88,10 @@ class Group:
             distributed.all_gather_object(failures, failure and _sendable(failure))
         raise next(one for one in failures if one is not None)
 
+    def on_main_process(self, work: Callable[[], Value]) -> Value | None:
+        """Work that only the main process does; what it raises is raised in all. None in the others."""
+        return self.on_all_ranks(lambda: work() if self.rank.leads else None)
+
     def sum(self, rows: Sequence[Sequence[float]]) -> list[list[float]]:
         """The element-wise sums of what all have; where all but one have zeros, exactly what that one has."""
         if self.rank.world_size == 1:
