@@ -26,10 +26,10 @@ Stamp = tuple[int, int, int] | None  # by which a file is known from another one
 def stamp_of(file: Path) -> Stamp:
     """What tells the file that stands here from any other one."""
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def sync(path: Path) -> None:

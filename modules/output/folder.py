@@ -45,8 +45,8 @@ class Place:
         self.before = self._hidden("before")  # what stood there, while the new output takes its place
         self.lock_file = self._hidden("lock")
 
-    def _hidden(self, what: str) -> Path:
-        return self.parent / f".{self.output.name}.{what}{_SUFFIX}"
+    def _hidden(self, name: str) -> Path:
+        return self.parent / f".{self.output.name}.{name}{_SUFFIX}"
 
     def _scratch(self) -> Path:
         """Make a folder that `cleanup` removes."""
@@ -123,7 +123,7 @@ class Place:
 
     def cleanup(self) -> list[str]:
         """Delete what stood there before, and what killed runs have left of that; a line for what can't be deleted."""
-        old, lines = [self.before], []
+        old = [self.before]
         pattern = re.compile(re.escape(f".{self.output.name}.old-") + r"\w+" + _SUFFIX)
         try:
             if self.before.is_dir():
@@ -133,9 +133,9 @@ class Place:
             for folder in old:
                 shutil.rmtree(folder)
         except OSError as error:
-            left = [str(folder) for folder in old if folder.exists()]
-            lines.append(f"left of an earlier output, and can't be removed ({error.strerror}): {', '.join(left)}")
-        return lines
+            names = ", ".join(str(folder) for folder in old if folder.exists())
+            return [f"left of an earlier output, and can't be removed ({error.strerror}): {names}"]
+        return []
 
     def _not_writable(self, error: OSError) -> ConfigError:
         return ConfigError(
@@ -193,8 +193,8 @@ def check_output(place: Place, overwrite: bool) -> None:
         raise ConfigError(
             f"{output} was not written by Merge Monster (no {SETTINGS_FILE}); --overwrite won't delete it"
         )
-    here = Path.cwd()
-    if output in (here, *here.parents):
+    working = Path.cwd()
+    if output in (working, *working.parents):
         raise ConfigError(f"the output directory {output} is, or contains, the folder you are in; choose another one")
 
 
@@ -240,8 +240,8 @@ def unfinished_output(
     """
     folder = place.partial
     if folder.exists() and not _is_unfinished(folder):
-        what = "is a finished output" if holds_output(folder) else "was not written by Merge Monster"
-        raise ConfigError(f"{folder} {what} and is in its way; move it")
+        kind = "is a finished output" if holds_output(folder) else "was not written by Merge Monster"
+        raise ConfigError(f"{folder} {kind} and is in its way; move it")
     folder.mkdir(exist_ok=True)
     with closing(Journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
         if journal.decisions and not resume:
@@ -268,8 +268,8 @@ def _is_unfinished(folder: Path) -> bool:
     """Whether a folder with a partial output's name is one; a finished output may be called so too."""
     if not folder.is_dir():
         return False
-    begun = (folder / JOURNAL_FILE).is_file() and not holds_output(folder)  # killed before it was marked
-    return begun or (folder / UNFINISHED).is_file() or not _has_content(folder)
+    unmarked = (folder / JOURNAL_FILE).is_file() and not holds_output(folder)  # killed before it was marked
+    return unmarked or (folder / UNFINISHED).is_file() or not _has_content(folder)
 
 
 def stamp(output: Path) -> Stamp:

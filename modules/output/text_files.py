@@ -15,9 +15,9 @@ from modules.runtime import ConfigError, check_is_file, no_file
 def check_file(option: str, path: Path, overwrite: bool) -> None:
     """Raise ConfigError, naming the option, if a file can't be written, or something stands there that may not be
     replaced. Of a link, what it leads to is the file."""
-    trouble = unusable(path) or unusable(_partial(path))
-    if trouble:
-        raise ConfigError(f"{option} {path}: not a usable path ({trouble})")
+    reason = unusable(path) or unusable(_partial(path))
+    if reason:
+        raise ConfigError(f"{option} {path}: not a usable path ({reason})")
     file = real_path(path)
     kind = no_file(file)
     if kind:
@@ -56,10 +56,9 @@ def files_left(paths: Sequence[Path]) -> Callable[[], str]:
     def tell() -> str:
         lines = []
         for path, stamp in earlier.items():
-            now = stamp_of(path)
-            if now is None:
+            if stamp_of(path) is None:
                 lines.append(f"{path} was not written.")
-            elif now == stamp:
+            elif stamp_of(path) == stamp:
                 lines.append(f"{path} was not changed.")
             else:
                 lines.append(f"{path} is written, and whole.")

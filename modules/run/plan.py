@@ -106,8 +106,8 @@ def make_plan(config: Config, models: Models, sharing: int = 1, begun: str | Non
     needed = plan.memory.reserved
     if len(choices) > 1 and plan.free is not None and needed > plan.free:
         smaller = _plan_in(choices[1], config, models, sharing)
-        told = too_large_for(*choices, needed, plan.free)
-        plan = replace(smaller, warnings=(*smaller.warnings, told))
+        warning = too_large_for(*choices, needed, plan.free)
+        plan = replace(smaller, warnings=(*smaller.warnings, warning))
     return replace(plan, warnings=(*plan.warnings, *check(plan)))
 
 
@@ -199,13 +199,13 @@ def _disk(config: Config, models: Models, output: int) -> tuple[int, int]:
     needed = output + int(output * MARGIN) + MARGIN_FLAT
     folder = real_path(Path(config.directories.output_directory))
     # What a run has left that did not finish is removed before this output is written.
-    left = sum(file.stat().st_size for file in partial_of(folder).rglob("*") if file.is_file())
+    unfinished = sum(file.stat().st_size for file in partial_of(folder).rglob("*") if file.is_file())
     disk = next(path for path in folder.parents if path.exists())
     if disk.stat().st_dev == cache_folder().stat().st_dev:
         # Searched candidates are removed again if they are not to be kept; the base is needed to the end.
         kept = models.jobs if config.keeps_candidates else [models.base.job]
         needed += bytes_needed(kept, keep=True)
-    return needed, shutil.disk_usage(disk).free + left
+    return needed, shutil.disk_usage(disk).free + unfinished
 
 
 def check(plan: Plan) -> list[str]:
@@ -220,14 +220,14 @@ def check(plan: Plan) -> list[str]:
         )
     on_cpu = device.type == "cpu"
     # What can't be avoided: the weights that are held at a time. On a CPU there is no doing with less than is reserved.
-    least = memory.base + memory.searched if on_cpu else memory.held
-    if free is not None and least > free:
+    required = memory.base + memory.searched if on_cpu else memory.held
+    if free is not None and required > free:
         ways = ["end other programs", "use a machine or device with more"]
         ways += ["set merge_headers: false"] if memory.header > memory.layer else []
         ways += ["set compute_dtype: bfloat16, which takes half"] if plan.arithmetic.dtype == torch.float32 else []
         problems.append(
-            f"memory of {device}: {in_memory(least)} are needed in {plan.arithmetic.name}, {in_memory(free)} are free: "
-            f"{', or '.join(ways)}"
+            f"memory of {device}: {in_memory(required)} are needed in {plan.arithmetic.name}, {in_memory(free)} are "
+            f"free: {', or '.join(ways)}"
         )
     elif free is not None and memory.reserved > free:
         warnings.append(
@@ -236,10 +236,10 @@ def check(plan: Plan) -> list[str]:
         )
     if problems:
         raise ConfigError(*problems)
-    on_the_cpu = [place for place in plan.placement or () if place.type == "cpu"]
-    if on_the_cpu:
+    copied = sum(layer_device.type == "cpu" for layer_device in plan.placement or ())
+    if copied:
         warnings.append(
-            f"{len(on_the_cpu)} of {plan.sizes.layers} layers don't fit on the GPUs: they stay in the CPU's memory and "
+            f"{copied} of {plan.sizes.layers} layers don't fit on the GPUs: they stay in the CPU's memory and "
             "are copied for every forward, which takes several times as long"
         )
     return warnings

@@ -86,7 +86,7 @@ class Group:
         failures: list[Exception | None] = [None] * self.rank.world_size
         with _checked_connection():
             distributed.all_gather_object(failures, failure and _sendable(failure))
-        raise next(one for one in failures if one is not None)
+        raise next(failure for failure in failures if failure is not None)
 
     def on_main_process(self, work: Callable[[], Value]) -> Value | None:
         """Work that only the main process does; what it raises is raised in all. None in the others."""

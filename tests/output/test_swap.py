@@ -370,6 +370,7 @@ def test_a_finished_output_that_is_called_partial_is_nobodys_unfinished_run(benc
         settings = {"directories": directories, "models_to_merge": []}
     path = tiny.write_config(bench.place / "my.yaml", models[0], models[1:], bench.place / "x", **settings)
     for arguments in ([], ["--overwrite"], ["--restart"]):
+        shutil.rmtree(bench.place / "logs", ignore_errors=True)  # else it would be a model of model_directory
         assert merge_monster.main(["--config", str(path), *arguments]) == 2
         assert "x.partial" in capsys.readouterr().err
     assert digest(theirs) == before
