@@ -7,10 +7,10 @@ from modules.output.changes import compare_fingerprints, computed_in
 from modules.output.comparison import comparison
 from modules.output.folder import (
     SETTINGS_FILE,
-    Place,
+    OutputFolder,
     Unfinished,
     check_output,
-    held_place,
+    locked_output,
     stamp,
     unfinished_output,
     what_stands,

@@ -35,7 +35,7 @@ _ABOUT_UNFINISHED = (
 _SUFFIX = "-merge-monster"  # of every hidden name
 
 
-class Place:
+class OutputFolder:
     """An output's folder, and the names that a run uses beside it."""
 
     def __init__(self, output: Path) -> None:
@@ -146,8 +146,8 @@ class Place:
 
 def written_paths(output: Path) -> list[Path]:
     """What a run may make, replace or delete for an output."""
-    place = Place(output)
-    return [output, place.partial, place.before, place.lock_file]
+    target = OutputFolder(output)
+    return [output, target.partial, target.before, target.lock_file]
 
 
 def holds_output(folder: Path) -> bool:
@@ -160,29 +160,29 @@ def _has_content(folder: Path) -> bool:
 
 
 @contextmanager
-def held_place(output: Path, console: Console, dry_run: bool = False) -> Iterator[Place]:
+def locked_output(output: Path, console: Console, dry_run: bool = False) -> Iterator[OutputFolder]:
     """The folder of an output, locked, and made whole where an earlier run was killed in its commit.
 
     dry_run: nothing is deleted. Raises ConfigError if the output can't be written, or another run writes there.
     """
-    place = Place(output)
-    if is_mount_point(place.output):
+    target = OutputFolder(output)
+    if is_mount_point(target.output):
         raise ConfigError(
             f"the output directory {output} is a mount point, which no new output can replace; use a folder in it"
         )
-    with place.locked() as lock:
+    with target.locked() as lock:
         if not lock.works:
-            console.warning(f"the file system of {place.parent} has no locks: see to it that no two runs write here")
-        place.recover()
+            console.warning(f"the file system of {target.parent} has no locks: see to it that no two runs write here")
+        target.recover()
         if not dry_run:
-            console.warnings(place.cleanup())
-        place.check_renames()
-        yield place
+            console.warnings(target.cleanup())
+        target.check_renames()
+        yield target
 
 
-def check_output(place: Place, overwrite: bool) -> None:
+def check_output(target: OutputFolder, overwrite: bool) -> None:
     """Raise ConfigError if writing the output would destroy anything that is already there."""
-    output = place.output
+    output = target.output
     if output.exists() and not output.is_dir():
         raise ConfigError(f"the output directory {output} is a file")
     if not _has_content(output):
@@ -202,15 +202,15 @@ def check_output(place: Place, overwrite: bool) -> None:
 class Unfinished:
     """An output that is being written, and the run's journal beside what is written."""
 
-    place: Place
+    target: OutputFolder
     journal: Journal
 
     @property
     def folder(self) -> Path:
         """In which it is written."""
-        return self.place.partial
+        return self.target.partial
 
-    def take_place(self, overwrite: bool) -> list[str]:
+    def commit(self, overwrite: bool) -> list[str]:
         """Make this the output; an older one goes only after this one stands. Lines about what could not be removed.
 
         Raises CheckpointError or OSError.
@@ -220,16 +220,16 @@ class Unfinished:
         self.journal.close()
         if not self.journal.records:
             self.journal.path.unlink()
-        output = self.place.output
+        output = self.target.output
         if _has_content(output) and not overwrite:
             raise CheckpointError(f"{output} has come to be meanwhile; move it away and go on with --resume")
-        self.place.commit()
-        return self.place.cleanup()
+        self.target.commit()
+        return self.target.cleanup()
 
 
 @contextmanager
 def unfinished_output(
-    place: Place, resume: bool = False, restart: bool = False, searching: bool = True
+    target: OutputFolder, resume: bool = False, restart: bool = False, searching: bool = True
 ) -> Iterator[Unfinished]:
     """The folder in which an output is written, with its journal; the place is locked.
 
@@ -238,7 +238,7 @@ def unfinished_output(
     decision; without one it is removed. Raises ConfigError if an earlier run did not finish and neither option was
     given, or the folder can't be made.
     """
-    folder = place.partial
+    folder = target.partial
     if folder.exists() and not _is_unfinished(folder):
         kind = "is a finished output" if holds_output(folder) else "was not written by Merge Monster"
         raise ConfigError(f"{folder} {kind} and is in its way; move it")
@@ -253,11 +253,11 @@ def unfinished_output(
         try:
             if not journal.decisions:
                 journal.clear()
-            place.mark()
+            target.mark()
             for path in folder.iterdir():
                 if path.name not in (JOURNAL_FILE, UNFINISHED):  # left of an earlier attempt at saving
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            yield Unfinished(place, journal)
+            yield Unfinished(target, journal)
         except BaseException:
             if not journal.decisions:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -274,8 +274,8 @@ def _is_unfinished(folder: Path) -> bool:
 
 def stamp(output: Path) -> Stamp:
     """What tells the output that stands here, or is aside for the moment, from any other one."""
-    place = Place(output)
-    return stamp_of(place.output / SETTINGS_FILE) or stamp_of(place.before / SETTINGS_FILE)
+    target = OutputFolder(output)
+    return stamp_of(target.output / SETTINGS_FILE) or stamp_of(target.before / SETTINGS_FILE)
 
 
 def what_stands(output: Path, earlier: Stamp, searching: bool = True) -> str:
@@ -283,14 +283,14 @@ def what_stands(output: Path, earlier: Stamp, searching: bool = True) -> str:
 
     earlier: the output's stamp before the run. searching: whether the run could go on with what was decided.
     """
-    place = Place(output)
-    if place.before.is_dir() and not holds_output(output):
-        text = f"The output is in {place.before}: the next command for {output} puts it into its place."
+    target = OutputFolder(output)
+    if target.before.is_dir() and not holds_output(output):
+        text = f"The output is in {target.before}: the next command for {output} puts it into its place."
     elif holds_output(output) and stamp(output) != earlier:
         text = f"A whole new output stands in {output}."
     else:
         text = f"Nothing was written to {output}" + (": what stood there still does." if earlier else ".")
-    if searching and begun_with(place.partial / JOURNAL_FILE):
-        text += f" What was decided so far is kept in {place.partial}: the same command with --resume goes on from "
+    if searching and begun_with(target.partial / JOURNAL_FILE):
+        text += f" What was decided so far is kept in {target.partial}: the same command with --resume goes on from "
         text += "there, with --restart begins again."
     return text

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from modules.checkpoints import Checkpoint
 from modules.config import Config, Pair
 from modules.output.changes import compare_fingerprints, refuse_changes, refuse_other_version, run_of
-from modules.output.folder import Place
+from modules.output.folder import OutputFolder
 from modules.output.journal import JOURNAL_FILE, Journal, begun_with
 from modules.output.public import Public
 from modules.output.recipe import Recipe
@@ -282,10 +282,10 @@ class RunRecord:
         )
 
 
-def begun_run(place: Place) -> Run | None:
+def begun_run(target: OutputFolder) -> Run | None:
     """How the run began that goes on here; None if none does."""
     try:
-        return Run.model_validate(begun_with(place.partial / JOURNAL_FILE))
+        return Run.model_validate(begun_with(target.partial / JOURNAL_FILE))
     except ValidationError:  # whoever opens it says what is wrong with it
         return None
 

@@ -14,13 +14,13 @@ from modules.config import Config, check_apart, input_paths, read_neutral_texts
 from modules.model import Arithmetic, ModelLoader, ResidentModel
 from modules.output import (
     JournalCopy,
-    Place,
+    OutputFolder,
     RunRecord,
     begun_run,
     check_output,
     computed_in,
-    held_place,
     is_finished,
+    locked_output,
     unfinished_output,
     written_paths,
 )
@@ -86,20 +86,20 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     prepare_libraries(config.random_seed)
     output = Path(config.directories.output_directory)
     check_apart(written_paths(output), [options.settings_file, *input_paths(config)])
-    with held_place(output, console, options.dry_run) as place:
+    with locked_output(output, console, options.dry_run) as target:
         if options.resume and not options.dry_run and is_finished(config, output):
             console.final(f"This run has finished: its output is in {output}")
         else:
-            check_output(place, options.overwrite)
+            check_output(target, options.overwrite)
             read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
-            begun = begun_run(place) if options.resume else None
+            begun = begun_run(target) if options.resume else None
             loader, asked = ask(loader, models, begun and begun.settings, loader.config.prompts)
             plan = _checked_plan(loader, models, begun and computed_in(begun, models.base))
             loader = replace(loader, compute=plan.arithmetic)
             if not options.dry_run:
-                loader.in_range(lambda wide: _merge_in(wide, options, group, place, models, plan, asked))
+                loader.in_range(lambda wide: _merge_in(wide, options, group, target, models, plan, asked))
                 return
             console.timed("Measuring how fast this machine is")
             console.lines(plan_lines(plan, estimate_seconds(plan, models.module)))
@@ -119,21 +119,21 @@ def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> Pla
 
 
 def _merge_in(
-    loader: ModelLoader, options: Options, group: Group, place: Place, models: Models, plan: Plan, asked: Asked
+    loader: ModelLoader, options: Options, group: Group, target: OutputFolder, models: Models, plan: Plan, asked: Asked
 ) -> None:
     """Search and save in the loader's arithmetic. If that is not the plan's, it goes on with what was decided in it."""
     if loader.compute != plan.arithmetic:
         options = replace(options, resume=True, restart=False)
-    _merge(loader, options, group, place, models, replace(plan, arithmetic=loader.compute), asked)
+    _merge(loader, options, group, target, models, replace(plan, arithmetic=loader.compute), asked)
 
 
 def _merge(
-    loader: ModelLoader, options: Options, group: Group, place: Place, models: Models, plan: Plan, asked: Asked
+    loader: ModelLoader, options: Options, group: Group, target: OutputFolder, models: Models, plan: Plan, asked: Asked
 ) -> None:
     """Search, and put the result into its place. asked: of the samples."""
     clock, config, console = Clock(), loader.config, loader.console
     with (
-        unfinished_output(place, options.resume, options.restart) as unfinished,
+        unfinished_output(target, options.resume, options.restart) as unfinished,
         fetching(console, models.jobs) as prefetcher,
     ):
         record = RunRecord(unfinished.journal, config, plan.arithmetic.name, models.base)
@@ -161,7 +161,7 @@ def _merge(
         held_out = watch.pairs, watch.weights, watch.start.held_out, watch.now.held_out
         seen = watch.now.drift, held_out, samples
         recipe = record.recipe(*state, composition, *seen, model.dtypes(), seconds, conductor.shares)
-        finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
+        finish(console, unfinished, recipe, target.output, models.base, options.overwrite)
     end(console, config, models.base, config.directories.output_directory)
 
 

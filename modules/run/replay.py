@@ -13,13 +13,13 @@ from modules.checkpoints import Candidate, Checkpoint, Models, Prefetcher, check
 from modules.config import Config, Directories, check_apart, input_paths, missing_folder, parse_source
 from modules.model import Arithmetic, ModelLoader, present_devices, resolve_device
 from modules.output import (
-    Place,
+    OutputFolder,
     Recipe,
     Source,
     check_output,
     compare_fingerprints,
-    held_place,
     located,
+    locked_output,
     read_recipe,
     rebuilt,
     unfinished_output,
@@ -52,12 +52,12 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     config = opened_with(asked, recipe)
     prepare_libraries(config.random_seed)
     check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])
-    with held_place(asked.output, console) as place:
-        check_output(place, asked.overwrite)
+    with locked_output(asked.output, console) as target:
+        check_output(target, asked.overwrite)
         loader = ModelLoader(config, console, compute=Arithmetic.named(recipe.dtype))
         models = loader.open()
         check_space(models.jobs, config.keep_downloads)
-        _rebuild(asked, recipe, loader, place, models)
+        _rebuild(asked, recipe, loader, target, models)
     end(console, config, models.base, str(asked.output))
 
 
@@ -86,14 +86,14 @@ def check_source(source: Source, checkpoint: Checkpoint) -> None:
         compare_fingerprints(source, checkpoint, "has changed since the recipe was written")
 
 
-def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, models: Models) -> None:
+def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, target: OutputFolder, models: Models) -> None:
     """Merge what the recipe accepted, and put the result into its place."""
     console, base, found = loader.console, models.base, candidates_of(recipe, models)
     places = [models.base_where, *(candidate.where for _, candidate in found)]
     numbers = (source.number for source in recipe.needed_sources)
     told = rebuilt(recipe, loader.config, dict(zip(numbers, places, strict=True)))
     with (
-        unfinished_output(place, searching=False) as unfinished,
+        unfinished_output(target, searching=False) as unfinished,
         fetching(console, models.jobs) as prefetcher,
     ):
         prefetcher.wait(0)
@@ -110,7 +110,7 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
             console.timed(f"Candidate {number}/{len(found)}: {source.name}, {len(decisions)} merges")
             rebuild.repeat(candidate, decisions)
         save(console, rebuild, unfinished, str(asked.output), told.config)
-        finish(console, unfinished, told, place.output, base, asked.overwrite)
+        finish(console, unfinished, told, target.output, base, asked.overwrite)
 
 
 def _arriving(prefetcher: Prefetcher, found: Sequence[tuple[Source, Candidate]]) -> Iterator[tuple[Source, Candidate]]:

@@ -146,7 +146,7 @@ def finish(
             console.warning(f"{file} could not be made ({first_line(error)})")
     console.warnings(_paths_of_the_base(folder, base, Public(output, [base.path])))
     with postponed(lambda: None):  # it takes a moment, in which Ctrl-C is not heard unless it comes twice
-        console.warnings(unfinished.take_place(overwrite))
+        console.warnings(unfinished.commit(overwrite))
 
 
 def _paths_of_the_base(folder: Path, base: Checkpoint, public: Public) -> list[str]:

@@ -12,7 +12,7 @@ from runs import digest
 
 import merge_monster
 from modules.checkpoints.candidate import Candidate
-from modules.output.folder import UNFINISHED, Place
+from modules.output.folder import UNFINISHED, OutputFolder
 
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"
 OWN = {JOURNAL, RECIPE, "merge_monster.yaml", "README.md"}  # they say how long it took, and where the output is
@@ -60,7 +60,7 @@ def break_off(place, whole, records, torn=b""):
     own["config"] = (place / "my.yaml").read_text() if (place / "my.yaml").exists() else own["config"]
     lines[0] = json.dumps(own).encode() + b"\n"
     (partial / JOURNAL).write_bytes(b"".join(lines[:records]) + torn)
-    Place(place / "out").mark()
+    OutputFolder(place / "out").mark()
 
 
 def start(place, models, *arguments, before=lambda: None, **settings):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import merge_monster
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.output.folder import Place
+from modules.output.folder import OutputFolder
 from modules.search import merge
 
 EARLIER = ROOT / "tests/output/written_by_1.0.0"
@@ -68,7 +68,7 @@ def test_a_journal_is_gone_on_with(place, models, records):
     (place / "out.partial").mkdir()
     text = "".join(f"{json.dumps(entry)}\n" for entry in kept)
     (place / "out.partial" / JOURNAL).write_text(text, encoding="utf-8")
-    Place(place / "out").mark()
+    OutputFolder(place / "out").mark()
     assert merge_monster.main(["--config", "my.yaml", "--resume"]) == 0
     after = [json.loads(line) for line in (place / "out" / JOURNAL).read_text(encoding="utf-8").splitlines()]
     assert after[: len(kept)] == kept and len(after) > len(kept)

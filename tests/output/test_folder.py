@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import merge_monster
-from modules.output.folder import UNFINISHED, Place, stamp, unfinished_output, what_stands
+from modules.output.folder import UNFINISHED, OutputFolder, stamp, unfinished_output, what_stands
 from modules.output.journal import JOURNAL_FILE, Journal
 from modules.runtime import ConfigError
 
@@ -40,7 +40,7 @@ def unfinished(place):
 
     def attempt(work=lambda journal: None, **how):
         try:
-            with unfinished_output(Place(place / "out"), **how) as begun:
+            with unfinished_output(OutputFolder(place / "out"), **how) as begun:
                 work(begun.journal)
         except (OSError, ConfigError) as error:
             return error, what_stands(place / "out", stamp(place / "out"))

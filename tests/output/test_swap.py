@@ -21,7 +21,7 @@ from runs import digest, make_models
 
 import merge_monster
 from modules.output.filesystem import is_mount_point
-from modules.output.folder import SETTINGS_FILE, UNFINISHED, Place, Unfinished, stamp, what_stands
+from modules.output.folder import SETTINGS_FILE, UNFINISHED, OutputFolder, Unfinished, stamp, what_stands
 from modules.output.journal import JOURNAL_FILE, Journal
 from modules.runtime.errors import CheckpointError, ConfigError
 
@@ -73,7 +73,7 @@ def bench(tmp_path_factory):
     """A folder at the moment at which a new output is about to take the place of an old one: a copy of it beside it."""
     here = tmp_path_factory.mktemp("swap")
     models = make_models(here / "models", shard="60KB")
-    commit = Place.commit
+    commit = OutputFolder.commit
 
     def copying(self):
         shutil.copytree(here / "place", here / "copy", ignore=shutil.ignore_patterns("*lock*", "logs"))
@@ -84,7 +84,7 @@ def bench(tmp_path_factory):
         patch.chdir(here / "place")
         assert merge(here / "place", models, **OLD) == 0
         old = digest(here / "place/out")
-        patch.setattr(Place, "commit", copying)
+        patch.setattr(OutputFolder, "commit", copying)
         assert merge(here / "place", models, "--overwrite") == 0
     new = digest(here / "place/out")
     shutil.copy(here / "place/out" / RECIPE, here / RECIPE)
@@ -129,7 +129,7 @@ class Bench:
     def swap(self, place):
         """What a run does at its end."""
         with place.locked(), contextlib.closing(Journal(place.partial / JOURNAL_FILE)) as journal:
-            return Unfinished(place, journal).take_place(overwrite=True)
+            return Unfinished(place, journal).commit(overwrite=True)
 
     def command(self, arguments):
         """A whole command for this output."""
@@ -167,7 +167,7 @@ def check_what_is_said(bench, said, stands):
     elif at == "old":
         assert "Nothing was written to" in stands and "what stood there still does" in stands
     else:
-        assert bench.at(Place(bench.out).before) == "old" and str(Place(bench.out).before) in stands
+        assert bench.at(OutputFolder(bench.out).before) == "old" and str(OutputFolder(bench.out).before) in stands
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def small(tmp_path):
             path.write_text(f"{file} of {folder}")
     (tmp_path / "place").mkdir()
     old, new = digest(tmp_path / "copy/out"), digest(tmp_path / "copy/out.partial")
-    Place(tmp_path / "copy/out").mark()
+    OutputFolder(tmp_path / "copy/out").mark()
     (tmp_path / "copy/out.partial" / JOURNAL_FILE).write_text('{"kind": "decision"}\n')
     new[JOURNAL_FILE] = hashlib.sha256(b'{"kind": "decision"}\n').hexdigest()
     return Bench(tmp_path, [], old, new)
@@ -189,7 +189,7 @@ def small(tmp_path):
 @pytest.mark.parametrize("first", [False, True], ids=["over an old one", "the first one"])
 def test_every_file_call_of_the_swap(small, monkeypatch, first):
     """Killed before it, killed after it, or failing; then the same again for whatever puts that right."""
-    bench, place = small, Place(small.out)
+    bench, place = small, OutputFolder(small.out)
     monkeypatch.chdir(bench.here)
     states, unseen = {}, [None]
 
@@ -227,7 +227,7 @@ def states(bench):
     """The states in which a real run may leave its output, each with where that was."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(bench.here)
-        runs = bench.troubles(lambda: bench.swap(Place(bench.out)), bench.restore, patch, ("killed after",))
+        runs = bench.troubles(lambda: bench.swap(OutputFolder(bench.out)), bench.restore, patch, ("killed after",))
         return {state: where for where, state, _, _ in runs}
 
 
@@ -267,7 +267,7 @@ def test_a_real_kill_between_the_renames(bench, monkeypatch, arguments):
     dying = {"before": lambda: dies_between(bench.out), **QUICK}
     child = broken_runs.start(bench.place, bench.models, "--overwrite", "--resume", **dying)
     assert end(child) == -signal.SIGKILL
-    assert not bench.out.exists() and bench.at(Place(bench.out).before) == "old"
+    assert not bench.out.exists() and bench.at(OutputFolder(bench.out).before) == "old"
     bench.out.mkdir()
     assert bench.command(arguments) in (0, 2)
     assert bench.at(bench.out) == "old"
@@ -296,19 +296,19 @@ def test_a_signal_while_the_output_takes_its_place_waits(bench, monkeypatch):
 
     monkeypatch.setattr(os, "rename", signalling)
     assert merge(bench.place, bench.models, "--overwrite", "--resume") == 0
-    assert Place(bench.out).before.exists() is False and digest(bench.out).keys() == bench.new.keys()
+    assert OutputFolder(bench.out).before.exists() is False and digest(bench.out).keys() == bench.new.keys()
 
 
 def test_something_else_in_the_place_of_an_output_that_is_aside(bench, monkeypatch, capsys):
     bench.restore()
     monkeypatch.chdir(bench.place)
-    bench.out.rename(Place(bench.out).before)
+    bench.out.rename(OutputFolder(bench.out).before)
     bench.out.mkdir()
     (bench.out / "thesis.tex").write_text("years of work")
     for arguments in COMMANDS:
         assert bench.command(arguments) == 2
-        assert f"{Place(bench.out).before} is the output that stood at {bench.out}" in capsys.readouterr().err
-    assert (bench.out / "thesis.tex").exists() and bench.at(Place(bench.out).before) == "old"
+        assert f"{OutputFolder(bench.out).before} is the output that stood at {bench.out}" in capsys.readouterr().err
+    assert (bench.out / "thesis.tex").exists() and bench.at(OutputFolder(bench.out).before) == "old"
 
 
 def test_what_cannot_be_removed_is_named(bench, monkeypatch, capsys):
@@ -343,7 +343,7 @@ def test_a_replay_that_was_killed_can_be_repeated(bench, monkeypatch):
     shutil.rmtree(bench.place / "out.partial")
     monkeypatch.chdir(bench.place)
     with monkeypatch.context() as patch:
-        patch.setattr(Place, "mark", lambda self: (_mark(self), os._exit(9))[0])
+        patch.setattr(OutputFolder, "mark", lambda self: (_mark(self), os._exit(9))[0])
         child = os.fork()
         if not child:
             bench.command(["--replay"])
@@ -353,7 +353,7 @@ def test_a_replay_that_was_killed_can_be_repeated(bench, monkeypatch):
     assert bench.at(bench.out) is None and digest(bench.out).keys() == bench.new.keys() - {JOURNAL_FILE}
 
 
-_mark = Place.mark
+_mark = OutputFolder.mark
 
 
 @pytest.mark.parametrize("finished", ["base", "candidate", "in model_directory"])
