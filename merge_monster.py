@@ -27,7 +27,6 @@ try:
         check_apart,
         input_paths,
         load_config,
-        option_for,
         output_directory,
     )
     from modules.runtime import (
@@ -44,6 +43,7 @@ try:
         find_rank,
         hint,
         importing,
+        joined,
         leave,
         open_streams,
         say,
@@ -105,7 +105,6 @@ def run(config: Config, console: Console, options: argparse.Namespace, rank: Ran
     def work() -> None:
         with importing():
             from modules.run import Options, merge_as_follower, merge_models
-        from modules.runtime.distributed import joined
 
         choices = options.overwrite, options.resume, options.restart, options.dry_run, options.table
         asked = Options(Path(options.config), *choices)
@@ -191,7 +190,7 @@ def compare(outputs: Sequence[Path]) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
     description = "Merge fine-tunes into a base model, keeping what makes unwanted phrases rarer."
-    parser = Arguments(description, lambda text: option_for(text, "--set directories.model_path1={} (the base)"))
+    parser = Arguments(description)
     settings = parser.add_argument_group("settings, which default.yaml explains")
     settings.add_argument("--config", metavar="FILE", default="default.yaml", help=CONFIG.format("default.yaml"))
     settings.add_argument("--device", metavar="NAME", help=DEVICES)

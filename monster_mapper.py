@@ -24,7 +24,6 @@ try:
         check_apart,
         input_paths,
         load_config,
-        option_for,
     )
     from modules.runtime import (
         LOADING,
@@ -103,7 +102,7 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
     description = "Show what a model would say in each context of a phrase list."
-    parser = Arguments(description, lambda text: option_for(text, "--model {}"))
+    parser = Arguments(description)
     settings = parser.add_argument_group("settings, which default-mapper.yaml explains")
     default = "default-mapper.yaml"
     settings.add_argument("--config", metavar="FILE", default=default, help=CONFIG.format(default))

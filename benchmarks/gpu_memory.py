@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from modules.model.memory import sizes_of, spread, weights_of
+from modules.model.memory import placement_of, sizes_of, weights_of
 from modules.scoring.budget import FEWEST_TOKENS, TOKENS, layer_bytes
 
 SHAPES = {  # layers, hidden, intermediate, heads, key and value heads
@@ -56,7 +56,7 @@ def row(shape: tuple[int, ...]) -> list[str]:
     cells = [f"{memory.base / 2**30:.1f} GiB", f"{reserved / 2**30:.1f} GiB"]
     for cards in CARDS:
         free = {torch.device("cuda", number): (size - 1) << 30 for number, size in enumerate(cards)}
-        places = spread(module, DTYPE, replace(memory, activations=most), least, free)
+        places = placement_of("cuda", module, DTYPE, replace(memory, activations=most), least, free)
         if places is None:
             cells.append("whole" if reserved <= free[torch.device("cuda", 0)] else "whole, in smaller packs")
         elif CPU in places:

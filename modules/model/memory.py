@@ -16,17 +16,13 @@ from modules.model.devices import accelerators, free_memory, leaves_choice
 
 @dataclass(frozen=True)
 class Sizes:
-    """A base model in numbers. "Weights" are counts of values, not bytes."""
+    """A base model in numbers."""
 
     layers: int
     hidden: int  # features of a hidden state
     widest: int  # the longest side of any matrix in a layer: mostly the MLP's
     heads: int  # of attention in a layer, the most; 0 if there are none
-    head_size: int  # features of one head, the most
     vocabulary: int  # rows of the input embedding
-    layer_weights: float  # in one layer, the mean over layers
-    active_weights: float  # of these, what one token is multiplied with: not all of a mixture of experts
-    header_weights: int  # input embedding and output head
     keeps_attention: bool = False  # whether a layer's whole attention matrices are in memory ("eager")
 
 
@@ -42,16 +38,13 @@ class Memory:
 
     @property
     def held(self) -> int:
-        """The least that weights take: the candidate's layer or header, and one that is merged into.
-
-        Where there is room, the next one is on its way meanwhile.
-        """
+        """The least that weights take: the candidate's layer or header, and one that is merged into."""
         return self.base + 2 * max(self.layer, self.header) + self.arriving
 
     @property
     def searched(self) -> int:
-        """What is kept for the candidate's weights: PyTorch keeps the memory into which they arrive, and that in which
-        merges are made, for these, though never both are at their most at a time."""
+        """What PyTorch keeps for the candidate's weights: memory into which they arrive, the next layer's too, and
+        memory in which merges are made."""
         return self.layer + 2 * max(self.layer, self.header) + self.arriving
 
     @property
@@ -63,33 +56,20 @@ class Memory:
 def sizes_of(module: PreTrainedModel) -> Sizes:
     """A model in numbers; it may be without weights."""
     layers, text = find_layers(module)[1], module.config.get_text_config()
-    weights = [weight for layer in layers for weight in layer.parameters()]
-    chosen = max(_counts(text, "num_experts_per_tok"), default=None)
-    hidden = max(_counts(text, "hidden_size"), default=module.get_input_embeddings().weight.shape[1])
-    heads = max(_counts(text, "num_attention_heads"), default=0)
-
-    def active(weight: Tensor) -> float:
-        """Stacked experts are (experts, ..., ...), of which a token meets a few."""
-        share = min(1.0, chosen / weight.shape[0]) if chosen and weight.dim() == 3 else 1.0
-        return weight.numel() * share
-
+    embedding = module.get_input_embeddings().weight
     return Sizes(
         layers=len(layers),
-        hidden=hidden,
-        widest=max(max(weight.shape[-2:], default=1) for weight in weights),
-        heads=heads,
-        head_size=max(_counts(text, "head_dim"), default=hidden // max(1, heads)),
-        vocabulary=module.get_input_embeddings().weight.shape[0],
-        layer_weights=sum(weight.numel() for weight in weights) / len(layers),
-        active_weights=sum(map(active, weights)) / len(layers),
-        header_weights=sum(weight.numel() for weight in header_weights(module)),
+        hidden=_most(text, "hidden_size") or embedding.shape[1],
+        widest=max(max(weight.shape[-2:], default=1) for layer in layers for weight in layer.parameters()),
+        heads=_most(text, "num_attention_heads"),
+        vocabulary=embedding.shape[0],
         keeps_attention=getattr(text, "_attn_implementation", None) == "eager",
     )
 
 
-def _counts(config: PreTrainedConfig, key: str) -> list[int]:
-    """A setting of the layers that have it."""
-    return [value for value in layer_settings(config, key) if isinstance(value, int) and value]
+def _most(config: PreTrainedConfig, key: str) -> int:
+    """The largest value of a setting in any layer; 0 if none has it."""
+    return max((value for value in layer_settings(config, key) if isinstance(value, int)), default=0)
 
 
 def header_weights(module: PreTrainedModel) -> list[Tensor]:
@@ -113,32 +93,30 @@ def _bytes(weights: Iterable[Tensor], dtype: torch.dtype) -> int:
 
 
 def placement_of(
-    device: str, module: PreTrainedModel, dtype: torch.dtype, memory: Memory, least: int = 0
+    device: str,
+    module: PreTrainedModel,
+    dtype: torch.dtype,
+    memory: Memory,
+    least: int = 0,
+    free: Mapping[torch.device, int] | None = None,
 ) -> list[torch.device] | None:
-    """Where a model's layers go if `device`, as it is configured, leaves the choice and they don't fit on one GPU.
+    """Where each layer goes if `device`, as it is configured, leaves the choice and they don't fit on one GPU; None if
+    they do, or it leaves no choice.
 
-    None if they fit, or it leaves no choice. Arguments: see `spread`.
+    module: may be without weights. least: bytes of activations with which a search can do, though it is slower: it is
+    far slower yet if layers are copied for every forward. free: bytes on each GPU; asked for where not given.
     """
-    free = free_on_accelerators()
-    return spread(module, dtype, memory, least, free) if leaves_choice(device) and free else None
-
-
-def spread(
-    module: PreTrainedModel, dtype: torch.dtype, memory: Memory, least: int, free: Mapping[torch.device, int]
-) -> list[torch.device] | None:
-    """Where each layer goes on devices with so many bytes free; None if all fit on the first.
-
-    module: may be without weights; least: bytes of activations with which a search can do, though it is slower: it is
-    far slower yet if layers are copied for every forward.
-    """
+    free = free_on_accelerators() if free is None else free
+    if not free or not leaves_choice(device):
+        return None
     layers = [_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1]]
     others, held = memory.base - sum(layers), memory.held - memory.base
     if place_layers(layers, others, held + least, free) is None:
         return None
-    places = place_layers(layers, others, held + memory.activations, free)
-    if places and torch.device("cpu") in places:  # to be copied to their device, one at a time
-        places = place_layers(layers, others, held + memory.activations + memory.layer, free)
-    return places
+    devices = place_layers(layers, others, held + memory.activations, free)
+    if devices and torch.device("cpu") in devices:  # to be copied to their device, one at a time
+        devices = place_layers(layers, others, held + memory.activations + memory.layer, free)
+    return devices
 
 
 def place_layers(
@@ -150,17 +128,19 @@ def place_layers(
     layers: bytes of each; others: bytes of everything else, which is on the first device; reserve: bytes to be kept
     free on each; free: bytes that are free on each.
     """
-    places: list[torch.device] = []
-    first, *_ = free
-    rooms = {device: room - reserve - (others if device == first else 0) for device, room in free.items()}
+    first = next(iter(free))
+    room = {device: size - reserve for device, size in free.items()}
+    room[first] -= others
+    chosen = []
     for size in layers:
         # In order: once a device is full it stays so, and hidden states move from device to device only once.
-        while rooms and next(iter(rooms.values())) < size:
-            del rooms[next(iter(rooms))]
-        places.append(next(iter(rooms), torch.device("cpu")))
-        if rooms:
-            rooms[places[-1]] -= size
-    return None if all(place == first for place in places) else places
+        while room and next(iter(room.values())) < size:
+            del room[next(iter(room))]
+        device = next(iter(room), torch.device("cpu"))
+        chosen.append(device)
+        if room:
+            room[device] -= size
+    return None if set(chosen) == {first} else chosen
 
 
 def free_on_accelerators() -> dict[torch.device, int]:

@@ -6,11 +6,20 @@ Knows: files and wording. Refuses to know: how anything was found.
 from modules.output.card_settings import settings_file
 from modules.output.changes import compare_fingerprints, rendered_in
 from modules.output.comparison import comparison
-from modules.output.folder import Unfinished, check_output, held_place, stamp, unfinished_output, what_stands
+from modules.output.folder import (
+    SETTINGS_FILE,
+    OutputFolder,
+    Unfinished,
+    check_output,
+    locked_output,
+    stamp,
+    unfinished_output,
+    what_stands,
+    written_paths,
+)
 from modules.output.journal import JOURNAL_FILE, Journal, Line, read_journal
 from modules.output.mergekit import Names, about_digits, check_sums, mergekit_text
 from modules.output.model_card import CARD_FILE, write_card
-from modules.output.places import SETTINGS_FILE, Place, place_of, written_paths
 from modules.output.plots import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
 from modules.output.recipe import (
     Recipe,

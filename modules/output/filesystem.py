@@ -1,4 +1,4 @@
-"""What file systems can and can't do: locks, rights, making sure of what is written.
+"""What file systems can and can't do: locks, mounts, making sure of what is written.
 
 Knows: files, folders, what a system says of them. Refuses to know: what any of them is for.
 """
@@ -9,16 +9,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
+
 from modules.runtime import naming
 
 # What a system says of something that a file system does not have, rather than of something that failed.
-_LACKING = (
+_NOT_SUPPORTED = (
     *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY),
     *(errno.EPERM, errno.EACCES, errno.EISDIR, errno.EBADF),
 )
-
-_LOCK_TRIES = 100
-_TAKEN = "another process has locked it"
+_LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 Stamp = tuple[int, int, int] | None  # by which a file is known from another one; None if there is none
 
@@ -26,19 +26,19 @@ Stamp = tuple[int, int, int] | None  # by which a file is known from another one
 def stamp_of(file: Path) -> Stamp:
     """What tells the file that stands here from any other one."""
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-def sync(path: Path) -> bool:
-    """Have a file's content, or a folder's list of files, on the disk; False where the file system has no such thing.
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of files, on the disk, where the file system has such a thing.
 
     Raises OSError, which names it, if that fails.
     """
     if os.name == "nt" and path.is_dir():
-        return True  # Windows has no such thing for folders
+        return  # Windows has no such thing for folders
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -47,10 +47,17 @@ def sync(path: Path) -> bool:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in _LACKING:
+        if error.errno not in _NOT_SUPPORTED:
             raise
-        return False
-    return True
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether nothing else can take a path's place: a volume, or a single file or folder that a container was given."""
+    if os.path.ismount(path):
+        return True
+    with suppress(OSError):  # the system does not tell
+        return any(mount.mountpoint == str(path) for mount in psutil.disk_partitions(all=True))
+    return False
 
 
 class Lock:
@@ -59,17 +66,16 @@ class Lock:
     def __init__(self, path: Path) -> None:
         """Raises BlockingIOError if another process has the lock, OSError if the file can't be made."""
         self._path = path
-        for _ in range(_LOCK_TRIES):
+        while True:
             self._file = path.open("a+b")
             try:
-                _lock(self._file)
-                if os.name == "nt" or _is_open_file(path, self._file):
-                    return
-            except BaseException:
+                self.works = _lock(self._file)  # False where the file system has no locks
+            except OSError:
                 self._file.close()
                 raise
+            if os.name == "nt" or _is_open_file(path, self._file):
+                return
             self._file.close()  # whoever had it locked has removed it meanwhile
-        raise BlockingIOError(errno.EWOULDBLOCK, _TAKEN, str(path))
 
     def release(self) -> None:
         """Let go, and remove the file."""
@@ -88,8 +94,7 @@ def _is_open_file(path: Path, file: BinaryIO) -> bool:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Lock an open file until it is closed; False where the file system has no locks. Raises BlockingIOError if
-    another process has locked it, OSError if it can't be locked."""
+    """Lock an open file until it is closed; False where the file system has no locks."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -101,24 +106,9 @@ def _lock(file: BinaryIO) -> bool:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise BlockingIOError(errno.EWOULDBLOCK, _TAKEN, file.name) from None
-        if error.errno not in _LACKING:
+        if error.errno in _LOCKED:
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process has locked it", file.name) from None
+        if error.errno not in _NOT_SUPPORTED:
             raise OSError(error.errno, error.strerror, file.name) from None
-        return False
-    return True
-
-
-def has_locks(file: Path) -> bool:
-    """Whether a file can be locked. Raises BlockingIOError if another process has it locked."""
-    with file.open("a+b") as opened:
-        return _lock(opened)
-
-
-def has_rights(file: Path) -> bool:
-    """Whether it can be said who may read a file."""
-    try:
-        file.chmod(0o644)
-    except OSError:
         return False
     return True

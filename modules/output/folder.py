@@ -1,26 +1,191 @@
-"""The output of a run: refused where it would destroy something, kept if the run breaks off, looked up when it ends.
+"""The output folder: written aside, put into its place by renames, made whole again after a kill at any time.
 
-Knows: when an output may be written or replaced, what to say of it. Refuses to know: how it takes its place, what is in
-its files.
+Knows: when an output may be written or replaced, the names beside it, what to say of it. Refuses to know: models, what
+is in its files.
+
+What is being written lies in OUT.partial, which has an UNFINISHED file. It takes its place by two renames, and what
+stood there before goes last. The names that are there tell in which state a run was killed; `recover` goes on from it:
+
+    commit                            then there is              recover
+      1  output -> before             before, partial            before -> output
+      2  partial -> output            before, output             removes UNFINISHED
+      3  UNFINISHED removed           before, output             nothing
+      4  before removed               output                     nothing
 """
 
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from modules.output.filesystem import Stamp, stamp_of, sync
+from modules.config import partial_of, real_path
+from modules.output.filesystem import Lock, Stamp, is_mount_point, stamp_of, sync
 from modules.output.journal import JOURNAL_FILE, Journal, open_journal, read_journal
-from modules.output.places import SETTINGS_FILE, UNFINISHED, Beside, Inside, Place, holds_output, place_of
-from modules.runtime import CheckpointError, ConfigError, Console, counted
+from modules.runtime import CheckpointError, ConfigError, Console, counted, naming
+
+SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
+UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is no output yet
+_ABOUT_UNFINISHED = (
+    "Merge Monster has not finished this output. The command that began it goes on with --resume and begins again\n"
+    "with --restart.\n"
+)
+_SUFFIX = "-merge-monster"  # of every hidden name
 
 
-def check_output(place: Place, overwrite: bool) -> None:
+class OutputFolder:
+    """An output's folder, and the names that a run uses beside it."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = real_path(output)
+        self.parent = self.output.parent
+        self.partial = partial_of(self.output)  # where the output is written until it is complete
+        self.before = self._hidden("before")  # what stood there, while the new output takes its place
+        self.lock_file = self._hidden("lock")
+
+    def _hidden(self, name: str) -> Path:
+        return self.parent / f".{self.output.name}.{name}{_SUFFIX}"
+
+    def _scratch(self) -> Path:
+        """Make a folder that `cleanup` removes."""
+        return Path(tempfile.mkdtemp(prefix=f".{self.output.name}.old-", suffix=_SUFFIX, dir=self.parent))
+
+    @contextmanager
+    def locked(self) -> Iterator[Lock]:
+        """Nobody else writes to this output within the block. Raises ConfigError if another run does, or nothing can be
+        written here."""
+        missing = [folder for folder in (self.parent, *self.parent.parents) if not folder.exists()]
+        try:
+            self.parent.mkdir(parents=True, exist_ok=True)
+            lock = Lock(self.lock_file)
+        except BlockingIOError:
+            raise ConfigError(f"{self.output}: another run is writing here; wait for it, or name another") from None
+        except OSError as error:
+            raise self._not_writable(error) from None
+        try:
+            yield lock
+        finally:
+            lock.release()
+            for folder in missing:
+                with suppress(OSError):  # there is something in it now
+                    folder.rmdir()
+
+    def recover(self) -> None:
+        """Finish, or take back, a commit that was broken off. Nothing is deleted but what is empty.
+
+        Raises ConfigError if something else has come to be in the output's place; OSError.
+        """
+        if self.before.is_dir():
+            if self.output.is_dir() and not _has_content(self.output):
+                self.output.rmdir()  # made since by somebody who missed it
+            if not self.output.exists():
+                self.before.rename(self.output)
+                sync(self.parent)
+            elif not holds_output(self.output):
+                raise ConfigError(
+                    f"{self.before} is the output that stood at {self.output} when a run was killed, and {self.output} "
+                    "has come to hold something else: move that away, and this command puts the output back"
+                )
+        with suppress(OSError):  # it does no harm in an output
+            (self.output / UNFINISHED).unlink()
+
+    def check_renames(self) -> None:
+        """Raise ConfigError if no folder can be made and renamed beside the output."""
+        try:
+            scratch = self._scratch()
+            try:
+                scratch = scratch.rename(self._hidden("old-renamed"))
+            finally:
+                scratch.rmdir()
+        except OSError as error:
+            raise self._not_writable(error) from None
+
+    def mark(self) -> None:
+        """Mark the folder in which the output is written as such. Raises OSError."""
+        file = self.partial / UNFINISHED
+        with naming(file):
+            file.write_text(_ABOUT_UNFINISHED, encoding="utf-8")
+
+    def commit(self) -> None:
+        """Make what is in `partial` the output. What stood there is in `before` then.
+
+        Raises OSError; everything is then as it was, or `what_stands` tells where it is.
+        """
+        try:
+            if self.output.exists():
+                self.output.rename(self.before)
+            self.partial.rename(self.output)
+            sync(self.parent)
+        finally:
+            self.recover()
+
+    def cleanup(self) -> list[str]:
+        """Delete what stood there before, and what killed runs have left of that; a line for what can't be deleted."""
+        old = [self.before]
+        pattern = re.compile(re.escape(f".{self.output.name}.old-") + r"\w+" + _SUFFIX)
+        try:
+            if self.before.is_dir():
+                # Under another name first: half deleted, it must never be put back as an output.
+                self.before.rename(self._scratch() / "output")
+            old = sorted(path for path in self.parent.iterdir() if pattern.fullmatch(path.name))
+            for folder in old:
+                shutil.rmtree(folder)
+        except OSError as error:
+            names = ", ".join(str(folder) for folder in old if folder.exists())
+            return [f"left of an earlier output, and can't be removed ({error.strerror}): {names}"]
+        return []
+
+    def _not_writable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"the output directory {self.output} can't be written: nothing can be made in {self.parent} "
+            f"({error.strerror or error}); name another one with --output"
+        )
+
+
+def written_paths(output: Path) -> list[Path]:
+    """What a run may make, replace or delete for an output."""
+    target = OutputFolder(output)
+    return [output, target.partial, target.before, target.lock_file]
+
+
+def holds_output(folder: Path) -> bool:
+    """Whether a folder is an output of ours."""
+    return (folder / SETTINGS_FILE).is_file()
+
+
+def _has_content(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+@contextmanager
+def locked_output(output: Path, console: Console, dry_run: bool = False) -> Iterator[OutputFolder]:
+    """The folder of an output, locked, and made whole where an earlier run was killed in its commit.
+
+    dry_run: nothing is deleted. Raises ConfigError if the output can't be written, or another run writes there.
+    """
+    target = OutputFolder(output)
+    if is_mount_point(target.output):
+        raise ConfigError(
+            f"the output directory {output} is a mount point, which no new output can replace; use a folder in it"
+        )
+    with target.locked() as lock:
+        if not lock.works:
+            console.warning(f"the file system of {target.parent} has no locks: see to it that no two runs write here")
+        target.recover()
+        if not dry_run:
+            console.warnings(target.cleanup())
+        target.check_renames()
+        yield target
+
+
+def check_output(target: OutputFolder, overwrite: bool) -> None:
     """Raise ConfigError if writing the output would destroy anything that is already there."""
-    output = place.output
+    output = target.output
     if output.exists() and not output.is_dir():
         raise ConfigError(f"the output directory {output} is a file")
-    if not place.contents():
+    if not _has_content(output):
         return
     if not overwrite:
         raise ConfigError(f"the output directory {output} is not empty; move it, name another, or add --overwrite")
@@ -28,148 +193,104 @@ def check_output(place: Place, overwrite: bool) -> None:
         raise ConfigError(
             f"{output} was not written by Merge Monster (no {SETTINGS_FILE}); --overwrite won't delete it"
         )
-    here = Path.cwd()
-    if output in (here, *here.parents):
+    working = Path.cwd()
+    if output in (working, *working.parents):
         raise ConfigError(f"the output directory {output} is, or contains, the folder you are in; choose another one")
 
 
-@contextmanager
-def held_place(output: Path, console: Console, dry_run: bool = False) -> Iterator[Place]:
-    """The place of an output, locked, and put right where an earlier run was killed while its output took it.
-
-    dry_run: nothing is deleted, and a place where another run writes is left to it. Raises ConfigError if the output
-    can't be written, another run writes there, or it can't be put right.
-    """
-    place = place_of(output)
-    with place.locked(needed=not dry_run) as held:
-        if held:
-            console.warnings(place.settle(delete=not dry_run))
-        yield place
-
-
+@dataclass(frozen=True)
 class Unfinished:
     """An output that is being written, and the run's journal beside what is written."""
 
-    def __init__(self, place: Place, journal: Journal) -> None:
-        self.folder, self.journal, self._place = place.partial, journal, place
+    target: OutputFolder
+    journal: Journal
 
-    def clear(self) -> None:
-        """Remove what an earlier attempt at saving has left; the journal stays."""
-        for path in self.folder.iterdir():
-            if path.name not in (JOURNAL_FILE, UNFINISHED):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    @property
+    def folder(self) -> Path:
+        """In which it is written."""
+        return self.target.partial
 
-    def take_place(self, overwrite: bool) -> list[str]:
+    def commit(self, overwrite: bool) -> list[str]:
         """Make this the output; an older one goes only after this one stands. Lines about what could not be removed.
 
-        Raises CheckpointError if it can't be done: everything is then as it was, or the message names where it is.
+        Raises CheckpointError or OSError.
         """
-        place = self._place
-        try:
-            for path in [*self.folder.rglob("*"), self.folder]:
-                sync(path)
-            self.journal.close()
-            if not self.journal.records:
-                self.journal.path.unlink()
-            if place.contents() and not overwrite:
-                raise CheckpointError(f"{place.output} has come to be meanwhile; move it away and go on with --resume")
-            place.take()
-        except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-            try:
-                place.settle(delete=False)
-            except ConfigError as worse:
-                raise CheckpointError(str(worse)) from None
-            if self.folder.exists():
-                raise CheckpointError(f"{place.output} can't be put into its place ({what})") from None
-            return [f"the new output stands, but it is not sure that the disk has it ({what})"]
-        return place.discard()
+        for path in [*self.folder.rglob("*"), self.folder]:
+            sync(path)
+        self.journal.close()
+        if not self.journal.records:
+            self.journal.path.unlink()
+        output = self.target.output
+        if _has_content(output) and not overwrite:
+            raise CheckpointError(f"{output} has come to be meanwhile; move it away and go on with --resume")
+        self.target.commit()
+        return self.target.cleanup()
 
 
 @contextmanager
 def unfinished_output(
-    place: Place, resume: bool = False, restart: bool = False, searching: bool = True
+    target: OutputFolder, resume: bool = False, restart: bool = False, searching: bool = True
 ) -> Iterator[Unfinished]:
-    """The folder in which an output is written, with its journal. The place is locked, and settled.
+    """The folder in which an output is written, with its journal; the place is locked.
 
     What an earlier run has decided is there, if `resume`, or has been removed, if `restart`. searching: whether these
     options can be given. If the block, or what precedes it, ends with an error, the folder stays as soon as it has a
     decision; without one it is removed. Raises ConfigError if an earlier run did not finish and neither option was
     given, or the folder can't be made.
     """
-    folder = place.partial
+    folder = target.partial
     if folder.exists() and not _is_unfinished(folder):
-        what = "is a finished output" if holds_output(folder) else "was not written by Merge Monster"
-        raise ConfigError(f"{folder} {what} and is in its way; move it")
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConfigError(place.refusal(error)) from None
+        kind = "is a finished output" if holds_output(folder) else "was not written by Merge Monster"
+        raise ConfigError(f"{folder} {kind} and is in its way; move it")
+    folder.mkdir(exist_ok=True)
     with closing(open_journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
         if journal.decisions and not resume:
+            steps = sum(record["kind"] == "step" for record in journal.records)
+            progress = counted(steps, "step") if steps else counted(journal.decisions, "decision")
             advice = "add --resume to go on from there, or --restart to begin again"
             advice = advice if searching else "finish that search, delete this folder, or name another --output"
-            raise ConfigError(f"{folder} holds an unfinished run ({_progress(journal)}): {advice}")
+            raise ConfigError(f"{folder} holds an unfinished run ({progress}): {advice}")
         try:
             if not journal.decisions:
                 journal.clear()
-            place.mark()
-            unfinished = Unfinished(place, journal)
-            unfinished.clear()
-            yield unfinished
+            target.mark()
+            for path in folder.iterdir():
+                if path.name not in (JOURNAL_FILE, UNFINISHED):  # left of an earlier attempt at saving
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            yield Unfinished(target, journal)
         except BaseException:
             if not journal.decisions:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def _progress(journal: Journal) -> str:
-    """How far a run has come: a joint search has made steps, of which it is known how many there will be."""
-    made = sum(record["kind"] == "step" for record in journal.records)
-    if not made:
-        return counted(journal.decisions, "decision")
-    wanted = None
-    with suppress(KeyError, TypeError):  # of a beginning that is damaged
-        wanted = journal.records[0]["settings"]["joint"]["steps"]
-    return f"{made} of {wanted} steps" if isinstance(wanted, int) else counted(made, "step")
-
-
 def _is_unfinished(folder: Path) -> bool:
-    """Whether a folder with a partial output's name is one: marked as such or, as before there were marks, with a
-    journal and nothing of a finished output. A finished output may be called so too."""
+    """Whether a folder with a partial output's name is one; a finished output may be called so too."""
     if not folder.is_dir():
         return False
-    marked = (folder / UNFINISHED).is_file()
-    return marked or not any(folder.iterdir()) or ((folder / JOURNAL_FILE).is_file() and not holds_output(folder))
+    unmarked = (folder / JOURNAL_FILE).is_file() and not holds_output(folder)  # killed before it was marked
+    return unmarked or (folder / UNFINISHED).is_file() or not _has_content(folder)
 
 
 def stamp(output: Path) -> Stamp:
     """What tells the output that stands here, or is aside for the moment, from any other one."""
-    folders = (output, *(place.before for place in _places(output)))
-    return next((found for folder in folders if (found := stamp_of(folder / SETTINGS_FILE))), None)
+    target = OutputFolder(output)
+    return stamp_of(target.output / SETTINGS_FILE) or stamp_of(target.before / SETTINGS_FILE)
 
 
 def what_stands(output: Path, earlier: Stamp, searching: bool = True) -> str:
-    """What there is, after a run has broken off, at the output's place, and how to go on. It is looked up.
+    """What there is of an output after a run has broken off, and how to go on. It is looked up.
 
     earlier: the output's stamp before the run. searching: whether the run could go on with what was decided.
     """
-    places = _places(output)
-    half = [path for place in places for path in place.parts if path.is_dir() and path.name.startswith(".")]
-    kept = [place.partial for place in places if searching and read_journal(place.partial / JOURNAL_FILE)]
-    if half and (len(half) > 1 or not holds_output(output)):
-        text = f"The output is in {' and '.join(map(str, half))}: the next command for {output} puts it into its place."
+    target = OutputFolder(output)
+    if target.before.is_dir() and not holds_output(output):
+        text = f"The output is in {target.before}: the next command for {output} puts it into its place."
     elif holds_output(output) and stamp(output) != earlier:
         text = f"A whole new output stands in {output}."
     else:
         text = f"Nothing was written to {output}" + (": what stood there still does." if earlier else ".")
-    if kept:
-        text += f" What was decided so far is kept in {kept[0]}: the same command with --resume goes on from there, "
-        text += "with --restart begins again."
+    if searching and read_journal(target.partial / JOURNAL_FILE):
+        text += f" What was decided so far is kept in {target.partial}: the same command with --resume goes on from "
+        text += "there, with --restart begins again."
     return text
-
-
-def _places(output: Path) -> tuple[Place, Place]:
-    """Both places that an output may have."""
-    output = output.resolve()
-    return Beside(output), Inside(output)

@@ -15,9 +15,8 @@ from modules.mapper import BeamSearch, CompletionTree, Detokenizer, PhraseRank, 
 from modules.mapper import report as mapping_report
 from modules.model import ModelLoader, ResidentModel
 from modules.output import check_file, write_text
-from modules.run.estimate import duration
 from modules.run.steps import end, prepare_libraries, with_chats_rendered
-from modules.runtime import ConfigError, Console
+from modules.runtime import ConfigError, Console, duration
 from modules.scoring import (
     Encoded,
     by_pair,

@@ -19,22 +19,21 @@ from modules.output import (
     JOURNAL_FILE,
     Journal,
     Line,
-    Place,
+    OutputFolder,
     RunRecord,
     begun_run,
     check_output,
-    held_place,
     is_finished,
+    locked_output,
     read_journal,
     unfinished_output,
     written_paths,
 )
 from modules.output import tables as report
 from modules.run.conductor import Clock, Conductor, show_results
-from modules.run.estimate import calibrate, estimate, plan_lines
+from modules.run.estimate import estimate_seconds
 from modules.run.joint import JointConductor
-from modules.run.plan import Plan
-from modules.run.room import Available, check, find_available, fitting_plan
+from modules.run.plan import Plan, make_plan, plan_lines
 from modules.run.samples import Samples
 from modules.run.steps import ask, end, finish, note_source, prepare_libraries, save, with_chats_rendered
 from modules.runtime import Console
@@ -88,56 +87,54 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     prepare_libraries(config.random_seed)
     output = Path(config.directories.output_directory)
     check_apart(written_paths(output), [options.settings_file, *input_paths(config)])
-    with held_place(output, console, options.dry_run) as place:
+    with locked_output(output, console, options.dry_run) as target:
         if options.resume and not options.dry_run and is_finished(config, output):
             console.final(f"This run has finished: its output is in {output}")
         else:
-            check_output(place, options.overwrite)
+            check_output(target, options.overwrite)
             read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
-            begun = begun_run(read_journal(place.partial / JOURNAL_FILE)) if options.resume else None
+            begun = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
             loader, asked = ask(loader, models, begun and begun.settings, loader.config.prompts)
-            plan, room = _checked_plan(loader, models, begun and begun.computed)
+            plan = _checked_plan(loader, models, begun and begun.computed)
             loader = replace(loader, compute=plan.arithmetic)
             if not options.dry_run:
-                loader.in_range(lambda wide: _merge_in(wide, options, group, place, models, plan, asked))
+                loader.in_range(lambda wide: _merge_in(wide, options, group, target, models, plan, asked))
                 return
             console.timed("Measuring how fast this machine is")
-            console.lines(plan_lines(plan, room, estimate(plan, calibrate(plan))))
+            console.lines(plan_lines(plan, estimate_seconds(plan, models.module)))
             console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")
     group.broadcast(NOTHING_TO_SEARCH)
 
 
-def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> tuple[Plan, Available]:
-    """What the run will do and take, and what room there is. Raises ConfigError if it is too little.
+def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> Plan:
+    """What the run will do and take. Raises ConfigError if memory or a disk is too small.
 
     begun: in what the run computes that goes on.
     """
     check_space(models.jobs)
-    config = replace(loader.config, device=loader.device)
-    plan, lines = fitting_plan(config, models, loader.rank.local_world_size, begun)
-    room = find_available(plan)
-    loader.console.warnings([*doubtful_phrases(loader.config.pairs), *plan.doubts, *lines, *check(plan, room)])
-    return plan, room
+    plan = make_plan(replace(loader.config, device=loader.device), models, loader.rank.local_world_size, begun)
+    loader.console.warnings([*doubtful_phrases(loader.config.pairs), *plan.warnings])
+    return plan
 
 
 def _merge_in(
-    loader: ModelLoader, options: Options, group: Group, place: Place, models: Models, plan: Plan, asked: Asked
+    loader: ModelLoader, options: Options, group: Group, target: OutputFolder, models: Models, plan: Plan, asked: Asked
 ) -> None:
     """Search and save in the loader's arithmetic. If that is not the plan's, it goes on with what was decided in it."""
     if loader.compute != plan.arithmetic:
         options = replace(options, resume=True, restart=False)
-    _merge(loader, options, group, place, models, replace(plan, arithmetic=loader.compute), asked)
+    _merge(loader, options, group, target, models, replace(plan, arithmetic=loader.compute), asked)
 
 
 def _merge(
-    loader: ModelLoader, options: Options, group: Group, place: Place, models: Models, plan: Plan, asked: Asked
+    loader: ModelLoader, options: Options, group: Group, target: OutputFolder, models: Models, plan: Plan, asked: Asked
 ) -> None:
     """Search, and put the result into its place. asked: of the samples."""
     clock, config, console = Clock(), loader.config, loader.console
     with (
-        unfinished_output(place, options.resume, options.restart) as unfinished,
+        unfinished_output(target, options.resume, options.restart) as unfinished,
         fetching(console, models.jobs) as prefetcher,
     ):
         record = RunRecord(unfinished.journal, config, plan.arithmetic.name)
@@ -165,7 +162,7 @@ def _merge(
         held_out = phrases.pairs, phrases.weights, start.held_out, now.held_out
         measured = {"base": start.metrics, "merge": now.metrics}, held_out, samples
         recipe = record.recipe(*state, composition, *measured, search.model.dtypes(), seconds, conductor.shares)
-        finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
+        finish(console, unfinished, recipe, target.output, models.base, options.overwrite)
     end(console, config, models.base, config.directories.output_directory)
 
 
@@ -197,14 +194,9 @@ def begin_search(
     console.lines(report.summary(config, about_model, about_scorer, names, weighed, rounding))
     console.warnings(search.warnings)
 
-    def evaluate() -> Evaluator | None:
-        return Evaluator(context) if group.rank.leads else None
-
-    def sample() -> Samples | None:
-        return Samples(config, console, search.model, search.tokenizer, asked) if group.rank.leads else None
-
-    evaluator = group.on_all_ranks(evaluate)  # what the leader can't evaluate, no process can
-    samples = group.on_all_ranks(sample)
+    # What the main process can't evaluate, no process can.
+    evaluator = group.on_main_process(lambda: Evaluator(context))
+    samples = group.on_main_process(lambda: Samples(config, console, search.model, search.tokenizer, asked))
     conductor = JointConductor if config.search == "joint" else Conductor
     return conductor(config, console, search, record, prefetcher, evaluator, samples)
 
@@ -252,9 +244,7 @@ def build_shared_scorer(
     if before is not None and (model.device.type != "cpu" or before.tokens <= budget.tokens):
         budget = before.applied_to(budget)
     # How to score is measured once: another machine's rounding must not make another choice.
-    scorer = group.on_all_ranks(
-        lambda: build_scorer(model, encoded, budget, rank=group.rank) if group.rank.leads else None
-    )
+    scorer = group.on_main_process(lambda: build_scorer(model, encoded, budget, rank=group.rank))
     settings = group.broadcast(scorer and scorer.settings)
     scorer = group.on_all_ranks(lambda: scorer or Scorer(model, encoded, *settings, group.rank))
     if before is not None and before.layout == scorer.layout and before.applied_to(budget) == budget:

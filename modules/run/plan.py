@@ -1,41 +1,34 @@
-"""Before a run: what it will do, and what that takes.
+"""Before a run: what it will do, what that takes of memory and disk, and whether there is as much.
 
-Knows: what a search computes, reads, holds and writes. Refuses to know: weights (it counts them, from headers and
-shapes alone), whether there is room for them, how fast anything is.
+Knows: headers, shapes, what is free on this machine. Refuses to know: weights, how fast anything is.
 """
 
 import math
-from collections.abc import Sequence
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
-from transformers import PreTrainedModel
 
-from modules.checkpoints import (
-    Candidate,
-    Checkpoint,
-    Models,
-    bytes_needed,
-    find_layers,
-    index_file,
-    load_tokenizer,
-    local_files,
-)
-from modules.config import Config, read_neutral_texts
+from modules.checkpoints import Checkpoint, Models, bytes_needed, cache_folder, index_file, load_tokenizer, local_files
+from modules.config import Config, partial_of, read_neutral_texts, real_path
 from modules.merging.methods import ratios_for
 from modules.model import (
     BLOCKS,
     Arithmetic,
     Memory,
     Sizes,
+    arithmetics,
     free_memory,
-    header_weights,
+    free_on_accelerators,
     placement_of,
     resolve_device,
     sizes_of,
+    too_large_for,
     weights_of,
 )
+from modules.runtime import ConfigError, counted, duration, in_memory, on_disk, spans
 from modules.scoring import (
     TOKENS,
     Budget,
@@ -48,222 +41,236 @@ from modules.scoring import (
     neutral_windows,
 )
 
-# On a disk: what an index, the headers of shards and rounding up to blocks may take beyond the tensors.
-MARGIN = 0.01
-MARGIN_FLAT = 1 << 20
-RECORD, RECORD_OF_PAIR = 500, 24  # bytes of a decision in the journal, and of each pair's score in it
-
-
-@dataclass(frozen=True)
-class Disk:
-    """What a run reads and writes, in bytes."""
-
-    base: int  # read of the base
-    candidates: tuple[tuple[str, int], ...]  # name and what is read of it
-    output: int  # weights and the files beside them
-    downloads: int  # what is still to be fetched from the hub
-    downloads_kept: int  # of that, what is in the cache when the output is written
-    whole: int = 0  # read once more of all candidates together, to score them taken whole
-    records: int = 0  # about, of all decisions: the journal and the recipe
-
-    @property
-    def needed(self) -> int:
-        """What the output's file system must have room for, a margin included."""
-        return self.output + self.records + int(self.output * MARGIN) + MARGIN_FLAT
+# On a disk, beyond the tensors: headers of shards, rounding up to blocks; journal, recipe and pictures.
+MARGIN, MARGIN_FLAT = 0.01, 16 << 20
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run will do, and what that takes. Phrases are taken to be packed as a forest, which most models allow."""
 
-    output: Path
+    config: Config
+    candidates: tuple[str, ...]
     device: torch.device
-    arithmetic: Arithmetic  # what is computed in
+    arithmetic: Arithmetic
     sizes: Sizes
-    methods: tuple[tuple[str, int], ...]  # in order: a method and how many ratios it tries
-    header_ratios: int  # 0 if the header is not tried
-    pairs: int
-    text_tokens: int  # of all pairs, each on its own
     packs: tuple[int, ...]  # tokens in every pack of the forest
-    columns: int  # at which the output head is read
-    disk: Disk
+    trial_tokens: int  # of neutral text, on which drift is measured under every trial
+    neutral_tokens: int  # on which it is measured after every candidate
     memory: Memory
+    free: int | None  # bytes of memory where the weights go; None: not known
     budget: Budget  # of scoring
     placement: tuple[torch.device, ...] | None  # where each layer goes, if not all of them to the device
-    sharing: int  # how many processes have the device's memory to share
-    weight_files: tuple[Path, ...]  # the candidates'; those that come from the hub may not be here yet
-    steps: int = 0  # of a joint search; of another one none
-    neutral_tokens: int = 0  # on which drift is measured
-    guarding_tokens: int = 0  # on which it is measured under every trial
-    baselines: bool = False  # whether candidates are scored whole, too
-    layers: tuple[int, ...] | None = None  # that are searched; None: all
-    doubts: tuple[str, ...] = ()  # what may be a mistake in the phrases, as this base's tokenizer reads them
+    output: int  # bytes that are written
+    disk_needed: int  # bytes: the output, a margin, and downloads that come to the same disk
+    disk_free: int  # bytes
+    downloads: int  # bytes that are still to be fetched from the hub
+    warnings: tuple[str, ...] = ()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and products."""
-        return self.arithmetic.dtype
+    def is_joint(self) -> bool:
+        """Whether all layers are searched at once."""
+        return self.config.search == "joint"
 
     @property
-    def searched(self) -> tuple[int, ...]:
-        """The layers that are searched."""
-        return tuple(range(self.sizes.layers)) if self.layers is None else self.layers
-
-    @property
-    def packed_tokens(self) -> int:
-        """Tokens that go through the model together."""
-        return sum(self.packs)
+    def layers(self) -> tuple[int, ...]:
+        """Those that are searched."""
+        return self.config.layers_in(self.sizes.layers)
 
     @property
     def decisions(self) -> int:
         """How often one candidate is decided about: every layer under every method, and the header."""
-        return len(self.searched) * len(self.methods) + bool(self.header_ratios)
+        return len(self.layers) * len(self.config.merge_method) + self.config.merge_headers
 
     @property
-    def forwards_alone(self) -> int:
-        """A candidate's forwards of one layer for one ratio's tokens: the searched layers, and all for a header."""
-        return self.trials + self.header_ratios * self.sizes.layers
-
-    @property
-    def forwards_stacked(self) -> int:
-        """The same for all ratios' tokens together: the layers above the searched one."""
-        return self.ratios * sum(self.sizes.layers - 1 - layer for layer in self.searched)
-
-    @property
-    def trials(self) -> int:
-        """How many merges of a layer are scored for one candidate, the header's not included."""
-        return len(self.searched) * self.ratios
-
-    @property
-    def ratios(self) -> int:
-        """How many merges of one layer that are."""
-        return sum(ratios for _, ratios in self.methods)
-
-    @property
-    def stack(self) -> int:
-        """The most ratios that go through the model at once."""
-        return max((ratios for _, ratios in self.methods), default=1)
+    def forwards(self) -> int:
+        """Forwards of one layer for one candidate: from the layer that is tried, or from the first one for a header."""
+        config, count = self.config, self.sizes.layers
+        ratios = sum(len(ratios_for(method, config.merge_ratios)) for method in config.merge_method)
+        header = len(config.merge_ratios) * count if config.merge_headers else 0
+        return sum(ratios * (count - layer) for layer in self.layers) + header
 
 
-def plan_run(config: Config, models: Models, arithmetic: Arithmetic, sharing: int = 1) -> Plan:
-    """The plan of a run whose models are open; no weight is read.
+def make_plan(config: Config, models: Models, sharing: int = 1, begun: str | None = None) -> Plan:
+    """The plan of a run whose models are open; no weight is read. It computes in what fits into memory.
 
-    arithmetic: to compute in. sharing: how many processes on this machine do the same; where they compute on the CPU,
-    each has its share of the memory. Raises ConfigError if the device is absent, the base has no usable tokenizer or
-    can't take a phrase.
+    sharing: how many processes on this machine do the same; on a CPU each has its share of the memory. begun: in what
+    the run computes that goes on. Raises ConfigError if the device is absent, the base can't take a phrase, or memory
+    or disk surely don't suffice; what may not suffice is a warning.
     """
-    base, dtype, stream = models.base, arithmetic.dtype, arithmetic.stream
     device = resolve_device(config.device)
-    module = models.module
-    sizes = sizes_of(module)
+    choices = arithmetics(config.compute_dtype, config.dtype, models.base.main_dtype(), device)
+    if begun and config.compute_dtype == config.dtype == "auto":
+        choices = (Arithmetic.named(begun),)
+    plan = _plan_in(choices[0], config, models, sharing)
+    needed = plan.memory.reserved
+    if len(choices) > 1 and plan.free is not None and needed > plan.free:
+        smaller = _plan_in(choices[1], config, models, sharing)
+        warning = too_large_for(*choices, needed, plan.free)
+        plan = replace(smaller, warnings=(*smaller.warnings, warning))
+    return replace(plan, warnings=(*plan.warnings, *check(plan)))
+
+
+def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: int) -> Plan:
+    base, module, dtype, stream = models.base, models.module, arithmetic.dtype, arithmetic.stream
+    device, sizes = resolve_device(config.device), sizes_of(module)
+    config.layers_in(sizes.layers)  # all are there
     tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     texts = read_neutral_texts(config.neutral_texts)
-    watched, guarding = neutral_windows(tokenizer, texts, sizes.vocabulary, longest, config.tokens_for_trials)
-    config.layers_in(sizes.layers)  # all are there
-    steps = config.joint.steps if config.search == "joint" else 0
-    tried = config.merge_method if not steps else ()
-    methods = tuple((method, len(ratios_for(method, config.merge_ratios))) for method in tried)
-    stack = max((count for _, count in methods), default=1)
+    neutral, trial = neutral_windows(tokenizer, texts, sizes.vocabulary, longest, config.tokens_for_trials)
+    is_joint = config.search == "joint"
+    stack = 1 if is_joint else max(len(ratios_for(method, config.merge_ratios)) for method in config.merge_method)
+
     weights = weights_of(module, dtype, config.merge_headers, _arriving(models, dtype))
-    sharing = sharing if device.type == "cpu" else 1
-    free = share_of(free_memory(device), sharing)
     lengths = [len(item.tokens) for item in encoded]
     most = layer_bytes(sizes, stream, min(TOKENS, sum(lengths)), stack)
     least = layer_bytes(sizes, stream, max(lengths), 1)  # one pair and one ratio at a time
     placement = placement_of(config.device, module, dtype, replace(weights, activations=most), least)
+    free = _free_on(device, sharing)
     kept = weights.searched if placement else weights.reserved
     budget = budget_of(sizes, stream, device, stack, None if free is None else free - kept)
-    packs = build_packs(encoded, "forest", budget.tokens)
-    tokens, columns = zip(
-        *((pack.tokens, len({target.column for target in pack.targets})) for pack in packs), strict=True
-    )
-    activations = _activations(sizes, stream, stack, tokens, max(columns), budget, sizes.layers if steps else 1)
+
+    packs = list(build_packs(encoded, "forest", budget.tokens))
+    tokens = tuple(pack.tokens for pack in packs)
+    columns = max(len({target.column for target in pack.targets}) for pack in packs)
+    kept_layers = sizes.layers if is_joint else 1  # of whose hidden states there are at a time
+    hidden_states = min(budget.cache, kept_layers * sum(tokens) * sizes.hidden * stream.itemsize)
+    logits = 2 * logits_bytes(sizes, stack, columns, budget)  # as the model has them, then in float32
+    activations = hidden_states + layer_bytes(sizes, stream, max(tokens), stack) + logits
+    if placement:
+        free = sum(free_on_accelerators().values()) + psutil.virtual_memory().available
+
+    output = _output_bytes(config, base)
+    disk_needed, disk_free = _disk(config, models, output)
     return Plan(
-        output=Path(config.directories.output_directory),
+        config=config,
+        candidates=tuple(candidate.name for candidate in models.candidates),
         device=device,
         arithmetic=arithmetic,
         sizes=sizes,
-        methods=methods,
-        header_ratios=len(config.merge_ratios) if config.merge_headers and not steps else 0,
-        steps=steps,
-        pairs=len(config.pairs),
-        text_tokens=sum(len(item.tokens) for item in encoded),
         packs=tokens,
-        columns=sum(columns),
-        disk=_disk(config, models, module),
+        trial_tokens=sum(map(len, trial)),
+        neutral_tokens=sum(map(len, neutral)),
         memory=replace(weights, activations=activations),
+        free=free,
         budget=budget,
-        placement=None if placement is None else tuple(placement),
-        sharing=sharing,
-        neutral_tokens=sum(map(len, watched)),
-        guarding_tokens=sum(map(len, guarding)),
-        baselines=config.baselines,
-        layers=config.layers,
-        doubts=tuple(doubled_tokens(tokenizer, config.pairs)),
-        weight_files=tuple(one.checkpoint.path / file for one in models.candidates for file in one.checkpoint.files),
+        placement=placement and tuple(placement),
+        output=output,
+        disk_needed=disk_needed,
+        disk_free=disk_free,
+        downloads=bytes_needed(models.jobs),
+        warnings=tuple(doubled_tokens(tokenizer, config.pairs)),
     )
 
 
-def share_of(free: int | None, sharing: int) -> int | None:
-    """One process's share of free bytes; None: not known."""
-    return None if free is None else free // sharing
+def _free_on(device: torch.device, sharing: int) -> int | None:
+    free = free_memory(device)
+    return free // sharing if free is not None and device.type == "cpu" else free
 
 
 def _arriving(models: Models, dtype: torch.dtype) -> int:
     """Bytes of the largest block of a candidate that is cast to the base's dtype once it is on the device."""
-    conversions = [candidate.conversion for candidate in models.candidates]
-    wide = ((one, name) for one in conversions for name in one if one.dtype(name) != dtype)
-    return max((math.prod(one.shape(name)) * one.dtype(name).itemsize // BLOCKS for one, name in wide), default=0)
+    largest = 0
+    for candidate in models.candidates:
+        conversion = candidate.conversion
+        for name in conversion:
+            if conversion.dtype(name) != dtype:
+                largest = max(largest, math.prod(conversion.shape(name)) * conversion.dtype(name).itemsize // BLOCKS)
+    return largest
 
 
-def _activations(
-    sizes: Sizes, dtype: torch.dtype, stack: int, packs: Sequence[int], columns: int, budget: Budget, layers: int
-) -> int:
-    """Bytes of the hidden states that are cached, of a layer at work on the longest pack with all ratios, of the mask
-    and of a chunk of logits. columns: at which the head is read, the most in a pack. layers: of how many hidden states
-    are kept at a time."""
-    cached = min(budget.cache, layers * sum(packs) * sizes.hidden * dtype.itemsize)
-    logits = logits_bytes(sizes, stack, columns, budget)  # as the model has them, then in float32
-    return cached + layer_bytes(sizes, dtype, max(packs), stack) + 2 * logits
-
-
-def _disk(config: Config, models: Models, module: PreTrainedModel) -> Disk:
-    """What is read and written."""
-    base, every = models.base, range(len(find_layers(module)[1]))
-    layers = config.layers_in(len(every))
-    saved = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    decisions = len(models.candidates) * (len(layers) * len(config.merge_method) + config.merge_headers)
+def _output_bytes(config: Config, base: Checkpoint) -> int:
+    """Of weights, and of the base's files beside them."""
+    total = sum(base.companions.published.values())
     index = index_file(local_files(base.path))
-    beside = [*base.companions.published.values(), *([(base.path / index).stat().st_size] if index else [])]
-    return Disk(
-        base=_stored_bytes(base, None),
-        candidates=tuple((c.name, _bytes_read(c, module, layers, config.merge_headers)) for c in models.candidates),
-        output=_stored_bytes(base, saved) + sum(beside),
-        downloads=bytes_needed(models.jobs),
-        # Searched candidates are removed again if they are not to be kept; the base is needed to the end, and so are
-        # all in a joint search.
-        downloads_kept=bytes_needed(models.jobs if config.keeps_candidates else [base.job]),
-        whole=sum(_bytes_read(c, module, every, config.merge_headers) for c in models.candidates if config.baselines),
-        records=2 * decisions * (RECORD + RECORD_OF_PAIR * len(config.pairs)),
-    )
+    if index:
+        total += (base.path / index).stat().st_size
+    for info in base.tensors.values():
+        is_cast = config.dtype != "auto" and info.dtype.is_floating_point
+        dtype = getattr(torch, config.dtype) if is_cast else info.dtype
+        total += math.prod(info.shape) * dtype.itemsize
+    return total
 
 
-def _stored_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
-    """Bytes of a checkpoint's tensors, its floating-point ones in another dtype if one is given."""
-    return sum(
-        math.prod(info.shape) * (dtype if dtype and info.dtype.is_floating_point else info.dtype).itemsize
-        for info in checkpoint.tensors.values()
-    )
+def _disk(config: Config, models: Models, output: int) -> tuple[int, int]:
+    """Bytes that are needed on the output's disk, and those that are free there."""
+    needed = output + int(output * MARGIN) + MARGIN_FLAT
+    folder = real_path(Path(config.directories.output_directory))
+    # What a run has left that did not finish is removed before this output is written.
+    unfinished = sum(file.stat().st_size for file in partial_of(folder).rglob("*") if file.is_file())
+    disk = next(path for path in folder.parents if path.exists())
+    if disk.stat().st_dev == cache_folder().stat().st_dev:
+        needed += bytes_needed(models.jobs)  # the output is made from all sources: they are there until the end
+    return needed, shutil.disk_usage(disk).free + unfinished
 
 
-def _bytes_read(candidate: Candidate, module: PreTrainedModel, layers: Sequence[int], with_header: bool) -> int:
-    """Bytes of some of a candidate's layers and, if it is tried, of its header, as they are stored."""
-    conversion, name_of_all = candidate.conversion, find_layers(module)[0]
-    prefixes = tuple(f"{name_of_all}.{layer}." for layer in layers)
-    header = {id(weight) for weight in header_weights(module)} if with_header else set()
-    tried = {name for name, weight in module.named_parameters() if name.startswith(prefixes) or id(weight) in header}
-    return sum(
-        math.prod(conversion.shape(name)) * conversion.dtype(name).itemsize for name in conversion if name in tried
-    )
+def check(plan: Plan) -> list[str]:
+    """What might go wrong, a line each. Raises ConfigError, naming everything at once, for what surely would."""
+    config, memory, device, free = plan.config, plan.memory, plan.device, plan.free
+    problems, warnings = [], []
+    if plan.disk_needed > plan.disk_free:
+        problems.append(
+            f"{config.directories.output_directory}: {on_disk(plan.disk_needed)} are needed on its disk, "
+            f"{on_disk(plan.disk_free)} are free; make room, or name a directory on a larger disk with --output (an "
+            "output that is replaced goes only after the new one stands)"
+        )
+    on_cpu = device.type == "cpu"
+    # What can't be avoided: the weights that are held at a time. On a CPU there is no doing with less than is reserved.
+    required = memory.base + memory.searched if on_cpu else memory.held
+    if free is not None and required > free:
+        ways = ["end other programs", "use a machine or device with more"]
+        ways += ["set merge_headers: false"] if memory.header > memory.layer else []
+        ways += ["set compute_dtype: bfloat16, which takes half"] if plan.arithmetic.dtype == torch.float32 else []
+        problems.append(
+            f"memory of {device}: {in_memory(required)} are needed in {plan.arithmetic.name}, {in_memory(free)} are "
+            f"free: {', or '.join(ways)}"
+        )
+    elif free is not None and memory.reserved > free:
+        warnings.append(
+            f"memory may not suffice: {device} has {in_memory(free)} free, about {in_memory(memory.reserved)} are "
+            f"needed, of which {in_memory(memory.activations)} for activations; fewer merge_ratios need less"
+        )
+    if problems:
+        raise ConfigError(*problems)
+    copied = sum(layer_device.type == "cpu" for layer_device in plan.placement or ())
+    if copied:
+        warnings.append(
+            f"{copied} of {plan.sizes.layers} layers don't fit on the GPUs: they stay in the CPU's memory and "
+            "are copied for every forward, which takes several times as long"
+        )
+    return warnings
+
+
+def plan_lines(plan: Plan, seconds: float | None) -> list[str]:
+    """The plan for the person at the terminal. seconds: that it takes, about; None: not known."""
+    config, memory, count = plan.config, plan.memory, len(plan.candidates)
+    layers = f"layers {', '.join(spans(config.layers))}" if config.layers else ""
+    if plan.is_joint:
+        tried = f"all shares{layers and f' of {layers}'} at once, by gradient"
+        decisions = f"{config.joint.steps} steps"
+    else:
+        methods = [
+            f"{method} at {len(ratios_for(method, config.merge_ratios))} ratios" for method in config.merge_method
+        ]
+        tried = f"{layers or 'every layer'} by {', '.join(methods)}"
+        tried += f", the header at {len(config.merge_ratios)}" if config.merge_headers else ""
+        decisions = f"{plan.decisions:,} a candidate, {count * plan.decisions:,} in all"
+    pairs = f"{len(config.pairs)} pairs, {sum(plan.packs):,} tokens in {counted(len(plan.packs), 'pack')}"
+    needed = f"{in_memory(memory.reserved)} on {plan.device} (base {in_memory(memory.base)}, what is searched "
+    needed += f"{in_memory(memory.searched)}, activations about {in_memory(memory.activations)})"
+    needed += f", {in_memory(plan.free)} free" if plan.free is not None else ""
+    rows = {
+        "Candidates": f"{count} ({', '.join(plan.candidates)})",
+        "Layers": str(plan.sizes.layers),
+        "Tried": tried,
+        "Decisions": decisions,
+        "Phrases": pairs,
+        "Bytes to write": f"{on_disk(plan.output)} to {config.directories.output_directory}, {on_disk(plan.disk_free)} "
+        "free",
+        "Memory needed": needed,
+        "Downloads": f"{on_disk(plan.downloads)} still to be fetched from the hub" if plan.downloads else "",
+        "Time (estimate)": "not known for this model" if seconds is None else f"about {duration(seconds)} to search",
+    }
+    return [f"{name:<16} : {value}" for name, value in rows.items() if value]

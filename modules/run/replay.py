@@ -12,14 +12,14 @@ from modules.checkpoints import Candidate, Checkpoint, Models, Prefetcher, check
 from modules.config import Config, Directories, check_apart, input_paths, missing_folder, parse_source
 from modules.model import Arithmetic, ModelLoader, present_devices, resolve_device
 from modules.output import (
-    Place,
+    OutputFolder,
     Recipe,
     Source,
     check_output,
     compare_fingerprints,
     find_source,
     folders_of,
-    held_place,
+    locked_output,
     read_recipe,
     unfinished_output,
     written_paths,
@@ -51,12 +51,12 @@ def replay_recipe(asked: Replay, console: Console) -> None:
     config = opened_with(asked, recipe)
     prepare_libraries(config.random_seed)
     check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])
-    with held_place(asked.output, console) as place:
-        check_output(place, asked.overwrite)
+    with locked_output(asked.output, console) as target:
+        check_output(target, asked.overwrite)
         loader = ModelLoader(config, console, compute=Arithmetic.named(recipe.dtype))
         models = loader.open()
         check_space(models.jobs)
-        _rebuild(asked, recipe, loader, place, models)
+        _rebuild(asked, recipe, loader, target, models)
     end(console, config, models.base, str(asked.output))
 
 
@@ -85,11 +85,11 @@ def check_source(source: Source, checkpoint: Checkpoint) -> None:
         compare_fingerprints(source, checkpoint, "has changed since the recipe was written")
 
 
-def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, models: Models) -> None:
+def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, target: OutputFolder, models: Models) -> None:
     """Merge what the recipe accepted, and put the result into its place."""
     console, base, found = loader.console, models.base, candidates_of(recipe, models)
     with (
-        unfinished_output(place, searching=False) as unfinished,
+        unfinished_output(target, searching=False) as unfinished,
         fetching(console, models.jobs) as prefetcher,
     ):
         prefetcher.wait(0)
@@ -106,7 +106,7 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
             console.timed(f"Candidate {number}/{len(found)}: {source.name}, {len(decisions)} merges")
             rebuild.repeat(candidate, decisions)
         save(console, rebuild, unfinished, str(asked.output))
-        finish(console, unfinished, recipe, place.output, base, asked.overwrite)
+        finish(console, unfinished, recipe, target.output, base, asked.overwrite)
 
 
 def _arriving(prefetcher: Prefetcher, found: Sequence[tuple[Source, Candidate]]) -> Iterator[tuple[Source, Candidate]]:

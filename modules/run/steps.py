@@ -76,9 +76,8 @@ def ask(loader: ModelLoader, models: Models, begun: Config | None, prompts: Sequ
     rendered = render(tokenizer, config.directories.model_path1, chats, config.template, config.system)
     check_refusals([rendered.refusals[chat] for chat in new if chat in rendered.refusals], "contexts")
     for refusal in list(rendered.refusals.values())[:1]:  # of others the reason is mostly the same
-        which = (
-            "are no samples" if not rendered.texts else f"is no sample for {counted(len(rendered.refusals), 'prompt')}"
-        )
+        count = counted(len(rendered.refusals), "prompt")
+        which = f"is no sample for {count}" if rendered.texts else "are no samples"
         loader.console.warning(f"there {which}: {refusal}")
     loader.console.warnings(_scored_in_thoughts(rendered, new))
     texts = known | {chat: rendered.texts[chat] for chat in new}
@@ -129,7 +128,7 @@ def finish(
             console.warning(f"{file} could not be made ({first_line(error)})")
     console.warnings(_paths_of_the_base(folder, base))
     with postponed(lambda: None):  # it takes a moment, in which Ctrl-C is not heard unless it comes twice
-        console.warnings(unfinished.take_place(overwrite))
+        console.warnings(unfinished.commit(overwrite))
 
 
 def _paths_of_the_base(folder: Path, base: Checkpoint) -> list[str]:
@@ -170,4 +169,9 @@ def note_source(record: RunRecord, group: Group, number: int, where: str, checkp
     """Note which model a number is. Raises ConfigError if it is not what an earlier run, or another process, has."""
     noted = group.broadcast(group.on_all_ranks(lambda: record.source(number, where, checkpoint)))
     here = f"is not the same in process {group.rank.number} as in process 0"
-    group.on_all_ranks(lambda: compare_fingerprints(noted, checkpoint, here) if not group.rank.leads else None)
+
+    def compare() -> None:
+        if not group.rank.leads:
+            compare_fingerprints(noted, checkpoint, here)
+
+    group.on_all_ranks(compare)

@@ -1,4 +1,4 @@
-"""What every program needs: console, log, errors, interrupts, processes, exit codes.
+"""What every program needs: console, log, errors, signals, processes, exit codes.
 
 Knows: terminals, signals, ranks. Refuses to know: models, configurations.
 """
@@ -15,6 +15,7 @@ from modules.runtime.console import (
     say,
     visible,
 )
+from modules.runtime.distributed import ALONE, Group, Rank, find_rank, joined, wait_for_the_leader
 from modules.runtime.errors import (
     BrokenWeights,
     CheckpointError,
@@ -25,12 +26,9 @@ from modules.runtime.errors import (
     reading,
     without_panics,
 )
-from modules.runtime.exit_codes import exit_code, leave
-from modules.runtime.imports import LOADING, importing
 from modules.runtime.input_files import check_is_file, no_file, open_input
-from modules.runtime.interrupts import postponed
-from modules.runtime.ranks import Rank, find_rank, wait_for_the_leader
-from modules.runtime.shortage import is_out_of_memory, within_memory
+from modules.runtime.oom import is_out_of_memory, within_memory
+from modules.runtime.program import LOADING, exit_code, importing, leave, postponed
 from modules.runtime.text import (
     CONTEXT_WIDTH,
     PHRASE_WIDTH,
@@ -38,6 +36,7 @@ from modules.runtime.text import (
     USED_WIDTH,
     columns,
     counted,
+    duration,
     ended,
     fit,
     in_memory,

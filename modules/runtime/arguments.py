@@ -6,7 +6,6 @@ Knows: argparse, how wide and how high a screen is. Refuses to know: which optio
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
 from typing import IO, NoReturn
 
 from modules.runtime.console import say, visible
@@ -17,8 +16,7 @@ _COLUMN = 33  # in which what is said of an option begins: behind the longest on
 class Arguments(argparse.ArgumentParser):
     """A command line in groups of options, each of which its help tells of on one line of 80 columns."""
 
-    def __init__(self, description: str, meant: Callable[[str], str | None] = lambda text: None) -> None:
-        """meant: of what stands on the command line without an option, what it may have been meant as."""
+    def __init__(self, description: str) -> None:
         super().__init__(
             usage="%(prog)s [--config FILE] [options]",
             description=description,
@@ -26,23 +24,13 @@ class Arguments(argparse.ArgumentParser):
             add_help=False,
         )
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # who reads it knows
-        self._meant = meant
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
-        """The options. Exits with code 2 if there is anything else, telling what it may have been meant as."""
-        options, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            bare = next((text for text in unknown if not text.startswith("-")), "")
-            hint = self._meant(bare) if bare else None
-            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {hint}?" if hint else ""))
-        return options
 
     def error(self, message: str) -> NoReturn:
         """Print usage and error, and exit with code 2."""
         super().error(visible(message))
 
     def _print_message(self, message: str, file: IO[str] | None = None) -> None:
-        """argparse would not tell that the reader is gone."""
+        """argparse would not notice that the reader is gone."""
         if file is sys.stdout:
             say(message.removesuffix("\n"))
         else:

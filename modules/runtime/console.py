@@ -9,13 +9,11 @@ cursor, end the line or turn the reading direction is shown escaped.
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
@@ -54,16 +52,11 @@ def visible(text: str) -> str:
     if text.isprintable():
         return text
     joiners = {match.start() for match in _JOINER.finditer(text)}
-    return "".join(
-        character if character.isprintable() or place in joiners else _escaped(character)
-        for place, character in enumerate(text)
-    )
-
-
-def _escaped(character: str) -> str:
-    if unicodedata.category(character) == "Co":
-        return character  # private use: a font may have it
-    return character.encode("unicode_escape").decode("ascii")
+    shown = []
+    for index, character in enumerate(text):
+        is_shown = character.isprintable() or index in joiners
+        shown.append(character if is_shown else character.encode("unicode_escape").decode("ascii"))
+    return "".join(shown)
 
 
 def open_streams() -> None:
@@ -152,8 +145,9 @@ class Console:
 
     def lines(self, texts: Sequence[str], logged: Sequence[str] | None = None) -> None:
         """Print several lines. logged: what the log gets in their place."""
-        for text in texts if not self._quiet else ():
-            self._show(visible(text))
+        if not self._quiet:
+            for text in texts:
+                self._show(visible(text))
         for text in texts if logged is None else logged:
             self._record(visible(text))
 
@@ -167,8 +161,7 @@ class Console:
 
     def warning(self, text: str) -> None:
         """A line that is seen in a quiet run too."""
-        self._show(visible(f"WARNING: {text}"))
-        self._record(visible(f"WARNING: {text}"))
+        self._always(f"WARNING: {text}")
 
     def warnings(self, texts: Iterable[str]) -> None:
         """Several of them."""
@@ -198,16 +191,17 @@ class Console:
 
     def final(self, text: str) -> None:
         """The last line, with the time of day before it; it is seen in a quiet run too."""
-        timed = visible(_timed(text))
-        self._show(timed)
-        self._record(timed)
+        self._always(_timed(text))
 
     def progress(self, steps: float) -> Progress:
         """One bar for the whole run, on a terminal only; `steps` are in any unit that is proportional to time."""
-        layout = "{percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go{postfix}"
-        # smoothing: the speed is that of all steps. Of the last ones alone it would jump with every candidate.
         return Progress(
-            total=steps, bar_format=layout, dynamic_ncols=True, disable=self._no_bars, smoothing=0, miniters=0
+            total=steps,
+            bar_format="{percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go{postfix}",
+            dynamic_ncols=True,
+            disable=self._no_bars,
+            smoothing=0,  # the speed is that of all steps: that of the last ones alone jumps with every candidate
+            miniters=0,
         )
 
     def download(self, name: str, size: int) -> tqdm:
@@ -237,6 +231,10 @@ class Console:
     def _no_bars(self) -> bool | None:
         return True if self._quiet else None  # None leaves it to tqdm: none but on a terminal
 
+    def _always(self, text: str) -> None:
+        self._show(visible(text))
+        self._record(visible(text))
+
     def _show(self, text: str) -> None:
         error = say(text)
         if error is not None:
@@ -258,19 +256,16 @@ class Console:
     def __enter__(self) -> "Console":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._log is not None:
             with suppress(OSError):  # every line was written when it came
                 self._log.close()
 
 
 class Silent(Console):
-    """Of a process that does not lead: only its own errors are seen, and no log is written."""
+    """Of a process that is not the main one: only its own errors are seen, and no log is written."""
 
     def __init__(self, number: int) -> None:
-        """number: the process's."""
         self._quiet, self._number, self._log = True, number, None
         self.log_path = Path(os.devnull)
 
@@ -284,7 +279,7 @@ class Silent(Console):
         self.error(f"{summary} ({trace[-2].strip()})" if len(trace) > 1 else summary)
 
     def ending(self, *texts: str) -> None:
-        """Nothing: the process that leads says it."""
+        """Nothing: the main process says it."""
 
     def on_interrupt(self) -> None:
         """Nothing."""

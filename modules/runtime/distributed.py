@@ -1,27 +1,65 @@
-"""What several processes do together: the same failure in all, the sum of their scores, what the first one says.
+"""The processes of a run: which one this is, and what they do together.
 
-Knows: torch.distributed. Refuses to know: what is exchanged.
+Knows: what torchrun sets, torch.distributed. Refuses to know: what is exchanged.
 
 All exchange is of a few kilobytes that are on the host anyway, so it goes over gloo, whatever the devices are; a
-process that dies is noticed by the others at once.
+process that dies is noticed by the others at once. torch is imported only where there are several processes: a typo
+in a configuration must not wait for it.
 """
 
+import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
-from torch import distributed
-
-from modules.runtime.errors import ProcessLost, first_line
-from modules.runtime.ranks import Rank
+from modules.runtime.errors import ConfigError, ProcessLost, first_line
 
 Value = TypeVar("Value")
 
-# How long one process may wait for another, which may be downloading a model meanwhile.
-PATIENCE = timedelta(days=1)
+TIMEOUT = timedelta(days=1)  # one process may wait for another that is downloading a model
+_MAIN_REPORTS = 10  # seconds that the main process may take to say why nothing can be done
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which process this is."""
+
+    number: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # the same among those on this machine
+    local_world_size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that prints, writes and saves."""
+        return self.number == 0
+
+
+def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
+    """This process's, from what torchrun sets; the only one, if it was not started by torchrun.
+
+    Raises ConfigError if what stands there is no rank.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if any(name not in environment for name in names):
+        return Rank()
+    texts = [environment[name] for name in names]
+    if all(text.isascii() and text.isdigit() and len(text) < 10 for text in texts):
+        rank = Rank(*map(int, texts))
+        if rank.number < rank.world_size and rank.local_rank < rank.local_world_size <= rank.world_size:
+            return rank
+    listed = ", ".join(f"{name}={text}" for name, text in zip(names, texts, strict=True))
+    raise ConfigError(f"the environment has {listed}, which torchrun did not set: unset them, or start with torchrun")
+
+
+def wait_for_the_leader() -> None:
+    """Leave the main process time to say what is wrong: torchrun ends all processes with the first that ends."""
+    with suppress(KeyboardInterrupt):
+        time.sleep(_MAIN_REPORTS)
 
 
 class Group:
@@ -41,36 +79,59 @@ class Group:
             result, failure = work(), None
         except Exception as error:
             failure = error
-        flag = torch.tensor(float(failure is not None))
-        with _company():
-            distributed.all_reduce(flag)
-        if not flag:
+        if not self.sum([[float(failure is not None)]])[0][0]:
             return result
+        from torch import distributed
+
         failures: list[Exception | None] = [None] * self.rank.world_size
-        with _company():
+        with _checked_connection():
             distributed.all_gather_object(failures, failure and _sendable(failure))
-        raise next(one for one in failures if one is not None)
+        raise next(failure for failure in failures if failure is not None)
+
+    def on_main_process(self, work: Callable[[], Value]) -> Value | None:
+        """Work that only the main process does; what it raises is raised in all. None in the others."""
+        return self.on_all_ranks(lambda: work() if self.rank.leads else None)
 
     def sum(self, rows: Sequence[Sequence[float]]) -> list[list[float]]:
         """The element-wise sums of what all have; where all but one have zeros, exactly what that one has."""
         if self.rank.world_size == 1:
             return [list(row) for row in rows]
+        import torch
+
         values = torch.tensor(rows, dtype=torch.float64)
-        with _company():
-            distributed.all_reduce(values)
+        with _checked_connection():
+            torch.distributed.all_reduce(values)
         return values.tolist()
 
     def broadcast(self, value: Value | None = None) -> Value:
-        """What the first process has; the others' own is not looked at."""
+        """What the main process has; the others' own is not looked at."""
         if self.rank.world_size == 1:
             return value
+        from torch import distributed
+
         values = [value]
-        with _company():
+        with _checked_connection():
             distributed.broadcast_object_list(values)
         return values[0]
 
 
 ALONE = Group(Rank())
+
+
+@contextmanager
+def joined(rank: Rank) -> Iterator[Group]:
+    """The group of this process, left when the block ends. Raises ProcessLost if it does not come together."""
+    if rank.world_size == 1:
+        yield ALONE
+        return
+    from torch import distributed
+
+    with _checked_connection():
+        distributed.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield Group(rank)
+    finally:
+        distributed.destroy_process_group()
 
 
 def _sendable(failure: Exception) -> Exception:
@@ -82,21 +143,7 @@ def _sendable(failure: Exception) -> Exception:
 
 
 @contextmanager
-def joined(rank: Rank) -> Iterator[Group]:
-    """The group of this process, left when the block ends. Raises ProcessLost if it does not come together."""
-    if rank.world_size == 1:
-        yield ALONE
-        return
-    with _company():
-        distributed.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield Group(rank)
-    finally:
-        distributed.destroy_process_group()
-
-
-@contextmanager
-def _company() -> Iterator[None]:
+def _checked_connection() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo raises when a connection closes

@@ -9,12 +9,7 @@ import stat
 from pathlib import Path
 from typing import IO
 
-_KINDS = (
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 def no_file(path: Path) -> str | None:
@@ -23,15 +18,13 @@ def no_file(path: Path) -> str | None:
     Raises OSError if that can't be looked up.
     """
     try:
-        mode = path.stat().st_mode
+        return _KINDS.get(stat.S_IFMT(path.stat().st_mode))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return next((kind for is_one, kind in _KINDS if is_one(mode)), None)
 
 
 def check_is_file(path: Path) -> None:
-    """Raise OSError, which names the path, if what stands there is a pipe, a socket or a device: to open or to read it
-    may take for ever."""
+    """Raise OSError, which names the path, if to open what stands there may take for ever."""
     kind = no_file(path)
     if kind:
         raise OSError(errno.EINVAL, f"this is {kind}; copy what it holds into a file", str(path))

@@ -4,17 +4,15 @@ Knows: characters, columns, bytes. Refuses to know: what a text is about, where 
 """
 
 import math
-import re
 import unicodedata
 from collections.abc import Sequence
 from itertools import accumulate, takewhile
 from typing import Literal
 
 _CUT = "..."  # stands for what was left out
-_SENTENCE_END = re.compile(  # of the scripts that models write most, with what closes behind it
-    r"""[.!?\u2026\u203c\u2047-\u2049\u3002\uff01\uff0e\uff1f\uff61\u061f\u06d4\u0964\u0965]"""
-    r"""["'*_`)\]}\xbb\xab\u2019\u201c\u201d\u203a\u300b\u300d\u300f\u3011\uff09]*\Z"""
-)
+# What ends a sentence, in the scripts that models write most, and what may close behind it.
+_ENDS = (*".!?\u2026\u203c\u2047\u2048\u2049\u3002\uff01\uff0e\uff1f\uff61\u061f\u06d4\u0964\u0965",)
+_CLOSING = "\"'*_`)]}\xbb\xab\u2019\u201c\u201d\u203a\u300b\u300d\u300f\u3011\uff09"
 
 
 def shortened(text: str, width: int = 40, keep: Literal["start", "end", "both"] = "end") -> str:
@@ -29,7 +27,7 @@ def shortened(text: str, width: int = 40, keep: Literal["start", "end", "both"] 
 def ended(text: str) -> str:
     """A text that somebody broke off, with an ellipsis unless a sentence ends where it does."""
     text = text.rstrip()
-    return text + "\u2026" if text and not _SENTENCE_END.search(text) else text
+    return text if not text or text.rstrip(_CLOSING).endswith(_ENDS) else text + "\u2026"
 
 
 def one_line(text: str) -> str:
@@ -40,10 +38,9 @@ def one_line(text: str) -> str:
 
 def spans(numbers: Sequence[int]) -> list[str]:
     """Whole numbers in their order as short as they can be said: 0, 3, 8-12."""
-    known = set(numbers)
-    ends = [number for number in numbers if number + 1 not in known]
-    firsts = [number for number in numbers if number - 1 not in known]
-    return [str(one) if one == last else f"{one}-{last}" for one, last in zip(firsts, ends, strict=True)]
+    firsts = [number for number in numbers if number - 1 not in numbers]
+    lasts = [number for number in numbers if number + 1 not in numbers]
+    return [str(first) if first == last else f"{first}-{last}" for first, last in zip(firsts, lasts, strict=True)]
 
 
 def columns(text: str) -> int:
@@ -123,3 +120,15 @@ def on_disk(count: int) -> str:
 def in_memory(count: int) -> str:
     """Bytes as memory is counted: GiB, or MiB where that would say little."""
     return f"{count / 2**30:,.2f} GiB" if count >= 1e8 else f"{count / 2**20:,.2f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """A time with two units at most: an estimate has no more digits."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"

@@ -8,7 +8,7 @@ from broken_runs import RECIPE, break_off
 from runs import digest, log_of, make_models, merge, stored
 
 import modules.model.loading
-import modules.run.room
+import modules.run.plan
 from modules.model import arithmetics
 
 FREE = 600_000  # bytes: more than the models take in bfloat16, less than in float32
@@ -66,8 +66,8 @@ def test_what_is_computed_in_and_what_is_saved(place, models, settings, expected
 
 def little_memory(monkeypatch):
     """As much as the run takes in half precision, and a little more."""
-    for module, name in ((modules.run.room, "_free_for"), (modules.model.loading, "free_memory")):
-        monkeypatch.setattr(module, name, lambda _: FREE)
+    for module in (modules.run.plan, modules.model.loading):
+        monkeypatch.setattr(module, "free_memory", lambda _: FREE)
 
 
 def test_too_little_memory_is_told_and_decides_for_the_whole_run(place, models, monkeypatch):

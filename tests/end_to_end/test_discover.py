@@ -10,7 +10,6 @@ import habits
 import pytest
 import tiny
 import yaml
-from modules.slop.human_rates import human_rates
 from runs import digest
 
 import merge_monster
@@ -18,6 +17,7 @@ import modules.slop.contexts
 import modules.slop.generate
 import monster_mapper
 from modules.config import load_config
+from modules.slop.human_rates import human_rates
 
 DISCOVER = {"samples": 2, "tokens": 40, "prompts": "prompts.txt"}
 PROMPTS = [f"{word} number {number}" for number in range(5) for word in ("What is", "Write about the", "Tell me of a")]

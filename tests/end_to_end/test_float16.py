@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_monster
 import modules.model.loading
-import modules.run.room
+import modules.run.plan
 import monster_mapper
 from modules.model import FALLBACK, Arithmetic
 
@@ -26,12 +26,12 @@ MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 @pytest.fixture(autouse=True)
 def as_on_an_accelerator(monkeypatch):
     """auto takes what it takes on a GPU."""
-    whole = modules.run.room.arithmetics
+    whole = modules.run.plan.arithmetics
 
     def arithmetics(compute, dtype, stored, _device):
         return whole(compute, dtype, stored, torch.device("cuda"))
 
-    for module in (modules.run.room, modules.model.loading):
+    for module in (modules.run.plan, modules.model.loading):
         monkeypatch.setattr(module, "arithmetics", arithmetics)
 
 

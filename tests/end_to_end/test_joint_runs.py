@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -196,7 +197,7 @@ def test_an_unfinished_run_is_told_by_its_steps(place, models, whole, text, caps
     break_off(place, whole / "out", lines.index("step") + made)
     assert searched(place, models, text, held_out=0.3) == 2
     error = capsys.readouterr().err
-    assert f"({made} of {STEPS} steps)" in error and "decision" not in error
+    assert re.search(rf"\({made} steps?\)", error) and "decision" not in error
 
 
 def test_a_journal_without_a_step_begins_again(place, models, whole, text):

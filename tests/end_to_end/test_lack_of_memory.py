@@ -22,8 +22,7 @@ from modules.model.loading import load_model
 from modules.run.map import explore
 from modules.run.merge import build_shared_scorer
 from modules.runtime.console import Silent
-from modules.runtime.distributed import ALONE, Group
-from modules.runtime.ranks import Rank
+from modules.runtime.distributed import ALONE, Group, Rank
 from modules.scoring.budget import Budget
 from modules.scoring.scorer import Scorer
 from modules.scoring.tokenization import encode_pairs

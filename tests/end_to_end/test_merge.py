@@ -490,12 +490,13 @@ def test_an_old_output_comes_back_if_the_new_one_cannot_take_its_place(place, mo
 
     def failing(self, target):
         if self.name == "out.partial":
-            raise OSError(5, "Input/output error")
+            raise OSError(5, "Input/output error", str(self))
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
     assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 1
-    assert "can't be put into its place (Input/output error)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "out.partial: Input/output error" in error and "what stood there still does" in error
     assert digest(place / "out") == first
     assert sorted(path.name for path in place.iterdir()) == ["logs", "my.yaml", "out", "out.partial"]
     monkeypatch.undo()

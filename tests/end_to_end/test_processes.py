@@ -21,8 +21,8 @@ from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config import Chat, Pair
 from modules.model.devices import own_device
 from modules.model.loading import load_model
+from modules.runtime.distributed import Rank, find_rank
 from modules.runtime.errors import ConfigError
-from modules.runtime.ranks import Rank, find_rank
 from modules.scoring.layout import build_scorer
 from modules.scoring.tokenization import encode_pairs
 

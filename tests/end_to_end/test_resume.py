@@ -38,11 +38,11 @@ from safetensors.torch import load_file
 import merge_monster
 import modules.checkpoints.writing
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.checkpoints.hub import Prefetcher
+from modules.checkpoints.downloads import Prefetcher
 from modules.config import NO_PART, Config, load_config
 from modules.model import arithmetics
+from modules.output.folder import UNFINISHED
 from modules.output.journal import Journal
-from modules.output.places import UNFINISHED
 from modules.output.run_record import RunRecord
 from modules.runtime.errors import CheckpointError, ConfigError
 

@@ -12,7 +12,7 @@ from runs import digest
 
 import merge_monster
 from modules.checkpoints.candidate import Candidate
-from modules.output.places import UNFINISHED, Beside
+from modules.output.folder import UNFINISHED, OutputFolder
 
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"
 OWN = {JOURNAL, RECIPE, "merge_monster.yaml", "README.md"}  # they say how long it took, and where the output is
@@ -56,7 +56,7 @@ def break_off(place, whole, records, torn=b""):
     partial = place / "out.partial"
     partial.mkdir()
     (partial / JOURNAL).write_bytes(b"".join(lines[:records]) + torn)
-    Beside(place / "out").mark()
+    OutputFolder(place / "out").mark()
 
 
 def start(place, models, *arguments, before=lambda: None, **settings):

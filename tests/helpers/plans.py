@@ -7,14 +7,13 @@ import torch
 from transformers import AutoTokenizer
 
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config, read_neutral_texts
+from modules.config import Config, Directories, Pair, load_config, read_neutral_texts
 from modules.metrics.kl_penalty import weigh
 from modules.metrics.metric import Context
 from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_model
 from modules.model.memory import Memory, Sizes
-from modules.run.plan import Disk, Plan
-from modules.run.room import fitting_plan
+from modules.run.plan import Plan, make_plan
 from modules.runtime import Rank, Silent
 from modules.scoring.budget import Budget
 from modules.scoring.layout import build_scorer
@@ -34,7 +33,7 @@ def opened(place, models, **settings):
 
 def planned(config, found):
     """The plan of a run that begins now."""
-    return fitting_plan(config, found, 1, None)[0]
+    return make_plan(config, found)
 
 
 def start(config, found):
@@ -48,23 +47,25 @@ def start(config, found):
 
 
 def made_up(place, **changes):
-    """The plan of a search on a model of 8 billion weights in half precision."""
+    """The plan of a search on a model of 8 billion weights in half precision, with room for everything."""
+    pairs = tuple(Pair("BAD", f"apple{number}", "where ") for number in range(14))
+    config = Config(Directories("base", str(place / "out")), bad_phrases=pairs, merge_method=("lerp", "slerp"))
     plan = Plan(
-        output=place / "out",
+        config=replace(config, merge_ratios=(0.1, 0.3, 0.5, 0.7), merge_headers=True),
+        candidates=("one", "two"),
         device=torch.device("cuda:0"),
         arithmetic=Arithmetic(torch.bfloat16),
-        sizes=Sizes(32, 4096, 14336, 32, 128, 128256, 218.1e6, 218.1e6, 1_050_673_152),
-        methods=(("lerp", 4), ("slerp", 4)),
-        header_ratios=4,
-        pairs=14,
-        text_tokens=1207,
+        sizes=Sizes(32, 4096, 14336, 32, 128256),
         packs=(1000, 76),
-        columns=40,
-        disk=Disk(16 * GB, (("one", 16 * GB), ("two", 15 * GB)), 16 * GB, 0, 0),
+        trial_tokens=0,
+        neutral_tokens=0,
         memory=Memory(15 * GIB, GIB // 2, 2 * GIB, 0, GIB // 2),
+        free=79 * GIB,
         budget=Budget(),
         placement=None,
-        sharing=1,
-        weight_files=(),
+        output=16 * GB,
+        disk_needed=17 * GB,
+        disk_free=900 * GB,
+        downloads=0,
     )
     return replace(plan, **changes)

@@ -9,9 +9,8 @@ import pytest
 import tiny
 
 import merge_monster
-from modules.output.folder import stamp, unfinished_output, what_stands
+from modules.output.folder import UNFINISHED, OutputFolder, stamp, unfinished_output, what_stands
 from modules.output.journal import JOURNAL_FILE, open_journal
-from modules.output.places import UNFINISHED, Beside
 from modules.runtime import ConfigError
 
 DECIDED = b'{"kind": "run"}\n{"kind": "decision"}\n'
@@ -41,7 +40,7 @@ def unfinished(place):
 
     def attempt(work=lambda journal: None, **how):
         try:
-            with unfinished_output(Beside(place / "out"), **how) as begun:
+            with unfinished_output(OutputFolder(place / "out"), **how) as begun:
                 work(begun.journal)
         except (OSError, ConfigError) as error:
             return error, what_stands(place / "out", stamp(place / "out"))
@@ -131,7 +130,7 @@ def test_a_replay_that_failed_is_repeated_as_it_was(place, models, capsys, monke
     path = tiny.write_config(place / "my.yaml", base, [one], "out", **settings)
     assert merge_monster.main(["--config", str(path), "--quiet"]) == 0
     replay = ["--replay", "out", "--output", "again", "--quiet", "--source", str(base.parent)]
-    for broken in ("modules.checkpoints.writing._reads", "modules.output.places.Path.write_text", "os.fsync"):
+    for broken in ("modules.checkpoints.writing._reads", "modules.output.folder.Path.write_text", "os.fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(broken, fails())
             assert merge_monster.main(replay) == 1

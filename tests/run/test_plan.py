@@ -1,10 +1,8 @@
 """The plan of a run against what a run then really does, and what is refused before one begins."""
 
-import math
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -25,16 +23,15 @@ from modules.config import Pair
 from modules.config.locations import Location
 from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_model
-from modules.model.memory import Memory, weights_of
+from modules.model.memory import Memory, sizes_of, weights_of
 from modules.model.part import BLOCKS
-from modules.output import places as places
-from modules.output.recipe import RECIPE_FILE
+from modules.run import estimate
 from modules.run import plan as preflight
-from modules.run import room
-from modules.run.room import Available, check, find_available
+from modules.run.estimate import estimate_seconds
+from modules.run.plan import check, plan_lines
+from modules.runtime import duration
 from modules.runtime.errors import ConfigError
 
-PLENTY = Available(Path("/"), disk=10**15, memory=10**15, refusal=None)
 METHODS = ["lerp", "cyclic", "lerp"]  # nothing forbids to try one twice
 
 
@@ -57,25 +54,22 @@ def test_the_plan_is_what_a_run_does(place, dtype, setting, family, shard, tied)
     models = make_models(place / "models", dtype, family, shard, tied)
     settings = {"dtype": setting, "merge_method": METHODS, "merge_ratios": [0.3, 0.5, 0.7]}
     plan = planned(*opened(place, models, **settings))
-    assert check(plan, find_available(plan)) == []
+    assert plan.warnings == ()
     assert merge_monster.main(["--config", str(place / "my.yaml")]) == 0
     log = log_of(place)
-    packed = f"forest ({plan.packed_tokens} tokens packed from {plan.text_tokens}, {len(plan.packs)} pack)"
-    assert f"Phrase layout    : {packed}\n" in log
-    assert f"Dtype            : {str(plan.dtype).removeprefix('torch.')}, saved as" in log
+    packs = "1 pack" if len(plan.packs) == 1 else f"{len(plan.packs)} packs"
+    assert re.search(rf"Phrase layout +: forest \({sum(plan.packs)} tokens packed from \d+, {packs}\)\n", log)
+    assert f"Dtype            : {plan.arithmetic.name}, saved as" in log
     assert len(re.findall("CHANGED|RETAINED", log)) == 2 * plan.decisions == 2 * (3 * len(METHODS) + 1)
     weights = sorted(place.glob("out/*.safetensors"))
     others = [path for path in models[0].iterdir() if path.suffix != ".safetensors"]
     tensors = sum(tensor.nbytes for file in weights for tensor in load_file(file).values())
-    assert plan.disk.output == tensors + sum(path.stat().st_size for path in others)
+    assert plan.output == tensors + sum(path.stat().st_size for path in others)
     written = [path for path in (place / "out").rglob("*") if path.is_file()]
-    assert plan.disk.output < sum(path.stat().st_size for path in written) < plan.disk.needed
-    records = sum((place / "out" / name).stat().st_size for name in ("merge_monster_journal.jsonl", RECIPE_FILE))
-    assert 0.5 < records / plan.disk.records < 1.5
+    assert plan.output < sum(path.stat().st_size for path in written) < plan.disk_needed
 
 
-@pytest.mark.parametrize("setting", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("setting, tied", [("float32", True), ("bfloat16", False)])
 def test_memory_is_that_of_the_real_tensors(place, setting, tied):
     models = make_models(place / "models", tied=tied)
     config, found = opened(place, models, dtype=setting)
@@ -101,37 +95,12 @@ def test_activations_hold_what_grows_with_ratios_and_phrases(place, models):
     assert activations(300) < 1.1 * activations(200)
 
 
-@pytest.mark.parametrize("layers", [None, [1], "0-1", [0, 2]], ids=str)
-@pytest.mark.parametrize("headers", [True, False])
-def test_work_and_reading_are_those_of_the_search(place, models, headers, layers):
+@pytest.mark.parametrize("headers, layers", [(True, None), (False, "0-1"), (True, [0, 2])], ids=str)
+def test_the_planned_work_is_that_of_the_search(place, models, headers, layers):
     config, found = opened(place, models, merge_method=["lerp", "cyclic"], merge_headers=headers, layers=layers)
-    plan, search, read = planned(config, found), start(config, found), []
-    candidate, stored = found.candidates[0], found.candidates[0].checkpoint.tensors
-    recorded = replace(candidate.checkpoint, reader=Recorded(candidate.checkpoint.reader, read))
-    reading = replace(candidate, checkpoint=recorded)
-    decisions = list(search.candidate(reading))
-    assert plan.decisions == len(decisions)
-    assert plan.forwards_alone + plan.forwards_stacked == search.steps_per_candidate()
-    assert plan.columns == search.scorer.columns
-    assert dict(plan.disk.candidates)["one"] == sum(4 * math.prod(stored[name].shape) for name in set(read))
-
-
-class Recorded:
-    """A reader that notes what is read of it."""
-
-    def __init__(self, reader, noted):
-        self.reader, self.noted, self.tensors = reader, noted, reader.tensors
-
-    def read(self, names, *buffer):
-        names = list(names)
-        self.noted.extend(names)
-        return self.reader.read(names, *buffer)
-
-    def rows(self, name, rows):
-        return self.reader.rows(name, rows)
-
-    def release(self):
-        self.reader.release()
+    plan, search = planned(config, found), start(config, found)
+    assert plan.decisions == len(list(search.candidate(found.candidates[0])))
+    assert plan.forwards == search.steps_per_candidate()
 
 
 def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
@@ -141,20 +110,7 @@ def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
     monkeypatch.setattr(Checkpoint, "stream", read)
     monkeypatch.setattr(SafetensorsReader, "read_file", read)
     config, found = opened(place, models)
-    plan = planned(config, found)
-    assert check(plan, find_available(plan)) == []
-
-
-def test_of_stacked_experts_a_token_meets_a_few(place):
-    from architectures import configuration
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(configuration("Mixtral", 300))
-    experts = module.model.layers[0].mlp.experts
-    idle = sum(weight.numel() for weight in experts.parameters()) / 2  # two of four are chosen
-    sizes = preflight.sizes_of(module)
-    assert sizes.active_weights == sizes.layer_weights - idle
+    assert planned(config, found).warnings == ()
 
 
 def sizes_by_layer(model_type, **settings):
@@ -164,18 +120,17 @@ def sizes_by_layer(model_type, **settings):
     with torch.device("meta"):
         config = AutoConfig.for_model(model_type, **{**SIZES, "num_hidden_layers": 4, "vocab_size": 300, **settings})
         module = AutoModelForCausalLM.from_config(config)
-    return preflight.sizes_of(module), module, config
+    return sizes_of(module), module, config
 
 
 def test_layers_of_different_heads_are_planned_for_by_the_largest():
     settings = {"head_dim": 8, "global_head_dim": 16, "vocab_size_per_layer_input": 300}
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 0}
     sizes, module, config = sizes_by_layer("gemma4_text", **settings, **kinds)
-    assert (sizes.heads, sizes.head_size, sizes.hidden) == (4, 16, 32)
+    assert (sizes.heads, sizes.hidden) == (4, 32)
     assert layer_settings(config, "head_dim") == [8, 16, 8, 16] and setting(config, "head_dim") == [8, 16, 8, 16]
-    assert sizes.layer_weights == sum(p.numel() for p in module.model.layers.parameters()) / 4
-    largest = max(sum(p.numel() for p in layer.parameters()) for layer in module.model.layers)
-    assert weights_of(module, torch.float32, False).layer == 4 * largest > 4 * sizes.layer_weights
+    weights = [sum(p.numel() for p in layer.parameters()) for layer in module.model.layers]
+    assert weights_of(module, torch.float32, False).layer == 4 * max(weights) > sum(weights)
 
 
 def test_a_setting_is_that_of_each_layer():
@@ -194,7 +149,7 @@ def test_a_setting_is_that_of_each_layer():
 
 def test_layers_with_and_without_attention_are_planned_for():
     sizes, _, _ = sizes_by_layer("jamba", mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1, num_experts=2)
-    assert (sizes.heads, sizes.head_size) == (4, 8)
+    assert sizes.heads == 4
 
 
 def test_what_the_base_cannot_take_is_found_by_the_plan(place, models):
@@ -219,10 +174,11 @@ def test_downloads_are_those_that_are_missing_and_kept(place, models):
     one = replace(one, checkpoint=of_hub(one.checkpoint, "one", 7 * GB))
     two = replace(two, checkpoint=of_hub(two.checkpoint, "base", 5 * GB))  # as an adapter of the base: fetched once
     found = replace(found, base=base, candidates=[one, two])
-    disk = planned(config, found).disk
-    assert (disk.downloads, disk.downloads_kept) == (12 * GB, 12 * GB)
-    disk = planned(replace(config, keep_downloads=False), found).disk
-    assert (disk.downloads, disk.downloads_kept) == (12 * GB, 5 * GB)
+    plan = planned(config, found)
+    output = plan.output + int(plan.output * preflight.MARGIN) + preflight.MARGIN_FLAT
+    assert (plan.downloads, plan.disk_needed) == (12 * GB, output + 12 * GB)
+    plan = planned(replace(config, keep_downloads=False), found)
+    assert (plan.downloads, plan.disk_needed) == (12 * GB, output + 5 * GB)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,100 +186,126 @@ def test_downloads_are_those_that_are_missing_and_kept(place, models):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def refusal(plan, **room):
+def refusal(plan):
     with pytest.raises(ConfigError) as caught:
-        check(plan, replace(PLENTY, folder=plan.output.parent, **room))
+        check(plan)
     return str(caught.value).splitlines()
 
 
 def test_with_room_for_everything_there_is_nothing_to_say(place):
-    assert check(made_up(place), PLENTY) == []
-    assert check(made_up(place), replace(PLENTY, memory=None)) == []
+    assert check(made_up(place)) == check(made_up(place, free=None)) == []
+    assert check(made_up(place, disk_free=17 * GB)) == []
 
 
-def test_all_that_is_missing_is_named_at_once(place):
-    lines = refusal(made_up(place), disk=GB, memory=GIB, refusal="it can't be written")
-    words = ["can't be written", "free: make room", "fit into the memory"]
-    assert [re.search("|".join(words), line)[0] for line in lines] == words
+def test_all_that_is_missing_is_named_at_once_with_what_is_needed_and_free(place):
+    disk, memory = refusal(made_up(place, disk_free=16 * GB, free=GIB))
+    assert str(place / "out") in disk and "17.00 GB are needed" in disk and "16.00 GB are free" in disk
+    assert "cuda:0: 19.00 GiB are needed in bfloat16, 1.00 GiB are free" in memory
 
 
-def test_a_disk_that_is_too_small(place, monkeypatch):
-    plan = made_up(place)
-    assert plan.disk.needed == 16 * GB + 160_000_000 + 2**20
-    assert check(plan, replace(PLENTY, disk=plan.disk.needed)) == []
-    assert refusal(plan, disk=plan.disk.needed - 1) == [
-        f"writing {place / 'out'} takes 16.16 GB, the disk of {place} has 16.16 GB free: make room, or name a "
-        "directory on a larger disk with --output"
-    ]
-    (place / "out").mkdir()
-    (place / "out/model.safetensors").write_text("")
-    line = refusal(plan, disk=GB)[0]
-    assert line.endswith("goes only after the new one stands, so moving it away makes room")
-    # What is fetched meanwhile counts where it lies on the same disk.
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "not/there/yet"))
-    fetching = replace(plan, disk=replace(plan.disk, downloads=9 * GB, downloads_kept=9 * GB))
-    assert "takes 16.16 GB beside 9.00 GB of downloads, " in refusal(fetching, disk=20 * GB)[0]
-    monkeypatch.setattr(room, "_same_disk", lambda *_: False)
-    assert check(fetching, replace(PLENTY, disk=20 * GB)) == []
-
-
-def test_memory_that_surely_does_not_suffice(place):
+def test_memory_that_surely_and_that_perhaps_does_not_suffice(place):
     plan = made_up(place, memory=Memory(15 * GIB, GIB // 2, 0, GIB // 2, GIB // 4))
-    assert refusal(plan, memory=int(16.5 * GIB) - 1) == [
-        "the base (15.00 GiB in bfloat16) and what is searched at a time (1.50 GiB) don't fit into the memory of "
-        "cuda:0, which has 16.50 GiB free, 16.50 GiB are needed: end other programs that use it, or choose a device "
-        "with more memory"
-    ]
+    assert "16.50 GiB are needed" in refusal(replace(plan, free=int(16.5 * GIB) - 1))[0]
+    on_cpu = replace(plan, device=torch.device("cpu"))
+    assert "17.00 GiB are needed" in refusal(replace(on_cpu, free=17 * GIB - 1))[0]  # it can't do with less
     # The activations alone refuse nothing: what they take is not known so well.
-    assert check(plan, replace(PLENTY, memory=plan.memory.reserved)) == []
-    (warning,) = check(plan, replace(PLENTY, memory=17 * GIB))
-    assert warning == (
-        "memory may not suffice: cuda:0 has 17.00 GiB free, about 17.25 GiB are needed, of which 0.25 GiB for "
-        "activations; fewer merge_ratios need less"
-    )
+    assert check(replace(plan, free=plan.memory.reserved)) == []
+    (warning,) = check(replace(plan, free=17 * GIB))
+    assert "17.00 GiB free" in warning and "17.25 GiB are needed" in warning and "merge_ratios" in warning
 
 
 def test_what_would_help_against_too_little_memory(place):
-    line = refusal(made_up(place), memory=18 * GIB)[0]
-    assert "what is searched at a time (4.00 GiB)" in line and "or set merge_headers: false, or" in line
-    assert "merge_headers" not in refusal(made_up(place), memory=16 * GIB - 1)[0]  # it would not help
-    line = refusal(made_up(place, arithmetic=Arithmetic(torch.float32), device=torch.device("cpu")), memory=18 * GIB)[0]
-    assert (
-        "close other programs" in line
-        and "set compute_dtype: bfloat16, which takes half, or use a machine with more" in line
-    )
+    (line,) = refusal(made_up(place, free=18 * GIB))
+    assert "merge_headers: false" in line and "compute_dtype" not in line
+    no_header = Memory(15 * GIB, GIB, 0, 0, 0)
+    (line,) = refusal(made_up(place, free=15 * GIB, memory=no_header, arithmetic=Arithmetic(torch.float32)))
+    assert "compute_dtype: bfloat16" in line and "merge_headers" not in line
 
 
-def test_room_is_what_the_machine_says(place, models, monkeypatch):
-    plan = made_up(place, output=place / "new/deeper/out", device=torch.device("cpu"))
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 if path == place else 0))
+def test_layers_that_stay_in_the_memory_of_the_cpu_are_a_warning(place):
+    (warning,) = check(made_up(place, placement=(torch.device("cuda:0"), torch.device("cpu"))))
+    assert "1 of 32 layers" in warning
+
+
+def test_free_is_what_the_machine_says(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=11))
-    assert find_available(plan) == Available(place, disk=5, memory=11, refusal=None)
-    assert find_available(replace(plan, device=torch.device("mps"))).memory is None
+    assert preflight._free_on(torch.device("cpu"), 2) == 5
+    assert preflight._free_on(torch.device("mps"), 1) is None
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (13 if device.index == 1 else 0, 99))
-    assert find_available(replace(plan, device=torch.device("cuda:1"))).memory == 13
-    assert list(place.iterdir()) == []  # the folder that was tried is gone
+    assert preflight._free_on(torch.device("cuda:1"), 2) == 13
 
 
-def test_what_an_unfinished_run_has_left_makes_room(place, monkeypatch):
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+def test_disk_is_that_of_the_output_with_what_an_unfinished_run_has_left(place, models, monkeypatch):
+    config, found = opened(place, models)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "not/there/yet"))
+    asked = []
+
+    def usage(path):
+        asked.append(path)
+        return SimpleNamespace(free=10**9)
+
+    monkeypatch.setattr(preflight.shutil, "disk_usage", usage)
     (place / "out.partial").mkdir()
     (place / "out.partial/model-00001-of-00002.safetensors").write_bytes(b"weights")
-    assert find_available(made_up(place, device=torch.device("cpu"))).disk == 107
+    assert planned(config, found).disk_free == 10**9 + 7 and asked == [place]
 
 
-def test_a_place_where_nothing_can_be_made(place, monkeypatch):
-    (place / "file").write_text("")
-    plan = made_up(place, output=place / "file/out", device=torch.device("cpu"))
-    assert "Not a directory" in find_available(plan).refusal
+# ---------------------------------------------------------------------------------------------------------------------
+# How long it will take, and the plan in words
+# ---------------------------------------------------------------------------------------------------------------------
 
-    def read_only(**_):
-        raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(places.tempfile, "mkdtemp", read_only)
-    told = find_available(replace(plan, output=place / "out")).refusal
-    assert f"nothing can be made in {place} (Read-only file system); name another one" in told
-    assert refusal(plan, refusal=told) == [told]
+def test_the_estimate_is_a_timed_forward_times_the_work(place, monkeypatch):
+    timed = []
+    monkeypatch.setattr(estimate, "_seconds_of_a_layer", lambda _, tokens, plan: timed.append(tokens) or 2.0)
+    plan = made_up(place)
+    plan = replace(plan, config=replace(plan.config, baselines=False))
+    layers = sum(range(1, 33))  # forwards that all layers take, for one ratio
+    assert plan.forwards == 8 * layers + 4 * 32 and plan.decisions == 65
+    per_token = 2.0 / 1000
+    assert estimate_seconds(plan, None) == pytest.approx(per_token * 2 * plan.forwards * 1076)
+    more = replace(plan, trial_tokens=100, neutral_tokens=50)
+    assert estimate_seconds(more, None) == pytest.approx(per_token * (2 * plan.forwards * 1176 + 3 * 50 * 32))
+    whole = replace(plan, config=replace(plan.config, baselines=True))
+    assert estimate_seconds(whole, None) == pytest.approx(per_token * 2 * (plan.forwards + 32) * 1076)
+    some = replace(plan, config=replace(plan.config, layers=(31,), merge_headers=False))
+    assert some.forwards == 8 and timed == [1000] * 3
+
+
+@pytest.mark.parametrize("search", ["greedy", "joint"])
+def test_a_real_model_has_an_estimate_and_stays_as_it_is(place, models, search):
+    config, found = opened(place, models)
+    plan = planned(replace(config, search=search), found)
+    assert 0 < estimate_seconds(plan, found.module) < 1000
+    assert len(found.module.model.layers) == 3 and all(one.is_meta for one in found.module.parameters())
+    assert estimate_seconds(plan, SimpleNamespace()) is None
+
+
+def test_the_plan_in_words(place):
+    plan = made_up(place, downloads=31 * GB)
+    text = "\n".join(plan_lines(plan, 612.0))
+    for part in ("2 (one, two)", "lerp at 4 ratios", "the header at 4", "65 a candidate, 130 in all", "14 pairs"):
+        assert part in text
+    for part in ("1,076 tokens in 2 packs", "16.00 GB to", "900.00 GB free", "20.00 GiB on cuda:0", "79.00 GiB free"):
+        assert part in text
+    assert "31.00 GB still" in text and "about 10 min" in text
+    text = "\n".join(plan_lines(made_up(place, free=None), None))
+    assert "Downloads" not in text and "GiB free" not in text and "not known" in text
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.04, "0.0 s"),
+        (42.4, "42 s"),
+        (5900.0, "98 min"),
+        (7199.0, "2 h 00 min"),
+        (100_000.0, "27 h 47 min"),
+        (700_000.0, "8 days 2 h"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):

@@ -35,31 +35,6 @@ def test_an_error_names_the_program_and_what_was_typed(script, capsys):
     assert second.endswith("error: unrecognized arguments: --no\\x1bsuch")
 
 
-@pytest.mark.parametrize(
-    "text, merging, mapping",
-    [
-        ("my.yaml", "--config my.yaml", "--config my.yaml"),
-        ("my own.YML", "--config 'my own.YML'", "--config 'my own.YML'"),
-        ("settings", "--config settings", "--config settings"),
-        ("folder", "--set directories.model_path1=folder", "--model folder"),
-        ("model.gguf", "--set directories.model_path1=model.gguf", "--model model.gguf"),
-        ("org/name@main", "--set directories.model_path1=org/name@main", "--model org/name@main"),
-        ("nothing", None, None),
-    ],
-)
-@pytest.mark.parametrize("before", [[], ["--confg"], ["--quiet"]])
-def test_what_has_no_option_is_told_which_one_it_needs(place, capsys, before, text, merging, mapping):
-    (place / "folder").mkdir()
-    for file in ("settings", "model.gguf"):
-        (place / file).write_text("")
-    for program, hint in ((merge_monster, merging), (monster_mapper, mapping)):
-        with pytest.raises(SystemExit) as caught:
-            program.main([*before, text])
-        told = capsys.readouterr().err.splitlines()[-1]
-        assert caught.value.code == 2 and text in told
-        assert f"did you mean {hint}" in told if hint else "did you mean" not in told
-
-
 @pytest.mark.parametrize("script", PROGRAMS)
 def test_a_package_that_is_not_installed_is_one_line(script, tmp_path):
     (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError('', name='pydantic')")

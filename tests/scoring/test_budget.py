@@ -30,7 +30,7 @@ from modules.scoring.packing import Inputs, attention_mask, build_packs, depths,
 from modules.scoring.tokenization import Encoded
 
 GIB = 1 << 30
-LLAMA_7B = Sizes(32, 4096, 14336, 32, 128, 32000, 218e6, 218e6, 262e6)
+LLAMA_7B = Sizes(32, 4096, 14336, 32, 32000)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 

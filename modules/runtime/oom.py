@@ -10,14 +10,14 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 # Some devices, and the libraries below PyTorch, say it in a RuntimeError of no kind of its own.
-_SAID = ("out of memory", "not enough memory", "ALLOC_FAILED", "DefaultCPUAllocator")
+_MESSAGES = ("out of memory", "not enough memory", "ALLOC_FAILED", "DefaultCPUAllocator")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of whatever device, did not suffice."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _MESSAGES)
 
 
 def within_memory(work: Callable[[], Value], take_less: Callable[[], bool]) -> Value:
@@ -34,7 +34,7 @@ def within_memory(work: Callable[[], Value], take_less: Callable[[], bool]) -> V
                 raise
             failure = error
         # Not within the handler: there, the failed try's frames and their tensors are still held.
-        _let_go(failure)
+        _release_frames(failure)
         if not take_less():
             try:
                 raise failure
@@ -42,10 +42,11 @@ def within_memory(work: Callable[[], Value], take_less: Callable[[], bool]) -> V
                 del failure  # else this frame and the error would hold each other, and with them all callers' frames
 
 
-def _let_go(failure: BaseException) -> None:
+def _release_frames(failure: BaseException) -> None:
     """Drop what the frames that an error came through held, in whatever thread they were, and the frames themselves:
     they would hold what their callers held until the garbage is collected."""
-    one: BaseException | None = failure
-    while one is not None:
-        traceback.clear_frames(one.__traceback__)
-        one.__traceback__, one = None, one.__context__
+    error: BaseException | None = failure
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__context__

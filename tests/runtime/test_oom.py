@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from modules.runtime.shortage import is_out_of_memory, within_memory
+from modules.runtime.oom import is_out_of_memory, within_memory
 
 
 @pytest.fixture(autouse=True)
