@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 import merge_monster
 import modules.checkpoints.writing
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.checkpoints.hub import Prefetcher
+from modules.checkpoints.downloads import Prefetcher
 from modules.config import NO_PART, Config, load_config
 from modules.model import arithmetics
 from modules.output.journal import JournalCopy
