@@ -221,6 +221,7 @@ def plain(tmp_path_factory):
     return make(tmp_path_factory.mktemp("plain") / "model")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", LOST)
 def test_what_transformers_cannot_say_is_refused_by_name(tmp_path, plain, name):
     keys, tensors, words = LOST[name]
