@@ -48,11 +48,13 @@ def with_buffers(config: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
 def settle_attention(checkpoint: Checkpoint) -> list[str]:
     """Where a configuration asks for an attention implementation other than those that come with PyTorch, take the
     usual one instead; a line about it. Where the other's package is missing, transformers would fetch one."""
-    wanted = {part._attn_implementation for part in parts_of(checkpoint.config)} - {None, "eager", "sdpa"}
+    wanted = {part._attn_implementation for part in parts_of(checkpoint.config)} - {None, "eager"}
     if not wanted:
         return []
-    checkpoint.config._attn_implementation = None
-    named = ", ".join(sorted(wanted))
+    checkpoint.config._attn_implementation = None  # PyTorch's own, where the architecture has it
+    named = ", ".join(sorted(wanted - {"sdpa"}))
+    if not named:
+        return []
     return [f"{checkpoint.text}: its config.json asks for the attention implementation {named}; the usual one is taken"]
 
 

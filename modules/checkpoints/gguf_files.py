@@ -138,18 +138,18 @@ def _write(header: GgufHeader, folder: Path, tokenizer: str | None) -> list[str]
     file = header.file
     rebuilt = rebuild_tokenizer(file) if tokenizer is None else None
     chosen = load_tokenizer(Path(tokenizer)) if rebuilt is None else rebuilt.tokenizer
-    place = {"gguf_file": str(file.resolve()), "local_files_only": True}  # nothing that lies beside it is read
+    source = {"gguf_file": str(file.resolve()), "local_files_only": True}  # nothing that lies beside it is read
     try:
         # A bar is shown that no setting keeps away.
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), without_panics():
-            config, zeros, warnings = _understood(AutoConfig.from_pretrained(folder, **place), header)
+            config, zeros, warnings = _understood(AutoConfig.from_pretrained(folder, **source), header)
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=_dtype_of(header.kind),
                 output_loading_info=True,
-                **place,
+                **source,
             )
     except MemoryError:
         raise ConfigError(f"{file}: there is too little memory to dequantise it") from None

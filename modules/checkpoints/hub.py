@@ -139,24 +139,31 @@ def find(location: Location) -> Repository:
 
     What the cache has is taken where the hub can't be asked. Raises ConfigError if the cache has nothing either.
     """
-    repo = location.repo
     try:
-        info = HfApi().model_info(repo, revision=location.revision, files_metadata=True, timeout=TIMEOUT)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        cached = {name for name in sizes if isinstance(try_to_load_from_cache(repo, name, revision=info.sha), str)}
-        names = small_files(sizes) + licence_files(sizes)
-        folder = _snapshot(
-            repo, location.revision, names
-        )  # by this name it is found again where the hub can't be asked
-        note = f"{location.text} is at commit {folder.name}"
-        new = set(names) - cached
-        return Repository(location, folder, sizes, folder.name, was_cached=bool(cached), fetched=new, notes=[note])
+        return _from_hub(location)
     except Exception as error:  # whatever the network library raises
         trouble = reason(location, error)
+    return _from_cache(location, trouble)
+
+
+def _from_hub(location: Location) -> Repository:
+    repo = location.repo
+    info = HfApi().model_info(repo, revision=location.revision, files_metadata=True, timeout=TIMEOUT)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    cached = {name for name in sizes if isinstance(try_to_load_from_cache(repo, name, revision=info.sha), str)}
+    names = small_files(sizes) + licence_files(sizes)
+    folder = _snapshot(repo, location.revision, names)  # by this name it is found again where the hub can't be asked
+    note = f"{location.text} is at commit {folder.name}"
+    new = set(names) - cached
+    return Repository(location, folder, sizes, folder.name, was_cached=bool(cached), fetched=new, notes=[note])
+
+
+def _from_cache(location: Location, trouble: str) -> Repository:
+    """What the cache has of a model, since the hub can't be asked. trouble: why not."""
     try:
         # Of an older cache nobody knows what is missing; of this one, it is an error if the first file is.
-        folder = _snapshot(repo, location.revision, ["config.json"], local_files_only=True)
-        sizes = _cached_sizes(repo, folder)
+        folder = _snapshot(location.repo, location.revision, ["config.json"], local_files_only=True)
+        sizes = _cached_sizes(location.repo, folder)
     except Exception:  # not in the cache
         cache = constants.HF_HUB_CACHE
         raise ConfigError(f"{location.text}: no such folder, not in the hub's cache ({cache}), and {trouble}") from None

@@ -121,7 +121,7 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
         reader = open_reader(path, [file])
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
-    whole, sides = _sorted_out(path, reader.tensors)
+    whole, sides = _whole_and_low_rank(path, reader.tensors)
     if not whole and not sides:
         raise ConfigError(f"{path / file}: the adapter is empty")
     alphas = _alphas(path, settings, [module for module, _ in sides])
@@ -156,7 +156,9 @@ def _is_target(settings: Mapping[str, Any], module: str) -> bool:
     return not isinstance(targets, list) or any(f".{module}".endswith(f".{target}") for target in targets)
 
 
-def _sorted_out(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[tuple[str, bool], dict[str, str]]]:
+def _whole_and_low_rank(
+    path: Path, names: Iterable[str]
+) -> tuple[dict[str, str], dict[tuple[str, bool], dict[str, str]]]:
     """An adapter's tensors: those in the place of the model's, by the model's name; and of every module, and whether it
     is an embedding, the names of A and B. Raises ConfigError for any other."""
     whole: dict[str, str] = {}

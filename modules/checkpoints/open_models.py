@@ -7,7 +7,6 @@ printing.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from transformers import PreTrainedModel
 
@@ -27,7 +26,6 @@ from modules.runtime import ConfigError
 
 Fetch = Callable[[Job], None]  # returns when a job's files are there
 Tell = Callable[[Sequence[str]], None]  # gives the person at the terminal some lines while models are opened
-In, Out = TypeVar("In"), TypeVar("Out")
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,8 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
     base_location = _base_location(config)
     locations = list(dict.fromkeys([base_location, *(place for source in sources for place in source.places)]))
     _tell_of_the_hub(locations, tell)
-    found = _all_or_problems(lambda location: _find(location, config, tell), locations)
-    first: dict[Path, Repository] = {}
-    for number, repository in enumerate(found):  # one commit under two names: what was fetched of it is known to both
-        same = first.setdefault(repository.folder, repository)
-        found[number] = replace(repository, was_cached=same.was_cached, fetched=same.fetched)
-    repositories = dict(zip(locations, found, strict=True))
-    for repository in found:
+    repositories = _find_all(locations, config, tell)
+    for repository in repositories.values():
         notes += repository.notes
     base_repository = repositories[base_location]
     for source in list(sources):
@@ -93,14 +86,19 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
             f"{base.text}: {name} is a link out of this folder, which is not followed when the output is written; "
             f"put a copy in its place, or name the model's own folder ({(base.path / name).resolve().parent})"
         )
-    opener = _Opener(config.trust_remote_code, fetch, base, opened.module)
-    candidates = _all_or_problems(
-        lambda named: opener.candidate(named[0], named[1], [repositories[place] for place in named[1].places]),
-        zip(names, sources, strict=True),
-    )
+    candidates: list[Candidate] = []
+    problems: list[str] = []
+    for name, source in zip(names, sources, strict=True):
+        places = [repositories[location] for location in source.places]
+        try:
+            candidates.append(_open_candidate(name, source, places, opened, config, fetch))
+        except ConfigError as error:
+            problems += error.args
+    if problems:
+        raise ConfigError(*problems)
     notes += [*base.notes, *opened.notes, *base.companions.notes]
     warnings = list(opened.warnings)
-    for repository in found:
+    for repository in repositories.values():
         warnings += repository.warnings
     for candidate in candidates:
         notes += [*candidate.notes, *candidate.checkpoint.notes]
@@ -173,6 +171,25 @@ def _base_location(config: Config) -> Location:
     return location
 
 
+def _find_all(locations: Sequence[Location], config: Config, tell: Tell) -> dict[Location, Repository]:
+    """The files of each location. Raises ConfigError, for all that can't be found."""
+    found: dict[Location, Repository] = {}
+    by_folder: dict[Path, Repository] = {}
+    problems: list[str] = []
+    for location in locations:
+        try:
+            repository = _find(location, config, tell)
+        except ConfigError as error:
+            problems += error.args
+            continue
+        # Two locations may be one commit of the hub: what was fetched of it is known to both.
+        same = by_folder.setdefault(repository.folder, repository)
+        found[location] = replace(repository, was_cached=same.was_cached, fetched=same.fetched)
+    if problems:
+        raise ConfigError(*problems)
+    return found
+
+
 def _find(location: Location, config: Config, tell: Tell) -> Repository:
     """The files of a location; of the hub's models, the small ones are fetched; of a GGUF file, a folder is made.
 
@@ -211,60 +228,42 @@ def _open_model(
         raise
 
 
-@dataclass(frozen=True)
-class _Opener:
-    """What all candidates are opened with."""
+def _open_candidate(
+    name: str, source: Source, repositories: Sequence[Repository], base: Models, config: Config, fetch: Fetch
+) -> Candidate:
+    """A model, an adapter for the base, or a model with its adapter. Raises ConfigError if it does not fit.
 
-    trusted: bool
-    fetch: Fetch
-    base: Checkpoint
-    module: PreTrainedModel
-
-    def candidate(self, name: str, source: Source, repositories: Sequence[Repository]) -> Candidate:
-        """A model, an adapter for the base, or a model with its adapter. Raises ConfigError if it does not fit.
-
-        repositories: one, or a model's and its adapter's.
-        """
-        last = repositories[-1]
-        brings_adapter = ADAPTER_SETTINGS in last.sizes
-        if source.adapter is None and (holds_weights(last.sizes) or not brings_adapter):
-            checkpoint = _open_model(last, name, self.trusted, self.fetch, self.base)
+    repositories: one, or a model's and its adapter's.
+    """
+    last = repositories[-1]
+    brings_adapter = ADAPTER_SETTINGS in last.sizes
+    notes: list[str] = []
+    if source.adapter is None and (holds_weights(last.sizes) or not brings_adapter):
+        checkpoint = _open_model(last, name, config.trust_remote_code, fetch, base.base)
+        if brings_adapter:
             notes = [f"{source.text} also holds an adapter, which is not applied; to apply it, name it behind a plus"]
-            notes = notes if brings_adapter else []
-        elif not brings_adapter:
-            raise ConfigError(f"{last.text}: no adapter here ({ADAPTER_SETTINGS} is missing)")
-        else:
-            checkpoint, notes = self._with_adapter(name, repositories)
-        candidate = open_candidate(checkpoint, self.base, self.module)
-        return replace(candidate, notes=[*notes, *candidate.notes], repositories=repositories, text=source.text)
-
-    def _with_adapter(self, name: str, repositories: Sequence[Repository]) -> tuple[Checkpoint, list[str]]:
-        """A model with an adapter applied, and a line if the adapter was trained on another one, as far as names
-        tell."""
-        *models, repository = repositories
-        read_settings(repository.folder)  # before anything is fetched in vain
-        weights = [file for file in ADAPTER_WEIGHTS if file in repository.sizes]
-        self.fetch(Job(name, repository, weights[:1]))
-        adapter = open_adapter(repository.folder, name, self.trusted)
-        plain = self.base
-        for model in models:
-            plain = _open_model(model, name.split("+")[0], self.trusted, self.fetch, self.base)
-        adapted = adapt(plain, adapter, self.base, self.module)
-        trained_on = adapter.trained_on.rstrip("/").rsplit("/")[-1]
-        applied_to = plain.repository.location.repo.split("/")[-1] or plain.path.resolve().name
-        if not trained_on or trained_on.casefold() == applied_to.casefold():
-            return adapted, []
-        return adapted, [f"{name}: the adapter was trained on {adapter.trained_on}, and is applied to {plain.name}"]
+    elif not brings_adapter:
+        raise ConfigError(f"{last.text}: no adapter here ({ADAPTER_SETTINGS} is missing)")
+    else:
+        checkpoint, notes = _with_adapter(name, repositories, base, config, fetch)
+    candidate = open_candidate(checkpoint, base.base, base.module)
+    return replace(candidate, notes=[*notes, *candidate.notes], repositories=repositories, text=source.text)
 
 
-def _all_or_problems(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
-    """What the function makes of each item. Raises ConfigError with all that it could make nothing of."""
-    results, problems = [], []
-    for item in items:
-        try:
-            results.append(function(item))
-        except ConfigError as error:
-            problems += error.args
-    if problems:
-        raise ConfigError(*problems)
-    return results
+def _with_adapter(
+    name: str, repositories: Sequence[Repository], base: Models, config: Config, fetch: Fetch
+) -> tuple[Checkpoint, list[str]]:
+    """A model with an adapter applied, and a line if the adapter was trained on another one, as far as names tell."""
+    trusted = config.trust_remote_code
+    *models, repository = repositories
+    read_settings(repository.folder)  # before anything is fetched in vain
+    weights = [file for file in ADAPTER_WEIGHTS if file in repository.sizes]
+    fetch(Job(name, repository, weights[:1]))
+    adapter = open_adapter(repository.folder, name, trusted)
+    plain = _open_model(models[0], name.split("+")[0], trusted, fetch, base.base) if models else base.base
+    adapted = adapt(plain, adapter, base.base, base.module)
+    trained_on = adapter.trained_on.rstrip("/").rsplit("/")[-1]
+    applied_to = plain.repository.location.repo.split("/")[-1] or plain.path.resolve().name
+    if not trained_on or trained_on.casefold() == applied_to.casefold():
+        return adapted, []
+    return adapted, [f"{name}: the adapter was trained on {adapter.trained_on}, and is applied to {plain.name}"]

@@ -120,6 +120,7 @@ def off(folder, other, length=40):
     return ((logits(folder, length) - expected).abs().max() / expected.abs().max()).item()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_file_computes_as_the_model_that_it_was_made_from(tmp_path, name):
     architecture, model_type, settings = MODELS[name]
@@ -220,6 +221,7 @@ def plain(tmp_path_factory):
     return make(tmp_path_factory.mktemp("plain") / "model")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", LOST)
 def test_what_transformers_cannot_say_is_refused_by_name(tmp_path, plain, name):
     keys, tensors, words = LOST[name]
@@ -319,11 +321,11 @@ def test_what_differs_of_two_that_compute_alike_is_still_told(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["gemma", "qwen3", "granite", "olmo"])
-def test_models_that_compute_otherwise_are_refused(tmp_path, model_type):
+def test_models_that_compute_otherwise_are_refused(tmp_path, plain, model_type):
     """Of some of them, all tensors have the names and shapes of a Llama's."""
     more = {"head_dim": 16} if model_type in ("gemma", "qwen3") else {}
     model = make(tmp_path / "model", model_type, **more)
-    file = write_gguf(tmp_path / "tiny.gguf", make(tmp_path / "llama"), "F32")
+    file = write_gguf(tmp_path / "tiny.gguf", plain, "F32")
     with pytest.raises(ConfigError) as refused:
         as_candidate(tmp_path, model, file)
     assert str(refused.value) == f"{file} does not fit the base: architecture is llama, the base's is {model_type}"

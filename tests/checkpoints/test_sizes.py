@@ -8,14 +8,13 @@ import shutil
 import pytest
 import torch
 from adapters import make_bench
-from runs import refused
 from safetensors.torch import save_file
 
 from modules.checkpoints import weight_files
 from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
 from modules.checkpoints.companions import small_files
 from modules.checkpoints.lora import read_settings
-from modules.checkpoints.weight_files import LARGEST_SETTINGS, LARGEST_TEXT, open_reader
+from modules.checkpoints.weight_files import LARGEST_SETTINGS, open_reader
 from modules.runtime import CheckpointError, ConfigError
 
 HUGE = 3 << 30  # bytes; in a sparse file they take no room
@@ -64,13 +63,6 @@ def test_a_header_as_long_as_a_huge_file_is_not_read(tmp_path, little_memory, na
 def test_nor_where_a_file_is_only_to_be_known_again(tmp_path, little_memory):
     as_long_as_its_header(tmp_path / "model.safetensors")
     assert weight_files.fingerprint(tmp_path / "model.safetensors")["size"] == HUGE
-
-
-def test_a_run_with_such_a_candidate_is_refused(bench, place, capsys):
-    models = bench / "base", shutil.copytree(bench / "one", place / "one")
-    as_long_as_its_header(models[1] / "model.safetensors")
-    os.truncate(models[1] / "model.safetensors", LARGEST_TEXT * 2)  # which `refused` reads through
-    refused(place, models, capsys, ["one/model.safetensors", f"{HUGE - 8:,}"], "--dry-run")
 
 
 @pytest.mark.parametrize("large", [False, True])
