@@ -13,7 +13,6 @@ from itertools import cycle, islice
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache
 
 from modules.mapper.detokenize import Detokenizer
@@ -131,7 +130,8 @@ class Predictor:
         """Send the tree's nodes from `first` on through the model; log-probabilities behind the nodes in `read`."""
         model = self._model
         new = attention_mask(self._tree.parents[first:], self._mask)  # (T, first + T)
-        self._mask = torch.cat([pad(self._mask, (0, len(new))), new])
+        unseen = torch.zeros(first, len(new), dtype=torch.bool)
+        self._mask = torch.cat([torch.cat([self._mask, unseen], dim=1), new])
         logits = model.logits(
             {
                 "input_ids": torch.tensor([self._tree.tokens[first:]], device=model.device),

@@ -646,6 +646,7 @@ def test_logs_that_cannot_be_written(place, models, capsys):
     assert "the log can't be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # in this process: test_resume
 def test_ctrl_c_ends_with_130_after_the_decision(place, models):
     base, one, two = models
     ratios = [number / 200 for number in range(200)]
