@@ -1,7 +1,7 @@
 """Token ids to packs, the rows that a model is asked about; and packs to tensors on the device.
 
-Knows: token ids, common beginnings, which position answers for which token, attention masks. Refuses to know:
-tokenizers, models, probabilities.
+Knows: token ids, common beginnings, which position answers for which token, attention masks.
+Refuses to know: tokenizers, models, probabilities.
 
 Which position answers for which token (phrase "a b" in context "x y"):
 

@@ -1,7 +1,7 @@
 """How probable the model finds each pair: whole forwards, and tail forwards for the search.
 
-Knows: packs, the model's forward, what is read from its logits, ways to score that differ by rounding alone. Refuses to
-know: merging, strategies.
+Knows: packs, the model's forward, what is read from its logits, ways to score that differ by rounding alone.
+Refuses to know: merging, strategies.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

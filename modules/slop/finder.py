@@ -8,6 +8,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from modules.mapper.grammar import Grammar
 from modules.slop.human_rates import MILLION, HumanRates
@@ -29,6 +30,11 @@ class Text:
 
     prompt: int
     text: str
+
+    @cached_property
+    def words(self) -> Sequence[Word]:
+        """Its words, in order."""
+        return words_of(self.text)
 
 
 @dataclass(frozen=True)
@@ -75,14 +81,13 @@ class Findings:
 
 def find(texts: Sequence[Text], prompts: Sequence[str], human: HumanRates) -> Findings:
     """The words and phrases that texts of many prompts have and people seldom write."""
-    words = [words_of(text.text) for text in texts]
-    looping = [number for number, own in enumerate(words) if loops(own)]
-    for number in looping:
-        words[number] = []  # the others keep their numbers
-    total = sum(map(len, words))
+    looping = [loops(text.words) for text in texts]
+    # A text that repeats itself counts as an empty one: the others keep their numbers.
+    texts = [Text(text.prompt, "") if loop else text for text, loop in zip(texts, looping, strict=True)]
+    total = sum(len(text.words) for text in texts)
     phrases, names = list[Finding](), list[Finding]()
-    for phrase, places in count_phrases(texts, words, prompts, human.grammar, LEAST_PROMPTS_OF_A_NAME).items():
-        occurrences = [(number, words[number][first : first + len(phrase)]) for number, first in places]
+    for phrase, places in count_phrases(texts, prompts, human.grammar, LEAST_PROMPTS_OF_A_NAME).items():
+        occurrences = [(number, texts[number].words[first : first + len(phrase)]) for number, first in places]
         finding = _finding(phrase, occurrences, texts, total, human)
         if finding.ratio < LEAST_RATIO:
             continue
@@ -90,28 +95,27 @@ def find(texts: Sequence[Text], prompts: Sequence[str], human: HumanRates) -> Fi
             names.append(finding)
         elif finding.prompts >= LEAST_PROMPTS:
             phrases.append(finding)
-    return Findings(_without_overlaps(phrases), _without_overlaps(names), len(looping), total)
+    return Findings(_without_overlaps(phrases), _without_overlaps(names), sum(looping), total)
 
 
 def count_phrases(
-    texts: Sequence[Text], words: Sequence[Sequence[Word]], prompts: Sequence[str], grammar: Grammar, least: int
+    texts: Sequence[Text], prompts: Sequence[str], grammar: Grammar, least: int
 ) -> dict[Phrase, list[Place]]:
     """The places of all words, and of all phrases of up to LONGEST words, that texts of at least `least` prompts have.
 
     A phrase begins with a content word or a sentence, ends in no word that `grammar` refuses, and crosses no
     punctuation and no digit. A content word that shares a stem with the text's prompt does not count.
-    words: those of each text.
     """
-    prompted = [_unprompted(own, prompts[text.prompt], grammar) for text, own in zip(texts, words, strict=True)]
+    unprompted = [_unprompted(text.words, prompts[text.prompt], grammar) for text in texts]
     prompts_with = defaultdict[str, set[int]](set)
-    for text, own in zip(texts, prompted, strict=True):
-        for word in own:
+    for text, words in zip(texts, unprompted, strict=True):
+        for word in words:
             prompts_with[word].add(text.prompt)
     # A phrase is in texts of no more prompts than any of its words.
     widespread = {word for word, among in prompts_with.items() if len(among) >= least}
     places = defaultdict[Phrase, list[Place]](list)
-    for number, own in enumerate(words):
-        for first, phrase in _phrases(own, prompted[number] & widespread, grammar):
+    for number, text in enumerate(texts):
+        for first, phrase in _phrases(text.words, unprompted[number] & widespread, grammar):
             places[phrase].append((number, first))
     return {
         phrase: found for phrase, found in places.items() if len({texts[number].prompt for number, _ in found}) >= least
