@@ -19,5 +19,5 @@ from modules.checkpoints.hub import Prefetcher, bytes_needed, cache_folder, chec
 from modules.checkpoints.lora import Adapted
 from modules.checkpoints.meaning import layer_settings, ties_header
 from modules.checkpoints.open_models import Models, candidate_sources, open_base, open_models
-from modules.checkpoints.weight_files import dtype_name, index_file, is_there, local_files, read_file
+from modules.checkpoints.weight_files import TensorInfo, dtype_name, index_file, is_there, local_files, read_file
 from modules.checkpoints.writing import NewWeights, written_name

@@ -325,5 +325,4 @@ def check_space(jobs: Sequence[Job], keep: bool) -> None:
     needed, cache, free = bytes_needed(jobs, keep), constants.HF_HUB_CACHE, shutil.disk_usage(cache_folder()).free
     if needed > free:
         hint = "make room, or set HF_HOME to a folder on a larger disk"
-        hint += ", or keep_downloads: false" if keep and len(jobs) > 2 else ""
         raise ConfigError(f"{needed / 1e9:.1f} GB are to be downloaded, {cache} has room for {free / 1e9:.1f}: {hint}")

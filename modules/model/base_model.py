@@ -1,4 +1,4 @@
-"""The base model, resident on its device: load it, find its layers and header, put tensors in, save it.
+"""The base model, resident on its device: its layers and header, what it computes in, its head a few rows at a time.
 
 Knows: torch modules, devices, dtypes. Refuses to know: phrases, scores, strategies.
 
@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +29,6 @@ from modules.checkpoints import (
 from modules.model.arithmetic import FALLBACK, Arithmetic, Computing
 from modules.model.devices import wider
 from modules.model.part import Part
-from modules.model.saving import Saving, is_finite
 from modules.runtime import ConfigError, TooNarrow
 
 Result = TypeVar("Result")
@@ -47,7 +45,7 @@ TOKEN_RULES = (
 
 
 class ResidentModel:
-    """The base model in device memory, and all that saving it again needs."""
+    """The base model in device memory, or without weights: how its tensors are called, tied and stored."""
 
     def __init__(
         self,
@@ -69,10 +67,10 @@ class ResidentModel:
         self._takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
         self._state = _tensors_of(module)
         self._input_first = input_first_weights(module)
-        self._conversion = Conversion(module, checkpoint.tensors)
-        self._conversion.check_reversible()
+        self.conversion = Conversion(module, checkpoint.tensors)
+        self.conversion.check_reversible()
         self._stored_as = self._find_stored_names()
-        self._touched: dict[tuple[str, ...], Tensor] = {}  # names and, of each, whether it is no longer the base's
+        self.has_base_header = True  # for those to say who merge into it
         self._hold_vectors_in(self.arithmetic)
         self._dtypes = {name: tensor.dtype for name, tensor in self._state.items()}
 
@@ -270,7 +268,10 @@ class ResidentModel:
             return self.module(**arguments)
 
     def layer(self, index: int) -> Part:
-        """The floating-point parameters and persistent buffers of one decoder layer."""
+        """The floating-point parameters and persistent buffers of one decoder layer. Raises IndexError if there is none
+        of this number."""
+        if index >= len(self.layers):
+            raise IndexError(f"the base has layers 0 to {len(self.layers) - 1}, and no layer {index}")
         prefix = f"{self.layers_name}.{index}."
         return self.part_of([name for name in self._state if name.startswith(prefix)])
 
@@ -334,24 +335,14 @@ class ResidentModel:
         """All parameters and buffers, live; where they are tied, the same one under several names."""
         return self._state
 
-    @property
-    def groups(self) -> list[tuple[list[str], list[str]]]:
-        """See `Conversion.groups`."""
-        return self._conversion.groups
-
     def as_candidate(self) -> Candidate:
         """The base as its files have it, whatever has been merged into the model, to be read as a candidate is."""
-        return Candidate(self.checkpoint, self._conversion)
-
-    def header_has_changed(self) -> bool:
-        """Whether a merge has made the header another than the base's."""
-        names = set(self.header().tensors)
-        return any(bool(changed.any()) for part, changed in self._touched.items() if names & set(part))
+        return Candidate(self.checkpoint, self.conversion)
 
     def original_head(self) -> dict[str, Tensor]:
         """The head's tensors as the base's file has them, on the CPU in the model's dtype."""
         own, names = self._head_tensors(), {name: self._stored_as[other] for name, other in self.head_names().items()}
-        stored = self._conversion.load(set(names.values()), self.checkpoint.stream)
+        stored = self.conversion.load(set(names.values()), self.checkpoint.stream)
         return {name: stored[other].to(own[name].dtype) for name, other in names.items()}
 
     def _head_tensors(self) -> dict[str, Tensor]:
@@ -367,25 +358,24 @@ class ResidentModel:
         return Part(
             tensors={name: self._state[name] for name in names},
             dtypes={name: self._dtypes[name] for name in names},
-            saved_dtypes={name: self.saved_dtype or self._conversion.dtype(self._stored_as[name]) for name in names},
+            saved_dtypes={name: self.saved_dtype or self.conversion.dtype(self._stored_as[name]) for name in names},
             input_axes={name: -2 if name in self._input_first else -1 for name in names},
-            touched=self._touched,
         )
 
     def _find_stored_names(self) -> dict[str, str]:
         """Parameter name -> the name under which the base stores it: another one only if it is tied to that."""
-        stored = {id(tensor): name for name, tensor in self._state.items() if name in self._conversion}
-        found = {name: name if name in self._conversion else stored.get(id(self._state[name])) for name in self._state}
+        stored = {id(tensor): name for name, tensor in self._state.items() if name in self.conversion}
+        found = {name: name if name in self.conversion else stored.get(id(self._state[name])) for name in self._state}
         missing = [name for name, other in found.items() if other is None]
         if missing:
             raise ConfigError(f"{self.checkpoint.path}: the weights lack {', '.join(missing[:3])}")
         for name, tensor in self._state.items():
-            dtype = self._conversion.dtype(found[name])
+            dtype = self.conversion.dtype(found[name])
             if tensor.is_floating_point() and not dtype.is_floating_point:
                 raise ConfigError(f"{self.checkpoint.path}: {name} is stored as {dtype}, not as a floating-point type")
-        mixed = [name for name in self._conversion if len(self._conversion.dtypes(name)) > 1]
+        mixed = [name for name in self.conversion if len(self.conversion.dtypes(name)) > 1]
         if mixed and self.saved_dtype is None:
-            kinds = " and ".join(sorted(dtype_name(dtype) for dtype in self._conversion.dtypes(mixed[0])))
+            kinds = " and ".join(sorted(dtype_name(dtype) for dtype in self.conversion.dtypes(mixed[0])))
             raise ConfigError(f"{self.checkpoint.path}: {mixed[0]} is stored as {kinds}; set dtype to one of them")
         return {name: other for name, other in found.items() if other is not None}
 
@@ -414,7 +404,7 @@ class ResidentModel:
 
     def _stored(self, name: str) -> Tensor:
         """A tensor as the base's files have it, on the CPU."""
-        return self._conversion.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
+        return self.conversion.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
 
     def too_narrow(self, what: str) -> TooNarrow | ConfigError:
         """What is raised where a number does not fit the type that is computed in: TooNarrow if another one may be
@@ -432,25 +422,12 @@ class ResidentModel:
             f"{dtype_name(self.dtype)}: its weights are damaged, or config.json does not fit them"
         )
 
-    def save(self, folder: Path) -> None:
-        """Write weights, in the base's own shards and names, and everything else that opens the model.
 
-        Raises CheckpointError if a file can't be written.
-        """
-        saving = self.begin_saving(folder)
-        flags = [one for names, changed in self._touched.items() for one in zip(names, changed.tolist(), strict=True)]
-        touched = {id(self._state[name]) for name, changed in flags if changed}
-        for stored, names in self.groups:
-            ours = {name: self._state[name].detach() for name in names}
-            is_touched = any(id(self._state[name]) in touched for name in names)
-            copied = [] if is_touched else saving.copied(stored, names)
-            saving.copy(copied)
-            saving.write([name for name in stored if name not in copied], ours)
-        saving.finish()
-
-    def begin_saving(self, folder: Path) -> Saving:
-        """What writes this model, whose tensors are still to come, into a folder."""
-        return Saving(self.checkpoint, self._conversion, self.saved_dtype, folder)
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinite values."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def _tensors_of(module: PreTrainedModel) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Knows: vocabularies, tied weights. Refuses to know: how rows are mixed, scores.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -96,6 +96,15 @@ class HeaderRows:
         order[torch.tensor(list(self.matches))] = torch.tensor(list(self.matches.values()))
         return order
 
+    def adopted(self, part: Part, first: int = 0) -> Tensors:
+        """The rows for a part of the base's header, or for as many of its rows as the part has, from the first on. The
+        part's own rows stay where there is no match. Raises as `Part.adopt` and reading do."""
+        read = (
+            (name, self.read(name, torch.arange(first, first + len(own)), own.cpu))
+            for name, own in part.tensors.items()
+        )
+        return part.adopt(read, self.candidate.name)
+
     def read(self, name: str, rows: Tensor, own: Callable[[], Tensor] | None = None) -> Tensor:
         """Rows of one of the base's tensors by their numbers, (rows,), ascending: (rows, ...), on the CPU, as they are
         stored. own: makes the base's, which stay where there is no match; not needed if all have one.
@@ -113,10 +122,10 @@ class HeaderRows:
         return found
 
 
-def matched_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> HeaderRows:
-    """A candidate's header, matched with the base's. tokenizer: the base's. Raises HeaderSkipped if too few rows match,
-    CheckpointError if a file can't be read."""
-    part = model.header()
+def matched_header(model: ResidentModel, tokenizer: Any, candidate: Candidate, part: Part | None = None) -> HeaderRows:
+    """A candidate's header, matched with the base's. tokenizer: the base's; part: its header, if it is read in a thread
+    of its own. Raises HeaderSkipped if too few rows match, CheckpointError if a file can't be read."""
+    part = part or model.header()
     sources = _sources(model, candidate, part)
     rows = min(tensor.shape[0] for tensor in part.tensors.values())
     their_rows = min(candidate.conversion.shape(source)[0] for source in sources.values())
@@ -140,38 +149,27 @@ def own_header(model: ResidentModel) -> HeaderRows:
     return HeaderRows(base, _sources(model, base, part), {row: row for row in range(rows)})
 
 
-def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> tuple[Tensors, str | None]:
+def aligned_header(
+    model: ResidentModel, tokenizer: Any, candidate: Candidate, part: Part | None = None
+) -> tuple[Tensors, str | None]:
     """The candidate's header with its rows in the base's order, and a line about what had to be matched.
 
-    tokenizer: the base's. Raises HeaderSkipped if too few rows match, BrokenWeights if they are no numbers,
-    CheckpointError if a file can't be read.
+    tokenizer, part: see `matched_header`. Raises as that, and BrokenWeights if the rows are no numbers.
     """
-    found = matched_header(model, tokenizer, candidate)
-    return _aligned(model.header(), found, found.sources), found.note
+    part = part or model.header()
+    found = matched_header(model, tokenizer, candidate, part)
+    return found.adopted(part), found.note
 
 
 def untied_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> tuple[Tensors, Tensors]:
     """The candidate's header as `aligned_header` has it, to be held where the embedding is read, and where the head is:
     two where the candidate has a head of its own and the base has not. Raises as that."""
     part, found = model.header(), matched_header(model, tokenizer, candidate)
-    header = _aligned(part, found, found.sources)
+    header = found.adopted(part)
     if found.own_head is None:
         return header, header
     embedding, _ = model.header_names()
-    return header, _aligned(part, found, {**found.sources, embedding: found.own_head})
-
-
-def _aligned(part: Part, found: HeaderRows, sources: Mapping[str, str]) -> Tensors:
-    """A candidate's tensors in the base's order. sources: see `HeaderRows.sources`."""
-    stored = found.candidate.read(set(sources.values()))
-    ordered = (
-        (name, align_rows(stored[source], part.tensors[name].shape[0], found.matches))
-        for name, source in sources.items()
-    )
-    aligned = part.adopt(ordered, found.candidate.name)
-    for name, tensor in aligned.items():
-        keep_rows(part.tensors[name], tensor, found.matches)
-    return aligned
+    return header, replace(found, sources={**found.sources, embedding: found.own_head}).adopted(part)
 
 
 def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
@@ -251,21 +249,3 @@ def match_rows(base: Mapping[str, int], other: Mapping[str, int], roles: Mapping
     """
     counterparts = ((row, token if token in other else roles.get(token)) for token, row in base.items())
     return {row: other[counterpart] for row, counterpart in counterparts if counterpart in other}
-
-
-def align_rows(other: Tensor, rows: int, matches: Mapping[int, int]) -> Tensor:
-    """`other`'s rows in the order of the base's, (rows, ...); a row without a match is any.
-
-    other: (other rows, ...); itself, if all are in place.
-    """
-    order = [matches.get(row, 0) for row in range(rows)]
-    in_place = len(matches) == rows == other.shape[0] and order == list(range(rows))
-    return other if in_place else other[order]
-
-
-def keep_rows(base: Tensor, aligned: Tensor, matches: Mapping[int, int]) -> None:
-    """Put the base's own rows, of (rows, ...), where an aligned tensor has no match."""
-    own = [row for row in range(base.shape[0]) if row not in matches]
-    if own:
-        rows = torch.tensor(own, device=base.device)
-        aligned[rows] = base[rows]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from modules.checkpoints import Candidate, remove_downloads
+from modules.checkpoints import Candidate
 from modules.output import JointStart
 from modules.output import tables as report
 from modules.run.conductor import Conductor
@@ -52,9 +52,6 @@ class JointConductor(Conductor):
             self.watch.look()
         self._show_table(table, start, whole_in_log=True)
         self._show_watch(start)
-        if not self.config.keep_downloads:
-            downloads = [repository for candidate in candidates for repository in candidate.repositories]
-            remove_downloads(console, downloads, [search.model.checkpoint.repository])
 
     @property
     def composition(self) -> Shares:

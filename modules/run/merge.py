@@ -3,18 +3,21 @@
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from modules.checkpoints import Models, Prefetcher, check_space, fetching
 from modules.config import Config, check_apart, input_paths, read_neutral_texts
-from modules.model import Arithmetic, ModelLoader, ResidentModel
+from modules.model import Arithmetic, ModelLoader, ResidentModel, release_memory
 from modules.output import (
     JournalCopy,
     Place,
+    Recipe,
     RunRecord,
     begun_run,
     check_output,
@@ -51,6 +54,8 @@ from modules.scoring import (
     neutral_windows,
 )
 from modules.search import total_rounding
+from modules.search.joint import Rows
+from modules.search.rebuild import Rebuild
 from modules.search.search import Search
 
 
@@ -113,7 +118,7 @@ def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> tup
 
     begun: in what the run computes that goes on.
     """
-    check_space(models.jobs, loader.config.keeps_candidates)
+    check_space(models.jobs, keep=True)
     config = replace(loader.config, device=loader.device)
     plan, lines = fitting_plan(config, models, loader.rank.local_world_size, begun)
     room = find_available(plan)
@@ -146,26 +151,63 @@ def _merge(
         conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement, asked)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
-        search, model, watch = conductor.search, conductor.search.model, conductor.watch
-        composition = conductor.composition
-        if conductor.is_base:
-            console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
-        show_standings(conductor, models.candidates)
-        samples = watch.samples()
-        console.lines(report.sample_lines(samples))
-        names = [models.base.name, *(candidate.name for candidate in models.candidates)]
-        console.lines(report.share_lines(names, conductor.shares, conductor.layers))
-        console.lines(["Merge composition:", *report.composition_lines(composition), ""])
+        found = _found(conductor, models)
         clock.lap("search")
-        save(console, model, unfinished, config.directories.output_directory, record.public.text(config.text))
+        del conductor
+        release_memory()  # that of the model: what is saved comes from the files
+        rebuild = _rebuild(loader, models, record, found)
+        save(console, rebuild, models.base, unfinished, str(place.output), record.public.text(config.text))
         clock.lap("save")
-        seconds = {**clock.seconds, "watch": round(watch.seconds, 1)}
-        state = config.pairs, search.weights, search.log_probabilities
-        held_out = watch.pairs, watch.weights, watch.start.held_out, watch.now.held_out
-        seen = watch.now.drift, held_out, samples
-        recipe = record.recipe(*state, composition, *seen, model.dtypes(), seconds, conductor.shares)
+        recipe = found.recipe(seconds={**clock.seconds, "watch": found.watched})
         finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
-    end(console, config, models.base, config.directories.output_directory)
+    end(console, config, models, config.directories.output_directory)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known at the end of a search, without the model."""
+
+    devices: Mapping[str, torch.device]  # on which each tensor was merged
+    tokenizer: Any  # the base's
+    shares: Rows  # of a joint search
+    watched: float  # seconds that went into what is only shown
+    recipe: Callable[..., Recipe]  # of the seconds that the phases have taken
+
+
+def _found(conductor: Conductor, models: Models) -> Found:
+    """Tell what a search has come to, and keep it."""
+    console, config, search, watch = conductor.console, conductor.config, conductor.search, conductor.watch
+    composition, shares = conductor.composition, conductor.shares
+    if conductor.is_base:
+        console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
+    show_standings(conductor, models.candidates)
+    samples = watch.samples()
+    console.lines(report.sample_lines(samples))
+    names = [models.base.name, *(candidate.name for candidate in models.candidates)]
+    console.lines(report.share_lines(names, shares, conductor.layers))
+    console.lines(["Merge composition:", *report.composition_lines(composition), ""])
+    state = config.pairs, search.weights, search.log_probabilities
+    held_out = watch.pairs, watch.weights, watch.start.held_out, watch.now.held_out
+    seen = watch.now.drift, held_out, samples
+    recipe = partial(conductor.record.recipe, *state, composition, *seen, search.model.dtypes(), shares=shares)
+    devices = {name: tensor.device for name, tensor in search.model.tensors.items()}
+    return Found(devices, search.tokenizer, shares, round(watch.seconds, 1), recipe)
+
+
+def _rebuild(loader: ModelLoader, models: Models, record: RunRecord, found: Found) -> Rebuild:
+    """What writes the model that was scored. Raises ConfigError if a file has changed since."""
+    record.source(0, loader.config.directories.model_path1, models.base_where, models.base)
+    rebuild = Rebuild(loader.layout(models), found.devices, lambda: found.tokenizer)
+    if found.shares:
+        rebuild.mix(models.candidates, found.shares)
+    for number, candidate in enumerate(models.candidates, start=1):
+        accepted = [decision for decision in record.decisions(number) if decision.ratio is not None]
+        end = record.end(number)
+        was_read = end is None or end.failure is None  # of one that was given up, not every file can be read
+        if was_read and (accepted or any(row[number - 1] for row in found.shares)):
+            record.source(number, candidate.text, candidate.where, candidate.checkpoint)
+        rebuild.repeat(candidate, accepted)
+    return rebuild
 
 
 def begin_search(

@@ -62,7 +62,6 @@ class Disk:
     candidates: tuple[tuple[str, int], ...]  # name and what is read of it
     output: int  # weights and the files beside them
     downloads: int  # what is still to be fetched from the hub
-    downloads_kept: int  # of that, what is in the cache when the output is written
     whole: int = 0  # read once more of all candidates together, to score them taken whole
     records: int = 0  # about, of all decisions: the journal and the recipe
 
@@ -242,9 +241,6 @@ def _disk(config: Config, models: Models, module: PreTrainedModel) -> Disk:
         candidates=tuple((c.name, _bytes_read(c, module, layers, config.merge_headers)) for c in models.candidates),
         output=_stored_bytes(base, saved) + sum(beside),
         downloads=bytes_needed(models.jobs, keep=True),
-        # Searched candidates are removed again if they are not to be kept; the base is needed to the end, and so are
-        # all in a joint search.
-        downloads_kept=bytes_needed(models.jobs if config.keeps_candidates else [base.job], keep=True),
         whole=sum(_bytes_read(c, module, every, config.merge_headers) for c in models.candidates if config.baselines),
         records=2 * decisions * (RECORD + RECORD_OF_PAIR * len(config.pairs)),
     )

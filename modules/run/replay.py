@@ -56,9 +56,9 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         check_output(place, asked.overwrite)
         loader = ModelLoader(config, console, compute=Arithmetic.named(recipe.dtype))
         models = loader.open()
-        check_space(models.jobs, config.keep_downloads)
+        check_space(models.jobs, keep=True)
         _rebuild(asked, recipe, loader, place, models)
-    end(console, config, models.base, str(asked.output))
+    end(console, config, models, str(asked.output))
 
 
 def recipe_of(asked: Replay) -> Recipe:
@@ -100,7 +100,8 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
         check_source(recipe.sources[0], base)
         console.lines(_other_device(recipe, loader.device))
         tokenizer = partial(load_tokenizer, base.path, base.companions)
-        rebuild = Rebuild(loader.layout(models), resolve_device(loader.device), tokenizer)
+        layout = loader.layout(models)
+        rebuild = Rebuild(layout, dict.fromkeys(layout.tensors, resolve_device(loader.device)), tokenizer)
         arriving = _arriving(prefetcher, found)
         if recipe.joint:
             console.timed(f"{len(found)} candidates, all at once")
@@ -109,7 +110,7 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, place: Place, m
             decisions = [line.decision for line in recipe.accepted_of(source.number)]
             console.timed(f"Candidate {number}/{len(found)}: {source.name}, {len(decisions)} merges")
             rebuild.repeat(candidate, decisions)
-        save(console, rebuild, unfinished, str(asked.output), told.config)
+        save(console, rebuild, base, unfinished, str(asked.output), told.config)
         finish(console, unfinished, told, place.output, base, asked.overwrite)
 
 

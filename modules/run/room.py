@@ -88,7 +88,7 @@ def check(plan: Plan, room: Available) -> list[str]:
 
 def _writing_problems(plan: Plan, room: Available) -> list[str]:
     problems = [room.refusal] if room.refusal else []
-    fetched = plan.disk.downloads_kept if _same_disk(room.folder, cache_folder()) else 0
+    fetched = plan.disk.downloads if _same_disk(room.folder, cache_folder()) else 0
     if plan.disk.needed + fetched > room.disk:
         what = f"writing {plan.output} takes {on_disk(plan.disk.needed)}"
         what += f" beside {on_disk(fetched)} of downloads" if fetched else ""

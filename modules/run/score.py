@@ -54,7 +54,7 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
     if file:
         write_text(file, json.dumps(score_document(pairs, scored), ensure_ascii=False, indent=1) + "\n")
         console.timed(f"All scores are in {file}")
-    end(console, config, models.base)
+    end(console, config, models)
 
 
 def _scored(loader: ModelLoader, models: Models) -> tuple[Search, Watch, list[Scored]]:

@@ -116,12 +116,14 @@ def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer
     return scorer, of_pairs(found, encoded)
 
 
-def save(console: Console, model: ResidentModel | Rebuild, unfinished: Unfinished, output: str, settings: str) -> None:
+def save(
+    console: Console, rebuild: Rebuild, base: Checkpoint, unfinished: Unfinished, output: str, settings: str
+) -> None:
     """Write a model and the text of the settings that made it; `output` is where they will be in the end."""
     console.timed(f"Saving to {output}")
     with naming(unfinished.folder):
-        model.save(unfinished.folder)
-    console.lines(model.checkpoint.companions.describe())
+        rebuild.save(unfinished.folder)
+    console.lines(base.companions.describe())
     with naming(unfinished.folder / SETTINGS_FILE):
         (unfinished.folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="")
 
@@ -162,10 +164,11 @@ def _paths_of_the_base(folder: Path, base: Checkpoint, public: Public) -> list[s
     return lines
 
 
-def end(console: Console, config: Config, base: Checkpoint, output: str = "") -> None:
+def end(console: Console, config: Config, models: Models, output: str = "") -> None:
     """Leave no download that is not to be kept, and say that all is done. output: what there is to be published."""
     if not config.keep_downloads:
-        remove_downloads(console, [base.repository])
+        candidates = [repository for candidate in models.candidates for repository in candidate.repositories]
+        remove_downloads(console, [models.base.repository, *candidates])
     if output:
         console.line(f"To publish it: {shlex.join(['hf', 'upload', 'ORG/NAME', output, '--private'])}")
     console.final(f"Done. The log is {console.log_path}")

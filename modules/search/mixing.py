@@ -102,7 +102,7 @@ class Mix:
         with InTurn(jobs, self._streams, self.ahead) as arriving:
             for layer in layers:
                 theirs = _in_turn(shares[layer], arriving, all_arrive=False)
-                _mix(self.model.layer(layer), arriving.take(keep=True), theirs, exact)
+                mixed_into(self.model.layer(layer), arriving.take(keep=True), theirs, exact)
             if self.mixes_outside:
                 self._compose_outside(arriving, shares[-1], exact, all_arrive=False)
 
@@ -140,7 +140,7 @@ class Mix:
                 found = [_inner(gradients, base, arriving.take()) for _ in self.candidates]
                 del gradients
                 shares = update(layer, self._on_the_host(found, work.scale))
-                _mix(self.model.layer(layer), base, _in_turn(shares, arriving, all_arrive=True), exact=False)
+                mixed_into(self.model.layer(layer), base, _in_turn(shares, arriving, all_arrive=True), exact=False)
                 del base
                 arriving.let_go()
             if self.mixes_outside:
@@ -258,27 +258,18 @@ class Mix:
     def _compose_outside(self, arriving: Arriving, shares: Row, exact: bool, all_arrive: bool) -> None:
         """Mix what is outside the layers: small tensors, and the header by ranges of its rows."""
         part, header = self.model.outside(), self.model.header()
-        _mix(part, self._outside[0], zip(shares, self._outside[1:], strict=True), exact)
-        shares, changed = [shares[number - 1] for number in self._with_header[1:]], []
+        self.model.has_base_header = not any(self.header_shares([shares]))
+        mixed_into(part, self._outside[0], zip(shares, self._outside[1:], strict=True), exact)
+        shares = [shares[number - 1] for number in self._with_header[1:]]
         for name, own in header.tensors.items():
-            flags = []
             for first, end in row_ranges(own):
                 rows = replace(header, tensors={name: own.data[first:end]})
-                flags.append(mixed_into(rows, arriving.take(keep=True), _in_turn(shares, arriving, all_arrive), exact))
-            changed.append(torch.cat(flags))
-        if exact:
-            header.note_changes(torch.stack([flags.any() for flags in changed]))
+                mixed_into(rows, arriving.take(keep=True), _in_turn(shares, arriving, all_arrive), exact)
 
 
 def _in_turn(shares: Row, arriving: Arriving, all_arrive: bool) -> Iterator[tuple[float, Tensors]]:
     """Each candidate's share with its tensors. all_arrive: also of one without a share."""
     return ((share, arriving.take()) for share in shares if share or all_arrive)
-
-
-def _mix(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> None:
-    changed = mixed_into(part, base, theirs, exact)
-    if exact:
-        part.note_changes(changed)
 
 
 def mixed_into(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> Tensor:

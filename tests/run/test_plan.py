@@ -198,7 +198,7 @@ def test_what_the_base_cannot_take_is_found_by_the_plan(place, models):
         planned(replace(config, bad_phrases=(long,)), found)
 
 
-def test_downloads_are_those_that_are_missing_and_kept(place, models):
+def test_downloads_are_those_that_are_missing(place, models):
     config, found = opened(place, models)
 
     def of_hub(checkpoint, folder, size):
@@ -211,10 +211,8 @@ def test_downloads_are_those_that_are_missing_and_kept(place, models):
     one = replace(one, checkpoint=of_hub(one.checkpoint, "one", 7 * GB))
     two = replace(two, checkpoint=of_hub(two.checkpoint, "base", 5 * GB))  # as an adapter of the base: fetched once
     found = replace(found, base=base, candidates=[one, two])
-    disk = planned(config, found).disk
-    assert (disk.downloads, disk.downloads_kept) == (12 * GB, 12 * GB)
-    disk = planned(replace(config, keep_downloads=False), found).disk
-    assert (disk.downloads, disk.downloads_kept) == (12 * GB, 5 * GB)
+    for keep in (True, False):  # what is not to be kept is there until the output is written
+        assert planned(replace(config, keep_downloads=keep), found).disk.downloads == 12 * GB
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +251,7 @@ def test_a_disk_that_is_too_small(place, monkeypatch):
     assert line.endswith("goes only after the new one stands, so moving it away makes room")
     # What is fetched meanwhile counts where it lies on the same disk.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "not/there/yet"))
-    fetching = replace(plan, disk=replace(plan.disk, downloads=9 * GB, downloads_kept=9 * GB))
+    fetching = replace(plan, disk=replace(plan.disk, downloads=9 * GB))
     assert "takes 16.16 GB beside 9.00 GB of downloads, " in refusal(fetching, disk=20 * GB)[0]
     monkeypatch.setattr(room, "_same_disk", lambda *_: False)
     assert check(fetching, replace(PLENTY, disk=20 * GB)) == []

@@ -1,0 +1,80 @@
+"""What the search has scored, what the run has saved and what --replay makes of its recipe are the same numbers."""
+
+import random
+import shutil
+
+import mixes
+import pytest
+import tiny
+import torch
+from adapters import make_adapter
+from architectures import configuration
+from broken_runs import RECIPE
+from runs import log_of
+
+import merge_monster
+import modules.run.merge
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.model.loading import load_model
+
+TYPES = ["auto", "float32", "bfloat16", "float16"]
+
+
+def random_models(place, chance):
+    """A base and two candidates, one of them perhaps an adapter, or with its vocabulary in another order."""
+    kind = chance.choice(["rows elsewhere", "tied", "Mixtral", "GPT-2", "shards"])
+    if kind == "rows elsewhere":
+        base, others = mixes.with_rows_elsewhere(place)
+    else:
+        size = len(tiny.bpe_tokenizer())
+        config = (
+            tiny.llama_config(size, tied=kind == "tied") if kind in ("tied", "shards") else configuration(kind, size)
+        )
+        stored = chance.choice([torch.float32, torch.bfloat16])
+        shard = "60KB" if kind == "shards" else None
+        base = tiny.make_model(place / "base", config, tiny.bpe_tokenizer(), dtype=stored, shard=shard)
+        others = [tiny.make_candidate(place / f"other-{seed}", base, seed) for seed in (1, 2)]
+    if kind in ("tied", "shards") and chance.random() < 0.5:
+        others[0] = make_adapter(place, base, target_modules=["v_proj", "up_proj"])[0]
+    return base, others
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("seed", range(24))
+def test_scored_saved_and_built_again(place, monkeypatch, seed):
+    chance = random.Random(seed)
+    base, others = random_models(place, chance)
+    settings = {
+        "search": chance.choice(["greedy", "joint"]),
+        "merge_method": chance.choice([["lerp"], ["slerp", "lerp"], ["gradient", "cyclic"]]),
+        "merge_ratios": [0.3, 0.8],
+        "merge_headers": chance.random() < 0.8,
+        "dtype": chance.choice(TYPES),
+        "compute_dtype": chance.choice(["auto", "float32", "bfloat16", "bfloat16+float32"]),
+        "samples": [],
+        "baselines": False,
+    }
+    if settings["search"] == "joint":
+        del settings["merge_method"], settings["merge_ratios"]
+        settings |= {"joint": {"steps": 2, "step_size": 0.3}, "drift_weight": 0}
+    scored, own = {}, modules.run.merge._found
+
+    def kept(conductor, models):
+        for name, tensor in conductor.search.model.tensors.items():
+            saved = conductor.search.model.part_of([name]).saved_dtypes.get(name, tensor.dtype)
+            scored[name] = tensor.to(saved).to(tensor.dtype)
+        scored[""] = conductor.search.model.arithmetic
+        return own(conductor, models)
+
+    monkeypatch.setattr(modules.run.merge, "_found", kept)
+    path = tiny.write_config(place / "my.yaml", base, others, place / "out", **settings)
+    assert merge_monster.main(["--config", str(path)]) == 0
+    assert "nothing was accepted" not in log_of(place)
+    again = load_model(open_checkpoint(place / "out", "out"), "cpu", settings["dtype"], scored.pop(""))
+    assert again.tensors.keys() == scored.keys()
+    for name, tensor in scored.items():
+        assert torch.equal(again.tensors[name], tensor), name
+    shutil.move(place / "out", place / "first")
+    assert merge_monster.main(["--replay", str(place / "first" / RECIPE), "--output", "out"]) == 0
+    files = sorted(file.name for file in (place / "first").glob("*.safetensors"))
+    assert files and all((place / "out" / file).read_bytes() == (place / "first" / file).read_bytes() for file in files)
