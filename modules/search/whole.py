@@ -13,7 +13,7 @@ import torch
 from modules.checkpoints import Candidate, Tensors
 from modules.model import HeaderSkipped, Part, ResidentModel, Settings, untied_header
 from modules.scoring import Drift, DriftMeter, Scorer, of_pairs, streamed
-from modules.search.prefetch import ReadAhead
+from modules.search.prefetch import ReadAhead, layer_jobs
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def score_whole(
     parts = {layer: model.layer(layer) for layer in range(len(model.layers))}
     measures = [one for one in (*scorers, *meters) if one]
     inputs = [inputs for one in measures for inputs in one.inputs]
-    with ReadAhead(candidate, parts, None, streams) as ahead:
+    with ReadAhead(layer_jobs(candidate, parts, streams), streams) as ahead:
 
         def layers() -> Iterator[AbstractContextManager[None]]:
             for layer, part in parts.items():

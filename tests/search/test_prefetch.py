@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
+from modules.model.devices import side_streams
 from modules.model.loading import load_model
 from modules.runtime.errors import BrokenWeights, CheckpointError
-from modules.search.prefetch import InTurn, ReadAhead
+from modules.search.prefetch import ReadAhead, layer_jobs
 
 LAYERS = 5
 
@@ -42,7 +43,7 @@ def opened(base, other, dtype="float32"):
 @pytest.mark.parametrize("which", [1, 2])
 def test_what_is_read_ahead_is_what_is_read(folders, which, dtype):
     parts, candidate = opened(folders[0], folders[which], dtype)
-    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+    with reading(candidate, parts) as ahead:
         for layer, part in enumerate(parts):
             expected, found = part.adopt(candidate.read(part.tensors).items(), "other"), ahead.take(layer)
             assert list(found) == list(part.tensors)
@@ -52,10 +53,14 @@ def test_what_is_read_ahead_is_what_is_read(folders, which, dtype):
 
 def test_memory_is_used_again(folders):
     parts, candidate = opened(*folders[:2])
-    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+    with reading(candidate, parts) as ahead:
         places = [[tensor.data_ptr() for tensor in ahead.take(layer).values()] for layer in range(LAYERS)]
     assert places[0] == places[2] == places[4] and places[1] == places[3]
     assert not set(places[0]) & set(places[1])
+
+
+def reading(candidate, parts, **more):
+    return ReadAhead(layer_jobs(candidate, dict(enumerate(parts)), ()), **more)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def watched(candidate, count, **failure):
 def test_one_part_is_read_ahead_and_no_more(folders):
     parts, candidate = opened(*folders[:2])
     candidate = watched(candidate, 100)
-    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+    with reading(candidate, parts) as ahead:
         for number in range(LAYERS):
             ahead.take(number)
             ahead._begun[min(number + 1, LAYERS - 1)].result()  # until what is read ahead is there
@@ -99,7 +104,7 @@ def test_reading_goes_on_while_a_part_is_searched(folders):
     """The second part arrives although the one who took the first does not ask for it."""
     parts, candidate = opened(*folders[:2])
     candidate = watched(candidate, 1)
-    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+    with reading(candidate, parts) as ahead:
         first = ahead.take(0)
         kept = {name: tensor.clone() for name, tensor in first.items()}
         candidate.gate.release()
@@ -111,7 +116,7 @@ def test_reading_goes_on_while_a_part_is_searched(folders):
 def test_out_of_memory_is_no_end(folders):
     parts, candidate = opened(*folders[:2])
     candidate = watched(candidate, 100, _1=torch.OutOfMemoryError("none left"))
-    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+    with reading(candidate, parts) as ahead:
         ahead.take(0)
         again = ahead.take(1)  # by now what was there before it is gone
         assert next(iter(again)).startswith("model.layers.1.")
@@ -121,11 +126,11 @@ def test_out_of_memory_is_no_end(folders):
 def test_what_had_arrived_is_gone_as_soon_as_memory_runs_out(folders):
     """Not when the layer is asked for, and without a garbage collection: it is what is then lacking."""
     parts, candidate = opened(*folders[:2])
-    arrived = []
+    arrived, most = [], [3]
 
     def stream(names, *_room):
         for name, tensor in candidate.stream(names):
-            if names is parts[1].tensors and len(arrived) == 3:
+            if names is parts[1].tensors and len(arrived) == most[0]:
                 raise torch.OutOfMemoryError("none left")
             copy = tensor.clone()
             if names is parts[1].tensors:
@@ -134,14 +139,14 @@ def test_what_had_arrived_is_gone_as_soon_as_memory_runs_out(folders):
 
     gc.collect(), gc.disable()
     try:
-        with ReadAhead(SimpleNamespace(name="other", stream=stream), dict(enumerate(parts))) as ahead:
+        with reading(SimpleNamespace(name="other", stream=stream), parts) as ahead:
             ahead.take(0)
             ahead._begun[1].exception()
             assert len(arrived) == 3 and [one() for one in arrived] == [None] * 3
             with pytest.raises(torch.OutOfMemoryError):
                 ahead.take(1)
             assert len(arrived) == 3
-            ahead._candidate = candidate
+            most[0] = 100
             assert len(ahead.take(1)) == len(parts[1].tensors)
     finally:
         gc.enable()
@@ -154,7 +159,7 @@ def test_a_part_that_cannot_be_used_is_passed_over(folders, tmp_path):
     tiny.make_candidate(tmp_path / "broken", base)
     save_file(tensors, tmp_path / "broken/model.safetensors", metadata={"format": "pt"})
     parts, candidate = opened(base, tmp_path / "broken")
-    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+    with reading(candidate, parts) as ahead:
         ahead.take(0)
         for _ in range(2):
             with pytest.raises(BrokenWeights, match=r"other: model.layers.1.mlp.up_proj.weight"):
@@ -167,30 +172,8 @@ def test_a_file_that_goes_away_is_an_error(folders, tmp_path):
     other = tiny.make_candidate(tmp_path / "other", base)
     parts, candidate = opened(base, other)
     (other / "model.safetensors").unlink()
-    with ReadAhead(candidate, dict(enumerate(parts))) as ahead, pytest.raises(CheckpointError, match="can't be read"):
+    with reading(candidate, parts) as ahead, pytest.raises(CheckpointError, match="can't be read"):
         ahead.take(0)
-
-
-def test_the_header_comes_after_the_layers(folders):
-    parts, candidate = opened(*folders[:2])
-    made = {"a": torch.ones(3)}, "a note"
-    with ReadAhead(candidate, dict(enumerate(parts)), lambda: made) as ahead:
-        for layer, part in enumerate(parts):
-            assert list(ahead.take(layer)) == list(part.tensors)
-        assert ahead.take_header() == made == ahead.take_header()
-    with ReadAhead(candidate, {}, lambda: made) as ahead:
-        assert ahead.take_header() == made
-
-
-def test_what_keeps_a_header_from_being_made_is_raised(folders):
-    def broken():
-        raise BrokenWeights("no numbers")
-
-    parts, candidate = opened(*folders[:2])
-    with ReadAhead(candidate, {0: parts[0]}, broken) as ahead:
-        ahead.take(0)
-        with pytest.raises(BrokenWeights, match="no numbers"):
-            ahead.take_header()
 
 
 @pytest.mark.gpu
@@ -199,8 +182,9 @@ def test_what_arrives_on_a_gpu_is_what_is_read(folders, dtype):
     """While the device is busy, in memory that is used again."""
     model = load_model(open_checkpoint(folders[0], "base"), "cuda", dtype)
     candidate = open_candidate(open_checkpoint(folders[1], "other"), model.checkpoint, model.module)
+    streams = side_streams(model.devices)
     parts, busy = [model.layer(index) for index in range(LAYERS)], torch.randn(4000, 4000, device="cuda")
-    with ReadAhead(candidate, dict(enumerate(parts * 20))) as ahead:
+    with ReadAhead(layer_jobs(candidate, dict(enumerate(parts * 20)), streams), streams) as ahead:
         for number, part in enumerate(parts * 20):
             found = ahead.take(number)
             for _ in range(5):
@@ -214,7 +198,7 @@ def test_what_arrives_on_a_gpu_is_what_is_read(folders, dtype):
 def test_leaving_ends_the_thread(folders):
     parts, candidate = opened(*folders[:2])
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+    with pytest.raises(KeyboardInterrupt), reading(candidate, parts) as ahead:
         ahead.take(0)
         raise KeyboardInterrupt
     assert threading.active_count() == before
@@ -223,14 +207,14 @@ def test_leaving_ends_the_thread(folders):
 def test_nothing_is_read_ahead_any_more_once_that_is_asked(folders):
     parts, candidate = opened(*folders[:2])
     candidate = watched(candidate, 100)
-    with ReadAhead(candidate, dict(enumerate(parts))) as ahead:
+    with reading(candidate, parts) as ahead:
         kept = ahead.take(0)
         ahead.stop()
         assert list(ahead._begun) == [0] and ahead.take(0) is kept  # what is in use stays
         for layer in (1, 2):
             ahead.take(layer)
         assert [layer for layer, _ in candidate.begun] == [0, 1, 1, 2]
-    with ReadAhead(candidate, dict(enumerate(parts)), ahead=False) as ahead:
+    with reading(candidate, parts, ahead=False) as ahead:
         ahead.take(0)
         assert list(ahead._begun) == [0]
 
@@ -244,22 +228,37 @@ def test_jobs_are_done_in_turn_one_ahead():
         return number
 
     before = threading.active_count()
-    with InTurn((partial(job, number) for number in range(4)), (), True) as turn:
+    with ReadAhead({number: partial(job, number) for number in range(4)}) as ahead:
         for number in range(4):
             gate.release()
-            assert turn.take(keep=number == 1) == number
+            assert ahead.take_next(keep=number == 1) == number
             assert [one for one, *_ in done] == list(range(number + 1))  # the next waits for the gate
-        assert turn._kept == 1
+            assert list(ahead._begun) == [[0, 1], [1, 2], [1, 2, 3], [1, 3]][number]
+        ahead.release()
+        assert not ahead._begun
     assert threading.active_count() == before
     assert all(thread is not threading.main_thread() and not grad for _, thread, grad in done)
 
 
+def test_what_is_kept_and_lacked_memory_is_read_anew():
+    failures = [torch.OutOfMemoryError("none left")]
+
+    def job():
+        if failures:
+            raise failures.pop()
+        return "read"
+
+    with ReadAhead({0: lambda: "kept", 1: job, 2: lambda: "last"}) as ahead:
+        assert [ahead.take(0, keep=True), ahead.take(1, keep=True), ahead.take(2)] == ["kept", "read", "last"]
+        assert list(ahead._begun) == [1, 2]
+
+
 def test_without_reading_ahead_a_job_is_done_when_it_is_asked_for():
     done = []
-    with InTurn([partial(done.append, number) for number in range(3)], (), False) as turn:
+    with ReadAhead({number: partial(done.append, number) for number in range(3)}, ahead=False) as ahead:
         assert done == []
-        turn.take()
-        turn.take()
+        ahead.take_next()
+        ahead.take_next()
         assert done == [0, 1]
 
 
@@ -267,7 +266,7 @@ def test_what_a_job_raises_is_raised_where_it_is_taken():
     def broken():
         raise CheckpointError("gone")
 
-    with InTurn([int, broken, int], (), True) as turn:
-        assert turn.take() == 0
+    with ReadAhead({0: int, 1: broken, 2: int}) as ahead:
+        assert ahead.take(0) == 0
         with pytest.raises(CheckpointError, match="gone"):
-            turn.take()
+            ahead.take(1)
