@@ -127,6 +127,10 @@ class Recorded(Checkpoint):
         self.noted.extend(names)
         return super().stream(names, **room)
 
+    def rows(self, name, rows):
+        self.noted.append(name)
+        return super().rows(name, rows)
+
 
 def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
     def read(*_):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.model.devices import side_streams
+from modules.model.embeddings import aligned_header
 from modules.model.loading import load_model
 from modules.runtime.errors import BrokenWeights, CheckpointError
 from modules.search.prefetch import ReadAhead, layer_jobs
@@ -174,6 +175,17 @@ def test_a_file_that_goes_away_is_an_error(folders, tmp_path):
     (other / "model.safetensors").unlink()
     with reading(candidate, parts) as ahead, pytest.raises(CheckpointError, match="can't be read"):
         ahead.take(0)
+
+
+def test_a_header_is_read_while_rows_of_the_head_are_held(folders):
+    """By another thread, that measures drift a few rows at a time."""
+    model, tokenizer = load_model(open_checkpoint(folders[0], "base"), "cpu", "float32"), tiny.bpe_tokenizer()
+    candidate = open_candidate(open_checkpoint(folders[1], "other"), model.checkpoint, model.module)
+    tokenizer.add_tokens(["another"])
+    expected, still = aligned_header(model, tokenizer, candidate)[0], model.header().still()
+    with model.head_rows(3, 9):
+        found = aligned_header(model, tokenizer, candidate, still)[0]
+    assert len(found) == 2 and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.gpu
