@@ -71,16 +71,18 @@ class ResidentModel:
         self.conversion.check_reversible()
         self._stored_as = self._find_stored_names()
         self.has_base_header = True  # for those to say who merge into it
-        self._hold_vectors_in(self.arithmetic)
+        if self.arithmetic.float32_stream:
+            self._hold_float32_vectors()
         self._dtypes = {name: tensor.dtype for name, tensor in self._state.items()}
 
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device, or how many layers are on each of several, and dtype, for the summary."""
         places = [next(iter(self.layer(index).devices)) for index in range(len(self.layers))]
         counts = {place: places.count(place) for place in dict.fromkeys([self.device, *places])}
-        spread = ", ".join(f"{place} ({count} layers)" for place, count in counts.items())
+        device = str(self.device)
+        if len(counts) > 1:
+            device = ", ".join(f"{place} ({count} layers)" for place, count in counts.items())
         saved = f", saved as {dtype_name(self.saved_dtype or self.checkpoint.main_dtype())}" if saving else ""
-        device = str(self.device) if len(counts) == 1 else spread
         return {"Device": device, "Dtype": self.arithmetic.name + saved}
 
     def dtypes(self) -> dict[str, str | None]:
@@ -141,7 +143,7 @@ class ResidentModel:
     @contextmanager
     def products(self) -> Iterator[None]:
         """Forwards of the module are made within this."""
-        vectors = self._vectors if self.arithmetic.float32_stream else []
+        vectors = self._vectors.values() if self.arithmetic.float32_stream else []
         narrow = [vector for vector in vectors if vector.dtype != torch.float32]  # within `computing_in` alone
         data = [vector.data for vector in narrow]
         try:
@@ -154,27 +156,23 @@ class ResidentModel:
                 vector.data = own
 
     @cached_property
-    def _vectors(self) -> list[Tensor]:
+    def _vectors(self) -> dict[str, Tensor]:
         """All tensors of at most one dimension, each once."""
-        floats = (tensor for tensor in self._state.values() if tensor.is_floating_point() and tensor.dim() < 2)
-        return list({id(tensor): tensor for tensor in floats}.values())
+        once = {id(tensor): name for name, tensor in self._state.items()}
+        floats = ((name, self._state[name]) for name in once.values())
+        return {name: tensor for name, tensor in floats if tensor.is_floating_point() and tensor.dim() < 2}
 
-    def _hold_vectors_in(self, arithmetic: Arithmetic) -> None:
+    def _hold_float32_vectors(self) -> None:
         """A float32 norm multiplies with float32 weights; what was rounded to a half type when it was loaded comes from
         the file again."""
-        if not arithmetic.float32_stream:
-            return
         # Of a layer that is copied to its device for every forward, the copy has the type of what is replaced.
         for parameter in self.module.parameters():
             if parameter.is_meta and parameter.dim() < 2:
                 parameter.data = parameter.data.float()
-        for name, tensor in self._state.items():
-            if not tensor.is_floating_point() or tensor.dim() > 1 or tensor.dtype == torch.float32:
-                continue
-            if tensor.is_meta:
-                tensor.data = tensor.data.float()
-                continue
-            tensor.data = self._stored(name).to(tensor.device, torch.float32)
+        for name, tensor in self._vectors.items():
+            if tensor.dtype != torch.float32:
+                wide = tensor.float() if tensor.is_meta else self._stored(name).to(tensor.device, torch.float32)
+                tensor.data = wide.data
 
     @property
     def vocabulary(self) -> int:

@@ -68,11 +68,6 @@ def sizes_of(module: PreTrainedModel) -> Sizes:
     hidden = max(_counts(text, "hidden_size"), default=module.get_input_embeddings().weight.shape[1])
     heads = max(_counts(text, "num_attention_heads"), default=0)
 
-    def active(weight: Tensor) -> float:
-        """Stacked experts are (experts, ..., ...), of which a token meets a few."""
-        share = min(1.0, chosen / weight.shape[0]) if chosen and weight.dim() == 3 else 1.0
-        return weight.numel() * share
-
     return Sizes(
         layers=len(layers),
         hidden=hidden,
@@ -81,10 +76,15 @@ def sizes_of(module: PreTrainedModel) -> Sizes:
         head_size=max(_counts(text, "head_dim"), default=hidden // max(1, heads)),
         vocabulary=module.get_input_embeddings().weight.shape[0],
         layer_weights=sum(weight.numel() for weight in weights) / len(layers),
-        active_weights=sum(map(active, weights)) / len(layers),
+        active_weights=sum(weight.numel() * _share_met(weight, chosen) for weight in weights) / len(layers),
         header_weights=sum(weight.numel() for weight in header_weights(module)),
         keeps_attention=getattr(text, "_attn_implementation", None) == "eager",
     )
+
+
+def _share_met(weight: Tensor, chosen: int | None) -> float:
+    """How much of a weight one token is multiplied with: of stacked experts, (experts, ..., ...), a few."""
+    return min(1.0, chosen / weight.shape[0]) if chosen and weight.dim() == 3 else 1.0
 
 
 def _counts(config: PreTrainedConfig, key: str) -> list[int]:
@@ -115,22 +115,15 @@ def _bytes(weights: Iterable[Tensor], dtype: torch.dtype) -> int:
 def placement_of(
     device: str, module: PreTrainedModel, dtype: torch.dtype, memory: Memory, least: int = 0
 ) -> list[torch.device] | None:
-    """Where a model's layers go if `device`, as it is configured, leaves the choice and they don't fit on one GPU.
-
-    None if they fit, or it leaves no choice. Arguments: see `spread`.
-    """
-    free = free_on_accelerators()
-    return spread(module, dtype, memory, least, free) if leaves_choice(device) and free else None
-
-
-def spread(
-    module: PreTrainedModel, dtype: torch.dtype, memory: Memory, least: int, free: Mapping[torch.device, int]
-) -> list[torch.device] | None:
-    """Where each layer goes on devices with so many bytes free; None if all fit on the first.
+    """Where each of a model's layers goes if `device`, as it is configured, leaves the choice and they don't fit on one
+    GPU; None if they fit, or it leaves no choice.
 
     module: may be without weights; least: bytes of activations with which a search can do, though it is slower: it is
     far slower yet if layers are copied for every forward.
     """
+    free = free_on_accelerators()
+    if not leaves_choice(device) or not free:
+        return None
     layers = [_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1]]
     others, held = memory.base - sum(layers), memory.held - memory.base
     if place_layers(layers, others, held + least, free) is None:
