@@ -51,16 +51,16 @@ class HeaderRows:
         )
         return part.adopt(read, self.candidate.name)
 
-    def read(self, name: str, rows: Tensor, own: Callable[[], Tensor]) -> Tensor:
+    def read(self, name: str, rows: Tensor, own: Callable[[], Tensor] | None = None) -> Tensor:
         """Rows of one of the base's tensors by their numbers, (rows,), ascending: (rows, ...), on the CPU, as they are
-        stored. own: makes the base's, which stay where there is no match.
+        stored. own: makes the base's, which stay where there is no match; not needed if all have one.
 
         Raises CheckpointError if a file can't be read.
         """
         order = torch.where(rows < len(self._order), self._order[rows.clamp(max=len(self._order) - 1)], -1)
         matched = order >= 0
         theirs = self.candidate.rows(self.sources[name], order[matched])
-        if bool(matched.all()):
+        if own is None or bool(matched.all()):
             return theirs
         ours = own()
         found = ours.to(torch.promote_types(ours.dtype, theirs.dtype), copy=True)

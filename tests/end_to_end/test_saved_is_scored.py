@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import weakref
+from pathlib import Path
 
 import mixes
 import pytest
@@ -10,7 +12,7 @@ import torch
 from adapters import make_adapter
 from architectures import configuration
 from broken_runs import RECIPE
-from runs import log_of
+from runs import log_of, merge
 
 import merge_monster
 import modules.run.merge
@@ -78,3 +80,37 @@ def test_scored_saved_and_built_again(place, monkeypatch, seed):
     assert merge_monster.main(["--replay", str(place / "first" / RECIPE), "--output", "out"]) == 0
     files = sorted(file.name for file in (place / "first").glob("*.safetensors"))
     assert files and all((place / "out" / file).read_bytes() == (place / "first" / file).read_bytes() for file in files)
+
+
+def test_the_model_is_gone_before_the_output_is_written(place, models, monkeypatch):
+    """So that writing takes no memory beside it."""
+    held, own, release = [], modules.run.merge._found, modules.run.merge.release_memory
+
+    def kept(conductor, models):
+        held.append(weakref.ref(conductor.search.model.module))
+        return own(conductor, models)
+
+    def released():
+        release()
+        held.append(held[0]() is None)
+
+    monkeypatch.setattr(modules.run.merge, "_found", kept)
+    monkeypatch.setattr(modules.run.merge, "release_memory", released)
+    assert merge(place, models, merge_ratios=[0.3]) == 0 and held[1]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_file_that_changes_after_it_was_searched_is_named(place, models, monkeypatch, capsys, which):
+    """What would be saved has not been scored."""
+    ours = [Path(shutil.copytree(one, place / one.name)) for one in models]
+    release = modules.run.merge.release_memory
+
+    def changed():
+        tiny.edit_checkpoint(ours[which], lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(2))
+        release()
+
+    monkeypatch.setattr(modules.run.merge, "release_memory", changed)
+    assert merge(place, ours, merge_ratios=[0.3]) == 2
+    error = capsys.readouterr().err
+    assert f"{ours[which]}: " in error and "has changed since" in error and "--restart" in error
+    assert not (place / "out").exists()
