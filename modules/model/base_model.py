@@ -65,7 +65,9 @@ class ResidentModel:
         self.saved_dtype = saved_dtype
         self.layers_name, self.layers = find_layers(module)
         self._takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
-        self._state = _tensors_of(module)
+        self.embedding_name, self.head_name = header_names(module)  # without a head it is None
+        # All parameters and buffers, live; where they are tied, the same one under several names.
+        self.tensors: Mapping[str, Tensor] = _tensors_of(module)
         self._input_first = input_first_weights(module)
         self.conversion = Conversion(module, checkpoint.tensors)
         self.conversion.check_reversible()
@@ -73,7 +75,7 @@ class ResidentModel:
         self.has_base_header = True  # for those to say who merge into it
         if self.arithmetic.float32_stream:
             self._hold_float32_vectors()
-        self._dtypes = {name: tensor.dtype for name, tensor in self._state.items()}
+        self._dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
 
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device, or how many layers are on each of several, and dtype, for the summary."""
@@ -98,7 +100,7 @@ class ResidentModel:
     @property
     def devices(self) -> set[torch.device]:
         """Where its tensors are."""
-        return {tensor.device for tensor in self._state.values()}
+        return {tensor.device for tensor in self.tensors.values()}
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -158,8 +160,8 @@ class ResidentModel:
     @cached_property
     def _vectors(self) -> dict[str, Tensor]:
         """All tensors of at most one dimension, each once."""
-        once = {id(tensor): name for name, tensor in self._state.items()}
-        floats = ((name, self._state[name]) for name in once.values())
+        once = {id(tensor): name for name, tensor in self.tensors.items()}
+        floats = ((name, self.tensors[name]) for name in once.values())
         return {name: tensor for name, tensor in floats if tensor.is_floating_point() and tensor.dim() < 2}
 
     def _hold_float32_vectors(self) -> None:
@@ -271,7 +273,7 @@ class ResidentModel:
         if index >= len(self.layers):
             raise IndexError(f"the base has layers 0 to {len(self.layers) - 1}, and no layer {index}")
         prefix = f"{self.layers_name}.{index}."
-        return self.part_of([name for name in self._state if name.startswith(prefix)])
+        return self.part_of([name for name in self.tensors if name.startswith(prefix)])
 
     def header(self) -> Part:
         """The input embedding and the output head; one weight for both where they are tied."""
@@ -279,7 +281,7 @@ class ResidentModel:
         modules = [module for module in both if module is not None]
         owned = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
         # A tied head is the same tensor under a second name: it is taken once, under the first.
-        names = {id(tensor): name for name, tensor in reversed(self._state.items()) if id(tensor) in owned}
+        names = {id(tensor): name for name, tensor in reversed(self.tensors.items()) if id(tensor) in owned}
         return self.part_of(sorted(names.values()))
 
     def outside(self) -> Part:
@@ -287,12 +289,8 @@ class ResidentModel:
         header = {id(tensor) for tensor in self.header().tensors.values()}
         inside = f"{self.layers_name}."
         return self.part_of(
-            [name for name, one in self._state.items() if not name.startswith(inside) and id(one) not in header]
+            [name for name, one in self.tensors.items() if not name.startswith(inside) and id(one) not in header]
         )
-
-    def header_names(self) -> tuple[str, str | None]:
-        """See `architecture.header_names`."""
-        return header_names(self.module)
 
     # -- the head, some of its rows at a time --------------------------------------------------------------------------
 
@@ -328,11 +326,6 @@ class ResidentModel:
         header = {id(tensor): name for name, tensor in self.header().tensors.items()}
         return {name: header[id(tensor)] for name, tensor in self._head_tensors().items()}
 
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """All parameters and buffers, live; where they are tied, the same one under several names."""
-        return self._state
-
     def as_candidate(self) -> Candidate:
         """The base as its files have it, whatever has been merged into the model, to be read as a candidate is."""
         return Candidate(self.checkpoint, self.conversion)
@@ -352,9 +345,9 @@ class ResidentModel:
 
     def part_of(self, names: list[str]) -> Part:
         """Some tensors, of which those that are no floating-point numbers are left out."""
-        names = [name for name in names if self._state[name].is_floating_point()]
+        names = [name for name in names if self.tensors[name].is_floating_point()]
         return Part(
-            tensors={name: self._state[name] for name in names},
+            tensors={name: self.tensors[name] for name in names},
             dtypes={name: self._dtypes[name] for name in names},
             saved_dtypes={name: self.saved_dtype or self.conversion.dtype(self._stored_as[name]) for name in names},
             input_axes={name: -2 if name in self._input_first else -1 for name in names},
@@ -362,12 +355,12 @@ class ResidentModel:
 
     def _find_stored_names(self) -> dict[str, str]:
         """Parameter name -> the name under which the base stores it: another one only if it is tied to that."""
-        stored = {id(tensor): name for name, tensor in self._state.items() if name in self.conversion}
-        found = {name: name if name in self.conversion else stored.get(id(self._state[name])) for name in self._state}
+        stored = {id(tensor): name for name, tensor in self.tensors.items() if name in self.conversion}
+        found = {name: name if name in self.conversion else stored.get(id(self.tensors[name])) for name in self.tensors}
         missing = [name for name, other in found.items() if other is None]
         if missing:
             raise ConfigError(f"{self.checkpoint.path}: the weights lack {', '.join(missing[:3])}")
-        for name, tensor in self._state.items():
+        for name, tensor in self.tensors.items():
             dtype = self.conversion.dtype(found[name])
             if tensor.is_floating_point() and not dtype.is_floating_point:
                 raise ConfigError(f"{self.checkpoint.path}: {name} is stored as {dtype}, not as a floating-point type")
@@ -380,7 +373,7 @@ class ResidentModel:
     def check_weights(self) -> None:
         """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless. Raise
         TooNarrow or ConfigError, as `too_narrow` says, if its weights don't fit the type that is computed in."""
-        for name, tensor in self._state.items():
+        for name, tensor in self.tensors.items():
             if not is_finite(tensor.detach()):
                 if is_finite(self._stored(name)):
                     raise self.too_narrow(f"{name} overflows")

@@ -125,8 +125,7 @@ def untied_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) ->
     header = found.adopted(part)
     if found.own_head is None:
         return header, header
-    embedding, _ = model.header_names()
-    return header, replace(found, sources={**found.sources, embedding: found.own_head}).adopted(part)
+    return header, replace(found, sources={**found.sources, model.embedding_name: found.own_head}).adopted(part)
 
 
 def match_rows(base: Mapping[str, int], other: Mapping[str, int], roles: Mapping[str, str]) -> dict[int, int]:
@@ -187,7 +186,7 @@ def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str
 
     A candidate whose head is tied to its embedding may store only one of the two, which then stands for both.
     """
-    embedding, head = model.header_names()
+    embedding, head = model.embedding_name, model.head_name
     twins = {embedding: head, head: embedding} if ties_header(candidate.checkpoint.config) else {}
     sources = {}
     for name, ours in part.tensors.items():
@@ -204,7 +203,7 @@ def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str
 def _about_tying(model: ResidentModel, candidate: Candidate, part: Part) -> tuple[str | None, str | None]:
     """What becomes of the candidate's head where one model has a head of its own and the other has not; and, if it is
     the base that has not, the name of that head."""
-    embedding, head = model.header_names()
+    embedding, head = model.embedding_name, model.head_name
     if head is None:
         return None, None
     ours_is_own = head in part.tensors

@@ -88,14 +88,12 @@ class Part:
             low, high = found[name]
             if not (-torch.inf < low and high < torch.inf):
                 raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
-            kinds = (
-                ("compute_dtype", self.dtypes[name], TooNarrow),
-                ("dtype", self.saved_dtypes[name], CheckpointError),
-            )
-            for key, dtype, kind in kinds:
-                if max(-low, high) > torch.finfo(dtype).max:
-                    what = f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}"
-                    raise kind(what, wider(dtype, key)) if kind is TooNarrow else kind(f"{what}; {wider(dtype, key)}")
+            largest, computed, saved = max(-low, high), self.dtypes[name], self.saved_dtypes[name]
+            what = f"{source}: {name} reaches {largest:.4g}, too large for"
+            if largest > torch.finfo(computed).max:
+                raise TooNarrow(f"{what} {dtype_name(computed)}", wider(computed))
+            if largest > torch.finfo(saved).max:
+                raise CheckpointError(f"{what} {dtype_name(saved)}; {wider(saved, 'dtype')}")
 
     @contextmanager
     def holding(self, tensors: Tensors) -> Iterator[None]:

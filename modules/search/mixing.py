@@ -163,8 +163,8 @@ class Mix:
             # Shares come between; by now, what was read lies in the system's memory.
             yield from self._theirs(layer, everyone)
         if self.mixes_outside:
-            rows, name = objective.vocabulary, self.model.header_names()[0]
-            yield from (partial(self._read_rows, number, [name], rows) for number in self._with_header)
+            rows, names = objective.vocabulary, [self.model.embedding_name]
+            yield from (partial(self._read_rows, number, names, rows) for number in self._with_header)
             yield from self._header_jobs(everyone)
 
     @property
