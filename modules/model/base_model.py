@@ -7,6 +7,7 @@ Layers and header are handed out as Parts: named tensors that can be merged, tri
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -26,7 +27,7 @@ from modules.checkpoints import (
     input_first_weights,
     read_file,
 )
-from modules.model.arithmetic import FALLBACK, Arithmetic, Computing
+from modules.model.arithmetic import FALLBACK, Arithmetic
 from modules.model.devices import wider
 from modules.model.part import Part
 from modules.runtime import ConfigError, TooNarrow
@@ -59,8 +60,9 @@ class ResidentModel:
         arithmetic: what to compute in; None: the module's own type. may_widen: whether FALLBACK is taken where that
         is too narrow."""
         self.module, self.may_widen = module, may_widen
-        self._computing = Computing(arithmetic or Arithmetic(module.dtype))
-        self._computing.attach(module)
+        self.arithmetic = arithmetic or Arithmetic(module.dtype)  # what the model computes in
+        # The hook must not hold the model: it would stay in memory until the garbage is collected.
+        module.get_input_embeddings().register_forward_hook(partial(_begin_stream, weakref.ref(self)))
         self.checkpoint = checkpoint
         self.saved_dtype = saved_dtype
         self.layers_name, self.layers = find_layers(module)
@@ -103,11 +105,6 @@ class ResidentModel:
         return {tensor.device for tensor in self.tensors.values()}
 
     @property
-    def arithmetic(self) -> Arithmetic:
-        """What the model computes in."""
-        return self._computing.arithmetic
-
-    @property
     def dtype(self) -> torch.dtype:
         """The type of products, and of weights of more than one dimension."""
         return self.arithmetic.dtype
@@ -115,12 +112,12 @@ class ResidentModel:
     @contextmanager
     def computing_in(self, arithmetic: Arithmetic) -> Iterator[None]:
         """Compute in another arithmetic for a moment. Weights stay as they are, and are cast where they are used."""
-        before = self._computing.arithmetic
+        before = self.arithmetic
         try:
-            self._computing.arithmetic = arithmetic
+            self.arithmetic = arithmetic
             yield
         finally:
-            self._computing.arithmetic = before
+            self.arithmetic = before
 
     def in_range(
         self,
@@ -145,13 +142,16 @@ class ResidentModel:
     @contextmanager
     def products(self) -> Iterator[None]:
         """Forwards of the module are made within this."""
-        vectors = self._vectors.values() if self.arithmetic.float32_stream else []
-        narrow = [vector for vector in vectors if vector.dtype != torch.float32]  # within `computing_in` alone
+        if not self.arithmetic.float32_stream:
+            yield
+            return
+        narrow = [one for one in self._vectors.values() if one.dtype != torch.float32]  # within `computing_in` alone
         data = [vector.data for vector in narrow]
         try:
             for vector in narrow:
                 vector.data = vector.data.float()
-            with self._computing.products(self.device):
+            # Weights are swapped within a forward: no cast of one may be kept for another.
+            with torch.autocast(self.device.type, self.dtype, cache_enabled=False):
                 yield
         finally:
             for vector, own in zip(narrow, data, strict=True):
@@ -412,6 +412,11 @@ class ResidentModel:
             f"{self.checkpoint.path}: its answers are NaN or infinite, and no dtype has more room than "
             f"{dtype_name(self.dtype)}: its weights are damaged, or config.json does not fit them"
         )
+
+
+def _begin_stream(model: "weakref.ref[ResidentModel]", _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    """What the input embedding gives, in the type of the residual stream."""
+    return output.float() if model().arithmetic.float32_stream else output
 
 
 def is_finite(tensor: Tensor) -> bool:
