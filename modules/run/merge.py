@@ -151,21 +151,21 @@ def _merge(
         conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement, asked)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
-        found = _found(conductor, models)
+        result = _conclude(conductor, models)
         clock.lap("search")
         del conductor
         release_memory()  # that of the model: what is saved comes from the files
-        rebuild = _rebuild(loader, models, record, found)
+        rebuild = _rebuild(loader, models, record, result)
         save(console, rebuild, models.base, unfinished, str(place.output), record.public.text(config.text))
         clock.lap("save")
-        recipe = found.recipe(seconds={**clock.seconds, "watch": found.watched})
+        recipe = result.recipe(seconds={**clock.seconds, "watch": result.watched})
         finish(console, unfinished, recipe, place.output, models.base, options.overwrite)
     end(console, config, models, config.directories.output_directory)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is known at the end of a search, without the model."""
+class SearchResult:
+    """What is left of a search when the model is released."""
 
     devices: Mapping[str, torch.device]  # on which each tensor was merged
     tokenizer: Any  # the base's
@@ -174,8 +174,8 @@ class Found:
     recipe: Callable[..., Recipe]  # of the seconds that the phases have taken
 
 
-def _found(conductor: Conductor, models: Models) -> Found:
-    """Tell what a search has come to, and keep it."""
+def _conclude(conductor: Conductor, models: Models) -> SearchResult:
+    """Report what a search has led to, and keep what saving needs of it."""
     console, config, search, watch = conductor.console, conductor.config, conductor.search, conductor.watch
     composition, shares = conductor.composition, conductor.shares
     if conductor.is_base:
@@ -191,20 +191,20 @@ def _found(conductor: Conductor, models: Models) -> Found:
     seen = watch.now.drift, held_out, samples
     recipe = partial(conductor.record.recipe, *state, composition, *seen, search.model.dtypes(), shares=shares)
     devices = {name: tensor.device for name, tensor in search.model.tensors.items()}
-    return Found(devices, search.tokenizer, shares, round(watch.seconds, 1), recipe)
+    return SearchResult(devices, search.tokenizer, shares, round(watch.seconds, 1), recipe)
 
 
-def _rebuild(loader: ModelLoader, models: Models, record: RunRecord, found: Found) -> Rebuild:
+def _rebuild(loader: ModelLoader, models: Models, record: RunRecord, result: SearchResult) -> Rebuild:
     """What writes the model that was scored. Raises ConfigError if a file has changed since."""
     record.source(0, loader.config.directories.model_path1, models.base_where, models.base)
-    rebuild = Rebuild(loader.layout(models), found.devices, lambda: found.tokenizer)
-    if found.shares:
-        rebuild.mix(models.candidates, found.shares)
+    rebuild = Rebuild(loader.layout(models), result.devices, lambda: result.tokenizer)
+    if result.shares:
+        rebuild.mix(models.candidates, result.shares)
     for number, candidate in enumerate(models.candidates, start=1):
         accepted = [decision for decision in record.decisions(number) if decision.ratio is not None]
         end = record.end(number)
         was_read = end is None or end.failure is None  # of one that was given up, not every file can be read
-        if was_read and (accepted or any(row[number - 1] for row in found.shares)):
+        if was_read and (accepted or any(row[number - 1] for row in result.shares)):
             record.source(number, candidate.text, candidate.where, candidate.checkpoint)
         rebuild.repeat(candidate, accepted)
     return rebuild

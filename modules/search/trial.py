@@ -91,7 +91,7 @@ class Merger:
         """What a merge makes of the part's tensors for good."""
         inexact: list[Tensor] = []
         found = merged(part, method, theirs, ratio, self._room(part), inexact)
-        part.changes_in(found)
+        part.changes_in(found)  # by which what is equal stays as it is, the sign of a zero included
         self.inexact += sum(int(count) for count in inexact)
         return found
 

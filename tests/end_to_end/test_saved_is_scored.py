@@ -59,7 +59,7 @@ def test_scored_saved_and_built_again(place, monkeypatch, seed):
     if settings["search"] == "joint":
         del settings["merge_method"], settings["merge_ratios"]
         settings |= {"joint": {"steps": 2, "step_size": 0.3}, "drift_weight": 0}
-    scored, own = {}, modules.run.merge._found
+    scored, own = {}, modules.run.merge._conclude
 
     def kept(conductor, models):
         for name, tensor in conductor.search.model.tensors.items():
@@ -68,7 +68,7 @@ def test_scored_saved_and_built_again(place, monkeypatch, seed):
         scored[""] = conductor.search.model.arithmetic
         return own(conductor, models)
 
-    monkeypatch.setattr(modules.run.merge, "_found", kept)
+    monkeypatch.setattr(modules.run.merge, "_conclude", kept)
     path = tiny.write_config(place / "my.yaml", base, others, place / "out", **settings)
     assert merge_monster.main(["--config", str(path)]) == 0
     assert "nothing was accepted" not in log_of(place)
@@ -84,7 +84,7 @@ def test_scored_saved_and_built_again(place, monkeypatch, seed):
 
 def test_the_model_is_gone_before_the_output_is_written(place, models, monkeypatch):
     """So that writing takes no memory beside it."""
-    held, own, release = [], modules.run.merge._found, modules.run.merge.release_memory
+    held, own, release = [], modules.run.merge._conclude, modules.run.merge.release_memory
 
     def kept(conductor, models):
         held.append(weakref.ref(conductor.search.model.module))
@@ -94,7 +94,7 @@ def test_the_model_is_gone_before_the_output_is_written(place, models, monkeypat
         release()
         held.append(held[0]() is None)
 
-    monkeypatch.setattr(modules.run.merge, "_found", kept)
+    monkeypatch.setattr(modules.run.merge, "_conclude", kept)
     monkeypatch.setattr(modules.run.merge, "release_memory", released)
     assert merge(place, models, merge_ratios=[0.3]) == 0 and held[1]
 
