@@ -115,15 +115,22 @@ def _bytes(weights: Iterable[Tensor], dtype: torch.dtype) -> int:
 def placement_of(
     device: str, module: PreTrainedModel, dtype: torch.dtype, memory: Memory, least: int = 0
 ) -> list[torch.device] | None:
-    """Where each of a model's layers goes if `device`, as it is configured, leaves the choice and they don't fit on one
-    GPU; None if they fit, or it leaves no choice.
+    """Where a model's layers go if `device`, as it is configured, leaves the choice and they don't fit on one GPU.
+
+    None if they fit, or it leaves no choice. Arguments: see `spread`.
+    """
+    free = free_on_accelerators()
+    return spread(module, dtype, memory, least, free) if leaves_choice(device) and free else None
+
+
+def spread(
+    module: PreTrainedModel, dtype: torch.dtype, memory: Memory, least: int, free: Mapping[torch.device, int]
+) -> list[torch.device] | None:
+    """Where each layer goes on devices with so many bytes free; None if all fit on the first.
 
     module: may be without weights; least: bytes of activations with which a search can do, though it is slower: it is
     far slower yet if layers are copied for every forward.
     """
-    free = free_on_accelerators()
-    if not leaves_choice(device) or not free:
-        return None
     layers = [_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1]]
     others, held = memory.base - sum(layers), memory.held - memory.base
     if place_layers(layers, others, held + least, free) is None:
