@@ -31,7 +31,7 @@ from modules.model.loading import load_model
 from modules.run.steps import prepare_libraries
 from modules.scoring.layout import build_scorer
 from modules.scoring.tokenization import encode_pairs
-from modules.search.prefetch import ReadAhead
+from modules.search import prefetch
 from modules.search.search import Search
 
 Span = tuple[float, float]  # begin and end, in seconds
@@ -41,8 +41,8 @@ def main() -> None:
     """Build, trace, print."""
     options = parse_arguments()
     prepare_libraries(seed=0)
-    reads = recorded(ReadAhead, "_read", "read a layer")
-    waits = recorded(ReadAhead, "take", "wait for a layer")
+    reads = recorded(prefetch, "read_part", "read a layer")
+    waits = recorded(prefetch.ReadAhead, "take", "wait for a layer")
     with tempfile.TemporaryDirectory() as folder:
         base, candidate = (Path(folder) / name for name in ("base", "candidate"))
         make_models({shape_of(options): [base, candidate]})
@@ -60,8 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def recorded(owner: type, name: str, label: str) -> list[Span]:
-    """Have a method's calls shown in the trace; the list that their times will be in."""
+def recorded(owner: object, name: str, label: str) -> list[Span]:
+    """Have a function's calls shown in the trace; the list that their times will be in."""
     method, spans = getattr(owner, name), []
 
     def labelled(*arguments: Any) -> Any:

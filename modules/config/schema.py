@@ -201,11 +201,6 @@ class Settings(Section):
         """Tokens of neutral text that are set aside for what is judged by drift; 0 if nothing is."""
         return self.neutral_tokens if self.is_guarded else 0
 
-    @property
-    def keeps_candidates(self) -> bool:
-        """Whether all candidates' downloads are on the disk until the end: a joint search needs them all at once."""
-        return self.keep_downloads or self.search == "joint"
-
     def layers_in(self, count: int) -> tuple[int, ...]:
         """Which layers are searched of a base that has so many. Raises ConfigError if one of them is not there."""
         absent = [layer for layer in self.layers or () if layer >= count]

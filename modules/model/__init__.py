@@ -4,7 +4,7 @@ Knows: torch modules. Refuses to know: phrases, scores, strategies.
 """
 
 from modules.model.arithmetic import FALLBACK, Arithmetic, arithmetics
-from modules.model.base_model import ResidentModel
+from modules.model.base_model import ResidentModel, is_finite
 from modules.model.devices import (
     beside,
     follow,
@@ -23,7 +23,7 @@ from modules.model.embeddings import (
     own_header,
     untied_header,
 )
-from modules.model.loading import ModelLoader, too_large_for
+from modules.model.loading import ModelLoader, release_memory, too_large_for
 from modules.model.memory import (
     Memory,
     Sizes,
@@ -34,5 +34,4 @@ from modules.model.memory import (
     weights_of,
 )
 from modules.model.part import BLOCKS, Part, row_ranges
-from modules.model.saving import Saving
 from modules.model.settings import Settings, settings_of

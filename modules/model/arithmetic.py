@@ -1,19 +1,15 @@
 """What a model is computed in: the type of its products, and that of the residual stream between them.
 
-Knows: torch's autocast, a module's forward and embedding. Refuses to know: phrases, candidates, which arithmetic a run
-should take.
+Knows: torch's types, devices. Refuses to know: modules, phrases, candidates.
 
 With a float32 residual stream, the embedding's output is float32 and every layer adds to it in float32; products alone
 (linear layers, attention) are made in the half type, as torch.autocast does it. Weights stay in the half type, but for
 vectors (norms and biases), which are small and which a float32 norm multiplies with.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from modules.checkpoints import dtype_name
 
@@ -67,25 +63,3 @@ def arithmetics(compute: str, dtype: str, stored: torch.dtype, device: torch.dev
     if device.type != "cpu":
         return (Arithmetic(torch.float16),)
     return Arithmetic(torch.float32), *((Arithmetic(stored),) if stored in HALF_DTYPES else ())
-
-
-@dataclass
-class Computing:
-    """In what a model computes now. It is apart from the model, so that what is hooked onto the model's embedding does
-    not hold the model."""
-
-    arithmetic: Arithmetic
-
-    def attach(self, module: nn.Module) -> None:
-        """Begin the residual stream of a model in the stream's type."""
-        module.get_input_embeddings().register_forward_hook(self._begin_stream)
-
-    def _begin_stream(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return output.float() if self.arithmetic.float32_stream else output
-
-    def products(self, device: torch.device) -> AbstractContextManager[Any]:
-        """What is computed on a device within the block makes its products in the arithmetic's type."""
-        if not self.arithmetic.float32_stream:
-            return nullcontext()
-        # Weights are swapped within a forward: no cast of one may be kept for another.
-        return torch.autocast(device.type, self.arithmetic.dtype, cache_enabled=False)

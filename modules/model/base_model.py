@@ -1,4 +1,4 @@
-"""The base model, resident on its device: load it, find its layers and header, put tensors in, save it.
+"""The base model, resident on its device: its layers and header, what it computes in, its head a few rows at a time.
 
 Knows: torch modules, devices, dtypes. Refuses to know: phrases, scores, strategies.
 
@@ -7,10 +7,10 @@ Layers and header are handed out as Parts: named tensors that can be merged, tri
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,10 +27,9 @@ from modules.checkpoints import (
     input_first_weights,
     read_file,
 )
-from modules.model.arithmetic import FALLBACK, Arithmetic, Computing
+from modules.model.arithmetic import FALLBACK, Arithmetic
 from modules.model.devices import wider
 from modules.model.part import Part
-from modules.model.saving import Saving, is_finite
 from modules.runtime import ConfigError, TooNarrow
 
 Result = TypeVar("Result")
@@ -47,7 +46,7 @@ TOKEN_RULES = (
 
 
 class ResidentModel:
-    """The base model in device memory, and all that saving it again needs."""
+    """The base model in device memory, or without weights: how its tensors are called, tied and stored."""
 
     def __init__(
         self,
@@ -61,28 +60,33 @@ class ResidentModel:
         arithmetic: what to compute in; None: the module's own type. may_widen: whether FALLBACK is taken where that
         is too narrow."""
         self.module, self.may_widen = module, may_widen
-        self._computing = Computing(arithmetic or Arithmetic(module.dtype))
-        self._computing.attach(module)
+        self.arithmetic = arithmetic or Arithmetic(module.dtype)  # what the model computes in
+        # The hook must not hold the model: it would stay in memory until the garbage is collected.
+        module.get_input_embeddings().register_forward_hook(partial(_begin_stream, weakref.ref(self)))
         self.checkpoint = checkpoint
         self.saved_dtype = saved_dtype
         self.layers_name, self.layers = find_layers(module)
         self._takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
-        self._state = _tensors_of(module)
+        self.embedding_name, self.head_name = header_names(module)  # without a head it is None
+        # All parameters and buffers, live; where they are tied, the same one under several names.
+        self.tensors: Mapping[str, Tensor] = _tensors_of(module)
         self._input_first = input_first_weights(module)
-        self._conversion = Conversion(module, checkpoint.tensors)
-        self._conversion.check_reversible()
+        self.conversion = Conversion(module, checkpoint.tensors)
+        self.conversion.check_reversible()
         self._stored_as = self._find_stored_names()
-        self._touched: dict[tuple[str, ...], Tensor] = {}  # names and, of each, whether it is no longer the base's
-        self._hold_vectors_in(self.arithmetic)
-        self._dtypes = {name: tensor.dtype for name, tensor in self._state.items()}
+        self.has_base_header = True  # for those to say who merge into it
+        if self.arithmetic.float32_stream:
+            self._hold_float32_vectors()
+        self._dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
 
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device, or how many layers are on each of several, and dtype, for the summary."""
         places = [next(iter(self.layer(index).devices)) for index in range(len(self.layers))]
         counts = {place: places.count(place) for place in dict.fromkeys([self.device, *places])}
-        spread = ", ".join(f"{place} ({count} layers)" for place, count in counts.items())
+        device = str(self.device)
+        if len(counts) > 1:
+            device = ", ".join(f"{place} ({count} layers)" for place, count in counts.items())
         saved = f", saved as {dtype_name(self.saved_dtype or self.checkpoint.main_dtype())}" if saving else ""
-        device = str(self.device) if len(counts) == 1 else spread
         return {"Device": device, "Dtype": self.arithmetic.name + saved}
 
     def dtypes(self) -> dict[str, str | None]:
@@ -98,12 +102,7 @@ class ResidentModel:
     @property
     def devices(self) -> set[torch.device]:
         """Where its tensors are."""
-        return {tensor.device for tensor in self._state.values()}
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """What the model computes in."""
-        return self._computing.arithmetic
+        return {tensor.device for tensor in self.tensors.values()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,12 +112,12 @@ class ResidentModel:
     @contextmanager
     def computing_in(self, arithmetic: Arithmetic) -> Iterator[None]:
         """Compute in another arithmetic for a moment. Weights stay as they are, and are cast where they are used."""
-        before = self._computing.arithmetic
+        before = self.arithmetic
         try:
-            self._computing.arithmetic = arithmetic
+            self.arithmetic = arithmetic
             yield
         finally:
-            self._computing.arithmetic = before
+            self.arithmetic = before
 
     def in_range(
         self,
@@ -143,40 +142,39 @@ class ResidentModel:
     @contextmanager
     def products(self) -> Iterator[None]:
         """Forwards of the module are made within this."""
-        vectors = self._vectors if self.arithmetic.float32_stream else []
-        narrow = [vector for vector in vectors if vector.dtype != torch.float32]  # within `computing_in` alone
+        if not self.arithmetic.float32_stream:
+            yield
+            return
+        narrow = [one for one in self._vectors.values() if one.dtype != torch.float32]  # within `computing_in` alone
         data = [vector.data for vector in narrow]
         try:
             for vector in narrow:
                 vector.data = vector.data.float()
-            with self._computing.products(self.device):
+            # Weights are swapped within a forward: no cast of one may be kept for another.
+            with torch.autocast(self.device.type, self.dtype, cache_enabled=False):
                 yield
         finally:
             for vector, own in zip(narrow, data, strict=True):
                 vector.data = own
 
     @cached_property
-    def _vectors(self) -> list[Tensor]:
+    def _vectors(self) -> dict[str, Tensor]:
         """All tensors of at most one dimension, each once."""
-        floats = (tensor for tensor in self._state.values() if tensor.is_floating_point() and tensor.dim() < 2)
-        return list({id(tensor): tensor for tensor in floats}.values())
+        once = {id(tensor): name for name, tensor in self.tensors.items()}
+        floats = ((name, self.tensors[name]) for name in once.values())
+        return {name: tensor for name, tensor in floats if tensor.is_floating_point() and tensor.dim() < 2}
 
-    def _hold_vectors_in(self, arithmetic: Arithmetic) -> None:
+    def _hold_float32_vectors(self) -> None:
         """A float32 norm multiplies with float32 weights; what was rounded to a half type when it was loaded comes from
         the file again."""
-        if not arithmetic.float32_stream:
-            return
         # Of a layer that is copied to its device for every forward, the copy has the type of what is replaced.
         for parameter in self.module.parameters():
             if parameter.is_meta and parameter.dim() < 2:
                 parameter.data = parameter.data.float()
-        for name, tensor in self._state.items():
-            if not tensor.is_floating_point() or tensor.dim() > 1 or tensor.dtype == torch.float32:
-                continue
-            if tensor.is_meta:
-                tensor.data = tensor.data.float()
-                continue
-            tensor.data = self._stored(name).to(tensor.device, torch.float32)
+        for name, tensor in self._vectors.items():
+            if tensor.dtype != torch.float32:
+                wide = tensor.float() if tensor.is_meta else self._stored(name).to(tensor.device, torch.float32)
+                tensor.data = wide.data
 
     @property
     def vocabulary(self) -> int:
@@ -270,9 +268,12 @@ class ResidentModel:
             return self.module(**arguments)
 
     def layer(self, index: int) -> Part:
-        """The floating-point parameters and persistent buffers of one decoder layer."""
+        """The floating-point parameters and persistent buffers of one decoder layer. Raises IndexError if there is none
+        of this number."""
+        if index >= len(self.layers):
+            raise IndexError(f"the base has layers 0 to {len(self.layers) - 1}, and no layer {index}")
         prefix = f"{self.layers_name}.{index}."
-        return self.part_of([name for name in self._state if name.startswith(prefix)])
+        return self.part_of([name for name in self.tensors if name.startswith(prefix)])
 
     def header(self) -> Part:
         """The input embedding and the output head; one weight for both where they are tied."""
@@ -280,7 +281,7 @@ class ResidentModel:
         modules = [module for module in both if module is not None]
         owned = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
         # A tied head is the same tensor under a second name: it is taken once, under the first.
-        names = {id(tensor): name for name, tensor in reversed(self._state.items()) if id(tensor) in owned}
+        names = {id(tensor): name for name, tensor in reversed(self.tensors.items()) if id(tensor) in owned}
         return self.part_of(sorted(names.values()))
 
     def outside(self) -> Part:
@@ -288,12 +289,8 @@ class ResidentModel:
         header = {id(tensor) for tensor in self.header().tensors.values()}
         inside = f"{self.layers_name}."
         return self.part_of(
-            [name for name, one in self._state.items() if not name.startswith(inside) and id(one) not in header]
+            [name for name, one in self.tensors.items() if not name.startswith(inside) and id(one) not in header]
         )
-
-    def header_names(self) -> tuple[str, str | None]:
-        """See `architecture.header_names`."""
-        return header_names(self.module)
 
     # -- the head, some of its rows at a time --------------------------------------------------------------------------
 
@@ -329,29 +326,14 @@ class ResidentModel:
         header = {id(tensor): name for name, tensor in self.header().tensors.items()}
         return {name: header[id(tensor)] for name, tensor in self._head_tensors().items()}
 
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """All parameters and buffers, live; where they are tied, the same one under several names."""
-        return self._state
-
-    @property
-    def groups(self) -> list[tuple[list[str], list[str]]]:
-        """See `Conversion.groups`."""
-        return self._conversion.groups
-
     def as_candidate(self) -> Candidate:
         """The base as its files have it, whatever has been merged into the model, to be read as a candidate is."""
-        return Candidate(self.checkpoint, self._conversion)
-
-    def header_has_changed(self) -> bool:
-        """Whether a merge has made the header another than the base's."""
-        names = set(self.header().tensors)
-        return any(bool(changed.any()) for part, changed in self._touched.items() if names & set(part))
+        return Candidate(self.checkpoint, self.conversion)
 
     def original_head(self) -> dict[str, Tensor]:
         """The head's tensors as the base's file has them, on the CPU in the model's dtype."""
         own, names = self._head_tensors(), {name: self._stored_as[other] for name, other in self.head_names().items()}
-        stored = self._conversion.load(set(names.values()), self.checkpoint.stream)
+        stored = self.conversion.load(set(names.values()), self.checkpoint.stream)
         return {name: stored[other].to(own[name].dtype) for name, other in names.items()}
 
     def _head_tensors(self) -> dict[str, Tensor]:
@@ -363,36 +345,35 @@ class ResidentModel:
 
     def part_of(self, names: list[str]) -> Part:
         """Some tensors, of which those that are no floating-point numbers are left out."""
-        names = [name for name in names if self._state[name].is_floating_point()]
+        names = [name for name in names if self.tensors[name].is_floating_point()]
         return Part(
-            tensors={name: self._state[name] for name in names},
+            tensors={name: self.tensors[name] for name in names},
             dtypes={name: self._dtypes[name] for name in names},
-            saved_dtypes={name: self.saved_dtype or self._conversion.dtype(self._stored_as[name]) for name in names},
+            saved_dtypes={name: self.saved_dtype or self.conversion.dtype(self._stored_as[name]) for name in names},
             input_axes={name: -2 if name in self._input_first else -1 for name in names},
-            touched=self._touched,
         )
 
     def _find_stored_names(self) -> dict[str, str]:
         """Parameter name -> the name under which the base stores it: another one only if it is tied to that."""
-        stored = {id(tensor): name for name, tensor in self._state.items() if name in self._conversion}
-        found = {name: name if name in self._conversion else stored.get(id(self._state[name])) for name in self._state}
+        stored = {id(tensor): name for name, tensor in self.tensors.items() if name in self.conversion}
+        found = {name: name if name in self.conversion else stored.get(id(self.tensors[name])) for name in self.tensors}
         missing = [name for name, other in found.items() if other is None]
         if missing:
             raise ConfigError(f"{self.checkpoint.path}: the weights lack {', '.join(missing[:3])}")
-        for name, tensor in self._state.items():
-            dtype = self._conversion.dtype(found[name])
+        for name, tensor in self.tensors.items():
+            dtype = self.conversion.dtype(found[name])
             if tensor.is_floating_point() and not dtype.is_floating_point:
                 raise ConfigError(f"{self.checkpoint.path}: {name} is stored as {dtype}, not as a floating-point type")
-        mixed = [name for name in self._conversion if len(self._conversion.dtypes(name)) > 1]
+        mixed = [name for name in self.conversion if len(self.conversion.dtypes(name)) > 1]
         if mixed and self.saved_dtype is None:
-            kinds = " and ".join(sorted(dtype_name(dtype) for dtype in self._conversion.dtypes(mixed[0])))
+            kinds = " and ".join(sorted(dtype_name(dtype) for dtype in self.conversion.dtypes(mixed[0])))
             raise ConfigError(f"{self.checkpoint.path}: {mixed[0]} is stored as {kinds}; set dtype to one of them")
         return {name: other for name, other in found.items() if other is not None}
 
     def check_weights(self) -> None:
         """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless. Raise
         TooNarrow or ConfigError, as `too_narrow` says, if its weights don't fit the type that is computed in."""
-        for name, tensor in self._state.items():
+        for name, tensor in self.tensors.items():
             if not is_finite(tensor.detach()):
                 if is_finite(self._stored(name)):
                     raise self.too_narrow(f"{name} overflows")
@@ -414,7 +395,7 @@ class ResidentModel:
 
     def _stored(self, name: str) -> Tensor:
         """A tensor as the base's files have it, on the CPU."""
-        return self._conversion.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
+        return self.conversion.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
 
     def too_narrow(self, what: str) -> TooNarrow | ConfigError:
         """What is raised where a number does not fit the type that is computed in: TooNarrow if another one may be
@@ -432,25 +413,17 @@ class ResidentModel:
             f"{dtype_name(self.dtype)}: its weights are damaged, or config.json does not fit them"
         )
 
-    def save(self, folder: Path) -> None:
-        """Write weights, in the base's own shards and names, and everything else that opens the model.
 
-        Raises CheckpointError if a file can't be written.
-        """
-        saving = self.begin_saving(folder)
-        flags = [one for names, changed in self._touched.items() for one in zip(names, changed.tolist(), strict=True)]
-        touched = {id(self._state[name]) for name, changed in flags if changed}
-        for stored, names in self.groups:
-            ours = {name: self._state[name].detach() for name in names}
-            is_touched = any(id(self._state[name]) in touched for name in names)
-            copied = [] if is_touched else saving.copied(stored, names)
-            saving.copy(copied)
-            saving.write([name for name in stored if name not in copied], ours)
-        saving.finish()
+def _begin_stream(model: "weakref.ref[ResidentModel]", _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    """What the input embedding gives, in the type of the residual stream."""
+    return output.float() if model().arithmetic.float32_stream else output
 
-    def begin_saving(self, folder: Path) -> Saving:
-        """What writes this model, whose tensors are still to come, into a folder."""
-        return Saving(self.checkpoint, self._conversion, self.saved_dtype, folder)
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinite values."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def _tensors_of(module: PreTrainedModel) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Knows: vocabularies, tied weights. Refuses to know: how rows are mixed, scores.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,69 +25,15 @@ class HeaderSkipped(Exception):
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """A model's tokens that have a row in its header, and the number of rows: some may have no token."""
-
-    tokens: Mapping[str, int]
-    rows: int
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """Two vocabularies, side by side."""
-
-    base: Vocabulary
-    candidate: Vocabulary
-    roles: Mapping[str, str]  # BOS and EOS of the base -> those of the candidate
-    matches: Mapping[int, int]  # base row -> candidate row
-
-    @property
-    def known(self) -> int:
-        """How many rows of the base have a token."""
-        return len(set(self.base.tokens.values()))
-
-    def describe(self, candidate: str) -> str:
-        """How many rows were matched, how, and what becomes of the others. candidate: its name."""
-        by_role = [
-            f"{token} with {part}"
-            for token, part in self.roles.items()
-            if token in self.base.tokens and token not in self.candidate.tokens and part in self.candidate.tokens
-        ]
-        moved = sum(row != other for row, other in self.matches.items())
-        lacking, nameless = self.known - len(self.matches), self.base.rows - self.known
-        added = len(set(self.candidate.tokens.values()) - set(self.matches.values()))
-        text = f"{len(self.matches)} of {self.base.rows} rows matched by token"
-        text += f", BOS or EOS by role ({', '.join(by_role)})" if by_role else ""
-        text += f", {moved} of them at another place" if moved else ""
-        kept = [f"{lacking} ({candidate} has no row for their tokens)"] if lacking else []
-        kept += [f"{nameless} (they have no token)"] if nameless else []
-        text += f"; the base keeps its own in {' and in '.join(kept)}" if kept else ""
-        if added or self.candidate.rows != self.base.rows:
-            text += f"; {candidate} has {self.candidate.rows} rows"
-            text += f", {added} of them for tokens that the base lacks" if added else ""
-        return text
-
-
-@dataclass(frozen=True)
 class HeaderRows:
     """A candidate's header, to be read some rows at a time, in the base's order."""
 
     candidate: Candidate
     sources: Mapping[str, str]  # tensor of the base's header -> the candidate's that is merged into it
     matches: Mapping[int, int]  # base row -> candidate row
-    alignment: str | None = None  # how rows were matched, if that is not simply by their place
-    tying: str | None = None  # what becomes of the candidate's head where one of the two models is tied
+    note: str | None = None  # a line about what had to be matched, and what a merge does without
+    note_of_scores: str | None = None  # the same where the candidate is only scored, as `untied_header` has it
     own_head: str | None = None  # the candidate's head, if it has one of its own and the base has no place for it
-
-    @property
-    def note(self) -> str | None:
-        """A line about what had to be matched, and what a merge does without."""
-        return f"Header: {self.alignment}" + (f"; {self.tying}" if self.tying else "") if self.alignment else None
-
-    @property
-    def note_of_scores(self) -> str | None:
-        """The same where the candidate is only scored, as `untied_header` has it."""
-        return self.note if self.own_head is None else f"Header: {self.alignment}; its head is not its embedding"
 
     @cached_property
     def _order(self) -> Tensor:
@@ -95,6 +41,15 @@ class HeaderRows:
         order = torch.full((max(self.matches) + 1,), -1)
         order[torch.tensor(list(self.matches))] = torch.tensor(list(self.matches.values()))
         return order
+
+    def adopted(self, part: Part, first: int = 0) -> Tensors:
+        """The rows for a part of the base's header, or for as many of its rows as the part has, from the first on. The
+        part's own rows stay where there is no match. Raises as `Part.adopt` and reading do."""
+        read = (
+            (name, self.read(name, torch.arange(first, first + len(own)), own.cpu))
+            for name, own in part.tensors.items()
+        )
+        return part.adopt(read, self.candidate.name)
 
     def read(self, name: str, rows: Tensor, own: Callable[[], Tensor] | None = None) -> Tensor:
         """Rows of one of the base's tensors by their numbers, (rows,), ascending: (rows, ...), on the CPU, as they are
@@ -113,10 +68,10 @@ class HeaderRows:
         return found
 
 
-def matched_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> HeaderRows:
-    """A candidate's header, matched with the base's. tokenizer: the base's. Raises HeaderSkipped if too few rows match,
-    CheckpointError if a file can't be read."""
-    part = model.header()
+def matched_header(model: ResidentModel, tokenizer: Any, candidate: Candidate, part: Part | None = None) -> HeaderRows:
+    """A candidate's header, matched with the base's. tokenizer: the base's; part: its header, if it is read in a thread
+    of its own. Raises HeaderSkipped if too few rows match, CheckpointError if a file can't be read."""
+    part = part or model.header()
     sources = _sources(model, candidate, part)
     rows = min(tensor.shape[0] for tensor in part.tensors.values())
     their_rows = min(candidate.conversion.shape(source)[0] for source in sources.values())
@@ -125,12 +80,23 @@ def matched_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -
         other = tokenizer if same else load_tokenizer(*candidate.checkpoint.tokenizer_files)
     except ConfigError as error:
         raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
-    alignment = _align(tokenizer, rows, other, their_rows, candidate.name)
+    ours, theirs = _tokens(tokenizer, rows), _tokens(other, their_rows)
+    # Where one token of the base plays both parts, as in GPT-2, it is matched as the one that ends a text.
+    roles = {tokenizer.bos_token: other.bos_token, tokenizer.eos_token: other.eos_token}
+    roles = {token: part_played for token, part_played in roles.items() if token and part_played}
+    matches = match_rows(ours, theirs, roles)
+    known = len(set(ours.values()))
+    if len(matches) < MIN_SHARED_TOKENS * known:
+        shared = f"{len(matches)} of the base's {known} tokens (at least {MIN_SHARED_TOKENS:.0%} are needed)"
+        raise HeaderSkipped(f"{candidate.name} shares only {shared}")
     tying, own_head = _about_tying(model, candidate, part)
-    said = None
-    if alignment.base != alignment.candidate or tying:  # else they are the same, row for row
-        said = alignment.describe(candidate.name)
-    return HeaderRows(candidate, sources, alignment.matches, said, tying, own_head)
+    found = HeaderRows(candidate, sources, matches, own_head=own_head)
+    if ours == theirs and rows == their_rows and tying is None:
+        return found  # they are the same, row for row
+    note = f"Header: {_description(candidate.name, ours, theirs, rows, their_rows, roles, matches)}"
+    with_tying = f"{note}; {tying}" if tying else note
+    of_scores = with_tying if own_head is None else f"{note}; its head is not its embedding"
+    return replace(found, note=with_tying, note_of_scores=of_scores)
 
 
 def own_header(model: ResidentModel) -> HeaderRows:
@@ -140,46 +106,79 @@ def own_header(model: ResidentModel) -> HeaderRows:
     return HeaderRows(base, _sources(model, base, part), {row: row for row in range(rows)})
 
 
-def aligned_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> tuple[Tensors, str | None]:
+def aligned_header(
+    model: ResidentModel, tokenizer: Any, candidate: Candidate, part: Part | None = None
+) -> tuple[Tensors, str | None]:
     """The candidate's header with its rows in the base's order, and a line about what had to be matched.
 
-    tokenizer: the base's. Raises HeaderSkipped if too few rows match, BrokenWeights if they are no numbers,
-    CheckpointError if a file can't be read.
+    tokenizer, part: see `matched_header`. Raises as that, and BrokenWeights if the rows are no numbers.
     """
-    found = matched_header(model, tokenizer, candidate)
-    return _aligned(model.header(), found, found.sources), found.note
+    part = part or model.header()
+    found = matched_header(model, tokenizer, candidate, part)
+    return found.adopted(part), found.note
 
 
 def untied_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> tuple[Tensors, Tensors]:
     """The candidate's header as `aligned_header` has it, to be held where the embedding is read, and where the head is:
     two where the candidate has a head of its own and the base has not. Raises as that."""
     part, found = model.header(), matched_header(model, tokenizer, candidate)
-    header = _aligned(part, found, found.sources)
+    header = found.adopted(part)
     if found.own_head is None:
         return header, header
-    embedding, _ = model.header_names()
-    return header, _aligned(part, found, {**found.sources, embedding: found.own_head})
+    return header, replace(found, sources={**found.sources, model.embedding_name: found.own_head}).adopted(part)
 
 
-def _aligned(part: Part, found: HeaderRows, sources: Mapping[str, str]) -> Tensors:
-    """A candidate's tensors in the base's order. sources: see `HeaderRows.sources`."""
-    stored = found.candidate.read(set(sources.values()))
-    ordered = (
-        (name, align_rows(stored[source], part.tensors[name].shape[0], found.matches))
-        for name, source in sources.items()
-    )
-    aligned = part.adopt(ordered, found.candidate.name)
-    for name, tensor in aligned.items():
-        keep_rows(part.tensors[name], tensor, found.matches)
-    return aligned
+def match_rows(base: Mapping[str, int], other: Mapping[str, int], roles: Mapping[str, str]) -> dict[int, int]:
+    """Row of `base` -> row of `other` that holds the same token.
+
+    base, other: token string -> row. roles: a token of the base -> the token that plays its part in the other (BOS,
+    EOS), used where the other lacks the token itself. Tokens without a counterpart are absent from the result.
+    """
+    counterparts = ((row, token if token in other else roles.get(token)) for token, row in base.items())
+    return {row: other[counterpart] for row, counterpart in counterparts if counterpart in other}
+
+
+def _tokens(tokenizer: Any, rows: int) -> dict[str, int]:
+    """The tokens of a tokenizer that a header of so many rows has room for, and their rows."""
+    return {token: row for token, row in tokenizer.get_vocab().items() if row < rows}
+
+
+def _description(
+    name: str,
+    ours: Mapping[str, int],
+    theirs: Mapping[str, int],
+    rows: int,
+    their_rows: int,
+    roles: Mapping[str, str],
+    matches: Mapping[int, int],
+) -> str:
+    """How many rows were matched, how, and what becomes of the others. name: the candidate's; ours, theirs: token ->
+    row; roles, matches: see `match_rows`."""
+    by_role = [f"{a} with {b}" for a, b in roles.items() if a in ours and a not in theirs and b in theirs]
+    moved = sum(row != other for row, other in matches.items())
+    known = len(set(ours.values()))
+    lacking, nameless = known - len(matches), rows - known
+    added = len(set(theirs.values()) - set(matches.values()))
+    text = f"{len(matches)} of {rows} rows matched by token"
+    text += f", BOS or EOS by role ({', '.join(by_role)})" if by_role else ""
+    text += f", {moved} of them at another place" if moved else ""
+    kept = [f"{lacking} ({name} has no row for their tokens)"] if lacking else []
+    kept += [f"{nameless} (they have no token)"] if nameless else []
+    text += f"; the base keeps its own in {' and in '.join(kept)}" if kept else ""
+    if added or their_rows != rows:
+        text += f"; {name} has {their_rows} rows"
+        text += f", {added} of them for tokens that the base lacks" if added else ""
+    return text
 
 
 def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether the tokenizers of two models of one architecture are the same, file by file. Raises CheckpointError if a
     file can't be read."""
     (here, ours), (there, theirs) = one.tokenizer_files, other.tokenizer_files
-    sizes, others = ({n: size for n, size in found.sizes.items() if n not in _NO_TOKENS} for found in (ours, theirs))
-    return sizes == others and all(read_file(here / name) == read_file(there / name) for name in sizes)
+    sizes = {name: size for name, size in ours.sizes.items() if name not in _NO_TOKENS}
+    if sizes != {name: size for name, size in theirs.sizes.items() if name not in _NO_TOKENS}:
+        return False
+    return all(read_file(here / name) == read_file(there / name) for name in sizes)
 
 
 def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str, str]:
@@ -187,7 +186,7 @@ def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str
 
     A candidate whose head is tied to its embedding may store only one of the two, which then stands for both.
     """
-    embedding, head = model.header_names()
+    embedding, head = model.embedding_name, model.head_name
     twins = {embedding: head, head: embedding} if ties_header(candidate.checkpoint.config) else {}
     sources = {}
     for name, ours in part.tensors.items():
@@ -204,7 +203,7 @@ def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str
 def _about_tying(model: ResidentModel, candidate: Candidate, part: Part) -> tuple[str | None, str | None]:
     """What becomes of the candidate's head where one model has a head of its own and the other has not; and, if it is
     the base that has not, the name of that head."""
-    embedding, head = model.header_names()
+    embedding, head = model.embedding_name, model.head_name
     if head is None:
         return None, None
     ours_is_own = head in part.tensors
@@ -219,53 +218,3 @@ def _about_tying(model: ResidentModel, candidate: Candidate, part: Part) -> tupl
     if ours_is_own and not theirs_is_own:
         return f"{candidate.name}'s head is its embedding, which is merged into both of the base's", None
     return None, None
-
-
-def _align(base: Any, rows: int, other: Any, their_rows: int, candidate: str) -> Alignment:
-    """Two tokenizers' vocabularies side by side: rows of the same token, BOS and EOS by role.
-
-    rows, their_rows: of the headers. Raises HeaderSkipped if too few match.
-    """
-    ours, theirs = _vocabulary(base, rows), _vocabulary(other, their_rows)
-    # Where one token of the base plays both parts, as in GPT-2, it is matched as the one that ends a text.
-    roles = {base.bos_token: other.bos_token, base.eos_token: other.eos_token}
-    roles = {token: part for token, part in roles.items() if token and part}
-    alignment = Alignment(ours, theirs, roles, match_rows(ours.tokens, theirs.tokens, roles))
-    matched, known = len(alignment.matches), alignment.known
-    if matched < MIN_SHARED_TOKENS * known:
-        shared = f"{matched} of the base's {known} tokens (at least {MIN_SHARED_TOKENS:.0%} are needed)"
-        raise HeaderSkipped(f"{candidate} shares only {shared}")
-    return alignment
-
-
-def _vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
-    """The tokens of a tokenizer that a header of so many rows has room for."""
-    return Vocabulary({token: row for token, row in tokenizer.get_vocab().items() if row < rows}, rows)
-
-
-def match_rows(base: Mapping[str, int], other: Mapping[str, int], roles: Mapping[str, str]) -> dict[int, int]:
-    """Row of `base` -> row of `other` that holds the same token.
-
-    base, other: token string -> row. roles: a token of the base -> the token that plays its part in the other (BOS,
-    EOS), used where the other lacks the token itself. Tokens without a counterpart are absent from the result.
-    """
-    counterparts = ((row, token if token in other else roles.get(token)) for token, row in base.items())
-    return {row: other[counterpart] for row, counterpart in counterparts if counterpart in other}
-
-
-def align_rows(other: Tensor, rows: int, matches: Mapping[int, int]) -> Tensor:
-    """`other`'s rows in the order of the base's, (rows, ...); a row without a match is any.
-
-    other: (other rows, ...); itself, if all are in place.
-    """
-    order = [matches.get(row, 0) for row in range(rows)]
-    in_place = len(matches) == rows == other.shape[0] and order == list(range(rows))
-    return other if in_place else other[order]
-
-
-def keep_rows(base: Tensor, aligned: Tensor, matches: Mapping[int, int]) -> None:
-    """Put the base's own rows, of (rows, ...), where an aligned tensor has no match."""
-    own = [row for row in range(base.shape[0]) if row not in matches]
-    if own:
-        rows = torch.tensor(own, device=base.device)
-        aligned[rows] = base[rows]

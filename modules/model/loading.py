@@ -111,12 +111,12 @@ class ModelLoader:
                 raise
             reason = error.args[0]
         # Not within the handler: there, the error still holds the model.
-        _free_memory()
+        release_memory()
         self.console.warning(f"{reason}: computing in {FALLBACK.name}")
         return work(replace(self, compute=FALLBACK))
 
 
-def _free_memory() -> None:
+def release_memory() -> None:
     """Give back what a model that is not referred to any more has held: there is no room for two."""
     gc.collect()
     for device in accelerators()[:1]:

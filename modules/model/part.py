@@ -5,7 +5,7 @@ Knows: the tensors and their places in the module. Refuses to know: how candidat
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -27,7 +27,10 @@ class Part:
     dtypes: Mapping[str, torch.dtype]  # what each is computed in; a live one may be in another type for a moment
     saved_dtypes: Mapping[str, torch.dtype]  # what each is stored as when the model is saved
     input_axes: Mapping[str, int]  # which axis holds the input features, see methods.merge
-    touched: dict[tuple[str, ...], Tensor]  # of the whole model, live: which of these are no longer the base's
+
+    def still(self) -> "Part":
+        """The same for a thread that reads beside those who make the model hold other tensors for a moment."""
+        return replace(self, tensors={name: tensor.data for name, tensor in self.tensors.items()})
 
     @property
     def devices(self) -> set[torch.device]:
@@ -85,14 +88,12 @@ class Part:
             low, high = found[name]
             if not (-torch.inf < low and high < torch.inf):
                 raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
-            kinds = (
-                ("compute_dtype", self.dtypes[name], TooNarrow),
-                ("dtype", self.saved_dtypes[name], CheckpointError),
-            )
-            for key, dtype, kind in kinds:
-                if max(-low, high) > torch.finfo(dtype).max:
-                    what = f"{source}: {name} reaches {max(-low, high):.4g}, too large for {dtype_name(dtype)}"
-                    raise kind(what, wider(dtype, key)) if kind is TooNarrow else kind(f"{what}; {wider(dtype, key)}")
+            largest, computed, saved = max(-low, high), self.dtypes[name], self.saved_dtypes[name]
+            what = f"{source}: {name} reaches {largest:.4g}, too large for"
+            if largest > torch.finfo(computed).max:
+                raise TooNarrow(f"{what} {dtype_name(computed)}", wider(computed))
+            if largest > torch.finfo(saved).max:
+                raise CheckpointError(f"{what} {dtype_name(saved)}; {wider(saved, 'dtype')}")
 
     @contextmanager
     def holding(self, tensors: Tensors) -> Iterator[None]:
@@ -106,17 +107,10 @@ class Part:
             for name, tensor in self.tensors.items():
                 tensor.data = own[name]
 
-    def install(self, tensors: Tensors, changed: Tensor) -> None:
-        """Take tensors over for good. changed: what `changes_in` has found in them."""
+    def install(self, tensors: Tensors) -> None:
+        """Take tensors over for good."""
         for name, tensor in tensors.items():
             self.tensors[name].data.copy_(tensor)
-        before = self.touched.get(tuple(tensors))
-        self.note_changes(changed if before is None else before | changed)
-
-    def note_changes(self, changed: Tensor) -> None:
-        """Which tensors are no longer the base's, in their order: (tensors,), boolean. For one who writes into them
-        himself."""
-        self.touched[tuple(self.tensors)] = changed
 
     def changes_in(self, tensors: Tensors) -> Tensor:
         """Which tensors are not equal to the model's own, in their order: (tensors,), boolean, on the device. Nobody

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import partial
 
-from modules.checkpoints import Candidate, Prefetcher, remove_downloads
+from modules.checkpoints import Candidate, Prefetcher
 from modules.config import Config
 from modules.metrics.evaluator import Evaluator
 from modules.model import FALLBACK
@@ -90,9 +90,6 @@ class Conductor:
                 self.bar.left((len(candidates) - number) * search.steps_per_candidate())
                 self._show_table(table, start, whole_in_log=number == len(candidates))
                 self._show_metrics(start)
-                if not self.config.keep_downloads:
-                    later = [repository for other in candidates[number:] for repository in other.repositories]
-                    remove_downloads(console, candidate.repositories, [search.model.checkpoint.repository, *later])
 
     def _start(self, resume: bool, table: str) -> list[float]:
         """Show how the base stands, and go on from where an earlier run has left it; the base's scores."""
@@ -131,10 +128,8 @@ class Conductor:
         except CheckpointError as error:
             if self.config.on_error == "stop" or (isinstance(error, TooNarrow) and self.search.model.may_widen):
                 raise
-            if self.search.repeated < behind:  # the recipe would tell of merges that the output does not have
-                kept = f"what was accepted of {candidate.name} can't be built again, so it is not skipped"
-                raise CheckpointError(f"{error}; {kept}") from None
-            failure = str(error)
+            failure, is_repeated = str(error), self.search.repeated >= behind
+            group.on_all_ranks(partial(self._check_accepted, number, candidate, failure, is_repeated))
             self.search.measure()
         finally:
             candidate.checkpoint.release()
@@ -154,6 +149,19 @@ class Conductor:
                 metrics=metrics,
                 failure=failure,
             )
+
+    def _check_accepted(self, number: int, candidate: Candidate, failure: str, is_repeated: bool) -> None:
+        """Raise CheckpointError if the merges that were accepted of a candidate can't be made again: the output would
+        not have them. is_repeated: whether those of an earlier run have been made again in this one."""
+        accepted = [one.layer for one in self.record.decisions(number) if one.ratio is not None]
+        try:
+            for layer in accepted if is_repeated else ():
+                candidate.read(self.search.model.layer(layer).tensors)
+        except CheckpointError:
+            is_repeated = False
+        if not is_repeated:
+            kept = f"what was accepted of {candidate.name} can't be built again, so it is not skipped"
+            raise CheckpointError(f"{failure}; {kept}")
 
     @property
     def composition(self) -> Shares:

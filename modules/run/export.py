@@ -40,7 +40,7 @@ def export_mergekit(asked: Replay, console: Console) -> None:
         },
         layers=len(layout.layers),
         layer=layout.layers_name.rpartition(".")[2],
-        header=[*dict.fromkeys(name for name in (*layout.header().tensors, *layout.header_names()) if name)],
+        header=[*dict.fromkeys(filter(None, (*layout.header().tensors, layout.embedding_name, layout.head_name)))],
         dtype=saved[0],
     )
     write_text(asked.output, mergekit_text(recipe, names))

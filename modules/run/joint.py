@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
-from modules.checkpoints import Candidate, remove_downloads
+from modules.checkpoints import Candidate
 from modules.metrics.registry import columns_of
 from modules.output import tables as report
 from modules.run.conductor import Conductor
@@ -53,9 +53,6 @@ class JointConductor(Conductor):
             self.evaluator.evaluate()
         self._show_table(table, start, whole_in_log=True)
         self._show_metrics(start)
-        if not self.config.keep_downloads:
-            downloads = [repository for candidate in candidates for repository in candidate.repositories]
-            remove_downloads(console, downloads, [search.model.checkpoint.repository])
 
     @property
     def composition(self) -> Shares:

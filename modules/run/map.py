@@ -58,7 +58,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     if exports.yaml:
         write_text(exports.yaml, mapping_report.phrase_list(all_ranks, models.base.name))
         console.timed(f"The suggestions are in {exports.yaml}")
-    end(console, config, models.base)
+    end(console, config, models)
 
 
 def _explored(loader: ModelLoader, models: Models) -> tuple[list[CompletionTree], list[list[PhraseRank]], Detokenizer]:

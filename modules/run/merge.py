@@ -3,9 +3,11 @@
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,12 +16,13 @@ from modules.config import Config, check_apart, input_paths, read_neutral_texts
 from modules.metrics.evaluator import Evaluator
 from modules.metrics.metric import Context
 from modules.metrics.registry import METRICS
-from modules.model import Arithmetic, ModelLoader, ResidentModel
+from modules.model import Arithmetic, ModelLoader, ResidentModel, release_memory
 from modules.output import (
     JOURNAL_FILE,
     Journal,
     Line,
     OutputFolder,
+    Recipe,
     RunRecord,
     begun_run,
     check_output,
@@ -51,6 +54,8 @@ from modules.scoring import (
     neutral_windows,
 )
 from modules.search import total_rounding
+from modules.search.joint import Rows
+from modules.search.rebuild import Rebuild
 from modules.search.search import Search, WeighedMetric
 
 
@@ -144,26 +149,73 @@ def _merge(
         conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement, asked)
         clock.lap("load")
         conductor.conduct(models.candidates, options.resume, options.table)
-        search, evaluator, composition = conductor.search, conductor.evaluator, conductor.composition
-        if conductor.is_base:
-            console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
-        show_results(conductor, models.candidates)
-        samples = conductor.samples.compared()
-        console.lines(report.sample_lines(samples))
-        names = [models.base.name, *(candidate.name for candidate in models.candidates)]
-        console.lines(report.share_lines(names, conductor.shares, conductor.layers))
-        console.lines(["Merge composition:", *report.composition_lines(composition), ""])
+        result = _conclude(conductor, models)
         clock.lap("search")
-        save(console, search.model, unfinished, config.directories.output_directory)
+        del conductor
+        release_memory()  # that of the model: what is saved comes from the files
+        rebuild = _rebuild(loader, models, record, result)
+        save(console, rebuild, models.base, unfinished, config.directories.output_directory)
         clock.lap("save")
-        seconds = {**clock.seconds, "evaluation": round(evaluator.seconds + conductor.samples.seconds, 1)}
-        state = config.pairs, search.weights, search.log_probabilities
-        phrases, start, now = evaluator.phrases, evaluator.start, evaluator.now
-        held_out = phrases.pairs, phrases.weights, start.held_out, now.held_out
-        measured = {"base": start.metrics, "merge": now.metrics}, held_out, samples
-        recipe = record.recipe(*state, composition, *measured, search.model.dtypes(), seconds, conductor.shares)
+        recipe = result.recipe(seconds={**clock.seconds, "evaluation": result.evaluating})
         finish(console, unfinished, recipe, target.output, models.base, options.overwrite)
-    end(console, config, models.base, config.directories.output_directory)
+    end(console, config, models, config.directories.output_directory)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What is left of a search when the model is released."""
+
+    devices: Mapping[str, torch.device]  # on which each tensor was merged
+    tokenizer: Any  # the base's
+    shares: Rows  # of a joint search
+    evaluating: float  # seconds that went into what is only shown
+    recipe: Callable[..., Recipe]  # of the seconds that the phases have taken
+
+
+def _conclude(conductor: Conductor, models: Models) -> SearchResult:
+    """Report what a search has led to, and keep what saving needs of it."""
+    console, config, search, evaluator = conductor.console, conductor.config, conductor.search, conductor.evaluator
+    if conductor.is_base:
+        console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
+    show_results(conductor, models.candidates)
+    samples = conductor.samples.compared()
+    console.lines(report.sample_lines(samples))
+    names = [models.base.name, *(candidate.name for candidate in models.candidates)]
+    console.lines(report.share_lines(names, conductor.shares, conductor.layers))
+    composition = conductor.composition
+    console.lines(["Merge composition:", *report.composition_lines(composition), ""])
+    phrases, start, now = evaluator.phrases, evaluator.start, evaluator.now
+    recipe = partial(
+        conductor.record.recipe,
+        config.pairs,
+        search.weights,
+        search.log_probabilities,
+        composition,
+        {"base": start.metrics, "merge": now.metrics},
+        (phrases.pairs, phrases.weights, start.held_out, now.held_out),
+        samples,
+        search.model.dtypes(),
+        shares=conductor.shares,
+    )
+    devices = {name: tensor.device for name, tensor in search.model.tensors.items()}
+    evaluating = round(evaluator.seconds + conductor.samples.seconds, 1)
+    return SearchResult(devices, search.tokenizer, conductor.shares, evaluating, recipe)
+
+
+def _rebuild(loader: ModelLoader, models: Models, record: RunRecord, result: SearchResult) -> Rebuild:
+    """What writes the model that was scored. Raises ConfigError if a file has changed since."""
+    record.source(0, models.base_where, models.base)
+    rebuild = Rebuild(loader.layout(models), result.devices, lambda: result.tokenizer)
+    if result.shares:
+        rebuild.mix(models.candidates, result.shares)
+    for number, candidate in enumerate(models.candidates, start=1):
+        accepted = [decision for decision in record.decisions(number) if decision.ratio is not None]
+        end = record.line("candidate", number)
+        was_read = end is None or end.failure is None  # of one that was given up, not every file can be read
+        if was_read and (accepted or any(row[number - 1] for row in result.shares)):
+            record.source(number, candidate.where, candidate.checkpoint)
+        rebuild.repeat(candidate, accepted)
+    return rebuild
 
 
 def begin_search(

@@ -57,7 +57,7 @@ def replay_recipe(asked: Replay, console: Console) -> None:
         models = loader.open()
         check_space(models.jobs)
         _rebuild(asked, recipe, loader, target, models)
-    end(console, config, models.base, str(asked.output))
+    end(console, config, models, str(asked.output))
 
 
 def recipe_of(asked: Replay) -> Recipe:
@@ -96,7 +96,8 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, target: OutputF
         check_source(recipe.sources[0], base)
         console.lines(_other_device(recipe, loader.device))
         tokenizer = partial(load_tokenizer, base.path, base.companions)
-        rebuild = Rebuild(loader.layout(models), resolve_device(loader.device), tokenizer)
+        layout = loader.layout(models)
+        rebuild = Rebuild(layout, dict.fromkeys(layout.tensors, resolve_device(loader.device)), tokenizer)
         arriving = _arriving(prefetcher, found)
         if recipe.joint:
             console.timed(f"{len(found)} candidates, all at once")
@@ -105,7 +106,7 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, target: OutputF
             decisions = [line.decision for line in recipe.accepted_of(source.number)]
             console.timed(f"Candidate {number}/{len(found)}: {source.name}, {len(decisions)} merges")
             rebuild.repeat(candidate, decisions)
-        save(console, rebuild, unfinished, str(asked.output))
+        save(console, rebuild, base, unfinished, str(asked.output))
         finish(console, unfinished, recipe, target.output, base, asked.overwrite)
 
 

@@ -73,7 +73,7 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
         document = _document([*config.pairs, *held_out], len(config.pairs), weights, scored)
         write_text(file, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
         console.timed(f"All scores are in {file}")
-    end(console, config, models.base)
+    end(console, config, models)
 
 
 def _document(

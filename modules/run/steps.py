@@ -17,7 +17,7 @@ import transformers
 
 from modules.checkpoints import Checkpoint, Models, load_tokenizer, remove_downloads
 from modules.config import Chat, Config
-from modules.model import ModelLoader, ResidentModel
+from modules.model import ModelLoader
 from modules.output import (
     CARD_FILE,
     MERGE_MAP_FILE,
@@ -97,12 +97,12 @@ def _scored_in_thoughts(rendered: Rendered, contexts: Sequence[Chat]) -> list[st
     return [f"the chat template begins a thought, in which the phrases of {where} are scored{instead}"]
 
 
-def save(console: Console, model: ResidentModel | Rebuild, unfinished: Unfinished, output: str) -> None:
+def save(console: Console, rebuild: Rebuild, base: Checkpoint, unfinished: Unfinished, output: str) -> None:
     """Write a model; `output` is where it will be in the end."""
     console.timed(f"Saving to {output}")
     with naming(unfinished.folder):
-        model.save(unfinished.folder)
-    console.lines(model.checkpoint.companions.describe())
+        rebuild.save(unfinished.folder)
+    console.lines(base.companions.describe())
 
 
 def finish(
@@ -144,10 +144,11 @@ def _paths_of_the_base(folder: Path, base: Checkpoint) -> list[str]:
     return lines
 
 
-def end(console: Console, config: Config, base: Checkpoint, output: str = "") -> None:
+def end(console: Console, config: Config, models: Models, output: str = "") -> None:
     """Leave no download that is not to be kept, and say that all is done. output: what there is to be published."""
     if not config.keep_downloads:
-        remove_downloads(console, [base.repository])
+        candidates = [repository for candidate in models.candidates for repository in candidate.repositories]
+        remove_downloads(console, [models.base.repository, *candidates])
     if output:
         console.line(f"To publish it: {shlex.join(['hf', 'upload', 'ORG/NAME', output, '--private'])}")
     console.final(f"Done. The log is {console.log_path}")

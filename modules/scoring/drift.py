@@ -90,7 +90,7 @@ class DriftMeter:
         held: within it, the resident model has the others' norm and head. same_header: the base's header is the
         resident one, whatever is held.
         """
-        original = self._original_head() if not same_header or self.model.header_has_changed() else None
+        original = self._original_head() if not (same_header and self.model.has_base_header) else None
         sums = torch.zeros(4, stack, dtype=torch.float64)
         for batch, before, now in zip(self.batches, self.before, hidden, strict=True):
             sums += self._compare(batch, before.to(self.model.device), now, original, held).cpu()

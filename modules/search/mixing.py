@@ -12,10 +12,9 @@ the last bit, with shares of 0 the base's.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -25,12 +24,12 @@ from modules.checkpoints import Candidate, Tensors
 from modules.model import HeaderRows, HeaderSkipped, Part, ResidentModel, matched_header, own_header, row_ranges
 from modules.runtime import BrokenWeights
 from modules.scoring import GradientPass, Objective, Value
-from modules.search.prefetch import InTurn, Memory
+from modules.search.prefetch import ReadAhead, read_part, two_memories
 from modules.search.whole import outside_of
 
 Row = Sequence[float]  # a share, or the gradient on it, for each candidate
 Update = Callable[[int, Row], Row]  # number of a row and the gradient on its shares -> its new shares
-Arriving = InTurn[Tensors]
+Arriving = ReadAhead[int, Tensors]
 
 
 class Mix:
@@ -56,8 +55,7 @@ class Mix:
         self.notes: list[str] = []  # about headers that are not simply matched row by row
         self._sources = [model.as_candidate(), *candidates]
         self._streams, self.ahead = streams, ahead
-        self._memories = [Memory(bool(streams)) for _ in range(4)]  # two in turn for the base, two for candidates
-        self._turns = count(), count()
+        self._memories = two_memories(streams), two_memories(streams)  # of the base, and of candidates
         self._headers: list[HeaderRows | None] = []  # of the base and of each candidate; None: it can't be matched
         self._outside: list[Tensors] = []  # of the same, what is in neither layer nor header: it is small
         if outside:
@@ -97,12 +95,12 @@ class Mix:
         base has it, and copied from the base's file when the model is saved. Raises as `Part.adopt` and reading do.
         """
         layers = self.layers
-        jobs = [job for layer in layers for job in (self._base_layer(layer), *self._theirs(layer, shares[layer]))]
+        jobs = [job for layer in layers for job in (self._layer_job(0, layer), *self._theirs(layer, shares[layer]))]
         jobs += self._header_jobs(shares[-1]) if self.mixes_outside else []
-        with InTurn(jobs, self._streams, self.ahead) as arriving:
+        with self._reading(jobs) as arriving:
             for layer in layers:
                 theirs = _in_turn(shares[layer], arriving, all_arrive=False)
-                _mix(self.model.layer(layer), arriving.take(keep=True), theirs, exact)
+                mixed_into(self.model.layer(layer), arriving.take_next(keep=True), theirs, exact)
             if self.mixes_outside:
                 self._compose_outside(arriving, shares[-1], exact, all_arrive=False)
 
@@ -113,9 +111,9 @@ class Mix:
         work.begin()
         other_base = self.mixes_outside and len(objective.before) > 0  # whose head is not the model's
         jobs = [self._rows_job(0, self._head, *block) for block in objective.blocks if other_base]
-        with InTurn(jobs, self._streams, self.ahead) as arriving:
+        with self._reading(jobs) as arriving:
             for block in objective.blocks:
-                base = self._by_own_names(arriving.take()) if other_base else None
+                base = self._by_own_names(arriving.take_next()) if other_base else None
                 work.head_block(*block, base, learn=False)
         return work.value()
 
@@ -129,20 +127,20 @@ class Mix:
         """
         work = GradientPass(objective, self.mixes_outside)
         work.begin()
-        with InTurn(self._descent_jobs(objective), self._streams, self.ahead) as arriving:
+        with self._reading(self._descent_jobs(objective)) as arriving:
             outside = self._head_gradient(work, objective, arriving)
             value = work.value()
             for layer in reversed(range(self._lowest, len(self.model.layers))):
                 if layer not in self.layers:
                     work.layer(layer, wanted=False)
                     continue
-                gradients, base = work.layer(layer), arriving.take(keep=True)
-                found = [_inner(gradients, base, arriving.take()) for _ in self.candidates]
+                gradients, base = work.layer(layer), arriving.take_next(keep=True)
+                found = [_inner(gradients, base, arriving.take_next()) for _ in self.candidates]
                 del gradients
                 shares = update(layer, self._on_the_host(found, work.scale))
-                _mix(self.model.layer(layer), base, _in_turn(shares, arriving, all_arrive=True), exact=False)
+                mixed_into(self.model.layer(layer), base, _in_turn(shares, arriving, all_arrive=True), exact=False)
                 del base
-                arriving.let_go()
+                arriving.release()
             if self.mixes_outside:
                 self._add_front(work, arriving, outside)
                 shares = update(len(self.model.layers), self._on_the_host(outside, work.scale))
@@ -151,19 +149,22 @@ class Mix:
 
     # -- what is read, in this order ----------------------------------------------------------------------------------
 
+    def _reading(self, jobs: Iterable[Callable[[], Tensors]]) -> Arriving:
+        return ReadAhead(dict(enumerate(jobs)), self._streams, self.ahead)
+
     def _descent_jobs(self, objective: Objective) -> Iterator[Callable[[], Any]]:
         everyone = [1.0] * len(self.candidates)
         if self.mixes_outside:
             for block in objective.blocks:
                 yield from (self._rows_job(number, self._head, *block) for number in self._with_header)
         for layer in reversed(self.layers):
-            yield self._base_layer(layer)
+            yield self._layer_job(0, layer)
             yield from self._theirs(layer, everyone)
             # Shares come between; by now, what was read lies in the system's memory.
             yield from self._theirs(layer, everyone)
         if self.mixes_outside:
-            rows, name = objective.vocabulary, self.model.header_names()[0]
-            yield from (partial(self._read_rows, number, [name], rows) for number in self._with_header)
+            rows, names = objective.vocabulary, [self.model.embedding_name]
+            yield from (partial(self._read_rows, number, names, rows) for number in self._with_header)
             yield from self._header_jobs(everyone)
 
     @property
@@ -186,18 +187,12 @@ class Mix:
     def _head(self) -> list[str]:
         return list(self.model.head_names().values())
 
-    def _base_layer(self, layer: int) -> Callable[[], Tensors]:
-        return partial(self._read_layer, 0, layer)
-
     def _theirs(self, layer: int, shares: Row) -> list[Callable[[], Tensors]]:
-        return [partial(self._read_layer, number, layer) for number, share in enumerate(shares, 1) if share]
+        return [self._layer_job(number, layer) for number, share in enumerate(shares, 1) if share]
 
-    def _read_layer(self, number: int, layer: int) -> Tensors:
-        of_candidate = number > 0
-        memory = self._memories[2 * of_candidate + next(self._turns[of_candidate]) % 2]
-        memory.free()
-        part, source = self.model.layer(layer), self._sources[number]
-        return part.adopt(source.stream(part.tensors, memory.room), source.name)
+    def _layer_job(self, number: int, layer: int) -> Callable[[], Tensors]:
+        memory = next(self._memories[min(number, 1)])
+        return partial(read_part, self._sources[number], self.model.layer(layer), memory)
 
     def _rows_job(self, number: int, names: Sequence[str], first: int, end: int) -> Callable[[], Tensors]:
         return partial(self._read_rows, number, names, torch.arange(first, end))
@@ -226,10 +221,10 @@ class Mix:
         """Take the head's blocks through a pass; the gradient on each candidate's share by the head alone."""
         sums = [torch.zeros((), dtype=objective.dtype, device=self.model.device) for _ in self.candidates]
         for block in objective.blocks:
-            base = arriving.take(keep=True) if self.mixes_outside else None
+            base = arriving.take_next(keep=True) if self.mixes_outside else None
             gradients = work.head_block(*block, None if base is None else self._by_own_names(base))
             for number in self._with_header[1:]:
-                sums[number - 1] += _inner(gradients, base, arriving.take())
+                sums[number - 1] += _inner(gradients, base, arriving.take_next())
         return sums
 
     def _by_own_names(self, rows: Tensors) -> Tensors:
@@ -237,10 +232,10 @@ class Mix:
 
     def _add_front(self, work: GradientPass, arriving: Arriving, sums: list[Tensor]) -> None:
         """Add what the embedding, the final norm and position tables say of each candidate's share."""
-        found, base = work.front(), arriving.take(keep=True)
+        found, base = work.front(), arriving.take_next(keep=True)
         gradients = dict.fromkeys(base, found.values)
         for number in self._with_header[1:]:
-            sums[number - 1] += _inner(gradients, base, arriving.take())
+            sums[number - 1] += _inner(gradients, base, arriving.take_next())
         for number, theirs in enumerate(self._outside[1:]):
             sums[number] += _inner(found.dense, self._outside[0], theirs)
 
@@ -258,27 +253,18 @@ class Mix:
     def _compose_outside(self, arriving: Arriving, shares: Row, exact: bool, all_arrive: bool) -> None:
         """Mix what is outside the layers: small tensors, and the header by ranges of its rows."""
         part, header = self.model.outside(), self.model.header()
-        _mix(part, self._outside[0], zip(shares, self._outside[1:], strict=True), exact)
-        shares, changed = [shares[number - 1] for number in self._with_header[1:]], []
+        self.model.has_base_header = not any(self.header_shares([shares]))
+        mixed_into(part, self._outside[0], zip(shares, self._outside[1:], strict=True), exact)
+        shares = [shares[number - 1] for number in self._with_header[1:]]
         for name, own in header.tensors.items():
-            flags = []
             for first, end in row_ranges(own):
                 rows = replace(header, tensors={name: own.data[first:end]})
-                flags.append(mixed_into(rows, arriving.take(keep=True), _in_turn(shares, arriving, all_arrive), exact))
-            changed.append(torch.cat(flags))
-        if exact:
-            header.note_changes(torch.stack([flags.any() for flags in changed]))
+                mixed_into(rows, arriving.take_next(keep=True), _in_turn(shares, arriving, all_arrive), exact)
 
 
 def _in_turn(shares: Row, arriving: Arriving, all_arrive: bool) -> Iterator[tuple[float, Tensors]]:
     """Each candidate's share with its tensors. all_arrive: also of one without a share."""
-    return ((share, arriving.take()) for share in shares if share or all_arrive)
-
-
-def _mix(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> None:
-    changed = mixed_into(part, base, theirs, exact)
-    if exact:
-        part.note_changes(changed)
+    return ((share, arriving.take_next()) for share in shares if share or all_arrive)
 
 
 def mixed_into(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> Tensor:

@@ -1,15 +1,15 @@
-"""A candidate's layers on their way to the device: the next one is read while the present one is searched.
+"""Tensors on their way to the device: the next ones are read while the present ones are used.
 
-Knows: one reading thread, memory that is used again, side streams. Refuses to know: what is done with a layer, how a
-header is made.
+Knows: one reading thread, memory that is used again, side streams. Refuses to know: what is read, what it is for.
 
-    thread    read 1 | read 2 |      read 3      |          two layers of the candidate are in memory at most:
+    thread    read 1 | read 2 |      read 3      |          two layers of a candidate are in memory at most:
     main             | search 1      | search 2  | ...      the one that is searched and the one that arrives
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import cycle
 from typing import Generic, TypeVar
 
 import torch
@@ -19,136 +19,94 @@ from modules.checkpoints import Candidate, Tensors
 from modules.model import Part, beside, follow
 from modules.runtime import is_out_of_memory, within_memory
 
-Arrived = tuple[Tensors, str | None]  # a layer's or the header's tensors, and what there is to say about the header
-Job = Callable[[], Arrived]
+Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class ReadAhead:
-    """A candidate's tensors for some layers of the base, and for its header; while one is used, a thread reads the one
-    behind it. What is taken is named, so that asking again, whatever has failed meanwhile, gives the same."""
+class ReadAhead(Generic[Key, Value]):
+    """What jobs read, one after another; while one result is used, a thread reads the next. Results are asked for by
+    name, so that asking again, whatever has failed meanwhile, gives the same."""
 
     def __init__(
-        self,
-        candidate: Candidate,
-        parts: Mapping[int, Part],
-        header: Job | None = None,
-        streams: Sequence[torch.Stream] = (),
-        ahead: bool = True,
+        self, jobs: Mapping[Key, Callable[[], Value]], streams: Sequence[torch.Stream] = (), ahead: bool = True
     ) -> None:
-        """Begin to read what the first layer needs. parts: the layers by number, in order; header: makes the header,
-        which comes last, if it is wanted; streams: on which the devices' work for all of it goes on beside theirs;
-        ahead: if not, nothing is read before it is asked for."""
-        self._candidate, self._streams, self._ahead = candidate, streams, ahead
-        self._jobs: dict[int | None, Job] = {
-            layer: partial(self._read, turn, part) for turn, (layer, part) in enumerate(parts.items())
-        }
-        if header:
-            self._jobs[None] = partial(_made, header, self._streams)
-        # Two, in turn: on a CPU the tensors that are searched are the memory that they were read into.
-        self._memories = Memory(bool(streams)), Memory(bool(streams))
+        """Begin with the first job. jobs: by name, in order; streams: on which the devices' work for them goes on
+        beside theirs; ahead: if not, nothing is read before it is asked for."""
+        self._jobs, self._order = jobs, list(jobs)
+        self._streams, self._ahead = streams, ahead
         self._thread = ThreadPoolExecutor(1, "read-ahead")
-        self._begun: dict[int | None, Future[Arrived]] = {}  # the one that was taken, and the one behind it
-        self._taken: int | None = next(iter(self._jobs), None)
-        if self._jobs:
-            self._begin(self._taken)
+        self._begun: dict[Key, Future[Value]] = {}  # what was taken or is kept, and what comes behind it
+        self._taken = -1  # place of the last job that was taken
+        self._kept: set[Key] = set()
+        self._begin_next()
 
-    def take(self, layer: int) -> Tensors:
-        """A layer's tensors, on its device in its dtype; those of layers before it must not be used any more.
+    def take(self, name: Key, keep: bool = False) -> Value:
+        """A result. The one that was taken before it must not be used any more, nor the one that was to be kept once
+        there is another such.
 
-        Raises BrokenWeights or CheckpointError as `Part.adopt` and reading do, torch.OutOfMemoryError if it does not
-        fit; it is then read anew when it is taken again.
+        Raises what the job raises; what lacked memory is read anew when it is taken again.
         """
-        return self._take(layer)[0]
+        self._taken = self._order.index(name)
+        if keep:
+            self._kept = {name}
+        self._let_go_but(name, *self._behind)  # before more is read
+        if self._lacks_memory(name):
+            self._let_go_but()  # what it had to share the memory with
+            self._begun.pop(name, None)  # it is read anew
+        if not self._lacks_memory(name):
+            self._begin_next()
+        return self._begun[name].result()
 
-    def take_header(self) -> Arrived:
-        """The header. Raises what making it raises."""
-        return self._take(None)
+    def take_next(self, keep: bool = False) -> Value:
+        """The result behind the one that was taken last."""
+        return self.take(self._order[self._taken + 1], keep)
+
+    def release(self) -> None:
+        """What has been taken is not used any more."""
+        self._kept = set()
+        self._let_go_but(*self._behind)
 
     def stop(self) -> None:
         """Read nothing ahead any more, and let go of what has been."""
         self._ahead = False
-        self._let_go(self._taken)
+        self._let_go_but(*self._order[: self._taken + 1][-1:])
         self._thread.submit(int).result()  # by then the thread has ended what it was at, and dropped it
 
-    def _take(self, place: int | None) -> Arrived:
-        self._taken, order = place, list(self._jobs)
-        behind = order[order.index(place) + 1 :][: int(self._ahead)]
-        self._let_go(place, *behind)  # before more is read
-        if self._lacks_memory(place):
-            self._let_go()  # it is read anew; what it had to share the memory with is gone now
-        if not self._lacks_memory(place):
-            for one in behind:
-                self._begin(one)
-        return self._begun[place].result()
+    @property
+    def _behind(self) -> list[Key]:
+        """What is read ahead: the next one, if any."""
+        return self._order[self._taken + 1 :][: int(self._ahead)]
 
-    def _lacks_memory(self, place: int | None) -> bool:
+    def _lacks_memory(self, name: Key) -> bool:
         """Whether reading failed for lack of memory, once it has ended."""
-        failure = self._begin(place).exception()
+        failure = self._begin(name).exception()
         return failure is not None and is_out_of_memory(failure)
 
-    def _begin(self, place: int | None) -> "Future[Arrived]":
+    def _begin_next(self) -> None:
+        for name in self._behind:
+            self._begin(name)
+
+    def _begin(self, name: Key) -> "Future[Value]":
         """Read, if it is not read already."""
-        if place not in self._begun:
+        if name not in self._begun:
+            job = partial(_made, self._jobs[name], self._streams)
             # A try that lacks memory lets go of what has arrived at once, not when it is asked for.
-            self._begun[place] = self._thread.submit(within_memory, self._jobs[place], lambda: False)
-        return self._begun[place]
+            self._begun[name] = self._thread.submit(within_memory, job, lambda: False)
+        return self._begun[name]
 
-    def _let_go(self, *kept: int | None) -> None:
-        """Of all but these. Their memory is used again by what arrives next, which waits for what uses it now."""
+    def _let_go_but(self, *names: Key) -> None:
+        """Of all but these and what is kept. Their memory is used again by what arrives next, which waits for what uses
+        it now."""
         follow(self._streams)
-        self._begun = {place: self._begun[place] for place in kept if place in self._begun}
+        self._begun = {name: one for name, one in self._begun.items() if name in names or name in self._kept}
 
-    def _read(self, turn: int, part: Part) -> Arrived:
-        memory = self._memories[turn % 2]
-        memory.free()
-        with torch.no_grad(), beside(self._streams):
-            return part.adopt(self._candidate.stream(part.tensors, memory.room), self._candidate.name), None
-
-    def __enter__(self) -> "ReadAhead":
+    def __enter__(self) -> "ReadAhead[Key, Value]":
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._thread.shutdown(cancel_futures=True)
-        self._let_go()
-
-
-class InTurn(Generic[Value]):
-    """What jobs make, one after another in a given order; while one result is used, a thread makes the next."""
-
-    def __init__(self, jobs: Iterable[Callable[[], Value]], streams: Sequence[torch.Stream], ahead: bool) -> None:
-        """streams, ahead: see ReadAhead."""
-        self._jobs, self._streams, self._ahead = iter(jobs), streams, ahead
-        self._thread = ThreadPoolExecutor(1, "read-ahead")
-        self._begun = self._begin() if ahead else None
-        self._last: Value | None = None
-        self._kept: Value | None = None
-
-    def take(self, keep: bool = False) -> Value:
-        """The next result. The one before it must not be used any more then, nor the last that was to be kept once
-        there is another such. Raises what making it raises."""
-        found = (self._begun or self._begin()).result()
-        follow(self._streams)  # what uses memory now is waited for before it is used again
-        self._last, self._kept = found, found if keep else self._kept
-        self._begun = self._begin() if self._ahead else None
-        return found
-
-    def let_go(self) -> None:
-        """Of all that has been taken: it is not used any more."""
-        follow(self._streams)
-        self._last = self._kept = None
-
-    def _begin(self) -> "Future[Value]":
-        """Go on to the next job; behind the last there is nothing to be taken."""
-        return self._thread.submit(_made, next(self._jobs, lambda: None), self._streams)
-
-    def __enter__(self) -> "InTurn[Value]":
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        self._begun = None
-        self.let_go()
+        self._kept = set()
+        self._let_go_but()
 
 
 def _made(job: Callable[[], Value], streams: Sequence[torch.Stream]) -> Value:
@@ -181,3 +139,22 @@ class Memory:
             self._blocks[self._used] = torch.empty(size, dtype=torch.uint8, pin_memory=self._page_locked)
         self._used += 1
         return self._blocks[self._used - 1][:size]
+
+
+def two_memories(streams: Sequence[torch.Stream]) -> Iterator[Memory]:
+    """Two, in turn without end: on a CPU the tensors that are used are the memory that they were read into."""
+    return cycle((Memory(bool(streams)), Memory(bool(streams))))
+
+
+def read_part(source: Candidate, part: Part, memory: Memory) -> Tensors:
+    """A source's tensors for a part of the base, read into memory that is free. Raises as `Part.adopt` and reading."""
+    memory.free()
+    return part.adopt(source.stream(part.tensors, memory.room), source.name)
+
+
+def layer_jobs(
+    candidate: Candidate, parts: Mapping[int, Part], streams: Sequence[torch.Stream]
+) -> dict[int, Callable[[], Tensors]]:
+    """What reads some layers of a candidate, one after another. parts: the base's layers by number."""
+    memories = two_memories(streams)
+    return {layer: partial(read_part, candidate, part, next(memories)) for layer, part in parts.items()}

@@ -1,14 +1,16 @@
-"""A recipe's merges carried out without a model in memory: tensor by tensor, from the sources' files to the output's.
+"""Merges that were decided on, carried out without a model in memory: tensor by tensor, from the sources' files to the
+output's.
 
-Knows: which merges a tensor takes part in, in which order. Refuses to know: recipes, scores, how tensors are mixed.
+Knows: which merges a tensor takes part in and in which order, what of the base is copied. Refuses to know: recipes,
+scores, how tensors are mixed.
 
     the base's file > own type to the one computed in > merge after merge, each rounded > the output's file
 
-What comes out is what a search installs, to the bit: the same functions merge, on one tensor instead of a layer's.
+What comes out is what a search has scored, to the bit: the same functions merge, on one tensor instead of a layer's.
 Tensors of the header, which is mixed element by element, come by ranges of their rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checkpoints import Candidate, Checkpoint, Tensors
-from modules.model import HeaderRows, HeaderSkipped, Part, ResidentModel, Saving, matched_header, row_ranges
-from modules.runtime import BrokenWeights, ConfigError
+from modules.checkpoints import Candidate, NewWeights, Tensors, copy_companions, written_name
+from modules.checkpoints.readers import TensorInfo
+from modules.model import HeaderRows, HeaderSkipped, Part, ResidentModel, is_finite, matched_header, row_ranges
+from modules.runtime import BrokenWeights, CheckpointError, ConfigError
 from modules.search.decision import Decision
 from modules.search.mixing import mixed_into
 from modules.search.trial import merged
@@ -35,30 +38,30 @@ Step = Callable[[Part, int], Tensor]  # the same -> which of its tensors it has 
 class Rebuild:
     """A base, and what is to be merged into it."""
 
-    def __init__(self, layout: ResidentModel, device: torch.device, tokenizer: Callable[[], Any]) -> None:
-        """layout: the base, without weights. tokenizer: loads the base's, if headers are to be matched."""
-        self._layout, self._device, self._load_tokenizer = layout, device, tokenizer
+    def __init__(
+        self, layout: ResidentModel, devices: Mapping[str, torch.device], tokenizer: Callable[[], Any]
+    ) -> None:
+        """layout: the base, without weights. devices: where each of its tensors is merged. tokenizer: loads the base's,
+        if headers are to be matched."""
+        self._layout, self._devices, self._load_tokenizer = layout, devices, tokenizer
+        self._base, self._header = layout.as_candidate(), layout.header()
         self._steps: dict[int, list[tuple[Part, Step]]] = {}  # by tensor
-        self._header = layout.header()
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The base's files."""
-        return self._layout.checkpoint
 
     @cached_property
     def _tokenizer(self) -> Any:
         return self._load_tokenizer()
 
+    # -- what is merged into a tensor ----------------------------------------------------------------------------------
+
     def repeat(self, candidate: Candidate, decisions: Iterable[Decision]) -> None:
-        """Merge what was decided on a candidate, behind what was noted before. Raises ConfigError if the models are not
-        such that it could have been decided, CheckpointError if a file can't be read."""
+        """Merge what was accepted of a candidate, behind what was noted before. Raises ConfigError if the models are
+        not such that it could have been, CheckpointError if a file can't be read."""
         try:
             for decision in decisions:
                 if decision.layer is None:
                     part, theirs = self._header, self._theirs_of_header(candidate)
                 else:
-                    part, theirs = self._layer(decision.layer), partial(_theirs, candidate)
+                    part, theirs = self._layout.layer(decision.layer), partial(_theirs, candidate)
                 self._note(part, partial(_merged, decision.method, decision.ratio, theirs))
         except (HeaderSkipped, IndexError) as error:
             raise ConfigError(f"what was decided on {candidate.name} can't be carried out: {error}") from None
@@ -75,28 +78,10 @@ class Rebuild:
             self._mix(self._layout.outside(), row, [partial(_theirs_outside, one) for one in candidates])
             matched = list[tuple[float, Theirs]]()
             for share, candidate in zip(row, candidates, strict=True):
-                with suppress(HeaderSkipped):
-                    matched.append((share, self._theirs_of_header(candidate)))
+                if share:
+                    with suppress(HeaderSkipped):
+                        matched.append((share, self._theirs_of_header(candidate)))
             self._mix(self._header, *zip(*matched, strict=True))
-
-    def save(self, folder: Path) -> None:
-        """Write the model. Raises ConfigError if weights are no numbers, CheckpointError if a file can't be read or
-        written."""
-        saving = self._layout.begin_saving(folder)
-        try:
-            with torch.no_grad():
-                for stored, names in self._layout.groups:
-                    self._save(saving, stored, names)
-        except BrokenWeights as error:
-            raise ConfigError(f"what was decided can't be carried out: {error}") from None
-        saving.finish()
-
-    # -- what is merged into a tensor ----------------------------------------------------------------------------------
-
-    def _layer(self, number: int) -> Part:
-        if number >= len(self._layout.layers):
-            raise IndexError(f"the base has layers 0 to {len(self._layout.layers) - 1}, and no layer {number}")
-        return self._layout.layer(number)
 
     def _theirs_of_header(self, candidate: Candidate) -> Theirs:
         return partial(_theirs_by_rows, matched_header(self._layout, self._tokenizer, candidate))
@@ -118,27 +103,69 @@ class Rebuild:
 
     # -- tensor by tensor ----------------------------------------------------------------------------------------------
 
-    def _save(self, saving: Saving, stored: Sequence[str], names: Sequence[str]) -> None:
-        """Write the stored tensors that make these of the model together."""
-        copied, is_touched = saving.copied(stored, names), False
-        if len(copied) < len(stored) or any(map(self._steps_of, names)):
-            for first, own in self._base(names):
-                is_touched |= self._merge(own, first)
-                saving.write(stored, own, first)
-        if not is_touched:
-            saving.copy(copied)
+    def save(self, folder: Path) -> None:
+        """Write the model: weights in the base's own shards and names, and all that lies beside them.
 
-    def _base(self, names: Sequence[str]) -> Iterator[tuple[int, Tensors]]:
-        """The base's tensors on the device, in the type that is computed in, with the number of their first row."""
-        base, part = self._layout.as_candidate(), self._layout.part_of(names)
-        places = {name: torch.empty((), dtype=own.dtype, device=self._device) for name, own in part.tensors.items()}
+        Raises ConfigError if weights are no numbers, CheckpointError if a file can't be read or written.
+        """
+        copy_companions(self._base.checkpoint, folder, self._layout.saved_dtype)
+        weights = NewWeights(folder, self._stored)
+        try:
+            with torch.no_grad():
+                for stored, names in self._base.conversion.groups:
+                    for name, tensor, first in self._made(stored, names):
+                        if names and not is_finite(tensor):
+                            raise CheckpointError(
+                                f"{name} has come to hold NaN or infinite values; nothing was put in place"
+                            )
+                        weights.write(name, tensor, first)
+        except BrokenWeights as error:
+            raise ConfigError(f"what was decided can't be carried out: {error}") from None
+        weights.finish()
+
+    @cached_property
+    def _stored(self) -> dict[str, TensorInfo]:
+        """All tensors of the output, as they are stored there."""
+        saved = self._layout.saved_dtype
+        return {
+            name: replace(
+                info,
+                file=written_name(info.file),
+                dtype=saved if saved and info.dtype.is_floating_point else info.dtype,
+            )
+            for name, info in self._base.checkpoint.tensors.items()
+        }
+
+    def _made(self, stored: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, Tensor, int]]:
+        """The stored tensors that make these of the model together, or rows of one from a first one on, to be written.
+        What no merge has changed, and what the model has no use for, comes from the base's file as it is."""
+        base = self._base.checkpoint
+        copied = [name for name in stored if not names or self._stored[name].dtype == base.tensors[name].dtype]
+        is_changed = False
+        if len(copied) < len(stored) or any(map(self._steps_of, names)):
+            for first, own in self._arriving(names):
+                is_changed |= self._merge(own, first)
+                made = self._base.conversion.store(own, own)
+                for name in stored:
+                    yield name, made.pop(name).to("cpu", self._stored[name].dtype), first
+        if not is_changed:
+            for name, tensor in base.stream(copied):
+                yield name, tensor, 0
+
+    def _arriving(self, names: Sequence[str]) -> Iterator[tuple[int, Tensors]]:
+        """The base's tensors on their device, in the type that is computed in, with the number of their first row."""
+        part = self._layout.part_of(names)
+        places = {
+            name: torch.empty((), dtype=own.dtype, device=self._devices[name]) for name, own in part.tensors.items()
+        }
         arriving, (name, own) = replace(part, tensors=places), next(iter(part.tensors.items()))
         in_header = any(own is one for one in self._header.tensors.values())
-        if in_header and base.conversion.stored_alone(name):
+        if in_header and self._base.conversion.stored_alone(name):
             for first, end in row_ranges(own, ROOM):
-                yield first, arriving.adopt([(name, base.rows(name, torch.arange(first, end)))], base.name)
+                rows = self._base.rows(name, torch.arange(first, end))
+                yield first, arriving.adopt([(name, rows)], self._base.name)
         else:
-            yield 0, arriving.adopt(base.stream(names), base.name)
+            yield 0, arriving.adopt(self._base.stream(names), self._base.name)
 
     def _merge(self, own: Tensors, first: int) -> bool:
         """Merge all that is to be merged into tensors, or their rows from the first on; whether it has changed any."""
@@ -154,7 +181,7 @@ def _merged(method: str, ratio: float, theirs: Theirs, part: Part, first: int) -
     """A step of a greedy search."""
     found = merged(part, method, theirs(part, first), ratio, part.space())
     changed = part.changes_in(found)
-    part.install(found, changed)
+    part.install(found)
     return changed
 
 
@@ -172,7 +199,4 @@ def _theirs_outside(candidate: Candidate, part: Part, _first: int) -> Tensors:
 
 
 def _theirs_by_rows(header: HeaderRows, part: Part, first: int) -> Tensors:
-    read = (
-        (name, header.read(name, torch.arange(first, first + len(own)), own.cpu)) for name, own in part.tensors.items()
-    )
-    return part.adopt(read, header.candidate.name)
+    return header.adopted(part, first)

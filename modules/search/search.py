@@ -19,7 +19,7 @@ from modules.scoring import Scorer, Trial, by_pair, check_numbers, of_pairs, oth
 from modules.scoring.drift import DriftMeter
 from modules.scoring.tails import TailForwards
 from modules.search.decision import Decision, Result
-from modules.search.prefetch import ReadAhead
+from modules.search.prefetch import ReadAhead, layer_jobs
 from modules.search.strategies import Limits, State, choose, probability, scores, total, total_rounding
 from modules.search.trial import Merger, trying
 from modules.search.whole import Streamed, score_whole
@@ -77,7 +77,7 @@ class Search(Merger):
         super().__init__(model, tokenizer)
         self.scorer, self.config, self.group, self.weighed = scorer, config, group, weighed
         self.streams = side_streams(model.devices)  # on which candidates arrive
-        self._reading: ReadAhead | None = None  # of the present candidate
+        self._reading: ReadAhead[int | None, Any] | None = None  # of the present candidate
         self.reads_ahead = True
         self.layers = config.layers_in(len(model.layers))  # that are searched
         self.notes: list[str] = []  # what was done about a lack of memory or of range, and not yet told
@@ -131,10 +131,12 @@ class Search(Merger):
         past, count = deque(done), len(self.config.merge_method)
         parts = {index: self.model.layer(index) for index in self.layers}
         tries_header = self.config.merge_headers and len(past) <= count * len(parts)
-        header = partial(aligned_header, self.model, self.tokenizer, candidate)
         wanted = dict(list(parts.items())[len(past) // count :])
-        ahead = ReadAhead(candidate, wanted, header if tries_header else None, self.streams, self.reads_ahead)
-        with ahead as self._reading:
+        jobs: dict[int | None, Callable[[], Any]] = {**layer_jobs(candidate, wanted, self.streams)}
+        if tries_header:
+            still = self.model.header().still()
+            jobs[None] = partial(aligned_header, self.model, self.tokenizer, candidate, still)
+        with ReadAhead(jobs, self.streams, self.reads_ahead) as self._reading:
             yield from self._layers(candidate, parts, past)
             if past:
                 self._stand_as(past[-1])
@@ -234,7 +236,7 @@ class Search(Merger):
         self._space = {}  # and no layer is merged any more
         ratio, warning, note = None, None, None
         try:
-            theirs, note = self.in_memory(self._reading.take_header)
+            theirs, note = self.in_memory(partial(self._reading.take, None))
         except (BrokenWeights, HeaderSkipped) as error:
             warning = f"{error}; the header stays as it is"
         else:

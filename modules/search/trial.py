@@ -78,21 +78,22 @@ class Merger:
         if layer is None:
             theirs, _ = aligned_header(self.model, self.tokenizer, candidate)
             return self.model.header(), theirs
-        if layer >= len(self.model.layers):
-            raise IndexError(f"the base has layers 0 to {len(self.model.layers) - 1}, and no layer {layer}")
         part = self.model.layer(layer)
         return part, part.adopt(candidate.stream(part.tensors), candidate.name)
 
     def _install(self, part: Part, theirs: Tensors, method: str, ratio: float) -> None:
         """Merge for good. All that takes memory, and may be done again, comes before anything changes."""
-        part.install(*self.in_memory(partial(self._changes, part, theirs, method, ratio)))
+        part.install(self.in_memory(partial(self._merged, part, theirs, method, ratio)))
+        if part.tensors.keys() == self.model.header().tensors.keys():
+            self.model.has_base_header = False
 
-    def _changes(self, part: Part, theirs: Tensors, method: str, ratio: float) -> tuple[Tensors, Tensor]:
-        """What a merge makes of the part's tensors, and which of them it makes others of."""
+    def _merged(self, part: Part, theirs: Tensors, method: str, ratio: float) -> Tensors:
+        """What a merge makes of the part's tensors for good."""
         inexact: list[Tensor] = []
         found = merged(part, method, theirs, ratio, self._room(part), inexact)
+        part.changes_in(found)  # by which what is equal stays as it is, the sign of a zero included
         self.inexact += sum(int(count) for count in inexact)
-        return found, part.changes_in(found)
+        return found
 
     def _room(self, part: Part) -> Tensors:
         """Where the part is merged."""

@@ -15,7 +15,7 @@ from modules.checkpoints import Candidate, Tensors
 from modules.model import HeaderSkipped, Part, ResidentModel, Settings, untied_header
 from modules.scoring import Scorer, of_pairs, streamed
 from modules.scoring.hidden_states import Inputs
-from modules.search.prefetch import ReadAhead
+from modules.search.prefetch import ReadAhead, layer_jobs
 
 
 class Streamed(Protocol):
@@ -66,7 +66,7 @@ def score_whole(
 
     parts = {layer: model.layer(layer) for layer in range(len(model.layers))}
     inputs = [inputs for one in (*scorers, *measures) for inputs in one.inputs]
-    with ReadAhead(candidate, parts, None, streams) as ahead:
+    with ReadAhead(layer_jobs(candidate, parts, streams), streams) as ahead:
 
         def layers() -> Iterator[AbstractContextManager[None]]:
             for layer, part in parts.items():

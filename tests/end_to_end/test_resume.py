@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 
 import merge_monster
 import modules.checkpoints.writing
+from modules.checkpoints.candidate import Candidate
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.downloads import Prefetcher
 from modules.config import NO_PART, Config, load_config
@@ -522,11 +523,13 @@ def test_two_runs_into_one_output(place, models, whole, capsys):
     assert same(place / "out", whole)
 
 
-def test_a_candidate_that_breaks_in_the_middle_stops_the_run(place, models, whole, monkeypatch, capsys):
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_candidate_that_breaks_in_the_middle_stops_the_run(place, models, whole, monkeypatch, capsys, on_error):
+    """Though it may be skipped: without the layers of it that were accepted the output can't be written."""
     base, one, two = models
     ours = Path(shutil.copytree(two, place / "models/two"))
     broken_after(monkeypatch, ours, 3)
-    assert merge(place, (base, one, ours)) == 1
+    assert merge(place, (base, one, ours), on_error=on_error) == 1
     error = capsys.readouterr().err
     assert f"{ours / 'model.safetensors'}: can't be read" in error and "--resume" in error
     shutil.copy(two / "model.safetensors", ours)
@@ -536,10 +539,16 @@ def test_a_candidate_that_breaks_in_the_middle_stops_the_run(place, models, whol
     assert all(torch.equal(found[name], tensor) for name, tensor in theirs.items())
 
 
-def test_a_candidate_that_breaks_in_the_middle_is_skipped_if_so_asked(place, models, monkeypatch, capsys):
+def test_a_candidate_of_which_a_layer_cannot_be_read_is_skipped_if_so_asked(place, models, monkeypatch):
     base, one, two = models
-    ours = Path(shutil.copytree(one, place / "models/one"))
-    broken_after(monkeypatch, ours, 3)
+    ours, stream = Path(shutil.copytree(one, place / "models/one")), Candidate.stream
+
+    def failing(self, names, *room):
+        if self.checkpoint.path == ours and any(".layers.2." in name for name in names):
+            raise CheckpointError("the layer can't be read")
+        return stream(self, names, *room)
+
+    monkeypatch.setattr(Candidate, "stream", failing)
     assert merge(place, (base, ours, two), on_error="skip") == 0
     log = log_of(place)
     assert "WARNING: one is given up; what was accepted of it stays: " in log
@@ -547,7 +556,6 @@ def test_a_candidate_that_breaks_in_the_middle_is_skipped_if_so_asked(place, mod
     recipe = json.loads((place / "out" / RECIPE).read_text())
     assert "can't be read" in recipe["failures"]["1"]
     assert len([d for d in recipe["decisions"] if d["candidate"] == 1]) == 4  # two layers, two methods
-    shutil.copy(one / "model.safetensors", ours)
     # Two layers of it were merged: the recipe knows how, and a run that goes on from here does, too.
     records = len(journal(place / "out"))
     shutil.move(place / "out", place / "whole")

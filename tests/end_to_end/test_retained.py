@@ -8,21 +8,21 @@ import tiny
 import torch
 from architectures import ARCHITECTURES, SIZES
 from reference import METHOD_TEXTS
-from runs import digest
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 import merge_monster
 import monster_mapper
-from modules.checkpoints.candidate import open_candidate
-from modules.checkpoints.checkpoint import open_checkpoint
+from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
+from modules.checkpoints.open_models import open_models
+from modules.config import load_config
 from modules.model import Arithmetic
-from modules.model.loading import load_model
+from modules.model.loading import load_layout, load_model
 from modules.runtime.errors import ConfigError
 from modules.scoring import Encoded
 from modules.scoring.layout import check_numbers
 from modules.search.decision import Decision
-from modules.search.trial import Merger
+from modules.search.rebuild import Rebuild
 
 KINDS = {
     "mixed": torch.bfloat16,  # with float32 norms
@@ -61,13 +61,14 @@ def make_pair(folder, kind):
 def merged(place, pair, compute, decisions, dtype="auto"):
     """Stored tensors of the base, and of what is saved after some decisions (layer, method, ratio)."""
     base, other = pair
-    model = load_model(open_checkpoint(base, "base"), "cpu", dtype, compute and Arithmetic.named(compute))
-    candidate = open_candidate(open_checkpoint(other, "other"), model.checkpoint, model.module)
+    models = open_models(load_config(tiny.write_config(place / "my.yaml", base, [other], "out")), lambda job: None)
+    layout = load_layout(models, dtype, Arithmetic.named(compute or "float32"))
+    rebuild = Rebuild(layout, dict.fromkeys(layout.tensors, torch.device("cpu")), lambda: load_tokenizer(base))
     done = [Decision("other", layer, method, ratio, 0.0, 0.0, ()) for layer, method, ratio in decisions]
-    Merger(model, AutoTokenizer.from_pretrained(base)).repeat(candidate, done)
+    rebuild.repeat(models.candidates[0], done)
     shutil.rmtree(place / "out", ignore_errors=True)
     (place / "out").mkdir()
-    model.save(place / "out")
+    rebuild.save(place / "out")
     weights = next(base.glob("*model.*"))
     read = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights)
     return read, load_file(place / "out/model.safetensors")
@@ -110,16 +111,6 @@ def test_a_bin_base_and_a_type_that_is_asked_for(place, folders):
     assert not changed(*merged(place, (base, other), "bfloat16", []))
     stored, saved = merged(place, folders["mixed"], None, [], dtype="bfloat16")
     assert all(torch.equal(saved[name], tensor.bfloat16()) for name, tensor in stored.items())
-
-
-def test_a_run_and_its_recipe_give_the_same_bits(place, folders):
-    base, other = folders["mixed"]
-    path = tiny.write_config(place / "my.yaml", base, [other], place / "out", merge_headers=False, merge_ratios=[0.3])
-    assert merge_monster.main(["--config", str(path)]) == 0
-    assert merge_monster.main(["--replay", "out/merge_monster_recipe.json", "--output", "again"]) == 0
-    assert digest(place / "again")["model.safetensors"] == digest(place / "out")["model.safetensors"]
-    left = changed(load_file(base / "model.safetensors"), load_file(place / "out/model.safetensors"))
-    assert left and not {name for name in left if ".layers." not in name}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

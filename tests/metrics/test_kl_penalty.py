@@ -66,7 +66,8 @@ class Case:
     def install(self, layer):
         part, theirs = self.theirs(layer)
         found = merged(part, "lerp", theirs, 0.5, part.space())
-        part.install(found, part.changes_in(found))
+        part.install(found)
+        self.model.has_base_header &= layer is not None
 
     def under_trials(self, layer, by_tails=True):
         """Of all processes together."""

@@ -2,7 +2,8 @@
 
 import torch
 
-from modules.model.embeddings import align_rows, keep_rows, match_rows
+from modules.model.embeddings import HeaderRows, match_rows
+from modules.model.part import Part
 
 
 def test_rows_are_matched_by_token_and_special_tokens_by_role():
@@ -14,25 +15,41 @@ def test_rows_are_matched_by_token_and_special_tokens_by_role():
     assert match_rows(base, {**other, "</s>": 3}, roles)[1] == 3
 
 
+class Rows:
+    """A candidate of one tensor."""
+
+    name = "other"
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def rows(self, name, rows):
+        assert name == "theirs"
+        return self.tensor[rows]
+
+
+def adopted(base, other, matches, first=0):
+    kinds = {"ours": base.dtype}
+    part = Part({"ours": base}, kinds, kinds, {"ours": -1})
+    return HeaderRows(Rows(other), {"ours": "theirs"}, matches).adopted(part, first)["ours"].tolist()
+
+
 def test_rows_are_brought_into_the_base_order():
-    base = torch.arange(10.0).reshape(5, 2)
-    other = 100 + torch.arange(12.0).reshape(6, 2)
+    base, other = torch.arange(10.0).reshape(5, 2), 100 + torch.arange(12.0).reshape(6, 2)
     matches = {0: 2, 1: 4, 2: 0}
-    aligned = align_rows(other, 5, matches)
-    keep_rows(base, aligned, matches)
-    assert aligned.tolist() == [[104, 105], [108, 109], [100, 101], [6, 7], [8, 9]]
-    assert torch.equal(other, 100 + torch.arange(12.0).reshape(6, 2))
-    assert torch.equal(base, torch.arange(10.0).reshape(5, 2))
-
-
-def test_equal_vocabularies_need_no_copy():
-    other = torch.ones(5, 2)
-    assert align_rows(other, 5, {row: row for row in range(5)}) is other
-    assert align_rows(other, 4, {row: row for row in range(4)}) is not other
+    expected = [[104, 105], [108, 109], [100, 101], [6, 7], [8, 9]]
+    assert adopted(base, other, matches) == expected
+    assert adopted(base[1:], other, matches, first=1) == expected[1:]
+    assert base[0].tolist() == [0, 1]
+    assert adopted(base, other[:5], {row: row for row in range(5)}) == other[:5].tolist()
 
 
 def test_biases_are_aligned_too():
-    base, other = torch.zeros(3), torch.tensor([1.0, 2.0])
-    aligned = align_rows(other, 3, {0: 1, 2: 0})
-    keep_rows(base, aligned, {0: 1, 2: 0})
-    assert aligned.tolist() == [2.0, 0.0, 1.0]
+    assert adopted(torch.zeros(3), torch.tensor([1.0, 2.0]), {0: 1, 2: 0}) == [2.0, 0.0, 1.0]
+
+
+def test_a_half_type_of_the_base_does_not_round_what_is_matched():
+    base, other = torch.tensor([1.0, 3.0], dtype=torch.bfloat16), torch.tensor([1.0009765625], dtype=torch.float16)
+    wide = torch.promote_types(base.dtype, other.dtype)
+    found = HeaderRows(Rows(other), {"ours": "theirs"}, {0: 0}).read("ours", torch.arange(2), lambda: base)
+    assert found.dtype == wide and found.tolist() == [1.0009765625, 3.0]

@@ -12,7 +12,7 @@ SHAPES = {"matrix": (37, 5), "vector": (2 * BLOCKS + 1,), "short": (3,), "scalar
 def part(dtype, saved=None):
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
     types = dict.fromkeys(SHAPES, dtype)
-    return Part(tensors, types, dict.fromkeys(SHAPES, saved or dtype), dict.fromkeys(SHAPES, -1), {})
+    return Part(tensors, types, dict.fromkeys(SHAPES, saved or dtype), dict.fromkeys(SHAPES, -1))
 
 
 def theirs(dtype, scale=1.0):
@@ -55,11 +55,9 @@ def test_only_what_is_another_is_taken_over():
     given["vector"] = -torch.zeros(SHAPES["vector"])
     changed = target.changes_in(given)
     assert changed.tolist() == [name != "vector" for name in SHAPES]
-    target.install(given, changed)
+    target.install(given)
     assert not target.tensors["vector"].signbit().any()
     assert all(torch.equal(target.tensors[name], given[name]) for name in SHAPES)
-    target.install(given, target.changes_in(given))  # the same once more: it stays touched
-    assert target.touched[tuple(SHAPES)].tolist() == [name != "vector" for name in SHAPES]
 
 
 def test_space_serves_again_where_it_fits():

@@ -28,7 +28,7 @@ def streamed(objective):
         found.update(work.layer(layer))
     front = work.front()
     assert front.rows.tolist() == objective.vocabulary.tolist()
-    state[model.header_names()[0]][front.rows] += front.values
+    state[model.embedding_name][front.rows] += front.values
     for name, gradient in {**found, **front.dense}.items():
         state[name] = gradient
     return {name: tensor / work.scale for name, tensor in state.items()}, work.value()

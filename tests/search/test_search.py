@@ -357,7 +357,7 @@ def test_a_search_has_one_stream_for_each_device(tmp_path, monkeypatch):
     made, given = [], []
     monkeypatch.setattr("modules.search.search.side_streams", lambda devices: made.append(set(devices)) or ())
     own = ReadAhead.__init__
-    monkeypatch.setattr(ReadAhead, "__init__", lambda *given_: given.append(given_[-2]) or own(*given_))
+    monkeypatch.setattr(ReadAhead, "__init__", lambda *given_: given.append(given_[2]) or own(*given_))
     search(tmp_path, base, candidates, merge_ratios=RATIOS)
     assert made == [{torch.device("cpu")}] and given == [()] * 2
 
