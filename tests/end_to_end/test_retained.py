@@ -115,7 +115,7 @@ def test_a_run_and_its_recipe_give_the_same_bits(place, folders):
     base, other = folders["mixed"]
     path = tiny.write_config(place / "my.yaml", base, [other], place / "out", merge_headers=False, merge_ratios=[0.3])
     assert merge_monster.main(["--config", str(path)]) == 0
-    assert merge_monster.main(["--replay", "out/merge_monster_recipe.json", "--output", "again"]) == 0
+    assert merge_monster.main(["--replay", "out", "--output", "again", "--source", str(base.parent)]) == 0
     assert digest(place / "again")["model.safetensors"] == digest(place / "out")["model.safetensors"]
     left = changed(load_file(base / "model.safetensors"), load_file(place / "out/model.safetensors"))
     assert left and not {name for name in left if ".layers." not in name}
