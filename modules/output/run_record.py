@@ -6,7 +6,7 @@ other than its own.
 """
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -40,7 +40,6 @@ class RunRecord:
         """
         self.journal, self._now = journal, run_of(config, computed)
         self._lines: dict[str, list[Any]] = defaultdict(list)
-        self._decided = Counter[int]()  # how often, of each candidate
         self._folders: list[tuple[str, str]] = []  # of the sources, and their names
         if journal.records:
             self._read(config)
@@ -79,18 +78,18 @@ class RunRecord:
         if kind == "start":
             return len(line.weights) == len(config.pairs) and len(line.rounding) in (0, len(config.pairs))
         if isinstance(line, Decided):
-            turn, method = divmod(self._decided[line.candidate], len(config.merge_method))
+            earlier = sum(other.candidate == line.candidate for other in self._lines["decision"])
+            turn, method = divmod(earlier, len(config.merge_method))
             layers = dict(enumerate(config.layers)) if config.layers else {turn: turn}
             expected = [(layers.get(turn, -1), config.merge_method[method]), (None, "lerp")]
-            is_known = any(source.number == line.candidate for source in self._lines["source"])
-            return is_known and bool(self._lines["start"]) and (line.layer, line.method) in expected
+            begun = self.line("source", line.candidate) and self._lines["start"]
+            return bool(begun) and (line.layer, line.method) in expected
         return True
 
     def _add(self, kind: str, line: Record) -> None:
         self._lines[kind].append(line)
         self.packing = getattr(line, "packing", None) or self.packing
         self.computed = getattr(line, "computed", None) or self.computed
-        self._decided.update([line.candidate] if isinstance(line, Decided) else [])
 
     def note(self, kind: str, **fields: Any) -> Any:
         """Write down a line; it is on the disk when this returns. What it tells of folders, it tells by their names.
