@@ -96,7 +96,7 @@ class RunRecord:
 
         kind, fields: see LINES. Returns the line. Raises OSError if it can't be written.
         """
-        for key in ("warning", "failure"):
+        for key in ("warning", "note", "failure"):
             if fields.get(key):
                 fields[key] = named(fields[key], self._folders)
         line = LINES[kind](**fields)

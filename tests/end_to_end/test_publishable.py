@@ -103,7 +103,7 @@ def test_a_run_of_whole_paths_goes_on(place, own, search, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_lies_in_the_home_folder_begins_with_it(place, own):
+def test_no_file_names_the_home_folder(place, own):
     """Started outside of it, in a process of its own, with pictures."""
     home, work = place / "home/jane", place / "work"
     shutil.copytree(place / "models", home / "models")
