@@ -50,21 +50,19 @@ class RunRecord:
         """Take over what the journal has."""
         records, path = self.journal.records, self.journal.path
         refuse_other_version(records[0], path)
-        lines = []
+        begun = begun_run(records)
+        if begun is None:
+            raise damaged(path, 1)
+        refuse_changes(begun, self._now, path)
         for number, record in enumerate(records, start=1):
-            fields = {key: value for key, value in record.items() if key != "kind"}
+            kind, fields = record["kind"], {key: value for key, value in record.items() if key != "kind"}
             try:
-                lines.append(LINES[record["kind"]].model_validate(fields))
+                line = LINES[kind].model_validate(fields)
             except (KeyError, ValidationError):
                 raise damaged(path, number) from None
-        if not isinstance(lines[0], Run):
-            raise damaged(path, 1)
-        computed = [line.computed for line in lines if getattr(line, "computed", None)]
-        refuse_changes(lines[0].model_copy(update={"computed": computed[-1]}), self._now, path)
-        for number, (record, line) in enumerate(zip(records, lines, strict=True), start=1):
-            if not self._may_follow(record["kind"], line, config):
+            if not self._may_follow(kind, line, config):
                 raise damaged(path, number)
-            self._add(record["kind"], line)
+            self._add(kind, line)
 
     def _may_follow(self, kind: str, line: Record, config: Config) -> bool:
         """Whether a run of this configuration can have written a line behind those that are known. If not, the rest of
