@@ -6,7 +6,7 @@ other than its own.
 """
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -40,7 +40,6 @@ class RunRecord:
         """
         self.journal, self._now = journal, run_of(config, computed)
         self._lines: dict[str, list[Any]] = defaultdict(list)
-        self._decided = Counter[int]()  # how often, of each candidate
         self._folders: list[tuple[str, str]] = []  # of the sources, and their names
         if journal.records:
             self._read(config)
@@ -51,21 +50,19 @@ class RunRecord:
         """Take over what the journal has."""
         records, path = self.journal.records, self.journal.path
         refuse_other_version(records[0], path)
-        lines = []
+        begun = begun_run(records)
+        if begun is None:
+            raise damaged(path, 1)
+        refuse_changes(begun, self._now, path)
         for number, record in enumerate(records, start=1):
-            fields = {key: value for key, value in record.items() if key != "kind"}
+            kind, fields = record["kind"], {key: value for key, value in record.items() if key != "kind"}
             try:
-                lines.append(LINES[record["kind"]].model_validate(fields))
+                line = LINES[kind].model_validate(fields)
             except (KeyError, ValidationError):
                 raise damaged(path, number) from None
-        if not isinstance(lines[0], Run):
-            raise damaged(path, 1)
-        computed = [line.computed for line in lines if getattr(line, "computed", None)]
-        refuse_changes(lines[0].model_copy(update={"computed": computed[-1]}), self._now, path)
-        for number, (record, line) in enumerate(zip(records, lines, strict=True), start=1):
-            if not self._may_follow(record["kind"], line, config):
+            if not self._may_follow(kind, line, config):
                 raise damaged(path, number)
-            self._add(record["kind"], line)
+            self._add(kind, line)
 
     def _may_follow(self, kind: str, line: Record, config: Config) -> bool:
         """Whether a run of this configuration can have written a line behind those that are known. If not, the rest of
@@ -79,25 +76,25 @@ class RunRecord:
         if kind == "start":
             return len(line.weights) == len(config.pairs) and len(line.rounding) in (0, len(config.pairs))
         if isinstance(line, Decided):
-            turn, method = divmod(self._decided[line.candidate], len(config.merge_method))
+            earlier = sum(other.candidate == line.candidate for other in self._lines["decision"])
+            turn, method = divmod(earlier, len(config.merge_method))
             layers = dict(enumerate(config.layers)) if config.layers else {turn: turn}
             expected = [(layers.get(turn, -1), config.merge_method[method]), (None, "lerp")]
-            is_known = any(source.number == line.candidate for source in self._lines["source"])
-            return is_known and bool(self._lines["start"]) and (line.layer, line.method) in expected
+            begun = self.line("source", line.candidate) and self._lines["start"]
+            return bool(begun) and (line.layer, line.method) in expected
         return True
 
     def _add(self, kind: str, line: Record) -> None:
         self._lines[kind].append(line)
         self.packing = getattr(line, "packing", None) or self.packing
         self.computed = getattr(line, "computed", None) or self.computed
-        self._decided.update([line.candidate] if isinstance(line, Decided) else [])
 
     def note(self, kind: str, **fields: Any) -> Any:
         """Write down a line; it is on the disk when this returns. What it tells of folders, it tells by their names.
 
         kind, fields: see LINES. Returns the line. Raises OSError if it can't be written.
         """
-        for key in ("warning", "failure"):
+        for key in ("warning", "note", "failure"):
             if fields.get(key):
                 fields[key] = named(fields[key], self._folders)
         line = LINES[kind](**fields)

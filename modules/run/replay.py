@@ -132,22 +132,22 @@ def opened_with(asked: Replay, recipe: Recipe) -> Config:
     if unknown:
         names = ", ".join(source.name for source in sources)
         raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {names}")
-    texts, lost = [], []
+    texts, missing = [], []
     for source in sources:
         given = asked.elsewhere.get(source.name)
+        if given and parse_source(given) is None:
+            raise ConfigError(f"--source {source.name}: {given}: {missing_folder(given)}")
         text = given or find_source(source.where, folders)
         texts.append(text)
         if text is None or parse_source(text) is None:
-            problem = f"{given}: {missing_folder(given)}" if given else f"{source.where} is not in {_listed(folders)}"
-            lost.append(f"{problem}; name where it lies with --source {source.name}=PATH")
-    wanted = recipe.settings.tokenizer
-    tokenizer = wanted and find_source(wanted, folders)
-    if wanted and not tokenizer:
-        lost.append(
-            f"the tokenizer {wanted} is not in {_listed(folders)}; name a folder that holds it with --source DIR"
-        )
-    if lost:
-        raise ConfigError(*lost)
+            missing.append(source.name)
+    tokenizer = recipe.settings.tokenizer and find_source(recipe.settings.tokenizer, folders)
+    if recipe.settings.tokenizer and not tokenizer:
+        missing.append(f"the tokenizer {recipe.settings.tokenizer}")
+    if missing:
+        places = ", ".join(map(str, dict.fromkeys(folders)))
+        ways = "--source DIR names a folder that holds them, --source NAME=PATH says where one of them lies"
+        raise ConfigError(f"not found in {places}: {', '.join(missing)}; {ways}")
     return Config(
         directories=Directories(texts[0], str(asked.output)),
         models_to_merge=tuple(texts[1:]),
@@ -157,10 +157,6 @@ def opened_with(asked: Replay, recipe: Recipe) -> Config:
         random_seed=recipe.settings.random_seed,
         trust_remote_code=recipe.settings.trust_remote_code,
     )
-
-
-def _listed(folders: Sequence[Path]) -> str:
-    return ", ".join(map(str, dict.fromkeys(folders)))
 
 
 def _device(asked: Replay, recipe: Recipe) -> str:

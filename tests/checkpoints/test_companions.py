@@ -192,14 +192,7 @@ def test_the_output_has_what_belongs_and_the_log_says_so(place, base, models):
     (place / "letters/letter.jinja").write_text("PRIVATE")
     (base / "additional_chat_templates/letter.jinja").symlink_to(place / "letters/letter.jinja")
     assert merge_monster.main(["--config", write(place, base, models[1:2])]) == 0
-    replay = [
-        "--replay",
-        str(place / "out/merge_monster_recipe.json"),
-        "--output",
-        "again",
-        "--source",
-        str(base.parent),
-    ]
+    replay = ["--replay", "out", "--output", "again", "--source", f"one={models[1]}"]
     assert merge_monster.main(replay) == 0
     for folder in (place / "out", place / "again"):
         published = {name for name in files_of(folder) if not name.endswith((".svg", ".png"))}

@@ -250,7 +250,7 @@ def test_other_models_and_files_that_are_there(place, opened, capsys):
     (place / "recipe.json").write_text(json.dumps(recipe))
     command = ["--export-mergekit", place / "merge.yaml", place / "recipe.json"]
     assert program(*command) == 2
-    assert "name where it lies with --source one=PATH" in capsys.readouterr().err
+    assert ": one; --source DIR names " in capsys.readouterr().err
     assert program(*command, f"--source=one={models[2]}") == 2
     assert "has changed since the recipe was written" in capsys.readouterr().err
     assert program(*command, f"--source=one={models[1]}") == 0

@@ -482,7 +482,7 @@ def test_another_meaning_is_a_warning_before_a_search_in_a_dry_run_and_in_a_repl
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         replay = ["--replay", str(tmp_path / "out"), "--output", str(tmp_path / "again"), "--quiet"]
-        code = merge_monster.main([*replay, "--source", str(bench)])
+        code = merge_monster.main([*replay, "--source", f"base={bench / 'base'}"])
     accepted = any(
         d["ratio"] is not None
         for d in json.loads((tmp_path / "out/merge_monster_recipe.json").read_text())["decisions"]

@@ -642,7 +642,8 @@ def test_a_recipe_in_every_dtype(place, dtype, setting):
 def test_sources_that_lie_elsewhere(place, models, whole, capsys):
     shutil.copy(whole / RECIPE, place / "recipe.json")
     assert replay(place / "recipe.json", place / "again") == 2
-    assert f"base is not in {place}, " in (error := capsys.readouterr().err) and "--source base=PATH" in error
+    error = capsys.readouterr().err
+    assert f"not found in {place}, {place.parent}: base, one, two; " in error and "--source NAME=PATH" in error
     arguments = [f"--source={folder.name}={folder}" for folder in models]
     assert replay(place / "recipe.json", place / "again", *arguments) == 0
     assert [path for path in digest(place / "again") if "safetensors" in path]

@@ -385,8 +385,9 @@ def test_a_search_with_what_the_card_tells_finds_the_same(run, recipe, monkeypat
     phrases = yaml.safe_load(settings_file(Recipe.model_validate(recipe), "out"))
     told = {**phrases, **blocks(card_of(recipe)), "neutral_texts": [], "samples": []}
     (run / "told.yaml").write_text(yaml.safe_dump(told, allow_unicode=True), encoding="utf-8")
-    assert merge_monster.main(["--config", "told.yaml", "--output", "found"]) == 0
-    assert (run / "found/model.safetensors").read_bytes() == (run / "out/model.safetensors").read_bytes()
+    for file in ("told.yaml", "out/merge_monster.yaml"):
+        assert merge_monster.main(["--config", file, "--output", "found", "--overwrite"]) == 0
+        assert (run / "found/model.safetensors").read_bytes() == (run / "out/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("count", [MOST_PHRASES, MOST_PHRASES + 1, 2000])
