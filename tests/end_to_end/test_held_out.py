@@ -9,7 +9,7 @@ from runs import log_of, make_models, merge
 import merge_monster
 from modules.config import Pair
 from modules.output.recipe import RECIPE_FILE
-from modules.output.tables import Totals, held_out_lines
+from modules.output.tables import overfit_lines
 
 CONTEXTS = ("Her body quivers with ", "The air was thick with ", "Filled with ", "It was all about ")
 SEARCHED = [Pair("BAD", "anticipation", context, 2.0) for context in CONTEXTS]
@@ -67,15 +67,12 @@ def test_held_out_pairs_are_scored_as_others_are(place, models):
 
 
 def test_a_phrase_that_is_better_only_where_it_was_searched_is_named():
-    def totals(**changes):
-        return Totals(1.0, 0.5, {("BAD", phrase): change for phrase, change in changes.items()})
+    def gains(**changes):
+        return {("BAD", phrase): change for phrase, change in changes.items()}
 
-    lines = held_out_lines(totals(spine=-0.3, whisper=-0.2, apple=0.1), totals(spine=-0.1, whisper=0.0, apple=0.2))
-    assert lines == [
-        "Searched 1.00000 > 0.50000 (-50%), held out 1.00000 > 0.50000 (-50%)",
-        "Better only where it was searched: whisper",
-    ]
-    assert held_out_lines(totals(spine=-0.3), totals(spine=-0.1))[1:] == []
+    lines = overfit_lines(gains(spine=-0.3, whisper=-0.2, apple=0.1), gains(spine=-0.1, whisper=0.0, apple=0.2))
+    assert len(lines) == 1 and lines[0].endswith(": whisper")
+    assert overfit_lines(gains(spine=-0.3), gains(spine=-0.1)) == []
 
 
 def test_a_run_goes_on_with_other_phrases_held_out(place, models):
