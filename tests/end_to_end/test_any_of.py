@@ -77,7 +77,7 @@ def test_recipe_and_table_have_a_row_for_each_phrase(whole, models):
     assert recipe["metrics"]["merge"]["total"] < recipe["metrics"]["base"]["total"]
     rows = tables(log)[-1]
     assert [row[1] for row in rows[:3]] == ["...tion. / determination"] * 3
-    assert len(rows) == 6 and "Phrases loaded   : 5 (4 bad, 1 good), 1 more held out" in log
+    assert len(rows) == 6 and ": 5 searched (4 bad, 1 good), 1 held out" in log
     start = next(line for line in journal(folder / "out") if line["kind"] == "start")
     assert len(start["log_probabilities"]) == len(start["weights"]) == 5
 

@@ -62,7 +62,7 @@ def test_a_list_runs(place, models, capsys, file):
     assert 20 <= len(pairs) <= 60
     assert merge_monster.main(["--config", str(config)]) == 0
     output = capsys.readouterr().out
-    assert f"Phrases loaded   : {len(pairs)} (" in output and "Merge composition" in output
+    assert f": {len(pairs)} searched (" in output and "Merge composition" in output
 
 
 def test_no_pair_is_in_two_lists(place, models):

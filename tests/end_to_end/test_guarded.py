@@ -42,10 +42,10 @@ def test_a_limit_is_held_on_texts_that_took_no_part(place, models, text, strateg
     after = recipe_of(place / "out")
     assert 0 < after["metrics"]["merge"]["kl"] < 1.5 * limit
     assert any(ratio is not None for ratio in ratios(after)) and ratios(after) != ratios(before)
-    drifts = [decision["metrics"]["kl"] for decision in after["decisions"]]
+    drifts = [decision["metrics"]["trial_kl"] for decision in after["decisions"]]
     assert max(drifts) <= limit * (1 + 1e-4) and "metrics" not in before["decisions"][0]
     assert f"CHANGED - {after['decisions'][0]['before']:.5f} > " in log_of(place)
-    assert f" - drift {drifts[0]:.4f}\n" in log_of(place)
+    assert f" - KL in trials {drifts[0]:.4f}\n" in log_of(place)
 
 
 def test_a_weight_that_is_tiny_decides_nothing_and_a_huge_one_everything(place, models, text):
@@ -68,7 +68,7 @@ def test_a_larger_weight_never_ends_with_more_drift_in_a_search_of_one_layer(tmp
         for drift_weight in (weight, weight + more):
             given = {"merge_headers": False, "neutral_texts": [text], "drift_weight": drift_weight}
             assert merge(folder, (base, one), "--overwrite", **given) == 0
-            drifts.append(recipe_of(folder / "out")["decisions"][-1]["metrics"]["kl"])
+            drifts.append(recipe_of(folder / "out")["decisions"][-1]["metrics"]["trial_kl"])
     assert drifts[1] <= drifts[0] + 1e-9
 
 

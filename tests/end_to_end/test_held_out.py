@@ -60,10 +60,10 @@ def test_held_out_pairs_are_scored_as_others_are(place, models):
         assert [p["before"] for p in phrases] == pytest.approx([p[name] for p in found], rel=1e-5)
         totals = {"before": metrics["base"]["held_out"], "after": metrics["merge"]["held_out"]}
         assert totals[name] == pytest.approx(sum(2 * p["before"] for p in phrases), rel=1e-5)
-    assert "Phrases loaded   : 2 (2 bad, 0 good), 2 more held out" in log
-    lines = [line for line in log.splitlines() if line.startswith("Searched ")]
-    assert len(lines) == 2 and f"held out {totals['before']:.5f} > {totals['after']:.5f} (" in lines[1]
-    assert "2 phrases more, which the search never saw" in (place / "out/README.md").read_text()
+    assert ": 2 searched (2 bad, 0 good), 2 held out\n" in log
+    lines = [line for line in log.splitlines() if line.startswith("Metrics: ")]
+    assert len(lines) == 2 and f"Held out {totals['before']:.5f} -> {totals['after']:.5f}" in lines[1]
+    assert f"| Held out | {totals['before']:.5f} | {totals['after']:.5f} |" in (place / "out/README.md").read_text()
 
 
 def test_a_phrase_that_is_better_only_where_it_was_searched_is_named():

@@ -67,12 +67,12 @@ def test_it_finds_less_than_it_began_with_and_tells_of_every_step(whole):
     steps = recipe["joint"]["steps"]
     assert len(steps) == STEPS
     weight = sum(abs(p["weight"]) * p["before"] for p in recipe["phrases"]) / 0.05
-    assert f"a nat counts as {weight:.5g} of the total" in log
-    objectives = [line["total"] + weight * line["kl"] for line in steps]
+    assert f": {weight:.5g} per nat (auto), checked on 100 tokens" in log
+    objectives = [line["total"] + weight * line["trial_kl"] for line in steps]
     assert objectives[-1] < objectives[0]
     for number, (before, after) in enumerate(itertools.pairwise(steps), start=1):
-        line = f"Step {number}/{STEPS} - {before['total']:.5f} > {after['total']:.5f} - held out "
-        assert f"{line}{after['held_out']:.5f} - drift {after['kl']:.4f}\n" in log
+        line = f"Step {number}/{STEPS} - {before['total']:.5f} > {after['total']:.5f} - Held out "
+        assert f"{line}{after['held_out']:.5f} - KL in trials {after['trial_kl']:.4f}\n" in log
     assert f"Step {STEPS}/{STEPS} - {steps[-1]['total']:.5f} > " in log
     assert recipe["decisions"] == [] and recipe["metrics"]["base"]["held_out"] > 0
 
@@ -243,7 +243,7 @@ def test_a_limit_scales_all_shares(place, models, text):
     assert searched(place, models, text, "--overwrite", drift_weight=0.0, max_drift=limit) == 0
     held = recipe_of(place / "out")
     assert 0 < held["metrics"]["merge"]["kl"] < 1.5 * limit
-    assert "so the drift stays within" in log_of(place)
+    assert f" to hold max_drift {limit:g}\n" in log_of(place)
     assert sum(map(sum, held["joint"]["shares"])) < sum(map(sum, free["joint"]["shares"]))
 
 

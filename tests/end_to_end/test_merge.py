@@ -170,7 +170,7 @@ def test_console_and_log(place, models, capsys):
     output, log = capsys.readouterr().out, log_of(place)
     places = "".join(f"{folder.name} is {folder}\n" for folder in models)  # which only the log says
     assert places in log and output == log.replace(places, "")
-    for line in ("THE MERGE MONSTER HUNGERS", "Phrase layout    : forest", "Strategy used    : cumulative"):
+    for line in ("THE MERGE MONSTER HUNGERS", "Phrase layout    : forest", "Strategy         : cumulative"):
         assert line in log
     decision = r"""^\[\[1\.0, 'base'\](, \[0\.\d, '(one|two)'\])*\]
 \d\d:\d\d:\d\d - (Layer [123]/3|Header) - (CHANGED - -?\d+\.\d{5} > -?\d+\.\d{5} - [\d.]+%|RETAINED - -?\d+\.\d{5})

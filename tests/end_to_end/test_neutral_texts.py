@@ -27,31 +27,30 @@ def recipe_of(folder):
     return json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
 
 
-def drift_lines(place):
-    return [line for line in log_of(place).splitlines() if line.startswith("Drift: ")]
+def metrics_lines(place):
+    return [line for line in log_of(place).splitlines() if line.startswith("Metrics: ")]
 
 
 def test_drift_is_that_of_the_saved_model(place, models):
     (place / "plain.txt").write_text(TEXT, encoding="utf-8")
     assert merge(place, models, neutral_texts=[str(place / "plain.txt")]) == 0
     recipe = recipe_of(place / "out")
-    found, tokens = recipe["metrics"]["merge"], recipe["neutral_tokens"]
+    found = recipe["metrics"]["merge"]
     before = recipe["metrics"]["base"]["perplexity"]
     base, merged = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (models[0], place / "out"))
     ids = AutoTokenizer.from_pretrained(models[0])(TEXT, add_special_tokens=False)["input_ids"]
     first = [1] if AutoTokenizer.from_pretrained(models[0])("").input_ids else []  # BOS, where the tokenizer adds it
     size = WINDOW - len(first)
     windows = [(*first, *ids[start : start + size]) for start in range(0, len(ids), size)]
-    assert len(windows) > 1 and tokens == sum(map(len, windows))
+    assert len(windows) > 1 and f"Neutral text: {sum(map(len, windows)):,} tokens\n" in log_of(place)
     expected = reference.plain_drift(base, merged, windows)
     assert expected[0] > 1e-3
     assert [found["kl"], found["top1"], found["perplexity"], before] == pytest.approx(expected, rel=1e-5)
-    # Before the search, after each candidate; in the card, too.
-    lines = drift_lines(place)
-    start = f"Neutral text: {tokens:,} tokens, perplexity {before:.2f}\n"
-    assert start in log_of(place) and len(lines) == 2
-    assert f"Drift: KL {found['kl']:.4f} nats per token from the base on {tokens:,} tokens" in lines[-1]
-    assert f"{found['kl']:.4f} nats per token (KL) from the base's" in (place / "out/README.md").read_text()
+    # After each candidate; in the card, too.
+    lines = metrics_lines(place)
+    assert len(lines) == 2 and f", KL to base 0.0000 -> {found['kl']:.4f}, " in lines[-1]
+    assert f", Perplexity {before:,.2f} -> {found['perplexity']:,.2f}" in lines[-1]
+    assert f"| KL to base | 0.0000 | {found['kl']:.4f} |" in (place / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize("turn", [2, 3])  # before the first candidate's end is in the journal, and after that
@@ -79,7 +78,7 @@ def test_a_run_that_goes_on_and_a_replay_are_told_the_same(place, models, monkey
     # Which texts are looked at has no part in what is found.
     assert merge(place, models, "--overwrite", neutral_texts=[]) == 0
     recipe = recipe_of(place / "out")
-    assert recipe["metrics_after"] == {} and "kl" not in recipe["metrics"]["merge"] and drift_lines(place) == []
+    assert list(recipe["metrics"]["merge"]) == ["total"] and "KL" not in metrics_lines(place)[-1]
     assert recipe_of(place / "out")["phrases"] == resumed["phrases"]
 
 

@@ -70,7 +70,7 @@ def plain(folder, base):
 def table(log):
     """The rows of the table of models: lists of cells."""
     lines = log.splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("| Taken whole"))
+    first = next(number for number, line in enumerate(lines) if line.startswith("| Model"))
     end = next(number for number in range(first + 2, len(lines)) if lines[number].startswith("---"))
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[first], *lines[first + 2 : end])]
 
@@ -92,16 +92,16 @@ def test_scores_are_those_of_plain_transformers(place, models, auto_weights):
             weight = 1 / first[phrase["context"]] if auto_weights else {"BAD": 2.0, "GOOD": 3.0}[phrase["kind"]]
             assert phrase["weight"] == pytest.approx(weight, rel=1e-3)
             totals[phrase["held_out"]] += expected * weight * (1 if phrase["kind"] == "BAD" else -1)
-        assert (one["total"], one["held_out"]) == pytest.approx((totals[False], totals[True]), rel=1e-3)
-        drift = one["drift"]
-        assert drift["divergence"] == pytest.approx(divergence, rel=1e-4, abs=1e-8)
-        assert (drift["agreement"], drift["perplexity"]) == pytest.approx((agreement, perplexity), rel=1e-4)
-    assert found[0]["drift"]["divergence"] < 1e-6 < 1e-3 < found[1]["drift"]["divergence"]
+        metrics = one["metrics"]
+        assert [metrics["total"], metrics["held_out"]] == pytest.approx([totals[False], totals[True]], rel=1e-3)
+        assert metrics["kl"] == pytest.approx(divergence, rel=1e-4, abs=1e-8)
+        assert [metrics["top1"], metrics["perplexity"]] == pytest.approx([agreement, perplexity], rel=1e-4)
+    assert found[0]["metrics"]["kl"] < 1e-6 < 1e-3 < found[1]["metrics"]["kl"]
 
 
 @pytest.mark.parametrize("search", ["greedy", "joint"])
 def test_a_merge_says_the_same_of_them(place, models, search):
-    """In its table of what is taken whole, to the last digit; a joint one keeps some of the text for itself."""
+    """In its table of models, to the last digit; a joint one has KL in trials beside it."""
     more = {"search": search, "joint": {"steps": 1}, "merge_ratios": [0.5], "baselines": True}
     configure(place, models[0], **more)
     found, phrases = found_in(place, *models[1:])
@@ -109,12 +109,10 @@ def test_a_merge_says_the_same_of_them(place, models, search):
     settings = {"pairs": PAIRS, "held_out": 0.5, "neutral_texts": [str(place / "plain.txt")], **more}
     assert merge(place, models, **settings) == 0
     merged = table(log_of(place))
-    assert scored == merged[:-1] and len(scored) == 4 and len(scored[0]) == 5
+    assert scored == [row[:6] for row in merged[:-1]] and len(scored) == 4 and len(scored[0]) == 6
     recipe = json.loads((place / "out" / RECIPE_FILE).read_text(encoding="utf-8"))
     for one, other in zip(found[1:], recipe["baselines"].values(), strict=True):
-        drift = one["drift"]
-        measured = [one["total"], one["held_out"], drift["divergence"], drift["agreement"], drift["perplexity"]]
-        assert measured == [other[name] for name in ("total", "held_out", "kl", "top1", "perplexity")]
+        assert one["metrics"] == {name: value for name, value in other.items() if name != "trial_kl"}
     before = {phrase["context"]: phrase["before"] for phrase in recipe["phrases"]}
     assert before == {p["context"]: p["probabilities"]["base"] for p in phrases if not p["held_out"]}
 
@@ -128,8 +126,8 @@ def test_the_phrases_stand_beneath_with_every_models_probability(place, models):
     shown = [line.strip("|").split("|") for line in lines if line.startswith(("| BAD", "| GOOD"))]
     for cells, phrase in zip(shown, phrases, strict=True):
         assert [cell.strip() for cell in cells[3:]] == [f"{100 * p:.5f}%" for p in phrase["probabilities"].values()]
-    held_out = lines.index("Held out:")
-    assert [line.startswith("| ") for line in lines[held_out + 1 : held_out + 5]] == [False, True, True, False]
+    end = next(number for number, line in enumerate(lines) if line.endswith("held out: the last 2 rows"))
+    assert [line.startswith("| ") for line in lines[end - 5 : end]] == [True, False, True, True, False]
 
 
 def test_nothing_is_written_but_the_log_and_what_is_asked_for(place, models, capsys):
@@ -139,7 +137,7 @@ def test_nothing_is_written_but_the_log_and_what_is_asked_for(place, models, cap
     assert score(models[1], options=["--set", "bad_phrases=[]", "--quiet"]) == 0
     assert capsys.readouterr().out.count("\n") == 1
     assert {path.name for path in place.iterdir()} == {"my.yaml", "plain.txt", "logs"}
-    assert [cells[:1] + cells[2:] for cells in table(log_of(place))] == [["Taken whole"], ["base (base)"], ["one"]]
+    assert [cells[:1] + cells[2:] for cells in table(log_of(place))] == [["Model"], ["base (base)"], ["one"]]
 
 
 def test_an_adapter_scores_as_the_model_that_it_makes(place, models):
@@ -147,7 +145,8 @@ def test_an_adapter_scores_as_the_model_that_it_makes(place, models):
     configure(place, models[0])
     found, _ = found_in(place, adapter, whole, f"{models[0]}+{adapter}", f"{models[1]}+{adapter}")
     keys = ("total", "held_out")
-    drifts = [one["drift"]["divergence"] for one in found]
+    found = [one["metrics"] for one in found]
+    drifts = [metrics["kl"] for metrics in found]
     for one, drift in zip((found[1], found[3]), (drifts[1], drifts[3]), strict=True):
         assert [one[key] for key in keys] == pytest.approx([found[2][key] for key in keys], rel=1e-4)
         assert drift == pytest.approx(drifts[2], rel=1e-3)
@@ -157,7 +156,7 @@ def test_an_adapter_scores_as_the_model_that_it_makes(place, models):
 def test_it_computes_in_half_precision_too(place, models):
     configure(place, models[0], compute_dtype="bfloat16")
     found, _ = found_in(place, models[1])
-    assert "Dtype            : bfloat16" in log_of(place) and found[1]["drift"]["divergence"] > 1e-3
+    assert "Dtype            : bfloat16" in log_of(place) and found[1]["metrics"]["kl"] > 1e-3
 
 
 def test_other_tokens_are_matched_or_told(place, models):
@@ -186,7 +185,7 @@ def test_a_damaged_model_ends_it_or_has_no_row(place, models, capsys):
     assert score(folder, models[1]) == 1
     assert "broken can't be scored: broken: model.layers.1.mlp.up_proj.weight holds NaN" in capsys.readouterr().err
     assert score(folder, models[1], options=["--set", "on_error=skip"]) == 0
-    assert [cells[0] for cells in table(log_of(place))] == ["Taken whole", "base (base)", "one"]
+    assert [cells[0] for cells in table(log_of(place))] == ["Model", "base (base)", "one"]
     assert "it has no row" in log_of(place)
 
 
@@ -204,7 +203,7 @@ def test_where_memory_is_short_less_is_held_at_a_time(place, models, monkeypatch
     monkeypatch.setattr(Search, "score_whole", short)
     lacking = 3
     found, _ = found_in(place, models[1])
-    assert found[1]["total"] == pytest.approx(expected[1]["total"], rel=1e-4) and len(tries) == 3
+    assert found[1]["metrics"]["total"] == pytest.approx(expected[1]["metrics"]["total"], rel=1e-4) and len(tries) == 3
     assert log_of(place).count("Out of memory: ") == 2
     lacking = 1000
     assert score(models[1]) == 1 and "one can't be scored: there is too little memory" in capsys.readouterr().err
@@ -301,7 +300,7 @@ def test_each_model_is_scored_by_its_own_settings(place, tmp_path, monkeypatch):
     expected, (divergence, *_) = plain(one, base)
     found = {phrase["context"]: phrase["probabilities"]["one"] for phrase in phrases}
     assert found == pytest.approx(expected, rel=1e-3)
-    assert rows[1]["drift"]["divergence"] == pytest.approx(divergence, rel=1e-3)
+    assert rows[1]["metrics"]["kl"] == pytest.approx(divergence, rel=1e-3)
     label = "one (scored with the base's settings)"
     assert label not in log_of(place)
     monkeypatch.setattr("modules.run.score.settings_of", lambda *_: None)

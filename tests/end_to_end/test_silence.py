@@ -22,7 +22,7 @@ import merge_monster
 SILENCE = 2.0  # seconds of which nobody would know what is done
 ANNOUNCED = re.compile(
     r"Reading \d+ outputs?|.* - THE (MERGE MONSTER|MONSTER MAPPER) .*|\d\d:\d\d:\d\d - "
-    r"(Loading|Scoring|Measuring|Candidate|Model|Saving|Writing|Comparing|The (base|merge) answers|The steps begin) ?.*"
+    r"(Loading|Scoring|Measuring|Evaluating|Generating|Candidate|Model|Saving|Writing|Comparing|The steps begin) ?.*"
 )
 
 
