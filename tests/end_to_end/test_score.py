@@ -306,6 +306,6 @@ def test_each_model_is_scored_by_its_own_settings(place, tmp_path, monkeypatch):
     monkeypatch.setattr("modules.run.score.settings_of", lambda *_: None)
     others, _ = found_in(place, one)
     assert [row["settings"] for row in (rows[1], others[1])] == ["own", "base"]
-    assert log_of(place).count(label) == 2  # in its row, and below the probabilities
+    assert log_of(place).count(label) == 1
     assert merge(place, (base, one), baselines=True, pairs=PAIRS) == 0
     assert label in log_of(place)
