@@ -18,6 +18,7 @@ from modules.runtime import (
     USED_WIDTH,
     counted,
     ended,
+    one_line,
     percent,
     shortened,
     spans,
@@ -262,7 +263,8 @@ def probability_table(
     rows = []
     for pair, *values, least in zip([*searched, *held_out], *models.values(), roundings, strict=True):
         shown = [percent(value, RAW_WIDTH, rounding=least) for value in values]
-        rows.append((pair.kind, shortened(pair.phrase, PHRASE_WIDTH), shortened(pair.shown, CONTEXT_WIDTH), *shown))
+        phrase, context = shortened(one_line(pair.phrase), PHRASE_WIDTH), shortened(one_line(pair.shown), CONTEXT_WIDTH)
+        rows.append((pair.kind, phrase, context, *shown))
     header = ("Type", "Phrase", "Context", *(shortened(name, NAME_WIDTH) for name in models))
     last = f"; held out: the last {counted(len(held_out), 'row')}" if held_out else ""
     return [*table(header, rows[:count], rows[count:]), f"the models' own probabilities, without weights{last}"]
