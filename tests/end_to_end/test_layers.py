@@ -60,7 +60,7 @@ def test_nothing_but_these_layers_changes(place, models, text, search, headers):
     assert changed and not any(".layers.1." in name for name in changed)
     assert headers or all(".layers." in name for name in changed)
     assert "Layers searched  : 0, 2 (counted from 0)\n" in log_of(place)
-    assert "layers searched: 0, 2, counted from 0;" in (place / "out/README.md").read_text(encoding="utf-8")
+    assert "\nlayers:\n- 0\n- 2\n" in (place / "out/README.md").read_text(encoding="utf-8")
     assert merge_monster.main(["--replay", "out", "--output", "again", "--source", str(models[0].parent)]) == 0
     assert digest(place / "again")["model.safetensors"] == digest(place / "out")["model.safetensors"]
 
