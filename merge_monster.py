@@ -36,9 +36,8 @@ try:
         ConfigError,
         Console,
         Rank,
-        Silent,
         Unlogged,
-        counted,
+        WorkerConsole,
         exit_code,
         find_rank,
         hint,
@@ -46,9 +45,10 @@ try:
         joined,
         leave,
         open_streams,
+        pluralize,
         say,
         visible,
-        wait_for_the_leader,
+        wait_for_main_process,
     )
 except KeyboardInterrupt:  # imports take a moment
     sys.exit(130)
@@ -68,7 +68,7 @@ def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
     rank = find_rank()
     if options.compare:
-        return compare(options.compare) if rank.leads else 0
+        return compare(options.compare) if rank.is_main_process else 0
     try:
         from_recipe = options.replay or options.export_mergekit
         given = {"device": options.device, "output": options.output, "sets": options.set or ()}
@@ -78,16 +78,16 @@ def start(options: argparse.Namespace) -> int:
         if config is not None:
             check_apart([LOGS, *([options.json] if options.json else [])], [Path(options.config), *input_paths(config)])
     except ConfigError:
-        if rank.leads:
+        if rank.is_main_process:
             raise
-        wait_for_the_leader()
+        wait_for_main_process()
         return 2
-    with Console(LOG, quiet=options.quiet) if rank.leads else Silent(rank.number) as console:
+    with Console(LOG, quiet=options.quiet) if rank.is_main_process else WorkerConsole(rank.number) as console:
         if options.score:
             return score(config, console, options)
         if config is not None:
             return run(config, console, options, rank)
-        if not rank.leads:
+        if not rank.is_main_process:
             return 0
         return replay(console, options) if options.replay else export(console, options)
 
@@ -104,12 +104,12 @@ def run(config: Config, console: Console, options: argparse.Namespace, rank: Ran
 
     def work() -> None:
         with importing():
-            from modules.run import Options, merge_as_follower, merge_models
+            from modules.run import Options, merge_as_worker, merge_models
 
         choices = options.overwrite, options.resume, options.restart, options.dry_run, options.table
         asked = Options(Path(options.config), *choices)
         with joined(rank) as group:
-            merge = merge_models if rank.leads else merge_as_follower
+            merge = merge_models if rank.is_main_process else merge_as_worker
             merge(config, console, asked, group)
 
     earlier = stamp(output)
@@ -178,7 +178,7 @@ def how_to_open(options: argparse.Namespace) -> tuple[dict[str, str], list[Path]
 
 def compare(outputs: Sequence[Path]) -> int:
     """Print what finished outputs have become, side by side. Raises ConfigError if some are not finished outputs."""
-    hint(f"Reading {counted(len(outputs), 'output')}")
+    hint(f"Reading {pluralize(len(outputs), 'output')}")
     with importing():
         from modules.output import comparison, read_outputs
 

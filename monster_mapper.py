@@ -37,7 +37,7 @@ try:
         importing,
         leave,
         open_streams,
-        wait_for_the_leader,
+        wait_for_main_process,
     )
 except KeyboardInterrupt:  # imports take a moment
     sys.exit(130)
@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def start(options: argparse.Namespace) -> int:
     """Read the configuration, open the log and run."""
     rank = find_rank()
-    if rank.world_size > 1 and not rank.leads:
-        wait_for_the_leader()
+    if rank.world_size > 1 and not rank.is_main_process:
+        wait_for_main_process()
         return 2
     if rank.world_size > 1:
         raise ConfigError("the mapper runs in one process; start it with python, not with torchrun")

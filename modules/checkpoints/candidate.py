@@ -18,7 +18,7 @@ from modules.checkpoints.leftovers import Leftovers, leftovers, number_of, witho
 from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
 from modules.checkpoints.meaning import clashes, differences, setting, ties_header
 from modules.checkpoints.readers import Buffer, new_buffer
-from modules.runtime import ConfigError, counted
+from modules.runtime import ConfigError, pluralize
 
 _MUST_AGREE = {
     "num_hidden_layers": "number of layers",
@@ -198,7 +198,7 @@ def _other_layers(
     if len(found) == config.num_hidden_layers or found != set(map(str, range(len(found)))):
         return None
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    return f"its weights have {counted(len(found), 'layer')}, its config.json says {key}: {config.num_hidden_layers}"
+    return f"its weights have {pluralize(len(found), 'layer')}, its config.json says {key}: {config.num_hidden_layers}"
 
 
 def _layer_differences(

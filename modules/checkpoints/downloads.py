@@ -15,7 +15,7 @@ from huggingface_hub import constants, scan_cache_dir
 from tqdm import tqdm
 
 from modules.checkpoints.hub import Cancelled, Repository
-from modules.runtime import ConfigError, Console, counted
+from modules.runtime import ConfigError, Console, pluralize
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
 
     def begin(job: Job) -> tqdm:
         size = sum(job.sizes.values())
-        console.timed(f"Downloading {job.name} ({counted(len(job.absent), 'file')}, {size / 1e9:.2f} GB)")
+        console.timed(f"Downloading {job.name} ({pluralize(len(job.absent), 'file')}, {size / 1e9:.2f} GB)")
         return console.download(job.name, size)
 
     return Prefetcher(jobs, begin)

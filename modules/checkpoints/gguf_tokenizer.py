@@ -20,7 +20,7 @@ from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_
 
 from modules.checkpoints.gguf_header import MERGES, TOKENS
 from modules.checkpoints.gguf_splits import BEGINS_WITH_BOS, TAKES_WHOLE_WORDS, TEXTS, settle_split
-from modules.runtime import ConfigError, counted, first_line, shortened, without_panics
+from modules.runtime import ConfigError, first_line, pluralize, shortened, without_panics
 
 _KEY = "tokenizer.ggml."
 _BYTE_LEVEL, _SENTENCEPIECE, _GEMMA_4 = "gpt2", "llama", "gemma4"
@@ -114,7 +114,7 @@ def _contradiction(keys: Mapping[str, Any]) -> str | None:
         return f"token {shortened(twice[0])!r} is listed more than once ({TOKENS})"
     for name in ("token_type", "scores"):
         if keys.get(name) is not None and len(keys[name]) != size:
-            return f"{_KEY}{name} has {len(keys[name]):,} entries for {counted(size, 'token')}"
+            return f"{_KEY}{name} has {len(keys[name]):,} entries for {pluralize(size, 'token')}"
     if keys.get("merges") is None and (keys.get("model") == _BYTE_LEVEL or keys.get("scores") is None):
         return f"the file says in no way how tokens are merged ({MERGES})"
     spaced = next((merge for merge in keys.get("merges", ()) if merge.count(" ") != 1), None)
@@ -122,7 +122,7 @@ def _contradiction(keys: Mapping[str, Any]) -> str | None:
         return f"the merge {shortened(spaced)!r} is not of two parts ({MERGES})"
     for name in _NAMED:
         if not 0 <= keys.get(name, 0) < size:
-            return f"{_KEY}{name} is {keys[name]}, but there are {counted(size, 'token')}"
+            return f"{_KEY}{name} is {keys[name]}, but there are {pluralize(size, 'token')}"
     return None
 
 
@@ -205,7 +205,7 @@ def _difference(tokenizer: Any, lists: Lists) -> str | None:
             return f"token {number} is {theirs!r} in the file, and would be {ours!r}"
     beyond = max(tokenizer.get_vocab().values()) + 1 - len(lists.tokens)
     if beyond > 0:
-        return f"it would have {counted(beyond, 'token')} more than the file"
+        return f"it would have {pluralize(beyond, 'token')} more than the file"
     for name in _ROLES:
         if getattr(tokenizer, name) != lists.roles[name]:
             return f"{name} is {lists.roles[name]!r} in the file, and would be {getattr(tokenizer, name)!r}"

@@ -29,7 +29,7 @@ from modules.checkpoints.companions import licence_files, small_files
 from modules.checkpoints.readers import Forms
 from modules.checkpoints.weight_files import is_there, local_files
 from modules.config import Location
-from modules.runtime import CheckpointError, ConfigError, counted, first_line
+from modules.runtime import CheckpointError, ConfigError, first_line, pluralize
 
 PAUSES = (2.0, 10.0, 30.0, 120.0)  # seconds before a file whose download failed is asked for again
 PARALLEL = 4  # files that are fetched at a time
@@ -83,7 +83,7 @@ class Repository:
         """What this run has put on the disk."""
         if self.is_new:
             return [f"{self.folder}, unpacked from GGUF"]
-        return [f"{counted(len(self.fetched), 'file')} of {self.text} in the hub's cache"] if self.fetched else []
+        return [f"{pluralize(len(self.fetched), 'file')} of {self.text} in the hub's cache"] if self.fetched else []
 
     def same_as(self, other: "Repository") -> bool:
         """Whether both are the same files: one folder, or one commit under two ids of the hub."""

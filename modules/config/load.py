@@ -22,7 +22,7 @@ from modules.config.phrase_lists import MOST_PAIRS, PHRASES, Pair, PhraseLists, 
 from modules.config.schema import CONFIG_KEYS, Config, Settings, known_keys
 from modules.config.yaml_file import Place, YamlFile, read_yaml, shown, with_sets, with_value
 from modules.merging.methods import seeded
-from modules.runtime import ConfigError, counted
+from modules.runtime import ConfigError, pluralize
 
 _NO_PHRASES = {*CONFIG_KEYS} - {*PHRASES, "system"}  # are passed over in a phrase file
 _MOST_ERRORS = 50  # of a file that are told one by one
@@ -105,7 +105,7 @@ def load_config(
     if problems:
         more = [f"and {len(problems) - _MOST_ERRORS} more"] if len(problems) > _MOST_ERRORS else []
         lines = [f"  {line}" for line in [*problems[:_MOST_ERRORS], *more]]
-        raise ConfigError(f"{path} has {counted(len(problems), 'error')}:", *lines)
+        raise ConfigError(f"{path} has {pluralize(len(problems), 'error')}:", *lines)
     phrases = [phrase for part in (*searched, *held_out) for key in PHRASES for phrase in getattr(part, key)]
     count = sum(len(phrase.contexts) * len(phrase.phrase) for phrase in phrases)
     if count > MOST_PAIRS:

@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter
 import modules.config.fields as kinds
 from modules.config.phrase_lists import PHRASES, Context, Message, Pair, Phrase, Phrases, Section, System
 from modules.config.yaml_file import Place
-from modules.runtime import ConfigError, spans
+from modules.runtime import ConfigError, ranges
 
 VERSION = "1.0.0"  # of the program
 TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
@@ -205,7 +205,7 @@ class Settings(Section):
         """Which layers are searched of a base that has so many. Raises ConfigError if one of them is not there."""
         absent = [layer for layer in self.layers or () if layer >= count]
         if absent:
-            raise ConfigError(f"layers: {', '.join(spans(absent))}: the base has {count} layers, 0 to {count - 1}")
+            raise ConfigError(f"layers: {', '.join(ranges(absent))}: the base has {count} layers, 0 to {count - 1}")
         return tuple(range(count)) if self.layers is None else self.layers
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from modules.config import Mapper
 from modules.mapper.detokenize import Detokenizer
 from modules.mapper.next_tokens import Guess, Predictor
-from modules.runtime import within_memory
+from modules.runtime import retry_on_oom
 from modules.scoring import Root, TokenTree
 
 ENDLESS = 10**12  # branches: nobody waits for more
@@ -190,7 +190,7 @@ class BeamSearch:
 
         results = []
         while hypotheses:
-            count, found = within_memory(next_group, self.predictor.take_less_memory)
+            count, found = retry_on_oom(next_group, self.predictor.take_less_memory)
             results += found
             hypotheses = hypotheses[count:]
             self.advanced(count * share)

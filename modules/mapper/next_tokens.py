@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from modules.mapper.detokenize import Detokenizer
 from modules.model import ResidentModel
-from modules.runtime import within_memory
+from modules.runtime import retry_on_oom
 from modules.scoring import (
     LOGITS_ON_CPU,
     Plain,
@@ -169,7 +169,7 @@ def build_predictor(
     sample = spread(sorted(set(paths), key=len), VERIFIED)
     stages = _growing(sample, longest - max(map(len, paths)), model.max_tokens)
     plain = PlainPredictor(model, detokenizer)
-    exact, seconds = within_memory(partial(_timed, plain, stages), plain.take_less_memory)
+    exact, seconds = retry_on_oom(partial(_timed, plain, stages), plain.take_less_memory)
     asked = [path for stage in stages for path in stage]
     plain.pace = seconds / len(asked)
     if scorer.layout != "forest" or longest > attention_window(model):
@@ -177,7 +177,7 @@ def build_predictor(
     cached = Predictor(model, detokenizer)
     cached.pace = seconds / sum(map(len, asked))  # one token goes through the model, instead of the whole path
     agrees = partial(_agrees, cached, stages, exact, scorer.tolerance)
-    if not within_memory(partial(is_taken, agrees), cached.take_less_memory):
+    if not retry_on_oom(partial(is_taken, agrees), cached.take_less_memory):
         return plain
     cached.forget()
     return cached

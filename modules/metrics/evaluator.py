@@ -15,7 +15,7 @@ from modules.metrics.metric import Context
 from modules.metrics.phrases import PhraseTotals
 from modules.metrics.registry import METRICS
 from modules.model import Settings
-from modules.runtime import is_out_of_memory, within_memory
+from modules.runtime import is_out_of_memory, retry_on_oom
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Evaluator:
 
         try:
             with self._timed():
-                (searched, *others), values = within_memory(measure, lambda: False)
+                (searched, *others), values = retry_on_oom(measure, lambda: False)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

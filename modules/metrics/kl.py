@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modules.metrics.kl_penalty import NAME, weigh
 from modules.metrics.metric import Column, Context, Measure, Metric
-from modules.runtime import counted, first_line
+from modules.runtime import first_line, pluralize
 from modules.scoring import NOT_TAKEN
 from modules.scoring.drift import Drift, DriftMeter
 
@@ -47,7 +47,7 @@ def prepare(context: Context) -> NeutralText | None:
     except NOT_TAKEN as error:
         context.console.warning(f"KL can't be measured on this model: {first_line(error)}")
         return None
-    context.console.line(f"Neutral text: {counted(meter.tokens, 'token')}")
+    context.console.line(f"Neutral text: {pluralize(meter.tokens, 'token')}")
     return NeutralText(meter)
 
 

@@ -55,7 +55,7 @@ class TrialKL:
         is_joint = config.search == "joint"
         self.meter = self._meter
         if rank.world_size > 1:
-            measures_whole = is_joint or (rank.leads and config.baselines)
+            measures_whole = is_joint or (rank.is_main_process and config.baselines)
             self.meter = DriftMeter(context.model, windows, keeps_head=is_joint) if measures_whole else None
         self.whole = OnAllText(self.meter) if self.meter else None
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from modules.metrics.metric import Column, Context, Measure, Metric
-from modules.runtime import within_memory
+from modules.runtime import retry_on_oom
 from modules.scoring import Scorer, build_scorer, doubtful_phrases, encode_pairs, of_pairs
 from modules.search import scores, total
 from modules.search.search import signed_weights
@@ -53,7 +53,7 @@ class PhraseTotals(Measure):
         return [scorer.singly() for scorer in found] if singly else found
 
     def _score(self) -> list[float]:
-        return within_memory(self._scorer.score, lambda: self._scorer.take_less_memory() is not None)
+        return retry_on_oom(self._scorer.score, lambda: self._scorer.take_less_memory() is not None)
 
 
 METRIC = Metric(

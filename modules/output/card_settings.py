@@ -10,7 +10,7 @@ import yaml
 from modules.config import Config, Directories, names_folder
 from modules.output.recipe import Recipe
 from modules.output.records import Phrase, Source
-from modules.runtime import spans
+from modules.runtime import ranges
 
 # Paths, what the lists of phrases say instead, and what makes no difference to the model.
 _NOT_TOLD = (
@@ -30,7 +30,7 @@ def settings_yaml(recipe: Recipe, output: str = "") -> str:
         if key not in _NOT_TOLD and value != _DEFAULTS[key]:
             told[key] = value
     if recipe.settings.layers:
-        told["layers"] = [int(span) if span.isdigit() else span for span in spans(recipe.settings.layers)]
+        told["layers"] = [int(span) if span.isdigit() else span for span in ranges(recipe.settings.layers)]
     return _written(told)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from modules.metrics.registry import columns_of
 from modules.output.recipe import Recipe
 from modules.output.tables import strategy_text
-from modules.runtime import counted, one_line, shortened, table
+from modules.runtime import one_line, pluralize, shortened, table
 from modules.search import Shares
 
 MOST_MODELS = 3  # of a composition, the largest shares
@@ -30,7 +30,7 @@ def comparison(recipes: Mapping[str, Recipe]) -> list[str]:
                 f"{recipe.improved} of {len(recipe.phrases)}",
                 _largest(recipe.composition),
                 ", ".join(settings.merge_method),
-                f"joint, {counted(len(recipe.joint.steps), 'step')}" if recipe.joint else strategy,
+                f"joint, {pluralize(len(recipe.joint.steps), 'step')}" if recipe.joint else strategy,
                 f"{recipe.seconds.get('search', 0):.1f} s",
             )
         )

@@ -24,7 +24,7 @@ from pathlib import Path
 from modules.config import partial_of, real_path
 from modules.output.filesystem import Lock, Stamp, is_mount_point, stamp_of, sync
 from modules.output.journal import JOURNAL_FILE, Journal, open_journal, read_journal
-from modules.runtime import CheckpointError, ConfigError, Console, counted, naming
+from modules.runtime import CheckpointError, ConfigError, Console, naming, pluralize
 
 SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
 UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is no output yet
@@ -246,7 +246,7 @@ def unfinished_output(
     with closing(open_journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
         if journal.decisions and not resume:
             steps = sum(record["kind"] == "step" for record in journal.records)
-            progress = counted(steps, "step") if steps else counted(journal.decisions, "decision")
+            progress = pluralize(steps, "step") if steps else pluralize(journal.decisions, "decision")
             advice = "add --resume to go on from there, or --restart to begin again"
             advice = advice if searching else "finish that search, delete this folder, or name another --output"
             raise ConfigError(f"{folder} holds an unfinished run ({progress}): {advice}")

@@ -17,7 +17,7 @@ from modules.metrics.registry import columns_of
 from modules.output.card_settings import settings_yaml
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Sample, Source
-from modules.runtime import counted, ended, percent, shortened, visible
+from modules.runtime import ended, percent, pluralize, shortened, visible
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most
@@ -107,14 +107,14 @@ def model_card(recipe: Recipe, name: str, pictures: Sequence[str | None]) -> str
         "front_matter": _front_matter(recipe),
         "name": _plain(name),
         "taken": len(needed) - 1,
-        "candidates": counted(len(recipe.sources) - 1, "candidate"),
+        "candidates": pluralize(len(recipe.sources) - 1, "candidate"),
         "base": _named(recipe.sources[0]),
         "program": _plain(recipe.program),
-        "how": Template(JOINT).substitute(steps=counted(len(joint.steps), "step")) if joint else GREEDY,
+        "how": Template(JOINT).substitute(steps=pluralize(len(joint.steps), "step")) if joint else GREEDY,
         "strategy": "joint" if joint else settings.strategy,
         "methods": ", ".join(settings.merge_method),
         "improved": recipe.improved,
-        "phrases": counted(len(recipe.phrases), "phrase"),
+        "phrases": pluralize(len(recipe.phrases), "phrase"),
         "composition": _composition(recipe),
         "unused": f"Candidates not used: {', '.join(unused)}." if unused else "",
         "merge_map": f"![What each layer is made of]({merge_map})" if merge_map else "",

@@ -16,12 +16,12 @@ from modules.runtime import (
     PHRASE_WIDTH,
     RAW_WIDTH,
     USED_WIDTH,
-    counted,
     ended,
     one_line,
     percent,
+    pluralize,
+    ranges,
     shortened,
-    spans,
     table,
 )
 from modules.search import Decision, Merge, Shares, probability, scores, total, total_rounding
@@ -54,7 +54,7 @@ def summary(
         "Auto weights": _on(config.auto_weights),
     }
     if config.layers:
-        rows["Layers searched"] = f"{', '.join(spans(config.layers))} (counted from 0)"
+        rows["Layers searched"] = f"{', '.join(ranges(config.layers))} (counted from 0)"
     if config.search == "joint":
         rows["Search"] = f"joint, {config.joint.steps} steps, step size {config.joint.step_size:g}"
     else:
@@ -266,7 +266,7 @@ def probability_table(
         phrase, context = shortened(one_line(pair.phrase), PHRASE_WIDTH), shortened(one_line(pair.shown), CONTEXT_WIDTH)
         rows.append((pair.kind, phrase, context, *shown))
     header = ("Type", "Phrase", "Context", *(shortened(name, NAME_WIDTH) for name in models))
-    last = f"; held out: the last {counted(len(held_out), 'row')}" if held_out else ""
+    last = f"; held out: the last {pluralize(len(held_out), 'row')}" if held_out else ""
     return [*table(header, rows[:count], rows[count:]), f"the models' own probabilities, without weights{last}"]
 
 

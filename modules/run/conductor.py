@@ -66,7 +66,7 @@ class Conductor:
         evaluator: Evaluator | None = None,
         samples: Samples | None = None,
     ) -> None:
-        """evaluator, samples: of the process that leads; they have met the base."""
+        """evaluator, samples: of the main process; they have met the base."""
         self.evaluator, self.samples = evaluator, samples
         self.config, self.console, self.search, self.record = config, console, search, record
         self.prefetcher, self.layers = prefetcher, len(search.model.layers)

@@ -14,7 +14,7 @@ from modules.metrics.registry import columns_of
 from modules.output import tables as report
 from modules.run.conductor import Conductor
 from modules.run.steps import note_source
-from modules.runtime import BrokenWeights, CheckpointError, postponed, within_memory
+from modules.runtime import BrokenWeights, CheckpointError, postponed, retry_on_oom
 from modules.scoring import Objective, Penalty, Value
 from modules.search import Shares, mixed_shares
 from modules.search.decision import Result
@@ -204,4 +204,4 @@ class JointConductor(Conductor):
                     joint.go_to(state)
             return done
 
-        return within_memory(work, take_less)
+        return retry_on_oom(work, take_less)

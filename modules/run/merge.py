@@ -61,7 +61,7 @@ from modules.search.search import Search, WeighedMetric
 
 @dataclass(frozen=True)
 class Start:
-    """What the process that leads tells the others, for them to begin the search: all that is not in the YAML file."""
+    """What the main process tells the others, for them to begin the search: all that is not in the YAML file."""
 
     journal: list[Line]  # its lines
     compute: Arithmetic
@@ -86,7 +86,7 @@ class Options:
 def merge_models(config: Config, console: Console, options: Options, group: Group = ALONE) -> None:
     """Search, merge and save as configured. Nothing is at the output directory before all is well.
 
-    group: of which this process leads; the others follow. Raises ConfigError for what can't be used, found before any
+    group: of which this is the main process. Raises ConfigError for what can't be used, found before any
     work; CheckpointError or OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
@@ -228,7 +228,7 @@ def begin_search(
     placement: Sequence[torch.device] | None = None,
     asked: Asked | None = None,
 ) -> Conductor:
-    """Load the base and score it, print the summary; who leads the search from there.
+    """Load the base and score it, print the summary; what conducts the search from there.
 
     prefetcher: brings the base as number 0, then the candidates; each while the one before it is searched. asked: of
     the samples.
@@ -304,8 +304,8 @@ def build_shared_scorer(
     return scorer
 
 
-def merge_as_follower(config: Config, console: Console, options: Options, group: Group) -> None:
-    """A follower rank's part: to search along from when the leader begins, until all candidates are searched.
+def merge_as_worker(config: Config, console: Console, options: Options, group: Group) -> None:
+    """Another process's part: to search along from when the main process begins, until all candidates are searched.
 
     Raises as `merge_models` does, and ProcessLost when another process ends before its time.
     """
@@ -316,15 +316,15 @@ def merge_as_follower(config: Config, console: Console, options: Options, group:
     loader = ModelLoader(config, console, group.rank, start.compute)
     models = loader.open()
 
-    def follow(own: ModelLoader) -> None:
-        # Where the leader begins again in another arithmetic, it says so anew.
-        _follow(own, models, start if own is loader else group.broadcast(), group)
+    def search_along(own: ModelLoader) -> None:
+        # Where the main process begins again in another arithmetic, it says so anew.
+        _search_along(own, models, start if own is loader else group.broadcast(), group)
 
-    loader.in_range(follow)
+    loader.in_range(search_along)
 
 
-def _follow(loader: ModelLoader, models: Models, start: Start, group: Group) -> None:
-    """Search along, in what the leader computes in."""
+def _search_along(loader: ModelLoader, models: Models, start: Start, group: Group) -> None:
+    """Search along, in what the main process computes in."""
     with fetching(loader.console, models.jobs) as prefetcher:
         prefetcher.wait(0)
         loader = with_chats_rendered(loader, models, begun_run(start.journal).settings)

@@ -28,7 +28,7 @@ from modules.model import (
     too_large_for,
     weights_of,
 )
-from modules.runtime import ConfigError, counted, duration, in_memory, on_disk, spans
+from modules.runtime import ConfigError, duration, in_memory, on_disk, pluralize, ranges
 from modules.scoring import (
     TOKENS,
     Budget,
@@ -246,7 +246,7 @@ def check(plan: Plan) -> list[str]:
 def plan_lines(plan: Plan, seconds: float | None) -> list[str]:
     """The plan for the person at the terminal. seconds: that it takes, about; None: not known."""
     config, memory, count = plan.config, plan.memory, len(plan.candidates)
-    layers = f"layers {', '.join(spans(config.layers))}" if config.layers else ""
+    layers = f"layers {', '.join(ranges(config.layers))}" if config.layers else ""
     if plan.is_joint:
         tried = f"all shares{layers and f' of {layers}'} at once, by gradient"
         decisions = f"{config.joint.steps} steps"
@@ -257,7 +257,7 @@ def plan_lines(plan: Plan, seconds: float | None) -> list[str]:
         tried = f"{layers or 'every layer'} by {', '.join(methods)}"
         tried += f", the header at {len(config.merge_ratios)}" if config.merge_headers else ""
         decisions = f"{plan.decisions:,} a candidate, {count * plan.decisions:,} in all"
-    pairs = f"{len(config.pairs)} pairs, {sum(plan.packs):,} tokens in {counted(len(plan.packs), 'pack')}"
+    pairs = f"{len(config.pairs)} pairs, {sum(plan.packs):,} tokens in {pluralize(len(plan.packs), 'pack')}"
     needed = f"{in_memory(memory.reserved)} on {plan.device} (base {in_memory(memory.base)}, what is searched "
     needed += f"{in_memory(memory.searched)}, activations about {in_memory(memory.activations)})"
     needed += f", {in_memory(plan.free)} free" if plan.free is not None else ""

@@ -11,7 +11,7 @@ from typing import Any
 from modules.config import Config
 from modules.model import ResidentModel
 from modules.output import Sample
-from modules.runtime import Console, counted, first_line, within_memory, without_panics
+from modules.runtime import Console, first_line, pluralize, retry_on_oom, without_panics
 from modules.scoring import Asked, SamplingParams, answers, has_template
 
 
@@ -41,10 +41,10 @@ class Samples:
     def _ask(self, who: str, prompts: Sequence[str]) -> dict[str, str]:
         """What the model answers; nothing, and a warning, where it can't: no reason to lose a merge."""
         if prompts:
-            self._console.timed(f"Generating the {who}'s answers to {counted(len(prompts), 'prompt')}")
+            self._console.timed(f"Generating the {who}'s answers to {pluralize(len(prompts), 'prompt')}")
         try:
             with without_panics():
-                found, problems = within_memory(lambda: self._answers(prompts), lambda: False)
+                found, problems = retry_on_oom(lambda: self._answers(prompts), lambda: False)
         except Exception as error:  # of an architecture, of a chat template, of a device
             self._console.warning(f"there are no samples: {first_line(error)}")
             return {}

@@ -34,7 +34,7 @@ from modules.output import (
     write_card,
     write_recipe,
 )
-from modules.runtime import Console, counted, first_line, naming, postponed
+from modules.runtime import Console, first_line, naming, pluralize, postponed
 from modules.runtime.distributed import Group
 from modules.scoring import (
     CONTEXTS,
@@ -76,7 +76,7 @@ def ask(loader: ModelLoader, models: Models, begun: Config | None, prompts: Sequ
     rendered = render(tokenizer, config.directories.model_path1, chats, config.template, config.system)
     check_refusals([rendered.refusals[chat] for chat in new if chat in rendered.refusals], "contexts")
     for refusal in list(rendered.refusals.values())[:1]:  # of others the reason is mostly the same
-        count = counted(len(rendered.refusals), "prompt")
+        count = pluralize(len(rendered.refusals), "prompt")
         which = f"is no sample for {count}" if rendered.texts else "are no samples"
         loader.console.warning(f"there {which}: {refusal}")
     loader.console.warnings(_scored_in_thoughts(rendered, new))
@@ -93,7 +93,7 @@ def _scored_in_thoughts(rendered: Rendered, contexts: Sequence[Chat]) -> list[st
     closing = rendered.thoughts.closing(rendered.texts[within[0]].removesuffix(within[0].answer)).strip()
     ways = [f"template: {{{switch}: false}}"] * bool(switch) + [f"continue: {closing}..."] * bool(closing)
     instead = f"; to score them in the answer: {' or '.join(ways)}" if ways else ""
-    where = counted(len(within), "chat context")
+    where = pluralize(len(within), "chat context")
     return [f"the chat template begins a thought, in which the phrases of {where} are scored{instead}"]
 
 
@@ -172,7 +172,7 @@ def note_source(record: RunRecord, group: Group, number: int, where: str, checkp
     here = f"is not the same in process {group.rank.number} as in process 0"
 
     def compare() -> None:
-        if not group.rank.leads:
+        if not group.rank.is_main_process:
             compare_fingerprints(noted, checkpoint, here)
 
     group.on_all_ranks(compare)

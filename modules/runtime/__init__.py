@@ -7,15 +7,15 @@ from modules.runtime.arguments import Arguments
 from modules.runtime.console import (
     LOGS,
     Console,
-    Silent,
     Unlogged,
+    WorkerConsole,
     coloured,
     hint,
     open_streams,
     say,
     visible,
 )
-from modules.runtime.distributed import ALONE, Group, Rank, find_rank, joined, wait_for_the_leader
+from modules.runtime.distributed import ALONE, Group, Rank, find_rank, joined, wait_for_main_process
 from modules.runtime.errors import (
     BrokenWeights,
     CheckpointError,
@@ -27,7 +27,7 @@ from modules.runtime.errors import (
     without_panics,
 )
 from modules.runtime.input_files import check_is_file, no_file, open_input
-from modules.runtime.oom import is_out_of_memory, within_memory
+from modules.runtime.oom import is_out_of_memory, retry_on_oom
 from modules.runtime.program import LOADING, exit_code, importing, leave, postponed
 from modules.runtime.text import (
     CONTEXT_WIDTH,
@@ -35,7 +35,6 @@ from modules.runtime.text import (
     RAW_WIDTH,
     USED_WIDTH,
     columns,
-    counted,
     duration,
     ended,
     fit,
@@ -43,8 +42,9 @@ from modules.runtime.text import (
     on_disk,
     one_line,
     percent,
+    pluralize,
+    ranges,
     row,
     shortened,
-    spans,
     table,
 )

@@ -262,7 +262,7 @@ class Console:
                 self._log.close()
 
 
-class Silent(Console):
+class WorkerConsole(Console):
     """Of a process that is not the main one: only its own errors are seen, and no log is written."""
 
     def __init__(self, number: int) -> None:

@@ -34,7 +34,7 @@ class Rank:
     local_world_size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that prints, writes and saves."""
         return self.number == 0
 
@@ -56,7 +56,7 @@ def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
     raise ConfigError(f"the environment has {listed}, which torchrun did not set: unset them, or start with torchrun")
 
 
-def wait_for_the_leader() -> None:
+def wait_for_main_process() -> None:
     """Leave the main process time to say what is wrong: torchrun ends all processes with the first that ends."""
     with suppress(KeyboardInterrupt):
         time.sleep(_MAIN_REPORTS)
@@ -90,7 +90,7 @@ class Group:
 
     def on_main_process(self, work: Callable[[], Value]) -> Value | None:
         """Work that only the main process does; what it raises is raised in all. None in the others."""
-        return self.on_all_ranks(lambda: work() if self.rank.leads else None)
+        return self.on_all_ranks(lambda: work() if self.rank.is_main_process else None)
 
     def sum(self, rows: Sequence[Sequence[float]]) -> list[list[float]]:
         """The element-wise sums of what all have; where all but one have zeros, exactly what that one has."""

@@ -20,7 +20,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _MESSAGES)
 
 
-def within_memory(work: Callable[[], Value], take_less: Callable[[], bool]) -> Value:
+def retry_on_oom(work: Callable[[], Value], take_less: Callable[[], bool]) -> Value:
     """Do work; as often as memory does not suffice, let go of all that the failed try held, take less, do it again.
 
     work: may be done again whenever it has failed. take_less: whether there was something left to be done.

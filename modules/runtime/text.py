@@ -36,7 +36,7 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def spans(numbers: Sequence[int]) -> list[str]:
+def ranges(numbers: Sequence[int]) -> list[str]:
     """Whole numbers in their order as short as they can be said: 0, 3, 8-12."""
     firsts = [number for number in numbers if number - 1 not in numbers]
     lasts = [number for number in numbers if number + 1 not in numbers]
@@ -94,7 +94,7 @@ def fit(text: str, width: int) -> str:
     return text + " " * (width - columns(text))
 
 
-def counted(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """How many of something there are: 1 pack, 2 packs."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 

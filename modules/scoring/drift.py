@@ -21,7 +21,7 @@ from torch import Tensor
 
 from modules.checkpoints import Tensors
 from modules.model import ResidentModel, widest_float
-from modules.runtime import within_memory
+from modules.runtime import retry_on_oom
 from modules.scoring.hidden_states import ending_in, last_states, logits_with
 from modules.scoring.tokenization import Window
 
@@ -70,7 +70,7 @@ class DriftMeter:
 
     def measure(self) -> Drift:
         """The drift by now. Raises torch.OutOfMemoryError if not even one row of the head fits."""
-        return within_memory(self._measure, self._take_less_memory)
+        return retry_on_oom(self._measure, self._take_less_memory)
 
     def _take_less_memory(self) -> bool:
         self._block //= 2

@@ -12,7 +12,7 @@ import torch
 
 from modules.checkpoints import layer_settings
 from modules.model import ResidentModel
-from modules.runtime import ConfigError, Rank, is_out_of_memory, within_memory
+from modules.runtime import ConfigError, Rank, is_out_of_memory, retry_on_oom
 from modules.scoring.budget import Budget
 from modules.scoring.exactness import Plain
 from modules.scoring.packing import LAYOUTS
@@ -45,7 +45,7 @@ def build_scorer(
         budget = budget.halved()
         return left
 
-    return within_memory(build, take_less)
+    return retry_on_oom(build, take_less)
 
 
 def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer, list[float]]:
@@ -54,7 +54,7 @@ def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer
     Raises ConfigError if they are no numbers.
     """
     scorer = build_scorer(model, encoded, tails=False)
-    found = within_memory(scorer.score, lambda: scorer.take_less_memory() is not None)
+    found = retry_on_oom(scorer.score, lambda: scorer.take_less_memory() is not None)
     if any(map(math.isnan, found)):
         raise model.no_numbers()
     return scorer, of_pairs(found, encoded)

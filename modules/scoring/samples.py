@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from modules.model import ResidentModel
-from modules.runtime import ConfigError, counted
+from modules.runtime import ConfigError, pluralize
 from modules.scoring.chats import Asked
 from modules.scoring.tokenization import encode_prompt
 
@@ -59,7 +59,7 @@ def empty_answers(texts: Sequence[Sequence[str]], params: SamplingParams) -> lis
         return []
     switch = params.asked.thoughts.switch
     without = f"; template: {{{switch}: false}} does without thinking" if switch else ""
-    what = f"{empty} of {counted(sum(map(len, texts)), 'text')} without an answer"
+    what = f"{empty} of {pluralize(sum(map(len, texts)), 'text')} without an answer"
     return [f"{what}: thoughts, which are no part of it, took all {params.tokens} tokens{without}"]
 
 

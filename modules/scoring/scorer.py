@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.model import ResidentModel
-from modules.runtime import Rank, counted
+from modules.runtime import Rank, pluralize
 from modules.scoring.budget import FEWEST_TOKENS, Budget, Packing
 from modules.scoring.exactness import Plain
 from modules.scoring.hidden_states import Forward, ending_in, first_of, logits_with
@@ -83,7 +83,7 @@ class Scorer:
 
     def describe(self) -> dict[str, object]:
         """How the pairs go through the model, for the summary."""
-        packs = counted(self.packs, "pack")
+        packs = pluralize(self.packs, "pack")
         packs += f" shared by {self.rank.world_size} processes" if self.rank.world_size > 1 else ""
         tokens = f"{self.packed_tokens:,} tokens packed from {sum(len(item.tokens) for item in self.encoded):,}"
         whole = "" if self.has_tails else "; every ratio by whole forwards"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from modules.config import Chat, Pair
-from modules.runtime import ConfigError, counted, shortened
+from modules.runtime import ConfigError, pluralize, shortened
 
 # The special tokens that a tokenizer puts before every text (BOS, others, mostly one or none), and behind it.
 Frame = tuple[list[int], list[int]]
@@ -83,7 +83,9 @@ def doubled_tokens(tokenizer: Any, pairs: Sequence[Pair]) -> list[str]:
     doubled = [text for text in written if _doubled(_tokens(tokenizer, text), prefix)]
     if not doubled:
         return []
-    what = f"{counted(len(doubled), 'pair')} with {''.join(names)} written out, which the tokenizer adds to every text"
+    what = (
+        f"{pluralize(len(doubled), 'pair')} with {''.join(names)} written out, which the tokenizer adds to every text"
+    )
     return [f"{what} ('{shortened(doubled[0])}'): one is kept"]
 
 

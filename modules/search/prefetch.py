@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modules.checkpoints import Candidate, Tensors
 from modules.model import Part, beside, follow
-from modules.runtime import is_out_of_memory, within_memory
+from modules.runtime import is_out_of_memory, retry_on_oom
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -91,7 +91,7 @@ class ReadAhead(Generic[Key, Value]):
         if name not in self._begun:
             job = partial(_made, self._jobs[name], self._streams)
             # A try that lacks memory lets go of what has arrived at once, not when it is asked for.
-            self._begun[name] = self._thread.submit(within_memory, job, lambda: False)
+            self._begun[name] = self._thread.submit(retry_on_oom, job, lambda: False)
         return self._begun[name]
 
     def _let_go_but(self, *names: Key) -> None:

@@ -13,7 +13,7 @@ from modules.checkpoints import Candidate, Tensors
 from modules.config import Config, Pair
 from modules.merging.methods import ratios_for
 from modules.model import FALLBACK, HeaderSkipped, Part, ResidentModel, Settings, aligned_header, side_streams
-from modules.runtime import BrokenWeights, TooNarrow, counted, within_memory
+from modules.runtime import BrokenWeights, TooNarrow, pluralize, retry_on_oom
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring import Scorer, Trial, by_pair, check_numbers, of_pairs, other_ways, spreads
 from modules.scoring.drift import DriftMeter
@@ -281,7 +281,7 @@ class Search(Merger):
                     raise self.model.too_narrow("a trial overflows")
                 found[number] = row
             name = self.model.arithmetic.name
-            what = f"{len(overflowing)} of {counted(len(trials), 'ratio')} overflow {name}"
+            what = f"{len(overflowing)} of {pluralize(len(trials), 'ratio')} overflow {name}"
             self.notes.append(f"{what}: scored in {FALLBACK.name}")
         return overflowing
 
@@ -300,7 +300,7 @@ class Search(Merger):
         It is begun again in those too where it had succeeded, so that what it does once, and twice, must be the same.
         Raises torch.OutOfMemoryError if not even one pair and one ratio fit.
         """
-        return within_memory(lambda: self.group.on_all_ranks(work), self.take_less_memory)
+        return retry_on_oom(lambda: self.group.on_all_ranks(work), self.take_less_memory)
 
     def take_less_memory(self) -> bool:
         """Score with smaller packs or fewer ratios at a time or, where that can't be, do without reading ahead."""

@@ -19,7 +19,7 @@ from modules.checkpoints import load_tokenizer
 from modules.config import Config, read_prompts
 from modules.model import ModelLoader, ResidentModel
 from modules.output.filesystem import sync
-from modules.runtime import ConfigError, Console, counted, first_line, is_out_of_memory, naming, without_panics
+from modules.runtime import ConfigError, Console, first_line, is_out_of_memory, naming, pluralize, without_panics
 from modules.scoring import (
     Asked,
     SamplingParams,
@@ -108,7 +108,7 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
     file = sample_file((beside.parent if beside else Path()) / FOLDER, generator.name, depends_on)
     texts = read_texts(file, params.count)
     missing = [prompt for prompt in generator.prompts if prompt not in texts]
-    count = counted(params.count * len(missing), "text")
+    count = pluralize(params.count * len(missing), "text")
     console.timed(f"Generating {count} with {generator.name} (kept in {file})")
     began, words = time.monotonic(), 0
     with console.progress(len(missing)) as bar:

@@ -21,7 +21,7 @@ from modules.mapper.detokenize import Detokenizer
 from modules.model.loading import load_model
 from modules.run.map import explore
 from modules.run.merge import build_shared_scorer
-from modules.runtime.console import Silent
+from modules.runtime.console import WorkerConsole
 from modules.runtime.distributed import ALONE, Group, Rank
 from modules.scoring.budget import Budget
 from modules.scoring.scorer import Scorer
@@ -180,7 +180,7 @@ def test_memory_that_runs_out_anywhere_changes_no_map(hungry, folders, place, mo
 
     def mapped(*failing):
         hungry.fails_at(*failing)
-        return explore(config, Silent(0), model, opened.tokenizer, detokenizer)[0]
+        return explore(config, WorkerConsole(0), model, opened.tokenizer, detokenizer)[0]
 
     expected = mapped()
     count = hungry.count

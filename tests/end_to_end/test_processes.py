@@ -257,9 +257,9 @@ def test_nothing_to_do_is_no_failure_of_the_others(tmp_path, models):
 
 
 def test_a_process_knows_its_seat():
-    assert find_rank({}) == Rank(0, 1, 0, 1) and find_rank({}).leads
+    assert find_rank({}) == Rank(0, 1, 0, 1) and find_rank({}).is_main_process
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert find_rank(torchrun) == Rank(5, 8, 1, 4) and not find_rank(torchrun).leads
+    assert find_rank(torchrun) == Rank(5, 8, 1, 4) and not find_rank(torchrun).is_main_process
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):

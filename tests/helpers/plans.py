@@ -14,7 +14,7 @@ from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_model
 from modules.model.memory import Memory, Sizes
 from modules.run.plan import Plan, make_plan
-from modules.runtime import Rank, Silent
+from modules.runtime import Rank, WorkerConsole
 from modules.scoring.budget import Budget
 from modules.scoring.layout import build_scorer
 from modules.scoring.tokenization import encode_pairs, neutral_windows
@@ -42,7 +42,7 @@ def start(config, found):
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     texts = read_neutral_texts(config.neutral_texts)
     windows = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, config.tokens_for_trials)
-    metric = weigh(Context(config, Silent(1), model, tokenizer, Budget(), Rank(), *windows))
+    metric = weigh(Context(config, WorkerConsole(1), model, tokenizer, Budget(), Rank(), *windows))
     return Search(model, build_scorer(model, encoded), config, tokenizer, weighed=[metric] if metric else [])
 
 

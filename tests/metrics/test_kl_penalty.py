@@ -16,7 +16,7 @@ from modules.metrics.kl_penalty import TrialKL
 from modules.metrics.metric import Context
 from modules.model.embeddings import aligned_header
 from modules.model.loading import load_model
-from modules.runtime import Rank, Silent
+from modules.runtime import Rank, WorkerConsole
 from modules.scoring import drift as measure
 from modules.scoring.budget import Budget
 from modules.search.trial import merged, trying
@@ -36,7 +36,7 @@ class Case:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.candidate = open_candidate(open_checkpoint(other, "other"), self.model.checkpoint, self.model.module)
         self.plain, self.now = (AutoModelForCausalLM.from_pretrained(base).eval() for _ in range(2))
-        config, console = Config(Directories("base", "out"), max_drift=1.0), Silent(1)
+        config, console = Config(Directories("base", "out"), max_drift=1.0), WorkerConsole(1)
         budget = budget or Budget()
         self.metrics = []
         for one in rank or [Rank()]:

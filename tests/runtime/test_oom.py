@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from modules.runtime.oom import is_out_of_memory, within_memory
+from modules.runtime.oom import is_out_of_memory, retry_on_oom
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def in_another_thread():
 @pytest.mark.parametrize("fail", [plainly, in_a_circle, while_another_is_handled, in_another_thread])
 def test_what_a_failed_try_held_is_gone_before_less_is_taken(fail):
     trying = Trying(3, fail)
-    assert within_memory(trying.work, trying.take_less) == "done"
+    assert retry_on_oom(trying.work, trying.take_less) == "done"
     assert trying.gone == [True] * 3
 
 
@@ -100,7 +100,7 @@ def test_what_callers_held_goes_with_them(fail):
         mine, trying = Held(), Trying(failures, fail)
         held.append(weakref.ref(mine))
         try:
-            within_memory(trying.work, trying.take_less)
+            retry_on_oom(trying.work, trying.take_less)
         except torch.OutOfMemoryError:
             return "in vain"
         return "done"
@@ -113,12 +113,12 @@ def test_what_callers_held_goes_with_them(fail):
 def test_where_nothing_is_left_the_failure_is_raised():
     trying = Trying(9, in_a_circle)
     with pytest.raises(torch.OutOfMemoryError, match="none left"):
-        within_memory(trying.work, trying.take_less)
+        retry_on_oom(trying.work, trying.take_less)
     assert len(trying.gone) == 5
 
 
 def test_other_failures_are_not_tried_again():
     trying = Trying(1, lambda: [][1])
     with pytest.raises(IndexError):
-        within_memory(trying.work, trying.take_less)
+        retry_on_oom(trying.work, trying.take_less)
     assert len(trying.held) == 1 and trying.gone == []
