@@ -16,40 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    from modules.config import (
-        CONFIG,
-        DEVICES,
-        QUIET,
-        SET,
-        TABLES,
-        VERSION,
-        Config,
-        check_apart,
-        input_paths,
-        load_config,
-        output_directory,
-    )
-    from modules.runtime import (
-        LOADING,
-        LOGS,
-        Arguments,
-        ConfigError,
-        Console,
-        Rank,
-        Unlogged,
-        WorkerConsole,
-        exit_code,
-        find_rank,
-        hint,
-        importing,
-        joined,
-        leave,
-        open_streams,
-        pluralize,
-        say,
-        visible,
-        wait_for_main_process,
-    )
+    from modules.config.choices import DEVICES
+    from modules.config.inputs import check_apart, input_paths
+    from modules.config.load import load_config, output_directory
+    from modules.config.schema import CONFIG, QUIET, SET, TABLES, VERSION, Config
+    from modules.runtime.arguments import Arguments
+    from modules.runtime.console import LOGS, Console, Unlogged, WorkerConsole, hint, open_streams, say, visible
+    from modules.runtime.distributed import Rank, find_rank, joined, wait_for_main_process
+    from modules.runtime.errors import ConfigError
+    from modules.runtime.program import LOADING, exit_code, importing, leave
+    from modules.runtime.text import pluralize
 except KeyboardInterrupt:  # imports take a moment
     sys.exit(130)
 except ModuleNotFoundError as error:
@@ -98,13 +74,13 @@ def run(config: Config, console: Console, options: argparse.Namespace, rank: Ran
     console.timed(LOADING)
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
     with importing():
-        from modules.output import stamp, what_stands
+        from modules.output.folder import stamp, what_stands
 
     output = Path(config.directories.output_directory)
 
     def work() -> None:
         with importing():
-            from modules.run import Options, merge_as_worker, merge_models
+            from modules.run.merge import Options, merge_as_worker, merge_models
 
         choices = options.overwrite, options.resume, options.restart, options.dry_run, options.table
         asked = Options(Path(options.config), *choices)
@@ -121,14 +97,14 @@ def replay(console: Console, options: argparse.Namespace) -> int:
     console.banner(f"THE MERGE MONSTER REMEMBERS {options.replay}")
     console.timed(LOADING)
     with importing():
-        from modules.output import stamp, what_stands
+        from modules.output.folder import stamp, what_stands
 
     output = output_directory("--output", options.output)
     earlier = stamp(output)
 
     def work() -> None:
         with importing():
-            from modules.run import Replay, replay_recipe
+            from modules.run.replay import Replay, replay_recipe
 
         asked = Replay(options.replay, output, options.device, *how_to_open(options))
         replay_recipe(asked, console)
@@ -142,11 +118,12 @@ def export(console: Console, options: argparse.Namespace) -> int:
     console.timed(f"THE MERGE MONSTER TELLS OF {recipe}")
     console.timed(LOADING)
     with importing():
-        from modules.output import files_left
+        from modules.output.text_files import files_left
 
     def work() -> None:
         with importing():
-            from modules.run import Replay, export_mergekit
+            from modules.run.export import export_mergekit
+            from modules.run.replay import Replay
 
         export_mergekit(Replay(recipe, file, "cpu", *how_to_open(options)), console)
 
@@ -158,11 +135,11 @@ def score(config: Config, console: Console, options: argparse.Namespace) -> int:
     console.timed("THE MERGE MONSTER JUDGES")
     console.timed(LOADING)
     with importing():
-        from modules.output import files_left
+        from modules.output.text_files import files_left
 
     def work() -> None:
         with importing():
-            from modules.run import score_models
+            from modules.run.score import score_models
 
         score_models(config, console, options.json, options.overwrite)
 
@@ -180,7 +157,8 @@ def compare(outputs: Sequence[Path]) -> int:
     """Print what finished outputs have become, side by side. Raises ConfigError if some are not finished outputs."""
     hint(f"Reading {pluralize(len(outputs), 'output')}")
     with importing():
-        from modules.output import comparison, read_outputs
+        from modules.output.comparison import comparison
+        from modules.output.recipe import read_outputs
 
     for line in comparison(read_outputs(outputs)):
         say(visible(line))

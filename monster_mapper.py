@@ -14,31 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    from modules.config import (
-        CONFIG,
-        DEVICES,
-        QUIET,
-        SET,
-        VERSION,
-        Config,
-        check_apart,
-        input_paths,
-        load_config,
-    )
-    from modules.runtime import (
-        LOADING,
-        LOGS,
-        Arguments,
-        ConfigError,
-        Console,
-        Unlogged,
-        exit_code,
-        find_rank,
-        importing,
-        leave,
-        open_streams,
-        wait_for_main_process,
-    )
+    from modules.config.choices import DEVICES
+    from modules.config.inputs import check_apart, input_paths
+    from modules.config.load import load_config
+    from modules.config.schema import CONFIG, QUIET, SET, VERSION, Config
+    from modules.runtime.arguments import Arguments
+    from modules.runtime.console import LOGS, Console, Unlogged, open_streams
+    from modules.runtime.distributed import find_rank, wait_for_main_process
+    from modules.runtime.errors import ConfigError
+    from modules.runtime.program import LOADING, exit_code, importing, leave
 except KeyboardInterrupt:  # imports take a moment
     sys.exit(130)
 except ModuleNotFoundError as error:
@@ -78,13 +62,14 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
     console.timed(LOADING)
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
     with importing():
-        from modules.output import files_left
+        from modules.output.text_files import files_left
 
     def work() -> int | None:
         with importing():
             from modules.run.map import Exports, check_exports, map_model
             from modules.run.steps import prepare_libraries
-            from modules.slop import discover, rate
+            from modules.slop.discover import discover
+            from modules.slop.rate import rate
 
         exports = Exports(options.json, options.yaml)
         check_exports(exports, options.overwrite)

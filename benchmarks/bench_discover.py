@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from modules.config import load_config
+from modules.config.load import load_config
 from modules.run.steps import prepare_libraries
-from modules.runtime import Console
+from modules.runtime.console import Console
 from modules.slop.contexts import candidate_contexts
 from modules.slop.discover import probabilities
 from modules.slop.finder import Finding, Text

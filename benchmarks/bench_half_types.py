@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerFast
 
 import modules.search  # noqa: F401 - what a configuration can name
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.model import Arithmetic
+from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_model
-from modules.scoring import build_scorer, encode_pairs
+from modules.scoring.layout import build_scorer
+from modules.scoring.tokenization import encode_pairs
 
 TYPES = ("float16", "bfloat16", "bfloat16+float32")
 RATIOS = (0.2, 0.4, 0.6, 0.8)

@@ -32,16 +32,18 @@ import reference
 from workload import Shape, machine, make_models, parameter_count, print_table, shape_of, shape_options
 
 from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
-from modules.config import Config, Mapper, Pair, load_config
+from modules.config.load import load_config
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Config, Mapper
 from modules.mapper.completion_tree import BeamSearch, CompletionTree
 from modules.mapper.detokenize import Detokenizer
 from modules.mapper.next_tokens import Predictor, build_predictor
 from modules.model.base_model import ResidentModel
 from modules.model.loading import load_model
 from modules.run.steps import prepare_libraries
-from modules.scoring import Root, Scorer
 from modules.scoring.layout import build_scorer, score_once
-from modules.scoring.tokenization import encode_contexts, encode_pairs
+from modules.scoring.scorer import Scorer
+from modules.scoring.tokenization import Root, encode_contexts, encode_pairs
 
 
 def main() -> None:

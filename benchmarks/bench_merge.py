@@ -45,7 +45,8 @@ from workload import (
 
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import Config, Directories, Pair
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Config, Directories
 from modules.model.loading import load_model
 from modules.run.steps import prepare_libraries
 from modules.scoring.layout import build_scorer

@@ -27,12 +27,12 @@ import mergekits
 from workload import machine
 
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
+from modules.config.load import load_config
 from modules.output.journal import Journal
 from modules.output.recipe import write_recipe
 from modules.output.run_record import RunRecord
-from modules.scoring import Packing
-from modules.search import Decision
+from modules.scoring.budget import Packing
+from modules.search.decision import Decision
 
 ROOT = Path(__file__).parents[1]
 RATIO = 0.4

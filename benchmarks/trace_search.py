@@ -25,7 +25,7 @@ from workload import Shape, even_ratios, machine, make_models, phrase_pairs, pri
 
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import Config, Directories
+from modules.config.schema import Config, Directories
 from modules.model.devices import resolve_device
 from modules.model.loading import load_model
 from modules.run.steps import prepare_libraries

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests/helpers")]
 
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import Pair
+from modules.config.phrase_lists import Pair
 from modules.scoring.budget import TOKENS
 
 Product = tuple[int, int, int, int]  # batch, rows, inner, columns

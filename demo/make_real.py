@@ -88,7 +88,7 @@ def make_base(folder: Path) -> None:
     """Write the package's model as the program itself reads such a file: a plain folder in bfloat16."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from modules.checkpoints.gguf_files import as_folder
-    from modules.runtime import CheckpointError, ConfigError
+    from modules.runtime.errors import CheckpointError, ConfigError
 
     try:
         made, _ = as_folder(package_folder() / GGUF_FILE, tell=lambda lines: print(*lines, sep="\n", flush=True))

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.config_file import parts_of
-from modules.runtime import ConfigError, first_line
+from modules.runtime.errors import ConfigError, first_line
 
 _SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 _TOKENS = 16

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.readers import Buffer, FilesReader, Forms
-from modules.runtime import CheckpointError, reading
+from modules.runtime.errors import CheckpointError, reading
 
 _LARGEST_LISTING = 100_000_000  # bytes of what is said of the tensors in a file; a hundred or two for each
 

@@ -18,7 +18,8 @@ from modules.checkpoints.leftovers import Leftovers, leftovers, number_of, witho
 from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
 from modules.checkpoints.meaning import clashes, differences, setting, ties_header
 from modules.checkpoints.readers import Buffer, new_buffer
-from modules.runtime import ConfigError, pluralize
+from modules.runtime.errors import ConfigError
+from modules.runtime.text import pluralize
 
 _MUST_AGREE = {
     "num_hidden_layers": "number of layers",

@@ -35,8 +35,8 @@ from modules.checkpoints.weight_files import (
     read_file,
     weight_files,
 )
-from modules.config import Location
-from modules.runtime import CheckpointError, ConfigError, first_line, naming, without_panics
+from modules.config.locations import Location
+from modules.runtime.errors import CheckpointError, ConfigError, first_line, naming, without_panics
 
 _DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from modules.runtime import shortened
+from modules.runtime.text import shortened
 
 MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
 _QUANTISED = ("quantization_config", "compression_config")

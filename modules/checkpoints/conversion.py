@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from modules.checkpoints.readers import TensorInfo
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 # Parts of names that wrappers put anywhere.
 _WRAPPERS = frozenset(

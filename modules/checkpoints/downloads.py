@@ -15,7 +15,9 @@ from huggingface_hub import constants, scan_cache_dir
 from tqdm import tqdm
 
 from modules.checkpoints.hub import Cancelled, Repository
-from modules.runtime import ConfigError, Console, pluralize
+from modules.runtime.console import Console
+from modules.runtime.errors import ConfigError
+from modules.runtime.text import pluralize
 
 
 @dataclass(frozen=True)

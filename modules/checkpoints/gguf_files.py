@@ -34,8 +34,9 @@ from modules.checkpoints.gguf_tokenizer import check_rebuilt, rebuild_tokenizer
 from modules.checkpoints.hub import Repository, local
 from modules.checkpoints.readers import dtype_name
 from modules.checkpoints.weight_files import fingerprint, read_file
-from modules.config import Location
-from modules.runtime import ConfigError, first_line, one_line, reading, without_panics
+from modules.config.locations import Location
+from modules.runtime.errors import ConfigError, first_line, reading, without_panics
+from modules.runtime.text import one_line
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OF_QUANTISED = torch.bfloat16

@@ -19,7 +19,7 @@ from gguf import GGUFReader
 from transformers.integrations.gguf import read_gguf_metadata
 
 from modules.checkpoints.causes import disguise
-from modules.runtime import ConfigError, first_line, reading
+from modules.runtime.errors import ConfigError, first_line, reading
 
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 _MOST_KEYS = 2**16  # no real file comes near

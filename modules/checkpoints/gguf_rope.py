@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from modules.checkpoints.gguf_header import GgufHeader
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # each divides frequencies
 ROPE_KEYS = frozenset(

@@ -19,7 +19,8 @@ from modules.checkpoints.config_file import MOST_LAYERS
 from modules.checkpoints.gguf_header import GgufHeader
 from modules.checkpoints.gguf_rope import ROPE_KEYS, head_width, rope_parameters
 from modules.checkpoints.meaning import known_keys
-from modules.runtime import ConfigError, shortened
+from modules.runtime.errors import ConfigError
+from modules.runtime.text import shortened
 
 # An architecture's keys, and what configurations call them: the first that the configuration's class knows is meant.
 _NAMES = {

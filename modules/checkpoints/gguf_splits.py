@@ -10,7 +10,7 @@ all others.
 from tokenizers import Encoding, Regex, Tokenizer, pre_tokenizers
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from modules.runtime import shortened
+from modules.runtime.text import shortened
 
 _SENTENCE_MARKS = r"\s|.,!?\x{2026}\x{3002}\x{FF0C}\x{3001}\x{0964}\x{06D4}\x{060C}"
 _HAN_AND_HANGUL = r"[\x{0800}-\x{9FA5}\x{AC00}-\x{D7FF}]+"

@@ -15,7 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from modules.checkpoints.architecture import empty_module
 from modules.checkpoints.gguf_header import GgufHeader
 from modules.checkpoints.gguf_rope import FACTORS
-from modules.runtime import ConfigError, first_line
+from modules.runtime.errors import ConfigError, first_line
 
 # What old converters left in files, and no program reads: rotary frequencies, which follow from the settings.
 _LEFT_BEHIND = ("*.attn_rot_embd", "*.attn_rot_embd.*", "*.rotary_emb.inv_freq")

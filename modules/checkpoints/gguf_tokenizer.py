@@ -20,7 +20,8 @@ from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_
 
 from modules.checkpoints.gguf_header import MERGES, TOKENS
 from modules.checkpoints.gguf_splits import BEGINS_WITH_BOS, TAKES_WHOLE_WORDS, TEXTS, settle_split
-from modules.runtime import ConfigError, first_line, pluralize, shortened, without_panics
+from modules.runtime.errors import ConfigError, first_line, without_panics
+from modules.runtime.text import pluralize, shortened
 
 _KEY = "tokenizer.ggml."
 _BYTE_LEVEL, _SENTENCEPIECE, _GEMMA_4 = "gpt2", "llama", "gemma4"

@@ -28,8 +28,9 @@ from huggingface_hub.utils import tqdm as HubBar
 from modules.checkpoints.companions import licence_files, small_files
 from modules.checkpoints.readers import Forms
 from modules.checkpoints.weight_files import is_there, local_files
-from modules.config import Location
-from modules.runtime import CheckpointError, ConfigError, first_line, pluralize
+from modules.config.locations import Location
+from modules.runtime.errors import CheckpointError, ConfigError, first_line
+from modules.runtime.text import pluralize
 
 PAUSES = (2.0, 10.0, 30.0, 120.0)  # seconds before a file whose download failed is asked for again
 PARALLEL = 4  # files that are fetched at a time

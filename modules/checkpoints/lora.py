@@ -32,8 +32,8 @@ from modules.checkpoints.weight_files import (
     open_reader,
     read_file,
 )
-from modules.config import is_number
-from modules.runtime import CheckpointError, ConfigError
+from modules.config.fields import is_number
+from modules.runtime.errors import CheckpointError, ConfigError
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # safetensors win
 

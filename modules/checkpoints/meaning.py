@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from modules.runtime import shortened
+from modules.runtime.text import shortened
 
 # Training, generation, housekeeping; sizes of the vocabulary, which the header looks after.
 _WITHOUT_MEANING = (

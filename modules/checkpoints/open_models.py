@@ -21,8 +21,9 @@ from modules.checkpoints.hub import Repository, find, local
 from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from modules.checkpoints.lora import open_adapter, read_settings
 from modules.checkpoints.weight_files import LARGEST_SETTINGS, holds_weights, local_files, weight_files
-from modules.config import Config, Location, Source, names_of, parse_location, parse_source, partial_of
-from modules.runtime import ConfigError
+from modules.config.locations import Location, Source, names_of, parse_location, parse_source, partial_of
+from modules.config.schema import Config
+from modules.runtime.errors import ConfigError
 
 Fetch = Callable[[Job], None]  # returns when a job's files are there
 Tell = Callable[[Sequence[str]], None]  # gives the person at the terminal some lines while models are opened

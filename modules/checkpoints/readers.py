@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.causes import disguise
-from modules.runtime import CheckpointError, ConfigError
+from modules.runtime.errors import CheckpointError, ConfigError
 
 # By the names that safetensors gives them.
 DTYPES = {

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from modules.checkpoints.readers import DTYPES, Buffer, FilesReader, Forms, new_buffer
-from modules.runtime import reading
+from modules.runtime.errors import reading
 
 LONGEST_HEADER = 100_000_000  # bytes, as for safetensors itself
 

@@ -15,7 +15,8 @@ from modules.checkpoints.bin_files import BinReader
 from modules.checkpoints.causes import disguise, found_instead
 from modules.checkpoints.readers import FilesReader, Forms
 from modules.checkpoints.safetensors_files import LONGEST_HEADER, SafetensorsReader
-from modules.runtime import CheckpointError, ConfigError, open_input
+from modules.runtime.errors import CheckpointError, ConfigError
+from modules.runtime.input_files import open_input
 
 # A format of weight files is a line here. In this order: where a folder holds several, the first one counts.
 READERS: dict[str, type[FilesReader]] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.readers import DTYPES, TensorInfo
-from modules.runtime import CheckpointError, first_line
+from modules.runtime.errors import CheckpointError, first_line
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"

@@ -3,37 +3,3 @@
 Knows: every key, its type, its default and what is allowed; reports all errors of a file together.
 Refuses to know: torch, models, tokenizers. It must answer a typo in under a second.
 """
-
-from modules.config.choices import ACCELERATORS, DEVICES, NUMBERED, STRATEGIES
-from modules.config.fields import COMPUTE_DTYPES, DTYPES, OneOf, is_number, unusable
-from modules.config.inputs import check_apart, input_paths, read_neutral_texts, read_prompts, real_path
-from modules.config.load import load_config, option_for, output_directory
-from modules.config.locations import (
-    GGUF,
-    Location,
-    Source,
-    missing_folder,
-    names_folder,
-    names_of,
-    parse_location,
-    parse_source,
-    partial_of,
-    parts_of,
-    repositories_in,
-    without_folders,
-)
-from modules.config.phrase_lists import PHRASES, Chat, Message, Pair
-from modules.config.schema import (
-    CONFIG,
-    NO_PART,
-    QUIET,
-    SET,
-    TABLES,
-    VERSION,
-    Config,
-    Directories,
-    Discover,
-    Joint,
-    Mapper,
-    Settings,
-)

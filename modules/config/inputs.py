@@ -11,7 +11,8 @@ from pathlib import Path
 
 from modules.config.locations import parse_location, parse_source, partial_of
 from modules.config.schema import Config
-from modules.runtime import ConfigError, first_line, open_input
+from modules.runtime.errors import ConfigError, first_line
+from modules.runtime.input_files import open_input
 
 LISTS = Path(__file__).parents[2] / "example_phrases"
 SHIPPED, PROMPTS, OPENINGS = LISTS / "neutral", LISTS / "prompts.txt", LISTS / "openings.txt"

@@ -22,7 +22,8 @@ from modules.config.phrase_lists import MOST_PAIRS, PHRASES, Pair, PhraseLists, 
 from modules.config.schema import CONFIG_KEYS, Config, Settings, known_keys
 from modules.config.yaml_file import Place, YamlFile, read_yaml, shown, with_sets, with_value
 from modules.merging.methods import seeded
-from modules.runtime import ConfigError, pluralize
+from modules.runtime.errors import ConfigError
+from modules.runtime.text import pluralize
 
 _NO_PHRASES = {*CONFIG_KEYS} - {*PHRASES, "system"}  # are passed over in a phrase file
 _MOST_ERRORS = 50  # of a file that are told one by one

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from modules.config.fields import Boolean, EmptyOrText, Text, Weight, not_empty, one_or_more
 from modules.config.yaml_file import shown
-from modules.runtime import one_line, shortened
+from modules.runtime.text import one_line, shortened
 
 MOST_PAIRS = 100_000
 PHRASES = ("bad_phrases", "good_phrases")

@@ -17,7 +17,8 @@ from pydantic import Field, TypeAdapter
 import modules.config.fields as kinds
 from modules.config.phrase_lists import PHRASES, Context, Message, Pair, Phrase, Phrases, Section, System
 from modules.config.yaml_file import Place
-from modules.runtime import ConfigError, ranges
+from modules.runtime.errors import ConfigError
+from modules.runtime.text import ranges
 
 VERSION = "1.0.0"  # of the program
 TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown

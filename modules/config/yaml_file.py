@@ -13,7 +13,10 @@ from typing import Any
 
 import yaml
 
-from modules.runtime import ConfigError, first_line, open_input, shortened, visible
+from modules.runtime.console import visible
+from modules.runtime.errors import ConfigError, first_line
+from modules.runtime.input_files import open_input
+from modules.runtime.text import shortened
 
 _LARGEST = 100_000_000  # bytes of a YAML file; what has more is none, and may have no end (/dev/zero)
 _MOST_VALUES = 2_000_000  # in a YAML file: many times as many lists can stand in a short one that refers to itself

@@ -2,8 +2,3 @@
 
 Knows: branching, probabilities, wording. Refuses to know: merging, output folders.
 """
-
-from modules.mapper.completion_tree import BeamSearch, CompletionTree, at_most
-from modules.mapper.detokenize import Detokenizer
-from modules.mapper.next_tokens import build_predictor
-from modules.mapper.ranking import PhraseRank, rank_phrases

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from modules.config import Mapper
+from modules.config.schema import Mapper
 from modules.mapper.detokenize import Detokenizer
 from modules.mapper.next_tokens import Guess, Predictor
-from modules.runtime import retry_on_oom
-from modules.scoring import Root, TokenTree
+from modules.runtime.oom import retry_on_oom
+from modules.scoring.packing import TokenTree
+from modules.scoring.tokenization import Root
 
 ENDLESS = 10**12  # branches: nobody waits for more
 

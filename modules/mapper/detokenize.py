@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from modules.runtime import ConfigError
-from modules.scoring import Root, encode_pair
+from modules.runtime.errors import ConfigError
+from modules.scoring.tokenization import Root, encode_pair
 
 UNFINISHED = "\ufffd"  # how tokenizers show a character of which some bytes are missing
 LONGEST_PIECE = 5  # tokens: a character's bytes are four at most, and a space before them may have no text of its own

@@ -16,20 +16,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from modules.mapper.detokenize import Detokenizer
-from modules.model import ResidentModel
-from modules.runtime import retry_on_oom
-from modules.scoring import (
-    LOGITS_ON_CPU,
-    Plain,
-    Scorer,
-    TokenTree,
-    attention_mask,
-    attention_window,
-    depths,
-    is_taken,
-    spread,
-    tree_mask,
-)
+from modules.model.base_model import ResidentModel
+from modules.runtime.oom import retry_on_oom
+from modules.scoring.budget import LOGITS_ON_CPU
+from modules.scoring.exactness import Plain
+from modules.scoring.layout import attention_window, is_taken
+from modules.scoring.packing import TokenTree, attention_mask, depths, tree_mask
+from modules.scoring.scorer import Scorer
+from modules.scoring.tokenization import spread
 
 TOKEN_BUDGET = 2048  # tokens whose keys and values are kept: 1 GiB for a Llama 2 7B, a quarter for a Llama 3 8B
 VERIFIED = 8  # paths on which the kept keys and values are verified

@@ -8,11 +8,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modules.config import Mapper, Pair
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Mapper
 from modules.mapper.completion_tree import Branch, CompletionTree, Node
 from modules.mapper.detokenize import Detokenizer, Pieces
 from modules.mapper.grammar import ADVERBS, english
-from modules.scoring import Encoded, Root
+from modules.scoring.tokenization import Encoded, Root
 
 _ENGLISH = english()
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 
-from modules.config import Config, Mapper
+from modules.config.schema import Config, Mapper
 from modules.mapper.completion_tree import Branch, CompletionTree, Cut
 from modules.mapper.detokenize import Detokenizer
 from modules.mapper.ranking import PhraseRank
-from modules.runtime import CONTEXT_WIDTH, PHRASE_WIDTH, coloured, ended, percent, row, visible
-from modules.search import probability
+from modules.runtime.console import coloured, visible
+from modules.runtime.text import CONTEXT_WIDTH, PHRASE_WIDTH, ended, percent, row
+from modules.search.strategies import probability
 
 INDENT = "     "
 

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from modules.checkpoints import Candidate
+from modules.checkpoints.candidate import Candidate
 from modules.metrics.metric import Context
 from modules.metrics.phrases import PhraseTotals
 from modules.metrics.registry import METRICS
-from modules.model import Settings
-from modules.runtime import is_out_of_memory, retry_on_oom
+from modules.model.settings import Settings
+from modules.runtime.oom import is_out_of_memory, retry_on_oom
 
 
 @dataclass(frozen=True)

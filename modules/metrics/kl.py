@@ -10,9 +10,10 @@ from torch import Tensor
 
 from modules.metrics.kl_penalty import NAME, weigh
 from modules.metrics.metric import Column, Context, Measure, Metric
-from modules.runtime import first_line, pluralize
-from modules.scoring import NOT_TAKEN
+from modules.runtime.errors import first_line
+from modules.runtime.text import pluralize
 from modules.scoring.drift import Drift, DriftMeter
+from modules.scoring.layout import NOT_TAKEN
 
 
 class NeutralText(Measure):

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from modules.metrics.metric import Context, Measure
-from modules.runtime import ConfigError, first_line, is_out_of_memory
-from modules.scoring import NOT_TAKEN, Trial
+from modules.runtime.errors import ConfigError, first_line
+from modules.runtime.oom import is_out_of_memory
 from modules.scoring.drift import DriftMeter
 from modules.scoring.hidden_states import last_states
-from modules.scoring.tails import TailForwards
-from modules.search import total
+from modules.scoring.layout import NOT_TAKEN
+from modules.scoring.tails import TailForwards, Trial
+from modules.search.strategies import total
 
 NAME = "trial_kl"
 NATS = 0.05  # of KL that count as much as all phrases, if its weight is automatic

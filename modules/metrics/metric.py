@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from modules.config import Config
-from modules.model import ResidentModel
-from modules.runtime import Console, Rank
-from modules.scoring import Budget, Window
+from modules.config.schema import Config
+from modules.model.base_model import ResidentModel
+from modules.runtime.console import Console
+from modules.runtime.distributed import Rank
+from modules.scoring.budget import Budget
 from modules.scoring.hidden_states import Inputs
+from modules.scoring.tokenization import Window
 from modules.search.search import Search, WeighedMetric
 
 WIDTH = 14  # characters of a value in a table

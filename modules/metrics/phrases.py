@@ -7,10 +7,12 @@ import math
 from collections.abc import Sequence
 
 from modules.metrics.metric import Column, Context, Measure, Metric
-from modules.runtime import retry_on_oom
-from modules.scoring import Scorer, build_scorer, doubtful_phrases, encode_pairs, of_pairs
-from modules.search import scores, total
+from modules.runtime.oom import retry_on_oom
+from modules.scoring.layout import build_scorer
+from modules.scoring.scorer import Scorer, of_pairs
+from modules.scoring.tokenization import doubtful_phrases, encode_pairs
 from modules.search.search import signed_weights
+from modules.search.strategies import scores, total
 
 
 class PhraseTotals(Measure):

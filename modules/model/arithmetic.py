@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modules.checkpoints import dtype_name
+from modules.checkpoints.readers import dtype_name
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 STREAM = "+float32"  # behind the name of a half type: with a float32 residual stream

@@ -17,20 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from modules.checkpoints import (
-    Candidate,
-    Checkpoint,
-    Conversion,
-    dtype_name,
-    find_layers,
-    header_names,
-    input_first_weights,
-    read_file,
-)
+from modules.checkpoints.architecture import find_layers, header_names, input_first_weights
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.checkpoint import Checkpoint
+from modules.checkpoints.conversion import Conversion
+from modules.checkpoints.readers import dtype_name
+from modules.checkpoints.weight_files import read_file
 from modules.model.arithmetic import FALLBACK, Arithmetic
 from modules.model.devices import wider
 from modules.model.part import Part
-from modules.runtime import ConfigError, TooNarrow
+from modules.runtime.errors import ConfigError, TooNarrow
 
 Result = TypeVar("Result")
 

@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager
 import psutil
 import torch
 
-from modules.config import ACCELERATORS, NUMBERED
-from modules.runtime import ConfigError, Rank
+from modules.config.choices import ACCELERATORS, NUMBERED
+from modules.runtime.distributed import Rank
+from modules.runtime.errors import ConfigError
 
 
 def accelerators() -> list[torch.device]:

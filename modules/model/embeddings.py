@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checkpoints import Candidate, Checkpoint, Tensors, load_tokenizer, read_file, ties_header
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
+from modules.checkpoints.conversion import Tensors
+from modules.checkpoints.meaning import ties_header
+from modules.checkpoints.weight_files import read_file
 from modules.model.base_model import ResidentModel
 from modules.model.part import Part
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 _NO_TOKENS = ("config.json", "generation_config.json")  # files that decide on none within an architecture
 MIN_SHARED_TOKENS = 0.9  # of the base's vocabulary, for the headers to be merged at all

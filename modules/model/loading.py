@@ -12,23 +12,21 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modules.checkpoints import (
-    Checkpoint,
-    Conversion,
-    Models,
-    fetch_now,
-    find_layers,
-    load_tokenizer,
-    open_base,
-    open_models,
-    without_weights,
-)
-from modules.config import Config
+from modules.checkpoints.architecture import find_layers, without_weights
+from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
+from modules.checkpoints.conversion import Conversion
+from modules.checkpoints.downloads import fetch_now
+from modules.checkpoints.open_models import Models, open_base, open_models
+from modules.config.schema import Config
 from modules.model.arithmetic import FALLBACK, Arithmetic, arithmetics
 from modules.model.base_model import ResidentModel
 from modules.model.devices import accelerators, free_memory, own_device, resolve_device
 from modules.model.memory import placement_of, weights_of
-from modules.runtime import ConfigError, Console, Rank, TooNarrow, first_line, in_memory, is_out_of_memory
+from modules.runtime.console import Console
+from modules.runtime.distributed import Rank
+from modules.runtime.errors import ConfigError, TooNarrow, first_line
+from modules.runtime.oom import is_out_of_memory
+from modules.runtime.text import in_memory
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modules.checkpoints import find_layers, layer_settings
+from modules.checkpoints.architecture import find_layers
+from modules.checkpoints.meaning import layer_settings
 from modules.model.devices import accelerators, free_memory, leaves_choice
 
 

@@ -11,9 +11,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from modules.checkpoints import Tensors, dtype_name
+from modules.checkpoints.conversion import Tensors
+from modules.checkpoints.readers import dtype_name
 from modules.model.devices import wider
-from modules.runtime import BrokenWeights, CheckpointError, TooNarrow
+from modules.runtime.errors import BrokenWeights, CheckpointError, TooNarrow
 
 BLOCKS = 8  # in which a tensor is cast
 ROWS = 64 << 20  # bytes of a range of rows, in float32

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from modules.checkpoints import Checkpoint, with_buffers
+from modules.checkpoints.architecture import with_buffers
+from modules.checkpoints.checkpoint import Checkpoint
 from modules.model.base_model import ResidentModel
-from modules.runtime import is_out_of_memory
+from modules.runtime.oom import is_out_of_memory
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)  # weights, children, hooks: they stay
 

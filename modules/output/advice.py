@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modules.config import Config
+from modules.config.schema import Config
 from modules.metrics.registry import columns_of
 from modules.output.tables import ResultRow
 from modules.search.strategies import Limits

@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
-from modules.config import Config, Directories, names_folder
+from modules.config.locations import names_folder
+from modules.config.schema import Config, Directories
 from modules.output.recipe import Recipe
 from modules.output.records import Phrase, Source
-from modules.runtime import ranges
+from modules.runtime.text import ranges
 
 # Paths, what the lists of phrases say instead, and what makes no difference to the model.
 _NOT_TOLD = (

@@ -14,11 +14,15 @@ from typing import Any
 import torch
 import transformers
 
-from modules.checkpoints import Checkpoint, candidate_sources
-from modules.config import NO_PART, VERSION, Chat, Config, Directories, parse_source, read_neutral_texts
-from modules.model import resolve_device
+from modules.checkpoints.checkpoint import Checkpoint
+from modules.checkpoints.open_models import candidate_sources
+from modules.config.inputs import read_neutral_texts
+from modules.config.locations import parse_source
+from modules.config.phrase_lists import Chat
+from modules.config.schema import NO_PART, VERSION, Config, Directories
+from modules.model.devices import resolve_device
 from modules.output.records import FORMAT, Run, Source
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 _HINT = "use what it was begun with, or begin again with --restart"
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from modules.metrics.registry import columns_of
 from modules.output.recipe import Recipe
 from modules.output.tables import strategy_text
-from modules.runtime import one_line, pluralize, shortened, table
-from modules.search import Shares
+from modules.runtime.text import one_line, pluralize, shortened, table
+from modules.search.decision import Shares
 
 MOST_MODELS = 3  # of a composition, the largest shares
 OUTPUT_WIDTH, MODEL_WIDTH = 32, 16  # columns of a name; of a longer one the end is shown

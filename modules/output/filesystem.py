@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import psutil
 
-from modules.runtime import naming
+from modules.runtime.errors import naming
 
 # What a system says of something that a file system does not have, rather than of something that failed.
 _NOT_SUPPORTED = (

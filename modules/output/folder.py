@@ -21,10 +21,13 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.config import partial_of, real_path
+from modules.config.inputs import real_path
+from modules.config.locations import partial_of
 from modules.output.filesystem import Lock, Stamp, is_mount_point, stamp_of, sync
 from modules.output.journal import JOURNAL_FILE, Journal, open_journal, read_journal
-from modules.runtime import CheckpointError, ConfigError, Console, naming, pluralize
+from modules.runtime.console import Console
+from modules.runtime.errors import CheckpointError, ConfigError, naming
+from modules.runtime.text import pluralize
 
 SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
 UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is no output yet

@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from modules.runtime import ConfigError, check_is_file, naming, open_input
+from modules.runtime.errors import ConfigError, naming
+from modules.runtime.input_files import check_is_file, open_input
 
 JOURNAL_FILE = "merge_monster_journal.jsonl"
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from modules.output.recipe import Recipe
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 DIGITS = 6  # of a weight, behind the point
 

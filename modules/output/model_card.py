@@ -12,12 +12,13 @@ from string import Template
 
 from huggingface_hub import ModelCardData
 
-from modules.config import names_folder, repositories_in
+from modules.config.locations import names_folder, repositories_in
 from modules.metrics.registry import columns_of
 from modules.output.card_settings import settings_yaml
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Sample, Source
-from modules.runtime import ended, percent, pluralize, shortened, visible
+from modules.runtime.console import visible
+from modules.runtime.text import ended, percent, pluralize, shortened
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table; of more, those that changed most

@@ -34,8 +34,8 @@ from modules.output.style import (
     title_of,
     with_digits,
 )
-from modules.runtime import one_line, shortened
-from modules.search import shares_of
+from modules.runtime.text import one_line, shortened
+from modules.search.decision import shares_of
 
 MERGE_MAP_FILE = "merge_map.png"
 PHRASE_CHART_FILE = "phrase_chart.png"

@@ -13,7 +13,9 @@ from typing import Literal, Self
 
 from pydantic import ValidationError, model_validator
 
-from modules.config import DTYPES, Config, names_folder
+from modules.config.fields import DTYPES
+from modules.config.locations import names_folder
+from modules.config.schema import Config
 from modules.output.changes import changes_between, rendered_in, run_of
 from modules.output.records import (
     FORMAT,
@@ -28,9 +30,10 @@ from modules.output.records import (
     Settings,
     Source,
 )
-from modules.runtime import ConfigError, first_line, naming, open_input
-from modules.scoring import with_texts
-from modules.search import improved
+from modules.runtime.errors import ConfigError, first_line, naming
+from modules.runtime.input_files import open_input
+from modules.scoring.chats import with_texts
+from modules.search.strategies import improved
 
 RECIPE_FILE = "merge_monster_recipe.json"
 

@@ -23,10 +23,12 @@ from pydantic import (
     TypeAdapter,
 )
 
-from modules.config import COMPUTE_DTYPES, Chat, Config
+from modules.config.fields import COMPUTE_DTYPES
+from modules.config.phrase_lists import Chat
+from modules.config.schema import Config
 from modules.merging.methods import parsed, spelled
-from modules.scoring import Packing
-from modules.search import Decision
+from modules.scoring.budget import Packing
+from modules.search.decision import Decision
 
 FORMAT = 1  # of journals and recipes
 

@@ -13,14 +13,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from modules.checkpoints import Checkpoint
-from modules.config import Config, Pair, parts_of, without_folders
+from modules.checkpoints.checkpoint import Checkpoint
+from modules.config.locations import parts_of, without_folders
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Config
 from modules.output.changes import compare_fingerprints, named, refuse_changes, refuse_other_version, run_of
 from modules.output.journal import Journal, Line, damaged
 from modules.output.recipe import Recipe
 from modules.output.records import LINES, Decided, Metrics, Phrase, Record, Rows, Run, Sample, Scored, Source
-from modules.scoring import Packing
-from modules.search import Decision, Shares, probability, total_rounding
+from modules.scoring.budget import Packing
+from modules.search.decision import Decision, Shares
+from modules.search.strategies import probability, total_rounding
 
 # Pairs, their signed weights, joint log-probabilities before and after.
 ScoredPairs = tuple[Sequence[Pair], Sequence[float], Sequence[float], Sequence[float]]

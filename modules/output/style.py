@@ -15,7 +15,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
-from modules.runtime import one_line, shortened
+from modules.runtime.text import one_line, shortened
 
 DPI = 110
 

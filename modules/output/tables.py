@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from modules.config import Config, Pair
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Config
 from modules.metrics.registry import columns_of
 from modules.output.records import Sample
-from modules.runtime import (
+from modules.runtime.text import (
     CONTEXT_WIDTH,
     PHRASE_WIDTH,
     RAW_WIDTH,
@@ -24,7 +25,8 @@ from modules.runtime import (
     shortened,
     table,
 )
-from modules.search import Decision, Merge, Shares, probability, scores, total, total_rounding
+from modules.search.decision import Decision, Merge, Shares
+from modules.search.strategies import probability, scores, total, total_rounding
 
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
 CHANGED = 0.005  # percentage points of Used Prob: a pair that moved no more has not changed

@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from modules.config import real_path, unusable
+from modules.config.fields import unusable
+from modules.config.inputs import real_path
 from modules.output.filesystem import is_mount_point, stamp_of, sync
-from modules.runtime import ConfigError, check_is_file, no_file
+from modules.runtime.errors import ConfigError
+from modules.runtime.input_files import check_is_file, no_file
 
 
 def check_file(option: str, path: Path, overwrite: bool) -> None:

@@ -8,20 +8,24 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import partial
 
-from modules.checkpoints import Candidate, Prefetcher
-from modules.config import Config
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.downloads import Prefetcher
+from modules.config.schema import Config
 from modules.metrics.evaluator import Evaluator
-from modules.model import FALLBACK
-from modules.output import RunRecord
+from modules.model.arithmetic import FALLBACK
 from modules.output import tables as report
 from modules.output.advice import Searched, advice, beyond_limit
+from modules.output.run_record import RunRecord
 from modules.output.tables import ResultRow, by_other_settings, results_table
 from modules.run.samples import Samples
 from modules.run.steps import note_source
-from modules.runtime import BrokenWeights, CheckpointError, Console, TooNarrow, postponed
-from modules.search import Decision, Merge, Shares, composition_of, scores, shares_of
+from modules.runtime.console import Console
+from modules.runtime.errors import BrokenWeights, CheckpointError, TooNarrow
+from modules.runtime.program import postponed
+from modules.search.decision import Decision, Merge, Shares, composition_of, shares_of
 from modules.search.joint import Rows
 from modules.search.search import Search
+from modules.search.strategies import scores
 
 
 def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:

@@ -9,9 +9,9 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from modules.checkpoints import find_layers
+from modules.checkpoints.architecture import find_layers
 from modules.run.plan import Plan
-from modules.scoring import NOT_TAKEN
+from modules.scoring.layout import NOT_TAKEN
 
 TIMED_LAYERS = 2
 # Forwards of a layer that one step of a joint search is worth: forward, once more for the gradient, twice backward.

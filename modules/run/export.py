@@ -7,13 +7,23 @@ from collections.abc import Iterator
 
 import torch
 
-from modules.checkpoints import Adapted, Checkpoint, Models, dtype_name, load_tokenizer
-from modules.config import GGUF, check_apart, input_paths
-from modules.model import Arithmetic, HeaderSkipped, ModelLoader, ResidentModel, matched_header
-from modules.output import Names, Recipe, about_digits, check_file, check_sums, mergekit_text, write_text
+from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
+from modules.checkpoints.lora import Adapted
+from modules.checkpoints.open_models import Models
+from modules.checkpoints.readers import dtype_name
+from modules.config.inputs import check_apart, input_paths
+from modules.config.locations import GGUF
+from modules.model.arithmetic import Arithmetic
+from modules.model.base_model import ResidentModel
+from modules.model.embeddings import HeaderSkipped, matched_header
+from modules.model.loading import ModelLoader
+from modules.output.mergekit import Names, about_digits, check_sums, mergekit_text
+from modules.output.recipe import Recipe
+from modules.output.text_files import check_file, write_text
 from modules.run.replay import Replay, candidates_of, check_source, opened_with, recipe_of
 from modules.run.steps import prepare_libraries
-from modules.runtime import ConfigError, Console
+from modules.runtime.console import Console
+from modules.runtime.errors import ConfigError
 
 
 def export_mergekit(asked: Replay, console: Console) -> None:

@@ -9,15 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
-from modules.checkpoints import Candidate
+from modules.checkpoints.candidate import Candidate
 from modules.metrics.registry import columns_of
 from modules.output import tables as report
 from modules.run.conductor import Conductor
 from modules.run.steps import note_source
-from modules.runtime import BrokenWeights, CheckpointError, postponed, retry_on_oom
-from modules.scoring import Objective, Penalty, Value
-from modules.search import Shares, mixed_shares
-from modules.search.decision import Result
+from modules.runtime.errors import BrokenWeights, CheckpointError
+from modules.runtime.oom import retry_on_oom
+from modules.runtime.program import postponed
+from modules.scoring.objective import Objective, Penalty, Value
+from modules.search.decision import Result, Shares, mixed_shares
 from modules.search.joint import Joint, JointState, Rows, first_shares, largest_factor, rounded
 from modules.search.mixing import Mix, Row
 

@@ -9,23 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoints import Models
-from modules.config import Chat, Config, Pair
-from modules.mapper import BeamSearch, CompletionTree, Detokenizer, PhraseRank, at_most, build_predictor, rank_phrases
+from modules.checkpoints.open_models import Models
+from modules.config.phrase_lists import Chat, Pair
+from modules.config.schema import Config
 from modules.mapper import report as mapping_report
-from modules.model import ModelLoader, ResidentModel
-from modules.output import check_file, write_text
+from modules.mapper.completion_tree import BeamSearch, CompletionTree, at_most
+from modules.mapper.detokenize import Detokenizer
+from modules.mapper.next_tokens import build_predictor
+from modules.mapper.ranking import PhraseRank, rank_phrases
+from modules.model.base_model import ResidentModel
+from modules.model.loading import ModelLoader
+from modules.output.text_files import check_file, write_text
 from modules.run.steps import end, prepare_libraries, with_chats_rendered
-from modules.runtime import ConfigError, Console, duration
-from modules.scoring import (
-    Encoded,
-    by_pair,
-    doubled_tokens,
-    doubtful_phrases,
-    encode_contexts,
-    encode_pairs,
-    score_once,
-)
+from modules.runtime.console import Console
+from modules.runtime.errors import ConfigError
+from modules.runtime.text import duration
+from modules.scoring.layout import score_once
+from modules.scoring.scorer import by_pair
+from modules.scoring.tokenization import Encoded, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
 
 
 @dataclass(frozen=True)

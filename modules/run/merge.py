@@ -11,52 +11,39 @@ from typing import Any
 
 import torch
 
-from modules.checkpoints import Models, Prefetcher, check_space, fetching
-from modules.config import Config, check_apart, input_paths, read_neutral_texts
+from modules.checkpoints.downloads import Prefetcher, check_space, fetching
+from modules.checkpoints.open_models import Models
+from modules.config.inputs import check_apart, input_paths, read_neutral_texts
+from modules.config.schema import Config
 from modules.metrics.evaluator import Evaluator
 from modules.metrics.metric import Context
 from modules.metrics.registry import METRICS
-from modules.model import Arithmetic, ModelLoader, ResidentModel, release_memory
-from modules.output import (
-    JOURNAL_FILE,
-    Journal,
-    Line,
-    OutputFolder,
-    Recipe,
-    RunRecord,
-    begun_run,
-    check_output,
-    is_finished,
-    locked_output,
-    read_journal,
-    unfinished_output,
-    written_paths,
-)
+from modules.model.arithmetic import Arithmetic
+from modules.model.base_model import ResidentModel
+from modules.model.loading import ModelLoader, release_memory
 from modules.output import tables as report
+from modules.output.folder import OutputFolder, check_output, locked_output, unfinished_output, written_paths
+from modules.output.journal import JOURNAL_FILE, Journal, Line, read_journal
+from modules.output.recipe import Recipe, is_finished
+from modules.output.run_record import RunRecord, begun_run
 from modules.run.conductor import Clock, Conductor, show_results
 from modules.run.estimate import estimate_seconds
 from modules.run.joint import JointConductor
 from modules.run.plan import Plan, make_plan, plan_lines
 from modules.run.samples import Samples
 from modules.run.steps import ask, end, finish, note_source, prepare_libraries, save, with_chats_rendered
-from modules.runtime import Console
+from modules.runtime.console import Console
 from modules.runtime.distributed import ALONE, Group
-from modules.scoring import (
-    Asked,
-    Budget,
-    Encoded,
-    Packing,
-    Scorer,
-    build_scorer,
-    check_float16,
-    doubtful_phrases,
-    encode_pairs,
-    neutral_windows,
-)
-from modules.search import total_rounding
+from modules.scoring.budget import Budget, Packing
+from modules.scoring.chats import Asked
+from modules.scoring.layout import build_scorer
+from modules.scoring.narrowness import check_float16
+from modules.scoring.scorer import Scorer
+from modules.scoring.tokenization import Encoded, doubtful_phrases, encode_pairs, neutral_windows
 from modules.search.joint import Rows
 from modules.search.rebuild import Rebuild
 from modules.search.search import Search, WeighedMetric
+from modules.search.strategies import total_rounding
 
 
 @dataclass(frozen=True)

@@ -11,35 +11,24 @@ from pathlib import Path
 import psutil
 import torch
 
-from modules.checkpoints import Checkpoint, Models, bytes_needed, cache_folder, index_file, load_tokenizer, local_files
-from modules.config import Config, partial_of, read_neutral_texts, real_path
+from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
+from modules.checkpoints.downloads import bytes_needed, cache_folder
+from modules.checkpoints.open_models import Models
+from modules.checkpoints.weight_files import index_file, local_files
+from modules.config.inputs import read_neutral_texts, real_path
+from modules.config.locations import partial_of
+from modules.config.schema import Config
 from modules.merging.methods import ratios_for
-from modules.model import (
-    BLOCKS,
-    Arithmetic,
-    Memory,
-    Sizes,
-    arithmetics,
-    free_memory,
-    free_on_accelerators,
-    placement_of,
-    resolve_device,
-    sizes_of,
-    too_large_for,
-    weights_of,
-)
-from modules.runtime import ConfigError, duration, in_memory, on_disk, pluralize, ranges
-from modules.scoring import (
-    TOKENS,
-    Budget,
-    budget_of,
-    build_packs,
-    doubled_tokens,
-    encode_pairs,
-    layer_bytes,
-    logits_bytes,
-    neutral_windows,
-)
+from modules.model.arithmetic import Arithmetic, arithmetics
+from modules.model.devices import free_memory, resolve_device
+from modules.model.loading import too_large_for
+from modules.model.memory import Memory, Sizes, free_on_accelerators, placement_of, sizes_of, weights_of
+from modules.model.part import BLOCKS
+from modules.runtime.errors import ConfigError
+from modules.runtime.text import duration, in_memory, on_disk, pluralize, ranges
+from modules.scoring.budget import TOKENS, Budget, budget_of, layer_bytes, logits_bytes
+from modules.scoring.packing import build_packs
+from modules.scoring.tokenization import doubled_tokens, encode_pairs, neutral_windows
 
 # On a disk, beyond the tensors: headers of shards, rounding up to blocks; journal, recipe and pictures.
 MARGIN, MARGIN_FLAT = 0.01, 16 << 20

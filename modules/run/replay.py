@@ -8,24 +8,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from modules.checkpoints import Candidate, Checkpoint, Models, Prefetcher, check_space, fetching, load_tokenizer
-from modules.config import Config, Directories, check_apart, input_paths, missing_folder, parse_source
-from modules.model import Arithmetic, ModelLoader, present_devices, resolve_device
-from modules.output import (
-    OutputFolder,
-    Recipe,
-    Source,
-    check_output,
-    compare_fingerprints,
-    find_source,
-    folders_of,
-    locked_output,
-    read_recipe,
-    unfinished_output,
-    written_paths,
-)
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
+from modules.checkpoints.downloads import Prefetcher, check_space, fetching
+from modules.checkpoints.open_models import Models
+from modules.config.inputs import check_apart, input_paths
+from modules.config.locations import missing_folder, parse_source
+from modules.config.schema import Config, Directories
+from modules.model.arithmetic import Arithmetic
+from modules.model.devices import present_devices, resolve_device
+from modules.model.loading import ModelLoader
+from modules.output.changes import compare_fingerprints
+from modules.output.folder import OutputFolder, check_output, locked_output, unfinished_output, written_paths
+from modules.output.recipe import Recipe, find_source, folders_of, read_recipe
+from modules.output.records import Source
 from modules.run.steps import end, finish, prepare_libraries, save
-from modules.runtime import ConfigError, Console
+from modules.runtime.console import Console
+from modules.runtime.errors import ConfigError
 from modules.search.rebuild import Rebuild
 
 

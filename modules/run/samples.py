@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from modules.config import Config
-from modules.model import ResidentModel
-from modules.output import Sample
-from modules.runtime import Console, first_line, pluralize, retry_on_oom, without_panics
-from modules.scoring import Asked, SamplingParams, answers, has_template
+from modules.config.schema import Config
+from modules.model.base_model import ResidentModel
+from modules.output.records import Sample
+from modules.runtime.console import Console
+from modules.runtime.errors import first_line, without_panics
+from modules.runtime.oom import retry_on_oom
+from modules.runtime.text import pluralize
+from modules.scoring.chats import Asked, has_template
+from modules.scoring.samples import SamplingParams, answers
 
 
 class Samples:

@@ -12,11 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoints import Candidate, Models, check_space, fetching, remove_downloads
-from modules.config import Config, Pair, read_neutral_texts, without_folders
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.downloads import check_space, fetching, remove_downloads
+from modules.checkpoints.open_models import Models
+from modules.config.inputs import read_neutral_texts
+from modules.config.locations import without_folders
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Config
 from modules.metrics.evaluator import Evaluation, Evaluator
-from modules.model import HeaderSkipped, ModelLoader, Settings, matched_header, settings_of
-from modules.output import check_file, write_text
+from modules.model.embeddings import HeaderSkipped, matched_header
+from modules.model.loading import ModelLoader
+from modules.model.settings import Settings, settings_of
 from modules.output.tables import (
     ResultRow,
     by_other_settings,
@@ -24,12 +30,15 @@ from modules.output.tables import (
     results_table,
     score_summary,
 )
+from modules.output.text_files import check_file, write_text
 from modules.run.merge import load_base
 from modules.run.steps import end, prepare_libraries, with_chats_rendered
-from modules.runtime import BrokenWeights, CheckpointError, ConfigError, Console, TooNarrow
-from modules.scoring import Budget, doubled_tokens, doubtful_phrases
-from modules.search import probability
+from modules.runtime.console import Console
+from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError, TooNarrow
+from modules.scoring.budget import Budget
+from modules.scoring.tokenization import doubled_tokens, doubtful_phrases
 from modules.search.search import Search
+from modules.search.strategies import probability
 
 
 @dataclass(frozen=True)

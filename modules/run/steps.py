@@ -15,28 +15,25 @@ import huggingface_hub
 import torch
 import transformers
 
-from modules.checkpoints import Checkpoint, Models, load_tokenizer, remove_downloads
-from modules.config import Chat, Config
-from modules.model import ModelLoader
-from modules.output import (
-    CARD_FILE,
-    MERGE_MAP_FILE,
-    PHRASE_CHART_FILE,
-    SETTINGS_FILE,
-    Recipe,
-    RunRecord,
-    Unfinished,
-    compare_fingerprints,
-    merge_map,
-    phrase_chart,
-    rendered_in,
-    settings_file,
-    write_card,
-    write_recipe,
-)
-from modules.runtime import Console, first_line, naming, pluralize, postponed
+from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
+from modules.checkpoints.downloads import remove_downloads
+from modules.checkpoints.open_models import Models
+from modules.config.phrase_lists import Chat
+from modules.config.schema import Config
+from modules.model.loading import ModelLoader
+from modules.output.card_settings import settings_file
+from modules.output.changes import compare_fingerprints, rendered_in
+from modules.output.folder import SETTINGS_FILE, Unfinished
+from modules.output.model_card import CARD_FILE, write_card
+from modules.output.plots import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
+from modules.output.recipe import Recipe, write_recipe
+from modules.output.run_record import RunRecord
+from modules.runtime.console import Console
 from modules.runtime.distributed import Group
-from modules.scoring import (
+from modules.runtime.errors import first_line, naming
+from modules.runtime.program import postponed
+from modules.runtime.text import pluralize
+from modules.scoring.chats import (
     CONTEXTS,
     Asked,
     Rendered,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from modules.model import Sizes
+from modules.model.memory import Sizes
 
 # Enough tokens in one pack to fill a processor, few enough that attention within it stays cheap.
 TOKENS, FEWEST_TOKENS = 1024, 64

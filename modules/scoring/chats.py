@@ -18,8 +18,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from modules.config import PHRASES, Chat, Config, Message
-from modules.runtime import ConfigError, first_line, shortened
+from modules.config.phrase_lists import PHRASES, Chat, Message
+from modules.config.schema import Config
+from modules.runtime.errors import ConfigError, first_line
+from modules.runtime.text import shortened
 from modules.scoring.thoughts import Thoughts, thoughts_of
 
 MOST_REFUSALS = 10  # that are told one by one

@@ -19,9 +19,10 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
-from modules.checkpoints import Tensors
-from modules.model import ResidentModel, widest_float
-from modules.runtime import retry_on_oom
+from modules.checkpoints.conversion import Tensors
+from modules.model.base_model import ResidentModel
+from modules.model.devices import widest_float
+from modules.runtime.oom import retry_on_oom
 from modules.scoring.hidden_states import ending_in, last_states, logits_with
 from modules.scoring.tokenization import Window
 

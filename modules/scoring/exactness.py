@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modules.model import ResidentModel
+from modules.model.base_model import ResidentModel
 from modules.scoring.tokenization import Encoded
 
 # What a way to score may differ by from plain forwards, in log-probability of any token: twice what rounding is

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints import Tensors
+from modules.checkpoints.conversion import Tensors
 from modules.scoring.budget import Budget
 from modules.scoring.hidden_states import (
     Forward,

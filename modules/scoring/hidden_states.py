@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.model import ResidentModel
+from modules.model.base_model import ResidentModel
 from modules.scoring.budget import Budget
 
 # A layer's forward while a tail forward runs: the layer's own forward, then the arguments it was called with.

@@ -10,9 +10,11 @@ from functools import partial
 
 import torch
 
-from modules.checkpoints import layer_settings
-from modules.model import ResidentModel
-from modules.runtime import ConfigError, Rank, is_out_of_memory, retry_on_oom
+from modules.checkpoints.meaning import layer_settings
+from modules.model.base_model import ResidentModel
+from modules.runtime.distributed import Rank
+from modules.runtime.errors import ConfigError
+from modules.runtime.oom import is_out_of_memory, retry_on_oom
 from modules.scoring.budget import Budget
 from modules.scoring.exactness import Plain
 from modules.scoring.packing import LAYOUTS

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modules.model import FALLBACK, ResidentModel
+from modules.model.arithmetic import FALLBACK
+from modules.model.base_model import ResidentModel
 from modules.scoring.drift import DriftMeter
 from modules.scoring.exactness import ROUNDING
 from modules.scoring.hidden_states import last_states

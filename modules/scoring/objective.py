@@ -19,8 +19,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from modules.model import ResidentModel, row_ranges
-from modules.runtime import ConfigError
+from modules.model.base_model import ResidentModel
+from modules.model.part import row_ranges
+from modules.runtime.errors import ConfigError
 from modules.scoring.drift import DriftMeter
 from modules.scoring.hidden_states import ending_in, logits_with
 from modules.scoring.scorer import Scorer, of_variants

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from modules.model import ResidentModel
-from modules.runtime import ConfigError, pluralize
+from modules.model.base_model import ResidentModel
+from modules.runtime.errors import ConfigError
+from modules.runtime.text import pluralize
 from modules.scoring.chats import Asked
 from modules.scoring.tokenization import encode_prompt
 

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from modules.model import ResidentModel
-from modules.runtime import Rank, pluralize
+from modules.model.base_model import ResidentModel
+from modules.runtime.distributed import Rank
+from modules.runtime.text import pluralize
 from modules.scoring.budget import FEWEST_TOKENS, Budget, Packing
 from modules.scoring.exactness import Plain
 from modules.scoring.hidden_states import Forward, ending_in, first_of, logits_with

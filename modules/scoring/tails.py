@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.model import ResidentModel
+from modules.model.base_model import ResidentModel
 from modules.scoring.budget import Budget
 from modules.scoring.hidden_states import (
     Cache,

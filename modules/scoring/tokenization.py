@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from modules.config import Chat, Pair
-from modules.runtime import ConfigError, pluralize, shortened
+from modules.config.phrase_lists import Chat, Pair
+from modules.runtime.errors import ConfigError
+from modules.runtime.text import pluralize, shortened
 
 # The special tokens that a tokenizer puts before every text (BOS, others, mostly one or none), and behind it.
 Frame = tuple[list[int], list[int]]

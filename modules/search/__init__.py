@@ -6,6 +6,3 @@ Neither this file nor what it imports imports PyTorch. The searches are in modul
 modules.search.joint, by gradient on what modules.search.mixing mixes; merging without one is in modules.search.trial,
 and, without a model in memory, in modules.search.rebuild.
 """
-
-from modules.search.decision import Decision, Merge, Shares, composition_of, mixed_shares, shares_of
-from modules.search.strategies import improved, probability, scores, total, total_rounding

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from modules.runtime import ConfigError, is_out_of_memory
 from modules.runtime.distributed import ALONE, Group
-from modules.runtime.errors import ProcessLost
-from modules.scoring import Objective, Value
+from modules.runtime.errors import ConfigError, ProcessLost
+from modules.runtime.oom import is_out_of_memory
+from modules.scoring.objective import Objective, Value
 from modules.search.mixing import Mix, Row, Update
 
 BETAS, TINY = (0.8, 0.95), 1e-12  # of Adam; what keeps it from dividing by nothing

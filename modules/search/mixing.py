@@ -20,10 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checkpoints import Candidate, Tensors
-from modules.model import HeaderRows, HeaderSkipped, Part, ResidentModel, matched_header, own_header, row_ranges
-from modules.runtime import BrokenWeights
-from modules.scoring import GradientPass, Objective, Value
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.conversion import Tensors
+from modules.model.base_model import ResidentModel
+from modules.model.embeddings import HeaderRows, HeaderSkipped, matched_header, own_header
+from modules.model.part import Part, row_ranges
+from modules.runtime.errors import BrokenWeights
+from modules.scoring.gradient import GradientPass
+from modules.scoring.objective import Objective, Value
 from modules.search.prefetch import ReadAhead, read_part, two_memories
 from modules.search.whole import outside_of
 

@@ -15,9 +15,11 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from modules.checkpoints import Candidate, Tensors
-from modules.model import Part, beside, follow
-from modules.runtime import is_out_of_memory, retry_on_oom
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.conversion import Tensors
+from modules.model.devices import beside, follow
+from modules.model.part import Part
+from modules.runtime.oom import is_out_of_memory, retry_on_oom
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")

@@ -20,10 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checkpoints import Candidate, NewWeights, Tensors, copy_companions, written_name
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.checkpoint import copy_companions
+from modules.checkpoints.conversion import Tensors
 from modules.checkpoints.readers import TensorInfo
-from modules.model import HeaderRows, HeaderSkipped, Part, ResidentModel, is_finite, matched_header, row_ranges
-from modules.runtime import BrokenWeights, CheckpointError, ConfigError
+from modules.checkpoints.writing import NewWeights, written_name
+from modules.model.base_model import ResidentModel, is_finite
+from modules.model.embeddings import HeaderRows, HeaderSkipped, matched_header
+from modules.model.part import Part, row_ranges
+from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError
 from modules.search.decision import Decision
 from modules.search.mixing import mixed_into
 from modules.search.trial import merged

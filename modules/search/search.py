@@ -9,15 +9,25 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from modules.checkpoints import Candidate, Tensors
-from modules.config import Config, Pair
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.conversion import Tensors
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Config
 from modules.merging.methods import ratios_for
-from modules.model import FALLBACK, HeaderSkipped, Part, ResidentModel, Settings, aligned_header, side_streams
-from modules.runtime import BrokenWeights, TooNarrow, pluralize, retry_on_oom
+from modules.model.arithmetic import FALLBACK
+from modules.model.base_model import ResidentModel
+from modules.model.devices import side_streams
+from modules.model.embeddings import HeaderSkipped, aligned_header
+from modules.model.part import Part
+from modules.model.settings import Settings
 from modules.runtime.distributed import ALONE, Group
-from modules.scoring import Scorer, Trial, by_pair, check_numbers, of_pairs, other_ways, spreads
+from modules.runtime.errors import BrokenWeights, TooNarrow
+from modules.runtime.oom import retry_on_oom
+from modules.runtime.text import pluralize
 from modules.scoring.drift import DriftMeter
-from modules.scoring.tails import TailForwards
+from modules.scoring.layout import check_numbers
+from modules.scoring.scorer import Scorer, by_pair, of_pairs, other_ways, spreads
+from modules.scoring.tails import TailForwards, Trial
 from modules.search.decision import Decision, Result
 from modules.search.prefetch import ReadAhead, layer_jobs
 from modules.search.strategies import Limits, State, choose, probability, scores, total, total_rounding

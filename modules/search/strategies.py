@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from modules.config import STRATEGIES
+from modules.config.choices import STRATEGIES
 
 Scores = Sequence[float]  # one per pair
 

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checkpoints import Candidate, Tensors
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.conversion import Tensors
 from modules.merging.methods import merge
-from modules.model import HeaderSkipped, Part, ResidentModel, aligned_header
-from modules.runtime import BrokenWeights, ConfigError
+from modules.model.base_model import ResidentModel
+from modules.model.embeddings import HeaderSkipped, aligned_header
+from modules.model.part import Part
+from modules.runtime.errors import BrokenWeights, ConfigError
 from modules.search.decision import Decision, Result
 
 

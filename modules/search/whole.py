@@ -11,10 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from modules.checkpoints import Candidate, Tensors
-from modules.model import HeaderSkipped, Part, ResidentModel, Settings, untied_header
-from modules.scoring import Scorer, of_pairs, streamed
-from modules.scoring.hidden_states import Inputs
+from modules.checkpoints.candidate import Candidate
+from modules.checkpoints.conversion import Tensors
+from modules.model.base_model import ResidentModel
+from modules.model.embeddings import HeaderSkipped, untied_header
+from modules.model.part import Part
+from modules.model.settings import Settings
+from modules.scoring.hidden_states import Inputs, streamed
+from modules.scoring.scorer import Scorer, of_pairs
 from modules.search.prefetch import ReadAhead, layer_jobs
 
 

@@ -2,6 +2,3 @@
 
 Knows: words, frequencies, ranking, counting, wording. Refuses to know: merging, how texts are sampled and scored.
 """
-
-from modules.slop.discover import discover
-from modules.slop.rate import rate

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from modules.config import Chat, Message, Pair
+from modules.config.phrase_lists import Chat, Message, Pair
 from modules.slop.finder import Finding, Text
 
 FEWEST_TOKENS, MOST_TOKENS = 10, 40  # of the text before a phrase, in its context

@@ -13,11 +13,14 @@ from typing import Any
 
 import yaml
 
-from modules.config import Config, Pair
-from modules.output import write_text
-from modules.runtime import Console, columns, one_line, row, shortened
-from modules.scoring import encode_pairs, score_once
-from modules.search import probability
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Config
+from modules.output.text_files import write_text
+from modules.runtime.console import Console
+from modules.runtime.text import columns, one_line, row, shortened
+from modules.scoring.layout import score_once
+from modules.scoring.tokenization import encode_pairs
+from modules.search.strategies import probability
 from modules.slop.contexts import candidate_contexts, last_sentence, listed_contexts
 from modules.slop.finder import LEAST_PROMPTS, LEAST_RATIO, Finding, Findings, Text, find
 from modules.slop.generate import Generator, generate, load_generator

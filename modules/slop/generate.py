@@ -15,23 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoints import load_tokenizer
-from modules.config import Config, read_prompts
-from modules.model import ModelLoader, ResidentModel
+from modules.checkpoints.checkpoint import load_tokenizer
+from modules.config.inputs import read_prompts
+from modules.config.schema import Config
+from modules.model.base_model import ResidentModel
+from modules.model.loading import ModelLoader
 from modules.output.filesystem import sync
-from modules.runtime import ConfigError, Console, first_line, is_out_of_memory, naming, pluralize, without_panics
-from modules.scoring import (
-    Asked,
-    SamplingParams,
-    asked_of,
-    chat_of,
-    check_refusals,
-    empty_answers,
-    has_template,
-    render,
-    same_length_batches,
-    sample,
-)
+from modules.runtime.console import Console
+from modules.runtime.errors import ConfigError, first_line, naming, without_panics
+from modules.runtime.oom import is_out_of_memory
+from modules.runtime.text import pluralize
+from modules.scoring.chats import Asked, asked_of, chat_of, check_refusals, has_template, render
+from modules.scoring.samples import SamplingParams, empty_answers, same_length_batches, sample
 from modules.slop.matching import word_count
 
 FOLDER = "samples"  # beside the file that is written, or in the working directory

@@ -13,7 +13,7 @@ from itertools import pairwise
 from types import ModuleType
 
 from modules.mapper.grammar import FUNCTION_WORDS, Grammar, by_frequency, english
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 MILLION = 1e6
 PAIR_SHARE = 0.1  # of the rarer word's rate: nine of ten English pairs that are known have less

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.config import Config, Location, Source, names_of, parse_location
-from modules.output import write_text
-from modules.runtime import Console, columns, ended, one_line, row, shortened
+from modules.config.locations import Location, Source, names_of, parse_location
+from modules.config.schema import Config
+from modules.output.text_files import write_text
+from modules.runtime.console import Console
+from modules.runtime.text import columns, ended, one_line, row, shortened
 from modules.slop.generate import generate, load_generator
 from modules.slop.matching import finder, plain, word_count
 

@@ -12,7 +12,7 @@ from runs import refused
 from modules.checkpoints.architecture import settle_attention, without_weights
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.config_file import check_stated
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 KERNEL = "kernels-community/some-kernel@0123abcd"
 

@@ -18,8 +18,8 @@ from modules.checkpoints import gguf_files
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.gguf_files import as_folder
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
-from modules.runtime import ConfigError
+from modules.config.load import load_config
+from modules.runtime.errors import ConfigError
 
 TEXT = "Her body quivers with anticipation."
 

@@ -9,7 +9,7 @@ import tiny
 
 import merge_monster
 from modules.checkpoints.gguf_header import read_header
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 U8, U32, STRING, ARRAY, DOUBLE = 0, 4, 8, 9, 12
 SECONDS = 1

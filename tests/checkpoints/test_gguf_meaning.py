@@ -15,8 +15,8 @@ from modules.checkpoints.gguf_files import as_folder, warnings_of
 from modules.checkpoints.gguf_rope import scaling_of_llama_3
 from modules.checkpoints.meaning import differences
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
-from modules.runtime import ConfigError
+from modules.config.load import load_config
+from modules.runtime.errors import ConfigError
 
 SIZES = {
     "hidden_size": 64,

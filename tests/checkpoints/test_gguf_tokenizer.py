@@ -15,8 +15,8 @@ import merge_monster
 from modules.checkpoints.gguf_files import as_folder
 from modules.checkpoints.gguf_tokenizer import check_rebuilt, rebuild_tokenizer
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
-from modules.runtime import ConfigError
+from modules.config.load import load_config
+from modules.runtime.errors import ConfigError
 
 BAR = "\uff5c"
 CONTROL = (f"<{BAR}User{BAR}>", f"<{BAR}end\u2581of\u2581sentence{BAR}>", "<|im start|>", "[INST]", "<|\u00e9|>")

@@ -8,8 +8,8 @@ from runs import log_of, merge
 from safetensors.torch import load_file
 
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
-from modules.runtime import ConfigError
+from modules.config.load import load_config
+from modules.runtime.errors import ConfigError
 
 
 def models(tmp_path, name="Llama", **more):

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.lora import open_adapter
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
-from modules.runtime import ConfigError
+from modules.config.load import load_config
+from modules.runtime.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from peft.utils.other import get_pattern_key
 from modules.checkpoints import patterns
 from modules.checkpoints.lora import open_adapter
 from modules.checkpoints.patterns import first_matches
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 NAMES = [
     *("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.11.mlp.up_proj"),

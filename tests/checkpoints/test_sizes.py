@@ -15,7 +15,7 @@ from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
 from modules.checkpoints.companions import small_files
 from modules.checkpoints.lora import read_settings
 from modules.checkpoints.weight_files import LARGEST_SETTINGS, open_reader
-from modules.runtime import CheckpointError, ConfigError
+from modules.runtime.errors import CheckpointError, ConfigError
 
 HUGE = 3 << 30  # bytes; in a sparse file they take no room
 

@@ -16,7 +16,7 @@ from modules.checkpoints.architecture import without_weights
 from modules.checkpoints.candidate import adapt, open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.lora import open_adapter
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIES = {"ensure_weight_tying": True}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import modules.checkpoints.writing
 from modules.checkpoints.readers import DTYPES, TensorInfo
 from modules.checkpoints.writing import NewWeights
-from modules.runtime import CheckpointError
+from modules.runtime.errors import CheckpointError
 
 ONE = "model.safetensors"
 

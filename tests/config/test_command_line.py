@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from modules.config import load_config
-from modules.runtime import ConfigError
+from modules.config.load import load_config
+from modules.runtime.errors import ConfigError
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from modules.config import Chat, Config, load_config
+from modules.config.load import load_config
+from modules.config.phrase_lists import Chat
+from modules.config.schema import Config
 
 TURNS = [{"role": "user", "content": "Describe an old house."}]
 FILE = {

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from project import ROOT
 
-from modules.config import Mapper, Pair, load_config
-from modules.config.load import output_directory
-from modules.runtime import ConfigError
+from modules.config.load import load_config, output_directory
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Mapper
+from modules.runtime.errors import ConfigError
 
 PHRASES = [{"phrase": "spine", "contexts": ["down her "]}]
 

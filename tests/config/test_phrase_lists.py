@@ -8,9 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modules.config import Chat, Message, Pair, load_config
-from modules.config.phrase_lists import set_aside
-from modules.runtime import ConfigError
+from modules.config.load import load_config
+from modules.config.phrase_lists import Chat, Message, Pair, set_aside
+from modules.runtime.errors import ConfigError
 
 HEAD = "directories: {model_path1: base, output_directory: out}\nmodels_to_merge: [one]\n"
 TURN = {"role": "user", "content": "Describe an old house."}

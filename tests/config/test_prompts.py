@@ -2,8 +2,8 @@
 
 import pytest
 
-from modules.config import read_prompts
-from modules.runtime import ConfigError
+from modules.config.inputs import read_prompts
+from modules.runtime.errors import ConfigError
 
 
 def test_a_prompt_for_each_line_that_is_one(tmp_path):

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import merge_monster
 import monster_mapper
 from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
-from modules.config import Chat, Message, Pair
+from modules.config.phrase_lists import Chat, Message, Pair
 from modules.model.base_model import TOKEN_RULES
 from modules.model.loading import load_model
-from modules.scoring import SamplingParams, answers, asked_of, chat_of, render, sample
+from modules.scoring.chats import asked_of, chat_of, render
+from modules.scoring.samples import SamplingParams, answers, sample
 from modules.slop.discover import probabilities
 from modules.slop.generate import Generator
 

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 import merge_monster
 import monster_mapper
-from modules.config import Pair, load_config
+from modules.config.load import load_config
+from modules.config.phrase_lists import Pair
 
 BODY = ["anticipation", "anticipation.", "determination"]  # the second is a part of the first
 ROOMS = ["the bedroom", "the kitchen"]

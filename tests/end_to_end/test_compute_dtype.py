@@ -9,7 +9,7 @@ from runs import digest, log_of, make_models, merge, stored
 
 import modules.model.loading
 import modules.run.plan
-from modules.model import arithmetics
+from modules.model.arithmetic import arithmetics
 
 FREE = 600_000  # bytes: more than the models take in bfloat16, less than in float32
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -20,8 +20,7 @@ from write_pages import DEMO, EXCERPTS, page_of, prepare
 
 import merge_monster
 import monster_mapper
-from modules.config import Mapper
-from modules.config.schema import CONFIG_KEYS
+from modules.config.schema import CONFIG_KEYS, Mapper
 
 
 def printed(command, folder):

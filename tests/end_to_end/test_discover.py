@@ -16,7 +16,7 @@ import merge_monster
 import modules.slop.contexts
 import modules.slop.generate
 import monster_mapper
-from modules.config import load_config
+from modules.config.load import load_config
 from modules.slop.human_rates import human_rates
 
 DISCOVER = {"samples": 2, "tokens": 40, "prompts": "prompts.txt"}

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import merge_monster
 import monster_mapper
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import load_config
+from modules.config.load import load_config
 from modules.model.loading import load_model
 from modules.scoring.layout import build_scorer
 from modules.scoring.tokenization import encode_pairs

@@ -16,7 +16,7 @@ import merge_monster
 import modules.model.loading
 import modules.run.plan
 import monster_mapper
-from modules.model import FALLBACK, Arithmetic
+from modules.model.arithmetic import FALLBACK, Arithmetic
 
 WIDE = "bfloat16+float32"
 OWN = {"merge_monster_journal.jsonl", RECIPE, "merge_monster.yaml", "README.md"}

@@ -12,8 +12,7 @@ import pytest
 import tiny
 from project import ROOT
 
-from modules.config import Joint
-from modules.config.schema import Settings
+from modules.config.schema import Joint, Settings
 from modules.output.recipe import RECIPE_FILE
 from modules.output.tables import step_line
 from modules.search.joint import step_size

@@ -7,7 +7,7 @@ import tiny
 from runs import log_of, make_models, merge
 
 import merge_monster
-from modules.config import Pair
+from modules.config.phrase_lists import Pair
 from modules.output.recipe import RECIPE_FILE
 from modules.output.tables import overfit_lines
 

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import merge_monster
 from modules.checkpoints.open_models import Models, open_models
-from modules.config import Config, load_config
+from modules.config.load import load_config
+from modules.config.schema import Config
 from modules.runtime.errors import ConfigError
 
 JOURNAL, RECIPE = "merge_monster_journal.jsonl", "merge_monster_recipe.json"

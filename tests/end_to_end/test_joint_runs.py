@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import merge_monster
 import modules.output.journal
 from modules.checkpoints.candidate import Candidate
-from modules.runtime import CheckpointError
+from modules.runtime.errors import CheckpointError
 from modules.scoring.scorer import Scorer
 
 TEXT = "The bread is on the table. It was baked this morning, and half of it is left for the evening. "

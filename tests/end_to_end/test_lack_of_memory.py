@@ -16,7 +16,9 @@ from transformers import AutoTokenizer
 import merge_monster
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import Mapper, Pair, load_config
+from modules.config.load import load_config
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Mapper
 from modules.mapper.detokenize import Detokenizer
 from modules.model.loading import load_model
 from modules.run.map import explore

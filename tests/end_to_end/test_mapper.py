@@ -21,7 +21,8 @@ from runs import digest, tables
 import merge_monster
 import monster_mapper
 from modules.checkpoints.checkpoint import load_tokenizer
-from modules.config import Pair, load_config
+from modules.config.load import load_config
+from modules.config.phrase_lists import Pair
 from modules.mapper.detokenize import Detokenizer
 from modules.mapper.grammar import english
 from modules.run.map import Exports, check_exports

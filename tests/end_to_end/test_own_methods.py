@@ -13,7 +13,8 @@ from project import environment
 from safetensors.torch import load_file
 
 import merge_monster
-from modules.config import STRATEGIES, load_config
+from modules.config.choices import STRATEGIES
+from modules.config.load import load_config
 from modules.merging.methods import METHODS, column_method, merge_method
 from modules.search import strategies
 from modules.search.strategies import strategy, total

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import merge_monster
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import Chat, Pair
+from modules.config.phrase_lists import Chat, Pair
 from modules.model.devices import own_device
 from modules.model.loading import load_model
 from modules.runtime.distributed import Rank, find_rank

@@ -19,7 +19,8 @@ from project import ROOT
 from transformers import AutoTokenizer
 
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import Pair, load_config
+from modules.config.load import load_config
+from modules.config.phrase_lists import Pair
 from modules.model.loading import load_model
 from modules.scoring.layout import build_scorer
 from modules.scoring.tokenization import encode_pairs

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import merge_monster
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
+from modules.config.load import load_config
 from modules.model.embeddings import aligned_header
 from modules.model.loading import load_model
 from modules.output.run_record import RunRecord

@@ -19,7 +19,7 @@ from modules.checkpoints.architecture import settle_attention
 from modules.checkpoints.candidate import check_configuration
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
+from modules.config.load import load_config
 from modules.model.loading import load_model
 from modules.runtime.errors import ConfigError
 

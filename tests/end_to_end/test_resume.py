@@ -40,8 +40,9 @@ import modules.checkpoints.writing
 from modules.checkpoints.candidate import Candidate
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.downloads import Prefetcher
-from modules.config import NO_PART, Config, load_config
-from modules.model import arithmetics
+from modules.config.load import load_config
+from modules.config.schema import NO_PART, Config
+from modules.model.arithmetic import arithmetics
 from modules.output.folder import UNFINISHED
 from modules.output.journal import Journal
 from modules.output.run_record import RunRecord

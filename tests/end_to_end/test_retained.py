@@ -15,12 +15,12 @@ import merge_monster
 import monster_mapper
 from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
-from modules.model import Arithmetic
+from modules.config.load import load_config
+from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_layout, load_model
 from modules.runtime.errors import ConfigError
-from modules.scoring import Encoded
 from modules.scoring.layout import check_numbers
+from modules.scoring.tokenization import Encoded
 from modules.search.decision import Decision
 from modules.search.rebuild import Rebuild
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, L
 
 import merge_monster
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import load_config
+from modules.config.load import load_config
 from modules.config.schema import SAMPLES
 from modules.model.loading import load_model
 from modules.output.recipe import RECIPE_FILE

@@ -13,7 +13,8 @@ from runs import log_of, make_models, merge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_monster
-from modules.config import Pair, load_config
+from modules.config.load import load_config
+from modules.config.phrase_lists import Pair
 from modules.output.recipe import RECIPE_FILE
 from modules.scoring.scorer import Scorer
 from modules.scoring.tokenization import neutral_windows

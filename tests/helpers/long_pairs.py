@@ -2,7 +2,7 @@
 
 import random
 
-from modules.config import Pair
+from modules.config.phrase_lists import Pair
 
 
 def long_pairs(count):

@@ -7,14 +7,18 @@ import torch
 from transformers import AutoTokenizer
 
 from modules.checkpoints.open_models import open_models
-from modules.config import Config, Directories, Pair, load_config, read_neutral_texts
+from modules.config.inputs import read_neutral_texts
+from modules.config.load import load_config
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Config, Directories
 from modules.metrics.kl_penalty import weigh
 from modules.metrics.metric import Context
 from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_model
 from modules.model.memory import Memory, Sizes
 from modules.run.plan import Plan, make_plan
-from modules.runtime import Rank, WorkerConsole
+from modules.runtime.console import WorkerConsole
+from modules.runtime.distributed import Rank
 from modules.scoring.budget import Budget
 from modules.scoring.layout import build_scorer
 from modules.scoring.tokenization import encode_pairs, neutral_windows

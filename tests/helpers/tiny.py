@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from modules.config import Pair
+from modules.config.phrase_lists import Pair
 
 TEXT = [
     "Her body quivers with anticipation, and the atmosphere is thick with anticipation.",

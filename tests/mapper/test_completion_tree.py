@@ -11,7 +11,8 @@ from completions import scripted
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, MambaConfig, MistralConfig
 
 from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
-from modules.config import Mapper, Pair
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Mapper
 from modules.mapper.completion_tree import BeamSearch, Cut, at_most
 from modules.mapper.detokenize import Detokenizer
 from modules.mapper.next_tokens import PlainPredictor, Predictor, build_predictor

@@ -4,7 +4,7 @@ import pytest
 import tiny
 from completions import completed
 
-from modules.config import Pair
+from modules.config.phrase_lists import Pair
 from modules.mapper.detokenize import UNFINISHED, Detokenizer
 from modules.scoring.tokenization import encode_contexts, encode_pair
 

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from completions import TokenizerOnly, completed, scripted
 
-from modules.config import Mapper, Pair
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Mapper
 from modules.mapper import report as mapping_report
 from modules.mapper.completion_tree import Cut
 from modules.mapper.ranking import PhraseRank, Suggestion

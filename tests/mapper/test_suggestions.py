@@ -5,7 +5,8 @@ import math
 import pytest
 from completions import TokenizerOnly, scripted
 
-from modules.config import Mapper, Pair
+from modules.config.phrase_lists import Pair
+from modules.config.schema import Mapper
 from modules.mapper.grammar import ADVERBS, english
 from modules.mapper.ranking import rank_phrases
 from modules.scoring.tokenization import encode_pair

@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import Config, Directories
+from modules.config.schema import Config, Directories
 from modules.metrics.kl_penalty import TrialKL
 from modules.metrics.metric import Context
 from modules.model.embeddings import aligned_header
 from modules.model.loading import load_model
-from modules.runtime import Rank, WorkerConsole
+from modules.runtime.console import WorkerConsole
+from modules.runtime.distributed import Rank
 from modules.scoring import drift as measure
 from modules.scoring.budget import Budget
 from modules.search.trial import merged, trying

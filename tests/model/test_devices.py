@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import load_config
+from modules.config.load import load_config
 from modules.model.base_model import ResidentModel
 from modules.model.loading import device_map_of, load_model
 from modules.model.memory import place_layers, placement_of, weights_of

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from modules.config import Config, Directories
+from modules.config.schema import Config, Directories
 from modules.output.advice import Searched, advice, beyond_limit
 from modules.output.tables import ResultRow, results_table
 from modules.search.strategies import Limits

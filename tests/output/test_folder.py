@@ -11,7 +11,7 @@ import tiny
 import merge_monster
 from modules.output.folder import UNFINISHED, OutputFolder, stamp, unfinished_output, what_stands
 from modules.output.journal import JOURNAL_FILE, open_journal
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 DECIDED = b'{"kind": "run"}\n{"kind": "decision"}\n'
 JOURNALS = {

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from runs import sizes
 
 import merge_monster
-from modules.config import Config, Directories
+from modules.config.schema import Config, Directories
 from modules.merging.methods import cyclic_shares, gradient_shares, ratios_for, slice_shares
 from modules.output import plots
 from modules.output.recipe import Recipe, read_recipe

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from modules.config import Pair
+from modules.config.phrase_lists import Pair
 from modules.output import tables as report
 from modules.output.records import Sample
 from modules.runtime import text as widths

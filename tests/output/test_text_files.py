@@ -15,7 +15,7 @@ import merge_monster
 import monster_mapper
 from modules.output import filesystem, text_files
 from modules.output.text_files import check_file, files_left, write_text
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 
 
 def write(path, text, overwrite=False):

@@ -19,8 +19,8 @@ from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.hub import Repository
 from modules.checkpoints.meaning import layer_settings, setting
 from modules.checkpoints.safetensors_files import SafetensorsReader
-from modules.config import Pair
 from modules.config.locations import Location
+from modules.config.phrase_lists import Pair
 from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_model
 from modules.model.memory import Memory, sizes_of, weights_of
@@ -29,8 +29,8 @@ from modules.run import estimate
 from modules.run import plan as preflight
 from modules.run.estimate import estimate_seconds
 from modules.run.plan import check, plan_lines
-from modules.runtime import duration
 from modules.runtime.errors import ConfigError
+from modules.runtime.text import duration
 
 METHODS = ["lerp", "cyclic", "lerp"]  # nothing forbids to try one twice
 

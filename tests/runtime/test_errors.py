@@ -9,7 +9,7 @@ import tiny
 
 import merge_monster
 from modules.checkpoints.checkpoint import load_tokenizer
-from modules.runtime import CheckpointError, ConfigError, naming, reading, without_panics
+from modules.runtime.errors import CheckpointError, ConfigError, naming, reading, without_panics
 
 
 class PanicException(BaseException):

@@ -11,10 +11,12 @@ import yaml
 
 import merge_monster
 import monster_mapper
-from modules.config import load_config, read_neutral_texts, read_prompts
+from modules.config.inputs import read_neutral_texts, read_prompts
+from modules.config.load import load_config
 from modules.output.journal import open_journal, read_journal
 from modules.output.recipe import read_outputs, read_recipe
-from modules.runtime import ConfigError, open_input
+from modules.runtime.errors import ConfigError
+from modules.runtime.input_files import open_input
 
 PATIENCE = 20  # seconds
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modules.runtime import ended
+from modules.runtime.text import ended
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from chats import CHATML, GEMMA, LLAMA_3, MISTRAL, RAISING, STRIPPING, chat_tokenizer
 from tiny import WithoutOffsets
 
-from modules.config import Chat, Message, Pair
+from modules.config.phrase_lists import Chat, Message, Pair
 from modules.runtime.errors import ConfigError
 from modules.scoring.chats import CONTEXTS, MOST_REFUSALS, chat_of, check_refusals, render
 from modules.scoring.packing import build_packs

@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.model.arithmetic import FALLBACK, Arithmetic
 from modules.model.loading import load_model
-from modules.runtime import TooNarrow
-from modules.scoring import build_scorer, check_float16, encode_pairs
+from modules.runtime.errors import TooNarrow
+from modules.scoring.layout import build_scorer
+from modules.scoring.narrowness import check_float16
 from modules.scoring.packing import LAYOUTS
 from modules.scoring.scorer import Scorer
+from modules.scoring.tokenization import encode_pairs
 
 NAMES = (
     "Llama",

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.model.loading import load_model
-from modules.runtime import Rank
+from modules.runtime.distributed import Rank
 from modules.scoring.budget import Budget
 from modules.scoring.layout import build_scorer
 from modules.scoring.packing import LAYOUTS

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, BloomConfig, MistralConfig, MptConfig
 
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import Pair
+from modules.config.phrase_lists import Pair
 from modules.model.loading import load_model
 from modules.scoring.budget import Budget
 from modules.scoring.layout import build_scorer

@@ -5,7 +5,7 @@ import time
 import pytest
 from chats import CHATML, LLAMA_3, chat_tokenizer
 
-from modules.config import Chat, Message
+from modules.config.phrase_lists import Chat, Message
 from modules.runtime.errors import ConfigError
 from modules.scoring import chats
 from modules.scoring.chats import in_child, render

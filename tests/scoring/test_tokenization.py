@@ -8,7 +8,7 @@ from tiny import PAIRS, TOKENIZERS, WithoutOffsets, bpe_tokenizer, spm_tokenizer
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from modules.config import Chat, Message, Pair
+from modules.config.phrase_lists import Chat, Message, Pair
 from modules.runtime.errors import ConfigError
 from modules.scoring.packing import LAYOUTS, build_packs
 from modules.scoring.tokenization import (

@@ -12,8 +12,8 @@ from mixes import InDouble, mixed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modules.config import Pair
-from modules.runtime import Rank
+from modules.config.phrase_lists import Pair
+from modules.runtime.distributed import Rank
 from modules.scoring.budget import Budget
 from modules.scoring.gradient import GradientPass
 from modules.scoring.scorer import by_pair, of_pairs, of_variants

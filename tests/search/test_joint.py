@@ -10,8 +10,7 @@ import tiny
 import torch
 from mixes import InDouble, mixed
 
-from modules.runtime import Rank
-from modules.runtime.distributed import Group
+from modules.runtime.distributed import Group, Rank
 from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost
 from modules.scoring.budget import Budget
 from modules.scoring.drift import DriftMeter

@@ -12,7 +12,7 @@ from mixes import mixed
 from safetensors.torch import load_file
 
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
+from modules.config.load import load_config
 from modules.model import part
 from modules.runtime.errors import BrokenWeights, ConfigError
 from modules.scoring.budget import Budget

@@ -18,11 +18,11 @@ import modules.model.part
 import modules.search.rebuild
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
+from modules.config.load import load_config
 from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_layout, load_model
-from modules.runtime import ConfigError
-from modules.search import Decision
+from modules.runtime.errors import ConfigError
+from modules.search.decision import Decision
 from modules.search.mixing import Mix
 from modules.search.rebuild import Rebuild
 from modules.search.trial import Merger

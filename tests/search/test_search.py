@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modules.model.base_model
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config import STRATEGIES, Pair, load_config
+from modules.config.choices import STRATEGIES
+from modules.config.load import load_config
+from modules.config.phrase_lists import Pair
 from modules.merging.methods import slice_shares
 from modules.model.loading import load_model
 from modules.scoring.budget import Budget

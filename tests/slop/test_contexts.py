@@ -2,7 +2,7 @@
 
 import pytest
 
-from modules.config import Chat, Message, Pair
+from modules.config.phrase_lists import Chat, Message, Pair
 from modules.slop.contexts import (
     FEWEST_TOKENS,
     MOST_CONTEXTS,

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 import modules.slop.generate
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 from modules.slop.generate import keep_texts, read_texts, sample_file
 
 TEXTS = ["one\ntwo", 'three " \u2028 four', ""]

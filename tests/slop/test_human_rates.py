@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from modules.runtime import ConfigError
+from modules.runtime.errors import ConfigError
 from modules.slop.human_rates import human_rates
 
 

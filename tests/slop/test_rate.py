@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from project import ROOT
 
-from modules.config import Config, Directories
+from modules.config.schema import Config, Directories
 from modules.slop.rate import counts, document, names_for, table
 
 sys.path.append(str(ROOT / "benchmarks"))
