@@ -114,7 +114,7 @@ class Settings(Section):
     """If a candidate can't be read any more: stop (mend it, then --resume) or skip (keep what was accepted of it, go on
     without it)."""
     keep_downloads: kinds.Boolean = field(default=True, metadata=_NO_PART)
-    """Leave what is fetched from the hub in its cache. false removes each candidate again when it has been searched."""
+    """Leave what is fetched from the hub in its cache. false removes it again once the output is written."""
     search: Literal["greedy", "joint"] = "greedy"
     """greedy tries merge_ratios on layer after layer, candidate after candidate; joint moves all weights at once, by
     gradient, and drift counts. See docs/greedy-or-joint.md."""
