@@ -112,7 +112,6 @@ def test_a_merge_of_files_and_its_replay(place, models, capsys):
     recipe = json.loads((place / "out/merge_monster_recipe.json").read_text())
     assert [source["where"] for source in recipe["sources"][:2]] == ["base.gguf", "one.gguf"]
     assert "| base.gguf |" in (place / "out/README.md").read_text()
-    assert "a local GGUF file" in (place / "out/README.md").read_text()
     assert {dtype for dtype, _ in stored(place / "out").values()} == {"F16"}
 
     moved = place / "moved"
@@ -230,7 +229,7 @@ def test_what_is_missing_is_named(tmp_path, models, monkeypatch, capsys):
         with pytest.raises(ConfigError, match=r"room for 0.0: make room, or set HF_HOME"):
             as_folder(file)
     config = tiny.write_config(tmp_path / "my.yaml", tmp_path / "tiny2.gguf", [models[1]], tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"tiny2.gguf': no such file"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_config(config)
 
 

@@ -323,7 +323,7 @@ def test_files_are_replaced_when_asked_and_only_as_a_whole(place, bpe, monkeypat
     assert json.loads(whole)["contexts"]
 
     def full(self, mode="r", *arguments, **settings):
-        if mode == "x" and "tree" in self.name:
+        if mode == "w" and "tree" in self.name:
             raise OSError(28, "No space left on device", str(self))
         return opened(self, mode, *arguments, **settings)
 

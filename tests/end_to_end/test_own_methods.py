@@ -88,7 +88,8 @@ def test_a_configuration_is_read_whoever_imported_what(place):
     """Here by an interpreter that imports nothing else."""
     path = tiny.write_config(place / "my.yaml", place, [place], "out", merge_method=["slice", "lerp"])
     code = (
-        "import sys; from modules.config import load_config; print(load_config(sys.argv[1]).merge_method, *sys.modules)"
+        "import sys; from modules.config.load import load_config; "
+        "print(load_config(sys.argv[1]).merge_method, *sys.modules)"
     )
     command = [sys.executable, "-c", code, str(path)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)

@@ -248,7 +248,7 @@ def test_short_percentages(value, shown):
         ("a\x00b", "a\\x00b"),
         ("\x1b[0m", "\\x1b[0m"),
         ("\U0001f469\u200d\U0001f680", "\U0001f469\u200d\U0001f680"),
-        ("\ue000", "\ue000"),
+        ("\ue000", "\\ue000"),
         ("a\u202eb", "a\\u202eb"),
     ],
 )

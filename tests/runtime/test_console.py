@@ -210,7 +210,7 @@ def test_a_long_name_leaves_room_for_the_bar_of_its_download(place):
 
 ALL_LINES = """
 import sys
-from modules.runtime import Console, coloured, open_streams
+from modules.runtime.console import Console, coloured, open_streams
 open_streams()
 text = "caf\\xe9, \\u65e5\\u672c\\u8a9e, \\U0001f642, \\u0301, \\u2713 \\x1b"
 with Console(text) as console, console.progress(2) as bar:
@@ -307,8 +307,8 @@ def test_errors_before_there_is_a_log_show_names_as_they_are(place, capsys):
 
 MANY_LINES = """
 import sys
-from modules.runtime import Console, open_streams
-from modules.runtime import leave
+from modules.runtime.console import Console, open_streams
+from modules.runtime.program import leave
 open_streams()
 with Console("test") as console, console.progress(1000) as bar:
     for number in range(1000):
@@ -369,7 +369,7 @@ def test_a_place_without_room_for_a_log_is_named(place, capsys):
     assert merge_monster.main(["--config", str(path)]) == 2
     assert "the folder that you are in is gone" in capsys.readouterr().err
     assert merge_monster.main(["--config", str(path), "--output", "out"]) == 2
-    assert "the folder that you are in is gone" in capsys.readouterr().err
+    assert "--output: 'out': not a usable path" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -453,9 +453,9 @@ def test_an_environment_that_torchrun_did_not_set(name, value):
 
 SLEEPER = """
 import os, select, sys
-from modules.runtime import Unlogged
-from modules.runtime import exit_code
-from modules.runtime import postponed
+from modules.runtime.console import Unlogged
+from modules.runtime.program import exit_code
+from modules.runtime.program import postponed
 def work():
     with postponed(lambda: print("heard", flush=True)) as end_if_asked:
         os.write(1, b"ready\\n")  # a print may still be at work when the signal comes, and another print can't begin

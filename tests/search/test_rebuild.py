@@ -220,7 +220,7 @@ import sys
 import torch
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.open_models import open_models
-from modules.config import load_config
+from modules.config.load import load_config
 from modules.model.loading import load_layout
 from modules.search.rebuild import Rebuild
 models = open_models(load_config(sys.argv[1]), lambda job: None)

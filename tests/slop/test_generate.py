@@ -82,7 +82,7 @@ def test_two_programs_at_once(tmp_path):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
     assert len(lines) == 2 * len(PROMPTS) and read_texts(file, 1).keys() == set(PROMPTS)
 
 
