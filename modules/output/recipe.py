@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Self
 
@@ -135,6 +136,16 @@ def folders_of(path: Path, folders: Sequence[Path] = ()) -> list[Path]:
     """
     own = Path(os.path.abspath(path if os.path.isdir(path) else path.parent))
     return [*folders, own, own.parent, Path(os.path.abspath(""))]
+
+
+def folders_near(folders: Sequence[Path]) -> list[Path]:
+    """The folders in these and beside them: models often lie together in one of their own."""
+    near: list[Path] = []
+    for folder in dict.fromkeys(folders):
+        for around in (folder, folder.parent):
+            with suppress(OSError):  # one that may not be read has no models to offer
+                near += sorted(path for path in around.iterdir() if path.is_dir())
+    return near
 
 
 def find_source(where: str, folders: Sequence[Path]) -> str | None:

@@ -20,7 +20,7 @@ from modules.model.devices import present_devices, resolve_device
 from modules.model.loading import ModelLoader
 from modules.output.changes import compare_fingerprints
 from modules.output.folder import OutputFolder, check_output, locked_output, unfinished_output, written_paths
-from modules.output.recipe import Recipe, find_source, folders_of, read_recipe
+from modules.output.recipe import Recipe, find_source, folders_near, folders_of, read_recipe
 from modules.output.records import Source
 from modules.run.steps import end, finish, prepare_libraries, save
 from modules.runtime.console import Console
@@ -131,22 +131,23 @@ def opened_with(asked: Replay, recipe: Recipe) -> Config:
     if unknown:
         names = ", ".join(source.name for source in sources)
         raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {names}")
+    searched = [*folders, *folders_near(folders)]
     texts, missing = [], []
     for source in sources:
         given = asked.elsewhere.get(source.name)
         if given and parse_source(given) is None:
             raise ConfigError(f"--source {source.name}: {given}: {missing_folder(given)}")
-        text = given or find_source(source.where, folders)
+        text = given or find_source(source.where, searched)
         texts.append(text)
         if text is None or parse_source(text) is None:
             missing.append(source.name)
-    tokenizer = recipe.settings.tokenizer and find_source(recipe.settings.tokenizer, folders)
+    tokenizer = recipe.settings.tokenizer and find_source(recipe.settings.tokenizer, searched)
     if recipe.settings.tokenizer and not tokenizer:
         missing.append(f"the tokenizer {recipe.settings.tokenizer}")
     if missing:
         places = ", ".join(map(str, dict.fromkeys(folders)))
         ways = "--source DIR names a folder that holds them, --source NAME=PATH says where one of them lies"
-        raise ConfigError(f"not found in {places}: {', '.join(missing)}; {ways}")
+        raise ConfigError(f"not found in {places} or a folder in or beside these: {', '.join(missing)}; {ways}")
     return Config(
         directories=Directories(texts[0], str(asked.output)),
         models_to_merge=tuple(texts[1:]),

@@ -21,6 +21,7 @@ from modules.config.schema import Config
 from modules.model.base_model import ResidentModel
 from modules.model.loading import ModelLoader
 from modules.output.filesystem import sync
+from modules.output.text_files import write_text
 from modules.runtime.console import Console
 from modules.runtime.errors import ConfigError, first_line, naming, without_panics
 from modules.runtime.oom import is_out_of_memory
@@ -142,12 +143,16 @@ def sample_file(folder: Path, model: str, depends_on: Mapping[str, Any]) -> Path
 
 def read_texts(file: Path, count: int) -> Texts:
     """All texts in a file, whose folder is made if it is missing; of several for one prompt the first ones count.
+    Damaged lines are removed from the file.
 
     count: texts of each prompt. Raises ConfigError if they can't be read.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_bytes().split(b"\n") if file.exists() else []
+        whole = [line for line in lines[:-1] if _texts_in(line, count)]
+        if len(whole) < len(list(filter(None, lines[:-1]))):  # behind the last line end another program may be writing
+            write_text(file, b"".join(line + b"\n" for line in whole).decode())
     except OSError as error:
         raise ConfigError(f"{error.filename or file}: can't be used ({error.strerror})") from None
     texts: Texts = {}

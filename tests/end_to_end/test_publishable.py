@@ -150,9 +150,14 @@ def built_again(whole, *arguments):
 
 def test_sources_are_looked_for_in_folders_in_and_beside_the_output_and_here(place, whole, capsys, monkeypatch):
     again = whole.parent / "deep/again"
-    assert merge_monster.main(["--replay", str(whole), "--output", str(again)]) == 2
+    built_again(whole, whole, "--output", again)  # in a folder beside the one that the program is started in
+    recipe = json.loads((whole / RECIPE).read_text(encoding="utf-8"))
+    recipe["sources"][0]["where"] = "nowhere"
+    (whole.parent / "changed.json").write_text(json.dumps(recipe), encoding="utf-8")
+    assert merge_monster.main(["--replay", str(whole.parent / "changed.json"), "--output", str(again)]) == 2
     error = capsys.readouterr().err
-    assert f"not found in {whole}, {whole.parent}, {place}: base, " in error and "--source NAME=PATH" in error
+    assert f"not found in {whole.parent}, {place} or " in error and ": base; " in error
+    assert "--source NAME=PATH" in error
     built_again(whole, whole, "--source", "models", "--output", again)
     built_again(whole, whole, "--source", place / "models", "--source", "one=models/one", "--output", again)
     monkeypatch.chdir(place / "models")

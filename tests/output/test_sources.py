@@ -5,7 +5,7 @@ import os
 import pytest
 
 from modules.output.changes import named
-from modules.output.recipe import find_source, folders_of
+from modules.output.recipe import find_source, folders_near, folders_of
 
 ID = "org/m@" + "0123456789abcdef" * 2 + "01234567"
 
@@ -54,3 +54,12 @@ def test_folders_in_a_text_go_by_their_names(place):
     text = f"{place}/models/one/a.bin, {place}/models/one-more: x; models/two/b"
     assert named(text, given) == "one/a.bin, more: x; two/b"
     assert named(f"{place}/x {os.path.expanduser('~')}/y / and/or", []) == "./x ~/y / and/or"
+
+
+def test_folders_in_and_beside_are_looked_in_too(place):
+    (place / "models/base").mkdir(parents=True)
+    (place / "here/out").mkdir(parents=True)
+    folders = [place / "here/out", place / "here"]
+    assert find_source("base", folders) is None
+    assert find_source("base", [*folders, *folders_near(folders)]) == str(place / "models/base")
+    assert folders_near([place / "not there"]) == [place / "here", place / "models"]

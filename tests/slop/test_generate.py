@@ -109,3 +109,11 @@ def test_a_file_that_can_not_be_read(tmp_path):
     for file in (tmp_path / "samples/model.jsonl", tmp_path / "model.jsonl"):
         with pytest.raises(ConfigError, match="can't be used"):
             read_texts(file, 1)
+
+
+@pytest.mark.parametrize("line", [b"[1", b'{"A?": [1]}', b'{"A?": []}', b'{"A?": "text"}', b"[" * 200_000])
+def test_a_damaged_line_is_removed(tmp_path, line):
+    file = tmp_path / "model.jsonl"
+    file.write_bytes(line + b'\n{"B?": ["kept"]}\n{"C?": ["torn')
+    assert read_texts(file, 1) == {"B?": ["kept"]}
+    assert file.read_bytes() == b'{"B?": ["kept"]}\n'
