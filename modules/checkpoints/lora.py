@@ -10,18 +10,19 @@ an adapter may hold besides are whole tensors that take the place of the model's
 import json
 import math
 import re
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import regex
 from torch import Tensor
 
 from modules.checkpoints.causes import disguise, found_instead, pointers
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.companions import ADAPTER_SETTINGS, Companions, find_companions
 from modules.checkpoints.conversion import Conversion
-from modules.checkpoints.patterns import first_matches
 from modules.checkpoints.readers import Buffer, FilesReader, Reader, TensorInfo, new_buffer
 from modules.checkpoints.weight_files import (
     LARGEST_SETTINGS,
@@ -33,7 +34,7 @@ from modules.checkpoints.weight_files import (
     read_file,
 )
 from modules.config.fields import is_number
-from modules.runtime.errors import CheckpointError, ConfigError
+from modules.runtime.errors import CheckpointError, ConfigError, first_line
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # safetensors win
 
@@ -44,6 +45,8 @@ _REFUSED = (
 )
 # How A and B began; under any other name (PiSSA, OLoRA, CorDA, LoftQ, ...) the model's own weights were changed too.
 _HARMLESS_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+_SECONDS = 5.0  # to match all patterns of alpha_pattern
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
@@ -124,7 +127,12 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
     whole, sides = _whole_and_low_rank(path, reader.tensors)
     if not whole and not sides:
         raise ConfigError(f"{path / file}: the adapter is empty")
-    alphas = _alphas(path, settings, [module for module, _ in sides])
+    try:
+        own_alphas = settings.get("alpha_pattern") or {}
+        alphas = match_alphas(own_alphas, settings.get("lora_alpha", 8), [module for module, _ in sides])
+    except Exception as error:  # what two libraries make of a pattern that is none
+        problem = f"the patterns of alpha_pattern can't be used ({first_line(error)}); name modules plainly"
+        raise ConfigError(f"{path / ADAPTER_SETTINGS}: {problem}") from None
     products = {}
     for (module, is_embedding), names in sides.items():
         if set(names) != {"A", "B"}:
@@ -175,17 +183,25 @@ def _whole_and_low_rank(
     return whole, sides
 
 
-def _alphas(path: Path, settings: Mapping[str, Any], modules: Sequence[str]) -> dict[str, float]:
-    """Every module's alpha: alpha_pattern names those that have one of their own. Raises ConfigError if its patterns
-    can't be matched."""
-    own, usual = settings.get("alpha_pattern") or {}, settings.get("lora_alpha", 8)
-    try:
-        patterns = first_matches(list(own), modules)
-    except (ValueError, TimeoutError) as error:
-        raise ConfigError(
-            f"{path / ADAPTER_SETTINGS}: the patterns of alpha_pattern can't be used ({error}); name modules plainly"
-        ) from None
-    return {module: own.get(pattern, usual) for module, pattern in zip(modules, patterns, strict=True)}
+def match_alphas(own: Mapping[str, float], usual: float, modules: Sequence[str]) -> dict[str, float]:
+    """Every module's alpha, as PEFT's get_pattern_key chooses it: that of the first pattern which a whole name, or what
+    stands behind a dot, fits, else the usual one.
+
+    own: alphas by pattern. The patterns are a stranger's: raises ValueError for one that may need all memory,
+    TimeoutError if matching takes too long, and what `re` raises for no pattern at all.
+    """
+    deadline = time.monotonic() + _SECONDS
+    alphas: dict[str, float] = {}
+    for pattern, alpha in own.items():
+        if "{" in pattern:
+            raise ValueError(f"{pattern} has a repeat count")  # nested ones are expanded, which nothing limits
+        whole = rf"(.*\.)?({pattern})$"
+        re.compile(whole)  # what it refuses, PEFT refuses
+        compiled = regex.compile(whole)  # unlike those of re, its matches can be stopped
+        for module in modules:
+            if module not in alphas and compiled.match(module, timeout=max(deadline - time.monotonic(), 0.001)):
+                alphas[module] = alpha
+    return dict.fromkeys(modules, usual) | alphas
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,19 +3,22 @@
 import json
 import re
 import shutil
+import time
 
 import architectures
 import peft
 import pytest
 import tiny
 import torch
-from adapters import make_adapter, write_adapter
+from adapters import make_adapter, make_bench, write_adapter
+from peft.utils.other import get_pattern_key
 from runs import digest, log_of, merge, refused, stored
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modules.checkpoints import lora
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.checkpoints.lora import open_adapter
+from modules.checkpoints.lora import match_alphas, open_adapter
 from modules.checkpoints.open_models import open_models
 from modules.config.load import load_config
 from modules.runtime.errors import ConfigError
@@ -310,3 +313,44 @@ def test_an_adapter_for_this_base_is_applied_without_a_word(place, bases):
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(bases["llama"])
     assert candidate_of(place, bases["llama"], adapter).notes == []
+
+
+NAMES = [
+    *("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.11.mlp.up_proj"),
+    *("lm_head", "model.embed_tokens"),
+]
+PATTERNS = [
+    ["proj", "q_proj"],
+    ["up_proj", "layers.1.*", "layers.0.self_attn.q_proj"],
+    [r"layers\.[01]\..*(q|k)_proj", "^lm_head", r".*"],
+    ["^model.layers.0.self_attn.q_proj$", r"model\.layers\.(?!0)\d+\.\w+\.\w+"],
+    ["a)|(lm_head"],  # no pattern by itself, but one where PEFT puts it
+    ["", "x"],
+]
+
+
+@pytest.mark.parametrize("patterns", PATTERNS, ids=map(str, PATTERNS))
+def test_a_pattern_of_alphas_means_what_it_means_to_peft(patterns):
+    alphas = {pattern: number for number, pattern in enumerate(patterns)}
+    expected = {name: alphas.get(get_pattern_key(patterns, name), 99) for name in NAMES}
+    assert match_alphas(alphas, 99, NAMES) == expected
+
+
+@pytest.mark.parametrize("pattern", [r"(\w|.|[a-z])+\d", "((((a{100}){100}){100}){100})", "(", "(?R)"])
+def test_a_hostile_or_broken_pattern_is_refused_soon(tmp_path, monkeypatch, pattern):
+    monkeypatch.setattr(lora, "_SECONDS", 0.2)
+    make_bench(tmp_path)
+    write_adapter(tmp_path / "hostile", tmp_path / "base", alpha_pattern={pattern: 3})
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=r"adapter_config\.json.*alpha_pattern"):
+        open_adapter(tmp_path / "hostile", "hostile")
+    assert time.monotonic() - began < 3
+
+
+def test_an_alpha_of_its_own_counts_for_the_modules_that_it_names(tmp_path):
+    make_bench(tmp_path)
+    scales = []
+    for number, own in enumerate(({}, {"up_proj": 10}, {r"layers\.[1-9]": 10}, {r"layers\.0\..*": 6, "up_proj": 10})):
+        write_adapter(tmp_path / str(number), tmp_path / "base", alpha_pattern=own)
+        scales += [product.scale for product in open_adapter(tmp_path / str(number), "one").products.values()]
+    assert scales == [2, 5, 2, 3]
