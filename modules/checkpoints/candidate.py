@@ -14,19 +14,12 @@ from modules.checkpoints.architecture import find_layers, header_names, input_fi
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.hub import Repository
-from modules.checkpoints.leftovers import Leftovers, leftovers, number_of, without_number
+from modules.checkpoints.leftovers import Leftovers, leftovers, number_of
 from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
-from modules.checkpoints.meaning import clashes, differences, setting, ties_header
+from modules.checkpoints.meaning import clashes, differences, ties_header
 from modules.checkpoints.readers import Buffer, new_buffer
 from modules.runtime.errors import ConfigError
-from modules.runtime.text import pluralize
-
-_MUST_AGREE = {
-    "num_hidden_layers": "number of layers",
-    "hidden_size": "hidden size",
-    "num_attention_heads": "number of attention heads",
-    "num_key_value_heads": "number of key and value heads",
-}
+from modules.runtime.text import listed
 
 
 @dataclass(frozen=True)
@@ -78,12 +71,18 @@ def open_candidate(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedM
     conversion = _conversion(checkpoint, base, module)
     other_meaning = differences(base.config, checkpoint.config)
     unused = leftovers(checkpoint, conversion, module)
-    problem = _other_layers(checkpoint, conversion, module, unused)
-    problems = [problem] if problem else list(_layer_differences(conversion, base, module, unused))
-    if problems and _kind(checkpoint.config) != _kind(base.config):
-        problems.insert(0, f"it is {_kind(checkpoint.config)}, the base is {_kind(base.config)}")
-    _refuse(checkpoint.text, problems, other_meaning)
+    problems = _misfits(conversion, module, unused, base)
+    if problems:
+        kinds = [_kind(checkpoint.config), _kind(base.config)]
+        if kinds[0] != kinds[1]:
+            problems.insert(0, f"it is {kinds[0]}, the base is {kinds[1]}")
+        raise _refusal(checkpoint.text, [*problems, *other_meaning[:3]])
+    notes = unused.notes(checkpoint.name)
     warnings = []
+    if conversion.prefix:
+        notes.append(f"{checkpoint.name}: the names of its tensors begin with '{conversion.prefix}': read without")
+    if checkpoint.config.get_text_config() is not checkpoint.config and base.config.get_text_config() is base.config:
+        notes.append(f"{checkpoint.name}: is {_kind(checkpoint.config)}; only that part is merged")
     if other_meaning:
         warnings.append(
             f"{checkpoint.name}: its configuration means something else than the base's: {'; '.join(other_meaning)}; "
@@ -92,8 +91,8 @@ def open_candidate(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedM
     return Candidate(
         checkpoint,
         conversion,
-        notes=[*_about_names(checkpoint, conversion, base), *unused.notes(checkpoint.name)],
-        warnings=warnings,
+        notes,
+        warnings,
         otherwise=[line for line in other_meaning if not line.startswith("tie_word_embeddings")],  # of the header
         repositories=[checkpoint.repository],
     )
@@ -108,18 +107,15 @@ def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> list[str]:
         conversion = Conversion(module, checkpoint.tensors)
     except ConfigError as error:
         raise ConfigError(f"{checkpoint.text}: {error}") from None
-    if conversion.wrappers:
+    if conversion.prefix:
         raise ConfigError(
-            f"{checkpoint.text}: the names of its tensors have {_listed(conversion.wrappers)} in them, as a training "
-            "wrapper leaves it, and transformers could not open them again; save the model without it first"
+            f"{checkpoint.text}: the names of its tensors begin with '{conversion.prefix}', and transformers could not "
+            "open them again; save the model without it first"
         )
     unused = leftovers(checkpoint, conversion, module)
-    problem = _other_layers(checkpoint, conversion, module, unused)
-    missing = [name for name in _layer_tensors(module) if name not in conversion]
-    if problem is None and missing:
-        problem = f"the weights lack {', '.join(missing[:3])}"
-    if problem:
-        raise ConfigError(f"{checkpoint.text}: {problem}")
+    problems = _misfits(conversion, module, unused, checkpoint)
+    if problems:
+        raise ConfigError(f"{checkpoint.text}: {'; '.join(problems)}")
     return unused.notes(checkpoint.name)
 
 
@@ -133,12 +129,12 @@ def adapt(checkpoint: Checkpoint, adapter: Adapter, base: Checkpoint, module: Pr
 
 def check_configuration(text: str, config: PreTrainedConfig, base: Checkpoint) -> None:
     """Raise ConfigError, naming both values, if a model with this configuration can't fit the base. text: its name."""
-    ours, theirs = base.config.get_text_config(), config.get_text_config()
-    if ours.model_type != theirs.model_type and not makes_the_same(base.config, config):
-        _refuse(text, [f"architecture is {_kind(config)}, the base's is {_kind(base.config)}"])
-    both = [(words, setting(theirs, key), setting(ours, key)) for key, words in _MUST_AGREE.items()]
-    found = [f"{words} is {their}, the base's is {our}" for words, their, our in both if their != our]
-    _refuse(text, found or clashes(base.config, config))
+    is_other = config.get_text_config().model_type != base.config.get_text_config().model_type
+    if is_other and not makes_the_same(base.config, config):
+        raise _refusal(text, [f"architecture is {_kind(config)}, the base's is {_kind(base.config)}"])
+    problems = clashes(base.config, config)
+    if problems:
+        raise _refusal(text, problems)
 
 
 def _conversion(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Conversion:
@@ -146,15 +142,11 @@ def _conversion(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedMode
     try:
         return Conversion(module, checkpoint.tensors)
     except ConfigError as error:
-        raise ConfigError(f"{checkpoint.text} does not fit the base: {error}") from None
+        raise _refusal(checkpoint.text, [str(error)]) from None
 
 
-def _refuse(text: str, differences: Sequence[str], causes: Sequence[str] = ()) -> None:
-    """Raise ConfigError if there are differences. causes: what may have led to them."""
-    if differences:
-        more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
-        why = "".join(f"; {cause}" for cause in causes[:3])
-        raise ConfigError(f"{text} does not fit the base: {'; '.join(differences[:3])}{more}{why}")
+def _refusal(text: str, problems: Sequence[str]) -> ConfigError:
+    return ConfigError(f"{text} does not fit the base: {'; '.join(problems)}")
 
 
 def _kind(config: PreTrainedConfig) -> str:
@@ -163,57 +155,34 @@ def _kind(config: PreTrainedConfig) -> str:
     return f"{text.model_type}{part}"
 
 
-def _about_names(checkpoint: Checkpoint, conversion: Conversion, base: Checkpoint) -> Iterator[str]:
-    """Lines about tensors that are read under other names than they have."""
-    if conversion.wrappers:
-        yield f"{checkpoint.name}: the names of its tensors have {_listed(conversion.wrappers)} in them: read without"
-    if checkpoint.config.get_text_config() is not checkpoint.config and base.config.get_text_config() is base.config:
-        yield f"{checkpoint.name}: is {_kind(checkpoint.config)}; only that part is merged"
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join(f"'{part}'" for part in parts)
-
-
-def _layer_tensors(module: PreTrainedModel) -> dict[str, Tensor]:
-    """The floating-point tensors of a module's layers."""
+def _misfits(conversion: Conversion, module: PreTrainedModel, unused: Leftovers, base: Checkpoint) -> list[str]:
+    """In what the stored tensors of layers differ from the base's module: lacking, too many, of another form."""
     prefix = f"{find_layers(module)[0]}."
-    return {name: t for name, t in module.state_dict().items() if name.startswith(prefix) and t.is_floating_point()}
-
-
-def _other_layers(
-    checkpoint: Checkpoint, conversion: Conversion, module: PreTrainedModel, unused: Leftovers
-) -> str | None:
-    """What is wrong if a checkpoint's layers are not as many as its own configuration says, or are none."""
-    unmerged = [name for name in checkpoint.tensors if ".lora_A." in name or ".base_layer." in name]
-    if unmerged:
-        return f"an adapter is wrapped into its weights ({unmerged[0]}); merge it with PEFT's merge_and_unload first"
-    prefix = f"{find_layers(module)[0]}."
-    found = {name.removeprefix(prefix).split(".")[0] for name in conversion if name.startswith(prefix)}
-    if not found:
-        names = ", ".join(list(checkpoint.tensors)[:3])
-        return f"none of its tensors is called like those of a {type(module).__name__}'s layers; there is {names}"
-    stored = {without_number(name) for name in checkpoint.tensors if conversion.is_within(name, prefix[:-1])}
-    found |= {number_of(name) for name in unused.others if without_number(name) in stored}
-    config = checkpoint.config.get_text_config()
-    if len(found) == config.num_hidden_layers or found != set(map(str, range(len(found)))):
-        return None
-    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    return f"its weights have {pluralize(len(found), 'layer')}, its config.json says {key}: {config.num_hidden_layers}"
-
-
-def _layer_differences(
-    conversion: Conversion, base: Checkpoint, module: PreTrainedModel, unused: Leftovers
-) -> Iterator[str]:
-    """Tensors of layers that one side lacks, or that differ in shape."""
-    for name, ours in _layer_tensors(module).items():
+    missing, problems = [], []
+    for name, expected in module.state_dict().items():
+        if not name.startswith(prefix) or not expected.is_floating_point():
+            continue
         if name not in conversion:
-            yield f"the tensor {name} is missing"
+            missing.append(name)
         elif not conversion.dtype(name).is_floating_point:
-            yield f"{name} is stored as {conversion.dtype(name)}, not as a floating-point type"
-        elif conversion.shape(name) != tuple(ours.shape):
-            yield f"{name} has shape {conversion.shape(name)}, the base's has {tuple(ours.shape)}"
-    for name in unused.others:
-        is_layers = number_of(name) and conversion.stored[name].dtype.is_floating_point
-        if is_layers and name.startswith(conversion.prefix) and name not in base.tensors:
-            yield f"the base has no {name}"
+            problems.append(f"{name} is stored as {conversion.dtype(name)}, not as a floating-point type")
+        elif conversion.shape(name) != tuple(expected.shape):
+            problems.append(f"{name} has shape {conversion.shape(name)}, the base's has {tuple(expected.shape)}")
+    problems = problems[:3]
+    unplaced = [
+        name
+        for name in unused.others
+        if missing or name in unused.surplus or (_is_of_layers(name, conversion) and name not in base.tensors)
+    ]
+    if unplaced:
+        layers = module.config.get_text_config().num_hidden_layers
+        why = f" (num_hidden_layers is {layers})" if unused.surplus else ""
+        problems.insert(0, f"there is no place for {listed(unplaced)}{why}")
+    if missing:
+        problems.insert(0, f"it lacks {listed(missing)}")
+    return problems
+
+
+def _is_of_layers(name: str, conversion: Conversion) -> bool:
+    is_weight = conversion.stored[name].dtype.is_floating_point
+    return is_weight and bool(number_of(name)) and name.startswith(conversion.prefix)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from modules.checkpoints.causes import disguise, found_instead, pointers
+from modules.checkpoints.causes import check_pointers, disguise, found_instead
 from modules.checkpoints.companions import ADAPTER_SETTINGS, Companions, belongs, find_companions, small_files
 from modules.checkpoints.config_file import check_implementations, check_stated, quantised_by
 from modules.checkpoints.downloads import Job
@@ -125,9 +125,7 @@ def open_checkpoint(where: Path | Repository, name: str, trusted: bool = False) 
     """
     repository = where if isinstance(where, Repository) else local(Location(str(where), where), where)
     path = repository.folder
-    problem = pointers(path, small_files(dict.fromkeys(repository.sizes, 0)))
-    if problem:
-        raise ConfigError(problem)
+    check_pointers(path, small_files(dict.fromkeys(repository.sizes, 0)))
     config = read_configuration(repository, trusted)
     files = weight_files(path, repository.sizes)
     known = repository.headers(repository.absent(files))
@@ -151,7 +149,7 @@ def read_configuration(repository: Repository, trusted: bool) -> PreTrainedConfi
     if "config.json" not in repository.sizes:
         if ADAPTER_SETTINGS in repository.sizes:
             raise ConfigError(f"{repository.text}: this is an adapter, not a model")
-        instead = found_instead(path, repository.sizes, ["config.json"])
+        instead = found_instead(repository.sizes)
         raise ConfigError(f"{repository.text}: no model here (config.json is missing){instead}")
     try:
         stated = json.loads(read_file(path / "config.json", LARGEST_SETTINGS).decode("utf-8"))
@@ -223,9 +221,6 @@ def _plain_cause(path: Path, companions: Companions) -> str | None:
         problem = disguise(path / name)
         if problem:
             return f"{name} {problem}"
-        # A model of SentencePiece begins with a line end; ranks of tiktoken may have its name.
-        if name.endswith((".model", ".spm")) and not re.match(rb"\n|[\w+/=]+ \d+\n", read_file(path / name)[:200]):
-            return f"{name} is no model of SentencePiece"
     for name in filter(belongs, companions.others):
         return f"{name} is {(path / name).stat().st_size:,} bytes long, no more than {LARGEST_TEXT:,} are read"
     return None

@@ -4,8 +4,8 @@ Knows: transformers' own rules for loading an architecture's checkpoints. Refuse
 
 Most tensors are stored as they are, under their name or under one with or without the first part ("model."). Some
 architectures rename (GPT-NeoX) or fuse (the experts of Mixtral). The rules are those by which transformers loads a
-whole model; here they are applied to the few tensors that one layer needs, and backwards when it is saved. What
-training wrappers (DDP, FSDP, torch.compile, PEFT) add to names is left out where they fit without it.
+whole model; here they are applied to the few tensors that one layer needs, and backwards when it is saved. What a
+training wrapper or a larger model puts before all names is left out where they fit without it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -26,11 +26,6 @@ from transformers.core_model_loading import (
 
 from modules.checkpoints.readers import TensorInfo
 from modules.runtime.errors import ConfigError
-
-# Parts of names that wrappers put anywhere.
-_WRAPPERS = frozenset(
-    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "_forward_module")
-)
 
 Tensors = dict[str, Tensor]
 Read = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]  # stored names -> each with its tensor, in any order
@@ -125,13 +120,6 @@ class Conversion:
         tensors = dict(self.stream(names, read))
         return {name: tensors[name] for name in names}
 
-    @property
-    def wrappers(self) -> list[str]:
-        """What the stored names have that the architecture's names lack, as a training wrapper adds it."""
-        sources = [source for group in self._groups for source in group.sources]
-        parts = {part for source in sources for part in self._rules.wrappers_in(source.removeprefix(self.prefix))}
-        return [*([self.prefix] if self.prefix else []), *sorted(f"{part}." for part in parts)]
-
     def stored_name(self, name: str) -> str | None:
         """The stored tensor that has this name, or that becomes the module's tensor of this name, or of the name that
         the architecture's rules make of it; None if there is none, or the module's is fused from several."""
@@ -204,17 +192,9 @@ class Rules:
         """The module's tensor that a stored one becomes, or becomes a part of, and then the pattern of the rule by
         which it does; a name that is not the module's if it has no use for it."""
         name, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._expected)
-        if name in self:
-            return name, pattern or ""
-        plain = ".".join(part for part in stored.split(".") if part not in _WRAPPERS)
-        if stored in self or plain == stored:
-            return (stored, "") if stored in self else (name, pattern or "")
-        return self.module_name(plain)
-
-    def wrappers_in(self, stored: str) -> set[str]:
-        """The parts of a stored name that wrappers put there: without them it becomes one of the module's."""
-        parts = _WRAPPERS.intersection(stored.split("."))
-        return parts - set(self.module_name(stored)[0].split(".")) if parts else set()
+        if name not in self and stored in self:
+            return stored, ""
+        return name, pattern or ""
 
 
 def _foreign_prefix(rules: Rules, stored: Collection[str]) -> str:
@@ -269,8 +249,6 @@ def _grouped(rules: Rules, stored: Mapping[str, TensorInfo], prefix: str) -> tup
             unused.append(source)
     groups = []
     for name, found in members.items():
-        if len(found) > 1:  # beside a tensor of the right name, a wrapped one is not meant
-            found.sort(key=lambda one: not rules.wrappers_in(one[0]))
         fused = [(source, pattern) for source, pattern in found if pattern]
         if fused:
             rule = rules.by_pattern[fused[0][1]]

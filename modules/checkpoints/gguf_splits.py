@@ -7,10 +7,8 @@ tokenizer.json of the models that had the rule first; transformers has some of t
 all others.
 """
 
-from tokenizers import Encoding, Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-from modules.runtime.text import shortened
 
 _SENTENCE_MARKS = r"\s|.,!?\x{2026}\x{3002}\x{FF0C}\x{3001}\x{0964}\x{06D4}\x{060C}"
 _HAN_AND_HANGUL = r"[\x{0800}-\x{9FA5}\x{AC00}-\x{D7FF}]+"
@@ -69,27 +67,6 @@ _LIKE_LLAMA_3 |= {"jina-v5-nano", "tekken"}
 BEGINS_WITH_BOS = frozenset(_LIKE_LLAMA_3 | {"chameleon"})
 TAKES_WHOLE_WORDS = frozenset(_LIKE_LLAMA_3 | {"minicpm5", "youtu", "granite-embed-multi-97m"})  # before it merges
 
-# What the rules cut in different ways: contractions, digits, runs of spaces and of line ends, marks, other scripts.
-TEXTS = (
-    "It's what they'LL say: we've, I'm, you're, he'd, can't, DON'T.",
-    "'Tis the dogs' day, y'all; rock'n'roll",
-    "In 2024, 12345678 of 1,000,000 cost $3.14159 or 99%.",
-    "1. One\n2. Two\n\n10. Ten\n   11. Eleven\n",
-    "the year  1984   and 7even 4ever A4 x2y",
-    "def f(x):\n    if x != 10:\n        return x**2  # note\n\n\n\treturn [0]\r\n",
-    "a.b_c->d::e(f)[g]{h};i=j+k/l\\m|n&o^p~q`r",
-    "Well... she said, \"No!\" -- and left (quickly).\n\n\"Why?!\"\n",
-    "   leading and trailing   ",
-    "tabs\tand\t\tmore \t mixed\n \n  \n   x",
-    "CamelCaseWords HTTPServer iPhone McDonald",
-    "Crème brûlée, naïve café, Straße, cafe\u0301",
-    "日本語のテキスト、 漢字とかな。中文2024年3月",
-    " 中文 한국어 텍스트입니다 ไทย हिन्दी",
-    "Привет, мир! Γειά σου 12 עברית العربية، نعم۔",
-    "🙂🙂 👩‍👩‍👧 \U0001d400\U0001d401 ½ ² Ⅷ ٣٤",
-    "http://example.com/a/b?c=1&d=2#e @name #tag <tag attr='x'>",
-)  # fmt: skip
-
 
 def settle_split(backend: Tokenizer, name: str | None) -> list[str]:
     """Have a byte-level tokenizer cut text as the name says; a line if that can't be known."""
@@ -97,31 +74,5 @@ def settle_split(backend: Tokenizer, name: str | None) -> list[str]:
     if rule is not None:
         backend.pre_tokenizer = rule
         return []
-    if name not in _NOT_SAID:
-        return [f"its pre-tokenizer {name} (tokenizer.ggml.pre) is not known here, so texts may become other tokens"]
-    for rule in _BY_NAME.values():
-        text = _first_difference(backend, rule) if _makes_all_tokens(rule, backend) else None
-        if text is not None:  # with this vocabulary it makes a difference
-            texts = f"texts like {shortened(repr(text))}"
-            return [f"the file names no pre-tokenizer (tokenizer.ggml.pre), so {texts} may become other tokens"]
-    return []
-
-
-def _first_difference(backend: Tokenizer, rule: pre_tokenizers.PreTokenizer) -> str | None:
-    """A text that becomes other tokens by a rule than as it is; None if all of TEXTS become the same."""
-    before = _encoded(backend)
-    used, backend.pre_tokenizer = backend.pre_tokenizer, rule
-    after = _encoded(backend)
-    backend.pre_tokenizer = used
-    return next((text for text, one, two in zip(TEXTS, before, after, strict=True) if one.ids != two.ids), None)
-
-
-def _makes_all_tokens(rule: pre_tokenizers.PreTokenizer, backend: Tokenizer) -> bool:
-    """Whether a vocabulary may have come about by a rule: it cuts none of the tokens of which TEXTS are made."""
-    pairs = zip(TEXTS, _encoded(backend), strict=True)
-    pieces = {text[start:end] for text, encoding in pairs for start, end in encoding.offsets}
-    return all(len(rule.pre_tokenize_str(piece)) == 1 for piece in pieces)
-
-
-def _encoded(backend: Tokenizer) -> list[Encoding]:
-    return [backend.encode(text, add_special_tokens=False) for text in TEXTS]  # no batch: that would start threads
+    stated = "the file names no pre-tokenizer" if name in _NOT_SAID else f"its pre-tokenizer {name} is not known here"
+    return [f"{stated} (tokenizer.ggml.pre), so texts may become other tokens"]

@@ -19,7 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer, read_gguf_metadata
 
 from modules.checkpoints.gguf_header import MERGES, TOKENS
-from modules.checkpoints.gguf_splits import BEGINS_WITH_BOS, TAKES_WHOLE_WORDS, TEXTS, settle_split
+from modules.checkpoints.gguf_splits import BEGINS_WITH_BOS, TAKES_WHOLE_WORDS, settle_split
 from modules.runtime.errors import ConfigError, first_line, without_panics
 from modules.runtime.text import pluralize, shortened
 
@@ -223,7 +223,6 @@ def _difference_in_texts(tokenizer: Any, lists: Lists) -> str | None:
     vocabulary = tokenizer.get_vocab()
     for number in lists.whole:
         token = lists.tokens[number]
-        text = f"{TEXTS[number % len(TEXTS)]}a{token}a"
-        if token in vocabulary and number not in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if token in vocabulary and number not in tokenizer(f"a{token}a", add_special_tokens=False)["input_ids"]:
             return f"token {token!r} would be cut into pieces"
     return None

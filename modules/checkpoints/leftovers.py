@@ -13,6 +13,7 @@ from modules.checkpoints.architecture import find_layers
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.readers import TensorInfo
+from modules.runtime.text import listed
 
 _ROTARY = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")  # made of config.json
 _FURTHER = re.compile(r"(^|[._])mtp([._\d]|$)")  # multi-token prediction, in parts of names
@@ -24,13 +25,11 @@ class Leftovers:
 
     usual: Sequence[str]  # rotary frequencies, attention masks, layers behind the last that predict further tokens
     others: Sequence[str]
+    surplus: Sequence[str]  # of the others, those of layers like any other behind the last
 
     def notes(self, name: str) -> list[str]:
         """A line about what is left out. name: of the checkpoint."""
-        if not self.usual:
-            return []
-        more = f" and {len(self.usual) - 1:,} more such tensors" if len(self.usual) > 1 else ""
-        return [f"{name}: stores {self.usual[0]}{more}, which take no part in the merge"]
+        return [f"{name}: stores {listed(self.usual, 1)}, which take no part in the merge"] if self.usual else []
 
 
 def number_of(name: str) -> str:
@@ -38,24 +37,37 @@ def number_of(name: str) -> str:
     return next((part for part in name.split(".") if part.isdecimal()), "")
 
 
-def without_number(name: str) -> str:
-    """The name with a star for that number."""
-    return f".{name}.".replace(f".{number_of(name)}.", ".*.", 1)
-
-
 def leftovers(checkpoint: Checkpoint, conversion: Conversion, module: PreTrainedModel) -> Leftovers:
     """What a checkpoint stores and the module, which may be without weights, has no use for. conversion: of both."""
-    further = _further_layers(checkpoint, conversion, module)
+    layers_name, layers = find_layers(module)
+    of_layers = [name for name in checkpoint.tensors if conversion.is_within(name, layers_name)]
+    patterns = {_without_number(name) for name in of_layers}
+    starts = {_before_number(name) for name in of_layers}
+    configs = [checkpoint.config.get_text_config(), module.config.get_text_config()]
+    declared = max(getattr(config, "num_nextn_predict_layers", None) or 0 for config in configs)
+
+    # Layers behind the last that predict further tokens: as many as a configuration says, and those with tensors of
+    # which no other layer has any.
+    behind = [name for name in conversion.unused if _before_number(name) in starts and not _is_rotary(name)]
+    behind = [name for name in behind if int(number_of(name)) >= len(layers)]
+    further = {
+        (_before_number(name), number_of(name))
+        for name in behind
+        if _without_number(name) not in patterns or int(number_of(name)) < len(layers) + declared
+    }
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
     usual, others = [], []
     for name in conversion.unused:
-        is_rotary = name.rpartition(".")[2] in _ROTARY
         is_further = (_before_number(name), number_of(name)) in further or _FURTHER.search(name)
-        if is_rotary or is_further or _is_mask(name, checkpoint.tensors[name]):
+        if is_further or _is_rotary(name) or _is_mask(name, checkpoint.tensors[name]):
             usual.append(name)
         elif not any(re.search(pattern, name) for pattern in ignored):
             others.append(name)
-    return Leftovers(usual, others)
+    return Leftovers(usual, others, [name for name in others if _without_number(name) in patterns])
+
+
+def _is_rotary(name: str) -> bool:
+    return name.rpartition(".")[2] in _ROTARY
 
 
 def _is_mask(name: str, info: TensorInfo) -> bool:
@@ -64,23 +76,9 @@ def _is_mask(name: str, info: TensorInfo) -> bool:
     return name.endswith("masked_bias") or (name.endswith(".bias") and is_square)
 
 
-def _further_layers(checkpoint: Checkpoint, conversion: Conversion, module: PreTrainedModel) -> set[tuple[str, str]]:
-    """The layers behind the last one that predict further tokens: what stands before their number in names, and the
-    number. They are as many as a configuration says, and those that have tensors of which no other layer has any."""
-    configs = [checkpoint.config.get_text_config(), module.config.get_text_config()]
-    declared = max(getattr(config, "num_nextn_predict_layers", None) or 0 for config in configs)
-    layers_name, layers = find_layers(module)
-    used = [name for name in checkpoint.tensors if conversion.is_within(name, layers_name)]
-    known = {without_number(name) for name in used}
-    places = {_before_number(name) for name in used}
-    further = set()
-    for name in conversion.unused:
-        is_rotary = name.rpartition(".")[2] in _ROTARY
-        if _before_number(name) not in places or is_rotary or int(number_of(name)) < len(layers):
-            continue
-        if without_number(name) not in known or int(number_of(name)) < len(layers) + declared:
-            further.add((_before_number(name), number_of(name)))
-    return further
+def _without_number(name: str) -> str:
+    """The name with a star for its first number."""
+    return f".{name}.".replace(f".{number_of(name)}.", ".*.", 1)
 
 
 def _before_number(name: str) -> str:

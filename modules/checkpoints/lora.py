@@ -19,7 +19,7 @@ from typing import Any
 import regex
 from torch import Tensor
 
-from modules.checkpoints.causes import disguise, found_instead, pointers
+from modules.checkpoints.causes import disguise
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.companions import ADAPTER_SETTINGS, Companions, find_companions
 from modules.checkpoints.conversion import Conversion
@@ -29,7 +29,6 @@ from modules.checkpoints.weight_files import (
     Fingerprint,
     fingerprint,
     is_there,
-    local_files,
     open_reader,
     read_file,
 )
@@ -85,9 +84,6 @@ class Adapter:
 def read_settings(path: Path) -> dict[str, Any]:
     """An adapter's settings. Raises ConfigError if they are none, or those of a kind that can't be applied,
     CheckpointError if they can't be read."""
-    pointer = pointers(path, (ADAPTER_SETTINGS, *WEIGHTS))
-    if pointer:
-        raise ConfigError(pointer)
     content = read_file(path / ADAPTER_SETTINGS, LARGEST_SETTINGS)
     try:
         settings = json.loads(content.decode("utf-8"))
@@ -118,8 +114,7 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
     settings = read_settings(path)
     file = next((file for file in WEIGHTS if is_there(path / file)), None)
     if file is None:
-        instead = found_instead(path, local_files(path), WEIGHTS)
-        raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}{instead}")
+        raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}")
     try:
         reader = open_reader(path, [file])
     except CheckpointError as error:

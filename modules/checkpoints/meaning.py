@@ -35,6 +35,8 @@ _KINDS_OF_LAYERS = (
     "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "full_attn_idxs",
 )  # fmt: skip
 
+_MUST_AGREE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+
 _SAME_FUNCTION = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 _ROPE_DEFAULTS = {"partial_rotary_factor": 1.0, "beta_fast": 32, "beta_slow": 1, "truncate": True}
 _ROPE_WHERE_NOT_SCALED = ("rope_theta", "partial_rotary_factor", "rope_type")
@@ -48,11 +50,17 @@ def differences(base: PreTrainedConfig, other: PreTrainedConfig) -> list[str]:
 
 
 def clashes(base: PreTrainedConfig, other: PreTrainedConfig) -> list[str]:
-    """The same of the keys that count heads, in which models that merge can't differ: their weights mix, of equal shape
-    or not, what belongs to other heads."""
-    ours, theirs = _meaning(base), _meaning(other)
-    both = [key for key in ours if "head" in key and _is_count(ours[key]) and _is_count(theirs.get(key))]
-    return [_in_words(key, theirs[key], ours[key]) for key in both if theirs[key] != ours[key]]
+    """The same of the keys in which models that merge can't differ. Those that count heads are among them: weights of
+    equal shape would mix what belongs to other heads."""
+    ours = {key: setting(base.get_text_config(), key) for key in _MUST_AGREE}
+    theirs = {key: setting(other.get_text_config(), key) for key in _MUST_AGREE}
+    our_meaning, their_meaning = _meaning(base), _meaning(other)
+    for key, value in our_meaning.items():
+        is_alias = key in base.get_text_config().attribute_map.values()
+        if "head" in key and not is_alias and _is_count(value) and _is_count(their_meaning.get(key)):
+            ours[key] = value
+            theirs[key] = their_meaning[key]
+    return [_in_words(key, theirs[key], ours[key]) for key in ours if theirs[key] != ours[key]]
 
 
 def ties_header(config: PreTrainedConfig) -> bool:

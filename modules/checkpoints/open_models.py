@@ -155,8 +155,7 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
         if path.resolve() in (output, partial_of(output)):
             notes.append(f"{path} is the output directory: skipped")
         elif "config.json" not in names and ADAPTER_SETTINGS not in names:
-            instead = found_instead(path, names, ["config.json"])
-            notes.append(f"{path} holds no model (no config.json{instead}): skipped")
+            notes.append(f"{path} holds no model (no config.json{found_instead(names)}): skipped")
         elif any("\ud800" <= character <= "\udfff" for character in path.name):
             notes.append(f"{path.name!r} in {path.parent} is no text in UTF-8, so no report could name it: skipped")
         else:

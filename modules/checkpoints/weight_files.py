@@ -91,8 +91,7 @@ def weight_files(folder: Path, names: Collection[str]) -> list[str]:
             return [single]
         if f"{single}.index.json" in names:
             return _indexed(folder, f"{single}.index.json", names, Path(single).suffix)
-    instead = found_instead(folder, names, LOOKED_FOR)
-    raise ConfigError(f"{folder}: no weights here; looked for {', '.join(LOOKED_FOR)}{instead}")
+    raise ConfigError(f"{folder}: no weights here; looked for {', '.join(LOOKED_FOR)}{found_instead(names)}")
 
 
 def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> list[str]:

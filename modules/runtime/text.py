@@ -94,6 +94,12 @@ def fit(text: str, width: int) -> str:
     return text + " " * (width - columns(text))
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def pluralize(count: int, noun: str) -> str:
     """How many of something there are: 1 pack, 2 packs."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -239,4 +239,4 @@ def test_a_dry_run_says_what_it_has_unpacked(place, models, cache, capsys):
         assert merge(place, (file, models[1]), "--dry-run") == 0
         last = capsys.readouterr().out.splitlines()[-1]
         assert (f"{cache / names_in(cache)[0]}" in last) == made
-        assert str(sorted((place / "logs").iterdir())[-1].relative_to(place)) in last
+        assert str(max((place / "logs").iterdir(), key=lambda log: log.stat().st_mtime_ns).relative_to(place)) in last

@@ -317,7 +317,7 @@ def test_what_differs_of_two_that_compute_alike_is_still_told(tmp_path):
     wide = write_gguf(tmp_path / "wide.gguf", make(tmp_path / "wide", num_attention_heads=2), "F32")
     with pytest.raises(ConfigError) as refused:
         as_candidate(tmp_path, base, wide)
-    assert str(refused.value).startswith(f"{wide} does not fit") and "attention heads is 2" in str(refused.value)
+    assert str(refused.value).startswith(f"{wide} does not fit") and "num_attention_heads is 2" in str(refused.value)
 
 
 @pytest.mark.parametrize("model_type", ["gemma", "qwen3", "granite", "olmo"])

@@ -52,13 +52,13 @@ def test_frequencies_and_masks_are_named_once_and_left_out(tmp_path, which):
     )
     notes, warnings = said(tmp_path, *pair)
     (note,) = [line for line in notes if "take no part" in line]
-    assert note.startswith(f"{pair[which].name}: ") and "5 more such tensors" in note and warnings == []
+    assert note.startswith(f"{pair[which].name}: ") and "5 more" in note and warnings == []
 
 
 def test_a_bias_that_is_no_mask_is_still_a_tensor_too_many(tmp_path):
     base, one = models(tmp_path)
     add(one, **{"model.layers.1.self_attn.extra.bias": torch.ones(4, 16)})
-    with pytest.raises(ConfigError, match=r"the base has no model\.layers\.1\.self_attn\.extra\.bias"):
+    with pytest.raises(ConfigError, match=r"no place for model\.layers\.1\.self_attn\.extra\.bias"):
         said(tmp_path, base, one)
 
 
@@ -89,7 +89,7 @@ def test_or_by_what_the_configuration_of_either_says(tmp_path):
 def test_a_layer_like_any_other_behind_the_last_is_one_too_many(tmp_path):
     base, one = models(tmp_path)
     further(one)
-    with pytest.raises(ConfigError, match=r"its weights have 3 layers, its config\.json says num_hidden_layers: 2"):
+    with pytest.raises(ConfigError, match=r"model\.layers\.2\..*num_hidden_layers is 2"):
         said(tmp_path, base, one)
 
 

@@ -62,7 +62,7 @@ def test_models_that_have_nothing_else_are_merged(place):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n", "git lfs pull"),
         (b"<!doctype html>", "tokenizer.model is a web page"),
         (b"", "tokenizer.model is empty"),
-        (b"anything else", "tokenizer.model is no model of SentencePiece"),
+        (b"anything else", "no usable tokenizer"),
     ],
 )
 def test_a_file_that_is_none(tmp_path, content, words):

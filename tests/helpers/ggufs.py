@@ -26,7 +26,7 @@ def write_gguf(
     for key, value in {**_settings(model.config), **_rope(model.config), **(keys or {})}.items():
         if key not in leave_out:
             _add_key(writer, key if key.startswith("other.") else f"{architecture}.{key}", value)
-    _add_keys(writer, {**_described(AutoTokenizer.from_pretrained(folder)), **more})
+    _add_keys(writer, {**_described(AutoTokenizer.from_pretrained(folder)), "pre": "gpt-2", **more})
     kinds = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds.get(architecture, gguf.MODEL_ARCH.LLAMA), model.config.num_hidden_layers)
     for name, tensor in _stored(model, architecture):
