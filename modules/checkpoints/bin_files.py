@@ -25,13 +25,6 @@ class BinReader(FilesReader):
     def __init__(self, folder: Path, files: Sequence[str], known: Mapping[str, Forms]) -> None:
         super().__init__(folder, files, known)
         self._kept: dict[Path, dict[str, Tensor]] = {}  # no more than one file
-        sizes = {file: (folder / file).stat().st_size for file in files if not _is_archive(folder / file)}
-        if sizes:
-            largest = max(sizes, key=sizes.__getitem__)
-            self.notes.append(
-                f"{largest} is stored as before PyTorch 1.6 and can only be loaded whole, which takes "
-                f"{sizes[largest] / 1e9:.2f} GB of CPU memory; convert it to safetensors to avoid that"
-            )
 
     def forms(self, path: Path) -> Forms:
         """What one file holds."""

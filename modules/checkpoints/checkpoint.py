@@ -81,11 +81,6 @@ class Checkpoint:
         """The folder that has its tokenizer, if it has any, and the files that are read there."""
         return self.path, self.companions
 
-    @property
-    def notes(self) -> list[str]:
-        """Lines for the person at the terminal about how it is stored."""
-        return [f"{self.name}: {note}" for note in self.reader.notes]
-
     def fingerprint(self) -> dict[str, Fingerprint]:
         """By which it is known again: of every file that decides what a merge makes of it, its size and a hash."""
         described = [file for file in _DECISIVE if file in self.companions.sizes]
@@ -133,12 +128,8 @@ def open_checkpoint(where: Path | Repository, name: str, trusted: bool = False) 
         reader = open_reader(path, files, known)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
-    except ConfigError:
-        check_quantisation(path)  # which says it more plainly
-        raise
     if not any(info.dtype.is_floating_point for info in reader.tensors.values()):
         raise ConfigError(f"{repository.text}: no weights found in its weight files")
-    check_quantisation(path)
     return Checkpoint(repository, name, config, reader, find_companions(path, trusted))
 
 
@@ -154,6 +145,12 @@ def read_configuration(repository: Repository, trusted: bool) -> PreTrainedConfi
     try:
         stated = json.loads(read_file(path / "config.json", LARGEST_SETTINGS).decode("utf-8"))
         check_stated(stated, trusted)
+        quantised = quantised_by(stated)
+        if quantised is not None:
+            raise ConfigError(
+                f"{path}: by {quantised} in config.json this model is quantised; merge the original weights instead, "
+                "or remove that key if its weights were converted back"
+            )
         beside = find_companions(path, trusted).sizes
         with _copied(path, [name for name in beside if name == "config.json" or name.endswith(".py")]) as copies:
             config = AutoConfig.from_pretrained(copies, trust_remote_code=trusted, local_files_only=True)
@@ -167,16 +164,6 @@ def read_configuration(repository: Repository, trusted: bool) -> PreTrainedConfi
         what = disguise(path / "config.json") or f"can't be used: {first_line(error)}"
         raise ConfigError(f"{repository.text}: config.json {what}") from None
     return config
-
-
-def check_quantisation(path: Path) -> None:
-    """Raise ConfigError if config.json says that a model is quantised."""
-    key = quantised_by(json.loads(read_file(path / "config.json")))
-    if key is not None:
-        raise ConfigError(
-            f"{path}: by {key} in config.json this model is quantised; merge the original weights instead, or remove "
-            "that key if its weights were converted back"
-        )
 
 
 def load_tokenizer(path: Path, companions: Companions | None = None) -> Any:

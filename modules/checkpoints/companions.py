@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from modules.checkpoints.weight_files import LARGEST_TEXT, index_file, is_there, local_files, read_file
+from modules.runtime.text import listed
 
 ADAPTER_SETTINGS = "adapter_config.json"  # what makes a folder an adapter
 
@@ -74,17 +75,14 @@ class Companions:
     def notes(self) -> list[str]:
         """A line about what is not copied though it belongs to the model."""
         words = "Not copied, since they are links out of the base's folder"
-        return [f"{words}: {_listed(self.astray)}"] if self.astray else []
+        return [f"{words}: {listed(self.astray, _MOST_NAMED)}"] if self.astray else []
 
     def describe(self) -> list[str]:
         """Lines about what is copied and what is not."""
-        others = [f"Not copied, since they are no part of a model: {_listed(self.others)}"] if self.others else []
-        return [f"Copied beside the weights: {_listed(list(self.published))}", *self.notes, *others]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return f"{', '.join(names[:_MOST_NAMED])}{more}"
+        lines = [f"Copied beside the weights: {listed(list(self.published), _MOST_NAMED)}", *self.notes]
+        if self.others:
+            lines.append(f"Not copied, since they are no part of a model: {listed(self.others, _MOST_NAMED)}")
+        return lines
 
 
 def small_files(sizes: Mapping[str, int]) -> list[str]:

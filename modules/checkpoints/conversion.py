@@ -141,10 +141,6 @@ class Conversion:
         """The module tensors that a stored one is a part of; none if the module has no use for it."""
         return self._names_by_source.get(stored_name, [])
 
-    def is_within(self, stored_name: str, module_name: str) -> bool:
-        """Whether a stored tensor is a part of a tensor below a module of this name."""
-        return any(name.startswith(f"{module_name}.") for name in self.module_names(stored_name))
-
     def store(self, names: Collection[str], tensors: Mapping[str, Tensor]) -> Tensors:
         """Module tensors as they are stored, by stored name. names: all module tensors of a stored one."""
         group = self._group_of[next(iter(names))]

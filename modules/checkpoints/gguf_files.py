@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -73,7 +74,8 @@ def as_folder(file: Path, tokenizer: str | None = None, tell: Tell = lambda line
     header = read_header(file)
     check_sizes(header)
     try:
-        size = header.numbers * _dtype_of(header.kind).itemsize
+        numbers = sum(prod(tensor.shape) for tensor in header.tensors.values())
+        size = numbers * _dtype_of(header.kind).itemsize
         free = shutil.disk_usage(nearest_folder(folder)).free
         if size > free:
             room = f"{folder.parent} has room for {free / 1e9:.1f}"

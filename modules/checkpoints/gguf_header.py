@@ -53,23 +53,12 @@ class GgufHeader:
         return self.keys.get(f"{self.architecture}.{name}", default)
 
     @property
-    def settings(self) -> list[str]:
-        """The architecture's keys, named without it."""
-        start = f"{self.architecture}."
-        return [key.removeprefix(start) for key in self.keys if key.startswith(start)]
-
-    @property
     def kind(self) -> str:
         """How most numbers are stored."""
         count: Counter[str] = Counter()
         for tensor in self.tensors.values():
             count[tensor.kind] += prod(tensor.shape)
         return count.most_common(1)[0][0]
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers all tensors have."""
-        return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
     def refusal(self, problem: str) -> ConfigError:
         """An error about what the file says and transformers can't."""

@@ -20,7 +20,7 @@ from modules.checkpoints.gguf_header import GgufHeader
 from modules.checkpoints.gguf_rope import ROPE_KEYS, head_width, rope_parameters
 from modules.checkpoints.meaning import known_keys
 from modules.runtime.errors import ConfigError
-from modules.runtime.text import shortened
+from modules.runtime.text import listed, shortened
 
 # An architecture's keys, and what configurations call them: the first that the configuration's class knows is meant.
 _NAMES = {
@@ -258,7 +258,7 @@ def _unsaid(config: PreTrainedConfig, header: GgufHeader, factors: Mapping[str, 
     for key in _NAMES:
         name = _name(config, key)
         value = _stated(config, header, key)
-        if value is None or key not in header.settings or _is_implied(config, key, value):
+        if value is None or header.setting(key) is None or _is_implied(config, key, value):
             continue
         if key == "attention.scale" and _DIVISOR in known_keys(type(config)):
             continue
@@ -290,8 +290,7 @@ def _unknown(header: GgufHeader) -> list[str]:
             found.append(key)
     if not found:
         return []
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return [f"unknown keys are ignored ({', '.join(found[:5])}{more}): if they matter, the model is another"]
+    return [f"unknown keys are ignored ({listed(found, 5)}): if they matter, the model is another"]
 
 
 def _guesses(before: PreTrainedConfig, after: PreTrainedConfig, header: GgufHeader) -> list[str]:

@@ -16,6 +16,7 @@ from modules.checkpoints.architecture import empty_module
 from modules.checkpoints.gguf_header import GgufHeader
 from modules.checkpoints.gguf_rope import FACTORS
 from modules.runtime.errors import ConfigError, first_line
+from modules.runtime.text import listed
 
 # What old converters left in files, and no program reads: rotary frequencies, which follow from the settings.
 _LEFT_BEHIND = ("*.attn_rot_embd", "*.attn_rot_embd.*", "*.rotary_emb.inv_freq")
@@ -59,15 +60,13 @@ def placed(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTrainedConf
 def refuse(header: GgufHeader, config: PreTrainedConfig, names: Sequence[str]) -> None:
     """Raise ConfigError if there are tensors without a place."""
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        named = f"{', '.join(names[:3])}{more}"
-        raise header.refusal(f"transformers' {type(config).__name__} has no place for the tensors {named}")
+        raise header.refusal(f"transformers' {type(config).__name__} has no place for the tensors {listed(names)}")
 
 
 def left_out(header: GgufHeader) -> list[str]:
     """A line if the file holds more than a model of texts."""
     names = [name for name in header.tensors if _like(name, _OF_OTHER_SENSES)]
-    return [f"only its text model is read, without {names[0]} and {len(names) - 1} more tensors"] if names else []
+    return [f"only its text model is read, without {listed(names, 1)}"] if names else []
 
 
 def check_rotary_width(config: PreTrainedConfig, header: GgufHeader) -> None:

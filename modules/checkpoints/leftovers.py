@@ -40,7 +40,8 @@ def number_of(name: str) -> str:
 def leftovers(checkpoint: Checkpoint, conversion: Conversion, module: PreTrainedModel) -> Leftovers:
     """What a checkpoint stores and the module, which may be without weights, has no use for. conversion: of both."""
     layers_name, layers = find_layers(module)
-    of_layers = [name for name in checkpoint.tensors if conversion.is_within(name, layers_name)]
+    layer_tensors = {name for name in conversion if name.startswith(f"{layers_name}.")}
+    of_layers = [name for name in checkpoint.tensors if layer_tensors.intersection(conversion.module_names(name))]
     patterns = {_without_number(name) for name in of_layers}
     starts = {_before_number(name) for name in of_layers}
     configs = [checkpoint.config.get_text_config(), module.config.get_text_config()]

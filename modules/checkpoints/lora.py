@@ -215,7 +215,6 @@ class LoraReader:
         self._adapter = adapter
         self._copies = copies
         self.tensors = tensors
-        self.notes = plain.notes
 
     def read(self, names: Iterable[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
         """See `Reader`."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from modules.runtime.text import shortened
+from modules.runtime.text import listed, shortened
 
 # Training, generation, housekeeping; sizes of the vocabulary, which the header looks after.
 _WITHOUT_MEANING = (
@@ -159,8 +159,7 @@ def _in_words(key: str, theirs: Any, ours: Any) -> str:
     name = key.removeprefix("rope_parameters.")
     if isinstance(theirs, list) and isinstance(ours, list) and max(len(theirs), len(ours)) > 4:
         places = [str(i) for i, (one, other) in enumerate(zip_longest(theirs, ours)) if one != other]
-        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-        return f"{name} differs at {', '.join(places[:3])}{more} (counted from 0)"
+        return f"{name} differs at {listed(places)} (counted from 0)"
     return f"{name} is {_shown(theirs)}, the base's {_shown(ours)}"
 
 

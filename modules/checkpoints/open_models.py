@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from modules.checkpoints.architecture import settle_attention, without_weights
 from modules.checkpoints.candidate import Candidate, adapt, check_base, check_configuration, open_candidate
 from modules.checkpoints.causes import found_instead
-from modules.checkpoints.checkpoint import Checkpoint, check_quantisation, open_checkpoint, read_configuration
+from modules.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_configuration
 from modules.checkpoints.companions import ADAPTER_SETTINGS
 from modules.checkpoints.downloads import Job
 from modules.checkpoints.gguf_files import open_gguf
@@ -97,12 +97,12 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
             problems += error.args
     if problems:
         raise ConfigError(*problems)
-    notes += [*base.notes, *opened.notes, *base.companions.notes]
+    notes += [*opened.notes, *base.companions.notes]
     warnings = list(opened.warnings)
     for repository in repositories.values():
         warnings += repository.warnings
     for candidate in candidates:
-        notes += [*candidate.notes, *candidate.checkpoint.notes]
+        notes += candidate.notes
         warnings += candidate.warnings
     return Models(base, opened.module, candidates, notes, warnings)
 
@@ -219,7 +219,6 @@ def _open_model(
                 check_configuration(repository.text, configuration, base)
             files = weight_files(repository.folder, repository.sizes)
             if files[0].endswith(".bin"):
-                check_quantisation(repository.folder)
                 fetch(Job(name, repository, files))
         return open_checkpoint(repository, name, trusted)
     except ConfigError as error:

@@ -56,7 +56,6 @@ class Reader(Protocol):
     """The tensors of a model or an adapter. All methods raise CheckpointError if a file can't be read."""
 
     tensors: Mapping[str, TensorInfo]  # in file order
-    notes: Sequence[str]  # what is peculiar about them, for the person at the terminal
 
     def read(self, names: Iterable[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
         """The named tensors on the CPU, in their stored dtype, each as soon as it is read. buffer: where to."""
@@ -79,17 +78,10 @@ class FilesReader(ABC):
         """
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
-        self.notes: list[str] = []
-        twice = []
         for file in files:
             forms = known[file] if file in known else self._described(folder / file)
-            twice += [name for name in forms if name in self.tensors]
-            for name, (stored, shape) in forms.items():
+            for name, (stored, shape) in forms.items():  # of a tensor that two shards hold, the last counts
                 self.tensors[name] = TensorInfo(file, tuple(shape), _dtype(folder / file, name, stored))
-        if twice:
-            file = self.tensors[twice[0]].file
-            more = f" ({len(twice)} such tensors)" if len(twice) > 1 else ""
-            self.notes.append(f"{twice[0]} is stored twice; that in {file} counts{more}")
 
     def read(self, names: Iterable[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
         """See `Reader`. One file after another is read."""

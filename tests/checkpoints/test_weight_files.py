@@ -324,19 +324,9 @@ def delete(checkpoint, *files):
         (checkpoint.path / file).unlink()
 
 
-@pytest.mark.parametrize("write", [as_legacy_bin, as_legacy_bin_shards])
-def test_what_must_be_loaded_whole_is_said(tmp_path, plain, write):
-    checkpoint, _ = opened(tmp_path, plain, write)
-    (note,) = checkpoint.notes
-    largest = max(checkpoint.path.glob("*.bin"), key=lambda path: path.stat().st_size)
-    assert note.startswith(f"other: {largest.name} is stored as before PyTorch 1.6 and can only be loaded whole")
-    assert f"takes {largest.stat().st_size / 1e9:.2f} GB of CPU memory" in note
-
-
 @pytest.mark.parametrize("write", [as_safetensors, as_shards, as_bin, as_bin_shards])
 def test_nothing_else_is_loaded_whole_or_kept(tmp_path, plain, write):
     checkpoint, (first, *_, last) = opened(tmp_path, plain, write)
-    assert checkpoint.notes == []
     checkpoint.read([first, last])
     delete(checkpoint, *checkpoint.files)
     with pytest.raises(CheckpointError, match="can't be read"):
