@@ -12,11 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from modules.checkpoints.architecture import find_layers, header_names, input_first_weights, makes_the_same
 from modules.checkpoints.checkpoint import Checkpoint
+from modules.checkpoints.config_diff import clashes, differences, ties_header
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.hub import Repository
 from modules.checkpoints.leftovers import Leftovers, leftovers, number_of
 from modules.checkpoints.lora import Adapted, Adapter, apply_adapter
-from modules.checkpoints.meaning import clashes, differences, ties_header
 from modules.checkpoints.readers import Buffer, new_buffer
 from modules.runtime.errors import ConfigError
 from modules.runtime.text import listed

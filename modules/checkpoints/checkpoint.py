@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from modules.checkpoints.causes import check_pointers, disguise, found_instead
 from modules.checkpoints.companions import ADAPTER_SETTINGS, Companions, belongs, find_companions, small_files
 from modules.checkpoints.config_file import check_implementations, check_stated, quantised_by
 from modules.checkpoints.downloads import Job
 from modules.checkpoints.hub import Repository, local
 from modules.checkpoints.readers import Buffer, Reader, TensorInfo, dtype_name, new_buffer
+from modules.checkpoints.sniff_format import check_pointers, found_instead, sniff_format
 from modules.checkpoints.weight_files import (
     LARGEST_SETTINGS,
     LARGEST_TEXT,
@@ -161,7 +161,7 @@ def read_configuration(repository: Repository, trusted: bool) -> PreTrainedConfi
         raise
     except Exception as error:  # whatever a configuration class makes of a wrong value
         _raise_if_unread(path, "its configuration", error)
-        what = disguise(path / "config.json") or f"can't be used: {first_line(error)}"
+        what = sniff_format(path / "config.json") or f"can't be used: {first_line(error)}"
         raise ConfigError(f"{repository.text}: config.json {what}") from None
     return config
 
@@ -205,7 +205,7 @@ def _copied(path: Path, names: Iterable[str]) -> Iterator[Path]:
 def _plain_cause(path: Path, companions: Companions) -> str | None:
     """What keeps a tokenizer from being read, where transformers tells of something else."""
     for name in companions.sizes:
-        problem = disguise(path / name)
+        problem = sniff_format(path / name)
         if problem:
             return f"{name} {problem}"
     for name in filter(belongs, companions.others):

@@ -57,25 +57,25 @@ class Companions:
     """The files beside a model's weights, by their names in its folder, and their sizes in bytes."""
 
     sizes: Mapping[str, int] = field(default_factory=dict)  # of those that describe and open the model
-    astray: Sequence[str] = ()  # of these, links to somewhere else: they are read, and never copied
+    external_links: Sequence[str] = ()  # of these, links to somewhere else: they are read, and never copied
     others: Sequence[str] = ()  # what belongs to no model, as far as its name tells, or is too large
     trusted: bool = False  # whether code may be run that is among them
 
     @property
     def published(self) -> dict[str, int]:
         """Those that are copied beside weights that are written, and their sizes."""
-        return {name: size for name, size in self.sizes.items() if name not in self.astray}
+        return {name: size for name, size in self.sizes.items() if name not in self.external_links}
 
     @property
     def lacking(self) -> list[str]:
         """Those without which what is written could not be opened, and which are not copied."""
-        return [name for name in self.astray if name == "config.json" or _fits(name, _TOKENIZERS)]
+        return [name for name in self.external_links if name == "config.json" or _fits(name, _TOKENIZERS)]
 
     @property
     def notes(self) -> list[str]:
         """A line about what is not copied though it belongs to the model."""
         words = "Not copied, since they are links out of the base's folder"
-        return [f"{words}: {listed(self.astray, _MOST_NAMED)}"] if self.astray else []
+        return [f"{words}: {listed(self.external_links, _MOST_NAMED)}"] if self.external_links else []
 
     def describe(self) -> list[str]:
         """Lines about what is copied and what is not."""
@@ -128,9 +128,9 @@ def find_companions(folder: Path, trusted: bool) -> Companions:
     if trusted:
         found += _code(folder, found, sizes)
     found = [name for name in dict.fromkeys(found) if sizes[name] <= LARGEST_TEXT]
-    astray = [name for name in found if _leads_out(folder, name)]
+    external_links = [name for name in found if _leads_out(folder, name)]
     others = [name for name in sizes if name not in found and (is_small(name) or belongs(name))]
-    return Companions({name: sizes[name] for name in found}, astray, others, trusted)
+    return Companions({name: sizes[name] for name in found}, external_links, others, trusted)
 
 
 def _leads_out(folder: Path, name: str) -> bool:

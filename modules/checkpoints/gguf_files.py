@@ -30,7 +30,7 @@ from modules.checkpoints.downloads import nearest_folder
 from modules.checkpoints.gguf_header import GgufHeader, read_header
 from modules.checkpoints.gguf_rope import FACTORS
 from modules.checkpoints.gguf_settings import check_sizes, settle
-from modules.checkpoints.gguf_tensors import check_rotary_width, left_out, placed, refuse
+from modules.checkpoints.gguf_tensors import check_rotary_width, placed, refuse
 from modules.checkpoints.gguf_tokenizer import check_rebuilt, rebuild_tokenizer
 from modules.checkpoints.hub import Repository, local
 from modules.checkpoints.readers import dtype_name
@@ -190,4 +190,4 @@ def _understood(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTraine
     settled, warnings = settle(config, header, factors)
     config, zeros = placed(settled, header)
     check_rotary_width(config, header)
-    return config, zeros, [*warnings, *left_out(header)]
+    return config, zeros, warnings

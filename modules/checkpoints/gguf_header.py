@@ -18,7 +18,7 @@ import numpy as np
 from gguf import GGUFReader
 from transformers.integrations.gguf import read_gguf_metadata
 
-from modules.checkpoints.causes import disguise
+from modules.checkpoints.sniff_format import sniff_format
 from modules.runtime.errors import ConfigError, first_line, reading
 
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
@@ -76,7 +76,7 @@ def read_header(file: Path) -> GgufHeader:
         keys = _keys(file, start)
         tensors = _tensors(file)
     except Exception as error:  # whatever a damaged file leads to
-        what = disguise(file) or f"can't be read as GGUF ({first_line(error)}); fetch it again"
+        what = sniff_format(file) or f"can't be read as GGUF ({first_line(error)}); fetch it again"
         raise ConfigError(f"{file}: {what}") from None
     return GgufHeader(file, keys, tensors)
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from modules.checkpoints.config_diff import known_keys
 from modules.checkpoints.config_file import MOST_LAYERS
 from modules.checkpoints.gguf_header import GgufHeader
 from modules.checkpoints.gguf_rope import ROPE_KEYS, head_width, rope_parameters
-from modules.checkpoints.meaning import known_keys
 from modules.runtime.errors import ConfigError
 from modules.runtime.text import listed, shortened
 

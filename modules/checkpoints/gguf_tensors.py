@@ -20,7 +20,6 @@ from modules.runtime.text import listed
 
 # What old converters left in files, and no program reads: rotary frequencies, which follow from the settings.
 _LEFT_BEHIND = ("*.attn_rot_embd", "*.attn_rot_embd.*", "*.rotary_emb.inv_freq")
-_OF_OTHER_SENSES = ("v.*", "a.*", "mm.*")  # encoders of pictures and sound, which a text passes by
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,6 @@ def refuse(header: GgufHeader, config: PreTrainedConfig, names: Sequence[str]) -
         raise header.refusal(f"transformers' {type(config).__name__} has no place for the tensors {listed(names)}")
 
 
-def left_out(header: GgufHeader) -> list[str]:
-    """A line if the file holds more than a model of texts."""
-    names = [name for name in header.tensors if _like(name, _OF_OTHER_SENSES)]
-    return [f"only its text model is read, without {listed(names, 1)}"] if names else []
-
-
 def check_rotary_width(config: PreTrainedConfig, header: GgufHeader) -> None:
     """Raise ConfigError if the model would turn another number of dimensions than the file says."""
     for name, buffer in _empty(config, header).named_buffers():
@@ -94,11 +87,10 @@ def _fit(config: PreTrainedConfig, header: GgufHeader) -> _Fit:
     places = get_gguf_hf_weights_map(module, processor)
     stored = set(header.tensors) | {name.removesuffix(".weight") for name in header.tensors}
     known = set(places) | {f"{name}.weight" for name in places} | set(FACTORS)
-    ignored = (*_LEFT_BEHIND, *_OF_OTHER_SENSES)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     shapes = {place: tuple(parameters[name].shape) for place, name in places.items() if name in parameters}
     return _Fit(
-        frozenset(name for name in header.tensors if name not in known and not _like(name, ignored)),
+        frozenset(name for name in header.tensors if name not in known and not _is_left_behind(name)),
         frozenset(name for place, name in places.items() if place not in stored and name.endswith(".bias")),
         {name: shapes[name] for name, tensor in header.tensors.items() if _differ(tensor.shape, shapes.get(name))},
     )
@@ -109,5 +101,5 @@ def _differ(shape: tuple[int, ...], other: tuple[int, ...] | None) -> bool:
     return other is not None and sorted(set(shape) - {1}) != sorted(set(other) - {1})
 
 
-def _like(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+def _is_left_behind(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _LEFT_BEHIND)

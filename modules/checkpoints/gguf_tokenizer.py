@@ -118,9 +118,6 @@ def _contradiction(keys: Mapping[str, Any]) -> str | None:
             return f"{_KEY}{name} has {len(keys[name]):,} entries for {pluralize(size, 'token')}"
     if keys.get("merges") is None and (keys.get("model") == _BYTE_LEVEL or keys.get("scores") is None):
         return f"the file says in no way how tokens are merged ({MERGES})"
-    spaced = next((merge for merge in keys.get("merges", ()) if merge.count(" ") != 1), None)
-    if spaced is not None:
-        return f"the merge {shortened(spaced)!r} is not of two parts ({MERGES})"
     for name in _NAMED:
         if not 0 <= keys.get(name, 0) < size:
             return f"{_KEY}{name} is {keys[name]}, but there are {pluralize(size, 'token')}"
@@ -210,11 +207,6 @@ def _difference(tokenizer: Any, lists: Lists) -> str | None:
     for name in _ROLES:
         if getattr(tokenizer, name) != lists.roles[name]:
             return f"{name} is {lists.roles[name]!r} in the file, and would be {getattr(tokenizer, name)!r}"
-    return _difference_in_texts(tokenizer, lists)
-
-
-def _difference_in_texts(tokenizer: Any, lists: Lists) -> str | None:
-    """The same, in the texts that are made of tokens that are taken whole and others."""
     framed = tokenizer("a")["input_ids"]
     first = [tokenizer.bos_token_id] if lists.adds_bos else []
     last = [tokenizer.eos_token_id] if lists.adds_eos else []

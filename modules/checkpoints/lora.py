@@ -19,11 +19,11 @@ from typing import Any
 import regex
 from torch import Tensor
 
-from modules.checkpoints.causes import disguise
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.companions import ADAPTER_SETTINGS, Companions, find_companions
 from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.readers import Buffer, FilesReader, Reader, TensorInfo, new_buffer
+from modules.checkpoints.sniff_format import sniff_format
 from modules.checkpoints.weight_files import (
     LARGEST_SETTINGS,
     Fingerprint,
@@ -92,7 +92,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, AttributeError, TypeError, RecursionError):
         valid = False
     if not valid:
-        what = disguise(path / ADAPTER_SETTINGS) or "not the settings of an adapter"
+        what = sniff_format(path / ADAPTER_SETTINGS) or "not the settings of an adapter"
         raise ConfigError(f"{path / ADAPTER_SETTINGS}: {what}")
     refused = [key for key in _REFUSED if settings.get(key)]
     if settings.get("peft_type") != "LORA":

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from modules.checkpoints.architecture import settle_attention, without_weights
 from modules.checkpoints.candidate import Candidate, adapt, check_base, check_configuration, open_candidate
-from modules.checkpoints.causes import found_instead
 from modules.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_configuration
 from modules.checkpoints.companions import ADAPTER_SETTINGS
 from modules.checkpoints.downloads import Job
@@ -20,6 +19,7 @@ from modules.checkpoints.gguf_files import open_gguf
 from modules.checkpoints.hub import Repository, find, local
 from modules.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from modules.checkpoints.lora import open_adapter, read_settings
+from modules.checkpoints.sniff_format import found_instead
 from modules.checkpoints.weight_files import LARGEST_SETTINGS, holds_weights, local_files, weight_files
 from modules.config.locations import Location, Source, names_of, parse_location, parse_source, partial_of
 from modules.config.schema import Config

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from modules.checkpoints.causes import disguise
+from modules.checkpoints.sniff_format import sniff_format
 from modules.runtime.errors import CheckpointError, ConfigError
 
 # By the names that safetensors gives them.
@@ -92,7 +92,7 @@ class FilesReader(ABC):
             yield from self.read_file(self.folder / file, wanted, buffer)
 
     def _described(self, path: Path) -> Forms:
-        problem = disguise(path)
+        problem = sniff_format(path)
         if problem:
             raise CheckpointError(f"{path}: can't be read (it {problem})")
         return self.forms(path)

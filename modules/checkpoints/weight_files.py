@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from modules.checkpoints.bin_files import BinReader
-from modules.checkpoints.causes import disguise, found_instead
 from modules.checkpoints.readers import FilesReader, Forms
 from modules.checkpoints.safetensors_files import LONGEST_HEADER, SafetensorsReader
+from modules.checkpoints.sniff_format import found_instead, sniff_format
 from modules.runtime.errors import CheckpointError, ConfigError
 from modules.runtime.input_files import open_input
 
@@ -101,7 +101,7 @@ def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> l
         weight_map = json.loads(read_file(folder / index).decode("utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        what = disguise(folder / index) or "not a valid index of shards"
+        what = sniff_format(folder / index) or "not a valid index of shards"
         raise ConfigError(f"{folder / index}: {what}") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from modules.checkpoints.candidate import Candidate
 from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
+from modules.checkpoints.config_diff import ties_header
 from modules.checkpoints.conversion import Tensors
-from modules.checkpoints.meaning import ties_header
 from modules.checkpoints.weight_files import read_file
 from modules.model.base_model import ResidentModel
 from modules.model.part import Part

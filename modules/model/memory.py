@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modules.checkpoints.architecture import find_layers
-from modules.checkpoints.meaning import layer_settings
+from modules.checkpoints.config_diff import layer_settings
 from modules.model.devices import accelerators, free_memory, leaves_choice
 
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from modules.checkpoints.meaning import layer_settings
+from modules.checkpoints.config_diff import layer_settings
 from modules.model.base_model import ResidentModel
 from modules.runtime.distributed import Rank
 from modules.runtime.errors import ConfigError

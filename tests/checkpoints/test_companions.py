@@ -146,7 +146,7 @@ def test_a_snapshot_of_any_cache(tmp_path):
     (snapshot / "config.json").symlink_to("../../blobs/def")
     (snapshot / "NOTICE").symlink_to("../../../models--org--other/blobs/abc")
     found = find_companions(snapshot, False)
-    assert set(found.published) == {"config.json", "chat_template.json"} and found.astray == ["NOTICE"]
+    assert set(found.published) == {"config.json", "chat_template.json"} and found.external_links == ["NOTICE"]
 
 
 def test_what_is_no_plain_file_or_far_too_large(tmp_path):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import merge_monster
 from modules.checkpoints.checkpoint import Checkpoint
+from modules.checkpoints.config_diff import layer_settings, setting
 from modules.checkpoints.hub import Repository
-from modules.checkpoints.meaning import layer_settings, setting
 from modules.checkpoints.safetensors_files import SafetensorsReader
 from modules.config.locations import Location
 from modules.config.phrase_lists import Pair

@@ -4,7 +4,7 @@ import architectures
 import pytest
 from transformers import AutoConfig, PreTrainedConfig
 
-from modules.checkpoints.meaning import clashes, differences
+from modules.checkpoints.config_diff import clashes, differences
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -16,7 +16,7 @@ _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 _OTHER_WEIGHTS = ("*.gguf", "consolidated*", "adapter_model*", "*.safetensors", "*-of-*.bin")  # that no run reads
 
 
-def disguise(path: Path) -> str | None:
+def sniff_format(path: Path) -> str | None:
     """What a file is, judging by its beginning, if a download has left something else under its name; with advice."""
     start = _beginning(path)
     if start is None:
