@@ -32,17 +32,12 @@ def changed(bench, folder, **settings):
 # Settings, and the key that is named.
 ASKS = [
     ({"attn_implementation": KERNEL}, "attn_implementation"),
-    ({"_attn_implementation": KERNEL}, "_attn_implementation"),
     ({"attn_implementation": f"paged|{KERNEL}"}, "attn_implementation"),
-    ({"attn_implementation": "flash_attention_9"}, "attn_implementation"),
     ({"attn_implementation": 5}, "attn_implementation"),
     ({"attn_implementation": ["sdpa", KERNEL]}, "attn_implementation"),
-    ({"attn_implementation": {"": "sdpa", "vision_config": KERNEL}}, "attn_implementation"),
     ({"attn_implementation": {"": "sdpa", "text_config": {"": KERNEL}}}, "attn_implementation"),
-    ({"text_config": {"attn_implementation": KERNEL}}, "text_config.attn_implementation"),
     ({"vision_config": {"encoder": {"_attn_implementation": KERNEL}}}, "vision_config.encoder._attn_implementation"),
     ({"layers": [{"attn_implementation": KERNEL}]}, "layers.attn_implementation"),
-    ({"experts_implementation": "deepgemm"}, "experts_implementation"),
     ({"_experts_implementation": "sonicmoe"}, "_experts_implementation"),
     ({"text_config": {"experts_implementation": {"": "sonicmoe"}}}, "text_config.experts_implementation"),
     ({"use_kernels": True}, "use_kernels"),

@@ -13,7 +13,6 @@ from runs import log_of, make_models, merge, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import merge_monster
-import monster_mapper
 from modules.checkpoints import gguf_files
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.gguf_files import as_folder
@@ -43,7 +42,7 @@ def names_in(folder):
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("F32", torch.float32), ("F16", torch.float16), ("Q8_0", torch.bfloat16), ("Q4_1", torch.bfloat16)],
+    [("F16", torch.float16), ("Q4_1", torch.bfloat16)],
 )
 def test_a_file_reads_as_transformers_dequantises_it(tmp_path, models, kind, dtype):
     file = write_gguf(tmp_path / "tiny.gguf", models[0], kind)
@@ -55,7 +54,7 @@ def test_a_file_reads_as_transformers_dequantises_it(tmp_path, models, kind, dty
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == dtype and torch.equal(ours[name], tensor), name
-    if kind in ("F32", "F16"):  # nothing is lost
+    if kind == "F16":  # nothing is lost
         base = AutoModelForCausalLM.from_pretrained(models[0]).state_dict()
         assert all(torch.equal(ours[name], tensor.to(dtype)) for name, tensor in base.items())
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (opened.path, models[0])]
@@ -139,13 +138,6 @@ def test_a_merge_with_a_tokenizer_of_its_own_is_replayed_with_it(place, models, 
     (place / "words").rename(place / "gone")
     assert merge_monster.main([*arguments, "--overwrite"]) == 2
     assert ": the tokenizer words; " in capsys.readouterr().err
-
-
-def test_the_mapper_reads_a_file(place, models, capsys):
-    file = write_gguf(place / "base.gguf", models[0], "Q8_0")
-    config = tiny.write_config(place / "my.yaml", models[0], [], place / "out")
-    assert monster_mapper.main(["--config", str(config), "--model", str(file)]) == 0
-    assert "a GGUF file of Q8_0" in capsys.readouterr().out
 
 
 def test_the_base_among_the_candidates_is_skipped(tmp_path, models):

@@ -1,6 +1,5 @@
 """LoRA adapters as candidates, against PEFT's own merge_and_unload."""
 
-import json
 import re
 import shutil
 import time
@@ -95,7 +94,7 @@ def test_an_adapter_reads_as_peft_merges_it(place, bases, name):
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("name", ["plain", "embedding and head", "whole tensors", "GPT-2", "bfloat16", "tied"])
+@pytest.mark.parametrize("name", ["plain", "embedding and head", "GPT-2", "tied"])
 def test_a_merge_with_an_adapter_is_that_with_the_merged_model(place, bases, name):
     base, settings = SETTINGS[name]
     adapter, whole = make_adapter(place, bases[base], **settings)
@@ -107,8 +106,7 @@ def test_a_merge_with_an_adapter_is_that_with_the_merged_model(place, bases, nam
         found = re.findall(r" - (?:CHANGED - \S+ > |RETAINED - )(\S+)", log_of(place))
         totals.append([float(total) for total in found])
         assert "CHANGED" in log_of(place)
-    # In bfloat16 the two differ by a rounding of every weight; the weights themselves are compared above.
-    assert totals[0] == pytest.approx(totals[1], rel=1e-3 if base != "half" else 0.1, abs=1e-5)
+    assert totals[0] == pytest.approx(totals[1], rel=1e-3, abs=1e-5)
     assert stored(place / "adapter-out") == stored(bases[base])
     assert digest(adapter) == before and AutoModelForCausalLM.from_pretrained(place / "adapter-out")
 
@@ -117,14 +115,11 @@ def test_a_model_with_an_adapter_of_its_own(place, bases):
     adapter, whole = make_adapter(place, bases["other"])
     source = f"{bases['other']}+{adapter}"
     found, expected = candidate_of(place, bases["llama"], source), candidate_of(place, bases["llama"], whole)
-    assert found.name == "other+adapter"
+    assert (found.name, found.notes) == ("other+adapter", [])
     for name, tensor in expected.read(list(expected.conversion)).items():
         torch.testing.assert_close(found.read([name])[name], tensor, atol=1e-6, rtol=1e-5)
-    assert merge(place, (bases["llama"], source, adapter)) == 0
-    log = log_of(place)
-    assert "Models to merge  : other+adapter, adapter\n" in log
-    assert f"adapter: the adapter was trained on {bases['other']}, and is applied to llama\n" in log
-    assert "other+adapter: the adapter was trained on" not in log
+    notes = candidate_of(place, bases["llama"], adapter).notes
+    assert notes == [f"adapter: the adapter was trained on {bases['other']}, and is applied to llama"]
 
 
 def test_an_adapter_in_a_bin_file(place, bases):
@@ -173,10 +168,11 @@ def test_an_adapter_is_found_in_the_model_directory(place, bases):
     directories = {
         "model_path1": str(bases["llama"]),
         "model_directory": str(place / "models"),
-        "output_directory": str(place / "out"),
+        "output_directory": "out",
     }
-    assert merge(place, (bases["llama"],), models_to_merge=[], directories=directories) == 0
-    assert "Models to merge  : lora\n" in log_of(place)
+    config = tiny.write_config(place / "my.yaml", bases["llama"], [], place / "out", directories=directories)
+    models = open_models(load_config(config), lambda job: None)
+    assert [candidate.name for candidate in models.candidates] == ["lora"]
 
 
 def test_an_adapter_beside_a_models_weights_is_not_applied_silently(place, bases, capsys):
@@ -197,11 +193,8 @@ def test_an_adapter_beside_a_models_weights_is_not_applied_silently(place, bases
 KINDS = [
     ({"use_dora": True}, "use_dora: True"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights: olora"),
     ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: "),
     ({"lora_bias": True}, "lora_bias: True"),
-    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication: "),
-    ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters: "),
     ({"peft_type": "IA3"}, "peft_type: IA3"),
 ]
 
@@ -235,13 +228,11 @@ def test_an_adapter_for_another_model(place, bases, capsys):
 SETTINGS_FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BROKEN = {
     "no JSON": (SETTINGS_FILE, b"{", "not the settings of an adapter"),
-    "a list": (SETTINGS_FILE, b"[]", "not the settings of an adapter"),
     "alpha as text": (SETTINGS_FILE, b'{"lora_alpha": "x"}', "not the settings of an adapter"),
     "no number as alpha": (SETTINGS_FILE, b'{"lora_alpha": NaN}', "not the settings of an adapter"),
     "a huge alpha": (SETTINGS_FILE, b'{"lora_alpha": 1' + b"0" * 400 + b"}", "not the settings of an adapter"),
     "no alpha for a pattern": (SETTINGS_FILE, b'{"alpha_pattern": {"q": null}}', "not the settings of an adapter"),
     "a text for a truth": (SETTINGS_FILE, b'{"use_rslora": "false"}', "not the settings of an adapter"),
-    "no pattern": (SETTINGS_FILE, b'{"peft_type": "LORA", "alpha_pattern": {"(": 1}}', "the patterns of alpha_pattern"),
     "no settings": (SETTINGS_FILE, b"{}", "peft_type: None"),
     "broken weights": (WEIGHTS, b"broken", "adapter_model.safetensors: can't be read"),
     "no weights": (WEIGHTS, None, "the adapter has no weights"),
@@ -306,13 +297,6 @@ def test_whole_tensors_that_the_model_has_no_place_for(place, bases, capsys, nam
 def test_two_models_where_the_second_is_no_adapter(place, bases, capsys):
     assert merge(place, (bases["llama"], f"{bases['other']}+{bases['half']}")) == 2
     assert f"{bases['half']}: no adapter here (adapter_config.json is missing)" in capsys.readouterr().err
-
-
-def test_an_adapter_for_this_base_is_applied_without_a_word(place, bases):
-    adapter, _ = make_adapter(place, bases["llama"])
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(bases["llama"])
-    assert candidate_of(place, bases["llama"], adapter).notes == []
 
 
 NAMES = [

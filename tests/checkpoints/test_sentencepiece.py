@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 import merge_monster
 from modules.checkpoints.checkpoint import load_tokenizer
-from modules.runtime.errors import ConfigError
 
 TEXT = "The apple is in the kitchen, na\u00efve \U0001f642\n  and more."
 GEMMA = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "add_dummy_prefix": False, "control_symbols": "<mask>"}
@@ -54,17 +53,3 @@ def test_models_that_have_nothing_else_are_merged(place):
     assert (place / "out/tokenizer.model").read_bytes() == content
     assert load_tokenizer(place / "out").get_vocab() == load_tokenizer(place / "base").get_vocab()
     assert load_file(place / "out/model.safetensors").keys() == load_file(place / "base/model.safetensors").keys()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n", "git lfs pull"),
-        (b"<!doctype html>", "tokenizer.model is a web page"),
-        (b"", "tokenizer.model is empty"),
-        (b"anything else", "no usable tokenizer"),
-    ],
-)
-def test_a_file_that_is_none(tmp_path, content, words):
-    with pytest.raises(ConfigError, match=words):
-        load_tokenizer(folder_of(tmp_path / "model", "llama", content))
