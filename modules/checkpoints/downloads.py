@@ -147,8 +147,12 @@ def nearest_folder(folder: Path) -> Path:
 
 def check_space(jobs: Iterable[Job]) -> None:
     """Raise ConfigError if the cache's disk is too small for the jobs."""
-    needed, free = bytes_needed(jobs), shutil.disk_usage(cache_folder()).free
+    check_room(bytes_needed(jobs), Path(constants.HF_HUB_CACHE).expanduser().resolve(), "the downloads take")
+
+
+def check_room(needed: int, folder: Path, what: str) -> None:
+    """Raise ConfigError if the disk of a folder is too small for so many bytes. what: takes them, in words."""
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if needed > free:
-        room = f"{constants.HF_HUB_CACHE} has room for {free / 1e9:.1f}"
-        hint = "make room, or set HF_HOME to a folder on a larger disk"
-        raise ConfigError(f"{needed / 1e9:.1f} GB are to be downloaded, {room}: {hint}")
+        sizes = f"{what} {needed / 1e9:.1f} GB, {folder} has room for {free / 1e9:.1f}"
+        raise ConfigError(f"{sizes}: make room, or set HF_HOME to a folder on a larger disk")

@@ -10,7 +10,6 @@ under another name, which it keeps until it is complete.
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from math import prod
@@ -26,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.checkpoints.companions import find_companions
-from modules.checkpoints.downloads import nearest_folder
+from modules.checkpoints.downloads import check_room
 from modules.checkpoints.gguf_header import GgufHeader, read_header
 from modules.checkpoints.gguf_rope import FACTORS
 from modules.checkpoints.gguf_settings import check_sizes, settle
@@ -52,12 +51,13 @@ Tell = Callable[[Sequence[str]], None]
 def open_gguf(location: Location, tokenizer: str | None, tell: Tell) -> Repository:
     """The files of the model folder that a GGUF file becomes. Arguments, errors: see `as_folder`."""
     folder, is_new = as_folder(location.folder, tokenizer, tell)
-    kind = _notes(folder)["kind"]
+    made = read_notes(folder)
+    kind = made["kind"]
     rounding = "" if kind in _PLAIN else " (a quantised model brings its rounding along)"
     rebuilt = "rebuilt from the file (tokenizer: FOLDER in the YAML file takes another)"
     chosen = f"that of {tokenizer}" if tokenizer else rebuilt
     what = f"a GGUF file of {kind}{rounding}, read as {dtype_name(_dtype_of(kind))}; its tokenizer is {chosen}"
-    warnings = [f"{location.text}: {line}" for line in warnings_of(folder)]
+    warnings = [f"{location.text}: {line}" for line in made["warnings"]]
     return local(location, folder, is_new=is_new, notes=[f"{location.text} is {what}"], warnings=warnings)
 
 
@@ -76,11 +76,7 @@ def as_folder(file: Path, tokenizer: str | None = None, tell: Tell = lambda line
     try:
         numbers = sum(prod(tensor.shape) for tensor in header.tensors.values())
         size = numbers * _dtype_of(header.kind).itemsize
-        free = shutil.disk_usage(nearest_folder(folder)).free
-        if size > free:
-            room = f"{folder.parent} has room for {free / 1e9:.1f}"
-            hint = "make room, or set HF_HOME to a folder on a larger disk"
-            raise ConfigError(f"{file}: its plain numbers take {size / 1e9:.1f} GB, {room}: {hint}")
+        check_room(size, folder.parent, f"{file}: its plain numbers take")
         tell([f"Dequantising {file} once ({header.kind}; {size / 1e9:.2f} GB) to {folder}"])
         _make(header, folder, tokenizer)
     except (OSError, SafetensorError) as error:
@@ -88,13 +84,9 @@ def as_folder(file: Path, tokenizer: str | None = None, tell: Tell = lambda line
     return folder, True
 
 
-def warnings_of(folder: Path) -> list[str]:
-    """What of a file's meaning may have been lost when its folder was made, a line for each. Raises CheckpointError if
-    that can't be read."""
-    return _notes(folder)["warnings"]
-
-
-def _notes(folder: Path) -> dict[str, Any]:
+def read_notes(folder: Path) -> dict[str, Any]:
+    """Of a folder that was made: kind, how the file stores most numbers; warnings, what of its meaning may be lost.
+    Raises CheckpointError if they can't be read."""
     return json.loads(read_file(folder / _NOTES))
 
 

@@ -76,10 +76,6 @@ class Adapter:
     ties: bool = False  # what it does to a tied model's embedding, it does to the head: ensure_weight_tying
     by_tying: Collection[str] = ()  # weights that it changes for that alone, and not of a model without ties
 
-    def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Some of the adapter's own tensors, on the CPU. Raises CheckpointError if a file can't be read."""
-        return dict(self.reader.read(names))
-
 
 def read_settings(path: Path) -> dict[str, Any]:
     """An adapter's settings. Raises ConfigError if they are none, or those of a kind that can't be applied,
@@ -223,7 +219,7 @@ class LoraReader:
         needed = {adapter.whole[name] for name in names if name in adapter.whole}
         for product in (adapter.products[name] for name in names if name in adapter.products):
             needed |= {product.a, product.b}
-        own = adapter.read(needed)
+        own = dict(adapter.reader.read(needed))
         made_of: dict[str, list[str]] = {}  # a stored tensor -> those that are made of it
         for name in names:
             if name in adapter.whole:
@@ -245,10 +241,10 @@ class LoraReader:
         if whole is None:
             weight = self._plain.rows(self._copies.get(name, name), rows)
         else:
-            weight = self._adapter.read([whole])[whole][rows]
+            weight = self._adapter.reader.rows(whole, rows)
         if product is None:
             return weight
-        own = self._adapter.read({product.a, product.b})
+        own = dict(self._adapter.reader.read([product.a, product.b]))
         if product.transposed:
             return _sum(weight, own[product.a][:, rows], own[product.b], product)
         return _sum(weight, own[product.a], own[product.b][rows], product)

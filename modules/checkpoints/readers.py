@@ -79,7 +79,10 @@ class FilesReader(ABC):
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
-            forms = known[file] if file in known else self._described(folder / file)
+            problem = None if file in known else sniff_format(folder / file)
+            if problem:
+                raise CheckpointError(f"{folder / file}: can't be read (it {problem})")
+            forms = known[file] if file in known else self.forms(folder / file)
             for name, (stored, shape) in forms.items():  # of a tensor that two shards hold, the last counts
                 self.tensors[name] = TensorInfo(file, tuple(shape), _dtype(folder / file, name, stored))
 
@@ -90,12 +93,6 @@ class FilesReader(ABC):
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for file, wanted in by_file.items():
             yield from self.read_file(self.folder / file, wanted, buffer)
-
-    def _described(self, path: Path) -> Forms:
-        problem = sniff_format(path)
-        if problem:
-            raise CheckpointError(f"{path}: can't be read (it {problem})")
-        return self.forms(path)
 
     @abstractmethod
     def forms(self, path: Path) -> Forms:

@@ -13,7 +13,6 @@ from runs import log_of, make_models, merge, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import merge_monster
-from modules.checkpoints import gguf_files
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.gguf_files import as_folder
 from modules.checkpoints.open_models import open_models
@@ -217,7 +216,7 @@ def test_what_transformers_cannot_dequantise_is_refused(tmp_path, models, cache,
 def test_what_is_missing_is_named(tmp_path, models, monkeypatch, capsys):
     file = write_gguf(tmp_path / "tiny.gguf", models[0])
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
         with pytest.raises(ConfigError, match=r"room for 0.0: make room, or set HF_HOME"):
             as_folder(file)
     config = tiny.write_config(tmp_path / "my.yaml", tmp_path / "tiny2.gguf", [models[1]], tmp_path / "out")

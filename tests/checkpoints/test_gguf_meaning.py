@@ -12,7 +12,7 @@ from runs import log_of, merge
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modules.checkpoints.config_diff import differences
-from modules.checkpoints.gguf_files import as_folder, warnings_of
+from modules.checkpoints.gguf_files import as_folder, read_notes
 from modules.checkpoints.gguf_rope import scaling_of_llama_3
 from modules.checkpoints.open_models import open_models
 from modules.config.load import load_config
@@ -129,7 +129,7 @@ def test_a_file_computes_as_the_model_that_it_was_made_from(tmp_path, name):
     assert off(folder, model) < 1e-4
     assert off(folder, model, length=20) < 1e-4  # shorter than what some scalings began with
     assert differences(AutoConfig.from_pretrained(model), AutoConfig.from_pretrained(folder)) == []
-    assert not [warning for warning in warnings_of(folder) if "query_pre_attn_scalar" not in warning]
+    assert not [warning for warning in read_notes(folder)["warnings"] if "query_pre_attn_scalar" not in warning]
 
 
 def test_a_file_that_says_less_than_it_could_is_taken_as_llama_cpp_takes_it(tmp_path):
@@ -139,10 +139,10 @@ def test_a_file_that_says_less_than_it_could_is_taken_as_llama_cpp_takes_it(tmp_
     assert off(folder, model) < 1e-4
     lacking = ["attention.key_length", "attention.value_length"]
     folder = as_folder(write_gguf(tmp_path / "narrow.gguf", model, "F32", leave_out=lacking))[0]
-    assert off(folder, model) < 1e-4 and warnings_of(folder) == []
+    assert off(folder, model) < 1e-4 and read_notes(folder)["warnings"] == []
     lacking = ["attention.layer_norm_rms_epsilon"]
     folder = as_folder(write_gguf(tmp_path / "guessed.gguf", model, "F32", leave_out=lacking))[0]
-    assert "rms_norm_eps: 1e-06" in warnings_of(folder)[0]
+    assert "rms_norm_eps: 1e-06" in read_notes(folder)["warnings"][0]
 
 
 def test_biases_that_a_file_lacks_are_none(tmp_path):
@@ -245,7 +245,7 @@ def test_what_means_nothing_is_taken_in_silence(tmp_path, plain):
         "tensor_data_layout": "Meta AI original pth",
     }
     folder = as_folder(write_gguf(tmp_path / "tiny.gguf", plain, "F32", keys=keys))[0]
-    assert off(folder, plain) < 1e-4 and warnings_of(folder) == []
+    assert off(folder, plain) < 1e-4 and read_notes(folder)["warnings"] == []
 
 
 def test_what_nothing_is_known_of_is_a_warning_every_time(tmp_path, plain, capsys):
@@ -261,9 +261,9 @@ def test_gemmas_divisor_is_told_by_no_key(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", model, "F32", architecture="gemma2")
     folder = as_folder(file)[0]
     assert AutoConfig.from_pretrained(folder).query_pre_attn_scalar == 16  # a head's size, as llama.cpp takes it
-    assert "query_pre_attn_scalar" in warnings_of(folder)[0]
+    assert "query_pre_attn_scalar" in read_notes(folder)["warnings"][0]
     file = write_gguf(tmp_path / "more.gguf", model, "F32", architecture="gemma2", keys={"attention.scale": 32**-0.5})
-    assert off(as_folder(file)[0], model) < 1e-4 and warnings_of(as_folder(file)[0]) == []
+    assert off(as_folder(file)[0], model) < 1e-4 and read_notes(as_folder(file)[0])["warnings"] == []
 
 
 def test_a_merge_of_a_file_has_the_right_configuration(place):
@@ -302,7 +302,7 @@ def test_a_file_named_mistral_is_read_too(tmp_path):
     """transformers takes the architecture of such a file from its name, and then finds no tensor of it."""
     model = make(tmp_path / "model", "mistral", sliding_window=None, rope_parameters=LINEAR)
     folder = as_folder(write_gguf(tmp_path / "tiny.gguf", model, "F32", name="mistral"))[0]
-    assert off(folder, model) < 1e-4 and warnings_of(folder) == []
+    assert off(folder, model) < 1e-4 and read_notes(folder)["warnings"] == []
 
 
 def test_what_differs_of_two_that_compute_alike_is_still_told(tmp_path):

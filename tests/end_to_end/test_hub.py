@@ -387,7 +387,7 @@ def test_the_model_that_an_adapter_was_trained_on(hub, models, tmp_path):
 
 def test_a_disk_that_is_too_small(hub, models, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
-    refused(tmp_path, capsys, "are to be downloaded", "has room for 0.0", "make room")
+    refused(tmp_path, capsys, "the downloads take", "has room for 0.0", "make room")
     assert hub.fetched("safetensors") == []
 
 
