@@ -120,7 +120,8 @@ def find_companions(folder: Path, trusted: bool) -> Companions:
 
     trusted: whether Python files are among them, those that the model's settings name, with what these need.
     """
-    present, templates = local_files(folder), folder / _TEMPLATES
+    present = local_files(folder)
+    templates = folder / _TEMPLATES
     if is_there(templates, stat.S_ISDIR):
         present += [f"{_TEMPLATES}/{name}" for name in local_files(templates)]
     sizes = {name: (folder / name).stat().st_size for name in present if not Path(name).name.startswith(".")}
@@ -139,10 +140,12 @@ def _leads_out(folder: Path, name: str) -> bool:
 
     The cache has models--org--name/blobs/HASH and models--org--name/snapshots/COMMIT, a model's folder.
     """
-    file, inside = (folder / name).resolve(), folder.resolve()
+    file = (folder / name).resolve()
+    inside = folder.resolve()
     if inside in file.parents:
         return False
-    blobs, model = file.parent, file.parent.parent
+    blobs = file.parent
+    model = blobs.parent
     is_cache = (
         model.parent == Path(constants.HF_HUB_CACHE).expanduser().resolve() or inside.parent == model / "snapshots"
     )

@@ -7,8 +7,9 @@ Every key that a configuration's class knows is compared, but for those without 
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
+from fnmatch import translate
 from itertools import zip_longest
 from typing import Any
 
@@ -44,7 +45,8 @@ _ROPE_WHERE_NOT_SCALED = ("rope_theta", "partial_rotary_factor", "rope_type")
 
 def differences(base: PreTrainedConfig, other: PreTrainedConfig) -> list[str]:
     """A phrase for every key in which the other means something else, naming both values."""
-    ours, theirs = _meaning(base), _meaning(other)
+    ours = _meaning(base)
+    theirs = _meaning(other)
     keys = [key for key in dict.fromkeys([*ours, *theirs]) if not _equal(theirs.get(key), ours.get(key))]
     return [_in_words(key, theirs.get(key), ours.get(key)) for key in keys]
 
@@ -54,7 +56,8 @@ def clashes(base: PreTrainedConfig, other: PreTrainedConfig) -> list[str]:
     equal shape would mix what belongs to other heads."""
     ours = {key: setting(base.get_text_config(), key) for key in _MUST_AGREE}
     theirs = {key: setting(other.get_text_config(), key) for key in _MUST_AGREE}
-    our_meaning, their_meaning = _meaning(base), _meaning(other)
+    our_meaning = _meaning(base)
+    their_meaning = _meaning(other)
     for key, value in our_meaning.items():
         is_alias = key in base.get_text_config().attribute_map.values()
         if "head" in key and not is_alias and _is_count(value) and _is_count(their_meaning.get(key)):
@@ -83,10 +86,10 @@ def setting(config: PreTrainedConfig, key: str) -> Any:
     return found if any(value != found[0] for value in found) else next(iter(found), None)
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(ours: Any, theirs: Any) -> bool:
     """Whether two settings mean the same; what is off is as good as what another architecture does not have."""
-    off = (one is None or one is False) and (other is None or other is False)
-    return off or one == other
+    both_off = (ours is None or ours is False) and (theirs is None or theirs is False)
+    return both_off or ours == theirs
 
 
 def _is_count(value: Any) -> bool:
@@ -114,15 +117,18 @@ def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
         if "sliding" not in str(known["layer_types"]):
             ignored.add("sliding_window")
     known |= {key: setting(text, key) for key in getattr(text, "per_layer_attributes", None) or ()}
-    heads, width = setting(text, "num_attention_heads"), setting(text, "hidden_size")
+    heads = setting(text, "num_attention_heads")
+    width = setting(text, "hidden_size")
     if "head_dim" in keys and known.get("head_dim") is None and _is_count(heads) and _is_count(width):
         known["head_dim"] = width // max(heads, 1)
     known["rope_parameters"] = _rope(known.get("rope_parameters"))
-    return {
-        key: _plain(key, value)
-        for key, value in _flat("", known)
-        if value is not None and not any(fnmatch(part, pattern) for part in key.split(".") for pattern in ignored)
-    }
+    ignored_key = re.compile("|".join(map(translate, ignored)))
+    meaning = {}
+    for key, value in _flat("", known):
+        is_ignored = any(ignored_key.match(part) for part in key.split("."))
+        if value is not None and not is_ignored:
+            meaning[key] = _plain(key, value)
+    return meaning
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -151,7 +157,7 @@ def _plain(key: str, value: Any) -> Any:
     if isinstance(value, str) and "act" in key:
         return _SAME_FUNCTION.get(value, value)
     if isinstance(value, list | tuple):
-        return [_plain(key, one) for one in value]
+        return [_plain(key, item) for item in value]
     return float(f"{value:.7g}") if isinstance(value, float) else value  # what was in float32 once is the same
 
 

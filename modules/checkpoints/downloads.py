@@ -44,7 +44,8 @@ class Prefetcher:
 
     def __init__(self, jobs: Sequence[Job], begin: Callable[[Job], tqdm]) -> None:
         """begin: is called, in the caller's thread, when a job's download begins; returns a bar for its progress."""
-        self._jobs, self._begin = jobs, begin
+        self._jobs = jobs
+        self._begin = begin
         self._pool = ThreadPoolExecutor()
         self._bars = ExitStack()
         self._running: list[Future[None]] = []  # no more than one
@@ -111,7 +112,8 @@ def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
 
 def remove_downloads(console: Console, repositories: Iterable[Repository], needed: Iterable[Repository] = ()) -> None:
     """Remove these models from the hub's cache, but for those that were there before this run, or are needed still."""
-    ours = {(one.location.repo, one.commit) for one in repositories if one.fetched and not one.was_cached}
+    new = [repository for repository in repositories if repository.fetched and not repository.was_cached]
+    ours = {(repository.location.repo, repository.commit) for repository in new}
     if not ours:
         return
     kept = {repository.commit for repository in needed}

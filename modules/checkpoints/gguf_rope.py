@@ -50,12 +50,12 @@ def rope_parameters(config: PreTrainedConfig, header: GgufHeader, factors: Mappi
     new = dict(present)
     for kind in kinds:
         if "sliding" in kind:
-            said = {"rope_type": "default", "rope_theta": header.setting("rope.freq_base_swa", _BASE)}
-            new[kind] = _with(present[kind], said, width, header.setting("rope.dimension_count_swa"))
+            stated = {"rope_type": "default", "rope_theta": header.setting("rope.freq_base_swa", _BASE)}
+            new[kind] = _with(present[kind], stated, width, header.setting("rope.dimension_count_swa"))
         else:
             own_width = getattr(config, "global_head_dim", None) or width
-            said = _global(header, factors, own_width)
-            new[kind] = _with(present[kind], said, own_width, header.setting("rope.dimension_count"))
+            stated = _global(header, factors, own_width)
+            new[kind] = _with(present[kind], stated, own_width, header.setting("rope.dimension_count"))
     return new
 
 
@@ -64,19 +64,19 @@ def head_width(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _with(present: Mapping[str, Any], said: Mapping[str, Any], width: int, turned: int | None) -> dict[str, Any]:
+def _with(present: Mapping[str, Any], stated: Mapping[str, Any], width: int, turned: int | None) -> dict[str, Any]:
     """The parameters as the file has them, beside those of which it knows nothing (mrope_section).
 
     turned: of a head's dimensions, if the file says how many.
     """
     if present.get("rope_type", "default") not in _OWN_KINDS:
-        return {**present, "rope_theta": said["rope_theta"]}
+        return {**present, "rope_theta": stated["rope_theta"]}
     ours = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
     extra = {key: value for key, value in present.items() if key not in ours}
     share = (turned or width) / width
     if share != 1 or "partial_rotary_factor" in present:
         extra["partial_rotary_factor"] = share
-    return {**extra, **said}
+    return {**extra, **stated}
 
 
 def _global(header: GgufHeader, factors: Mapping[str, list[float]], width: int) -> dict[str, Any]:

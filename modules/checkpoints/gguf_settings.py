@@ -203,7 +203,8 @@ def _stated(config: PreTrainedConfig, header: GgufHeader, key: str) -> Any:
         value = some.pop() if len(some) == 1 else value
     if key == "attention.key_length" and value is None:
         # The size of a head is then that of the first tensor that has all heads, if there is one.
-        heads, query = header.setting("attention.head_count"), header.tensors.get("blk.0.attn_q.weight")
+        heads = header.setting("attention.head_count")
+        query = header.tensors.get("blk.0.attn_q.weight")
         if isinstance(heads, int) and heads:
             return (query.shape[0] if query else config.hidden_size) // heads
     if key == "attention.sliding_window" and value == 0:

@@ -126,7 +126,9 @@ def _contradiction(keys: Mapping[str, Any]) -> str | None:
 
 def _lists(keys: Mapping[str, Any], merged: Collection[str], template: str) -> Lists:
     """What the keys say. merged: the tokens that merges make; template: the chat template."""
-    model, tokens, types = keys.get("model"), keys["tokens"], keys.get("token_type")
+    model = keys.get("model")
+    tokens = keys["tokens"]
+    types = keys.get("token_type")
     named = {keys.get(name) for name in _NAMED}
     whole = {}
     for number, token in enumerate(tokens):

@@ -124,8 +124,10 @@ class Repository:
                 raise
             except Exception as error:  # whatever the network library raises
                 if pause is None or isinstance(error, _FINAL) or _is_of_the_disk(error):
-                    what, why = (self.absent(wanted) or wanted)[0], reason(self.location, error)
-                    raise CheckpointError(f"{self.text}: {what} can't be had: {why}") from None
+                    missing = (self.absent(wanted) or wanted)[0]
+                    raise CheckpointError(
+                        f"{self.text}: {missing} can't be had: {reason(self.location, error)}"
+                    ) from None
                 time.sleep(pause)
 
 

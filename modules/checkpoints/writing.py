@@ -36,8 +36,9 @@ class NewWeights:
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
         """Make the files, and their index if there is more than one. tensors: all that will be in them."""
-        self._folder, self._tensors = folder, tensors
-        self._places: dict[str, int] = {}  # where each begins in its file
+        self._folder = folder
+        self._tensors = tensors
+        self._offsets: dict[str, int] = {}  # where each begins in its file
         self._lacking = {name: _size(info) for name, info in tensors.items()}  # bytes that have not come yet
         files = dict.fromkeys(info.file for info in tensors.values())
         for file in files:
@@ -49,14 +50,17 @@ class NewWeights:
 
     def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
         """Put a tensor, or its rows from the first on, where it belongs, and compare what is then in the file."""
-        info, content = self._tensors[name], tensor.contiguous().reshape(-1).view(torch.uint8)
+        info = self._tensors[name]
+        content = tensor.contiguous().reshape(-1).view(torch.uint8)
         assert tensor.dtype == info.dtype and tensor.shape[1:] == info.shape[1:], f"{name} is not what was announced"
-        path, row = self._folder / info.file, math.prod(info.shape[1:]) * info.dtype.itemsize
+        path = self._folder / info.file
+        row_size = math.prod(info.shape[1:]) * info.dtype.itemsize
+        offset = self._offsets[name] + first * row_size
         try:
             with path.open("r+b") as file:
-                file.seek(self._places[name] + first * row)
+                file.seek(offset)
                 file.write(content.numpy())
-                file.seek(self._places[name] + first * row)
+                file.seek(offset)
                 same = all(_reads(file, block) for block in content.split(_AT_ONCE))
         except OSError as error:
             raise self._refusal(info.file, error) from None
@@ -70,16 +74,20 @@ class NewWeights:
 
     def _begin(self, file: str) -> None:
         """Write a file's header."""
-        entries, place = {"__metadata__": {"format": "pt"}}, 0
+        entries = {"__metadata__": {"format": "pt"}}
+        end = 0
         infos = {name: info for name, info in self._tensors.items() if info.file == file}
         for name in sorted(infos, key=lambda name: (_ORDER.index(_NAMES[infos[name].dtype]), name)):
-            info, end = infos[name], place + _size(infos[name])
-            entries[name] = {"dtype": _NAMES[info.dtype], "shape": info.shape, "data_offsets": (place, end)}
-            self._places[name], place = place, end
+            info = infos[name]
+            start = end
+            end += _size(info)
+            entries[name] = {"dtype": _NAMES[info.dtype], "shape": info.shape, "data_offsets": (start, end)}
+            self._offsets[name] = start
         header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         self._put(file, len(header).to_bytes(8, "little") + header)
-        self._places |= {name: 8 + len(header) + self._places[name] for name in infos}
+        for name in infos:
+            self._offsets[name] += 8 + len(header)
 
     def _put(self, file: str, content: bytes) -> None:
         try:
