@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from modules.checkpoints.companions import ADAPTER_SETTINGS, Companions, belongs, find_companions, small_files
+from modules.checkpoints.companions import Companions, belongs, find_companions, small_files
 from modules.checkpoints.config_file import check_implementations, check_stated, quantised_by
 from modules.checkpoints.downloads import Job
 from modules.checkpoints.hub import Repository, local
@@ -138,8 +138,6 @@ def read_configuration(repository: Repository, trusted: bool) -> PreTrainedConfi
     read."""
     path = repository.folder
     if "config.json" not in repository.sizes:
-        if ADAPTER_SETTINGS in repository.sizes:
-            raise ConfigError(f"{repository.text}: this is an adapter, not a model")
         instead = found_instead(repository.sizes)
         raise ConfigError(f"{repository.text}: no model here (config.json is missing){instead}")
     try:

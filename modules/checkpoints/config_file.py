@@ -33,8 +33,6 @@ def check_stated(stated: Any, trusted: bool) -> None:
 
     trusted: whether code that the model brings along may be run.
     """
-    if isinstance(stated, Mapping) and "peft_type" in stated:
-        raise ValueError("it holds an adapter's settings; if this is an adapter, call it adapter_config.json")
     if _layers(stated) > MOST_LAYERS:
         raise ValueError(f"it has {_layers(stated):.4g} layers")
     for key, value in _keys(stated):

@@ -146,8 +146,6 @@ def _write(header: GgufHeader, folder: Path, tokenizer: str | None) -> list[str]
                 output_loading_info=True,
                 **source,
             )
-    except MemoryError:
-        raise ConfigError(f"{file}: there is too little memory to dequantise it") from None
     except ConfigError:
         raise
     except Exception as error:  # whatever transformers makes of a type or an architecture that it doesn't know

@@ -131,8 +131,7 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
         a = reader.tensors[names["A"]].shape
         b = reader.tensors[names["B"]].shape
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
-            hint = "DeepSpeed and FSDP save such adapters if their shards were not gathered first"
-            raise ConfigError(f"{path}: lora_A {a} and lora_B {b} of {module} make no product; {hint}")
+            raise ConfigError(f"{path}: lora_A {a} and lora_B {b} of {module} make no product; save the adapter whole")
         scale = alphas[module] / (math.sqrt(a[0]) if settings.get("use_rslora") else a[0])
         products[f"{module}.weight"] = Product(names["A"], names["B"], scale, is_embedding)
     ties = bool(settings.get("ensure_weight_tying"))

@@ -204,7 +204,7 @@ REFUSED = {
     "an adapter's weights": (instead("adapter_model.safetensors"), [NO_WEIGHTS, "adapter_model.safetensors"]),
     "what a training run left": (instead("training_args.bin", "optimizer.pt"), [NO_WEIGHTS]),
     "a folder too high": (deeper, ["config.json is missing"]),
-    "an adapter's settings": (put("config.json", b'{"peft_type": "LORA"}'), ["config.json", "adapter's settings"]),
+    "an adapter's settings": (put("config.json", b'{"peft_type": "LORA"}'), ["config.json"]),
     "more layers": (layers(4), ["model.layers.2.", "num_hidden_layers is 2"]),
     "fewer layers": (layers(1), ["it lacks model.layers.1."]),
     "other names": (
