@@ -183,9 +183,9 @@ def _changes(config: PreTrainedConfig, header: GgufHeader) -> dict[str, Any]:
         found[_DIVISOR] = _attention_divisor(config, header)
     if (getattr(config, "pad_token_id", None) or 0) >= header.setting("vocab_size", math.inf):
         found["pad_token_id"] = None  # that of the class, of which the file says nothing
-    found["layer_types"] = _layer_types(config, header)
-    if found["layer_types"] is None:
-        del found["layer_types"]
+    layer_types = _layer_types(config, header)
+    if layer_types is not None:
+        found["layer_types"] = layer_types
     return {key: value for key, value in found.items() if not _same(value, getattr(config, key, None))}
 
 
