@@ -173,16 +173,16 @@ def _whole_and_low_rank(
     return whole, sides
 
 
-def match_alphas(own: Mapping[str, float], usual: float, modules: Sequence[str]) -> dict[str, float]:
+def match_alphas(patterns: Mapping[str, float], usual: float, modules: Sequence[str]) -> dict[str, float]:
     """Every module's alpha, as PEFT's get_pattern_key chooses it: that of the first pattern which a whole name, or what
     stands behind a dot, fits, else the usual one.
 
-    own: alphas by pattern. The patterns are a stranger's: raises ValueError for one that may need all memory,
+    patterns: alphas by pattern. The patterns are a stranger's: raises ValueError for one that may need all memory,
     TimeoutError if matching takes too long, and what `re` raises for no pattern at all.
     """
     deadline = time.monotonic() + _SECONDS
     alphas: dict[str, float] = {}
-    for pattern, alpha in own.items():
+    for pattern, alpha in patterns.items():
         if "{" in pattern:
             raise ValueError(f"{pattern} has a repeat count")  # nested ones are expanded, which nothing limits
         whole = rf"(.*\.)?({pattern})$"
@@ -218,20 +218,20 @@ class LoraReader:
         needed = {adapter.whole[name] for name in names if name in adapter.whole}
         for product in (adapter.products[name] for name in names if name in adapter.products):
             needed |= {product.a, product.b}
-        own = dict(adapter.reader.read(needed))
+        lora = dict(adapter.reader.read(needed))
         made_of: dict[str, list[str]] = {}  # a stored tensor -> those that are made of it
         for name in names:
             if name in adapter.whole:
-                yield name, self._changed(name, own[adapter.whole[name]], own)
+                yield name, self._changed(name, lora[adapter.whole[name]], lora)
             else:
                 made_of.setdefault(self._copies.get(name, name), []).append(name)
         for stored, weight in self._plain.read(made_of, buffer):
             for name in made_of[stored]:
-                yield name, self._changed(name, weight, own)
+                yield name, self._changed(name, weight, lora)
 
-    def _changed(self, name: str, weight: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+    def _changed(self, name: str, weight: Tensor, lora: Mapping[str, Tensor]) -> Tensor:
         product = self._adapter.products.get(name)
-        return weight if product is None else _sum(weight, own[product.a], own[product.b], product)
+        return weight if product is None else _sum(weight, lora[product.a], lora[product.b], product)
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """See `Reader`."""
@@ -243,10 +243,10 @@ class LoraReader:
             weight = self._adapter.reader.rows(whole, rows)
         if product is None:
             return weight
-        own = dict(self._adapter.reader.read([product.a, product.b]))
+        lora = dict(self._adapter.reader.read([product.a, product.b]))
         if product.transposed:
-            return _sum(weight, own[product.a][:, rows], own[product.b], product)
-        return _sum(weight, own[product.a], own[product.b][rows], product)
+            return _sum(weight, lora[product.a][:, rows], lora[product.b], product)
+        return _sum(weight, lora[product.a], lora[product.b][rows], product)
 
     def release(self) -> None:
         """See `Reader`."""
@@ -268,8 +268,8 @@ class Adapted(Checkpoint):
     @property
     def tokenizer_files(self) -> tuple[Path, Companions]:
         """The adapter's own tokenizer counts where it brings whole tensors along, which may be the vocabulary's."""
-        own = self.adapter.whole and "tokenizer_config.json" in self.adapter.companions.sizes
-        return (self.adapter.path, self.adapter.companions) if own else super().tokenizer_files
+        brings_tokenizer = self.adapter.whole and "tokenizer_config.json" in self.adapter.companions.sizes
+        return (self.adapter.path, self.adapter.companions) if brings_tokenizer else super().tokenizer_files
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -297,7 +297,7 @@ def apply_adapter(
     lacks, or what has another shape there.
     """
     adapter, copies = _untied(adapter, conversion, [name for name in tied if name])
-    own = adapter.reader.tensors
+    infos = adapter.reader.tensors
     whole, products = {}, {}
     tensors = dict(checkpoint.tensors)
     tensors |= {name: tensors[stored] for name, stored in copies.items()}
@@ -306,17 +306,17 @@ def apply_adapter(
         stored = conversion.stored_name(name) or (name if conversion.knows(name) else None)
         if stored is None:
             raise ConfigError(f"{adapter.path}: {checkpoint.name} has no {name}, which the adapter brings")
-        if stored in tensors and tensors[stored].shape != own[brought].shape:
-            shapes = f"has shape {own[brought].shape}, that of {checkpoint.name} {tensors[stored].shape}"
+        if stored in tensors and tensors[stored].shape != infos[brought].shape:
+            shapes = f"has shape {infos[brought].shape}, that of {checkpoint.name} {tensors[stored].shape}"
             raise ConfigError(f"{adapter.path}: {name} {shapes}; merge the adapter into its model with PEFT first")
         whole[stored] = brought
-        tensors[stored] = own[brought]
+        tensors[stored] = infos[brought]
     for name, product in adapter.products.items():
         stored = name if name in copies else conversion.stored_name(name)
         if stored is None:
             raise ConfigError(f"{adapter.path}: {checkpoint.name} stores no {name}, which the adapter changes")
         product = replace(product, transposed=product.transposed or stored in input_first)
-        added = own[product.b].shape[:1] + own[product.a].shape[1:]
+        added = infos[product.b].shape[:1] + infos[product.a].shape[1:]
         if tensors[stored].shape != (added[::-1] if product.transposed else added):
             shapes = f"{added} to {name}, which has shape {tensors[stored].shape} in {checkpoint.name}"
             raise ConfigError(f"{adapter.path}: adds a matrix {shapes}")
