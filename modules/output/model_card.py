@@ -6,6 +6,7 @@ be, which metrics there are, how pictures are drawn, the network.
 
 import re
 import shlex
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -16,25 +17,24 @@ from modules.config.locations import names_folder, repositories_in
 from modules.metrics.registry import columns_of
 from modules.output.card_settings import settings_yaml
 from modules.output.recipe import RECIPE_FILE, Recipe
-from modules.output.records import Phrase, Sample, Source
+from modules.output.records import Phrase, Source
+from modules.output.tables import sample_lines
 from modules.runtime.console import visible
-from modules.runtime.text import ended, percent, pluralize, shortened
+from modules.runtime.text import percent, pluralize, shortened
 
 CARD_FILE = "README.md"
-MOST_PHRASES = 60  # in the table; of more, those that changed most
+MOST_PHRASES = 60  # in the table
 MOST_COLUMNS = 160  # of a phrase or a context in the table; of a longer one the end is shown
-MOST_ANSWER = 2000  # columns of a prompt or an answer; of a longer one the beginning is shown
-MOST_SETTINGS = 50_000  # characters of YAML that are shown; they all are in the recipe too
 
 # A paragraph of which nothing is left is left out.
 CARD = """\
 ---
-${front_matter}---
+${front_matter}
+---
 
 # $name
 
-A merge of $taken of $candidates into $base, made with Merge Monster $program. $how Strategy: $strategy; merge \
-methods: $methods. $improved of $phrases improved.
+A merge of $taken of $candidates into $base, made with Merge Monster $program. $how $improved of $phrases improved.
 
 ## Composition
 
@@ -51,7 +51,7 @@ $metrics
 ## Phrases
 
 How probable the phrase is after the context, in the base and in this model. Bad phrases should be less probable, good \
-ones more. $selection
+ones more. Of more than $most phrases, those that changed most.
 
 $phrase_table
 
@@ -72,15 +72,15 @@ $settings
 
 ## Reproduce
 
-`$recipe_file` has every $decision. Merge Monster builds the same model from it without a search$where:
+Merge Monster builds the same model from `$recipe_file`, without a search. PATH: where the model lies.
 
 $command
 """
 
-GREEDY = "A merge of a layer was kept only if it scored better by the strategy."
+GREEDY = "A layer's merge was kept only if it scored better by the strategy $strategy; merge methods: $methods."
 JOINT = (
-    "Per-layer merge weights were optimised jointly ($steps by gradient) to make unwanted phrases less likely and "
-    "wanted ones more likely."
+    "Per-layer merge weights were optimised jointly by gradient to make unwanted phrases less likely and wanted ones "
+    "more likely."
 )
 
 
@@ -97,22 +97,17 @@ def write_card(folder: Path, recipe: Recipe, name: str, pictures: tuple[str, str
 def model_card(recipe: Recipe, name: str, pictures: Sequence[str | None]) -> str:
     """The text of a model card. pictures: the names of the merge map's file and of the phrase chart's, beside the card;
     None for one that is not."""
-    settings, joint = recipe.settings, recipe.joint
-    needed = recipe.needed_sources
-    unused = [_named(source) for source in recipe.sources if source not in needed]
-    folders = [visible(source.name) for source in needed if names_folder(source.where)]
-    shown = _changed_most(recipe.phrases)
-    all_settings = settings_yaml(recipe)
+    settings, needed = recipe.settings, recipe.needed_sources
+    unused = [_link(source) for source in recipe.sources if source not in needed]
     merge_map, phrase_chart = pictures
     values = {
         "front_matter": _front_matter(recipe),
-        "name": _plain(name),
+        "name": _escaped(name),
         "taken": len(needed) - 1,
         "candidates": pluralize(len(recipe.sources) - 1, "candidate"),
-        "base": _named(recipe.sources[0]),
-        "program": _plain(recipe.program),
-        "how": Template(JOINT).substitute(steps=pluralize(len(joint.steps), "step")) if joint else GREEDY,
-        "strategy": "joint" if joint else settings.strategy,
+        "base": _link(recipe.sources[0]),
+        "program": _escaped(recipe.program),
+        "strategy": settings.strategy,
         "methods": ", ".join(settings.merge_method),
         "improved": recipe.improved,
         "phrases": pluralize(len(recipe.phrases), "phrase"),
@@ -120,17 +115,16 @@ def model_card(recipe: Recipe, name: str, pictures: Sequence[str | None]) -> str
         "unused": f"Candidates not used: {', '.join(unused)}." if unused else "",
         "merge_map": f"![What each layer is made of]({merge_map})" if merge_map else "",
         "metrics": _metrics(recipe),
-        "selection": f"The {len(shown)} that changed most:" if len(shown) < len(recipe.phrases) else "",
-        "phrase_table": _phrases(shown),
+        "most": MOST_PHRASES,
+        "phrase_table": _phrases(recipe.phrases),
         "phrase_chart": f"![Every phrase before and after the merge]({phrase_chart})" if phrase_chart else "",
-        "samples": "\n\n".join(["## Samples", *map(_sample, recipe.samples)]) if recipe.samples else "",
-        "settings": _fenced("yaml", all_settings) if len(all_settings) <= MOST_SETTINGS else "Too long for this page.",
+        "samples": _samples(recipe) if recipe.samples else "",
+        "settings": _fenced("yaml", settings_yaml(recipe, name)),
         "recipe_file": RECIPE_FILE,
-        "decision": "merge weight" if joint else "decision",
-        "where": ", PATH being where the model lies" if folders else "",
-        "command": _fenced("sh", _command(folders, settings.trust_remote_code)),
+        "command": _fenced("sh", _command(recipe)),
     }
-    paragraphs = [Template(paragraph).substitute(values).strip(" ") for paragraph in CARD.split("\n\n")]
+    card = CARD.replace("$how", JOINT if recipe.joint else GREEDY)
+    paragraphs = [Template(paragraph).substitute(values) for paragraph in card.split("\n\n")]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
@@ -145,72 +139,58 @@ def _front_matter(recipe: Recipe) -> str:
         pipeline_tag="text-generation",
         tags=["merge", "mergemonster"],
     )
-    return f"{data.to_yaml()}\n"
+    return data.to_yaml()
 
 
 def _composition(recipe: Recipe) -> str:
-    models = {source.name: _named(source) for source in recipe.sources}
-    shares = recipe.composition.items()
-    return _table(("model", "share"), [(models.get(name) or _plain(name), f"{share:.2%}") for name, share in shares])
+    models = {source.name: _link(source) for source in recipe.sources}
+    rows = [(models.get(name) or _escaped(name), f"{share:.2%}") for name, share in recipe.composition.items()]
+    return _table(("model", "share"), rows)
 
 
 def _metrics(recipe: Recipe) -> str:
     base, merge = recipe.metrics["base"], recipe.metrics["merge"]
-    better = {True: "lower", False: "higher", None: ""}
     rows = []
     for column in columns_of(base, merge):
-        if column.shown_as:  # measured again, on text that took no part in the search
-            continue
-        texts = [column.text(values.get(column.name)) for values in (base, merge)]
-        rows.append((_plain(column.label), *texts, better[column.lower_is_better]))
-    return _table(("metric", "base", "this model", "better"), rows)
+        if not column.shown_as:  # else it is shown as measured again, on text that took no part in the search
+            values = [column.text(metrics.get(column.name)) for metrics in (base, merge)]
+            rows.append((_escaped(column.label), *values))
+    return _table(("metric", "base", "this model"), rows)
 
 
 def _phrases(phrases: Sequence[Phrase]) -> str:
+    """Those whose weighted probability moved furthest, in their own order."""
+    changes = [abs((phrase.after - phrase.before) * phrase.weight) for phrase in phrases]
+    changed_most = sorted(range(len(phrases)), key=changes.__getitem__, reverse=True)[:MOST_PHRASES]
     rows = []
-    for phrase in phrases:
-        context = _excerpt(phrase.shown) or "*the beginning of a text*"
+    for phrase in [phrases[number] for number in sorted(changed_most)]:
+        texts = [_escaped(shortened(text, MOST_COLUMNS)) for text in (phrase.phrase, phrase.shown)]
         figures = [percent(value, rounding=phrase.rounding) for value in (phrase.before, phrase.after)]
-        rows.append((phrase.kind.lower(), _excerpt(phrase.phrase), context, f"{abs(phrase.weight):g}", *figures))
+        rows.append((phrase.kind.lower(), *texts, f"{abs(phrase.weight):g}", *figures))
     return _table(("", "phrase", "context", "weight", "before", "after"), rows)
 
 
-def _changed_most(phrases: Sequence[Phrase]) -> list[Phrase]:
-    """As many as a card shows, in their own order: those whose weighted probability moved furthest."""
-    changes = [abs((phrase.after - phrase.before) * phrase.weight) for phrase in phrases]
-    chosen = sorted(range(len(phrases)), key=changes.__getitem__, reverse=True)[:MOST_PHRASES]
-    return [phrases[number] for number in sorted(chosen)]
+def _samples(recipe: Recipe) -> str:
+    lines = [textwrap.fill(line, 100, subsequent_indent=" " * 9) for line in sample_lines(recipe.samples)]
+    return "## Samples\n\n" + _fenced("text", "\n".join(lines))
 
 
-def _sample(sample: Sample) -> str:
-    """A quoted block of three paragraphs. Each is one line that begins with a word of ours: no text begins a block."""
-    texts = ("Prompt", sample.prompt), ("Base", ended(sample.base)), ("Merge", ended(sample.merge))
-    return "\n>\n".join(f"> **{name}:** {_paragraph(text)}" for name, text in texts)
-
-
-def _paragraph(text: str) -> str:
-    lines = shortened(text.strip(), MOST_ANSWER, "start").splitlines()
-    return "<br>".join(map(_plain, lines)) or "*nothing*"
-
-
-def _command(folders: Sequence[str], trusts_code: bool) -> str:
+def _command(recipe: Recipe) -> str:
     command = ["python", "merge_monster.py", "--replay", RECIPE_FILE, "--output", "rebuilt"]
-    if trusts_code:
+    if recipe.settings.trust_remote_code:
         command.append("--trust-remote-code")
-    for name in folders:
-        command += ["--source", f"{name}=PATH"]
+    for source in recipe.needed_sources:
+        if names_folder(source.where):
+            command += ["--source", f"{visible(source.name)}=PATH"]
     return shlex.join(command)
 
 
-def _named(source: Source) -> str:
+def _link(source: Source) -> str:
     """A model within a sentence: links, if all of it is on the hub."""
     if names_folder(source.where):
-        return _plain(source.name)
-    return " with ".join(_link(repo) for repo, _ in repositories_in(source.where))
-
-
-def _link(repo: str) -> str:
-    return f"[{_plain(repo)}](https://huggingface.co/{repo})"
+        return _escaped(source.name)
+    repositories = [repo for repo, _ in repositories_in(source.where)]
+    return " with ".join(f"[{_escaped(repo)}](https://huggingface.co/{repo})" for repo in repositories)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -219,29 +199,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _fenced(language: str, text: str) -> str:
-    """A block of text to the letter, whatever fences are in it; what can't be seen is escaped, save tabs."""
+    """A block of text to the letter, whatever fences are in it; what can't be seen is escaped."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
-    shown = ("\t".join(map(visible, line.split("\t"))) for line in lines)
-    return "\n".join([f"{fence}{language}", *shown, fence])
-
-
-def _excerpt(text: str) -> str:
-    return _plain(shortened(text, MOST_COLUMNS))
+    return "\n".join([f"{fence}{language}", *map(visible, text.rstrip().split("\n")), fence])
 
 
 # What means something in Markdown. A backslash, where it escapes itself, may begin a formula on the hub.
 _MARKS = str.maketrans({"\\": "&#92;", **{mark: f"\\{mark}" for mark in "`*_[]<>|~&$#"}})
-# What the hub makes a link of wherever it stands. A backtick or a bar ends it: neither can stand in code in a table.
-_LINK = re.compile(
-    r"""((?:[a-z][a-z\d+.-]*://|www\.|(?:mailto|xmpp):|[\w.+-]+@[\w-]+\.)[^\s`|]*[^\s`|.,;:!?'"()\[\]{}<>*_~])""",
-    re.IGNORECASE,
-)
 
 
-def _plain(text: str) -> str:
-    """Markdown that shows a text on one line and within one cell of a table; what can't be seen is escaped, and what
-    would become a link is code."""
-    parts = _LINK.split(visible(text).strip())
-    return "".join(f"`{part}`" if number % 2 else part.translate(_MARKS) for number, part in enumerate(parts))
+def _escaped(text: str) -> str:
+    """Markdown that shows a text on one line and within one cell of a table; what can't be seen is escaped."""
+    return visible(text).strip().translate(_MARKS)

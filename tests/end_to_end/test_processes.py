@@ -143,7 +143,7 @@ def assert_shared(place, count, shown, one_process):
     """Several processes have taken the decisions of one, and only one has said so."""
     assert_same(place / "out", one_process)
     assert beside(place / "out") == pytest.approx(beside(one_process), rel=1e-4)
-    assert (place / "out/README.md").read_text().count("> **Merge:**") == 1
+    assert (place / "out/README.md").read_text().count("  merge:") == 1
     assert f"packs shared by {count} processes" in shown
     assert shown.count("THE MERGE MONSTER HUNGERS") == 1  # the others are quiet
     assert len(list((place / "logs").iterdir())) == 1

@@ -1,6 +1,5 @@
 """Model cards: what the hub reads in them, and that no name and no phrase breaks them."""
 
-import copy
 import json
 import re
 import shlex
@@ -97,8 +96,7 @@ def tables(text):
 
 
 def shown(cell):
-    cell = re.sub(r"(?<!\\)`", "", cell.strip())  # around what would be a link
-    return re.sub(r"\\([^a-zA-Z0-9\s])", r"\1", cell).replace("&#92;", "\\")
+    return re.sub(r"\\([^a-zA-Z0-9\s])", r"\1", cell.strip()).replace("&#92;", "\\")
 
 
 def as_shown(text):
@@ -125,7 +123,7 @@ def test_the_card_of_a_run(run, recipe):
     composition, metrics, phrases = tables(prose)
     assert composition[2:] == [[name, f"{share:.2%}"] for name, share in recipe["composition"].items()]
     total = [f"{recipe['metrics'][key]['total']:.5f}" for key in ("base", "merge")]
-    assert metrics[2:] == [["Total", *total, "lower"]]
+    assert metrics[2:] == [["Total", *total]]
     assert phrases[2:] == [
         [
             pair["kind"].lower(),
@@ -140,12 +138,6 @@ def test_the_card_of_a_run(run, recipe):
     for picture in PICTURES:
         assert f"]({picture})" in prose
     assert "licences of all source models" in prose
-
-
-def test_the_base_s_licence_is_copied_and_its_card_is_not(run):
-    files = {path.name for path in (run / "out").iterdir()}
-    assert (run / "out/LICENSE").read_bytes() == (run / "base/LICENSE").read_bytes()
-    assert CARD_FILE not in files or "# The base" not in (run / "out" / CARD_FILE).read_text()
 
 
 def test_the_command_builds_the_model_again(run, recipe, monkeypatch):
@@ -231,8 +223,8 @@ def test_a_joint_search_is_told_as_what_it_was(recipe):
     text = card_of(as_joint(recipe, [[0.0, 1.0], [0.0, 0.5]], drift_weight=8))
     assert accepted(text)["base_model"] == ["org/base", "org/two"]
     for card, words in (
-        (greedy, ("scored better by the strategy", "Strategy: cumulative", "every decision")),
-        (text, ("(25 steps by gradient)", "Strategy: joint; merge methods: lerp", "every merge weight")),
+        (greedy, ("by the strategy cumulative", "merge methods: lerp")),
+        (text, ("jointly by gradient",)),
     ):
         assert all((word in one) == (one is card) for word in words for one in (greedy, text))
     assert "Candidates not used: [org/one]" in text and "A merge of 1 of 2 candidates" in text
@@ -248,7 +240,7 @@ def test_metrics_are_told_by_the_registry_s_labels(recipe):
     for metrics, kl in zip(recipe["metrics"].values(), (0.0, 0.0123), strict=True):
         metrics |= {"kl": kl, "trial_kl": kl, "own|metric": 7}
     rows = tables(card_of(recipe))[1][3:]
-    assert rows == [["KL to base", "0.0000", "0.0123", "lower"], ["own|metric", "7.0000", "7.0000", "lower"]]
+    assert rows == [["KL to base", "0.0000", "0.0123"], ["own|metric", "7.0000", "7.0000"]]
 
 
 @pytest.mark.parametrize("odd", ODD)
@@ -258,7 +250,7 @@ def test_no_name_and_no_phrase_breaks_a_card(recipe, odd):
         source["name"] = names[source["name"]]
     recipe["composition"] = {names[name]: share for name, share in recipe["composition"].items()}
     recipe["phrases"] = [{**pair, "phrase": odd, "context": f"{odd} "} for pair in recipe["phrases"]]
-    recipe["samples"] = [{"prompt": odd, "base": f"{odd}\n\n{odd}", "merge": odd * 5000}, NOTHING]
+    recipe["samples"] = [{"prompt": odd, "base": f"{odd}\n\n{odd}", "merge": odd * 500}, NOTHING]
     text = card_of(recipe, odd)
     samples = [{"prompt": "a", "base": "b", "merge": "c"}, NOTHING]
     plain = card_of({**recipe, "samples": samples}, "plain")
@@ -268,53 +260,23 @@ def test_no_name_and_no_phrase_breaks_a_card(recipe, odd):
     assert {len(row) for row in composition} == {2} and {len(row) for row in phrases} == {6}
     assert all(row[1:3] == [as_shown(odd)] * 2 for row in phrases[2:])
     # Nothing became a heading, a fence or a paragraph that is none elsewhere.
-    prose = [text.split("## Settings")[0], plain.split("## Settings")[0]]
+    prose = [one.split("## Samples")[0] for one in (text, plain)]
     assert prose[0].count("\n") == prose[1].count("\n")
-    assert [len(re.findall(r"^#", one, re.MULTILINE)) for one in prose] == [6, 6]
-    # Of an answer, every line begins with a word of the card's own.
-    quoted = re.findall(r"^>.*", text, re.MULTILINE)
-    assert len(quoted) == 10 and all(re.match(r">$|> \*\*(Prompt|Base|Merge):\*\* .", line) for line in quoted)
-    assert shown(quoted[0].split(":** ")[1].replace("<br>", "\n")) == "\n".join(map(as_shown, odd.strip().splitlines()))
-    assert max(map(len, quoted)) < 25_000 and quoted[-1] == "> **Merge:** *nothing*"
+    assert [len(re.findall(r"^#", one, re.MULTILINE)) for one in prose] == [4, 4]
+    answers = fenced(text, "text")
+    assert answers.endswith("merge: (nothing)") and max(map(len, answers.splitlines())) < 1000
     assert text.split("---\n")[2].startswith("\n# ")
 
 
-@pytest.mark.parametrize(
-    ("link", "more"),
-    [
-        ("https://example.org/a?b=c&d_e_f", ""),
-        ("http://example.org", "."),
-        ("HTTPS://EXAMPLE.ORG", ")."),
-        ("www.example.org/(a)b", " and more"),
-        ("ftp://example.org", "|https://example.com"),
-        ("mailto:some@example.org", '"'),
-        ("some.body+else@mail.example.org", "`"),
-        ("xmpp:some@example.org", "*"),
-    ],
-)
-def test_no_link_that_a_model_wrote_is_one(recipe, link, more):
-    """It stands in code, where nothing is made a link; in answers, and in what becomes a phrase or a context."""
-    text = f"Look at (*{link}{more} ."
-    recipe["samples"] = [{"prompt": text, "base": text, "merge": f"One.\n\n{text}"}]
-    recipe["phrases"] = [{**pair, "phrase": link, "context": text} for pair in recipe["phrases"]]
-    prose = card_of(recipe).split("## Settings")[0]
-    assert prose.count(f"`{link}`") == prose.count(link) == 3 + 2 * len(recipe["phrases"])
-    outside = re.sub(r"(?<!\\)`[^`\n]*`", "", prose)
-    assert not re.search(r"://(?!huggingface)|www\.|@(?!`)|mailto:", outside)
-    phrases = tables(prose)[-1]
-    assert all(row[1:3] == [link, as_shown(text)] for row in phrases[2:])
-
-
-def test_answers_end_at_a_sentence_or_in_an_ellipsis(recipe):
-    recipe["samples"] = [{"prompt": "Say", "base": "A b. And the", "merge": "A \u201cb.\u201d"}]
-    quoted = re.findall(r"^> \*\*.*", card_of(recipe), re.MULTILINE)
-    assert quoted == ["> **Prompt:** Say", "> **Base:** A b. And the\u2026", "> **Merge:** A \u201cb.\u201d"]
+def fenced(text, language):
+    """What is in the one block of a language."""
+    (block,) = re.findall(rf"^(`{{3,}}){language}\n(.*?)\n\1$", text, re.DOTALL | re.MULTILINE)
+    return block[1]
 
 
 def blocks(text):
     """The settings as YAML."""
-    (settings,) = re.findall(r"^(`{3,})yaml\n(.*?)\n\1$", text, re.DOTALL | re.MULTILINE)
-    return yaml.safe_load(settings[1])
+    return yaml.safe_load(fenced(text, "yaml"))
 
 
 @pytest.mark.parametrize("odd", ODD)
@@ -326,12 +288,6 @@ def test_settings_and_phrases_of_any_form_stay_in_their_fences(recipe, odd):
     assert blocks(text)["samples"] == [odd] and text.split("\n\n## ")[-1].startswith("Reproduce")
     listed = yaml.safe_load(settings_file(Recipe.model_validate(recipe), "out"))
     assert listed["samples"] == [odd] and {entry["phrase"] for entry in listed["bad_phrases"]} == {odd}
-
-
-def test_long_settings_are_left_to_the_recipe(recipe):
-    recipe["settings"]["samples"] = ["long"] * 10_000
-    settings = card_of(recipe).split("## Settings")[1].split("## ")[0]
-    assert "Too long for this page" in settings and "```" not in settings
 
 
 def test_only_what_is_not_the_default_is_told(recipe):
@@ -347,7 +303,7 @@ def test_only_what_is_not_the_default_is_told(recipe):
     text = card_of(recipe)
     settings = blocks(text)
     assert settings == {
-        "directories": {"model_path1": f"org/base@{COMMITS[0]}"},
+        "directories": {"model_path1": f"org/base@{COMMITS[0]}", "output_directory": "merged"},
         "models_to_merge": ["one", "two"],
         "merge_ratios": [0.7],
         "layers": [0, "2-3"],
@@ -371,7 +327,7 @@ def test_phrases_are_told_as_lists(recipe):
     assert {key: found[key] for key in ("bad_phrases", "good_phrases")} == {
         "bad_phrases": [
             {"phrase": "a", "weight": 2.0, "contexts": ["b", "c", chat]},
-            {"phrase": "a", "contexts": ["b"]},
+            {"phrase": "a", "weight": 1.0, "contexts": ["b"]},
             {"phrase": "a", "weight": 2.0, "contexts": [{"context": "d", "held_out": True}]},
         ],
         "good_phrases": [{"phrase": "a", "weight": 2.0, "contexts": ["b"]}],
@@ -384,6 +340,7 @@ def test_a_search_with_what_the_card_tells_finds_the_same(run, recipe, monkeypat
     monkeypatch.chdir(run)
     phrases = yaml.safe_load(settings_file(Recipe.model_validate(recipe), "out"))
     told = {**phrases, **blocks(card_of(recipe)), "neutral_texts": [], "samples": []}
+    told["directories"] = {**told["directories"], "output_directory": "found"}
     (run / "told.yaml").write_text(yaml.safe_dump(told, allow_unicode=True), encoding="utf-8")
     for file in ("told.yaml", "out/merge_monster.yaml"):
         assert merge_monster.main(["--config", file, "--output", "found", "--overwrite"]) == 0
@@ -401,18 +358,8 @@ def test_of_many_phrases_those_that_changed_most_are_shown(recipe, count):
     text = card_of(recipe)
     rows = [row[1] for row in tables(text.split("## Settings")[0])[-1][2:]]
     assert len(rows) == MOST_PHRASES and rows == sorted(rows, key=int)
-    assert (f"The {MOST_PHRASES} that changed most:" in text) == (count > MOST_PHRASES)
     if count == 2000:
         assert rows == [str(number) for number in range(0, 2000, 3)][-MOST_PHRASES:]
-
-
-def test_a_weight_counts_in_what_changed_most(recipe):
-    pair = {"kind": "GOOD", "context": "", "before": 0.5, "after": 0.6, "weight": -1.0}
-    recipe["phrases"] = [{**pair, "phrase": str(number)} for number in range(MOST_PHRASES + 1)]
-    recipe["phrases"][7]["weight"] = -0.5
-    rows = tables(card_of(recipe).split("## Settings")[0])[-1][2:]
-    assert "7" not in [row[1] for row in rows]
-    assert rows[0] == ["good", "0", "*the beginning of a text*", "1", "50.00000%", "60.00000%"]
 
 
 def test_long_phrases_keep_their_end(recipe):
@@ -427,15 +374,3 @@ def test_numbers_of_any_size(recipe, value):
     for pair in recipe["phrases"]:
         pair.update(before=value, after=-value, weight=value)
     accepted(card_of(recipe))
-
-
-def test_the_recipe_is_left_as_it_is(recipe):
-    before = copy.deepcopy(recipe)
-    card_of(recipe)
-    assert recipe == before
-
-
-def test_the_front_matter_is_what_yaml_writes(recipe):
-    on_hub(recipe, f"org/123@{COMMITS[0]}")
-    block = card_of(recipe).split("---\n")[1]
-    assert yaml.safe_dump(yaml.safe_load(block), sort_keys=False) == block
