@@ -4,7 +4,7 @@ Knows: widths, digits, wording. Refuses to know: how anything was measured, whic
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from modules.runtime.text import (
     table,
 )
 from modules.search.decision import Decision, Merge, Shares
-from modules.search.strategies import probability, scores, total, total_rounding
+from modules.search.strategies import improved, probability, scores, total, total_rounding
 
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
 CHANGED = 0.005  # percentage points of Used Prob: a pair that moved no more has not changed
@@ -62,11 +62,13 @@ def summary(
     else:
         rows["Merge ratios"] = list(config.merge_ratios)
         rows["Merge method"] = ", ".join(config.merge_method)
-        rows["Strategy"] = strategy_text(config.strategy, config.strategy_threshold)
+        rows["Strategy"] = config.strategy
+        if config.strategy == "quantitive":
+            rows["Threshold"] = f"{config.strategy_threshold:g}"
     rows["Merge headers"] = _on(config.merge_headers)
     rows |= weighed
     if rounding:
-        rows["Rounding"] = _rounding(config, rounding)
+        rows["Rounding"] = f"{rounding:.5f} of the total (compute_dtype: float32 has none)"
     return _aligned(rows)
 
 
@@ -76,11 +78,6 @@ def score_summary(
     """The same where models are scored and not merged."""
     models = {"Base model": config.directories.model_path1, "Models to score": ", ".join(names)}
     return _aligned({**model, **models, "Pairs": _pairs(config), **scorer, "Auto weights": _on(config.auto_weights)})
-
-
-def strategy_text(name: str, threshold: float) -> str:
-    """A strategy, with its threshold if it has one."""
-    return f"{name} (threshold {threshold:g})" if name == "quantitive" else name
 
 
 def _aligned(rows: Mapping[str, object]) -> list[str]:
@@ -97,13 +94,6 @@ def _pairs(config: Config) -> str:
     return f"{len(config.pairs)} searched ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good){more}"
 
 
-def _rounding(config: Config, rounding: float) -> str:
-    """What the total is uncertain by, and what follows from that."""
-    least = 2 * rounding if config.min_gain == "auto" else config.min_gain
-    rule = f"a gain counts from {least:.5f} on" if config.strategy == "cumulative" else "smaller changes don't count"
-    return f"{rounding:.5f} of the total; {rule} (compute_dtype: float32 has none)"
-
-
 def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, name_method: bool) -> list[str]:
     """The composition of a layer or header so far, and what was decided about it (without the time of day).
 
@@ -115,35 +105,28 @@ def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, nam
     if decision.ratio is None:
         outcome = f"RETAINED - {decision.after:.5f}"
     else:
-        before, after = decision.before, decision.after
-        relative = relative_change(before, after)
-        change = "n/a" if relative is None else f"{abs(relative) * 100:.1f}%"
-        outcome = f"CHANGED - {before:.5f} > {after:.5f} - {change}"
+        change = _relative_change(decision.before, decision.after)
+        outcome = f"CHANGED - {decision.before:.5f} > {decision.after:.5f} - {change}"
     metrics = "".join(f" - {text}" for text in _labelled(decision.metrics))
-    return [str([[share, model] for share, model in merges]), f"{part} - {outcome}{metrics}{method}"]
+    return [str(list(map(list, merges))), f"{part} - {outcome}{metrics}{method}"]
 
 
 def _labelled(values: Values) -> list[str]:
     return [f"{column.label} {column.text(values[column.name])}" for column in columns_of(values)]
 
 
-def relative_change(before: float, after: float) -> float | None:
-    """The change of a total by the size of the old one; None where that says nothing: from zero on, across zero, or
-    where one of them is too large for a number."""
-    crosses = min(before, after) < 0 < max(before, after)
-    change = (after - before) / abs(before) if before and not crosses else math.inf
-    return change if math.isfinite(change) else None
+def _relative_change(before: float, after: float) -> str:
+    """The change of a total by the size of the old one; n/a from zero on, across zero, or beyond all numbers."""
+    if before == 0 or min(before, after) < 0 < max(before, after):
+        return "n/a"
+    change = abs((after - before) / before)
+    return f"{change * 100:.1f}%" if math.isfinite(change) else "n/a"
 
 
 def step_line(step: int, steps: int, before: float, metrics: Values) -> str:
     """What a step of a joint search has made of the total, which was `before`, and other metrics (without the time)."""
     others = {name: value for name, value in metrics.items() if name != "total"}
     return " - ".join([f"Step {step}/{steps}", f"{before:.5f} > {metrics['total']:.5f}", *_labelled(others)])
-
-
-def joint_standing(step: int, steps: int, objective: float) -> str:
-    """How far a joint search is, for the progress bar."""
-    return f"step {step}/{steps}, {objective:.5f}"
 
 
 def share_lines(names: Sequence[str], shares: Sequence[Sequence[float]], layers: int) -> list[str]:
@@ -176,34 +159,30 @@ def phrase_table(
     probability, if it is known; no digit below it is shown.
     """
     roundings = rounding or [0.0] * len(pairs)
-    rows, better, raw_total = [], Counter[str](), 0.0
-    for pair, signed, after, before, least in zip(pairs, weights, now, start or now, roundings, strict=True):
-        raw, weight = probability(after), abs(signed)
-        move = raw - probability(before)
-        sign = -1 if pair.kind == "GOOD" else 1
-        raw_total += raw * sign
-        better[pair.kind] += move * sign < 0
-        if kind == "full" or (kind == "changed" and abs(move * weight) * 100 > CHANGED):
-            used = percent(raw * weight, rounding=least * weight)
-            change = percent(move * weight, signed=True, rounding=least * weight) if start is not None else "N/A"
-            rows.append((pair.kind, pair.phrase, pair.shown, percent(raw, RAW_WIDTH, rounding=least), used, change))
+    rows = []
+    raw_total = 0.0
+    for pair, weight, after, before, least in zip(pairs, map(abs, weights), now, start or now, roundings, strict=True):
+        raw = probability(after)
+        change = (raw - probability(before)) * weight
+        raw_total += -raw if pair.kind == "GOOD" else raw
+        if kind == "full" or (kind == "changed" and abs(change) * 100 > CHANGED):
+            raw_text = percent(raw, RAW_WIDTH, rounding=least)
+            used_text = percent(raw * weight, rounding=least * weight)
+            change_text = percent(change, signed=True, rounding=least * weight) if start is not None else "N/A"
+            rows.append((pair.kind, pair.phrase, pair.shown, raw_text, used_text, change_text))
     used_total, least = total(scores(now, weights)), total_rounding(weights, rounding)
-    change = "N/A"
+    change_text = "N/A"
     if start is not None:
-        change = percent(used_total - total(scores(start, weights)), signed=True, rounding=least)
-    raw = percent(raw_total, RAW_WIDTH, rounding=math.hypot(*roundings))
-    totals = ("", "Total (bad - good)", "", raw, percent(used_total, rounding=least), change)
-    header = ("Type", "Phrase", "Context", "Raw Prob*", "Used Prob**", "Change")
-    lines = table(header, rows, [totals], widths=WIDTHS)
+        change_text = percent(used_total - total(scores(start, weights)), signed=True, rounding=least)
+    raw_text = percent(raw_total, RAW_WIDTH, rounding=math.hypot(*roundings))
+    totals = ("", "Total (bad - good)", "", raw_text, percent(used_total, rounding=least), change_text)
+    lines = table(("Type", "Phrase", "Context", "Raw Prob*", "Used Prob**", "Change"), rows, [totals], widths=WIDTHS)
     if kind == "changed":
-        hidden = f"{len(pairs) - len(rows)} of {len(pairs)} pairs"
-        lines.append(f"not shown: {hidden}, whose Used Prob has changed by {CHANGED:g} percentage points or less")
+        hidden = len(pairs) - len(rows)
+        lines.append(f"not shown: {hidden} of {len(pairs)} pairs, changed by {CHANGED:g} percentage points or less")
     if kind == "summary":
-        counts = Counter(pair.kind for pair in pairs)
-        lines.append(
-            f"since the start: {better['BAD']} of {counts['BAD']} bad pairs less probable, "
-            f"{better['GOOD']} of {counts['GOOD']} good pairs more probable"
-        )
+        better = improved(scores(start or now, weights), scores(now, weights))
+        lines.append(f"since the start: {better} of {len(pairs)} pairs improved")
     return [*lines, "* the model's own probability - ** after weighting; lower totals are better"]
 
 
@@ -239,11 +218,10 @@ def gains(
 
     weights: signed; before, now: joint log-probabilities.
     """
-    found: dict[tuple[str, str], float] = {}
+    changes = defaultdict[tuple[str, str], float](float)
     for pair, old, new in zip(pairs, scores(before, weights), scores(now, weights), strict=True):
-        phrase = pair.kind, pair.phrase
-        found[phrase] = found.get(phrase, 0.0) + new - old
-    return found
+        changes[pair.kind, pair.phrase] += new - old
+    return changes
 
 
 def overfit_lines(searched: Mapping[tuple[str, str], float], held_out: Mapping[tuple[str, str], float]) -> list[str]:

@@ -14,7 +14,7 @@ from modules.config.schema import Config
 from modules.metrics.evaluator import Evaluator
 from modules.model.arithmetic import FALLBACK
 from modules.output import tables as report
-from modules.output.advice import Searched, advice, beyond_limit
+from modules.output.advice import advice, beyond_limit
 from modules.output.run_record import RunRecord
 from modules.output.tables import ResultRow, by_other_settings, results_table
 from modules.run.samples import Samples
@@ -258,7 +258,6 @@ class Conductor:
 def show_results(conductor: Conductor, candidates: Sequence[Candidate]) -> None:
     """Base, candidates on their own and the merge, side by side, if any candidate was scored so; and what follows."""
     evaluator, search, console = conductor.evaluator, conductor.search, conductor.console
-    searched = Searched(search.config, search.limits, conductor.layers)
     merge = ResultRow("the merge", evaluator.now.metrics)
     alone = []
     for number, candidate in enumerate(candidates, start=1):
@@ -268,8 +267,9 @@ def show_results(conductor: Conductor, candidates: Sequence[Candidate]) -> None:
             alone.append(ResultRow(name, known.metrics))
     if alone:
         base = ResultRow(f"{search.model.checkpoint.name} (base)", evaluator.start.metrics)
-        console.lines([*results_table([base, *alone, merge]), *advice(alone, merge, searched)])
-    console.warnings(beyond_limit(merge, searched.limits))
+        console.lines(results_table([base, *alone, merge]))
+        console.lines(advice(alone, merge, search.config, search.limits, conductor.layers))
+    console.warnings(beyond_limit(merge, search.limits))
 
 
 class Clock:

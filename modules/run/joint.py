@@ -135,7 +135,7 @@ class JointConductor(Conductor):
                 self._tell_notes()
                 self._tell_of_step(state.step - 1, metrics)
                 bar.update(1)
-                bar.tell(report.joint_standing(state.step, joint.steps, value.objective))
+                bar.tell(f"step {state.step}/{joint.steps}, {value.objective:.5f}")
             value: Value = self._in_memory(joint, joint.value, state)
             self._tell_of_step(state.step, {**self._evaluated(), "total": value.total, **value.metrics})
         return state

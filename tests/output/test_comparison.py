@@ -86,7 +86,7 @@ def test_the_table_has_what_the_recipes_say(here, capsys):
         assert found["Composition"] == ", ".join(f"{share * 100:.1f}% {name}" for name, share in shares)
         assert found["Search"] == f"{said['seconds']['search']:.1f} s"
     assert (plain["Output"], plain["Methods"], plain["Strategy"]) == ("plain", "lerp", "cumulative")
-    assert (others["Methods"], others["Strategy"]) == ("slerp, slice", "quantitive (threshold 0.4)")
+    assert (others["Methods"], others["Strategy"]) == ("slerp, slice", "quantitive")
     assert str(here / "others").endswith(others["Output"].removeprefix("..."))
     assert not any("only within" in line for line in lines)
     assert sorted(path.name for path in here.iterdir() if path.name.startswith("log")) == []
@@ -150,13 +150,12 @@ def test_no_name_breaks_the_table(recipe, name):
     assert all(line.isprintable() for line in lines)
 
 
-@pytest.mark.parametrize("count", [1, MOST_MODELS, MOST_MODELS + 1, 100])
-def test_a_composition_of_many_models_says_how_many_more(recipe, count):
+@pytest.mark.parametrize("count", [1, MOST_MODELS + 1])
+def test_of_a_composition_the_largest_shares_are_shown(recipe, count):
     recipe["composition"] = {f"a-model-with-a-long-name-{number}": 1 / count for number in range(count)}
     (row,) = rows(comparison({"out": recipe}))
     shown = row["Composition"].count("%")
     assert shown == min(count, MOST_MODELS) and row["Composition"].startswith(f"{100 / count:.1f}% ...")
-    assert row["Composition"].endswith(f"and {count - shown} more") == (shown < count)
 
 
 @pytest.mark.parametrize("value", [0, -1e300, 1e308, 10**308], ids=str)
