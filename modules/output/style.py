@@ -3,7 +3,6 @@
 Knows: looks and wording. Refuses to know: what a picture shows.
 """
 
-import math
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,14 +16,11 @@ from matplotlib.font_manager import fontManager
 
 from modules.runtime.text import one_line, shortened
 
-DPI = 110
-
 # Okabe and Ito's palette, which colour-blind readers can tell apart. The base is grey.
 BASE_COLOUR = "#BBBBBB"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
 BETTER, WORSE, SAME = "#0072B2", "#D55E00", "#888888"
-DARK, DRIFT = "#444444", "#B2182B"
-UNKNOWN = "#E5E5E5"  # of what was not measured
+DARK = "#444444"
 
 # Scripts that matplotlib's own font lacks; of these fonts, those that the machine has stand in.
 _MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "Hiragino Sans", "Arial Unicode MS")
@@ -35,7 +31,7 @@ STYLE: list[str | dict[str, Any]] = [
     {
         "font.family": ["DejaVu Sans", *(font for font in _MORE_FONTS if font in fontManager.get_font_names())],
         "font.size": 9,
-        "figure.dpi": DPI,
+        "figure.dpi": 110,
         "figure.constrained_layout.use": True,
         "figure.titlesize": 11,
         "figure.labelsize": 9,
@@ -48,9 +44,8 @@ STYLE: list[str | dict[str, Any]] = [
     },
 ]
 
-LETTERS, SMALL_LETTERS = 7, 11  # that fit into an inch: of a title, however wide they are, and of a label
+_LETTERS = 7  # of a title that fit into an inch, however wide they are
 _MOST_NAMES = 8  # candidates that a title names
-_NAME = 32  # columns of a model's name
 
 
 @contextmanager
@@ -73,19 +68,9 @@ def percent(value: float, _: Any = None) -> str:
     return f"{value * 100:.3g}%"
 
 
-def with_digits(probability: float, rounding: float = 0.0) -> str:
-    """A probability as a percentage of three digits, zeros too: two that are compared are as exact as each other. No
-    digit is shown below the one that its rounding makes uncertain."""
-    text = f"{probability * 100:#.3g}".rstrip(".")
-    if 0 < rounding < math.inf:
-        uncertain = max(0, math.ceil(-math.log10(rounding * 100)))
-        text = min(text, f"{probability * 100:.{uncertain}f}", key=len)
-    return f"{text}%"
-
-
 def short_name(model: str) -> str:
     """A model's name on one line, its middle left out if it is long."""
-    return shortened(one_line(model), _NAME, "both")
+    return shortened(one_line(model), 32, "both")
 
 
 def title_of(what: str, models: Sequence[str], width: float) -> str:
@@ -94,4 +79,4 @@ def title_of(what: str, models: Sequence[str], width: float) -> str:
     names = [short_name(model) for model in candidates[:_MOST_NAMES]]
     names += [f"{len(candidates) - len(names)} more"] if len(names) < len(candidates) else []
     text = f"{what}: {short_name(base)}" + (f" + {', '.join(names)}" if names else "")
-    return textwrap.fill(text, int(width * LETTERS), break_on_hyphens=False)
+    return textwrap.fill(text, int(width * _LETTERS), break_on_hyphens=False)

@@ -102,10 +102,10 @@ def greedy(layers=4, candidates=2, accepted=0.5, names=None, phrases=(), scale=1
     return made_up(names, decisions=decisions, phrases=list(phrases))
 
 
-def joint(layers=4, candidates=2, headers=True, names=None, scale=0.01, searched=None):
+def joint(layers=4, candidates=2, headers=True, scale=0.01):
     """The recipe of a joint search."""
     rng = random.Random(layers)
-    names = names or names_of(candidates)
+    names = names_of(candidates)
 
     def rows(value):
         return [[value() for _ in names[1:]] for _ in range(layers + headers)]
@@ -115,7 +115,7 @@ def joint(layers=4, candidates=2, headers=True, names=None, scale=0.01, searched
         "total": rows(lambda: rng.gauss(0, 1) * scale),
         "trial_kl": rows(lambda: rng.gauss(0, 1) * scale / 10),
     }
-    settings = Config(Directories("base", ""), search="joint", merge_headers=headers, layers=searched)
+    settings = Config(Directories("base", ""), search="joint", merge_headers=headers)
     return made_up(names, settings=settings, joint={"start": shares, "slopes": slopes, "shares": shares, "steps": []})
 
 
@@ -140,7 +140,7 @@ def drawn(figure, place):
 
 def cells(axes):
     """The numbers that a heat map's colours stand for: a list for each layer, of a number for each model."""
-    return axes.collections[0].get_array().filled(math.nan).T.tolist()
+    return np.asarray(axes.images[0].get_array()).T.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,18 +196,10 @@ def test_the_merge_map_of_a_joint_search(layers, candidates, headers):
     for axes, slopes, measure in ((total, named["total"], "Total"), (drift, named["trial_kl"], "KL")):
         title = axes.get_title("left")
         unit = float(title.partition("in units of ")[2].partition(";")[0])
-        assert measure in title and np.array(cells(axes)) * unit == pytest.approx(np.array(slopes))
-        assert 1 <= max(abs(value) for row in cells(axes) for value in row) < 10
+        assert measure in title and np.array(cells(axes)) * unit == pytest.approx(np.array(slopes), rel=0.01)
+        assert np.abs(cells(axes)).max() == 1
     assert_no_labels_overlap(figure)
     assert_nothing_is_cut_off(figure)
-
-
-def test_layers_that_were_not_searched_have_no_slopes():
-    shares, total, drift = plots.merge_map_figure(joint(searched=[1, 2])).axes[:3]
-    assert not np.isnan(cells(shares)).any()
-    for axes in (total, drift):
-        assert [all(map(math.isnan, row)) for row in cells(axes)] == [True, False, False, True, False]
-        assert len(axes.texts) == 3 * 2
 
 
 def test_numbers_are_left_out_where_they_are_not_legible():
@@ -294,26 +286,9 @@ def test_the_phrase_chart(place):
     assert good.get_xlabel() == "Probability" and figure.get_supylabel() == "Context [phrase]"
     assert legend_of(figure) == ["before", "after, better", "after, worse", "after, the same"]
     assert figure.get_suptitle() == "Phrases before and after: base + fine-tune-1, fine-tune-2"
-    assert [text.get_text() for text in bad.texts] == ["95.0% → 5.00%", "90.0% → 20.0%", "40.0% → 50.0%"]
+    assert [text.get_text() for text in bad.texts] == ["95% → 5%", "90% → 20%", "40% → 50%"]
     assert_nothing_is_cut_off(figure)
     drawn(figure, place)
-
-
-@pytest.mark.parametrize(
-    "before, after, rounding, shown",
-    [
-        (0.447, 0.44, 0, "44.7% → 44.0%"),
-        (0.447, 0.44, 0.002, "44.7% → 44.0%"),  # the digit that is uncertain is the last one
-        (0.447, 0.44, 0.02, "45% → 44%"),
-        (1.0, 0.0, 0, "100% → 0.00%"),
-        (0.05, 3e-9, 0, "5.00% → 3.00e-07%"),
-        (0.05, 3e-9, 1e-4, "5.00% → 0.00%"),
-    ],
-)
-def test_figures_beside_a_pair_keep_their_digits(before, after, rounding, shown):
-    pair = make_pair(before=before, after=after) | {"rounding": rounding}
-    figure = plots.phrase_chart_figure(greedy(phrases=[pair]))
-    assert figure.axes[0].texts[0].get_text() == shown
 
 
 def test_of_many_pairs_those_that_changed_the_most():
