@@ -7,7 +7,7 @@ every layer, one for the second, and so on, each from what the one before has wr
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,10 @@ import yaml
 from modules.output.recipe import Recipe
 from modules.runtime.errors import ConfigError
 
-DIGITS = 6  # of a weight, behind the point
+DIGITS = 12  # of a weight, behind the point: more than the largest type of a sum has, so that 1 - 0.7 is 0.3
 
-Row = Sequence[float]  # a weight for each candidate; the base has what is left of 1
-
-_HOW = {
-    False: "mergekit-yaml THIS_FILE OUTPUT",
-    True: "mergekit-multi THIS_FILE --out-path OUTPUT --intermediate-dir FOLDER",
-}
+Row = Sequence[float]  # a weight for each needed candidate; the base has what is left of 1
+Rows = Sequence[Row]  # for each layer, for the header, and for what is neither
 
 
 @dataclass(frozen=True)
@@ -37,99 +33,76 @@ class Names:
     header: Sequence[str]  # its tensors
     dtype: str  # to be written
 
-    @property
-    def places(self) -> int:
-        """How many rows of weights there are: the layers, the header, and what is neither."""
-        return self.layers + 2
+
+def check_sums(recipe: Recipe) -> None:
+    """Raise ConfigError, naming the methods, if something was merged that is no weighted sum."""
+    methods = {line.method for line in recipe.decisions if line.ratio is not None} - {"lerp"}
+    if methods:
+        raise ConfigError(f"only merges by lerp and joint searches can be exported, not {', '.join(sorted(methods))}")
 
 
 def mergekit_text(recipe: Recipe, names: Names) -> str:
-    """A recipe as a file for mergekit. Raises ConfigError, naming the layers, for what is no weighted sum."""
-    steps = list(_shares(recipe, names) if recipe.joint else _merges(recipe, names))
-    documents, base = [], names.base
-    for number, rows in enumerate(steps, start=1):
-        document = _document(names, base, rows)
-        if number < len(steps):
-            base = f"step-{number}"
-            document = {"name": base, **document}
-        documents.append(document)
-    text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, default_flow_style=None)
-    return f"# {_HOW[len(documents) > 1]}\n{text}"
+    """A recipe as a file for mergekit, for which `check_sums` has nothing to say."""
+    steps = [_joint_step(recipe, names)] if recipe.joint else _greedy_steps(recipe, names)
+    documents = [_document(names, names.base, steps[0])]
+    for number, rows in enumerate(steps[1:], start=1):
+        documents[-1] = {"name": f"step-{number}", **documents[-1]}
+        documents.append(_document(names, f"step-{number}", rows))
+    command = "mergekit-yaml THIS_FILE OUTPUT"
+    if len(documents) > 1:
+        command = "mergekit-multi THIS_FILE --out-path OUTPUT --intermediate-dir FOLDER"
+    return f"# {command}\n{yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, default_flow_style=None)}"
 
 
-def about_digits(recipe: Recipe) -> list[str]:
-    """A line if weights are written with fewer digits than the recipe has."""
-    ratios = sorted({line.ratio for line in recipe.decisions if line.ratio is not None})
-    longer = [f"{ratio:g}" for ratio in ratios if round(ratio, DIGITS) != ratio]
-    return [f"ratios are written with {DIGITS} digits: {', '.join(longer)} lose some"] if longer else []
-
-
-def check_sums(recipe: Recipe) -> None:
-    """Raise ConfigError, naming the layers, if something was merged that is no weighted sum."""
-    others: dict[str, list[str]] = {}
-    for line in recipe.decisions:
-        if line.ratio is not None and line.method != "lerp":
-            place = "the header" if line.layer is None else f"layer {line.layer}"
-            found = others.setdefault(line.method, [])
-            found += [] if place in found else [place]
-    if others:
-        what = "; ".join(f"{method} on {', '.join(places)}" for method, places in others.items())
-        raise ConfigError(f"only lerp and the shares of a joint search can be exported; this recipe has {what}")
-
-
-def _shares(recipe: Recipe, names: Names) -> Iterator[list[Row]]:
-    """The one step of a joint search."""
+def _joint_step(recipe: Recipe, names: Names) -> Rows:
     columns = [column for column, source in enumerate(recipe.sources[1:]) if source.number in names.candidates]
     rows = [[row[column] for column in columns] for row in recipe.joint.shares]
-    outside = rows[names.layers :] or [[0.0] * len(columns)]
-    yield rows[: names.layers] + outside * 2
+    outside = rows[names.layers] if len(rows) > names.layers else [0.0] * len(columns)
+    return [*rows[: names.layers], outside, outside]
 
 
-def _merges(recipe: Recipe, names: Names) -> Iterator[list[Row]]:
+def _greedy_steps(recipe: Recipe, names: Names) -> list[Rows]:
     """The first merge of every layer and of the header, then the second, and so on; one step, if there are none."""
-    order = list(names.candidates)
-    taken: list[list[Row]] = [[] for _ in range(names.places)]
+    nothing = [0.0] * len(names.candidates)
+    merges: list[list[Row]] = [[] for _ in range(names.layers + 2)]
     for line in recipe.decisions:
         if line.ratio is not None:
-            place = names.layers if line.layer is None else line.layer
-            taken[place].append([line.ratio * (number == line.candidate) for number in order])
-    for step in range(max(1, *map(len, taken))):
-        yield [rows[step] if step < len(rows) else [0.0] * len(order) for rows in taken]
+            part = names.layers if line.layer is None else line.layer
+            merges[part].append([line.ratio if number == line.candidate else 0.0 for number in names.candidates])
+    steps = []
+    for step in range(max(1, *map(len, merges))):
+        steps.append([rows[step] if step < len(rows) else nothing for rows in merges])
+    return steps
 
 
-def _document(names: Names, base: str, rows: Sequence[Row]) -> dict[str, Any]:
+def _document(names: Names, base: str, rows: Rows) -> dict[str, Any]:
     """One configuration: from a base, with those candidates of which it takes something."""
-    rows = [[round(weight, DIGITS) for weight in row] for row in rows]
-    used = [column for column in range(len(names.candidates)) if any(row[column] for row in rows)]
-    weights = {base: [round(1.0 - math.fsum(row), DIGITS) for row in rows]}
-    weights |= {list(names.candidates.values())[column]: [row[column] for row in rows] for column in used}
+    weights = {base: [1.0 - math.fsum(row) for row in rows]}
+    for column, model in enumerate(names.candidates.values()):
+        if any(row[column] for row in rows):
+            weights[model] = [row[column] for row in rows]
+    slices = []
+    for layer in range(names.layers):
+        sources = []
+        for model, column in weights.items():
+            weight = _weight(names, layer, [round(value, DIGITS) for value in column])
+            sources.append({"model": model, "layer_range": [layer, layer + 1], "parameters": {"weight": weight}})
+        slices.append({"sources": sources})
     return {
         "merge_method": "linear",
         "base_model": base,
         "dtype": "float32",
         "out_dtype": names.dtype,
         "parameters": {"normalize": False},
-        "slices": [
-            {
-                "sources": [
-                    {
-                        "model": model,
-                        "layer_range": [layer, layer + 1],
-                        "parameters": {"weight": _weight(names, layer, column)},
-                    }
-                    for model, column in weights.items()
-                ]
-            }
-            for layer in range(names.layers)
-        ],
+        "slices": slices,
     }
 
 
 def _weight(names: Names, layer: int, weights: Row) -> Any:
-    """A model's weight in a slice. weights: in all places. To the first and the last slice belongs what is before and
-    behind the layers, too: it is told apart by names."""
-    own, header, outside = weights[layer], *weights[names.layers :]
-    if layer not in (0, names.layers - 1) or own == header == outside:
-        return own
+    """A model's weight in a slice. weights: in the layers, the header and the rest. To the first and the last slice
+    belongs what is before and behind the layers, too: it is told apart by names."""
+    *layers, header, outside = weights
+    if layer not in (0, names.layers - 1) or layers[layer] == header == outside:
+        return layers[layer]
     named = [{"filter": name, "value": header} for name in names.header]
-    return [*named, {"filter": f"{names.layer}.{layer}.", "value": own}, {"value": outside}]
+    return [*named, {"filter": f"{names.layer}.{layer}.", "value": layers[layer]}, {"value": outside}]

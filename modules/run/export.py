@@ -17,7 +17,7 @@ from modules.model.arithmetic import Arithmetic
 from modules.model.base_model import ResidentModel
 from modules.model.embeddings import HeaderSkipped, matched_header
 from modules.model.loading import ModelLoader
-from modules.output.mergekit import Names, about_digits, check_sums, mergekit_text
+from modules.output.mergekit import Names, check_sums, mergekit_text
 from modules.output.recipe import Recipe
 from modules.output.text_files import check_file, write_text
 from modules.run.replay import Replay, candidates_of, check_source, opened_with, recipe_of
@@ -54,7 +54,6 @@ def export_mergekit(asked: Replay, console: Console) -> None:
         dtype=saved[0],
     )
     write_text(asked.output, mergekit_text(recipe, names))
-    console.warnings(about_digits(recipe))
     console.final(f"{asked.output} is for mergekit; its first line says how it is run")
 
 
