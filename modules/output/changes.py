@@ -6,7 +6,7 @@ Knows: which settings can change a result, how they are said without a path. Ref
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ _HINT = "use what it was begun with, or begin again with --restart"
 
 def run_of(config: Config, computed: str) -> Run:
     """What a journal says of a run that begins here and now. computed: what it computes in."""
-    more = {}
+    digest = None
     if config.is_guarded:
         texts = json.dumps(read_neutral_texts(config.neutral_texts))
-        more["neutral"] = hashlib.sha256(texts.encode()).hexdigest()
+        digest = hashlib.sha256(texts.encode()).hexdigest()
     return Run(
         format=FORMAT,
         program=VERSION,
@@ -40,7 +40,7 @@ def run_of(config: Config, computed: str) -> Run:
         settings=without_paths(config),
         device=resolve_device(config.device).type,
         computed=computed,
-        **more,
+        neutral=digest,
     )
 
 
@@ -75,35 +75,32 @@ def rendered_in(settings: Config) -> dict[Chat, str]:
     return {pair.chat: pair.context for pair in pairs if pair.chat}
 
 
-def refuse_other_version(begun: Mapping[str, Any], path: Path) -> None:
-    """Raise ConfigError if another version of the program has begun a journal. begun: its first line."""
-    if begun.get("program", VERSION) != VERSION:
-        raise ConfigError(f"{path} was begun by Merge Monster {begun['program']}, this is {VERSION}; {_HINT}")
-
-
 def refuse_changes(begun: Run, now: Run, path: Path) -> None:
-    """Raise ConfigError, naming each setting that can change the result and is another one than when a run began."""
-    changes = [_change(key, *values) for key, values in changes_between(begun, now).items()]
+    """Raise ConfigError, naming what can change the result and is another one than when a run began: the version, or
+    settings."""
+    if begun.program != now.program:
+        raise ConfigError(f"{path} was begun by Merge Monster {begun.program}, this is {now.program}; {_HINT}")
+    changes = []
+    for key, (before, after) in changes_between(begun, now).items():
+        before, after = json.dumps(before, ensure_ascii=False), json.dumps(after, ensure_ascii=False)
+        is_short = len(before) <= 60 and len(after) <= 60
+        changes.append(f"{key} was {before}, is {after}" if is_short else f"{key} is not the same")
     if changes:
         raise ConfigError(f"the configuration has changed since {path} was begun: {'; '.join(changes)}; {_HINT}")
 
 
 def changes_between(begun: Run, now: Run) -> dict[str, tuple[Any, Any]]:
     """The keys in which two runs' settings differ that have a part in what a search finds, with both values."""
-    one, other = begun.settings.dumped(), now.settings.dumped()
-    alike = {*NO_PART}
-    alike |= {"device"} if begun.device == now.device else set()
-    alike |= {"compute_dtype"} if begun.computed == now.computed else set()
-    changed = {key for key in one.keys() - alike if one[key] != other[key]}
-    if begun.neutral and now.neutral and begun.neutral != now.neutral:
-        changed.add("neutral_texts")
-    return {key: (one[key], other[key]) for key in sorted(changed)}
-
-
-def _change(key: str, before: Any, after: Any) -> str:
-    texts = [json.dumps(value, ensure_ascii=False) for value in (before, after)]
-    told = texts[0] != texts[1] and max(map(len, texts)) <= 60
-    return f"{key} was {texts[0]}, is {texts[1]}" if told else f"{key} is not the same"
+    before, after = begun.settings.dumped(), now.settings.dumped()
+    ignored = {*NO_PART}
+    if begun.device == now.device:
+        ignored.add("device")
+    if begun.computed == now.computed:
+        ignored.add("compute_dtype")
+    changes = {key: (before[key], after[key]) for key in sorted(before) if key not in ignored}
+    if begun.neutral and now.neutral:
+        changes["neutral_texts"] = begun.neutral, now.neutral
+    return {key: values for key, values in changes.items() if values[0] != values[1]}
 
 
 def compare_fingerprints(noted: Source, checkpoint: Checkpoint, trouble: str) -> None:

@@ -117,16 +117,13 @@ def read_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        what = f"not a recipe of format {FORMAT} ({_reason(error)})"
+        reason = first_line(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        what = f"not a recipe of format {FORMAT} ({reason})"
         raise ConfigError(f"{path}: {what}; take the {RECIPE_FILE} of an output") from None
     return recipe
-
-
-def _reason(error: ValueError | RecursionError) -> str:
-    if not isinstance(error, ValidationError):
-        return first_line(error)
-    first = error.errors(include_url=False)[0]
-    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
 
 
 def folders_of(path: Path, folders: Sequence[Path] = ()) -> list[Path]:
@@ -180,16 +177,10 @@ def is_finished(config: Config, output: Path) -> bool:
 def read_outputs(outputs: Iterable[Path]) -> dict[str, Recipe]:
     """The recipes of finished outputs by the outputs' names; each is given as its folder or as its recipe.
 
-    Raises ConfigError, naming all that are no finished output.
+    Raises ConfigError for the first that is none.
     """
-    recipes, problems = {}, []
+    recipes = {}
     for output in outputs:
-        try:
-            recipe = read_recipe(output)
-        except ConfigError as error:
-            problems.append(f"  {error}")
-            continue
-        recipes[str(output.parent if output.name == RECIPE_FILE else output)] = recipe
-    if problems:
-        raise ConfigError("not all of these are finished outputs:", *problems)
+        folder = output.parent if output.name == RECIPE_FILE else output
+        recipes[str(folder)] = read_recipe(output)
     return recipes

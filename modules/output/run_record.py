@@ -6,7 +6,6 @@ other than its own.
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +16,7 @@ from modules.checkpoints.checkpoint import Checkpoint
 from modules.config.locations import parts_of, without_folders
 from modules.config.phrase_lists import Pair
 from modules.config.schema import Config
-from modules.output.changes import compare_fingerprints, named, refuse_changes, refuse_other_version, run_of
+from modules.output.changes import compare_fingerprints, named, refuse_changes, run_of
 from modules.output.journal import Journal, Line, damaged
 from modules.output.recipe import Recipe
 from modules.output.records import LINES, Decided, Metrics, Phrase, Record, Rows, Run, Sample, Scored, Source
@@ -42,7 +41,7 @@ class RunRecord:
         computed: what is computed in.
         """
         self.journal, self._now = journal, run_of(config, computed)
-        self._lines: dict[str, list[Any]] = defaultdict(list)
+        self._lines: dict[str, list[Any]] = {kind: [] for kind in LINES}
         self._folders: list[tuple[str, str]] = []  # of the sources, and their names
         if journal.records:
             self._read(config)
@@ -52,7 +51,6 @@ class RunRecord:
     def _read(self, config: Config) -> None:
         """Take over what the journal has."""
         records, path = self.journal.records, self.journal.path
-        refuse_other_version(records[0], path)
         begun = begun_run(records)
         if begun is None:
             raise damaged(path, 1)
@@ -133,11 +131,10 @@ class RunRecord:
         """
         begun = self._lines["run"][0]
         before = {**begun.libraries, "device": begun.device}
-        changes = [
-            f"the run began with {name} {before.get(name)}, this is {value}"
-            for name, value in {**self._now.libraries, "device": self._now.device}.items()
-            if before.get(name) != value
-        ]
+        changes = []
+        for name, value in {**self._now.libraries, "device": self._now.device}.items():
+            if before.get(name) != value:
+                changes.append(f"the run began with {name} {before.get(name)}, this is {value}")
         if self.packing != packing:
             changes.append(f"phrases were scored as {self.packing} before the break, and here as {packing}")
         return [f"{change}: the last digits may differ" for change in changes]
@@ -149,11 +146,11 @@ class RunRecord:
         """
         for folder in (*parts_of(where), str(checkpoint.path), os.path.realpath(checkpoint.path)):
             self._folders.append((folder, checkpoint.name))
-        known = self.line("source", number)
-        if known:
-            since = f"has changed since {self.journal.path} was begun; --restart begins again"
-            compare_fingerprints(known, checkpoint, since)
-            return known
+        noted = self.line("source", number)
+        if noted:
+            trouble = f"has changed since {self.journal.path} was begun; --restart begins again"
+            compare_fingerprints(noted, checkpoint, trouble)
+            return noted
         name, fingerprint = checkpoint.name, checkpoint.fingerprint()
         return self.note("source", number=number, name=name, where=without_folders(where), fingerprint=fingerprint)
 
@@ -215,10 +212,6 @@ def begun_run(records: Sequence[Line]) -> Run | None:
         return None
 
 
-def _without_kind(record: Line) -> Line:
-    return {key: value for key, value in record.items() if key != "kind"}
-
-
 def _phrases(
     pairs: Sequence[Pair],
     weights: Sequence[float],
@@ -229,9 +222,8 @@ def _phrases(
     """Pairs with their signed weights and probabilities, from log-probabilities before and after, and their rounding,
     if it is known."""
     phrases = []
-    for pair, weight, before, after, least in zip(
-        pairs, weights, start, now, rounding or [0.0] * len(pairs), strict=True
-    ):
-        told = pair.written() | {"weight": weight, "rounding": least}
-        phrases.append(Phrase(**told, before=probability(before), after=probability(after)))
+    roundings = rounding or [0.0] * len(pairs)
+    for pair, weight, before, after, least in zip(pairs, weights, start, now, roundings, strict=True):
+        fields = pair.written() | {"weight": weight, "rounding": least}
+        phrases.append(Phrase(**fields, before=probability(before), after=probability(after)))
     return phrases

@@ -191,18 +191,17 @@ def test_a_joint_search_is_told_by_its_steps(recipe):
         assert found["Composition"] == "135.0% one, -35.0% base"
 
 
-def test_all_that_are_no_finished_output_are_named_in_one_message(here, recipe, capsys):
+def test_what_is_no_finished_output_is_named(here, recipe, capsys):
     (here / "empty").mkdir()
     (here / "unfinished.partial").mkdir()
     (here / "unfinished.partial/merge_monster_journal.jsonl").write_text("{}\n")
     del recipe["phrases"]
     (here / "old.json").write_text(json.dumps(recipe))
     bad = ["empty", "unfinished.partial", "unfinished", "base", "my.yaml", "old.json", "x" * 300, "null\0character"]
-    assert compare("plain", *bad) == 2
-    shown = capsys.readouterr()
-    assert shown.out == "" and shown.err.count("ERROR") == 1 and "Traceback" not in shown.err
-    lines = shown.err.splitlines()[1:]
-    assert all(line.startswith(f"  {visible(name)}") for name, line in zip(bad, lines, strict=True))
+    for name in bad:
+        assert compare("plain", name) == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and len(shown.err.splitlines()) == 1 and visible(name) in shown.err
 
 
 @pytest.mark.parametrize(
