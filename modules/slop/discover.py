@@ -17,7 +17,7 @@ from modules.config.phrase_lists import Pair
 from modules.config.schema import Config
 from modules.output.text_files import write_text
 from modules.runtime.console import Console
-from modules.runtime.text import columns, one_line, row, shortened
+from modules.runtime.text import columns, one_line, shortened, table
 from modules.scoring.layout import score_once
 from modules.scoring.tokenization import encode_pairs
 from modules.search.strategies import probability
@@ -48,24 +48,23 @@ def discover(config: Config, console: Console, json_file: Path | None, yaml_file
     if json_file:
         write_text(json_file, json.dumps(_document(findings, generator.name), ensure_ascii=False, indent=1) + "\n")
         console.timed(f"All findings are in {json_file}")
-    unwritten = [f"{yaml_file} was not written."] if yaml_file else []
-    more = "Raise discover.samples, discover.tokens or discover.phrases, or add prompts."
-    if not findings.phrases:
-        what = f"is in texts of {LEAST_PROMPTS} prompts and {LEAST_RATIO:g} times as frequent as people write it"
-        console.error(f"Nothing found: no phrase {what}. {more}", *unwritten)
-        return 0 if json_file and not yaml_file else NOTHING
-    if not yaml_file:
-        console.line("Add --yaml FILE to write a phrase list, each phrase in contexts of these texts.")
-    else:
+    contexts = {}
+    if findings.phrases and yaml_file:
         contexts = contexts_of(findings.phrases[: config.discover.phrases], texts, generator, console)
-        if not contexts:
-            console.error(f"Nothing to list: no phrase is probable in contexts of enough prompts. {more}", *unwritten)
-            return NOTHING
+    if not findings.phrases or (yaml_file and not contexts):
+        what = (
+            f"in texts of {LEAST_PROMPTS} prompts, {LEAST_RATIO:g} times as often as people write it and probable there"
+        )
+        console.error(f"Nothing found: no phrase is {what}. Raise discover.samples or discover.tokens, or add prompts.")
+        return 0 if json_file and not yaml_file else NOTHING
+    if yaml_file:
         write_text(yaml_file, _phrase_list(contexts, generator.name, config.system))
         count = sum(map(len, contexts.values()))
         console.line(f"{yaml_file} has {len(contexts)} phrases in {count} contexts, every second one held out.")
         console.line(f"Review it, delete what you don't mind, and add to your config: phrase_files: [{yaml_file}]")
         console.line("After the merge, count again: python monster_mapper.py --config MY.yaml --rate OUT")
+    else:
+        console.line("Add --yaml FILE to write a phrase list, each phrase in contexts of these texts.")
     console.final(f"Done. The log is {console.log_path}")
     return 0
 
@@ -106,10 +105,8 @@ def _report(findings: Findings, texts: Sequence[Text]) -> list[str]:
     """The table of what a model over-uses, the names, and how much of its text the table is."""
     shown, lines = findings.phrases[:SHOWN], list[str]()
     if shown:
-        head = row(_HEAD, _WIDTHS)
-        line = "-" * columns(head)
         rows = [_row(number, finding, texts[finding.places[0][0]].text) for number, finding in enumerate(shown, 1)]
-        lines += [line, head, line, *rows, line]
+        lines += table(_HEAD, rows, widths=_WIDTHS)
         share = sum(finding.times * len(finding.words) for finding in shown) / findings.words
         lines.append(f"These phrases are {share:.1%} of {findings.words:,} words.")
     if findings.names:
@@ -120,37 +117,42 @@ def _report(findings: Findings, texts: Sequence[Text]) -> list[str]:
     return lines
 
 
-def _row(number: int, finding: Finding, text: str) -> str:
+def _row(number: int, finding: Finding, text: str) -> list[str]:
     """text: of its first place."""
     _, start, end = finding.places[0]
     before = shortened(one_line(last_sentence(text[:start])), _WIDTHS[-1] - columns(finding.phrase) - 3)
-    cells = [
+    return [
         *(str(number), finding.phrase, str(finding.times), str(finding.texts), str(finding.prompts)),
         *(f"{finding.per_million:,.0f}", f"{finding.human:,.2f}", f"{finding.ratio:,.0f}"),
         f"{before} {text[start:end]}\u2026".strip(),
     ]
-    return row(cells, _WIDTHS)
 
 
 def _document(findings: Findings, model: str) -> dict[str, Any]:
     """All findings, for JSON; rates are per million words."""
-    keys = ("phrase", "times", "texts", "prompts", "per_million", "human", "ratio", "score")
+
+    def entry(finding: Finding) -> dict[str, Any]:
+        keys = ("phrase", "times", "texts", "prompts", "per_million", "human", "ratio", "score")
+        return {key: getattr(finding, key) for key in keys}
+
     return {
         "model": model,
         "words": findings.words,
         "looping": findings.looping,
-        "phrases": [{key: getattr(finding, key) for key in keys} for finding in findings.phrases],
-        "names": [{key: getattr(finding, key) for key in keys} for finding in findings.names],
+        "phrases": list(map(entry, findings.phrases)),
+        "names": list(map(entry, findings.names)),
     }
 
 
 def _phrase_list(contexts: Mapping[str, Sequence[Pair]], model: str, system: str | None) -> str:
     """A YAML phrase list. Each second context of a phrase is held out, to show whether a merge's gain holds there."""
-    phrases = []
+    lists: dict[str, Any] = {} if system is None else {"system": system}
+    lists["bad_phrases"] = []
     for phrase, pairs in contexts.items():
-        entries = [pair.as_context(**({"held_out": True} if number % 2 else {})) for number, pair in enumerate(pairs)]
-        phrases.append({"phrase": phrase, "contexts": entries})
-    lists = {**({} if system is None else {"system": system}), "bad_phrases": phrases}
+        entries = [
+            pair.as_context(held_out=True) if number % 2 else pair.as_context() for number, pair in enumerate(pairs)
+        ]
+        lists["bad_phrases"].append({"phrase": phrase, "contexts": entries})
     return (
         f"# What {one_line(model)} writes far more often than people do, in contexts of its own texts.\n"
         "# Review it before you use it, and delete what you don't mind.\n"

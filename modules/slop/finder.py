@@ -39,18 +39,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Finding:
-    """A word or phrase that the texts over-use. Where a prompt has a word of the phrase, its texts are not counted.
-
-    per_million counts texts with the phrase, not occurrences, per million words of all texts: a text that repeats it
-    ten times is no reason to call it frequent. `human` counts occurrences, so the ratio is rather too small.
-    """
+    """A word or phrase that the texts over-use. Where a prompt has a word of the phrase, its texts are not counted."""
 
     phrase: str  # as it is written most often
     words: Phrase
     texts: int
     prompts: int
-    per_million: float
-    human: float  # per million words
+    per_million: float  # texts with it (a text may repeat it), by words of all texts
+    human: float  # occurrences per million words
     places: tuple[tuple[int, int, int], ...]  # number of the text, first character in it, one behind the last
 
     @property
@@ -172,8 +168,8 @@ def _is_name(occurrences: Iterable[Sequence[Word]]) -> bool:
 
 
 def _without_overlaps(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The highest score first, without findings that are a part of a better one, have one as a part, or stand mostly
-    where better ones do; of two with one score the longer one is better."""
+    """The highest score first, then the longer; without findings that are a part of a better one, have one as a part,
+    or stand mostly where better ones do."""
     kept = list[Finding]()
     wholes, parts = set[Phrase](), set[Phrase]()
     taken = set[Place]()  # characters, as (number of a text, position in it)

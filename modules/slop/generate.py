@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.config.inputs import read_prompts
 from modules.config.schema import Config
@@ -33,6 +35,7 @@ from modules.slop.matching import word_count
 FOLDER = "samples"  # beside the file that is written, or in the working directory
 
 Texts = dict[str, list[str]]  # by prompt
+_TEXTS = TypeAdapter(Texts)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,6 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
     """
     settings, asked = generator.config.discover, generator.asked
     params = SamplingParams(settings.tokens, settings.temperature, settings.samples, asked)
-    rules = generator.model.token_rules()
     depends_on = {
         "model": generator.model.checkpoint.fingerprint(),
         "dtype": generator.model.arithmetic.name,
@@ -98,8 +100,8 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
         "count": params.count,
         "template": generator.config.template,
         "system": generator.config.system,
-        **({"thoughts": [[mark.opens, mark.closes] for mark in asked.thoughts.marks]} if asked.thoughts.marks else {}),
-        **({"token_rules": rules} if rules else {}),
+        "thoughts": [[mark.opens, mark.closes] for mark in asked.thoughts.marks],
+        "token_rules": generator.model.token_rules(),
     }
     file = sample_file((beside.parent if beside else Path()) / FOLDER, generator.name, depends_on)
     texts = read_texts(file, params.count)
@@ -164,13 +166,10 @@ def read_texts(file: Path, count: int) -> Texts:
 def _texts_in(line: bytes, count: int) -> Texts:
     """Those of a line; none if it is damaged."""
     try:
-        texts = json.loads(line.decode())
+        texts = _TEXTS.validate_python(json.loads(line.decode()))
     except (ValueError, RecursionError):
         return {}
-    lists = list(texts.values()) if isinstance(texts, dict) else [None]
-    if not all(isinstance(of_prompt, list) and len(of_prompt) == count for of_prompt in lists):
-        return {}
-    return texts if all(isinstance(text, str) for of_prompt in lists for text in of_prompt) else {}
+    return texts if all(len(of_prompt) == count for of_prompt in texts.values()) else {}
 
 
 def keep_texts(file: Path, texts: Texts) -> None:

@@ -2,10 +2,8 @@
 
 Knows: counts, resampling, the table. Refuses to know: how texts are generated, what makes a word.
 
-The interval is that of a bootstrap over prompts (Efron 1979): had other prompts been asked, drawn with replacement from
-these, 95 % of the rates would lie in it. All models are resampled alike, so that a change is a paired one. Resamples of
-no hits have no hits: for a phrase that was never written the interval goes up to 3 / words, the rule of three (Hanley
-and Lippman-Hand 1983).
+Intervals are those of a bootstrap over prompts (Efron 1979). All models are resampled alike, so that a change is a paired
+one. A phrase that was never written has the interval up to 3 / words, the rule of three (Hanley and Lippman-Hand 1983).
 """
 
 import gc
@@ -24,13 +22,14 @@ from modules.config.locations import Location, Source, names_of, parse_location
 from modules.config.schema import Config
 from modules.output.text_files import write_text
 from modules.runtime.console import Console
-from modules.runtime.text import columns, ended, one_line, row, shortened
+from modules.runtime.text import ended, one_line, shortened
+from modules.runtime.text import table as text_table
 from modules.slop.generate import generate, load_generator
 from modules.slop.matching import finder, plain, word_count
 
 RESAMPLES = 10_000
 TAIL = (1 - 0.95) / 2  # the share of resamples on either side of an interval
-RULE_OF_THREE = 3  # hits: with more than so many expected, no hit at all has a chance of less than 5 %
+RULE_OF_THREE = 3  # hits: where so many are expected, none at all has a chance of 5 %
 PHRASE, RATE, EXAMPLE = 28, 24, 600  # columns of a phrase, of a rate with its interval, of a text that is shown
 
 Interval = tuple[float, float]
@@ -71,11 +70,12 @@ def rate(config: Config, others: Sequence[Config], console: Console, json_file: 
 
 def names_for(models: Sequence[Config]) -> list[str]:
     """What reports call the bases: ids of the hub, folders by their names or as much more as tells them apart."""
-    texts = [one.directories.model_path1 for one in models]
-    # A folder that is gone by now is reported by whoever opens it.
-    locations = [parse_location(text) or Location(text, Path(text)) for text in texts]
-    names = names_of([Source(location.text, location) for location in locations])
-    return [location.name if location.folder is None else name for location, name in zip(locations, names, strict=True)]
+    sources = []
+    for model in models:
+        text = model.directories.model_path1
+        # A folder that is gone by now is reported by whoever opens it.
+        sources.append(Source(text, parse_location(text) or Location(text, Path(text))))
+    return names_of(sources)
 
 
 def _phrases(groups: Groups) -> list[str]:
@@ -159,55 +159,50 @@ def _interval(values: Tensor) -> Interval:
 
 
 def table(groups: Groups, counted: Mapping[str, Counts]) -> list[str]:
-    """How often each model writes each phrase, the base's most frequent ones first, and those of every group together;
-    of these the change against the base, which is the first model."""
+    """How often each model writes each phrase, the base's most frequent ones first, and those of every group together,
+    with the change against the base, which is the first model."""
     base, *others = counted.values()
     phrases = sorted(_phrases(groups), key=lambda phrase: -base.rate([phrase]))
-    written = [phrase for phrase in phrases if any(one.times([phrase]) for one in counted.values())]
-    widths = (PHRASE, *(RATE for _ in counted))
-    head = row(("Per 1,000 words [95 % CI]", *(shortened(name, RATE) for name in counted)), widths)
-    line = "-" * columns(head)
-    lines = [line, head, line]
-    lines += [row((phrase, *_rates([phrase], counted)), widths) for phrase in written]
-    lines.append(line)
+    unwritten = [phrase for phrase in phrases if not any(model.times([phrase]) for model in counted.values())]
+    rows = [(phrase, *_rates([phrase], counted)) for phrase in phrases if phrase not in unwritten]
+    sums = []
     for name, group in groups.items():
-        lines.append(row((name, *_rates(group, counted)), widths))
+        sums.append((name, *_rates(group, counted)))
         if others:
-            lines.append(row(("", "change vs base:", *(_change(one, base, group) for one in others)), widths))
-    lines += [row(("words", *(f"{one.total:,}" for one in counted.values())), widths), line]
-    unwritten = [phrase for phrase in phrases if phrase not in written]
+            sums.append(("", "change vs base:", *(_change(model, base, group) for model in others)))
+    sums.append(("words", *(f"{model.total:,}" for model in counted.values())))
+    header = ("Per 1,000 words [95 % CI]", *counted)
+    lines = text_table(header, rows, sums, widths=(PHRASE, *[RATE] * len(counted)))
     if unwritten:
         lines.append(f"Not found, or only as a part of another phrase: {', '.join(unwritten)}")
     return lines
 
 
 def _rates(phrases: Sequence[str], counted: Mapping[str, Counts]) -> list[str]:
-    return [f"{one.rate(phrases):.2f} {_shown(one.interval(phrases), '.2f')}" for one in counted.values()]
+    return [_with_interval(model.rate(phrases), model.interval(phrases), ".2f") for model in counted.values()]
 
 
-def _change(one: Counts, base: Counts, phrases: Sequence[str]) -> str:
-    change = one.change(base, phrases)
-    return "" if change is None else f"{change[0]:+.0%} {_shown(change[1], '+.0%')}"
+def _change(model: Counts, base: Counts, phrases: Sequence[str]) -> str:
+    change = model.change(base, phrases)
+    return _with_interval(*change, "+.0%") if change else ""
 
 
-def _shown(interval: Interval | None, form: str) -> str:
-    return f"[{interval[0]:{form}}, {interval[1]:{form}}]" if interval else ""
+def _with_interval(value: float, interval: Interval | None, form: str) -> str:
+    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else f"{value:{form}}"
 
 
 def document(groups: Groups, counted: Mapping[str, Counts]) -> dict[str, Any]:
     """The same for JSON: rates per 1,000 words with their intervals, changes as shares of the base's rate."""
     base = next(iter(counted.values()))
 
-    def entry(one: Counts, phrases: Sequence[str]) -> dict[str, Any]:
-        change = None if one is base else one.change(base, phrases)
-        changed = None if change is None else {"share": change[0], "interval": change[1]}
-        return {"rate": one.rate(phrases), "interval": one.interval(phrases), "change": changed}
+    def entry(model: Counts, phrases: Sequence[str]) -> dict[str, Any]:
+        change = None if model is base else model.change(base, phrases)
+        change_entry = {"share": change[0], "interval": change[1]} if change else None
+        return {"rate": model.rate(phrases), "interval": model.interval(phrases), "change": change_entry}
 
-    return {
-        name: {
-            "words": one.total,
-            **{group: entry(one, phrases) for group, phrases in groups.items()},
-            "phrases": {phrase: entry(one, [phrase]) for phrase in itertools.chain(*groups.values())},
-        }
-        for name, one in counted.items()
-    }
+    models = {}
+    for name, model in counted.items():
+        models[name] = {"words": model.total}
+        models[name] |= {group: entry(model, phrases) for group, phrases in groups.items()}
+        models[name]["phrases"] = {phrase: entry(model, [phrase]) for phrase in _phrases(groups)}
+    return models
