@@ -117,8 +117,6 @@ def export(console: Console, options: argparse.Namespace) -> int:
     file, recipe = options.export_mergekit
     console.timed(f"THE MERGE MONSTER TELLS OF {recipe}")
     console.timed(LOADING)
-    with importing():
-        from modules.output.text_files import files_left
 
     def work() -> None:
         with importing():
@@ -127,15 +125,13 @@ def export(console: Console, options: argparse.Namespace) -> int:
 
         export_mergekit(Replay(recipe, file, "cpu", *how_to_open(options)), console)
 
-    return exit_code(work, console, files_left([file]))
+    return exit_code(work, console)
 
 
 def score(config: Config, console: Console, options: argparse.Namespace) -> int:
     """Score models by the configuration's phrases, and turn every failure into one message and an exit code."""
     console.timed("THE MERGE MONSTER JUDGES")
     console.timed(LOADING)
-    with importing():
-        from modules.output.text_files import files_left
 
     def work() -> None:
         with importing():
@@ -143,7 +139,7 @@ def score(config: Config, console: Console, options: argparse.Namespace) -> int:
 
         score_models(config, console, options.json, options.overwrite)
 
-    return exit_code(work, console, files_left([options.json] if options.json else []))
+    return exit_code(work, console)
 
 
 def how_to_open(options: argparse.Namespace) -> tuple[dict[str, str], list[Path], bool, bool]:
@@ -157,8 +153,8 @@ def compare(outputs: Sequence[Path]) -> int:
     """Print what finished outputs have become, side by side. Raises ConfigError if some are not finished outputs."""
     hint(f"Reading {pluralize(len(outputs), 'output')}")
     with importing():
-        from modules.output.comparison import comparison
         from modules.output.recipe import read_outputs
+        from modules.output.tables import comparison
 
     for line in comparison(read_outputs(outputs)):
         say(visible(line))

@@ -61,8 +61,6 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
     console.timed(f"THE MONSTER MAPPER {does}")
     console.timed(LOADING)
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
-    with importing():
-        from modules.output.text_files import files_left
 
     def work() -> int | None:
         with importing():
@@ -80,8 +78,7 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
             return rate(config, rated, console, options.json)
         return discover(config, console, options.json, options.yaml)
 
-    written = files_left([path for path in (options.json, options.yaml) if path])
-    return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}. {written()}".strip())
+    return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}.")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

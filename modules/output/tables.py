@@ -1,4 +1,4 @@
-"""Results as text: summary, phrase table, decision lines, models side by side, composition.
+"""Results as text: summary, phrase table, decision lines, models and outputs side by side, composition.
 
 Knows: widths, digits, wording. Refuses to know: how anything was measured, which metrics there are, where text goes.
 """
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from modules.config.phrase_lists import Pair
 from modules.config.schema import Config
 from modules.metrics.registry import columns_of
+from modules.output.recipe import Recipe
 from modules.output.records import Sample
 from modules.runtime.text import (
     CONTEXT_WIDTH,
@@ -30,6 +31,8 @@ from modules.search.strategies import improved, probability, scores, total, tota
 
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
 CHANGED = 0.005  # percentage points of Used Prob: a pair that moved no more has not changed
+MOST_MODELS = 3  # of an output's composition, the largest shares
+OUTPUT_WIDTH, MODEL_WIDTH = 32, 16  # columns of a name in a comparison
 NAME_WIDTH = 24  # the widest that a column gets for the sake of the model's name above it
 
 Values = Mapping[str, float]  # of metrics, by name
@@ -264,3 +267,39 @@ def sample_lines(samples: Sequence[Sample]) -> list[str]:
 def composition_lines(shares: Shares) -> list[str]:
     """How much of each model is in the result."""
     return [f"{share * 100:6.2f}%  {model}" for model, share in shares.items()]
+
+
+def comparison(recipes: Mapping[str, Recipe]) -> list[str]:
+    """A table of outputs, one row each, and which totals may be compared. recipes: by the output's name."""
+    columns = columns_of(*(recipe.metrics["merge"] for recipe in recipes.values()))
+    rows = []
+    for name, recipe in recipes.items():
+        largest = list(recipe.composition.items())[:MOST_MODELS]
+        strategy = recipe.settings.strategy
+        rows.append(
+            (
+                shortened(name, OUTPUT_WIDTH),
+                *(column.text(recipe.metrics["merge"].get(column.name)) for column in columns),
+                f"{recipe.improved} of {len(recipe.phrases)}",
+                ", ".join(f"{share:.1%} {shortened(model, MODEL_WIDTH)}" for model, share in largest),
+                ", ".join(recipe.settings.merge_method),
+                f"joint, {pluralize(len(recipe.joint.steps), 'step')}" if recipe.joint else strategy,
+                f"{recipe.seconds.get('search', 0):.1f} s",
+            )
+        )
+    labels = [column.label for column in columns]
+    header = ("Output", *labels, "Improved", "Composition", "Methods", "Strategy", "Search")
+    return [*table(header, rows), *_about_totals(recipes)]
+
+
+def _about_totals(recipes: Mapping[str, Recipe]) -> list[str]:
+    """A line that says which outputs have the same phrases, if not all have: only their totals mean the same."""
+    groups: dict[tuple, list[str]] = {}
+    for name, recipe in recipes.items():
+        # Automatic weights are measured, and differ by a rounding between machines.
+        phrases = [(p.kind, p.phrase, p.variants, p.context, p.chat is None, f"{p.weight:.5g}") for p in recipe.phrases]
+        groups.setdefault(tuple(sorted(phrases)), []).append(one_line(name))
+    if len(groups) < 2:
+        return []
+    listed = " | ".join(", ".join(names) for names in groups.values())
+    return [f"Phrases or weights differ: compare totals only within: {listed}"]

@@ -2,8 +2,8 @@
 
 Knows: counts, resampling, the table. Refuses to know: how texts are generated, what makes a word.
 
-Intervals are those of a bootstrap over prompts (Efron 1979). All models are resampled alike, so that a change is a paired
-one. A phrase that was never written has the interval up to 3 / words, the rule of three (Hanley and Lippman-Hand 1983).
+Intervals are those of a bootstrap over prompts (Efron 1979). All models are resampled alike: a change is a paired one.
+A phrase that was never written has the interval up to 3 / words, the rule of three (Hanley and Lippman-Hand 1983).
 """
 
 import gc

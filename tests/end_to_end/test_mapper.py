@@ -354,5 +354,5 @@ def test_the_yaml_of_a_run_without_better_phrases_is_an_empty_list(place, bpe):
 @pytest.mark.parametrize("name", ["a" * 250, "a" * 300, "loop/x"])
 def test_exports_that_cannot_be_written_are_refused_before_the_work(place, name):
     (place / "loop").symlink_to("loop")
-    with pytest.raises(ConfigError, match=r"--json .*: not a usable path"):
+    with pytest.raises(ConfigError, match=r"--json .*: can.t be written"):
         check_exports(Exports(Path(name), None), False)

@@ -11,9 +11,9 @@ from project import ROOT
 from runs import make_models
 
 import merge_monster
-from modules.output.comparison import MOST_MODELS
-from modules.output.comparison import comparison as comparison_of
 from modules.output.recipe import RECIPE_FILE, Recipe, read_outputs
+from modules.output.tables import MOST_MODELS
+from modules.output.tables import comparison as comparison_of
 from modules.runtime.console import visible
 from modules.runtime.text import columns
 

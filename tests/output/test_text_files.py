@@ -9,12 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 
-import merge_monster
-import monster_mapper
 from modules.output import filesystem, text_files
-from modules.output.text_files import check_file, files_left, write_text
+from modules.output.text_files import check_file, write_text
 from modules.runtime.errors import ConfigError
 
 
@@ -115,7 +112,6 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(place, monkeypatc
 @pytest.mark.parametrize("how", ["write", "fsync", "replace", "folder"])
 def test_an_error_names_the_file_and_leaves_it_as_it_was(place, monkeypatch, how):
     (place / "it").write_text("old")
-    left = files_left([place / "it"])
 
     def fail(*_arguments):
         raise OSError(errno.EIO, "Input/output error")
@@ -133,7 +129,6 @@ def test_an_error_names_the_file_and_leaves_it_as_it_was(place, monkeypatch, how
     monkeypatch.undo()
     assert caught.value.filename == str(place / "it") and caught.value.errno in (errno.EIO, errno.ENOSPC)
     assert (place / "it").read_text() == ("new" if how == "folder" else "old") and os.listdir(place) == ["it"]
-    assert left() == f"{place / 'it'} " + ("is written, and whole." if how == "folder" else "was not changed.")
 
 
 def test_a_run_that_is_killed_while_it_writes(place):
@@ -168,39 +163,3 @@ def test_a_lock_that_the_system_can_not_give_is_an_error_and_a_lack_of_locks_is_
     assert caught.value.filename == str(place / "lock")
     answer(errno.ENOLCK)
     assert not filesystem.Lock(place / "lock").works
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole runs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("moment, old", [("before", "old"), ("after", None)])
-def test_an_interrupted_run_says_whether_the_file_stands(place, models, capsys, monkeypatch, moment, old):
-    """before or after it has taken its name."""
-    base, one, _ = models
-    settings = {"samples": [], "neutral_texts": [], "baselines": False}
-    path = tiny.write_config(place / "my.yaml", base, [one], "out", **settings)
-    if old:
-        (place / "it").write_text(old)
-    sync, calls = text_files.sync, []
-
-    def interrupted(path):
-        calls.append(path)
-        if len(calls) == (1 if moment == "before" else 2):
-            raise KeyboardInterrupt
-        return sync(path)
-
-    monkeypatch.setattr(text_files, "sync", interrupted)
-    overwrite = ["--overwrite"] if old else []
-    score = ["--config", str(path), "--score", str(one), "--json", "it", "--quiet", *overwrite]
-    mapped = ["--config", str(path), "--json", "it", "--quiet", *overwrite]
-    for program, arguments in ((merge_monster, score), (monster_mapper, mapped)):
-        assert program.main(arguments) == 130
-        told = capsys.readouterr().err.strip()
-        stands = "it is written, and whole." if moment == "after" else f"it was not {'changed' if old else 'written'}."
-        assert told.startswith("Interrupted.") and told.endswith(stands)
-        assert (place / "it").exists() == (moment == "after" or bool(old)) and not list(place.glob(".it*"))
-        calls.clear()
-        if moment == "after" and not old:
-            (place / "it").unlink()
