@@ -54,9 +54,9 @@ def prepare(context: Context) -> NeutralText | None:
 
 METRIC = Metric(
     columns=(
-        Column("kl", "KL to base", is_drawn=True),
-        Column("top1", "Top-1 agreement", ".1%", lower_is_better=False),
-        Column("perplexity", "Perplexity", ",.2f", lower_is_better=None),
+        Column("kl", "KL to base"),
+        Column("top1", "Top-1 agreement", ".1%"),
+        Column("perplexity", "Perplexity", ",.2f"),
         Column(NAME, "KL in trials", shown_as="kl", limit_key="max_drift"),
     ),
     prepare=prepare,

@@ -29,8 +29,6 @@ class Column:
     name: str  # in journal, recipe and JSON
     label: str
     format: str = ".4f"
-    lower_is_better: bool | None = True  # None: neither way
-    is_drawn: bool = False  # in the merge map, candidate by candidate
     shown_as: str = ""  # of one that trials are judged by: the metric that it is on texts with no part in the search
     limit_key: str = ""  # and the configuration's key of its limit
 

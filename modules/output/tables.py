@@ -26,7 +26,7 @@ from modules.runtime.text import (
     shortened,
     table,
 )
-from modules.search.decision import Decision, Merge, Shares
+from modules.search.decision import Decision, Merge
 from modules.search.strategies import improved, probability, scores, total, total_rounding
 
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
@@ -140,12 +140,6 @@ def share_lines(names: Sequence[str], shares: Sequence[Sequence[float]], layers:
         known = zip(names, (1 - math.fsum(row), *row), strict=True)
         lines.append(f"{part:<13}: {', '.join(f'{share:.2f} {name}' for name, share in known if share)}")
     return lines
-
-
-def standing(turn: str, decision: Decision, accepted: int) -> str:
-    """How far a run is, for the progress bar. turn: which candidate of how many. accepted: merges so far."""
-    part = "header" if decision.layer is None else f"layer {decision.layer}"
-    return f"candidate {turn}, {part}, {accepted} accepted"
 
 
 def phrase_table(
@@ -262,11 +256,6 @@ def sample_lines(samples: Sequence[Sample]) -> list[str]:
             first, *more = text.strip().splitlines() or ["(nothing)"]
             lines += [f"{label:<9}{first}", *(f"{'':<9}{line}" for line in more)]
     return [*lines, ""] if samples else []
-
-
-def composition_lines(shares: Shares) -> list[str]:
-    """How much of each model is in the result."""
-    return [f"{share * 100:6.2f}%  {model}" for model, share in shares.items()]
 
 
 def comparison(recipes: Mapping[str, Recipe]) -> list[str]:

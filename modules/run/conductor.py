@@ -249,7 +249,8 @@ class Conductor:
         count = self.bar.update if timed else self.bar.skip
         count(self.search.steps(decision.layer, decision.method))
         accepted = sum(len(merges) - 1 for merges in self.origins)
-        self.bar.tell(report.standing(self._turn, decision, accepted))
+        part = "header" if decision.layer is None else f"layer {decision.layer}"
+        self.bar.tell(f"candidate {self._turn}, {part}, {accepted} accepted")
 
     def _place(self, decision: Decision) -> int:
         return self.layers if decision.layer is None else decision.layer

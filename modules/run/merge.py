@@ -170,7 +170,8 @@ def _conclude(conductor: Conductor, models: Models) -> SearchResult:
     names = [models.base.name, *(candidate.name for candidate in models.candidates)]
     console.lines(report.share_lines(names, conductor.shares, conductor.layers))
     composition = conductor.composition
-    console.lines(["Merge composition:", *report.composition_lines(composition), ""])
+    console.line("Merge composition:")
+    console.lines([*(f"{share * 100:6.2f}%  {model}" for model, share in composition.items()), ""])
     phrases, start, now = evaluator.phrases, evaluator.start, evaluator.now
     recipe = partial(
         conductor.record.recipe,

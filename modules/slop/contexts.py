@@ -32,10 +32,7 @@ def candidate_contexts(
     count: CountTokens,
 ) -> dict[Pair, int]:
     """Pairs for places where the phrase is spelled as it is listed, at most MOST_TRIED, taken in turn from each prompt;
-    and the number of each pair's prompt.
-
-    answers_begin: by prompt, what comes first in its answer, which ends thoughts that a chat template begins; None if
-    prompts are no turns of a chat, but beginnings of texts. count: how many tokens a text has.
+    and the number of each pair's prompt. answers_begin: as a Generator has it.
     """
     found = dict[Pair, int]()
     for number, start, end in in_turn(finding.places, lambda place: texts[place[0]].prompt):
@@ -54,8 +51,7 @@ def candidate_contexts(
 
 
 def last_sentences(before: str, count: CountTokens) -> str:
-    """The last sentences of a text: as few as have FEWEST_TOKENS, all if they have fewer; if these have more than
-    MOST_TOKENS, the last words of them."""
+    """The last sentences of a text, as few as have FEWEST_TOKENS; of more than MOST_TOKENS the last words."""
     for start in reversed(_sentence_starts(before)):
         if count(before[start:]) >= FEWEST_TOKENS:
             break

@@ -21,12 +21,11 @@ PAIR_SHARE = 0.1  # of the rarer word's rate: nine of ten English pairs that are
 
 @dataclass(frozen=True)
 class HumanRates:
-    """How often a language's writers use words, per million words.
+    """How often a language's writers use words, per million words; a longer phrase as its rarest pair of neighbours.
 
-    A pair of words that is not in the table counts as often as its rarest pair. If either word is more frequent
-    elsewhere than where the table was counted, so is the pair: "seemed to" is rare on the web, since "seemed" is.
-    Without a table, and for what it lacks by the way it was made (I, apostrophes, hyphens), a pair counts a tenth of
-    its rarer word, rather too much than too little. A longer phrase counts as often as its rarest pair of neighbours.
+    A pair that is not in the table counts as its rarest pair. If either word is more frequent elsewhere than where the
+    table was counted, so is the pair: "seemed to" is rare on the web, since "seemed" is. Without a table, and for what
+    it lacks (I, apostrophes, hyphens), a pair counts a tenth of its rarer word, rather too much than too little.
     """
 
     grammar: Grammar
@@ -62,7 +61,8 @@ def human_rates(language: str = "en") -> HumanRates:
     """
     wordfreq = _installed("wordfreq")
     info = import_module("wordfreq.language_info")
-    known = [code for code in sorted(wordfreq.available_languages()) if _has_spaces(info, code)]
+    languages = sorted(wordfreq.available_languages())
+    known = [code for code in languages if info.get_language_info(code)["tokenizer"] == "regex"]  # words between spaces
     if language not in known:
         raise ConfigError(f"discover.language: '{language}' can't be searched; use one of {', '.join(known)}")
 
@@ -88,10 +88,6 @@ def _installed(package: str) -> ModuleType:
         return import_module(package)
     except ImportError:
         raise ConfigError(f"the package {package} is missing: pip install wordfreq wordsegment") from None
-
-
-def _has_spaces(info: ModuleType, language: str) -> bool:
-    return info.get_language_info(language)["tokenizer"] == "regex"
 
 
 def _counts(file: str) -> dict[str, float]:

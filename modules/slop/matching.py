@@ -37,8 +37,7 @@ _ALIKE = str.maketrans(
 
 
 def plain(text: str) -> str:
-    """Text as it is compared: without regard to capital letters, with one form of what can be written in several
-    (composed letters, ligatures, widths, quotes, hyphens, ellipses, white space), without invisible characters."""
+    """Text as it is compared: in lower case, in one form where there are several, without invisible characters."""
     text = _PRESENTATION_FORMS.sub(lambda match: unicodedata.normalize("NFKC", match[0]), _INVISIBLE.sub("", text))
     return " ".join(unicodedata.normalize("NFC", text.translate(_ALIKE).casefold()).split())
 
@@ -61,8 +60,7 @@ def _bounded(phrase: str) -> str:
 
 
 def word_count(text: str) -> int:
-    """Words are what stands between spaces; in what holds characters of scripts without spaces, each of these is a
-    word, and so is every word of other scripts between them."""
+    """Words are what stands between spaces; of scripts without spaces each character is one."""
     words = 0
     for piece in text.split():
         characters = len(_CHARACTER.findall(piece))

@@ -109,8 +109,8 @@ class Counts:
         return _interval(self._resampled(phrases)) if len(self.words) > 1 else None
 
     def change(self, base: "Counts", phrases: Sequence[str]) -> tuple[float, Interval | None] | None:
-        """By how much the rate is another one than the base's, as a share of that, and the interval; None where some
-        resamples of the base have no hit."""
+        """The change of the rate, as a share of the base's, and the interval; None where a resample of the base has no
+        hit."""
         before = base._resampled(phrases)
         if bool((before == 0).any()):
             return None
@@ -137,10 +137,8 @@ class Counts:
 def counts(
     texts: Sequence[Sequence[str]], phrases: Sequence[str], variants: Mapping[str, Sequence[str]] | None = None
 ) -> Counts:
-    """Count phrases in texts, a list of them for each prompt. Where several phrases begin, the longest one counts.
-
-    variants: of the phrases that are any of several texts; a text that several phrases have counts for the first.
-    """
+    """Count phrases in texts, a list of them for each prompt. Where several phrases begin, the longest one counts; a
+    text that several have as a variant counts for the first."""
     owners = dict[str, str]()
     for phrase in phrases:
         for text in (variants or {}).get(phrase, (phrase,)):

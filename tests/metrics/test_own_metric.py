@@ -21,7 +21,7 @@ class PositiveRows(Measure):
         return {"positive": float((head[:, 0] > 0).double().mean())}
 
 
-METRIC = Metric((Column("positive", "Positive rows", ".2%", lower_is_better=None),), PositiveRows)
+METRIC = Metric((Column("positive", "Positive rows", ".2%"),), PositiveRows)
 
 
 @pytest.fixture(scope="module")

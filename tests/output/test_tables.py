@@ -247,13 +247,6 @@ def test_a_table_of_any_phrases_is_a_rectangle(rows):
         assert {columns(line) for line in table if line[0] in "|-"} == {109}
 
 
-def test_long_names_keep_to_their_lines():
-    name = "n" * 200
-    made = Decision(name, 0, "lerp", 0.5, 1.0, 0.5, ())
-    assert report.composition_lines({name: 1.0}) == [f"100.00%  {name}"]
-    assert report.standing("2/3", made, 12) == "candidate 2/3, layer 0, 12 accepted"
-
-
 def test_answers_end_at_a_sentence_or_in_an_ellipsis():
     samples = [Sample(prompt="Say", base="A b. And the", merge="One.\nTwo"), Sample(prompt="?", base="", merge="A.")]
     assert report.sample_lines(samples)[1:-1] == [
