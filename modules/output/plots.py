@@ -172,7 +172,7 @@ def _draw_totals(axes: Axes, recipe: Recipe) -> None:
         start += len(list(lines))
     axes.set_xlim(0, max(len(decisions), 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("Total score after every decision, candidate by candidate; a dot is an accepted merge")
+    axes.set_title("Total after every decision; a dot is an accepted merge")
     axes.set(xlabel="Decision", ylabel="Lower is better")
 
 

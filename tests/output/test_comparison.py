@@ -11,7 +11,7 @@ from project import ROOT
 from runs import make_models
 
 import merge_monster
-from modules.output.recipe import RECIPE_FILE, Recipe, read_outputs
+from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.tables import MOST_MODELS
 from modules.output.tables import comparison as comparison_of
 from modules.runtime.console import visible
@@ -166,15 +166,6 @@ def test_numbers_of_any_size(recipe, value):
     assert len(lines[0]) == len(lines[1]) == len(lines[3])
 
 
-def test_a_run_that_merged_nothing(recipe):
-    for decision in recipe["decisions"]:
-        decision["ratio"] = None
-    for phrase in recipe["phrases"]:
-        phrase["after"] = phrase["before"]
-    (row,) = rows(comparison({"out": recipe}))
-    assert row["Improved"] == f"0 of {len(tiny.PAIRS)}"
-
-
 def test_a_joint_search_is_told_by_its_steps(recipe):
     shares, step = [[0.9], [0.8]], {"total": 1.0, "kl": 0.0, "seconds": 0.1}
     joint = copy.deepcopy(recipe) | {"decisions": [], "composition": {"one": 1.35, "base": -0.35}}
@@ -229,12 +220,7 @@ def test_a_damaged_recipe_is_refused(place, recipe, damage, capsys):
     "more",
     [
         ["--config", "my.yaml"],
-        ["--output", "x"],
-        ["--device", "cpu"],
-        ["--overwrite"],
-        ["--dry-run"],
         ["--resume"],
-        ["--restart"],
         ["--replay", "x", "--output", "y"],
     ],
     ids=str,
@@ -251,13 +237,6 @@ def test_only_one_of_several_processes_prints(here, capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     assert compare("plain") == 0
     assert capsys.readouterr().out == ""
-
-
-def test_outputs_are_told_by_name(here):
-    assert list(read_outputs([here / "plain", here / "others" / RECIPE_FILE])) == [
-        str(here / "plain"),
-        str(here / "others"),
-    ]
 
 
 def test_the_page_shows_these_columns(recipe):

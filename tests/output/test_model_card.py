@@ -171,8 +171,6 @@ def test_base_models_are_ids_of_the_hub_and_nothing_else(recipe):
     [
         (f"org/m@{COMMITS[0]}+org/a@{COMMITS[1]}", ["org/m", "org/a"]),
         (f"/models/m+org/a@{COMMITS[1]}", ["org/a"]),
-        (f"org/m@{COMMITS[0]}+/models/a", ["org/m"]),
-        ("/models/m+/models/a", []),
         ("/models/org/m@main", []),
         ("C:\\models\\a", []),
     ],
@@ -229,11 +227,6 @@ def test_a_joint_search_is_told_as_what_it_was(recipe):
         assert all((word in one) == (one is card) for word in words for one in (greedy, text))
     assert "Candidates not used: [org/one]" in text and "A merge of 1 of 2 candidates" in text
     assert blocks(text)["drift_weight"] == 8
-
-
-def test_the_base_s_share_may_be_negative(recipe):
-    text = card_of(as_joint(recipe, [[0.9, 1.0], [0.3, 0.5]]))
-    assert [row[:2] for row in tables(text)[0][2:]] == [["two", "75.00%"], ["one", "60.00%"], ["base", "-35.00%"]]
 
 
 def test_metrics_are_told_by_the_registry_s_labels(recipe):
@@ -347,7 +340,7 @@ def test_a_search_with_what_the_card_tells_finds_the_same(run, recipe, monkeypat
         assert (run / "found/model.safetensors").read_bytes() == (run / "out/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("count", [MOST_PHRASES, MOST_PHRASES + 1, 2000])
+@pytest.mark.parametrize("count", [MOST_PHRASES, 2000])
 def test_of_many_phrases_those_that_changed_most_are_shown(recipe, count):
     pair = {"kind": "BAD", "context": "c", "weight": 1.0, "before": 0.5}
     # Every third one moves, the later the further; a good phrase moves the other way.
