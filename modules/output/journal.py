@@ -26,7 +26,9 @@ class Journal:
 
     def __init__(self, records: Sequence[Line] = (), path: Path = Path(JOURNAL_FILE), file: IO | None = None) -> None:
         """file: open for appending; None in a process that does not write, since another one does."""
-        self.records, self.path, self._file = list(records), path, file
+        self.records = list(records)
+        self.path = path
+        self._file = file
 
     @property
     def decisions(self) -> int:

@@ -131,8 +131,8 @@ def folders_of(path: Path, folders: Sequence[Path] = ()) -> list[Path]:
 
     path: of the recipe, or of the output that holds it.
     """
-    own = Path(os.path.abspath(path if os.path.isdir(path) else path.parent))
-    return [*folders, own, own.parent, Path(os.path.abspath(""))]
+    output = Path(os.path.abspath(path if os.path.isdir(path) else path.parent))
+    return [*folders, output, output.parent, Path(os.path.abspath(""))]
 
 
 def folders_near(folders: Sequence[Path]) -> list[Path]:
@@ -148,14 +148,17 @@ def folders_near(folders: Sequence[Path]) -> list[Path]:
 def find_source(where: str, folders: Sequence[Path]) -> str | None:
     """A recipe's source as a configuration names it: an id of the hub, or what has its name in one of the folders; both
     for an adapter behind a plus. None if it is not there."""
-    for parts in ([where], *([where[: plus.start()], where[plus.end() :]] for plus in re.finditer(r"\+", where))):
-        found = [_find_place(part, folders) for part in parts]
-        if None not in found:
-            return "+".join(found)
+    splits = [[where]]
+    for plus in re.finditer(r"\+", where):
+        splits.append([where[: plus.start()], where[plus.end() :]])
+    for names in splits:
+        paths = [_find(name, folders) for name in names]
+        if None not in paths:
+            return "+".join(paths)
     return None
 
 
-def _find_place(name: str, folders: Sequence[Path]) -> str | None:
+def _find(name: str, folders: Sequence[Path]) -> str | None:
     if name and not names_folder(name):
         return name
     paths = [os.path.join(folder, name) for folder in folders if name]

@@ -40,7 +40,8 @@ class RunRecord:
 
         computed: what is computed in.
         """
-        self.journal, self._now = journal, run_of(config, computed)
+        self.journal = journal
+        self._now = run_of(config, computed)
         self._lines: dict[str, list[Any]] = {kind: [] for kind in LINES}
         self._folders: list[tuple[str, str]] = []  # of the sources, and their names
         if journal.records:
@@ -56,7 +57,8 @@ class RunRecord:
             raise damaged(path, 1)
         refuse_changes(begun, self._now, path)
         for number, record in enumerate(records, start=1):
-            kind, fields = record["kind"], {key: value for key, value in record.items() if key != "kind"}
+            kind = record["kind"]
+            fields = {key: value for key, value in record.items() if key != "kind"}
             try:
                 line = LINES[kind].model_validate(fields)
             except (KeyError, ValidationError):
@@ -151,8 +153,13 @@ class RunRecord:
             trouble = f"has changed since {self.journal.path} was begun; --restart begins again"
             compare_fingerprints(noted, checkpoint, trouble)
             return noted
-        name, fingerprint = checkpoint.name, checkpoint.fingerprint()
-        return self.note("source", number=number, name=name, where=without_folders(where), fingerprint=fingerprint)
+        return self.note(
+            "source",
+            number=number,
+            name=checkpoint.name,
+            where=without_folders(where),
+            fingerprint=checkpoint.fingerprint(),
+        )
 
     def recipe(
         self,

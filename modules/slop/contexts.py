@@ -34,7 +34,7 @@ def candidate_contexts(
     """Pairs for places where the phrase is spelled as it is listed, at most MOST_TRIED, taken in turn from each prompt;
     and the number of each pair's prompt. answers_begin: as a Generator has it.
     """
-    found = dict[Pair, int]()
+    pairs = dict[Pair, int]()
     for number, start, end in in_turn(finding.places, lambda place: texts[place[0]].prompt):
         text, prompt = texts[number].text, prompts[texts[number].prompt]
         if text[start:end] != finding.phrase:
@@ -44,10 +44,10 @@ def candidate_contexts(
         else:
             answer = answers_begin[prompt] + last_sentences(text[:start], count)
             pair = Pair("BAD", finding.phrase, answer, chat=Chat((Message("user", prompt),), answer))
-        found.setdefault(pair, texts[number].prompt)
-        if len(found) == MOST_TRIED:
+        pairs.setdefault(pair, texts[number].prompt)
+        if len(pairs) == MOST_TRIED:
             break
-    return found
+    return pairs
 
 
 def last_sentences(before: str, count: CountTokens) -> str:

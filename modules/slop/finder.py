@@ -113,9 +113,11 @@ def count_phrases(
     for number, text in enumerate(texts):
         for first, phrase in _phrases(text.words, unprompted[number] & widespread, grammar):
             places[phrase].append((number, first))
-    return {
-        phrase: found for phrase, found in places.items() if len({texts[number].prompt for number, _ in found}) >= least
-    }
+    widespread_places = {}
+    for phrase, of_phrase in places.items():
+        if len({texts[number].prompt for number, _ in of_phrase}) >= least:
+            widespread_places[phrase] = of_phrase
+    return widespread_places
 
 
 def _unprompted(words: Sequence[Word], prompt: str, grammar: Grammar) -> set[str]:
@@ -173,7 +175,7 @@ def _without_overlaps(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     kept = list[Finding]()
     wholes, parts = set[Phrase](), set[Phrase]()
     taken = set[Place]()  # characters, as (number of a text, position in it)
-    for finding in sorted(findings, key=lambda one: (-one.score, -len(one.words), one.words)):
+    for finding in sorted(findings, key=lambda finding: (-finding.score, -len(finding.words), finding.words)):
         own_parts = set(_parts(finding.words))
         if finding.words in parts or not wholes.isdisjoint(own_parts):
             continue

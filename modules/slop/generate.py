@@ -108,13 +108,14 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
     missing = [prompt for prompt in generator.prompts if prompt not in texts]
     count = pluralize(params.count * len(missing), "text")
     console.timed(f"Generating {count} with {generator.name} (kept in {file})")
-    began, words = time.monotonic(), 0
+    began = time.monotonic()
+    words = 0
     with console.progress(len(missing)) as bar:
         for batch in same_length_batches(generator.model, generator.tokenizer, missing, params):
-            found = dict(zip(batch, _sample(generator, batch, seed, params), strict=True))
-            keep_texts(file, found)
-            texts |= found
-            words += sum(word_count(text) for of_prompt in found.values() for text in of_prompt)
+            new = dict(zip(batch, _sample(generator, batch, seed, params), strict=True))
+            keep_texts(file, new)
+            texts |= new
+            words += sum(word_count(text) for of_prompt in new.values() for text in of_prompt)
             bar.update(len(batch))
             bar.tell(f"{words / (time.monotonic() - began):.0f} words/s")
     if missing:

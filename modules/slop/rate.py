@@ -45,25 +45,25 @@ def rate(config: Config, others: Sequence[Config], console: Console, json_file: 
     groups = {name: list(dict.fromkeys(pair.phrase for pair in pairs)) for name, pairs in lists.items() if pairs}
     variants = {pair.phrase: pair.variants for pair in config.pairs if pair.variants}
     prompts: tuple[str, ...] = ()
-    found: dict[str, Counts] = {}
+    counted: dict[str, Counts] = {}
     examples: dict[str, str] = {}
     models = [config, *others]
-    for name, one in zip(names_for(models), models, strict=True):
-        if name in found:
+    for name, model in zip(names_for(models), models, strict=True):
+        if name in counted:
             continue
-        generator = load_generator(one, console, prompts)
+        generator = load_generator(model, console, prompts)
         prompts = generator.prompts
-        texts = generate(generator, one.random_seed, console, json_file)
-        found[name] = counts(texts, _phrases(groups), variants)
+        texts = generate(generator, model.random_seed, console, json_file)
+        counted[name] = counts(texts, _phrases(groups), variants)
         examples[name] = texts[0][0]
         del generator
         gc.collect()  # one model at a time
-    console.lines(table(groups, found))
+    console.lines(table(groups, counted))
     console.line(f"Prompt: {one_line(prompts[0])}")
     for name, text in examples.items():
         console.line(f"{name} : {ended(shortened(one_line(text), EXAMPLE, 'start'))}")
     if json_file:
-        write_text(json_file, json.dumps(document(groups, found), ensure_ascii=False, indent=1) + "\n")
+        write_text(json_file, json.dumps(document(groups, counted), ensure_ascii=False, indent=1) + "\n")
         console.timed(f"All rates are in {json_file}")
     console.final(f"Done. The log is {console.log_path}")
 

@@ -230,8 +230,8 @@ def test_what_can_not_be_scored_is_refused(place, models, capsys):
         told = capsys.readouterr().err
         assert words in told and "Traceback" not in told
     for words, options in {
-        "--json there.json: this file exists": ["--json", "there.json"],
-        "--json no/x.json: its folder does not exist": ["--json", "no/x.json"],
+        "this file exists": ["--json", "there.json"],
+        "its folder does not exist": ["--json", "no/x.json"],
         "which this run would write": ["--json", str(models[1] / "x.json")],
     }.items():
         assert score(models[1], options=options) == 2 and words in capsys.readouterr().err
