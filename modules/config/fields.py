@@ -6,12 +6,11 @@ The context of a validation is a set of what must be there: MERGE, SCORE or MAP.
 configuration that was dumped may name folders of another machine.
 """
 
-import difflib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +25,7 @@ from pydantic import (
     WithJsonSchema,
     WrapValidator,
 )
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic_core import PydanticCustomError
 
 from modules.config.choices import ACCELERATORS, DEVICE_PATTERN, DEVICES, STRATEGIES
 from modules.config.locations import missing_folder, parse_location, parse_source
@@ -91,32 +90,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-class OneOf:
-    """The type of a value that is one of a few names; a list of names may still grow."""
-
-    def __init__(self, allowed: Collection[str], also: Mapping[str, str] | None = None) -> None:
-        """also: other spellings that are taken for one of the names."""
-        self._allowed = allowed
-        self._also = also or {}
-
-    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> Any:
-        return core_schema.no_info_plain_validator_function(self.checked)
-
-    def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> dict[str, Any]:
-        return {"enum": [*self._allowed, *self._also], "type": "string"}
-
-    def checked(self, value: Any) -> str:
-        """The name. Raises ValueError, with the nearest one, if it is none of them."""
-        names = list(self._allowed)
-        text = value if isinstance(value, str) else ""
-        name = self._also.get(text, text)
-        if name in names:
-            return name
-        guess = difflib.get_close_matches(text, names, 1)
-        hint = f"; did you mean '{guess[0]}'?" if guess else ""
-        raise ValueError(f"expected {', '.join(names[:-1])} or {names[-1]}{hint}")
-
-
 Boolean = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 CountFromOne = Annotated[int, Strict(), Field(ge=1, lt=2**63)]
@@ -127,7 +100,6 @@ AutoOrWeight = Annotated[Weight, WrapValidator(_auto_or_number, json_schema_inpu
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 # Half types with a float32 residual stream beside them.
 COMPUTE_DTYPES = (*DTYPES, "float16+float32", "bfloat16+float32")
-_METHOD_NAME = OneOf(METHODS)
 
 
 def _method(value: Any) -> str:
@@ -138,7 +110,9 @@ def _method(value: Any) -> str:
         parameters = {str(key): item for key, item in value.items() if key != "name"}
     elif isinstance(value, str) and "(" in value:
         name, parameters = parsed(value)
-    return spelled(_METHOD_NAME.checked(name), parameters)
+    if not isinstance(name, str) or name not in METHODS:  # more may be added
+        raise ValueError(f"expected one of {', '.join(METHODS)}")
+    return spelled(name, parameters)
 
 
 def _method_schema() -> dict[str, Any]:
@@ -149,7 +123,17 @@ def _method_schema() -> dict[str, Any]:
 
 
 Methods = one_or_more(Annotated[str, PlainValidator(_method), WithJsonSchema(_method_schema())])
-Strategy = Annotated[str, OneOf(STRATEGIES, {"quantitative": "quantitive"})]
+
+
+def _strategy(value: Any) -> str:
+    name = "quantitive" if value == "quantitative" else value
+    if not isinstance(name, str) or name not in STRATEGIES:  # more may be added
+        raise ValueError(f"expected one of {', '.join(STRATEGIES)}")
+    return name
+
+
+_STRATEGY_SCHEMA = {"enum": [*STRATEGIES, "quantitative"], "type": "string"}
+Strategy = Annotated[str, PlainValidator(_strategy), WithJsonSchema(_STRATEGY_SCHEMA)]
 
 Text = Annotated[str, Strict(), Field(pattern=r"\S")]
 Texts = tuple[Text, ...]
@@ -233,16 +217,15 @@ def _folder(text: str, info: ValidationInfo) -> str:
     return folder
 
 
-def _base(text: str, info: ValidationInfo) -> str:
-    if _needs(info, "base") and parse_location(text) is None:
-        raise ValueError(_no_model(text))
-    return text
+def _known(what: str, parse: Callable[[str], Any]) -> AfterValidator:
+    """Checks that a text names a model, if such a one must be there."""
 
+    def checked(text: str, info: ValidationInfo) -> str:
+        if _needs(info, what) and parse(text) is None:
+            raise ValueError(_no_model(text))
+        return text
 
-def _candidate(text: str, info: ValidationInfo) -> str:
-    if _needs(info, "candidates") and parse_source(text) is None:
-        raise ValueError(_no_model(text))
-    return text
+    return AfterValidator(checked)
 
 
 def _no_model(text: str) -> str:
@@ -269,11 +252,9 @@ def _output(text: str, info: ValidationInfo) -> str:
         raise ValueError(f"not a usable path ({error})") from None
     if not whole.name:
         raise ValueError("a whole file system can't be an output; name a folder in it")
-    trouble = unusable(path)
+    trouble = unusable(whole.with_name(whole.name + "-" * _BESIDE))
     if trouble:
         raise ValueError(f"not a usable path ({trouble})")
-    if unusable(whole.with_name(whole.name + "-" * _BESIDE)):
-        raise ValueError(f"its name is too long; names up to {_BESIDE} characters longer stand beside it for a while")
     return str(whole if path.name in ("", "..") else path)
 
 
@@ -285,7 +266,7 @@ def _named(kind: str) -> Any:
 AnyPath = Annotated[Text, AfterValidator(_expanded), _named("file")]
 Paths = tuple[AnyPath, ...]
 Folder = Annotated[Text, AfterValidator(_folder), _named("folder")]
-Model = Annotated[Text, AfterValidator(_base), _named("model")]
-Candidate = Annotated[Text, AfterValidator(_candidate), _named("model")]
+Model = Annotated[Text, _known("base", parse_location), _named("model")]
+Candidate = Annotated[Text, _known("candidates", parse_source), _named("model")]
 Candidates = Annotated[tuple[Candidate, ...], AfterValidator(_candidates)]
 Output = Annotated[EmptyOrText, AfterValidator(_output), _named("folder")]

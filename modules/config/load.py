@@ -1,14 +1,12 @@
 """A YAML file to a configuration, or to all that is wrong with it.
 
-Knows: which phrase files a file names, what must be there together, the words for what pydantic finds, what a bare
-word on the command line may have meant. Refuses to know: what a single value may be.
+Knows: which phrase files a file names, what must be there together, the words for what pydantic finds.
+Refuses to know: what a single value may be.
 """
 
 import difflib
 import os
-import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,10 +15,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from modules.config.fields import MAP, MERGE, SCORE, Output
-from modules.config.locations import parse_source
 from modules.config.phrase_lists import MOST_PAIRS, PHRASES, Pair, PhraseLists, pairs_of, set_aside
 from modules.config.schema import CONFIG_KEYS, Config, Settings, known_keys
-from modules.config.yaml_file import Place, YamlFile, read_yaml, shown, with_sets, with_value
+from modules.config.yaml_file import Place, YamlFile, parse_yaml, read_yaml, shown, with_value
 from modules.merging.methods import seeded
 from modules.runtime.errors import ConfigError
 from modules.runtime.text import pluralize
@@ -82,19 +79,21 @@ def load_config(
     needs no output directory either.
     Raises ConfigError with one line for every error found.
     """
-    options = {
-        ("directories", "model_path1"): (model_option, model),
-        ("directories", "output_directory"): ("--output", output),
-        ("device",): ("--device", device),
-        ("models_to_merge",): ("--score", list(scored) or None),
-    }
-    problems = []
+    problems: list[Any] = []
     main = read_yaml(Path(path), "Name a YAML file with --config.")
     if isinstance(main.value, Mapping | None):
-        main = with_sets(replace(main, value={"directories": {}, **(main.value or {})}), sets, problems)
-    for place, (option, value) in options.items():
-        with suppress(ConfigError):  # what is in the way of the value will be found
-            main = main if value is None else with_value(main, place, value, option)
+        main = replace(main, value={"directories": {}, **(main.value or {})})
+        for text in sets:
+            main = _with_set(main, text, problems)
+        options = (
+            (model_option, ("directories", "model_path1"), model),
+            ("--output", ("directories", "output_directory"), output),
+            ("--device", ("device",), device),
+            ("--score", ("models_to_merge",), list(scored) or None),
+        )
+        for option, place, value in options:
+            if value is not None:
+                main = _with_option(main, place, value, option, problems)
     settings = _checked(Settings, main, problems, MAP if mapping else SCORE if scored else MERGE)
     lists = _phrase_lists(main, "phrase_files", problems)
     held_out = _phrase_lists(main, "held_out_files", problems)
@@ -111,16 +110,41 @@ def load_config(
     count = sum(len(phrase.contexts) * len(phrase.phrase) for phrase in phrases)
     if count > MOST_PAIRS:
         raise ConfigError(f"{path}: {count:,} pairs of a phrase and a context; at most {MOST_PAIRS:,} are taken")
-    config = _with_pairs(searched, held_out, main.text, mapping)
+    config = _with_pairs(searched, held_out, mapping)
     if not config.pairs and not discovering:
         raise ConfigError(f"{path}: every phrase is held out; there is nothing to search with")
     return config
 
 
-def _with_pairs(searched: Sequence[Any], aside: Sequence[PhraseLists], text: str, mapping: bool) -> Config:
+def _with_set(file: YamlFile, text: str, problems: list) -> YamlFile:
+    """A file with what --set KEY=VALUE gives, the key with dots, the value in YAML."""
+    key, equals, value = text.partition("=")
+    place = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(place):
+        problems.append(
+            f"--set {key}: expected KEY=VALUE, such as drift_weight=2 or directories.output_directory=merged"
+        )
+        return file
+    option = f"--set {'.'.join(place)}"
+    try:
+        return _with_option(file, place, parse_yaml(value)[0], option, problems)
+    except ConfigError as error:
+        problems.append(f"{option}: {error}")
+        return file
+
+
+def _with_option(file: YamlFile, place: Place, value: Any, option: str, problems: list) -> YamlFile:
+    try:
+        return with_value(file, place, value, option)
+    except ConfigError as error:
+        problems.append(str(error))
+        return file
+
+
+def _with_pairs(searched: Sequence[Any], aside: Sequence[PhraseLists], mapping: bool) -> Config:
     """The configuration with the pairs of all files. searched: the settings, then lists; aside: those held out."""
     settings = searched[0]
-    values = {**vars(settings), "text": text}
+    values = dict(vars(settings))
     values["merge_method"] = tuple(seeded(method, settings.random_seed) for method in settings.merge_method)
     held_out = []
     for key in PHRASES:
@@ -168,26 +192,11 @@ def _phrase_lists(main: YamlFile, key: str, problems: list) -> list[PhraseLists]
 
 def _checked(kind: type, file: YamlFile, problems: list, needs: Collection[str] = ()) -> Any:
     """A file's values as a dataclass; None, and what is wrong is added to the problems, if they are none."""
-    if _least_pairs(file.value) > MOST_PAIRS:
-        problem = f"more than {MOST_PAIRS:,} pairs of a phrase and a context"
-        problems.append(_Problem(file, ("phrase lists",), problem))
-        return None
     try:
         return _adapter(kind).validate_python(file.value, context=needs)
     except ValidationError as error:
         problems += _problems_in(error, file)
         return None
-
-
-def _least_pairs(values: Any) -> int:
-    """How many contexts a file has, before they are checked: the aliases of a short one can stand for very many."""
-    count = 0
-    for key in PHRASES if isinstance(values, Mapping) else ():
-        entries = values.get(key)
-        for entry in entries if isinstance(entries, list) else ():
-            contexts = entry.get("contexts") if isinstance(entry, Mapping) else None
-            count += len(contexts) if isinstance(contexts, list) else 1
-    return count
 
 
 @cache
@@ -221,17 +230,5 @@ def output_directory(name: str, value: str) -> Path:
     try:
         return Path(TypeAdapter(Output).validate_python(value, context=MERGE))
     except ValidationError as error:
-        file = YamlFile("", value, None, name)
+        file = YamlFile(value, None, name)
         raise ConfigError(*map(str, _problems_in(error, file))) from None
-
-
-def option_for(text: str, for_model: str) -> str | None:
-    """What somebody may have meant who gave this without an option; None if it is nothing known.
-
-    for_model: what a model's folder, file or id was meant as; {} stands for it.
-    """
-    if Path(text).suffix.lower() in (".yaml", ".yml"):
-        return f"--config {shlex.quote(text)}"
-    if parse_source(text) is not None:
-        return for_model.format(shlex.quote(text))
-    return f"--config {shlex.quote(text)}" if os.path.isfile(text) else None

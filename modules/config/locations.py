@@ -85,11 +85,7 @@ def parse_location(text: str) -> Location | None:
 def missing_folder(text: str) -> str:
     """What to say of a text that is no model."""
     nothing = "no such file" if text.lower().endswith(GGUF) else "no such folder"
-    if os.path.isabs(text):
-        return nothing
-    if _HUB_ID.fullmatch(text):
-        return f"{nothing} in {os.path.dirname(text)}; the hub's would be written {text}@main"
-    return f"{nothing}; a model of the hub is written org/name or org/name@revision"
+    return f"{nothing}; a model of the hub is written org/name@main"
 
 
 def parse_source(text: str) -> Source | None:

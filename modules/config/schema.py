@@ -216,7 +216,6 @@ class Config(Settings):
 
     bad_phrases: tuple[Pair, ...] = ()
     good_phrases: tuple[Pair, ...] = ()
-    text: str = field(default="", repr=False)  # the YAML file to the letter; not a key
     held_out_pairs: tuple[Pair, ...] = field(default=(), metadata=_NO_PART)  # scored and never searched
 
     @property
@@ -230,15 +229,14 @@ class Config(Settings):
         return SAMPLES if self.samples is None else self.samples
 
     def dumped(self) -> dict[str, Any]:
-        """All keys as JSON has them, pairs with their rendered chats in place of phrase lists; without the text."""
+        """All keys as JSON has them, pairs with their rendered chats in place of phrase lists."""
         pairs = {key: [pair.written() for pair in getattr(self, key)] for key in (*PHRASES, "held_out_pairs")}
-        values = {key: value for key, value in {**asdict(self), **pairs}.items() if key != "text"}
-        return json.loads(json.dumps(values))
+        return json.loads(json.dumps({**asdict(self), **pairs}))
 
     @classmethod
-    def loaded(cls, values: Mapping[str, Any], text: str = "") -> Self:
+    def loaded(cls, values: Mapping[str, Any]) -> Self:
         """The configuration that was dumped; nothing is looked for on the disk. Raises ValueError if it is none."""
-        return TypeAdapter(cls).validate_python({**values, "text": text})
+        return TypeAdapter(cls).validate_python(values)
 
 
 CONFIG_KEYS = tuple(key.name for key in fields(Settings))

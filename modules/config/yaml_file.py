@@ -6,14 +6,13 @@ walked along. Refuses to know: what the keys mean.
 
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from modules.runtime.console import visible
 from modules.runtime.errors import ConfigError, first_line
 from modules.runtime.input_files import open_input
 from modules.runtime.text import shortened
@@ -36,25 +35,22 @@ Place = tuple[str | int, ...]  # keys and numbers of items, from the whole file 
 class YamlFile:
     """A file that was read. Its values are plain ones: mappings, lists, text, numbers."""
 
-    text: str
     value: Any
     node: yaml.Node | None  # what the value was made of; None in an empty file
-    name: str = ""  # with which messages begin what they call a place of it; that of the main file is empty
+    name: str = ""  # with which messages begin; that of the main file is empty
     options: Mapping[Place, str] = field(default_factory=dict)  # of the command line, by the place of what they give
 
     def where(self, place: Place) -> tuple[str, str]:
         """What messages call a place, bad_phrases[0].contexts, say, and " (line 7)" if it is one of the file."""
-        nodes = self._nodes(place)
         line = ""
-        if nodes:  # of the place, or the nearest one around it that is there
-            line = f" (line {nodes[-1].start_mark.line + 1}{' of that file' if self.name else ''})"
-        name = self.name
         for given, option in self.options.items():
-            is_within = place[: len(given)] == given
-            is_around = given[: len(place)] == place and len(nodes) < len(place)  # a mapping made to hold what is given
-            if is_within or is_around:
-                name, place, line = option, place[len(given) :], ""
+            if place[: len(given)] == given:
+                name, place = option, place[len(given) :]
                 break
+        else:
+            name, nodes = self.name, self._nodes(place)
+            if nodes:  # of the place, or the nearest one around it that is there
+                line = f" (line {nodes[-1].start_mark.line + 1}{' of that file' if self.name else ''})"
         for part in place:
             name += f"[{part}]" if isinstance(part, int) else f".{part}"
         return name.removeprefix(".") or "the file", line
@@ -90,7 +86,7 @@ def read_yaml(path: Path, if_absent: str, name: str = "") -> YamlFile:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: can't be read ({getattr(error, 'strerror', error)}).") from None
     try:
-        return YamlFile(text, *parse_yaml(text), name)
+        return YamlFile(*parse_yaml(text), name)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -112,41 +108,20 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
         raise ConfigError(f"not valid YAML: {first_line(error)}") from None
 
 
-def with_sets(file: YamlFile, sets: Sequence[str], problems: list) -> YamlFile:
-    """A file with what each KEY=VALUE gives, the key with dots, the value in YAML, in place of its own values.
-
-    The file's text, which is kept for people, gets each of them as a comment at its end. problems: get what is wrong.
-    """
-    if sets and file.text and not file.text.endswith("\n"):
-        file = replace(file, text=file.text + "\n")
-    for text in sets:
-        key, equals, value = text.partition("=")
-        place = tuple(part.strip() for part in key.split("."))
-        try:
-            if not equals or not all(place):
-                raise ConfigError("expected KEY=VALUE, such as drift_weight=2 or directories.output_directory=merged")
-            file = with_value(file, place, parse_yaml(value)[0], f"--set {'.'.join(place)}")
-        except ConfigError as error:
-            problems.append(f"--set {key}: {error}")
-        file = replace(file, text=f"{file.text}# --set {visible(text)}\n")
-    return file
-
-
 def with_value(file: YamlFile, place: Place, value: Any, option: str) -> YamlFile:
-    """A file with a value that an option gives. Raises ConfigError if something else is on the way to its place."""
-    values = _with_value(file.value, place, value, ())
+    """A file, whose value is a mapping, with a value that an option of the command line gives. Raises ConfigError if
+    something else is on the way to its place."""
+    values = section = dict(file.value)
+    for key in place[:-1]:
+        if not isinstance(section.get(key), Mapping | None):
+            raise ConfigError(f"{option}: {key} is no mapping of keys to values")
+        section[key] = dict(section.get(key) or {})
+        section = section[key]
+    if value is None:  # what holds nothing is as good as absent
+        section.pop(place[-1], None)
+    else:
+        section[place[-1]] = value
     return replace(file, value=values, options={**file.options, place: option})
-
-
-def _with_value(values: Any, place: Place, value: Any, before: Place) -> dict[str, Any]:
-    if not isinstance(values, Mapping | None):
-        raise ConfigError(f"{'.'.join(before) or 'the file'} is no mapping of keys to values")
-    values = dict(values or {})
-    key, *rest = place
-    values[key] = _with_value(values.get(key), tuple(rest), value, (*before, key)) if rest else value
-    if values[key] is None:  # what holds nothing is as good as absent
-        del values[key]
-    return values
 
 
 class _Loader(yaml.SafeLoader):

@@ -50,9 +50,7 @@ def load(sets=(), content=None, **more):
 )
 def test_a_key_that_is_set_is_as_if_it_stood_in_the_file(folders, sets, changes):
     ours, theirs = load(sets), load(content=document(**changes))
-    assert vars(ours) | {"text": ""} == vars(theirs) | {"text": ""}
-    assert ours.text == yaml.safe_dump(document()) + "".join(f"# --set {text}\n" for text in sets)
-    assert vars(load(content=ours.text)) | {"text": ""} == vars(load()) | {"text": ""}  # it is YAML all the same
+    assert ours == theirs
 
 
 def test_a_section_keeps_its_other_keys(folders):
@@ -68,7 +66,7 @@ def test_a_file_may_have_nothing_but_phrases(folders):
     content = yaml.safe_dump({"bad_phrases": document()["bad_phrases"]}).rstrip("\n")
     sets = ["directories.model_path1=base", "models_to_merge=[one]"]
     config = load(sets, content, output="out")
-    assert config.directories == load().directories and config.text.startswith(f"{content}\n# --set ")
+    assert config.directories == load().directories
 
 
 def test_options_of_their_own_come_after(folders):
@@ -76,21 +74,16 @@ def test_options_of_their_own_come_after(folders):
     assert (config.device, config.directories.output_directory) == ("cpu", "there")
 
 
-def test_what_has_several_lines_is_one_comment(folders):
-    config = load(["system=two\n  lines"])
-    assert config.text.splitlines()[-1] == "# --set system=two\\n  lines" and config.system == "two lines"
-
-
 WRONG = {
     "merge_ratios": "--set merge_ratios: expected KEY=VALUE, such as drift_weight=2 or ",
     "joint.=3": "--set joint.: expected KEY=VALUE",
     "joint.step=5": "--set joint.step: unknown key; did you mean 'steps'?",
-    "jiont.steps=5": "--set jiont.steps: unknown key; did you mean 'joint'?",
+    "jiont.steps=5": "jiont: unknown key; did you mean 'joint'?",
     "merge_ratios=[0.1, 7]": "--set merge_ratios[1]: 7: ",
     "merge_ratios=[0.1": "--set merge_ratios: not valid YAML at line 1, column 5: ",
     "template={a: 1, a: 2}": "--set template: not valid YAML at line 1, column 8: the key 'a' stands twice",
     "models_to_merge.0=one": "--set models_to_merge.0: models_to_merge is no mapping of keys to values",
-    "directories.model_path1.x=1": "--set directories.model_path1.x: directories.model_path1 is no mapping of keys to",
+    "directories.model_path1.x=1": "--set directories.model_path1.x: model_path1 is no mapping of keys to values",
     "models_to_merge=[one, nowhere]": "--set models_to_merge[1]: 'nowhere': no such folder",
     "bad_phrases=[{phrase: a, contexts: [b], weight: -1}]": "--set bad_phrases[0].weight: -1: ",
     "phrase_files=[gone.yaml]": "--set phrase_files[0]: gone.yaml: no such file",

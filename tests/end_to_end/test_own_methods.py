@@ -68,14 +68,11 @@ def test_a_method_and_a_strategy_of_ones_own(place, capsys, own_names):
     assert all(torch.equal(tensor, again[name]) for name, tensor in found.items())
 
 
-def test_a_misspelt_name_is_told_the_nearest_one(place, capsys, own_names):
+def test_a_misspelt_name_is_told_all_names(place, capsys, own_names):
     merge_method("average", "half of each")(lambda base, other, ratio, out: None)
     path = tiny.write_config(place / "my.yaml", place, [place], "out", merge_method="averag")
     assert merge_monster.main(["--config", str(path)]) == 2
-    assert (
-        "lerp, slerp, slice, cyclic, gradient, ties, dare or average; did you mean 'average'?"
-        in capsys.readouterr().err
-    )
+    assert "expected one of lerp, slerp, slice, cyclic, gradient, ties, dare, average" in capsys.readouterr().err
 
 
 def test_every_name_has_its_function_and_none_has_another():
