@@ -16,6 +16,9 @@ from modules.metrics.phrases import PhraseTotals
 from modules.metrics.registry import METRICS
 from modules.model.settings import Settings
 from modules.runtime.oom import is_out_of_memory, retry_on_oom
+from modules.search.whole import score_whole
+
+Scores = tuple[list[list[float]], list[dict[str, Any]]]  # by scorer and pair; by measure and name
 
 
 @dataclass(frozen=True)
@@ -68,26 +71,26 @@ class Evaluator:
 
         Raises BrokenWeights and CheckpointError as reading does.
         """
-        weighed = [metric.whole for metric in self._search.weighed if metric.whole]
+        search = self._search
+        weighed = [metric.whole for metric in search.weighed if metric.whole]
         measures = [measure for measure in (*self._measures, *weighed) if measure.inputs]
 
-        def measure() -> tuple[list[list[float]], list[dict[str, float]]]:
+        def score() -> Scores:
             scorers = self.phrases.scorers(singly=bool(own and own.values))
-            return self._search.model.in_range(
-                lambda: self._search.score_whole(candidate, scorers, measures, own), _are_numbers
-            )
+            return score_whole(search.model, search.tokenizer, candidate, scorers, measures, search.streams, own)
 
         try:
             with self._timed():
-                (searched, *others), values = retry_on_oom(measure, lambda: False)
+                found = retry_on_oom(lambda: search.model.in_range(score, _are_numbers), lambda: False)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             return None
+        (searched, *others), values = found
         held_out = tuple(others[0]) if others else ()
         metrics = _numbers(self.phrases.totals(searched, held_out))
-        for found in values:
-            metrics |= _numbers(found)
+        for value in values:
+            metrics |= _numbers(value)
         return Evaluation(metrics, tuple(searched), held_out)
 
     def _evaluated(self) -> Evaluation:
@@ -111,7 +114,7 @@ def _numbers(values: dict[str, float]) -> dict[str, float]:
     return values if all(map(math.isfinite, values.values())) else {}
 
 
-def _are_numbers(found: tuple[list[list[float]], list[dict[str, Any]]]) -> bool:
+def _are_numbers(found: Scores) -> bool:
     """Whether scores and values of a model could be computed."""
     scores, values = found
     numbers = [number for row in scores for number in row]

@@ -56,7 +56,6 @@ def without_paths(config: Config) -> Config:
         held_out_files=tuple(map(_last_part, config.held_out_files)),
         neutral_texts=config.neutral_texts and tuple(map(_last_part, config.neutral_texts)),
         discover=replace(config.discover, prompts=config.discover.prompts and _last_part(config.discover.prompts)),
-        text="",
     )
 
 

@@ -3,14 +3,14 @@
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from modules.checkpoints.candidate import Candidate
 from modules.checkpoints.downloads import Prefetcher, check_space, fetching
 from modules.checkpoints.open_models import Models
 from modules.config.inputs import check_apart, input_paths, read_neutral_texts
@@ -25,11 +25,12 @@ from modules.output import tables as report
 from modules.output.folder import OutputFolder, check_output, locked_output, unfinished_output, written_paths
 from modules.output.journal import JOURNAL_FILE, Journal, Line, read_journal
 from modules.output.recipe import Recipe, is_finished
+from modules.output.records import Source
 from modules.output.run_record import RunRecord, begun_run
 from modules.run.conductor import Clock, Conductor, show_results
-from modules.run.estimate import estimate_seconds
 from modules.run.joint import JointConductor
-from modules.run.plan import Plan, make_plan, plan_lines
+from modules.run.plan import Plan, estimate_seconds, make_plan, plan_lines
+from modules.run.replay import rebuild_of
 from modules.run.samples import Samples
 from modules.run.steps import ask, end, finish, note_source, prepare_libraries, save, with_chats_rendered
 from modules.runtime.console import Console
@@ -40,8 +41,6 @@ from modules.scoring.layout import build_scorer
 from modules.scoring.narrowness import check_float16
 from modules.scoring.scorer import Scorer
 from modules.scoring.tokenization import Encoded, doubtful_phrases, encode_pairs, neutral_windows
-from modules.search.joint import Rows
-from modules.search.rebuild import Rebuild
 from modules.search.search import Search, WeighedMetric
 from modules.search.strategies import total_rounding
 
@@ -92,7 +91,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             plan = _checked_plan(loader, models, begun and begun.computed)
             loader = replace(loader, compute=plan.arithmetic)
             if not options.dry_run:
-                loader.in_range(lambda wide: _merge_in(wide, options, group, target, models, plan, asked))
+                loader.in_range(lambda own: _merge(own, options, group, target, models, plan, asked))
                 return
             console.timed("Measuring how fast this machine is")
             console.lines(plan_lines(plan, estimate_seconds(plan, models.module)))
@@ -111,41 +110,45 @@ def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> Pla
     return plan
 
 
-def _merge_in(
-    loader: ModelLoader, options: Options, group: Group, target: OutputFolder, models: Models, plan: Plan, asked: Asked
-) -> None:
-    """Search and save in the loader's arithmetic. If that is not the plan's, it goes on with what was decided in it."""
-    if loader.compute != plan.arithmetic:
-        options = replace(options, resume=True, restart=False)
-    _merge(loader, options, group, target, models, replace(plan, arithmetic=loader.compute), asked)
-
-
 def _merge(
     loader: ModelLoader, options: Options, group: Group, target: OutputFolder, models: Models, plan: Plan, asked: Asked
 ) -> None:
-    """Search, and put the result into its place. asked: of the samples."""
+    """Search in the loader's arithmetic, and put the result into its place. asked: of the samples."""
     clock, config, console = Clock(), loader.config, loader.console
+    goes_on = loader.compute != plan.arithmetic  # with what was decided in the plan's, which was too narrow
+    resume = options.resume or goes_on
     with (
-        unfinished_output(target, options.resume, options.restart) as unfinished,
+        unfinished_output(target, resume, options.restart and not goes_on) as unfinished,
         fetching(console, models.jobs) as prefetcher,
     ):
-        record = RunRecord(unfinished.journal, config, plan.arithmetic.name)
+        record = RunRecord(unfinished.journal, config, loader.compute.name)
         prefetcher.wait(0)
         clock.lap("download")
-        group.broadcast(Start(record.journal.records, plan.arithmetic, plan.budget))
+        group.broadcast(Start(record.journal.records, loader.compute, plan.budget))
         conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement, asked)
         clock.lap("load")
-        conductor.conduct(models.candidates, options.resume, options.table)
+        conductor.conduct(models.candidates, resume, options.table)
         result = _conclude(conductor, models)
         clock.lap("search")
         del conductor
         release_memory()  # that of the model: what is saved comes from the files
-        rebuild = _rebuild(loader, models, record, result)
+        record.source(0, models.base_where, models.base)
+        accepted = _accepted(record, result.recipe, models)
+        rebuild = rebuild_of(result.recipe, loader.layout(models), result.devices, lambda: result.tokenizer, accepted)
         save(console, rebuild, models.base, unfinished, config.directories.output_directory)
         clock.lap("save")
-        recipe = result.recipe(seconds={**clock.seconds, "evaluation": result.evaluating})
+        recipe = result.recipe.model_copy(update={"seconds": {**clock.seconds, **result.recipe.seconds}})
         finish(console, unfinished, recipe, target.output, models.base, options.overwrite)
     end(console, config, models, config.directories.output_directory)
+
+
+def _accepted(record: RunRecord, recipe: Recipe, models: Models) -> Iterator[tuple[Source, Candidate]]:
+    """The candidates of which something was accepted. Raises ConfigError if a file has changed since."""
+    for source in recipe.needed_sources[1:]:
+        candidate = models.candidates[source.number - 1]
+        if str(source.number) not in recipe.failures:  # of one that was given up, not every file can be read
+            record.source(source.number, candidate.where, candidate.checkpoint)
+        yield source, candidate
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,7 @@ class SearchResult:
 
     devices: Mapping[str, torch.device]  # on which each tensor was merged
     tokenizer: Any  # the base's
-    shares: Rows  # of a joint search
-    evaluating: float  # seconds that went into what is only shown
-    recipe: Callable[..., Recipe]  # of the seconds that the phases have taken
+    recipe: Recipe  # with the seconds of the search
 
 
 def _conclude(conductor: Conductor, models: Models) -> SearchResult:
@@ -173,8 +174,7 @@ def _conclude(conductor: Conductor, models: Models) -> SearchResult:
     console.line("Merge composition:")
     console.lines([*(f"{share * 100:6.2f}%  {model}" for model, share in composition.items()), ""])
     phrases, start, now = evaluator.phrases, evaluator.start, evaluator.now
-    recipe = partial(
-        conductor.record.recipe,
+    recipe = conductor.record.recipe(
         config.pairs,
         search.weights,
         search.log_probabilities,
@@ -183,27 +183,11 @@ def _conclude(conductor: Conductor, models: Models) -> SearchResult:
         (phrases.pairs, phrases.weights, start.held_out, now.held_out),
         samples,
         search.model.dtypes(),
-        shares=conductor.shares,
+        {"evaluation": round(evaluator.seconds + conductor.samples.seconds, 1)},
+        conductor.shares,
     )
     devices = {name: tensor.device for name, tensor in search.model.tensors.items()}
-    evaluating = round(evaluator.seconds + conductor.samples.seconds, 1)
-    return SearchResult(devices, search.tokenizer, conductor.shares, evaluating, recipe)
-
-
-def _rebuild(loader: ModelLoader, models: Models, record: RunRecord, result: SearchResult) -> Rebuild:
-    """What writes the model that was scored. Raises ConfigError if a file has changed since."""
-    record.source(0, models.base_where, models.base)
-    rebuild = Rebuild(loader.layout(models), result.devices, lambda: result.tokenizer)
-    if result.shares:
-        rebuild.mix(models.candidates, result.shares)
-    for number, candidate in enumerate(models.candidates, start=1):
-        accepted = [decision for decision in record.decisions(number) if decision.ratio is not None]
-        end = record.line("candidate", number)
-        was_read = end is None or end.failure is None  # of one that was given up, not every file can be read
-        if was_read and (accepted or any(row[number - 1] for row in result.shares)):
-            record.source(number, candidate.where, candidate.checkpoint)
-        rebuild.repeat(candidate, accepted)
-    return rebuild
+    return SearchResult(devices, search.tokenizer, recipe)
 
 
 def begin_search(

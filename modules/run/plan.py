@@ -1,16 +1,20 @@
-"""Before a run: what it will do, what that takes of memory and disk, and whether there is as much.
+"""Before a run: what it will do, what that takes of memory, disk and time, and whether there is as much.
 
-Knows: headers, shapes, what is free on this machine. Refuses to know: weights, how fast anything is.
+Knows: headers, shapes, what is free on this machine, layers with made-up weights. Refuses to know: weights, scores.
 """
 
+import copy
 import math
 import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
+from modules.checkpoints.architecture import find_layers
 from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
 from modules.checkpoints.downloads import bytes_needed, cache_folder
 from modules.checkpoints.open_models import Models
@@ -25,13 +29,19 @@ from modules.model.loading import too_large_for
 from modules.model.memory import Memory, Sizes, free_on_accelerators, placement_of, sizes_of, weights_of
 from modules.model.part import BLOCKS
 from modules.runtime.errors import ConfigError
-from modules.runtime.text import duration, in_memory, on_disk, pluralize, ranges
+from modules.runtime.text import duration, in_memory, on_disk, ranges
 from modules.scoring.budget import TOKENS, Budget, budget_of, layer_bytes, logits_bytes
+from modules.scoring.layout import NOT_TAKEN
 from modules.scoring.packing import build_packs
 from modules.scoring.tokenization import doubled_tokens, encode_pairs, neutral_windows
 
 # On a disk, beyond the tensors: headers of shards, rounding up to blocks; journal, recipe and pictures.
 MARGIN, MARGIN_FLAT = 0.01, 16 << 20
+
+TIMED_LAYERS = 2
+# Forwards of a layer that one step of a joint search is worth: forward, once more for the gradient, twice backward.
+FORWARDS_OF_A_STEP = 4
+STEPS_BEFORE = 6  # that a joint search takes to find where it begins, and to check its gradient
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,6 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     @property
-    def is_joint(self) -> bool:
-        """Whether all layers are searched at once."""
-        return self.config.search == "joint"
-
-    @property
     def layers(self) -> tuple[int, ...]:
         """Those that are searched."""
         return self.config.layers_in(self.sizes.layers)
@@ -73,11 +78,15 @@ class Plan:
 
     @property
     def forwards(self) -> int:
-        """Forwards of one layer for one candidate: from the layer that is tried, or from the first one for a header."""
+        """Forwards of one layer in the whole search. Greedy: from the layer that is tried, or from the first one for a
+        header."""
         config, count = self.config, self.sizes.layers
+        if config.search == "joint":
+            return (config.joint.steps + STEPS_BEFORE) * FORWARDS_OF_A_STEP * count
         ratios = sum(len(ratios_for(method, config.merge_ratios)) for method in config.merge_method)
         header = len(config.merge_ratios) * count if config.merge_headers else 0
-        return sum(ratios * (count - layer) for layer in self.layers) + header
+        of_each = sum(ratios * (count - layer) for layer in self.layers) + header
+        return len(self.candidates) * of_each
 
 
 def make_plan(config: Config, models: Models, sharing: int = 1, begun: str | None = None) -> Plan:
@@ -202,19 +211,15 @@ def check(plan: Plan) -> list[str]:
     if plan.disk_needed > plan.disk_free:
         problems.append(
             f"{config.directories.output_directory}: {on_disk(plan.disk_needed)} are needed on its disk, "
-            f"{on_disk(plan.disk_free)} are free; make room, or name a directory on a larger disk with --output (an "
-            "output that is replaced goes only after the new one stands)"
+            f"{on_disk(plan.disk_free)} are free; make room, or name a directory on a larger disk with --output"
         )
     on_cpu = device.type == "cpu"
     # What can't be avoided: the weights that are held at a time. On a CPU there is no doing with less than is reserved.
     required = memory.base + memory.searched if on_cpu else memory.held
     if free is not None and required > free:
-        ways = ["end other programs", "use a machine or device with more"]
-        ways += ["set merge_headers: false"] if memory.header > memory.layer else []
-        ways += ["set compute_dtype: bfloat16, which takes half"] if plan.arithmetic.dtype == torch.float32 else []
         problems.append(
             f"memory of {device}: {in_memory(required)} are needed in {plan.arithmetic.name}, {in_memory(free)} are "
-            f"free: {', or '.join(ways)}"
+            "free; end other programs, or set merge_headers: false or compute_dtype: bfloat16"
         )
     elif free is not None and memory.reserved > free:
         warnings.append(
@@ -226,36 +231,67 @@ def check(plan: Plan) -> list[str]:
     copied = sum(layer_device.type == "cpu" for layer_device in plan.placement or ())
     if copied:
         warnings.append(
-            f"{copied} of {plan.sizes.layers} layers don't fit on the GPUs: they stay in the CPU's memory and "
-            "are copied for every forward, which takes several times as long"
+            f"{copied} of {plan.sizes.layers} layers don't fit on the GPUs and are copied from the CPU's memory for "
+            "every forward, which takes several times as long"
         )
     return warnings
 
 
+def estimate_seconds(plan: Plan, module: PreTrainedModel) -> float | None:
+    """About how long the forwards of a search take, without downloads, reading and saving. None if it can't be told.
+
+    module: the base's, without weights.
+    """
+    longest = max(plan.packs)
+    try:
+        seconds = _seconds_of_a_layer(module, longest, plan)
+    except NOT_TAKEN:  # the model's forward needs something else, or there is no memory for it
+        return None
+    count = len(plan.candidates)
+    searched = plan.forwards * (sum(plan.packs) + plan.trial_tokens)
+    # Drift of the base and after each candidate; where candidates are scored whole, that of each and its phrases.
+    measured = (count + 1) * plan.neutral_tokens
+    measured += count * (plan.neutral_tokens + sum(plan.packs)) if plan.config.baselines else 0
+    return seconds / longest * (searched + measured * plan.sizes.layers)
+
+
+@torch.no_grad()
+def _seconds_of_a_layer(module: PreTrainedModel, tokens: int, plan: Plan) -> float:
+    """A forward of so many tokens through the first layers, for one of them."""
+    module = copy.deepcopy(module)
+    layers, few = find_layers(module)[1], module.base_model
+    del layers[TIMED_LAYERS:]
+    few.to(plan.arithmetic.dtype).to_empty(device=plan.device)
+    for tensor in (*few.parameters(), *few.buffers()):
+        tensor.fill_(0.01 if tensor.is_floating_point() else 0)
+    inputs = torch.zeros(1, tokens, dtype=torch.long, device=plan.device)
+    few(inputs[:, :1], use_cache=False)  # what is only done the first time is not timed
+    begin = time.perf_counter()
+    few(inputs, use_cache=False)
+    if plan.device.type != "cpu":  # there, work has only been begun when the call returns
+        torch.accelerator.synchronize(plan.device)
+    return (time.perf_counter() - begin) / len(layers)
+
+
 def plan_lines(plan: Plan, seconds: float | None) -> list[str]:
     """The plan for the person at the terminal. seconds: that it takes, about; None: not known."""
-    config, memory, count = plan.config, plan.memory, len(plan.candidates)
-    layers = f"layers {', '.join(ranges(config.layers))}" if config.layers else ""
-    if plan.is_joint:
-        tried = f"all shares{layers and f' of {layers}'} at once, by gradient"
+    config, memory = plan.config, plan.memory
+    tried = f"layers {', '.join(ranges(config.layers))}" if config.layers else "every layer"
+    if config.search == "joint":
+        tried += ", all candidates at once, by gradient"
         decisions = f"{config.joint.steps} steps"
     else:
-        methods = [
-            f"{method} at {len(ratios_for(method, config.merge_ratios))} ratios" for method in config.merge_method
-        ]
-        tried = f"{layers or 'every layer'} by {', '.join(methods)}"
-        tried += f", the header at {len(config.merge_ratios)}" if config.merge_headers else ""
-        decisions = f"{plan.decisions:,} a candidate, {count * plan.decisions:,} in all"
-    pairs = f"{len(config.pairs)} pairs, {sum(plan.packs):,} tokens in {pluralize(len(plan.packs), 'pack')}"
-    needed = f"{in_memory(memory.reserved)} on {plan.device} (base {in_memory(memory.base)}, what is searched "
-    needed += f"{in_memory(memory.searched)}, activations about {in_memory(memory.activations)})"
+        tried += f" by {', '.join(config.merge_method)} at {', '.join(f'{ratio:g}' for ratio in config.merge_ratios)}"
+        decisions = f"{plan.decisions:,} a candidate, {len(plan.candidates) * plan.decisions:,} in all"
+    tried += ", and the header" if config.merge_headers else ""
+    needed = f"{in_memory(memory.reserved)} on {plan.device}"
     needed += f", {in_memory(plan.free)} free" if plan.free is not None else ""
     rows = {
-        "Candidates": f"{count} ({', '.join(plan.candidates)})",
+        "Candidates": f"{len(plan.candidates)} ({', '.join(plan.candidates)})",
         "Layers": str(plan.sizes.layers),
         "Tried": tried,
         "Decisions": decisions,
-        "Phrases": pairs,
+        "Phrases": f"{len(config.pairs)} pairs, {sum(plan.packs):,} tokens",
         "Bytes to write": f"{on_disk(plan.output)} to {config.directories.output_directory}, {on_disk(plan.disk_free)} "
         "free",
         "Memory needed": needed,

@@ -3,10 +3,13 @@
 Knows: the order of the steps. Refuses to know: phrases, scores, how a decision was taken.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from modules.checkpoints.candidate import Candidate
 from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
@@ -16,6 +19,7 @@ from modules.config.inputs import check_apart, input_paths
 from modules.config.locations import missing_folder, parse_source
 from modules.config.schema import Config, Directories
 from modules.model.arithmetic import Arithmetic
+from modules.model.base_model import ResidentModel
 from modules.model.devices import present_devices, resolve_device
 from modules.model.loading import ModelLoader
 from modules.output.changes import compare_fingerprints
@@ -96,32 +100,45 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, target: OutputF
         console.lines(_other_device(recipe, loader.device))
         tokenizer = partial(load_tokenizer, base.path, base.companions)
         layout = loader.layout(models)
-        rebuild = Rebuild(layout, dict.fromkeys(layout.tensors, resolve_device(loader.device)), tokenizer)
-        arriving = _arriving(prefetcher, found)
-        if recipe.joint:
-            console.timed(f"{len(found)} candidates, all at once")
-            rebuild.mix([candidate for _, candidate in arriving], _shares(recipe))
-        for number, (source, candidate) in enumerate(arriving, start=1):
-            decisions = [line.decision for line in recipe.accepted_of(source.number)]
-            console.timed(f"Candidate {number}/{len(found)}: {source.name}, {len(decisions)} merges")
-            rebuild.repeat(candidate, decisions)
+        devices = dict.fromkeys(layout.tensors, resolve_device(loader.device))
+        rebuild = rebuild_of(recipe, layout, devices, tokenizer, _arriving(console, prefetcher, found))
         save(console, rebuild, base, unfinished, str(asked.output))
         finish(console, unfinished, recipe, target.output, base, asked.overwrite)
 
 
-def _arriving(prefetcher: Prefetcher, found: Sequence[tuple[Source, Candidate]]) -> Iterator[tuple[Source, Candidate]]:
+def _arriving(
+    console: Console, prefetcher: Prefetcher, found: Sequence[tuple[Source, Candidate]]
+) -> Iterator[tuple[Source, Candidate]]:
     """Each candidate, with its source, once it is here. Raises ConfigError if it is not what the recipe was made of."""
     for number, (source, candidate) in enumerate(found, start=1):
         prefetcher.wait(number)
         check_source(source, candidate.checkpoint)
+        console.timed(f"Candidate {number}/{len(found)}: {source.name}")
         yield source, candidate
 
 
-def _shares(recipe: Recipe) -> list[list[float]]:
-    """What a joint search has found, of those candidates that have a share."""
-    needed = {source.number for source in recipe.needed_sources}
-    columns = [column for column, source in enumerate(recipe.sources[1:]) if source.number in needed]
-    return [[row[column] for column in columns] for row in recipe.joint.shares]
+def rebuild_of(
+    recipe: Recipe,
+    layout: ResidentModel,
+    devices: Mapping[str, torch.device],
+    tokenizer: Callable[[], Any],
+    candidates: Iterable[tuple[Source, Candidate]],
+) -> Rebuild:
+    """What writes a recipe's model. candidates: those of which something was accepted; the others: see `Rebuild`.
+
+    Raises as `Rebuild.repeat`.
+    """
+    rebuild = Rebuild(layout, devices, tokenizer)
+    if recipe.joint is None:
+        for source, candidate in candidates:
+            rebuild.repeat(candidate, [line.decision for line in recipe.accepted_of(source.number)])
+        return rebuild
+    needed = list(candidates)
+    numbers = [source.number for source in recipe.sources[1:]]
+    columns = [numbers.index(source.number) for source, _ in needed]
+    shares = [[row[column] for column in columns] for row in recipe.joint.shares]
+    rebuild.mix([candidate for _, candidate in needed], shares)
+    return rebuild
 
 
 def opened_with(asked: Replay, recipe: Recipe) -> Config:

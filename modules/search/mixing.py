@@ -28,8 +28,8 @@ from modules.model.part import Part, row_ranges
 from modules.runtime.errors import BrokenWeights
 from modules.scoring.gradient import GradientPass
 from modules.scoring.objective import Objective, Value
-from modules.search.prefetch import ReadAhead, read_part, two_memories
-from modules.search.whole import outside_of
+from modules.search.prefetch import ReadAhead, read_into, two_memories
+from modules.search.trial import read_outside
 
 Row = Sequence[float]  # a share, or the gradient on it, for each candidate
 Update = Callable[[int, Row], Row]  # number of a row and the gradient on its shares -> its new shares
@@ -64,7 +64,7 @@ class Mix:
         self._outside: list[Tensors] = []  # of the same, what is in neither layer nor header: it is small
         if outside:
             self._headers = [own_header(model), *(self._matched(tokenizer, one) for one in candidates)]
-            self._outside = [outside_of(source, model.outside()) for source in self._sources]
+            self._outside = [read_outside(source, model.outside()) for source in self._sources]
 
     @property
     def rows(self) -> int:
@@ -196,7 +196,7 @@ class Mix:
 
     def _layer_job(self, number: int, layer: int) -> Callable[[], Tensors]:
         memory = next(self._memories[min(number, 1)])
-        return partial(read_part, self._sources[number], self.model.layer(layer), memory)
+        return partial(read_into, memory, self._sources[number], self.model.layer(layer))
 
     def _rows_job(self, number: int, names: Sequence[str], first: int, end: int) -> Callable[[], Tensors]:
         return partial(self._read_rows, number, names, torch.arange(first, end))

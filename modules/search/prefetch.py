@@ -20,6 +20,7 @@ from modules.checkpoints.conversion import Tensors
 from modules.model.devices import beside, follow
 from modules.model.part import Part
 from modules.runtime.oom import is_out_of_memory, retry_on_oom
+from modules.search.trial import read_part
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -148,10 +149,10 @@ def two_memories(streams: Sequence[torch.Stream]) -> Iterator[Memory]:
     return cycle((Memory(bool(streams)), Memory(bool(streams))))
 
 
-def read_part(source: Candidate, part: Part, memory: Memory) -> Tensors:
-    """A source's tensors for a part of the base, read into memory that is free. Raises as `Part.adopt` and reading."""
+def read_into(memory: Memory, candidate: Candidate, part: Part) -> Tensors:
+    """`read_part`, into memory that is not used any more."""
     memory.free()
-    return part.adopt(source.stream(part.tensors, memory.room), source.name)
+    return read_part(candidate, part, memory.room)
 
 
 def layer_jobs(
@@ -159,4 +160,4 @@ def layer_jobs(
 ) -> dict[int, Callable[[], Tensors]]:
     """What reads some layers of a candidate, one after another. parts: the base's layers by number."""
     memories = two_memories(streams)
-    return {layer: partial(read_part, candidate, part, next(memories)) for layer, part in parts.items()}
+    return {layer: partial(read_into, next(memories), candidate, part) for layer, part in parts.items()}

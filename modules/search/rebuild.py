@@ -26,13 +26,12 @@ from modules.checkpoints.conversion import Tensors
 from modules.checkpoints.readers import TensorInfo
 from modules.checkpoints.writing import NewWeights, written_name
 from modules.model.base_model import ResidentModel, is_finite
-from modules.model.embeddings import HeaderRows, HeaderSkipped, matched_header
+from modules.model.embeddings import HeaderSkipped, matched_header
 from modules.model.part import Part, row_ranges
 from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError
 from modules.search.decision import Decision
 from modules.search.mixing import mixed_into
-from modules.search.trial import merged
-from modules.search.whole import outside_of
+from modules.search.trial import merged, read_outside, read_part
 
 ROOM = 4 << 20  # bytes of a range of rows, in float32
 
@@ -66,7 +65,7 @@ class Rebuild:
                 if decision.layer is None:
                     part, theirs = self._header, self._theirs_of_header(candidate)
                 else:
-                    part, theirs = self._layout.layer(decision.layer), partial(_theirs, candidate)
+                    part, theirs = self._layout.layer(decision.layer), partial(_as_whole, read_part, candidate)
                 self._note(part, partial(_merged, decision.method, decision.ratio, theirs))
         except (HeaderSkipped, IndexError) as error:
             raise ConfigError(f"what was decided on {candidate.name} can't be carried out: {error}") from None
@@ -78,9 +77,9 @@ class Rebuild:
         if len(shares) not in (layers, layers + 1):
             raise ConfigError(f"the shares can't be taken: they are of {len(shares)} layers, the base has {layers}")
         for number, row in enumerate(shares[:layers]):
-            self._mix(self._layout.layer(number), row, [partial(_theirs, one) for one in candidates])
+            self._mix(self._layout.layer(number), row, [partial(_as_whole, read_part, one) for one in candidates])
         for row in shares[layers:]:
-            self._mix(self._layout.outside(), row, [partial(_theirs_outside, one) for one in candidates])
+            self._mix(self._layout.outside(), row, [partial(_as_whole, read_outside, one) for one in candidates])
             matched = list[tuple[float, Theirs]]()
             for share, candidate in zip(row, candidates, strict=True):
                 if share:
@@ -89,7 +88,7 @@ class Rebuild:
             self._mix(self._header, *zip(*matched, strict=True))
 
     def _theirs_of_header(self, candidate: Candidate) -> Theirs:
-        return partial(_theirs_by_rows, matched_header(self._layout, self._tokenizer, candidate))
+        return matched_header(self._layout, self._tokenizer, candidate).adopted
 
     def _mix(self, part: Part, row: Sequence[float] = (), theirs: Sequence[Theirs] = ()) -> None:
         """Mix a part with the shares of a row. Tensors that two layers have in common are what the last makes them."""
@@ -195,13 +194,6 @@ def _mixed(taken: Sequence[tuple[float, Theirs]], part: Part, first: int) -> Ten
     return mixed_into(part, dict(part.tensors), ((share, theirs(part, first)) for share, theirs in taken), exact=True)
 
 
-def _theirs(candidate: Candidate, part: Part, _first: int) -> Tensors:
-    return part.adopt(candidate.stream(part.tensors), candidate.name)
-
-
-def _theirs_outside(candidate: Candidate, part: Part, _first: int) -> Tensors:
-    return outside_of(candidate, part)
-
-
-def _theirs_by_rows(header: HeaderRows, part: Part, first: int) -> Tensors:
-    return header.adopted(part, first)
+def _as_whole(read: Callable[[Candidate, Part], Tensors], candidate: Candidate, part: Part, _first: int) -> Tensors:
+    """A candidate's tensors for a part that does not come by ranges of rows."""
+    return read(candidate, part)

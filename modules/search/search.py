@@ -9,6 +9,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from modules.checkpoints.candidate import Candidate
 from modules.checkpoints.conversion import Tensors
 from modules.config.phrase_lists import Pair
@@ -19,9 +21,8 @@ from modules.model.base_model import ResidentModel
 from modules.model.devices import side_streams
 from modules.model.embeddings import HeaderSkipped, aligned_header
 from modules.model.part import Part
-from modules.model.settings import Settings
 from modules.runtime.distributed import ALONE, Group
-from modules.runtime.errors import BrokenWeights, TooNarrow
+from modules.runtime.errors import BrokenWeights, ConfigError, TooNarrow
 from modules.runtime.oom import retry_on_oom
 from modules.runtime.text import pluralize
 from modules.scoring.drift import DriftMeter
@@ -31,8 +32,7 @@ from modules.scoring.tails import TailForwards, Trial
 from modules.search.decision import Decision, Result
 from modules.search.prefetch import ReadAhead, layer_jobs
 from modules.search.strategies import Limits, State, choose, probability, scores, total, total_rounding
-from modules.search.trial import Merger, trying
-from modules.search.whole import Streamed, score_whole
+from modules.search.trial import merged, read_part, trying
 
 # Below this a probability has lost digits to underflow, and its reciprocal is no sensible weight.
 SMALLEST_PROBABILITY = 2.2250738585072014e-308
@@ -64,7 +64,7 @@ class WeighedMetric(Protocol):
         """Under each trial's weights for the header."""
 
 
-class Search(Merger):
+class Search:
     """A model that takes over what improves its scores.
 
     `log_probabilities` and `metrics`, those that are weighed or limited, are of its present state.
@@ -79,12 +79,16 @@ class Search(Merger):
         group: Group = ALONE,
         weighed: Sequence[WeighedMetric] = (),
     ) -> None:
-        """Score the base. group: processes that search together; each has the model and a share of the scorer's packs.
-        weighed: metrics that trials are judged by.
+        """Score the base.
 
+        tokenizer: the model's, with which candidates' vocabularies are matched. group: processes that search together;
+        each has the model and a share of the scorer's packs. weighed: metrics that trials are judged by.
         Raises ConfigError if its scores are not finite.
         """
-        super().__init__(model, tokenizer)
+        self.model, self.tokenizer = model, tokenizer
+        self.repeated = 0  # decisions that were carried out again, of all candidates
+        self.inexact = 0  # numbers of all merges so far that the type that is computed in does not have
+        self._space: Tensors = {}  # where merges are made, one part's worth
         self.scorer, self.config, self.group, self.weighed = scorer, config, group, weighed
         self.streams = side_streams(model.devices)  # on which candidates arrive
         self._reading: ReadAhead[int | None, Any] | None = None  # of the present candidate
@@ -156,15 +160,48 @@ class Search(Merger):
                 self._check_range()
         self.measure()
 
-    def score_whole(
-        self,
-        candidate: Candidate,
-        scorers: Sequence[Scorer],
-        measures: Sequence[Streamed],
-        own: Settings | None = None,
-    ) -> tuple[list[list[float]], list[Any]]:
-        """See `whole.score_whole`."""
-        return score_whole(self.model, self.tokenizer, candidate, scorers, measures, self.streams, own)
+    def repeat(self, candidate: Candidate, done: Sequence[Decision]) -> None:
+        """Carry out decisions that were taken on a candidate, without any forward.
+
+        Raises ConfigError if the models are not such that they could have been taken, CheckpointError if a file can't
+        be read.
+        """
+        try:
+            for decision in done:
+                if decision.ratio is not None:
+                    part, theirs = self.in_memory(partial(self._read, candidate, decision.layer))
+                    self._install(part, theirs, decision.method, decision.ratio)
+                self.repeated += 1
+        except (BrokenWeights, HeaderSkipped, IndexError) as error:
+            raise ConfigError(f"what was decided on {candidate.name} can't be carried out: {error}") from None
+
+    def _read(self, candidate: Candidate, layer: int | None) -> tuple[Part, Tensors]:
+        """A layer of the model, or its header, and the candidate's tensors for it."""
+        if layer is None:
+            theirs, _ = aligned_header(self.model, self.tokenizer, candidate)
+            return self.model.header(), theirs
+        part = self.model.layer(layer)
+        return part, read_part(candidate, part)
+
+    def _install(self, part: Part, theirs: Tensors, method: str, ratio: float) -> None:
+        """Merge for good. All that takes memory, and may be done again, comes before anything changes."""
+        part.install(self.in_memory(partial(self._merged, part, theirs, method, ratio)))
+        if part.tensors.keys() == self.model.header().tensors.keys():
+            self.model.has_base_header = False
+
+    def _merged(self, part: Part, theirs: Tensors, method: str, ratio: float) -> Tensors:
+        """What a merge makes of the part's tensors for good."""
+        inexact: list[Tensor] = []
+        found = merged(part, method, theirs, ratio, self._room(part), inexact)
+        part.changes_in(found)  # by which what is equal stays as it is, the sign of a zero included
+        self.inexact += sum(int(count) for count in inexact)
+        return found
+
+    def _room(self, part: Part) -> Tensors:
+        """Where the part is merged."""
+        self._space = part.fitting(self._space)  # one that does not serve goes before there is a new one
+        self._space = self._space or part.space()
+        return self._space
 
     def measure(self) -> None:
         """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find.

@@ -20,6 +20,7 @@ from modules.model.settings import Settings
 from modules.scoring.hidden_states import Inputs, streamed
 from modules.scoring.scorer import Scorer, of_pairs
 from modules.search.prefetch import ReadAhead, layer_jobs
+from modules.search.trial import read_outside
 
 
 class Streamed(Protocol):
@@ -52,7 +53,7 @@ def score_whole(
     number, CheckpointError if a file can't be read, torch.OutOfMemoryError if there is no room.
     """
     outside, header = model.outside(), model.header()
-    front = [(outside, outside_of(candidate, outside))]  # what is there while the layers run, and behind them
+    front = [(outside, read_outside(candidate, outside))]  # what is there while the layers run, and behind them
     end = front.copy()
     with suppress(HeaderSkipped):
         embedding, head = untied_header(model, tokenizer, candidate)
@@ -85,17 +86,3 @@ def score_whole(
         states = [next(hidden) for _ in measure.inputs]
         values.append(measure.measure_on(states, partial(held, end), same_header))
     return scores, values
-
-
-def outside_of(candidate: Candidate, part: Part) -> Tensors:
-    """A candidate's tensors outside layers and header, or copies of the base's own where it has none of their form.
-
-    part: the base's. Raises as `Part.adopt` and reading do.
-    """
-    stored = candidate.read([name for name, own in part.tensors.items() if _has(candidate, name, own)])
-    return part.adopt(((name, stored.get(name, own.clone())) for name, own in part.tensors.items()), candidate.name)
-
-
-def _has(candidate: Candidate, name: str, own: torch.Tensor) -> bool:
-    """Whether a candidate has a tensor in the base's form."""
-    return name in candidate.conversion and tuple(candidate.conversion.shape(name)) == tuple(own.shape)

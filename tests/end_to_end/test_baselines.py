@@ -7,6 +7,7 @@ import tiny
 from runs import log_of, make_models, merge
 
 import merge_monster
+from modules.metrics import evaluator
 from modules.output.recipe import RECIPE_FILE
 from modules.search.search import Search
 
@@ -59,11 +60,11 @@ def test_no_decision_depends_on_it(place, models):
 
 
 def test_a_run_that_goes_on_does_not_score_them_again(place, models, monkeypatch):
-    own, count = Search.score_whole, []
+    own, count = evaluator.score_whole, []
 
-    def counted(self, candidate, *arguments):
+    def counted(model, tokenizer, candidate, *arguments):
         count.append(candidate.name)
-        return own(self, candidate, *arguments)
+        return own(model, tokenizer, candidate, *arguments)
 
     decide, decided = Search._decide, []
 
@@ -73,7 +74,7 @@ def test_a_run_that_goes_on_does_not_score_them_again(place, models, monkeypatch
             raise KeyboardInterrupt
         return decide(self, *arguments)
 
-    monkeypatch.setattr(Search, "score_whole", counted)
+    monkeypatch.setattr(evaluator, "score_whole", counted)
     with monkeypatch.context() as patch:
         patch.setattr(Search, "_decide", stopped)
         assert merge(place, models, **settings_of(place)) == 130

@@ -23,7 +23,6 @@ from modules.model.loading import load_model
 from modules.output.run_record import RunRecord
 from modules.runtime.errors import CheckpointError, ConfigError
 from modules.search.search import Search
-from modules.search.trial import Merger
 
 
 class Unreadable(io.FileIO):
@@ -139,13 +138,13 @@ def test_a_candidate_is_not_skipped_while_its_merges_are_made_again(place, model
     monkeypatch.chdir(place)
     disk = Disk(models[1], lambda number, how: disk.calls[number] == ("read", "model.safetensors"))
     fails, disk.fails = disk.fails, lambda number, how: False
-    repeat = Merger.repeat
+    repeat = Search.repeat
 
     def broken(self, *arguments):
         disk.fails = fails
         return repeat(self, *arguments)
 
-    monkeypatch.setattr(Merger, "repeat", broken)
+    monkeypatch.setattr(Search, "repeat", broken)
     with disk():
         assert merge_monster.main(["--config", str(path), "--resume"]) == 1
     assert "can't be built again, so it is not skipped" in capsys.readouterr().err

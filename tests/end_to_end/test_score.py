@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import merge_monster
 from modules.config.load import load_config
 from modules.config.phrase_lists import Pair
+from modules.metrics import evaluator
 from modules.output.recipe import RECIPE_FILE
 from modules.scoring.scorer import Scorer
 from modules.scoring.tokenization import neutral_windows
-from modules.search.search import Search
 
 TEXT = "The bread is on the table. It was baked this morning, and half of it is left for the evening. " * 6
 CONTEXTS = ("Her body quivers with ", "The air was thick with ", "Filled with ", "It was all about ")
@@ -193,15 +193,15 @@ def test_a_damaged_model_ends_it_or_has_no_row(place, models, capsys):
 def test_where_memory_is_short_less_is_held_at_a_time(place, models, monkeypatch, capsys):
     configure(place, models[0])
     expected, _ = found_in(place, models[1])
-    own, tries = Search.score_whole, []
+    own, tries = evaluator.score_whole, []
 
-    def short(self, *arguments):
+    def short(*arguments):
         tries.append(1)
         if len(tries) < lacking:
             raise torch.OutOfMemoryError("no more")
-        return own(self, *arguments)
+        return own(*arguments)
 
-    monkeypatch.setattr(Search, "score_whole", short)
+    monkeypatch.setattr(evaluator, "score_whole", short)
     lacking = 3
     found, _ = found_in(place, models[1])
     assert found[1]["metrics"]["total"] == pytest.approx(expected[1]["metrics"]["total"], rel=1e-4) and len(tries) == 3

@@ -20,12 +20,13 @@ from modules.checkpoints.checkpoint import open_checkpoint
 from modules.checkpoints.open_models import open_models
 from modules.config.load import load_config
 from modules.model.arithmetic import Arithmetic
+from modules.model.embeddings import aligned_header
 from modules.model.loading import load_layout, load_model
 from modules.runtime.errors import ConfigError
 from modules.search.decision import Decision
 from modules.search.mixing import Mix
 from modules.search.rebuild import Rebuild
-from modules.search.trial import Merger
+from modules.search.trial import merged, read_part
 
 FILE = "model.safetensors"
 CPU = torch.device("cpu")
@@ -51,12 +52,21 @@ class Both:
     def agree_on(self, decisions, name="ours"):
         """decisions: (candidate, layer, method, ratio), in their order."""
         ours, whole = self.rebuild(), self.whole()
-        merger = Merger(whole, self.tokenizer)
         for number, layer, method, ratio in decisions:
             decision, candidate = Decision("", layer, method, ratio, 0, 0, ()), self.models.candidates[number]
             ours.repeat(candidate, [decision])
-            merger.repeat(candidate, [decision])
+            self.merge_into(whole, candidate, layer, method, ratio)
         return self.agree(ours, whole, name)
+
+    def merge_into(self, whole, candidate, layer, method, ratio):
+        if layer is None:
+            part, theirs = whole.header(), aligned_header(whole, self.tokenizer, candidate)[0]
+        else:
+            part = whole.layer(layer)
+            theirs = read_part(candidate, part)
+        found = merged(part, method, theirs, ratio, part.space())
+        part.changes_in(found)
+        part.install(found)
 
     def agree_on_shares(self, shares, name="ours"):
         ours, whole = self.rebuild(), self.whole()
