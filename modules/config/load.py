@@ -7,6 +7,7 @@ Refuses to know: what a single value may be.
 import difflib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -84,16 +85,19 @@ def load_config(
     if isinstance(main.value, Mapping | None):
         main = replace(main, value={"directories": {}, **(main.value or {})})
         for text in sets:
-            main = _with_set(main, text, problems)
-        options = (
-            (model_option, ("directories", "model_path1"), model),
-            ("--output", ("directories", "output_directory"), output),
-            ("--device", ("device",), device),
-            ("--score", ("models_to_merge",), list(scored) or None),
-        )
-        for option, place, value in options:
+            try:
+                main = with_value(main, *_parsed_set(text))
+            except ConfigError as error:
+                problems.append(f"--set {text.partition('=')[0]}: {error}")
+        for place, value, option in (
+            (("directories", "model_path1"), model, model_option),
+            (("directories", "output_directory"), output, "--output"),
+            (("device",), device, "--device"),
+            (("models_to_merge",), list(scored) or None, "--score"),
+        ):
             if value is not None:
-                main = _with_option(main, place, value, option, problems)
+                with suppress(ConfigError):  # what is in the way of the value will be found
+                    main = with_value(main, place, value, option)
     settings = _checked(Settings, main, problems, MAP if mapping else SCORE if scored else MERGE)
     lists = _phrase_lists(main, "phrase_files", problems)
     held_out = _phrase_lists(main, "held_out_files", problems)
@@ -116,29 +120,14 @@ def load_config(
     return config
 
 
-def _with_set(file: YamlFile, text: str, problems: list) -> YamlFile:
-    """A file with what --set KEY=VALUE gives, the key with dots, the value in YAML."""
+def _parsed_set(text: str) -> tuple[Place, Any, str]:
+    """What --set KEY=VALUE gives, the key with dots, the value in YAML: its place, the value, what messages call it.
+    Raises ConfigError."""
     key, equals, value = text.partition("=")
     place = tuple(part.strip() for part in key.split("."))
     if not equals or not all(place):
-        problems.append(
-            f"--set {key}: expected KEY=VALUE, such as drift_weight=2 or directories.output_directory=merged"
-        )
-        return file
-    option = f"--set {'.'.join(place)}"
-    try:
-        return _with_option(file, place, parse_yaml(value)[0], option, problems)
-    except ConfigError as error:
-        problems.append(f"{option}: {error}")
-        return file
-
-
-def _with_option(file: YamlFile, place: Place, value: Any, option: str, problems: list) -> YamlFile:
-    try:
-        return with_value(file, place, value, option)
-    except ConfigError as error:
-        problems.append(str(error))
-        return file
+        raise ConfigError("expected KEY=VALUE, such as drift_weight=2 or directories.output_directory=merged")
+    return place, parse_yaml(value)[0], f"--set {'.'.join(place)}"
 
 
 def _with_pairs(searched: Sequence[Any], aside: Sequence[PhraseLists], mapping: bool) -> Config:

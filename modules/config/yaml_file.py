@@ -114,7 +114,7 @@ def with_value(file: YamlFile, place: Place, value: Any, option: str) -> YamlFil
     values = section = dict(file.value)
     for key in place[:-1]:
         if not isinstance(section.get(key), Mapping | None):
-            raise ConfigError(f"{option}: {key} is no mapping of keys to values")
+            raise ConfigError(f"{key} is no mapping of keys to values")
         section[key] = dict(section.get(key) or {})
         section = section[key]
     if value is None:  # what holds nothing is as good as absent

@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from modules.metrics.kl_penalty import NAME, weigh
-from modules.metrics.metric import Column, Context, Measure, Metric
+from modules.metrics.metric import Column, Context, Metric
 from modules.runtime.errors import first_line
 from modules.runtime.text import pluralize
 from modules.scoring.drift import Drift, DriftMeter
 from modules.scoring.layout import NOT_TAKEN
+from modules.search.whole import Measure
 
 
 class NeutralText(Measure):

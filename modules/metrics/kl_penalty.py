@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from modules.metrics.metric import Context, Measure
+from modules.metrics.metric import Context
 from modules.runtime.errors import ConfigError, first_line
 from modules.runtime.oom import is_out_of_memory
 from modules.scoring.drift import DriftMeter
@@ -18,6 +18,7 @@ from modules.scoring.hidden_states import last_states
 from modules.scoring.layout import NOT_TAKEN
 from modules.scoring.tails import TailForwards, Trial
 from modules.search.strategies import total
+from modules.search.whole import Measure
 
 NAME = "trial_kl"
 NATS = 0.05  # of KL that count as much as all phrases, if its weight is automatic

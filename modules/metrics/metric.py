@@ -4,20 +4,17 @@ Knows: what a metric may measure with. Refuses to know: which metrics there are,
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from modules.config.schema import Config
 from modules.model.base_model import ResidentModel
 from modules.runtime.console import Console
 from modules.runtime.distributed import Rank
 from modules.scoring.budget import Budget
-from modules.scoring.hidden_states import Inputs
 from modules.scoring.tokenization import Window
 from modules.search.search import Search, WeighedMetric
+from modules.search.whole import Measure
 
 WIDTH = 14  # characters of a value in a table
 
@@ -53,23 +50,6 @@ class Context:
     neutral: Sequence[Window]  # text that takes no part in the search
     neutral_for_trials: Sequence[Window]
     search: Search | None = None  # not there yet for what it is to weigh
-
-
-class Measure:
-    """Measures the resident model."""
-
-    # What goes through the layers of a candidate that is read one layer at a time; none: no value of it is known.
-    inputs: Sequence[Inputs] = ()
-
-    def measure(self) -> dict[str, float]:
-        """The values by now, by their columns' names. If one is no number, none of them counts."""
-        raise NotImplementedError
-
-    def measure_on(
-        self, hidden: Sequence[Tensor], held: Callable[[], AbstractContextManager[None]], same_header: bool
-    ) -> dict[str, float]:
-        """The values of a candidate; see `search.whole.Streamed`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ Knows: how pairs that are held out are scored and weighed. Refuses to know: how 
 import math
 from collections.abc import Sequence
 
-from modules.metrics.metric import Column, Context, Measure, Metric
+from modules.metrics.metric import Column, Context, Metric
 from modules.runtime.oom import retry_on_oom
 from modules.scoring.layout import build_scorer
 from modules.scoring.scorer import Scorer, of_pairs
 from modules.scoring.tokenization import doubtful_phrases, encode_pairs
 from modules.search.search import signed_weights
 from modules.search.strategies import scores, total
+from modules.search.whole import Measure
 
 
 class PhraseTotals(Measure):

@@ -4,7 +4,7 @@ Knows: the order of what follows a decision. Refuses to know: how a decision is 
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -28,37 +28,10 @@ from modules.search.search import Search
 from modules.search.strategies import scores
 
 
-def resume_search(console: Console, search: Search, record: RunRecord, resume: bool) -> list[float]:
-    """Note the base's scores or, where an earlier run has, go on from its own; those scores."""
-    measured, packing = list(search.log_probabilities), search.scorer.packing
-    start = record.line("start", 0) or record.note(
-        "start",
-        number=0,
-        log_probabilities=measured,
-        packing=packing,
-        weights=search.weights,
-        rounding=search.rounding,
-    )
-    search.log_probabilities, search.weights = list(start.log_probabilities), list(start.weights)
-    if not record.was_widened:
-        search.rounding = list(start.rounding)
-    search.base_scores = scores(search.log_probabilities, search.weights)
-    decisions, steps = record.lines("decision"), record.lines("step")
-    if decisions or steps:
-        console.warnings(record.warnings(packing))
-        if measured != search.log_probabilities and start.packing == packing and not record.was_widened:
-            console.warning("the base scores otherwise here than where the run began: its end may differ slightly")
-        if steps:
-            console.timed(f"Resuming after step {steps[-1].step} of {search.config.joint.steps}")
-        else:
-            console.timed(f"Resuming: {len(decisions)} decisions are carried out again from the journal")
-    elif resume:
-        console.timed("Nothing to resume: beginning at the beginning")
-    return list(search.log_probabilities)
-
-
 class Conductor:
     """Leads a search through all candidates, from where an earlier run has left it."""
+
+    scores_alone = False  # whether the search needs to know how candidates do on their own
 
     def __init__(
         self,
@@ -71,9 +44,9 @@ class Conductor:
         samples: Samples | None = None,
     ) -> None:
         """evaluator, samples: of the main process; they have met the base."""
-        self.evaluator, self.samples = evaluator, samples
         self.config, self.console, self.search, self.record = config, console, search, record
-        self.prefetcher, self.layers = prefetcher, len(search.model.layers)
+        self.prefetcher, self.evaluator, self.samples = prefetcher, evaluator, samples
+        self.layers = len(search.model.layers)
         self.shares: Rows = ()  # of a joint search, not of this one
         # The accepted merges of every layer and, last, of the header.
         self.origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(self.layers + 1)]
@@ -92,26 +65,55 @@ class Conductor:
                 console.timed(f"Candidate {self._turn}: {candidate.name}")
                 self._candidate(number, candidate)
                 self.bar.left((len(candidates) - number) * search.steps_per_candidate())
-                self._show_table(table, start, whole_in_log=number == len(candidates))
-                self._show_metrics(start)
+                self._show_state(start, table, whole_in_log=number == len(candidates))
+
+    # -- what other searches have in common with this one -------------------------------------------------------------
 
     def _start(self, resume: bool, table: str) -> list[float]:
-        """Show how the base stands, and go on from where an earlier run has left it; the base's scores."""
-        self._tell_notes()
+        """Show how the base stands, and note its scores or go on from those that an earlier run has noted; which."""
+        search, record = self.search, self.record
+        self._show_notes()
         self._show_table(table, whole_in_log=True)
-        start = resume_search(self.console, self.search, self.record, resume)
+        measured = list(search.log_probabilities)
+        packing = search.scorer.packing
+        start = record.line("start", 0) or record.note(
+            "start",
+            number=0,
+            log_probabilities=measured,
+            packing=packing,
+            weights=search.weights,
+            rounding=search.rounding,
+        )
+        search.log_probabilities = list(start.log_probabilities)
+        search.weights = list(start.weights)
+        if not record.was_widened:
+            search.rounding = list(start.rounding)
+        search.base_scores = scores(search.log_probabilities, search.weights)
+        decisions, steps = record.lines("decision"), record.lines("step")
+        if decisions or steps:
+            self.console.warnings(record.warnings(packing))
+            if measured != search.log_probabilities and start.packing == packing and not record.was_widened:
+                self.console.warning("the base scores otherwise than when the run began: its end may differ slightly")
+        if steps:
+            self.console.timed(f"Resuming after step {steps[-1].step} of {self.config.joint.steps}")
+        elif decisions:
+            self.console.timed(f"Resuming: {len(decisions)} decisions are carried out again from the journal")
+        elif resume:
+            self.console.timed("Nothing to resume: beginning at the beginning")
         if self.evaluator:
             self.evaluator.take_noted_scores()
-        return start
+        return list(search.log_probabilities)
 
-    def _show_table(self, kind: str, start: Sequence[float] | None = None, whole_in_log: bool = False) -> None:
-        state = self.config.pairs, self.search.weights, self.search.log_probabilities, start
-        rounding = self.search.rounding
-        whole = report.phrase_table(*state, "full", rounding) if whole_in_log else None
-        self.console.lines(report.phrase_table(*state, kind, rounding), whole)
+    def _meet(self, number: int, candidate: Candidate) -> None:
+        """Wait for a candidate's files, note which they are and how it does on its own."""
+        group = self.search.group
+        group.on_all_ranks(lambda: self.prefetcher.wait(number))
+        note_source(self.record, group, number, candidate.where, candidate.checkpoint)
+        group.on_all_ranks(lambda: self._evaluate_alone(number, candidate))
 
-    def _show_metrics(self, start: Sequence[float]) -> None:
-        """How the metrics have changed, and which phrases improved on the searched contexts only."""
+    def _show_state(self, start: Sequence[float], table: str, whole_in_log: bool) -> None:
+        """How phrases and metrics have changed, and which phrases improved on the searched contexts only."""
+        self._show_table(table, start, whole_in_log)
         if self.evaluator is None:
             return
         phrases, before, now = self.evaluator.phrases, self.evaluator.start, self.evaluator.now
@@ -121,19 +123,66 @@ class Conductor:
             held_out = report.gains(phrases.pairs, phrases.weights, before.held_out, now.held_out)
             self.console.lines(report.overfit_lines(searched, held_out))
 
+    def _show_table(self, kind: str, start: Sequence[float] | None = None, whole_in_log: bool = False) -> None:
+        state = self.config.pairs, self.search.weights, self.search.log_probabilities, start
+        rounding = self.search.rounding
+        whole = report.phrase_table(*state, "full", rounding) if whole_in_log else None
+        self.console.lines(report.phrase_table(*state, kind, rounding), whole)
+
+    def _show_notes(self) -> None:
+        self.console.lines(self.search.notes)
+        self.search.notes.clear()
+
+    def _evaluate_alone(self, number: int, candidate: Candidate) -> None:
+        """Note how the candidate does on its own, if that is wanted and not yet known."""
+        wanted = self.evaluator and (self.config.baselines or self.scores_alone) and self.search.scorer.has_tails
+        known = self.record.line("baseline", number) or self.record.line("candidate", number)
+        if not wanted or known or self.record.decisions(number):
+            return
+        self.console.timed(f"Scoring {candidate.name} on its own")
+        try:
+            found = self.evaluator.evaluate_alone(candidate)
+        except (BrokenWeights, CheckpointError) as error:  # the search will meet it, too
+            if isinstance(error, TooNarrow) and self.search.model.may_widen:
+                raise
+            self.console.warning(f"{candidate.name} can't be scored alone: {error}")
+            return
+        if found is None:
+            self.console.warning(f"Not enough memory to score {candidate.name} alone")
+            return
+        self.record.note(
+            "baseline",
+            number=number,
+            log_probabilities=found.searched,
+            packing=self.search.scorer.packing,
+            metrics=found.metrics,
+        )
+
+    @property
+    def composition(self) -> Shares:
+        """How much of each model the weights are; what is neither layer nor header stays the base's."""
+        return self._composed_of([*map(shares_of, self.origins), {self.search.model.checkpoint.name: 1.0}])
+
+    def _composed_of(self, shares: Sequence[Shares]) -> Shares:
+        """The composition from the shares in every layer, in the header and in what is neither."""
+        model = self.search.model
+        parts = [*map(model.layer, range(self.layers)), model.header(), model.outside()]
+        return composition_of((part.size, one) for part, one in zip(parts, shares, strict=True))
+
+    # -- candidate by candidate ----------------------------------------------------------------------------------------
+
     def _candidate(self, number: int, candidate: Candidate) -> None:
-        failure, group = None, self.search.group
+        failure = None
         behind = self.search.repeated + len(self.record.decisions(number))
         try:
-            group.on_all_ranks(lambda: self.prefetcher.wait(number))
-            note_source(self.record, group, number, candidate.where, candidate.checkpoint)
-            group.on_all_ranks(partial(self._evaluate_alone, number, candidate))
+            self._meet(number, candidate)
             failure = self._search(number, candidate)
         except CheckpointError as error:
             if self.config.on_error == "stop" or (isinstance(error, TooNarrow) and self.search.model.may_widen):
                 raise
             failure, is_repeated = str(error), self.search.repeated >= behind
-            group.on_all_ranks(partial(self._check_accepted, number, candidate, failure, is_repeated))
+            check = partial(self._check_accepted, number, candidate, failure, is_repeated)
+            self.search.group.on_all_ranks(check)
             self.search.measure()
         finally:
             candidate.checkpoint.release()
@@ -142,7 +191,7 @@ class Conductor:
             self.console.lines([], [f"{self.search.inexact:,} merged numbers so far have lost digits in {name}"])
         if failure:
             self.console.warning(f"{candidate.name} is given up; what was accepted of it stays: {failure}")
-        self._tell_notes()
+        self._show_notes()
         metrics = self.evaluator.evaluate().metrics if self.evaluator else {}
         if self.record.line("candidate", number) is None:
             self.record.note(
@@ -168,46 +217,9 @@ class Conductor:
             raise CheckpointError(f"{failure}; {kept}")
 
     @property
-    def composition(self) -> Shares:
-        """How much of each model the weights are; what is neither layer nor header stays the base's."""
-        return self._composed_of([*map(shares_of, self.origins), {self.search.model.checkpoint.name: 1.0}])
-
-    def _composed_of(self, shares: Sequence[Shares]) -> Shares:
-        """The composition from the shares in every layer, in the header and in what is neither."""
-        model = self.search.model
-        parts = [*map(model.layer, range(self.layers)), model.header(), model.outside()]
-        return composition_of((part.size, one) for part, one in zip(parts, shares, strict=True))
-
-    @property
     def is_base(self) -> bool:
         """Whether nothing was merged."""
         return all(len(merges) == 1 for merges in self.origins)
-
-    def _evaluate_alone(self, number: int, candidate: Candidate) -> None:
-        """Note how the candidate does on its own, if that is wanted and not yet known."""
-        joint = self.config.search == "joint"
-        wanted = self.evaluator and (self.config.baselines or joint) and self.search.scorer.has_tails
-        known = self.record.line("baseline", number) or self.record.line("candidate", number)
-        if not wanted or known or self.record.decisions(number):
-            return
-        self.console.timed(f"Scoring {candidate.name} on its own")
-        try:
-            found = self.evaluator.evaluate_alone(candidate)
-        except (BrokenWeights, CheckpointError) as error:  # the search will meet it, too
-            if isinstance(error, TooNarrow) and self.search.model.may_widen:
-                raise
-            self.console.warning(f"{candidate.name} can't be scored alone: {error}")
-            return
-        if found is None:
-            self.console.warning(f"Not enough memory to score {candidate.name} alone")
-            return
-        self.record.note(
-            "baseline",
-            number=number,
-            log_probabilities=found.searched,
-            packing=self.search.scorer.packing,
-            metrics=found.metrics,
-        )
 
     def _search(self, number: int, candidate: Candidate) -> str | None:
         """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""
@@ -219,35 +231,29 @@ class Conductor:
             self._count_repeated(done)
             return end.failure
         self._count_repeated(done)
-        began, timed = time.monotonic(), not done  # the first one waits until what was done is done again
+        began = time.monotonic()
         # Closed whatever happens: the candidate is read by a thread.
         with closing(self.search.candidate(candidate, done)) as decisions:
             for decision in decisions:
                 goes_on_in = FALLBACK.name if self.search.outgrown else None
                 seconds, packing = round(time.monotonic() - began, 3), self.search.scorer.packing
                 self.record.decided(number, decision, seconds=seconds, packing=packing, computed=goes_on_in)
-                self._count(decision, timed)
+                self._count(decision, self.bar.update)
                 merges = self.origins[self._place(decision)]
-                self._tell_notes()
+                self._show_notes()
                 show_decision(self.console, decision, merges, self.layers, len(self.config.merge_method) > 1)
                 self.end_if_asked()
-                began, timed = time.monotonic(), True
+                began = time.monotonic()
         return None
-
-    def _tell_notes(self) -> None:
-        self.console.lines(self.search.notes)
-        self.search.notes.clear()
 
     def _count_repeated(self, decisions: Iterable[Decision]) -> None:
         for decision in decisions:
-            self._count(decision, timed=False)
+            self._count(decision, self.bar.skip)
 
-    def _count(self, decision: Decision, timed: bool) -> None:
-        """Take note of a decision. timed: whether it took what a decision takes."""
+    def _count(self, decision: Decision, move_bar: Callable[[float], object]) -> None:
         if decision.ratio is not None:
             self.origins[self._place(decision)].append((decision.share, decision.model))
-        count = self.bar.update if timed else self.bar.skip
-        count(self.search.steps(decision.layer, decision.method))
+        move_bar(self.search.steps(decision.layer, decision.method))
         accepted = sum(len(merges) - 1 for merges in self.origins)
         part = "header" if decision.layer is None else f"layer {decision.layer}"
         self.bar.tell(f"candidate {self._turn}, {part}, {accepted} accepted")

@@ -43,11 +43,10 @@ def export_mergekit(asked: Replay, console: Console) -> None:
     problems = [*_unfit_types(recipe, models, saved), *_unfit_models(recipe, models, layout)]
     if problems:
         raise ConfigError("mergekit would make something else of this recipe:", *problems)
+    candidates = {source.number: _readable(one.where, one.checkpoint) for source, one in candidates_of(recipe, models)}
     names = Names(
         base=_readable(models.base_where, models.base),
-        candidates={
-            source.number: _readable(one.where, one.checkpoint) for source, one in candidates_of(recipe, models)
-        },
+        candidates=candidates,
         layers=len(layout.layers),
         layer=layout.layers_name.rpartition(".")[2],
         header=[*dict.fromkeys(filter(None, (*layout.header().tensors, layout.embedding_name, layout.head_name)))],

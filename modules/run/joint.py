@@ -13,7 +13,6 @@ from modules.checkpoints.candidate import Candidate
 from modules.metrics.registry import columns_of
 from modules.output import tables as report
 from modules.run.conductor import Conductor
-from modules.run.steps import note_source
 from modules.runtime.errors import BrokenWeights, CheckpointError
 from modules.runtime.oom import retry_on_oom
 from modules.runtime.program import postponed
@@ -26,6 +25,7 @@ from modules.search.mixing import Mix, Row
 class JointConductor(Conductor):
     """Leads a joint search, from where an earlier run has left it."""
 
+    scores_alone = True
     _candidates: Sequence[Candidate] = ()
     _header_shares: Row = ()  # of the header, if it is mixed; a candidate's may be left out there
 
@@ -34,26 +34,23 @@ class JointConductor(Conductor):
 
         Raises CheckpointError if a candidate can't be read or is no number: none of them can be done without.
         """
-        self._candidates, search, console = candidates, self.search, self.console
+        self._candidates = candidates
         start = self._start(resume, table)
         try:
             for number, candidate in enumerate(candidates, start=1):
-                search.group.on_all_ranks(partial(self.prefetcher.wait, number))
-                note_source(self.record, search.group, number, candidate.where, candidate.checkpoint)
-                search.group.on_all_ranks(partial(self._evaluate_alone, number, candidate))
-            joint = self._made_joint()
-            with postponed(console.on_interrupt) as self.end_if_asked:
-                self._end(joint, self._steps(joint, self._begun(joint)))
+                self._meet(number, candidate)
+            self._joint = self._made_joint()
+            with postponed(self.console.on_interrupt) as self.end_if_asked:
+                self._end(self._steps(self._begun()))
         except BrokenWeights as error:
             raise CheckpointError(f"{error}; search: joint can't do without a candidate") from None
         finally:
             for candidate in candidates:
                 candidate.checkpoint.release()
-        self._tell_notes()
+        self._show_notes()
         if self.evaluator:
             self.evaluator.evaluate()
-        self._show_table(table, start, whole_in_log=True)
-        self._show_metrics(start)
+        self._show_state(start, table, whole_in_log=True)
 
     @property
     def composition(self) -> Shares:
@@ -85,33 +82,33 @@ class JointConductor(Conductor):
         self.console.lines(joint.mix.notes)
         return joint
 
-    def _begun(self, joint: Joint) -> JointState:
+    def _begun(self) -> JointState:
         """The state from which the next step is made, and the model composed from it."""
         steps, begun = self.record.lines("step"), self.record.lines("joint")
         if steps:
             state = JointState.of(steps[-1].model_dump())
         else:
-            state = JointState.at(begun[0].start if begun else self._find_start(joint))
-        self._in_memory(joint, partial(joint.go_to, state))
+            state = JointState.at(begun[0].start if begun else self._find_start())
+        self._in_memory(partial(self._joint.go_to, state))
         return state
 
-    def _find_start(self, joint: Joint) -> Rows:
+    def _find_start(self) -> Rows:
         """Find and note where the steps begin, and how total and weighed metrics change there with every share."""
         search, limits = self.search, self.search.limits
         self.console.timed("Comparing base and candidates")
         objectives = [limits.objective(search.state)]
-        objectives += [self._composed(joint, reached) for _, reached in self._reached(joint)]
-        shares = joint.mix.limited(first_shares(joint.mix.rows, objectives))
-        names = [search.model.checkpoint.name, *(name for name, _ in self._reached(joint))]
+        objectives += [self._composed(reached) for _, reached in self._reached()]
+        shares = self._joint.mix.limited(first_shares(self._joint.mix.rows, objectives))
+        names = [search.model.checkpoint.name, *(name for name, _ in self._reached())]
         begin = names[objectives.index(min(objectives))]
         self.console.timed(f"The steps begin at {begin}; checking the gradient")
-        error = self._in_memory(joint, partial(joint.check, shares))
+        error = self._in_memory(partial(self._joint.check, shares))
         self.console.timed(f"The gradient agrees with the objective's slope to {error:.2%}")
 
         self.console.timed("Measuring each layer's effect")
 
         def slopes_of(part: str | None) -> Rows:
-            return self._in_memory(joint, lambda: joint.gradient(shares, joint.objective.part(part)))
+            return self._in_memory(lambda: self._joint.gradient(shares, self._joint.objective.part(part)))
 
         slopes = {"total": slopes_of(None)}
         for name, weight in limits.weights.items():
@@ -119,24 +116,24 @@ class JointConductor(Conductor):
         self.record.note("joint", start=shares, slopes=slopes)
         return shares
 
-    def _steps(self, joint: Joint, state: JointState) -> JointState:
+    def _steps(self, state: JointState) -> JointState:
         """Make the steps that are left, and tell of each when it is known what it has led to."""
-        with self.console.progress(joint.steps) as bar:
+        with self.console.progress(self._joint.steps) as bar:
             bar.skip(state.step)
-            while state.step < joint.steps:
+            while state.step < self._joint.steps:
                 self.end_if_asked()
                 evaluated = self._evaluated()
                 began = time.monotonic()
-                state, value = self._in_memory(joint, partial(joint.step, state), state)
+                state, value = self._in_memory(partial(self._joint.step, state), state)
                 seconds = round(time.monotonic() - began, 3)
                 metrics = {**evaluated, "total": value.total, **value.metrics}
                 packing = self.search.scorer.packing
                 self.record.note("step", **asdict(state), metrics=metrics, packing=packing, seconds=seconds)
-                self._tell_notes()
+                self._show_notes()
                 self._tell_of_step(state.step - 1, metrics)
                 bar.update(1)
-                bar.tell(f"step {state.step}/{joint.steps}, {value.objective:.5f}")
-            value: Value = self._in_memory(joint, joint.value, state)
+                bar.tell(f"step {state.step}/{self._joint.steps}, {value.objective:.5f}")
+            value: Value = self._in_memory(self._joint.value, state)
             self._tell_of_step(state.step, {**self._evaluated(), "total": value.total, **value.metrics})
         return state
 
@@ -146,45 +143,41 @@ class JointConductor(Conductor):
             before = self.record.lines("step")[step - 1].metrics["total"]
             self.console.timed(report.step_line(step, self.config.joint.steps, before, metrics))
 
-    def _end(self, joint: Joint, state: JointState) -> None:
+    def _end(self, state: JointState) -> None:
         """Compose what is kept, exactly: what the steps have found, or the best candidate or the base."""
         self.console.timed("Comparing the result with base and candidates")
         maxima = self.search.limits.maxima
-        factor = self._factor(joint, state) if maxima else 1.0
+        factor = largest_factor(partial(self._is_allowed, state)) if maxima else 1.0
         if factor < 1:
             limits = ", ".join(f"{column.limit_key} {maxima[column.name]:g}" for column in columns_of(maxima))
             self.console.timed(f"Scaled all weights by {factor:.3f} to hold {limits}")
-        others = [*self._reached(joint), ("the base", ((0.0,) * len(self._candidates),) * joint.mix.rows)]
-        objectives = [self._composed(joint, shares) for _, shares in others]
-        if self._composed(joint, rounded(state.shares, factor)) > min(objectives):
+        others = [*self._reached(), ("the base", ((0.0,) * len(self._candidates),) * self._joint.mix.rows)]
+        objectives = [self._composed(shares) for _, shares in others]
+        if self._composed(rounded(state.shares, factor)) > min(objectives):
             name, shares = others[objectives.index(min(objectives))]
-            self._composed(joint, shares)
+            self._composed(shares)
             self.console.timed(f"No step beat {name}: keeping it")
 
-    def _reached(self, joint: Joint) -> list[tuple[str, Rows]]:
+    def _reached(self) -> list[tuple[str, Rows]]:
         """Each candidate's name and shares where it is taken as far as the search goes: whole, or in some layers."""
-        names, mix = [candidate.name for candidate in self._candidates], joint.mix
+        names, mix = [candidate.name for candidate in self._candidates], self._joint.mix
         rows = [tuple(float(other == number) for other in range(len(names))) for number in range(len(names))]
         where = " in the searched layers" if mix.is_restricted else ""
         return [(name + where, mix.limited((row,) * mix.rows)) for name, row in zip(names, rows, strict=True)]
 
-    def _factor(self, joint: Joint, state: JointState) -> float:
-        """The largest factor of all shares with which the metrics stay within their limits."""
+    def _is_allowed(self, state: JointState, factor: float) -> bool:
+        """Whether the metrics stay within their limits with all shares multiplied with a factor."""
+        self._composed(rounded(state.shares, factor))
+        return self.search.limits.allow(self.search.metrics)
 
-        def is_allowed(factor: float) -> bool:
-            self._composed(joint, rounded(state.shares, factor))
-            return self.search.limits.allow(self.search.metrics)
-
-        return largest_factor(is_allowed)
-
-    def _composed(self, joint: Joint, shares: Rows) -> float:
+    def _composed(self, shares: Rows) -> float:
         """Make the model exactly what saving keeps of these shares; its objective, infinite if it is beyond a limit or
         no number."""
         search, limits = self.search, self.search.limits
-        search.in_memory(partial(joint.mix.compose, shares, exact=True))
+        search.in_memory(partial(self._joint.mix.compose, shares, exact=True))
         search.measure()
         self.shares = shares
-        self._header_shares = joint.mix.header_shares(shares)
+        self._header_shares = self._joint.mix.header_shares(shares)
         objective = limits.objective(search.state)
         return objective if limits.allow(search.metrics) and math.isfinite(objective) else math.inf
 
@@ -192,17 +185,17 @@ class JointConductor(Conductor):
         """The metrics that are measured at every step, of the present model."""
         return self.evaluator.evaluate_step() if self.evaluator else {}
 
-    def _in_memory(self, joint: Joint, work: Callable[[], Result], state: JointState | None = None) -> Result:
+    def _in_memory(self, work: Callable[[], Result], state: JointState | None = None) -> Result:
         """Do work of the steps that needs memory, again and again with less of it where it is not there. state: that
         the model must be of again before the next try."""
 
         def take_less() -> bool:
             done = self.search.take_less_memory()
             if done:
-                joint.objective = joint.objective.packed_as(self.search.scorer)
-                joint.mix.ahead = self.search.reads_ahead
+                self._joint.objective = self._joint.objective.packed_as(self.search.scorer)
+                self._joint.mix.ahead = self.search.reads_ahead
                 if state:
-                    joint.go_to(state)
+                    self._joint.go_to(state)
             return done
 
         return retry_on_oom(work, take_less)

@@ -88,7 +88,10 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             models = loader.open()
             begun = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
             loader, asked = ask(loader, models, begun and begun.settings, loader.config.prompts)
-            plan = _checked_plan(loader, models, begun and begun.computed)
+            check_space(models.jobs)
+            config = replace(loader.config, device=loader.device)
+            plan = make_plan(config, models, loader.rank.local_world_size, begun and begun.computed)
+            console.warnings([*doubtful_phrases(config.pairs), *plan.warnings])
             loader = replace(loader, compute=plan.arithmetic)
             if not options.dry_run:
                 loader.in_range(lambda own: _merge(own, options, group, target, models, plan, asked))
@@ -97,17 +100,6 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             console.lines(plan_lines(plan, estimate_seconds(plan, models.module)))
             console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")
     group.broadcast(NOTHING_TO_SEARCH)
-
-
-def _checked_plan(loader: ModelLoader, models: Models, begun: str | None) -> Plan:
-    """What the run will do and take. Raises ConfigError if memory or a disk is too small.
-
-    begun: in what the run computes that goes on.
-    """
-    check_space(models.jobs)
-    plan = make_plan(replace(loader.config, device=loader.device), models, loader.rank.local_world_size, begun)
-    loader.console.warnings([*doubtful_phrases(loader.config.pairs), *plan.warnings])
-    return plan
 
 
 def _merge(
@@ -290,16 +282,11 @@ def merge_as_worker(config: Config, console: Console, options: Options, group: G
 
     def search_along(own: ModelLoader) -> None:
         # Where the main process begins again in another arithmetic, it says so anew.
-        _search_along(own, models, start if own is loader else group.broadcast(), group)
+        now: Start = start if own is loader else group.broadcast()
+        with fetching(console, models.jobs) as prefetcher:
+            prefetcher.wait(0)
+            own = with_chats_rendered(own, models, begun_run(now.journal).settings)
+            record = RunRecord(Journal(now.journal), own.config, now.compute.name)
+            begin_search(own, models, record, prefetcher, now.budget, group).conduct(models.candidates)
 
     loader.in_range(search_along)
-
-
-def _search_along(loader: ModelLoader, models: Models, start: Start, group: Group) -> None:
-    """Search along, in what the main process computes in."""
-    with fetching(loader.console, models.jobs) as prefetcher:
-        prefetcher.wait(0)
-        loader = with_chats_rendered(loader, models, begun_run(start.journal).settings)
-        record = RunRecord(Journal(start.journal), loader.config, start.compute.name)
-        conductor = begin_search(loader, models, record, prefetcher, start.budget, group)
-        conductor.conduct(models.candidates)

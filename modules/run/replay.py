@@ -97,7 +97,8 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, target: OutputF
     ):
         prefetcher.wait(0)
         check_source(recipe.sources[0], base)
-        console.lines(_other_device(recipe, loader.device))
+        if loader.device != recipe.device:
+            console.line(f"The recipe was made on {recipe.device}; on another device last digits may differ")
         tokenizer = partial(load_tokenizer, base.path, base.companions)
         layout = loader.layout(models)
         devices = dict.fromkeys(layout.tensors, resolve_device(loader.device))
@@ -165,22 +166,13 @@ def opened_with(asked: Replay, recipe: Recipe) -> Config:
         places = ", ".join(map(str, dict.fromkeys(folders)))
         ways = "--source DIR names a folder that holds them, --source NAME=PATH says where one of them lies"
         raise ConfigError(f"not found in {places} or a folder in or beside these: {', '.join(missing)}; {ways}")
+    device = asked.device or (recipe.device if recipe.device in present_devices() else "auto")
     return Config(
         directories=Directories(texts[0], str(asked.output)),
         models_to_merge=tuple(texts[1:]),
         tokenizer=tokenizer,
-        device=_device(asked, recipe),
+        device=device,
         dtype=recipe.saved_dtype or "auto",
         random_seed=recipe.settings.random_seed,
         trust_remote_code=recipe.settings.trust_remote_code,
     )
-
-
-def _device(asked: Replay, recipe: Recipe) -> str:
-    return asked.device or (recipe.device if recipe.device in present_devices() else "auto")
-
-
-def _other_device(recipe: Recipe, device: str) -> list[str]:
-    if device == recipe.device:
-        return []
-    return [f"The recipe was made on {recipe.device}; on another device last digits may differ"]

@@ -144,13 +144,17 @@ def _scored(loader: ModelLoader, models: Models) -> tuple[Search, Evaluator, lis
 def _score(console: Console, search: Search, evaluator: Evaluator, candidate: Candidate) -> Scored:
     """One model beside the base. Raises CheckpointError if it can't be scored."""
     try:
-        console.lines(_about_header(console, search, candidate))
+        try:
+            note = matched_header(search.model, search.tokenizer, candidate).note_of_scores
+            console.lines([note] if note else [])
+        except HeaderSkipped as error:
+            console.warning(f"{error}; it is scored with the base's embedding and head")
         own = settings_of(search.model, candidate.checkpoint) if candidate.otherwise else Settings()
         if own is None:
             console.warning(f"{candidate.name} can't be computed beside the base by its own settings")
-        found = evaluator.evaluate_alone(candidate, own=own or Settings())
+        found = evaluator.evaluate_alone(candidate, own or Settings())
         while found is None and search.take_less_memory():
-            found = evaluator.evaluate_alone(candidate, own=own or Settings())
+            found = evaluator.evaluate_alone(candidate, own or Settings())
     except (BrokenWeights, CheckpointError) as error:
         if isinstance(error, TooNarrow) and search.model.may_widen:
             raise
@@ -163,13 +167,3 @@ def _score(console: Console, search: Search, evaluator: Evaluator, candidate: Ca
         raise CheckpointError(f"{candidate.name} can't be scored: what it computes is no number")
     name = candidate.name if own else by_other_settings(candidate.name)
     return Scored(candidate.name, name, without_folders(candidate.where), own is not None, found)
-
-
-def _about_header(console: Console, search: Search, candidate: Candidate) -> list[str]:
-    """What had to be matched of a model's vocabulary, that the phrases may mean the same tokens in it."""
-    try:
-        note = matched_header(search.model, search.tokenizer, candidate).note_of_scores
-    except HeaderSkipped as error:
-        console.warning(f"{error}; it is scored with the base's embedding and head")
-        return []
-    return [note] if note else []

@@ -28,7 +28,7 @@ from modules.model.part import Part, row_ranges
 from modules.runtime.errors import BrokenWeights
 from modules.scoring.gradient import GradientPass
 from modules.scoring.objective import Objective, Value
-from modules.search.prefetch import ReadAhead, read_into, two_memories
+from modules.search.prefetch import ReadAhead, two_memories
 from modules.search.trial import read_outside
 
 Row = Sequence[float]  # a share, or the gradient on it, for each candidate
@@ -196,7 +196,7 @@ class Mix:
 
     def _layer_job(self, number: int, layer: int) -> Callable[[], Tensors]:
         memory = next(self._memories[min(number, 1)])
-        return partial(read_into, memory, self._sources[number], self.model.layer(layer))
+        return partial(memory.read, self._sources[number], self.model.layer(layer))
 
     def _rows_job(self, number: int, names: Sequence[str], first: int, end: int) -> Callable[[], Tensors]:
         return partial(self._read_rows, number, names, torch.arange(first, end))

@@ -130,11 +130,12 @@ class Memory:
         self._blocks: list[Tensor] = []
         self._used = 0
 
-    def free(self) -> None:
-        """What was handed out is not needed any more."""
+    def read(self, candidate: Candidate, part: Part) -> Tensors:
+        """`read_part`; what was read before is not needed any more."""
         self._used = 0
+        return read_part(candidate, part, self._buffer)
 
-    def room(self, size: int) -> Tensor:
+    def _buffer(self, size: int) -> Tensor:
         """So many bytes. Parts are alike: block number n is nearly always as large as it was for the part before."""
         if self._used == len(self._blocks):
             self._blocks.append(torch.empty(0, dtype=torch.uint8))
@@ -149,15 +150,9 @@ def two_memories(streams: Sequence[torch.Stream]) -> Iterator[Memory]:
     return cycle((Memory(bool(streams)), Memory(bool(streams))))
 
 
-def read_into(memory: Memory, candidate: Candidate, part: Part) -> Tensors:
-    """`read_part`, into memory that is not used any more."""
-    memory.free()
-    return read_part(candidate, part, memory.room)
-
-
 def layer_jobs(
     candidate: Candidate, parts: Mapping[int, Part], streams: Sequence[torch.Stream]
 ) -> dict[int, Callable[[], Tensors]]:
     """What reads some layers of a candidate, one after another. parts: the base's layers by number."""
     memories = two_memories(streams)
-    return {layer: partial(read_into, next(memories), candidate, part) for layer, part in parts.items()}
+    return {layer: partial(next(memories).read, candidate, part) for layer, part in parts.items()}

@@ -6,7 +6,7 @@ Knows: which tensors make a candidate, how they are read. Refuses to know: what 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +23,25 @@ from modules.search.prefetch import ReadAhead, layer_jobs
 from modules.search.trial import read_outside
 
 
-class Streamed(Protocol):
-    """What can be measured of a model that is read one layer at a time."""
+class Measure:
+    """Measures the resident model, and models that are read one layer at a time."""
 
-    inputs: Sequence[Inputs]  # that go through its layers
+    # What goes through the layers of a model that is read one at a time; none: no value of it is known.
+    inputs: Sequence[Inputs] = ()
+
+    def measure(self) -> dict[str, float]:
+        """The values by now, by their columns' names. If one is no number, none of them counts."""
+        raise NotImplementedError
 
     def measure_on(
         self, hidden: Sequence[Tensor], held: Callable[[], AbstractContextManager[None]], same_header: bool
-    ) -> Any:
-        """hidden: the last hidden states of each input, (B, T, H). held: within it, the resident model has the
-        candidate's norm and head. same_header: whether these are the resident ones anyway."""
+    ) -> dict[str, float]:
+        """The values of a candidate.
+
+        hidden: the last hidden states of each input, (B, T, H). held: within it, the resident model has the candidate's
+        norm and head. same_header: whether these are the resident ones anyway.
+        """
+        raise NotImplementedError
 
 
 @torch.no_grad()
@@ -41,7 +50,7 @@ def score_whole(
     tokenizer: Any,
     candidate: Candidate,
     scorers: Sequence[Scorer],
-    measures: Sequence[Streamed],
+    measures: Sequence[Measure],
     streams: Sequence[torch.Stream] = (),
     own: Settings | None = None,
 ) -> tuple[list[list[float]], list[Any]]:

@@ -62,13 +62,6 @@ def test_a_section_keeps_its_other_keys(folders):
     assert load(["directories.output_directory=other"]).directories.output_directory == "other"
 
 
-def test_a_file_may_have_nothing_but_phrases(folders):
-    content = yaml.safe_dump({"bad_phrases": document()["bad_phrases"]}).rstrip("\n")
-    sets = ["directories.model_path1=base", "models_to_merge=[one]"]
-    config = load(sets, content, output="out")
-    assert config.directories == load().directories
-
-
 def test_options_of_their_own_come_after(folders):
     config = load(["device=cuda", "directories.output_directory=here"], device="cpu", output="there")
     assert (config.device, config.directories.output_directory) == ("cpu", "there")

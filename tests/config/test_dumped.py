@@ -53,12 +53,9 @@ def test_what_is_dumped_is_loaded_again_even_where_no_model_is(config, place):
     "change",
     [
         {"unknown": 1},
-        {"dtype": "int8"},
         {"random_seed": True},
-        {"directories": None},
         {"bad_phrases": [{"phrase": "x", "contexts": ["y"]}]},
         {"held_out_pairs": [{"kind": "BAD", "phrase": "x", "context": 3, "weight": 1.0}]},
-        {"held_out_pairs": [{"kind": "BAD", "phrase": "x", "context": "y", "weight": 1.0, "more": 1}]},
         {"layers": "all"},
     ],
     ids=str,

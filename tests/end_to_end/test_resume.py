@@ -736,10 +736,10 @@ def test_a_recipe_may_be_named_as_the_output_that_holds_it(place, models, whole)
 
 REPLAYS = {
     "/": ["--output", "/"],
-    "its name is too long": ["--output", "a" * 250],
+    "not a usable path (File name too long)": ["--output", "a" * 250],
     "not on this machine": ["--output", "again", "--device", "\x1b[2J"],
     "no such source": ["--output", "again", "--source", "no\n=here"],
-    "no such folder in one": ["--output", "again", "--source", "one=one/zzz"],
+    "no such folder; a model": ["--output", "again", "--source", "one=one/zzz"],
 }
 
 

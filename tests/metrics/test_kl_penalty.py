@@ -22,7 +22,7 @@ from modules.scoring import drift as measure
 from modules.scoring.budget import Budget
 from modules.search.trial import merged, trying
 
-NAMES = ["Llama", "GPT-2", "Gemma 2", "Phi", "BLOOM", "Mixtral", "OPT", "Qwen3"]
+NAMES = ["GPT-2", "Gemma 2", "BLOOM", "Mixtral"]
 WINDOWS = [tuple(range(5, 30)), tuple(range(40, 65)), (3, 4, 9), tuple(range(7, 19))]
 RATIOS = [0.3, 0.9]
 
@@ -107,7 +107,7 @@ def test_the_way_makes_no_difference(tmp_path, monkeypatch, by_tails, cache):
     assert case.under_trials(2, by_tails) == pytest.approx(case.expected(2), rel=1e-4)
 
 
-@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("count", [3, 7])
 def test_the_shares_of_all_processes_make_the_mean(tmp_path, count):
     tokenizer = tiny.bpe_tokenizer()
     ranks = [Rank(number, count) for number in range(count)]

@@ -76,7 +76,7 @@ def test_where_some_layers_are_mixed_the_others_have_no_gradient_and_stay_the_ba
         assert not still or torch.equal(tensor, stored[name].double())
 
 
-@pytest.mark.parametrize("here, beside", [(0, 0), (1, 0), (2, 0), (1, 1), (0, 3)])
+@pytest.mark.parametrize("here, beside", [(0, 0), (2, 0), (1, 1)])
 def test_wherever_hidden_states_are_kept(llamas, here, beside):
     """Of no layer, of the first, of every second, of all; on the device or beside it."""
     base, folders = llamas
@@ -89,7 +89,7 @@ def test_wherever_hidden_states_are_kept(llamas, here, beside):
         assert ours == pytest.approx(theirs, rel=1e-8)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "Phi", "OPT"])
+@pytest.mark.parametrize("name", ["Gemma 2", "Phi"])
 def test_in_small_blocks_of_rows_and_positions(tmp_path, monkeypatch, name):
     """Tied and untied, with a bias, with a soft cap: ninety rows of the head at a time, at five positions."""
     monkeypatch.setattr(part, "ROWS", 4 * 32 * 90)

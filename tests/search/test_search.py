@@ -271,14 +271,6 @@ def test_a_strange_vocabulary_leaves_the_header_alone_and_says_so(tmp_path):
     assert "shares only" in decisions[-1].warning and f"{len(base_tokenizer)} tokens" in decisions[-1].warning
 
 
-def test_a_candidate_without_tokenizer_leaves_the_header_alone_and_says_so(llamas, tmp_path):
-    base, *_ = llamas
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.save_pretrained(tmp_path / "bare")
-    decisions, *_ = search(tmp_path, base, [tmp_path / "bare"])
-    assert "no usable tokenizer" in decisions[-1].warning
-
-
 def poison(name):
     def change(model):
         model.state_dict()[name].view(-1)[3] = float("nan")
@@ -286,13 +278,12 @@ def poison(name):
     return change
 
 
-@pytest.mark.parametrize("method", METHOD_TEXTS)
-def test_nan_in_a_candidates_layer_never_wins(llamas, tmp_path, method):
+def test_nan_in_a_candidates_layer_never_wins(llamas, tmp_path):
     base, *_ = llamas
     bad = tiny.make_candidate(
         tmp_path / "bad", base, 1, change=poison("model.layers.0.post_attention_layernorm.weight")
     )
-    decisions, tensors, *_ = search(tmp_path, base, [bad], merge_method=method)
+    decisions, tensors, *_ = search(tmp_path, base, [bad])
     assert decisions[0].ratio is None
     assert "model.layers.0.post_attention_layernorm.weight holds NaN" in decisions[0].warning
     assert decisions[1].warning is None
@@ -388,7 +379,7 @@ def limited(monkeypatch, tokens, from_call=0):
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("from_call", [0, 15, *(pytest.param(call, marks=pytest.mark.slow) for call in (8, 25))])
+@pytest.mark.parametrize("from_call", [0, 15])
 @pytest.mark.parametrize("tokens, told", [(120, "packs of"), (60, "of"), (32, "one ratio at a time")])
 def test_out_of_memory_takes_smaller_packs_and_the_same_decisions(tmp_path, monkeypatch, tokens, told, from_call):
     base = tiny.make_model(tmp_path / "base", tiny.llama_config(400), tiny.bpe_tokenizer())
@@ -408,8 +399,5 @@ def test_not_even_one_pair_fits(tmp_path, monkeypatch):
     base = tiny.make_model(tmp_path / "base", tiny.llama_config(400), tiny.bpe_tokenizer())
     candidate = tiny.make_candidate(tmp_path / "one", base, 1)
     limited(monkeypatch, 10)
-    with pytest.raises(torch.OutOfMemoryError):
-        search(tmp_path, base, [candidate])
-    limited(monkeypatch, 10, from_call=20)
     with pytest.raises(torch.OutOfMemoryError):
         search(tmp_path, base, [candidate])
