@@ -81,7 +81,7 @@ class Evaluator:
 
         try:
             with self._timed():
-                found = retry_on_oom(lambda: search.model.in_range(score, _are_numbers), lambda: False)
+                found = retry_on_oom(lambda: search.model.in_range(score, _are_numbers))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

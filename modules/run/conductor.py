@@ -24,7 +24,7 @@ from modules.runtime.errors import BrokenWeights, CheckpointError, TooNarrow
 from modules.runtime.program import postponed
 from modules.search.decision import Decision, Merge, Shares, composition_of, shares_of
 from modules.search.joint import Rows
-from modules.search.search import Search
+from modules.search.search import Search, forwards_of, forwards_of_candidate
 from modules.search.strategies import scores
 
 
@@ -56,15 +56,18 @@ class Conductor:
 
         resume: whether to go on with an earlier run was asked for. table: how much of the tables is shown.
         """
-        console, search = self.console, self.search
+        console = self.console
         start = self._start(resume, table)
-        steps = len(candidates) * search.steps_per_candidate()
-        with console.progress(steps) as self.bar, postponed(console.on_interrupt) as self.end_if_asked:
+        forwards = forwards_of_candidate(self.config, self.layers)
+        with (
+            console.progress(len(candidates) * forwards) as self.bar,
+            postponed(console.on_interrupt) as self.end_if_asked,
+        ):
             for number, candidate in enumerate(candidates, start=1):
                 self._turn = f"{number}/{len(candidates)}"
                 console.timed(f"Candidate {self._turn}: {candidate.name}")
                 self._candidate(number, candidate)
-                self.bar.left((len(candidates) - number) * search.steps_per_candidate())
+                self.bar.left((len(candidates) - number) * forwards)
                 self._show_state(start, table, whole_in_log=number == len(candidates))
 
     # -- what other searches have in common with this one -------------------------------------------------------------
@@ -253,7 +256,7 @@ class Conductor:
     def _count(self, decision: Decision, move_bar: Callable[[float], object]) -> None:
         if decision.ratio is not None:
             self.origins[self._place(decision)].append((decision.share, decision.model))
-        move_bar(self.search.steps(decision.layer, decision.method))
+        move_bar(forwards_of(self.config, self.layers, decision.layer, decision.method))
         accepted = sum(len(merges) - 1 for merges in self.origins)
         part = "header" if decision.layer is None else f"layer {decision.layer}"
         self.bar.tell(f"candidate {self._turn}, {part}, {accepted} accepted")

@@ -34,6 +34,7 @@ from modules.scoring.budget import TOKENS, Budget, budget_of, layer_bytes, logit
 from modules.scoring.layout import NOT_TAKEN
 from modules.scoring.packing import build_packs
 from modules.scoring.tokenization import doubled_tokens, encode_pairs, neutral_windows
+from modules.search.search import forwards_of_candidate
 
 # On a disk, beyond the tensors: headers of shards, rounding up to blocks; journal, recipe and pictures.
 MARGIN, MARGIN_FLAT = 0.01, 16 << 20
@@ -67,26 +68,18 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Those that are searched."""
-        return self.config.layers_in(self.sizes.layers)
-
-    @property
     def decisions(self) -> int:
         """How often one candidate is decided about: every layer under every method, and the header."""
-        return len(self.layers) * len(self.config.merge_method) + self.config.merge_headers
+        layers = self.config.layers_in(self.sizes.layers)
+        return len(layers) * len(self.config.merge_method) + self.config.merge_headers
 
     @property
     def forwards(self) -> int:
-        """Forwards of one layer in the whole search. Greedy: from the layer that is tried, or from the first one for a
-        header."""
-        config, count = self.config, self.sizes.layers
+        """Forwards of one layer in the whole search."""
+        config, layers = self.config, self.sizes.layers
         if config.search == "joint":
-            return (config.joint.steps + STEPS_BEFORE) * FORWARDS_OF_A_STEP * count
-        ratios = sum(len(ratios_for(method, config.merge_ratios)) for method in config.merge_method)
-        header = len(config.merge_ratios) * count if config.merge_headers else 0
-        of_each = sum(ratios * (count - layer) for layer in self.layers) + header
-        return len(self.candidates) * of_each
+            return (config.joint.steps + STEPS_BEFORE) * FORWARDS_OF_A_STEP * layers
+        return len(self.candidates) * forwards_of_candidate(config, layers)
 
 
 def make_plan(config: Config, models: Models, sharing: int = 1, begun: str | None = None) -> Plan:

@@ -48,7 +48,7 @@ class Samples:
             self._console.timed(f"Generating the {who}'s answers to {pluralize(len(prompts), 'prompt')}")
         try:
             with without_panics():
-                found, problems = retry_on_oom(lambda: self._answers(prompts), lambda: False)
+                found, problems = retry_on_oom(lambda: self._answers(prompts))
         except Exception as error:  # of an architecture, of a chat template, of a device
             self._console.warning(f"there are no samples: {first_line(error)}")
             return {}

@@ -20,10 +20,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _MESSAGES)
 
 
-def retry_on_oom(work: Callable[[], Value], take_less: Callable[[], bool]) -> Value:
+def retry_on_oom(work: Callable[[], Value], take_less: Callable[[], bool] | None = None) -> Value:
     """Do work; as often as memory does not suffice, let go of all that the failed try held, take less, do it again.
 
-    work: may be done again whenever it has failed. take_less: whether there was something left to be done.
+    work: may be done again whenever it has failed. take_less: whether there was something left to be done;
+    None: there is nothing, the failed try only lets go of what it held.
     Raises what `work` raises; its lack of memory if nothing is left.
     """
     while True:
@@ -35,7 +36,7 @@ def retry_on_oom(work: Callable[[], Value], take_less: Callable[[], bool]) -> Va
             failure = error
         # Not within the handler: there, the failed try's frames and their tensors are still held.
         _release_frames(failure)
-        if not take_less():
+        if take_less is None or not take_less():
             try:
                 raise failure
             finally:

@@ -94,7 +94,7 @@ class ReadAhead(Generic[Key, Value]):
         if name not in self._begun:
             job = partial(_made, self._jobs[name], self._streams)
             # A try that lacks memory lets go of what has arrived at once, not when it is asked for.
-            self._begun[name] = self._thread.submit(retry_on_oom, job, lambda: False)
+            self._begun[name] = self._thread.submit(retry_on_oom, job)
         return self._begun[name]
 
     def _let_go_but(self, *names: Key) -> None:

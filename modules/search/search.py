@@ -229,15 +229,6 @@ class Search:
         self.log_probabilities = list(decision.log_probabilities)
         self.metrics = dict(decision.metrics)
 
-    def steps(self, layer: int | None, method: str) -> int:
-        """The work of one decision in forwards of one layer, the unit of the progress bar."""
-        return len(ratios_for(method, self.config.merge_ratios)) * (len(self.model.layers) - (layer or 0))
-
-    def steps_per_candidate(self) -> int:
-        """The work of all decisions on one candidate."""
-        steps = sum(self.steps(layer, method) for layer in self.layers for method in self.config.merge_method)
-        return steps + (self.steps(None, "lerp") if self.config.merge_headers else 0)
-
     def _layers(self, candidate: Candidate, parts: Mapping[int, Part], past: deque[Decision]) -> Iterator[Decision]:
         self._restart()
         methods = self.config.merge_method
@@ -376,6 +367,19 @@ class Search:
             with trial():
                 rows.append([*self.scorer.score(), *(values[number] for values in columns)])
         return rows
+
+
+def forwards_of(config: Config, layers: int, layer: int | None, method: str) -> int:
+    """Forwards of one layer that a decision takes in a model of so many layers: those from its layer on; of the header,
+    which is None, all."""
+    return len(ratios_for(method, config.merge_ratios)) * (layers - (layer or 0))
+
+
+def forwards_of_candidate(config: Config, layers: int) -> int:
+    """The same of all decisions on one candidate."""
+    searched, methods = config.layers_in(layers), config.merge_method
+    forwards = sum(forwards_of(config, layers, layer, method) for layer in searched for method in methods)
+    return forwards + (forwards_of(config, layers, None, "lerp") if config.merge_headers else 0)
 
 
 def signed_weights(

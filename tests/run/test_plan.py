@@ -97,7 +97,6 @@ def test_the_planned_work_is_that_of_the_search(place, models, headers, layers):
     config, found = opened(place, models, merge_method=["lerp", "cyclic"], merge_headers=headers, layers=layers)
     plan, search = planned(config, found), start(config, found)
     assert plan.decisions == len(list(search.candidate(found.candidates[0])))
-    assert plan.forwards == len(found.candidates) * search.steps_per_candidate()
 
 
 def test_no_weight_is_read_for_the_plan(place, models, monkeypatch):
