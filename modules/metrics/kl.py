@@ -1,46 +1,59 @@
-"""KL, top-1 agreement and perplexity on neutral text that takes no part in the search: how much all else has changed.
+"""KL to the base, top-1 agreement and perplexity on neutral text: how much all else has changed. On text that takes no
+part in the search, to be shown; on other text under every trial, if drift_weight or max_drift judge by it.
 
-Knows: which figures of a drift are shown. Refuses to know: how a divergence is computed.
+Knows: which figures of a drift are shown, tail forwards, several processes, the keys. Refuses to know: how a divergence
+is computed, what is decided.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor
 
-from modules.metrics.kl_penalty import NAME, weigh
 from modules.metrics.metric import Column, Context, Metric
-from modules.runtime.errors import first_line
+from modules.runtime.errors import ConfigError, first_line
+from modules.runtime.oom import is_out_of_memory
 from modules.runtime.text import pluralize
 from modules.scoring.drift import Drift, DriftMeter
+from modules.scoring.hidden_states import last_states
 from modules.scoring.layout import NOT_TAKEN
+from modules.scoring.tails import TailForwards, Trial
+from modules.search.strategies import total
 from modules.search.whole import Measure
 
+NAME = "trial_kl"
+NATS = 0.05  # of KL that count as much as all phrases, if its weight is automatic
 
-class NeutralText(Measure):
-    """How far the model is from the base, and how well it predicts neutral text."""
 
-    def __init__(self, meter: DriftMeter) -> None:
-        self._meter, self.inputs = meter, meter.inputs
+class Drifted(Measure):
+    """How far the model is from the base on some text."""
+
+    def __init__(self, meter: DriftMeter, values: Callable[[Drift], dict[str, float]]) -> None:
+        self._meter, self._values, self.inputs = meter, values, meter.inputs
 
     def measure(self) -> dict[str, float]:
         """See `Measure`."""
-        drift = self._meter.model.in_range(self._meter.measure, lambda drift: drift.is_finite)
-        return _values(drift)
+        return self._values(self._meter.model.in_range(self._meter.measure, lambda drift: drift.is_finite))
 
     def measure_on(
         self, hidden: Sequence[Tensor], held: Callable[[], AbstractContextManager[None]], same_header: bool
     ) -> dict[str, float]:
         """See `Measure`."""
         (drift,) = self._meter.measure_on(hidden, held, same_header)
-        return _values(drift)
+        return self._values(drift)
 
 
-def _values(drift: Drift) -> dict[str, float]:
+def _shown(drift: Drift) -> dict[str, float]:
     return {"kl": drift.divergence, "top1": drift.agreement, "perplexity": drift.perplexity}
 
 
-def prepare(context: Context) -> NeutralText | None:
+def _in_trials(drift: Drift) -> dict[str, float]:
+    return {NAME: drift.divergence}
+
+
+def prepare(context: Context) -> Drifted | None:
     """None without neutral text, or if this model's drift can't be measured: then a warning says so."""
     if not context.neutral:
         return None
@@ -50,7 +63,94 @@ def prepare(context: Context) -> NeutralText | None:
         context.console.warning(f"KL can't be measured on this model: {first_line(error)}")
         return None
     context.console.line(f"Neutral text: {pluralize(meter.tokens, 'token')}")
-    return NeutralText(meter)
+    return Drifted(meter, _shown)
+
+
+def weigh(context: Context) -> "TrialKL | None":
+    """None if neither key is set. Raises ConfigError if it can't be measured on this model, or on these texts."""
+    if not context.config.is_guarded:
+        return None
+    if not context.neutral_for_trials:
+        raise ConfigError("neutral_texts: too little text to measure drift on, as drift_weight and max_drift need it")
+    try:
+        return TrialKL(context)
+    except NOT_TAKEN as error:
+        if is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+        raise ConfigError(f"drift_weight, max_drift: drift can't be measured on this model ({reason})") from None
+
+
+class TrialKL:
+    """Mean KL(base, model) as the model is and as it would be under trials; see `search.WeighedMetric`."""
+
+    name = NAME
+
+    def __init__(self, context: Context) -> None:
+        """Raises as DriftMeter does."""
+        config, windows, rank = context.config, context.neutral_for_trials, context.rank
+        self._model, self._config = context.model, config
+        self.limit = math.inf if config.max_drift is None else config.max_drift
+        own = windows[rank.number :: rank.world_size]
+        self._meter = DriftMeter(context.model, own, keeps_head=True) if own else None
+        self._share = sum(map(len, own)) / max(1, sum(map(len, windows)))
+        self._inputs = self._meter.inputs if self._meter else []
+        self.tails = TailForwards(context.model, self._inputs, context.budget)
+        is_joint = config.search == "joint"
+        self.meter = self._meter
+        if rank.world_size > 1:
+            measures_whole = is_joint or (rank.is_main_process and config.baselines)
+            self.meter = DriftMeter(context.model, windows, keeps_head=is_joint) if measures_whole else None
+        self.whole = Drifted(self.meter, _in_trials) if self.meter else None  # of candidates on their own
+
+    def weight(self, base_scores: Sequence[float]) -> float:
+        """What a nat adds to the total."""
+        weight = self._config.weight_of_drift
+        return total([abs(value) for value in base_scores]) / NATS if weight == "auto" else weight
+
+    def describe(self, weight: float) -> dict[str, str]:
+        """What the summary of a run says of it."""
+        tokens = f"checked on {self._config.neutral_tokens} tokens in every trial"
+        how = " (auto)" if self._config.weight_of_drift == "auto" else ""
+        lines = {"KL penalty": f"{weight:.5g} per nat{how}, {tokens}"} if weight else {}
+        return lines | ({"KL limit": f"{self.limit:g} nats per token, {tokens}"} if self.limit < math.inf else {})
+
+    def value(self) -> float:
+        """Of the model as it is, by whole forwards: this process's part."""
+        return self._share * self._meter.measure().divergence if self._meter else 0.0
+
+    @torch.no_grad()
+    def under_trials(self, trials: Sequence[Trial], by_tails: bool) -> list[float]:
+        """Under each trial's weights for the present layer. by_tails: by tail forwards, else by whole ones.
+
+        One trial at a time: masks of several windows do not fit several trials' worth of them.
+        """
+        if self._meter is None:
+            return [0.0] * len(trials)
+        hidden = []
+        for index, inputs in enumerate(self._inputs):
+            states = []
+            for trial in trials:
+                if by_tails:
+                    states.append(last_states(self._model, inputs(), self.tails.trying(index, [trial])))
+                else:
+                    with trial():
+                        states.append(last_states(self._model, inputs(), {}))
+            hidden.append(torch.cat(states))
+        found = self._meter.measure_on(hidden, same_header=True, stack=len(trials))
+        return [self._share * drift.divergence for drift in found]
+
+    @torch.no_grad()
+    def under_header_trials(self, trials: Sequence[Trial]) -> list[float]:
+        """Under each trial's weights for the header, by whole forwards."""
+        if self._meter is None:
+            return [0.0] * len(trials)
+        found = []
+        for trial in trials:
+            with trial():
+                hidden = [last_states(self._model, inputs(), {}) for inputs in self._inputs]
+            found += self._meter.measure_on(hidden, trial, same_header=True)
+        return [self._share * drift.divergence for drift in found]
 
 
 METRIC = Metric(

@@ -3,7 +3,7 @@
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,16 +120,16 @@ def _merge(
         conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement, asked)
         clock.lap("load")
         conductor.conduct(models.candidates, resume, options.table)
-        result = _conclude(conductor, models)
+        recipe, devices, tokenizer = _conclude(conductor, models)
         clock.lap("search")
         del conductor
         release_memory()  # that of the model: what is saved comes from the files
         record.source(0, models.base_where, models.base)
-        accepted = _accepted(record, result.recipe, models)
-        rebuild = rebuild_of(result.recipe, loader.layout(models), result.devices, lambda: result.tokenizer, accepted)
+        accepted = _accepted(record, recipe, models)
+        rebuild = rebuild_of(recipe, loader.layout(models), devices, lambda: tokenizer, accepted)
         save(console, rebuild, models.base, unfinished, config.directories.output_directory)
         clock.lap("save")
-        recipe = result.recipe.model_copy(update={"seconds": {**clock.seconds, **result.recipe.seconds}})
+        recipe = recipe.model_copy(update={"seconds": {**clock.seconds, **recipe.seconds}})
         finish(console, unfinished, recipe, target.output, models.base, options.overwrite)
     end(console, config, models, config.directories.output_directory)
 
@@ -143,17 +143,9 @@ def _accepted(record: RunRecord, recipe: Recipe, models: Models) -> Iterator[tup
         yield source, candidate
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """What is left of a search when the model is released."""
-
-    devices: Mapping[str, torch.device]  # on which each tensor was merged
-    tokenizer: Any  # the base's
-    recipe: Recipe  # with the seconds of the search
-
-
-def _conclude(conductor: Conductor, models: Models) -> SearchResult:
-    """Report what a search has led to, and keep what saving needs of it."""
+def _conclude(conductor: Conductor, models: Models) -> tuple[Recipe, dict[str, torch.device], Any]:
+    """Report what a search has led to. The recipe, with the seconds of the search; what saving needs when the model is
+    released: on which device each tensor was merged, and the tokenizer."""
     console, config, search, evaluator = conductor.console, conductor.config, conductor.search, conductor.evaluator
     if conductor.is_base:
         console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
@@ -179,7 +171,7 @@ def _conclude(conductor: Conductor, models: Models) -> SearchResult:
         conductor.shares,
     )
     devices = {name: tensor.device for name, tensor in search.model.tensors.items()}
-    return SearchResult(devices, search.tokenizer, recipe)
+    return recipe, devices, search.tokenizer
 
 
 def begin_search(

@@ -16,7 +16,7 @@ from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
 from modules.checkpoints.downloads import Prefetcher, check_space, fetching
 from modules.checkpoints.open_models import Models
 from modules.config.inputs import check_apart, input_paths
-from modules.config.locations import missing_folder, parse_source
+from modules.config.locations import parse_source
 from modules.config.schema import Config, Directories
 from modules.model.arithmetic import Arithmetic
 from modules.model.base_model import ResidentModel
@@ -152,13 +152,10 @@ def opened_with(asked: Replay, recipe: Recipe) -> Config:
     searched = [*folders, *folders_near(folders)]
     texts, missing = [], []
     for source in sources:
-        given = asked.elsewhere.get(source.name)
-        if given and parse_source(given) is None:
-            raise ConfigError(f"--source {source.name}: {given}: {missing_folder(given)}")
-        text = given or find_source(source.where, searched)
+        text = asked.elsewhere.get(source.name) or find_source(source.where, searched)
         texts.append(text)
         if text is None or parse_source(text) is None:
-            missing.append(source.name)
+            missing.append(f"{source.name} ({text})" if text else source.name)
     tokenizer = recipe.settings.tokenizer and find_source(recipe.settings.tokenizer, searched)
     if recipe.settings.tokenizer and not tokenizer:
         missing.append(f"the tokenizer {recipe.settings.tokenizer}")

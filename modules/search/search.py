@@ -153,8 +153,7 @@ class Search:
         with ReadAhead(jobs, self.streams, self.reads_ahead) as self._reading:
             yield from self._layers(candidate, parts, past)
             if past:
-                self._stand_as(past[-1])
-                self.repeat(candidate, past)
+                self._repeat_scored(candidate, past)
             elif tries_header:
                 yield self._header(candidate)
                 self._check_range()
@@ -224,10 +223,11 @@ class Search:
         """Values of the metrics that are weighed."""
         return {metric.name: value for metric, value in zip(self.weighed, values, strict=True)}
 
-    def _stand_as(self, decision: Decision) -> None:
-        """The scores of the present state are those after a decision that was carried out."""
-        self.log_probabilities = list(decision.log_probabilities)
-        self.metrics = dict(decision.metrics)
+    def _repeat_scored(self, candidate: Candidate, done: Sequence[Decision]) -> None:
+        """Carry decisions out; the state's scores are those that were noted of the last one."""
+        self.repeat(candidate, done)
+        self.log_probabilities = list(done[-1].log_probabilities)
+        self.metrics = dict(done[-1].metrics)
 
     def _layers(self, candidate: Candidate, parts: Mapping[int, Part], past: deque[Decision]) -> Iterator[Decision]:
         self._restart()
@@ -235,8 +235,7 @@ class Search:
         for index, part in parts.items():
             done = [past.popleft() for _ in methods if past]
             if done:
-                self.repeat(candidate, done)
-                self._stand_as(done[-1])
+                self._repeat_scored(candidate, done)
             if len(done) < len(methods):
                 yield from self._layer(candidate, index, part, methods[len(done) :])
 

@@ -739,7 +739,7 @@ REPLAYS = {
     "not a usable path (File name too long)": ["--output", "a" * 250],
     "not on this machine": ["--output", "again", "--device", "\x1b[2J"],
     "no such source": ["--output", "again", "--source", "no\n=here"],
-    "no such folder; a model": ["--output", "again", "--source", "one=one/zzz"],
+    "one (one/zzz); --source DIR": ["--output", "again", "--source", "one=one/zzz"],
 }
 
 

@@ -11,7 +11,7 @@ from modules.config.inputs import read_neutral_texts
 from modules.config.load import load_config
 from modules.config.phrase_lists import Pair
 from modules.config.schema import Config, Directories
-from modules.metrics.kl_penalty import weigh
+from modules.metrics.kl import weigh
 from modules.metrics.metric import Context
 from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_model

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config.schema import Config, Directories
-from modules.metrics.kl_penalty import TrialKL
+from modules.metrics.kl import TrialKL
 from modules.metrics.metric import Context
 from modules.model.embeddings import aligned_header
 from modules.model.loading import load_model
