@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,6 +102,13 @@ DTYPES = ("auto", "float16", "bfloat16", "float32")
 COMPUTE_DTYPES = (*DTYPES, "float16+float32", "bfloat16+float32")
 
 
+def _one_of(names: Collection[str], value: Any) -> str:
+    """One of some names, which may still grow."""
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"expected one of {', '.join(names)}")
+    return value
+
+
 def _method(value: Any) -> str:
     """A method's text, from its name or from a mapping of its name and its parameters."""
     name, parameters = value, {}
@@ -110,9 +117,7 @@ def _method(value: Any) -> str:
         parameters = {str(key): item for key, item in value.items() if key != "name"}
     elif isinstance(value, str) and "(" in value:
         name, parameters = parsed(value)
-    if not isinstance(name, str) or name not in METHODS:  # more may be added
-        raise ValueError(f"expected one of {', '.join(METHODS)}")
-    return spelled(name, parameters)
+    return spelled(_one_of(METHODS, name), parameters)
 
 
 def _method_schema() -> dict[str, Any]:
@@ -126,10 +131,7 @@ Methods = one_or_more(Annotated[str, PlainValidator(_method), WithJsonSchema(_me
 
 
 def _strategy(value: Any) -> str:
-    name = "quantitive" if value == "quantitative" else value
-    if not isinstance(name, str) or name not in STRATEGIES:  # more may be added
-        raise ValueError(f"expected one of {', '.join(STRATEGIES)}")
-    return name
+    return _one_of(STRATEGIES, "quantitive" if value == "quantitative" else value)
 
 
 _STRATEGY_SCHEMA = {"enum": [*STRATEGIES, "quantitative"], "type": "string"}

@@ -36,7 +36,7 @@ def check(base, folders, candidates=None, neutral=True, outside=True, tolerance=
     return one
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_gradient_is_that_of_whole_models(tmp_path, name):
     check(*mixes.make(tmp_path, configuration(name, len(tiny.bpe_tokenizer()))))
@@ -54,7 +54,7 @@ def test_in_every_layout(llamas, layout):
 
 
 @pytest.mark.parametrize("outside", [True, False], ids=["", "layers only"])
-@pytest.mark.parametrize("layers", [[0, 2], [1], [2]], ids=str)
+@pytest.mark.parametrize("layers", [[0, 2], [1]], ids=str)
 def test_where_some_layers_are_mixed_the_others_have_no_gradient_and_stay_the_base_s(llamas, layers, outside):
     base, folders = llamas
     one = mixed(base, folders, outside=outside, layers=layers)
@@ -97,15 +97,14 @@ def test_in_small_blocks_of_rows_and_positions(tmp_path, monkeypatch, name):
     check(*made, budget=Budget(logits=AT_ONCE * 4 * 90 * 5))
 
 
-@pytest.mark.parametrize("neutral, outside", [(False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("neutral, outside", [(False, True), (True, False)])
 def test_without_neutral_text_or_the_header(llamas, neutral, outside):
     check(*llamas, neutral=neutral, outside=outside)
 
 
-@pytest.mark.parametrize("settings", [{}, {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}])
-def test_an_adapter_is_mixed_as_the_model_that_it_makes(tmp_path, settings):
+def test_an_adapter_is_mixed_as_the_model_that_it_makes(tmp_path):
     base, folders = mixes.make(tmp_path, tiny.llama_config(len(tiny.bpe_tokenizer())), 1)
-    adapter, whole = make_adapter(tmp_path, base, **settings)
+    adapter, whole = make_adapter(tmp_path, base, target_modules=["embed_tokens", "lm_head", "v_proj"])
     config = load_config(tiny.write_config(tmp_path / "my.yaml", base, [adapter], tmp_path / "out"))
     candidates = [*folders, lambda model: open_models(config, lambda job: None).candidates[0]]
     check(base, [*folders, whole], candidates, tolerance=1e-5)  # PEFT rounds the model that it makes

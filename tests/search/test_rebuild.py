@@ -96,7 +96,7 @@ def stored(folder):
     )
 
 
-@pytest.mark.sampled(13)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture(tmp_path, name, compute):
@@ -104,7 +104,7 @@ def test_every_architecture(tmp_path, name, compute):
     assert Both(tmp_path, *made, compute).agree_on([*ALL, (1, 1, "gradient", 0.7), (1, None, "lerp", 0.6)])
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_shares_in_every_architecture(tmp_path, name):
     made = mixes.make(tmp_path, configuration(name, len(tiny.bpe_tokenizer())))
@@ -122,7 +122,7 @@ def test_every_method_one_after_another(tmp_path, llamas, method):
     assert changed and all(".layers.1." in name for name in changed)
 
 
-@pytest.mark.parametrize("compute, dtype", [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "float16")])
+@pytest.mark.parametrize("compute, dtype", [("float32", "bfloat16"), ("bfloat16", "float16")])
 def test_every_type_to_be_saved(tmp_path, llamas, compute, dtype):
     assert Both(tmp_path, *llamas, compute, dtype).agree_on([*ALL, (1, 1, "lerp", 0.5)])
 

@@ -101,7 +101,7 @@ def llamas(request, tmp_path_factory):
     return base, one, two
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("method, strategy, headers", list(itertools.product(METHOD_TEXTS, STRATEGIES, [True, False])))
 def test_same_decisions_and_tensors_as_the_naive_twin(llamas, tmp_path, method, strategy, headers):
     base, one, two = llamas
@@ -127,7 +127,7 @@ def deep(tmp_path_factory):
     return base, tiny.make_candidate(folder / "one", base)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(17)
 @pytest.mark.parametrize("method, strategy, headers", list(itertools.product(METHOD_TEXTS, STRATEGIES, [True, False])))
 @pytest.mark.parametrize("layers", [[0, 2, 4], [1, 3], [2]], ids=str)
 def test_some_layers_only(deep, tmp_path, method, strategy, headers, layers):
@@ -144,15 +144,6 @@ def test_weights_with_input_first(tmp_path):
     candidates = [tiny.make_candidate(tmp_path / str(seed), base, seed) for seed in (1, 2)]
     decisions = compare(tmp_path, base, candidates, merge_method=["slice", "gradient"], merge_ratios=RATIOS)
     assert any(decision.ratio is not None and decision.layer is not None for decision in decisions)
-
-
-def test_accepted_merges_lower_the_total_and_the_odd_pairs_are_scored(llamas, tmp_path):
-    base, one, _ = llamas
-    pairs = (*tiny.PAIRS, Pair("BAD", "spine", ""), Pair("BAD", "pation", "quivers with antici"), tiny.PAIRS[0])
-    decisions = compare(tmp_path, base, [one], pairs)
-    assert any(decision.layer is None for decision in decisions)
-    assert any(decision.ratio is not None for decision in decisions)
-    assert all(decision.after < decision.before for decision in decisions if decision.ratio is not None)
 
 
 @pytest.mark.parametrize("strategy, auto", [*((name, False) for name in STRATEGIES), ("cumulative", True)])
