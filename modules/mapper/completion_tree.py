@@ -6,7 +6,8 @@ Knows: branching, probabilities. Refuses to know: torch, the model's forward, ph
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from modules.config.schema import Mapper
 from modules.mapper.detokenize import Detokenizer
@@ -14,8 +15,6 @@ from modules.mapper.next_tokens import Guess, Predictor
 from modules.runtime.oom import retry_on_oom
 from modules.scoring.packing import TokenTree
 from modules.scoring.tokenization import Root
-
-ENDLESS = 10**12  # branches: nobody waits for more
 
 
 @dataclass(frozen=True)
@@ -46,37 +45,12 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What the limits have left out of a tree."""
-
-    branches: int = 0  # at least so many, all less likely than those that are kept
-    share: float = 0.0  # their probability, summed
-    tokens: int = 0  # next tokens that were not followed: with them, a branch would be less probable than min_joint
-
-
-@dataclass(frozen=True)
 class CompletionTree:
     """The branches of one context, by falling joint probability."""
 
     root: Root
     branches: tuple[Branch, ...]
-    cut: Cut = Cut()
-
-
-def at_most(settings: Mapper) -> tuple[int, int]:
-    """How many branches a context has at most, and for how many next tokens the model is asked there at most."""
-    followed = min(settings.top_k, int(100 / settings.prob_min)) if settings.prob_min else settings.top_k
-    most = int(100 / settings.min_joint) if settings.min_joint else ENDLESS
-    branches, asked = 1, 0
-    for depth in range(settings.max_depth):
-        asked += branches
-        longer = min(branches * followed, most)
-        if longer == branches:  # from here on, no level has more
-            asked += branches * (settings.max_depth - depth - 1)
-            break
-        branches = longer
-    branches = min(branches, settings.max_branches or branches)
-    return branches, asked + branches * settings.additional_length
+    cut: int = 0  # branches that max_branches has left out, at least; all less likely than those that are kept
 
 
 @dataclass(frozen=True)
@@ -124,8 +98,6 @@ class BeamSearch:
     settings: Mapper
     detokenizer: Detokenizer
     end_tokens: frozenset[int]  # those that end a text
-    advanced: Callable[[float], object]  # gets the work done since the last call, in contexts
-    _not_followed: Counter[int] = field(default_factory=Counter, init=False)  # next tokens, by number of context
 
     def trees(self, roots: Sequence[Root]) -> Iterator[CompletionTree]:
         """The tree of each context, in order."""
@@ -134,22 +106,12 @@ class BeamSearch:
         while waiting:
             group = self._fitting(waiting, settings.max_depth + settings.additional_length)
             waiting = waiting[len(group) :]
-            self._not_followed.clear()
             kept, cut = self._explored(group)
-            finished = self._in_groups(kept, settings.additional_length, self._continued, len(group) / len(kept))
-            for hypothesis in group:
-                yield self._tree(hypothesis.context, roots, finished, cut)
-
-    def _tree(
-        self, context: int, roots: Sequence[Root], finished: Sequence[Hypothesis], cut: Sequence[Hypothesis]
-    ) -> CompletionTree:
-        branches = [Branch(it.nodes, it.length or 0) for it in finished if it.context == context]
-        left_out = [math.exp(it.joint) for it in cut if it.context == context]
-        return CompletionTree(
-            roots[context],
-            tuple(sorted(branches, key=lambda branch: (-branch.joint, branch.tokens))),
-            Cut(len(left_out), sum(left_out), self._not_followed[context]),
-        )
+            finished = self._in_groups(kept, settings.additional_length, self._continued)
+            for context in (hypothesis.context for hypothesis in group):
+                branches = [Branch(it.nodes, it.length or 0) for it in finished if it.context == context]
+                branches.sort(key=lambda branch: (-branch.joint, branch.tokens))
+                yield CompletionTree(roots[context], tuple(branches), sum(it.context == context for it in cut))
 
     def _explored(self, hypotheses: list[Hypothesis]) -> tuple[list[Hypothesis], list[Hypothesis]]:
         """Of each context the likeliest branches, up to max_branches, not continued yet; and what was cut.
@@ -174,16 +136,9 @@ class BeamSearch:
         return finished
 
     def _in_groups(
-        self,
-        hypotheses: list[Hypothesis],
-        steps: int,
-        work: Callable[[Sequence[Hypothesis]], list[Hypothesis]],
-        share: float = 0.0,
+        self, hypotheses: list[Hypothesis], steps: int, work: Callable[[Sequence[Hypothesis]], list[Hypothesis]]
     ) -> list[Hypothesis]:
-        """What work of so many steps makes of hypotheses, as many at once as fit into memory.
-
-        share: what is reported as done for each of them, in contexts.
-        """
+        """What work of so many steps makes of hypotheses, as many at once as fit into memory."""
 
         def next_group() -> tuple[int, list[Hypothesis]]:
             group = self._fitting(hypotheses, steps)
@@ -194,7 +149,6 @@ class BeamSearch:
             count, found = retry_on_oom(next_group, self.predictor.take_less_memory)
             results += found
             hypotheses = hypotheses[count:]
-            self.advanced(count * share)
         return results
 
     def _fitting(self, hypotheses: list[Hypothesis], steps: int) -> list[Hypothesis]:
@@ -214,8 +168,7 @@ class BeamSearch:
         paths = [hypothesis.path for hypothesis in hypotheses]
         spaces = [hypothesis.spaces for hypothesis in hypotheses]
         guesses = self.predictor.next_tokens(paths, spaces, self.settings.top_k)
-        successors = map(self._successors, hypotheses, guesses)
-        return [successor for group in successors for successor in group]
+        return list(chain.from_iterable(map(self._successors, hypotheses, guesses)))
 
     def _successors(self, hypothesis: Hypothesis, guesses: Sequence[Guess]) -> list[Hypothesis]:
         settings = self.settings
@@ -223,7 +176,6 @@ class BeamSearch:
             probable = [guess for guess in guesses if math.exp(guess[1]) * 100 >= settings.prob_min]
             least = settings.min_joint or 0.0
             likely = [guess for guess in probable if math.exp(hypothesis.joint + guess[1]) * 100 >= least]
-            self._not_followed[hypothesis.context] += len(probable) - len(likely)
             if likely:
                 return [self._longer(hypothesis, *guess) for guess in likely]
             hypothesis = replace(hypothesis, length=len(hypothesis.nodes))

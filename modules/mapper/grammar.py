@@ -14,24 +14,20 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_DETERMINERS = _words("a an the some any no each every either neither both all such another")
 _PERSONAL = _words("i you he she it we they")
-_PRONOUNS = _words(
-    """me my mine myself your yours yourself yourselves him his himself her hers herself its itself us our ours
-    ourselves them their theirs themselves this that these those who whom whose which what"""
+_NEVER_LAST = _PERSONAL | _words(  # determiners, pronouns, conjunctions
+    """a an the some any no each every either neither both all such another
+    me my mine myself your yours yourself yourselves him his himself her hers herself its itself us our ours ourselves
+    them their theirs themselves this that these those who whom whose which what
+    and or but nor so yet because although though while whilst if unless until till since when whenever where wherever
+    whether as than how why lest"""
 )
-_CONJUNCTIONS = _words(
-    """and or but nor so yet because although though while whilst if unless until till since when whenever where
-    wherever whether as than how why lest"""
-)
-_PREPOSITIONS = _words(
+_NEVER_FIRST = _words(  # prepositions, auxiliaries
     """of in on at by for from to with into onto upon over under about across after against along among amid amidst
     around before behind below beneath beside besides between beyond despite down during except inside like near off
-    out outside past per through throughout toward towards up via within without"""
-)
-_AUXILIARIES = _words(
-    """am is are was were be been being have has had having do does did doing will would shall should can could may
-    might must ought there"""
+    out outside past per through throughout toward towards up via within without
+    am is are was were be been being have has had having do does did doing will would shall should can could may might
+    must ought there"""
 )
 ADVERBS = _words("not just only even also too very still then more most")  # begin phrases, and say nothing alone
 _CONTRACTIONS = frozenset(
@@ -62,8 +58,8 @@ class Grammar:
 def english() -> Grammar:
     """No phrase ends in an article, a determiner (a possessive is one), a pronoun or a conjunction; none begins with
     these, a preposition or an auxiliary. Negations ("couldn't") are taken for content."""
-    last = _DETERMINERS | _PERSONAL | _PRONOUNS | _CONJUNCTIONS | _CONTRACTIONS
-    return Grammar(last | _PREPOSITIONS | _AUXILIARIES, last, possessive="'s")
+    last = _NEVER_LAST | _CONTRACTIONS
+    return Grammar(last | _NEVER_FIRST, last, possessive="'s")
 
 
 def by_frequency(language: str, most_frequent: Iterable[str]) -> Grammar:

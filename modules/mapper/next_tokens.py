@@ -6,7 +6,6 @@ Knows: the model's forward, keys and values, memory. Refuses to know: what the p
     PlainPredictor   every path from its beginning, one at a time: for models of which the first is not exact
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import cycle, islice
@@ -40,7 +39,6 @@ class Predictor:
     """
 
     way = "token tree with kept keys and values"
-    pace: float | None = None  # seconds a next token, about; None if that was not measured
 
     def __init__(self, model: ResidentModel, detokenizer: Detokenizer, token_budget: int = TOKEN_BUDGET) -> None:
         self.token_budget = token_budget  # distinct tokens that should be asked about at once; one path may be longer
@@ -163,14 +161,10 @@ def build_predictor(
     sample = spread(sorted(set(paths), key=len), VERIFIED)
     stages = _growing(sample, longest - max(map(len, paths)), model.max_tokens)
     plain = PlainPredictor(model, detokenizer)
-    exact, seconds = retry_on_oom(partial(_timed, plain, stages), plain.take_less_memory)
-    asked = [path for stage in stages for path in stage]
-    plain.pace = seconds / len(asked)
     if scorer.layout != "forest" or longest > attention_window(model):
         return plain
     cached = Predictor(model, detokenizer)
-    cached.pace = seconds / sum(map(len, asked))  # one token goes through the model, instead of the whole path
-    agrees = partial(_agrees, cached, stages, exact, scorer.tolerance)
+    agrees = partial(_agrees, cached, plain, stages, scorer.tolerance)
     if not retry_on_oom(partial(is_taken, agrees), cached.take_less_memory):
         return plain
     cached.forget()
@@ -178,22 +172,14 @@ def build_predictor(
 
 
 @torch.no_grad()
-def _timed(plain: PlainPredictor, stages: Sequence[Sequence[TokenPath]]) -> tuple[list[Tensor], float]:
-    """What plain forwards say at each stage, and the seconds that they took."""
-    begun = time.perf_counter()
-    exact = [plain.log_probabilities(stage) for stage in stages]
-    float(exact[-1].sum())  # waits for an accelerator that has only been told what to do
-    return exact, time.perf_counter() - begun
-
-
-@torch.no_grad()
 def _agrees(
-    predictor: Predictor, stages: Sequence[Sequence[TokenPath]], exact: Sequence[Tensor], tolerance: float
+    predictor: Predictor, plain: PlainPredictor, stages: Sequence[Sequence[TokenPath]], tolerance: float
 ) -> bool:
     """Whether a predictor gives, at each stage, the log-probabilities of plain forwards, for the likeliest tokens.
     Raises what the architecture does."""
-    for stage, wanted in zip(stages, exact, strict=True):
-        values, tokens = wanted.topk(min(COMPARED, wanted.shape[-1]))
+    for stage in stages:
+        exact = plain.log_probabilities(stage)
+        values, tokens = exact.topk(min(COMPARED, exact.shape[-1]))
         deviation = float((predictor.log_probabilities(stage).gather(-1, tokens) - values).abs().max())
         if not deviation <= tolerance:  # NaN is not
             return False

@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 from modules.config.schema import Config, Mapper
-from modules.mapper.completion_tree import Branch, CompletionTree, Cut
+from modules.mapper.completion_tree import Branch, CompletionTree
 from modules.mapper.detokenize import Detokenizer
 from modules.mapper.ranking import PhraseRank
 from modules.runtime.console import coloured, visible
-from modules.runtime.text import CONTEXT_WIDTH, PHRASE_WIDTH, ended, percent, row
+from modules.runtime.text import CONTEXT_WIDTH, PHRASE_WIDTH, ended, one_line, percent, shortened, table
 from modules.search.strategies import probability
 
 INDENT = "     "
@@ -49,16 +49,8 @@ def tree_lines(
     lines = ["-" * 80, f"CONTEXT {number}: {folded(tree.root.shown) or '(empty)'}", ""]
     for position, branch in enumerate(tree.branches, start=1):
         lines += _branch_lines(position, tree, branch, settings, detokenizer)
-    notes = []
-    if tree.cut.branches:
-        notes.append(f"cut: at least {tree.cut.branches} less likely, together {short_percent(tree.cut.share)}")
-    if tree.cut.tokens:
-        notes.append(f"below a joint {settings.min_joint:g}%: {tree.cut.tokens} next tokens")
-    lines.append(f"TOTAL BRANCHES: {len(tree.branches)}" + (f" ({'; '.join(notes)})" if notes else ""))
-    lines.append("")
-    lines += [_rank_line(rank, settings) for rank in ranks]
-    lines.append("")
-    return lines
+    ranked = [_rank_line(rank, settings) for rank in ranks]
+    return [*lines, f"TOTAL BRANCHES: {len(tree.branches)}", "", *ranked, ""]
 
 
 def _branch_lines(
@@ -93,40 +85,32 @@ def _rank_line(rank: PhraseRank, settings: Mapper) -> str:
 
 
 def cut_lines(trees: Sequence[CompletionTree]) -> list[str]:
-    """What the limits have left out of all trees, a line for each limit that has left out something."""
-    branches = [tree.cut.branches for tree in trees if tree.cut.branches]
-    tokens = [tree.cut.tokens for tree in trees if tree.cut.tokens]
-    lines = []
-    if branches:
-        lines.append(
-            f"Cut by max_branches: at least {sum(branches)} branches in {len(branches)} of {len(trees)} contexts"
-        )
-    if tokens:
-        lines.append(f"Not followed for min_joint: {sum(tokens)} next tokens in {len(tokens)} of {len(trees)} contexts")
-    return lines
+    """A line if max_branches has left out branches."""
+    cut = [tree.cut for tree in trees if tree.cut]
+    if not cut:
+        return []
+    return [f"Cut by max_branches: at least {sum(cut)} branches in {len(cut)} of {len(trees)} contexts"]
 
 
-def table(ranks: Sequence[PhraseRank], settings: Mapper) -> list[str]:
+def phrase_table(ranks: Sequence[PhraseRank], settings: Mapper) -> list[str]:
     """All phrases: probability, place, suggestion; those below prob_min are marked."""
     limit = f"{settings.prob_min:g}%"
-    widths = (4, PHRASE_WIDTH, CONTEXT_WIDTH, 10, len(limit) + 6, 9)
-    rule = "-" * (len(row([""] * len(widths), widths)) + len(" Suggestion"))
-    lines = [rule, row(("Type", "Phrase", "Context", "Raw Prob", "Too rare", "Place"), widths) + " Suggestion", rule]
+    rows = []
     for rank in ranks:
         cells = (
             rank.pair.kind,
-            rank.pair.phrase,
-            rank.pair.shown,
+            shortened(one_line(rank.pair.phrase), PHRASE_WIDTH),
+            shortened(one_line(rank.pair.shown), CONTEXT_WIDTH),
             percent(probability(rank.log_probability)),
             f"below {limit}" if rank.too_rare else "",
             f"{rank.rank} of {rank.ranked}",
+            suggestion(rank),
         )
-        lines.append(f"{row(cells, widths)} {suggestion(rank)}".rstrip())
+        rows.append(cells)
     rare = sum(rank.too_rare for rank in ranks)
     better = sum(rank.suggestion is not None for rank in ranks)
     return [
-        *lines,
-        rule,
+        *table(("Type", "Phrase", "Context", "Raw Prob", "Too rare", "Place", "Suggestion"), rows),
         f"{rare} of {len(ranks)} phrases are less probable than {limit}; {better} have a likelier suggestion",
         "Place: among the completions of the phrase's length in words, the phrase included",
     ]
@@ -154,8 +138,8 @@ def document(
             context["chat"] = asdict(tree.root.chat)
         context["tokens"] = list(tree.root.tokens)
         context |= _tree_document(tree, detokenizer)
-        if tree.cut != Cut():
-            context["cut"] = asdict(tree.cut)
+        if tree.cut:
+            context["cut"] = tree.cut
         context["phrases"] = [_rank_document(rank) for rank in of_tree]
         contexts.append(context)
     given = {key: value for key, value in asdict(settings).items() if value is not None}

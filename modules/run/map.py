@@ -13,7 +13,7 @@ from modules.checkpoints.open_models import Models
 from modules.config.phrase_lists import Chat, Pair
 from modules.config.schema import Config
 from modules.mapper import report as mapping_report
-from modules.mapper.completion_tree import BeamSearch, CompletionTree, at_most
+from modules.mapper.completion_tree import BeamSearch, CompletionTree
 from modules.mapper.detokenize import Detokenizer
 from modules.mapper.next_tokens import build_predictor
 from modules.mapper.ranking import PhraseRank, rank_phrases
@@ -23,7 +23,6 @@ from modules.output.text_files import check_file, write_text
 from modules.run.steps import end, prepare_libraries, with_chats_rendered
 from modules.runtime.console import Console
 from modules.runtime.errors import ConfigError
-from modules.runtime.text import duration
 from modules.scoring.layout import score_once
 from modules.scoring.scorer import by_pair
 from modules.scoring.tokenization import Encoded, doubled_tokens, doubtful_phrases, encode_contexts, encode_pairs
@@ -50,7 +49,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     console.warnings(doubtful_phrases(config.pairs))
     trees, ranks, detokenizer = loader.in_range(lambda wide: _explored(wide, models))
     all_ranks = [rank for of_context in ranks for rank in of_context]
-    console.lines(mapping_report.table(all_ranks, config.mapper))
+    console.lines(mapping_report.phrase_table(all_ranks, config.mapper))
     console.lines(mapping_report.cut_lines(trees))
     if exports.json:
         document = mapping_report.document(models.base.name, config.mapper, trees, ranks, detokenizer)
@@ -86,19 +85,14 @@ def explore(
     longest = max(len(root.tokens) for root in roots) + settings.max_depth + settings.additional_length
     predictor = build_predictor(model, detokenizer, scorer, [root.tokens for root in roots], longest)
     console.lines(mapping_report.summary(config, len(roots), model.describe(saving=False), predictor.way))
-    branches, tokens = at_most(settings)
-    tokens *= len(roots)
-    time = "" if predictor.pace is None else f", {duration(predictor.pace * tokens)}"
-    console.timed(
-        f"At most: {branches:,} branches a context, {len(roots) * branches:,} in all; {tokens:,} next tokens{time}"
-    )
     trees, ranks = [], []
     with console.progress(len(roots)) as bar:
-        search = BeamSearch(predictor, settings, detokenizer, model.end_tokens(), bar.update)
+        search = BeamSearch(predictor, settings, detokenizer, model.end_tokens())
         for tree in search.trees(roots):
             of_tree = rank_phrases(tree, phrases[tree.root.context, tree.root.chat], settings, detokenizer)
             number = f"{len(trees) + 1}/{len(roots)}"
             console.coloured_lines(mapping_report.tree_lines(number, tree, of_tree, settings, detokenizer))
+            bar.update(1)
             trees.append(tree)
             ranks.append(of_tree)
     return trees, ranks

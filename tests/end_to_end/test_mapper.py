@@ -158,14 +158,6 @@ def test_console_and_log(place, bpe, capsys):
     assert digest(bpe) == before
 
 
-def test_what_it_takes_at_most_is_said_before_the_first_context(place, bpe):
-    assert mapped(place, bpe, mapper={**SETTINGS, "max_branches": 4}) == 0
-    before, *contexts = log_of(place).split("CONTEXT ")
-    count, asked = len(contexts), len(contexts) * (1 + 3 + 9 + 4 * 4)
-    line = rf"At most: 4 branches a context, {4 * count} in all; {asked} next tokens, [\d.]+ s\n"
-    assert re.search(line, before)
-
-
 def test_limits_cut_and_say_so(place, bpe):
     """Both off, nothing is said of them; what is not cut is what it was."""
 
@@ -183,13 +175,12 @@ def test_limits_cut_and_say_so(place, bpe):
         assert [text for text, _ in some] == [text for text, _ in every[:2]]
         assert [joint for _, joint in some] == pytest.approx([joint for _, joint in every[:2]], rel=1e-3)
     cut = sum(len(branches) > 2 for branches in whole)
-    assert cut and len(re.findall(r"^TOTAL BRANCHES: 2 \(cut: at least \d+ less likely", log, re.MULTILINE)) == cut
+    assert cut and len(re.findall(r"^TOTAL BRANCHES: 2$", log, re.MULTILINE)) >= cut
     line = rf"^Cut by max_branches: at least \d+ branches in {cut} of {len(whole)} contexts$"
     assert re.search(line, log, re.MULTILINE)
     assert "max_branches      : 2\n" in log
     kept, log = found(min_joint=5)
     assert all(joint >= 0.05 for branches in kept for _, joint in branches)
-    assert re.search(r"^Not followed for min_joint: \d+ next tokens", log, re.MULTILINE)
     assert "min_joint         : 5%\n" in log
 
 

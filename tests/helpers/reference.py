@@ -289,7 +289,6 @@ class NaiveMapper:
     answers: dict = field(default_factory=dict)  # what the model has said already, by path; None to ask each time
     max_branches: int | None = None
     min_joint: float = 0.0
-    not_followed: int = 0  # next tokens, because of min_joint
 
     def branches(self, context):
         given = context.rstrip(" ")
@@ -309,7 +308,6 @@ class NaiveMapper:
             probable = [(token, p) for token, p in likeliest if p * 100 >= self.prob_min]
             joint = math.prod(probabilities)
             children = [(token, p) for token, p in probable if joint * p * 100 >= self.min_joint]
-            self.not_followed += len(probable) - len(children)
         if not children:
             return [NaiveBranch(tokens, probabilities, self.continuation(root + tokens, spaces))]
         return [
