@@ -644,7 +644,8 @@ def test_sources_that_lie_elsewhere(place, models, whole, capsys):
     shutil.copy(whole / RECIPE, place / "recipe.json")
     assert replay(place / "recipe.json", place / "again") == 2
     error = capsys.readouterr().err
-    assert f"not found in {place}, {place.parent}: base, one, two; " in error and "--source NAME=PATH" in error
+    assert f"not found in {place}, {place.parent} or " in error and ": base, one, two; " in error
+    assert "--source NAME=PATH" in error
     arguments = [f"--source={folder.name}={folder}" for folder in models]
     assert replay(place / "recipe.json", place / "again", *arguments) == 0
     assert [path for path in digest(place / "again") if "safetensors" in path]
