@@ -641,7 +641,10 @@ def test_a_recipe_in_every_dtype(place, dtype, setting):
 
 
 def test_sources_that_lie_elsewhere(place, models, whole, capsys):
-    shutil.copy(whole / RECIPE, place / "recipe.json")
+    recipe = json.loads((whole / RECIPE).read_text(encoding="utf-8"))
+    for source in recipe["sources"]:
+        source["where"] = f"nowhere-{source['number']}"
+    (place / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
     assert replay(place / "recipe.json", place / "again") == 2
     error = capsys.readouterr().err
     assert f"not found in {place}, {place.parent} or " in error and ": base, one, two; " in error
