@@ -235,13 +235,16 @@ class Conductor:
             return end.failure
         self._count_repeated(done)
         began = time.monotonic()
+        # The first decision waits until what was done is done again: the bar must not take its speed from that.
+        move_bar = self.bar.skip if done else self.bar.update
         # Closed whatever happens: the candidate is read by a thread.
         with closing(self.search.candidate(candidate, done)) as decisions:
             for decision in decisions:
                 goes_on_in = FALLBACK.name if self.search.outgrown else None
                 seconds, packing = round(time.monotonic() - began, 3), self.search.scorer.packing
                 self.record.decided(number, decision, seconds=seconds, packing=packing, computed=goes_on_in)
-                self._count(decision, self.bar.update)
+                self._count(decision, move_bar)
+                move_bar = self.bar.update
                 merges = self.origins[self._place(decision)]
                 self._show_notes()
                 show_decision(self.console, decision, merges, self.layers, len(self.config.merge_method) > 1)

@@ -277,9 +277,9 @@ def other_model(place, models, **changes):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"layers": 2}, "number of layers is 2, the base's is 3"),
-        ({"hidden": 48}, "hidden size is 48, the base's is 32"),
-        ({"attention_bias": True}, "the base has no model.layers.0.self_attn.q_proj.bias"),
+        ({"layers": 2}, "num_hidden_layers is 2, the base's 3"),
+        ({"hidden": 48}, "hidden_size is 48, the base's 32"),
+        ({"attention_bias": True}, "model.layers.0.self_attn.q_proj.bias"),
     ],
 )
 def test_a_candidate_of_another_shape(place, models, capsys, changes, words):
@@ -296,7 +296,7 @@ def test_a_candidate_of_another_architecture(place, models, capsys):
 def test_all_unfit_candidates_are_named_at_once(place, models, capsys):
     other = other_model(place, models, layers=2)
     (place / "empty").mkdir()
-    refused(place, (models[0], other, place / "empty"), capsys, ["number of layers", "empty: no model here"])
+    refused(place, (models[0], other, place / "empty"), capsys, ["num_hidden_layers", "empty: no model here"])
 
 
 def copy_with(models, place, change):
@@ -310,7 +310,7 @@ def copy_with(models, place, change):
 
 def test_missing_tensors(place, models, capsys):
     other = copy_with(models, place, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    refused(place, (models[0], other), capsys, "the tensor model.layers.1.mlp.up_proj.weight is missing")
+    refused(place, (models[0], other), capsys, "it lacks model.layers.1.mlp.up_proj.weight")
 
 
 def test_tensors_of_another_shape(place, models, capsys):
