@@ -60,6 +60,8 @@ SETTINGS: dict[str, Any] = {
 }
 MERGES: dict[str, dict[str, Any]] = {
     "greedy, bfloat16": {"compute_dtype": "bfloat16"},
+    "greedy, bfloat16+float32": {"compute_dtype": "bfloat16+float32"},
+    "greedy, float16": {"compute_dtype": "float16"},
     "greedy, float32": {},
     "greedy, float32, ratios to 1.0, best first": {
         "merge_ratios": [0.2, 0.4, 0.6, 0.8, 1.0],
@@ -73,6 +75,7 @@ MERGES: dict[str, dict[str, Any]] = {
     "joint, drift_weight 0.1": {"search": "joint", "drift_weight": 0.1},
     "joint, drift_weight 0.5": {"search": "joint", "drift_weight": 0.5},
     "joint, drift_weight 2": {"search": "joint", "drift_weight": 2.0},
+    "joint, drift_weight 2, float16": {"search": "joint", "drift_weight": 2.0, "compute_dtype": "float16"},
     "joint, drift_weight auto": {"search": "joint"},
     "joint, drift_weight 32": {"search": "joint", "drift_weight": 32.0},
 }
