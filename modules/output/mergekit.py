@@ -55,9 +55,8 @@ def mergekit_text(recipe: Recipe, names: Names) -> str:
 
 
 def _joint_step(recipe: Recipe, names: Names) -> Rows:
-    columns = [column for column, source in enumerate(recipe.sources[1:]) if source.number in names.candidates]
-    rows = [[row[column] for column in columns] for row in recipe.joint.shares]
-    outside = rows[names.layers] if len(rows) > names.layers else [0.0] * len(columns)
+    rows = recipe.needed_shares
+    outside = rows[names.layers] if len(rows) > names.layers else [0.0] * len(names.candidates)
     return [*rows[: names.layers], outside, outside]
 
 

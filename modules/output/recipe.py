@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import compress
 from pathlib import Path
 from typing import Literal, Self
 
@@ -91,6 +92,13 @@ class Recipe(Record):
         for row in self.joint.shares if self.joint else ():
             taken |= {source.number for source, share in zip(self.sources[1:], row, strict=True) if share}
         return [source for source in self.sources if source.number in (0, *taken)]
+
+    @property
+    def needed_shares(self) -> list[list[float]]:
+        """Of a joint search, for each layer the shares of those candidates, in the same order."""
+        needed = self.needed_sources
+        is_needed = [source in needed for source in self.sources[1:]]
+        return [list(compress(row, is_needed)) for row in self.joint.shares]
 
     @property
     def improved(self) -> int:

@@ -134,11 +134,7 @@ def rebuild_of(
         for source, candidate in candidates:
             rebuild.repeat(candidate, [line.decision for line in recipe.accepted_of(source.number)])
         return rebuild
-    needed = list(candidates)
-    numbers = [source.number for source in recipe.sources[1:]]
-    columns = [numbers.index(source.number) for source, _ in needed]
-    shares = [[row[column] for column in columns] for row in recipe.joint.shares]
-    rebuild.mix([candidate for _, candidate in needed], shares)
+    rebuild.mix([candidate for _, candidate in candidates], recipe.needed_shares)
     return rebuild
 
 
@@ -149,14 +145,18 @@ def opened_with(asked: Replay, recipe: Recipe) -> Config:
     if unknown:
         names = ", ".join(source.name for source in sources)
         raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {names}")
-    searched = [*folders, *folders_near(folders)]
+
+    def found(where: str) -> str | None:
+        # Folders near by are listed only if there is need: there may be very many.
+        return find_source(where, folders) or find_source(where, [*folders, *folders_near(folders)])
+
     texts, missing = [], []
     for source in sources:
-        text = asked.elsewhere.get(source.name) or find_source(source.where, searched)
+        text = asked.elsewhere.get(source.name) or found(source.where)
         texts.append(text)
         if text is None or parse_source(text) is None:
             missing.append(f"{source.name} ({text})" if text else source.name)
-    tokenizer = recipe.settings.tokenizer and find_source(recipe.settings.tokenizer, searched)
+    tokenizer = recipe.settings.tokenizer and found(recipe.settings.tokenizer)
     if recipe.settings.tokenizer and not tokenizer:
         missing.append(f"the tokenizer {recipe.settings.tokenizer}")
     if missing:

@@ -153,15 +153,17 @@ def read_texts(file: Path, count: int) -> Texts:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_bytes().split(b"\n") if file.exists() else []
-        whole = [line for line in lines[:-1] if _texts_in(line, count)]
-        if len(whole) < len(list(filter(None, lines[:-1]))):  # behind the last line end another program may be writing
+        entries = [_texts_in(line, count) for line in lines]
+        ended = lines[:-1]  # behind the last line end another program may be writing
+        whole = [line for line, texts in zip(ended, entries, strict=False) if texts]
+        if len(whole) < len(list(filter(None, ended))):
             write_text(file, b"".join(line + b"\n" for line in whole).decode())
     except OSError as error:
         raise ConfigError(f"{error.filename or file}: can't be used ({error.strerror})") from None
-    texts: Texts = {}
-    for line in lines:
-        texts = _texts_in(line, count) | texts
-    return texts
+    kept: Texts = {}
+    for texts in entries:
+        kept = texts | kept
+    return kept
 
 
 def _texts_in(line: bytes, count: int) -> Texts:
