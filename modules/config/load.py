@@ -204,7 +204,7 @@ def _problems_in(error: ValidationError, file: YamlFile) -> list[_Problem]:
 def _exclude_each_other(settings: Settings, main: YamlFile) -> list[_Problem]:
     """Settings of which each alone is right."""
     problems = []
-    if settings.is_guarded and settings.neutral_texts == ():
+    if settings.is_guarded and settings.neutral_texts == () and settings.own_texts == ():
         joint = " (search: joint weighs it, unless drift_weight is 0)" if settings.drift_weight is None else ""
         problem = f"empty, but drift_weight and max_drift measure drift on such texts{joint}"
         problems.append(_Problem(main, ("neutral_texts",), problem))

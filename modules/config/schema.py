@@ -27,14 +27,6 @@ CONFIG = "the YAML file (default: {})"
 SET = "in place of a key of the file"
 QUIET = "only warnings, errors and the last line"
 
-# What base and merge answer where nobody asks something else: a story, a question, an instruction.
-SAMPLES = (
-    "The last train had gone. She was alone on the platform, and",
-    "Why does bread go stale sooner in the fridge than on the table?",
-    "Write a short note to a neighbour whose dog barks at night.",
-)
-
-
 _EVEN_IF_ABSENT = Field(validate_default=True)  # of a key that some uses need
 # Of a key that has no part in what a search finds: a run goes on that was begun with another value.
 _NO_PART = {"no_part": True}
@@ -160,16 +152,20 @@ class Settings(Section):
     max_drift: kinds.Limit | None = None
     """Reject trials that drift further from the base, in nats per token (0.02, say). Judging drift takes two or three
     times as long."""
-    neutral_tokens: kinds.CountFromOne = 512
-    """Tokens of neutral text on which the drift of every trial is measured, if it counts; more are slower and surer."""
+    neutral_tokens: kinds.CountFromOne = 1024
+    """Tokens on which the drift of every trial is measured, if it counts: half of neutral text, half of the base's own
+    answers. More are slower and surer."""
     baselines: kinds.Boolean = field(default=True, metadata=_NO_PART)
     """Score every candidate on its own, too, and show it beside the merge."""
     samples: kinds.Texts | None = field(default=None, metadata=_NO_PART)
-    """Prompts that base and merge answer with the same seed, for the log and the model card. null: three of the
-    program's own; [] for none."""
+    """Prompts that base and merge answer with the same seed, for the log and the model card. null: three of those of
+    own_texts; []: the merge answers nothing."""
     neutral_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
     """Text files on which drift is measured. null: those of the program (example_phrases/neutral); [] for none. See
     docs/drift.md."""
+    own_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
+    """Files of prompts, one a line. The base answers them at the start, and drift is measured on its answers too. null:
+    those of the program (example_phrases/prompts.txt, or openings.txt without a chat template); [] for none."""
     device: kinds.Device = "auto"
     """Where to compute. auto takes an accelerator if there is one, else cpu."""
     dtype: Literal[kinds.DTYPES] = "auto"
@@ -197,11 +193,6 @@ class Settings(Section):
         """Whether drift counts in what is judged by."""
         return self.weight_of_drift != 0 or self.max_drift is not None
 
-    @property
-    def tokens_for_trials(self) -> int:
-        """Tokens of neutral text that are set aside for what is judged by drift; 0 if nothing is."""
-        return self.neutral_tokens if self.is_guarded else 0
-
     def layers_in(self, count: int) -> tuple[int, ...]:
         """Which layers are searched of a base that has so many. Raises ConfigError if one of them is not there."""
         absent = [layer for layer in self.layers or () if layer >= count]
@@ -222,11 +213,6 @@ class Config(Settings):
     def pairs(self) -> tuple[Pair, ...]:
         """All pairs that are searched with, the bad ones first."""
         return self.bad_phrases + self.good_phrases
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """What base and merge are asked."""
-        return SAMPLES if self.samples is None else self.samples
 
     def dumped(self) -> dict[str, Any]:
         """All keys as JSON has them, pairs with their rendered chats in place of phrase lists."""

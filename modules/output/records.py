@@ -27,6 +27,7 @@ from modules.config.fields import COMPUTE_DTYPES
 from modules.config.phrase_lists import Chat
 from modules.config.schema import Config
 from modules.merging.methods import parsed, spelled
+from modules.metrics.own_answers import ANSWERS, Answers
 from modules.scoring.budget import Packing
 from modules.search.decision import Decision
 
@@ -63,6 +64,10 @@ def _packing(value: Any) -> Packing:
     if min(packing.tokens, packing.logits) < 0:
         raise ValueError("expected sizes of at least 0")
     return packing
+
+
+def _answers(value: Any) -> Answers:
+    return value if isinstance(value, Answers) else ANSWERS.validate_python(value)
 
 
 Settings = Annotated[Config, PlainValidator(_settings), PlainSerializer(Config.dumped)]
@@ -185,10 +190,17 @@ class Sample(Record):
     merge: str
 
 
+class Answered(Record):
+    """What the base has answered to prompts."""
+
+    answers: Annotated[Answers, PlainValidator(_answers), PlainSerializer(asdict)]
+
+
 # The lines of a journal, by kind.
 LINES = {
     "run": Run,
     "source": Source,
+    "answers": Answered,
     "start": Scored,
     "baseline": Scored,
     "joint": Mixed,

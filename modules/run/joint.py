@@ -149,7 +149,8 @@ class JointConductor(Conductor):
         maxima = self.search.limits.maxima
         factor = largest_factor(partial(self._is_allowed, state)) if maxima else 1.0
         if factor < 1:
-            limits = ", ".join(f"{column.limit_key} {maxima[column.name]:g}" for column in columns_of(maxima))
+            named = {column.limit_key: maxima[column.name] for column in columns_of(maxima)}
+            limits = ", ".join(f"{key} {most:g}" for key, most in named.items())
             self.console.timed(f"Scaled all weights by {factor:.3f} to hold {limits}")
         others = [*self._reached(), ("the base", ((0.0,) * len(self._candidates),) * self._joint.mix.rows)]
         objectives = [self._composed(shares) for _, shares in others]

@@ -55,7 +55,7 @@ class Plan:
     arithmetic: Arithmetic
     sizes: Sizes
     packs: tuple[int, ...]  # tokens in every pack of the forest
-    trial_tokens: int  # of neutral text, on which drift is measured under every trial
+    trial_tokens: int  # on which drift is measured under every trial
     neutral_tokens: int  # on which it is measured after every candidate
     memory: Memory
     free: int | None  # bytes of memory where the weights go; None: not known
@@ -110,7 +110,7 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     texts = read_neutral_texts(config.neutral_texts)
-    neutral, trial = neutral_windows(tokenizer, texts, sizes.vocabulary, longest, config.tokens_for_trials)
+    neutral, _ = neutral_windows(tokenizer, texts, sizes.vocabulary, longest)
     is_joint = config.search == "joint"
     stack = 1 if is_joint else max(len(ratios_for(method, config.merge_ratios)) for method in config.merge_method)
 
@@ -142,7 +142,7 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
         arithmetic=arithmetic,
         sizes=sizes,
         packs=tokens,
-        trial_tokens=sum(map(len, trial)),
+        trial_tokens=config.neutral_tokens if config.is_guarded else 0,
         neutral_tokens=sum(map(len, neutral)),
         memory=replace(weights, activations=activations),
         free=free,

@@ -48,6 +48,8 @@ def recipes(tmp_path_factory):
     rich["system"] = "Answer in plain words."
     rich["samples"] = ["The bread is"]
     rich["neutral_texts"] = [str(folder / "plain.txt")]
+    (folder / "prompts.txt").write_text("Where is the bread?\nWho baked it?\n", encoding="utf-8")
+    rich["own_texts"] = [str(folder / "prompts.txt")]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         little = run(folder / "little", base, [], bad, {"merge_headers": False, "merge_ratios": 0.5}, folder / "models")
