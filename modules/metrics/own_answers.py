@@ -8,8 +8,8 @@ sampled, how drift is measured on it.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,10 @@ def base_answers(
     readable = [prompt for prompt in new if prompt in asked.texts or not has_template(tokenizer)]
     given, problems = encoded(model, tokenizer, readable, asked)
     console.warnings(problems)
-    written = _answered(model, tokenizer, given, config.random_seed, console) if given else {}
+    written: dict[str, Written] = {}
+    if given:
+        with only_warned(console):
+            written = _answered(model, tokenizer, given, config.random_seed, console)
     answered |= {prompt: Answer(prompt, tuple(given[prompt]), text) for prompt, text in written.items()}
 
     def part(names: Sequence[str]) -> tuple[Answer, ...]:
@@ -125,10 +128,7 @@ def _answered(
 def generate_answers(
     model: ResidentModel, tokenizer: Any, given: Mapping[str, Sequence[int]], seed: int, console: Console
 ) -> dict[str, Written]:
-    """What the model as it is answers to each prompt; nothing, and a warning, where it can't.
-
-    given: token ids by prompt.
-    """
+    """What the model as it is answers to each prompt. given: token ids by prompt. Raises as `sample` does."""
     written: dict[str, Written] = {}
 
     def generate() -> None:
@@ -138,13 +138,18 @@ def generate_answers(
                 written.update({prompt: text for prompt, (text,) in zip(batch, texts, strict=True)})
                 bar.update(len(batch))
 
+    retry_on_oom(generate)
+    return written
+
+
+@contextmanager
+def only_warned(console: Console) -> Iterator[None]:
+    """A model that can't answer is no reason to lose a merge: a warning says why."""
     try:
         with without_panics():
-            retry_on_oom(generate)
-    except Exception as error:  # of an architecture, of a device
+            yield
+    except Exception as error:  # of an architecture, of its settings, of a device
         console.warning(f"no prompt can be answered: {first_line(error)}")
-        return {}
-    return written
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ class RunRecord:
         if isinstance(line, Scored | Decided) and len(line.log_probabilities) != len(config.pairs):
             return False
         if kind == "start":
-            return len(line.weights) == len(config.pairs) and len(line.rounding) in (0, len(config.pairs))
+            is_of_pairs = len(line.weights) == len(config.pairs) and len(line.rounding) in (0, len(config.pairs))
+            return is_of_pairs and bool(self._lines["answers"])
         if isinstance(line, Decided):
             earlier = sum(other.candidate == line.candidate for other in self._lines["decision"])
             turn, method = divmod(earlier, len(config.merge_method))

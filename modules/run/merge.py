@@ -258,7 +258,7 @@ def shared_answers(
     noted = lines[-1].answers if lines else NO_ANSWERS
     generate = partial(base_answers, model, tokenizer, loader.config, asked, loader.console, noted)
     answers = group.broadcast(group.on_main_process(generate))
-    if record and answers != noted:
+    if record and (not lines or answers != noted):
         record.note("answers", answers=answers)
     return answers
 

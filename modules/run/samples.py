@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from modules.metrics.answers import count_answers, warnings
 from modules.metrics.evaluator import Evaluator
 from modules.metrics.metric import Context
-from modules.metrics.own_answers import MOST_SAMPLES, Answer, generate_answers
+from modules.metrics.own_answers import MOST_SAMPLES, Answer, generate_answers, only_warned
 from modules.output.records import Sample
 from modules.runtime.text import pluralize
 from modules.scoring.chats import Asked
@@ -36,7 +36,10 @@ class Samples:
         given = {answer.prompt: answer.given for answer in (*shown, *samples)}
         console.timed(f"Generating the merge's answers to {pluralize(len(given), 'prompt')}")
         model, tokenizer = self._context.model, self._context.tokenizer
-        written = generate_answers(model, tokenizer, given, config.random_seed, console) if given else {}
+        written: dict[str, Written] = {}
+        if given:
+            with only_warned(console):
+                written = generate_answers(model, tokenizer, given, config.random_seed, console)
         compared = [answer for answer in shown if answer.prompt in written]
         of_base = self._counted(compared, [answer.written for answer in compared])
         of_merge = self._counted(compared, [written[answer.prompt] for answer in compared])

@@ -72,8 +72,9 @@ def ask(
         return replace(loader, config=with_texts(config, known)), Asked()
     tokenizer = load_tokenizer(base.path, base.companions)
     prompts = prompts_of(config, has_template(tokenizer)).all if with_prompts else ()
-    chats = dict.fromkeys(map(chat_of, prompts if has_template(tokenizer) else ()), "own_texts, samples")
-    chats |= dict.fromkeys(new, CONTEXTS)
+    chats = dict.fromkeys(new, CONTEXTS)
+    for prompt in prompts if has_template(tokenizer) else ():
+        chats[chat_of(prompt)] = "samples" if prompt in (config.samples or ()) else "own_texts"
     rendered = render(tokenizer, config.directories.model_path1, chats, config.template, config.system)
     check_refusals([rendered.refusals[chat] for chat in new if chat in rendered.refusals], "contexts")
     for refusal in list(rendered.refusals.values())[:1]:  # of others the reason is mostly the same

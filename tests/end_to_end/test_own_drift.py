@@ -38,6 +38,9 @@ def texts(place):
     return {"neutral_texts": ["plain.txt"], "own_texts": ["prompts.txt"]}
 
 
+EMPTY = {"shown": [], "weighed": [], "samples": []}
+
+
 def recipe_of(folder):
     return json.loads((folder / RECIPE).read_text(encoding="utf-8"))
 
@@ -143,7 +146,9 @@ def test_other_prompts_are_another_run_where_drift_counts(place, models, texts, 
 def test_nothing_is_measured_with_an_empty_list(place, models, texts):
     assert merge(place, models, **(texts | {"own_texts": []}), samples=None) == 0
     recipe = recipe_of(place / "out")
-    assert "own_kl" not in recipe["metrics"]["merge"] and answers_of(place / "out") == [] and recipe["samples"] == []
+    assert (
+        "own_kl" not in recipe["metrics"]["merge"] and answers_of(place / "out") == [EMPTY] and recipe["samples"] == []
+    )
 
 
 def test_own_answers_alone_can_guard(place, models, texts, capsys):

@@ -69,7 +69,7 @@ def test_the_journal_tells_the_whole_run(models, whole):
     records = journal(whole)
     kinds = [record["kind"] for record in records]
     each = ["source", *["decision"] * 7, "candidate"]
-    assert kinds == ["run", "source", "start", *each, *each]
+    assert kinds == ["run", "source", "answers", "start", *each, *each]
     decisions = [record for record in records if record["kind"] == "decision"]
     assert [(d["candidate"], d["layer"], d["method"]) for d in decisions[:7]] == [
         *((1, layer, method) for layer in range(3) for method in ("slerp", "lerp")),
