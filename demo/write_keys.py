@@ -2,8 +2,8 @@
 
     python demo/write_keys.py
 
-Knows: how a key is shown in modules/config/schema.json, in the table of docs/configuration.md, and above its line in
-default.yaml and default-mapper.yaml. Refuses to know: any key.
+Knows: how a key is shown in modules/config/schema.json, in the table of docs/use.md, and above its line in default.yaml
+and default-mapper.yaml. Refuses to know: any key.
 """
 
 import json
@@ -23,11 +23,12 @@ from modules.config.phrase_lists import PhraseLists, Section  # noqa: E402
 from modules.config.schema import Settings  # noqa: E402
 from modules.merging.methods import METHODS  # noqa: E402
 
-SCHEMA, TABLE = "modules/config/schema.json", "docs/configuration.md"
+SCHEMA, TABLE = "modules/config/schema.json", "docs/use.md"
 YAML_FILES = ("default.yaml", "default-mapper.yaml")
 # Keys whose values have a line each.
 LINES = {"merge_method": {name: method.summary for name, method in METHODS.items()}, "strategy": STRATEGIES}
-HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
+HEAD = "| key | default | meaning |\n|---|---|---|\n"
+MAPPERS = ("mapper.", "discover.")  # keys that default-mapper.yaml alone explains
 WIDTH = 120
 
 
@@ -61,39 +62,21 @@ def section_of(said: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema["$defs"][said["$ref"].rpartition("/")[2]], **said}
 
 
-def kind(said: dict[str, Any]) -> str:
-    """What a value can be, in words."""
-    if "format" in said:
-        return said["format"]
-    if "anyOf" in said:
-        return ", or a ".join(kind(one) for one in said["anyOf"] if one.get("type") != "null")
-    if "enum" in said:
-        names = [name for name in said["enum"] if name != "quantitative"]
-        return f"{', '.join(names[:-1])} or {names[-1]}"
-    if "const" in said:
-        return said["const"]
-    if said.get("type") == "array":
-        items = said["items"]
-        if "enum" in items:
-            return "list of them"
-        return (
-            f"list of {items.get('format') or {'number': 'number', 'string': 'text'}.get(items.get('type'), 'entrie')}s"
-        )
-    if said.get("type") == "boolean":
-        return "true or false"
-    if said.get("type") in ("number", "integer"):
-        return f"{'whole ' * (said['type'] == 'integer')}number{limits(said)}"
-    return {"string": "text"}.get(said.get("type"), "mapping")
+def names_of(key: str, said: dict[str, Any]) -> list[str]:
+    """The values of a key whose values have names. quantitative is the other spelling of quantitive."""
+    if "format" in said and key == "device":
+        return re.split(", | or ", said["format"])
+    names = said.get("enum", list(LINES.get(key, {})))
+    return [name for name in names if name != "quantitative"]
 
 
-def limits(said: dict[str, Any]) -> str:
-    """Between what a number must be. The largest numbers are no limits that anybody need know of."""
-    low = f" above {said['exclusiveMinimum']}" if "exclusiveMinimum" in said else f" from {said['minimum']}"
-    if "exclusiveMaximum" in said and said["exclusiveMaximum"] < 1e10:
-        return f"{low} and below {said['exclusiveMaximum']}"
-    if "maximum" in said and said["maximum"] < 1e10:
-        return f"{low} up to {said['maximum']}"
-    return low
+def text_of(key: str, said: dict[str, Any]) -> str:
+    """A key's description on one line, then its named values, unless the description has them all."""
+    text = " ".join(said["description"].split())
+    names = names_of(key, said)
+    if all(re.search(rf"\b{re.escape(name)}(?![+\w])", text) for name in names):
+        return text
+    return f"{text} Values: {', '.join(names[:-1])} or {names[-1]}."
 
 
 def row(key: str, said: dict[str, Any]) -> str:
@@ -102,14 +85,20 @@ def row(key: str, said: dict[str, Any]) -> str:
     default = f"`{value if isinstance(value, str) else json.dumps(value)}`"
     if said.get("required") or value == "":  # an output is required by most uses
         default = "required"
-    meaning = re.sub(r"docs/([\w-]+)\.md(#[\w-]+)?", r"[\1](\1.md\2)", " ".join(said["description"].split()))
-    return f"| `{key}` | {kind(said)} | {default} | {meaning} |\n"
+    meaning = re.sub(r"docs/([\w-]+)\.md(#[\w-]+)?", link, text_of(key, said))
+    return f"| `{key}` | {default} | {meaning} |\n"
+
+
+def link(match: re.Match[str]) -> str:
+    """A link to a page, or to a part of the page that has the table."""
+    page, part = match[1], match[2] or ""
+    return f"[{page}]({part})" if f"docs/{page}.md" == TABLE else f"[{page}]({page}.md{part})"
 
 
 def with_table(page: str, schema: dict[str, Any]) -> str:
     """The page with its table of keys anew."""
     before, rest = page.split(HEAD)
-    rows = [row(key, said) for key, said in keys(schema).items()]
+    rows = [row(key, said) for key, said in keys(schema).items() if not key.startswith(MAPPERS)]
     return before + HEAD + "".join(rows) + rest[rest.index("\n\n") + 1 :]
 
 
@@ -134,12 +123,9 @@ def with_comments(text: str, schema: dict[str, Any]) -> str:
 
 
 def comment(key: str, said: dict[str, Any], indent: str) -> list[str]:
-    """A key's description, and the values that it can have, if they are names and not in it."""
-    text = " ".join(said["description"].split())
+    """A key's description, and its named values: on lines of their own if each is explained."""
     choices = LINES.get(key, {})
-    names = said.get("enum", [key] if key == "device" else [])
-    if not choices and not all(re.search(rf"\b{re.escape(name)}(?![+\w])", text) for name in names):
-        text += f" Values: {kind(said)}."
+    text = " ".join(said["description"].split()) if choices else text_of(key, said)
     lines = textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     width = max(map(len, choices), default=0)
     return lines + [f"{indent}{name:{width}}  {what}" for name, what in choices.items()]

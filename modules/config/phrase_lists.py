@@ -131,7 +131,7 @@ class Phrase(Section):
 
     phrase: Annotated[one_or_more(Text), AfterValidator(_distinct)]
     """The text whose probability is measured; of a list of texts, that any of them follows. See
-    docs/phrases.md#any-of-several."""
+    docs/phrases.md#write-your-own."""
     weight: Weight = 1.0
     """What the probability is multiplied by."""
     contexts: Annotated[tuple[_Context, ...], AfterValidator(not_empty)]

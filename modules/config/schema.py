@@ -4,7 +4,7 @@ Knows: every key. Refuses to know: torch, models, tokenizers: it must answer a t
 read.
 
 The text under a key is its only description. After a change `python demo/write_keys.py` writes schema.json, the table
-in docs/configuration.md and the comments of default.yaml and default-mapper.yaml anew.
+in docs/use.md and the comments of default.yaml and default-mapper.yaml anew.
 """
 
 import json
@@ -101,7 +101,7 @@ class Settings(Section):
     of the base, or model+adapter."""
     tokenizer: kinds.Folder | None = None
     """A folder from which GGUF files have their tokenizer. null: it is rebuilt from each file. See
-    docs/own-models.md#from-a-gguf-file."""
+    docs/use.md#gguf-files."""
     on_error: Literal["stop", "skip"] = field(default="stop", metadata=_NO_PART)
     """If a candidate can't be read any more: stop (mend it, then --resume) or skip (keep what was accepted of it, go on
     without it)."""
@@ -109,7 +109,7 @@ class Settings(Section):
     """Leave what is fetched from the hub in its cache. false removes it again once the output is written."""
     search: Literal["greedy", "joint"] = "greedy"
     """greedy tries merge_ratios on layer after layer, candidate after candidate; joint moves all weights at once, by
-    gradient, and drift counts. See docs/greedy-or-joint.md."""
+    gradient, and drift counts. See docs/search.md."""
     joint: Joint = field(default_factory=Joint)
     merge_ratios: kinds.one_or_more(kinds.number(ge=0, le=1)) = (0.2, 0.4, 0.6, 0.8)
     """The candidate's weights that are tried on every layer, 0 to 1 (1 takes its layer). The time grows with their
@@ -145,7 +145,7 @@ class Settings(Section):
     """Phrase files whose pairs are all scored and never searched."""
     min_gain: kinds.AutoOrWeight = "auto"
     """cumulative: the smallest drop of the total that is accepted. auto: twice the total's rounding error, 0 in
-    float32. See docs/own-models.md#rounding."""
+    float32. See docs/hardware.md#rounding."""
     drift_weight: kinds.AutoOrWeight | None = None
     """What a nat of drift (KL from the base) adds to the total that trials are judged by. null: 0, or auto for a joint
     search. auto: 0.05 nats count as much as all phrases do in the base."""
@@ -162,7 +162,7 @@ class Settings(Section):
     own_texts; []: the merge answers nothing."""
     neutral_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
     """Text files on which drift is measured. null: those of the program (example_phrases/neutral); [] for none. See
-    docs/drift.md."""
+    docs/search.md#neutral-text."""
     own_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
     """Files of prompts, one a line. The base answers them at the start, and drift is measured on its answers too. null:
     those of the program (example_phrases/prompts.txt, or openings.txt without a chat template); [] for none."""
@@ -173,7 +173,7 @@ class Settings(Section):
     base stores it."""
     compute_dtype: Literal[kinds.COMPUTE_DTYPES] = "auto"
     """What is computed in. auto: float32 on a CPU if it fits; on a GPU float16, or bfloat16+float32 where float16
-    overflows. See docs/own-models.md#data-types."""
+    overflows. See docs/hardware.md#data-types."""
     random_seed: kinds.Count = 512
     """The seed of all that is drawn: contexts that are held out, texts that models write."""
     trust_remote_code: kinds.Boolean = False

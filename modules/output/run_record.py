@@ -175,7 +175,7 @@ class RunRecord:
         seconds: Mapping[str, float],
         shares: Rows = (),
     ) -> Recipe:
-        """Everything that another person needs to build the same model and to see what it is; see docs/recipe.md.
+        """Everything that another person needs to build the same model and to see what it is; see docs/output.md.
 
         metrics: of base and merge. held_out: the pairs that were, maybe none. model: device, compute and saved dtype.
         seconds: by phase; those of the search are in the journal. shares: of a joint search.

@@ -133,13 +133,6 @@ def test_another_run_would_be_noticed(shown, found, same):
             assert_same_run(shown, found)
 
 
-def test_the_example_is_short_and_better_in_everything(folder):
-    assert len((folder / "my.yaml").read_text(encoding="utf-8").splitlines()) == 10
-    [shown] = [page_of(excerpt)[1] for excerpt in EXCERPTS if excerpt.page == "README.md"]
-    changes = [float(row[5].rstrip("%")) for row in tables(shown)[-1][:-1]]
-    assert changes[0] < 0 and changes[1] < 0 and changes[2] > 0
-
-
 def test_default_mapper_yaml_has_every_key_of_the_mapper_at_its_default_and_limits():
     document = yaml.safe_load((ROOT / "default-mapper.yaml").read_text(encoding="utf-8"))
     settings = Mapper(**document["mapper"])
