@@ -72,14 +72,15 @@ class Prompts:
 
 
 def prompts_of(config: Config, for_chats: bool) -> Prompts:
-    """Half of the prompts for what is shown, the other half for what a search weighs, if it does.
+    """Half of the prompts for what is shown; of the other half as many as a search needs that weighs drift.
 
     for_chats: whether the base has a chat template. Raises ConfigError for files without prompts.
     """
     wanted = config.own_texts != ()
     prompts = read_prompts(config.own_texts, for_chats, "own_texts") if wanted else ()
-    weighed = prompts[1::2] if config.is_guarded else ()
-    return Prompts(prompts[::2], weighed, config.samples or ())
+    # Twice as many as are needed if every answer is as long as it may be.
+    count = -(-config.neutral_tokens // DEFAULT.tokens) if config.is_guarded else 0
+    return Prompts(prompts[::2], prompts[1::2][:count], config.samples or ())
 
 
 def base_answers(

@@ -62,8 +62,9 @@ def test_half_of_the_prompts_count_if_drift_does(tmp_path):
         ("The apple", "Where is"),
         ("More?",),
     )
-    shipped = prompts_of(Config(Directories("base", "out"), drift_weight=1.0), for_chats=False)
-    assert sorted(shipped.all) == sorted(read_prompts(None, False, "own_texts"))
+    shipped = prompts_of(Config(Directories("base", "out"), drift_weight=1.0, neutral_tokens=500), for_chats=False)
+    every = read_prompts(None, False, "own_texts")
+    assert shipped.shown == every[::2] and shipped.weighed == every[1::2][:6]
 
 
 def test_positions_that_predict_a_listed_phrase_are_left_out(base):
