@@ -18,6 +18,7 @@ PACKAGES = (
     "search",
     "metrics",
     "output",
+    "learn",
     "mapper",
     "slop",
     "run",
@@ -31,6 +32,7 @@ HEARS_OF_TORCH_MODULES = (
     "checkpoints/architecture",
     "checkpoints/conversion",
     "checkpoints/candidate",
+    "learn/adapter",
     "model",
     "scoring",
 )
@@ -112,7 +114,7 @@ def test_a_page_shows_the_real_file_tree(page):
 def test_requirements_hold_nothing_but_what_the_run_needs():
     names = [re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()]
     needed = (
-        "accelerate gguf huggingface_hub matplotlib protobuf psutil pydantic pyyaml regex safetensors sentencepiece "
+        "accelerate gguf huggingface_hub matplotlib peft protobuf psutil pydantic pyyaml regex safetensors sentencepiece "
         "torch tqdm"
     )
     assert sorted(names) == [*needed.split(), "transformers"]
