@@ -222,7 +222,18 @@ def check_together(parser: Arguments, options: argparse.Namespace) -> None:
     beside_scores = {"score", "config", "device", "set", "json", "overwrite", "quiet"}
     if options.score and not beside_scores.issuperset(given):
         parser.error("--score goes with --config, --device, --set, --json, --overwrite and --quiet only")
-    beside_learning = {"learn", "config", "device", "set", "dry_run", "overwrite", "resume", "restart", "table", "quiet"}
+    beside_learning = {
+        "learn",
+        "config",
+        "device",
+        "set",
+        "dry_run",
+        "overwrite",
+        "resume",
+        "restart",
+        "table",
+        "quiet",
+    }
     if options.learn and not beside_learning.issuperset(given):
         parser.error("--learn goes with --config, --device, --set, --table, --quiet and the options of a run only")
     if options.json and not options.score:

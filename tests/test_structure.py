@@ -114,7 +114,7 @@ def test_a_page_shows_the_real_file_tree(page):
 def test_requirements_hold_nothing_but_what_the_run_needs():
     names = [re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()]
     needed = (
-        "accelerate gguf huggingface_hub matplotlib peft protobuf psutil pydantic pyyaml regex safetensors sentencepiece "
-        "torch tqdm"
+        "accelerate gguf huggingface_hub matplotlib peft protobuf psutil pydantic pyyaml regex safetensors "
+        "sentencepiece torch tqdm"
     )
     assert sorted(names) == [*needed.split(), "transformers"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -47,7 +47,9 @@ def check_rank(linear: Mapping[str, tuple[int, int]], rank: int) -> None:
     """Raise ConfigError if a linear layer has fewer inputs or outputs than the rank."""
     name, sides = min(linear.items(), key=lambda item: min(item[1]))
     if rank > min(sides):
-        raise ConfigError(f"learn.rank: {rank} is above the smallest dimension of the base's layers: {name} has {min(sides)}")
+        raise ConfigError(
+            f"learn.rank: {rank} is above the smallest dimension of the base's layers: {name} has {min(sides)}"
+        )
 
 
 def parameters_of(linear: Mapping[str, tuple[int, int]], rank: int) -> int:
@@ -93,7 +95,7 @@ class Adapter:
         """Write it as PEFT does. base: an id of the hub, with its revision, or a folder's name. Raises OSError."""
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in self.weights.items()}
         scaled = {name: self.factor * tensor if ".lora_B." in name else tensor for name, tensor in tensors.items()}
-        save_file(scaled, folder / WEIGHTS[0], metadata={"format": "pt"})
+        (folder / WEIGHTS[0]).write_bytes(save(scaled, metadata={"format": "pt"}))
         told = {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
         settings = {**self._settings.to_dict(), **told}
         settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
@@ -123,7 +125,7 @@ def _is_taken(module: PreTrainedModel, names: Sequence[str], kind: str) -> bool:
 
 
 def _settings(module: PreTrainedModel, names: Sequence[str], rank: int) -> LoraConfig:
-    """PEFT's settings of an adapter on these layers; they are named by their kinds where no other layer is called so."""
+    """PEFT's settings of an adapter on these layers, named by their kinds where no other layer is called so."""
     kinds = {_kind(name) for name in names}
     alike = {name for name, _ in module.named_modules() if _kind(name) in kinds}
     return LoraConfig(

@@ -4,13 +4,13 @@ Knows: packs of phrases, windows of text, autograd. Refuses to know: which pairs
 
     loss = sum over pairs of weight * p  +  sum over texts of drift weight / texts * mean KL(base, now)
 
-Packs and windows go through the model one at a time, and their gradients are summed. Activations within a layer are
-computed again in the backward pass, and logits are there for a few positions at a time.
+Packs and windows go through the model one at a time, and their gradients are summed. Of a layer nothing is kept but
+what enters it, and of logits nothing at all: the rest is computed again in the backward pass.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,14 +28,17 @@ from modules.scoring.packing import build_packs
 from modules.scoring.scorer import by_pair
 from modules.scoring.tokenization import Encoded, Window
 
+# Of logits, (B, columns, V), at some of the columns that are read, and the number of their first among these.
+Made = Callable[[Tensor, int], Tensor]
+
 
 @dataclass(frozen=True)
 class DriftText:
     """Text on which the model is to say what the base says."""
 
     name: str
-    windows: Sequence[Window]
-    compared: Sequence[Sequence[bool]]  # of each window, at which positions next-token distributions are compared
+    windows: tuple[Window, ...]
+    compared: tuple[tuple[bool, ...], ...]  # of each window, at which positions next-token distributions are compared
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,7 @@ class Loss:
 
     loss: float
     total: float  # of all pairs, as those say that were looked at
-    drift: Mapping[str, float] = field(default_factory=dict)  # by text, mean KL(base, now) in nats per token
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether it could be computed."""
-        return math.isfinite(self.loss)
+    drift: Mapping[str, float]  # by text, mean KL(base, now) in nats per token
 
 
 class LearningObjective:
@@ -87,7 +85,10 @@ class LearningObjective:
         loss = total + self.drift_weight * math.fsum(drift.values()) / max(1, len(drift))
         return sums, Loss(loss, total, drift)
 
-    # -- pairs --------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def drift(self, text: DriftText, numbers: Sequence[int]) -> float:
+        """Mean KL(base, now) on windows of a text, in nats per token."""
+        return math.fsum(float(self._divergence(text, number)) for number in numbers) / _positions(text, numbers)
 
     def _add_pairs(self, sums: list[Tensor], numbers: Sequence[int]) -> float:
         """Add the gradient of the pairs' total; the total."""
@@ -96,127 +97,89 @@ class LearningObjective:
             encoded += self.pairs[number]
             weights += [self.weights[number] * len(self.pairs) / len(numbers)] * len(self.pairs[number])
         for packed in build_packs(encoded, self.layout, self.budget.tokens):
-            pack = Pack.of(packed, self.model.device, self.model.dtype)
-            hidden = last_states(self.model, pack.arguments(), self._forwards)
-            scores = self._scores(pack, hidden.detach(), weights)
-            largest = float(scores.abs().max())
-            total += float(scores.sum(dtype=torch.float64))
-            if largest:
-                # weight * p changes with the log-probability of each of its tokens by weight * p.
-                slopes = scores / largest
-
-                def loss(logits: Tensor, first: int, pack: Pack = pack, slopes: Tensor = slopes) -> Tensor:
-                    said, variants = _said(pack, logits, first)
-                    return (slopes[variants] * said).sum()
-
-                self._add(sums, hidden, _Read(pack.arguments, pack.columns, loss), unit=largest)
+            scores = self._scores(Pack.of(packed, self.model.device, self.model.dtype), weights)
+            self._add(sums, scores.sum(), unit=float(scores.detach().abs().max()))
+            total += float(scores.detach().sum())
         return total
 
-    @torch.no_grad()
-    def _scores(self, pack: Pack, hidden: Tensor, weights: Sequence[float]) -> Tensor:
-        """Weight * probability of every variant, (variants,); 0 of those that are not in the pack."""
-        joint = torch.full((len(weights),), -torch.inf, dtype=torch.float64)
-        joint[pack.targets.pairs.cpu()] = 0.0
-        for logits, first in self._chunks(pack.arguments, pack.columns, hidden):
-            said, variants = _said(pack, logits, first)
-            joint.index_add_(0, variants.cpu(), said.cpu().double())
-        return (joint.exp() * torch.tensor(weights, dtype=torch.float64)).to(hidden.device, self._dtype)
-
-    # -- texts --------------------------------------------------------------------------------------------------------
+    def _scores(self, pack: Pack, weights: Sequence[float]) -> Tensor:
+        """Weight * probability of all variants, (variants,), 0 of those that are not in the pack."""
+        said, targets = torch.cat(self._read(pack.arguments, pack.columns, partial(_said, pack))), pack.targets
+        # One place for every token, for a sum that is always in the same order.
+        places = said.new_zeros(len(weights), int(targets.places.max()) + 1)
+        places = places.index_put((targets.pairs, targets.places), said)
+        present = said.new_zeros(len(weights)).index_fill(0, targets.pairs, 1.0)
+        return present * said.new_tensor(weights) * places.sum(-1).exp()
 
     def _add_drift(self, sums: list[Tensor], text: DriftText, numbers: Sequence[int]) -> float:
         """Add the gradient of a text's part of the loss; mean KL(base, now) on these windows of it."""
         found, positions = 0.0, _positions(text, numbers)
         unit = self.drift_weight / len(self.texts) / positions
         for number in numbers:
-            read = self._window(text, number)
-            hidden = last_states(self.model, read.arguments(), self._forwards)
-            found += self._add(sums, hidden, read, unit)
+            divergence = self._divergence(text, number)
+            self._add(sums, unit * divergence, unit)
+            found += float(divergence.detach())
         return found / positions
 
-    @torch.no_grad()
-    def drift(self, text: DriftText, numbers: Sequence[int]) -> float:
-        """Mean KL(base, now) on windows of a text, in nats per token."""
-        found = 0.0
-        for number in numbers:
-            read = self._window(text, number)
-            hidden = last_states(self.model, read.arguments(), {})
-            found += sum(float(read.loss(*chunk)) for chunk in self._chunks(read.arguments, read.columns, hidden))
-        return found / _positions(text, numbers)
-
-    def _window(self, text: DriftText, number: int) -> "_Read":
-        """A window, and KL(base, now) at some of its positions, summed."""
+    def _divergence(self, text: DriftText, number: int) -> Tensor:
+        """KL(base, now) on a window, summed over the positions that are compared."""
         ids = torch.tensor([text.windows[number]], device=self.model.device)
         columns = torch.tensor(text.compared[number], device=self.model.device).nonzero()[:, 0]
         arguments, key = partial(dict, input_ids=ids), (text.name, number)
         if key not in self._before:
             with torch.no_grad(), self.adapter.off():
                 self._before[key] = last_states(self.model, arguments(), {}).cpu()
-        before = self._before[key]
+        before = self._before[key].to(self.model.device)
 
         def divergence(logits: Tensor, first: int) -> Tensor:
             part = columns[first : first + logits.shape[1]]
             with torch.no_grad():
-                was = self._logits(arguments, before.to(self.model.device), part).log_softmax(-1)
+                was = self._logits(arguments, before, part).log_softmax(-1)
             shares, now = was.exp(), logits.log_softmax(-1)
             # A token that neither can say has no share; its difference is no number.
             return torch.where(shares > 0, shares * (was - now), 0.0).sum()
 
-        return _Read(arguments, columns, divergence)
+        return torch.stack(self._read(arguments, columns, divergence)).sum()
 
-    # -- what both have in common -------------------------------------------------------------------------------------
-
-    def _add(self, sums: list[Tensor], hidden: Tensor, read: "_Read", unit: float) -> float:
-        """Add the gradient of unit * loss; the loss. hidden: the last hidden states, (B, T, H), with their graph."""
-        if not 0 < abs(unit) < math.inf:
-            return 0.0
-        # A power of two by which no type loses what is small.
-        power = 2.0 ** -math.floor(math.log2(abs(unit)))
-        last, value = hidden.detach().requires_grad_(), 0.0
-        upstream = torch.zeros_like(last)
-        for logits, first in self._chunks(read.arguments, read.columns, last):
-            loss = read.loss(logits, first)
-            upstream += torch.autograd.grad(power * unit * loss, last)[0]
-            value += float(loss.detach())
-        weights = list(self.adapter.weights.values())
-        gradients = torch.autograd.grad(hidden, weights, upstream, allow_unused=True)
-        for own, gradient in zip(sums, gradients, strict=True):
-            if gradient is not None:
-                own += gradient / power
-        return value
-
-    def _chunks(self, arguments: Inputs, columns: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Logits at some of the columns at a time, (B, columns, V), and the number of the first."""
+    def _read(self, arguments: Inputs, columns: Tensor, made: Made) -> list[Tensor]:
+        """What is made of the logits at some columns of a text, a few columns at a time."""
+        hidden, found = last_states(self.model, arguments(), self._forwards), []
         size = max(1, self.budget.logits // (AT_ONCE * 4 * len(hidden) * self.model.vocabulary))
+
+        def read(hidden: Tensor, first: int) -> Tensor:
+            return made(self._logits(arguments, hidden, columns[first : first + size]), first)
+
         for first in range(0, len(columns), size):
-            yield self._logits(arguments, hidden, columns[first : first + size]), first
+            found.append(_recomputed(read, hidden, first))
+        return found
 
     def _logits(self, arguments: Inputs, hidden: Tensor, columns: Tensor) -> Tensor:
         """What the model's own forward makes of last hidden states, (B, T, H), at some columns: (B, columns, V)."""
         return logits_with(self.model, arguments(), ending_in(self.model, hidden), columns).to(self._dtype)
 
-
-@dataclass(frozen=True)
-class _Read:
-    """What goes through the model at once, the columns at which logits are read, and what is made of them."""
-
-    arguments: Inputs
-    columns: Tensor
-    loss: Callable[[Tensor, int], Tensor]  # of logits, (B, columns, V), and the number of their first column
+    def _add(self, sums: list[Tensor], loss: Tensor, unit: float) -> None:
+        """Add the gradient of a loss. unit: its size by that of what it is made of."""
+        if not 0 < unit < math.inf:  # nothing depends on it, or it is no number
+            return
+        power = 2.0 ** -math.floor(math.log2(unit))  # by which no type loses what is small
+        weights = list(self.adapter.weights.values())
+        for own, gradient in zip(sums, torch.autograd.grad(power * loss, weights, allow_unused=True), strict=True):
+            if gradient is not None:
+                own += gradient / power
 
 
 def _recomputed(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    """A layer's forward of which nothing is kept but what enters it."""
+    """What a forward gives, of which nothing is kept but what enters it."""
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _said(pack: Pack, logits: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the tokens that are asked for at some columns, and of which variants they are."""
+def _said(pack: Pack, logits: Tensor, first: int) -> Tensor:
+    """Log-probabilities of a pack's targets at some of its columns, (targets,)."""
     targets = pack.targets_in(first, first + logits.shape[1])
-    normaliser = logits.logsumexp(-1)
-    chosen = logits[targets.rows, targets.columns, targets.tokens]
-    return chosen - normaliser[targets.rows, targets.columns], targets.pairs
+    said = logits.log_softmax(-1)
+    return said[targets.rows, targets.columns, targets.tokens]
 
 
 def _positions(text: DriftText, numbers: Sequence[int]) -> int:
+    """At how many positions of some windows distributions are compared."""
     return max(1, sum(sum(text.compared[number]) for number in numbers))

@@ -3,8 +3,6 @@
 Knows: the file's name and form. Refuses to know: what a state is good for.
 """
 
-import os
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import safe_open

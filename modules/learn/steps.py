@@ -16,7 +16,6 @@ from modules.config.schema import Learn
 from modules.learn.gradient import LearningObjective, Loss
 from modules.runtime.errors import ConfigError
 from modules.runtime.oom import retry_on_oom
-from modules.scoring.budget import Budget
 from modules.search.joint import BETAS, step_size
 
 HALVINGS = 20  # of the learning rate, at most
@@ -101,7 +100,7 @@ class Learner:
         """Go back to a state, to go on from it by half the learning rate. Raises ConfigError if that has not helped."""
         halvings = self.halvings + 1
         if halvings > HALVINGS:
-            raise ConfigError("learn.learning_rate: the loss is no number, however small the steps; compute_dtype: float32 has the most room")
+            raise ConfigError(f"the loss is no number, though the learning rate was halved {HALVINGS} times")
         self.go_to(replace(state, halvings=halvings))
 
 
