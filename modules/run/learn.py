@@ -24,14 +24,13 @@ from modules.learn.plan import LearnPlan, plan_learning, tokens_of_a_step
 from modules.learn.state import read_state, save_state
 from modules.learn.steps import Learner, LearnState
 from modules.metrics.evaluator import Evaluator
-from modules.metrics.kl import NAME, NATS
+from modules.metrics.kl import NATS
 from modules.metrics.metric import Context
 from modules.model.base_model import is_finite
 from modules.model.devices import free_memory, resolve_device
 from modules.model.loading import ModelLoader
 from modules.model.memory import sizes_of
 from modules.output import tables as report
-from modules.output.advice import beyond_limit
 from modules.output.card_settings import settings_file
 from modules.output.folder import (
     SETTINGS_FILE,
@@ -58,7 +57,7 @@ from modules.scoring.chats import Asked
 from modules.scoring.layout import NOT_TAKEN
 from modules.scoring.tokenization import doubtful_phrases, encode_pairs, neutral_windows, spread
 from modules.search.joint import largest_factor
-from modules.search.strategies import Limits, scores, total
+from modules.search.strategies import scores, total
 
 HALF = 1 << 20  # tokens of each neutral text that are learned with, but never more than half of it
 CHECKED = 8  # windows of each text on which max_drift is held
@@ -271,8 +270,10 @@ class Lesson:
             taught = report.gains(self.config.pairs, self.search.weights, self.start, self.search.log_probabilities)
             held_out = report.gains(phrases.pairs, phrases.weights, before.held_out, now.held_out)
             self.console.lines(report.overfit_lines(taught, held_out))
-        limits = Limits(maxima={} if self.config.max_drift is None else {NAME: self.config.max_drift})
-        self.console.warnings(beyond_limit(report.ResultRow("the adapter", now.metrics), limits))
+        limit, drift = self.config.max_drift, now.metrics.get("kl", 0.0)
+        if limit is not None and drift > limit:
+            what = f"KL is {drift:.4g} on texts that took no part in learning, above max_drift {limit:g}"
+            self.console.warning(f"{what}: lower max_drift")
 
     def recipe(self) -> Recipe:
         """What there is to be told of the adapter, after samples of it were shown."""
