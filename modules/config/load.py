@@ -129,8 +129,8 @@ def to_learn(config: Config, output: Path) -> Config:
     directories = replace(config.directories, output_directory=str(output), model_directory=None)
     weight = "auto" if config.drift_weight is None else config.drift_weight
     config = replace(config, directories=directories, models_to_merge=(), drift_weight=weight)
-    if config.is_guarded and config.neutral_texts == ():
-        raise ConfigError("neutral_texts: empty, but --learn measures drift on such texts unless drift_weight is 0")
+    if config.is_guarded and config.neutral_texts == config.own_texts == ():
+        raise ConfigError("neutral_texts, own_texts: empty, but --learn measures drift unless drift_weight is 0")
     return config
 
 

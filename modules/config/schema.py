@@ -98,13 +98,13 @@ class Learn(Section):
     rank: kinds.CountFromOne = 8
     """Rank of the adapter's matrices; more can learn more, and drift further."""
     steps: kinds.CountFromOne = 40
-    """How many steps are made; each costs about four forwards of its pairs and windows."""
+    """How many steps are made; each costs about three forwards of its pairs and texts."""
     learning_rate: kinds.Limit = 1e-3
     """By how much a weight of the adapter moves at most in the first step; in the last it is a tenth of that."""
     pairs: kinds.CountFromOne = 16
     """Pairs of phrase and context that a step looks at; all have had their turn before any comes again."""
-    windows: kinds.CountFromOne = 1
-    """Windows of 256 tokens that a step looks at of each text on which drift is measured."""
+    drift_tokens: kinds.CountFromOne = 512
+    """At how many tokens of neutral text, and of the base's own answers, a step compares the adapter with the base."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """What learning makes small, and its gradient on the adapter's weights.
 
-Knows: packs of phrases, windows of text, autograd. Refuses to know: which pairs come when, what a gradient is for.
+Knows: packs of phrases, passages of text, autograd. Refuses to know: which pairs come when, what a gradient is for.
 
     loss = sum over pairs of weight * p  +  sum over texts of drift weight / texts * mean KL(base, now)
 
-Packs and windows go through the model one at a time, and their gradients are summed. Of a layer nothing is kept but
+Packs and passages go through the model one at a time, and their gradients are summed. Of a layer nothing is kept but
 what enters it, and of logits nothing at all: the rest is computed again in the backward pass.
 """
 
@@ -21,12 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from modules.learn.adapter import Adapter
 from modules.model.base_model import ResidentModel
 from modules.scoring.budget import Budget
+from modules.scoring.drift import Passage, compared_tokens
 from modules.scoring.hidden_states import Forward, Inputs, ending_in, last_states, logits_with
 from modules.scoring.objective import AT_ONCE
 from modules.scoring.packing import Inputs as Pack
 from modules.scoring.packing import build_packs
 from modules.scoring.scorer import by_pair
-from modules.scoring.tokenization import Encoded, Window
+from modules.scoring.tokenization import Encoded
 
 # Of logits, (B, columns, V), at some of the columns that are read, and the number of their first among these.
 Made = Callable[[Tensor, int], Tensor]
@@ -37,8 +38,7 @@ class DriftText:
     """Text on which the model is to say what the base says."""
 
     name: str
-    windows: tuple[Window, ...]
-    compared: tuple[tuple[bool, ...], ...]  # of each window, at which positions next-token distributions are compared
+    passages: Sequence[Passage]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Loss:
 
 
 class LearningObjective:
-    """The loss of a model with an adapter, on some of the pairs and some windows of text."""
+    """The loss of a model with an adapter, on some of the pairs and some passages of text."""
 
     def __init__(
         self,
@@ -71,24 +71,26 @@ class LearningObjective:
         self.texts, self.drift_weight = texts, drift_weight
         self._dtype = torch.promote_types(torch.float32, model.dtype)  # of logits
         self._forwards = dict.fromkeys(range(len(model.layers)), _recomputed)
-        self._before: dict[tuple[str, int], Tensor] = {}  # the base's last hidden states on windows, on the host
+        self._before: dict[Passage, Tensor] = {}  # the base's last hidden states, on the host
 
-    def gradient(self, pairs: Sequence[int], windows: Sequence[Sequence[int]]) -> tuple[list[Tensor], Loss]:
+    def gradient(self, pairs: Sequence[int], passages: Sequence[Sequence[int]]) -> tuple[list[Tensor], Loss]:
         """The gradient on each of the adapter's weights, and the loss.
 
-        pairs: their numbers; the total of all is taken to be as theirs. windows: of each text, numbers of its windows.
+        pairs: their numbers; the total of all is taken to be as theirs. passages: of each text, their
+        numbers.
         """
         sums = [torch.zeros_like(weight) for weight in self.adapter.weights.values()]
         total = self._add_pairs(sums, pairs)
-        chosen = list(zip(self.texts, windows, strict=True))
+        chosen = list(zip(self.texts, passages, strict=True))
         drift = {text.name: self._add_drift(sums, text, numbers) for text, numbers in chosen}
         loss = total + self.drift_weight * math.fsum(drift.values()) / max(1, len(drift))
         return sums, Loss(loss, total, drift)
 
     @torch.no_grad()
     def drift(self, text: DriftText, numbers: Sequence[int]) -> float:
-        """Mean KL(base, now) on windows of a text, in nats per token."""
-        return math.fsum(float(self._divergence(text, number)) for number in numbers) / _positions(text, numbers)
+        """Mean KL(base, now) on some passages of a text, in nats per token."""
+        passages = [text.passages[number] for number in numbers]
+        return math.fsum(float(self._divergence(passage)) for passage in passages) / compared_tokens(passages)
 
     def _add_pairs(self, sums: list[Tensor], numbers: Sequence[int]) -> float:
         """Add the gradient of the pairs' total; the total."""
@@ -112,24 +114,25 @@ class LearningObjective:
         return present * said.new_tensor(weights) * places.sum(-1).exp()
 
     def _add_drift(self, sums: list[Tensor], text: DriftText, numbers: Sequence[int]) -> float:
-        """Add the gradient of a text's part of the loss; mean KL(base, now) on these windows of it."""
-        found, positions = 0.0, _positions(text, numbers)
+        """Add the gradient of a text's part of the loss; mean KL(base, now) on these passages of it."""
+        passages, found = [text.passages[number] for number in numbers], 0.0
+        positions = compared_tokens(passages)
         unit = self.drift_weight / len(self.texts) / positions
-        for number in numbers:
-            divergence = self._divergence(text, number)
+        for passage in passages:
+            divergence = self._divergence(passage)
             self._add(sums, unit * divergence, unit)
             found += float(divergence.detach())
         return found / positions
 
-    def _divergence(self, text: DriftText, number: int) -> Tensor:
-        """KL(base, now) on a window, summed over the positions that are compared."""
-        ids = torch.tensor([text.windows[number]], device=self.model.device)
-        columns = torch.tensor(text.compared[number], device=self.model.device).nonzero()[:, 0]
-        arguments, key = partial(dict, input_ids=ids), (text.name, number)
-        if key not in self._before:
+    def _divergence(self, passage: Passage) -> Tensor:
+        """KL(base, now), summed over the positions that are compared."""
+        ids = torch.tensor([passage.tokens], device=self.model.device)
+        columns = torch.tensor(passage.compared, device=self.model.device).nonzero()[:, 0]
+        arguments = partial(dict, input_ids=ids)
+        if passage not in self._before:
             with torch.no_grad(), self.adapter.off():
-                self._before[key] = last_states(self.model, arguments(), {}).cpu()
-        before = self._before[key].to(self.model.device)
+                self._before[passage] = last_states(self.model, arguments(), {}).cpu()
+        before = self._before[passage].to(self.model.device)
 
         def divergence(logits: Tensor, first: int) -> Tensor:
             part = columns[first : first + logits.shape[1]]
@@ -178,8 +181,3 @@ def _said(pack: Pack, logits: Tensor, first: int) -> Tensor:
     targets = pack.targets_in(first, first + logits.shape[1])
     said = logits.log_softmax(-1)
     return said[targets.rows, targets.columns, targets.tokens]
-
-
-def _positions(text: DriftText, numbers: Sequence[int]) -> int:
-    """At how many positions of some windows distributions are compared."""
-    return max(1, sum(sum(text.compared[number]) for number in numbers))

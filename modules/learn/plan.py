@@ -60,7 +60,6 @@ def _activations(sizes: Sizes, stream: torch.dtype, tokens: int, logits: int) ->
     return entered + layer + max(logits, 4 * AT_ONCE * sizes.vocabulary)
 
 
-def tokens_of_a_step(encoded: Sequence[Encoded], pairs: int, windows: int, budget: Budget) -> int:
-    """About how many tokens go through the model in a step. encoded: of all pairs; windows: of all texts."""
-    packed = sum(pack.tokens for pack in build_packs(encoded[:pairs], "forest", budget.tokens))
-    return packed + windows * WINDOW
+def tokens_of_a_step(encoded: Sequence[Encoded], pairs: int, of_texts: int, budget: Budget) -> int:
+    """About how many tokens go through the model in a step. encoded: of all pairs; of_texts: tokens of texts."""
+    return of_texts + sum(pack.tokens for pack in build_packs(encoded[:pairs], "forest", budget.tokens))

@@ -1,10 +1,11 @@
-"""Steps of learning: which pairs and windows each looks at, Adam, what a step needs to be gone on from.
+"""Steps of learning: which pairs and passages each looks at, Adam, what a step needs to be gone on from.
 
 Knows: the order that a seed settles, the size of a step. Refuses to know: how a gradient is computed, files, printing.
 
 Adam (Kingma and Ba 2014, https://arxiv.org/abs/1412.6980) is torch's own; its rate falls evenly to a tenth.
 """
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from modules.config.schema import Learn
 from modules.learn.gradient import LearningObjective, Loss
 from modules.runtime.errors import ConfigError
 from modules.runtime.oom import retry_on_oom
+from modules.scoring.drift import compared_tokens
 from modules.search.joint import BETAS, step_size
 
 HALVINGS = 20  # of the learning rate, at most
@@ -71,10 +73,11 @@ class Learner:
         """For the next step, with fewer pairs in a pack where memory is short."""
         number, seed, objective = self.step, self.seed, self.objective
         pairs = drawn(len(objective.pairs), self.settings.pairs, number, f"{seed} pairs")
-        windows = []
+        passages = []
         for text in objective.texts:
-            windows.append(drawn(len(text.windows), self.settings.windows, number, f"{seed} {text.name}"))
-        return retry_on_oom(lambda: objective.gradient(pairs, windows), self._take_less_memory)
+            many = math.ceil(self.settings.drift_tokens * len(text.passages) / compared_tokens(text.passages))
+            passages.append(drawn(len(text.passages), many, number, f"{seed} {text.name}"))
+        return retry_on_oom(lambda: objective.gradient(pairs, passages), self._take_less_memory)
 
     def _take_less_memory(self) -> bool:
         budget = self.objective.budget

@@ -26,6 +26,7 @@ from modules.learn.steps import Learner, LearnState
 from modules.metrics.evaluator import Evaluator
 from modules.metrics.kl import NATS
 from modules.metrics.metric import Context
+from modules.metrics.registry import columns_of
 from modules.model.base_model import is_finite
 from modules.model.devices import free_memory, resolve_device
 from modules.model.loading import ModelLoader
@@ -44,23 +45,26 @@ from modules.output.folder import (
 from modules.output.journal import JOURNAL_FILE, read_journal
 from modules.output.model_card import CARD_FILE
 from modules.output.recipe import Recipe
+from modules.output.records import Sample
 from modules.output.run_record import RunRecord, begun_run
 from modules.run.merge import Options, load_base
 from modules.run.plan import seconds_of_a_layer
 from modules.run.samples import Samples
 from modules.run.steps import ask, end, prepare_libraries
 from modules.runtime.console import Console, Progress
+from modules.runtime.distributed import ALONE
 from modules.runtime.errors import ConfigError, naming
 from modules.runtime.program import postponed
 from modules.runtime.text import duration, in_memory
 from modules.scoring.chats import Asked
 from modules.scoring.layout import NOT_TAKEN
-from modules.scoring.tokenization import doubtful_phrases, encode_pairs, neutral_windows, spread
+from modules.scoring.tokenization import doubtful_phrases, encode_pairs, spread
 from modules.search.joint import largest_factor
 from modules.search.strategies import scores, total
 
-HALF = 1 << 20  # tokens of each neutral text that are learned with, but never more than half of it
-CHECKED = 8  # windows of each text on which max_drift is held
+NEUTRAL_KL, OWN_KL = "kl", "own_kl"  # metrics that max_drift limits
+ALL = 1 << 20  # tokens to learn with: more than there are in half of the neutral texts and half of the answers
+CHECKED = 8  # passages of each text on which max_drift is held
 FORWARDS_OF_A_STEP = 3  # forward, once more for the gradient, backward: weights of the base need none
 
 
@@ -82,7 +86,7 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
         begun = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
         if begun and begun.settings.learn != config.learn:
             raise ConfigError(f"learn has changed since {target.partial} was begun; begin again with --restart")
-        loader, asked = ask(loader, models, begun and begun.settings, config.prompts)
+        loader, asked = ask(loader, models, begun and begun.settings)
         check_space(models.jobs)
         loader = loader.fitting(models)
         console.warnings(doubtful_phrases(loader.config.pairs))
@@ -107,21 +111,14 @@ def _learn(loader: ModelLoader, options: Options, target: OutputFolder, models: 
         record.source(0, models.base_where, models.base)
         plan = _plan(loader, models)
         placement = loader.placement(models, with_header=False)
-        context = _halved(load_base(loader, models, plan.budget, placement=placement, weighs=False))
+        wide = replace(loader, config=replace(config, neutral_tokens=ALL))
+        context = load_base(wide, models, plan.budget, ALONE, placement, record, asked, weighs=False)
         lesson = Lesson(context, plan, record, unfinished.folder, asked)
-        lesson.learn(options.resume, options.table)
-        recipe = lesson.recipe()
+        recipe = lesson.recipe(lesson.learn(options.resume, options.table))
         console.timed(f"Saving to {config.directories.output_directory}")
         lesson.save(recipe, target.output.name)
         with postponed(lambda: None):  # it takes a moment, in which Ctrl-C is not heard unless it comes twice
             console.warnings(unfinished.commit(options.overwrite))
-
-
-def _halved(context: Context) -> Context:
-    """The context with one half of each neutral text to learn with, and the other to measure drift on."""
-    texts, model = read_neutral_texts(context.config.neutral_texts), context.model
-    measured, learned = neutral_windows(context.tokenizer, texts, model.vocabulary, model.max_tokens, HALF)
-    return replace(context, neutral=measured, neutral_for_trials=learned)
 
 
 def _plan(loader: ModelLoader, models: Models) -> LearnPlan:
@@ -141,7 +138,7 @@ class Lesson:
         if any(tensor.is_meta for tensor in self.model.module.parameters()):
             raise ConfigError("no gradient can be made of layers that lie in the CPU's memory beside the device")
         self.evaluator = Evaluator(context)
-        self.samples = Samples(config, self.console, self.model, context.tokenizer, asked)
+        self.samples = Samples(context, asked)
         self.start = self._start()
         self.texts = _texts_of(context)
         self.adapter = Adapter(self.model.module, config.learn.rank, config.random_seed)
@@ -176,10 +173,10 @@ class Lesson:
             self.console.warnings(record.warnings(packing))
         return list(start.log_probabilities)
 
-    def learn(self, resume: bool, table: str) -> None:
-        """Make the steps that are left, and show what they have led to. table: how much of the phrase tables is shown.
+    def learn(self, resume: bool, table: str) -> list[Sample]:
+        """Make the steps that are left, and show what they have led to; what base and adapter answer.
 
-        resume: whether to go on with an earlier run was asked for.
+        table: how much of the phrase tables is shown. resume: whether to go on with an earlier run was asked for.
         """
         console, steps = self.console, self.config.learn.steps
         self._show_table(table)
@@ -194,8 +191,11 @@ class Lesson:
             self._steps(bar, end_if_asked)
         self._hold_limit()
         self.evaluator.evaluate("adapter")
+        samples = self.samples.compare(self.evaluator, "adapter")
         self._show_table(table, self.start)
         self._show_metrics()
+        console.lines(report.sample_lines(samples, "adapter"))
+        return samples
 
     def _steps(self, bar: Progress, end_if_asked: Callable[[], None]) -> None:
         """Make all steps. A state is kept, here and on the disk, once what it leads to is known to be a number."""
@@ -247,8 +247,8 @@ class Lesson:
 
         def is_allowed(factor: float) -> bool:
             self.adapter.scale(factor)
-            checked = {text: spread(range(len(text.windows)), CHECKED) for text in self.texts}
-            return all(objective.drift(text, numbers) <= limit for text, numbers in checked.items())
+            checked = [(text, spread(range(len(text.passages)), CHECKED)) for text in self.texts]
+            return all(objective.drift(text, numbers) <= limit for text, numbers in checked)
 
         factor = largest_factor(is_allowed)
         self.adapter.scale(factor)
@@ -270,16 +270,16 @@ class Lesson:
             taught = report.gains(self.config.pairs, self.search.weights, self.start, self.search.log_probabilities)
             held_out = report.gains(phrases.pairs, phrases.weights, before.held_out, now.held_out)
             self.console.lines(report.overfit_lines(taught, held_out))
-        limit, drift = self.config.max_drift, now.metrics.get("kl", 0.0)
-        if limit is not None and drift > limit:
-            what = f"KL is {drift:.4g} on texts that took no part in learning, above max_drift {limit:g}"
-            self.console.warning(f"{what}: lower max_drift")
+        limit = math.inf if self.config.max_drift is None else self.config.max_drift
+        for column in columns_of(now.metrics):
+            drift = now.metrics[column.name]
+            if column.name in (NEUTRAL_KL, OWN_KL) and drift > limit:
+                what = f"{column.label} is {drift:.4g} on texts that took no part in learning"
+                self.console.warning(f"{what}, above max_drift {limit:g}: lower max_drift")
 
-    def recipe(self) -> Recipe:
-        """What there is to be told of the adapter, after samples of it were shown."""
+    def recipe(self, samples: Sequence[Sample]) -> Recipe:
+        """What there is to be told of the adapter."""
         search, phrases, start, now = self.search, self.evaluator.phrases, self.evaluator.start, self.evaluator.now
-        samples = self.samples.compared("adapter")
-        self.console.lines(report.sample_lines(samples, "adapter"))
         return self.record.recipe(
             self.config.pairs,
             search.weights,
@@ -311,14 +311,11 @@ class Lesson:
 
 def _texts_of(context: Context) -> list[DriftText]:
     """On what the model is to stay near the base. Raises ConfigError if drift counts and there is none."""
-    windows = context.neutral_for_trials
-    if context.config.is_guarded and not windows:
+    texts = {"neutral texts": context.texts.neutral_for_trials, "own answers": context.texts.own_for_trials}
+    found = [DriftText(name, passages) for name, passages in texts.items() if passages]
+    if context.config.is_guarded and not found:
         raise ConfigError("neutral_texts: too little text to measure drift on; set drift_weight: 0 to learn without")
-    return (
-        [DriftText("neutral texts", tuple(windows), tuple((True,) * len(window) for window in windows))]
-        if windows
-        else []
-    )
+    return found
 
 
 def _drift_weight(config: Config, base_scores: Sequence[float]) -> float:
@@ -338,7 +335,8 @@ def _plan_lines(loader: ModelLoader, models: Models) -> list[str]:
     tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(models.module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
-    tokens = tokens_of_a_step(encoded, learn.pairs, learn.windows, plan.budget)
+    texts = len([one for one in (config.neutral_texts, config.own_texts) if one != ()])
+    tokens = tokens_of_a_step(encoded, learn.pairs, texts * learn.drift_tokens, plan.budget)
     free = free_memory(device)
     try:
         each = seconds_of_a_layer(models.module, plan.budget.tokens, loader.compute.dtype, device) / plan.budget.tokens

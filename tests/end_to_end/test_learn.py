@@ -269,7 +269,7 @@ def test_what_can_not_be_learned_with(place, monkeypatch, base, capsys):
     refused(capsys, "both are empty")
     configure(place, base, held_out=0.99)
     refused(capsys, "above the smallest dimension of the base's layers: ", "--set", "learn.rank=33")
-    refused(capsys, "--learn measures drift on such texts", "--set", "neutral_texts=[]")
+    refused(capsys, "--learn measures drift unless", "--set", "neutral_texts=[]")
     (place / "plain.txt").write_text("a", encoding="utf-8")
     refused(capsys, "too little text")
     monkeypatch.setattr(adapter, "_is_taken", lambda *_: False)

@@ -16,15 +16,15 @@ from modules.model.arithmetic import Arithmetic
 from modules.model.base_model import ResidentModel
 from modules.model.loading import load_model
 from modules.scoring.budget import Budget
+from modules.scoring.drift import Passage, full_passage
 from modules.scoring.layout import build_scorer
 from modules.scoring.scorer import of_pairs
 from modules.scoring.tokenization import encode_pairs
 
-RANK, DRIFT_WEIGHT, WINDOWS = 2, 5.0, mixes.WINDOWS
+RANK, DRIFT_WEIGHT = 2, 5.0
 OTHERS = (tuple(range(30, 50)), tuple(range(60, 75)))
-ALL = tuple((True,) * len(window) for window in WINDOWS)
-ANSWERS = tuple(tuple(place > 8 and place % 3 != 0 for place in range(len(window))) for window in OTHERS)
-TEXTS = (DriftText("neutral", WINDOWS, ALL), DriftText("answers", OTHERS, ANSWERS))
+ANSWERS = [Passage(one, tuple(place > 8 and place % 3 != 0 for place in range(len(one)))) for one in OTHERS]
+TEXTS = (DriftText("neutral", [full_passage(window) for window in mixes.WINDOWS]), DriftText("answers", ANSWERS))
 
 
 @dataclass
@@ -54,7 +54,7 @@ def begun(folder, pairs_of=tiny.PAIRS, texts=TEXTS, budget=None, compute="float6
     return Begun(model, adapter, LearningObjective(model, adapter, *packed, texts, DRIFT_WEIGHT))
 
 
-def plain_gradient(folder, one, pairs, windows):
+def plain_gradient(folder, one, pairs, passages):
     """Total, drift by text and gradient by name: through the whole model, one text at a time, of a base to whose
     weights the adapter's products are added by hand."""
     base, objective = mixes.plain(folder), one.objective
@@ -74,13 +74,13 @@ def plain_gradient(folder, one, pairs, windows):
             table = reference.said(base, item.tokens, weights)
             said = sum(table[place - 1, item.tokens[place]] for place in range(item.start, len(item.tokens)))
             total = total + weight * said.exp()
-    for text, numbers in zip(objective.texts, windows, strict=True):
+    for text, numbers in zip(objective.texts, passages, strict=True):
         found = []
-        for number in numbers:
+        for passage in [text.passages[number] for number in numbers]:
             with torch.no_grad():
-                old = reference.said(base, text.windows[number])
-            new = reference.said(base, text.windows[number], weights)
-            kept = torch.tensor(text.compared[number])
+                old = reference.said(base, passage.tokens)
+            new = reference.said(base, passage.tokens, weights)
+            kept = torch.tensor(passage.compared)
             found.append((old.exp() * (old - new)).sum(-1)[kept])
         drift[text.name] = torch.cat(found).mean()
     loss = total + DRIFT_WEIGHT * sum(drift.values()) / max(1, len(drift))

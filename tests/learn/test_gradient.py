@@ -1,4 +1,4 @@
-"""The gradient of packs and windows on an adapter's weights, against plain forwards of one text at a time."""
+"""The gradient of packs and passages on an adapter's weights, against plain forwards of one text at a time."""
 
 import learning
 import mixes
@@ -19,15 +19,15 @@ def keeping(forward, *args, use_reentrant, preserve_rng_state, **kwargs):
     return forward(*args, **kwargs)
 
 
-def check(folder, pairs=(0, 2, 3, 4), windows=((0, 2), (1,)), **more):
+def check(folder, pairs=(0, 2, 3, 4), passages=((0, 2), (1,)), **more):
     """Every gradient is that of the twin. What is computed again is so outside of InDouble, so nothing is."""
     one = learning.begun(folder, **more)
     with mixes.InDouble(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradient, "checkpoint", keeping)
-        windows = windows[: len(one.objective.texts)]
-        found, loss = one.objective.gradient(pairs, windows)
-        total, drift, whole, expected = learning.plain_gradient(folder, one, pairs, windows)
-        for text, numbers in zip(one.objective.texts, windows, strict=True):
+        passages = passages[: len(one.objective.texts)]
+        found, loss = one.objective.gradient(pairs, passages)
+        total, drift, whole, expected = learning.plain_gradient(folder, one, pairs, passages)
+        for text, numbers in zip(one.objective.texts, passages, strict=True):
             assert one.objective.drift(text, numbers) == pytest.approx(drift[text.name], rel=1e-8)
     assert (loss.total, loss.loss) == pytest.approx((total, whole), rel=1e-8)
     assert loss.drift == pytest.approx(drift, rel=1e-8)
