@@ -30,12 +30,14 @@ _SIDES = ("A", "B")
 
 
 def linear_layers(module: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the linear layers in the decoder layers that PEFT can adapt, by name.
+    """Inputs and outputs of the linear layers in the decoder layers that PEFT can adapt, by name; without gates, which
+    have a single output.
 
     module: may be without weights. Raises ConfigError if there are none.
     """
     prefix, layers = find_layers(module)
-    names = [f"{prefix}.{name}" for name, child in layers.named_modules() if isinstance(child, nn.Linear | Conv1D)]
+    linear = {name: child for name, child in layers.named_modules() if isinstance(child, nn.Linear | Conv1D)}
+    names = [f"{prefix}.{name}" for name, child in linear.items() if min(_sides(child)) > 1]
     refused = {kind for kind in dict.fromkeys(map(_kind, names)) if not _is_taken(module, names, kind)}
     kept = [name for name in names if _kind(name) not in refused]
     if not kept:
@@ -115,13 +117,14 @@ def _sides(layer: nn.Linear | Conv1D) -> tuple[int, int]:
 
 
 def _is_taken(module: PreTrainedModel, names: Sequence[str], kind: str) -> bool:
-    """Whether PEFT adapts the layers of a kind: of some architectures it refuses those that a kernel goes past."""
+    """Whether PEFT adapts the layers of a kind, which is tried: it refuses those that a kernel goes past, and takes
+    some with experts beside them for these."""
     alike = [name for name in names if _kind(name) == kind]
     try:
-        _adapted(copy.deepcopy(module).to("meta"), _settings(module, alike, rank=1))
+        adapted = _adapted(copy.deepcopy(module).to("meta"), _settings(module, alike, rank=1))
     except ValueError:
         return False
-    return True
+    return sorted(adapted.base_model.targeted_module_names) == sorted(alike)
 
 
 def _settings(module: PreTrainedModel, names: Sequence[str], rank: int) -> LoraConfig:

@@ -27,6 +27,7 @@ from modules.metrics.evaluator import Evaluator
 from modules.metrics.kl import NATS
 from modules.metrics.metric import Context
 from modules.metrics.registry import columns_of
+from modules.model.arithmetic import Arithmetic
 from modules.model.base_model import is_finite
 from modules.model.devices import free_memory, resolve_device
 from modules.model.loading import ModelLoader
@@ -88,7 +89,8 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
             raise ConfigError(f"learn has changed since {target.partial} was begun; begin again with --restart")
         loader, asked = ask(loader, models, begun and begun.settings)
         check_space(models.jobs)
-        loader = loader.fitting(models)
+        goes_on = begun and config.compute_dtype == config.dtype == "auto"
+        loader = replace(loader, compute=Arithmetic.named(begun.computed)) if goes_on else loader.fitting(models)
         console.warnings(doubtful_phrases(loader.config.pairs))
         if options.dry_run:
             console.timed("Measuring how fast this machine is")
@@ -96,6 +98,7 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
             console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")
             return
         loader.in_range(lambda own: _learn(own, options, target, models, asked))
+    console.line(f"As a candidate of a merge: models_to_merge: [{config.directories.output_directory}]")
     end(console, config, models, config.directories.output_directory)
 
 
