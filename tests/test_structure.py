@@ -15,6 +15,7 @@ PACKAGES = (
     "search",
     "metrics",
     "output",
+    "learn",
     "mapper",
     "slop",
     "run",
@@ -28,6 +29,7 @@ HEARS_OF_TORCH_MODULES = (
     "checkpoints/architecture",
     "checkpoints/conversion",
     "checkpoints/candidate",
+    "learn/adapter",
     "model",
     "scoring",
 )
@@ -92,7 +94,7 @@ def test_the_page_on_internals_lists_the_packages_in_their_order():
 def test_requirements_hold_nothing_but_what_the_run_needs():
     names = [re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()]
     needed = (
-        "accelerate gguf huggingface_hub matplotlib protobuf psutil pydantic pyyaml regex safetensors sentencepiece "
-        "torch tqdm"
+        "accelerate gguf huggingface_hub matplotlib peft protobuf psutil pydantic pyyaml regex safetensors "
+        "sentencepiece torch tqdm"
     )
     assert sorted(names) == [*needed.split(), "transformers"]

@@ -92,6 +92,22 @@ class Joint(Section):
 
 
 @dataclass(frozen=True)
+class Learn(Section):
+    """How --learn makes an adapter of the base; only it reads this."""
+
+    rank: kinds.CountFromOne = 8
+    """Rank of the adapter's matrices; more can learn more, and drift further."""
+    steps: kinds.CountFromOne = 40
+    """How many steps are made; each costs about three forwards of its pairs and texts."""
+    learning_rate: kinds.Limit = 1e-3
+    """By how much a weight of the adapter moves at most in the first step; in the last it is a tenth of that."""
+    pairs: kinds.CountFromOne = 16
+    """Pairs of phrase and context that a step looks at; all have had their turn before any comes again."""
+    drift_tokens: kinds.CountFromOne = 512
+    """At how many tokens of neutral text, and of the base's own answers, a step compares the adapter with the base."""
+
+
+@dataclass(frozen=True)
 class Settings(Section):
     """The settings of Merge Monster and Monster Mapper. Only `directories` and some phrases must be there."""
 
@@ -180,6 +196,7 @@ class Settings(Section):
     """Run Python code that a model brings along; only for architectures that need it."""
     mapper: Mapper = field(default_factory=Mapper, metadata=_NO_PART)
     discover: Discover = field(default_factory=Discover, metadata=_NO_PART)
+    learn: Learn = field(default_factory=Learn, metadata=_NO_PART)
 
     @property
     def weight_of_drift(self) -> float | str:
@@ -235,6 +252,7 @@ _SECTIONS = {
     "joint": Joint,
     "mapper": Mapper,
     "discover": Discover,
+    "learn": Learn,
     "bad_phrases": Phrase,
     "good_phrases": Phrase,
     "contexts": Context,

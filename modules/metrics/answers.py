@@ -36,8 +36,9 @@ def loops(text: str) -> bool:
     return max(times.values(), default=0) >= LOOP_TIMES
 
 
-def warnings(base: Mapping[str, float], merge: Mapping[str, float]) -> list[str]:
-    """A line each if the merge's answers have another length than the base's, or loop more often."""
+def warnings(base: Mapping[str, float], merge: Mapping[str, float], what: str = "merge") -> list[str]:
+    """A line each if the merge's answers have another length than the base's, or loop more often. what: stands in the
+    place of the merge."""
     if not (base and merge):
         return []
     lines = []
@@ -45,10 +46,10 @@ def warnings(base: Mapping[str, float], merge: Mapping[str, float]) -> list[str]
     if abs(change) > MOST_CHANGE:
         which = "longer" if change > 0 else "shorter"
         words = f"{base['words']:.1f} -> {merge['words']:.1f} words"
-        lines.append(f"the merge's answers are {abs(change):.0%} {which} than the base's: {words}")
+        lines.append(f"the {what}'s answers are {abs(change):.0%} {which} than the base's: {words}")
     if merge["loops"] > base["loops"]:
         lines.append(
-            f"the merge's answers loop more often than the base's: {base['loops']:.0%} -> {merge['loops']:.0%}"
+            f"the {what}'s answers loop more often than the base's: {base['loops']:.0%} -> {merge['loops']:.0%}"
         )
     return lines
 

@@ -51,10 +51,10 @@ class Evaluator:
         totals = self.phrases.totals(searched, self.start.held_out)
         self.start = replace(self.start, searched=searched, metrics=self.start.metrics | _numbers(totals))
 
-    def evaluate(self) -> Evaluation:
-        """The model as it is now, `now` from here on."""
+    def evaluate(self, what: str = "merge") -> Evaluation:
+        """The model as it is now, `now` from here on. what: it is."""
         with self._timed():
-            self._console.timed("Evaluating the merge")
+            self._console.timed(f"Evaluating the {what}")
             self.now = self._evaluated()
         return self.now
 

@@ -30,6 +30,7 @@ from modules.runtime.errors import CheckpointError, ConfigError, naming
 from modules.runtime.text import pluralize
 
 SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
+STATE_FILE = "merge_monster_state.safetensors"  # in one that is learned
 UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is no output yet
 _ABOUT_UNFINISHED = (
     "Merge Monster has not finished this output. The command that began it goes on with --resume and begins again\n"
@@ -248,7 +249,7 @@ def unfinished_output(
     folder.mkdir(exist_ok=True)
     with closing(open_journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
         if journal.decisions and not resume:
-            steps = sum(record["kind"] == "step" for record in journal.records)
+            steps = sum(record["kind"] in ("step", "learned") for record in journal.records)
             progress = pluralize(steps, "step") if steps else pluralize(journal.decisions, "decision")
             advice = "add --resume to go on from there, or --restart to begin again"
             advice = advice if searching else "finish that search, delete this folder, or name another --output"
@@ -257,8 +258,9 @@ def unfinished_output(
             if not journal.decisions:
                 journal.clear()
             target.mark()
+            kept = (JOURNAL_FILE, UNFINISHED, *([STATE_FILE] if journal.decisions else []))
             for path in folder.iterdir():
-                if path.name not in (JOURNAL_FILE, UNFINISHED):  # left of an earlier attempt at saving
+                if path.name not in kept:  # left of an earlier attempt at saving
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             yield Unfinished(target, journal)
         except BaseException:

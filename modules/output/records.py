@@ -163,6 +163,14 @@ class Step(Record):
     seconds: Number
 
 
+class Learned(Record):
+    """A step of learning: the metrics that it began with."""
+
+    step: Count
+    metrics: Metrics  # loss, total and, by text, drift
+    seconds: Number
+
+
 class Phrase(Record):
     """A pair of phrase and context with its signed weight, and its probability before and after the run."""
 
@@ -205,6 +213,7 @@ LINES = {
     "baseline": Scored,
     "joint": Mixed,
     "step": Step,
+    "learned": Learned,
     "decision": Decided,
     "candidate": Scored,
 }

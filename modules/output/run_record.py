@@ -74,6 +74,8 @@ class RunRecord:
             begun = [list(map(len, joint.start)) for joint in self._lines["joint"]]
             forms = [list(map(len, rows)) for rows in (line.shares, line.mean, line.square)]
             return line.step == len(self._lines["step"]) + 1 and forms == begun * 3
+        if kind == "learned":
+            return line.step == len(self._lines["learned"]) + 1
         if isinstance(line, Scored | Decided) and len(line.log_probabilities) != len(config.pairs):
             return False
         if kind == "start":

@@ -83,6 +83,15 @@ def score_summary(
     return _aligned({**model, **models, "Pairs": _pairs(config), **scorer, "Auto weights": _on(config.auto_weights)})
 
 
+def learn_summary(
+    config: Config, model: Mapping[str, object], scorer: Mapping[str, object], learned: Mapping[str, object]
+) -> list[str]:
+    """The same where an adapter is learned. learned: what there is to say of it."""
+    rows = {**model, "Random seed": config.random_seed, "Base model": config.directories.model_path1}
+    rows |= {"Output directory": config.directories.output_directory, "Pairs": _pairs(config), **scorer}
+    return _aligned({**rows, "Auto weights": _on(config.auto_weights), **learned})
+
+
 def _aligned(rows: Mapping[str, object]) -> list[str]:
     return [f"{name:<16} : {value}" for name, value in rows.items()]
 
@@ -247,14 +256,14 @@ def probability_table(
     return [*table(header, rows[:count], rows[count:]), f"the models' own probabilities, without weights{last}"]
 
 
-def sample_lines(samples: Sequence[Sample]) -> list[str]:
-    """Prompts and, below each, what base and merge have answered."""
-    lines = ["What base and merge answer, with the same seed:"]
+def sample_lines(samples: Sequence[Sample], who: str = "merge") -> list[str]:
+    """Prompts and, below each, what base and merge have answered. who: stands in the place of the merge."""
+    lines, width = [f"What base and {who} answer, with the same seed:"], len(f"  {who}: ")
     for sample in samples:
-        answers = ("  base:", ended(sample.base)), ("  merge:", ended(sample.merge))
+        answers = ("  base:", ended(sample.base)), (f"  {who}:", ended(sample.merge))
         for label, text in (("Prompt:", sample.prompt), *answers):
             first, *more = text.strip().splitlines() or ["(nothing)"]
-            lines += [f"{label:<9}{first}", *(f"{'':<9}{line}" for line in more)]
+            lines += [f"{label:<{width}}{first}", *(f"{'':<{width}}{line}" for line in more)]
     return [*lines, ""] if samples else []
 
 

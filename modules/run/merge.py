@@ -221,11 +221,12 @@ def load_base(
     placement: Sequence[torch.device] | None = None,
     record: RunRecord | None = None,
     asked: Asked = NOBODY_ASKED,
+    weighs: bool = True,
 ) -> Context:
     """The base loaded and scored, and what metrics are measured with.
 
-    record: of the run whose trials metrics may judge; None if there will be no trials. asked: prompts as the base reads
-    them; of the main process.
+    record: of the run; None if there will be no trials. asked: prompts as the base reads them; of the main process.
+    weighs: whether there are trials, which metrics may judge.
     """
     config = loader.config
     model, tokenizer = loader.load(models, placement)
@@ -241,7 +242,7 @@ def load_base(
         weighed = [metric.weigh(context) for metric in METRICS if metric.weigh]
         return [metric for metric in weighed if metric is not None]
 
-    weighed = group.on_all_ranks(weigh) if record else []
+    weighed = group.on_all_ranks(weigh) if record and weighs else []
     return replace(context, search=Search(model, scorer, config, tokenizer, group, weighed))
 
 

@@ -237,7 +237,7 @@ def estimate_seconds(plan: Plan, module: PreTrainedModel) -> float | None:
     """
     longest = max(plan.packs)
     try:
-        seconds = _seconds_of_a_layer(module, longest, plan)
+        seconds = seconds_of_a_layer(module, longest, plan.arithmetic.dtype, plan.device)
     except NOT_TAKEN:  # the model's forward needs something else, or there is no memory for it
         return None
     count = len(plan.candidates)
@@ -249,20 +249,20 @@ def estimate_seconds(plan: Plan, module: PreTrainedModel) -> float | None:
 
 
 @torch.no_grad()
-def _seconds_of_a_layer(module: PreTrainedModel, tokens: int, plan: Plan) -> float:
-    """A forward of so many tokens through the first layers, for one of them."""
+def seconds_of_a_layer(module: PreTrainedModel, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """A forward of so many tokens through the first layers, for one of them. module: the base's, without weights."""
     module = copy.deepcopy(module)
     layers, few = find_layers(module)[1], module.base_model
     del layers[TIMED_LAYERS:]
-    few.to(plan.arithmetic.dtype).to_empty(device=plan.device)
+    few.to(dtype).to_empty(device=device)
     for tensor in (*few.parameters(), *few.buffers()):
         tensor.fill_(0.01 if tensor.is_floating_point() else 0)
-    inputs = torch.zeros(1, tokens, dtype=torch.long, device=plan.device)
+    inputs = torch.zeros(1, tokens, dtype=torch.long, device=device)
     few(inputs[:, :1], use_cache=False)  # what is only done the first time is not timed
     begin = time.perf_counter()
     few(inputs, use_cache=False)
-    if plan.device.type != "cpu":  # there, work has only been begun when the call returns
-        torch.accelerator.synchronize(plan.device)
+    if device.type != "cpu":  # there, work has only been begun when the call returns
+        torch.accelerator.synchronize(device)
     return (time.perf_counter() - begin) / len(layers)
 
 

@@ -26,15 +26,16 @@ class Samples:
         self._asked = asked
         self.seconds = 0.0
 
-    def compare(self, evaluator: Evaluator) -> list[Sample]:
-        """Answers of base and merge to show; how all answers differ is added to the evaluator's metrics."""
+    def compare(self, evaluator: Evaluator, what: str = "merge") -> list[Sample]:
+        """Answers of base and merge to show; how all answers differ is added to the evaluator's metrics. what: stands
+        in the place of the merge."""
         if self._context.config.samples == ():
             return []
         began = time.monotonic()
         console, config = self._context.console, self._context.config
         shown, samples = self._context.answers.shown, self._context.answers.samples
         given = {answer.prompt: answer.given for answer in (*shown, *samples)}
-        console.timed(f"Generating the merge's answers to {pluralize(len(given), 'prompt')}")
+        console.timed(f"Generating the {what}'s answers to {pluralize(len(given), 'prompt')}")
         model, tokenizer = self._context.model, self._context.tokenizer
         written: dict[str, Written] = {}
         if given:
@@ -44,7 +45,7 @@ class Samples:
         of_base = self._counted(compared, [answer.written for answer in compared])
         of_merge = self._counted(compared, [written[answer.prompt] for answer in compared])
         evaluator.add(of_base, of_merge)
-        console.warnings(warnings(of_base, of_merge))
+        console.warnings(warnings(of_base, of_merge, what))
         chosen = samples or shown[:MOST_SAMPLES]
         found = [self._sample(answer, written[answer.prompt]) for answer in chosen if answer.prompt in written]
         console.warnings(
