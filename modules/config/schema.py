@@ -178,7 +178,7 @@ class Settings(Section):
     own_texts; []: the merge answers nothing."""
     neutral_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
     """Text files on which drift is measured. null: those of the program (example_phrases/neutral); [] for none. See
-    docs/search.md#neutral-text."""
+    docs/search.md#neutral-text-and-own-answers."""
     own_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
     """Files of prompts, one a line. The base answers them at the start, and drift is measured on its answers too. null:
     those of the program (example_phrases/prompts.txt, or openings.txt without a chat template); [] for none."""
