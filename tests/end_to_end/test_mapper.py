@@ -290,7 +290,7 @@ def test_half_precision_checkpoints(place):
         (["--yaml", "folder"], "a folder"),
         (["--json", "a.json", "--yaml", "./a.json"], "--json and --yaml both name"),
         (["--model", "nowhere"], "--model: 'nowhere': no such folder"),
-        (["--model", "folder"], "folder: no model here"),
+        (["--model", "folder"], "folder: not a model folder"),
         (["--device", "cuda:7"], "cuda:7"),
         (["--device", "tpu"], "--device: 'tpu': expected auto"),
     ],

@@ -242,16 +242,16 @@ def test_model_directory_is_scanned_alphabetically_without_base_and_output(place
         assert merge(place, (folder / "base",), *arguments, **settings) == 0
         log = log_of(place)
         assert "Models to merge  : one, two\n" in log
-        assert "base is the base model itself: skipped" in log
-        assert "notes holds no model (no config.json): skipped" in log
-    assert "out is the output directory: skipped" in log
+        assert "base: it is the base model\n" in log
+        assert "notes: no model here (config.json is missing)\n" in log
+    assert "out: it is the output directory\n" in log
 
 
 def test_the_base_among_the_candidates_is_skipped_by_resolved_path(place, models):
     base, one, _ = models
     (place / "link").symlink_to(base)
     assert merge(place, (base, place / "link", one)) == 0
-    assert "link is the base model itself: skipped" in log_of(place)
+    assert "link: it is the base model\n" in log_of(place)
     assert "Models to merge  : one\n" in log_of(place)
 
 
@@ -277,8 +277,8 @@ def other_model(place, models, **changes):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"layers": 2}, "num_hidden_layers is 2, the base's 3"),
-        ({"hidden": 48}, "hidden_size is 48, the base's 32"),
+        ({"layers": 2}, "num_hidden_layers is 2 (base: 3)"),
+        ({"hidden": 48}, "hidden_size is 48 (base: 32)"),
         ({"attention_bias": True}, "model.layers.0.self_attn.q_proj.bias"),
     ],
 )
@@ -296,7 +296,7 @@ def test_a_candidate_of_another_architecture(place, models, capsys):
 def test_all_unfit_candidates_are_named_at_once(place, models, capsys):
     other = other_model(place, models, layers=2)
     (place / "empty").mkdir()
-    refused(place, (models[0], other, place / "empty"), capsys, ["num_hidden_layers", "empty: no model here"])
+    refused(place, (models[0], other, place / "empty"), capsys, ["num_hidden_layers", "empty: not a model folder"])
 
 
 def copy_with(models, place, change):
@@ -310,7 +310,7 @@ def copy_with(models, place, change):
 
 def test_missing_tensors(place, models, capsys):
     other = copy_with(models, place, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    refused(place, (models[0], other), capsys, "it lacks model.layers.1.mlp.up_proj.weight")
+    refused(place, (models[0], other), capsys, "missing tensors model.layers.1.mlp.up_proj.weight")
 
 
 def test_tensors_of_another_shape(place, models, capsys):
@@ -409,8 +409,8 @@ def test_indexes_that_lead_elsewhere(place, models, capsys):
             ({"weight_map": {"x": "../one/model.safetensors"}}, "is not a plain file name"),
             ({"weight_map": {"x": "/etc/passwd"}}, "is not a plain file name"),
             ({"weight_map": {"x": "absent.safetensors"}}, "the shard absent.safetensors is missing"),
-            ({"weight_map": [1]}, "not a valid index"),
-            ({}, "not a valid index"),
+            ({"weight_map": [1]}, "not a valid shard index"),
+            ({}, "not a valid shard index"),
         )
     ):
         broken = tiny.make_candidate(place / f"broken{number}", models[0], 1)
@@ -424,7 +424,7 @@ def test_a_quantised_candidate(place, models, capsys):
     config = json.loads((other / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (other / "config.json").write_text(json.dumps(config))
-    refused(place, (models[0], other), capsys, "quantised")
+    refused(place, (models[0], other), capsys, "quantized (quantization_config in config.json)")
 
 
 def test_a_base_without_tokenizer(place, models, capsys):

@@ -375,7 +375,7 @@ def run(folder, case):
 def test_one_line_says_what_became_of_the_header(merged, name):
     assert merged[name].code == 0, merged[name].output
     output, expected = merged[name].output.splitlines(), CASES[name].line
-    told = [line.startswith(("Header:", "WARNING:")) and " its configuration means " not in line for line in output]
+    told = [line.startswith(("Header:", "WARNING:")) and " config.json differs " not in line for line in output]
     lines = [number for number, one in enumerate(told) if one]
     assert len(lines) == (expected is not None), [output[number] for number in lines]
     if expected is not None:
