@@ -1,4 +1,4 @@
-"""Write what is said of the keys of the YAML file wherever it is read: all of it stands in modules/config/schema.py.
+"""Write the descriptions of the YAML file's keys, which stand in modules/config/schema.py, wherever they are read.
 
     python demo/write_keys.py
 
@@ -25,10 +25,11 @@ from modules.merging.methods import METHODS  # noqa: E402
 
 SCHEMA, TABLE = "modules/config/schema.json", "docs/configuration.md"
 YAML_FILES = ("default.yaml", "default-mapper.yaml")
-# Keys whose values have a line each.
-LINES = {"merge_method": {name: method.summary for name, method in METHODS.items()}, "strategy": STRATEGIES}
+# What each value of a key does.
+CHOICES = {"merge_method": {name: method.summary for name, method in METHODS.items()}, "strategy": STRATEGIES}
 HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
 WIDTH = 120
+MOST_LINES = 2  # of a comment
 
 
 def json_schema() -> dict[str, Any]:
@@ -102,8 +103,14 @@ def row(key: str, said: dict[str, Any]) -> str:
     default = f"`{value if isinstance(value, str) else json.dumps(value)}`"
     if said.get("required") or value == "":  # an output is required by most uses
         default = "required"
-    meaning = re.sub(r"docs/([\w-]+)\.md(#[\w-]+)?", r"[\1](\1.md\2)", " ".join(said["description"].split()))
+    meaning = re.sub(r"docs/([\w-]+)\.md(#[\w-]+)?", r"[\1](\1.md\2)", described(key, said))
     return f"| `{key}` | {kind(said)} | {default} | {meaning} |\n"
+
+
+def described(key: str, said: dict[str, Any]) -> str:
+    """A key's description, with what each of its values does."""
+    choices = ". ".join(f"{name}: {what}" for name, what in CHOICES.get(key, {}).items())
+    return " ".join([*said["description"].split(), f"{choices}."] if choices else said["description"].split())
 
 
 def with_table(page: str, schema: dict[str, Any]) -> str:
@@ -134,15 +141,20 @@ def with_comments(text: str, schema: dict[str, Any]) -> str:
 
 
 def comment(key: str, said: dict[str, Any], indent: str) -> list[str]:
-    """A key's description, and the values that it can have, if they are names and not in it."""
-    text = " ".join(said["description"].split())
-    choices = LINES.get(key, {})
-    names = said.get("enum", [key] if key == "device" else [])
-    if not choices and not all(re.search(rf"\b{re.escape(name)}(?![+\w])", text) for name in names):
-        text += f" Values: {kind(said)}."
-    lines = textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-    width = max(map(len, choices), default=0)
-    return lines + [f"{indent}{name:{width}}  {what}" for name, what in choices.items()]
+    """A key's description with its values, if they are names: what each does or, if that is too long, the names."""
+    lines = wrapped(described(key, said), indent)
+    names = CHOICES.get(key) or said.get("enum", [key] if key == "device" else [])
+    has_all = all(re.search(rf"\b{re.escape(name)}(?![+\w])", " ".join(lines)) for name in names)
+    if not names or (has_all and len(lines) <= MOST_LINES):
+        return lines
+    values = ", ".join(CHOICES[key]) if key in CHOICES else kind(said)
+    return wrapped(f"{said['description']} Values: {values}.", indent)
+
+
+def wrapped(text: str, indent: str) -> list[str]:
+    """The lines of a comment."""
+    text = " ".join(text.split())
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def written() -> dict[str, str]:

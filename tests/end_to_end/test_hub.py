@@ -88,7 +88,7 @@ def test_what_is_no_folder_here_is_told_before_the_hub_is_asked(hub, tmp_path, c
     asked = len(hub.requests)
     (tmp_path / "org" / "bose").mkdir(parents=True)
     assert merge(tmp_path, "org/base") == 2
-    assert "no such folder; a model of the hub is written org/name@main" in capsys.readouterr().err
+    assert "no such folder; write a hub model as org/name@main" in capsys.readouterr().err
     assert len(hub.requests) == asked
 
 

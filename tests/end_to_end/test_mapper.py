@@ -284,8 +284,8 @@ def test_half_precision_checkpoints(place):
     "arguments, words",
     [
         (["--json", "there.json"], "this file exists; name another one, or add --overwrite"),
-        (["--json", "my.yaml", "--overwrite"], "which this run would write, is the input"),
-        (["--yaml", "phrases.yaml", "--overwrite"], "which this run would write, is the input"),
+        (["--json", "my.yaml", "--overwrite"], "which is the input"),
+        (["--yaml", "phrases.yaml", "--overwrite"], "which is the input"),
         (["--json", "nowhere/tree.json"], "its folder does not exist"),
         (["--yaml", "folder"], "a folder"),
         (["--json", "a.json", "--yaml", "./a.json"], "--json and --yaml both name"),

@@ -464,7 +464,7 @@ def test_a_shard_that_the_disk_spoils_is_noticed(place, models, whole, monkeypat
     monkeypatch.setattr(modules.checkpoints.writing, "_reads", spoiled)
     assert merge(place, models) == 1
     error = capsys.readouterr().err
-    assert "model-00002-of-00004.safetensors: " in error and "reads otherwise than it was written" in error
+    assert "model-00002-of-00004.safetensors: " in error and "reads back differently" in error
     assert not (place / "out").exists()
     monkeypatch.undo()
     monkeypatch.chdir(place)
@@ -740,7 +740,7 @@ def test_a_recipe_may_be_named_as_the_output_that_holds_it(place, models, whole)
 
 REPLAYS = {
     "/": ["--output", "/"],
-    "not a usable path (File name too long)": ["--output", "a" * 250],
+    "invalid path (File name too long)": ["--output", "a" * 250],
     "not on this machine": ["--output", "again", "--device", "\x1b[2J"],
     "no such source": ["--output", "again", "--source", "no\n=here"],
     "one (one/zzz); --source DIR": ["--output", "again", "--source", "one=one/zzz"],

@@ -232,7 +232,7 @@ def test_what_can_not_be_scored_is_refused(place, models, capsys):
     for words, options in {
         "this file exists": ["--json", "there.json"],
         "its folder does not exist": ["--json", "no/x.json"],
-        "which this run would write": ["--json", str(models[1] / "x.json")],
+        ", which lies in the input ": ["--json", str(models[1] / "x.json")],
     }.items():
         assert score(models[1], options=options) == 2 and words in capsys.readouterr().err
     assert (place / "there.json").read_text() == "mine" and not (models[1] / "x.json").exists()

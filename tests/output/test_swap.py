@@ -396,7 +396,7 @@ def test_an_output_that_would_take_an_input_along(bench, monkeypatch, capsys, wh
         output = ours / "deep" / "out"
     path = tiny.write_config((output if what == "the settings" else bench.place) / "my.yaml", ours, [one], output)
     assert merge_monster.main(["--config", str(path), "--overwrite"]) == 2
-    assert "which this run would write, " in capsys.readouterr().err
+    assert "this run would write " in capsys.readouterr().err
     (bench.out / "my.yaml").unlink(missing_ok=True)
     assert digest(bench.out) == before
 
@@ -407,7 +407,7 @@ def test_a_log_does_not_go_into_a_model(bench, monkeypatch, capsys):
     before = digest(ours)
     monkeypatch.chdir(ours)
     assert merge(bench.place, (ours, *bench.models[1:])) == 2
-    assert "logs, which this run would write, lies in the input" in capsys.readouterr().err
+    assert "logs, which lies in the input" in capsys.readouterr().err
     assert digest(ours) == before
 
 

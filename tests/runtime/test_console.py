@@ -367,9 +367,9 @@ def test_a_place_without_room_for_a_log_is_named(place, capsys):
     os.chdir(gone)
     gone.rmdir()
     assert merge_monster.main(["--config", str(path)]) == 2
-    assert "the folder that you are in is gone" in capsys.readouterr().err
+    assert "the current folder no longer exists" in capsys.readouterr().err
     assert merge_monster.main(["--config", str(path), "--output", "out"]) == 2
-    assert "--output: 'out': not a usable path" in capsys.readouterr().err
+    assert "--output: 'out': invalid path" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
