@@ -75,7 +75,7 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
     for source in list(sources):
         if source.adapter is None and repositories[source.model].same_as(base_repository):
             sources.remove(source)
-            notes.append(f"Skipping {source.text}: it is the base model")
+            notes.append(f"{source.text} is the base model; skipped")
     if names_some and not sources:
         raise ConfigError(
             "no candidates to merge: " + ("; ".join(notes) or "directories.model_directory has no sub-folders")
@@ -155,11 +155,11 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
     for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
         names = local_files(path)
         if path.resolve() in (output, partial_of(output)):
-            notes.append(f"Skipping {path}: it is the output directory")
+            notes.append(f"{path} is the output directory; skipped")
         elif "config.json" not in names and ADAPTER_SETTINGS not in names:
-            notes.append(f"Skipping {path}: no model here (config.json is missing{found_instead(names)})")
+            notes.append(f"{path} contains no model (config.json is missing{found_instead(names)}); skipped")
         elif any("\ud800" <= character <= "\udfff" for character in path.name):
-            notes.append(f"Skipping {path.name!r} in {path.parent}: its name is not valid UTF-8")
+            notes.append(f"{path.name!r} in {path.parent} has a name that is not valid UTF-8; skipped")
         else:
             sources.append(Source(str(path), Location(str(path), path)))
     return sources, notes

@@ -144,7 +144,7 @@ def test_the_base_among_the_candidates_is_skipped(tmp_path, models):
     config = tiny.write_config(tmp_path / "my.yaml", file, [file, models[1]], tmp_path / "out")
     opened = open_models(load_config(config), fetch=lambda job: None)
     assert [candidate.name for candidate in opened.candidates] == ["one"]
-    assert f"Skipping {file}: it is the base model" in opened.notes
+    assert f"{file} is the base model; skipped" in opened.notes
 
 
 def test_an_adapter_is_applied_to_a_file(tmp_path, models):

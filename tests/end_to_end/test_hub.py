@@ -424,7 +424,7 @@ def test_the_base_under_another_name_is_skipped(hub, models, tmp_path):
     hub.add("org/base", models / "base", "refs/pr/7")
     assert merge(tmp_path, "org/base", ["old/name", "org/base@refs/pr/7", "org/one@v1"]) == 0
     log = log_of(tmp_path)
-    assert "Models to merge  : one@v1\n" in log and "Skipping old/name: it is the base model" in log
+    assert "Models to merge  : one@v1\n" in log and "old/name is the base model; skipped" in log
 
 
 def test_a_model_that_was_in_the_cache_before_stays(hub, models, tmp_path):

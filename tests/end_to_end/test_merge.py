@@ -242,16 +242,16 @@ def test_model_directory_is_scanned_alphabetically_without_base_and_output(place
         assert merge(place, (folder / "base",), *arguments, **settings) == 0
         log = log_of(place)
         assert "Models to merge  : one, two\n" in log
-        assert "base: it is the base model\n" in log
-        assert "notes: no model here (config.json is missing)\n" in log
-    assert "out: it is the output directory\n" in log
+        assert "base is the base model; skipped" in log
+        assert "notes contains no model (config.json is missing); skipped" in log
+    assert "out is the output directory; skipped" in log
 
 
 def test_the_base_among_the_candidates_is_skipped_by_resolved_path(place, models):
     base, one, _ = models
     (place / "link").symlink_to(base)
     assert merge(place, (base, place / "link", one)) == 0
-    assert "link: it is the base model\n" in log_of(place)
+    assert "link is the base model; skipped" in log_of(place)
     assert "Models to merge  : one\n" in log_of(place)
 
 

@@ -325,8 +325,8 @@ def test_what_a_folder_of_candidates_leaves_out_is_told_with_its_cause(bench, tm
     )
     config.write_text(text)
     notes = open_models(load_config(config), fetch=lambda job: None).notes
-    assert any("a.gguf" in note and "Skipping" in note for note in notes)
-    assert any(f"{place / 'b'}: no model here" in note for note in notes)
+    assert any("a.gguf" in note and "skipped" in note for note in notes)
+    assert any(f"{place / 'b'} contains no model" in note for note in notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_what_can_not_be_scored_is_refused(place, models, capsys):
     (place / "there.json").write_text("mine")
     wrong = {
         "--score[1]: 'nowhere': no such folder": (models[1], "nowhere"),
-        "is the base model itself": (models[0],),
+        "is the base model": (models[0],),
         "small": (small,),
     }
     for words, named in wrong.items():
