@@ -378,7 +378,7 @@ def test_missing_weights_in_the_base(place, models, capsys):
 def test_a_base_whose_config_does_not_fit_its_weights(place, models, capsys):
     for number, (changes, words) in enumerate(
         (
-            ({"vocab_size": 700}, "has shape (400, 32), its config.json says (700, 32)"),
+            ({"vocab_size": 700}, "has shape (400, 32), but config.json says (700, 32)"),
             ({"hidden_act": "nosuch"}, "can't be loaded: KeyError"),
         )
     ):
@@ -439,7 +439,7 @@ def test_only_the_base_as_candidate(place, models, capsys):
 
 def test_a_device_that_is_not_there(place, models, capsys):
     absent = "mps" if not torch.backends.mps.is_available() else "cuda:7"
-    refused(place, models, capsys, [f"'{absent}' is not on this machine", "cpu"], "--device", absent)
+    refused(place, models, capsys, [f"'{absent}' is not available", "cpu"], "--device", absent)
 
 
 def test_an_output_that_is_or_contains_an_input(place, models, capsys):

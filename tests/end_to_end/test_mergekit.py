@@ -204,7 +204,7 @@ def test_rows_at_other_places_are_refused_where_they_are_merged(place, capsys, m
     tiny.change_vocabulary(models[1], tiny.rewritten_tokenizer(tokenizer, order))
     assert merge(place, models, merge_method="lerp", merge_ratios=[0.5]) == 0
     recipe = recipe_in(place, models)
-    assert "of them at another place" in refused(place, told(recipe, merges), capsys)
+    assert "of them at a different index" in refused(place, told(recipe, merges), capsys)
     exported(place, told(recipe, [line for line in merges if len(line) == 3 and line[1] is not None] or merges[:3]))
 
 

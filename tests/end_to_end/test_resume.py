@@ -741,7 +741,7 @@ def test_a_recipe_may_be_named_as_the_output_that_holds_it(place, models, whole)
 REPLAYS = {
     "/": ["--output", "/"],
     "invalid path (File name too long)": ["--output", "a" * 250],
-    "not on this machine": ["--output", "again", "--device", "\x1b[2J"],
+    "is not available": ["--output", "again", "--device", "\x1b[2J"],
     "no such source": ["--output", "again", "--source", "no\n=here"],
     "one (one/zzz); --source DIR": ["--output", "again", "--source", "one=one/zzz"],
 }

@@ -170,7 +170,7 @@ def test_other_tokens_are_matched_or_told(place, models):
     configure(place, models[0])
     assert score(other, strange) == 0
     log = log_of(place)
-    assert "Header: " in log and "it is scored with the base's embedding and head" in log
+    assert "Embedding and LM head: " in log and "it is scored with the base's embedding and head" in log
 
 
 def broken(place, models):
@@ -288,7 +288,7 @@ def test_an_adapter_that_changes_one_half_of_a_tied_pair_is_scored_as_peft_runs_
     expected = [math.exp(reference.pair_log_probability(model, tokenizer, pair)) for pair in tiny.PAIRS[:2]]
     assert [entry["probabilities"]["adapter"] for entry in phrases] == pytest.approx(expected, rel=1e-3)
     assert merge(place, (base, adapter), pairs=tiny.PAIRS[:2]) == 0
-    assert "so adapter's own head is not used" in log_of(place)
+    assert "so adapter's own LM head is ignored" in log_of(place)
 
 
 def test_each_model_is_scored_by_its_own_settings(place, tmp_path, monkeypatch):
