@@ -23,7 +23,7 @@ from modules.runtime.text import ranges
 VERSION = "1.0.0"  # of the program
 TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
 # What the programs' help says of options that both have, on one line of a screen.
-CONFIG = "the configuration file (default: {})"
+CONFIG = "configuration file (default: {})"
 SET = "override a setting (repeatable)"
 QUIET = "show only warnings, errors and the last line"
 

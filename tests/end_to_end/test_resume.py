@@ -488,7 +488,7 @@ def test_a_signal_ends_the_run_after_the_decision(place, models, whole, number):
     os.kill(child, number)
     assert end(child) == 130
     told = (place / "child.txt").read_text()
-    assert "Ending after this step; once more to end at once." in told
+    assert "Stopping after this step; press Ctrl-C again" in told
     assert "Interrupted. Nothing was written to" in told and "with --restart begins again" in told
     records = journal(place / "out.partial")
     assert records[-1]["kind"] in ("decision", "candidate", "source")
@@ -501,7 +501,7 @@ def test_a_second_signal_ends_the_run_at_once(place, models):
     wait_until(lambda: b"Candidate 1/2" in read(place / "child.txt"))
     time.sleep(0.2)
     os.kill(child, signal.SIGINT)
-    wait_until(lambda: b"once more to end at once" in read(place / "child.txt"))
+    wait_until(lambda: b"press Ctrl-C again" in read(place / "child.txt"))
     time.sleep(0.2)
     assert os.waitpid(child, os.WNOHANG) == (0, 0), "the first one only asks"
     began = time.monotonic()
