@@ -131,7 +131,7 @@ def test_rounding_is_told_and_noted_where_there_is_some(place, models, dtype, to
     assert bool(lines) == told == ("rounding" in recipe)
     if told:
         least = recipe["rounding"]
-        assert f": {least:.5f} of the total" in lines[0]
+        assert f": {least:.2g} of the total" in lines[0]
         gains = [one["before"] - one["after"] for one in recipe["decisions"] if one["ratio"] is not None]
         assert gains and min(gains) > 2 * least > 0
         assert all(phrase.get("rounding", 0) >= 0 for phrase in recipe["phrases"])

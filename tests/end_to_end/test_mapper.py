@@ -283,7 +283,7 @@ def test_half_precision_checkpoints(place):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--json", "there.json"], "this file exists; name another one, or add --overwrite"),
+        (["--json", "there.json"], "this file exists"),
         (["--json", "my.yaml", "--overwrite"], "which is the input"),
         (["--yaml", "phrases.yaml", "--overwrite"], "which is the input"),
         (["--json", "nowhere/tree.json"], "its folder does not exist"),

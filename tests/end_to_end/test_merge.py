@@ -457,7 +457,7 @@ def test_an_output_that_is_not_empty(place, models, capsys):
     assert merge(place, models) == 0  # an empty folder is fine
     first = digest(place / "out")
     assert merge(place, models) == 2
-    assert "is not empty; move it, name another, or add --overwrite" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
     assert digest(place / "out") == first
     assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 0
     assert digest(place / "out") != first
@@ -494,7 +494,7 @@ def test_an_old_output_comes_back_if_the_new_one_cannot_take_its_place(place, mo
     monkeypatch.setattr(Path, "rename", failing)
     assert merge(place, models, "--overwrite", merge_ratios=[0.3]) == 1
     error = capsys.readouterr().err
-    assert "out.partial: Input/output error" in error and "what stood there still does" in error
+    assert "out.partial: Input/output error" in error and "was not changed" in error
     assert digest(place / "out") == first
     assert sorted(path.name for path in place.iterdir()) == ["logs", "my.yaml", "out", "out.partial"]
     monkeypatch.undo()
@@ -513,9 +513,9 @@ def test_an_output_that_is_a_file(place, models, capsys):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a file system that nobody can write to")
 def test_an_output_that_cannot_be_written(place, models, capsys):
-    refused(place, models, capsys, "can't be written", "--output", "/proc/merged")
+    refused(place, models, capsys, "can't write the output directory /proc/merged", "--output", "/proc/merged")
     (place / "file").write_text("")
-    refused(place, models, capsys, "can't be written", "--output", str(place / "file/merged"))
+    refused(place, models, capsys, "can't write the output directory", "--output", str(place / "file/merged"))
 
 
 def test_a_folder_of_somebody_else_in_the_place_of_the_partial_one(place, models, capsys):
@@ -523,7 +523,7 @@ def test_a_folder_of_somebody_else_in_the_place_of_the_partial_one(place, models
     (place / "out.partial/thesis.tex").write_text("years of work")
     for arguments in ([], ["--resume"], ["--restart"]):
         assert merge(place, models, *arguments) == 2
-        assert "out.partial was not written by Merge Monster and is in its way; move it" in capsys.readouterr().err
+        assert "out.partial was not written by Merge Monster" in capsys.readouterr().err
     assert (place / "out.partial/thesis.tex").read_text() == "years of work"
     (place / "out.partial/thesis.tex").unlink()
     assert merge(place, models) == 0  # an empty one is in nobody's way
@@ -541,7 +541,7 @@ def test_a_save_that_fails_keeps_the_old_output(place, models, capsys, monkeypat
     message = capsys.readouterr().err
     assert "can't be written" in message and "No space left on device" in message and "Traceback" not in message
     assert digest(place / "out") == first
-    assert "is kept in" in message and "--resume" in message
+    assert "is saved in" in message and "--resume" in message
     monkeypatch.undo()
     monkeypatch.chdir(place)
     assert merge(place, models, "--overwrite", "--resume", merge_ratios=[0.3]) == 0

@@ -217,7 +217,7 @@ def test_one_that_dies_ends_the_run_and_loses_nothing(tmp_path, models, one_proc
     result = merge(tmp_path, models, *several(2, "dies"))
     assert result.returncode != 0
     assert "ERROR: another process of this run has ended" in result.stderr
-    assert "--resume goes on from there" in result.stderr and "internal error" not in result.stderr
+    assert "with --resume to continue" in result.stderr and "internal error" not in result.stderr
     assert "[process" not in result.stderr  # the others have nothing to say about it
     assert len(decisions(tmp_path / "out.partial")) >= 3 and not (tmp_path / "out").exists()
     result = merge(tmp_path, models, *several(2), "--resume")

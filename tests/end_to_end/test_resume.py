@@ -126,7 +126,7 @@ def test_a_line_damaged_in_the_middle_is_refused(place, models, whole, capsys):
     lines = (place / "out.partial" / JOURNAL).read_bytes().splitlines(keepends=True)
     (place / "out.partial" / JOURNAL).write_bytes(b"".join([*lines[:5], b"\x00\x00\n", *lines[5:]]))
     assert merge(place, models, "--resume") == 2
-    assert "line 6 is damaged; begin again with --restart" in capsys.readouterr().err
+    assert "line 6 is damaged; start over with --restart" in capsys.readouterr().err
     assert merge(place, models, "--restart") == 0
     assert same(place / "out", whole)
 
@@ -145,7 +145,7 @@ def test_an_unfinished_run_is_never_overwritten(place, models, whole, capsys):
         assert merge(place, models, *arguments) == 2
         error = capsys.readouterr().err
         assert "an unfinished run (4 decisions)" in error
-        assert "--resume to go on from there" in error and "--restart to begin again" in error
+        assert "--resume to continue" in error and "--restart to start over" in error
     assert digest(place / "out.partial") == before
     assert merge(place, models, "--restart") == 0
     assert same(place / "out", whole) and "Resuming" not in log_of(place)
@@ -165,7 +165,7 @@ def test_another_configuration_is_refused(place, models, whole, capsys):
     break_off(place, whole, 8)
     before = digest(place / "out.partial")
     assert merge(place, models, "--resume", merge_ratios=[0.1, 0.2], pairs=tiny.PAIRS[:3]) == 2
-    lists = "bad_phrases is not the same; good_phrases is not the same"
+    lists = "bad_phrases changed; good_phrases changed"
     assert f"{lists}; merge_ratios was [0.2, 0.4, 0.6, 0.8], is [0.1, 0.2]" in capsys.readouterr().err
     assert digest(place / "out.partial") == before
 
@@ -277,7 +277,7 @@ def test_a_run_does_not_go_on_where_what_is_searched_has_changed(place, models, 
         record_of(begun, settings_at(place, models, before), base)
         if key == "device":
             monkeypatch.setattr("modules.model.devices.present_devices", lambda: ["mps", "cpu"])
-        with pytest.raises(ConfigError, match=rf"has changed since .* was begun: {key} (was|is not the same)"):
+        with pytest.raises(ConfigError, match=rf"has changed since .* was started: {key} (was|changed)"):
             record_of(begun, settings_at(place, models, after), base)
         monkeypatch.undo()
         os.chdir(place)
@@ -329,7 +329,7 @@ def test_a_journal_of_another_version_is_refused(place, models, whole, capsys):
     first, *others = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(json.dumps({**json.loads(first), "program": "0.9"}).encode() + b"\n" + b"".join(others))
     assert merge(place, models, "--resume") == 2
-    assert "was begun by Merge Monster 0.9" in capsys.readouterr().err
+    assert "was started by Merge Monster 0.9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [0, 2])
@@ -444,7 +444,7 @@ def test_a_full_disk(place, models, whole):
     before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
     assert end(start(place, models, before=before)) == 1
     told = (place / "child.txt").read_text()
-    assert "can't be written" in told and "--resume goes on from there" in told and "Traceback" not in told
+    assert "can't be written" in told and "with --resume to continue" in told and "Traceback" not in told
     assert not (place / "out").exists()
     assert merge(place, models, "--resume") == 0
     assert same(place / "out", whole)
@@ -489,7 +489,7 @@ def test_a_signal_ends_the_run_after_the_decision(place, models, whole, number):
     assert end(child) == 130
     told = (place / "child.txt").read_text()
     assert "Stopping after this step; press Ctrl-C again" in told
-    assert "Interrupted. Nothing was written to" in told and "with --restart begins again" in told
+    assert "Interrupted. Nothing was written to" in told and "--restart" in told
     records = journal(place / "out.partial")
     assert records[-1]["kind"] in ("decision", "candidate", "source")
     assert merge(place, models, "--resume") == 0

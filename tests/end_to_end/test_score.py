@@ -17,6 +17,7 @@ from modules.config.load import load_config
 from modules.config.phrase_lists import Pair
 from modules.metrics import evaluator
 from modules.output.recipe import RECIPE_FILE
+from modules.runtime.text import brief_percent
 from modules.scoring.scorer import Scorer
 from modules.scoring.tokenization import neutral_windows
 
@@ -126,7 +127,7 @@ def test_the_phrases_stand_beneath_with_every_models_probability(place, models):
     assert header.replace(" ", "") == "|Type|Phrase|Context|base|one|two|"
     shown = [line.strip("|").split("|") for line in lines if line.startswith(("| BAD", "| GOOD"))]
     for cells, phrase in zip(shown, phrases, strict=True):
-        assert [cell.strip() for cell in cells[3:]] == [f"{100 * p:.5f}%" for p in phrase["probabilities"].values()]
+        assert [cell.strip() for cell in cells[3:]] == list(map(brief_percent, phrase["probabilities"].values()))
     end = next(number for number, line in enumerate(lines) if line.endswith("held out: the last 2 rows"))
     assert [line.startswith("| ") for line in lines[end - 5 : end]] == [True, False, True, True, False]
 

@@ -88,7 +88,7 @@ def test_a_run_whose_reader_ends_can_be_gone_on_with(place, models, whole):
     assert end(child) == 141
     assert (place / "child.txt").read_text() == ""  # standard error
     assert "Stopped: standard output was closed. " in log_of(place)
-    assert "the same command with --resume goes on from there" in log_of(place)
+    assert "run the same command with --resume" in log_of(place)
     assert goes_on(place, models, whole)
 
 
