@@ -647,7 +647,7 @@ def test_sources_that_lie_elsewhere(place, models, whole, capsys):
     (place / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
     assert replay(place / "recipe.json", place / "again") == 2
     error = capsys.readouterr().err
-    assert f"not found in {place}, {place.parent} or " in error and ": base, one, two; " in error
+    assert f"not found in or near {place}, {place.parent}: " in error and ": base, one, two; " in error
     assert "--source NAME=PATH" in error
     arguments = [f"--source={folder.name}={folder}" for folder in models]
     assert replay(place / "recipe.json", place / "again", *arguments) == 0
@@ -657,7 +657,7 @@ def test_sources_that_lie_elsewhere(place, models, whole, capsys):
     assert f"{models[2]}: model.safetensors has changed since the recipe was written" in capsys.readouterr().err
     assert not (place / "other").exists() and not (place / "other.partial").exists()
     assert replay(place / "recipe.json", place / "other", "--source=three=x") == 2
-    assert "--source three: the recipe has no such source; it has base, one, two" in capsys.readouterr().err
+    assert "--source three: the recipe has no such model; it has base, one, two" in capsys.readouterr().err
 
 
 def test_decisions_that_can_not_be_carried_out(place, models, whole, capsys):
@@ -691,7 +691,7 @@ def test_a_recipe_does_not_decide_that_code_is_run(place, models, whole, capsys)
     recipe["settings"]["trust_remote_code"] = True
     (place / "recipe.json").write_text(json.dumps(recipe))
     assert replay(place / "recipe.json", place / "again") == 2
-    assert "if you trust them, add --trust-remote-code" in capsys.readouterr().err
+    assert "add --trust-remote-code" in capsys.readouterr().err
     assert not (place / "again").exists()
     assert replay(place / "recipe.json", place / "again", "--trust-remote-code", lying_in(models)) == 0
 
@@ -708,10 +708,10 @@ def test_a_recipe_does_not_overwrite(place, models, whole, capsys):
     "arguments, words",
     [
         (["--replay", "x"], "--replay needs --output"),
-        (["--source", "a=b"], "--source goes with --replay"),
-        (["--replay", "x", "--output", "y", "--resume"], "are for a search"),
-        (["--replay", "x", "--output", "y", "--dry-run"], "are for a search"),
-        (["--trust-remote-code"], "--trust-remote-code goes with --replay"),
+        (["--source", "a=b"], "--source needs --replay"),
+        (["--replay", "x", "--output", "y", "--resume"], "can't be combined with --resume"),
+        (["--replay", "x", "--output", "y", "--dry-run"], "and --dry-run"),
+        (["--trust-remote-code"], "--trust-remote-code needs --replay"),
         (["--replay", "x", "--output", "y", "--source", "a"], "expected NAME=PATH"),
         (["--resume", "--restart"], "not allowed with argument"),
     ],
@@ -742,8 +742,8 @@ REPLAYS = {
     "/": ["--output", "/"],
     "invalid path (File name too long)": ["--output", "a" * 250],
     "is not available": ["--output", "again", "--device", "\x1b[2J"],
-    "no such source": ["--output", "again", "--source", "no\n=here"],
-    "one (one/zzz); --source DIR": ["--output", "again", "--source", "one=one/zzz"],
+    "no such model": ["--output", "again", "--source", "no\n=here"],
+    "one (one/zzz); add --source DIR": ["--output", "again", "--source", "one=one/zzz"],
 }
 
 

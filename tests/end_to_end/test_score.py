@@ -269,7 +269,7 @@ def test_options_that_do_not_go_with_it(options, capsys):
 def test_json_goes_with_it_alone(capsys):
     with pytest.raises(SystemExit):
         merge_monster.main(["--json", "x"])
-    assert "--json goes with --score" in capsys.readouterr().err
+    assert "--json needs --score" in capsys.readouterr().err
 
 
 def test_phrases_are_held_out_as_in_a_merge(place, models):
