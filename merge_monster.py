@@ -105,7 +105,7 @@ def run(config: Config, console: Console, options: argparse.Namespace, rank: Ran
 
 def replay(console: Console, options: argparse.Namespace) -> int:
     """Build a recipe's model again, and turn every failure into one message and an exit code."""
-    console.banner(f"THE MERGE MONSTER REMEMBERS {options.replay}")
+    console.banner(f"Rebuilding the model of {options.replay}")
     console.timed(LOADING)
     with importing():
         from modules.output.folder import stamp, what_stands
@@ -126,7 +126,7 @@ def replay(console: Console, options: argparse.Namespace) -> int:
 def export(console: Console, options: argparse.Namespace) -> int:
     """Write a recipe as a file for mergekit, and turn every failure into one message and an exit code."""
     file, recipe = options.export_mergekit
-    console.timed(f"THE MERGE MONSTER TELLS OF {recipe}")
+    console.timed(f"Exporting {recipe} for mergekit")
     console.timed(LOADING)
 
     def work() -> None:
@@ -141,7 +141,7 @@ def export(console: Console, options: argparse.Namespace) -> int:
 
 def score(config: Config, console: Console, options: argparse.Namespace) -> int:
     """Score models by the configuration's phrases, and turn every failure into one message and an exit code."""
-    console.timed("THE MERGE MONSTER JUDGES")
+    console.timed(f"Scoring {pluralize(len(options.score), 'model')}")
     console.timed(LOADING)
 
     def work() -> None:
@@ -174,32 +174,32 @@ def compare(outputs: Sequence[Path]) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
-    description = "Merge fine-tunes into a base model, keeping what makes unwanted phrases rarer."
+    description = "Merge fine-tunes into a base model to make unwanted phrases less likely."
     parser = Arguments(description)
-    settings = parser.add_argument_group("settings, which default.yaml explains")
+    settings = parser.add_argument_group("settings (see default.yaml)")
     settings.add_argument("--config", metavar="FILE", default="default.yaml", help=CONFIG.format("default.yaml"))
     settings.add_argument("--device", metavar="NAME", help=DEVICES)
-    settings.add_argument("--output", metavar="DIR", help="where the merged model goes")
+    settings.add_argument("--output", metavar="DIR", help="folder for the merged model")
     settings.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
-    run = parser.add_argument_group("a run")
-    run.add_argument("--dry-run", action="store_true", help="check all, say what it would take, stop")
-    run.add_argument("--overwrite", action="store_true", help="replace an output, once the new one stands")
+    run = parser.add_argument_group("merging")
+    run.add_argument("--dry-run", action="store_true", help="check and estimate only, merge nothing")
+    run.add_argument("--overwrite", action="store_true", help="replace an existing output")
     unfinished = run.add_mutually_exclusive_group()
-    unfinished.add_argument("--resume", action="store_true", help="go on with a run that did not finish")
-    unfinished.add_argument("--restart", action="store_true", help="forget a run that did not finish")
-    others = parser.add_argument_group("without a search")
-    others.add_argument("--score", metavar="MODEL", nargs="+", help="how models do on the file's phrases")
-    others.add_argument("--learn", metavar="OUT", help="make an adapter for the base from the phrases alone")
-    others.add_argument("--json", metavar="FILE", type=Path, help="write what --score has found")
-    finished = "finished outputs side by side"
+    unfinished.add_argument("--resume", action="store_true", help="continue an unfinished run")
+    unfinished.add_argument("--restart", action="store_true", help="discard an unfinished run and start over")
+    others = parser.add_argument_group("other modes")
+    others.add_argument("--score", metavar="MODEL", nargs="+", help="score models on the config's phrases")
+    others.add_argument("--learn", metavar="OUT", help="learn an adapter for the base from the phrases alone")
+    others.add_argument("--json", metavar="FILE", type=Path, help="file for the results of --score")
+    finished = "compare finished outputs"
     others.add_argument("--compare", metavar="OUTPUT", type=Path, nargs="+", help=finished)
-    others.add_argument("--replay", metavar="RECIPE", type=Path, help="build its model again, in --output")
+    others.add_argument("--replay", metavar="RECIPE", type=Path, help="rebuild a recipe's model into --output")
     export = {"metavar": ("FILE", "OUTPUT"), "type": Path, "nargs": 2}
-    others.add_argument("--export-mergekit", **export, help="write an output's recipe for mergekit")
+    others.add_argument("--export-mergekit", **export, help="convert an output's recipe for mergekit")
     source = {"metavar": "DIR|NAME=PATH", "type": _place_of_source, "action": "append"}
-    others.add_argument("--source", **source, help="where a recipe's models lie now")
-    others.add_argument("--trust-remote-code", action="store_true", help="let a recipe's models run their code")
-    shown = parser.add_argument_group("what is shown")
+    others.add_argument("--source", **source, help="where a recipe's models are now")
+    others.add_argument("--trust-remote-code", action="store_true", help="run Python code of a recipe's models")
+    shown = parser.add_argument_group("console")
     shown.add_argument(
         "--table", metavar="KIND", choices=TABLES, default="full", help=f"phrase tables: {', '.join(TABLES)}"
     )
@@ -214,42 +214,36 @@ def check_together(parser: Arguments, options: argparse.Namespace) -> None:
     """Exit with code 2 for options that don't go together."""
     given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     if options.compare and given != ["compare"]:
-        parser.error("--compare only reads finished outputs; it goes with no other option")
+        parser.error("--compare can't be combined with other options")
     from_recipe = options.replay or options.export_mergekit
     beside_an_export = {"export_mergekit", "source", "trust_remote_code", "overwrite", "quiet"}
     if options.export_mergekit and not beside_an_export.issuperset(given):
-        parser.error("--export-mergekit goes with --source, --trust-remote-code, --overwrite and --quiet only")
+        parser.error(
+            "--export-mergekit can only be combined with --source, --trust-remote-code, --overwrite and --quiet"
+        )
     beside_scores = {"score", "config", "device", "set", "json", "overwrite", "quiet"}
     if options.score and not beside_scores.issuperset(given):
-        parser.error("--score goes with --config, --device, --set, --json, --overwrite and --quiet only")
-    beside_learning = {
-        "learn",
-        "config",
-        "device",
-        "set",
-        "dry_run",
-        "overwrite",
-        "resume",
-        "restart",
-        "table",
-        "quiet",
-    }
+        parser.error("--score can only be combined with --config, --device, --set, --json, --overwrite and --quiet")
+    beside_learning = {"learn", "config", "device", "set", "table", "quiet"}
+    beside_learning |= {"dry_run", "overwrite", "resume", "restart"}
     if options.learn and not beside_learning.issuperset(given):
-        parser.error("--learn goes with --config, --device, --set, --table, --quiet and the options of a run only")
+        parser.error("--learn can only be combined with --config, --device, --set, --table, --quiet and run options")
     if options.json and not options.score:
-        parser.error("--json goes with --score")
+        parser.error("--json needs --score")
     if options.score and options.overwrite and not options.json:
-        parser.error("--score writes no output; --overwrite goes with its --json")
+        parser.error("--score --overwrite needs --json")
     if options.replay and not options.output:
-        parser.error("--replay needs --output, the directory for the model")
+        parser.error("--replay needs --output")
     if options.replay and options.set:
-        parser.error("--set is for a search; a recipe has its own settings")
+        parser.error("--replay can't be combined with --set: a recipe has its own settings")
     if options.source and not from_recipe:
-        parser.error("--source goes with --replay")
+        parser.error("--source needs --replay or --export-mergekit")
     if options.trust_remote_code and not from_recipe:
-        parser.error("--trust-remote-code goes with --replay; for a search it is a key of the YAML file")
+        parser.error(
+            "--trust-remote-code needs --replay or --export-mergekit; for a merge, set trust_remote_code in the config"
+        )
     if options.replay and (options.resume or options.restart or options.dry_run):
-        parser.error("--replay always begins anew; leave out --resume, --restart and --dry-run, which are for a search")
+        parser.error("--replay can't be combined with --resume, --restart and --dry-run")
 
 
 def _place_of_source(text: str) -> tuple[str, str]:
@@ -258,7 +252,7 @@ def _place_of_source(text: str) -> tuple[str, str]:
     if not equals and os.path.isdir(text):
         return "", text
     if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"'{text}': expected NAME=PATH, or a folder in which the sources lie")
+        raise argparse.ArgumentTypeError(f"'{text}': expected NAME=PATH, or a folder that contains the models")
     return name, path
 
 

@@ -57,8 +57,8 @@ def start(options: argparse.Namespace) -> int:
 
 def run(config: Config, rated: Sequence[Config], console: Console, options: argparse.Namespace) -> int:
     """Map, discover or count, and turn every failure into one line and an exit code."""
-    does = "COUNTS" if rated else "LISTENS" if options.discover else "LOOKS AROUND"
-    console.timed(f"THE MONSTER MAPPER {does}")
+    does = "Counting phrases" if rated else "Looking for overused phrases" if options.discover else "Mapping contexts"
+    console.timed(does)
     console.timed(LOADING)
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
 
@@ -78,27 +78,27 @@ def run(config: Config, rated: Sequence[Config], console: Console, options: argp
             return rate(config, rated, console, options.json)
         return discover(config, console, options.json, options.yaml)
 
-    return exit_code(work, console, lambda: f"What was found so far is in {console.log_path}.")
+    return exit_code(work, console, lambda: f"The results so far are in {console.log_path}.")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
     description = "Show what a model would say in each context of a phrase list."
     parser = Arguments(description)
-    settings = parser.add_argument_group("settings, which default-mapper.yaml explains")
+    settings = parser.add_argument_group("settings (see default-mapper.yaml)")
     default = "default-mapper.yaml"
     settings.add_argument("--config", metavar="FILE", default=default, help=CONFIG.format(default))
-    settings.add_argument("--model", metavar="DIR", help="in place of the file's base model")
+    settings.add_argument("--model", metavar="DIR", help="base model to use instead of the config's")
     settings.add_argument("--device", metavar="NAME", help=DEVICES)
     settings.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
-    ways = parser.add_argument_group("what else it does").add_mutually_exclusive_group()
-    ways.add_argument("--discover", action="store_true", help="find what the model itself says too often")
-    ways.add_argument("--rate", nargs="+", metavar="MODEL", help="count the phrases in what models write")
-    written = parser.add_argument_group("what is written")
-    written.add_argument("--json", metavar="FILE", type=Path, help="everything that was found")
-    written.add_argument("--yaml", metavar="FILE", type=Path, help="a phrase list of what was found")
-    written.add_argument("--overwrite", action="store_true", help="replace these files where they exist")
-    shown = parser.add_argument_group("what is shown")
+    ways = parser.add_argument_group("other modes").add_mutually_exclusive_group()
+    ways.add_argument("--discover", action="store_true", help="find phrases that the model overuses")
+    ways.add_argument("--rate", nargs="+", metavar="MODEL", help="count the phrases in texts that models generate")
+    written = parser.add_argument_group("output files")
+    written.add_argument("--json", metavar="FILE", type=Path, help="all results")
+    written.add_argument("--yaml", metavar="FILE", type=Path, help="a phrase list from the results")
+    written.add_argument("--overwrite", action="store_true", help="replace existing files")
+    shown = parser.add_argument_group("console")
     shown.add_argument("--quiet", action="store_true", help=QUIET)
     shown.add_argument("--version", action="version", version=f"Monster Mapper {VERSION}", help="print the version")
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Write what is said of the keys of the YAML file wherever it is read: all of it stands in modules/config/schema.py.
+"""Write the descriptions of the YAML file's keys, which stand in modules/config/schema.py, wherever they are read.
 
     python demo/write_keys.py
 
@@ -25,11 +25,12 @@ from modules.merging.methods import METHODS  # noqa: E402
 
 SCHEMA, TABLE = "modules/config/schema.json", "docs/use.md"
 YAML_FILES = ("default.yaml", "default-mapper.yaml")
-# Keys whose values have a line each.
-LINES = {"merge_method": {name: method.summary for name, method in METHODS.items()}, "strategy": STRATEGIES}
+# What each value of a key does.
+CHOICES = {"merge_method": {name: method.summary for name, method in METHODS.items()}, "strategy": STRATEGIES}
 HEAD = "| key | default | meaning |\n|---|---|---|\n"
 MAPPERS = ("mapper.", "discover.")  # keys that default-mapper.yaml alone explains
 WIDTH = 120
+MOST_LINES = 2  # of a comment
 
 
 def json_schema() -> dict[str, Any]:
@@ -66,7 +67,7 @@ def names_of(key: str, said: dict[str, Any]) -> list[str]:
     """The values of a key whose values have names. quantitative is the other spelling of quantitive."""
     if "format" in said and key == "device":
         return re.split(", | or ", said["format"])
-    names = said.get("enum", list(LINES.get(key, {})))
+    names = said.get("enum", list(CHOICES.get(key, {})))
     return [name for name in names if name != "quantitative"]
 
 
@@ -85,7 +86,7 @@ def row(key: str, said: dict[str, Any]) -> str:
     default = f"`{value if isinstance(value, str) else json.dumps(value)}`"
     if said.get("required") or value == "":  # an output is required by most uses
         default = "required"
-    meaning = re.sub(r"docs/([\w-]+)\.md(#[\w-]+)?", link, text_of(key, said))
+    meaning = re.sub(r"docs/([\w-]+)\.md(#[\w-]+)?", link, described(key, said))
     return f"| `{key}` | {default} | {meaning} |\n"
 
 
@@ -93,6 +94,12 @@ def link(match: re.Match[str]) -> str:
     """A link to a page, or to a part of the page that has the table."""
     page, part = match[1], match[2] or ""
     return f"[{page}]({part})" if f"docs/{page}.md" == TABLE else f"[{page}]({page}.md{part})"
+
+
+def described(key: str, said: dict[str, Any]) -> str:
+    """A key's description, with what each of its values does or, where that needs no saying, their names."""
+    choices = [f"{name}: {what}." for name, what in CHOICES.get(key, {}).items()]
+    return " ".join([*said["description"].split(), *choices]) if choices else text_of(key, said)
 
 
 def with_table(page: str, schema: dict[str, Any]) -> str:
@@ -123,12 +130,15 @@ def with_comments(text: str, schema: dict[str, Any]) -> str:
 
 
 def comment(key: str, said: dict[str, Any], indent: str) -> list[str]:
-    """A key's description, and its named values: on lines of their own if each is explained."""
-    choices = LINES.get(key, {})
-    text = " ".join(said["description"].split()) if choices else text_of(key, said)
-    lines = textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-    width = max(map(len, choices), default=0)
-    return lines + [f"{indent}{name:{width}}  {what}" for name, what in choices.items()]
+    """A key's description with its values: what each does or, if that is too long, their names."""
+    lines = wrapped(described(key, said), indent)
+    return lines if len(lines) <= MOST_LINES else wrapped(text_of(key, said), indent)
+
+
+def wrapped(text: str, indent: str) -> list[str]:
+    """The lines of a comment."""
+    text = " ".join(text.split())
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def written() -> dict[str, str]:

@@ -55,7 +55,7 @@ def settle_attention(checkpoint: Checkpoint) -> list[str]:
     named = ", ".join(sorted(wanted - {"sdpa"}))
     if not named:
         return []
-    return [f"{checkpoint.text}: its config.json asks for the attention implementation {named}; the usual one is taken"]
+    return [f"{checkpoint.text}: config.json requests the attention implementation {named}; using PyTorch's instead"]
 
 
 def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -67,7 +67,9 @@ def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(child, nn.ModuleList) and len(child) == count
     ]
     if not lists:
-        raise ConfigError(f"{type(module).__name__}: no list of {count} decoder layers found in this architecture")
+        raise ConfigError(
+            f"{type(module).__name__}: found no list of {count} decoder layers; this architecture can't be merged"
+        )
     return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 

@@ -37,7 +37,7 @@ class BinReader(FilesReader):
         with reading(path):
             for name, tensor in tensors.items():
                 if tensor.numel() * tensor.element_size() > path.stat().st_size:  # one number in many places, say
-                    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which is more than the file holds")
+                    raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} is larger than the file")
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
     def read_file(self, path: Path, names: Iterable[str], buffer: Buffer) -> Iterator[tuple[str, Tensor]]:
@@ -76,14 +76,14 @@ def _check_archive(path: Path) -> None:
     size = path.stat().st_size
     with _ShortReads(path) as file:
         if not zipfile.is_zipfile(file):
-            raise ValueError("it is cut short: its end is missing; fetch it again")
+            raise ValueError("truncated: its end is missing; download it again")
         entries = zipfile.ZipFile(file).infolist()
     for entry in entries:
         if entry.compress_type:
             # PyTorch would map the packed bytes as if they were the weights.
-            raise ValueError("another program has compressed it; load it in PyTorch and save it again")
+            raise ValueError("the archive is compressed; load it in PyTorch and save it again")
         if entry.file_size > (_LARGEST_LISTING if entry.filename.endswith(".pkl") else size):
-            raise ValueError(f"{entry.filename} is to have {entry.file_size:,} bytes, which is too many")
+            raise ValueError(f"{entry.filename} claims {entry.file_size:,} bytes, which is too large")
 
 
 class _ShortReads(FileIO):
@@ -93,7 +93,7 @@ class _ShortReads(FileIO):
         """As of any file. Raises ValueError if that is too much."""
         wanted = os.fstat(self.fileno()).st_size - self.tell() if size is None or size < 0 else size
         if wanted > _LARGEST_LISTING:
-            raise ValueError(f"the list of what is in it is to have {wanted:,} bytes; no model has so many tensors")
+            raise ValueError(f"its table of contents claims {wanted:,} bytes, which is too large")
         return super().read(wanted)
 
 
@@ -104,7 +104,7 @@ def _load(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         tensors = torch.load(path, map_location=device, mmap=is_archive, weights_only=True)
     is_named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not is_named or not all(_is_plain(tensor, device) for tensor in tensors.values()):
-        raise CheckpointError(f"{path}: holds something else than named tensors; convert it to safetensors")
+        raise CheckpointError(f"{path}: contains more than named tensors; convert it to safetensors")
     return dict(tensors)
 
 

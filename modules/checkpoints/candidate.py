@@ -75,18 +75,18 @@ def open_candidate(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedM
     if problems:
         kinds = [_kind(checkpoint.config), _kind(base.config)]
         if kinds[0] != kinds[1]:
-            problems.insert(0, f"it is {kinds[0]}, the base is {kinds[1]}")
+            problems.insert(0, f"architecture is {kinds[0]}, the base's is {kinds[1]}")
         raise _refusal(checkpoint.text, [*problems, *other_meaning[:3]])
     notes = unused.notes(checkpoint.name)
     warnings = []
     if conversion.prefix:
-        notes.append(f"{checkpoint.name}: the names of its tensors begin with '{conversion.prefix}': read without")
+        notes.append(f"{checkpoint.name}: ignoring the prefix '{conversion.prefix}' of its tensor names")
     if checkpoint.config.get_text_config() is not checkpoint.config and base.config.get_text_config() is base.config:
-        notes.append(f"{checkpoint.name}: is {_kind(checkpoint.config)}; only that part is merged")
+        notes.append(f"{checkpoint.name}: merging only {_kind(checkpoint.config)}")
     if other_meaning:
         warnings.append(
-            f"{checkpoint.name}: its configuration means something else than the base's: {'; '.join(other_meaning)}; "
-            "the merged model keeps the base's"
+            f"{checkpoint.name}: config.json differs from the base's: {'; '.join(other_meaning)}; the merged model "
+            "keeps the base's values"
         )
     return Candidate(
         checkpoint,
@@ -109,8 +109,8 @@ def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> list[str]:
         raise ConfigError(f"{checkpoint.text}: {error}") from None
     if conversion.prefix:
         raise ConfigError(
-            f"{checkpoint.text}: the names of its tensors begin with '{conversion.prefix}', and transformers could not "
-            "open them again; save the model without it first"
+            f"{checkpoint.text}: its tensor names begin with '{conversion.prefix}', which transformers can't load; "
+            "save the model without it"
         )
     unused = leftovers(checkpoint, conversion, module)
     problems = _misfits(conversion, module, unused, checkpoint)
@@ -177,9 +177,9 @@ def _misfits(conversion: Conversion, module: PreTrainedModel, unused: Leftovers,
     if unplaced:
         layers = module.config.get_text_config().num_hidden_layers
         why = f" (num_hidden_layers is {layers})" if unused.surplus else ""
-        problems.insert(0, f"there is no place for {listed(unplaced)}{why}")
+        problems.insert(0, f"unexpected tensors {listed(unplaced)}{why}")
     if missing:
-        problems.insert(0, f"it lacks {listed(missing)}")
+        problems.insert(0, f"missing tensors {listed(missing)}")
     return problems
 
 

@@ -129,7 +129,7 @@ def open_checkpoint(where: Path | Repository, name: str, trusted: bool = False) 
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     if not any(info.dtype.is_floating_point for info in reader.tensors.values()):
-        raise ConfigError(f"{repository.text}: no weights found in its weight files")
+        raise ConfigError(f"{repository.text}: its weight files contain no floating-point weights")
     return Checkpoint(repository, name, config, reader, find_companions(path, trusted))
 
 
@@ -139,15 +139,15 @@ def read_configuration(repository: Repository, trusted: bool) -> PreTrainedConfi
     path = repository.folder
     if "config.json" not in repository.sizes:
         instead = found_instead(repository.sizes)
-        raise ConfigError(f"{repository.text}: no model here (config.json is missing){instead}")
+        raise ConfigError(f"{repository.text}: not a model folder: config.json is missing{instead}")
     try:
         stated = json.loads(read_file(path / "config.json", LARGEST_SETTINGS).decode("utf-8"))
         check_stated(stated, trusted)
         quantised = quantised_by(stated)
         if quantised is not None:
             raise ConfigError(
-                f"{path}: by {quantised} in config.json this model is quantised; merge the original weights instead, "
-                "or remove that key if its weights were converted back"
+                f"{path}: this model is quantized ({quantised} in config.json); merge the original weights, or remove "
+                "that key if the weights were converted back"
             )
         beside = find_companions(path, trusted).sizes
         with _copied(path, [name for name in beside if name == "config.json" or name.endswith(".py")]) as copies:
@@ -184,7 +184,7 @@ def load_tokenizer(path: Path, companions: Companions | None = None) -> Any:
             if len(tokenizer.get_vocab()) > len(tokenizer.all_special_ids):
                 return tokenizer
             # What transformers makes, for many architectures, of a folder without tokenizer files.
-            trouble = "its files are missing"
+            trouble = "tokenizer files are missing"
     raise ConfigError(f"{path}: no usable tokenizer ({_plain_cause(path, companions) or trouble})")
 
 
@@ -207,7 +207,7 @@ def _plain_cause(path: Path, companions: Companions) -> str | None:
         if problem:
             return f"{name} {problem}"
     for name in filter(belongs, companions.others):
-        return f"{name} is {(path / name).stat().st_size:,} bytes long, no more than {LARGEST_TEXT:,} are read"
+        return f"{name} is {(path / name).stat().st_size:,} bytes long, more than the limit of {LARGEST_TEXT:,}"
     return None
 
 

@@ -74,14 +74,14 @@ class Companions:
     @property
     def notes(self) -> list[str]:
         """A line about what is not copied though it belongs to the model."""
-        words = "Not copied, since they are links out of the base's folder"
+        words = "Not copied (links out of the base's folder)"
         return [f"{words}: {listed(self.external_links, _MOST_NAMED)}"] if self.external_links else []
 
     def describe(self) -> list[str]:
         """Lines about what is copied and what is not."""
-        lines = [f"Copied beside the weights: {listed(list(self.published), _MOST_NAMED)}", *self.notes]
+        lines = [f"Copied from the base: {listed(list(self.published), _MOST_NAMED)}", *self.notes]
         if self.others:
-            lines.append(f"Not copied, since they are no part of a model: {listed(self.others, _MOST_NAMED)}")
+            lines.append(f"Not copied (not part of a model): {listed(self.others, _MOST_NAMED)}")
         return lines
 
 

@@ -165,8 +165,8 @@ def _in_words(key: str, theirs: Any, ours: Any) -> str:
     name = key.removeprefix("rope_parameters.")
     if isinstance(theirs, list) and isinstance(ours, list) and max(len(theirs), len(ours)) > 4:
         places = [str(i) for i, (one, other) in enumerate(zip_longest(theirs, ours)) if one != other]
-        return f"{name} differs at {listed(places)} (counted from 0)"
-    return f"{name} is {_shown(theirs)}, the base's {_shown(ours)}"
+        return f"{name} differs at index {listed(places)}"
+    return f"{name} is {_shown(theirs)} (base: {_shown(ours)})"
 
 
 def _shown(value: Any) -> str:

@@ -34,11 +34,11 @@ def check_stated(stated: Any, trusted: bool) -> None:
     trusted: whether code that the model brings along may be run.
     """
     if _layers(stated) > MOST_LAYERS:
-        raise ValueError(f"it has {_layers(stated):.4g} layers")
+        raise ValueError(f"it claims {_layers(stated):.4g} layers")
     for key, value in _keys(stated):
         problem = _fetches(key.rpartition(".")[2], value, trusted)
         if problem:
-            raise ValueError(f"{key} asks for '{shortened(str(value), 80, keep='start')}', {problem}; remove that key")
+            raise ValueError(f"{key} is '{shortened(str(value), 80, keep='start')}', {problem}; remove that key")
 
 
 def check_implementations(config: PreTrainedConfig) -> None:
@@ -48,7 +48,7 @@ def check_implementations(config: PreTrainedConfig) -> None:
         for key in ("_attn_implementation", "_experts_implementation"):
             value = getattr(part, key, None)
             if value is not None and value not in _IMPLEMENTATIONS[key]:
-                raise ValueError(f"it asks for the implementation '{value}' under another key than {key}")
+                raise ValueError(f"it sets the implementation '{value}' under a key other than {key}")
 
 
 def parts_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -72,13 +72,13 @@ def _fetches(key: str, value: Any, trusted: bool) -> str | None:
     """What is wrong with a key's value if it would have something fetched."""
     allowed = _IMPLEMENTATIONS.get(key)
     if allowed and any(name is not None and name not in allowed for name in _leaves(value)):
-        return f"which may be code at the hub (allowed are {', '.join(allowed)})"
+        return f"which may load code from the hub (allowed: {', '.join(allowed)})"
     if key in _KERNELS and value:
-        return "for which code would be fetched"
+        return "which would download code"
     if key in _OTHER_MODELS and isinstance(value, str) and ("/" in value or ":" in value):
-        return "another model, which would be fetched"
+        return "which would download another model"
     if key == "auto_map" and trusted and any("--" in str(name) for name in _leaves(value)):
-        return "code of another repository, which is not trusted with this one; put that code into this folder"
+        return "which loads code from another repository; copy that code into this folder"
     return None
 
 

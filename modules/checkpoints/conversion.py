@@ -76,7 +76,9 @@ class Conversion:
                 empty = {n: torch.empty(info.shape, dtype=info.dtype, device="meta") for n, info in infos.items()}
                 forms = group.convert(empty, module)
             except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
-                raise ConfigError(f"{', '.join(group.sources[:3])} can't become {group.name} ({error})") from None
+                raise ConfigError(
+                    f"{', '.join(group.sources[:3])} can't be converted to {group.name} ({error})"
+                ) from None
             self._forms.update(forms)
             self._group_of.update(dict.fromkeys(forms, group))
             for source in group.sources:
@@ -158,7 +160,7 @@ class Conversion:
                 if shapes != {name: self.stored[name].shape for name in group.sources}:
                     raise ConfigError(
                         f"{group.name} is fused from {', '.join(group.sources[:3])}, and this version of transformers "
-                        "can't write it under these names again"
+                        "can't split it again"
                     )
 
     @property
@@ -219,7 +221,7 @@ def _foreign_prefix(rules: Rules, stored: Collection[str]) -> str:
     for other in fits:
         if fits[other][:2] == fits[best][:2] and not other.startswith(best) and not best.startswith(other):
             raise ConfigError(
-                f"its tensors fit without '{best}' and without '{other}' before their names; keep one of them"
+                f"its tensor names match without the prefix '{best}' and without '{other}'; keep one set of weights"
             )
     return best
 

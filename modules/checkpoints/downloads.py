@@ -126,7 +126,7 @@ def remove_downloads(console: Console, repositories: Iterable[Repository], neede
     try:
         cache.delete_revisions(*(removable - kept)).execute()
     except OSError as error:  # no reason to lose a merge
-        console.warning(f"downloads could not be removed from {constants.HF_HUB_CACHE} ({error.strerror})")
+        console.warning(f"could not remove the downloads from {constants.HF_HUB_CACHE} ({error.strerror})")
 
 
 def bytes_needed(jobs: Iterable[Job]) -> int:
@@ -149,12 +149,12 @@ def nearest_folder(folder: Path) -> Path:
 
 def check_space(jobs: Iterable[Job]) -> None:
     """Raise ConfigError if the cache's disk is too small for the jobs."""
-    check_room(bytes_needed(jobs), Path(constants.HF_HUB_CACHE).expanduser().resolve(), "the downloads take")
+    check_room(bytes_needed(jobs), Path(constants.HF_HUB_CACHE).expanduser().resolve(), "the downloads need")
 
 
 def check_room(needed: int, folder: Path, what: str) -> None:
     """Raise ConfigError if the disk of a folder is too small for so many bytes. what: takes them, in words."""
     free = shutil.disk_usage(nearest_folder(folder)).free
     if needed > free:
-        sizes = f"{what} {needed / 1e9:.1f} GB, {folder} has room for {free / 1e9:.1f}"
-        raise ConfigError(f"{sizes}: make room, or set HF_HOME to a folder on a larger disk")
+        sizes = f"{what} {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free"
+        raise ConfigError(f"{sizes}; free some space, or set HF_HOME to a folder on a larger disk")

@@ -53,10 +53,10 @@ def open_gguf(location: Location, tokenizer: str | None, tell: Tell) -> Reposito
     folder, is_new = as_folder(location.folder, tokenizer, tell)
     made = read_notes(folder)
     kind = made["kind"]
-    rounding = "" if kind in _PLAIN else " (a quantised model brings its rounding along)"
-    rebuilt = "rebuilt from the file (tokenizer: FOLDER in the YAML file takes another)"
-    chosen = f"that of {tokenizer}" if tokenizer else rebuilt
-    what = f"a GGUF file of {kind}{rounding}, read as {dtype_name(_dtype_of(kind))}; its tokenizer is {chosen}"
+    rounding = "" if kind in _PLAIN else " (quantization loss is permanent)"
+    rebuilt = "rebuilt from the file (set tokenizer to use another)"
+    chosen = f"taken from {tokenizer}" if tokenizer else rebuilt
+    what = f"a GGUF file in {kind}{rounding}, read as {dtype_name(_dtype_of(kind))}; its tokenizer is {chosen}"
     warnings = [f"{location.text}: {line}" for line in made["warnings"]]
     return local(location, folder, is_new=is_new, notes=[f"{location.text} is {what}"], warnings=warnings)
 
@@ -76,11 +76,11 @@ def as_folder(file: Path, tokenizer: str | None = None, tell: Tell = lambda line
     try:
         numbers = sum(prod(tensor.shape) for tensor in header.tensors.values())
         size = numbers * _dtype_of(header.kind).itemsize
-        check_room(size, folder.parent, f"{file}: its plain numbers take")
-        tell([f"Dequantising {file} once ({header.kind}; {size / 1e9:.2f} GB) to {folder}"])
+        check_room(size, folder.parent, f"{file}: the dequantized weights need")
+        tell([f"Dequantizing {file} once ({header.kind}; {size / 1e9:.2f} GB) to {folder}"])
         _make(header, folder, tokenizer)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{file}: can't be kept as {folder} ({first_line(error)})") from None
+        raise ConfigError(f"{file}: can't write the converted model to {folder} ({first_line(error)})") from None
     return folder, True
 
 
@@ -149,11 +149,11 @@ def _write(header: GgufHeader, folder: Path, tokenizer: str | None) -> list[str]
     except ConfigError:
         raise
     except Exception as error:  # whatever transformers makes of a type or an architecture that it doesn't know
-        raise ConfigError(f"{file}: transformers can't dequantise it ({first_line(error)})") from None
+        raise ConfigError(f"{file}: transformers can't dequantize it ({first_line(error)})") from None
     missing = sorted(found["missing_keys"] - zeros)
     if missing:
-        hint = "of a file that was split, join the parts with llama.cpp's llama-gguf-split first"
-        raise ConfigError(f"{file}: lacks {len(missing)} of the model's tensors, such as {missing[0]}; {hint}")
+        hint = "if the file was split, join its parts with llama-gguf-split"
+        raise ConfigError(f"{file}: {len(missing)} of the model's tensors are missing, such as {missing[0]}; {hint}")
     refuse(header, config, sorted(found["unexpected_keys"]))
     for name in zeros:
         model.get_parameter(name).data.zero_()

@@ -62,7 +62,7 @@ class GgufHeader:
 
     def refusal(self, problem: str) -> ConfigError:
         """An error about what the file says and transformers can't."""
-        return ConfigError(f"{self.file}: {problem}; merge the model that the file was made from")
+        return ConfigError(f"{self.file}: {problem}; merge the original model instead")
 
 
 def read_header(file: Path) -> GgufHeader:
@@ -76,7 +76,7 @@ def read_header(file: Path) -> GgufHeader:
         keys = _keys(file, start)
         tensors = _tensors(file)
     except Exception as error:  # whatever a damaged file leads to
-        what = sniff_format(file) or f"can't be read as GGUF ({first_line(error)}); fetch it again"
+        what = sniff_format(file) or f"can't be read as GGUF ({first_line(error)}); download it again"
         raise ConfigError(f"{file}: {what}") from None
     return GgufHeader(file, keys, tensors)
 
@@ -85,10 +85,10 @@ def _keys(file: Path, start: bytes) -> dict[str, Any]:
     """The file's keys. This reader fails where a length leads out of the file; it takes any count, and a key twice."""
     magic, _, tensor_count, key_count = struct.unpack("<4sIQQ", start)
     if magic == b"GGUF" and (key_count > _MOST_KEYS or tensor_count > _MOST_TENSORS):
-        raise ValueError(f"it announces {key_count} keys and {tensor_count} tensors")
+        raise ValueError(f"it claims {key_count} keys and {tensor_count} tensors")
     keys, _ = read_gguf_metadata(str(file), (TOKENS, MERGES))
     if len(keys) < key_count:
-        raise ValueError("a key stands twice in it")
+        raise ValueError("a key is listed twice")
     return keys
 
 
@@ -100,9 +100,9 @@ def _tensors(file: Path) -> dict[str, GgufTensor]:
     for tensor in sorted(GGUFReader(file).tensors, key=lambda tensor: tensor.data_offset):
         shape = tuple(reversed(tensor.shape.tolist()))
         if not all(shape) or tensor.data_offset < end:
-            raise ValueError(f"the tensor {tensor.name} of shape {shape} is empty, or lies on another")
+            raise ValueError(f"tensor {tensor.name} of shape {shape} is empty or overlaps another")
         end = tensor.data_offset + tensor.n_bytes
         tensors[tensor.name] = GgufTensor(tensor.tensor_type.name, shape, tensor.data)
     if not tensors:
-        raise ValueError("it holds no tensors")
+        raise ValueError("it contains no tensors")
     return tensors

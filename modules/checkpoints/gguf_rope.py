@@ -88,7 +88,9 @@ def _global(header: GgufHeader, factors: Mapping[str, list[float]], width: int) 
     turned = header.setting("rope.dimension_count") or width
     if factors:
         if kind != "longrope" and factor != 1 and kind != "none":
-            raise header.refusal(f"{header.architecture}.rope.scaling.type is {kind} beside {next(iter(factors))}")
+            raise header.refusal(
+                f"{header.architecture}.rope.scaling.type is {kind}, but the file has {next(iter(factors))}"
+            )
         return {"rope_theta": theta, **_by_factors(header, factors, theta, turned, attention)}
     if kind == "yarn":
         return {"rope_theta": theta, **_yarn(header, factor, attention)}
@@ -126,7 +128,7 @@ def _by_factors(
     """Scaling whose factors are tensors: Llama 3's, if they are its own, else LongRoPE, which takes any."""
     for name, values in factors.items():
         if len(values) != turned // 2:
-            raise ConfigError(f"{header.file}: {name} has {len(values)} numbers for {turned} rotary dimensions")
+            raise ConfigError(f"{header.file}: {name} has {len(values)} values for {turned} rotary dimensions")
     everywhere = factors.get(FACTORS[0])
     original = header.setting("rope.scaling.original_context_length")
     if everywhere is not None:
@@ -138,7 +140,7 @@ def _by_factors(
     short = everywhere or factors.get(FACTORS[1])
     long = everywhere or factors.get(FACTORS[2])
     if short is None or long is None:
-        raise ConfigError(f"{header.file}: of {FACTORS[1]} and {FACTORS[2]} it has only one; fetch it again")
+        raise ConfigError(f"{header.file}: only one of {FACTORS[1]} and {FACTORS[2]} is present; download it again")
     context = header.setting("context_length")
     found: dict[str, Any] = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
     found["original_max_position_embeddings"] = original or context
@@ -190,4 +192,4 @@ def _llama3_factor(wave: float, factor: float, original: int) -> float:
 
 def _refuse(header: GgufHeader, name: str) -> None:
     key = f"{header.architecture}.{name}"
-    raise header.refusal(f"{key} is {header.keys.get(key)}, for which transformers has no setting")
+    raise header.refusal(f"{key} is {header.keys.get(key)}, which transformers can't represent")

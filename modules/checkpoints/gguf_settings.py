@@ -113,7 +113,7 @@ def check_sizes(header: GgufHeader) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not 0 <= number <= most:
                 raise ConfigError(
-                    f"{header.file}: {header.architecture}.{key} is {number}, its tensors have room for {most}"
+                    f"{header.file}: {header.architecture}.{key} is {number}, but its tensors allow at most {most}"
                 )
 
 
@@ -130,7 +130,7 @@ def settle(
         new = _with_rotation(new, rope_parameters(new, header, factors), header)
     unsaid = _unsaid(new, header, factors)
     if unsaid:
-        raise header.refusal(f"{', '.join(unsaid[:3])}, which transformers' {type(new).__name__} can't say")
+        raise header.refusal(f"{', '.join(unsaid[:3])}, which transformers' {type(new).__name__} can't represent")
     return new, [*_unknown(header), *_guesses(config, new, header)]
 
 
@@ -162,8 +162,8 @@ def _with_rotation(config: PreTrainedConfig, parameters: Mapping[str, Any], head
     except Exception:  # whatever a class makes of a scaling that it does not know
         pass
     raise header.refusal(
-        f"its rotary scaling ({header.architecture}.rope.scaling) is none that transformers' {type(config).__name__} "
-        "takes"
+        f"transformers' {type(config).__name__} does not support its rotary scaling "
+        f"({header.architecture}.rope.scaling)"
     )
 
 
@@ -291,7 +291,7 @@ def _unknown(header: GgufHeader) -> list[str]:
             found.append(key)
     if not found:
         return []
-    return [f"unknown keys are ignored ({listed(found, 5)}): if they matter, the model is another"]
+    return [f"ignoring unknown keys ({listed(found, 5)}); if they matter, the model computes something else"]
 
 
 def _guesses(before: PreTrainedConfig, after: PreTrainedConfig, header: GgufHeader) -> list[str]:
@@ -299,11 +299,11 @@ def _guesses(before: PreTrainedConfig, after: PreTrainedConfig, header: GgufHead
     guessed = []
     divisor = getattr(after, _DIVISOR, None)
     if not header.setting("attention.scale") and divisor != getattr(before, _DIVISOR, None):
-        guessed.append(f"{_DIVISOR}: {divisor} is taken, as llama.cpp does")
+        guessed.append(f"{_DIVISOR}; using {divisor}, as llama.cpp does")
     names = [name for key in _EPSILONS if (name := _name(after, key))]
     if names and not any(header.setting(key) for key in _EPSILONS):
-        guessed.append(f"{names[0]}: {getattr(after, names[0])} is taken, as transformers does")
-    return [f"the file has no key for {guess}, which may be wrong" for guess in guessed]
+        guessed.append(f"{names[0]}; using {getattr(after, names[0])}, as transformers does")
+    return [f"the file does not set {guess}, which may be wrong" for guess in guessed]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -74,5 +74,5 @@ def settle_split(backend: Tokenizer, name: str | None) -> list[str]:
     if rule is not None:
         backend.pre_tokenizer = rule
         return []
-    stated = "the file names no pre-tokenizer" if name in _NOT_SAID else f"its pre-tokenizer {name} is not known here"
-    return [f"{stated} (tokenizer.ggml.pre), so texts may become other tokens"]
+    stated = "the file names no pre-tokenizer" if name in _NOT_SAID else f"its pre-tokenizer {name} is unknown"
+    return [f"{stated} (tokenizer.ggml.pre), so texts may be tokenized differently"]

@@ -52,14 +52,14 @@ def placed(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTrainedConf
     refuse(header, config, sorted(fit.unplaced))
     for name, shape in fit.misshapen.items():
         found = header.tensors[name].shape
-        raise ConfigError(f"{header.file}: {name} has the shape {found}, by the file's keys it would have {shape}")
+        raise ConfigError(f"{header.file}: {name} has shape {found}, but the file's keys imply {shape}")
     return config, fit.lacking - before
 
 
 def refuse(header: GgufHeader, config: PreTrainedConfig, names: Sequence[str]) -> None:
     """Raise ConfigError if there are tensors without a place."""
     if names:
-        raise header.refusal(f"transformers' {type(config).__name__} has no place for the tensors {listed(names)}")
+        raise header.refusal(f"transformers' {type(config).__name__} has no tensors named {listed(names)}")
 
 
 def check_rotary_width(config: PreTrainedConfig, header: GgufHeader) -> None:
@@ -69,7 +69,7 @@ def check_rotary_width(config: PreTrainedConfig, header: GgufHeader) -> None:
         stated = header.setting(key)
         if name.endswith("inv_freq") and stated not in (None, 0, 2 * len(buffer)):
             raise header.refusal(
-                f"{header.architecture}.{key} is {stated}, transformers' {type(config).__name__} turns "
+                f"{header.architecture}.{key} is {stated}, but transformers' {type(config).__name__} rotates "
                 f"{2 * len(buffer)} dimensions"
             )
 
@@ -78,7 +78,7 @@ def _empty(config: PreTrainedConfig, header: GgufHeader) -> Any:
     try:
         return empty_module(config)
     except Exception as error:  # whatever an architecture makes of a wrong configuration
-        raise ConfigError(f"{header.file}: transformers can't make its model ({first_line(error)})") from None
+        raise ConfigError(f"{header.file}: transformers can't build its model ({first_line(error)})") from None
 
 
 def _fit(config: PreTrainedConfig, header: GgufHeader) -> _Fit:

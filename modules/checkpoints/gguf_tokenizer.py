@@ -34,8 +34,8 @@ _ROLES = {
     "pad_token": "padding_token_id",
 }
 _NAMED = (*_ROLES.values(), "eot_token_id", "eom_token_id")
-_UNTYPED = f"the file does not say which tokens are control tokens ({_KEY}token_type), so its tokenizer may cut some"
-_HINT = "set tokenizer: to the folder of the original's"
+_UNTYPED = f"the file does not mark its control tokens ({_KEY}token_type), so its tokenizer may split some"
+_HINT = "set the key tokenizer to the original model's folder"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _contradiction(keys: Mapping[str, Any]) -> str | None:
         if keys.get(name) is not None and len(keys[name]) != size:
             return f"{_KEY}{name} has {len(keys[name]):,} entries for {pluralize(size, 'token')}"
     if keys.get("merges") is None and (keys.get("model") == _BYTE_LEVEL or keys.get("scores") is None):
-        return f"the file says in no way how tokens are merged ({MERGES})"
+        return f"the file has neither merges nor scores ({MERGES})"
     for name in _NAMED:
         if not 0 <= keys.get(name, 0) < size:
             return f"{_KEY}{name} is {keys[name]}, but there are {pluralize(size, 'token')}"
@@ -202,21 +202,21 @@ def _difference(tokenizer: Any, lists: Lists) -> str | None:
     names = tokenizer.convert_ids_to_tokens(list(range(len(lists.tokens))))
     for number, (ours, theirs) in enumerate(zip(names, lists.tokens, strict=True)):
         if ours != theirs and (ours or "").replace(_SPACE, " ") != theirs:
-            return f"token {number} is {theirs!r} in the file, and would be {ours!r}"
+            return f"token {number} is {theirs!r} in the file, but would be {ours!r}"
     beyond = max(tokenizer.get_vocab().values()) + 1 - len(lists.tokens)
     if beyond > 0:
         return f"it would have {pluralize(beyond, 'token')} more than the file"
     for name in _ROLES:
         if getattr(tokenizer, name) != lists.roles[name]:
-            return f"{name} is {lists.roles[name]!r} in the file, and would be {getattr(tokenizer, name)!r}"
+            return f"{name} is {lists.roles[name]!r} in the file, but would be {getattr(tokenizer, name)!r}"
     framed = tokenizer("a")["input_ids"]
     first = [tokenizer.bos_token_id] if lists.adds_bos else []
     last = [tokenizer.eos_token_id] if lists.adds_eos else []
     if framed != [*first, *tokenizer("a", add_special_tokens=False)["input_ids"], *last]:
-        return f"a text would become {tokenizer.convert_ids_to_tokens(framed)}"
+        return f"a text would be tokenized as {tokenizer.convert_ids_to_tokens(framed)}"
     vocabulary = tokenizer.get_vocab()
     for number in lists.whole:
         token = lists.tokens[number]
         if token in vocabulary and number not in tokenizer(f"a{token}a", add_special_tokens=False)["input_ids"]:
-            return f"token {token!r} would be cut into pieces"
+            return f"token {token!r} would be split"
     return None

@@ -83,7 +83,7 @@ class Repository:
     def written(self) -> list[str]:
         """What this run has put on the disk."""
         if self.is_new:
-            return [f"{self.folder}, unpacked from GGUF"]
+            return [f"{self.folder}, converted from GGUF"]
         return [f"{pluralize(len(self.fetched), 'file')} of {self.text} in the hub's cache"] if self.fetched else []
 
     def same_as(self, other: "Repository") -> bool:
@@ -126,7 +126,7 @@ class Repository:
                 if pause is None or isinstance(error, _FINAL) or _is_of_the_disk(error):
                     missing = (self.absent(wanted) or wanted)[0]
                     raise CheckpointError(
-                        f"{self.text}: {missing} can't be had: {reason(self.location, error)}"
+                        f"{self.text}: can't download {missing}: {reason(self.location, error)}"
                     ) from None
                 time.sleep(pause)
 
@@ -174,7 +174,7 @@ def _from_cache(location: Location, trouble: str) -> Repository:
     if missing:
         raise ConfigError(f"{location.text}: {missing[0]} is not in the cache, and {trouble}")
     sizes = {name: size for name, size in sizes.items() if is_there(folder / name)}
-    note = f"{location.text} is at commit {folder.name}; the cache's copy is used, since {trouble}"
+    note = f"{location.text} is at commit {folder.name}; using the cached copy, because {trouble}"
     return Repository(location, folder, sizes, folder.name, trouble, notes=[note])
 
 
@@ -198,19 +198,19 @@ def reason(location: Location, error: BaseException) -> str:
     page = f"{constants.ENDPOINT}/{location.repo}"
     log_in = "set HF_TOKEN or run 'hf auth login'"
     if isinstance(error, errors.GatedRepoError):
-        return f"it is gated: ask for access at {page}, then {log_in}"
+        return f"the model is gated; request access at {page}, then {log_in}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"there is no such model at {page}; if it is a private one, {log_in}"
+        return f"{page} does not exist; if the model is private, {log_in}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{page} has no revision '{location.revision}'"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
-        return f"{page} answers {error.response.status_code} ({first_line(error)})"
+        return f"{page} returned HTTP {error.response.status_code} ({first_line(error)})"
     if isinstance(error, errors.SafetensorsParsingError):
-        return f"{page} has a weight file that is none ({first_line(error)})"
+        return f"{page} has an invalid weight file ({first_line(error)})"
     if _is_of_the_disk(error):
-        return f"it can't be stored in {constants.HF_HUB_CACHE} ({error.strerror})"
+        return f"it can't be written to {constants.HF_HUB_CACHE} ({error.strerror})"
     return f"{page} can't be reached ({first_line(error)})"
 
 

@@ -29,7 +29,7 @@ class Leftovers:
 
     def notes(self, name: str) -> list[str]:
         """A line about what is left out. name: of the checkpoint."""
-        return [f"{name}: stores {listed(self.usual, 1)}, which take no part in the merge"] if self.usual else []
+        return [f"{name}: ignoring {listed(self.usual, 1)}, which a merge does not need"] if self.usual else []
 
 
 def number_of(name: str) -> str:

@@ -88,7 +88,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, AttributeError, TypeError, RecursionError):
         valid = False
     if not valid:
-        what = sniff_format(path / ADAPTER_SETTINGS) or "not the settings of an adapter"
+        what = sniff_format(path / ADAPTER_SETTINGS) or "not a PEFT adapter configuration"
         raise ConfigError(f"{path / ADAPTER_SETTINGS}: {what}")
     refused = [key for key in _REFUSED if settings.get(key)]
     if settings.get("peft_type") != "LORA":
@@ -98,8 +98,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     if refused:
         key = refused[0]
         raise ConfigError(
-            f"{path}: an adapter with {key}: {settings.get(key)} can't be applied while streaming; "
-            "merge it into its model with PEFT first"
+            f"{path}: adapters with {key}: {settings.get(key)} are not supported; merge the adapter into its model "
+            "with PEFT first"
         )
     return settings
 
@@ -110,19 +110,19 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
     settings = read_settings(path)
     file = next((file for file in WEIGHTS if is_there(path / file)), None)
     if file is None:
-        raise ConfigError(f"{path}: the adapter has no weights; looked for {', '.join(WEIGHTS)}")
+        raise ConfigError(f"{path}: no adapter weights found; looked for {', '.join(WEIGHTS)}")
     try:
         reader = open_reader(path, [file])
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     whole, sides = _whole_and_low_rank(path, reader.tensors)
     if not whole and not sides:
-        raise ConfigError(f"{path / file}: the adapter is empty")
+        raise ConfigError(f"{path / file}: the adapter contains no tensors")
     try:
         own_alphas = settings.get("alpha_pattern") or {}
         alphas = match_alphas(own_alphas, settings.get("lora_alpha", 8), [module for module, _ in sides])
     except Exception as error:  # what two libraries make of a pattern that is none
-        problem = f"the patterns of alpha_pattern can't be used ({first_line(error)}); name modules plainly"
+        problem = f"alpha_pattern has a pattern that can't be used ({first_line(error)}); use plain module names"
         raise ConfigError(f"{path / ADAPTER_SETTINGS}: {problem}") from None
     products = {}
     for (module, is_embedding), names in sides.items():
@@ -131,7 +131,9 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
         a = reader.tensors[names["A"]].shape
         b = reader.tensors[names["B"]].shape
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
-            raise ConfigError(f"{path}: lora_A {a} and lora_B {b} of {module} make no product; save the adapter whole")
+            raise ConfigError(
+                f"{path}: lora_A {a} and lora_B {b} of {module} have incompatible shapes; save the adapter again"
+            )
         scale = alphas[module] / (math.sqrt(a[0]) if settings.get("use_rslora") else a[0])
         products[f"{module}.weight"] = Product(names["A"], names["B"], scale, is_embedding)
     ties = bool(settings.get("ensure_weight_tying"))
@@ -167,7 +169,9 @@ def _whole_and_low_rank(
         if low_rank:
             sides.setdefault((low_rank["module"], bool(low_rank["embedding"])), {})[low_rank["side"]] = stored
         elif "lora_" in stored or not stored.endswith((".weight", ".bias")):
-            raise ConfigError(f"{path}: {stored} is no part of plain LoRA; merge the adapter with PEFT first")
+            raise ConfigError(
+                f"{path}: {stored} is not part of a plain LoRA adapter; merge the adapter with PEFT first"
+            )
         elif ".original_module." not in stored:  # what a whole tensor took the place of
             whole[_WHOLE.sub("", name)] = stored
     return whole, sides
@@ -305,21 +309,21 @@ def apply_adapter(
         # A tensor that the model knows and does not store is the adapter's own.
         stored = conversion.stored_name(name) or (name if conversion.knows(name) else None)
         if stored is None:
-            raise ConfigError(f"{adapter.path}: {checkpoint.name} has no {name}, which the adapter brings")
+            raise ConfigError(f"{adapter.path}: the adapter contains {name}, which {checkpoint.name} does not have")
         if stored in tensors and tensors[stored].shape != infos[brought].shape:
-            shapes = f"has shape {infos[brought].shape}, that of {checkpoint.name} {tensors[stored].shape}"
+            shapes = f"has shape {infos[brought].shape}, but {tensors[stored].shape} in {checkpoint.name}"
             raise ConfigError(f"{adapter.path}: {name} {shapes}; merge the adapter into its model with PEFT first")
         whole[stored] = brought
         tensors[stored] = infos[brought]
     for name, product in adapter.products.items():
         stored = name if name in copies else conversion.stored_name(name)
         if stored is None:
-            raise ConfigError(f"{adapter.path}: {checkpoint.name} stores no {name}, which the adapter changes")
+            raise ConfigError(f"{adapter.path}: the adapter changes {name}, which {checkpoint.name} does not store")
         product = replace(product, transposed=product.transposed or stored in input_first)
         added = infos[product.b].shape[:1] + infos[product.a].shape[1:]
         if tensors[stored].shape != (added[::-1] if product.transposed else added):
             shapes = f"{added} to {name}, which has shape {tensors[stored].shape} in {checkpoint.name}"
-            raise ConfigError(f"{adapter.path}: adds a matrix {shapes}")
+            raise ConfigError(f"{adapter.path}: the adapter adds a matrix {shapes}")
         products[stored] = product
     adapter = replace(adapter, whole=whole, products=products)
     return Adapted(
@@ -356,7 +360,7 @@ def _untied(adapter: Adapter, conversion: Conversion, tied: Sequence[str]) -> tu
         whole = {**dict.fromkeys(tied, bases[0]), **whole}
     if adapter.ties:
         if embedding not in whole and embedding not in products:
-            raise ConfigError(f"{adapter.path}: ensures tied weights (ensure_weight_tying), but has no {embedding}")
+            raise ConfigError(f"{adapter.path}: ensure_weight_tying is set, but the adapter has no {embedding}")
         for kind in (whole, products):
             kind.pop(head, None)
             kind |= {head: kind[embedding]} if embedding in kind else {}

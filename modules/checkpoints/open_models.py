@@ -75,17 +75,19 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
     for source in list(sources):
         if source.adapter is None and repositories[source.model].same_as(base_repository):
             sources.remove(source)
-            notes.append(f"{source.text} is the base model itself: skipped")
+            notes.append(f"{source.text} is the base model; skipped")
     if names_some and not sources:
-        raise ConfigError("no candidates to merge: " + ("; ".join(notes) or "the model directory has no sub-folders"))
+        raise ConfigError(
+            "no candidates to merge: " + ("; ".join(notes) or "directories.model_directory has no sub-folders")
+        )
     base_name, *names = names_of([Source(base_location.text, base_location), *sources])
     opened = _open_base(base_repository, base_name, config, fetch)
     base = opened.base
     if base.companions.lacking:
         name = base.companions.lacking[0]
         raise ConfigError(
-            f"{base.text}: {name} is a link out of this folder, which is not followed when the output is written; "
-            f"put a copy in its place, or name the model's own folder ({(base.path / name).resolve().parent})"
+            f"{base.text}: {name} is a link out of this folder, so it would not be copied to the output; replace it "
+            f"with a copy, or name the model's own folder ({(base.path / name).resolve().parent})"
         )
     candidates: list[Candidate] = []
     problems: list[str] = []
@@ -122,9 +124,9 @@ def _open_base(repository: Repository, name: str, config: Config, fetch: Fetch) 
     """A model as the base, its weights not read, without candidates. Raises ConfigError if it can't be one."""
     if ADAPTER_SETTINGS in repository.sizes:
         if holds_weights(repository.sizes):
-            advice = f"holds an adapter beside a model's weights; move {ADAPTER_SETTINGS} away"
+            advice = f"contains both a model and an adapter; move {ADAPTER_SETTINGS} away"
         else:
-            advice = "this is an adapter; name its model as the base, it as a candidate"
+            advice = "this is an adapter; name it as a candidate, and its model as the base"
         raise ConfigError(f"{repository.text}: {advice}")
     base = _open_model(repository, name, config.trust_remote_code, fetch)
     warnings = settle_attention(base)
@@ -135,7 +137,7 @@ def _open_base(repository: Repository, name: str, config: Config, fetch: Fetch) 
 def _tell_of_the_hub(locations: Iterable[Location], tell: Tell) -> None:
     """A line for each location that could be meant as a folder, and will be looked for on the hub."""
     meant = [location.text for location in locations if location.folder is None and location.revision is None]
-    tell([f"{text} is no folder here: looking on the hub" for text in meant])
+    tell([f"{text} is not a local folder; looking on the hub" for text in meant])
 
 
 def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
@@ -153,11 +155,11 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
     for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
         names = local_files(path)
         if path.resolve() in (output, partial_of(output)):
-            notes.append(f"{path} is the output directory: skipped")
+            notes.append(f"{path} is the output directory; skipped")
         elif "config.json" not in names and ADAPTER_SETTINGS not in names:
-            notes.append(f"{path} holds no model (no config.json{found_instead(names)}): skipped")
+            notes.append(f"{path} contains no model (config.json is missing{found_instead(names)}); skipped")
         elif any("\ud800" <= character <= "\udfff" for character in path.name):
-            notes.append(f"{path.name!r} in {path.parent} is no text in UTF-8, so no report could name it: skipped")
+            notes.append(f"{path.name!r} in {path.parent} has a name that is not valid UTF-8; skipped")
         else:
             sources.append(Source(str(path), Location(str(path), path)))
     return sources, notes
@@ -203,7 +205,7 @@ def _find(location: Location, config: Config, tell: Tell) -> Repository:
     for name in ("config.json", ADAPTER_SETTINGS):
         size = repository.sizes.get(name, 0)
         if size > LARGEST_SETTINGS:
-            raise ConfigError(f"{location.text}: {name} is {size:,} bytes long, which is no model's")
+            raise ConfigError(f"{location.text}: {name} is {size:,} bytes long, which is too large")
     return repository
 
 
@@ -223,7 +225,7 @@ def _open_model(
         return open_checkpoint(repository, name, trusted)
     except ConfigError as error:
         if repository.trouble:
-            raise ConfigError(f"{error}; only the cache could be asked, since {repository.trouble}") from None
+            raise ConfigError(f"{error}; only the cache was searched, because {repository.trouble}") from None
         raise
 
 
@@ -240,9 +242,9 @@ def _open_candidate(
     if source.adapter is None and (holds_weights(last.sizes) or not brings_adapter):
         checkpoint = _open_model(last, name, config.trust_remote_code, fetch, base.base)
         if brings_adapter:
-            notes = [f"{source.text} also holds an adapter, which is not applied; to apply it, name it behind a plus"]
+            notes = [f"{source.text} also contains an adapter, which is not applied; write model+adapter to apply it"]
     elif not brings_adapter:
-        raise ConfigError(f"{last.text}: no adapter here ({ADAPTER_SETTINGS} is missing)")
+        raise ConfigError(f"{last.text}: not an adapter: {ADAPTER_SETTINGS} is missing")
     else:
         checkpoint, notes = _with_adapter(name, repositories, base, config, fetch)
     candidate = open_candidate(checkpoint, base.base, base.module)
@@ -265,4 +267,4 @@ def _with_adapter(
     applied_to = plain.repository.location.repo.split("/")[-1] or plain.path.resolve().name
     if not trained_on or trained_on.casefold() == applied_to.casefold():
         return adapted, []
-    return adapted, [f"{name}: the adapter was trained on {adapter.trained_on}, and is applied to {plain.name}"]
+    return adapted, [f"{name}: the adapter was trained on {adapter.trained_on}, but is applied to {plain.name}"]

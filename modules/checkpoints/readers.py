@@ -109,6 +109,6 @@ def _dtype(path: Path, name: str, stored: Any) -> torch.dtype:
     if dtype not in DTYPES.values() or (is_weight and not dtype.is_floating_point):
         raise ConfigError(
             f"{path}: {name} is stored as {dtype or stored}, which can't be merged; "
-            "if this model is quantised, merge the original weights instead"
+            "if this model is quantized, merge the original weights instead"
         )
     return dtype

@@ -54,7 +54,7 @@ class SafetensorsReader(FilesReader):
                 memory = buffer(end - first)
                 file.seek(start + first)
                 if file.readinto(memory.numpy()) < end - first:
-                    raise ValueError("it ends too early")
+                    raise ValueError("the file ends too early")
                 yield name, memory.view(DTYPES[entries[name]["dtype"]]).view(entries[name]["shape"])
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def _read_header(file: BinaryIO | RawIOBase, size: int) -> bytes:
     """The header of a file of so many bytes, which is open at its beginning."""
     length = int.from_bytes(file.read(8), "little")
     if length > LONGEST_HEADER:
-        raise ValueError(f"its header is to have {length:,} bytes, no header has more than {LONGEST_HEADER:,}")
+        raise ValueError(f"its header claims {length:,} bytes, more than the limit of {LONGEST_HEADER:,}")
     if size < 8 + length:
         raise ValueError(_cut_short(size, 8 + length))
     return file.read(length)
@@ -95,7 +95,7 @@ def _entries(header: bytes) -> Mapping[str, Any]:
 
 
 def _cut_short(size: int, announced: int) -> str:
-    return f"it is cut short: {size:,} bytes of {announced:,}; fetch it again"
+    return f"truncated: {size:,} of {announced:,} bytes; download it again"
 
 
 def _fill(file: RawIOBase, memory: Any) -> None:
@@ -103,5 +103,5 @@ def _fill(file: RawIOBase, memory: Any) -> None:
     while len(memory):
         count = file.readinto(memory)
         if not count:
-            raise ValueError("it ends too early")
+            raise ValueError("the file ends too early")
         memory = memory[count:]

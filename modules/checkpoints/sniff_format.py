@@ -22,11 +22,11 @@ def sniff_format(path: Path) -> str | None:
     if start is None:
         return None
     if not any(start):
-        return "is empty, or begins with nothing but zeros; fetch it again"
+        return "is empty or begins with zeros only; download it again"
     if start.startswith(_POINTER):
         return _IS_POINTER
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
-        return "is a web page (HTML or XML), as a download that failed leaves it; fetch it again"
+        return "is a web page (HTML or XML) that a failed download left; download it again"
     return None
 
 

@@ -63,7 +63,7 @@ def read_file(path: Path, largest: int = LARGEST_TEXT) -> bytes:
         with open_input(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > largest:
-                raise ConfigError(f"{path}: is {size:,} bytes long, no more than {largest:,} are read; fetch it again")
+                raise ConfigError(f"{path}: {size:,} bytes long, more than the limit of {largest:,}; download it again")
             return file.read()
     except OSError as error:
         raise _unread(path, error) from None
@@ -91,7 +91,7 @@ def weight_files(folder: Path, names: Collection[str]) -> list[str]:
             return [single]
         if f"{single}.index.json" in names:
             return _indexed(folder, f"{single}.index.json", names, Path(single).suffix)
-    raise ConfigError(f"{folder}: no weights here; looked for {', '.join(LOOKED_FOR)}{found_instead(names)}")
+    raise ConfigError(f"{folder}: no model weights; looked for {', '.join(LOOKED_FOR)}{found_instead(names)}")
 
 
 def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> list[str]:
@@ -101,13 +101,13 @@ def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> l
         weight_map = json.loads(read_file(folder / index).decode("utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        what = sniff_format(folder / index) or "not a valid index of shards"
+        what = sniff_format(folder / index) or "not a valid shard index"
         raise ConfigError(f"{folder / index}: {what}") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise ConfigError(f"{folder / index}: '{file}' is not a plain file name")
         if not file.endswith(suffix):
-            raise ConfigError(f"{folder / index}: '{file}' is no {suffix} file")
+            raise ConfigError(f"{folder / index}: '{file}' is not a {suffix} file")
         if file not in names:
             raise ConfigError(f"{folder}: the shard {file} is missing")
     return files

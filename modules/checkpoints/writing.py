@@ -65,7 +65,7 @@ class NewWeights:
         except OSError as error:
             raise self._refusal(info.file, error) from None
         if not same:
-            raise CheckpointError(f"{path}: {name} reads otherwise than it was written; check the disk")
+            raise CheckpointError(f"{path}: {name} reads back differently from what was written; check the disk")
         self._lacking[name] -= len(content)
 
     def finish(self) -> None:

@@ -3,11 +3,11 @@
 Knows: names, and the one line on each. Refuses to know: what they do. The search has a function for each of the names.
 """
 
-# By name what it does, as default.yaml prints it.
+# By name when it accepts a merge, as default.yaml prints it.
 STRATEGIES = {
-    "cumulative": "take the ratio with the lowest total, if it is below the present one",
-    "all_phrases": "only ratios that make no phrase worse and at least one better",
-    "quantitive": "only ratios that improve at least strategy_threshold of all phrases; of those, the most improved",
+    "cumulative": "the total falls; the lowest wins",
+    "all_phrases": "no pair gets worse; at least one improves",
+    "quantitive": "at least strategy_threshold of all pairs improve",
 }
 
 # PyTorch's names of the devices beside the CPU, in the order in which `auto` takes them, and those of which there may

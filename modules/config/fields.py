@@ -81,7 +81,7 @@ def one_or_more(kind: Any) -> Any:
 def not_empty(values: tuple) -> tuple:
     """Raise ValueError if there is none."""
     if not values:
-        raise ValueError("expected at least one")
+        raise ValueError("expected at least one value")
     return values
 
 
@@ -163,7 +163,7 @@ def _layers(value: Any) -> tuple[int, ...]:
         span = re.fullmatch(_SPAN, str(item), re.ASCII) if isinstance(item, int | str) else None
         numbers = range(int(span[1]), int(span[2] or span[1]) + 1) if span else ()
         if not numbers:
-            raise ValueError("expected numbers of layers, from 0 on, such as 8-24 or [0, 3, 8-12]")
+            raise ValueError("expected layer numbers, counted from 0, such as 8-24 or [0, 3, 8-12]")
         layers.update(numbers)
     return not_empty(tuple(sorted(layers)))
 
@@ -183,7 +183,7 @@ def _template(value: Any) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
     except (TypeError, ValueError, RecursionError):
-        raise ValueError("expected text, numbers, true and false, and lists and mappings of them") from None
+        raise ValueError("expected text, numbers, true, false, lists or mappings") from None
 
 
 Template = Annotated[dict[str, Any], PlainValidator(_template, json_schema_input_type=dict[str, Any])]
@@ -232,7 +232,7 @@ def _known(what: str, parse: Callable[[str], Any]) -> AfterValidator:
 
 def _no_model(text: str) -> str:
     script = MADE_BY.get(os.path.dirname(os.path.normpath(text)))
-    return f"no such folder; python {script} makes it" if script else missing_folder(text)
+    return f"no such folder; run python {script} to make it" if script else missing_folder(text)
 
 
 def _candidates(texts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
@@ -251,12 +251,12 @@ def _output(text: str, info: ValidationInfo) -> str:
         path = Path(text).expanduser()
         whole = path.resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a null character, no such user, the current folder is gone
-        raise ValueError(f"not a usable path ({error})") from None
+        raise ValueError(f"invalid path ({error})") from None
     if not whole.name:
-        raise ValueError("a whole file system can't be an output; name a folder in it")
+        raise ValueError("the root of a file system can't be the output; use a folder in it")
     trouble = unusable(whole.with_name(whole.name + "-" * _BESIDE))
     if trouble:
-        raise ValueError(f"not a usable path ({trouble})")
+        raise ValueError(f"invalid path ({trouble})")
     return str(whole if path.name in ("", "..") else path)
 
 

@@ -53,7 +53,7 @@ def read_prompts(files: Sequence[str] | None, for_chats: bool, key: str) -> tupl
             raise ConfigError(f"{key}: {error}") from None
         in_file = [line for line in lines if line and not line.startswith("#")]
         if not in_file:
-            raise ConfigError(f"{key}: {path}: no prompt in it; write one on each line")
+            raise ConfigError(f"{key}: {path} contains no prompts; write one per line")
         prompts.update(dict.fromkeys(in_file))
     return tuple(prompts)
 
@@ -101,7 +101,7 @@ def check_apart(written: Iterable[Path], inputs: Iterable[Path]) -> None:
                 what = "lies in"
             else:
                 continue
-            raise ConfigError(f"{ours}, which this run would write, {what} the input {theirs}; name another path")
+            raise ConfigError(f"this run would write {ours}, which {what} the input {theirs}; choose another path")
 
 
 def _is_in(inner: Path, outer: Path) -> bool:
@@ -122,4 +122,4 @@ def real_path(path: Path) -> Path:
     try:
         return Path(os.path.realpath(path))
     except OSError:
-        raise ConfigError("the folder that you are in is gone; go to one that is there") from None
+        raise ConfigError("the current folder no longer exists; change to another one") from None

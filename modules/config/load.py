@@ -82,7 +82,7 @@ def load_config(
     Raises ConfigError with one line for every error found.
     """
     problems: list[Any] = []
-    main = read_yaml(Path(path), "Name a YAML file with --config.")
+    main = read_yaml(Path(path), "name a configuration file with --config")
     if isinstance(main.value, Mapping | None):
         main = replace(main, value={"directories": {}, **(main.value or {})})
         for text in sets:
@@ -114,10 +114,10 @@ def load_config(
     phrases = [phrase for part in (*searched, *held_out) for key in PHRASES for phrase in getattr(part, key)]
     count = sum(len(phrase.contexts) * len(phrase.phrase) for phrase in phrases)
     if count > MOST_PAIRS:
-        raise ConfigError(f"{path}: {count:,} pairs of a phrase and a context; at most {MOST_PAIRS:,} are taken")
+        raise ConfigError(f"{path}: {count:,} pairs of a phrase and a context, more than the limit of {MOST_PAIRS:,}")
     config = _with_pairs(searched, held_out, mapping)
     if not config.pairs and not discovering:
-        raise ConfigError(f"{path}: every phrase is held out; there is nothing to search with")
+        raise ConfigError(f"{path}: all pairs are held out; leave some to search with")
     return config
 
 
@@ -175,7 +175,7 @@ def _phrase_lists(main: YamlFile, key: str, problems: list) -> list[PhraseLists]
     for number, item in enumerate(named if isinstance(named, list) else []):
         place = (key, number)
         try:
-            hint = "A relative path begins in the folder you start the program in."
+            hint = "relative paths start in the current folder"
             file = read_yaml(Path(os.path.expanduser(item)), hint, f"{main.where(place)[0]} ({item})")
         except TypeError:  # no text: found where the key itself is checked
             continue
@@ -183,7 +183,7 @@ def _phrase_lists(main: YamlFile, key: str, problems: list) -> list[PhraseLists]
             problems.append(_Problem(main, place, str(error)))
             continue
         if isinstance(file.value, Mapping) and file.value.get("phrase_files"):
-            problem = "a phrase file can't name others; name them all in the first file"
+            problem = "a phrase file can't include others; list them all in the main file"
             problems.append(_Problem(file, ("phrase_files",), problem))
         if isinstance(file.value, Mapping):  # a whole configuration may be a phrase file
             value = {key: item for key, item in file.value.items() if key not in _NO_PHRASES}
@@ -219,11 +219,11 @@ def _exclude_each_other(settings: Settings, main: YamlFile) -> list[_Problem]:
     """Settings of which each alone is right."""
     problems = []
     if settings.is_guarded and settings.neutral_texts == () and settings.own_texts == ():
-        joint = " (search: joint weighs it, unless drift_weight is 0)" if settings.drift_weight is None else ""
-        problem = f"empty, but drift_weight and max_drift measure drift on such texts{joint}"
+        joint = " (search: joint sets drift_weight unless it is 0)" if settings.drift_weight is None else ""
+        problem = f"empty, but drift_weight and max_drift need it or own_texts{joint}"
         problems.append(_Problem(main, ("neutral_texts",), problem))
     if settings.search == "joint" and (settings.strategy, *settings.merge_method) != ("cumulative", "lerp"):
-        problem = "joint knows only strategy: cumulative and merge_method: lerp"
+        problem = "joint supports only strategy: cumulative and merge_method: lerp"
         problems.append(_Problem(main, ("search",), problem))
     return problems
 

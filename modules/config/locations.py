@@ -85,7 +85,7 @@ def parse_location(text: str) -> Location | None:
 def missing_folder(text: str) -> str:
     """What to say of a text that is no model."""
     nothing = "no such file" if text.lower().endswith(GGUF) else "no such folder"
-    return f"{nothing}; a model of the hub is written org/name@main"
+    return f"{nothing}; write a hub model as org/name@main"
 
 
 def parse_source(text: str) -> Source | None:

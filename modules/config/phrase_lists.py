@@ -31,9 +31,9 @@ class Message(Section):
     """A turn of a chat."""
 
     role: Literal["system", "user", "assistant"]
-    """Whose turn it is."""
+    """Who speaks."""
     content: EmptyOrText
-    """What is said."""
+    """The text of the turn."""
 
 
 @dataclass(frozen=True)
@@ -91,22 +91,22 @@ class Context(Section):
     """Where a phrase is scored: behind a text, or as the answer in a chat."""
 
     context: EmptyOrText | None = None
-    """The beginning of a text; "" is the empty one."""
+    """The text before the phrase; may be empty."""
     messages: Annotated[tuple[Message, ...], AfterValidator(not_empty)] | None = None
-    """In its place: the turns of a chat, each a {role: ..., content: ...}; the base's chat template renders them."""
+    """Instead of context: the turns of a chat, each {role: ..., content: ...}, rendered by the base's chat template."""
     continue_: Annotated[EmptyOrText, Field(alias="continue")] = ""
-    """How the answer in a chat begins, behind which the phrase is scored."""
+    """In a chat: the beginning of the answer, after which the phrase is scored."""
     weight: Weight | None = None
-    """How much the phrase matters here, in place of the phrase's own weight."""
+    """Weight of the phrase in this context, instead of the phrase's own weight."""
     held_out: Boolean = False
-    """Score the phrase here, and do not search with it."""
+    """Score the phrase here, but do not search with it."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if it is not one of the two."""
         if (self.context is None) == (self.messages is None):
-            raise ValueError("needs either context, for a text, or messages, for a chat")
+            raise ValueError("needs either context (for a text) or messages (for a chat)")
         if self.continue_ and self.messages is None:
-            raise ValueError("continue is for a chat: messages is missing")
+            raise ValueError("continue needs messages")
 
 
 def _context(value: Any) -> Any:
@@ -117,7 +117,7 @@ def _distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
     seen = set()
     for text in texts:
         if text in seen:
-            raise ValueError(f"{shown(text)} stands twice")
+            raise ValueError(f"{shown(text)} is listed twice")
         seen.add(text)
     return texts
 
@@ -130,13 +130,13 @@ class Phrase(Section):
     """A phrase and the contexts in which it is scored."""
 
     phrase: Annotated[one_or_more(Text), AfterValidator(_distinct)]
-    """The text whose probability is measured; of a list of texts, that any of them follows. See
+    """The text whose probability is measured. Of a list of texts, the probability that any of them follows. See
     docs/phrases.md#write-your-own."""
     weight: Weight = 1.0
-    """What the probability is multiplied by."""
+    """How much the phrase counts: a factor of its probability in the total."""
     contexts: Annotated[tuple[_Context, ...], AfterValidator(not_empty)]
-    """The beginnings: each a text, a {context: ..., weight: ...}, one that is only scored {context: ..., held_out:
-    true}, or a chat {messages: ..., continue: ...}. See docs/phrases.md#chats."""
+    """What comes before the phrase: texts, {context: ..., weight: ...}, {context: ..., held_out: true} to score only,
+    or chats {messages: ..., continue: ...}. See docs/phrases.md."""
 
 
 Phrases = tuple[Phrase, ...]
@@ -152,7 +152,7 @@ class PhraseLists(Section):
     good_phrases: Phrases = ()
     """What the merged model should say more."""
     system: System = None
-    """A system turn for all chats of this list that have none."""
+    """System message for all chats in this list that have none."""
 
 
 def pairs_of(kind: str, phrases: Sequence[Phrase], system: str | None) -> list[tuple[Pair, bool]]:

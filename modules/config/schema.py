@@ -23,9 +23,9 @@ from modules.runtime.text import ranges
 VERSION = "1.0.0"  # of the program
 TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
 # What the programs' help says of options that both have, on one line of a screen.
-CONFIG = "the YAML file (default: {})"
-SET = "in place of a key of the file"
-QUIET = "only warnings, errors and the last line"
+CONFIG = "configuration file (default: {})"
+SET = "override a setting (repeatable)"
+QUIET = "show only warnings, errors and the last line"
 
 _EVEN_IF_ABSENT = Field(validate_default=True)  # of a key that some uses need
 # Of a key that has no part in what a search finds: a run goes on that was begun with another value.
@@ -34,14 +34,14 @@ _NO_PART = {"no_part": True}
 
 @dataclass(frozen=True)
 class Directories(Section):
-    """Where the models come from and where the merge goes."""
+    """Where the models are and where the merge goes."""
 
     model_path1: kinds.Model
-    """The base model: a folder, a GGUF file, or an id of the Hugging Face hub (org/name or org/name@revision)."""
+    """The base model: a folder, a GGUF file or a Hugging Face id (org/name or org/name@revision)."""
     output_directory: Annotated[kinds.Output, _EVEN_IF_ABSENT] = ""
-    """Where the merged model goes; must be empty or absent. Only the mapper and --score do without."""
+    """Folder for the merged model; must be empty or absent. The mapper and --score do not need it."""
     model_directory: kinds.Folder | None = None
-    """All models in this folder are candidates, in alphabetical order, unless models_to_merge names some."""
+    """Every model in this folder is a candidate, in alphabetical order, unless models_to_merge is set."""
 
 
 @dataclass(frozen=True)
@@ -49,151 +49,137 @@ class Mapper(Section):
     """How far the mapper follows the model; only the mapper reads this."""
 
     prob_min: kinds.number(ge=0, le=100) = 10.0
-    """Percent; a less probable next token is not followed."""
+    """Minimum probability of a next token, in percent."""
     top_k: kinds.CountFromOne = 3
-    """Next tokens that are followed at every place."""
+    """Next tokens to follow at each position."""
     max_depth: kinds.CountFromOne = 5
-    """Tokens of a branch."""
+    """Maximum length of a branch, in tokens."""
     additional_length: kinds.Count = 20
-    """Tokens by which every branch is continued greedily, to be read."""
+    """Tokens that continue each branch greedily, to make it readable."""
     max_branches: kinds.CountFromOne | None = None
-    """Branches of a context, the likeliest; all others are cut. null: all."""
+    """Branches to keep per context, the most probable ones. null: all."""
     min_joint: kinds.number(gt=0, le=100) | None = None
-    """Percent; a branch is not followed to where its tokens together are less probable. null: any."""
+    """Minimum joint probability of a branch, in percent. null: none."""
 
 
 @dataclass(frozen=True)
 class Discover(Section):
-    """What models write for the mapper's --discover and --rate; only these read this."""
+    """What models generate for the mapper's --discover and --rate; only these read this."""
 
     prompts: kinds.AnyPath | None = None
-    """A text file with a prompt on each line. null: example_phrases/prompts.txt, or openings.txt if there is no chat
-    template."""
+    """Text file with one prompt per line. null: example_phrases/prompts.txt, or openings.txt without chat template."""
     samples: kinds.CountFromOne = 8
-    """Texts that are drawn for every prompt."""
+    """Texts to generate per prompt."""
     tokens: kinds.CountFromOne = 220
-    """Tokens of a text, at most."""
+    """Maximum length of a text, in tokens."""
     temperature: kinds.Limit = 0.8
-    """By which logits are divided before a token is drawn."""
+    """Sampling temperature."""
     language: kinds.Text = "en"
-    """The language of the texts: a code that wordfreq knows."""
+    """Language of the texts: a language code of wordfreq."""
     phrases: kinds.CountFromOne = 30
-    """Phrases that --yaml gets, the most over-used first."""
+    """Maximum number of phrases that --yaml writes, the most overused first."""
 
 
 @dataclass(frozen=True)
 class Joint(Section):
-    """How a joint search steps; merge_ratios and min_gain are not used by it."""
+    """The steps of a joint search, which does not use merge_ratios and min_gain."""
 
     steps: kinds.CountFromOne = 25
-    """How many steps a joint search makes; each costs about four forwards of all phrases."""
+    """Number of steps; each takes about four forward passes over all phrases."""
     step_size: kinds.number(gt=0, le=1) = 0.08
-    """By how much a candidate's weight moves at most in the first step; in the last it is a tenth of that."""
+    """Largest change of a weight in the first step; it falls to a tenth of this in the last step."""
 
 
 @dataclass(frozen=True)
 class Learn(Section):
-    """How --learn makes an adapter of the base; only it reads this."""
+    """How --learn makes an adapter. Only --learn reads this."""
 
     rank: kinds.CountFromOne = 8
-    """Rank of the adapter's matrices; more can learn more, and drift further."""
+    """Rank of the adapter."""
     steps: kinds.CountFromOne = 40
-    """How many steps are made; each costs about three forwards of its pairs and texts."""
+    """Number of steps; each takes about three forward passes over its pairs and texts."""
     learning_rate: kinds.Limit = 1e-3
-    """By how much a weight of the adapter moves at most in the first step; in the last it is a tenth of that."""
+    """Adam's learning rate in the first step; it falls to a tenth of this in the last step."""
     pairs: kinds.CountFromOne = 16
-    """Pairs of phrase and context that a step looks at; all have had their turn before any comes again."""
+    """Pairs of phrase and context per step."""
     drift_tokens: kinds.CountFromOne = 512
-    """At how many tokens of neutral text, and of the base's own answers, a step compares the adapter with the base."""
+    """Tokens of neutral text, and of the base's own answers, on which a step compares the adapter with the base."""
 
 
 @dataclass(frozen=True)
 class Settings(Section):
-    """The settings of Merge Monster and Monster Mapper. Only `directories` and some phrases must be there."""
+    """The settings of Merge Monster and Monster Mapper. Only `directories` and some phrases are required."""
 
     directories: Directories
     models_to_merge: Annotated[kinds.Candidates, _EVEN_IF_ABSENT] = ()
-    """The candidates, in the order in which they are tried: models of the base's architecture and size, LoRA adapters
-    of the base, or model+adapter."""
+    """Candidates in merge order: models of the base's architecture and size, LoRA adapters of the base, or
+    model+adapter."""
     tokenizer: kinds.Folder | None = None
-    """A folder from which GGUF files have their tokenizer. null: it is rebuilt from each file. See
-    docs/use.md#gguf-files."""
+    """Folder with the tokenizer for GGUF files. null: rebuild it from each file. See docs/use.md#gguf-files."""
     on_error: Literal["stop", "skip"] = field(default="stop", metadata=_NO_PART)
-    """If a candidate can't be read any more: stop (mend it, then --resume) or skip (keep what was accepted of it, go on
-    without it)."""
+    """If a candidate can't be read during the run: stop (fix it, then --resume) or skip (keep its merges so far)."""
     keep_downloads: kinds.Boolean = field(default=True, metadata=_NO_PART)
-    """Leave what is fetched from the hub in its cache. false removes it again once the output is written."""
+    """Keep downloads in the Hugging Face cache. false: remove this run's downloads after the output is written."""
     search: Literal["greedy", "joint"] = "greedy"
-    """greedy tries merge_ratios on layer after layer, candidate after candidate; joint moves all weights at once, by
-    gradient, and drift counts. See docs/search.md."""
+    """greedy tries merge_ratios layer by layer. joint optimizes all weights at once by gradient. See docs/search.md."""
     joint: Joint = field(default_factory=Joint)
     merge_ratios: kinds.one_or_more(kinds.number(ge=0, le=1)) = (0.2, 0.4, 0.6, 0.8)
-    """The candidate's weights that are tried on every layer, 0 to 1 (1 takes its layer). The time grows with their
-    number."""
+    """Candidate weights to try on each layer, 0 to 1 (1 replaces the layer). The time grows with their number."""
     merge_method: kinds.Methods = ("lerp",)
-    """How two layers are mixed; of a list, one after another, each going on from the last one's result. ties and
-    dare take a density, 0.5 unless it is given: {name: ties, density: 0.3}."""
+    """How two layers are mixed, or a list of methods to apply in turn. With a density (default 0.5): {name: ties,
+    density: 0.3}."""
     layers: kinds.Layers | None = None
-    """The layers that are searched, counted from 0: 8-24, or a list such as [0, 3, 8-12]; null: all. The others stay
-    the base's."""
+    """Layers to search, counted from 0: 8-24 or [0, 3, 8-12]. null: all. The other layers stay the base's."""
     merge_headers: kinds.Boolean = True
-    """Try the input embedding and the output head too, after a candidate's layers; rows are matched token by token."""
+    """Also merge the input embedding and LM head, after a candidate's layers. Rows are matched by token."""
     strategy: kinds.Strategy = "cumulative"
-    """When a merge of a layer is accepted."""
+    """When a layer's merge is accepted."""
     strategy_threshold: kinds.number(gt=0, le=1) = 0.6
-    """quantitive: the share of the pairs of phrase and context that must improve."""
+    """quantitive: the fraction of all pairs of phrase and context that must improve."""
     auto_weights: kinds.Boolean = False
-    """Give every phrase the weight 1 / its probability in the base, so that all count the same at the start."""
+    """Weight each pair by 1 / its probability in the base, so that all count the same at the start."""
     bad_phrases: Phrases = ()
-    """What the merged model should say less: a list of phrases with their contexts. See docs/phrases.md."""
+    """What the merged model should say less: phrases with their contexts. See docs/phrases.md."""
     good_phrases: Phrases = ()
     """What the merged model should say more."""
     system: System = field(default=None, metadata=_NO_PART)
-    """A system turn for all chats of this file that have none."""
+    """System message for all chats in this file that have none."""
     template: kinds.Template | None = None
-    """Settings of the base's chat template, such as {enable_thinking: false}."""
+    """Variables for the base's chat template, such as {enable_thinking: false}."""
     phrase_files: kinds.Paths = field(default=(), metadata=_NO_PART)
-    """YAML files whose bad_phrases and good_phrases are added."""
+    """YAML files with more bad_phrases and good_phrases."""
     held_out: kinds.number(ge=0, lt=1) = field(default=0.0, metadata=_NO_PART)
-    """The share of each phrase's contexts that is scored and never searched, to show overfitting; 0.25 is a good share
-    of long lists. See docs/phrases.md."""
+    """Fraction of each phrase's contexts to hold out: scored but not searched, to show overfitting. Try 0.25 for long
+    lists."""
     held_out_files: kinds.Paths = field(default=(), metadata=_NO_PART)
-    """Phrase files whose pairs are all scored and never searched."""
+    """Phrase files whose pairs are all held out."""
     min_gain: kinds.AutoOrWeight = "auto"
-    """cumulative: the smallest drop of the total that is accepted. auto: twice the total's rounding error, 0 in
-    float32. See docs/hardware.md#rounding."""
+    """cumulative: the smallest drop of the total that counts. auto: twice its rounding (docs/hardware.md#rounding)."""
     drift_weight: kinds.AutoOrWeight | None = None
-    """What a nat of drift (KL from the base) adds to the total that trials are judged by. null: 0, or auto for a joint
-    search. auto: 0.05 nats count as much as all phrases do in the base."""
+    """Penalty per nat of KL from the base. null: 0, or auto for joint. auto: 0.05 nats cost as much as all phrases."""
     max_drift: kinds.Limit | None = None
-    """Reject trials that drift further from the base, in nats per token (0.02, say). Judging drift takes two or three
-    times as long."""
+    """Reject trials with a higher KL from the base, in nats per token; try 0.02. Makes a search two to three times slower."""
     neutral_tokens: kinds.CountFromOne = 1024
-    """Tokens on which the drift of every trial is measured, if it counts: half of neutral text, half of the base's own
-    answers. More are slower and surer."""
+    """Tokens on which each trial's KL is measured, half neutral text, half own answers; more are more precise."""
     baselines: kinds.Boolean = field(default=True, metadata=_NO_PART)
-    """Score every candidate on its own, too, and show it beside the merge."""
+    """Also score each candidate on its own, to compare it with the merge."""
     samples: kinds.Texts | None = field(default=None, metadata=_NO_PART)
-    """Prompts that base and merge answer with the same seed, for the log and the model card. null: three of those of
-    own_texts; []: the merge answers nothing."""
+    """Prompts that base and merge answer, with the same seed, to show. null: three of own_texts. []: none."""
     neutral_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
-    """Text files on which drift is measured. null: those of the program (example_phrases/neutral); [] for none. See
-    docs/search.md#neutral-text-and-own-answers."""
+    """Text files on which drift (KL from the base) is measured. null: example_phrases/neutral. []: none."""
     own_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
-    """Files of prompts, one a line. The base answers them at the start, and drift is measured on its answers too. null:
-    those of the program (example_phrases/prompts.txt, or openings.txt without a chat template); [] for none."""
+    """Files of prompts, one per line. The base's answers are text for drift too (docs/search.md). null: the
+    program's. []: none."""
     device: kinds.Device = "auto"
-    """Where to compute. auto takes an accelerator if there is one, else cpu."""
+    """Where to compute. auto: an accelerator if there is one, else cpu."""
     dtype: Literal[kinds.DTYPES] = "auto"
-    """What the merged model is saved in, and computed in unless compute_dtype says otherwise. auto: every tensor as the
-    base stores it."""
+    """Data type of the saved model, and of the computation unless compute_dtype is set. auto: the base's own."""
     compute_dtype: Literal[kinds.COMPUTE_DTYPES] = "auto"
-    """What is computed in. auto: float32 on a CPU if it fits; on a GPU float16, or bfloat16+float32 where float16
-    overflows. See docs/hardware.md#data-types."""
+    """Data type of the computation. auto: float32 on a CPU, float16 on a GPU. See docs/hardware.md#data-types."""
     random_seed: kinds.Count = 512
-    """The seed of all that is drawn: contexts that are held out, texts that models write."""
+    """Seed for held-out contexts, for dare and for generated text."""
     trust_remote_code: kinds.Boolean = False
-    """Run Python code that a model brings along; only for architectures that need it."""
+    """Run Python code that comes with a model. Only some architectures need it."""
     mapper: Mapper = field(default_factory=Mapper, metadata=_NO_PART)
     discover: Discover = field(default_factory=Discover, metadata=_NO_PART)
     learn: Learn = field(default_factory=Learn, metadata=_NO_PART)

@@ -77,14 +77,14 @@ def read_yaml(path: Path, if_absent: str, name: str = "") -> YamlFile:
         with open_input(path) as file:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
-            raise ConfigError(f"{path}: has more than {_LARGEST // 1_000_000} MB; this is no YAML file of settings")
+            raise ConfigError(f"{path}: larger than {_LARGEST // 1_000_000} MB; this is no configuration file")
         text = content.decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. {if_absent}") from None
+        raise ConfigError(f"{path}: no such file; {if_absent}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start}).") from None
+        raise ConfigError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: can't be read ({getattr(error, 'strerror', error)}).") from None
+        raise ConfigError(f"{path}: can't be read ({getattr(error, 'strerror', error)})") from None
     try:
         return YamlFile(*parse_yaml(text), name)
     except ConfigError as error:
@@ -103,7 +103,7 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
-        raise ConfigError(f"not valid YAML at {where}: {error.problem or error.context}.") from None
+        raise ConfigError(f"not valid YAML at {where}: {error.problem or error.context}") from None
     except Exception as error:  # whatever the library makes of a value that its tag does not fit
         raise ConfigError(f"not valid YAML: {first_line(error)}") from None
 
@@ -114,7 +114,7 @@ def with_value(file: YamlFile, place: Place, value: Any, option: str) -> YamlFil
     values = section = dict(file.value)
     for key in place[:-1]:
         if not isinstance(section.get(key), Mapping | None):
-            raise ConfigError(f"{key} is no mapping of keys to values")
+            raise ConfigError(f"{key} is not a mapping of keys to values")
         section[key] = dict(section.get(key) or {})
         section = section[key]
     if value is None:  # what holds nothing is as good as absent
@@ -143,7 +143,7 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
         return sizes[id(node)]
     size = sizes[id(node)] = 1  # for a node that holds itself
     if isinstance(node, yaml.ScalarNode) and _HALF.search(node.value):
-        raise yaml.MarkedYAMLError(problem="this holds half of a character", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem="this contains half of a character", problem_mark=node.start_mark)
     if isinstance(node, yaml.SequenceNode):
         size += sum(_size(item, sizes) for item in node.value)
     elif isinstance(node, yaml.MappingNode):
@@ -151,12 +151,12 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_KEY:
                 if key.value in seen:
-                    problem = f"the key '{key.value}' stands twice"
+                    problem = f"the key '{key.value}' is listed twice"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 seen.add(key.value)
             size += _size(key, sizes) + _size(value, sizes)
     if size > _MOST_VALUES:
-        problem = f"this stands for more than {_MOST_VALUES:,} values"
+        problem = f"this expands to more than {_MOST_VALUES:,} values"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     sizes[id(node)] = size
     return size
@@ -171,4 +171,4 @@ def shown(value: Any) -> str:
     try:
         return shortened(_EXCERPT.repr(value), 60, "start")
     except ValueError:
-        return "a number of very many digits"
+        return "a number with too many digits"

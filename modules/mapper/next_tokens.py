@@ -38,7 +38,7 @@ class Predictor:
     Keeps the keys and values of a token tree; what is asked for next is mostly one token behind what is there.
     """
 
-    way = "token tree with kept keys and values"
+    way = "token tree with a KV cache"
 
     def __init__(self, model: ResidentModel, detokenizer: Detokenizer, token_budget: int = TOKEN_BUDGET) -> None:
         self.token_budget = token_budget  # distinct tokens that should be asked about at once; one path may be longer
@@ -142,7 +142,7 @@ class Predictor:
 class PlainPredictor(Predictor):
     """Keeps nothing: every path goes through the model from its beginning, alone."""
 
-    way = "recomputed one at a time"
+    way = "recomputed one by one, without a KV cache"
 
     def log_probabilities(self, paths: Sequence[TokenPath]) -> Tensor:
         """Of all tokens behind each path: (paths, V), float32."""

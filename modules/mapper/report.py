@@ -15,7 +15,16 @@ from modules.mapper.completion_tree import Branch, CompletionTree
 from modules.mapper.detokenize import Detokenizer
 from modules.mapper.ranking import PhraseRank
 from modules.runtime.console import coloured, visible
-from modules.runtime.text import CONTEXT_WIDTH, PHRASE_WIDTH, ended, one_line, percent, shortened, table
+from modules.runtime.text import (
+    CONTEXT_WIDTH,
+    PHRASE_WIDTH,
+    brief_percent,
+    ended,
+    one_line,
+    pluralize,
+    shortened,
+    table,
+)
 from modules.search.strategies import probability
 
 INDENT = "     "
@@ -27,7 +36,7 @@ def summary(config: Config, contexts: int, model: Mapping[str, object], way: str
     rows = {
         **model,
         "Model": config.directories.model_path1,
-        "Phrases loaded": f"{len(config.pairs)} ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good)",
+        "Pairs": f"{len(config.pairs)} ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good)",
         "Contexts": contexts,
         "Completions": way,
         "prob_min": f"{settings.prob_min:g}%",
@@ -78,10 +87,10 @@ def _branch_lines(
 
 def _rank_line(rank: PhraseRank, settings: Mapper) -> str:
     share = probability(rank.log_probability)
-    rare = f", below {settings.prob_min:g}%" if rank.too_rare else ""
+    rare = f", under {settings.prob_min:g}%" if rank.too_rare else ""
     better = f"  suggestion: {suggestion(rank)}" if rank.suggestion else ""
-    shown = f"{quoted(rank.pair.phrase)}  {coloured(percent(share), share)}"
-    return f"{rank.pair.kind:<4} {shown}  place {rank.rank} of {rank.ranked}{rare}{better}"
+    shown = f"{quoted(rank.pair.phrase)}  {coloured(brief_percent(share), share)}"
+    return f"{rank.pair.kind:<4} {shown}  rank {rank.rank} of {rank.ranked}{rare}{better}"
 
 
 def cut_lines(trees: Sequence[CompletionTree]) -> list[str]:
@@ -93,7 +102,7 @@ def cut_lines(trees: Sequence[CompletionTree]) -> list[str]:
 
 
 def phrase_table(ranks: Sequence[PhraseRank], settings: Mapper) -> list[str]:
-    """All phrases: probability, place, suggestion; those below prob_min are marked."""
+    """All phrases: probability, rank, suggestion; those below prob_min are marked."""
     limit = f"{settings.prob_min:g}%"
     rows = []
     for rank in ranks:
@@ -101,8 +110,8 @@ def phrase_table(ranks: Sequence[PhraseRank], settings: Mapper) -> list[str]:
             rank.pair.kind,
             shortened(one_line(rank.pair.phrase), PHRASE_WIDTH),
             shortened(one_line(rank.pair.shown), CONTEXT_WIDTH),
-            percent(probability(rank.log_probability)),
-            f"below {limit}" if rank.too_rare else "",
+            brief_percent(probability(rank.log_probability)),
+            "yes" if rank.too_rare else "",
             f"{rank.rank} of {rank.ranked}",
             suggestion(rank),
         )
@@ -110,9 +119,9 @@ def phrase_table(ranks: Sequence[PhraseRank], settings: Mapper) -> list[str]:
     rare = sum(rank.too_rare for rank in ranks)
     better = sum(rank.suggestion is not None for rank in ranks)
     return [
-        *table(("Type", "Phrase", "Context", "Raw Prob", "Too rare", "Place", "Suggestion"), rows),
-        f"{rare} of {len(ranks)} phrases are less probable than {limit}; {better} have a likelier suggestion",
-        "Place: among the completions of the phrase's length in words, the phrase included",
+        *table(("Type", "Phrase", "Context", "Probability", f"Under {limit}", "Rank", "Suggestion"), rows),
+        f"{rare} of {pluralize(len(ranks), 'pair')} are under {limit}; {better} have a more probable suggestion",
+        "Rank: among all completions with the phrase's number of words",
     ]
 
 
@@ -120,7 +129,7 @@ def suggestion(rank: PhraseRank) -> str:
     """What the model rather says, ready to paste, and how probable it is; empty if there is nothing."""
     if rank.suggestion is None:
         return ""
-    return f"{quoted(rank.suggestion.phrase)} ({short_percent(probability(rank.suggestion.log_probability))})"
+    return f"{quoted(rank.suggestion.phrase)} ({brief_percent(probability(rank.suggestion.log_probability))})"
 
 
 def document(
@@ -215,9 +224,8 @@ def phrase_list(ranks: Sequence[PhraseRank], model: str) -> str:
         "good_phrases": [entries[key] for key in ordered if key[0] == "GOOD"],
     }
     head = (
-        f"# What {folded(model)} rather says than the phrases of its list, found by the mapper.\n"
-        "# Read it before you use it: what stands under good_phrases is said in place of something wanted.\n"
-        "# First comes what counts most in the total.\n"
+        f"# What {folded(model)} says instead of the listed phrases, found by the mapper, the most important first.\n"
+        "# Review it before you use it: what is listed under good_phrases is said instead of something wanted.\n"
     )
     return head + yaml.safe_dump(lists, allow_unicode=True, sort_keys=False, width=math.inf)
 

@@ -140,7 +140,7 @@ def parsed(method: str) -> tuple[str, dict[str, Any]]:
             return tree.func.id, {str(item.arg): ast.literal_eval(item.value) for item in tree.keywords}
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         pass
-    raise ValueError(f"'{method[:60]}' is no merge method")
+    raise ValueError(f"'{method[:60]}' is not a merge method")
 
 
 def seeded(method: str, seed: int) -> str:
@@ -202,7 +202,7 @@ def merge(
     return out
 
 
-@merge_method("lerp", "a straight mix of the two layers")
+@merge_method("lerp", "linear interpolation of the two layers")
 def lerp(base: "Tensor", other: "Tensor", ratio: float, out: "Tensor") -> None:
     """(1-t)*a + t*b. torch.lerp computes half types in float32 and rounds once."""
     import torch
@@ -213,7 +213,7 @@ def lerp(base: "Tensor", other: "Tensor", ratio: float, out: "Tensor") -> None:
         _in_float32(lambda a, b, o: torch.lerp(a, b, ratio, out=o), base, other, out)
 
 
-@merge_method("slerp", "a mix along the arc between them, which keeps their length")
+@merge_method("slerp", "spherical interpolation of each weight matrix")
 def slerp(base: "Tensor", other: "Tensor", ratio: float, out: "Tensor") -> None:
     """Spherical interpolation of the whole tensor as one vector; stacked experts one matrix at a time.
 
@@ -252,7 +252,7 @@ def slice_shares(width: int, ratio: float) -> "Tensor":
 
 @column_method(
     "cyclic",
-    "a band of the candidate's columns (15 %) at four fixed places; merge_ratios is not used",
+    "a band of the candidate's columns (15 %) at four fixed positions; merge_ratios is not used",
     ratios=(0.25, 0.45, 0.65, 0.85),
     recorded_share=0.15,
 )
@@ -264,7 +264,7 @@ def cyclic_shares(width: int, ratio: float) -> "Tensor":
 
 
 @column_method(
-    "gradient", "the candidate fades in up to a peak at 1 - ratio, then out again (45 % in all)", recorded_share=0.45
+    "gradient", "the candidate fades in to a peak at 1 - ratio and out again (45 % in all)", recorded_share=0.45
 )
 def gradient_shares(width: int, ratio: float) -> "Tensor":
     """The other's share per column, (width,) float32: up from 0 to 0.9 at c = int(width*(1-ratio)), then down again."""
@@ -277,7 +277,7 @@ def gradient_shares(width: int, ratio: float) -> "Tensor":
     return torch.where(column < peak, rising, falling)
 
 
-@merge_method("ties", "lerp of the largest differences only: density says which share of each tensor's they are")
+@merge_method("ties", "lerp of the largest differences only; density is the fraction to keep")
 def ties(base: "Tensor", other: "Tensor", ratio: float, out: "Tensor", *, density: Density = 0.5) -> None:
     """a + t * trim(b - a). trim keeps the int(density * n) of a matrix's n differences that are largest in size.
 
@@ -298,7 +298,7 @@ def ties(base: "Tensor", other: "Tensor", ratio: float, out: "Tensor", *, densit
     out.copy_(base.float() + ratio * trimmed)
 
 
-@merge_method("dare", "lerp of a random share (density) of the differences, each divided by density")
+@merge_method("dare", "lerp of a random fraction (density) of the differences, each divided by density")
 def dare(base: "Tensor", other: "Tensor", ratio: float, out: "Tensor", *, density: Density = 0.5, seed: Seed) -> None:
     """a + t * (b - a) * mask / density. The mask is 1 with the probability density, for each number by itself.
 

@@ -355,7 +355,7 @@ class ResidentModel:
         found = {name: name if name in self.conversion else stored.get(id(self.tensors[name])) for name in self.tensors}
         missing = [name for name, other in found.items() if other is None]
         if missing:
-            raise ConfigError(f"{self.checkpoint.path}: the weights lack {', '.join(missing[:3])}")
+            raise ConfigError(f"{self.checkpoint.path}: missing weights {', '.join(missing[:3])}")
         for name, tensor in self.tensors.items():
             dtype = self.conversion.dtype(found[name])
             if tensor.is_floating_point() and not dtype.is_floating_point:
@@ -387,7 +387,7 @@ class ResidentModel:
         lost = torch.linalg.vector_norm(stored - tensor)
         if lost > torch.finfo(torch.float16).eps / 2 * torch.linalg.vector_norm(stored):
             gone = int(((tensor == 0) & (stored != 0)).sum())
-            raise self.too_narrow(f"{name} is too small, {gone:,} of its {tensor.numel():,} numbers are 0")
+            raise self.too_narrow(f"{name} underflows ({gone:,} of {tensor.numel():,} values become 0)")
 
     def _stored(self, name: str) -> Tensor:
         """A tensor as the base's files have it, on the CPU."""
@@ -405,8 +405,8 @@ class ResidentModel:
         if self.dtype == torch.float16:
             return self.too_narrow(f"{what} overflow")
         return ConfigError(
-            f"{self.checkpoint.path}: its answers are NaN or infinite, and no dtype has more room than "
-            f"{dtype_name(self.dtype)}: its weights are damaged, or config.json does not fit them"
+            f"{self.checkpoint.path}: its outputs are NaN or infinite even in {dtype_name(self.dtype)}; check that its "
+            "weights are intact and match config.json"
         )
 
 

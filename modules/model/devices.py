@@ -12,6 +12,7 @@ import torch
 from modules.config.choices import ACCELERATORS, NUMBERED
 from modules.runtime.distributed import Rank
 from modules.runtime.errors import ConfigError
+from modules.runtime.text import pluralize
 
 
 def accelerators() -> list[torch.device]:
@@ -34,7 +35,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto" or name == first.partition(":")[0]:
         name = first
     if name not in present:
-        raise ConfigError(f"device: '{name}' is not on this machine; there is {', '.join(present)}")
+        raise ConfigError(f"device: '{name}' is not available; this machine has {', '.join(present)}")
     return torch.device(name)
 
 
@@ -53,7 +54,7 @@ def own_device(name: str, rank: Rank) -> str:
         return name
     if rank.local_rank >= len(gpus):
         raise ConfigError(
-            f"{rank.local_world_size} processes were started on a machine with {len(gpus)} GPUs; start as many as GPUs"
+            f"{rank.local_world_size} processes for {pluralize(len(gpus), 'GPU')}; start at most one process per GPU"
         )
     return gpus[rank.local_rank]
 
@@ -71,7 +72,7 @@ def wider(dtype: torch.dtype, key: str = "compute_dtype") -> str:
     others = {torch.float16: "bfloat16+float32 or float32", torch.bfloat16: "float32"}  # bfloat16 ends before float32
     if key == "dtype":
         others[torch.float16] = "bfloat16 or float32"
-    return f"set {key}: {others[dtype]}" if dtype in others else "no dtype holds such values"
+    return f"set {key}: {others[dtype]}" if dtype in others else "no dtype can hold such values"
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -91,15 +91,15 @@ def matched_header(model: ResidentModel, tokenizer: Any, candidate: Candidate, p
     matches = match_rows(ours, theirs, roles)
     known = len(set(ours.values()))
     if len(matches) < MIN_SHARED_TOKENS * known:
-        shared = f"{len(matches)} of the base's {known} tokens (at least {MIN_SHARED_TOKENS:.0%} are needed)"
+        shared = f"{len(matches)} of the base's {known} tokens (at least {MIN_SHARED_TOKENS:.0%} required)"
         raise HeaderSkipped(f"{candidate.name} shares only {shared}")
     tying, own_head = _about_tying(model, candidate, part)
     found = HeaderRows(candidate, sources, matches, own_head=own_head)
     if ours == theirs and rows == their_rows and tying is None:
         return found  # they are the same, row for row
-    note = f"Header: {_description(candidate.name, ours, theirs, rows, their_rows, roles, matches)}"
+    note = f"Embedding and LM head: {_description(candidate.name, ours, theirs, rows, their_rows, roles, matches)}"
     with_tying = f"{note}; {tying}" if tying else note
-    of_scores = with_tying if own_head is None else f"{note}; its head is not its embedding"
+    of_scores = with_tying if own_head is None else f"{note}; its LM head is not tied"
     return replace(found, note=with_tying, note_of_scores=of_scores)
 
 
@@ -165,10 +165,10 @@ def _description(
     added = len(set(theirs.values()) - set(matches.values()))
     text = f"{len(matches)} of {rows} rows matched by token"
     text += f", BOS or EOS by role ({', '.join(by_role)})" if by_role else ""
-    text += f", {moved} of them at another place" if moved else ""
-    kept = [f"{lacking} ({name} has no row for their tokens)"] if lacking else []
-    kept += [f"{nameless} (they have no token)"] if nameless else []
-    text += f"; the base keeps its own in {' and in '.join(kept)}" if kept else ""
+    text += f", {moved} of them at a different index" if moved else ""
+    kept = [f"{lacking} ({name} lacks their tokens)"] if lacking else []
+    kept += [f"{nameless} (without a token)"] if nameless else []
+    text += f"; the base's rows stay: {' and '.join(kept)}" if kept else ""
     if added or their_rows != rows:
         text += f"; {name} has {their_rows} rows"
         text += f", {added} of them for tokens that the base lacks" if added else ""
@@ -217,8 +217,8 @@ def _about_tying(model: ResidentModel, candidate: Candidate, part: Part) -> tupl
         theirs_is_own = not torch.equal(*candidate.read([embedding, head]).values())
     if theirs_is_own and not ours_is_own:
         alike = candidate.conversion.shape(head) == candidate.conversion.shape(embedding)
-        unused = f"the base's head is its embedding, so {candidate.name}'s own head is not used"
+        unused = f"the base ties its LM head to the embedding, so {candidate.name}'s own LM head is ignored"
         return unused, head if alike else None
     if ours_is_own and not theirs_is_own:
-        return f"{candidate.name}'s head is its embedding, which is merged into both of the base's", None
+        return f"{candidate.name} ties its LM head to the embedding, which is merged into both of the base's", None
     return None, None

@@ -110,7 +110,7 @@ class ModelLoader:
             reason = error.args[0]
         # Not within the handler: there, the error still holds the model.
         release_memory()
-        self.console.warning(f"{reason}: computing in {FALLBACK.name}")
+        self.console.warning(f"{reason}; computing in {FALLBACK.name} instead")
         return work(replace(self, compute=FALLBACK))
 
 
@@ -124,8 +124,8 @@ def release_memory() -> None:
 def too_large_for(best: Arithmetic, other: Arithmetic, needed: int, free: int) -> str:
     """What there is to say where memory decides what is computed in, and so the result. needed, free: bytes."""
     return (
-        f"computing in {other.name}: {best.name} takes {in_memory(needed)}, of which {in_memory(free)} are free "
-        f"(compute_dtype: {other.name} makes it the same everywhere)"
+        f"{best.name} needs {in_memory(needed)}, but {in_memory(free)} are free; computing in {other.name} instead "
+        f"(set compute_dtype: {other.name} for the same result on every machine)"
     )
 
 
@@ -204,10 +204,10 @@ def _check_complete(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
     """Raise ConfigError if, by transformers' account of loading it, a checkpoint is no complete model."""
     if info["mismatched_keys"]:
         name, stored, expected = sorted(info["mismatched_keys"])[0]
-        shapes = f"has shape {tuple(stored)}, its config.json says {tuple(expected)}"
+        shapes = f"has shape {tuple(stored)}, but config.json says {tuple(expected)}"
         raise ConfigError(f"{checkpoint.path}: {name} {shapes}")
     if info["missing_keys"]:
-        raise ConfigError(f"{checkpoint.path}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+        raise ConfigError(f"{checkpoint.path}: missing weights {', '.join(sorted(info['missing_keys'])[:3])}")
 
 
 def _saved(dtype: str) -> torch.dtype | None:

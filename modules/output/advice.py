@@ -12,7 +12,7 @@ from modules.metrics.registry import columns_of
 from modules.output.tables import ResultRow
 from modules.search.strategies import Limits
 
-SHOWN = 1e-5  # of a total, or of 1 where it is smaller: what differs by less looks the same
+SHOWN = 5e-4  # of a total, or of 1 where it is smaller: what differs by less looks the same
 
 
 def advice(candidates: Sequence[ResultRow], merge: ResultRow, config: Config, limits: Limits, layers: int) -> list[str]:
@@ -26,9 +26,9 @@ def advice(candidates: Sequence[ResultRow], merge: ResultRow, config: Config, li
         return []
     way_out = "give each phrase more contexts" if config.search == "joint" else "try search: joint"
     return [
-        f"{best.name} alone scores better on the searched pairs ({after:.5f} vs {before:.5f}).",
+        f"{best.name} on its own scores better on the searched pairs ({after:.3f} vs {before:.3f}).",
         *_causes(best, merge, config, limits, layers),
-        f"Take {best.name} as it is, or {way_out}.",
+        f"Use {best.name} itself, or {way_out}.",
     ]
 
 
@@ -40,8 +40,8 @@ def beyond_limit(row: ResultRow, limits: Limits) -> list[str]:
         value, most = row.metrics.get(column.shown_as, 0.0), limits.maxima[column.name]
         if value > most:
             lines.append(
-                f"{row.name}: {column.shown_as} is {value:.4g} on texts that took no part in the search, above "
-                f"{column.limit_key} {most:g}: lower {column.limit_key}, or raise neutral_tokens"
+                f"{row.name}: {column.shown_as} is {value:.4g} on held-out neutral text, above {column.limit_key} "
+                f"{most:g}; lower {column.limit_key} or raise neutral_tokens"
             )
     return lines
 
@@ -57,18 +57,18 @@ def _causes(best: ResultRow, merge: ResultRow, config: Config, limits: Limits, l
     """What kept a search from a candidate as it is, each with what to do about it."""
     causes = []
     if config.layers is not None and len(config.layers) < layers:
-        causes.append(f"layers restricts the search to {len(config.layers)} of {layers} layers: leave it out.")
+        causes.append(f"layers restricts the search to {len(config.layers)} of {layers} layers; remove the key.")
     if not config.merge_headers:
-        causes.append("merge_headers is false, so embedding and output head stay the base's: set it to true.")
+        causes.append("merge_headers is false, so embedding and LM head stay the base's; set it to true.")
     if config.search == "greedy":
         if not {"lerp", "slerp"}.intersection(config.merge_method):
-            causes.append(f"merge_method {', '.join(config.merge_method)} takes no layer whole: add lerp.")
+            causes.append(f"merge_method {', '.join(config.merge_method)} can't replace a whole layer; add lerp.")
         if max(config.merge_ratios) < 1.0:
-            causes.append(f"merge_ratios ends at {max(config.merge_ratios):g}: add 1.0, which takes a layer whole.")
+            causes.append(f"merge_ratios ends at {max(config.merge_ratios):g}; add 1.0, which replaces a layer.")
         if config.strategy != "cumulative":
-            causes.append(f"strategy {config.strategy} judges by pairs: cumulative goes by the total.")
+            causes.append(f"strategy {config.strategy} counts pairs; cumulative lowers the total.")
     for column in columns_of(limits.maxima):
         most, used = limits.maxima[column.name], merge.metrics.get(column.name, 0.0)
         if used and used + best.metrics.get(column.name, 0.0) > most:
-            causes.append(f"{column.limit_key} is used up ({used:.4g} of {most:g}): raise it.")
+            causes.append(f"{column.limit_key} is used up ({used:.4g} of {most:g}); raise it.")
     return causes

@@ -40,7 +40,7 @@ def settings_yaml(recipe: Recipe, output: str) -> str:
 
 def settings_file(recipe: Recipe, output: str) -> str:
     """Settings and phrase lists as a file that can be run again. output: the name of its folder."""
-    return f"# Models go by their names: write where they lie.\n{settings_yaml(recipe, output)}{_phrases_yaml(recipe)}"
+    return f"# Replace the models' names with their paths.\n{settings_yaml(recipe, output)}{_phrases_yaml(recipe)}"
 
 
 def _model(source: Source) -> str:

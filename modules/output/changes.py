@@ -24,7 +24,7 @@ from modules.model.devices import resolve_device
 from modules.output.records import FORMAT, Run, Source
 from modules.runtime.errors import ConfigError
 
-_HINT = "use what it was begun with, or begin again with --restart"
+_HINT = "go back to that, or start over with --restart"
 
 
 def run_of(config: Config, computed: str) -> Run:
@@ -80,14 +80,14 @@ def refuse_changes(begun: Run, now: Run, path: Path) -> None:
     """Raise ConfigError, naming what can change the result and is another one than when a run began: the version, or
     settings."""
     if begun.program != now.program:
-        raise ConfigError(f"{path} was begun by Merge Monster {begun.program}, this is {now.program}; {_HINT}")
+        raise ConfigError(f"{path} was started by Merge Monster {begun.program}, but this is {now.program}; {_HINT}")
     changes = []
     for key, (before, after) in changes_between(begun, now).items():
         before, after = json.dumps(before, ensure_ascii=False), json.dumps(after, ensure_ascii=False)
         is_short = len(before) <= 60 and len(after) <= 60
-        changes.append(f"{key} was {before}, is {after}" if is_short else f"{key} is not the same")
+        changes.append(f"{key} was {before}, is {after}" if is_short else f"{key} changed")
     if changes:
-        raise ConfigError(f"the configuration has changed since {path} was begun: {'; '.join(changes)}; {_HINT}")
+        raise ConfigError(f"the configuration has changed since {path} was started: {'; '.join(changes)}; {_HINT}")
 
 
 def changes_between(begun: Run, now: Run) -> dict[str, tuple[Any, Any]]:

@@ -33,8 +33,8 @@ SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that 
 STATE_FILE = "merge_monster_state.safetensors"  # in one that is learned
 UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is no output yet
 _ABOUT_UNFINISHED = (
-    "Merge Monster has not finished this output. The command that began it goes on with --resume and begins again\n"
-    "with --restart.\n"
+    "Merge Monster has not finished this output. Run the same command with --resume to continue, or with --restart to\n"
+    "start over.\n"
 )
 _SUFFIX = "-merge-monster"  # of every hidden name
 
@@ -65,7 +65,9 @@ class OutputFolder:
             self.parent.mkdir(parents=True, exist_ok=True)
             lock = Lock(self.lock_file)
         except BlockingIOError:
-            raise ConfigError(f"{self.output}: another run is writing here; wait for it, or name another") from None
+            raise ConfigError(
+                f"{self.output}: another run is writing here; wait for it, or choose another output"
+            ) from None
         except OSError as error:
             raise self._not_writable(error) from None
         try:
@@ -89,8 +91,8 @@ class OutputFolder:
                 sync(self.parent)
             elif not holds_output(self.output):
                 raise ConfigError(
-                    f"{self.before} is the output that stood at {self.output} when a run was killed, and {self.output} "
-                    "has come to hold something else: move that away, and this command puts the output back"
+                    f"{self.before} holds the earlier output, but {self.output} now contains something else; move that "
+                    "away and run this command again to restore the output"
                 )
         with suppress(OSError):  # it does no harm in an output
             (self.output / UNFINISHED).unlink()
@@ -138,13 +140,13 @@ class OutputFolder:
                 shutil.rmtree(folder)
         except OSError as error:
             names = ", ".join(str(folder) for folder in old if folder.exists())
-            return [f"left of an earlier output, and can't be removed ({error.strerror}): {names}"]
+            return [f"can't remove an earlier output ({error.strerror}): {names}"]
         return []
 
     def _not_writable(self, error: OSError) -> ConfigError:
         return ConfigError(
-            f"the output directory {self.output} can't be written: nothing can be made in {self.parent} "
-            f"({error.strerror or error}); name another one with --output"
+            f"can't write the output directory {self.output}: no folder can be made in {self.parent} "
+            f"({error.strerror or error}); choose another one with --output"
         )
 
 
@@ -172,11 +174,11 @@ def locked_output(output: Path, console: Console, dry_run: bool = False) -> Iter
     target = OutputFolder(output)
     if is_mount_point(target.output):
         raise ConfigError(
-            f"the output directory {output} is a mount point, which no new output can replace; use a folder in it"
+            f"the output directory {output} is a mount point, which can't be replaced; use a folder in it"
         )
     with target.locked() as lock:
         if not lock.works:
-            console.warning(f"the file system of {target.parent} has no locks: see to it that no two runs write here")
+            console.warning(f"the file system of {target.parent} has no locks; make sure that no two runs write here")
         target.recover()
         if not dry_run:
             console.warnings(target.cleanup())
@@ -192,14 +194,14 @@ def check_output(target: OutputFolder, overwrite: bool) -> None:
     if not _has_content(output):
         return
     if not overwrite:
-        raise ConfigError(f"the output directory {output} is not empty; move it, name another, or add --overwrite")
+        raise ConfigError(f"the output directory {output} is not empty; move it, choose another, or add --overwrite")
     if not holds_output(output):
         raise ConfigError(
             f"{output} was not written by Merge Monster (no {SETTINGS_FILE}); --overwrite won't delete it"
         )
     working = Path.cwd()
     if output in (working, *working.parents):
-        raise ConfigError(f"the output directory {output} is, or contains, the folder you are in; choose another one")
+        raise ConfigError(f"the output directory {output} is or contains the current folder; choose another one")
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ class Unfinished:
             self.journal.path.unlink()
         output = self.target.output
         if _has_content(output) and not overwrite:
-            raise CheckpointError(f"{output} has come to be meanwhile; move it away and go on with --resume")
+            raise CheckpointError(f"{output} was created during the run; move it away and continue with --resume")
         self.target.commit()
         return self.target.cleanup()
 
@@ -245,15 +247,15 @@ def unfinished_output(
     folder = target.partial
     if folder.exists() and not _is_unfinished(folder):
         kind = "is a finished output" if holds_output(folder) else "was not written by Merge Monster"
-        raise ConfigError(f"{folder} {kind} and is in its way; move it")
+        raise ConfigError(f"{folder} {kind}, but is in the way of the new one; move it away")
     folder.mkdir(exist_ok=True)
     with closing(open_journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
         if journal.decisions and not resume:
             steps = sum(record["kind"] in ("step", "learned") for record in journal.records)
             progress = pluralize(steps, "step") if steps else pluralize(journal.decisions, "decision")
-            advice = "add --resume to go on from there, or --restart to begin again"
-            advice = advice if searching else "finish that search, delete this folder, or name another --output"
-            raise ConfigError(f"{folder} holds an unfinished run ({progress}): {advice}")
+            advice = "add --resume to continue it, or --restart to start over"
+            advice = advice if searching else "finish that search, delete this folder, or choose another --output"
+            raise ConfigError(f"{folder} contains an unfinished run ({progress}); {advice}")
         try:
             if not journal.decisions:
                 journal.clear()
@@ -290,12 +292,12 @@ def what_stands(output: Path, earlier: Stamp, searching: bool = True) -> str:
     """
     target = OutputFolder(output)
     if target.before.is_dir() and not holds_output(output):
-        text = f"The output is in {target.before}: the next command for {output} puts it into its place."
+        text = f"The output is in {target.before}; the next command for {output} moves it back."
     elif holds_output(output) and stamp(output) != earlier:
-        text = f"A whole new output stands in {output}."
+        text = f"The new output in {output} is complete."
     else:
-        text = f"Nothing was written to {output}" + (": what stood there still does." if earlier else ".")
+        text = f"{output} was not changed." if earlier else f"Nothing was written to {output}."
     if searching and read_journal(target.partial / JOURNAL_FILE):
-        text += f" What was decided so far is kept in {target.partial}: the same command with --resume goes on from "
-        text += "there, with --restart begins again."
+        text += f" The progress is saved in {target.partial}; run the same command with --resume to continue, or with "
+        text += "--restart to start over."
     return text

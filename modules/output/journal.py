@@ -87,7 +87,7 @@ def read_journal(path: Path) -> list[Line]:
 
 def damaged(path: Path, number: int) -> ConfigError:
     """What is said of a line that no run can have written."""
-    return ConfigError(f"{path}: line {number} is damaged; begin again with --restart")
+    return ConfigError(f"{path}: line {number} is damaged; start over with --restart")
 
 
 def _read(path: Path, file: IO) -> list[Line]:

@@ -38,7 +38,7 @@ def check_sums(recipe: Recipe) -> None:
     """Raise ConfigError, naming the methods, if something was merged that is no weighted sum."""
     methods = {line.method for line in recipe.decisions if line.ratio is not None} - {"lerp"}
     if methods:
-        raise ConfigError(f"only merges by lerp and joint searches can be exported, not {', '.join(sorted(methods))}")
+        raise ConfigError(f"only merge_method lerp and search: joint can be exported, not {', '.join(sorted(methods))}")
 
 
 def mergekit_text(recipe: Recipe, names: Names) -> str:

@@ -20,7 +20,7 @@ from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Source
 from modules.output.tables import sample_lines
 from modules.runtime.console import visible
-from modules.runtime.text import percent, pluralize, shortened
+from modules.runtime.text import brief_percent, pluralize, shortened
 
 CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table
@@ -49,8 +49,8 @@ $metrics
 
 ## Phrases
 
-How probable the phrase is after the context, in the base and in this model. Bad phrases should be less probable, good \
-ones more. Of more than $most phrases, those that changed most.
+Probability of each phrase after its context, in the base and in this model. Bad phrases should become less probable, \
+good ones more. Of more than $most pairs, those that changed most.
 
 $phrase_table
 
@@ -60,23 +60,22 @@ $samples
 
 ## Licence
 
-Check the licences of all source models and add `license:` to this page. The base's licence files, if it has any, lie \
-beside it.
+Check the licences of all source models and add `license:` to this page. The base's licence files, if any, are included.
 
 ## Settings
 
-Non-default settings; `merge_monster.yaml` beside this page has them with all phrases:
+Non-default settings; `merge_monster.yaml` has them with all phrases:
 
 $settings
 
 ## Reproduce
 
-Merge Monster builds the same model from `$recipe_file`, without a search. PATH: where the model lies.
+Merge Monster rebuilds this model from `$recipe_file` without a search. PATH: where the model is.
 
 $command
 """
 
-GREEDY = "A layer's merge was kept only if it scored better by the strategy $strategy; merge methods: $methods."
+GREEDY = "Each layer's merge was kept only if it scored better (strategy: $strategy; merge method: $methods)."
 JOINT = (
     "Per-layer merge weights were optimised jointly by gradient to make unwanted phrases less likely and wanted ones "
     "more likely."
@@ -156,8 +155,8 @@ def front_matter(recipe: Recipe, library: str, relation: str) -> str:
 
 def _composition(recipe: Recipe) -> str:
     models = {source.name: _link(source) for source in recipe.sources}
-    rows = [(models.get(name) or _escaped(name), f"{share:.2%}") for name, share in recipe.composition.items()]
-    return _table(("model", "share"), rows)
+    rows = [(models.get(name) or _escaped(name), f"{share:.1%}") for name, share in recipe.composition.items()]
+    return _table(("model", "weight"), rows)
 
 
 def _metrics(recipe: Recipe) -> str:
@@ -177,7 +176,7 @@ def _phrases(phrases: Sequence[Phrase]) -> str:
     rows = []
     for phrase in [phrases[number] for number in sorted(changed_most)]:
         texts = [_escaped(shortened(text, MOST_COLUMNS)) for text in (phrase.phrase, phrase.shown)]
-        figures = [percent(value, rounding=phrase.rounding) for value in (phrase.before, phrase.after)]
+        figures = [brief_percent(value, phrase.rounding) for value in (phrase.before, phrase.after)]
         rows.append((phrase.kind.lower(), *texts, f"{abs(phrase.weight):g}", *figures))
     return _table(("", "phrase", "context", "weight", "before", "after"), rows)
 

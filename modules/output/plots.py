@@ -32,11 +32,13 @@ from modules.output.style import (
     short_name,
     title_of,
 )
-from modules.runtime.text import one_line, shortened
+from modules.runtime.text import brief_percent, one_line, shortened
 from modules.search.decision import shares_of
 
 MERGE_MAP_FILE = "merge_map.png"
 PHRASE_CHART_FILE = "phrase_chart.png"
+
+_HEADER = "emb+head"  # the column of what is outside the layers
 
 # White is nothing. A base's share may be below that; a slope below it is for the better.
 _SHARES = LinearSegmentedColormap.from_list("shares", [COLOURS[5], "white", COLOURS[2]])
@@ -97,30 +99,30 @@ def _layer_names(recipe: Recipe) -> list[str]:
     """The numbers of the layers that something was decided on and, last, what is outside them."""
     if recipe.joint is None:
         decided = [line.layer for line in recipe.decisions if line.layer is not None]
-        return [*map(str, range(max(decided, default=-1) + 1)), "header"]
+        return [*map(str, range(max(decided, default=-1) + 1)), _HEADER]
     names = list(map(str, range(len(recipe.joint.shares))))
-    return [*names[:-1], "outside"] if recipe.settings.merge_headers else names
+    return [*names[:-1], _HEADER] if recipe.settings.merge_headers else names
 
 
 def _heat_maps(recipe: Recipe) -> list[HeatMap]:
     """What a merge map shows, from the top."""
     labels = []
     for number, source in enumerate(recipe.sources):
-        share = percent(recipe.composition.get(source.name, 0))
+        share = brief_percent(recipe.composition.get(source.name, 0))
         labels.append(f"{number or 'base'}: {short_name(source.name)} ({share})")
     if recipe.joint is None:
         shares = _greedy_shares(recipe)
     else:
         shares = [[1.0 - math.fsum(row), *row] for row in recipe.joint.shares]
     limit = max(1.0, *(abs(share) for row in shares for share in row))
-    maps = [HeatMap("Share of each model in each layer", shares, labels, _SHARES, limit)]
+    maps = [HeatMap("Weight of each model in each layer", shares, labels, _SHARES, limit)]
     if recipe.joint and len(labels) > 1:
         for column in columns_of(recipe.joint.slopes):
             slopes = recipe.joint.slopes[column.name]
             largest = max(abs(slope) for row in slopes for slope in row) or 1.0
             rows = [[slope / largest for slope in row] for row in slopes]
             title = (
-                f"Effect of each share on the {column.label} at the start, in units of {largest:.3g}; blue lowers it"
+                f"Effect of each weight on the {column.label} at the start (in units of {largest:.3g}; blue lowers it)"
             )
             maps.append(HeatMap(title, rows, labels[1:], _SLOPES, 1.0))
     return maps
@@ -131,7 +133,7 @@ def _greedy_shares(recipe: Recipe) -> list[list[float]]:
     merges: dict[str, list[tuple[float, str]]] = {name: [(1.0, "0")] for name in _layer_names(recipe)}
     for line in recipe.decisions:
         if line.ratio is not None:
-            layer = "header" if line.layer is None else str(line.layer)
+            layer = _HEADER if line.layer is None else str(line.layer)
             merges[layer].append((line.decision.share, str(line.candidate)))
     rows = []
     for shares in map(shares_of, merges.values()):
@@ -183,7 +185,7 @@ def phrase_chart_figure(recipe: Recipe) -> Figure:
     shown = [pair for group in groups.values() for pair in group]
     title = title_of("Phrases before and after", [source.name for source in recipe.sources], _CHART_WIDTH)
     if len(shown) < len(recipe.phrases):
-        title += f"\nof {len(recipe.phrases)} pairs, the {_MOST_CHANGED} of each kind that changed the most"
+        title += f"\nthe {_MOST_CHANGED} pairs of each kind that changed the most, of {len(recipe.phrases)}"
     figure = Figure(figsize=(_CHART_WIDTH, 1.5 + 0.2 * len(shown) + 0.5 * len(groups)))
     figure.suptitle(title)
     if not groups:
@@ -227,7 +229,7 @@ def _draw_pairs(axes: Axes, pairs: Sequence[Phrase]) -> None:
         colours.append(BETTER if gain > 0 else WORSE if gain < 0 else SAME)
         context, phrase = shortened(one_line(pair.shown), 36), shortened(one_line(pair.phrase), 28, "both")
         labels.append(f"{context} [{phrase}]".lstrip())
-        figures = f"{percent(pair.before)} → {percent(pair.after)}"
+        figures = f"{brief_percent(pair.before)} → {brief_percent(pair.after)}"
         axes.text(1.02, row, figures, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
     axes.hlines(rows, before, after, colours, linewidth=1.5, zorder=2)
     axes.scatter(before, rows, s=25, color="white", edgecolors=DARK, zorder=3, clip_on=False)
@@ -246,6 +248,6 @@ def _scale_probabilities(axes: Axes, values: Sequence[float]) -> None:
     if positive and max(positive) > _LINEAR_SPAN * min(positive):
         axes.set_xscale("symlog", linthresh=min(positive))
         axes.xaxis.get_major_locator().set_params(numticks=8)
-        axes.set_xlabel("Probability, logarithmic")
+        axes.set_xlabel("Probability (log scale)")
     axes.set_xlim(0, max(positive, default=1.0) * 1.05)
     axes.xaxis.set_major_formatter(FuncFormatter(percent))

@@ -71,14 +71,14 @@ class Recipe(Record):
         if numbers[:1] != [0] or numbers != sorted(set(numbers)):
             raise ValueError("its sources are not numbered from 0")
         if any(decision.candidate not in numbers[1:] for decision in self.decisions):
-            raise ValueError("a decision is on no source")
+            raise ValueError("a decision is on an unknown source")
         if set(self.metrics) != {"base", "merge"}:
-            raise ValueError("metrics lack those of base or merge")
+            raise ValueError("metrics of base or merge are missing")
         if self.joint:
             rows = [self.joint.start, *self.joint.slopes.values()]
             form = [len(row) for row in self.joint.shares]
             if any(count != len(numbers) - 1 for count in form) or any([*map(len, row)] != form for row in rows):
-                raise ValueError("shares are on no source, or slopes on no share")
+                raise ValueError("weights are on unknown sources, or slopes on unknown weights")
         return self
 
     def accepted_of(self, number: int) -> list[Decided]:
@@ -121,7 +121,7 @@ def read_recipe(path: Path) -> Recipe:
             recipe = Recipe.model_validate(json.load(file))
         json.dumps(recipe.written(), ensure_ascii=False, allow_nan=False).encode()  # as it will be written
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; a recipe is the {RECIPE_FILE} of an output") from None
+        raise ConfigError(f"{path}: no such file; use the {RECIPE_FILE} of an output") from None
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -130,7 +130,7 @@ def read_recipe(path: Path) -> Recipe:
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         what = f"not a recipe of format {FORMAT} ({reason})"
-        raise ConfigError(f"{path}: {what}; take the {RECIPE_FILE} of an output") from None
+        raise ConfigError(f"{path}: {what}; use the {RECIPE_FILE} of an output") from None
     return recipe
 
 

@@ -18,6 +18,7 @@ from modules.runtime.text import (
     PHRASE_WIDTH,
     RAW_WIDTH,
     USED_WIDTH,
+    brief_percent,
     ended,
     one_line,
     percent,
@@ -61,7 +62,8 @@ def summary(
     if config.layers:
         rows["Layers searched"] = f"{', '.join(ranges(config.layers))} (counted from 0)"
     if config.search == "joint":
-        rows["Search"] = f"joint, {config.joint.steps} steps, step size {config.joint.step_size:g}"
+        first, last = config.joint.step_size, config.joint.step_size / 10
+        rows["Search"] = f"joint, {config.joint.steps} steps, step size {first:g} falling to {last:g}"
     else:
         rows["Merge ratios"] = list(config.merge_ratios)
         rows["Merge method"] = ", ".join(config.merge_method)
@@ -71,7 +73,7 @@ def summary(
     rows["Merge headers"] = _on(config.merge_headers)
     rows |= weighed
     if rounding:
-        rows["Rounding"] = f"{rounding:.5f} of the total (compute_dtype: float32 has none)"
+        rows["Rounding"] = f"{rounding:.2g} of the total (none with compute_dtype: float32)"
     return _aligned(rows)
 
 
@@ -138,16 +140,16 @@ def _relative_change(before: float, after: float) -> str:
 def step_line(step: int, steps: int, before: float, metrics: Values) -> str:
     """What a step of a joint search has made of the total, which was `before`, and other metrics (without the time)."""
     others = {name: value for name, value in metrics.items() if name != "total"}
-    return " - ".join([f"Step {step}/{steps}", f"{before:.5f} > {metrics['total']:.5f}", *_labelled(others)])
+    return " - ".join([f"Step {step}/{steps}", f"{before:.3f} -> {metrics['total']:.3f}", *_labelled(others)])
 
 
 def share_lines(names: Sequence[str], shares: Sequence[Sequence[float]], layers: int) -> list[str]:
     """A joint search's shares of each layer and, if it was mixed, of what is outside of them. names: base first."""
     lines = []
     for number, row in enumerate(shares):
-        part = f"Layer {number}" if number < layers else "Outside"
+        part = f"Layer {number}" if number < layers else "Embedding + head"
         known = zip(names, (1 - math.fsum(row), *row), strict=True)
-        lines.append(f"{part:<13}: {', '.join(f'{share:.2f} {name}' for name, share in known if share)}")
+        lines.append(f"{part:<16} : {', '.join(f'{share:.2f} {name}' for name, share in known if share)}")
     return lines
 
 
@@ -188,8 +190,8 @@ def phrase_table(
         lines.append(f"not shown: {hidden} of {len(pairs)} pairs, changed by {CHANGED:g} percentage points or less")
     if kind == "summary":
         better = improved(scores(start or now, weights), scores(now, weights))
-        lines.append(f"since the start: {better} of {len(pairs)} pairs improved")
-    return [*lines, "* the model's own probability - ** after weighting; lower totals are better"]
+        lines.append(f"improved since the start: {better} of {pluralize(len(pairs), 'pair')}")
+    return [*lines, "* probability of the phrase - ** times its weight; lower totals are better"]
 
 
 class ResultRow(NamedTuple):
@@ -248,17 +250,18 @@ def probability_table(
     roundings = [*(rounding or [0.0] * count), *[max(rounding, default=0.0)] * len(held_out)]
     rows = []
     for pair, *values, least in zip([*searched, *held_out], *models.values(), roundings, strict=True):
-        shown = [percent(value, RAW_WIDTH, rounding=least) for value in values]
+        shown = [brief_percent(value, least) for value in values]
         phrase, context = shortened(one_line(pair.phrase), PHRASE_WIDTH), shortened(one_line(pair.shown), CONTEXT_WIDTH)
         rows.append((pair.kind, phrase, context, *shown))
     header = ("Type", "Phrase", "Context", *(shortened(name, NAME_WIDTH) for name in models))
     last = f"; held out: the last {pluralize(len(held_out), 'row')}" if held_out else ""
-    return [*table(header, rows[:count], rows[count:]), f"the models' own probabilities, without weights{last}"]
+    return [*table(header, rows[:count], rows[count:]), f"probabilities of the phrases, without weights{last}"]
 
 
 def sample_lines(samples: Sequence[Sample], who: str = "merge") -> list[str]:
-    """Prompts and, below each, what base and merge have answered. who: stands in the place of the merge."""
-    lines, width = [f"What base and {who} answer, with the same seed:"], len(f"  {who}: ")
+    """Prompts and, below each, the answers of base and merge. who: stands in the place of the merge."""
+    lines = [f"Answers of base and {who}, with the same seed:"]
+    width = len(f"  {who}: ")
     for sample in samples:
         answers = ("  base:", ended(sample.base)), (f"  {who}:", ended(sample.merge))
         for label, text in (("Prompt:", sample.prompt), *answers):
@@ -300,4 +303,4 @@ def _about_totals(recipes: Mapping[str, Recipe]) -> list[str]:
     if len(groups) < 2:
         return []
     listed = " | ".join(", ".join(names) for names in groups.values())
-    return [f"Phrases or weights differ: compare totals only within: {listed}"]
+    return [f"Phrases or weights differ; totals are comparable only within: {listed}"]

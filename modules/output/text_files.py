@@ -29,9 +29,9 @@ def _trouble(file: Path, overwrite: bool) -> str | None:
     if not file.parent.is_dir():
         return "its folder does not exist"
     if is_mount_point(file):
-        return "it is mounted by itself, so no file can take its place; mount its folder"
+        return "it is a mount point, which can't be replaced; mount its folder instead"
     if file.exists() and not overwrite:
-        return "this file exists; name another one, or add --overwrite"
+        return "this file exists; choose another one or add --overwrite"
     for path in (file.parent, file):
         if path.exists() and not os.access(path, os.W_OK):
             return "permission denied"

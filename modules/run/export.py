@@ -42,7 +42,7 @@ def export_mergekit(asked: Replay, console: Console) -> None:
     layout, saved = loader.layout(models), _saved(recipe, models)
     problems = [*_unfit_types(recipe, models, saved), *_unfit_models(recipe, models, layout)]
     if problems:
-        raise ConfigError("mergekit would make something else of this recipe:", *problems)
+        raise ConfigError("mergekit can't reproduce this recipe exactly:", *problems)
     candidates = {source.number: _readable(one.where, one.checkpoint) for source, one in candidates_of(recipe, models)}
     names = Names(
         base=_readable(models.base_where, models.base),
@@ -53,7 +53,7 @@ def export_mergekit(asked: Replay, console: Console) -> None:
         dtype=saved[0],
     )
     write_text(asked.output, mergekit_text(recipe, names))
-    console.final(f"{asked.output} is for mergekit; its first line says how it is run")
+    console.final(f"Wrote {asked.output}; its first line is the mergekit command")
 
 
 def _readable(where: str, checkpoint: Checkpoint) -> str:
@@ -71,14 +71,14 @@ def _saved(recipe: Recipe, models: Models) -> list[str]:
 def _unfit_types(recipe: Recipe, models: Models, saved: list[str]) -> Iterator[str]:
     """What is wrong with types: of what is written there can be one, and what is computed in must have room for all."""
     if len(saved) > 1:
-        yield f"{models.base.name}: its tensors are of several types ({', '.join(saved)}), mergekit writes one"
+        yield f"{models.base.name}: its tensors have several dtypes ({', '.join(saved)}), but mergekit writes only one"
     computed = Arithmetic.named(recipe.dtype).dtype
     checkpoints = [models.base, *(candidate.checkpoint for candidate in models.candidates)]
     stored = {info.dtype for one in checkpoints for info in one.tensors.values() if info.dtype.is_floating_point}
     for dtype in sorted({dtype_name(dtype) for dtype in stored} | set(saved)):
         # bfloat16 numbers are float16 numbers, but for those that a run's log counts.
         if torch.finfo(getattr(torch, dtype)).eps < torch.finfo(computed).eps:
-            yield f"it was computed in {recipe.dtype}, to which {dtype} was rounded; mergekit would not round it"
+            yield f"it was computed in {recipe.dtype}, which rounded {dtype} weights; mergekit would not round them"
 
 
 def _unfit_models(recipe: Recipe, models: Models, layout: ResidentModel) -> Iterator[str]:
@@ -87,19 +87,19 @@ def _unfit_models(recipe: Recipe, models: Models, layout: ResidentModel) -> Iter
     for source, candidate in candidates_of(recipe, models):
         check_source(source, candidate.checkpoint)
         if isinstance(candidate.checkpoint, Adapted):
-            yield f"{candidate.name} is an adapter, which mergekit applies in another way; merge it with PEFT first"
+            yield f"{candidate.name} is an adapter, which mergekit applies differently; merge it with PEFT first"
         elif _takes_header(recipe, source.number, len(layout.layers)):
             tokenizer = load_tokenizer(models.base.path, models.base.companions)
             try:
                 found = matched_header(layout, tokenizer, candidate)
             except HeaderSkipped as error:
-                yield f"{error}; its header was left out"
+                yield f"{error}; its embedding and LM head were not merged"
                 continue
             if found.note:
                 yield found.note
             elif len(found.matches) < layout.vocabulary:
                 count = layout.vocabulary - len(found.matches)
-                yield f"{candidate.name}: {count} rows of the header have no token and stay the base's"
+                yield f"{candidate.name}: {count} rows of embedding and LM head have no token and stay the base's"
 
 
 def _takes_header(recipe: Recipe, number: int, layers: int) -> bool:

@@ -54,10 +54,10 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     if exports.json:
         document = mapping_report.document(models.base.name, config.mapper, trees, ranks, detokenizer)
         write_text(exports.json, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-        console.timed(f"The whole tree is in {exports.json}")
+        console.timed(f"Wrote the whole tree to {exports.json}")
     if exports.yaml:
         write_text(exports.yaml, mapping_report.phrase_list(all_ranks, models.base.name))
-        console.timed(f"The suggestions are in {exports.yaml}")
+        console.timed(f"Wrote the suggestions to {exports.yaml}")
     end(console, config, models)
 
 
@@ -104,4 +104,4 @@ def check_exports(exports: Exports, overwrite: bool) -> None:
         if path is not None:
             check_file(option, path, overwrite)
     if exports.json and exports.yaml and exports.json.resolve() == exports.yaml.resolve():
-        raise ConfigError(f"--json and --yaml both name {exports.json}")
+        raise ConfigError(f"--json and --yaml both name {exports.json}; choose two files")

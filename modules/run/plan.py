@@ -203,29 +203,29 @@ def check(plan: Plan) -> list[str]:
     problems, warnings = [], []
     if plan.disk_needed > plan.disk_free:
         problems.append(
-            f"{config.directories.output_directory}: {on_disk(plan.disk_needed)} are needed on its disk, "
-            f"{on_disk(plan.disk_free)} are free; make room, or name a directory on a larger disk with --output"
+            f"{config.directories.output_directory}: {on_disk(plan.disk_needed)} of disk space needed, "
+            f"{on_disk(plan.disk_free)} free; free some space, or choose a larger disk with --output"
         )
     on_cpu = device.type == "cpu"
     # What can't be avoided: the weights that are held at a time. On a CPU there is no doing with less than is reserved.
     required = memory.base + memory.searched if on_cpu else memory.held
     if free is not None and required > free:
         problems.append(
-            f"memory of {device}: {in_memory(required)} are needed in {plan.arithmetic.name}, {in_memory(free)} are "
-            "free; end other programs, or set merge_headers: false or compute_dtype: bfloat16"
+            f"{device}: {in_memory(required)} of memory needed in {plan.arithmetic.name}, {in_memory(free)} free; "
+            "close other programs, or set merge_headers: false or compute_dtype: bfloat16"
         )
     elif free is not None and memory.reserved > free:
         warnings.append(
-            f"memory may not suffice: {device} has {in_memory(free)} free, about {in_memory(memory.reserved)} are "
-            f"needed, of which {in_memory(memory.activations)} for activations; fewer merge_ratios need less"
+            f"may run out of memory: about {in_memory(memory.reserved)} needed on {device}, {in_memory(free)} free; "
+            f"{in_memory(memory.activations)} are for activations, which fewer merge_ratios reduce"
         )
     if problems:
         raise ConfigError(*problems)
     copied = sum(layer_device.type == "cpu" for layer_device in plan.placement or ())
     if copied:
         warnings.append(
-            f"{copied} of {plan.sizes.layers} layers don't fit on the GPUs and are copied from the CPU's memory for "
-            "every forward, which takes several times as long"
+            f"{copied} of {plan.sizes.layers} layers don't fit on the GPUs; they are copied from the CPU in every "
+            "forward pass, which makes the search several times slower"
         )
     return warnings
 
@@ -269,26 +269,28 @@ def seconds_of_a_layer(module: PreTrainedModel, tokens: int, dtype: torch.dtype,
 def plan_lines(plan: Plan, seconds: float | None) -> list[str]:
     """The plan for the person at the terminal. seconds: that it takes, about; None: not known."""
     config, memory = plan.config, plan.memory
-    tried = f"layers {', '.join(ranges(config.layers))}" if config.layers else "every layer"
+    searched = f"layers {', '.join(ranges(config.layers))}" if config.layers else "all layers"
+    searched += ", embedding and LM head" if config.merge_headers else ""
     if config.search == "joint":
-        tried += ", all candidates at once, by gradient"
+        searched += "; joint, all candidates at once"
         decisions = f"{config.joint.steps} steps"
     else:
-        tried += f" by {', '.join(config.merge_method)} at {', '.join(f'{ratio:g}' for ratio in config.merge_ratios)}"
-        decisions = f"{plan.decisions:,} a candidate, {len(plan.candidates) * plan.decisions:,} in all"
-    tried += ", and the header" if config.merge_headers else ""
+        searched += f"; {', '.join(config.merge_method)} at {', '.join(f'{ratio:g}' for ratio in config.merge_ratios)}"
+        decisions = f"{plan.decisions:,} per candidate, {len(plan.candidates) * plan.decisions:,} in total"
+    disk = f"{on_disk(plan.output)} for {config.directories.output_directory}, {on_disk(plan.disk_free)} free"
     needed = f"{in_memory(memory.reserved)} on {plan.device}"
     needed += f", {in_memory(plan.free)} free" if plan.free is not None else ""
     rows = {
         "Candidates": f"{len(plan.candidates)} ({', '.join(plan.candidates)})",
         "Layers": str(plan.sizes.layers),
-        "Tried": tried,
+        "Search": searched,
         "Decisions": decisions,
-        "Phrases": f"{len(config.pairs)} pairs, {sum(plan.packs):,} tokens",
-        "Bytes to write": f"{on_disk(plan.output)} to {config.directories.output_directory}, {on_disk(plan.disk_free)} "
-        "free",
+        "Pairs": f"{len(config.pairs)}, {sum(plan.packs):,} tokens per pass",
+        "Disk needed": disk,
         "Memory needed": needed,
-        "Downloads": f"{on_disk(plan.downloads)} still to be fetched from the hub" if plan.downloads else "",
-        "Time (estimate)": "not known for this model" if seconds is None else f"about {duration(seconds)} to search",
+        "Downloads": f"{on_disk(plan.downloads)} from the hub" if plan.downloads else "",
+        "Time (estimate)": "unknown for this model"
+        if seconds is None
+        else f"about {duration(seconds)}, plus downloads and saving",
     }
     return [f"{name:<16} : {value}" for name, value in rows.items() if value]

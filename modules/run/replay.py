@@ -68,8 +68,8 @@ def recipe_of(asked: Replay) -> Recipe:
     recipe = read_recipe(asked.recipe)
     if recipe.settings.trust_remote_code and not asked.trust_remote_code:
         raise ConfigError(
-            f"{asked.recipe}: was made with trust_remote_code: Python code that its models bring along would be run; "
-            "if you trust them, add --trust-remote-code"
+            f"{asked.recipe}: this recipe runs Python code that comes with its models; add --trust-remote-code if you "
+            "trust it"
         )
     return recipe
 
@@ -78,7 +78,7 @@ def candidates_of(recipe: Recipe, models: Models) -> list[tuple[Source, Candidat
     """The candidates of which something was accepted. Raises ConfigError if they are not all there."""
     _, *sources = recipe.needed_sources
     if len(models.candidates) != len(sources):
-        raise ConfigError(f"of the recipe's {len(sources)} candidates {len(models.candidates)} were found")
+        raise ConfigError(f"the recipe needs {len(sources)} candidates, but {len(models.candidates)} were found")
     return list(zip(sources, models.candidates, strict=True))
 
 
@@ -98,7 +98,7 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, target: OutputF
         prefetcher.wait(0)
         check_source(recipe.sources[0], base)
         if loader.device != recipe.device:
-            console.line(f"The recipe was made on {recipe.device}; on another device last digits may differ")
+            console.line(f"The recipe was made on {recipe.device}; the last digits may differ on {loader.device}")
         tokenizer = partial(load_tokenizer, base.path, base.companions)
         layout = loader.layout(models)
         devices = dict.fromkeys(layout.tensors, resolve_device(loader.device))
@@ -144,7 +144,7 @@ def opened_with(asked: Replay, recipe: Recipe) -> Config:
     unknown = sorted(asked.elsewhere.keys() - {source.name for source in recipe.sources})
     if unknown:
         names = ", ".join(source.name for source in sources)
-        raise ConfigError(f"--source {unknown[0]}: the recipe has no such source; it has {names}")
+        raise ConfigError(f"--source {unknown[0]}: the recipe has no such model; it has {names}")
 
     def found(where: str) -> str | None:
         # Folders near by are listed only if there is need: there may be very many.
@@ -161,8 +161,8 @@ def opened_with(asked: Replay, recipe: Recipe) -> Config:
         missing.append(f"the tokenizer {recipe.settings.tokenizer}")
     if missing:
         places = ", ".join(map(str, dict.fromkeys(folders)))
-        ways = "--source DIR names a folder that holds them, --source NAME=PATH says where one of them lies"
-        raise ConfigError(f"not found in {places} or a folder in or beside these: {', '.join(missing)}; {ways}")
+        ways = "add --source DIR for a folder that contains them, or --source NAME=PATH for each"
+        raise ConfigError(f"not found in or near {places}: {', '.join(missing)}; {ways}")
     device = asked.device or (recipe.device if recipe.device in present_devices() else "auto")
     return Config(
         directories=Directories(texts[0], str(asked.output)),

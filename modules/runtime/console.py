@@ -135,8 +135,7 @@ class Console:
             self.log_path, self._log = _new_log(f"{name}-{datetime.now():%Y%m%d_%H%M%S}")
         except OSError as error:
             raise ConfigError(
-                f"the log can't be written to {LOGS}{os.sep} ({error.strerror}); start the program in a folder where "
-                "it can"
+                f"can't write the log to {LOGS}{os.sep} ({error.strerror}); start the program in a writable folder"
             ) from None
 
     def line(self, text: str = "") -> None:
@@ -225,7 +224,7 @@ class Console:
     def on_interrupt(self) -> None:
         """Answer the first Ctrl-C. It may come in the middle of a line: this goes past everything that is buffered."""
         with suppress(OSError):  # the terminal may be gone, and that be the reason
-            os.write(2, b"\nEnding after this step; once more to end at once.\n")
+            os.write(2, b"\nStopping after this step; press Ctrl-C again to stop now.\n")
 
     @property
     def _no_bars(self) -> bool | None:
@@ -239,7 +238,7 @@ class Console:
         error = say(text)
         if error is not None:
             reason = getattr(error, "strerror", None) or error
-            self.error(f"WARNING: nothing more can be shown here ({reason}); the run goes on: {self.log_path}")
+            self.error(f"WARNING: can't print any more ({reason}); the run continues, see {self.log_path}")
 
     def _record(self, text: str) -> None:
         if self._log is None:
@@ -251,7 +250,7 @@ class Console:
             with suppress(OSError):  # what could not be written is tried again
                 self._log.close()
             self._log = None
-            self._show(f"WARNING: the log ends here, {self.log_path} can't be written ({error.strerror})")
+            self._show(f"WARNING: can't write to {self.log_path} ({error.strerror}); the log ends here")
 
     def __enter__(self) -> "Console":
         return self

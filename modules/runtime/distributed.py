@@ -53,7 +53,7 @@ def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
         if rank.number < rank.world_size and rank.local_rank < rank.local_world_size <= rank.world_size:
             return rank
     listed = ", ".join(f"{name}={text}" for name, text in zip(names, texts, strict=True))
-    raise ConfigError(f"the environment has {listed}, which torchrun did not set: unset them, or start with torchrun")
+    raise ConfigError(f"inconsistent environment variables {listed}; unset them, or start with torchrun")
 
 
 def wait_for_main_process() -> None:
@@ -148,4 +148,4 @@ def _checked_connection() -> Iterator[None]:
         yield
     except RuntimeError as error:  # what gloo raises when a connection closes
         reason = first_line(error).split("] ", 1)[-1]  # without the place in its own source
-        raise ProcessLost(f"another process of this run has ended, or can't be reached any more ({reason})") from None
+        raise ProcessLost(f"another process of this run has ended or can't be reached ({reason})") from None

@@ -52,7 +52,7 @@ def without_panics() -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # every such library has a class of its own, under this name
             raise
-        raise RuntimeError(f"its library panics: {first_line(error)}") from None
+        raise RuntimeError(f"its library failed: {first_line(error)}") from None
 
 
 @contextmanager
@@ -63,8 +63,7 @@ def reading(file: Path) -> Iterator[None]:
             yield
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{file}: is damaged, or opening it would run code that it brings along, which is refused; "
-            "convert it to safetensors where you trust it"
+            f"{file}: damaged, or a pickle that would run code when opened; convert it to safetensors if you trust it"
         ) from None
     except Exception as error:  # whatever a damaged file makes of its reader
         raise CheckpointError(f"{file}: can't be read ({first_line(error)})") from None

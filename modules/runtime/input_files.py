@@ -27,7 +27,7 @@ def check_is_file(path: Path) -> None:
     """Raise OSError, which names the path, if to open what stands there may take for ever."""
     kind = no_file(path)
     if kind:
-        raise OSError(errno.EINVAL, f"this is {kind}; copy what it holds into a file", str(path))
+        raise OSError(errno.EINVAL, f"this is {kind}, not a file; copy its content to a file", str(path))
 
 
 def open_input(path: Path, encoding: str | None = None) -> IO:

@@ -60,7 +60,7 @@ def exit_code(work: Callable[[], int | None], console: Console, left: Callable[[
         console.ending(" ".join(["Interrupted.", *_asked(left)]))
         return 130
     except ReaderGone:  # who has left hears nothing more
-        console.lines([], [" ".join(["Ended: nobody reads any more what is shown.", *_asked(left)])])
+        console.lines([], [" ".join(["Stopped: standard output was closed.", *_asked(left)])])
         return 141  # what a shell says of a program that SIGPIPE has ended
     except (GeneratorExit, SystemExit):
         raise
@@ -96,7 +96,7 @@ def _message_of(error: BaseException) -> str | None:
 
 
 def _named(error: BaseException) -> str:
-    words = str(error).strip() or "nothing more is known"
+    words = str(error).strip() or "no details"
     return f"{type(error).__name__}: {words.splitlines()[0]}"
 
 

@@ -113,6 +113,13 @@ def percent(value: float, width: int = USED_WIDTH, signed: bool = False, roundin
     return next((text for text in texts if len(text) <= width), f"{value * 100.0:{sign}.3e}%")
 
 
+def brief_percent(value: float, rounding: float = 0.0) -> str:
+    """A probability as a percentage with one decimal, or two digits of one below 0.1 %; none is below its rounding."""
+    if 0 < value < 0.001 and not rounding:
+        return f"{value * 100.0:.2g}%"
+    return f"{value * 100.0:.{min(1, decimals(rounding))}f}%"
+
+
 def decimals(rounding: float) -> int:
     """How many decimals a percentage has above its rounding, a share; at most five."""
     return min(5, max(0, math.floor(-math.log10(rounding * 100.0)))) if 0 < rounding < math.inf else 5

@@ -47,24 +47,24 @@ def discover(config: Config, console: Console, json_file: Path | None, yaml_file
     console.lines(_report(findings, texts))
     if json_file:
         write_text(json_file, json.dumps(_document(findings, generator.name), ensure_ascii=False, indent=1) + "\n")
-        console.timed(f"All findings are in {json_file}")
+        console.timed(f"Wrote all findings to {json_file}")
     contexts = {}
     if findings.phrases and yaml_file:
         contexts = contexts_of(findings.phrases[: config.discover.phrases], texts, generator, console)
     if not findings.phrases or (yaml_file and not contexts):
-        what = (
-            f"in texts of {LEAST_PROMPTS} prompts, {LEAST_RATIO:g} times as often as people write it and probable there"
-        )
-        console.error(f"Nothing found: no phrase is {what}. Raise discover.samples or discover.tokens, or add prompts.")
+        what = f"in {LEAST_PROMPTS} prompts, {LEAST_RATIO:g} times as often as in human text and probable there"
+        console.error(f"Found no overused phrase ({what}). Raise discover.samples or discover.tokens, or add prompts.")
         return 0 if json_file and not yaml_file else NOTHING
     if yaml_file:
         write_text(yaml_file, _phrase_list(contexts, generator.name, config.system))
         count = sum(map(len, contexts.values()))
-        console.line(f"{yaml_file} has {len(contexts)} phrases in {count} contexts, every second one held out.")
+        console.line(
+            f"Wrote {len(contexts)} phrases in {count} contexts to {yaml_file}; every second context is held out."
+        )
         console.line(f"Review it, delete what you don't mind, and add to your config: phrase_files: [{yaml_file}]")
         console.line("After the merge, count again: python monster_mapper.py --config MY.yaml --rate OUT")
     else:
-        console.line("Add --yaml FILE to write a phrase list, each phrase in contexts of these texts.")
+        console.line("Add --yaml FILE to write a phrase list with contexts from these texts.")
     console.final(f"Done. The log is {console.log_path}")
     return 0
 
@@ -83,7 +83,7 @@ def contexts_of(
         listed[finding.phrase] = listed_contexts(of_finding, list(islice(values, len(of_finding))))
     rare = [phrase for phrase, contexts in listed.items() if not contexts]
     if rare:
-        console.line(f"Dropped, since too few contexts reproduce them: {', '.join(rare)}")
+        console.line(f"Dropped, because too few contexts reproduce them: {', '.join(rare)}")
     return {phrase: contexts for phrase, contexts in listed.items() if contexts}
 
 

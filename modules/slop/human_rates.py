@@ -64,7 +64,7 @@ def human_rates(language: str = "en") -> HumanRates:
     languages = sorted(wordfreq.available_languages())
     known = [code for code in languages if info.get_language_info(code)["tokenizer"] == "regex"]  # words between spaces
     if language not in known:
-        raise ConfigError(f"discover.language: '{language}' can't be searched; use one of {', '.join(known)}")
+        raise ConfigError(f"discover.language: '{language}' is not supported; use one of {', '.join(known)}")
 
     def rate(word: str) -> float:
         return MILLION * wordfreq.word_frequency(word, language)

@@ -64,7 +64,7 @@ def rate(config: Config, others: Sequence[Config], console: Console, json_file: 
         console.line(f"{name} : {ended(shortened(one_line(text), EXAMPLE, 'start'))}")
     if json_file:
         write_text(json_file, json.dumps(document(groups, counted), ensure_ascii=False, indent=1) + "\n")
-        console.timed(f"All rates are in {json_file}")
+        console.timed(f"Wrote all rates to {json_file}")
     console.final(f"Done. The log is {console.log_path}")
 
 
@@ -169,7 +169,7 @@ def table(groups: Groups, counted: Mapping[str, Counts]) -> list[str]:
         if others:
             sums.append(("", "change vs base:", *(_change(model, base, group) for model in others)))
     sums.append(("words", *(f"{model.total:,}" for model in counted.values())))
-    header = ("Per 1,000 words [95 % CI]", *counted)
+    header = ("Hits per 1,000 words [95% CI]", *counted)
     lines = text_table(header, rows, sums, widths=(PHRASE, *[RATE] * len(counted)))
     if unwritten:
         lines.append(f"Not found, or only as a part of another phrase: {', '.join(unwritten)}")

@@ -197,9 +197,9 @@ def test_the_output_has_what_belongs_and_the_log_says_so(place, base, models):
         assert not any(b"PRIVATE" in (folder / name).read_bytes() for name in belonging)
         AutoTokenizer.from_pretrained(folder)
     log = log_of(place)
-    assert re.search("Copied beside the weights: .*LICENSE.*, config.json, .*tokenizer.json", log)
-    assert "Not copied, since they are no part of a model: credentials.json, upload.py\n" in log
-    links = "links out of the base's folder: NOTICE, additional_chat_templates/letter.jinja\n"
+    assert re.search("Copied from the base: .*LICENSE.*, config.json, .*tokenizer.json", log)
+    assert "Not copied (not part of a model): credentials.json, upload.py\n" in log
+    links = "links out of the base's folder): NOTICE, additional_chat_templates/letter.jinja\n"
     assert log.count(links) == 2 and log.index(links) < log.index("Candidate 1/1")
 
 

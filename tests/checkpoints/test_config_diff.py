@@ -28,27 +28,27 @@ def config(name, **settings):
 # Architecture, the base's settings, the candidate's, what is said of each difference in turn. Keys that are one number
 # each are tried for all architectures below.
 OTHER = [
-    ("Llama", {}, {"rope_theta": 5e5}, ["rope_theta is 500000.0, the base's 10000.0"]),
+    ("Llama", {}, {"rope_theta": 5e5}, ["rope_theta is 500000.0 (base: 10000.0)"]),
     ("Llama", {}, {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type is linear", "factor is 2.0"]),
     ("Llama", {}, {"rope_scaling": LLAMA3}, ["rope_type is llama3", "factor is 8.0", "low_freq_factor", "high_freq"]),
-    ("Llama", {"rope_scaling": YARN}, {"rope_scaling": {**YARN, "factor": 8.0}}, ["factor is 8.0, the base's 4.0"]),
+    ("Llama", {"rope_scaling": YARN}, {"rope_scaling": {**YARN, "factor": 8.0}}, ["factor is 8.0 (base: 4.0)"]),
     (
         "Llama",
         {"rope_scaling": YARN},
         {"rope_scaling": {**YARN, "original_max_position_embeddings": 64}},
-        ["original_max_position_embeddings is 64, the base's 32"],
+        ["original_max_position_embeddings is 64 (base: 32)"],
     ),
-    ("Phi", {}, {"partial_rotary_factor": 0.25}, ["partial_rotary_factor is 0.25, the base's 0.5"]),
-    ("GPT-NeoX", {}, {"rotary_pct": 0.5}, ["partial_rotary_factor is 0.5, the base's 0.25"]),
-    ("Llama", {}, {"hidden_act": "gelu"}, ["hidden_act is gelu, the base's silu"]),
+    ("Phi", {}, {"partial_rotary_factor": 0.25}, ["partial_rotary_factor is 0.25 (base: 0.5)"]),
+    ("GPT-NeoX", {}, {"rotary_pct": 0.5}, ["partial_rotary_factor is 0.5 (base: 0.25)"]),
+    ("Llama", {}, {"hidden_act": "gelu"}, ["hidden_act is gelu (base: silu)"]),
     ("Gemma 2", {}, {"hidden_activation": "gelu"}, ["hidden_activation is gelu"]),
     ("GPT-2", {}, {"activation_function": "relu"}, ["activation_function is relu"]),
-    ("Mistral", {"sliding_window": 96}, {"sliding_window": None}, ["sliding_window is not set, the base's 96"]),
-    ("Gemma 2", {}, {"sliding_window": 32}, ["sliding_window is 32, the base's 96"]),
+    ("Mistral", {"sliding_window": 96}, {"sliding_window": None}, ["sliding_window is not set (base: 96)"]),
+    ("Gemma 2", {}, {"sliding_window": 32}, ["sliding_window is 32 (base: 96)"]),
     ("Gemma 3", {}, {"layer_types": [FULL, SLIDING]}, ["layer_types is ['full_attention', 'sliding_attention']"]),
-    ("Gemma 2", {}, {"attn_logit_softcapping": None}, ["attn_logit_softcapping is not set, the base's 50.0"]),
+    ("Gemma 2", {}, {"attn_logit_softcapping": None}, ["attn_logit_softcapping is not set (base: 50.0)"]),
     ("MPT", {}, {"attn_config": {"alibi": False, "clip_qkv": 8.0}}, ["attn_config.alibi is False", "clip_qkv is 8"]),
-    ("Llama", {}, {"tie_word_embeddings": True}, ["tie_word_embeddings is True, the base's False"]),
+    ("Llama", {}, {"tie_word_embeddings": True}, ["tie_word_embeddings is True (base: False)"]),
     ("Llama", {}, {"rope_theta": 5e5, "rms_norm_eps": 1e-5}, ["rms_norm_eps", "rope_theta"]),
 ]
 
@@ -105,14 +105,14 @@ def test_a_rotary_base_for_each_kind_of_layer_is_told_in_either_spelling():
     new, old = config("Gemma 3"), config("Gemma 3", rope_theta=1e6, rope_local_base_freq=10000.0)
     assert differences(new, old) == differences(config("Gemma 3", rope_parameters=kinds), new) == []
     other = config("Gemma 3", rope_theta=1e6, rope_local_base_freq=20000.0)
-    assert differences(new, other) == ["sliding_attention.rope_theta is 20000.0, the base's 10000.0"]
+    assert differences(new, other) == ["sliding_attention.rope_theta is 20000.0 (base: 10000.0)"]
 
 
 def test_long_lists_are_told_by_the_places_where_they_differ():
     kinds = [SLIDING, FULL] * 8
     sizes = {"num_hidden_layers": 16}
     ours, theirs = (config("Gemma 3", **sizes, layer_types=types) for types in (kinds, [*kinds[:12], *kinds[11:15]]))
-    assert differences(ours, theirs) == ["layer_types differs at 12, 13, 14 and 1 more (counted from 0)"]
+    assert differences(ours, theirs) == ["layer_types differs at index 12, 13, 14 and 1 more"]
 
 
 # Keys of the architectures of docs/internals.md that are rightly never told; every other one is, by name.
@@ -151,8 +151,8 @@ def test_every_key_of_every_architecture_is_told_or_known_to_be_harmless(name):
 def test_heads_that_give_the_same_shapes_clash():
     ours = config("Llama", num_attention_heads=4, head_dim=8)
     theirs = config("Llama", num_attention_heads=8, head_dim=4, num_key_value_heads=4)
-    assert "num_attention_heads is 8, the base's 4" in clashes(ours, theirs)
-    assert "head_dim is 4, the base's 8" in clashes(ours, theirs)
+    assert "num_attention_heads is 8 (base: 4)" in clashes(ours, theirs)
+    assert "head_dim is 4 (base: 8)" in clashes(ours, theirs)
     assert clashes(ours, ours) == []
 
 
@@ -168,4 +168,4 @@ def test_settings_of_each_layers_own_are_compared_layer_by_layer():
     same = AutoConfig.for_model("qwen3", **sizes, per_layer_config={1: {"num_attention_heads": 8, "sliding_window": 8}})
     assert differences(ours, same) == []
     said = differences(ours, AutoConfig.for_model("qwen3", **sizes))
-    assert said == ["num_attention_heads is 4, the base's [4, 8, 4]"]
+    assert said == ["num_attention_heads is 4 (base: [4, 8, 4])"]

@@ -58,7 +58,7 @@ HARMLESS = [
 @pytest.mark.parametrize("settings, key", ASKS, ids=[json.dumps(settings) for settings, _ in ASKS])
 @pytest.mark.parametrize("trusted", [False, True])
 def test_what_would_be_fetched_is_refused_by_its_key(settings, key, trusted):
-    with pytest.raises(ValueError, match=rf"^{key} asks for "):
+    with pytest.raises(ValueError, match=rf"^{key} is "):
         check_stated(settings, trusted)
 
 
@@ -69,7 +69,7 @@ def test_what_is_here_is_not_refused(settings):
 
 def test_code_of_another_repository_is_not_trusted_with_a_model():
     for name in ("some/model--configuration.Config", ["some/model--tokenizer.Fast", None]):
-        with pytest.raises(ValueError, match=r"^auto_map asks for "):
+        with pytest.raises(ValueError, match=r"^auto_map is "):
             check_stated({"auto_map": {"AutoConfig": name}}, trusted=True)
     check_stated({"auto_map": {"AutoConfig": "configuration.Config"}}, trusted=True)
 

@@ -142,7 +142,7 @@ def test_a_file_that_says_less_than_it_could_is_taken_as_llama_cpp_takes_it(tmp_
     assert off(folder, model) < 1e-4 and read_notes(folder)["warnings"] == []
     lacking = ["attention.layer_norm_rms_epsilon"]
     folder = as_folder(write_gguf(tmp_path / "guessed.gguf", model, "F32", leave_out=lacking))[0]
-    assert "rms_norm_eps: 1e-06" in read_notes(folder)["warnings"][0]
+    assert "rms_norm_eps; using 1e-06" in read_notes(folder)["warnings"][0]
 
 
 def test_biases_that_a_file_lacks_are_none(tmp_path):
@@ -194,7 +194,7 @@ LOST = {
         {"rope_freqs.weight": torch.arange(8) + 1.0},
         "rope_freqs.weight",
     ),
-    "too few factors": ({}, {"rope_freqs.weight": torch.ones(3)}, "rope_freqs.weight has 3 numbers"),
+    "too few factors": ({}, {"rope_freqs.weight": torch.ones(3)}, "rope_freqs.weight has 3 values"),
     "one of two tensors": ({}, {"rope_factors_long.weight": torch.ones(8)}, "rope_factors_short.weight"),
     "sections": ({"rope.dimension_sections": [2, 3, 3, 0]}, {}, "llama.rope.dimension_sections is [2, 3, 3, 0]"),
     "a window": ({"attention.sliding_window": 16}, {}, "llama.attention.sliding_window is 16"),
@@ -308,11 +308,11 @@ def test_a_file_named_mistral_is_read_too(tmp_path):
 def test_what_differs_of_two_that_compute_alike_is_still_told(tmp_path):
     window = make(tmp_path / "window", "mistral", sliding_window=64)
     file = write_gguf(tmp_path / "tiny.gguf", window, "F32", leave_out=["attention.sliding_window"])
-    assert "sliding_window is not set, the base's 64" in as_candidate(tmp_path, window, file).warnings[0]
-    assert "sliding_window is 64, the base's not set" in as_candidate(tmp_path, file, window).warnings[0]
+    assert "sliding_window is not set (base: 64)" in as_candidate(tmp_path, window, file).warnings[0]
+    assert "sliding_window is 64 (base: not set)" in as_candidate(tmp_path, file, window).warnings[0]
     base = make(tmp_path / "base", "mistral", sliding_window=None)
     file = write_gguf(tmp_path / "other.gguf", base, "F32", keys={"rope.freq_base": 500000.0})
-    assert "rope_theta is 500000.0, the base's 10000.0" in as_candidate(tmp_path, base, file).warnings[0]
+    assert "rope_theta is 500000.0 (base: 10000.0)" in as_candidate(tmp_path, base, file).warnings[0]
     wide = write_gguf(tmp_path / "wide.gguf", make(tmp_path / "wide", num_attention_heads=2), "F32")
     with pytest.raises(ConfigError) as refused:
         as_candidate(tmp_path, base, wide)

@@ -203,7 +203,7 @@ def test_what_the_file_leaves_open_is_doubted(tmp_path):
     ]
     assert [len(found) for found in doubts] == [1, 1, 1]
     assert "mystery" in doubts[2][0]
-    assert all("tokenizer.ggml.pre" in found[0] and " tokenizer: " in found[0] for found in doubts)
+    assert all("tokenizer.ggml.pre" in found[0] and " key tokenizer " in found[0] for found in doubts)
 
 
 BROKEN = {
@@ -227,7 +227,7 @@ def test_lists_that_make_no_tokenizer_are_refused(tmp_path, name):
     with pytest.raises(ConfigError) as refused:
         rebuild_tokenizer(file)
     assert str(refused.value).startswith(f"{file}: ")
-    assert cause in str(refused.value) and " tokenizer: " in str(refused.value)
+    assert cause in str(refused.value) and " key tokenizer " in str(refused.value)
 
 
 def test_scores_that_are_missing_are_refused(tmp_path):
@@ -242,7 +242,7 @@ def test_every_difference_is_found(tmp_path):
     lists = rebuild_tokenizer(file).lists
     another = {"user_defined": USER_DEFINED[:2]}, {"user_defined": (*USER_DEFINED, "more")}, {"control": CONTROL[::-1]}
     for made in another:
-        with pytest.raises(ConfigError, match="tokenizer:"):
+        with pytest.raises(ConfigError, match="key tokenizer"):
             check_rebuilt(file, trained(FAMILIES["gpt-2"], **made), lists)
     for role, token in {"bos_token": "</s>", "eos_token": "<s>", "pad_token": "</s>"}.items():
         changed = trained(FAMILIES["gpt-2"])

@@ -119,7 +119,7 @@ def test_a_model_with_an_adapter_of_its_own(place, bases):
     for name, tensor in expected.read(list(expected.conversion)).items():
         torch.testing.assert_close(found.read([name])[name], tensor, atol=1e-6, rtol=1e-5)
     notes = candidate_of(place, bases["llama"], adapter).notes
-    assert notes == [f"adapter: the adapter was trained on {bases['other']}, and is applied to llama"]
+    assert notes == [f"adapter: the adapter was trained on {bases['other']}, but is applied to llama"]
 
 
 def test_an_adapter_in_a_bin_file(place, bases):
@@ -180,10 +180,10 @@ def test_an_adapter_beside_a_models_weights_is_not_applied_silently(place, bases
     both = shutil.copytree(bases["other"], place / "both")
     shutil.copy(adapter / "adapter_config.json", both)
     assert merge(place, (bases["llama"], both)) == 0
-    assert "both also holds an adapter, which is not applied; to apply it, name it behind a plus" in log_of(place)
+    assert "both also contains an adapter, which is not applied" in log_of(place)
     shutil.rmtree(place / "out")
-    refused(place, (both, bases["llama"]), capsys, "holds an adapter beside a model's weights")
-    refused(place, (adapter, bases["llama"]), capsys, "this is an adapter; name its model as the base")
+    refused(place, (both, bases["llama"]), capsys, "contains both a model and an adapter")
+    refused(place, (adapter, bases["llama"]), capsys, "this is an adapter")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ KINDS = [
 @pytest.mark.parametrize("settings, words", KINDS, ids=[words for _, words in KINDS])
 def test_kinds_that_are_refused_by_their_key(place, bases, settings, words):
     write_adapter(place / "adapter", bases["llama"], **settings)
-    with pytest.raises(ConfigError, match=f"an adapter with {words}.*merge it into its model with PEFT first"):
+    with pytest.raises(ConfigError, match=f"adapters with {words}.*PEFT"):
         open_adapter(place / "adapter", "adapter")
 
 
@@ -211,7 +211,7 @@ def test_whole_tensors_of_other_shapes(place, bases, capsys):
     model.resize_token_embeddings(410, mean_resizing=False)
     settings = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
     peft.get_peft_model(model, peft.LoraConfig(**settings)).save_pretrained(place / "adapter")
-    words = ".weight has shape (410, 32), that of llama (400, 32); merge the adapter into its model"
+    words = ".weight has shape (410, 32), but (400, 32) in llama"
     refused(place, (bases["llama"], place / "adapter"), capsys, words)
 
 
@@ -221,21 +221,20 @@ def test_an_adapter_for_another_model(place, bases, capsys):
     adapter, _ = make_adapter(place, wide)
     refused(place, (bases["llama"], adapter), capsys, ["adds a matrix (48, ", "to model.layers.0."])
     adapter, _ = make_adapter(place / "again", bases["gpt2"], target_modules=["c_attn"], fan_in_fan_out=True)
-    words = "llama stores no transformer.h.0.attn.c_attn.weight, which the adapter changes"
-    refused(place, (bases["llama"], adapter), capsys, words)
+    refused(place, (bases["llama"], adapter), capsys, "changes transformer.h.0.attn.c_attn.weight, which llama")
 
 
 SETTINGS_FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BROKEN = {
-    "no JSON": (SETTINGS_FILE, b"{", "not the settings of an adapter"),
-    "alpha as text": (SETTINGS_FILE, b'{"lora_alpha": "x"}', "not the settings of an adapter"),
-    "no number as alpha": (SETTINGS_FILE, b'{"lora_alpha": NaN}', "not the settings of an adapter"),
-    "a huge alpha": (SETTINGS_FILE, b'{"lora_alpha": 1' + b"0" * 400 + b"}", "not the settings of an adapter"),
-    "no alpha for a pattern": (SETTINGS_FILE, b'{"alpha_pattern": {"q": null}}', "not the settings of an adapter"),
-    "a text for a truth": (SETTINGS_FILE, b'{"use_rslora": "false"}', "not the settings of an adapter"),
+    "no JSON": (SETTINGS_FILE, b"{", "not a PEFT adapter configuration"),
+    "alpha as text": (SETTINGS_FILE, b'{"lora_alpha": "x"}', "not a PEFT adapter configuration"),
+    "no number as alpha": (SETTINGS_FILE, b'{"lora_alpha": NaN}', "not a PEFT adapter configuration"),
+    "a huge alpha": (SETTINGS_FILE, b'{"lora_alpha": 1' + b"0" * 400 + b"}", "not a PEFT adapter configuration"),
+    "no alpha for a pattern": (SETTINGS_FILE, b'{"alpha_pattern": {"q": null}}', "not a PEFT adapter configuration"),
+    "a text for a truth": (SETTINGS_FILE, b'{"use_rslora": "false"}', "not a PEFT adapter configuration"),
     "no settings": (SETTINGS_FILE, b"{}", "peft_type: None"),
     "broken weights": (WEIGHTS, b"broken", "adapter_model.safetensors: can't be read"),
-    "no weights": (WEIGHTS, None, "the adapter has no weights"),
+    "no weights": (WEIGHTS, None, "no adapter weights found"),
 }
 
 
@@ -270,20 +269,22 @@ SHAPES |= {"a number": ((), (32, 4)), "three axes": ((4, 32), (32, 4, 1))}
 def test_shapes_that_make_no_product(place, bases, name):
     a, b = map(torch.zeros, SHAPES[name])
     sides = {f"{MODULE}.lora_A.weight": a, f"{MODULE}.lora_B.weight": b}
-    refused_with(place, bases["llama"], lambda tensors: tensors.update(sides), "make no product")
+    refused_with(place, bases["llama"], lambda tensors: tensors.update(sides), "incompatible shapes")
 
 
 def test_tensors_that_make_no_adapter(place, bases):
     refused_with(place, bases["llama"], lambda tensors: tensors.popitem(), "has only one of lora_A and lora_B")
     shutil.rmtree(place / "adapter")
-    refused_with(place, bases["llama"], dict.clear, "the adapter is empty")
+    refused_with(place, bases["llama"], dict.clear, "contains no tensors")
 
 
 @pytest.mark.parametrize("name", ["lora_magnitude_vector", "vera_lambda_b", "lora_C.weight"])
 def test_tensors_that_are_no_part_of_plain_lora(place, bases, name):
     """What a kind of adapter brings that is not known here, whatever its settings say."""
     more = {f"{MODULE}.{name}": torch.ones(2)}
-    refused_with(place, bases["llama"], lambda tensors: tensors.update(more), f"{name} is no part of plain LoRA")
+    refused_with(
+        place, bases["llama"], lambda tensors: tensors.update(more), f"{name} is not part of a plain LoRA adapter"
+    )
 
 
 @pytest.mark.parametrize("name", ["score.weight", "model.embed_tokens_extra.weight"])
@@ -291,12 +292,12 @@ def test_whole_tensors_that_the_model_has_no_place_for(place, bases, capsys, nam
     adapter, _ = make_adapter(place, bases["llama"], target_modules=["q_proj"])
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file({**tensors, f"base_model.model.{name}": torch.ones(2, 32)}, adapter / "adapter_model.safetensors")
-    refused(place, (bases["llama"], adapter), capsys, f"llama has no {name}, which the adapter brings")
+    refused(place, (bases["llama"], adapter), capsys, f"the adapter contains {name}, which llama")
 
 
 def test_two_models_where_the_second_is_no_adapter(place, bases, capsys):
     assert merge(place, (bases["llama"], f"{bases['other']}+{bases['half']}")) == 2
-    assert f"{bases['half']}: no adapter here (adapter_config.json is missing)" in capsys.readouterr().err
+    assert f"{bases['half']}: not an adapter: adapter_config.json is missing" in capsys.readouterr().err
 
 
 NAMES = [

@@ -414,7 +414,7 @@ BESIDE = {BIN, "training_args.bin", "optimizer.pt"}
 @pytest.mark.parametrize("write", [with_code, with_code_in_legacy_bin, with_code_alone, with_code_in_a_shard])
 def test_code_in_a_pickle_is_not_run(tmp_path, plain, write):
     folder = rewritten(tmp_path / "model", plain["whole"] / "candidate", write)
-    with pytest.raises(ConfigError, match="would run code that it brings along, which is refused"):
+    with pytest.raises(ConfigError, match="would run code when opened"):
         open_checkpoint(folder, "model")
     assert not trace_of(folder).exists()
     # And code it is: a reader that trusts the file runs it.
@@ -484,7 +484,7 @@ def to(dtype):
     return lambda tensor: tensor.to(dtype)
 
 
-SOMETHING_ELSE = f"{BIN}: holds something else than named tensors"
+SOMETHING_ELSE = f"{BIN}: contains more than named tensors"
 UNMERGEABLE = "which can't be merged"
 
 REFUSED = {
@@ -497,7 +497,7 @@ REFUSED = {
     "a tensor without data": (with_one(MATRIX, to("meta"), as_bin), SOMETHING_ELSE),
     "half a legacy bin": (truncated(as_legacy_bin, 0.5), f"{BIN}: can't be read"),
     "the beginning of a legacy bin": (truncated(as_legacy_bin, 0.001), f"{BIN}: "),
-    "a compressed bin": (compressed, f"{BIN}: can't be read (another program has compressed it"),
+    "a compressed bin": (compressed, f"{BIN}: can't be read (the archive is compressed"),
     "an index that leads elsewhere": (leading_elsewhere, "'../pytorch_model-00001-of-00003.bin' is not a plain file"),
     "bitsandbytes without settings": (as_bitsandbytes, f"{MATRIX} is stored as torch.uint8, {UNMERGEABLE}"),
     "int8": (with_one(MATRIX, to(torch.int8), as_safetensors), f"{MATRIX} is stored as torch.int8, {UNMERGEABLE}"),

@@ -121,7 +121,7 @@ def test_every_mistake_has_its_line_and_key(folders):
         ("[0].phrase[2]: '': expected text", 4),
         ("[0].phrase[3]: ['neck']: expected text", 4),
         ("[0].contexts: []: expected at least one", 5),
-        ("[1].phrase: ['spine', 'neck', 'spine']: 'spine' stands twice", 6),
+        ("[1].phrase: ['spine', 'neck', 'spine']: 'spine' is listed twice", 6),
         ("[2].phrase[0]: {'any': 'spine'}: expected text", 8),
         (f"{place}[0].messages: []: expected at least one", 12),
         (f"{place}[1].messages[0].role: 'robot': Input should be 'system', 'user' or 'assistant'", 13),
@@ -138,7 +138,7 @@ def test_every_mistake_has_its_line_and_key(folders):
         (f"{place}[8].wait: unknown key; did you mean 'weight'?", 24),
         (f"{place}[10].context: 5: expected text (put it in quotes)", 26),
         (f"{place}[11]: {{'context': None}}: needs either context", 27),
-        (f"{place}[12]: {{'context': 'a', 'continue': 'b'}}: continue is for a chat", 28),
+        (f"{place}[12]: {{'context': 'a', 'continue': 'b'}}: continue needs messages", 28),
     ]
     assert len(lines) == len(expected)
     for line, (begin, number) in zip(lines, expected, strict=True):
@@ -201,5 +201,5 @@ def test_a_files_pairs_are_searched_or_held_out(folders):
     }
     mapped = loaded(entry, held_out=0.5, mapping=True)  # the mapper shows all
     assert len(mapped.pairs) == 9 and mapped.held_out_pairs == ()
-    with pytest.raises(ConfigError, match="every phrase is held out; there is nothing to search with"):
+    with pytest.raises(ConfigError, match="all pairs are held out"):
         loaded({"phrase": "a", "contexts": [marked]})

@@ -161,7 +161,7 @@ def test_totals_of_texts_and_of_one_that_shows_alike_are_not_compared(models, pl
         settings = {"directories": {"model_path1": str(models[0]), "output_directory": name}, "merge_ratios": [0.5]}
         assert run(place, models[:2], bad=entries, good=[], **settings) == 0
     assert merge_monster.main(["--compare", "any", "one"]) == 0
-    assert "totals only within: any | one" in capsys.readouterr().out
+    assert "comparable only within: any | one" in capsys.readouterr().out
 
 
 def test_the_mapper_ranks_the_sum(models, place):

@@ -103,7 +103,7 @@ def test_the_advice_keeps_to_the_limit_and_names_the_causes(place, models, tmp_p
     (far, allowed), ours = recipe["baselines"].values(), recipe["metrics"]["merge"]["total"]
     assert far["total"] < allowed["total"] < ours
     assert far["trial_kl"] > 0.08 > max(allowed["trial_kl"], allowed["kl"])
-    start = next(number for number, line in enumerate(lines) if line.startswith("near alone "))
-    assert f"{allowed['total']:.5f} vs {ours:.5f}" in lines[start]
+    start = next(number for number, line in enumerate(lines) if line.startswith("near on its own "))
+    assert f"{allowed['total']:.3f} vs {ours:.3f}" in lines[start]
     assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["layers", "merge_headers", "merge_ratios"]
-    assert not any(line.startswith("two alone") for line in lines)
+    assert not any(line.startswith("two on its own") for line in lines)

@@ -160,7 +160,7 @@ def test_a_run_that_has_decided_nothing_renders_anew(whole, models, place, monke
 def test_a_run_does_not_go_on_with_other_chats(whole, models, place, capsys, settings, key):
     break_off(place, whole / "out", 6)
     assert merge(place, models, "--resume", **settings) == 2
-    assert f"has changed since {place}/out.partial/{JOURNAL} was begun: {key}" in capsys.readouterr().err
+    assert f"has changed since {place}/out.partial/{JOURNAL} was started: {key}" in capsys.readouterr().err
 
 
 def test_a_recipe_with_chats_replays_on_another_day(whole, models, place, monkeypatch):

@@ -75,7 +75,7 @@ def test_too_little_memory_is_told_and_decides_for_the_whole_run(place, models, 
         little_memory(patch)
         assert merge(place, models) == 0
     assert told_and_noted(place)[:2] == ("bfloat16, saved as bfloat16", "bfloat16")
-    assert "computing in bfloat16: float32 takes " in log_of(place)
+    assert "; computing in bfloat16 instead" in log_of(place)
     whole = place / "whole"
     (place / "out").rename(whole)
     break_off(place, whole, 5)

@@ -150,4 +150,4 @@ def test_default_yaml_has_every_key():
 def test_without_the_demo_models_the_message_says_how_to_make_them(place, capsys):
     (place / "default.yaml").write_text((ROOT / "default.yaml").read_text(encoding="utf-8"))
     assert merge_monster.main([]) == 2
-    assert "demo/models/cliche-base': no such folder; python demo/make_models.py makes it" in capsys.readouterr().err
+    assert "demo/models/cliche-base': no such folder; run python demo/make_models.py" in capsys.readouterr().err

@@ -156,7 +156,7 @@ def too_small(base):
 
 BASES = {
     "a weight beyond float16": (too_large, "model.layers.1.mlp.down_proj.weight overflows"),
-    "subnormal weights": (too_small, "model.layers.1.mlp.down_proj.weight is too small"),
+    "subnormal weights": (too_small, "model.layers.1.mlp.down_proj.weight underflows"),
     "activations on one phrase": (lambda base: overflows_on(base, "unwavering"), "unwavering"),
 }
 
@@ -169,7 +169,7 @@ def test_a_base_that_float16_can_not_hold(place, models, capsys, spoil, named):
     assert (place / "out" / "model.safetensors").exists()
     capsys.readouterr()
     (place / "out").rename(place / "earlier")
-    if "too small" not in named:  # whoever asks for float16 gets it, where it can be computed
+    if "underflows" not in named:  # whoever asks for float16 gets it, where it can be computed
         refused(place, models, capsys, [named, "compute_dtype: bfloat16+float32"], compute_dtype="float16")
 
 

@@ -96,17 +96,17 @@ def test_a_guarded_run_goes_on_to_the_same_bits(place, models, text):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"neutral_texts": [], "drift_weight": 1}, "neutral_texts: empty, but drift_weight and max_drift measure"),
+        ({"neutral_texts": [], "drift_weight": 1}, "neutral_texts: empty, but drift_weight and max_drift need"),
         ({"neutral_texts": [], "max_drift": 0.1}, "neutral_texts: empty"),
         ({"neutral_texts": None, "max_drift": -1}, "max_drift: -1: "),
         (
             {"neutral_texts": None, "drift_weight": "much"},
             "drift_weight: 'much': expected auto or a number",
         ),
-        ({"search": "joint", "neutral_texts": []}, "(search: joint weighs it, unless drift_weight is 0)"),
+        ({"search": "joint", "neutral_texts": []}, "(search: joint sets drift_weight unless it is 0)"),
         (
             {"search": "joint", "neutral_texts": None, "merge_method": "slerp"},
-            "search: joint knows only strategy: cumulative and merge_method: lerp",
+            "search: joint supports only strategy: cumulative and merge_method: lerp",
         ),
         ({"min_gain": -0.1}, "min_gain: -0.1: expected auto or a number of at least 0"),
     ],
@@ -131,7 +131,7 @@ def test_rounding_is_told_and_noted_where_there_is_some(place, models, dtype, to
     assert bool(lines) == told == ("rounding" in recipe)
     if told:
         least = recipe["rounding"]
-        assert f": {least:.5f} of the total" in lines[0]
+        assert f": {least:.2g} of the total" in lines[0]
         gains = [one["before"] - one["after"] for one in recipe["decisions"] if one["ratio"] is not None]
         assert gains and min(gains) > 2 * least > 0
         assert all(phrase.get("rounding", 0) >= 0 for phrase in recipe["phrases"])

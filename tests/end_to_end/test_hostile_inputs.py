@@ -608,7 +608,7 @@ def test_a_candidate_whose_name_is_no_text_is_left_out(bench):
     del settings["models_to_merge"]
     settings["directories"]["model_directory"] = "spoiled"
     ended = run(dumped(settings), bench)
-    assert ended.code == 0 and "no text in UTF-8" in ended.output and "Candidate 1/1: one" in ended.output
+    assert ended.code == 0 and "not valid UTF-8" in ended.output and "Candidate 1/1: one" in ended.output
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,11 +84,11 @@ def test_what_is_no_folder_here_is_told_before_the_hub_is_asked(hub, tmp_path, c
     assert merge(tmp_path, "org/base", ["org/one@v1", "org/nothing"]) == 2
     said = capsys.readouterr()
     told = [line for line in said.out.splitlines() if line.endswith("looking on the hub")]
-    assert told == [f"{name} is no folder here: looking on the hub" for name in ("org/base", "org/nothing")]
+    assert told == [f"{name} is not a local folder; looking on the hub" for name in ("org/base", "org/nothing")]
     asked = len(hub.requests)
     (tmp_path / "org" / "bose").mkdir(parents=True)
     assert merge(tmp_path, "org/base") == 2
-    assert "no such folder; a model of the hub is written org/name@main" in capsys.readouterr().err
+    assert "no such folder; write a hub model as org/name@main" in capsys.readouterr().err
     assert len(hub.requests) == asked
 
 
@@ -172,7 +172,7 @@ def test_a_file_that_never_comes_ends_the_run_and_writes_nothing(hub, models, tm
     hub.failures["model.safetensors"] = 100
     assert merge(tmp_path) == 1
     error = capsys.readouterr().err
-    assert "org/one@v1: model.safetensors can't be had: " in error and "answers 500" in error
+    assert "org/one@v1: can't download model.safetensors: " in error and "HTTP 500" in error
     assert f"Nothing was written to {tmp_path / 'out'}" in error and "Traceback" not in error
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
@@ -278,7 +278,7 @@ def refused(place, capsys, *words, base="org/base", candidates=("org/one@v1",), 
 
 
 def test_models_that_are_not_there(hub, tmp_path, capsys):
-    words = ["org/nothing: no such folder, not in the hub's cache", "there is no such model at", "set HF_TOKEN"]
+    words = ["org/nothing: no such folder, not in the hub's cache", "/org/nothing does not exist", "set HF_TOKEN"]
     refused(tmp_path, capsys, *words, "org/nought", candidates=["org/nothing", "org/nought"])
     refused(tmp_path, capsys, "has no revision 'v9'", candidates=["org/one@v9"])
     assert hub.fetched("safetensors") == []
@@ -286,14 +286,14 @@ def test_models_that_are_not_there(hub, tmp_path, capsys):
 
 def test_a_private_model_needs_a_token(hub, models, tmp_path, capsys, monkeypatch):
     hub.add("org/secret", models / "one", token="hf_tests")
-    refused(tmp_path, capsys, "org/secret", "if it is a private one, set HF_TOKEN", candidates=["org/secret"])
+    refused(tmp_path, capsys, "org/secret", "set HF_TOKEN", candidates=["org/secret"])
     monkeypatch.setenv("HF_TOKEN", "hf_tests")
     assert merge(tmp_path, candidates=["org/secret"]) == 0
 
 
 def test_a_gated_model(hub, models, tmp_path, capsys):
     hub.add("org/gated", models / "one", gated=True)
-    words = f"it is gated: ask for access at {hub.url}/org/gated"
+    words = f"is gated; request access at {hub.url}/org/gated"
     refused(tmp_path, capsys, "org/gated", words, candidates=["org/gated"])
 
 
@@ -304,7 +304,7 @@ def test_no_network(hub, models, tmp_path, capsys, monkeypatch):
     assert merge(tmp_path) == 0
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert merge(tmp_path, "org/base", ("org/one@v1", "org/two"), "--overwrite") == 0
-    assert "; the cache's copy is used, since http://127.0.0.1:9/org/base can't be reached" in log_of(tmp_path)
+    assert "; using the cached copy, because http://127.0.0.1:9/org/base can't be reached" in log_of(tmp_path)
     same_weights(tmp_path / "out", models / "out")
 
 
@@ -324,7 +324,7 @@ def test_a_cache_that_is_not_complete(hub, models, tmp_path, capsys, monkeypatch
     next((tmp_path / "cache").glob("models--org--one/snapshots/*/model.safetensors")).unlink()
     shutil.rmtree(tmp_path / "out")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(tmp_path, capsys, "no weights here", "only the cache could be asked, since HF_HUB_OFFLINE is set")
+    refused(tmp_path, capsys, "no model weights", "only the cache was searched, because HF_HUB_OFFLINE is set")
 
 
 def test_what_does_not_fit_is_found_before_any_weights_are_fetched(hub, models, tmp_path, capsys):
@@ -342,7 +342,7 @@ def test_a_shard_that_is_none(hub, models, tmp_path, capsys):
     broken = shutil.copytree(models / "one", tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"\x05\x00\x00\x00\x00\x00\x00\x00hello and more")
     hub.add("org/broken", broken)
-    refused(tmp_path, capsys, "org/broken: ", "has a weight file that is none", candidates=["org/broken"])
+    refused(tmp_path, capsys, "org/broken: ", "has an invalid weight file", candidates=["org/broken"])
 
 
 def test_a_cache_in_which_small_files_are_missing(hub, models, tmp_path, capsys, monkeypatch):
@@ -368,7 +368,7 @@ def test_an_adapter_that_can_not_be_applied_is_not_fetched(hub, models, tmp_path
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
     hub.add("org/dora", adapter)
-    refused(tmp_path, capsys, "use_dora: True can't be applied", candidates=["org/dora"])
+    refused(tmp_path, capsys, "use_dora: True", candidates=["org/dora"])
     assert hub.fetched("safetensors") == []
 
 
@@ -381,13 +381,13 @@ def test_the_model_that_an_adapter_was_trained_on(hub, models, tmp_path):
         hub.add(f"org/{name}", folder)
     assert merge(tmp_path, candidates=["org/right", "org/wrong"]) == 0
     log = log_of(tmp_path)
-    assert "wrong: the adapter was trained on mistralai/Mistral-7B-v0.2, and is applied to base\n" in log
+    assert "wrong: the adapter was trained on mistralai/Mistral-7B-v0.2, but is applied to base\n" in log
     assert "right: the adapter was trained on" not in log
 
 
 def test_a_disk_that_is_too_small(hub, models, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
-    refused(tmp_path, capsys, "the downloads take", "has room for 0.0", "make room")
+    refused(tmp_path, capsys, "the downloads need", "0.0 GB free", "HF_HOME")
     assert hub.fetched("safetensors") == []
 
 
@@ -424,7 +424,7 @@ def test_the_base_under_another_name_is_skipped(hub, models, tmp_path):
     hub.add("org/base", models / "base", "refs/pr/7")
     assert merge(tmp_path, "org/base", ["old/name", "org/base@refs/pr/7", "org/one@v1"]) == 0
     log = log_of(tmp_path)
-    assert "Models to merge  : one@v1\n" in log and "old/name is the base model itself: skipped" in log
+    assert "Models to merge  : one@v1\n" in log and "old/name is the base model; skipped" in log
 
 
 def test_a_model_that_was_in_the_cache_before_stays(hub, models, tmp_path):

@@ -84,4 +84,4 @@ def test_a_wrong_one_ends_the_program_before_any_work(place, models, capsys, tex
 def test_a_recipe_has_its_own_settings(capsys):
     with pytest.raises(SystemExit):
         merge_monster.main(["--replay", "x", "--output", "y", "--set", "dtype=auto"])
-    assert "--set is for a search" in capsys.readouterr().err
+    assert "--set: a recipe" in capsys.readouterr().err

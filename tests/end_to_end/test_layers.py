@@ -105,7 +105,7 @@ def test_layers_that_are_not_there_are_refused_before_any_work(place, models, ca
 def test_the_plan_says_which(place, models, text):
     assert merge(place, models, "--dry-run", layers=[0, 2], merge_ratios=0.5) == 0
     log = log_of(place)
-    assert "Tried            : layers 0, 2 by lerp at 0.5, and the header\n" in log
-    assert "Decisions        : 3 a candidate, 6 in all\n" in log
+    assert "Search           : layers 0, 2, embedding and LM head; lerp at 0.5\n" in log
+    assert "Decisions        : 3 per candidate, 6 in total\n" in log
     assert merge(place, models, "--dry-run", layers="1-2", **SEARCHES["joint"], **text) == 0
-    assert "Tried            : layers 1-2, all candidates at once, by gradient, and the header\n" in log_of(place)
+    assert "Search           : layers 1-2, embedding and LM head; joint, all candidates at once\n" in log_of(place)

@@ -204,7 +204,7 @@ def test_rows_at_other_places_are_refused_where_they_are_merged(place, capsys, m
     tiny.change_vocabulary(models[1], tiny.rewritten_tokenizer(tokenizer, order))
     assert merge(place, models, merge_method="lerp", merge_ratios=[0.5]) == 0
     recipe = recipe_in(place, models)
-    assert "of them at another place" in refused(place, told(recipe, merges), capsys)
+    assert "of them at a different index" in refused(place, told(recipe, merges), capsys)
     exported(place, told(recipe, [line for line in merges if len(line) == 3 and line[1] is not None] or merges[:3]))
 
 
@@ -215,14 +215,12 @@ def test_several_stored_types_are_refused(place, opened, capsys):
     )
     assert merge(place, models, merge_method="lerp", merge_ratios=[0.5]) == 0
     recipe = told(recipe_in(place, models), ONCE)
-    assert "base: its tensors are of several types (bfloat16, float32), mergekit writes one" in refused(
-        place, recipe, capsys
-    )
+    assert "base: its tensors have several dtypes (bfloat16, float32)" in refused(place, recipe, capsys)
 
 
 def test_a_type_that_was_rounded_to_beforehand_is_refused(place, opened, capsys):
     recipe = told(opened("float32")[1], ONCE) | {"dtype": "bfloat16"}
-    words = "it was computed in bfloat16, to which float32 was rounded; mergekit would not round it"
+    words = "it was computed in bfloat16, which rounded float32 weights"
     assert words in refused(place, recipe, capsys)
     recipe = told(opened("bfloat16")[1], ONCE) | {"dtype": "bfloat16"}
     exported(place, recipe)
@@ -234,7 +232,7 @@ def test_adapters_are_refused(place, capsys):
     models = models[0], place / "adapter"
     assert merge(place, models, merge_method="lerp", merge_ratios=[0.5]) == 0
     recipe = told(recipe_in(place, models), [(1, 0, 0.5)])
-    assert "adapter is an adapter, which mergekit applies in another way" in refused(place, recipe, capsys)
+    assert "adapter is an adapter, which mergekit applies differently" in refused(place, recipe, capsys)
 
 
 def test_other_models_and_files_that_are_there(place, opened, capsys):
@@ -244,20 +242,20 @@ def test_other_models_and_files_that_are_there(place, opened, capsys):
     (place / "recipe.json").write_text(json.dumps(recipe))
     command = ["--export-mergekit", place / "merge.yaml", place / "recipe.json"]
     assert program(*command) == 2
-    assert ": one; --source DIR names " in capsys.readouterr().err
+    assert ": one; add --source DIR " in capsys.readouterr().err
     assert program(*command, f"--source=one={models[2]}") == 2
     assert "has changed since the recipe was written" in capsys.readouterr().err
     assert program(*command, f"--source=one={models[1]}") == 0
     assert program(*command, f"--source=one={models[1]}") == 2
-    assert "this file exists; name another one, or add --overwrite" in capsys.readouterr().err
+    assert "this file exists" in capsys.readouterr().err
     assert program(*command, f"--source=one={models[1]}", "--overwrite") == 0
     inside = ["--export-mergekit", models[0] / "merge.yaml", place / "recipe.json", f"--source=one={models[1]}"]
     assert program(*inside) == 2
-    assert "which this run would write, lies in the input" in capsys.readouterr().err
+    assert "which lies in the input" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--config", "x"], ["--output", "x"], ["--replay", "x"], ["--dry-run"]], ids=str)
 def test_what_it_does_not_go_with(more, capsys):
     with pytest.raises(SystemExit) as caught:
         program("--export-mergekit", "merge.yaml", "out", *more)
-    assert caught.value.code == 2 and "--export-mergekit goes with" in capsys.readouterr().err
+    assert caught.value.code == 2 and "--export-mergekit can only be combined with" in capsys.readouterr().err

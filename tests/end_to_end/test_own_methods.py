@@ -1,7 +1,6 @@
 """A method and a strategy are added by a name and a function."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,10 +93,10 @@ def test_a_configuration_is_read_whoever_imported_what(place):
     assert not {"torch", "modules.search"}.intersection(result.stdout.split())
 
 
-def test_default_yaml_has_the_line_of_each():
-    comments = re.findall(r"^# (.*)$", (ROOT / "default.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+def test_the_table_of_keys_has_the_line_of_each():
+    table = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     for name, line in {**{name: method.summary for name, method in METHODS.items()}, **STRATEGIES}.items():
-        assert any(re.fullmatch(rf"{name} +{re.escape(line)}( \(default\))?", comment) for comment in comments), name
+        assert f" {name}: {line}." in table, name
 
 
 def test_methods_with_parameters_are_merged_with_recorded_and_replayed(place):

@@ -223,7 +223,7 @@ def test_one_that_dies_ends_the_run_and_loses_nothing(tmp_path, models, one_proc
     result = merge(tmp_path, models, *several(2, "dies"))
     assert result.returncode != 0
     assert "ERROR: another process of this run has ended" in result.stderr
-    assert "--resume goes on from there" in result.stderr and "internal error" not in result.stderr
+    assert "with --resume to continue" in result.stderr and "internal error" not in result.stderr
     assert "[process" not in result.stderr  # the others have nothing to say about it
     assert len(decisions(tmp_path / "out.partial")) >= 3 and not (tmp_path / "out").exists()
     result = merge(tmp_path, models, *several(2), "--resume")
@@ -274,7 +274,7 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     assert own_device("auto", Rank(3, 4, 1, 2)) == "cuda:1"
     assert own_device("auto", Rank()) == "auto"  # alone, it may have them all
     assert own_device("cpu", Rank(1, 2, 1, 2)) == "cpu" and own_device("cuda:0", Rank(1, 2, 1, 2)) == "cuda:0"
-    with pytest.raises(ConfigError, match="3 processes were started on a machine with 2 GPUs"):
+    with pytest.raises(ConfigError, match="3 processes for 2 GPUs"):
         own_device("cuda", Rank(2, 3, 2, 3))
     monkeypatch.setattr("modules.model.devices.present_devices", lambda: ["cpu"])
     assert own_device("auto", Rank(1, 2, 1, 2)) == "auto"

@@ -156,7 +156,7 @@ def test_sources_are_looked_for_in_folders_in_and_beside_the_output_and_here(pla
     (whole.parent / "changed.json").write_text(json.dumps(recipe), encoding="utf-8")
     assert merge_monster.main(["--replay", str(whole.parent / "changed.json"), "--output", str(again)]) == 2
     error = capsys.readouterr().err
-    assert f"not found in {whole.parent}, {place} or " in error and ": base; " in error
+    assert f"not found in or near {whole.parent}, {place}: " in error and ": base; " in error
     assert "--source NAME=PATH" in error
     built_again(whole, whole, "--source", "models", "--output", again)
     built_again(whole, whole, "--source", place / "models", "--source", "one=models/one", "--output", again)

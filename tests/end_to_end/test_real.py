@@ -159,7 +159,9 @@ def test_a_merge_without_the_models_says_what_makes_them(tmp_path, monkeypatch, 
         shutil.copy(ROOT / name, tmp_path / name)
     assert merge_monster.main(["--config", "demo/real.yaml"]) == 2
     printed = capsys.readouterr().err
-    assert all(f"demo/real/{name}': no such folder; python demo/make_real.py" in printed for name in make_real.MODELS)
+    assert all(
+        f"demo/real/{name}': no such folder; run python demo/make_real.py" in printed for name in make_real.MODELS
+    )
 
 
 def test_what_is_there_is_kept_and_what_was_broken_off_is_made_again(monkeypatch, tmp_path):

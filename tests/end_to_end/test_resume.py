@@ -126,7 +126,7 @@ def test_a_line_damaged_in_the_middle_is_refused(place, models, whole, capsys):
     lines = (place / "out.partial" / JOURNAL).read_bytes().splitlines(keepends=True)
     (place / "out.partial" / JOURNAL).write_bytes(b"".join([*lines[:5], b"\x00\x00\n", *lines[5:]]))
     assert merge(place, models, "--resume") == 2
-    assert "line 6 is damaged; begin again with --restart" in capsys.readouterr().err
+    assert "line 6 is damaged; start over with --restart" in capsys.readouterr().err
     assert merge(place, models, "--restart") == 0
     assert same(place / "out", whole)
 
@@ -145,7 +145,7 @@ def test_an_unfinished_run_is_never_overwritten(place, models, whole, capsys):
         assert merge(place, models, *arguments) == 2
         error = capsys.readouterr().err
         assert "an unfinished run (4 decisions)" in error
-        assert "--resume to go on from there" in error and "--restart to begin again" in error
+        assert "--resume to continue" in error and "--restart to start over" in error
     assert digest(place / "out.partial") == before
     assert merge(place, models, "--restart") == 0
     assert same(place / "out", whole) and "Resuming" not in log_of(place)
@@ -165,7 +165,7 @@ def test_another_configuration_is_refused(place, models, whole, capsys):
     break_off(place, whole, 9)
     before = digest(place / "out.partial")
     assert merge(place, models, "--resume", merge_ratios=[0.1, 0.2], pairs=tiny.PAIRS[:3]) == 2
-    lists = "bad_phrases is not the same; good_phrases is not the same"
+    lists = "bad_phrases changed; good_phrases changed"
     assert f"{lists}; merge_ratios was [0.2, 0.4, 0.6, 0.8], is [0.1, 0.2]" in capsys.readouterr().err
     assert digest(place / "out.partial") == before
 
@@ -277,7 +277,7 @@ def test_a_run_does_not_go_on_where_what_is_searched_has_changed(place, models, 
         record_of(begun, settings_at(place, models, before), base)
         if key == "device":
             monkeypatch.setattr("modules.model.devices.present_devices", lambda: ["mps", "cpu"])
-        with pytest.raises(ConfigError, match=rf"has changed since .* was begun: {key} (was|is not the same)"):
+        with pytest.raises(ConfigError, match=rf"has changed since .* was started: {key} (was|changed)"):
             record_of(begun, settings_at(place, models, after), base)
         monkeypatch.undo()
         os.chdir(place)
@@ -329,7 +329,7 @@ def test_a_journal_of_another_version_is_refused(place, models, whole, capsys):
     first, *others = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(json.dumps({**json.loads(first), "program": "0.9"}).encode() + b"\n" + b"".join(others))
     assert merge(place, models, "--resume") == 2
-    assert "was begun by Merge Monster 0.9" in capsys.readouterr().err
+    assert "was started by Merge Monster 0.9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [0, 2])
@@ -444,7 +444,7 @@ def test_a_full_disk(place, models, whole):
     before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
     assert end(start(place, models, before=before)) == 1
     told = (place / "child.txt").read_text()
-    assert "can't be written" in told and "--resume goes on from there" in told and "Traceback" not in told
+    assert "can't be written" in told and "with --resume to continue" in told and "Traceback" not in told
     assert not (place / "out").exists()
     assert merge(place, models, "--resume") == 0
     assert same(place / "out", whole)
@@ -464,7 +464,7 @@ def test_a_shard_that_the_disk_spoils_is_noticed(place, models, whole, monkeypat
     monkeypatch.setattr(modules.checkpoints.writing, "_reads", spoiled)
     assert merge(place, models) == 1
     error = capsys.readouterr().err
-    assert "model-00002-of-00004.safetensors: " in error and "reads otherwise than it was written" in error
+    assert "model-00002-of-00004.safetensors: " in error and "reads back differently" in error
     assert not (place / "out").exists()
     monkeypatch.undo()
     monkeypatch.chdir(place)
@@ -488,8 +488,8 @@ def test_a_signal_ends_the_run_after_the_decision(place, models, whole, number):
     os.kill(child, number)
     assert end(child) == 130
     told = (place / "child.txt").read_text()
-    assert "Ending after this step; once more to end at once." in told
-    assert "Interrupted. Nothing was written to" in told and "with --restart begins again" in told
+    assert "Stopping after this step; press Ctrl-C again" in told
+    assert "Interrupted. Nothing was written to" in told and "--restart" in told
     records = journal(place / "out.partial")
     assert records[-1]["kind"] in ("decision", "candidate", "source")
     assert merge(place, models, "--resume") == 0
@@ -501,7 +501,7 @@ def test_a_second_signal_ends_the_run_at_once(place, models):
     wait_until(lambda: b"Candidate 1/2" in read(place / "child.txt"))
     time.sleep(0.2)
     os.kill(child, signal.SIGINT)
-    wait_until(lambda: b"once more to end at once" in read(place / "child.txt"))
+    wait_until(lambda: b"press Ctrl-C again" in read(place / "child.txt"))
     time.sleep(0.2)
     assert os.waitpid(child, os.WNOHANG) == (0, 0), "the first one only asks"
     began = time.monotonic()
@@ -647,7 +647,7 @@ def test_sources_that_lie_elsewhere(place, models, whole, capsys):
     (place / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
     assert replay(place / "recipe.json", place / "again") == 2
     error = capsys.readouterr().err
-    assert f"not found in {place}, {place.parent} or " in error and ": base, one, two; " in error
+    assert f"not found in or near {place}, {place.parent}: " in error and ": base, one, two; " in error
     assert "--source NAME=PATH" in error
     arguments = [f"--source={folder.name}={folder}" for folder in models]
     assert replay(place / "recipe.json", place / "again", *arguments) == 0
@@ -657,7 +657,7 @@ def test_sources_that_lie_elsewhere(place, models, whole, capsys):
     assert f"{models[2]}: model.safetensors has changed since the recipe was written" in capsys.readouterr().err
     assert not (place / "other").exists() and not (place / "other.partial").exists()
     assert replay(place / "recipe.json", place / "other", "--source=three=x") == 2
-    assert "--source three: the recipe has no such source; it has base, one, two" in capsys.readouterr().err
+    assert "--source three: the recipe has no such model; it has base, one, two" in capsys.readouterr().err
 
 
 def test_decisions_that_can_not_be_carried_out(place, models, whole, capsys):
@@ -691,7 +691,7 @@ def test_a_recipe_does_not_decide_that_code_is_run(place, models, whole, capsys)
     recipe["settings"]["trust_remote_code"] = True
     (place / "recipe.json").write_text(json.dumps(recipe))
     assert replay(place / "recipe.json", place / "again") == 2
-    assert "if you trust them, add --trust-remote-code" in capsys.readouterr().err
+    assert "add --trust-remote-code" in capsys.readouterr().err
     assert not (place / "again").exists()
     assert replay(place / "recipe.json", place / "again", "--trust-remote-code", lying_in(models)) == 0
 
@@ -708,10 +708,10 @@ def test_a_recipe_does_not_overwrite(place, models, whole, capsys):
     "arguments, words",
     [
         (["--replay", "x"], "--replay needs --output"),
-        (["--source", "a=b"], "--source goes with --replay"),
-        (["--replay", "x", "--output", "y", "--resume"], "are for a search"),
-        (["--replay", "x", "--output", "y", "--dry-run"], "are for a search"),
-        (["--trust-remote-code"], "--trust-remote-code goes with --replay"),
+        (["--source", "a=b"], "--source needs --replay"),
+        (["--replay", "x", "--output", "y", "--resume"], "can't be combined with --resume"),
+        (["--replay", "x", "--output", "y", "--dry-run"], "and --dry-run"),
+        (["--trust-remote-code"], "--trust-remote-code needs --replay"),
         (["--replay", "x", "--output", "y", "--source", "a"], "expected NAME=PATH"),
         (["--resume", "--restart"], "not allowed with argument"),
     ],
@@ -740,10 +740,10 @@ def test_a_recipe_may_be_named_as_the_output_that_holds_it(place, models, whole)
 
 REPLAYS = {
     "/": ["--output", "/"],
-    "not a usable path (File name too long)": ["--output", "a" * 250],
-    "not on this machine": ["--output", "again", "--device", "\x1b[2J"],
-    "no such source": ["--output", "again", "--source", "no\n=here"],
-    "one (one/zzz); --source DIR": ["--output", "again", "--source", "one=one/zzz"],
+    "invalid path (File name too long)": ["--output", "a" * 250],
+    "is not available": ["--output", "again", "--device", "\x1b[2J"],
+    "no such model": ["--output", "again", "--source", "no\n=here"],
+    "one (one/zzz); add --source DIR": ["--output", "again", "--source", "one=one/zzz"],
 }
 
 

@@ -135,7 +135,7 @@ def test_nothing_depends_on_them(place, models):
     found, files = recipe_of(place / "out"), digest(place / "out")
     assert merge(place, models, "--overwrite", samples=[]) == 0
     without = recipe_of(place / "out")
-    assert without["samples"] == [] and "What base and merge answer" not in log_of(place)
+    assert without["samples"] == [] and "Answers of base and merge" not in log_of(place)
     assert "## Samples" not in (place / "out/README.md").read_text(encoding="utf-8")
     for recipe in (found, without):
         for decision in recipe["decisions"]:

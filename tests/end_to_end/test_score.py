@@ -17,6 +17,7 @@ from modules.config.load import load_config
 from modules.config.phrase_lists import Pair
 from modules.metrics import evaluator
 from modules.output.recipe import RECIPE_FILE
+from modules.runtime.text import brief_percent
 from modules.scoring.scorer import Scorer
 from modules.scoring.tokenization import neutral_windows
 
@@ -126,7 +127,7 @@ def test_the_phrases_stand_beneath_with_every_models_probability(place, models):
     assert header.replace(" ", "") == "|Type|Phrase|Context|base|one|two|"
     shown = [line.strip("|").split("|") for line in lines if line.startswith(("| BAD", "| GOOD"))]
     for cells, phrase in zip(shown, phrases, strict=True):
-        assert [cell.strip() for cell in cells[3:]] == [f"{100 * p:.5f}%" for p in phrase["probabilities"].values()]
+        assert [cell.strip() for cell in cells[3:]] == list(map(brief_percent, phrase["probabilities"].values()))
     end = next(number for number, line in enumerate(lines) if line.endswith("held out: the last 2 rows"))
     assert [line.startswith("| ") for line in lines[end - 5 : end]] == [True, False, True, True, False]
 
@@ -170,7 +171,7 @@ def test_other_tokens_are_matched_or_told(place, models):
     configure(place, models[0])
     assert score(other, strange) == 0
     log = log_of(place)
-    assert "Header: " in log and "it is scored with the base's embedding and head" in log
+    assert "Embedding and LM head: " in log and "it is scored with the base's embedding and head" in log
 
 
 def broken(place, models):
@@ -222,7 +223,7 @@ def test_what_can_not_be_scored_is_refused(place, models, capsys):
     (place / "there.json").write_text("mine")
     wrong = {
         "--score[1]: 'nowhere': no such folder": (models[1], "nowhere"),
-        "is the base model itself": (models[0],),
+        "is the base model": (models[0],),
         "small": (small,),
     }
     for words, named in wrong.items():
@@ -232,7 +233,7 @@ def test_what_can_not_be_scored_is_refused(place, models, capsys):
     for words, options in {
         "this file exists": ["--json", "there.json"],
         "its folder does not exist": ["--json", "no/x.json"],
-        "which this run would write": ["--json", str(models[1] / "x.json")],
+        ", which lies in the input ": ["--json", str(models[1] / "x.json")],
     }.items():
         assert score(models[1], options=options) == 2 and words in capsys.readouterr().err
     assert (place / "there.json").read_text() == "mine" and not (models[1] / "x.json").exists()
@@ -268,7 +269,7 @@ def test_options_that_do_not_go_with_it(options, capsys):
 def test_json_goes_with_it_alone(capsys):
     with pytest.raises(SystemExit):
         merge_monster.main(["--json", "x"])
-    assert "--json goes with --score" in capsys.readouterr().err
+    assert "--json needs --score" in capsys.readouterr().err
 
 
 def test_phrases_are_held_out_as_in_a_merge(place, models):
@@ -288,7 +289,7 @@ def test_an_adapter_that_changes_one_half_of_a_tied_pair_is_scored_as_peft_runs_
     expected = [math.exp(reference.pair_log_probability(model, tokenizer, pair)) for pair in tiny.PAIRS[:2]]
     assert [entry["probabilities"]["adapter"] for entry in phrases] == pytest.approx(expected, rel=1e-3)
     assert merge(place, (base, adapter), pairs=tiny.PAIRS[:2]) == 0
-    assert "so adapter's own head is not used" in log_of(place)
+    assert "so adapter's own LM head is ignored" in log_of(place)
 
 
 def test_each_model_is_scored_by_its_own_settings(place, tmp_path, monkeypatch):

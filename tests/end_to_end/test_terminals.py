@@ -87,8 +87,8 @@ def test_a_run_whose_reader_ends_can_be_gone_on_with(place, models, whole):
         os.close(ours)
     assert end(child) == 141
     assert (place / "child.txt").read_text() == ""  # standard error
-    assert "Ended: nobody reads any more what is shown. Nothing was written to" in log_of(place)
-    assert "the same command with --resume goes on from there" in log_of(place)
+    assert "Stopped: standard output was closed. " in log_of(place)
+    assert "run the same command with --resume" in log_of(place)
     assert goes_on(place, models, whole)
 
 
@@ -193,7 +193,7 @@ def test_under_nohup_a_closed_terminal_is_not_heard(place, models, whole):
         os.close(terminal)
     assert end(child) == 0
     assert same(place / "out", whole)
-    assert "nothing more can be shown here (Input/output error)" in log_of(place)
+    assert "can't print any more (Input/output error)" in log_of(place)
 
 
 def test_nohup_has_lines_when_they_come_and_no_bar(place, models, whole):
@@ -205,7 +205,7 @@ def test_nohup_has_lines_when_they_come_and_no_bar(place, models, whole):
         assert "- Layer 1/3 - " in (place / "child.txt").read_text()
     assert end(child) == 0
     shown = (place / "child.txt").read_text()
-    assert "\r" not in shown and "%|" not in shown and "Ending after" not in shown
+    assert "\r" not in shown and "%|" not in shown and "Stopping after" not in shown
     assert "Done. The log is" in shown.splitlines()[-1]
     assert same(place / "out", whole)
 

@@ -201,10 +201,10 @@ def phi(vocabulary, layers, tied):
 # The cases, and what is printed about each; "..." is anything
 # ---------------------------------------------------------------------------------------------------------------------
 
-ALL = "Header: 400 of 400 rows matched by token"
-BOTH = "one's head is its embedding, which is merged into both of the base's"
-UNUSED = "the base's head is its embedding, so one's own head is not used"
-PADDED = "400 of 448 rows matched by token; the base keeps its own in 48 (they have no token); one has"
+ALL = "Embedding and LM head: 400 of 400 rows matched by token"
+BOTH = "one ties its LM head to the embedding, which is merged into both of the base's"
+UNUSED = "the base ties its LM head to the embedding, so one's own LM head is ignored"
+PADDED = "400 of 448 rows matched by token; the base's rows stay: 48 (without a token); one has"
 STAYS = "the header stays as it is"
 OLD_NAMES = {"<start>": "<s>", "<end>": "</s>"}
 
@@ -212,7 +212,8 @@ VOCABULARIES = {
     "the same": Case(None),
     "the same padding": Case(None, rows=(448, 448), seed=8),
     "two tokens added": Case(
-        "Header: 420 of 420 rows matched by token; one has 422 rows, 2 of them for tokens that the base lacks",
+        "Embedding and LM head: 420 of 420 rows matched by token; one has 422 rows, "
+        "2 of them for tokens that the base lacks",
         family="spm",
         other=adding(2),
     ),
@@ -220,28 +221,31 @@ VOCABULARIES = {
         f"{ALL}; one has 700 rows, 300 of them for tokens that the base lacks", other=adding(300), dtype=torch.float16
     ),
     "two tokens added in the padding": Case(
-        f"Header: {PADDED} 448 rows, 2 of them for tokens that the base lacks", other=adding(2), rows=(448, 448), seed=8
+        f"Embedding and LM head: {PADDED} 448 rows, 2 of them for tokens that the base lacks",
+        other=adding(2),
+        rows=(448, 448),
+        seed=8,
     ),
     "two tokens missing": Case(
-        "Header: 398 of 400 rows matched by token; the base keeps its own in 2 (one has no row for their tokens); "
+        "Embedding and LM head: 398 of 400 rows matched by token; the base's rows stay: 2 (one lacks their tokens); "
         "one has 400 rows, 2 of them for tokens that the base lacks",
         other=lacking(2),
     ),
     "too many tokens missing": Case(
-        f"WARNING: one shares only 359 of the base's 400 tokens (at least 90% are needed); {STAYS}", other=lacking(41)
+        f"WARNING: one shares only 359 of the base's 400 tokens (at least 90% required); {STAYS}", other=lacking(41)
     ),
     "padded candidate": Case(f"{ALL}; one has 448 rows", rows=(None, 448), dtype=torch.float16),
-    "padded base": Case(f"Header: {PADDED} 400 rows", rows=(448, 400), seed=8),
+    "padded base": Case(f"Embedding and LM head: {PADDED} 400 rows", rows=(448, 400), seed=8),
     "trimmed candidate": Case(
-        "Header: 360 of 400 rows matched by token; the base keeps its own in 40 (one has no row for their tokens); "
+        "Embedding and LM head: 360 of 400 rows matched by token; the base's rows stay: 40 (one lacks their tokens); "
         "one has 360 rows",
         rows=(None, 360),
     ),
     "trimmed too far": Case(
-        f"WARNING: one shares only 359 of the base's 400 tokens (at least 90% are needed); {STAYS}", rows=(None, 359)
+        f"WARNING: one shares only 359 of the base's 400 tokens (at least 90% required); {STAYS}", rows=(None, 359)
     ),
     "padded base, trimmed candidate": Case(
-        "Header: 398 of 448 rows matched by token; the base keeps its own in 2 (one has no row for their tokens) "
+        "Embedding and LM head: 398 of 448 rows matched by token; the base's rows stay: 2 (one lacks their tokens) "
         "and in 48 (they have no token); one has 398 rows",
         rows=(448, 398),
         seed=8,
@@ -252,17 +256,19 @@ VOCABULARIES = {
         other=same,
         rows=(400, None),
     ),
-    "permuted": Case(f"{ALL}, 400 of them at another place", other=reversed_rows),
+    "permuted": Case(f"{ALL}, 400 of them at a different index", other=reversed_rows),
     "permuted, SentencePiece": Case(
-        "Header: 420 of 420 rows matched by token, 420 of them at another place", family="spm", other=reversed_rows
+        "Embedding and LM head: 420 of 420 rows matched by token, 420 of them at a different index",
+        family="spm",
+        other=reversed_rows,
     ),
-    "permuted, tied": Case(f"{ALL}, 400 of them at another place", other=reversed_rows, tied=True),
-    "permuted, a head with a bias": Case(f"{ALL}, 400 of them at another place", other=reversed_rows, config=phi),
+    "permuted, tied": Case(f"{ALL}, 400 of them at a different index", other=reversed_rows, tied=True),
+    "permuted, a head with a bias": Case(f"{ALL}, 400 of them at a different index", other=reversed_rows, config=phi),
     "permuted, a tied head with a bias": Case(
-        f"{ALL}, 400 of them at another place", other=reversed_rows, config=phi, tied=True, seed=6
+        f"{ALL}, 400 of them at a different index", other=reversed_rows, config=phi, tied=True, seed=6
     ),
     "permuted, GPT-2": Case(
-        f"{ALL}, 400 of them at another place", other=reversed_rows, config=gpt2, tied=True, seed=8
+        f"{ALL}, 400 of them at a different index", other=reversed_rows, config=gpt2, tied=True, seed=8
     ),
     "another EOS beside the old one": Case(
         f"{ALL}; one has 401 rows, 1 of them for tokens that the base lacks",
@@ -270,27 +276,28 @@ VOCABULARIES = {
     ),
     "BOS and EOS exchanged": Case(None, other=exchanged),
     "BOS and EOS renamed": Case(
-        f"{ALL}, BOS or EOS by role (<s> with <start>, </s> with <end>), 2 of them at another place",
+        f"{ALL}, BOS or EOS by role (<s> with <start>, </s> with <end>), 2 of them at a different index",
         other=renamed,
         names=OLD_NAMES,
     ),
     "BOS and EOS renamed, SentencePiece": Case(
-        "Header: 420 of 420 rows matched by token, BOS or EOS by role (<s> with <start>, </s> with <end>), "
-        "2 of them at another place",
+        "Embedding and LM head: 420 of 420 rows matched by token, "
+        "BOS or EOS by role (<s> with <start>, </s> with <end>), 2 of them at a different index",
         family="spm",
         other=renamed,
         names=OLD_NAMES,
     ),
     "one token for BOS and EOS": Case(
-        "Header: 399 of 400 rows matched by token, BOS or EOS by role (</s> with <end>), 1 of them at another place; "
-        "the base keeps its own in 1 (one has no row for their tokens); "
+        "Embedding and LM head: 399 of 400 rows matched by token, "
+        "BOS or EOS by role (</s> with <end>), 1 of them at a different index; "
+        "the base's rows stay: 1 (one lacks their tokens); "
         "one has 400 rows, 1 of them for tokens that the base lacks",
         own=ending_as_it_begins,
         other=renamed,
         names=OLD_NAMES,
     ),
     "a base without BOS": Case(
-        "Header: 399 of 400 rows matched by token, BOS or EOS by role (</s> with <end>), ...",
+        "Embedding and LM head: 399 of 400 rows matched by token, BOS or EOS by role (</s> with <end>), ...",
         own=without_bos,
         other=renamed,
         names=OLD_NAMES,
@@ -308,7 +315,7 @@ VOCABULARIES = {
         seed=8,
     ),
     "wholly different": Case(
-        f"WARNING: one shares only 121 of the base's 400 tokens (at least 90% are needed); {STAYS}", other=sentencepiece
+        f"WARNING: one shares only 121 of the base's 400 tokens (at least 90% required); {STAYS}", other=sentencepiece
     ),
 }
 
@@ -323,7 +330,7 @@ TYINGS = {
         edit=editing(drop_head, tie_word_embeddings=True),
     ),
     "untied candidate of a tied base, permuted": Case(
-        f"{ALL}, 400 of them at another place; {UNUSED}",
+        f"{ALL}, 400 of them at a different index; {UNUSED}",
         other=reversed_rows,
         tied=True,
         edit=editing(add_head, tie_word_embeddings=False),
@@ -375,7 +382,10 @@ def run(folder, case):
 def test_one_line_says_what_became_of_the_header(merged, name):
     assert merged[name].code == 0, merged[name].output
     output, expected = merged[name].output.splitlines(), CASES[name].line
-    told = [line.startswith(("Header:", "WARNING:")) and " its configuration means " not in line for line in output]
+    told = [
+        line.startswith(("Embedding and LM head:", "WARNING:")) and " config.json differs " not in line
+        for line in output
+    ]
     lines = [number for number, one in enumerate(told) if one]
     assert len(lines) == (expected is not None), [output[number] for number in lines]
     if expected is not None:

@@ -30,19 +30,19 @@ def told(candidates, merge, limits=None, **settings):
 
 def better(lines):
     """The candidate that is said to be better."""
-    return re.match(r"(\S+) alone scores better", lines[0])[1] if lines else None
+    return re.match(r"(\S+) on its own scores better", lines[0])[1] if lines else None
 
 
 def causes(lines):
     """The settings that are named."""
-    return [line.split()[0] for line in lines if line.split()[0].islower() and " alone " not in line]
+    return [line.split()[0] for line in lines if line.split()[0].islower() and " on its own " not in line]
 
 
 def test_a_better_candidate_is_named():
     good, bad = standing("good", 0.108), standing("bad", 0.3)
     lines = told([bad, good], standing("the merge", 0.121))
-    assert better(lines) == "good" and "0.10800 vs 0.12100" in lines[0]
-    assert len(lines) == 2 and "Take good as it is" in lines[1] and "search: joint" in lines[1]
+    assert better(lines) == "good" and "0.108 vs 0.121" in lines[0]
+    assert len(lines) == 2 and "Use good itself" in lines[1] and "search: joint" in lines[1]
     assert told([good], standing("the merge", 0.09)) == told([], standing("the merge", 0.2)) == []
     assert "joint" not in told([good], standing("the merge", 0.2), search="joint")[-1]
 
@@ -58,7 +58,7 @@ def test_what_is_compared_is_the_objective():
     merge = standing("the merge", 0.35, kl=0.01, trial_kl=0.01)
     assert better(told([near, far], merge)) == "far"
     lines = told([near, far], merge, weighted(2.0))
-    assert better(lines) == "near" and "0.30400 vs 0.37000" in lines[0]
+    assert better(lines) == "near" and "0.304 vs 0.370" in lines[0]
     assert told([far], merge, weighted(2.0)) == []
     assert told([near], standing("the merge", 0.35), weighted(2.0)) == []  # the merge's drift is not known
 

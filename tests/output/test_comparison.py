@@ -229,7 +229,7 @@ def test_it_goes_with_nothing_else(here, more, capsys):
     for arguments in (["--compare", "plain", *more], [*more, "--compare", "plain"]):
         with pytest.raises(SystemExit) as caught:
             merge_monster.main(arguments)
-        assert caught.value.code == 2 and "goes with no other option" in capsys.readouterr().err
+        assert caught.value.code == 2 and "can't be combined with other options" in capsys.readouterr().err
 
 
 def test_only_one_of_several_processes_prints(here, capsys, monkeypatch):

@@ -138,7 +138,7 @@ def test_a_replay_that_failed_is_repeated_as_it_was(place, models, capsys, monke
         assert "again.partial/" in told.splitlines()[0] and "--resume" not in told
         with pytest.raises(SystemExit) as caught:
             merge_monster.main([*replay, "--resume"])
-        assert caught.value.code == 2 and "leave out --resume" in capsys.readouterr().err
+        assert caught.value.code == 2 and "can't be combined with --resume" in capsys.readouterr().err
         assert merge_monster.main(replay) == 0
         shutil.rmtree(place / "again")
     (place / "again.partial").mkdir()  # a search that did not finish is not the replay's

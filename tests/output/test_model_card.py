@@ -18,7 +18,7 @@ from modules.output.card_settings import settings_file
 from modules.output.model_card import CARD_FILE, MOST_PHRASES, model_card, write_card
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.runtime.console import visible
-from modules.runtime.text import percent
+from modules.runtime.text import brief_percent
 
 PICTURES = ("merge_map.png", "phrase_chart.png")
 COMMITS = ("0123456789abcdef" * 3)[:40], ("fedcba9876543210" * 3)[:40]
@@ -121,7 +121,7 @@ def test_the_card_of_a_run(run, recipe):
     prose = text.split("## Settings")[0]
     assert str(run) not in text
     composition, metrics, phrases = tables(prose)
-    assert composition[2:] == [[name, f"{share:.2%}"] for name, share in recipe["composition"].items()]
+    assert composition[2:] == [[name, f"{share:.1%}"] for name, share in recipe["composition"].items()]
     total = [f"{recipe['metrics'][key]['total']:.5f}" for key in ("base", "merge")]
     assert metrics[2:] == [["Total", *total]]
     assert phrases[2:] == [
@@ -130,8 +130,8 @@ def test_the_card_of_a_run(run, recipe):
             as_shown(pair["phrase"]),
             as_shown(pair["context"]),
             f"{abs(pair['weight']):g}",
-            percent(pair["before"]),
-            percent(pair["after"]),
+            brief_percent(pair["before"]),
+            brief_percent(pair["after"]),
         ]
         for pair in recipe["phrases"]
     ]
@@ -202,7 +202,7 @@ def test_a_run_that_merged_nothing(recipe):
     recipe["composition"] = {"base": 1.0}
     text = card_of(recipe)
     assert accepted(text)["base_model"] == ["org/base"]
-    assert "A merge of 0 of 2 candidates" in text and tables(text)[0][2][1] == "100.00%"
+    assert "A merge of 0 of 2 candidates" in text and tables(text)[0][2][1] == "100.0%"
 
 
 def as_joint(recipe, shares, steps=25, **settings):
@@ -221,7 +221,7 @@ def test_a_joint_search_is_told_as_what_it_was(recipe):
     text = card_of(as_joint(recipe, [[0.0, 1.0], [0.0, 0.5]], drift_weight=8))
     assert accepted(text)["base_model"] == ["org/base", "org/two"]
     for card, words in (
-        (greedy, ("by the strategy cumulative", "merge methods: lerp")),
+        (greedy, ("strategy: cumulative", "merge method: lerp")),
         (text, ("jointly by gradient",)),
     ):
         assert all((word in one) == (one is card) for word in words for one in (greedy, text))

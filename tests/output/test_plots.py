@@ -160,7 +160,7 @@ def test_the_merge_map_of_a_greedy_search(layers, candidates):
         *map(str, range(1, candidates + 1)),
     ]
     *numbers, header = labels_of(shares.xaxis)
-    assert header == "header" and len(numbers) >= min(layers, 20)
+    assert header == "emb+head" and len(numbers) >= min(layers, 20)
     decisions = recipe.decisions
     assert list(totals.lines[0].get_ydata()) == [6.0, *(line.after for line in decisions)]
     accepted = [(number, line.after) for number, line in enumerate(decisions, start=1) if line.ratio is not None]
@@ -191,7 +191,7 @@ def test_the_merge_map_of_a_joint_search(layers, candidates, headers):
     assert np.array(cells(shares)) == pytest.approx(np.array(expected))
     numbers = [text.get_text() for text in shares.texts]
     assert numbers == [f"{round(value, 2) + 0.0:.2f}" for model in zip(*expected, strict=True) for value in model]
-    assert labels_of(shares.xaxis)[-1] == ("outside" if headers else str(layers - 1))
+    assert labels_of(shares.xaxis)[-1] == ("emb+head" if headers else str(layers - 1))
     named = recipe.joint.slopes
     for axes, slopes, measure in ((total, named["total"], "Total"), (drift, named["trial_kl"], "KL")):
         title = axes.get_title("left")
@@ -234,7 +234,7 @@ def test_a_recipe_without_a_slope_for_each_share_is_refused(key, rows):
     recipe["joint"][key] = rows
     if key != "start":
         recipe["joint"]["slopes"][key] = rows
-    with pytest.raises(ValidationError, match="slopes on no share"):
+    with pytest.raises(ValidationError, match="slopes on unknown weights"):
         Recipe.model_validate(recipe)
 
 
@@ -286,7 +286,7 @@ def test_the_phrase_chart(place):
     assert good.get_xlabel() == "Probability" and figure.get_supylabel() == "Context [phrase]"
     assert legend_of(figure) == ["before", "after, better", "after, worse", "after, the same"]
     assert figure.get_suptitle() == "Phrases before and after: base + fine-tune-1, fine-tune-2"
-    assert [text.get_text() for text in bad.texts] == ["95% → 5%", "90% → 20%", "40% → 50%"]
+    assert [text.get_text() for text in bad.texts] == ["95.0% → 5.0%", "90.0% → 20.0%", "40.0% → 50.0%"]
     assert_nothing_is_cut_off(figure)
     written(figure, place)
 
@@ -294,7 +294,7 @@ def test_the_phrase_chart(place):
 def test_of_many_pairs_those_that_changed_the_most():
     phrases = make_pairs(61)
     figure = plots.phrase_chart_figure(greedy(phrases=phrases))
-    assert "of 61 pairs, the 30 of each kind that changed the most" in figure.get_suptitle()
+    assert "the 30 pairs of each kind that changed the most, of 61" in figure.get_suptitle()
     for axes, kind in zip(figure.axes, ("BAD", "GOOD"), strict=True):
         changes = sorted((abs(p["after"] - p["before"]) for p in phrases if p["kind"] == kind), reverse=True)
         shown = sorted((abs(after - before) for _, before, after in rows_of(axes)), reverse=True)

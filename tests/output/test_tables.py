@@ -77,7 +77,7 @@ def test_metrics_are_shown_by_name():
         "Metrics: Total 1.00000 -> 0.50000, Top-1 agreement 25.0% -> 25.0%, Perplexity 1e+15 -> 1e+15"
     )
     assert report.step_line(7, 25, 1.5, values) == (
-        "Step 7/25 - 1.50000 > 0.50000 - Top-1 agreement 25.0% - Perplexity 1e+15"
+        "Step 7/25 - 1.500 -> 0.500 - Top-1 agreement 25.0% - Perplexity 1e+15"
     )
 
 
@@ -88,7 +88,7 @@ def test_no_digit_of_a_probability_below_its_rounding_is_shown():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown if line.startswith("|")]
     assert cells == [
         ["Type", "Phrase", "Context", "base", "...ith-quite-a-long-name"],
-        ["BAD", "spine", "a", "50.00000%", "0.00000%"],
+        ["BAD", "spine", "a", "50.0%", "0.0%"],
         ["GOOD", "apple", "b", "25%", "30%"],
         ["BAD", "arm", "c", "75%", "100%"],
     ]
@@ -146,7 +146,9 @@ def test_before_the_first_merge_nothing_has_changed(kind):
     table = table_of(kind, start=None)
     assert shown(table) == [("", "N/A")]
     assert table[0] == table[2] == table[4] and len(table) == 7
-    assert table[5].startswith({"changed": "not shown: 3 of 3 pairs", "summary": "since the start: 0 of 3"}[kind])
+    assert table[5].startswith(
+        {"changed": "not shown: 3 of 3 pairs", "summary": "improved since the start: 0 of 3"}[kind]
+    )
 
 
 def test_what_counts_as_changed_is_the_used_probability():
@@ -161,7 +163,7 @@ def test_what_counts_as_changed_is_the_used_probability():
 def test_a_summary_counts_the_pairs_that_went_where_they_should():
     table = table_of("summary", now=(0.04, 0.6, 0.25))
     assert shown(table) == [("", "-40.00000%")]
-    assert table[-2] == "since the start: 1 of 3 pairs improved"
+    assert table[-2] == "improved since the start: 1 of 3 pairs"
 
 
 @pytest.mark.parametrize(

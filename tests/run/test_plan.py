@@ -194,19 +194,19 @@ def test_with_room_for_everything_there_is_nothing_to_say(place):
 
 def test_all_that_is_missing_is_named_at_once_with_what_is_needed_and_free(place):
     disk, memory = refusal(made_up(place, disk_free=16 * GB, free=GIB))
-    assert str(place / "out") in disk and "17.00 GB are needed" in disk and "16.00 GB are free" in disk
-    assert "cuda:0: 19.00 GiB are needed in bfloat16, 1.00 GiB are free" in memory
+    assert str(place / "out") in disk and "17.00 GB of disk space needed, 16.00 GB free" in disk
+    assert "cuda:0: 19.00 GiB of memory needed in bfloat16, 1.00 GiB free" in memory
 
 
 def test_memory_that_surely_and_that_perhaps_does_not_suffice(place):
     plan = made_up(place, memory=Memory(15 * GIB, GIB // 2, 0, GIB // 2, GIB // 4))
-    assert "16.50 GiB are needed" in refusal(replace(plan, free=int(16.5 * GIB) - 1))[0]
+    assert "16.50 GiB of memory needed" in refusal(replace(plan, free=int(16.5 * GIB) - 1))[0]
     on_cpu = replace(plan, device=torch.device("cpu"))
-    assert "17.00 GiB are needed" in refusal(replace(on_cpu, free=17 * GIB - 1))[0]  # it can't do with less
+    assert "17.00 GiB of memory needed" in refusal(replace(on_cpu, free=17 * GIB - 1))[0]  # it can't do with less
     # The activations alone refuse nothing: what they take is not known so well.
     assert check(replace(plan, free=plan.memory.reserved)) == []
     (warning,) = check(replace(plan, free=17 * GIB))
-    assert "17.00 GiB free" in warning and "17.25 GiB are needed" in warning and "merge_ratios" in warning
+    assert "17.25 GiB needed on cuda:0, 17.00 GiB free" in warning and "merge_ratios" in warning
 
 
 def test_layers_that_stay_in_the_memory_of_the_cpu_are_a_warning(place):
@@ -271,19 +271,13 @@ def test_a_real_model_has_an_estimate_and_stays_as_it_is(place, models, search):
 def test_the_plan_in_words(place):
     plan = made_up(place, downloads=31 * GB)
     text = "\n".join(plan_lines(plan, 612.0))
-    for part in (
-        "2 (one, two)",
-        "lerp, slerp at 0.1, 0.3, 0.5, 0.7",
-        "the header",
-        "65 a candidate, 130 in all",
-        "14 pairs",
-    ):
+    for part in ("2 (one, two)", "lerp, slerp at 0.1, 0.3, 0.5, 0.7", "LM head", "65 per candidate, 130 in total"):
         assert part in text
-    for part in ("1,076 tokens", "16.00 GB to", "900.00 GB free", "20.00 GiB on cuda:0", "79.00 GiB free"):
+    for part in ("14, 1,076 tokens", "16.00 GB for", "900.00 GB free", "20.00 GiB on cuda:0", "79.00 GiB free"):
         assert part in text
-    assert "31.00 GB still" in text and "about 10 min" in text
+    assert "31.00 GB from the hub" in text and "about 10 min" in text
     text = "\n".join(plan_lines(made_up(place, free=None), None))
-    assert "Downloads" not in text and "GiB free" not in text and "not known" in text
+    assert "Downloads" not in text and "GiB free" not in text and "unknown" in text
 
 
 DURATIONS = {0.04: "0.0 s", 42.4: "42 s", 5900.0: "98 min", 7199.0: "2 h 00 min", 100_000.0: "27 h 47 min"}
@@ -303,6 +297,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
     before = sorted(place.iterdir())
     assert merge_monster.main(["--config", str(path), "--dry-run"]) == 0
     output = capsys.readouterr().out
-    assert "Decisions        : 4 a candidate, 4 in all" in output and "Time (estimate)" in output
+    assert "Decisions        : 4 per candidate, 4 in total" in output and "Time (estimate)" in output
     assert "Dry run: wrote only the log logs" in output and "Layer 1/3" not in output
     assert sorted(path for path in place.iterdir() if path.name != "logs") == before

@@ -114,7 +114,7 @@ def test_rows_are_matched_by_token(tmp_path):
     """Two tokens more, an end of another name, all rows at other places; of one token it has no row."""
     base, folders = mixes.with_rows_elsewhere(tmp_path)
     one = check(base, folders)
-    assert "of them at another place" in one.mix.notes[0] and "has no row for their tokens" in one.mix.notes[0]
+    assert "of them at a different index" in one.mix.notes[0] and "lacks their tokens" in one.mix.notes[0]
 
 
 def test_a_header_that_cannot_be_matched_is_left_out(tmp_path):
