@@ -189,7 +189,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     unfinished.add_argument("--restart", action="store_true", help="discard an unfinished run and start over")
     others = parser.add_argument_group("other modes")
     others.add_argument("--score", metavar="MODEL", nargs="+", help="score models on the config's phrases")
-    others.add_argument("--learn", metavar="OUT", help="learn an adapter for the base from the phrases alone")
+    others.add_argument("--learn", metavar="OUT", help="learn an adapter from the phrases alone")
     others.add_argument("--json", metavar="FILE", type=Path, help="file for the results of --score")
     finished = "compare finished outputs"
     others.add_argument("--compare", metavar="OUTPUT", type=Path, nargs="+", help=finished)

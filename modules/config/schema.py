@@ -158,7 +158,7 @@ class Settings(Section):
     drift_weight: kinds.AutoOrWeight | None = None
     """Penalty per nat of KL from the base. null: 0, or auto for joint. auto: 0.05 nats cost as much as all phrases."""
     max_drift: kinds.Limit | None = None
-    """Reject trials with a higher KL from the base, in nats per token; try 0.02. Makes a search two to three times slower."""
+    """Reject trials with a higher KL from the base, in nats per token; try 0.02. The search takes 2-3 times longer."""
     neutral_tokens: kinds.CountFromOne = 1024
     """Tokens on which each trial's KL is measured, half neutral text, half own answers; more are more precise."""
     baselines: kinds.Boolean = field(default=True, metadata=_NO_PART)
