@@ -64,6 +64,14 @@ def test_who_touches_what():
         assert name.startswith(HEARS_OF_TORCH_MODULES) or not re.search(r"\bnn\b|\.forward\b|state_dict", source), name
 
 
+def test_no_comprehension_is_in_another():
+    kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    for name, source in SOURCES.items():
+        for node in ast.walk(ast.parse(source)):
+            inner = [part for part in ast.walk(node) if part is not node and isinstance(part, kinds)]
+            assert not (isinstance(node, kinds) and inner), f"{name}, line {node.lineno}"
+
+
 def test_no_maker_of_devices_is_named():
     """What is written for one kind of device is never run on another."""
     named = {name for name, source in SOURCES.items() if re.search(r"(?i)\b(cuda|xpu|mps|rocm|nvidia)\b", source)}

@@ -219,7 +219,9 @@ class Config(Settings):
 
     def dumped(self) -> dict[str, Any]:
         """All keys as JSON has them, pairs with their rendered chats in place of phrase lists."""
-        pairs = {key: [pair.written() for pair in getattr(self, key)] for key in (*PHRASES, "held_out_pairs")}
+        pairs = {}
+        for key in (*PHRASES, "held_out_pairs"):
+            pairs[key] = [pair.written() for pair in getattr(self, key)]
         return json.loads(json.dumps({**asdict(self), **pairs}))
 
     @classmethod

@@ -115,7 +115,8 @@ def drawn(count: int, many: int, step: int, seed: str) -> list[int]:
     if many >= count:
         return list(range(count))
     places = range(step * many, (step + 1) * many)
-    orders = {turn: _shuffled(count, f"{seed} {turn}") for turn in {place // count for place in places}}
+    turns = {place // count for place in places}
+    orders = {turn: _shuffled(count, f"{seed} {turn}") for turn in turns}
     return [orders[place // count][place % count] for place in places]
 
 

@@ -209,7 +209,9 @@ def by_other_settings(name: str) -> str:
 def results_table(rows: Sequence[ResultRow]) -> list[str]:
     """Models side by side, a column for each metric that is known of one of them."""
     shown = columns_of(*(row.metrics for row in rows))
-    body = [[row.name, *(column.text(row.metrics.get(column.name)) for column in shown)] for row in rows]
+    body = []
+    for row in rows:
+        body.append([row.name, *(column.text(row.metrics.get(column.name)) for column in shown)])
     return table(["Model", *(column.label for column in shown)], body)
 
 

@@ -112,7 +112,9 @@ class JointConductor(Conductor):
 
         slopes = {"total": slopes_of(None)}
         for name, weight in limits.weights.items():
-            slopes[name] = [[slope / weight for slope in row] for row in slopes_of(name)]
+            slopes[name] = []
+            for row in slopes_of(name):
+                slopes[name].append([slope / weight for slope in row])
         self.record.note("joint", start=shares, slopes=slopes)
         return shares
 
@@ -162,9 +164,12 @@ class JointConductor(Conductor):
     def _reached(self) -> list[tuple[str, Rows]]:
         """Each candidate's name and shares where it is taken as far as the search goes: whole, or in some layers."""
         names, mix = [candidate.name for candidate in self._candidates], self._joint.mix
-        rows = [tuple(float(other == number) for other in range(len(names))) for number in range(len(names))]
         where = " in the searched layers" if mix.is_restricted else ""
-        return [(name + where, mix.limited((row,) * mix.rows)) for name, row in zip(names, rows, strict=True)]
+        reached = []
+        for number, name in enumerate(names):
+            row = tuple(float(other == number) for other in range(len(names)))
+            reached.append((name + where, mix.limited((row,) * mix.rows)))
+        return reached
 
     def _is_allowed(self, state: JointState, factor: float) -> bool:
         """Whether the metrics stay within their limits with all shares multiplied with a factor."""

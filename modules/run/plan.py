@@ -32,7 +32,7 @@ from modules.runtime.errors import ConfigError
 from modules.runtime.text import duration, in_memory, on_disk, ranges
 from modules.scoring.budget import TOKENS, Budget, budget_of, layer_bytes, logits_bytes
 from modules.scoring.layout import NOT_TAKEN
-from modules.scoring.packing import build_packs
+from modules.scoring.packing import Pack, build_packs
 from modules.scoring.tokenization import doubled_tokens, encode_pairs, neutral_windows
 from modules.search.search import forwards_of_candidate
 
@@ -125,7 +125,7 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
 
     packs = list(build_packs(encoded, "forest", budget.tokens))
     tokens = tuple(pack.tokens for pack in packs)
-    columns = max(len({target.column for target in pack.targets}) for pack in packs)
+    columns = max(map(_columns, packs))
     kept_layers = sizes.layers if is_joint else 1  # of whose hidden states there are at a time
     hidden_states = min(budget.cache, kept_layers * sum(tokens) * sizes.hidden * stream.itemsize)
     logits = 2 * logits_bytes(sizes, stack, columns, budget)  # as the model has them, then in float32
@@ -154,6 +154,11 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
         downloads=bytes_needed(models.jobs),
         warnings=tuple(doubled_tokens(tokenizer, config.pairs)),
     )
+
+
+def _columns(pack: Pack) -> int:
+    """At how many of a pack's tokens the head is read."""
+    return len({target.column for target in pack.targets})
 
 
 def _free_on(device: torch.device, sharing: int) -> int | None:
