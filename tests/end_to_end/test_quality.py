@@ -150,6 +150,23 @@ def test_the_distance_is_that_of_a_naive_loop(loaded):
     assert figures == pytest.approx({"kl": kl, "same_next": same, "perplexity": perplexity}, rel=1e-5)
 
 
+@torch.inference_mode()
+def test_the_distance_on_own_texts_is_that_of_a_naive_loop(loaded):
+    base, other, tokenizer = loaded
+    prompt, text = "Where is the apple?", " The apple is in the kitchen. It sent shivers down her spine."
+    asked = judge.in_template(tokenizer, prompt)
+    start = len(tokenizer(asked)["input_ids"])
+    ids = tokenizer(asked + text)["input_ids"]
+    before, after = (model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1) for model in (base, other))
+    each = (before.exp() * (before - after)).sum(-1)
+    places = [place for place in range(start - 1, len(ids) - 1) if "shivers" not in tokenizer.decode(ids[place + 1])]
+    expected = float(each[places].mean())
+    pattern = judge.finder(["shivers"])
+    arguments = tokenizer, [prompt], [text], pattern
+    assert judge.own_divergence(base, other, *arguments) == pytest.approx(expected, rel=1e-5)
+    assert judge.own_divergence(base, base, *arguments) == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a model writes
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +265,7 @@ def test_what_a_row_depends_on_is_read(real, monkeypatch):
 
 def test_absent_models_are_named(tmp_path, capsys):
     assert bench_quality.main(["--models", str(tmp_path)]) == 2
-    assert "lacks base, plain, reference, careful, overfit: run `make real` first" in capsys.readouterr().err
+    assert "lacks base, plain, reference, careful, overfit, mute: run `make real` first" in capsys.readouterr().err
 
 
 def run(place, real, *options):
