@@ -155,11 +155,16 @@ def test_the_distance_on_own_texts_is_that_of_a_naive_loop(loaded):
     base, other, tokenizer = loaded
     prompt, text = "Where is the apple?", " The apple is in the kitchen. It sent shivers down her spine."
     asked = judge.in_template(tokenizer, prompt)
-    start = len(tokenizer(asked)["input_ids"])
-    ids = tokenizer(asked + text)["input_ids"]
+    encoded = tokenizer(asked + text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, letters = encoded["input_ids"], [set(range(*span)) for span in encoded["offset_mapping"]]
+    phrase = (asked + text).index("shivers")
+    counted = set(range(len(asked), len(asked + text)))
+    left_out = set(range(phrase, phrase + len("shivers")))
     before, after = (model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1) for model in (base, other))
     each = (before.exp() * (before - after)).sum(-1)
-    places = [place for place in range(start - 1, len(ids) - 1) if "shivers" not in tokenizer.decode(ids[place + 1])]
+    following = range(1, len(ids))
+    places = [place - 1 for place in following if letters[place] & counted and not letters[place] & left_out]
+    assert 0 < len(places) < len(ids) - 1
     expected = float(each[places].mean())
     pattern = judge.finder(["shivers"])
     arguments = tokenizer, [prompt], [text], pattern
