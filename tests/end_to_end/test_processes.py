@@ -144,7 +144,7 @@ def assert_shared(place, count, shown, one_process):
     assert_same(place / "out", one_process)
     assert beside(place / "out") == pytest.approx(beside(one_process), rel=1e-4)
     assert (place / "out/README.md").read_text().count("  merge:") == 1
-    assert f"packs shared by {count} processes" in shown
+    assert f"packs on {count} processes" in shown
     assert shown.count("THE MERGE MONSTER HUNGERS") == 1  # the others are quiet
     assert len(list((place / "logs").iterdir())) == 1
     assert not list(place.glob("*.partial"))
@@ -177,7 +177,7 @@ def test_chats_are_what_the_process_that_leads_has_rendered(tmp_path):
     models = base, tiny.make_candidate(tmp_path / "one", base)
     result = merge(tmp_path, models, *several(2), bad_phrases=chats, good_phrases=[])
     assert result.returncode == 0, result.stderr
-    assert "packs shared by 2 processes" in result.stdout
+    assert "packs on 2 processes" in result.stdout
     found = json.loads((tmp_path / "out/merge_monster_recipe.json").read_text())["phrases"]
     model = load_model(open_checkpoint(base, "base"), "cpu", "auto")
     own = [Pair(one["kind"], one["phrase"], one["context"], chat=Chat(())) for one in found]

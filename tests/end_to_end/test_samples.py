@@ -261,7 +261,7 @@ def test_a_prompt_that_does_not_fit_is_named_and_left_out(place, models):
     assert merge(place, models, samples=[long, PROMPTS[0], "é" * 60]) == 0
     found, log = recipe_of(place / "out")["samples"], log_of(place)
     assert [one["prompt"] for one in found] == [PROMPTS[0], "é" * 60]
-    assert log.count("tokens long; the base model takes 256, with the answer") == 1
+    assert log.count("tokens long, but the base model takes 256 with the answer") == 1
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     with pytest.raises(ConfigError, match="no embedding for its token"):
         encode_prompt(tokenizer, "apple", 10, None)
