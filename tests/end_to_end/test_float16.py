@@ -209,7 +209,7 @@ def test_a_trial_that_overflows_is_scored_in_the_wide_arithmetic(place, models):
     larger_mlp(models[1], 1, 3000)
     assert merge(place, models, min_gain=1e9) == 0  # nothing is accepted
     log = log_of(place)
-    assert f"overflow float16: scored in {WIDE}" in log
+    assert f"overflow float16; scored in {WIDE}" in log
     assert recipe_of(place / "out")["dtype"] == "float16"
     assert all(map(math.isfinite, numbers_in(recipe_of(place / "out"))))
 
@@ -221,7 +221,7 @@ def test_a_trial_that_overflows_and_wins(place, models):
     assert merge(place, models, **settings) == 0
     won = [line for line in decisions(place / "out") if line[:2] == (1, 1)]
     assert won[0][2] is not None, "the case shows nothing"
-    assert is_wide(place, "is taken, with which float16 overflows")
+    assert is_wide(place, "overflows float16")
     whole = place / "whole"
     (place / "out").rename(whole)
     for records in (widening(whole), widening(whole) + 1, widening(whole) + 3):
