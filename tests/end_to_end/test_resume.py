@@ -666,7 +666,7 @@ def test_decisions_that_can_not_be_carried_out(place, models, whole, capsys):
     (place / "recipe.json").write_text(json.dumps(recipe))
     assert replay(place / "recipe.json", place / "again", lying_in(models)) == 2
     error = capsys.readouterr().err
-    assert "can't be carried out: the base has layers 0 to 2, and no layer 7" in error and "Traceback" not in error
+    assert "can't be repeated: the base has layers 0 to 2, and no layer 7" in error and "Traceback" not in error
     assert not (place / "again").exists() and not (place / "again.partial").exists()
 
 
