@@ -71,7 +71,7 @@ def weigh(context: Context) -> "TrialKL | None":
     if not context.config.is_guarded:
         return None
     if not context.neutral_for_trials:
-        raise ConfigError("neutral_texts: too little text to measure drift on, as drift_weight and max_drift need it")
+        raise ConfigError("neutral_texts: too little text for drift_weight and max_drift; add more")
     try:
         return TrialKL(context)
     except NOT_TAKEN as error:
