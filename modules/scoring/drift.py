@@ -166,7 +166,7 @@ class DriftMeter:
         parts = torch.cat([self._logits(batch, hidden, first, end) for first, end in pairwise(ends)], -1)
         rounding = 4 * max(torch.finfo(self.model.dtype).eps, ROUNDING) * float(whole.abs().max())
         if parts.shape != whole.shape or not float((parts - whole).abs().max()) <= rounding:
-            raise ValueError("the output head does not give the same in blocks of its rows")
+            raise ValueError("the LM head gives other logits when it is computed in blocks")
 
 
 class SoftmaxStats:
