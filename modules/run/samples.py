@@ -50,7 +50,7 @@ class Samples:
             with without_panics():
                 found, problems = retry_on_oom(lambda: self._answers(prompts))
         except Exception as error:  # of an architecture, of a chat template, of a device
-            self._console.warning(f"there are no samples: {first_line(error)}")
+            self._console.warning(f"no samples: {first_line(error)}")
             return {}
         self._console.warnings(problems)
         return found
