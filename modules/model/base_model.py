@@ -336,7 +336,7 @@ class ResidentModel:
         head = self.module.get_output_embeddings()
         found = dict(head.named_parameters(recurse=False)) if head is not None else {}
         if "weight" not in found:
-            raise ValueError("the model has no output head with a row for each token")
+            raise ValueError("the model has no LM head with a row for each token")
         return found
 
     def part_of(self, names: list[str]) -> Part:

@@ -139,10 +139,10 @@ class RunRecord:
         changes = []
         for name, value in {**self._now.libraries, "device": self._now.device}.items():
             if before.get(name) != value:
-                changes.append(f"the run began with {name} {before.get(name)}, this is {value}")
+                changes.append(f"the run started with {name} {before.get(name)}, but this is {value}")
         if self.packing != packing:
-            changes.append(f"phrases were scored as {self.packing} before the break, and here as {packing}")
-        return [f"{change}: the last digits may differ" for change in changes]
+            changes.append(f"phrases were scored as {self.packing} before, but now as {packing}")
+        return [f"{change}; the last digits may differ" for change in changes]
 
     def source(self, number: int, where: str, checkpoint: Checkpoint) -> Source:
         """Note a model, or compare it with what was noted; where: whole paths, ids of the hub.
@@ -153,7 +153,7 @@ class RunRecord:
             self._folders.append((folder, checkpoint.name))
         noted = self.line("source", number)
         if noted:
-            trouble = f"has changed since {self.journal.path} was begun; --restart begins again"
+            trouble = f"has changed since {self.journal.path} was started; start over with --restart"
             compare_fingerprints(noted, checkpoint, trouble)
             return noted
         return self.note(

@@ -96,13 +96,15 @@ class Conductor:
         if decisions or steps:
             self.console.warnings(record.warnings(packing))
             if measured != search.log_probabilities and start.packing == packing and not record.was_widened:
-                self.console.warning("the base scores otherwise than when the run began: its end may differ slightly")
+                self.console.warning(
+                    "the base scores differently than when the run started; the result may differ slightly"
+                )
         if steps:
             self.console.timed(f"Resuming after step {steps[-1].step} of {self.config.joint.steps}")
         elif decisions:
-            self.console.timed(f"Resuming: {len(decisions)} decisions are carried out again from the journal")
+            self.console.timed(f"Resuming: re-applying {len(decisions)} recorded decisions")
         elif resume:
-            self.console.timed("Nothing to resume: beginning at the beginning")
+            self.console.timed("Nothing to resume; starting a new run")
         if self.evaluator:
             self.evaluator.take_noted_scores()
         return list(search.log_probabilities)
@@ -148,10 +150,10 @@ class Conductor:
         except (BrokenWeights, CheckpointError) as error:  # the search will meet it, too
             if isinstance(error, TooNarrow) and self.search.model.may_widen:
                 raise
-            self.console.warning(f"{candidate.name} can't be scored alone: {error}")
+            self.console.warning(f"{candidate.name} can't be scored on its own: {error}")
             return
         if found is None:
-            self.console.warning(f"Not enough memory to score {candidate.name} alone")
+            self.console.warning(f"Not enough memory to score {candidate.name} on its own")
             return
         self.record.note(
             "baseline",
@@ -191,9 +193,9 @@ class Conductor:
             candidate.checkpoint.release()
         if self.search.inexact:
             name = self.search.model.arithmetic.name
-            self.console.lines([], [f"{self.search.inexact:,} merged numbers so far have lost digits in {name}"])
+            self.console.lines([], [f"{self.search.inexact:,} merged weights so far were rounded in {name}"])
         if failure:
-            self.console.warning(f"{candidate.name} is given up; what was accepted of it stays: {failure}")
+            self.console.warning(f"Skipping the rest of {candidate.name}; its merges so far are kept: {failure}")
         self._show_notes()
         metrics = self.evaluator.evaluate().metrics if self.evaluator else {}
         if self.record.line("candidate", number) is None:
@@ -216,7 +218,7 @@ class Conductor:
         except CheckpointError:
             is_repeated = False
         if not is_repeated:
-            kept = f"what was accepted of {candidate.name} can't be built again, so it is not skipped"
+            kept = f"{candidate.name} can't be skipped, because its merges so far can't be repeated"
             raise CheckpointError(f"{failure}; {kept}")
 
     @property
@@ -261,7 +263,7 @@ class Conductor:
             self.origins[self._place(decision)].append((decision.share, decision.model))
         move_bar(forwards_of(self.config, self.layers, decision.layer, decision.method))
         accepted = sum(len(merges) - 1 for merges in self.origins)
-        part = "header" if decision.layer is None else f"layer {decision.layer}"
+        part = "embedding + head" if decision.layer is None else f"layer {decision.layer}"
         self.bar.tell(f"candidate {self._turn}, {part}, {accepted} accepted")
 
     def _place(self, decision: Decision) -> int:

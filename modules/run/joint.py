@@ -43,7 +43,7 @@ class JointConductor(Conductor):
             with postponed(self.console.on_interrupt) as self.end_if_asked:
                 self._end(self._steps(self._begun()))
         except BrokenWeights as error:
-            raise CheckpointError(f"{error}; search: joint can't do without a candidate") from None
+            raise CheckpointError(f"{error}; search: joint needs every candidate") from None
         finally:
             for candidate in candidates:
                 candidate.checkpoint.release()
@@ -101,9 +101,9 @@ class JointConductor(Conductor):
         shares = self._joint.mix.limited(first_shares(self._joint.mix.rows, objectives))
         names = [search.model.checkpoint.name, *(name for name, _ in self._reached())]
         begin = names[objectives.index(min(objectives))]
-        self.console.timed(f"The steps begin at {begin}; checking the gradient")
+        self.console.timed(f"Starting from {begin}; checking the gradient")
         error = self._in_memory(partial(self._joint.check, shares))
-        self.console.timed(f"The gradient agrees with the objective's slope to {error:.2%}")
+        self.console.timed(f"The gradient is right (relative error {error:.2%})")
 
         self.console.timed("Measuring each layer's effect")
 
@@ -134,7 +134,7 @@ class JointConductor(Conductor):
                 self._show_notes()
                 self._tell_of_step(state.step - 1, metrics)
                 bar.update(1)
-                bar.tell(f"step {state.step}/{self._joint.steps}, {value.objective:.5f}")
+                bar.tell(f"step {state.step}/{self._joint.steps}, {value.objective:.3f}")
             value: Value = self._in_memory(self._joint.value, state)
             self._tell_of_step(state.step, {**self._evaluated(), "total": value.total, **value.metrics})
         return state
@@ -159,7 +159,7 @@ class JointConductor(Conductor):
         if self._composed(rounded(state.shares, factor)) > min(objectives):
             name, shares = others[objectives.index(min(objectives))]
             self._composed(shares)
-            self.console.timed(f"No step beat {name}: keeping it")
+            self.console.timed(f"No step beat {name}; keeping {name}")
 
     def _reached(self) -> list[tuple[str, Rows]]:
         """Each candidate's name and shares where it is taken as far as the search goes: whole, or in some layers."""

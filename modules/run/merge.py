@@ -84,7 +84,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     check_apart(written_paths(output), [options.settings_file, *input_paths(config)])
     with locked_output(output, console, options.dry_run) as target:
         if options.resume and not options.dry_run and is_finished(config, output):
-            console.final(f"This run has finished: its output is in {output}")
+            console.final(f"This run is already finished; its output is in {output}")
         else:
             check_output(target, options.overwrite)
             read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
@@ -100,7 +100,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             if not options.dry_run:
                 loader.in_range(lambda own: _merge(own, options, group, target, models, plan, asked))
                 return
-            console.timed("Measuring how fast this machine is")
+            console.timed("Measuring the speed of this machine")
             console.lines(plan_lines(plan, estimate_seconds(plan, models.module)))
             console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")
     group.broadcast(NOTHING_TO_SEARCH)
@@ -152,7 +152,9 @@ def _conclude(conductor: Conductor, models: Models) -> tuple[Recipe, dict[str, t
     released: on which device each tensor was merged, and the tokenizer."""
     console, config, search, evaluator = conductor.console, conductor.config, conductor.search, conductor.evaluator
     if conductor.is_base:
-        console.warning("nothing was accepted, so the output is the base; the mapper shows what it would say")
+        console.warning(
+            "no merge was accepted, so the output equals the base; monster_mapper.py shows how likely your phrases are"
+        )
     samples = conductor.samples.compare(evaluator)
     show_results(conductor, models.candidates)
     console.lines(report.sample_lines(samples))

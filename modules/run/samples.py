@@ -48,11 +48,8 @@ class Samples:
         console.warnings(warnings(of_base, of_merge, what))
         chosen = samples or shown[:MOST_SAMPLES]
         found = [self._sample(answer, written[answer.prompt]) for answer in chosen if answer.prompt in written]
-        console.warnings(
-            empty_answers(
-                [[text] for sample in found for text in (sample.base, sample.merge)], self._asked, DEFAULT.tokens
-            )
-        )
+        texts = [[sample.base, sample.merge] for sample in found]
+        console.warnings(empty_answers(texts, self._asked, DEFAULT.tokens))
         self.seconds = time.monotonic() - began
         return found
 

@@ -82,7 +82,7 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
         weights = [*search.weights, *evaluator.phrases.weights]
         document = _document([*config.pairs, *held_out], len(config.pairs), weights, scored)
         write_text(file, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-        console.timed(f"All scores are in {file}")
+        console.timed(f"Wrote all scores to {file}")
     end(console, config, models)
 
 
@@ -118,7 +118,7 @@ def _scored(loader: ModelLoader, models: Models, asked: Asked) -> tuple[Search, 
         model, tokenizer, scorer = search.model, search.tokenizer, search.scorer
         if not scorer.has_tails:
             raise ConfigError(
-                f"{models.base.path}: can't be computed a layer at a time, so no other can be scored beside it"
+                f"{models.base.path}: --score is not supported for this model, which can't be computed layer by layer"
             )
         names = [candidate.name for candidate in models.candidates]
         console.lines(score_summary(config, model.describe(saving=False), scorer.describe(), names))
@@ -134,7 +134,7 @@ def _scored(loader: ModelLoader, models: Models, asked: Asked) -> tuple[Search, 
             except CheckpointError as error:
                 if config.on_error == "stop" or isinstance(error, TooNarrow):
                     raise
-                console.warning(f"{error}; it has no row")
+                console.warning(f"{error}; it is left out")
             if not config.keep_downloads:
                 later = [repository for one in models.candidates[number:] for repository in one.repositories]
                 remove_downloads(console, candidate.repositories, [models.base.repository, *later])
@@ -149,10 +149,10 @@ def _score(console: Console, search: Search, evaluator: Evaluator, candidate: Ca
             note = matched_header(search.model, search.tokenizer, candidate).note_of_scores
             console.lines([note] if note else [])
         except HeaderSkipped as error:
-            console.warning(f"{error}; it is scored with the base's embedding and head")
+            console.warning(f"{error}; scoring it with the base's embedding and LM head")
         own = settings_of(search.model, candidate.checkpoint) if candidate.otherwise else Settings()
         if own is None:
-            console.warning(f"{candidate.name} can't be computed beside the base by its own settings")
+            console.warning(f"{candidate.name} can't be scored with its own settings; using the base's")
         found = evaluator.evaluate_alone(candidate, own or Settings())
         while found is None and search.take_less_memory():
             found = evaluator.evaluate_alone(candidate, own or Settings())
@@ -163,8 +163,8 @@ def _score(console: Console, search: Search, evaluator: Evaluator, candidate: Ca
     finally:
         candidate.checkpoint.release()
     if found is None:
-        raise CheckpointError(f"{candidate.name} can't be scored: there is too little memory")
+        raise CheckpointError(f"{candidate.name} can't be scored: not enough memory")
     if any(map(math.isnan, (*found.searched, *found.held_out))):
-        raise CheckpointError(f"{candidate.name} can't be scored: what it computes is no number")
+        raise CheckpointError(f"{candidate.name} can't be scored: its scores are NaN")
     name = candidate.name if own else by_other_settings(candidate.name)
     return Scored(candidate.name, name, without_folders(candidate.where), own is not None, found)

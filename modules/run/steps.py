@@ -93,9 +93,9 @@ def _scored_in_thoughts(rendered: Rendered, contexts: Sequence[Chat]) -> list[st
     switch = rendered.thoughts.switch
     closing = rendered.thoughts.closing(rendered.texts[within[0]].removesuffix(within[0].answer)).strip()
     ways = [f"template: {{{switch}: false}}"] * bool(switch) + [f"continue: {closing}..."] * bool(closing)
-    instead = f"; to score them in the answer: {' or '.join(ways)}" if ways else ""
+    instead = f"; to score them in the answer, set {' or '.join(ways)}" if ways else ""
     where = pluralize(len(within), "chat context")
-    return [f"the chat template begins a thought, in which the phrases of {where} are scored{instead}"]
+    return [f"the chat template opens a thought, so the phrases of {where} are scored inside it{instead}"]
 
 
 def save(console: Console, rebuild: Rebuild, base: Checkpoint, unfinished: Unfinished, output: str) -> None:
@@ -126,7 +126,7 @@ def finish(
                 write()
         except Exception as error:  # no reason to lose a merge
             (folder / file).unlink(missing_ok=True)
-            console.warning(f"{file} could not be made ({first_line(error)})")
+            console.warning(f"could not make {file} ({first_line(error)})")
     console.warnings(_paths_of_the_base(folder, base))
     with postponed(lambda: None):  # it takes a moment, in which Ctrl-C is not heard unless it comes twice
         console.warnings(unfinished.commit(overwrite))
@@ -141,7 +141,9 @@ def _paths_of_the_base(folder: Path, base: Checkpoint) -> list[str]:
         with naming(folder / name):
             path = re.search(pattern, (folder / name).read_text(encoding="utf-8", errors="replace"))
         if path:
-            lines.append(f"{name}, which is the base's own, names {path[0]}: see to it before you publish the output")
+            lines.append(
+                f"{name}, copied from the base, contains the path {path[0]}; check it before you publish the output"
+            )
     return lines
 
 
@@ -170,7 +172,7 @@ def prepare_libraries(seed: int) -> None:
 def note_source(record: RunRecord, group: Group, number: int, where: str, checkpoint: Checkpoint) -> None:
     """Note which model a number is. Raises ConfigError if it is not what an earlier run, or another process, has."""
     noted = group.broadcast(group.on_all_ranks(lambda: record.source(number, where, checkpoint)))
-    here = f"is not the same in process {group.rank.number} as in process 0"
+    here = f"differs between process {group.rank.number} and process 0"
 
     def compare() -> None:
         if not group.rank.is_main_process:

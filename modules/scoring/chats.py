@@ -110,8 +110,8 @@ def render(
             texts[chat] = outcome["text"] + chat.answer
         elif "beyond" in outcome:
             raise ConfigError(
-                f"{name}: its chat template {outcome['beyond']}, for the {shown} ({key}). Take a model with another "
-                "one, or give another with template: {chat_template: ...}"
+                f"{name}: its chat template {outcome['beyond']} for the {shown} ({key}); "
+                "set another one with template: {chat_template: ...}"
             )
         else:
             key += ", system" if system is not None and chat.messages[0] == Message("system", system) else ""
@@ -154,7 +154,7 @@ def _source(tokenizer: Any, name: str, settings: dict[str, Any]) -> str:
     if names and lacking:
         which = f"has no chat template '{chosen}'" if chosen else "has several chat templates and no default"
         choices = ", ".join(sorted(names))
-        raise ConfigError(f"{name}: {which}; pick one with template: {{chat_template: NAME}}: {choices}")
+        raise ConfigError(f"{name}: {which}; choose one with template: {{chat_template: NAME}}: {choices}")
     return tokenizer.get_chat_template(chosen, settings.get("tools"))
 
 
@@ -197,7 +197,7 @@ def in_child(request: Mapping[str, Any]) -> Sequence[Outcome]:
         answer, errors, code = error.stdout or b"", too_long, 1
     found = [json.loads(line) for line in answer.splitlines(keepends=True) if line.endswith(b"\n")]
     if code and not (found and "beyond" in found[-1]):
-        words = errors.splitlines()[-1] if errors else f"ends its process ({code})"
+        words = errors.splitlines()[-1] if errors else f"crashed (exit code {code})"
         ran_out = code == -getattr(signal, "SIGXCPU", 0)
         found.append({"beyond": too_long if ran_out else shortened(words)})
     return found

@@ -213,7 +213,7 @@ class DriftMeter:
         parts = torch.cat([self._logits(hidden, first, end) for first, end in pairwise(ends)], -1)
         rounding = 4 * max(torch.finfo(self.model.dtype).eps, ROUNDING) * float(expected.abs().max())
         if parts.shape != expected.shape or not float((parts - expected).abs().max()) <= rounding:
-            raise ValueError("the output head does not give the same in blocks of its rows")
+            raise ValueError("the LM head gives other logits when it is computed in blocks")
 
 
 class SoftmaxStats:

@@ -78,7 +78,7 @@ def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain
             return scorer
     if not plain.is_finite:
         raise model.no_numbers()
-    raise ConfigError(f"{type(model.module).__name__}: the same text scored twice gives different scores")
+    raise ConfigError(f"{type(model.module).__name__}: scoring the same text twice gives different results")
 
 
 def check_numbers(model: ResidentModel, encoded: Sequence[Encoded], log_probabilities: Sequence[float]) -> None:
@@ -89,8 +89,8 @@ def check_numbers(model: ResidentModel, encoded: Sequence[Encoded], log_probabil
             raise model.no_numbers(f"the scores of {item.pair}")
     if wrong:
         raise ConfigError(
-            f"{model.checkpoint.path}: gives {len(wrong)} of {len(log_probabilities)} phrases a probability of exactly "
-            f"0 in {model.arithmetic.name}, from which nothing can be searched: remove phrases that it can't say"
+            f"{model.checkpoint.path}: {len(wrong)} of {len(log_probabilities)} phrases have a probability of exactly "
+            f"0 in {model.arithmetic.name}; remove phrases that the model can't say"
         )
 
 

@@ -37,7 +37,7 @@ def check_float16(scorer: Scorer, passages: Sequence[Passage]) -> list[str]:
         return []
     if passages:
         _check_text(model, passages)
-    return [f"Computing in float16: all weights fit, phrases differ by {apart:.2g} nats a token from {FALLBACK.name}"]
+    return [f"Computing in float16: phrase scores differ by {apart:.2g} nats per token from {FALLBACK.name}"]
 
 
 def _check_phrases(model: ResidentModel, scorer: Scorer) -> float:
@@ -54,7 +54,7 @@ def _check_phrases(model: ResidentModel, scorer: Scorer) -> float:
             moved = scorer.token_scores()
     apart, limit = _size(scores - wide), MARGIN * max(_size(moved - wide), ROUNDING[FALLBACK.dtype])
     if not apart <= limit:
-        raise model.too_narrow(f"phrases score otherwise, by {apart:.3g} nats a token,")
+        raise model.too_narrow(f"phrase scores are off by {apart:.3g} nats per token")
     return apart
 
 
@@ -73,7 +73,7 @@ def _check_text(model: ResidentModel, passages: Sequence[Passage]) -> None:
     # A divergence grows with the square of what it comes from.
     limit = MARGIN**2 * max(own, ROUNDING[FALLBACK.dtype] ** 2)
     if not apart <= limit:
-        raise model.too_narrow(f"neutral text scores otherwise, by {apart:.3g} nats a token,")
+        raise model.too_narrow(f"scores of neutral text are off by {apart:.3g} nats per token")
 
 
 def _check_finite(model: ResidentModel, hidden: Sequence[Tensor]) -> None:

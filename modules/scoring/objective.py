@@ -90,15 +90,15 @@ class Objective:
         only be scored by whole forwards."""
         kind = type(model.module).__name__
         if not scorer.has_tails:
-            raise ConfigError(f"{kind}: no gradient can be streamed, since more than hidden states reaches its layers")
+            raise ConfigError(
+                f"{kind}: search: joint is not supported, because its layers need more than hidden states"
+            )
         try:
             model.head_names()
         except (ValueError, KeyError):
-            raise ConfigError(f"{kind}: no gradient can be streamed, since it has no output head of its own") from None
+            raise ConfigError(f"{kind}: search: joint is not supported, because it has no LM head") from None
         if any(tensor.is_meta for tensor in model.module.parameters()):
-            raise ConfigError(
-                f"{kind}: no gradient can be made of layers that lie in the CPU's memory beside the device"
-            )
+            raise ConfigError(f"{kind}: search: joint needs all layers on the device, but some are in CPU memory")
         self.model, self.penalties = model, list(penalties)
         self.weights = torch.tensor(of_variants(weights, scorer.encoded), dtype=torch.float64)
         self.dtype = torch.promote_types(torch.float32, model.dtype)  # that logits and sums are made in

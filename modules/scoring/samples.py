@@ -57,9 +57,9 @@ def empty_answers(texts: Sequence[Sequence[str]], asked: Asked, tokens: int) -> 
     if not empty or not asked.thoughts.marks:
         return []
     switch = asked.thoughts.switch
-    without = f"; template: {{{switch}: false}} does without thinking" if switch else ""
+    without = f"; set template: {{{switch}: false}} to turn thinking off" if switch else ""
     what = f"{empty} of {pluralize(sum(map(len, texts)), 'text')} without an answer"
-    return [f"{what}: thoughts, which are no part of it, took all {tokens} tokens{without}"]
+    return [f"{what}, because thinking took all {tokens} tokens{without}"]
 
 
 def same_length_batches(prompts: Mapping[str, Sequence[int]], count: int = 1) -> list[list[str]]:
@@ -182,6 +182,6 @@ class _Sampler(LogitsProcessor):
         else:
             sums = (scores.cpu().double() / self._params.temperature).softmax(-1).cumsum(-1)
             if not bool(sums[:, -1].isfinite().all()):
-                raise ArithmeticError("the model's probabilities are no numbers")
+                raise ArithmeticError("the model's probabilities are NaN or infinite")
             token = torch.searchsorted(sums, parts[:, None] * sums[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token.to(scores.device), 0.0)

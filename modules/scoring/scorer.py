@@ -85,10 +85,11 @@ class Scorer:
     def describe(self) -> dict[str, object]:
         """How the pairs go through the model, for the summary."""
         packs = pluralize(self.packs, "pack")
-        packs += f" shared by {self.rank.world_size} processes" if self.rank.world_size > 1 else ""
-        tokens = f"{self.packed_tokens:,} tokens packed from {sum(len(item.tokens) for item in self.encoded):,}"
-        whole = "" if self.has_tails else "; every ratio by whole forwards"
-        return {"Phrase layout": f"{self.layout} ({tokens}, {packs}){whole}"}
+        packs += f" on {self.rank.world_size} processes" if self.rank.world_size > 1 else ""
+        unpacked = sum(len(item.tokens) for item in self.encoded)
+        whole = "" if self.has_tails else "; each ratio takes a full forward pass"
+        tokens = f"{self.packed_tokens:,} tokens per pass ({unpacked:,} without shared prefixes)"
+        return {"Scoring": f"{tokens}, {packs}, layout {self.layout}{whole}"}
 
     @property
     def settings(self) -> tuple[str, Budget, float, bool, bool]:
@@ -172,10 +173,10 @@ class Scorer:
         while self.budget.tokens > 1:
             self._pack(self.budget.halved())
             if self.packs > packs:
-                return f"packs of {self.budget.tokens} tokens from here on"
+                return f"continuing with packs of {self.budget.tokens} tokens"
         if self._stacked:
             self._stacked = False
-            return "one ratio at a time from here on"
+            return "continuing with one ratio at a time"
         return None
 
     @torch.no_grad()

@@ -45,11 +45,11 @@ def _outcome(template: str, settings: Mapping[str, Any], messages: Sequence[Mapp
     except MemoryError:
         return {"beyond": f"takes more than {MEMORY // 2**30} GiB of memory"}
     except RecursionError:
-        return {"beyond": "calls itself without end"}
+        return {"beyond": "recurses without end"}
     except Exception as error:  # whatever a template raises, or runs into
         return {"refusal": first_line(error)}
     if len(text) > LONGEST:
-        return {"beyond": f"makes a text of {len(text):,} characters"}
+        return {"beyond": f"produces a text of {len(text):,} characters"}
     return {"text": text}
 
 

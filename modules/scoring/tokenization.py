@@ -70,7 +70,7 @@ def doubtful_phrases(pairs: Sequence[Pair]) -> list[str]:
         if len(kinds) > 1:
             doubts.append(f"{same[0]} is listed as bad and as good")
         spaced = [pair for pair in same if pair.context.endswith(" ") and pair.phrase.startswith(" ")]
-        doubts += [f"{pair} begins with a space: it is scored with two spaces before it" for pair in spaced]
+        doubts += [f"{pair} begins with a space; it is scored with two spaces before it" for pair in spaced]
     more = len(doubts) - MOST_DOUBTS
     return [*doubts[:MOST_DOUBTS], f"and {more} more of this kind"] if more > 0 else doubts
 
@@ -84,10 +84,8 @@ def doubled_tokens(tokenizer: Any, pairs: Sequence[Pair]) -> list[str]:
     doubled = [text for text in written if _doubled(_tokens(tokenizer, text), prefix)]
     if not doubled:
         return []
-    what = (
-        f"{pluralize(len(doubled), 'pair')} with {''.join(names)} written out, which the tokenizer adds to every text"
-    )
-    return [f"{what} ('{shortened(doubled[0])}'): one is kept"]
+    what = f"{pluralize(len(doubled), 'pair')} with {''.join(names)}, which the tokenizer adds to every text anyway"
+    return [f"{what} ('{shortened(doubled[0])}'); only one is kept"]
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tokens: int | None) -> list[Encoded]:
@@ -101,7 +99,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tok
         for item in _encode_variants(tokenizer, pair, frame):
             length = len(item.tokens)
             if max_tokens is not None and length - 1 > max_tokens:
-                raise ConfigError(f"{pair} is {length} tokens long; the base model takes {max_tokens}: shorten it")
+                raise ConfigError(f"{pair} is {length} tokens long, but the base model takes {max_tokens}; shorten it")
             _check_embedded(tokenizer, pair, item.tokens, vocabulary)
             found.append(replace(item, pair=str(pair)))
     return found
@@ -208,7 +206,7 @@ def encode_prompt(
     if not tokens:
         raise ConfigError(f"{what} has no tokens in this model's vocabulary")
     if max_tokens is not None and len(tokens) >= max_tokens:
-        raise ConfigError(f"{what} is {len(tokens)} tokens long; the base model takes {max_tokens}, with the answer")
+        raise ConfigError(f"{what} is {len(tokens)} tokens long, but the base model takes {max_tokens} with the answer")
     _check_embedded(tokenizer, what, tokens, vocabulary)
     return tokens
 

@@ -186,9 +186,10 @@ class Joint:
         self.mix.compose(shares)
         found = (4 * near - far) / 3  # without what grows with the square of the amount
         if not abs(found - told) <= tolerance * abs(told) + abs(far - near) + noise:
+            kind = type(self.mix.model.module).__name__
             raise ConfigError(
-                f"{type(self.mix.model.module).__name__}: its gradient can't be streamed: it says {told:.4g} where the "
-                f"objective changes by {found:.4g}"
+                f"{kind}: search: joint is not supported, because the gradient says {told:.4g} where the objective "
+                f"changes by {found:.4g}"
             )
         return abs(found - told) / max(abs(told), sys.float_info.min)
 

@@ -214,7 +214,7 @@ class Mix:
         try:
             found = matched_header(self.model, tokenizer, candidate)
         except HeaderSkipped as error:
-            self.notes.append(f"{error}; of {candidate.name}, the header is left out")
+            self.notes.append(f"{error}; its embedding and LM head are not merged")
             return None
         self.notes += [found.note] if found.note else []
         return found
@@ -249,7 +249,7 @@ class Mix:
         for candidate, value in zip(self.candidates, found, strict=True):
             # Where another type may be taken, the sum over all processes tells it in all of them.
             if not math.isfinite(value) and not self.model.may_widen:
-                raise BrokenWeights(f"{candidate.name}: the gradient on its share is NaN or infinite")
+                raise BrokenWeights(f"{candidate.name}: the gradient of its weight is NaN or infinite")
         return found
 
     # -- the mix ------------------------------------------------------------------------------------------------------

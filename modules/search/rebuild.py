@@ -68,14 +68,14 @@ class Rebuild:
                     part, theirs = self._layout.layer(decision.layer), partial(_as_whole, read_part, candidate)
                 self._note(part, partial(_merged, decision.method, decision.ratio, theirs))
         except (HeaderSkipped, IndexError) as error:
-            raise ConfigError(f"what was decided on {candidate.name} can't be carried out: {error}") from None
+            raise ConfigError(f"the merges of {candidate.name} can't be repeated: {error}") from None
 
     def mix(self, candidates: Sequence[Candidate], shares: Sequence[Sequence[float]]) -> None:
         """Mix base and candidates. shares: a row for each layer and, perhaps, one for all else, with a share for each
         candidate. Raises as `repeat`."""
         layers = len(self._layout.layers)
         if len(shares) not in (layers, layers + 1):
-            raise ConfigError(f"the shares can't be taken: they are of {len(shares)} layers, the base has {layers}")
+            raise ConfigError(f"the recipe has weights for {len(shares)} layers, but the base has {layers}")
         for number, row in enumerate(shares[:layers]):
             self._mix(self._layout.layer(number), row, [partial(_as_whole, read_part, one) for one in candidates])
         for row in shares[layers:]:
@@ -120,11 +120,11 @@ class Rebuild:
                     for name, tensor, first in self._made(stored, names):
                         if names and not is_finite(tensor):
                             raise CheckpointError(
-                                f"{name} has come to hold NaN or infinite values; nothing was put in place"
+                                f"the merge has NaN or infinite values in {name}; no output was written"
                             )
                         weights.write(name, tensor, first)
         except BrokenWeights as error:
-            raise ConfigError(f"what was decided can't be carried out: {error}") from None
+            raise ConfigError(f"the merge can't be written: {error}") from None
         weights.finish()
 
     @cached_property

@@ -172,7 +172,7 @@ class Search:
                     self._install(part, theirs, decision.method, decision.ratio)
                 self.repeated += 1
         except (BrokenWeights, HeaderSkipped, IndexError) as error:
-            raise ConfigError(f"what was decided on {candidate.name} can't be carried out: {error}") from None
+            raise ConfigError(f"the merges of {candidate.name} can't be repeated: {error}") from None
 
     def _read(self, candidate: Candidate, layer: int | None) -> tuple[Part, Tensors]:
         """A layer of the model, or its header, and the candidate's tensors for it."""
@@ -247,7 +247,7 @@ class Search:
         try:
             theirs, warning = self.in_memory(partial(self._reading.take, index)), None
         except BrokenWeights as error:
-            theirs, warning = None, f"{error}; layer {index} stays as it is"
+            theirs, warning = None, f"{error}; layer {index} is skipped"
         for method in methods:
             before, ratio = self.total, None
             if theirs is not None:
@@ -275,7 +275,7 @@ class Search:
         try:
             theirs, note = self.in_memory(partial(self._reading.take, None))
         except (BrokenWeights, HeaderSkipped) as error:
-            warning = f"{error}; the header stays as it is"
+            warning = f"{error}; embedding and LM head are not merged"
         else:
             ratio = self._decide(part, theirs, "lerp", self.config.merge_ratios, self._score_whole)
         return Decision(candidate.name, None, "lerp", ratio, before, *self._present(), warning, note)
@@ -300,7 +300,7 @@ class Search:
         self._install(part, theirs, method, ratios[best])
         self.log_probabilities, self.metrics = trials[best]
         if best in overflowing:
-            self.outgrown = f"ratio {ratios[best]:g} is taken, with which {self.model.arithmetic.name} overflows"
+            self.outgrown = f"the accepted ratio {ratios[best]:g} overflows {self.model.arithmetic.name}"
         return ratios[best]
 
     def _score_wider(self, found: list[list[float]], trials: Sequence[Trial]) -> list[int]:
@@ -319,7 +319,7 @@ class Search:
                 found[number] = row
             name = self.model.arithmetic.name
             what = f"{len(overflowing)} of {pluralize(len(trials), 'ratio')} overflow {name}"
-            self.notes.append(f"{what}: scored in {FALLBACK.name}")
+            self.notes.append(f"{what}; scored in {FALLBACK.name} instead")
         return overflowing
 
     def _check_range(self) -> None:
@@ -345,7 +345,7 @@ class Search:
         for metric in self.weighed:
             metric.tails.let_go()
         if done is None and self.reads_ahead:
-            self.reads_ahead, done = False, "no layer is read before it is needed from here on"
+            self.reads_ahead, done = False, "continuing without reading layers ahead"
             if self._reading:
                 self._reading.stop()
         if done:
@@ -393,7 +393,7 @@ def signed_weights(
     for pair, log_probability in zip(pairs, log_probabilities, strict=True):
         weight = pair.weight
         if auto and probability(log_probability) < SMALLEST_PROBABILITY:
-            warnings.append(f"{pair} is too improbable to weigh; it keeps its weight {weight:g}")
+            warnings.append(f"{pair} is too improbable for auto_weights; it keeps its weight {weight:g}")
         elif auto:
             weight = 1.0 / probability(log_probability)
         weights.append(-weight if pair.kind == "GOOD" else weight)

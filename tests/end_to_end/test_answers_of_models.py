@@ -78,7 +78,7 @@ def test_samples_and_contexts_of_a_merge(place, thinker, capsys):
     assert merge_monster.main(["--config", str(path)]) == 0
     (sample,) = json.loads((place / "out" / RECIPE).read_text())["samples"]
     assert sample["base"] == sample["merge"] == "The house is old."
-    (line,) = [line for line in log_of(place).splitlines() if "begins a thought" in line]
+    (line,) = [line for line in log_of(place).splitlines() if "opens a thought" in line]
     assert "1 chat context" in line and "continue: </think>" in line
 
 

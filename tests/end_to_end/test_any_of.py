@@ -101,7 +101,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bytes(whole, models, place
     for key in ("phrases", "held_out", "metrics", "baselines"):
         assert recipe_of(place / "out")[key] == recipe_of(folder / "out")[key]
     assert run(place, models, "--resume", **SEARCHES[search]) == 0
-    assert "This run has finished" in log_of(place)
+    assert "This run is already finished" in log_of(place)
 
 
 def test_with_other_variants_it_is_another_run(whole, models, place, capsys):

@@ -120,7 +120,7 @@ def test_a_run_goes_on_on_another_day_with_what_it_has_rendered(whole, models, p
     # It has finished, on whatever day that is asked.
     on(monkeypatch, 27)
     assert merge(place, models, "--resume") == 0
-    assert "This run has finished" in log_of(place)
+    assert "This run is already finished" in log_of(place)
 
 
 def test_a_joint_search_goes_on_on_another_day(models, place, tmp_path, monkeypatch):

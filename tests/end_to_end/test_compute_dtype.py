@@ -90,6 +90,6 @@ def test_a_run_goes_on_in_what_its_journal_says_and_not_by_the_rule_of_before(pl
     (place / "out").rename(whole)
     break_off(place, whole, 5)
     assert merge(place, models, "--resume") == 0
-    assert "decisions are carried out again" in log_of(place)
+    assert "recorded decisions" in log_of(place)
     assert told_and_noted(place) == ("float32, saved as bfloat16", "float32", None)
     assert digest(whole)["model.safetensors"] == digest(place / "out")["model.safetensors"]

@@ -186,11 +186,14 @@ def test_a_model_that_writes_no_numbers(place, chatting, capsys, monkeypatch):
     write(place, chatting)
 
     def broken(*_):
-        raise ArithmeticError("the model's probabilities are no numbers")
+        raise ArithmeticError("the model's probabilities are NaN or infinite")
 
     monkeypatch.setattr(modules.slop.generate, "sample", broken)
     assert mapped("--discover") == 2
-    assert f"{chatting.name} can't generate texts: the model's probabilities are no numbers" in capsys.readouterr().err
+    assert (
+        f"{chatting.name} can't generate texts: the model's probabilities are NaN or infinite"
+        in capsys.readouterr().err
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

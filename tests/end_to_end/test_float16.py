@@ -139,7 +139,7 @@ def test_numbers_that_lose_digits_are_counted_in_the_log(place, models):
     edited(models[0], "model.layers.0.mlp.down_proj.weight", lambda tensor: torch.where(tensor < 0, 1e-6, tensor))
     edited(models[1], "model.layers.0.mlp.down_proj.weight", lambda tensor: torch.where(tensor < 0, 2e-6, tensor))
     assert merge(place, models, min_gain=0) == 0
-    assert "merged numbers so far have lost digits in float16" in log_of(place)
+    assert "merged weights so far were rounded in float16" in log_of(place)
     assert recipe_of(place / "out")["dtype"] == "float16"
 
 
@@ -209,7 +209,7 @@ def test_a_trial_that_overflows_is_scored_in_the_wide_arithmetic(place, models):
     larger_mlp(models[1], 1, 3000)
     assert merge(place, models, min_gain=1e9) == 0  # nothing is accepted
     log = log_of(place)
-    assert f"overflow float16: scored in {WIDE}" in log
+    assert f"overflow float16; scored in {WIDE}" in log
     assert recipe_of(place / "out")["dtype"] == "float16"
     assert all(map(math.isfinite, numbers_in(recipe_of(place / "out"))))
 
@@ -221,7 +221,7 @@ def test_a_trial_that_overflows_and_wins(place, models):
     assert merge(place, models, **settings) == 0
     won = [line for line in decisions(place / "out") if line[:2] == (1, 1)]
     assert won[0][2] is not None, "the case shows nothing"
-    assert is_wide(place, "is taken, with which float16 overflows")
+    assert is_wide(place, "overflows float16")
     whole = place / "whole"
     (place / "out").rename(whole)
     for records in (widening(whole), widening(whole) + 1, widening(whole) + 3):
@@ -291,7 +291,7 @@ def test_a_candidate_with_a_weight_beyond_float16(place, models):
         models[2], "model.layers.1.mlp.down_proj.weight", lambda tensor: tensor.index_fill(0, torch.tensor([3]), 1e5)
     )
     assert merge(place, models) == 0
-    assert is_wide(place, "two: model.layers.1.mlp.down_proj.weight", "again from the journal")
+    assert is_wide(place, "two: model.layers.1.mlp.down_proj.weight", " recorded decisions")
     first = [line for line in decisions(place / "out") if line[0] == 1]
     assert len(first) == 4
 

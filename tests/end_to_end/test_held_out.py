@@ -62,8 +62,8 @@ def test_held_out_pairs_are_scored_as_others_are(place, models):
         assert totals[name] == pytest.approx(sum(2 * p["before"] for p in phrases), rel=1e-5)
     assert ": 2 searched (2 bad, 0 good), 2 held out\n" in log
     lines = [line for line in log.splitlines() if line.startswith("Metrics: ")]
-    assert len(lines) == 2 and f"Held out {totals['before']:.5f} -> {totals['after']:.5f}" in lines[1]
-    assert f"| Held out | {totals['before']:.5f} | {totals['after']:.5f} |" in (place / "out/README.md").read_text()
+    assert len(lines) == 2 and f"Held out {totals['before']:.3f} -> {totals['after']:.3f}" in lines[1]
+    assert f"| Held out | {totals['before']:.3f} | {totals['after']:.3f} |" in (place / "out/README.md").read_text()
 
 
 def test_a_phrase_that_is_better_only_where_it_was_searched_is_named():

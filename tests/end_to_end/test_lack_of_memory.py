@@ -305,7 +305,7 @@ def test_packs_that_were_halved_stay_so_when_a_run_goes_on(place, folders, troub
         (lambda record: record["packing"].update(layout="rows"), "phrases were scored as rows of"),
         (lambda record: record["packing"].update(tokens=1 << 20), "phrases were scored as forest of 1,048,576 tokens"),
     ],
-    ids=["another layout", "too little memory"],
+    ids=["another layout", "not enough memory"],
 )
 def test_packs_that_can_not_be_had_again_are_a_warning(place, folders, troubled, change, words):
     break_off(place, troubled, 6)

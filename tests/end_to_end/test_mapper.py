@@ -331,7 +331,7 @@ def test_files_are_replaced_when_asked_and_only_as_a_whole(place, bpe, monkeypat
 
 def test_contexts_that_the_model_cannot_take(place, bpe, capsys):
     assert mapped(place, bpe, pairs=[Pair("BAD", "spine", "down her " * 200)]) == 2
-    assert "tokens long; the base model takes 256" in capsys.readouterr().err
+    assert "tokens long, but the base model takes 256" in capsys.readouterr().err
 
 
 def test_the_yaml_of_a_run_without_better_phrases_is_an_empty_list(place, bpe):

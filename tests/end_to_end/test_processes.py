@@ -150,7 +150,7 @@ def assert_shared(place, count, shown, one_process):
     assert_same(place / "out", one_process)
     assert beside(place / "out") == pytest.approx(beside(one_process), rel=1e-4)
     assert (place / "out/README.md").read_text().count("  merge:") == 1
-    assert f"packs shared by {count} processes" in shown
+    assert f"packs on {count} processes" in shown
     assert shown.count("THE MERGE MONSTER HUNGERS") == 1  # the others are quiet
     assert len(list((place / "logs").iterdir())) == 1
     assert not list(place.glob("*.partial"))
@@ -183,7 +183,7 @@ def test_chats_are_what_the_process_that_leads_has_rendered(tmp_path):
     models = base, tiny.make_candidate(tmp_path / "one", base)
     result = merge(tmp_path, models, *several(2), bad_phrases=chats, good_phrases=[])
     assert result.returncode == 0, result.stderr
-    assert "packs shared by 2 processes" in result.stdout
+    assert "packs on 2 processes" in result.stdout
     found = json.loads((tmp_path / "out/merge_monster_recipe.json").read_text())["phrases"]
     model = load_model(open_checkpoint(base, "base"), "cpu", "auto")
     own = [Pair(one["kind"], one["phrase"], one["context"], chat=Chat(())) for one in found]
@@ -228,7 +228,7 @@ def test_one_that_dies_ends_the_run_and_loses_nothing(tmp_path, models, one_proc
     assert len(decisions(tmp_path / "out.partial")) >= 3 and not (tmp_path / "out").exists()
     result = merge(tmp_path, models, *several(2), "--resume")
     assert result.returncode == 0, result.stderr
-    assert "decisions are carried out again from the journal" in result.stdout
+    assert "recorded decisions" in result.stdout
     assert_same(tmp_path / "out", one_process)
 
 
@@ -236,7 +236,7 @@ def test_one_that_dies_ends_the_run_and_loses_nothing(tmp_path, models, one_proc
 def test_one_that_cannot_read_a_candidate_makes_all_give_it_up(tmp_path, models):
     result = merge(tmp_path, models, *several(2, "cannot read"), on_error="skip")
     assert result.returncode == 0, result.stderr
-    assert "WARNING: one is given up; what was accepted of it stays: a mount has gone" in result.stdout
+    assert "WARNING: Skipping the rest of one; its merges so far are kept: a mount has gone" in result.stdout
     found = decisions(tmp_path / "out")
     assert [layer for model, layer, *_ in found if model == "one"] == [0, 0]
     assert len([layer for model, layer, *_ in found if model == "two"]) == 7

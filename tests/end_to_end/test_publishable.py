@@ -234,5 +234,5 @@ def test_a_path_in_what_is_copied_of_the_base_is_told(place):
     config = tiny.write_config(place / "my.yaml", models[0], models[1:], place / "out", merge_ratios=[0.5])
     for arguments in (["--config", str(config)], ["--replay", "out", "--source", "models", "--output", "again"]):
         assert merge_monster.main(arguments) == 0
-        words = "WARNING: config.json, which is the base's own, names "
-        assert f"{words}{place}/models/older: see to it before you publish the output\n" in log_of(place)
+        words = "WARNING: config.json, copied from the base, contains the path "
+        assert f"{words}{place}/models/older; check it before you publish the output\n" in log_of(place)

@@ -94,10 +94,10 @@ def test_a_run_goes_on_from_every_kind_of_record(place, models, whole):
             break_off(place, whole, count)
             assert merge(place, models, "--resume") == 0
             expected = sum(record["kind"] == "decision" for record in records[:count])
-            assert f"Resuming: {expected} decisions are carried out again" in log_of(place)
+            assert f"Resuming: re-applying {expected} recorded decisions" in log_of(place)
         else:
             assert merge(place, models, "--resume") == 0
-            assert "Nothing to resume: beginning at the beginning" in log_of(place)
+            assert "Nothing to resume; starting a new run" in log_of(place)
             table = tables(log_of(place))[-1]
         assert same(place / "out", whole), count
         assert tables(log_of(place))[-1] == table
@@ -156,7 +156,7 @@ def test_a_finished_run_has_nothing_to_resume(place, models, whole):
     first = digest(place / "out")
     for arguments in (["--resume"], ["--resume", "--overwrite"]):
         assert merge(place, models, *arguments) == 0
-        assert f"This run has finished: its output is in {place / 'out'}" in log_of(place)
+        assert f"This run is already finished; its output is in {place / 'out'}" in log_of(place)
     assert digest(place / "out") == first
     assert merge(place, models, "--resume", merge_ratios=[0.5]) == 2  # another run's output is in its way
 
@@ -289,7 +289,7 @@ def test_another_device_than_auto_meant_before_is_told(place, models):
     record_of(begun, config, base)
     begun.records[0]["device"] = "elsewhere"
     told = record_of(begun, config, base).warnings(None)
-    assert told == ["the run began with device elsewhere, this is cpu: the last digits may differ"]
+    assert told == ["the run started with device elsewhere, but this is cpu; the last digits may differ"]
 
 
 def test_a_run_goes_on_from_another_folder_with_everything_spelt_otherwise(place, models, whole, monkeypatch):
@@ -307,7 +307,7 @@ def test_a_run_goes_on_from_another_folder_with_everything_spelt_otherwise(place
     assert merge(place, models, "--resume", **changes) == 0
     assert same(place / "out", whole)
     assert merge(place, models, "--resume", on_error="stop") == 0
-    assert "This run has finished" in log_of(place / "deeper")
+    assert "This run is already finished" in log_of(place / "deeper")
 
 
 @pytest.mark.parametrize("damage", [{}, {"models_to_merge": [3]}])
@@ -352,7 +352,9 @@ def test_another_library_is_a_warning(place, models, whole):
     path = place / "out.partial" / JOURNAL
     path.write_bytes(path.read_bytes().replace(torch.__version__.encode(), b"1.0", 1))
     assert merge(place, models, "--resume") == 0
-    assert f"the run began with torch 1.0, this is {torch.__version__}: the last digits may differ" in log_of(place)
+    assert f"the run started with torch 1.0, but this is {torch.__version__}; the last digits may differ" in log_of(
+        place
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,7 +554,7 @@ def test_a_candidate_of_which_a_layer_cannot_be_read_is_skipped_if_so_asked(plac
     monkeypatch.setattr(Candidate, "stream", failing)
     assert merge(place, (base, ours, two), on_error="skip") == 0
     log = log_of(place)
-    assert "WARNING: one is given up; what was accepted of it stays: " in log
+    assert "WARNING: Skipping the rest of one; its merges so far are kept: " in log
     assert "Candidate 2/2: two" in log and "[0." in log.split("Candidate 2/2")[1]
     recipe = json.loads((place / "out" / RECIPE).read_text())
     assert "can't be read" in recipe["failures"]["1"]
@@ -613,7 +615,7 @@ def lying_in(models):
 def test_a_recipe_of_a_run_that_accepted_nothing_builds_the_base(place, models, monkeypatch):
     same_as_base = shutil.copytree(models[0], place / "same")
     assert merge(place, (models[0], same_as_base), merge_method="lerp") == 0
-    assert "nothing was accepted" in log_of(place)
+    assert "no merge was accepted" in log_of(place)
     (place / "elsewhere").mkdir()
     monkeypatch.chdir(place / "elsewhere")
     assert replay(place / "out" / RECIPE, "again", lying_in(models)) == 0
@@ -666,7 +668,7 @@ def test_decisions_that_can_not_be_carried_out(place, models, whole, capsys):
     (place / "recipe.json").write_text(json.dumps(recipe))
     assert replay(place / "recipe.json", place / "again", lying_in(models)) == 2
     error = capsys.readouterr().err
-    assert "can't be carried out: the base has layers 0 to 2, and no layer 7" in error and "Traceback" not in error
+    assert "can't be repeated: the base has layers 0 to 2, and no layer 7" in error and "Traceback" not in error
     assert not (place / "again").exists() and not (place / "again.partial").exists()
 
 
@@ -730,7 +732,7 @@ def test_a_shell_sees_how_to_go_on(place, models):
     command = [sys.executable, str(Path(merge_monster.__file__)), "--config", str(config)]
     result = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "Nothing to resume: beginning at the beginning" in result.stdout
+    assert "Nothing to resume; starting a new run" in result.stdout
 
 
 def test_a_recipe_may_be_named_as_the_output_that_holds_it(place, models, whole):

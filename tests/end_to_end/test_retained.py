@@ -159,7 +159,7 @@ def test_a_phrase_that_a_base_can_not_say_is_no_overflow(folders):
     model = load_model(open_checkpoint(folders["float32"][0], "base"), "cpu", "float32")
     pairs = [Encoded((1, 2), 1), Encoded((1, 3), 1)]
     check_numbers(model, pairs, [-1.0, -700.0])
-    with pytest.raises(ConfigError, match=r"1 of 2 phrases a probability of exactly 0 in float32.*remove phrases"):
+    with pytest.raises(ConfigError, match=r"1 of 2 phrases have a probability of exactly 0 in float32.*remove phrases"):
         check_numbers(model, pairs, [-1.0, -math.inf])
     with pytest.raises(ConfigError, match="NaN or infinite even in float32"):
         check_numbers(model, pairs, [-math.inf, math.nan])

@@ -71,7 +71,7 @@ def test_scored_saved_and_built_again(place, monkeypatch, seed):
     monkeypatch.setattr(modules.run.merge, "_conclude", kept)
     path = tiny.write_config(place / "my.yaml", base, others, place / "out", **settings)
     assert merge_monster.main(["--config", str(path)]) == 0
-    assert "nothing was accepted" not in log_of(place)
+    assert "no merge was accepted" not in log_of(place)
     again = load_model(open_checkpoint(place / "out", "out"), "cpu", settings["dtype"], scored.pop(""))
     assert again.tensors.keys() == scored.keys()
     for name, tensor in scored.items():

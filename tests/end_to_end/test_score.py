@@ -171,7 +171,7 @@ def test_other_tokens_are_matched_or_told(place, models):
     configure(place, models[0])
     assert score(other, strange) == 0
     log = log_of(place)
-    assert "Embedding and LM head: " in log and "it is scored with the base's embedding and head" in log
+    assert "Embedding and LM head: " in log and "scoring it with the base's embedding and LM head" in log
 
 
 def broken(place, models):
@@ -188,7 +188,7 @@ def test_a_damaged_model_ends_it_or_has_no_row(place, models, capsys):
     assert "broken can't be scored: broken: model.layers.1.mlp.up_proj.weight holds NaN" in capsys.readouterr().err
     assert score(folder, models[1], options=["--set", "on_error=skip"]) == 0
     assert [cells[0] for cells in table(log_of(place))] == ["Model", "base (base)", "one"]
-    assert "it has no row" in log_of(place)
+    assert "it is left out" in log_of(place)
 
 
 def test_where_memory_is_short_less_is_held_at_a_time(place, models, monkeypatch, capsys):
@@ -208,13 +208,13 @@ def test_where_memory_is_short_less_is_held_at_a_time(place, models, monkeypatch
     assert found[1]["metrics"]["total"] == pytest.approx(expected[1]["metrics"]["total"], rel=1e-4) and len(tries) == 3
     assert log_of(place).count("Out of memory: ") == 2
     lacking = 1000
-    assert score(models[1]) == 1 and "one can't be scored: there is too little memory" in capsys.readouterr().err
+    assert score(models[1]) == 1 and "one can't be scored: not enough memory" in capsys.readouterr().err
 
 
 def test_a_base_that_takes_more_than_hidden_states_is_refused(place, models, monkeypatch, capsys):
     configure(place, models[0])
     monkeypatch.setattr(Scorer, "has_tails", property(lambda self: False, lambda *_: None), raising=False)
-    assert score(models[1]) == 2 and "can't be computed a layer at a time" in capsys.readouterr().err
+    assert score(models[1]) == 2 and "can't be computed layer by layer" in capsys.readouterr().err
 
 
 def test_what_can_not_be_scored_is_refused(place, models, capsys):

@@ -23,7 +23,7 @@ SILENCE = 2.0  # seconds of which nobody would know what is done
 ANNOUNCED = re.compile(
     r"Reading \d+ outputs?|.* - THE MERGE MONSTER HUNGERS|\d\d:\d\d:\d\d - "
     r"(Rebuilding|Mapping|Counting|Loading|Scoring|Measuring|Evaluating|Generating|Candidate|Model|Saving|Writing|"
-    r"Comparing|The steps begin) ?.*"
+    r"Comparing|Starting from) ?.*"
 )
 
 

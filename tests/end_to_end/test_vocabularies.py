@@ -205,7 +205,7 @@ ALL = "Embedding and LM head: 400 of 400 rows matched by token"
 BOTH = "one ties its LM head to the embedding, which is merged into both of the base's"
 UNUSED = "the base ties its LM head to the embedding, so one's own LM head is ignored"
 PADDED = "400 of 448 rows matched by token; the base's rows stay: 48 (without a token); one has"
-STAYS = "the header stays as it is"
+STAYS = "embedding and LM head are not merged"
 OLD_NAMES = {"<start>": "<s>", "<end>": "</s>"}
 
 VOCABULARIES = {

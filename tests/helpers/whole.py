@@ -50,7 +50,7 @@ class Merged:
 
     @property
     def layout(self):
-        return re.search(r"Phrase layout +: (\w+)", self.output)[1]
+        return re.search(r", layout (\w+)", self.output)[1]
 
     @property
     def decisions(self):

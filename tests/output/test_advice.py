@@ -114,5 +114,5 @@ def test_the_table_has_the_columns_that_are_known():
     merge = ResultRow("the merge", {"total": 0.2, "kl": 0.1, "unknown": 7})
     header, _, first, last = (line.strip("| ").split() for line in results_table([base, merge])[1:5])
     assert header == ["Model", "|", "Total", "|", "Held", "out", "|", "KL", "to", "base", "|", "unknown"]
-    assert first[2:] == ["0.38400", "|", "0.43700", "|", "-", "|", "-"]
-    assert last[3:] == ["0.20000", "|", "-", "|", "0.1000", "|", "7.0000"]
+    assert first[2:] == ["0.384", "|", "0.437", "|", "-", "|", "-"]
+    assert last[3:] == ["0.200", "|", "-", "|", "0.1000", "|", "7.0000"]

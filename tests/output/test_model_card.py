@@ -122,7 +122,7 @@ def test_the_card_of_a_run(run, recipe):
     assert str(run) not in text
     composition, metrics, phrases = tables(prose)
     assert composition[2:] == [[name, f"{share:.1%}"] for name, share in recipe["composition"].items()]
-    total = [f"{recipe['metrics'][key]['total']:.5f}" for key in ("base", "merge")]
+    total = [f"{recipe['metrics'][key]['total']:.3f}" for key in ("base", "merge")]
     assert metrics[2:] == [["Total", *total]]
     assert phrases[2:] == [
         [

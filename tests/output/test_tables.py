@@ -74,7 +74,7 @@ def test_metrics_are_shown_by_name():
     assert lines(made)[1].endswith(" - 0.2% - KL in trials 0.0123 - pages 3.0000")
     values = {"total": 0.5, "top1": 0.25, "perplexity": 1e15}
     assert report.metrics_line({**values, "total": 1}, values) == (
-        "Metrics: Total 1.00000 -> 0.50000, Top-1 agreement 25.0% -> 25.0%, Perplexity 1e+15 -> 1e+15"
+        "Metrics: Total 1.000 -> 0.500, Top-1 agreement 25.0% -> 25.0%, Perplexity 1e+15 -> 1e+15"
     )
     assert report.step_line(7, 25, 1.5, values) == (
         "Step 7/25 - 1.500 -> 0.500 - Top-1 agreement 25.0% - Perplexity 1e+15"

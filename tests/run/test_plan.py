@@ -55,7 +55,7 @@ def test_the_plan_is_what_a_run_does(place, dtype, setting, family, shard, tied)
     assert merge_monster.main(["--config", str(place / "my.yaml")]) == 0
     log = log_of(place)
     packs = "1 pack" if len(plan.packs) == 1 else f"{len(plan.packs)} packs"
-    assert re.search(rf"Phrase layout +: forest \({sum(plan.packs)} tokens packed from \d+, {packs}\)\n", log)
+    assert re.search(rf"Scoring +: {sum(plan.packs)} tokens per pass .*, {packs}, layout forest\n", log)
     assert f"Dtype            : {plan.arithmetic.name}, saved as" in log
     assert len(re.findall("CHANGED|RETAINED", log)) == 2 * plan.decisions == 2 * (3 * len(METHODS) + 1)
     weights = sorted(place.glob("out/*.safetensors"))

@@ -312,7 +312,7 @@ def test_packs_that_are_made_smaller_are_verified_again(switching):
     encoded = texts(*[16] * 7, *[17] * 4)
     scorer = build_scorer(model, encoded, Budget(tokens=112))
     assert scorer.layout == "rows" and scorer.packs == 2
-    assert scorer.take_less_memory() == "packs of 56 tokens from here on"
+    assert scorer.take_less_memory() == "continuing with packs of 56 tokens"
     truths = [plain_scores(plain, item) for item in encoded]
     assert scorer.score() == pytest.approx([float(truth.sum()) for truth in truths], abs=1e-4)
     scorer.at_layer(1)
@@ -370,7 +370,7 @@ def test_layers_that_differ_among_themselves_are_merged(shared, tmp_path):
     base = gemma4(tmp_path / "base", shared)
     run = whole.run(tmp_path, base, [tiny.make_candidate(tmp_path / "one", base)])
     assert run.code == 0, run.output
-    assert run.layout == "forest" and ("every ratio by whole forwards" in run.output) == bool(shared)
+    assert run.layout == "forest" and ("each ratio takes a full forward pass" in run.output) == bool(shared)
     assert any(changed for _, changed, _ in run.decisions)
     model, tokenizer = reference.load(tmp_path / "out", torch.float32), AutoTokenizer.from_pretrained(base)
     exact = [reference.log_probability(model, tokenizer, pair.context, pair.phrase) for pair in tiny.PAIRS]

@@ -219,7 +219,7 @@ def test_a_special_token_that_is_written_out_and_added_is_taken_once(before, wri
             (root,) = encode_contexts(tokenizer, [there], 10**6)
             assert root.tokens == found.tokens[: found.start]
             line = doubled_tokens(tokenizer, listed((phrase, there), (phrase, context or "a")))
-            assert len(line) == 1 and line[0].startswith(f"1 pair with {''.join(before)} ")
+            assert len(line) == 1 and line[0].startswith(f"1 pair with {''.join(before)},")
         whole = encode_pair(tokenizer, "", f"{written}The apple")
         assert whole == encode_pair(tokenizer, written, "The apple")
 
@@ -254,7 +254,7 @@ def test_a_phrase_without_tokens_is_an_error():
 
 def test_a_pair_that_the_model_cannot_take_is_named():
     pairs = [Pair("BAD", "spine", "down her "), Pair("BAD", "spine", "down " * 50)]
-    with pytest.raises(ConfigError, match=r"the phrase 'spine' after .* tokens long; the base model takes 40"):
+    with pytest.raises(ConfigError, match=r"the phrase 'spine' after .* tokens long, but the base model takes 40"):
         encode_pairs(TOKENIZER["bpe"], pairs, 500, 40)
     with pytest.raises(ConfigError, match="the base model has no embedding for its token"):
         encode_pairs(TOKENIZER["bpe"], pairs, 200, None)

@@ -264,5 +264,5 @@ def test_a_wrong_backward_is_refused(llama, monkeypatch, method, factor, compute
         return {key: factor * tensor for key, tensor in own(work, *arguments, **more).items()}
 
     monkeypatch.setattr(GradientPass, method, wrong)
-    with pytest.raises(ConfigError, match="LlamaForCausalLM: its gradient can't be streamed: it says"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM: search: joint is not supported"):
         Joint(one.mix, one.objective).check([[0.02, 0.02]] * one.mix.rows)

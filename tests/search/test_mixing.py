@@ -199,7 +199,7 @@ def test_half_types_give_about_the_same(llamas):
 def test_a_model_without_tails_is_refused(llamas):
     one = mixed(*llamas)
     scorer = SimpleNamespace(has_tails=False)
-    with pytest.raises(ConfigError, match="LlamaForCausalLM: no gradient can be streamed, since more than hidden"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM: search: joint is not supported"):
         Objective(one.model, scorer, one.weights)
 
 

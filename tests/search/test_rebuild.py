@@ -207,9 +207,9 @@ def test_a_zero_keeps_its_sign_where_nothing_is_merged(tmp_path, monkeypatch):
 def test_what_can_not_be_carried_out(tmp_path, llamas):
     both = Both(tmp_path, *llamas)
     candidate = both.models.candidates[0]
-    with pytest.raises(ConfigError, match=r"can't be carried out: the base has layers 0 to 2, and no layer 7"):
+    with pytest.raises(ConfigError, match=r"can't be repeated: the base has layers 0 to 2, and no layer 7"):
         both.rebuild().repeat(candidate, [Decision("", 7, "lerp", 0.5, 0, 0, ())])
-    with pytest.raises(ConfigError, match="the shares can't be taken: they are of 2 layers, the base has 3"):
+    with pytest.raises(ConfigError, match="the recipe has weights for 2 layers, but the base has 3"):
         both.rebuild().mix(both.models.candidates, [[0.5, 0.5]] * 2)
 
 
