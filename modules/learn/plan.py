@@ -19,7 +19,7 @@ from modules.scoring.tokenization import WINDOW, Encoded
 
 SHARE = 0.3  # of the base's bytes, that learning adds to them where it can
 PACKS = (1024, 512, WINDOW)  # tokens in a pack: the most that leaves it at that
-FEWEST_LOGITS = 16 << 20  # bytes at a time
+FEWEST_LOGITS = 8 << 20  # bytes at a time
 COPIES = 5  # of the adapter, in float32: its weights, two gradients, Adam's two means
 LAYERS_KEPT = 3  # times the activations of one layer's forward that its gradient takes
 
@@ -44,20 +44,21 @@ def plan_learning(module: PreTrainedModel, rank: int, compute: Arithmetic, devic
     """The plan for a base, which may be without weights. It depends on nothing but the base and the kind of device."""
     sizes, base = sizes_of(module), weights_of(module, compute.dtype, with_header=False).base
     parameters = parameters_of(linear_layers(module), rank)
-    adapter, most = 4 * COPIES * parameters, LOGITS_ON_CPU if device.type == "cpu" else LOGITS_ELSEWHERE
-    logits = min(most, max(FEWEST_LOGITS, 1 << (base // 16).bit_length()))
+    adapter = 4 * COPIES * parameters
     for tokens in PACKS:
-        activations = _activations(sizes, compute.stream, tokens, logits)
-        if adapter + activations <= SHARE * base:
+        hidden = _hidden_bytes(sizes, compute.stream, tokens)
+        room = int(SHARE * base) - adapter - hidden
+        if room >= FEWEST_LOGITS:
             break
+    most = LOGITS_ON_CPU if device.type == "cpu" else LOGITS_ELSEWHERE
+    logits = min(most, 1 << max(room, FEWEST_LOGITS).bit_length() - 1)
+    activations = hidden + max(logits, 4 * AT_ONCE * sizes.vocabulary)
     return LearnPlan(base, adapter, activations, Budget(tokens=tokens, logits=logits), parameters)
 
 
-def _activations(sizes: Sizes, stream: torch.dtype, tokens: int, logits: int) -> int:
-    """Bytes for a pack of so many tokens: what enters each layer, a layer's own gradient, logits at some positions."""
-    entered = sizes.layers * tokens * sizes.hidden * stream.itemsize
-    layer = LAYERS_KEPT * layer_bytes(sizes, stream, tokens, stack=1)
-    return entered + layer + max(logits, 4 * AT_ONCE * sizes.vocabulary)
+def _hidden_bytes(sizes: Sizes, stream: torch.dtype, tokens: int) -> int:
+    """Bytes for a pack of so many tokens: what enters each layer, and one layer's gradient."""
+    return sizes.layers * tokens * sizes.hidden * stream.itemsize + LAYERS_KEPT * layer_bytes(sizes, stream, tokens, 1)
 
 
 def tokens_of_a_step(encoded: Sequence[Encoded], pairs: int, of_texts: int, budget: Budget) -> int:
