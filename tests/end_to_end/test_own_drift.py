@@ -163,7 +163,7 @@ def test_own_answers_alone_can_guard(place, models, texts, capsys):
 def test_prompts_that_are_no_prompts(place, models, texts, capsys):
     (place / "prompts.txt").write_text("# none\n", encoding="utf-8")
     assert merge(place, models, **texts) == 2
-    assert "own_texts: prompts.txt: no prompt in it" in capsys.readouterr().err
+    assert "own_texts: prompts.txt contains no prompts" in capsys.readouterr().err
     assert not (place / "out").exists()
 
 
