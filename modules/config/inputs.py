@@ -79,7 +79,7 @@ def input_paths(config: Config) -> list[Path]:
             if path.is_dir() and not path.name.startswith(".") and real_path(path) not in (output, partial_of(output)):
                 paths.append(path)
     named = [*config.phrase_files, *config.held_out_files, *(config.neutral_texts or ()), *(config.own_texts or ())]
-    named += [config.tokenizer] if config.tokenizer else []
+    named += filter(None, [config.tokenizer, config.learn.texts])
     return paths + [Path(name) for name in named]
 
 

@@ -102,6 +102,9 @@ class Learn(Section):
     """Adam's learning rate in the first step; it falls to a tenth of this in the last step."""
     pairs: kinds.CountFromOne = 16
     """Pairs of phrase and context per step."""
+    texts: kinds.AnyPath | None = None
+    """A file that --discover keeps in samples: every place in it where a listed phrase stands teaches too, and drift is
+    measured on its texts."""
     drift_tokens: kinds.CountFromOne = 512
     """Tokens of neutral text, and of the base's own answers, on which a step compares the adapter with the base."""
 

@@ -50,16 +50,18 @@ def drift_texts(config: Config, model: ResidentModel, tokenizer: Any, answers: A
         each //= 2
     pairs = (*config.pairs, *config.held_out_pairs)
     shown, for_trials = neutral_windows(tokenizer, neutral, model.vocabulary, model.max_tokens, each)
-    weighed = _of_answers(tokenizer, answers.weighed, pairs, model.max_tokens)
+    weighed = answer_passages(tokenizer, answers.weighed, pairs, model.max_tokens)
     return Texts(
         neutral=[full_passage(window) for window in shown],
         neutral_for_trials=[full_passage(window) for window in for_trials],
-        own=_of_answers(tokenizer, answers.shown, pairs, model.max_tokens),
+        own=answer_passages(tokenizer, answers.shown, pairs, model.max_tokens),
         own_for_trials=_first(weighed, each),
     )
 
 
-def _of_answers(tokenizer: Any, answers: Sequence[Answer], pairs: Sequence[Pair], longest: int | None) -> list[Passage]:
+def answer_passages(
+    tokenizer: Any, answers: Sequence[Answer], pairs: Sequence[Pair], longest: int | None
+) -> list[Passage]:
     """Prompts with their answers, compared where the model predicts a token of the answer, its end included; but not
     where that is a token of a listed phrase: there the model is meant to change.
 

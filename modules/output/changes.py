@@ -57,6 +57,7 @@ def without_paths(config: Config) -> Config:
         held_out_files=tuple(map(_last_part, config.held_out_files)),
         neutral_texts=config.neutral_texts and tuple(map(_last_part, config.neutral_texts)),
         own_texts=config.own_texts and tuple(map(_last_part, config.own_texts)),
+        learn=replace(config.learn, texts=config.learn.texts and _last_part(config.learn.texts)),
         discover=replace(config.discover, prompts=config.discover.prompts and _last_part(config.discover.prompts)),
     )
 

@@ -4,6 +4,7 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from modules.config.schema import Config
 from modules.learn.adapter import Adapter, check_rank, linear_layers
 from modules.learn.card import adapter_card
 from modules.learn.gradient import DriftText, LearningObjective, Loss
+from modules.learn.kept_texts import Place, Texts, answers_in, places_in, read_kept_texts
 from modules.learn.plan import LearnPlan, plan_learning, tokens_of_a_step
 from modules.learn.state import read_state, save_state
 from modules.learn.steps import Learner, LearnState
@@ -27,6 +29,7 @@ from modules.metrics.evaluator import Evaluator
 from modules.metrics.kl import NATS
 from modules.metrics.metric import Context
 from modules.metrics.registry import columns_of
+from modules.metrics.texts import answer_passages
 from modules.model.arithmetic import Arithmetic
 from modules.model.base_model import is_finite
 from modules.model.devices import free_memory, resolve_device
@@ -34,6 +37,7 @@ from modules.model.loading import ModelLoader
 from modules.model.memory import sizes_of
 from modules.output import tables as report
 from modules.output.card_settings import settings_file
+from modules.output.changes import without_paths
 from modules.output.folder import (
     SETTINGS_FILE,
     STATE_FILE,
@@ -85,9 +89,10 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
         models = loader.open()
         check_rank(linear_layers(models.module), config.learn.rank)
         begun = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
-        if begun and begun.settings.learn != config.learn:
+        if begun and begun.settings.learn != without_paths(config).learn:
             raise ConfigError(f"learn has changed since {target.partial} was begun; begin again with --restart")
-        loader, asked = ask(loader, models, begun and begun.settings)
+        kept = read_kept_texts(config.learn.texts) if config.learn.texts else {}
+        loader, asked = ask(loader, models, begun and begun.settings, also=tuple(kept))
         check_space(models.jobs)
         goes_on = begun and config.compute_dtype == config.dtype == "auto"
         loader = replace(loader, compute=Arithmetic.named(begun.computed)) if goes_on else loader.fitting(models)
@@ -143,14 +148,18 @@ class Lesson:
         self.evaluator = Evaluator(context)
         self.samples = Samples(context, asked)
         self.start = self._start()
-        self.texts = _texts_of(context)
+        kept = read_kept_texts(config.learn.texts) if config.learn.texts else {}
+        self.texts = _texts_of(context, kept, asked)
         self.adapter = Adapter(self.model.module, config.learn.rank, config.random_seed)
         weight = _drift_weight(config, scores(self.start, search.weights))
         scorer, texts = search.scorer, self.texts if weight else []
-        packed = scorer.encoded, search.weights, scorer.layout, plan.budget
+        places = places_in(self.model, context.tokenizer, kept, asked, config.pairs, config.held_out_pairs)
+        encoded = [*scorer.encoded, *(place.encoded for place in places)]
+        packed = encoded, _shared_weights(search.weights, places), scorer.layout, plan.budget
         objective = LearningObjective(self.model, self.adapter, *packed, texts, weight)
         self.learner = Learner(objective, config.learn, config.random_seed)
         rows = {
+            "Taught": f"{len(config.pairs)} pairs{f' and {len(places)} places in kept texts' if kept else ''}",
             "Adapter": f"rank {config.learn.rank}, {plan.parameters:,} numbers",
             "Learning": f"{config.learn.steps} steps of {config.learn.pairs} pairs at {config.learn.learning_rate:g}",
             "KL penalty": f"{weight:.5g} per nat on {' and '.join(text.name for text in texts)}" if texts else "none",
@@ -312,9 +321,21 @@ class Lesson:
             (self.folder / STATE_FILE).unlink()
 
 
-def _texts_of(context: Context) -> list[DriftText]:
-    """On what the model is to stay near the base. Raises ConfigError if drift counts and there is none."""
-    texts = {"neutral texts": context.texts.neutral_for_trials, "own answers": context.texts.own_for_trials}
+def _shared_weights(weights: Sequence[float], places: Sequence[Place]) -> list[float]:
+    """The weights of pairs and places, made smaller so that together they weigh what the pairs did."""
+    every = [*weights, *(weights[place.pair] for place in places)]
+    factor = sum(map(abs, weights)) / max(sum(map(abs, every)), sys.float_info.min)
+    return [weight * factor for weight in every]
+
+
+def _texts_of(context: Context, kept: Texts, asked: Asked) -> list[DriftText]:
+    """On what the model is to stay near the base. kept: texts of it, in addition to its answers, except those to
+    prompts whose drift is shown. Raises ConfigError if drift counts and there is no text."""
+    shown = [answer.prompt for answer in context.answers.shown]
+    answers = answers_in(context.model, context.tokenizer, kept, asked, without=shown)
+    pairs = (*context.config.pairs, *context.config.held_out_pairs)
+    more = answer_passages(context.tokenizer, answers, pairs, context.model.max_tokens)
+    texts = {"neutral texts": context.texts.neutral_for_trials, "own answers": [*context.texts.own_for_trials, *more]}
     found = [DriftText(name, passages) for name, passages in texts.items() if passages]
     if context.config.is_guarded and not found:
         raise ConfigError("neutral_texts: too little text to measure drift on; set drift_weight: 0 to learn without")

@@ -58,11 +58,16 @@ def with_chats_rendered(loader: ModelLoader, models: Models, begun: Config | Non
 
 
 def ask(
-    loader: ModelLoader, models: Models, begun: Config | None = None, with_prompts: bool = True
+    loader: ModelLoader,
+    models: Models,
+    begun: Config | None = None,
+    with_prompts: bool = True,
+    also: Sequence[str] = (),
 ) -> tuple[ModelLoader, Asked]:
     """A loader whose configuration has chats as the base's tokenizer writes them; and prompts as the base reads them.
 
-    begun: of the run that goes on. What it has rendered is taken from there: a template may print today's date.
+    begun: of the run that goes on. What it has rendered is taken from there: a template may print today's date. also:
+    more prompts.
     Raises ConfigError for a chat that can't be rendered. A prompt that can't be is no reason to lose a merge: it is
     told and left out.
     """
@@ -71,7 +76,7 @@ def ask(
     if not new and not with_prompts:
         return replace(loader, config=with_texts(config, known)), Asked()
     tokenizer = load_tokenizer(base.path, base.companions)
-    prompts = prompts_of(config, has_template(tokenizer)).all if with_prompts else ()
+    prompts = dict.fromkeys([*(prompts_of(config, has_template(tokenizer)).all if with_prompts else ()), *also])
     chats = dict.fromkeys(new, CONTEXTS)
     for prompt in prompts if has_template(tokenizer) else ():
         chats[chat_of(prompt)] = "samples" if prompt in (config.samples or ()) else "own_texts"
