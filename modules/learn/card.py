@@ -36,7 +36,7 @@ $samples
 
 ## Use
 
-With PEFT. BASE: where the base model lies.
+With PEFT. BASE: where the base model lies. A model that is merged in a half type loses some of what was learned.
 
 $code
 
@@ -59,7 +59,7 @@ CODE = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("BASE")
+model = AutoModelForCausalLM.from_pretrained("BASE", dtype="float32")
 model = PeftModel.from_pretrained(model, "PATH")
 model = model.merge_and_unload()  # a model without adapters
 """
