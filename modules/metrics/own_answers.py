@@ -25,7 +25,7 @@ from modules.runtime.errors import first_line, without_panics
 from modules.runtime.oom import retry_on_oom
 from modules.runtime.text import pluralize
 from modules.scoring.chats import Asked, has_template
-from modules.scoring.samples import DEFAULT, Written, encoded, same_length_batches, sample
+from modules.scoring.samples import DEFAULT, Written, batches, encoded, sample
 
 MOST_SAMPLES = 3  # answers that are shown beside the merge's, unless the key samples asks for others
 
@@ -134,7 +134,7 @@ def generate_answers(
 
     def generate() -> None:
         with console.progress(len(given)) as bar:
-            for batch in same_length_batches(given):
+            for batch in batches(model, given):
                 texts = sample(model, tokenizer, {prompt: given[prompt] for prompt in batch}, seed)
                 written.update({prompt: text for prompt, (text,) in zip(batch, texts, strict=True)})
                 bar.update(len(batch))

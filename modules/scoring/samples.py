@@ -11,12 +11,18 @@ device it would be the end of the device, and of the merge that is on it.
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from modules.model.base_model import ResidentModel
 from modules.runtime.errors import ConfigError
@@ -62,17 +68,21 @@ def empty_answers(texts: Sequence[Sequence[str]], asked: Asked, tokens: int) -> 
     return [f"{what}, because thinking took all {tokens} tokens{without}"]
 
 
-def same_length_batches(prompts: Mapping[str, Sequence[int]], count: int = 1) -> list[list[str]]:
-    """Prompts that can be answered together: they have as many tokens, and at most BATCH texts are sampled at once.
+def batches(model: ResidentModel, prompts: Mapping[str, Sequence[int]], count: int = 1) -> list[list[str]]:
+    """Prompts that are answered together: at most BATCH texts, prompts of nearly one length.
 
-    Together is faster, since a model's weights are read once for all; of one length, nothing needs padding. prompts:
-    with their token ids. count: texts for each.
+    Together is faster, since a model's weights are read once for all. Of a model with rules for the first tokens of a
+    text, prompts have one length. prompts: with their token ids. count: texts for each.
     """
-    by_length: dict[int, list[str]] = {}
-    for prompt, tokens in prompts.items():
-        by_length.setdefault(len(tokens), []).append(prompt)
+    in_order = sorted(prompts, key=lambda prompt: len(prompts[prompt]))
+    groups = [in_order]
+    if model.token_rules():
+        groups = [list(alike) for _, alike in groupby(in_order, key=lambda prompt: len(prompts[prompt]))]
     size = max(1, BATCH // count)
-    return [alike[first : first + size] for alike in by_length.values() for first in range(0, len(alike), size)]
+    found = []
+    for group in groups:
+        found += [group[first : first + size] for first in range(0, len(group), size)]
+    return found
 
 
 def encoded(
@@ -97,7 +107,7 @@ def sample(
     seed: int,
     params: SamplingParams = DEFAULT,
 ) -> list[list[Written]]:
-    """Texts that the model writes to each of some prompts of one length. What is sampled for a prompt depends on the
+    """Texts that the model writes to each of some prompts, see `batches`. What is sampled for a prompt depends on the
     seed and on that prompt; but for rounding, which may depend on how many there are.
 
     prompts: with their token ids. Raises whatever an architecture that can't generate raises.
@@ -105,9 +115,12 @@ def sample(
     given = list(prompts.values())
     ends = model.end_tokens() | {token for token in [tokenizer.eos_token_id] if token is not None}
     seeds = [random.Random(f"{seed} {prompt}").getrandbits(63) for prompt in prompts]
-    rows = _generated(model, given, sorted(ends), seeds, params)[:, len(given[0]) :].tolist()
-    texts = [_ended(row, ends) for row in rows]
-    return [texts[first : first + params.count] for first in range(0, len(texts), params.count)]
+    rows = iter(_generated(model, given, sorted(ends), seeds, params).tolist())
+    texts = []
+    for tokens in given:
+        end = len(tokens) + params.tokens
+        texts.append([_ended(next(rows)[len(tokens) : end], ends) for _ in range(params.count)])
+    return texts
 
 
 def _ended(row: Sequence[int], ends: Collection[int]) -> Written:
@@ -131,43 +144,77 @@ def visible(tokenizer: Any, text: Written, prompt: str, asked: Asked) -> str:
 
 def _generated(
     model: ResidentModel,
-    tokens: Sequence[Sequence[int]],
+    given: Sequence[Sequence[int]],
     ends: Sequence[int],
     seeds: Sequence[int],
     params: SamplingParams,
 ) -> Tensor:
-    """The prompts and what follows them, (prompts * count, T): up to the params' tokens, or what the model takes."""
-    module, most = model.module, params.tokens
+    """The prompts and what follows them, (prompts * count, T): up to the params' tokens, or what the model takes.
+
+    All begin with as many tokens as the shortest prompt has. The others' remaining tokens are given one at a time, not
+    sampled: so nothing needs padding, which architectures treat differently.
+    """
+    module = model.module
+    shortest = min(map(len, given))
+    most = max(map(len, given)) - shortest + params.tokens
     if model.max_tokens is not None:
-        most = min(most, model.max_tokens - len(tokens[0]))
+        most = min(most, model.max_tokens - shortest)
     rules = model.token_rules()
     forced = dict(rules.pop("forced_decoder_ids", None) or ())
-    settings = GenerationConfig(
-        max_new_tokens=most, eos_token_id=list(ends) or None, pad_token_id=tokens[0][0], **rules
-    )
+    settings = GenerationConfig(max_new_tokens=most, pad_token_id=given[0][0], **rules)
     # What a checkpoint's generation_config.json says would stand in for all that these settings leave open.
     checkpoints_own, module.generation_config = module.generation_config, settings
     try:
-        ids = torch.tensor(tokens, device=model.device).repeat_interleave(params.count, dim=0)
+        beginnings = [tokens[:shortest] for tokens in given]
+        ids = torch.tensor(beginnings, device=model.device).repeat_interleave(params.count, dim=0)
 
         def generate() -> Tensor:
-            last = [_Sampler(seeds, params, forced)]
+            sampler = LogitsProcessorList([_Sampler(given, seeds, params, forced)])
+            stop = StoppingCriteriaList([_Ends(given, ends, params)])
+            everything = torch.ones_like(ids)
             with model.products():
-                return module.generate(ids, settings, attention_mask=torch.ones_like(ids), logits_processor=last)
+                return module.generate(
+                    ids, settings, attention_mask=everything, logits_processor=sampler, stopping_criteria=stop
+                )
 
         return model.in_range(generate, overflows=ArithmeticError)
     finally:
         module.generation_config = checkpoints_own
 
 
-class _Sampler(LogitsProcessor):
-    """Leaves one token possible: the one that is sampled or, where a model's settings name one for a place
-    (forced_decoder_ids, of which transformers 5 has nothing any more), that."""
+class _Ends(StoppingCriteria):
+    """Says which texts have ended: an end token inside a prompt, as chat templates write them, ends none."""
 
-    def __init__(self, seeds: Sequence[int], params: SamplingParams, forced: Mapping[int, int]) -> None:
+    def __init__(self, given: Sequence[Sequence[int]], ends: Sequence[int], params: SamplingParams) -> None:
+        starts = [len(tokens) for tokens in given for _ in range(params.count)]
+        self._starts = torch.tensor(starts)[:, None]
+        self._ends = torch.tensor(ends, dtype=torch.long)
+        self._most = params.tokens
+
+    def __call__(self, ids: Tensor, scores: Tensor, **more: Any) -> Tensor:
+        """Of texts (B, T), whether each has ended: (B,)."""
+        starts = self._starts.to(ids.device)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        is_end = torch.isin(ids, self._ends.to(ids.device)) & (places >= starts)
+        return is_end.any(-1) | (ids.shape[1] - starts[:, 0] >= self._most)
+
+
+class _Sampler(LogitsProcessor):
+    """Leaves one token possible: the prompt's own where its end is not reached; else the one that is sampled or, where
+    a model's settings name one for a place (forced_decoder_ids, which transformers 5 does not know any more), that."""
+
+    def __init__(
+        self,
+        given: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        params: SamplingParams,
+        forced: Mapping[int, int],
+    ) -> None:
         """seeds: one for each prompt; forced: tokens by their places, counted from 0 at the beginning of the prompt."""
+        self._given = given
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._params, self._forced = params, forced
+        self._params = params
+        self._forced = forced
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V) of the next token behind ids (B, T). Raises ArithmeticError where they are no numbers.
@@ -175,13 +222,21 @@ class _Sampler(LogitsProcessor):
         The token is the first one up to which the probabilities add up to more than a number from 0 to 1 (inverse
         transform sampling): one random number a text, not one for every token of the vocabulary.
         """
-        count, place = self._params.count, ids.shape[1]
-        parts = torch.cat([torch.rand(count, generator=chance, dtype=torch.double) for chance in self._generators])
-        if place in self._forced:
-            token = torch.full((len(ids), 1), self._forced[place])
-        else:
-            sums = (scores.cpu().double() / self._params.temperature).softmax(-1).cumsum(-1)
-            if not bool(sums[:, -1].isfinite().all()):
-                raise ArithmeticError("the model's probabilities are NaN or infinite")
-            token = torch.searchsorted(sums, parts[:, None] * sums[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token.to(scores.device), 0.0)
+        count = self._params.count
+        place = ids.shape[1]
+        sums = (scores.cpu().double() / self._params.temperature).softmax(-1).cumsum(-1)
+        if place not in self._forced and not bool(sums[:, -1].isfinite().all()):
+            raise ArithmeticError("the model's probabilities are NaN or infinite")
+        tokens = []
+        for number, (prompt, chance) in enumerate(zip(self._given, self._generators, strict=True)):
+            if place < len(prompt):
+                tokens.append(torch.full((count, 1), prompt[place]))
+                continue
+            parts = torch.rand(count, 1, generator=chance, dtype=torch.double)
+            if place in self._forced:
+                tokens.append(torch.full((count, 1), self._forced[place]))
+                continue
+            own = sums[number * count : (number + 1) * count]
+            sampled = torch.searchsorted(own, parts * own[:, -1:], right=True)
+            tokens.append(sampled.clamp(max=scores.shape[1] - 1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, torch.cat(tokens).to(scores.device), 0.0)

@@ -29,7 +29,7 @@ from modules.runtime.errors import ConfigError, first_line, naming, without_pani
 from modules.runtime.oom import is_out_of_memory
 from modules.runtime.text import pluralize
 from modules.scoring.chats import Asked, asked_of, chat_of, check_refusals, has_template, render
-from modules.scoring.samples import SamplingParams, empty_answers, encoded, same_length_batches, sample, visible
+from modules.scoring.samples import SamplingParams, batches, empty_answers, encoded, sample, visible
 from modules.slop.matching import word_count
 
 FOLDER = "samples"  # beside the file that is written, or in the working directory
@@ -116,7 +116,7 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
         given, problems = encoded(generator.model, generator.tokenizer, missing, asked)
         if problems:
             raise ConfigError(*problems)
-        for batch in same_length_batches(given, params.count):
+        for batch in batches(generator.model, given, params.count):
             new = _sample(generator, {prompt: given[prompt] for prompt in batch}, seed, params)
             keep_texts(file, new)
             texts |= new

@@ -17,7 +17,7 @@ from modules.model.loading import load_model
 from modules.output.recipe import RECIPE_FILE
 from modules.runtime.errors import ConfigError
 from modules.scoring.chats import CONTEXTS, Asked, chat_of, render
-from modules.scoring.samples import BATCH, DEFAULT, SamplingParams, encoded, same_length_batches, sample
+from modules.scoring.samples import BATCH, DEFAULT, SamplingParams, batches, encoded, sample
 from modules.scoring.tokenization import encode_prompt
 from modules.search.search import Search
 
@@ -201,14 +201,19 @@ def test_every_architecture_answers_and_scores_afterwards_as_before(tmp_path, na
 
 
 def test_texts_that_are_drawn_together(models):
-    """Two prompts of one length, three texts of each: as if each prompt were alone, token by token."""
+    """Prompts of any lengths, one with an end token in it, three texts of each: as if each prompt were alone."""
     model = load_model(open_checkpoint(models[0], "base"), "cpu", "float32")
     tokenizer, params = AutoTokenizer.from_pretrained(models[0]), SamplingParams(tokens=30, count=3)
-    prompts = ["Her eyes were filled with", "His eyes were filled with", "Where is the apple?", PROMPTS[1] + " Where?"]
-    groups = same_length_batches(given_to(model, tokenizer, prompts), params.count)
-    assert sorted(prompt for group in groups for prompt in group) == sorted(prompts) and prompts[:2] in groups
-    found = texts_of(model, tokenizer, prompts[:2], params=params)
-    assert found == [texts_of(model, tokenizer, [prompt], params=params)[0] for prompt in prompts[:2]]
+    prompts = [
+        "Her eyes were filled with",
+        "His eyes were filled with",
+        "Where is the apple?",
+        PROMPTS[1] + "</s> Where?",
+    ]
+    lengths = set(map(len, given_to(model, tokenizer, prompts).values()))
+    assert len(lengths) > 1
+    found = texts_of(model, tokenizer, prompts, params=params)
+    assert found == [texts_of(model, tokenizer, [prompt], params=params)[0] for prompt in prompts]
     ends = model.end_tokens() | {tokenizer.eos_token_id}
     for prompt, texts in zip(prompts, found, strict=False):
         chance = torch.Generator().manual_seed(random.Random(f"512 {prompt}").getrandbits(63))
@@ -222,15 +227,19 @@ def test_texts_that_are_drawn_together(models):
         assert len(set(texts)) == 3
 
 
-def test_no_more_texts_at_once_than_the_most(models):
+def test_no_more_texts_at_once_than_the_most(models, monkeypatch):
     model = load_model(open_checkpoint(models[0], "base"), "cpu", "float32")
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     prompts = [f"{word} eyes were filled with" for word in ("Her", "His", "Its", "My", "Our")]
     lengths = {len(tokenizer(prompt)["input_ids"]) for prompt in prompts[:2]}
     assert len(lengths) == 1
     given = given_to(model, tokenizer, prompts[:2])
-    assert same_length_batches(given, BATCH) == [prompts[:1], prompts[1:2]]
-    assert same_length_batches(given, BATCH // 2) == [prompts[:2]]
+    assert batches(model, given, BATCH) == [prompts[:1], prompts[1:2]]
+    assert batches(model, given, BATCH // 2) == [prompts[:2]]
+    lengths = {"a": [3] * 9, "b": [3] * 5, "c": [3] * 9, "d": [3] * 7}
+    assert batches(model, lengths, BATCH // 3) == [["b", "d", "a"], ["c"]]
+    monkeypatch.setattr(type(model), "token_rules", lambda self: {"begin_suppress_tokens": [3]})
+    assert batches(model, lengths, BATCH // 3) == [["b"], ["d"], ["a", "c"]]
 
 
 @pytest.mark.parametrize("error", [ValueError("no\ncache"), torch.OutOfMemoryError("out of memory"), TypeError("x")])
