@@ -4,8 +4,8 @@
 # make real-discover  what that model says too often, a merge against it, and how often it says so afterwards (forty
 #             minutes on two cores)
 # make test   the same environment, then style checks and all tests
-# make bench  the figures of docs/performance.md (about half an hour)
-# make quality  the figures of docs/quality.md, on the models of make real (two to three hours, later minutes)
+# make bench  the figures of docs/results.md (about half an hour)
+# make quality  the figures of docs/results.md, on the models of make real (two to three hours, later minutes)
 
 PYTHON ?= python3
 VENV ?= .venv

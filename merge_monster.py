@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 4 merge_monster.py --config my.yaml
     python merge_monster.py --compare one-output another-output
     python merge_monster.py --config my.yaml --score one-model another-model
+    python merge_monster.py --config my.yaml --learn my-adapter
 
 Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't be used, 130 interrupted, 141 nobody
 reads the output any more.
@@ -18,7 +19,7 @@ from pathlib import Path
 try:
     from modules.config.choices import DEVICES
     from modules.config.inputs import check_apart, input_paths
-    from modules.config.load import load_config, output_directory
+    from modules.config.load import load_config, output_directory, to_learn
     from modules.config.schema import CONFIG, QUIET, SET, TABLES, VERSION, Config
     from modules.runtime.arguments import Arguments
     from modules.runtime.console import LOGS, Console, Unlogged, WorkerConsole, hint, open_streams, say, visible
@@ -48,9 +49,13 @@ def start(options: argparse.Namespace) -> int:
     try:
         from_recipe = options.replay or options.export_mergekit
         given = {"device": options.device, "output": options.output, "sets": options.set or ()}
-        if options.score and rank.world_size > 1:
-            raise ConfigError("--score runs in one process; start it with python, not with torchrun")
-        config = None if from_recipe else load_config(options.config, scored=options.score or (), **given)
+        alone = "--score" if options.score else "--learn"
+        if (options.score or options.learn) and rank.world_size > 1:
+            raise ConfigError(f"{alone} runs in one process; start it with python, not with torchrun")
+        given |= {"scored": options.score or (), "learning": bool(options.learn)}
+        config = None if from_recipe else load_config(options.config, **given)
+        if config is not None and options.learn:
+            config = to_learn(config, output_directory("--learn", options.learn))
         if config is not None:
             check_apart([LOGS, *([options.json] if options.json else [])], [Path(options.config), *input_paths(config)])
     except ConfigError:
@@ -69,8 +74,8 @@ def start(options: argparse.Namespace) -> int:
 
 
 def run(config: Config, console: Console, options: argparse.Namespace, rank: Rank) -> int:
-    """Merge, and turn every failure into one message and an exit code."""
-    console.banner("THE MERGE MONSTER HUNGERS")
+    """Merge or learn, and turn every failure into one message and an exit code."""
+    console.banner("THE MERGE MONSTER LEARNS" if options.learn else "THE MERGE MONSTER HUNGERS")
     console.timed(LOADING)
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
     with importing():
@@ -84,6 +89,12 @@ def run(config: Config, console: Console, options: argparse.Namespace, rank: Ran
 
         choices = options.overwrite, options.resume, options.restart, options.dry_run, options.table
         asked = Options(Path(options.config), *choices)
+        if options.learn:
+            with importing():
+                from modules.run.learn import learn_adapter
+
+            learn_adapter(config, console, asked)
+            return
         with joined(rank) as group:
             merge = merge_models if rank.is_main_process else merge_as_worker
             merge(config, console, asked, group)
@@ -178,6 +189,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     unfinished.add_argument("--restart", action="store_true", help="discard an unfinished run and start over")
     others = parser.add_argument_group("other modes")
     others.add_argument("--score", metavar="MODEL", nargs="+", help="score models on the config's phrases")
+    others.add_argument("--learn", metavar="OUT", help="learn an adapter from the phrases alone")
     others.add_argument("--json", metavar="FILE", type=Path, help="file for the results of --score")
     finished = "compare finished outputs"
     others.add_argument("--compare", metavar="OUTPUT", type=Path, nargs="+", help=finished)
@@ -212,6 +224,10 @@ def check_together(parser: Arguments, options: argparse.Namespace) -> None:
     beside_scores = {"score", "config", "device", "set", "json", "overwrite", "quiet"}
     if options.score and not beside_scores.issuperset(given):
         parser.error("--score can only be combined with --config, --device, --set, --json, --overwrite and --quiet")
+    beside_learning = {"learn", "config", "device", "set", "table", "quiet"}
+    beside_learning |= {"dry_run", "overwrite", "resume", "restart"}
+    if options.learn and not beside_learning.issuperset(given):
+        parser.error("--learn can only be combined with --config, --device, --set, --table, --quiet and run options")
     if options.json and not options.score:
         parser.error("--json needs --score")
     if options.score and options.overwrite and not options.json:

@@ -7,7 +7,7 @@ Builds a random base and two candidates on the spot, checks the search of a smal
 device, then runs merge_monster.py itself, in this process, with 14 pairs, 4 ratios, lerp and headers. Measured besides:
   limit   the candidate's bytes read once from the page cache; its matrix products, one after another
   naive   whole-model copies and one forward per pair (tests/helpers/reference.py) on two layers, scaled to all
-Prints a table, a line for docs/performance.md and, as its last line, JSON.
+Prints a table, a line for docs/results.md and, as its last line, JSON.
 """
 
 import argparse

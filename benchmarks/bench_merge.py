@@ -7,7 +7,7 @@ Builds a seeded random Llama and one candidate on disk, then measures in alterna
   ours    the program's own search of the candidate's layers (read, merge, score, decide), headers off
   limit   its matrix products, one after another at the machine's own rate, and reading the candidate once
   naive   whole-model copies and one forward per pair (tests/helpers/reference.py), a layer at a time, scaled to all
-Prints a table, a line for docs/performance.md and, as its last line, JSON.
+Prints a table, a line for docs/results.md and, as its last line, JSON.
 """
 
 import argparse

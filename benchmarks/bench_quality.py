@@ -43,6 +43,7 @@ NEUTRAL, PROMPTS = QUALITY / "neutral", QUALITY / "prompts.txt"
 PROGRAM = [ROOT / "merge_monster.py", *sorted((ROOT / "modules").rglob("*.py"))]
 
 CANDIDATES = ("plain", "reference", "careful", "overfit")  # in the order in which they are merged
+SINGLE = (*CANDIDATES, "mute")  # judged on their own; mute ends its answers at once
 BEST_FIRST = "best first"  # in place of the candidates: the one with the best searched total first
 
 # A merge is what its YAML has beside the models: these settings, and of each row what is other there. A path, or a
@@ -78,6 +79,8 @@ MERGES: dict[str, dict[str, Any]] = {
     "joint, drift_weight 2, float16": {"search": "joint", "drift_weight": 2.0, "compute_dtype": "float16"},
     "joint, drift_weight auto": {"search": "joint"},
     "joint, drift_weight 32": {"search": "joint", "drift_weight": 32.0},
+    "learned": {"models_to_merge": [], "learn": {}},
+    "joint, the four and the learned adapter": {"search": "joint", "learn": {}},
 }
 
 MERGE_THREADS = 1  # of a search; several at a time, as many as there are processors
@@ -99,7 +102,7 @@ Row = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Judge what is not kept yet; print."""
     options = parse_arguments(arguments)
-    absent = [name for name in ("base", *CANDIDATES) if not (options.models / name / "config.json").is_file()]
+    absent = [name for name in ("base", *SINGLE) if not (options.models / name / "config.json").is_file()]
     if absent:
         print(f"{options.models} lacks {', '.join(absent)}: run `make real` first", file=sys.stderr)
         return 2
@@ -107,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     bench = Bench(options.models.resolve(), QUICK if options.quick else Sizes())
     merges = list(MERGES)[: 1 if options.quick else None]
-    names = options.rows or ["base", *CANDIDATES, *merges]
+    names = options.rows or ["base", *SINGLE, *merges]
     find_out(bench, list(dict.fromkeys(["base", *names])))
     rows = {name: bench.row(name) for name in dict.fromkeys(["base", *names])}
     figures = {name: bench.figures(row) for name, row in rows.items()}
@@ -122,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Which models, which rows, how much of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ["base", *CANDIDATES, *MERGES]
+    names = ["base", *SINGLE, *MERGES]
     parser.add_argument("--rows", nargs="+", choices=names, metavar="ROW", help=f"of: {'; '.join(names)}")
     parser.add_argument("--models", type=Path, default=ROOT / "demo/real", help="the folder of the base and fine-tunes")
     parser.add_argument("--quick", action="store_true", help="a few words of each, and the first merge only")
@@ -136,6 +139,7 @@ def find_out(bench: "Bench", names: Sequence[str]) -> None:
     # What a merge is made of may depend on the totals of the fine-tunes.
     ordered = any(MERGES[name].get("models_to_merge") == BEST_FIRST for name in merges)
     whole = dict.fromkeys([*(CANDIDATES if ordered else ()), *(name for name in names if name not in MERGES)])
+    make_rows(bench, ["base"])  # the others are compared with its texts
     make_rows(bench, list(whole))
     make_rows(bench, merges)
 
@@ -205,9 +209,8 @@ class Bench:
         if not file.exists():
             folder = self.search(name) if name in MERGES else None
             print(f"judging: {name}", file=sys.stderr, flush=True)
-            row = self.judged(folder / "merged" if folder else self.models / name)
-            if folder:
-                row |= json.loads((folder / "search.json").read_text(encoding="utf-8"))
+            known = json.loads((folder / "search.json").read_text(encoding="utf-8")) if folder else {}
+            row = self.judged(name, folder / known["made"] if folder else self.models / name) | known
             write_json(file, row)
             if folder:
                 shutil.rmtree(folder)
@@ -232,13 +235,15 @@ class Bench:
             order = [best, *(other for other in CANDIDATES if other != best)]
         return {**settings, "models_to_merge": [self.models / name for name in order]}
 
-    def judged(self, folder: Path) -> Row:
+    def judged(self, name: str, folder: Path) -> Row:
         """What the judge says of a model."""
-        model = judge.load(folder)
+        model = judge.load(folder, self.models / "base")
         phrases = {name: judge.read_pairs(file) for name, file in (("searched", SEARCHED), ("held_out", HELD_OUT))}
         pattern = judge.finder([pair.phrase for pairs in phrases.values() for pair in pairs if pair.weight > 0])
         texts = judge.write_texts(model, self.tokenizer, self.prompts, self.sizes)
+        of_base = [written[0] for written in (texts if name == "base" else self.row("base")["texts"])]
         return {
+            "own_kl": judge.own_divergence(self.base, model, self.tokenizer, self.prompts, of_base, pattern),
             **{name: judge.total(model, self.tokenizer, pairs) for name, pairs in phrases.items()},
             **judge.neutral_figures(self.base, model, self.tokenizer, self.texts, self.sizes),
             "words": [sum(map(judge.word_count, written)) for written in texts],
@@ -253,22 +258,31 @@ class Bench:
             print(f"merging: {name}", file=sys.stderr, flush=True)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            megabytes = run_merge(folder, self.models / "base", self.settings(name))
-            recipe = json.loads((folder / "merged/merge_monster_recipe.json").read_text(encoding="utf-8"))
-            known = {"composition": recipe["composition"], "seconds": recipe["seconds"]["search"]}
+            settings = self.settings(name)
+            made = "merged"
+            if "learn" in settings:
+                made = "adapter"
+                megabytes = run(folder, self.models / "base", settings, made, "--learn", made)
+                settings["models_to_merge"].insert(0, folder / made)
+            if settings["models_to_merge"] != [folder / "adapter"]:
+                made = "merged"
+                megabytes = run(folder, self.models / "base", settings, made)
+            recipe = json.loads((folder / made / "merge_monster_recipe.json").read_text(encoding="utf-8"))
+            known = {"composition": recipe["composition"], "seconds": recipe["seconds"]["search"], "made": made}
             write_json(folder / "search.json", {**known, "megabytes": megabytes})
         return folder
 
     def figures(self, row: Row) -> dict[str, Any]:
         """A row's figures, as the table and the last line have them."""
         written, base = (Written(one["words"], one["hits"]) for one in (row, self.row("base")))
-        names = ("searched", "held_out", "kl", "same_next", "perplexity")
+        names = ("searched", "held_out", "kl", "own_kl", "same_next", "perplexity")
         return {
             **{name: row[name] for name in names},
             "rate": written.rate,
             "rate_interval": written.interval(),
             "change": written.change(base),
             "words": sum(row["words"]),
+            "answer": sum(row["words"]) / sum(map(len, row["texts"])),
             **{name: row.get(name) for name in ("composition", "seconds", "megabytes")},
         }
 
@@ -281,14 +295,22 @@ def write_json(file: Path, value: Any) -> None:
     unfinished.replace(file)
 
 
-def run_merge(folder: Path, base: Path, settings: dict[str, Any]) -> float:
-    """Run the program; the most memory it held, in megabytes."""
-    config = {"directories": {"model_path1": base, "output_directory": folder / "merged"}, **settings}
+def run(folder: Path, base: Path, settings: dict[str, Any], output: str, *options: str) -> float:
+    """Run the program; the most memory it held, in megabytes. output: the name of what it writes in the folder."""
+    config = {"directories": {"model_path1": base, "output_directory": folder / output}, **settings}
     text = yaml.safe_dump(with_paths_as(str, config), allow_unicode=True)  # YAML holds no paths
     (folder / "merge.yaml").write_text(text, encoding="utf-8")
     # Few processors have float16 products; of the same values, these take what float32 takes.
     products = [str(ROOT / "benchmarks/float16_products.py")] if settings["compute_dtype"] == "float16" else []
-    program = [sys.executable, *products, str(ROOT / "merge_monster.py"), "--config", "merge.yaml", "--overwrite"]
+    program = [
+        sys.executable,
+        *products,
+        str(ROOT / "merge_monster.py"),
+        "--config",
+        "merge.yaml",
+        "--overwrite",
+        *options,
+    ]
     measured = [sys.executable, "-c", MEASURE, "memory", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": str(MERGE_THREADS)}
     result = subprocess.run(measured, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -328,11 +350,13 @@ HEAD = (
     "searched",
     "held-out",
     "KL",
+    "own KL",
     "same next",
     "perplexity",
     "cliches",
     "against the base",
     "words",
+    "an answer",
     "search",
     "memory",
 )
@@ -346,8 +370,9 @@ def print_table(figures: dict[str, dict[str, Any]]) -> None:
     for row in rows:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
     print(
-        "searched, held-out: the phrases' weighted probabilities - KL: nats per token - same next: share of tokens - "
-        f"cliches: in 1,000 words - in brackets: 95 %\n{machine()}"
+        "searched, held-out: the phrases' weighted probabilities - KL, own KL: nats per token, on neutral texts and on "
+        "the base's own - same next: share of tokens - cliches: in 1,000 words - an answer: words - in brackets: 95 %\n"
+        f"{machine()}"
     )
 
 
@@ -360,11 +385,13 @@ def cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
         f"{100 * row['searched']:.1f}%",
         f"{100 * row['held_out']:.1f}%",
         f"{row['kl']:.4f}",
+        f"{row['own_kl']:.4f}",
         f"{100 * row['same_next']:.1f}%",
         f"{row['perplexity']:.2f}",
         f"{row['rate']:.2f} ({low:.2f} to {high:.2f})",
         "" if change is None or name == "base" else "{:+.0f}% ({:+.0f} to {:+.0f})".format(*change),
         f"{row['words']:,}",
+        f"{row['answer']:.0f}",
         "" if seconds is None else f"{seconds:.0f} s",
         "" if megabytes is None else f"{megabytes:,.0f} MB",
     )

@@ -4,7 +4,7 @@
 
 Searches one candidate of a small random Llama, bfloat16, lerp, headers off, and changes one thing at a time; every
 point is the median of three, and the points of a curve are measured in turn. Prints a table with what the cost model
-of docs/performance.md expects, scaled to the last point of each curve, draws the curves, and ends in a line of JSON.
+of docs/results.md expects, scaled to the last point of each curve, draws the curves, and ends in a line of JSON.
 """
 
 import argparse

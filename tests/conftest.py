@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 # Code from checkpoints is copied here before it is imported; two processes of tests must not share the copies.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
+# What models have answered is kept here: no test may find what another run has left.
+os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="assets-")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import torch

@@ -38,22 +38,24 @@ def read_neutral_texts(files: Sequence[str] | None) -> list[str]:
     return texts
 
 
-def read_prompts(file: str | None, for_chats: bool) -> tuple[str, ...]:
-    """A prompt for each line of the file that is not empty and does not begin with a #, each once.
+def read_prompts(files: Sequence[str] | None, for_chats: bool, key: str) -> tuple[str, ...]:
+    """A prompt for each line of the files that is not empty and does not begin with a #, each once.
 
-    None: those of the program, questions for chats, else openings of texts. Raises ConfigError if the file can't be
-    read or holds none.
+    None: those of the program, questions for chats, else openings of texts. key: that names the files. Raises
+    ConfigError if a file can't be read or holds no prompt.
     """
     shipped = PROMPTS if for_chats else OPENINGS
-    path = Path(file) if file else shipped
-    try:
-        lines = [line.strip() for line in _beginning_of(path).splitlines()]
-    except ConfigError as error:
-        raise ConfigError(f"discover.prompts: {error}") from None
-    prompts = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
-    if not prompts:
-        raise ConfigError(f"discover.prompts: {path} contains no prompts; write one per line")
-    return prompts
+    prompts: dict[str, None] = {}
+    for path in [shipped] if files is None else map(Path, files):
+        try:
+            lines = [line.strip() for line in _beginning_of(path).splitlines()]
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+        in_file = [line for line in lines if line and not line.startswith("#")]
+        if not in_file:
+            raise ConfigError(f"{key}: {path} contains no prompts; write one per line")
+        prompts.update(dict.fromkeys(in_file))
+    return tuple(prompts)
 
 
 def _beginning_of(path: Path) -> str:
@@ -76,8 +78,8 @@ def input_paths(config: Config) -> list[Path]:
         for path in Path(directories.model_directory).iterdir():
             if path.is_dir() and not path.name.startswith(".") and real_path(path) not in (output, partial_of(output)):
                 paths.append(path)
-    named = [*config.phrase_files, *config.held_out_files, *(config.neutral_texts or ())]
-    named += [config.tokenizer] if config.tokenizer else []
+    named = [*config.phrase_files, *config.held_out_files, *(config.neutral_texts or ()), *(config.own_texts or ())]
+    named += filter(None, [config.tokenizer, config.learn.texts])
     return paths + [Path(name) for name in named]
 
 

@@ -71,13 +71,14 @@ def load_config(
     model_option: str = "--model",
     sets: Sequence[str] = (),
     scored: Sequence[str] = (),
+    learning: bool = False,
 ) -> Config:
     """Read and check a YAML file; `device`, `output` and `model`, the base, replace the file's own values.
 
     mapping: for the mapper, which needs neither candidates nor an output directory, and holds no phrase out;
     discovering: nor phrases. model_option: with which the command line names the model. sets: more that is replaced,
     each KEY=VALUE. scored: models that take the place of the file's candidates, to be scored and not merged: that
-    needs no output directory either.
+    needs no output directory either. learning: for --learn, which needs neither candidates nor that.
     Raises ConfigError with one line for every error found.
     """
     problems: list[Any] = []
@@ -98,7 +99,7 @@ def load_config(
             if value is not None:
                 with suppress(ConfigError):  # what is in the way of the value will be found
                     main = with_value(main, place, value, option)
-    settings = _checked(Settings, main, problems, MAP if mapping else SCORE if scored else MERGE)
+    settings = _checked(Settings, main, problems, MAP if mapping or learning else SCORE if scored else MERGE)
     lists = _phrase_lists(main, "phrase_files", problems)
     held_out = _phrase_lists(main, "held_out_files", problems)
     if settings:
@@ -117,6 +118,19 @@ def load_config(
     config = _with_pairs(searched, held_out, mapping)
     if not config.pairs and not discovering:
         raise ConfigError(f"{path}: all pairs are held out; leave some to search with")
+    return config
+
+
+def to_learn(config: Config, output: Path) -> Config:
+    """The settings of a run that learns an adapter of the base: no candidates, another output.
+
+    Raises ConfigError if it is to be held to the base on texts, and there are none.
+    """
+    directories = replace(config.directories, output_directory=str(output), model_directory=None)
+    weight = "auto" if config.drift_weight is None else config.drift_weight
+    config = replace(config, directories=directories, models_to_merge=(), drift_weight=weight)
+    if config.is_guarded and config.neutral_texts == config.own_texts == ():
+        raise ConfigError("neutral_texts, own_texts: empty, but --learn measures drift unless drift_weight is 0")
     return config
 
 
@@ -204,9 +218,9 @@ def _problems_in(error: ValidationError, file: YamlFile) -> list[_Problem]:
 def _exclude_each_other(settings: Settings, main: YamlFile) -> list[_Problem]:
     """Settings of which each alone is right."""
     problems = []
-    if settings.is_guarded and settings.neutral_texts == ():
+    if settings.is_guarded and settings.neutral_texts == () and settings.own_texts == ():
         joint = " (search: joint sets drift_weight unless it is 0)" if settings.drift_weight is None else ""
-        problem = f"empty, but drift_weight and max_drift need neutral text{joint}"
+        problem = f"empty, but drift_weight and max_drift need it or own_texts{joint}"
         problems.append(_Problem(main, ("neutral_texts",), problem))
     if settings.search == "joint" and (settings.strategy, *settings.merge_method) != ("cumulative", "lerp"):
         problem = "joint supports only strategy: cumulative and merge_method: lerp"

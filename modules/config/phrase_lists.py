@@ -130,7 +130,8 @@ class Phrase(Section):
     """A phrase and the contexts in which it is scored."""
 
     phrase: Annotated[one_or_more(Text), AfterValidator(_distinct)]
-    """The text whose probability is measured. Of a list of texts, the probability that any of them follows."""
+    """The text whose probability is measured. Of a list of texts, the probability that any of them follows. See
+    docs/phrases.md#write-your-own."""
     weight: Weight = 1.0
     """How much the phrase counts: a factor of its probability in the total."""
     contexts: Annotated[tuple[_Context, ...], AfterValidator(not_empty)]

@@ -4,7 +4,7 @@ Knows: every key. Refuses to know: torch, models, tokenizers: it must answer a t
 read.
 
 The text under a key is its only description. After a change `python demo/write_keys.py` writes schema.json, the table
-in docs/configuration.md and the comments of default.yaml and default-mapper.yaml anew.
+in docs/use.md and the comments of default.yaml and default-mapper.yaml anew.
 """
 
 import json
@@ -26,14 +26,6 @@ TABLES = ("full", "changed", "summary")  # of the command line: how much of the 
 CONFIG = "configuration file (default: {})"
 SET = "override a setting (repeatable)"
 QUIET = "show only warnings, errors and the last line"
-
-# What base and merge answer where nobody asks something else: a story, a question, an instruction.
-SAMPLES = (
-    "The last train had gone. She was alone on the platform, and",
-    "Why does bread go stale sooner in the fridge than on the table?",
-    "Write a short note to a neighbour whose dog barks at night.",
-)
-
 
 _EVEN_IF_ABSENT = Field(validate_default=True)  # of a key that some uses need
 # Of a key that has no part in what a search finds: a run goes on that was begun with another value.
@@ -99,6 +91,25 @@ class Joint(Section):
 
 
 @dataclass(frozen=True)
+class Learn(Section):
+    """How --learn makes an adapter. Only --learn reads this."""
+
+    rank: kinds.CountFromOne = 8
+    """Rank of the adapter."""
+    steps: kinds.CountFromOne = 40
+    """Number of steps; each takes about three forward passes over its pairs and texts."""
+    learning_rate: kinds.Limit = 1e-3
+    """Adam's learning rate in the first step; it falls to a tenth of this in the last step."""
+    pairs: kinds.CountFromOne = 16
+    """Pairs of phrase and context per step."""
+    texts: kinds.AnyPath | None = None
+    """A file that --discover keeps in samples: every place in it where a listed phrase stands teaches too, and drift is
+    measured on its texts."""
+    drift_tokens: kinds.CountFromOne = 512
+    """Tokens of neutral text, and of the base's own answers, on which a step compares the adapter with the base."""
+
+
+@dataclass(frozen=True)
 class Settings(Section):
     """The settings of Merge Monster and Monster Mapper. Only `directories` and some phrases are required."""
 
@@ -107,14 +118,13 @@ class Settings(Section):
     """Candidates in merge order: models of the base's architecture and size, LoRA adapters of the base, or
     model+adapter."""
     tokenizer: kinds.Folder | None = None
-    """Folder with the tokenizer for GGUF files. null: rebuild it from each file."""
+    """Folder with the tokenizer for GGUF files. null: rebuild it from each file. See docs/use.md#gguf-files."""
     on_error: Literal["stop", "skip"] = field(default="stop", metadata=_NO_PART)
     """If a candidate can't be read during the run: stop (fix it, then --resume) or skip (keep its merges so far)."""
     keep_downloads: kinds.Boolean = field(default=True, metadata=_NO_PART)
     """Keep downloads in the Hugging Face cache. false: remove this run's downloads after the output is written."""
     search: Literal["greedy", "joint"] = "greedy"
-    """greedy tries merge_ratios layer by layer, one candidate after another. joint optimizes all weights at once by
-    gradient, with a KL penalty."""
+    """greedy tries merge_ratios layer by layer. joint optimizes all weights at once by gradient. See docs/search.md."""
     joint: Joint = field(default_factory=Joint)
     merge_ratios: kinds.one_or_more(kinds.number(ge=0, le=1)) = (0.2, 0.4, 0.6, 0.8)
     """Candidate weights to try on each layer, 0 to 1 (1 replaces the layer). The time grows with their number."""
@@ -147,35 +157,35 @@ class Settings(Section):
     held_out_files: kinds.Paths = field(default=(), metadata=_NO_PART)
     """Phrase files whose pairs are all held out."""
     min_gain: kinds.AutoOrWeight = "auto"
-    """cumulative: the smallest drop of the total that counts. auto: twice the total's rounding error; 0 in float32."""
+    """cumulative: the smallest drop of the total that counts. auto: twice its rounding (docs/hardware.md#rounding)."""
     drift_weight: kinds.AutoOrWeight | None = None
-    """Penalty per nat of KL from the base, added to the total of each trial. null: 0, or auto for a joint search. auto:
-    0.05 nats count as much as all phrases do in the base."""
+    """Penalty per nat of KL from the base. null: 0, or auto for joint. auto: 0.05 nats cost as much as all phrases."""
     max_drift: kinds.Limit | None = None
-    """Reject trials with a higher KL from the base, in nats per token; try 0.02. drift_weight and max_drift make a
-    search take two to three times as long."""
-    neutral_tokens: kinds.CountFromOne = 512
-    """Tokens of neutral text on which each trial's KL is measured; more are slower and more precise."""
+    """Reject trials with a higher KL from the base, in nats per token; try 0.02. The search takes 2-3 times longer."""
+    neutral_tokens: kinds.CountFromOne = 1024
+    """Tokens on which each trial's KL is measured, half neutral text, half own answers; more are more precise."""
     baselines: kinds.Boolean = field(default=True, metadata=_NO_PART)
     """Also score each candidate on its own, to compare it with the merge."""
     samples: kinds.Texts | None = field(default=None, metadata=_NO_PART)
-    """Prompts that base and merge answer with the same seed, for log and model card. null: three built-in ones. []:
-    none."""
+    """Prompts that base and merge answer, with the same seed, to show. null: three of own_texts. []: none."""
     neutral_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
     """Text files on which drift (KL from the base) is measured. null: example_phrases/neutral. []: none."""
+    own_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
+    """Files of prompts, one per line. The base's answers are text for drift too (docs/search.md). null: the
+    program's. []: none."""
     device: kinds.Device = "auto"
     """Where to compute. auto: an accelerator if there is one, else cpu."""
     dtype: Literal[kinds.DTYPES] = "auto"
     """Data type of the saved model, and of the computation unless compute_dtype is set. auto: the base's own."""
     compute_dtype: Literal[kinds.COMPUTE_DTYPES] = "auto"
-    """Data type of the computation. auto: on a CPU float32 if it fits; on a GPU float16, or bfloat16+float32 where
-    float16 overflows."""
+    """Data type of the computation. auto: float32 on a CPU, float16 on a GPU. See docs/hardware.md#data-types."""
     random_seed: kinds.Count = 512
     """Seed for held-out contexts, for dare and for generated text."""
     trust_remote_code: kinds.Boolean = False
     """Run Python code that comes with a model. Only some architectures need it."""
     mapper: Mapper = field(default_factory=Mapper, metadata=_NO_PART)
     discover: Discover = field(default_factory=Discover, metadata=_NO_PART)
+    learn: Learn = field(default_factory=Learn, metadata=_NO_PART)
 
     @property
     def weight_of_drift(self) -> float | str:
@@ -188,11 +198,6 @@ class Settings(Section):
     def is_guarded(self) -> bool:
         """Whether drift counts in what is judged by."""
         return self.weight_of_drift != 0 or self.max_drift is not None
-
-    @property
-    def tokens_for_trials(self) -> int:
-        """Tokens of neutral text that are set aside for what is judged by drift; 0 if nothing is."""
-        return self.neutral_tokens if self.is_guarded else 0
 
     def layers_in(self, count: int) -> tuple[int, ...]:
         """Which layers are searched of a base that has so many. Raises ConfigError if one of them is not there."""
@@ -215,14 +220,11 @@ class Config(Settings):
         """All pairs that are searched with, the bad ones first."""
         return self.bad_phrases + self.good_phrases
 
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """What base and merge are asked."""
-        return SAMPLES if self.samples is None else self.samples
-
     def dumped(self) -> dict[str, Any]:
         """All keys as JSON has them, pairs with their rendered chats in place of phrase lists."""
-        pairs = {key: [pair.written() for pair in getattr(self, key)] for key in (*PHRASES, "held_out_pairs")}
+        pairs = {}
+        for key in (*PHRASES, "held_out_pairs"):
+            pairs[key] = [pair.written() for pair in getattr(self, key)]
         return json.loads(json.dumps({**asdict(self), **pairs}))
 
     @classmethod
@@ -241,6 +243,7 @@ _SECTIONS = {
     "joint": Joint,
     "mapper": Mapper,
     "discover": Discover,
+    "learn": Learn,
     "bad_phrases": Phrase,
     "good_phrases": Phrase,
     "contexts": Context,

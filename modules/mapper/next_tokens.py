@@ -190,7 +190,10 @@ def _growing(paths: Sequence[TokenPath], steps: int, max_tokens: int | None) -> 
     """Paths as they are, one token longer, then one step from their full length, then there; with their own tokens."""
     most = max_tokens or max(map(len, paths)) + steps
     lengths = sorted({0, min(1, steps), max(0, steps - 1), steps})
-    return [[tuple(islice(cycle(path), min(len(path) + more, most))) for path in paths] for more in lengths]
+    grown = []
+    for more in lengths:
+        grown.append([tuple(islice(cycle(path), min(len(path) + more, most))) for path in paths])
+    return grown
 
 
 def _best(log_probabilities: Tensor, count: int) -> list[list[Guess]]:

@@ -39,7 +39,7 @@ class Evaluator:
         self.seconds = 0.0
         with self._timed():
             self._console.timed("Evaluating the base")
-            prepared = [(metric, metric.prepare(context)) for metric in METRICS]
+            prepared = [(metric, metric.prepare(context)) for metric in METRICS if metric.prepare]
             self._measures = [measure for _, measure in prepared if measure is not None]
             self._at_steps = [measure for metric, measure in prepared if measure is not None and metric.every_step]
             (self.phrases,) = [measure for measure in self._measures if isinstance(measure, PhraseTotals)]
@@ -51,12 +51,17 @@ class Evaluator:
         totals = self.phrases.totals(searched, self.start.held_out)
         self.start = replace(self.start, searched=searched, metrics=self.start.metrics | _numbers(totals))
 
-    def evaluate(self) -> Evaluation:
-        """The model as it is now, `now` from here on."""
+    def evaluate(self, what: str = "merge") -> Evaluation:
+        """The model as it is now, `now` from here on. what: it is."""
         with self._timed():
-            self._console.timed("Evaluating the merge")
+            self._console.timed(f"Evaluating the {what}")
             self.now = self._evaluated()
         return self.now
+
+    def add(self, of_base: dict[str, float], of_now: dict[str, float]) -> None:
+        """Add what was measured elsewhere of the base, and of the model as it is now."""
+        self.start = replace(self.start, metrics=self.start.metrics | of_base)
+        self.now = replace(self.now, metrics=self.now.metrics | of_now)
 
     def evaluate_step(self) -> dict[str, float]:
         """The metrics that are measured before every step of a joint search."""

@@ -1,5 +1,6 @@
 """KL to the base, top-1 agreement and perplexity on neutral text: how much all else has changed. On text that takes no
-part in the search, to be shown; on other text under every trial, if drift_weight or max_drift judge by it.
+part in the search, to be shown; on other text under every trial, if drift_weight or max_drift judge by it. What is
+said of drift in trials holds for any text.
 
 Knows: which figures of a drift are shown, tail forwards, several processes, the keys. Refuses to know: how a divergence
 is computed, what is decided.
@@ -16,7 +17,7 @@ from modules.metrics.metric import Column, Context, Metric
 from modules.runtime.errors import ConfigError, first_line
 from modules.runtime.oom import is_out_of_memory
 from modules.runtime.text import pluralize
-from modules.scoring.drift import Drift, DriftMeter
+from modules.scoring.drift import Drift, DriftMeter, Passage, compared_tokens
 from modules.scoring.hidden_states import last_states
 from modules.scoring.layout import NOT_TAKEN
 from modules.scoring.tails import TailForwards, Trial
@@ -49,31 +50,35 @@ def _shown(drift: Drift) -> dict[str, float]:
     return {"kl": drift.divergence, "top1": drift.agreement, "perplexity": drift.perplexity}
 
 
-def _in_trials(drift: Drift) -> dict[str, float]:
-    return {NAME: drift.divergence}
-
-
 def prepare(context: Context) -> Drifted | None:
-    """None without neutral text, or if this model's drift can't be measured: then a warning says so."""
-    if not context.neutral:
+    """None without neutral text, or if this model's drift can't be measured."""
+    meter = meter_or_warning(context, context.texts.neutral, "Neutral text")
+    return Drifted(meter, _shown) if meter else None
+
+
+def meter_or_warning(context: Context, passages: Sequence[Passage], label: str) -> DriftMeter | None:
+    """What measures drift on passages; None without any, or with a warning if this model's can't be measured."""
+    if not passages:
         return None
     try:
-        meter = DriftMeter(context.model, context.neutral)
+        meter = DriftMeter(context.model, passages)
     except NOT_TAKEN as error:
         context.console.warning(f"KL can't be measured on this model: {first_line(error)}")
         return None
-    context.console.line(f"Neutral text: {pluralize(meter.tokens, 'token')}")
-    return Drifted(meter, _shown)
+    context.console.line(f"{label}: {pluralize(meter.tokens, 'token')}")
+    return meter
 
 
 def weigh(context: Context) -> "TrialKL | None":
     """None if neither key is set. Raises ConfigError if it can't be measured on this model, or on these texts."""
     if not context.config.is_guarded:
         return None
-    if not context.neutral_for_trials:
+    if not context.texts.neutral_for_trials:
+        if context.texts.own_for_trials:
+            return None
         raise ConfigError("neutral_texts: too little text for drift_weight and max_drift; add more")
     try:
-        return TrialKL(context)
+        return TrialKL(context, NAME, context.texts.neutral_for_trials)
     except NOT_TAKEN as error:
         if is_out_of_memory(error):
             raise
@@ -82,37 +87,43 @@ def weigh(context: Context) -> "TrialKL | None":
 
 
 class TrialKL:
-    """Mean KL(base, model) as the model is and as it would be under trials; see `search.WeighedMetric`."""
+    """Mean KL(base, model) on some text as the model is and as it would be under trials; see `search.WeighedMetric`.
 
-    name = NAME
+    Where there are several texts, each has the same part in what a nat costs, and each must keep within the limit.
+    """
 
-    def __init__(self, context: Context) -> None:
-        """Raises as DriftMeter does."""
-        config, windows, rank = context.config, context.neutral_for_trials, context.rank
-        self._model, self._config = context.model, config
+    def __init__(self, context: Context, name: str, passages: Sequence[Passage]) -> None:
+        """passages: the text, of which every process measures a part. Raises as DriftMeter does."""
+        config = context.config
+        rank = context.rank
+        self.name = name
+        self._model = context.model
+        self._config = config
+        self._texts = context.texts.for_trials
         self.limit = math.inf if config.max_drift is None else config.max_drift
-        own = windows[rank.number :: rank.world_size]
+        own = passages[rank.number :: rank.world_size]
         self._meter = DriftMeter(context.model, own, keeps_head=True) if own else None
-        self._share = sum(map(len, own)) / max(1, sum(map(len, windows)))
+        self._share = compared_tokens(own) / max(1, compared_tokens(passages))
         self._inputs = self._meter.inputs if self._meter else []
         self.tails = TailForwards(context.model, self._inputs, context.budget)
         is_joint = config.search == "joint"
         self.meter = self._meter
         if rank.world_size > 1:
             measures_whole = is_joint or (rank.is_main_process and config.baselines)
-            self.meter = DriftMeter(context.model, windows, keeps_head=is_joint) if measures_whole else None
-        self.whole = Drifted(self.meter, _in_trials) if self.meter else None  # of candidates on their own
+            self.meter = DriftMeter(context.model, passages, keeps_head=is_joint) if measures_whole else None
+        self.whole = Drifted(self.meter, self._in_trials) if self.meter else None  # of candidates on their own
 
     def weight(self, base_scores: Sequence[float]) -> float:
         """What a nat adds to the total."""
         weight = self._config.weight_of_drift
-        return total([abs(value) for value in base_scores]) / NATS if weight == "auto" else weight
+        whole = total([abs(value) for value in base_scores]) / NATS if weight == "auto" else weight
+        return whole / len(self._texts)
 
     def describe(self, weight: float) -> dict[str, str]:
         """What the summary of a run says of it."""
-        tokens = f"checked on {self._config.neutral_tokens} tokens in every trial"
+        tokens = f"checked on {sum(map(compared_tokens, self._texts))} tokens in every trial"
         how = " (auto)" if self._config.weight_of_drift == "auto" else ""
-        lines = {"KL penalty": f"{weight:.5g} per nat{how}, {tokens}"} if weight else {}
+        lines = {"KL penalty": f"{weight * len(self._texts):.5g} per nat{how}, {tokens}"} if weight else {}
         return lines | ({"KL limit": f"{self.limit:g} nats per token, {tokens}"} if self.limit < math.inf else {})
 
     def value(self) -> float:
@@ -139,6 +150,9 @@ class TrialKL:
             hidden.append(torch.cat(states))
         found = self._meter.measure_on(hidden, same_header=True, stack=len(trials))
         return [self._share * drift.divergence for drift in found]
+
+    def _in_trials(self, drift: Drift) -> dict[str, float]:
+        return {self.name: drift.divergence}
 
     @torch.no_grad()
     def under_header_trials(self, trials: Sequence[Trial]) -> list[float]:

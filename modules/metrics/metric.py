@@ -3,16 +3,17 @@
 Knows: what a metric may measure with. Refuses to know: which metrics there are, files, where a table goes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from modules.config.schema import Config
+from modules.metrics.own_answers import NO_ANSWERS, Answers
+from modules.metrics.texts import Texts
 from modules.model.base_model import ResidentModel
 from modules.runtime.console import Console
 from modules.runtime.distributed import Rank
 from modules.scoring.budget import Budget
-from modules.scoring.tokenization import Window
 from modules.search.search import Search, WeighedMetric
 from modules.search.whole import Measure
 
@@ -47,8 +48,8 @@ class Context:
     tokenizer: Any
     budget: Budget
     rank: Rank
-    neutral: Sequence[Window]  # text that takes no part in the search
-    neutral_for_trials: Sequence[Window]
+    texts: Texts
+    answers: Answers = NO_ANSWERS  # of the base
     search: Search | None = None  # not there yet for what it is to weigh
 
 
@@ -57,6 +58,8 @@ class Metric:
     """What is measured together, in one pass."""
 
     columns: tuple[Column, ...]
-    prepare: Callable[[Context], Measure | None]  # None: it is not wanted, or can't be measured on this model
+    # It gives None if the metric is not wanted, or can't be measured on this model. None: whoever asks the models
+    # measures it.
+    prepare: Callable[[Context], Measure | None] | None = None
     every_step: bool = False  # whether it is measured before every step of a joint search as well
     weigh: Callable[[Context], WeighedMetric | None] | None = None  # what trials are judged by, if it is configured

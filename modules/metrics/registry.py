@@ -5,11 +5,13 @@ Knows: their order in tables. Refuses to know: what they measure.
 
 from collections.abc import Mapping
 
+from modules.metrics.answers import METRIC as ANSWERS
 from modules.metrics.kl import METRIC as KL
 from modules.metrics.metric import Column, Metric
+from modules.metrics.own_kl import METRIC as OWN_KL
 from modules.metrics.phrases import METRIC as PHRASES
 
-METRICS: list[Metric] = [PHRASES, KL]
+METRICS: list[Metric] = [PHRASES, KL, OWN_KL, ANSWERS]
 
 
 def all_columns() -> list[Column]:

@@ -16,7 +16,7 @@ import transformers
 
 from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.open_models import candidate_sources
-from modules.config.inputs import read_neutral_texts
+from modules.config.inputs import read_neutral_texts, read_prompts
 from modules.config.locations import parse_source
 from modules.config.phrase_lists import Chat
 from modules.config.schema import NO_PART, VERSION, Config, Directories
@@ -31,7 +31,8 @@ def run_of(config: Config, computed: str) -> Run:
     """What a journal says of a run that begins here and now. computed: what it computes in."""
     digest = None
     if config.is_guarded:
-        texts = json.dumps(read_neutral_texts(config.neutral_texts))
+        prompts = [] if config.own_texts == () else read_prompts(config.own_texts, True, "own_texts")
+        texts = json.dumps([read_neutral_texts(config.neutral_texts), prompts])
         digest = hashlib.sha256(texts.encode()).hexdigest()
     return Run(
         format=FORMAT,
@@ -55,6 +56,8 @@ def without_paths(config: Config) -> Config:
         phrase_files=tuple(map(_last_part, config.phrase_files)),
         held_out_files=tuple(map(_last_part, config.held_out_files)),
         neutral_texts=config.neutral_texts and tuple(map(_last_part, config.neutral_texts)),
+        own_texts=config.own_texts and tuple(map(_last_part, config.own_texts)),
+        learn=replace(config.learn, texts=config.learn.texts and _last_part(config.learn.texts)),
         discover=replace(config.discover, prompts=config.discover.prompts and _last_part(config.discover.prompts)),
     )
 
@@ -98,7 +101,7 @@ def changes_between(begun: Run, now: Run) -> dict[str, tuple[Any, Any]]:
         ignored.add("compute_dtype")
     changes = {key: (before[key], after[key]) for key in sorted(before) if key not in ignored}
     if begun.neutral and now.neutral:
-        changes["neutral_texts"] = begun.neutral, now.neutral
+        changes["neutral_texts, own_texts"] = begun.neutral, now.neutral
     return {key: values for key, values in changes.items() if values[0] != values[1]}
 
 

@@ -30,6 +30,7 @@ from modules.runtime.errors import CheckpointError, ConfigError, naming
 from modules.runtime.text import pluralize
 
 SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
+STATE_FILE = "merge_monster_state.safetensors"  # in one that is learned
 UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is no output yet
 _ABOUT_UNFINISHED = (
     "Merge Monster has not finished this output. Run the same command with --resume to continue, or with --restart to\n"
@@ -250,7 +251,7 @@ def unfinished_output(
     folder.mkdir(exist_ok=True)
     with closing(open_journal(folder / JOURNAL_FILE, afresh=restart)) as journal:
         if journal.decisions and not resume:
-            steps = sum(record["kind"] == "step" for record in journal.records)
+            steps = sum(record["kind"] in ("step", "learned") for record in journal.records)
             progress = pluralize(steps, "step") if steps else pluralize(journal.decisions, "decision")
             advice = "add --resume to continue it, or --restart to start over"
             advice = advice if searching else "finish that search, delete this folder, or choose another --output"
@@ -259,8 +260,9 @@ def unfinished_output(
             if not journal.decisions:
                 journal.clear()
             target.mark()
+            kept = (JOURNAL_FILE, UNFINISHED, *([STATE_FILE] if journal.decisions else []))
             for path in folder.iterdir():
-                if path.name not in (JOURNAL_FILE, UNFINISHED):  # left of an earlier attempt at saving
+                if path.name not in kept:  # left of an earlier attempt at saving
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             yield Unfinished(target, journal)
         except BaseException:

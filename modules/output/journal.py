@@ -18,7 +18,7 @@ from modules.runtime.input_files import check_is_file, open_input
 JOURNAL_FILE = "merge_monster_journal.jsonl"
 
 Line = dict[str, Any]  # "kind" says which
-_DECISIONS = ("decision", "step")  # without one of these a run begins at its beginning
+_DECISIONS = ("decision", "step", "learned")  # without one of these a run begins at its beginning
 
 
 class Journal:

@@ -7,7 +7,7 @@ be, which metrics there are, how pictures are drawn, the network.
 import re
 import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -26,7 +26,6 @@ CARD_FILE = "README.md"
 MOST_PHRASES = 60  # in the table
 MOST_COLUMNS = 160  # of a phrase or a context in the table; of a longer one the end is shown
 
-# A paragraph of which nothing is left is left out.
 CARD = """\
 ---
 ${front_matter}
@@ -99,44 +98,57 @@ def model_card(recipe: Recipe, name: str, pictures: Sequence[str | None]) -> str
     settings, needed = recipe.settings, recipe.needed_sources
     unused = [_link(source) for source in recipe.sources if source not in needed]
     merge_map, phrase_chart = pictures
-    values = {
-        "front_matter": _front_matter(recipe),
-        "name": _escaped(name),
+    values = card_values(recipe, name) | {
+        "front_matter": front_matter(recipe, "transformers", "merge"),
         "taken": len(needed) - 1,
         "candidates": pluralize(len(recipe.sources) - 1, "candidate"),
-        "base": _link(recipe.sources[0]),
-        "program": _escaped(recipe.program),
         "strategy": settings.strategy,
         "methods": ", ".join(settings.merge_method),
-        "improved": recipe.improved,
-        "phrases": pluralize(len(recipe.phrases), "pair"),
         "composition": _composition(recipe),
         "unused": f"Candidates not used: {', '.join(unused)}." if unused else "",
         "merge_map": f"![What each layer is made of]({merge_map})" if merge_map else "",
+        "phrase_chart": f"![Every phrase before and after the merge]({phrase_chart})" if phrase_chart else "",
+        "recipe_file": RECIPE_FILE,
+        "command": fenced("sh", _command(recipe)),
+    }
+    return filled(CARD.replace("$how", JOINT if recipe.joint else GREEDY), values)
+
+
+def card_values(recipe: Recipe, name: str, who: str = "merge") -> dict[str, object]:
+    """What the cards of all outputs say, by its name in their templates. who: has answered the samples."""
+    return {
+        "name": _escaped(name),
+        "base": _link(recipe.sources[0]),
+        "program": _escaped(recipe.program),
+        "improved": recipe.improved,
+        "phrases": pluralize(len(recipe.phrases), "phrase"),
         "metrics": _metrics(recipe),
         "most": MOST_PHRASES,
         "phrase_table": _phrases(recipe.phrases),
-        "phrase_chart": f"![Every phrase before and after the merge]({phrase_chart})" if phrase_chart else "",
-        "samples": _samples(recipe) if recipe.samples else "",
-        "settings": _fenced("yaml", settings_yaml(recipe, name)),
-        "recipe_file": RECIPE_FILE,
-        "command": _fenced("sh", _command(recipe)),
+        "samples": _samples(recipe, who) if recipe.samples else "",
+        "settings": fenced("yaml", settings_yaml(recipe, name)),
     }
-    card = CARD.replace("$how", JOINT if recipe.joint else GREEDY)
-    paragraphs = [Template(paragraph).substitute(values) for paragraph in card.split("\n\n")]
+
+
+def filled(template: str, values: Mapping[str, object]) -> str:
+    """A card from its template. A paragraph of which nothing is left is left out."""
+    paragraphs = [Template(paragraph).substitute(values) for paragraph in template.split("\n\n")]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def _front_matter(recipe: Recipe) -> str:
-    """For the hub, which takes nothing but its own ids as base models: folders are named in the text only."""
+def front_matter(recipe: Recipe, library: str, relation: str) -> str:
+    """For the hub, which takes nothing but its own ids as base models: folders are named in the text only.
+
+    library: that opens the output. relation: of the output to its base models.
+    """
     repositories = [repo for source in recipe.needed_sources for repo, _ in repositories_in(source.where)]
     data = ModelCardData(
         base_model=list(dict.fromkeys(repositories)) or None,
         # With one base model the hub would take the output for a fine-tune.
-        base_model_relation="merge" if repositories else None,
-        library_name="transformers",
+        base_model_relation=relation if repositories else None,
+        library_name=library,
         pipeline_tag="text-generation",
-        tags=["merge", "mergemonster"],
+        tags=[relation, "mergemonster"],
     )
     return data.to_yaml()
 
@@ -169,9 +181,9 @@ def _phrases(phrases: Sequence[Phrase]) -> str:
     return _table(("", "phrase", "context", "weight", "before", "after"), rows)
 
 
-def _samples(recipe: Recipe) -> str:
-    lines = [textwrap.fill(line, 100, subsequent_indent=" " * 9) for line in sample_lines(recipe.samples)]
-    return "## Samples\n\n" + _fenced("text", "\n".join(lines))
+def _samples(recipe: Recipe, who: str) -> str:
+    lines = [textwrap.fill(line, 100, subsequent_indent=" " * 9) for line in sample_lines(recipe.samples, who)]
+    return "## Samples\n\n" + fenced("text", "\n".join(lines))
 
 
 def _command(recipe: Recipe) -> str:
@@ -197,7 +209,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
-def _fenced(language: str, text: str) -> str:
+def fenced(language: str, text: str) -> str:
     """A block of text to the letter, whatever fences are in it; what can't be seen is escaped."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)

@@ -120,7 +120,9 @@ def _heat_maps(recipe: Recipe) -> list[HeatMap]:
         for column in columns_of(recipe.joint.slopes):
             slopes = recipe.joint.slopes[column.name]
             largest = max(abs(slope) for row in slopes for slope in row) or 1.0
-            rows = [[slope / largest for slope in row] for row in slopes]
+            rows = []
+            for row in slopes:
+                rows.append([slope / largest for slope in row])
             title = (
                 f"Effect of each weight on the {column.label} at the start (in units of {largest:.3g}; blue lowers it)"
             )

@@ -41,7 +41,7 @@ RECIPE_FILE = "merge_monster_recipe.json"
 
 
 class Recipe(Record):
-    """What docs/recipe.md explains, key by key."""
+    """What docs/output.md explains, key by key."""
 
     format: Literal[FORMAT]
     program: str

@@ -27,6 +27,7 @@ from modules.config.fields import COMPUTE_DTYPES
 from modules.config.phrase_lists import Chat
 from modules.config.schema import Config
 from modules.merging.methods import parsed, spelled
+from modules.metrics.own_answers import ANSWERS, Answers
 from modules.scoring.budget import Packing
 from modules.search.decision import Decision
 
@@ -63,6 +64,10 @@ def _packing(value: Any) -> Packing:
     if min(packing.tokens, packing.logits) < 0:
         raise ValueError("expected sizes of at least 0")
     return packing
+
+
+def _answers(value: Any) -> Answers:
+    return value if isinstance(value, Answers) else ANSWERS.validate_python(value)
 
 
 Settings = Annotated[Config, PlainValidator(_settings), PlainSerializer(Config.dumped)]
@@ -158,6 +163,14 @@ class Step(Record):
     seconds: Number
 
 
+class Learned(Record):
+    """A step of learning: the metrics that it began with."""
+
+    step: Count
+    metrics: Metrics  # loss, total and, by text, drift
+    seconds: Number
+
+
 class Phrase(Record):
     """A pair of phrase and context with its signed weight, and its probability before and after the run."""
 
@@ -185,14 +198,22 @@ class Sample(Record):
     merge: str
 
 
+class Answered(Record):
+    """What the base has answered to prompts."""
+
+    answers: Annotated[Answers, PlainValidator(_answers), PlainSerializer(asdict)]
+
+
 # The lines of a journal, by kind.
 LINES = {
     "run": Run,
     "source": Source,
+    "answers": Answered,
     "start": Scored,
     "baseline": Scored,
     "joint": Mixed,
     "step": Step,
+    "learned": Learned,
     "decision": Decided,
     "candidate": Scored,
 }

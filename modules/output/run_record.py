@@ -74,10 +74,13 @@ class RunRecord:
             begun = [list(map(len, joint.start)) for joint in self._lines["joint"]]
             forms = [list(map(len, rows)) for rows in (line.shares, line.mean, line.square)]
             return line.step == len(self._lines["step"]) + 1 and forms == begun * 3
+        if kind == "learned":
+            return line.step == len(self._lines["learned"]) + 1
         if isinstance(line, Scored | Decided) and len(line.log_probabilities) != len(config.pairs):
             return False
         if kind == "start":
-            return len(line.weights) == len(config.pairs) and len(line.rounding) in (0, len(config.pairs))
+            is_of_pairs = len(line.weights) == len(config.pairs) and len(line.rounding) in (0, len(config.pairs))
+            return is_of_pairs and bool(self._lines["answers"])
         if isinstance(line, Decided):
             earlier = sum(other.candidate == line.candidate for other in self._lines["decision"])
             turn, method = divmod(earlier, len(config.merge_method))
@@ -174,7 +177,7 @@ class RunRecord:
         seconds: Mapping[str, float],
         shares: Rows = (),
     ) -> Recipe:
-        """Everything that another person needs to build the same model and to see what it is; see docs/recipe.md.
+        """Everything that another person needs to build the same model and to see what it is; see docs/output.md.
 
         metrics: of base and merge. held_out: the pairs that were, maybe none. model: device, compute and saved dtype.
         seconds: by phase; those of the search are in the journal. shares: of a joint search.

@@ -85,6 +85,15 @@ def score_summary(
     return _aligned({**model, **models, "Pairs": _pairs(config), **scorer, "Auto weights": _on(config.auto_weights)})
 
 
+def learn_summary(
+    config: Config, model: Mapping[str, object], scorer: Mapping[str, object], learned: Mapping[str, object]
+) -> list[str]:
+    """The same where an adapter is learned. learned: what there is to say of it."""
+    rows = {**model, "Random seed": config.random_seed, "Base model": config.directories.model_path1}
+    rows |= {"Output directory": config.directories.output_directory, "Pairs": _pairs(config), **scorer}
+    return _aligned({**rows, "Auto weights": _on(config.auto_weights), **learned})
+
+
 def _aligned(rows: Mapping[str, object]) -> list[str]:
     return [f"{name:<16} : {value}" for name, value in rows.items()]
 
@@ -200,7 +209,9 @@ def by_other_settings(name: str) -> str:
 def results_table(rows: Sequence[ResultRow]) -> list[str]:
     """Models side by side, a column for each metric that is known of one of them."""
     shown = columns_of(*(row.metrics for row in rows))
-    body = [[row.name, *(column.text(row.metrics.get(column.name)) for column in shown)] for row in rows]
+    body = []
+    for row in rows:
+        body.append([row.name, *(column.text(row.metrics.get(column.name)) for column in shown)])
     return table(["Model", *(column.label for column in shown)], body)
 
 
@@ -249,14 +260,15 @@ def probability_table(
     return [*table(header, rows[:count], rows[count:]), f"probabilities of the phrases, without weights{last}"]
 
 
-def sample_lines(samples: Sequence[Sample]) -> list[str]:
-    """Prompts and, below each, what base and merge have answered."""
-    lines = ["Answers of base and merge, with the same seed:"]
+def sample_lines(samples: Sequence[Sample], who: str = "merge") -> list[str]:
+    """Prompts and, below each, the answers of base and merge. who: stands in the place of the merge."""
+    lines = [f"Answers of base and {who}, with the same seed:"]
+    width = len(f"  {who}: ")
     for sample in samples:
-        answers = ("  base:", ended(sample.base)), ("  merge:", ended(sample.merge))
+        answers = ("  base:", ended(sample.base)), (f"  {who}:", ended(sample.merge))
         for label, text in (("Prompt:", sample.prompt), *answers):
             first, *more = text.strip().splitlines() or ["(nothing)"]
-            lines += [f"{label:<9}{first}", *(f"{'':<9}{line}" for line in more)]
+            lines += [f"{label:<{width}}{first}", *(f"{'':<{width}}{line}" for line in more)]
     return [*lines, ""] if samples else []
 
 

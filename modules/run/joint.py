@@ -112,7 +112,9 @@ class JointConductor(Conductor):
 
         slopes = {"total": slopes_of(None)}
         for name, weight in limits.weights.items():
-            slopes[name] = [[slope / weight for slope in row] for row in slopes_of(name)]
+            slopes[name] = []
+            for row in slopes_of(name):
+                slopes[name].append([slope / weight for slope in row])
         self.record.note("joint", start=shares, slopes=slopes)
         return shares
 
@@ -149,7 +151,8 @@ class JointConductor(Conductor):
         maxima = self.search.limits.maxima
         factor = largest_factor(partial(self._is_allowed, state)) if maxima else 1.0
         if factor < 1:
-            limits = ", ".join(f"{column.limit_key} {maxima[column.name]:g}" for column in columns_of(maxima))
+            named = {column.limit_key: maxima[column.name] for column in columns_of(maxima)}
+            limits = ", ".join(f"{key} {most:g}" for key, most in named.items())
             self.console.timed(f"Scaled all weights by {factor:.3f} to hold {limits}")
         others = [*self._reached(), ("the base", ((0.0,) * len(self._candidates),) * self._joint.mix.rows)]
         objectives = [self._composed(shares) for _, shares in others]
@@ -161,9 +164,12 @@ class JointConductor(Conductor):
     def _reached(self) -> list[tuple[str, Rows]]:
         """Each candidate's name and shares where it is taken as far as the search goes: whole, or in some layers."""
         names, mix = [candidate.name for candidate in self._candidates], self._joint.mix
-        rows = [tuple(float(other == number) for other in range(len(names))) for number in range(len(names))]
         where = " in the searched layers" if mix.is_restricted else ""
-        return [(name + where, mix.limited((row,) * mix.rows)) for name, row in zip(names, rows, strict=True)]
+        reached = []
+        for number, name in enumerate(names):
+            row = tuple(float(other == number) for other in range(len(names)))
+            reached.append((name + where, mix.limited((row,) * mix.rows)))
+        return reached
 
     def _is_allowed(self, state: JointState, factor: float) -> bool:
         """Whether the metrics stay within their limits with all shares multiplied with a factor."""

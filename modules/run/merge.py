@@ -5,6 +5,7 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from modules.config.inputs import check_apart, input_paths, read_neutral_texts
 from modules.config.schema import Config
 from modules.metrics.evaluator import Evaluator
 from modules.metrics.metric import Context
+from modules.metrics.own_answers import NO_ANSWERS, Answers, base_answers
 from modules.metrics.registry import METRICS
+from modules.metrics.texts import drift_texts
 from modules.model.arithmetic import Arithmetic
 from modules.model.base_model import ResidentModel
 from modules.model.loading import ModelLoader, release_memory
@@ -40,7 +43,7 @@ from modules.scoring.chats import Asked
 from modules.scoring.layout import build_scorer
 from modules.scoring.narrowness import check_float16
 from modules.scoring.scorer import Scorer
-from modules.scoring.tokenization import Encoded, doubtful_phrases, encode_pairs, neutral_windows
+from modules.scoring.tokenization import Encoded, doubtful_phrases, encode_pairs
 from modules.search.search import Search, WeighedMetric
 from modules.search.strategies import total_rounding
 
@@ -55,6 +58,7 @@ class Start:
 
 
 NOTHING_TO_SEARCH = None  # said in place of a Start
+NOBODY_ASKED = Asked()
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
             begun = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
-            loader, asked = ask(loader, models, begun and begun.settings, loader.config.prompts)
+            loader, asked = ask(loader, models, begun and begun.settings)
             check_space(models.jobs)
             config = replace(loader.config, device=loader.device)
             plan = make_plan(config, models, loader.rank.local_world_size, begun and begun.computed)
@@ -151,8 +155,8 @@ def _conclude(conductor: Conductor, models: Models) -> tuple[Recipe, dict[str, t
         console.warning(
             "no merge was accepted, so the output equals the base; monster_mapper.py shows how likely your phrases are"
         )
+    samples = conductor.samples.compare(evaluator)
     show_results(conductor, models.candidates)
-    samples = conductor.samples.compared()
     console.lines(report.sample_lines(samples))
     names = [models.base.name, *(candidate.name for candidate in models.candidates)]
     console.lines(report.share_lines(names, conductor.shares, conductor.layers))
@@ -193,7 +197,7 @@ def begin_search(
     """
     config, console = loader.config, loader.console
     note_source(record, group, 0, models.base_where, models.base)
-    context = load_base(loader, models, budget, group, placement, record.packing)
+    context = load_base(loader, models, budget, group, placement, record, asked or Asked())
     search = context.search
     names = [candidate.name for candidate in models.candidates]
     weighed: dict[str, str] = {}
@@ -206,7 +210,7 @@ def begin_search(
 
     # What the main process can't evaluate, no process can.
     evaluator = group.on_main_process(lambda: Evaluator(context))
-    samples = group.on_main_process(lambda: Samples(config, console, search.model, search.tokenizer, asked))
+    samples = Samples(context, asked or Asked())
     conductor = JointConductor if config.search == "joint" else Conductor
     return conductor(config, console, search, record, prefetcher, evaluator, samples)
 
@@ -217,30 +221,49 @@ def load_base(
     budget: Budget,
     group: Group = ALONE,
     placement: Sequence[torch.device] | None = None,
-    before: Packing | None = None,
+    record: RunRecord | None = None,
+    asked: Asked = NOBODY_ASKED,
     weighs: bool = True,
 ) -> Context:
     """The base loaded and scored, and what metrics are measured with.
 
-    before: see `build_shared_scorer`. weighs: whether there will be trials, which metrics may judge.
+    record: of the run; None if there will be no trials. asked: prompts as the base reads them; of the main process.
+    weighs: whether there are trials, which metrics may judge.
     """
     config = loader.config
     model, tokenizer = loader.load(models, placement)
+    answers = shared_answers(model, tokenizer, loader, asked, group, record)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     loader.console.timed("Scoring the base")
-    scorer = build_shared_scorer(model, encoded, budget, before, group)
-    texts = read_neutral_texts(config.neutral_texts)
-    longest, for_trials = model.max_tokens, config.tokens_for_trials
-    windows, trial_windows = neutral_windows(tokenizer, texts, model.vocabulary, longest, for_trials)
-    loader.console.lines(group.on_all_ranks(lambda: check_float16(scorer, [*windows, *trial_windows])))
-    context = Context(config, loader.console, model, tokenizer, budget, group.rank, windows, trial_windows)
+    scorer = build_shared_scorer(model, encoded, budget, record and record.packing, group)
+    texts = drift_texts(config, model, tokenizer, answers)
+    loader.console.lines(group.on_all_ranks(lambda: check_float16(scorer, texts.all)))
+    context = Context(config, loader.console, model, tokenizer, budget, group.rank, texts, answers)
 
     def weigh() -> list[WeighedMetric]:
         weighed = [metric.weigh(context) for metric in METRICS if metric.weigh]
         return [metric for metric in weighed if metric is not None]
 
-    weighed = group.on_all_ranks(weigh) if weighs else []
+    weighed = group.on_all_ranks(weigh) if record and weighs else []
     return replace(context, search=Search(model, scorer, config, tokenizer, group, weighed))
+
+
+def shared_answers(
+    model: ResidentModel,
+    tokenizer: Any,
+    loader: ModelLoader,
+    asked: Asked,
+    group: Group,
+    record: RunRecord | None,
+) -> Answers:
+    """What the base answers: what an earlier run has noted, and what the main process generates."""
+    lines = record.lines("answers") if record else []
+    noted = lines[-1].answers if lines else NO_ANSWERS
+    generate = partial(base_answers, model, tokenizer, loader.config, asked, loader.console, noted)
+    answers = group.broadcast(group.on_main_process(generate))
+    if record and (not lines or answers != noted):
+        record.note("answers", answers=answers)
+    return answers
 
 
 def build_shared_scorer(

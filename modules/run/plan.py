@@ -32,7 +32,7 @@ from modules.runtime.errors import ConfigError
 from modules.runtime.text import duration, in_memory, on_disk, ranges
 from modules.scoring.budget import TOKENS, Budget, budget_of, layer_bytes, logits_bytes
 from modules.scoring.layout import NOT_TAKEN
-from modules.scoring.packing import build_packs
+from modules.scoring.packing import Pack, build_packs
 from modules.scoring.tokenization import doubled_tokens, encode_pairs, neutral_windows
 from modules.search.search import forwards_of_candidate
 
@@ -55,7 +55,7 @@ class Plan:
     arithmetic: Arithmetic
     sizes: Sizes
     packs: tuple[int, ...]  # tokens in every pack of the forest
-    trial_tokens: int  # of neutral text, on which drift is measured under every trial
+    trial_tokens: int  # on which drift is measured under every trial
     neutral_tokens: int  # on which it is measured after every candidate
     memory: Memory
     free: int | None  # bytes of memory where the weights go; None: not known
@@ -110,7 +110,7 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     texts = read_neutral_texts(config.neutral_texts)
-    neutral, trial = neutral_windows(tokenizer, texts, sizes.vocabulary, longest, config.tokens_for_trials)
+    neutral, _ = neutral_windows(tokenizer, texts, sizes.vocabulary, longest)
     is_joint = config.search == "joint"
     stack = 1 if is_joint else max(len(ratios_for(method, config.merge_ratios)) for method in config.merge_method)
 
@@ -125,7 +125,7 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
 
     packs = list(build_packs(encoded, "forest", budget.tokens))
     tokens = tuple(pack.tokens for pack in packs)
-    columns = max(len({target.column for target in pack.targets}) for pack in packs)
+    columns = max(map(_columns, packs))
     kept_layers = sizes.layers if is_joint else 1  # of whose hidden states there are at a time
     hidden_states = min(budget.cache, kept_layers * sum(tokens) * sizes.hidden * stream.itemsize)
     logits = 2 * logits_bytes(sizes, stack, columns, budget)  # as the model has them, then in float32
@@ -142,7 +142,7 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
         arithmetic=arithmetic,
         sizes=sizes,
         packs=tokens,
-        trial_tokens=sum(map(len, trial)),
+        trial_tokens=config.neutral_tokens if config.is_guarded else 0,
         neutral_tokens=sum(map(len, neutral)),
         memory=replace(weights, activations=activations),
         free=free,
@@ -154,6 +154,11 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
         downloads=bytes_needed(models.jobs),
         warnings=tuple(doubled_tokens(tokenizer, config.pairs)),
     )
+
+
+def _columns(pack: Pack) -> int:
+    """At how many of a pack's tokens the head is read."""
+    return len({target.column for target in pack.targets})
 
 
 def _free_on(device: torch.device, sharing: int) -> int | None:
@@ -237,7 +242,7 @@ def estimate_seconds(plan: Plan, module: PreTrainedModel) -> float | None:
     """
     longest = max(plan.packs)
     try:
-        seconds = _seconds_of_a_layer(module, longest, plan)
+        seconds = seconds_of_a_layer(module, longest, plan.arithmetic.dtype, plan.device)
     except NOT_TAKEN:  # the model's forward needs something else, or there is no memory for it
         return None
     count = len(plan.candidates)
@@ -249,20 +254,20 @@ def estimate_seconds(plan: Plan, module: PreTrainedModel) -> float | None:
 
 
 @torch.no_grad()
-def _seconds_of_a_layer(module: PreTrainedModel, tokens: int, plan: Plan) -> float:
-    """A forward of so many tokens through the first layers, for one of them."""
+def seconds_of_a_layer(module: PreTrainedModel, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """A forward of so many tokens through the first layers, for one of them. module: the base's, without weights."""
     module = copy.deepcopy(module)
     layers, few = find_layers(module)[1], module.base_model
     del layers[TIMED_LAYERS:]
-    few.to(plan.arithmetic.dtype).to_empty(device=plan.device)
+    few.to(dtype).to_empty(device=device)
     for tensor in (*few.parameters(), *few.buffers()):
         tensor.fill_(0.01 if tensor.is_floating_point() else 0)
-    inputs = torch.zeros(1, tokens, dtype=torch.long, device=plan.device)
+    inputs = torch.zeros(1, tokens, dtype=torch.long, device=device)
     few(inputs[:, :1], use_cache=False)  # what is only done the first time is not timed
     begin = time.perf_counter()
     few(inputs, use_cache=False)
-    if plan.device.type != "cpu":  # there, work has only been begun when the call returns
-        torch.accelerator.synchronize(plan.device)
+    if device.type != "cpu":  # there, work has only been begun when the call returns
+        torch.accelerator.synchronize(device)
     return (time.perf_counter() - begin) / len(layers)
 
 

@@ -1,56 +1,64 @@
-"""What base and merge answer to the same prompts.
+"""What the merge answers to the prompts that the base has answered at the start.
 
-Knows: who is asked when, how long that takes. Refuses to know: how an answer is generated.
+Knows: which prompts the merge is asked, which answers are shown. Refuses to know: how an answer is generated, what is
+counted in it.
 """
 
 import time
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
-from modules.config.schema import Config
-from modules.model.base_model import ResidentModel
+from modules.metrics.answers import count_answers, warnings
+from modules.metrics.evaluator import Evaluator
+from modules.metrics.metric import Context
+from modules.metrics.own_answers import MOST_SAMPLES, Answer, generate_answers, only_warned
 from modules.output.records import Sample
-from modules.runtime.console import Console
-from modules.runtime.errors import first_line, without_panics
-from modules.runtime.oom import retry_on_oom
 from modules.runtime.text import pluralize
-from modules.scoring.chats import Asked, has_template
-from modules.scoring.samples import SamplingParams, answers
+from modules.scoring.chats import Asked
+from modules.scoring.samples import DEFAULT, Written, empty_answers, visible
 
 
 class Samples:
-    """Asks the base, and later the merge."""
+    """Compares the base's answers with the merge's."""
 
-    def __init__(
-        self, config: Config, console: Console, model: ResidentModel, tokenizer: Any, asked: Asked | None = None
-    ) -> None:
-        """Ask the base now, so that it need not come back. asked: the prompts as it reads them."""
+    def __init__(self, context: Context, asked: Asked) -> None:
+        """asked: the prompts as the base reads them."""
+        self._context = context
+        self._asked = asked
+        self.seconds = 0.0
+
+    def compare(self, evaluator: Evaluator, what: str = "merge") -> list[Sample]:
+        """Answers of base and merge to show; how all answers differ is added to the evaluator's metrics. what: stands
+        in the place of the merge."""
+        if self._context.config.samples == ():
+            return []
         began = time.monotonic()
-        asked = asked or Asked()
-        params = SamplingParams(asked=asked)
-        self._console = console
-        self._answers = partial(answers, model, tokenizer, seed=config.random_seed, params=params)
-        prompts = [prompt for prompt in config.prompts if prompt in asked.texts or not has_template(tokenizer)]
-        self._of_base = self._ask("base", prompts)
+        console, config = self._context.console, self._context.config
+        shown, samples = self._context.answers.shown, self._context.answers.samples
+        given = {answer.prompt: answer.given for answer in (*shown, *samples)}
+        console.timed(f"Generating the {what}'s answers to {pluralize(len(given), 'prompt')}")
+        model, tokenizer = self._context.model, self._context.tokenizer
+        written: dict[str, Written] = {}
+        if given:
+            with only_warned(console):
+                written = generate_answers(model, tokenizer, given, config.random_seed, console)
+        compared = [answer for answer in shown if answer.prompt in written]
+        of_base = self._counted(compared, [answer.written for answer in compared])
+        of_merge = self._counted(compared, [written[answer.prompt] for answer in compared])
+        evaluator.add(of_base, of_merge)
+        console.warnings(warnings(of_base, of_merge, what))
+        chosen = samples or shown[:MOST_SAMPLES]
+        found = [self._sample(answer, written[answer.prompt]) for answer in chosen if answer.prompt in written]
+        texts = [[sample.base, sample.merge] for sample in found]
+        console.warnings(empty_answers(texts, self._asked, DEFAULT.tokens))
         self.seconds = time.monotonic() - began
-
-    def compared(self) -> list[Sample]:
-        """The prompts with what the base has answered, and what the model answers by now."""
-        began = time.monotonic()
-        of_merge = self._ask("merge", list(self._of_base))
-        self.seconds += time.monotonic() - began
-        return [Sample(prompt=prompt, base=self._of_base[prompt], merge=merge) for prompt, merge in of_merge.items()]
-
-    def _ask(self, who: str, prompts: Sequence[str]) -> dict[str, str]:
-        """What the model answers; nothing, and a warning, where it can't: no reason to lose a merge."""
-        if prompts:
-            self._console.timed(f"Generating the {who}'s answers to {pluralize(len(prompts), 'prompt')}")
-        try:
-            with without_panics():
-                found, problems = retry_on_oom(lambda: self._answers(prompts))
-        except Exception as error:  # of an architecture, of a chat template, of a device
-            self._console.warning(f"no samples: {first_line(error)}")
-            return {}
-        self._console.warnings(problems)
         return found
+
+    def _counted(self, answers: Sequence[Answer], texts: Sequence[Written]) -> dict[str, float]:
+        read = [self._read(answer, text) for answer, text in zip(answers, texts, strict=True)]
+        return count_answers(read, [text.ended for text in texts])
+
+    def _sample(self, answer: Answer, written: Written) -> Sample:
+        return Sample(prompt=answer.prompt, base=self._read(answer, answer.written), merge=self._read(answer, written))
+
+    def _read(self, answer: Answer, text: Written) -> str:
+        return visible(self._context.tokenizer, text, answer.prompt, self._asked)

@@ -32,10 +32,11 @@ from modules.output.tables import (
 )
 from modules.output.text_files import check_file, write_text
 from modules.run.merge import load_base
-from modules.run.steps import end, prepare_libraries, with_chats_rendered
+from modules.run.steps import ask, end, prepare_libraries
 from modules.runtime.console import Console
 from modules.runtime.errors import BrokenWeights, CheckpointError, ConfigError, TooNarrow
 from modules.scoring.budget import Budget
+from modules.scoring.chats import Asked
 from modules.scoring.tokenization import doubled_tokens, doubtful_phrases
 from modules.search.search import Search
 from modules.search.strategies import probability
@@ -66,13 +67,13 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
     if file:
         check_file("--json", file, overwrite)
     read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
-    loader = ModelLoader(replace(config, samples=()), console)  # nobody is asked anything
+    loader = ModelLoader(replace(config, samples=()), console)  # no model but the base answers
     models = loader.open()
     check_space(models.jobs)
-    loader = with_chats_rendered(loader.fitting(models, with_header=True), models)
+    loader, asked = ask(loader.fitting(models, with_header=True), models)
     config = loader.config
     console.warnings(doubtful_phrases(config.pairs))
-    search, evaluator, scored = loader.in_range(lambda wide: _scored(wide, models))
+    search, evaluator, scored = loader.in_range(lambda wide: _scored(wide, models, asked))
     held_out = evaluator.phrases.pairs
     console.lines(results_table([ResultRow(model.label, model.found.metrics) for model in scored]))
     probabilities = {model.name: model.probabilities for model in scored}
@@ -106,13 +107,13 @@ def _document(
     return {"models": models, "phrases": phrases}
 
 
-def _scored(loader: ModelLoader, models: Models) -> tuple[Search, Evaluator, list[Scored]]:
+def _scored(loader: ModelLoader, models: Models, asked: Asked) -> tuple[Search, Evaluator, list[Scored]]:
     """The base and what has scored it; all models' scores, the base's first."""
     config, console = loader.config, loader.console
     with fetching(console, models.jobs) as prefetcher:
         prefetcher.wait(0)
         placement = loader.placement(models, with_header=True)
-        context = load_base(loader, models, Budget(), placement=placement, weighs=False)
+        context = load_base(loader, models, Budget(), placement=placement, asked=asked)
         search = context.search
         model, tokenizer, scorer = search.model, search.tokenizer, search.scorer
         if not scorer.has_tails:

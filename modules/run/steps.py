@@ -20,6 +20,7 @@ from modules.checkpoints.downloads import remove_downloads
 from modules.checkpoints.open_models import Models
 from modules.config.phrase_lists import Chat
 from modules.config.schema import Config
+from modules.metrics.own_answers import prompts_of
 from modules.model.loading import ModelLoader
 from modules.output.card_settings import settings_file
 from modules.output.changes import compare_fingerprints, rendered_in
@@ -53,29 +54,37 @@ LARGEST_LOOKED_AT = 1_000_000  # bytes; vocabularies have more, and no paths
 
 def with_chats_rendered(loader: ModelLoader, models: Models, begun: Config | None = None) -> ModelLoader:
     """A loader whose configuration has chats as the base's tokenizer writes them. Otherwise as `ask`."""
-    return ask(loader, models, begun, prompts=())[0]
+    return ask(loader, models, begun, with_prompts=False)[0]
 
 
-def ask(loader: ModelLoader, models: Models, begun: Config | None, prompts: Sequence[str]) -> tuple[ModelLoader, Asked]:
+def ask(
+    loader: ModelLoader,
+    models: Models,
+    begun: Config | None = None,
+    with_prompts: bool = True,
+    also: Sequence[str] = (),
+) -> tuple[ModelLoader, Asked]:
     """A loader whose configuration has chats as the base's tokenizer writes them; and prompts as the base reads them.
 
-    begun: of the run that goes on. What it has rendered is taken from there: a template may print today's date.
+    begun: of the run that goes on. What it has rendered is taken from there: a template may print today's date. also:
+    more prompts.
     Raises ConfigError for a chat that can't be rendered. A prompt that can't be is no reason to lose a merge: it is
     told and left out.
     """
     base, config, known = models.base, loader.config, rendered_in(begun) if begun else {}
     new = [chat for chat in chats_of(config) if chat not in known]
-    if not (new or prompts):
+    if not new and not with_prompts:
         return replace(loader, config=with_texts(config, known)), Asked()
     tokenizer = load_tokenizer(base.path, base.companions)
-    chats = dict.fromkeys(map(chat_of, prompts if has_template(tokenizer) else ()), "samples")
-    chats |= dict.fromkeys(new, CONTEXTS)
+    prompts = dict.fromkeys([*(prompts_of(config, has_template(tokenizer)).all if with_prompts else ()), *also])
+    chats = dict.fromkeys(new, CONTEXTS)
+    for prompt in prompts if has_template(tokenizer) else ():
+        chats[chat_of(prompt)] = "samples" if prompt in (config.samples or ()) else "own_texts"
     rendered = render(tokenizer, config.directories.model_path1, chats, config.template, config.system)
     check_refusals([rendered.refusals[chat] for chat in new if chat in rendered.refusals], "contexts")
     for refusal in list(rendered.refusals.values())[:1]:  # of others the reason is mostly the same
         count = pluralize(len(rendered.refusals), "prompt")
-        which = f"no sample for {count}" if rendered.texts else "no samples"
-        loader.console.warning(f"{which}: {refusal}")
+        loader.console.warning(f"{count} can't be asked: {refusal}")
     loader.console.warnings(_scored_in_thoughts(rendered, new))
     texts = known | {chat: rendered.texts[chat] for chat in new}
     return replace(loader, config=with_texts(config, texts)), asked_of(tokenizer, rendered, prompts)

@@ -73,7 +73,7 @@ def table(header: Sequence[str], *groups: Sequence[Sequence[str]], widths: Seque
     """
     if not widths:
         rows = [header, *(cells for group in groups for cells in group)]
-        widths = [max(columns(one_line(cell)) for cell in column) for column in zip(*rows, strict=True)]
+        widths = [max(map(columns, map(one_line, column))) for column in zip(*rows, strict=True)]
     first = row(header, widths)
     rule = "-" * columns(first)
     lines = [rule, first, rule]

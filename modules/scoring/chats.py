@@ -97,8 +97,10 @@ def render(
         source, added = _source(tokenizer, name, settings), list(tokenizer.get_added_vocab())
         settings = {**tokenizer.special_tokens_map, **settings}
     distinct = list(dict.fromkeys(chat.messages for chat in chats))
-    turns = [[{"role": turn.role, "content": turn.content} for turn in messages] for messages in distinct]
-    found = _outcomes(tokenizer, {"template": source, "settings": settings, "conversations": turns})
+    conversations = []
+    for messages in distinct:
+        conversations.append([{"role": turn.role, "content": turn.content} for turn in messages])
+    found = _outcomes(tokenizer, {"template": source, "settings": settings, "conversations": conversations})
     by_messages = dict(zip(distinct, found, strict=True))
     texts, refusals = dict[Chat, str](), dict[Chat, str]()
     for chat, key in chats.items():
@@ -137,15 +139,11 @@ def within_thoughts(rendered: Rendered) -> list[Chat]:
 
 def with_texts(config: Config, texts: Mapping[Chat, str]) -> Config:
     """The configuration with chats' texts as the contexts that are scored; a chat without one stays as it is."""
-    return replace(
-        config,
-        **{
-            key: tuple(
-                replace(pair, context=texts[pair.chat]) if pair.chat in texts else pair for pair in getattr(config, key)
-            )
-            for key in _PAIRS
-        },
-    )
+    rendered = {}
+    for key in _PAIRS:
+        pairs = getattr(config, key)
+        rendered[key] = tuple(replace(pair, context=texts.get(pair.chat, pair.context)) for pair in pairs)
+    return replace(config, **rendered)
 
 
 def _source(tokenizer: Any, name: str, settings: dict[str, Any]) -> str:

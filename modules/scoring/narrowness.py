@@ -12,18 +12,17 @@ from torch import Tensor
 
 from modules.model.arithmetic import FALLBACK
 from modules.model.base_model import ResidentModel
-from modules.scoring.drift import DriftMeter
+from modules.scoring.drift import DriftMeter, Passage
 from modules.scoring.exactness import ROUNDING
 from modules.scoring.hidden_states import last_states
 from modules.scoring.scorer import Scorer
-from modules.scoring.tokenization import Window
 
 # How much further apart the two may be than the wide one's own rounding puts it: float16's error is an eighth of that.
 MARGIN = 4.0
 
 
 @torch.no_grad()
-def check_float16(scorer: Scorer, windows: Sequence[Window]) -> list[str]:
+def check_float16(scorer: Scorer, passages: Sequence[Passage]) -> list[str]:
     """A line about how well float16 serves a model that computes in it because nobody asked for another type.
 
     Raises what `ResidentModel.too_narrow` says if it overflows on a phrase of this process or on neutral text, or says
@@ -36,8 +35,8 @@ def check_float16(scorer: Scorer, windows: Sequence[Window]) -> list[str]:
     apart = _check_phrases(model, scorer)
     if not model.may_widen:
         return []
-    if windows:
-        _check_text(model, windows)
+    if passages:
+        _check_text(model, passages)
     return [f"Computing in float16: phrase scores differ by {apart:.2g} nats per token from {FALLBACK.name}"]
 
 
@@ -59,11 +58,11 @@ def _check_phrases(model: ResidentModel, scorer: Scorer) -> float:
     return apart
 
 
-def _check_text(model: ResidentModel, windows: Sequence[Window]) -> None:
+def _check_text(model: ResidentModel, passages: Sequence[Passage]) -> None:
     try:
-        meter = DriftMeter(model, windows)
+        meter = DriftMeter(model, passages)
     except ValueError:  # of a head without numbers or, which others say, of a model whose drift can't be measured
-        texts = [torch.tensor([window], device=model.device) for window in windows]
+        texts = [torch.tensor([passage.tokens], device=model.device) for passage in passages]
         _check_finite(model, [last_states(model, {"input_ids": text}, {}) for text in texts])
         return
     _check_finite(model, meter.before)

@@ -22,7 +22,7 @@ from torch import Tensor
 from modules.model.base_model import ResidentModel
 from modules.model.part import row_ranges
 from modules.runtime.errors import ConfigError
-from modules.scoring.drift import DriftMeter
+from modules.scoring.drift import Batch, DriftMeter
 from modules.scoring.hidden_states import ending_in, logits_with
 from modules.scoring.scorer import Scorer, of_variants
 
@@ -104,7 +104,7 @@ class Objective:
         self.dtype = torch.promote_types(torch.float32, model.dtype)  # that logits and sums are made in
         self.before = torch.zeros(0)  # last hidden states of the base on penalties' texts, (positions, H), on the host
         self._lengths: list[int] = []  # of each penalty, how many of these positions are its own
-        self._batches: list[Tensor] = []  # of penalties' texts
+        self._batches: list[Batch] = []  # of penalties' texts
         self._pack(scorer)
         if penalties:
             self._add_penalties(scorer)
@@ -117,17 +117,21 @@ class Objective:
         self.own = torch.zeros(len(self.weights), dtype=torch.bool)  # the pairs of this process
         self.own[self.targets.pairs] = True
         for batch in self._batches:
-            for windows in batch.split(max(1, self.budget.tokens // batch.shape[1])):
-                rows, columns = torch.ones_like(windows).nonzero().unbind(1)
-                self.texts.append(Text(partial(dict, input_ids=windows), windows, rows, columns))
+            size = max(1, self.budget.tokens // batch.ids.shape[1])
+            for ids, compared in zip(batch.ids.split(size), batch.compared.split(size), strict=True):
+                rows, columns = compared.nonzero().unbind(1)
+                self.texts.append(Text(partial(dict, input_ids=ids), ids, rows, columns))
 
     @torch.no_grad()
     def _add_penalties(self, scorer: Scorer) -> None:
         """This process's share of the penalties' texts."""
         own, before = slice(scorer.rank.number, None, scorer.rank.world_size), list[Tensor]()
         for penalty in self.penalties:
-            hidden = [states.flatten(0, 1) for states in penalty.meter.before[own]]
-            self._batches += penalty.meter.batches[own]
+            batches = penalty.meter.batches[own]
+            hidden = [
+                states[batch.compared.cpu()] for batch, states in zip(batches, penalty.meter.before[own], strict=True)
+            ]
+            self._batches += batches
             self._lengths.append(sum(map(len, hidden)))
             before += hidden
         self.before = torch.cat(before) if before else self.before

@@ -9,8 +9,8 @@ device it would be the end of the device, and of the merge that is on it.
 """
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -29,90 +29,104 @@ from modules.scoring.tokenization import encode_prompt
 class SamplingParams:
     """How texts are sampled."""
 
-    tokens: int = 80  # of a text, at most
+    tokens: int = 96  # of a text, at most
     temperature: float = 0.8
     count: int = 1  # texts for a prompt
-    asked: Asked = field(default_factory=Asked)  # prompts as the model reads them
 
 
 DEFAULT = SamplingParams()
 BATCH = 32  # texts that are sampled at once
 
 
-def answers(
-    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], seed: int, params: SamplingParams = DEFAULT
-) -> tuple[dict[str, str], list[str]]:
-    """What the model answers to each prompt; a line on each prompt that it can't take, and one if it does nothing but
-    think. Raises as `sample` does."""
-    found, problems = {}, []
-    for prompt in prompts:
-        try:
-            found[prompt] = sample(model, tokenizer, [prompt], seed, params)[0][0]
-        except ConfigError as error:
-            problems.append(str(error))
-    return found, problems + empty_answers([[text] for text in found.values()], params)
+@dataclass(frozen=True)
+class Written:
+    """A text that a model has written."""
+
+    tokens: tuple[int, ...]  # with the end token, if it ended
+    ended: bool  # whether the model ended it, and not the limit on its length
+
+    @property
+    def said(self) -> tuple[int, ...]:
+        """The tokens without the end token."""
+        return self.tokens[:-1] if self.ended else self.tokens
 
 
-def empty_answers(texts: Sequence[Sequence[str]], params: SamplingParams) -> list[str]:
+def empty_answers(texts: Sequence[Sequence[str]], asked: Asked, tokens: int) -> list[str]:
     """A line if some texts of a model that thinks are empty: their tokens were all spent on thoughts."""
     empty = sum(not text for of_prompt in texts for text in of_prompt)
-    if not empty or not params.asked.thoughts.marks:
+    if not empty or not asked.thoughts.marks:
         return []
-    switch = params.asked.thoughts.switch
+    switch = asked.thoughts.switch
     without = f"; set template: {{{switch}: false}} to turn thinking off" if switch else ""
     what = f"{empty} of {pluralize(sum(map(len, texts)), 'text')} without an answer"
-    return [f"{what}, because thinking took all {params.tokens} tokens{without}"]
+    return [f"{what}, because thinking took all {tokens} tokens{without}"]
 
 
-def same_length_batches(
-    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], params: SamplingParams
-) -> list[list[str]]:
+def same_length_batches(prompts: Mapping[str, Sequence[int]], count: int = 1) -> list[list[str]]:
     """Prompts that can be answered together: they have as many tokens, and at most BATCH texts are sampled at once.
 
-    Together is faster, since a model's weights are read once for all; of one length, nothing needs padding.
+    Together is faster, since a model's weights are read once for all; of one length, nothing needs padding. prompts:
+    with their token ids. count: texts for each.
     """
     by_length: dict[int, list[str]] = {}
-    for prompt in prompts:
-        by_length.setdefault(len(_encoded(model, tokenizer, prompt, params)), []).append(prompt)
-    size = max(1, BATCH // params.count)
+    for prompt, tokens in prompts.items():
+        by_length.setdefault(len(tokens), []).append(prompt)
+    size = max(1, BATCH // count)
     return [alike[first : first + size] for alike in by_length.values() for first in range(0, len(alike), size)]
 
 
+def encoded(
+    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], asked: Asked
+) -> tuple[dict[str, list[int]], list[str]]:
+    """Token ids of the prompts that the model can take; a line on each of the others."""
+    tokens: dict[str, list[int]] = {}
+    problems = []
+    for prompt in prompts:
+        text = asked.texts.get(prompt)
+        try:
+            tokens[prompt] = encode_prompt(tokenizer, prompt, model.vocabulary, model.max_tokens, text)
+        except ConfigError as error:
+            problems.append(str(error))
+    return tokens, problems
+
+
 def sample(
-    model: ResidentModel, tokenizer: Any, prompts: Sequence[str], seed: int, params: SamplingParams = DEFAULT
-) -> list[list[str]]:
+    model: ResidentModel,
+    tokenizer: Any,
+    prompts: Mapping[str, Sequence[int]],
+    seed: int,
+    params: SamplingParams = DEFAULT,
+) -> list[list[Written]]:
     """Texts that the model writes to each of some prompts of one length. What is sampled for a prompt depends on the
     seed and on that prompt; but for rounding, which may depend on how many there are.
 
-    Raises ConfigError for a prompt that it can't take, and whatever an architecture that can't generate, or a chat
-    template, raises.
+    prompts: with their token ids. Raises whatever an architecture that can't generate raises.
     """
-    tokens = [_encoded(model, tokenizer, prompt, params) for prompt in prompts]
+    given = list(prompts.values())
     ends = model.end_tokens() | {token for token in [tokenizer.eos_token_id] if token is not None}
     seeds = [random.Random(f"{seed} {prompt}").getrandbits(63) for prompt in prompts]
-    rows = _generated(model, tokens, sorted(ends), seeds, params)[:, len(tokens[0]) :]
-    texts = []
-    for prompt, of_prompt in zip(prompts, rows.unflatten(0, (len(prompts), params.count)).tolist(), strict=True):
-        # What follows an end fills the row up: other texts were longer.
-        written = [list(takewhile(lambda token: token not in ends, row)) for row in of_prompt]
-        texts.append([_visible(tokenizer, row, prompt, params.asked) for row in written])
-    return texts
+    rows = _generated(model, given, sorted(ends), seeds, params)[:, len(given[0]) :].tolist()
+    texts = [_ended(row, ends) for row in rows]
+    return [texts[first : first + params.count] for first in range(0, len(texts), params.count)]
 
 
-def _encoded(model: ResidentModel, tokenizer: Any, prompt: str, params: SamplingParams) -> list[int]:
-    return encode_prompt(tokenizer, prompt, model.vocabulary, model.max_tokens, params.asked.texts.get(prompt))
+def _ended(row: Sequence[int], ends: Collection[int]) -> Written:
+    """A text up to its end; what follows fills the row up, since others were longer."""
+    said = list(takewhile(lambda token: token not in ends, row))
+    ended = len(said) < len(row)
+    return Written(tuple(row[: len(said) + ended]), ended)
 
 
-def _visible(tokenizer: Any, tokens: Sequence[int], prompt: str, asked: Asked) -> str:
+def visible(tokenizer: Any, text: Written, prompt: str, asked: Asked) -> str:
     """What a reader sees of a text: no special tokens, and no thoughts."""
     if asked.thoughts.marks:  # their marks may be special tokens
         opened = asked.thoughts.opened_by(asked.texts.get(prompt, prompt)) is not None
-        answer = asked.thoughts.answer(tokenizer.decode(tokens, skip_special_tokens=False), opened)
+        answer = asked.thoughts.answer(tokenizer.decode(text.said, skip_special_tokens=False), opened)
         if answer is not None:
             for name in tokenizer.all_special_tokens:
                 answer = answer.replace(name, "")
             return answer.strip()
-    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    return tokenizer.decode(text.said, skip_special_tokens=True).strip()
 
 
 def _generated(

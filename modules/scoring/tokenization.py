@@ -120,7 +120,11 @@ def _encode_variants(tokenizer: Any, pair: Pair, frame: Frame) -> list[Encoded]:
     given = [item.tokens[: item.start] for item in found]
     start = _alike(min(given), max(given))  # what the first and the last in order share, all do
     texts = dict.fromkeys(item.tokens for item in found)
-    whole = [tokens for tokens in texts if not any(tokens[:end] in texts for end in range(start + 1, len(tokens)))]
+    whole = []
+    for tokens in texts:
+        beginnings = {tokens[:end] for end in range(start + 1, len(tokens))}
+        if beginnings.isdisjoint(texts):
+            whole.append(tokens)
     return [Encoded(tokens, start, another=number > 0) for number, tokens in enumerate(whole)]
 
 

@@ -52,8 +52,11 @@ class JointState:
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> "JointState":
         """From its fields, with lists where it has tuples."""
-        rows = (tuple(tuple(map(float, row)) for row in stored[name]) for name in ("shares", "mean", "square"))
-        return cls(int(stored["step"]), *rows)
+
+        def rows(name: str) -> Rows:
+            return tuple(tuple(map(float, row)) for row in stored[name])
+
+        return cls(int(stored["step"]), rows("shares"), rows("mean"), rows("square"))
 
 
 def first_shares(rows: int, objectives: Sequence[float]) -> Rows:
@@ -85,8 +88,15 @@ def moved(state: JointState, row: int, gradient: Row, size: float) -> tuple[Row,
 
 def rounded(shares: Sequence[Row], factor: float = 1.0) -> Rows:
     """The shares that are kept, multiplied with a factor: small ones are dropped, others have two decimals."""
-    scaled = ([share * factor for share in row] for row in shares)
-    return tuple(tuple(round(share, DECIMALS) if share >= LEAST else 0.0 for share in row) for row in scaled)
+    kept = []
+    for row in shares:
+        kept.append(tuple(round(share, DECIMALS) if share >= LEAST else 0.0 for share in scaled(row, factor)))
+    return tuple(kept)
+
+
+def scaled(row: Row, factor: float) -> list[float]:
+    """A row multiplied with a factor."""
+    return [number * factor for number in row]
 
 
 def largest_factor(is_allowed: Callable[[float], bool], halvings: int = 7) -> float:
@@ -161,7 +171,9 @@ class Joint:
         """
         self.mix.compose(shares)
         value, gradient, chance = self.value(), self.gradient(shares), random.Random(0)
-        everywhere = [[math.copysign(chance.uniform(0.5, 1.5), slope) for slope in row] for row in gradient]
+        everywhere = []
+        for row in gradient:
+            everywhere.append([math.copysign(chance.uniform(0.5, 1.5), slope) for slope in row])
         direction = self.mix.limited(everywhere)
         told = sum(a * b for row, way in zip(gradient, direction, strict=True) for a, b in zip(row, way, strict=True))
         dtype = self.mix.model.dtype
@@ -185,8 +197,10 @@ class Joint:
         """By how much the objective grows along a direction, as two models say that lie on it."""
         found = []
         for side in (amount, -amount):
-            pairs = zip(shares, direction, strict=True)
-            self.mix.compose([[one + side * way for one, way in zip(*row, strict=True)] for row in pairs])
+            moved_rows = []
+            for row, ways in zip(shares, direction, strict=True):
+                moved_rows.append([share + side * way for share, way in zip(row, ways, strict=True)])
+            self.mix.compose(moved_rows)
             found.append(self.value().objective)
         return (found[0] - found[1]) / (2 * amount)
 

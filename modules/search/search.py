@@ -131,11 +131,11 @@ class Search:
     def _rounding(self) -> list[float]:
         """How far rounding alone moves each pair's probability: of the base, scored in equivalent ways."""
         copies = len(self.config.merge_ratios) if self.scorer.stacks else 1
-        found = [self.log_probabilities]
+        found = [list(map(probability, self.log_probabilities))]
         for way in other_ways(self.scorer, max(2, copies)):
             (again,) = self._scored(lambda way=way: [way()])
-            found.append(of_pairs(again, self.scorer.encoded))
-        return spreads([[probability(value) for value in values] for values in found])
+            found.append(list(map(probability, of_pairs(again, self.scorer.encoded))))
+        return spreads(found)
 
     def candidate(self, candidate: Candidate, done: Sequence[Decision] = ()) -> Generator[Decision, None, None]:
         """Search the layers of a candidate and, if so configured, its header.
@@ -356,7 +356,7 @@ class Search:
         """Log-probabilities and, behind them, each weighed metric under each trial for the present layer."""
         columns = [metric.under_trials(trials, self.scorer.has_tails) for metric in self.weighed]
         rows = self.scorer.score_trials(trials)
-        return [[*row, *(values[number] for values in columns)] for number, row in enumerate(rows)]
+        return [[*row, *values] for row, *values in zip(rows, *columns, strict=True)]
 
     def _score_whole(self, trials: Sequence[Trial]) -> list[list[float]]:
         """The same by whole forwards: an embedding changes what every layer sees."""

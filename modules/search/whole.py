@@ -88,8 +88,10 @@ def score_whole(
 
         hidden = iter(streamed(model, inputs, layers()))
     with held(end):
-        found = [scorer.score_on([next(hidden) for _ in scorer.inputs]) for scorer in scorers]
-    scores = [of_pairs(one, scorer.encoded) for one, scorer in zip(found, scorers, strict=True)]
+        scores = []
+        for scorer in scorers:
+            states = [next(hidden) for _ in scorer.inputs]
+            scores.append(of_pairs(scorer.score_on(states), scorer.encoded))
     same_header, values = len(end) == 1, []
     for measure in measures:
         states = [next(hidden) for _ in measure.inputs]

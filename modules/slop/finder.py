@@ -123,7 +123,8 @@ def count_phrases(
 def _unprompted(words: Sequence[Word], prompt: str, grammar: Grammar) -> set[str]:
     """The words of a text that its prompt has not brought."""
     asked = Stems({word.text for word in words_of(prompt)} - grammar.never_first)
-    return {word for word in {word.text for word in words} if not grammar.begins(word) or word not in asked}
+    written = {word.text for word in words}
+    return {word for word in written if not grammar.begins(word) or word not in asked}
 
 
 def _phrases(words: Sequence[Word], known: set[str], grammar: Grammar) -> Iterator[tuple[int, Phrase]]:
@@ -165,8 +166,12 @@ def _finding(
 def _is_name(occurrences: Iterable[Sequence[Word]]) -> bool:
     """Whether, within sentences, all its words nearly always have a capital letter."""
     within = [words for words in occurrences if not words[0].opens]
-    capital = sum(all(word.capital for word in words) for words in within)
+    capital = sum(map(_has_capitals, within))
     return bool(within) and capital >= NEARLY_ALWAYS * len(within)
+
+
+def _has_capitals(words: Sequence[Word]) -> bool:
+    return all(word.capital for word in words)
 
 
 def _without_overlaps(findings: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -179,7 +184,9 @@ def _without_overlaps(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         own_parts = set(_parts(finding.words))
         if finding.words in parts or not wholes.isdisjoint(own_parts):
             continue
-        stretches = [[(number, at) for at in range(start, end)] for number, start, end in finding.places]
+        stretches = []
+        for number, start, end in finding.places:
+            stretches.append([(number, at) for at in range(start, end)])
         if 2 * sum(not taken.isdisjoint(stretch) for stretch in stretches) > finding.times:
             continue
         kept.append(finding)

@@ -29,7 +29,7 @@ from modules.runtime.errors import ConfigError, first_line, naming, without_pani
 from modules.runtime.oom import is_out_of_memory
 from modules.runtime.text import pluralize
 from modules.scoring.chats import Asked, asked_of, chat_of, check_refusals, has_template, render
-from modules.scoring.samples import SamplingParams, empty_answers, same_length_batches, sample
+from modules.scoring.samples import SamplingParams, empty_answers, encoded, same_length_batches, sample, visible
 from modules.slop.matching import word_count
 
 FOLDER = "samples"  # beside the file that is written, or in the working directory
@@ -65,11 +65,13 @@ def load_generator(config: Config, console: Console, prompts: Sequence[str] = ()
     """A config's base. prompts: if none are given, those of the config or of the program: questions for a model with a
     chat template, openings of texts for another one. Raises as ModelLoader does, ConfigError for unusable prompts."""
     if config.discover.prompts and not prompts:
-        prompts = read_prompts(config.discover.prompts, for_chats=True)  # before anything is fetched
+        prompts = read_prompts(
+            [config.discover.prompts], for_chats=True, key="discover.prompts"
+        )  # before anything is fetched
     loader = ModelLoader(config, console)
     models = loader.open_base()
     tokenizer = load_tokenizer(models.base.path, models.base.companions)
-    prompts = tuple(prompts or read_prompts(None, has_template(tokenizer)))
+    prompts = tuple(prompts or read_prompts(None, has_template(tokenizer), "discover.prompts"))
     chats = [chat_of(prompt, config.system) for prompt in prompts] if has_template(tokenizer) else []
     name = config.directories.model_path1
     rendered = render(tokenizer, name, dict.fromkeys(chats, "discover.prompts"), config.template, config.system)
@@ -89,7 +91,7 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
     Raises ConfigError if the model can't generate or its texts can't be read, OSError if they can't be kept.
     """
     settings, asked = generator.config.discover, generator.asked
-    params = SamplingParams(settings.tokens, settings.temperature, settings.samples, asked)
+    params = SamplingParams(settings.tokens, settings.temperature, settings.samples)
     depends_on = {
         "model": generator.model.checkpoint.fingerprint(),
         "dtype": generator.model.arithmetic.name,
@@ -111,8 +113,11 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
     began = time.monotonic()
     words = 0
     with console.progress(len(missing)) as bar:
-        for batch in same_length_batches(generator.model, generator.tokenizer, missing, params):
-            new = dict(zip(batch, _sample(generator, batch, seed, params), strict=True))
+        given, problems = encoded(generator.model, generator.tokenizer, missing, asked)
+        if problems:
+            raise ConfigError(*problems)
+        for batch in same_length_batches(given, params.count):
+            new = _sample(generator, {prompt: given[prompt] for prompt in batch}, seed, params)
             keep_texts(file, new)
             texts |= new
             words += sum(word_count(text) for of_prompt in new.values() for text in of_prompt)
@@ -121,16 +126,20 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
     if missing:
         console.line(f"{words:,} words in {time.monotonic() - began:.0f} s")
     answers = [texts[prompt] for prompt in generator.prompts]
-    console.warnings(f"{generator.name}: {line}; raise discover.tokens" for line in empty_answers(answers, params))
+    console.warnings(
+        f"{generator.name}: {line}; raise discover.tokens" for line in empty_answers(answers, asked, params.tokens)
+    )
     return answers
 
 
-def _sample(generator: Generator, prompts: Sequence[str], seed: int, params: SamplingParams) -> list[list[str]]:
+def _sample(generator: Generator, prompts: Mapping[str, Sequence[int]], seed: int, params: SamplingParams) -> Texts:
+    texts: Texts = {}
     try:
         with without_panics():
-            return sample(generator.model, generator.tokenizer, prompts, seed, params)
-    except ConfigError:
-        raise
+            written = sample(generator.model, generator.tokenizer, prompts, seed, params)
+            for prompt, of_prompt in zip(prompts, written, strict=True):
+                texts[prompt] = [visible(generator.tokenizer, text, prompt, generator.asked) for text in of_prompt]
+            return texts
     except Exception as error:  # of an architecture, of a chat template, of probabilities that are no numbers
         if is_out_of_memory(error):
             raise

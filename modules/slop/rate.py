@@ -42,7 +42,10 @@ def rate(config: Config, others: Sequence[Config], console: Console, json_file: 
     Raises ConfigError for what can't be used, OSError if a file fails.
     """
     lists = {"all bad phrases": config.bad_phrases, "all good phrases": config.good_phrases}
-    groups = {name: list(dict.fromkeys(pair.phrase for pair in pairs)) for name, pairs in lists.items() if pairs}
+    groups = {}
+    for name, pairs in lists.items():
+        if pairs:
+            groups[name] = list(dict.fromkeys(pair.phrase for pair in pairs))
     variants = {pair.phrase: pair.variants for pair in config.pairs if pair.variants}
     prompts: tuple[str, ...] = ()
     counted: dict[str, Counts] = {}
@@ -129,7 +132,8 @@ class Counts:
         """The rates of all resamples: (RESAMPLES,), float64."""
         prompts = len(self.words)
         samples = torch.randint(prompts, (RESAMPLES, prompts), generator=torch.Generator().manual_seed(0))
-        hits = torch.tensor([sum(hits[phrase] for phrase in phrases) for hits in self.hits], dtype=torch.float64)
+        of_prompts = [sum(map(hits.__getitem__, phrases)) for hits in self.hits]
+        hits = torch.tensor(of_prompts, dtype=torch.float64)
         words = torch.tensor(self.words, dtype=torch.float64)
         return 1000 * hits[samples].sum(1) / words[samples].sum(1).clamp(min=1)
 
@@ -161,7 +165,11 @@ def table(groups: Groups, counted: Mapping[str, Counts]) -> list[str]:
     with the change against the base, which is the first model."""
     base, *others = counted.values()
     phrases = sorted(_phrases(groups), key=lambda phrase: -base.rate([phrase]))
-    unwritten = [phrase for phrase in phrases if not any(model.times([phrase]) for model in counted.values())]
+    unwritten = []
+    for phrase in phrases:
+        times = [model.times([phrase]) for model in counted.values()]
+        if not any(times):
+            unwritten.append(phrase)
     rows = [(phrase, *_rates([phrase], counted)) for phrase in phrases if phrase not in unwritten]
     sums = []
     for name, group in groups.items():

@@ -115,7 +115,7 @@ def test_long_lists_are_told_by_the_places_where_they_differ():
     assert differences(ours, theirs) == ["layer_types differs at index 12, 13, 14 and 1 more"]
 
 
-# Keys of the architectures of docs/architectures.md that are rightly never told; every other one is, by name.
+# Keys of the architectures of docs/internals.md that are rightly never told; every other one is, by name.
 SILENT = {
     *("vocab_size", "use_cache", "initializer_range", "init_std", "init_device", "is_decoder", "add_cross_attention"),
     *("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "emb_pdrop", "dropout", "hidden_dropout"),

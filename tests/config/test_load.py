@@ -192,7 +192,7 @@ WRONG = [
         {"search": "joint", "merge_method": "slerp"},
         "search: joint supports only strategy: cumulative and merge_method: le",
     ),
-    ({"search": "joint", "neutral_texts": []}, "neutral_texts: empty, but drift_weight"),
+    ({"search": "joint", "neutral_texts": [], "own_texts": []}, "neutral_texts: empty, but drift_weight"),
 ]
 
 

@@ -16,8 +16,9 @@ from modules.checkpoints.checkpoint import load_tokenizer, open_checkpoint
 from modules.config.phrase_lists import Chat, Message, Pair
 from modules.model.base_model import TOKEN_RULES
 from modules.model.loading import load_model
+from modules.run.merge import NOBODY_ASKED
 from modules.scoring.chats import asked_of, chat_of, render
-from modules.scoring.samples import SamplingParams, answers, sample
+from modules.scoring.samples import DEFAULT, SamplingParams, encoded, sample, visible
 from modules.slop.discover import probabilities
 from modules.slop.generate import Generator
 
@@ -36,6 +37,12 @@ def thinker(tmp_path_factory):
 
 def opened(folder):
     return load_model(open_checkpoint(folder, "base"), "cpu", "auto"), load_tokenizer(folder)
+
+
+def texts_of(model, tokenizer, prompt, params=DEFAULT, asked=NOBODY_ASKED):
+    """What a model writes to a prompt, as a reader sees it."""
+    given, _ = encoded(model, tokenizer, [prompt], asked)
+    return [visible(tokenizer, text, prompt, asked) for text in sample(model, tokenizer, given, 512, params)[0]]
 
 
 def asked(tokenizer, prompt, template=None):
@@ -89,8 +96,7 @@ def test_without_thoughts_a_text_is_what_it_was(tmp_path):
     """Special tokens and all, as transformers shows it."""
     scripted.make_scripted(tmp_path, {"Q1": [" A", "<mark>", " <b>", "house "]}, special=["<mark>"])
     model, tokenizer = opened(tmp_path)
-    found, problems = answers(model, tokenizer, ["Q1"], 512)
-    assert found == {"Q1": "A <b>house"} and problems == []
+    assert texts_of(model, tokenizer, "Q1") == ["A <b>house"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +141,7 @@ def test_rules_for_tokens_are_heeded_as_transformers_does(ruled, tmp_path, rules
     expected = tokenizer.decode(written, skip_special_tokens=True).strip()
     model, _ = opened(folder)
     assert set(model.token_rules()) == set(rules) <= set(TOKEN_RULES)
-    assert sample(model, tokenizer, ["Q1"], 512, SamplingParams(tokens=3, count=2)) == [[text] * 2]
+    assert texts_of(model, tokenizer, "Q1", SamplingParams(tokens=3, count=2)) == [text] * 2
     assert expected == text
 
 
@@ -143,7 +149,7 @@ def test_a_token_that_is_forced_at_a_place_is_there(ruled, monkeypatch):
     folder, rows = ruled
     model, tokenizer = opened(folder)
     monkeypatch.setattr(type(model), "token_rules", lambda self: {"forced_decoder_ids": [[2, rows["new "]]]})
-    assert sample(model, tokenizer, ["Q1"], 512, SamplingParams(tokens=3)) == [["The new garden"]]
+    assert texts_of(model, tokenizer, "Q1", SamplingParams(tokens=3)) == ["The new garden"]
 
 
 def test_texts_by_other_rules_are_drawn_anew(place, ruled):

@@ -65,8 +65,8 @@ def test_the_output_has_the_bases_tensors(merged, name):
 
 
 def told_layouts():
-    """Of the table of docs/architectures.md: the layout of each architecture that it names."""
-    page = (ROOT / "docs/architectures.md").read_text(encoding="utf-8")
+    """Of the table of docs/internals.md: the layout of each architecture that it names."""
+    page = (ROOT / "docs/internals.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (forest|rows|single) \| (.*) \|$", page, re.MULTILINE)
     return {name: layout for layout, names in rows for name in names.split(" · ")}
 

@@ -42,7 +42,7 @@ def test_the_whole_program_against_its_limit(tmp_path):
 def test_the_page_on_gpus_has_the_table_that_is_printed(capsys):
     runpy.run_path(str(BENCHMARKS / "gpu_memory.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert len(printed.splitlines()) == 6 and printed in (ROOT / "docs/gpu.md").read_text()
+    assert len(printed.splitlines()) == 6 and printed in (ROOT / "docs/hardware.md").read_text()
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_both_candidates_have_a_share(log):
 def test_the_joint_search_comes_below_every_candidate(folder):
     shutil.copy(ROOT / "demo/joint.yaml", folder)
     shown = printed("merge_monster.py --config joint.yaml --output joint", folder)
-    whole = re.findall(r"^\| ([\w-]+(?: \(base\))?|the merge) +\| +(-?[\d.]+) +\|$", shown, re.MULTILINE)
+    whole = re.findall(r"^\| ([\w-]+(?: \(base\))?|the merge) +\| +(-?[\d.]+) +\|.*$", shown, re.MULTILINE)
     totals = {name: float(total) for name, total in whole}
     assert len(totals) == 4 and totals.pop("the merge") < min(totals.values())
     assert len(re.findall(r" - Step \d+/25 - ", shown)) == 25
@@ -131,13 +131,6 @@ def test_another_run_would_be_noticed(shown, found, same):
     else:
         with pytest.raises(AssertionError):
             assert_same_run(shown, found)
-
-
-def test_the_example_is_short_and_better_in_everything(folder):
-    assert len((folder / "my.yaml").read_text(encoding="utf-8").splitlines()) == 10
-    [shown] = [page_of(excerpt)[1] for excerpt in EXCERPTS if excerpt.page == "README.md"]
-    changes = [float(row[5].rstrip("%")) for row in tables(shown)[-1][:-1]]
-    assert changes[0] < 0 and changes[1] < 0 and changes[2] > 0
 
 
 def test_default_mapper_yaml_has_every_key_of_the_mapper_at_its_default_and_limits():

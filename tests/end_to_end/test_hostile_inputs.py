@@ -721,4 +721,4 @@ def test_code_beside_a_checkpoint_is_not_run_unless_trusted(bench, monkeypatch, 
 
 def test_the_page_says_how_many_inputs_there_are():
     assert sum(COUNTS.values()) >= 2000
-    assert f"{sum(COUNTS.values()):,} hostile inputs" in (ROOT / "docs/promises.md").read_text(encoding="utf-8")
+    assert f"{sum(COUNTS.values()):,} hostile inputs" in (ROOT / "docs/internals.md").read_text(encoding="utf-8")

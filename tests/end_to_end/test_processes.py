@@ -93,9 +93,15 @@ def alone(place, models, **settings):
 def watched(place):
     """What is measured beside a search, and under every trial."""
     (place / "plain.txt").write_text("The bread is on the table. It was baked this morning. " * 8, encoding="utf-8")
-    return {"baselines": True, "neutral_texts": [str(place / "plain.txt")], "held_out": 0.2, "samples": ["It was"]} | {
+    (place / "prompts.txt").write_text("It was\nThe bread\nThis morning\nWhere is", encoding="utf-8")
+    return {
+        "own_texts": [str(place / "prompts.txt")],
+        "baselines": True,
+        "neutral_texts": [str(place / "plain.txt")],
+        "held_out": 0.2,
+        "samples": ["It was"],
         "max_drift": 0.01,
-        "neutral_tokens": 40,
+        "neutral_tokens": 80,
     }
 
 

@@ -191,10 +191,9 @@ def test_the_last_lines_name_the_command(place, whole):
         assert "hf upload" not in log_of(place)
 
 
-def test_the_pages_name_the_same_command():
-    texts = [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("output.md", "try-it.md")]
-    assert f"\n    {UPLOAD.format('demo/merged')}\n" in texts[0]
-    assert f"\nTo publish it: {UPLOAD.format('demo/merged')}\n" in texts[1]
+def test_the_page_names_the_same_command():
+    page = (ROOT / "docs/output.md").read_text(encoding="utf-8")
+    assert f"\n    {UPLOAD.format('demo/merged')}\n" in page
 
 
 def test_the_command_is_one_of_the_hubs_client():

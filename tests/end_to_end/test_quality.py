@@ -150,6 +150,28 @@ def test_the_distance_is_that_of_a_naive_loop(loaded):
     assert figures == pytest.approx({"kl": kl, "same_next": same, "perplexity": perplexity}, rel=1e-5)
 
 
+@torch.inference_mode()
+def test_the_distance_on_own_texts_is_that_of_a_naive_loop(loaded):
+    base, other, tokenizer = loaded
+    prompt, text = "Where is the apple?", " The apple is in the kitchen. It sent shivers down her spine."
+    asked = judge.in_template(tokenizer, prompt)
+    encoded = tokenizer(asked + text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, letters = encoded["input_ids"], [set(range(*span)) for span in encoded["offset_mapping"]]
+    phrase = (asked + text).index("shivers")
+    counted = set(range(len(asked), len(asked + text)))
+    left_out = set(range(phrase, phrase + len("shivers")))
+    before, after = (model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1) for model in (base, other))
+    each = (before.exp() * (before - after)).sum(-1)
+    following = range(1, len(ids))
+    places = [place - 1 for place in following if letters[place] & counted and not letters[place] & left_out]
+    assert 0 < len(places) < len(ids) - 1
+    expected = float(each[places].mean())
+    pattern = judge.finder(["shivers"])
+    arguments = tokenizer, [prompt], [text], pattern
+    assert judge.own_divergence(base, other, *arguments) == pytest.approx(expected, rel=1e-5)
+    assert judge.own_divergence(base, base, *arguments) == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a model writes
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +270,7 @@ def test_what_a_row_depends_on_is_read(real, monkeypatch):
 
 def test_absent_models_are_named(tmp_path, capsys):
     assert bench_quality.main(["--models", str(tmp_path)]) == 2
-    assert "lacks base, plain, reference, careful, overfit: run `make real` first" in capsys.readouterr().err
+    assert "lacks base, plain, reference, careful, overfit, mute: run `make real` first" in capsys.readouterr().err
 
 
 def run(place, real, *options):
@@ -296,7 +318,8 @@ def test_the_best_fine_tune_comes_first(real, monkeypatch):
 
 def test_the_page_has_a_table_as_it_is_printed():
     """Its columns, and its rows in their order."""
-    lines = [line for line in (ROOT / "docs/quality.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    lines = page[page.index("| model ") :].split("\n\n")[0].splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert tuple(table[0]) == bench_quality.HEAD
     shown = [row[0] for row in table[2:]]

@@ -69,7 +69,7 @@ def test_the_journal_tells_the_whole_run(models, whole):
     records = journal(whole)
     kinds = [record["kind"] for record in records]
     each = ["source", *["decision"] * 7, "candidate"]
-    assert kinds == ["run", "source", "start", *each, *each]
+    assert kinds == ["run", "source", "answers", "start", *each, *each]
     decisions = [record for record in records if record["kind"] == "decision"]
     assert [(d["candidate"], d["layer"], d["method"]) for d in decisions[:7]] == [
         *((1, layer, method) for layer in range(3) for method in ("slerp", "lerp")),
@@ -88,8 +88,8 @@ def test_a_run_goes_on_from_every_kind_of_record(place, models, whole):
     """Before the first decision, within each candidate, and at the ends of what differs in kind."""
     records, table = journal(whole), None
     kinds = [record["kind"] for record in records]
-    ends = [count for count in range(5, len(kinds)) if kinds[count - 1] != kinds[count]]
-    for count in (0, 5, *ends, ends[-1] - 3, len(kinds)):
+    ends = [count for count in range(6, len(kinds)) if kinds[count - 1] != kinds[count]]
+    for count in (0, 6, *ends, ends[-1] - 3, len(kinds)):
         if count:
             break_off(place, whole, count)
             assert merge(place, models, "--resume") == 0
@@ -116,13 +116,13 @@ def timeless(folder):
 
 def test_a_torn_last_line_is_dropped(place, models, whole):
     line = (whole / JOURNAL).read_bytes().splitlines(keepends=True)[6]
-    break_off(place, whole, 6, line[:-1])
+    break_off(place, whole, 7, line[:-1])
     assert merge(place, models, "--resume") == 0
     assert same(place / "out", whole)
 
 
 def test_a_line_damaged_in_the_middle_is_refused(place, models, whole, capsys):
-    break_off(place, whole, 8)
+    break_off(place, whole, 9)
     lines = (place / "out.partial" / JOURNAL).read_bytes().splitlines(keepends=True)
     (place / "out.partial" / JOURNAL).write_bytes(b"".join([*lines[:5], b"\x00\x00\n", *lines[5:]]))
     assert merge(place, models, "--resume") == 2
@@ -132,14 +132,14 @@ def test_a_line_damaged_in_the_middle_is_refused(place, models, whole, capsys):
 
 
 def test_an_unfinished_run_of_before_there_were_marks_goes_on(place, models, whole):
-    break_off(place, whole, 8)
+    break_off(place, whole, 9)
     (place / "out.partial" / UNFINISHED).unlink()
     assert merge(place, models, "--resume") == 0
     assert same(place / "out", whole)
 
 
 def test_an_unfinished_run_is_never_overwritten(place, models, whole, capsys):
-    break_off(place, whole, 8)
+    break_off(place, whole, 9)
     before = digest(place / "out.partial")
     for arguments in ([], ["--overwrite"]):
         assert merge(place, models, *arguments) == 2
@@ -162,7 +162,7 @@ def test_a_finished_run_has_nothing_to_resume(place, models, whole):
 
 
 def test_another_configuration_is_refused(place, models, whole, capsys):
-    break_off(place, whole, 8)
+    break_off(place, whole, 9)
     before = digest(place / "out.partial")
     assert merge(place, models, "--resume", merge_ratios=[0.1, 0.2], pairs=tiny.PAIRS[:3]) == 2
     lists = "bad_phrases changed; good_phrases changed"
@@ -293,7 +293,7 @@ def test_another_device_than_auto_meant_before_is_told(place, models):
 
 
 def test_a_run_goes_on_from_another_folder_with_everything_spelt_otherwise(place, models, whole, monkeypatch):
-    break_off(place, whole, 8)
+    break_off(place, whole, 9)
     (place / "deeper").mkdir()
     monkeypatch.chdir(place / "deeper")
     changes = {
@@ -312,7 +312,7 @@ def test_a_run_goes_on_from_another_folder_with_everything_spelt_otherwise(place
 
 @pytest.mark.parametrize("damage", [{}, {"models_to_merge": [3]}])
 def test_settings_that_no_run_has_written_are_damaged(place, models, whole, capsys, damage):
-    break_off(place, whole, 8)
+    break_off(place, whole, 9)
     path = place / "out.partial" / JOURNAL
     first, *others = path.read_bytes().splitlines(keepends=True)
     run = json.loads(first)
@@ -324,7 +324,7 @@ def test_settings_that_no_run_has_written_are_damaged(place, models, whole, caps
 
 
 def test_a_journal_of_another_version_is_refused(place, models, whole, capsys):
-    break_off(place, whole, 8)
+    break_off(place, whole, 9)
     path = place / "out.partial" / JOURNAL
     first, *others = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(json.dumps({**json.loads(first), "program": "0.9"}).encode() + b"\n" + b"".join(others))
@@ -348,7 +348,7 @@ def test_a_source_that_has_changed_is_refused(place, models, whole, capsys, numb
 
 
 def test_another_library_is_a_warning(place, models, whole):
-    break_off(place, whole, 8)
+    break_off(place, whole, 9)
     path = place / "out.partial" / JOURNAL
     path.write_bytes(path.read_bytes().replace(torch.__version__.encode(), b"1.0", 1))
     assert merge(place, models, "--resume") == 0

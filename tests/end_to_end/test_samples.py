@@ -7,18 +7,17 @@ import architectures
 import pytest
 import tiny
 import torch
+from huggingface_hub import constants
 from runs import digest, log_of, make_models, merge
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaForCausalLM
 
 import merge_monster
 from modules.checkpoints.checkpoint import open_checkpoint
-from modules.config.load import load_config
-from modules.config.schema import SAMPLES
 from modules.model.loading import load_model
 from modules.output.recipe import RECIPE_FILE
 from modules.runtime.errors import ConfigError
-from modules.scoring.chats import CONTEXTS, chat_of, render
-from modules.scoring.samples import BATCH, SamplingParams, answers, same_length_batches, sample
+from modules.scoring.chats import CONTEXTS, Asked, chat_of, render
+from modules.scoring.samples import BATCH, DEFAULT, SamplingParams, encoded, same_length_batches, sample
 from modules.scoring.tokenization import encode_prompt
 from modules.search.search import Search
 
@@ -37,6 +36,12 @@ def models_in(folder, family, template):
     return models
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Nothing is kept of what another test's models have answered."""
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+
+
 @pytest.fixture(scope="module", params=["bpe", "spm"])
 def models(request, tmp_path_factory):
     """Without a chat template."""
@@ -45,6 +50,19 @@ def models(request, tmp_path_factory):
 
 def recipe_of(folder):
     return json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+
+
+def given_to(model, tokenizer, prompts):
+    """Token ids of prompts."""
+    tokens, problems = encoded(model, tokenizer, prompts, Asked())
+    assert problems == []
+    return tokens
+
+
+def texts_of(model, tokenizer, prompts, seed=512, params=DEFAULT):
+    """The texts to each of some prompts of one length."""
+    written = sample(model, tokenizer, given_to(model, tokenizer, prompts), seed, params)
+    return [[tokenizer.decode(text.said, skip_special_tokens=True).strip() for text in texts] for texts in written]
 
 
 def next_token(logits, chance, texts=1):
@@ -72,7 +90,7 @@ def generated(folder, prompt, seed=512, chat=False):
         ids = tokenizer(prompt)["input_ids"]
     ends = [1, tokenizer.eos_token_id]  # of config.json, and of the tokenizer
     chance, new = torch.Generator().manual_seed(random.Random(f"{seed} {prompt}").getrandbits(63)), []
-    while len(new) < 80 and not set(new) & set(ends):
+    while len(new) < 96 and not set(new) & set(ends):
         new += next_token(model(input_ids=torch.tensor([ids + new])).logits[:, -1], chance)
     return tokenizer.decode(new, skip_special_tokens=True).strip()
 
@@ -151,11 +169,12 @@ def test_chance_is_as_it_was_and_settings_of_the_checkpoint_have_no_part(models,
     checkpoint = open_checkpoint(models[0], "base")
     model, tokenizer = load_model(checkpoint, "cpu", "auto"), AutoTokenizer.from_pretrained(models[0])
     own = model.module.generation_config
-    before, (found, problems) = torch.get_rng_state(), answers(model, tokenizer, PROMPTS, 512)
-    assert torch.equal(torch.get_rng_state(), before) and problems == [] and model.module.generation_config is own
+    before = torch.get_rng_state()
+    found = texts_of(model, tokenizer, PROMPTS[:1])
+    assert torch.equal(torch.get_rng_state(), before) and model.module.generation_config is own
     for name, value in {"top_k": 1, "min_new_tokens": 90, "repetition_penalty": 3.0, "max_length": 7}.items():
         setattr(own, name, value)
-    assert answers(model, tokenizer, PROMPTS, 512)[0] == found != answers(model, tokenizer, PROMPTS, 513)[0]
+    assert texts_of(model, tokenizer, PROMPTS[:1]) == found != texts_of(model, tokenizer, PROMPTS[:1], seed=513)
 
 
 @pytest.mark.sampled(5)
@@ -171,12 +190,12 @@ def test_every_architecture_answers_and_scores_afterwards_as_before(tmp_path, na
         return model.module(input_ids=torch.tensor([ids]), use_cache=False).logits
 
     before = logits(list(range(3, 40)))
-    found, problems = answers(model, tokenizer, PROMPTS, 512)
-    assert torch.equal(logits(list(range(3, 40))), before) and problems == []
+    found = {prompt: texts_of(model, tokenizer, [prompt])[0][0] for prompt in PROMPTS}
+    assert torch.equal(logits(list(range(3, 40))), before)
     for prompt in PROMPTS:
         chance = torch.Generator().manual_seed(random.Random(f"512 {prompt}").getrandbits(63))
         ids, new = tokenizer(prompt)["input_ids"], []
-        while len(new) < 80 and (not new or new[-1] != tokenizer.eos_token_id):
+        while len(new) < 96 and (not new or new[-1] != tokenizer.eos_token_id):
             new += next_token(logits(ids + new)[:, -1], chance)
         assert found[prompt] == tokenizer.decode(new, skip_special_tokens=True).strip()
 
@@ -186,10 +205,10 @@ def test_texts_that_are_drawn_together(models):
     model = load_model(open_checkpoint(models[0], "base"), "cpu", "float32")
     tokenizer, params = AutoTokenizer.from_pretrained(models[0]), SamplingParams(tokens=30, count=3)
     prompts = ["Her eyes were filled with", "His eyes were filled with", "Where is the apple?", PROMPTS[1] + " Where?"]
-    groups = same_length_batches(model, tokenizer, prompts, params)
+    groups = same_length_batches(given_to(model, tokenizer, prompts), params.count)
     assert sorted(prompt for group in groups for prompt in group) == sorted(prompts) and prompts[:2] in groups
-    found = sample(model, tokenizer, prompts[:2], 512, params)
-    assert found == [sample(model, tokenizer, [prompt], 512, params)[0] for prompt in prompts[:2]]
+    found = texts_of(model, tokenizer, prompts[:2], params=params)
+    assert found == [texts_of(model, tokenizer, [prompt], params=params)[0] for prompt in prompts[:2]]
     ends = model.end_tokens() | {tokenizer.eos_token_id}
     for prompt, texts in zip(prompts, found, strict=False):
         chance = torch.Generator().manual_seed(random.Random(f"512 {prompt}").getrandbits(63))
@@ -209,11 +228,9 @@ def test_no_more_texts_at_once_than_the_most(models):
     prompts = [f"{word} eyes were filled with" for word in ("Her", "His", "Its", "My", "Our")]
     lengths = {len(tokenizer(prompt)["input_ids"]) for prompt in prompts[:2]}
     assert len(lengths) == 1
-    assert same_length_batches(model, tokenizer, prompts[:2], SamplingParams(count=BATCH)) == [
-        prompts[:1],
-        prompts[1:2],
-    ]
-    assert same_length_batches(model, tokenizer, prompts[:2], SamplingParams(count=BATCH // 2)) == [prompts[:2]]
+    given = given_to(model, tokenizer, prompts[:2])
+    assert same_length_batches(given, BATCH) == [prompts[:1], prompts[1:2]]
+    assert same_length_batches(given, BATCH // 2) == [prompts[:2]]
 
 
 @pytest.mark.parametrize("error", [ValueError("no\ncache"), torch.OutOfMemoryError("out of memory"), TypeError("x")])
@@ -230,7 +247,7 @@ def test_a_model_that_can_not_generate_is_merged_all_the_same(place, models, mon
     monkeypatch.setattr(LlamaForCausalLM, "generate", failing)
     assert merge(place, models, samples=PROMPTS[:1]) == 0
     assert recipe_of(place / "out")["samples"] == [] and len(turns) == turn
-    assert log_of(place).count("WARNING: no samples: ") == 1
+    assert log_of(place).count("WARNING: no prompt can be answered: ") == 1
     assert (place / "out/model.safetensors").is_file()
 
 
@@ -246,14 +263,15 @@ def test_answers_that_are_no_numbers(place, models, monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", broken)
     assert merge(place, models, samples=PROMPTS) == 0
-    assert log_of(place).count("WARNING: no samples: the model's probabilities are NaN or infinite") == 1
+    warning = "WARNING: no prompt can be answered: the model's probabilities are NaN or infinite"
+    assert log_of(place).count(warning) == 1
 
 
 def test_a_template_that_raises(place, tmp_path):
     models = models_in(tmp_path, "bpe", "{{ raise_exception('only systems here') }}")
     assert merge(place, models, samples=PROMPTS) == 0
-    (line,) = [line for line in log_of(place).splitlines() if "WARNING: no samples: " in line]
-    assert f"{models[0]}: " in line and "only systems here" in line and line.endswith("(samples)")
+    (line,) = [line for line in log_of(place).splitlines() if "2 prompts can't be asked" in line]
+    assert f"{models[0]}: " in line and "only systems here" in line
 
 
 def test_a_prompt_that_does_not_fit_is_named_and_left_out(place, models):
@@ -267,12 +285,7 @@ def test_a_prompt_that_does_not_fit_is_named_and_left_out(place, models):
         encode_prompt(tokenizer, "apple", 10, None)
 
 
-def test_the_key(place, models, capsys):
-    def config(**more):
-        return load_config(tiny.write_config(place / "my.yaml", *models[:1], models[1:], place / "out", **more))
-
-    assert config(samples=None).prompts == SAMPLES and config(samples=[]).prompts == ()
-    assert len(SAMPLES) == 3
+def test_a_wrong_key_is_named(place, models, capsys):
     assert merge(place, models, samples="one") == 2 and "samples" in capsys.readouterr().err
     assert merge(place, models, samples=["", 3]) == 2
     error = capsys.readouterr().err

@@ -86,7 +86,7 @@ def test_scores_are_those_of_plain_transformers(place, models, auto_weights):
     assert sum(phrase["held_out"] for phrase in phrases) == 2 and len(phrases) == 5
     first = plain(models[0], models[0])[0]
     for one, folder in zip(found, models, strict=True):
-        probabilities, (divergence, agreement, perplexity, _) = plain(folder, models[0])
+        probabilities, (divergence, agreement, perplexity) = plain(folder, models[0])
         totals = {False: 0.0, True: 0.0}
         for phrase in phrases:
             expected = probabilities[phrase["context"]]

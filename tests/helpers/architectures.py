@@ -1,4 +1,4 @@
-"""One tiny configuration of every architecture that the table of docs/architectures.md names."""
+"""One tiny configuration of every architecture that the table of docs/internals.md names."""
 
 from transformers import AutoConfig
 

@@ -17,7 +17,7 @@ from modules.checkpoints.checkpoint import open_checkpoint
 from modules.model.arithmetic import Arithmetic
 from modules.model.base_model import ResidentModel
 from modules.model.loading import load_model
-from modules.scoring.drift import DriftMeter
+from modules.scoring.drift import DriftMeter, full_passage
 from modules.scoring.layout import build_scorer
 from modules.scoring.objective import Objective, Penalty
 from modules.scoring.scorer import DEFAULT, ONLY, Scorer, of_pairs
@@ -149,7 +149,7 @@ def mixed(
     weights = [sign * math.exp(-score) for sign, score in zip(signs, scores, strict=True)]
     scorer = Scorer(model, encoded, layout or scorer.layout, *scorer.settings[1:], rank)
     with InDouble() if compute == "float64" else nullcontext():
-        meter = DriftMeter(model, WINDOWS) if neutral else None
+        meter = DriftMeter(model, list(map(full_passage, WINDOWS))) if neutral else None
         objective = Objective(model, scorer, weights, [Penalty("kl", DRIFT_WEIGHT, meter)] if meter else [])
         found = [opened(one, model) if isinstance(one, Path) else one(model) for one in candidates]
         mix = Mix(model, tokenizer, found, outside, layers=layers)

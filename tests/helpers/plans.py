@@ -7,12 +7,13 @@ import torch
 from transformers import AutoTokenizer
 
 from modules.checkpoints.open_models import open_models
-from modules.config.inputs import read_neutral_texts
 from modules.config.load import load_config
 from modules.config.phrase_lists import Pair
 from modules.config.schema import Config, Directories
 from modules.metrics.kl import weigh
 from modules.metrics.metric import Context
+from modules.metrics.own_answers import NO_ANSWERS
+from modules.metrics.texts import drift_texts
 from modules.model.arithmetic import Arithmetic
 from modules.model.loading import load_model
 from modules.model.memory import Memory, Sizes
@@ -21,7 +22,7 @@ from modules.runtime.console import WorkerConsole
 from modules.runtime.distributed import Rank
 from modules.scoring.budget import Budget
 from modules.scoring.layout import build_scorer
-from modules.scoring.tokenization import encode_pairs, neutral_windows
+from modules.scoring.tokenization import encode_pairs
 from modules.search.search import Search
 
 GB, GIB = 10**9, 2**30
@@ -44,9 +45,8 @@ def start(config, found):
     """A search on the base, as a run begins it."""
     model, tokenizer = load_model(found.base, "cpu", config.dtype), AutoTokenizer.from_pretrained(found.base.path)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
-    texts = read_neutral_texts(config.neutral_texts)
-    windows = neutral_windows(tokenizer, texts, model.vocabulary, model.max_tokens, config.tokens_for_trials)
-    metric = weigh(Context(config, WorkerConsole(1), model, tokenizer, Budget(), Rank(), *windows))
+    texts = drift_texts(config, model, tokenizer, NO_ANSWERS)
+    metric = weigh(Context(config, WorkerConsole(1), model, tokenizer, Budget(), Rank(), texts))
     return Search(model, build_scorer(model, encoded), config, tokenizer, weighed=[metric] if metric else [])
 
 

@@ -405,20 +405,25 @@ def joint_gradient(base, others, shares, outside, *measured):
     return float(total), float(divergence), gradient.tolist()
 
 
-def plain_drift(base, other, windows):
-    """Divergence, agreement, perplexity of the other and of the base, from whole logits."""
-    sums, tokens, followed = torch.zeros(4, dtype=torch.float64), 0, 0
-    for window in windows:
+def plain_drift(base, other, windows, compared=None):
+    """Divergence, agreement and perplexity of the other, from whole logits, position by position.
+
+    compared: for each window, of every position whether it is looked at; None: all are.
+    """
+    divergences, equal, said = [], [], []
+    for number, window in enumerate(windows):
         ids = torch.tensor([window])
         with torch.no_grad():
             old, new = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in (base, other))
-        sums[0] += (old.exp() * (old - new)).sum()
-        sums[1] += (old.argmax(-1) == new.argmax(-1)).sum()
-        for place, said in ((2, new), (3, old)):
-            sums[place] += said[:-1].gather(-1, ids[0, 1:, None]).sum()
-        tokens, followed = tokens + len(window), followed + len(window) - 1
-    kl, equal, new, old = sums.tolist()
-    return kl / tokens, equal / tokens, math.exp(-new / followed), math.exp(-old / followed)
+        for place in range(len(window)):
+            if compared is not None and not compared[number][place]:
+                continue
+            divergences.append(float((old[place].exp() * (old[place] - new[place])).sum()))
+            equal.append(int(old[place].argmax()) == int(new[place].argmax()))
+            if place + 1 < len(window):
+                said.append(float(new[place, window[place + 1]]))
+    count = len(divergences)
+    return sum(divergences) / count, sum(equal) / count, math.exp(-sum(said) / len(said))
 
 
 def naive_phrases(texts, never_first, never_last, least):

@@ -163,6 +163,7 @@ def write_config(path, base, candidates, output, pairs=PAIRS, **more):
     document = {
         "device": "cpu",
         "neutral_texts": [],  # each of thousands of tests would measure drift,
+        "own_texts": [],  # on answers of the base as well,
         "baselines": False,  # score its candidates whole,
         "samples": [],  # and ask base and merge
         "directories": {"model_path1": str(base), "output_directory": str(output)},

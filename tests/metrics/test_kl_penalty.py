@@ -12,14 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config.schema import Config, Directories
-from modules.metrics.kl import TrialKL
+from modules.metrics.kl import NAME, TrialKL
 from modules.metrics.metric import Context
+from modules.metrics.texts import Texts
 from modules.model.embeddings import aligned_header
 from modules.model.loading import load_model
 from modules.runtime.console import WorkerConsole
 from modules.runtime.distributed import Rank
 from modules.scoring import drift as measure
 from modules.scoring.budget import Budget
+from modules.scoring.drift import full_passage
 from modules.search.trial import merged, trying
 
 NAMES = ["GPT-2", "Gemma 2", "BLOOM", "Mixtral"]
@@ -40,9 +42,10 @@ class Case:
         config, console = Config(Directories("base", "out"), max_drift=1.0), WorkerConsole(1)
         budget = budget or Budget()
         self.metrics = []
+        texts = Texts(neutral_for_trials=list(map(full_passage, WINDOWS)))
         for one in rank or [Rank()]:
-            context = Context(config, console, self.model, self.tokenizer, budget, one, (), WINDOWS)
-            self.metrics.append(TrialKL(context))
+            context = Context(config, console, self.model, self.tokenizer, budget, one, texts)
+            self.metrics.append(TrialKL(context, NAME, texts.neutral_for_trials))
 
     def theirs(self, layer):
         """A part, and the candidate's tensors for it."""

@@ -240,7 +240,7 @@ def test_only_one_of_several_processes_prints(here, capsys, monkeypatch):
 
 
 def test_the_page_shows_these_columns(recipe):
-    page = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/output.md").read_text(encoding="utf-8")
     shown = page.split("python merge_monster.py --compare")[1].split("```text\n")[1].split("```")[0].splitlines()
     lines = comparison({"out": recipe})
     assert set(cells(lines[1])) <= set(cells(shown[1]))

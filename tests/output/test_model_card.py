@@ -291,6 +291,7 @@ def test_only_what_is_not_the_default_is_told(recipe):
         "layers": [0, 2, 3],
         "keep_downloads": False,
         "samples": None,
+        "own_texts": None,
         "strategy_threshold": 0.6,
     }
     text = card_of(recipe)

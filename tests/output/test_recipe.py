@@ -1,4 +1,4 @@
-"""A recipe has the keys that its page lists, of the types that it states, and no others."""
+"""A recipe has the keys that its page lists, and no others."""
 
 import json
 import re
@@ -11,19 +11,10 @@ from project import ROOT
 from runs import make_models
 
 import merge_monster
+from modules.config.schema import CONFIG_KEYS
 from modules.output.recipe import RECIPE_FILE
 
-PAGE = ROOT / "docs/recipe.md"
-TYPES = {
-    "text": lambda value: isinstance(value, str),
-    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-    "whole number": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "true or false": lambda value: isinstance(value, bool),
-    "list": lambda value: isinstance(value, list),
-    "mapping": lambda value: isinstance(value, dict),
-    "null": lambda value: value is None,
-    "any value": lambda value: True,
-}
+PAGE = ROOT / "docs/output.md"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +39,8 @@ def recipes(tmp_path_factory):
     rich["system"] = "Answer in plain words."
     rich["samples"] = ["The bread is"]
     rich["neutral_texts"] = [str(folder / "plain.txt")]
+    (folder / "prompts.txt").write_text("Where is the bread?\nWho baked it?\n", encoding="utf-8")
+    rich["own_texts"] = [str(folder / "prompts.txt")]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         little = run(folder / "little", base, [], bad, {"merge_headers": False, "merge_ratios": 0.5}, folder / "models")
@@ -68,62 +61,40 @@ def run(output, base, candidates, pairs, settings, directory=None):
 
 
 def documented():
-    """Of every key that the page lists, as a path: its types and whether it may be absent."""
-    section = PAGE.read_text(encoding="utf-8").split("## The keys\n")[1].split("\n## ")[0]
-    found = {}
-    for keys, kinds in re.findall(r"^\| (`.*?) \| (.*?) \|", section, re.MULTILINE):
-        kinds, _, optional = kinds.partition(", ")
-        assert optional in ("", "optional")
+    """Of each key that the page lists, what else the row names."""
+    section = PAGE.read_text(encoding="utf-8").split("## The recipe\n")[1].split("\n## ")[0]
+    listed = {}
+    for keys, content in re.findall(r"^\| (`.*?) \| (.*?) \|$", section, re.MULTILINE):
         for key in re.findall("`(.*?)`", keys):
-            path = tuple(key.replace("[]", ".[]").split("."))
-            assert path not in found, f"{key} is listed twice"
-            found[path] = (["true or false"] if kinds == "true or false" else kinds.split(" or "), bool(optional))
-    return found
+            assert key not in listed, f"{key} is listed twice"
+            listed[key] = set(re.findall("`(.*?)`", content)) - {key}
+    return listed
 
 
-def parts(value, path=()):
-    """Everything in a recipe with its path; all items of a list have one path."""
-    if path:
-        yield path, value
-    items = []
+def keys_in(value):
+    """All keys of mappings anywhere in a value."""
+    if isinstance(value, list):
+        return set().union(*map(keys_in, value))
     if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = [("[]", item) for item in value]
-    for key, item in items:
-        yield from parts(item, (*path, key))
+        return set(value).union(*map(keys_in, value.values()))
+    return set()
 
 
-def is_path(path, listed):
-    """Whether a path is one that is listed; a word in capitals stands for any key."""
-    return len(path) == len(listed) and all(
-        word.isupper() or key == word for key, word in zip(path, listed, strict=True)
-    )
+def test_every_key_is_listed(recipes):
+    listed = set(documented())
+    assert listed == set().union(*recipes)
+    assert all(listed - {"rounding", "joint"} <= set(recipe) for recipe in recipes)
 
 
-def test_every_key_is_listed_with_its_type(recipes):
-    listed = documented()
+def test_what_a_row_names_is_there(recipes):
+    for key, names in documented().items():
+        there = set().union(*(keys_in(recipe.get(key)) for recipe in recipes))
+        assert names <= there | {"null"}, key
+
+
+def test_settings_are_the_keys_of_a_configuration(recipes):
     for recipe in recipes:
-        for path, value in parts(recipe):
-            kinds = [kinds for other, (kinds, _) in listed.items() if is_path(path, other)]
-            assert len(kinds) == 1, f"{path} is listed {len(kinds)} times"
-            assert any(TYPES[kind](value) for kind in kinds[0]), f"{path} is {value!r}, listed as {kinds[0]}"
-
-
-def test_every_listed_key_is_there(recipes):
-    little, *others = ([path for path, _ in parts(recipe)] for recipe in recipes)
-    for listed, (_, optional) in documented().items():
-        assert any(is_path(path, listed) for path in [*others[0], *others[1]]), f"{listed} is nowhere"
-        assert optional or any(is_path(path, listed) for path in little), f"{listed} is not always there"
-
-
-def test_what_is_optional_is_not_always_there(recipes):
-    """Nobody should have to provide for what can't happen; items of entries that may be absent are absent with them."""
-    little, *_ = ([path for path, _ in parts(recipe)] for recipe in recipes)
-    groups = {"bad_phrases", "good_phrases"}  # one of the two must be there
-    for listed, (_, optional) in documented().items():
-        if optional and not groups.intersection(listed):
-            assert not any(is_path(path, listed) for path in little), f"{listed} is always there"
+        assert set(recipe["settings"]) == set(CONFIG_KEYS) | {"held_out_pairs"}
 
 
 def test_items_of_every_list_have_the_same_keys(recipes):

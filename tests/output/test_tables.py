@@ -70,8 +70,8 @@ def test_the_percentage_is_relative_to_the_old_total(before, after, change):
 
 
 def test_metrics_are_shown_by_name():
-    made = decision(metrics={"trial_kl": 0.0123, "words": 3})
-    assert lines(made)[1].endswith(" - 0.2% - KL in trials 0.0123 - words 3.0000")
+    made = decision(metrics={"trial_kl": 0.0123, "pages": 3})
+    assert lines(made)[1].endswith(" - 0.2% - KL in trials 0.0123 - pages 3.0000")
     values = {"total": 0.5, "top1": 0.25, "perplexity": 1e15}
     assert report.metrics_line({**values, "total": 1}, values) == (
         "Metrics: Total 1.000 -> 0.500, Top-1 agreement 25.0% -> 25.0%, Perplexity 1e+15 -> 1e+15"

@@ -244,7 +244,7 @@ def test_disk_is_that_of_the_output_with_what_an_unfinished_run_has_left(place, 
 
 def test_the_estimate_is_a_timed_forward_times_the_work(place, monkeypatch):
     timed = []
-    monkeypatch.setattr(preflight, "_seconds_of_a_layer", lambda _, tokens, plan: timed.append(tokens) or 2.0)
+    monkeypatch.setattr(preflight, "seconds_of_a_layer", lambda _, tokens, *more: timed.append(tokens) or 2.0)
     plan = made_up(place)
     plan = replace(plan, config=replace(plan.config, baselines=False))
     layers = sum(range(1, 33))  # forwards that all layers take, for one ratio

@@ -71,7 +71,7 @@ READERS = {
     "phrase_files": lambda path: with_phrases(path, phrase_files=[str(path)]),
     "held_out_files": lambda path: with_phrases(path, held_out_files=[str(path)]),
     "neutral_texts": lambda path: read_neutral_texts([str(path)]),
-    "discover.prompts": lambda path: read_prompts(str(path), for_chats=True),
+    "discover.prompts": lambda path: read_prompts([str(path)], True, "discover.prompts"),
     "a recipe": read_recipe,
     "an output's recipe": lambda path: read_outputs([path]),
     "a journal": open_journal,

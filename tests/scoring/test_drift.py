@@ -12,7 +12,7 @@ from modules.checkpoints.checkpoint import open_checkpoint
 from modules.model.embeddings import aligned_header
 from modules.model.loading import load_model
 from modules.scoring import drift
-from modules.scoring.drift import DriftMeter
+from modules.scoring.drift import DriftMeter, Passage, full_passage
 
 NAMES = ["Llama", "GPT-2", "Gemma 2", "Phi", "BLOOM", "Mamba", "Mixtral", "OPT"]
 
@@ -28,9 +28,7 @@ def windows_of(vocabulary, seed=3):
 
 
 def check(found, expected):
-    assert (found.divergence, found.agreement, found.perplexity, found.base_perplexity) == pytest.approx(
-        expected, rel=1e-5, abs=1e-9
-    )
+    assert (found.divergence, found.agreement, found.perplexity) == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 def moved(base, other, header):
@@ -53,6 +51,21 @@ def moved(base, other, header):
     return model, plain, install
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_only_compared_positions_count(tmp_path, name):
+    tokenizer = tiny.bpe_tokenizer()
+    base, other = made(tmp_path, configuration(name, len(tokenizer)), tokenizer)
+    model, plain, install = moved(base, other, header=False)
+    windows = windows_of(len(tokenizer))
+    chance = torch.Generator().manual_seed(5)
+    compared = [tuple((torch.rand(len(window), generator=chance) < 0.4).tolist()) for window in windows]
+    meter = DriftMeter(model, [Passage(*both) for both in zip(windows, compared, strict=True)])
+    before = AutoModelForCausalLM.from_pretrained(base).eval()
+    install()
+    check(meter.measure(), reference.plain_drift(before, plain, windows, compared))
+    assert meter.tokens == sum(map(sum, compared))
+
+
 @pytest.mark.parametrize("header", [False, True], ids=["layers", "layers and header"])
 @pytest.mark.parametrize("name", NAMES)
 def test_drift_is_that_of_whole_logits(tmp_path, monkeypatch, name, header):
@@ -61,7 +74,7 @@ def test_drift_is_that_of_whole_logits(tmp_path, monkeypatch, name, header):
     monkeypatch.setattr(drift, "BLOCK", 4 * 75 * 50)  # of three windows, fifty rows at a time
     model, plain, install = moved(base, other, header)
     before, windows = AutoModelForCausalLM.from_pretrained(base).eval(), windows_of(len(tokenizer))
-    meter = DriftMeter(model, windows)
+    meter = DriftMeter(model, list(map(full_passage, windows)))
     nothing = meter.measure()
     check(nothing, reference.plain_drift(before, plain, windows))
     assert nothing.divergence < 1e-9 and nothing.agreement == 1 and nothing.tokens == 83
@@ -78,7 +91,7 @@ def test_a_token_that_pads_may_be_behind_a_block(tmp_path, monkeypatch):
     base, _ = made(tmp_path, config, tokenizer)
     monkeypatch.setattr(drift, "BLOCK", 4 * 75 * 50)
     model = load_model(open_checkpoint(base, "base"), "cpu", "float32")
-    assert DriftMeter(model, windows_of(len(tokenizer))).measure().divergence < 1e-9
+    assert DriftMeter(model, list(map(full_passage, windows_of(len(tokenizer))))).measure().divergence < 1e-9
     assert model.module.get_input_embeddings().padding_idx == len(tokenizer) - 1
 
 
@@ -87,7 +100,7 @@ def test_the_header_comes_back_as_it_was(tmp_path, tied):
     tokenizer = tiny.bpe_tokenizer()
     base, other = made(tmp_path, tiny.llama_config(len(tokenizer), tied=tied), tokenizer)
     model, plain, install = moved(base, other, header=True)
-    meter = DriftMeter(model, windows_of(len(tokenizer)))
+    meter = DriftMeter(model, list(map(full_passage, windows_of(len(tokenizer)))))
     install()
     state = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     check(
@@ -101,7 +114,7 @@ def test_little_memory_gives_the_same(tmp_path, monkeypatch):
     tokenizer = tiny.bpe_tokenizer()
     base, other = made(tmp_path, tiny.llama_config(len(tokenizer)), tokenizer)
     model, _, install = moved(base, other, header=False)
-    meter = DriftMeter(model, windows_of(len(tokenizer)))
+    meter = DriftMeter(model, list(map(full_passage, windows_of(len(tokenizer)))))
     install()
     expected, own, seen = meter.measure(), torch.Tensor.max, []
 
@@ -127,7 +140,7 @@ def test_half_types_are_measured_too(tmp_path, dtype, tied):
     other = tiny.make_candidate(tmp_path / "other", base, amount=0.02)
     model = load_model(open_checkpoint(base, "base"), "cpu", dtype)
     windows = [*windows_of(len(tokenizer)), *(tuple(range(5, 105)) for _ in range(9))]
-    meter = DriftMeter(model, windows)
+    meter = DriftMeter(model, list(map(full_passage, windows)))
     assert meter.measure().divergence < 1e-3 and meter.measure().agreement > 0.95
     candidate = open_candidate(open_checkpoint(other, "other"), model.checkpoint, model.module)
     for part in map(model.layer, range(3)):

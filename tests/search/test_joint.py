@@ -13,7 +13,7 @@ from mixes import InDouble, mixed
 from modules.runtime.distributed import Group, Rank
 from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost
 from modules.scoring.budget import Budget
-from modules.scoring.drift import DriftMeter
+from modules.scoring.drift import DriftMeter, full_passage
 from modules.scoring.gradient import GradientPass
 from modules.scoring.objective import Objective, Penalty
 from modules.search.joint import Joint, JointState, first_shares, largest_factor, moved, rounded, step_size
@@ -137,7 +137,10 @@ def test_slopes_of_pairs_and_of_penalties_make_the_gradient(llama):
     one = mixed(*llama)
     shares = [[0.3, 0.2]] * one.mix.rows
     with InDouble():
-        meters = [DriftMeter(one.model, windows) for windows in (mixes.WINDOWS[:1], mixes.WINDOWS[1:])]
+        meters = [
+            DriftMeter(one.model, list(map(full_passage, windows)))
+            for windows in (mixes.WINDOWS[:1], mixes.WINDOWS[1:])
+        ]
         penalties = [Penalty(name, *more) for name, *more in zip("ab", (3.0, 5.0), meters, strict=True)]
         objective = Objective(one.model, one.scorer, one.weights, penalties)
         joint = Joint(one.mix, objective)

@@ -1,0 +1,80 @@
+"""The card of an adapter: its README.md, which the hub shows.
+
+Knows: what there is to say of an adapter and how it is loaded. Refuses to know: how it was learned, Markdown.
+"""
+
+from modules.output.model_card import card_values, fenced, filled, front_matter
+from modules.output.recipe import Recipe
+
+CARD = """\
+---
+${front_matter}
+---
+
+# $name
+
+A LoRA adapter of rank $rank for $base, learned with Merge Monster $program from phrase lists alone, in $steps. \
+$improved of $phrases improved.
+
+It was taught to make the bad phrases below less probable and the good ones more, and to say what the base says \
+elsewhere: $texts.
+
+## Metrics
+
+KL, agreement and perplexity are of texts that took no part in learning; held-out phrases took none either.
+
+$metrics
+
+## Phrases
+
+How probable the phrase is after the context, in the base and with this adapter. Of more than $most phrases, those \
+that changed most.
+
+$phrase_table
+
+$samples
+
+## Use
+
+With PEFT. BASE: where the base model lies. A model that is merged in a half type loses some of what was learned.
+
+$code
+
+With Merge Monster it is a candidate like any other; PATH: where this adapter lies:
+
+$candidate
+
+## Licence
+
+Check the licence of the base model and add `license:` to this page.
+
+## Settings
+
+Non-default settings; `merge_monster.yaml` beside this page has them with all phrases:
+
+$settings
+"""
+
+CODE = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("BASE", dtype="float32")
+model = PeftModel.from_pretrained(model, "PATH")
+model = model.merge_and_unload()  # a model without adapters
+"""
+
+
+def adapter_card(recipe: Recipe, name: str, texts: str) -> str:
+    """The text of an adapter's card. name: the output's. texts: what was learned with beside the phrases."""
+    settings = recipe.settings.learn
+    steps = f"{settings.steps} steps of {min(settings.pairs, len(recipe.phrases))} pairs each"
+    values = card_values(recipe, name, "adapter") | {
+        "front_matter": front_matter(recipe, "peft", "adapter"),
+        "rank": settings.rank,
+        "steps": steps,
+        "texts": texts,
+        "code": fenced("python", CODE),
+        "candidate": fenced("yaml", "models_to_merge:\n- PATH"),
+    }
+    return filled(CARD, values)

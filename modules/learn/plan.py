@@ -1,0 +1,66 @@
+"""What learning takes: memory, and how much goes through the model at a time.
+
+Knows: sizes of a model and of an adapter. Refuses to know: weights, how fast anything is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from modules.learn.adapter import linear_layers, parameters_of
+from modules.model.arithmetic import Arithmetic
+from modules.model.memory import Sizes, sizes_of, weights_of
+from modules.scoring.budget import LOGITS_ELSEWHERE, LOGITS_ON_CPU, Budget, layer_bytes
+from modules.scoring.objective import AT_ONCE
+from modules.scoring.packing import build_packs
+from modules.scoring.tokenization import WINDOW, Encoded
+
+SHARE = 0.3  # of the base's bytes, that learning adds to them where it can
+PACKS = (1024, 512, WINDOW)  # tokens in a pack: the most that leaves it at that
+FEWEST_LOGITS = 8 << 20  # bytes at a time
+COPIES = 5  # of the adapter, in float32: its weights, two gradients, Adam's two means
+LAYERS_KEPT = 3  # times the activations of one layer's forward that its gradient takes
+
+
+@dataclass(frozen=True)
+class LearnPlan:
+    """The memory of a run that learns, in bytes, and what goes through the model at a time."""
+
+    base: int
+    adapter: int  # with its gradients and Adam's means
+    activations: int
+    budget: Budget
+    parameters: int  # of the adapter
+
+    @property
+    def needed(self) -> int:
+        """All of it."""
+        return self.base + self.adapter + self.activations
+
+
+def plan_learning(module: PreTrainedModel, rank: int, compute: Arithmetic, device: torch.device) -> LearnPlan:
+    """The plan for a base, which may be without weights. It depends on nothing but the base and the kind of device."""
+    sizes, base = sizes_of(module), weights_of(module, compute.dtype, with_header=False).base
+    parameters = parameters_of(linear_layers(module), rank)
+    adapter = 4 * COPIES * parameters
+    for tokens in PACKS:
+        hidden = _hidden_bytes(sizes, compute.stream, tokens)
+        room = int(SHARE * base) - adapter - hidden
+        if room >= FEWEST_LOGITS:
+            break
+    most = LOGITS_ON_CPU if device.type == "cpu" else LOGITS_ELSEWHERE
+    logits = min(most, 1 << max(room, FEWEST_LOGITS).bit_length() - 1)
+    activations = hidden + max(logits, 4 * AT_ONCE * sizes.vocabulary)
+    return LearnPlan(base, adapter, activations, Budget(tokens=tokens, logits=logits), parameters)
+
+
+def _hidden_bytes(sizes: Sizes, stream: torch.dtype, tokens: int) -> int:
+    """Bytes for a pack of so many tokens: what enters each layer, and one layer's gradient."""
+    return sizes.layers * tokens * sizes.hidden * stream.itemsize + LAYERS_KEPT * layer_bytes(sizes, stream, tokens, 1)
+
+
+def tokens_of_a_step(encoded: Sequence[Encoded], pairs: int, of_texts: int, budget: Budget) -> int:
+    """About how many tokens go through the model in a step. encoded: of all pairs; of_texts: tokens of texts."""
+    return of_texts + sum(pack.tokens for pack in build_packs(encoded[:pairs], "forest", budget.tokens))

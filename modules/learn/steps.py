@@ -1,0 +1,126 @@
+"""Steps of learning: which pairs and passages each looks at, Adam, what a step needs to be gone on from.
+
+Knows: the order that a seed settles, the size of a step. Refuses to know: how a gradient is computed, files, printing.
+
+Adam (Kingma and Ba 2014, https://arxiv.org/abs/1412.6980) is torch's own; its rate falls evenly to a tenth.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from modules.config.schema import Learn
+from modules.learn.gradient import LearningObjective, Loss
+from modules.runtime.errors import ConfigError
+from modules.runtime.oom import retry_on_oom
+from modules.scoring.drift import compared_tokens
+from modules.search.joint import BETAS, step_size
+
+HALVINGS = 20  # of the learning rate, at most
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # what torch calls Adam's running means of the gradient and of its square
+
+
+@dataclass(frozen=True)
+class LearnState:
+    """All that the next step depends on, beside base and settings. Tensors are copies on the host."""
+
+    step: int  # how many have been made
+    halvings: int  # how often the learning rate was halved
+    tokens: int  # in a pack: what sums are rounded to depends on it
+    logits: int  # bytes at a time
+    tensors: Mapping[str, Tensor]  # weights of the adapter, and Adam's means of each
+
+
+class Learner:
+    """Makes steps on an adapter."""
+
+    def __init__(self, objective: LearningObjective, settings: Learn, seed: int) -> None:
+        self.objective, self.settings, self.seed = objective, settings, seed
+        self.step, self.halvings = 0, 0
+        self._weights = objective.adapter.weights
+        self._adam = torch.optim.Adam(self._weights.values(), betas=BETAS, foreach=False)
+        for weight in self._weights.values():
+            moments = {name: torch.zeros_like(weight) for name in _MOMENTS}
+            self._adam.state[weight].update(step=torch.tensor(0.0), **moments)
+
+    @property
+    def state(self) -> LearnState:
+        """Of the steps that have been made."""
+        tensors = {}
+        for name, weight in self._weights.items():
+            tensors[name] = weight.detach().to("cpu", copy=True)
+            for moment in _MOMENTS:
+                tensors[f"{name}.{moment}"] = self._adam.state[weight][moment].to("cpu", copy=True)
+        budget = self.objective.budget
+        return LearnState(self.step, self.halvings, budget.tokens, budget.logits, tensors)
+
+    @torch.no_grad()
+    def go_to(self, state: LearnState) -> None:
+        """Go on from a state."""
+        self.step, self.halvings = state.step, state.halvings
+        self.objective.budget = replace(self.objective.budget, tokens=state.tokens, logits=state.logits)
+        for name, weight in self._weights.items():
+            weight.copy_(state.tensors[name])
+            self._adam.state[weight]["step"].fill_(state.step)
+            for moment in _MOMENTS:
+                self._adam.state[weight][moment].copy_(state.tensors[f"{name}.{moment}"])
+
+    def gradient(self) -> tuple[list[Tensor], Loss]:
+        """For the next step, with fewer pairs in a pack where memory is short."""
+        number, seed, objective = self.step, self.seed, self.objective
+        pairs = drawn(len(objective.pairs), self.settings.pairs, number, f"{seed} pairs")
+        passages = []
+        for text in objective.texts:
+            many = math.ceil(self.settings.drift_tokens * len(text.passages) / compared_tokens(text.passages))
+            passages.append(drawn(len(text.passages), many, number, f"{seed} {text.name}"))
+        return retry_on_oom(lambda: objective.gradient(pairs, passages), self._take_less_memory)
+
+    def _take_less_memory(self) -> bool:
+        budget = self.objective.budget
+        self.objective.budget = budget.halved()
+        return budget.tokens > 1
+
+    def move(self, gradient: Sequence[Tensor]) -> None:
+        """Make a step."""
+        for weight, own in zip(self._weights.values(), gradient, strict=True):
+            weight.grad = own
+        for group in self._adam.param_groups:
+            group["lr"] = self.rate
+        self._adam.step()
+        self._adam.zero_grad()
+        self.step += 1
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return step_size(self.step + 1, self.settings.steps, self.settings.learning_rate) / 2**self.halvings
+
+    def undo(self, state: LearnState) -> None:
+        """Go back to a state, to go on from it by half the learning rate. Raises ConfigError if that has not helped."""
+        halvings = self.halvings + 1
+        if halvings > HALVINGS:
+            raise ConfigError(f"the loss is no number, though the learning rate was halved {HALVINGS} times")
+        self.go_to(replace(state, halvings=halvings))
+
+
+def drawn(count: int, many: int, step: int, seed: str) -> list[int]:
+    """Which of `count` items a step looks at, `many` or all: each comes once before any comes again.
+
+    step: counted from 0. seed: settles the order.
+    """
+    if many >= count:
+        return list(range(count))
+    places = range(step * many, (step + 1) * many)
+    turns = {place // count for place in places}
+    orders = {turn: _shuffled(count, f"{seed} {turn}") for turn in turns}
+    return [orders[place // count][place % count] for place in places]
+
+
+def _shuffled(count: int, seed: str) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order

@@ -1,0 +1,380 @@
+"""An adapter learned for the base, from the configuration to PEFT's files.
+
+Knows: the order of the steps. Refuses to know: how any of them is done.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from modules.checkpoints.checkpoint import load_tokenizer
+from modules.checkpoints.downloads import check_space, fetching
+from modules.checkpoints.open_models import Models
+from modules.config.inputs import check_apart, input_paths, read_neutral_texts
+from modules.config.locations import repositories_in
+from modules.config.schema import Config
+from modules.learn.adapter import Adapter, check_rank, linear_layers
+from modules.learn.card import adapter_card
+from modules.learn.gradient import DriftText, LearningObjective, Loss
+from modules.learn.kept_texts import Place, Texts, answers_in, places_in, read_kept_texts
+from modules.learn.plan import LearnPlan, plan_learning, tokens_of_a_step
+from modules.learn.state import read_state, save_state
+from modules.learn.steps import Learner, LearnState
+from modules.metrics.evaluator import Evaluator
+from modules.metrics.kl import NATS
+from modules.metrics.metric import Context
+from modules.metrics.registry import columns_of
+from modules.metrics.texts import answer_passages
+from modules.model.arithmetic import Arithmetic
+from modules.model.base_model import is_finite
+from modules.model.devices import free_memory, resolve_device
+from modules.model.loading import ModelLoader
+from modules.model.memory import sizes_of
+from modules.output import tables as report
+from modules.output.card_settings import settings_file
+from modules.output.changes import without_paths
+from modules.output.folder import (
+    SETTINGS_FILE,
+    STATE_FILE,
+    OutputFolder,
+    check_output,
+    locked_output,
+    unfinished_output,
+    written_paths,
+)
+from modules.output.journal import JOURNAL_FILE, read_journal
+from modules.output.model_card import CARD_FILE
+from modules.output.recipe import Recipe
+from modules.output.records import Sample
+from modules.output.run_record import RunRecord, begun_run
+from modules.run.merge import Options, load_base
+from modules.run.plan import seconds_of_a_layer
+from modules.run.samples import Samples
+from modules.run.steps import ask, end, prepare_libraries
+from modules.runtime.console import Console, Progress
+from modules.runtime.distributed import ALONE
+from modules.runtime.errors import ConfigError, naming
+from modules.runtime.program import postponed
+from modules.runtime.text import duration, in_memory
+from modules.scoring.chats import Asked
+from modules.scoring.layout import NOT_TAKEN
+from modules.scoring.tokenization import doubtful_phrases, encode_pairs, spread
+from modules.search.joint import largest_factor
+from modules.search.strategies import scores, total
+
+NEUTRAL_KL, OWN_KL = "kl", "own_kl"  # metrics that max_drift limits
+ALL = 1 << 20  # tokens to learn with: more than there are in half of the neutral texts and half of the answers
+CHECKED = 8  # passages of each text on which max_drift is held
+FORWARDS_OF_A_STEP = 3  # forward, once more for the gradient, backward: weights of the base need none
+
+
+def learn_adapter(config: Config, console: Console, options: Options) -> None:
+    """Learn an adapter for the base and write it. Nothing is at the output directory before all is well.
+
+    config: see `to_learn`. Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError
+    if a file fails.
+    """
+    prepare_libraries(config.random_seed)
+    output = Path(config.directories.output_directory)
+    check_apart(written_paths(output), [options.settings_file, *input_paths(config)])
+    with locked_output(output, console, options.dry_run) as target:
+        check_output(target, options.overwrite)
+        read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
+        loader = ModelLoader(config, console)
+        models = loader.open()
+        check_rank(linear_layers(models.module), config.learn.rank)
+        begun = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
+        if begun and begun.settings.learn != without_paths(config).learn:
+            raise ConfigError(f"learn has changed since {target.partial} was begun; begin again with --restart")
+        kept = read_kept_texts(config.learn.texts) if config.learn.texts else {}
+        loader, asked = ask(loader, models, begun and begun.settings, also=tuple(kept))
+        check_space(models.jobs)
+        goes_on = begun and config.compute_dtype == config.dtype == "auto"
+        loader = replace(loader, compute=Arithmetic.named(begun.computed)) if goes_on else loader.fitting(models)
+        console.warnings(doubtful_phrases(loader.config.pairs))
+        if options.dry_run:
+            console.timed("Measuring how fast this machine is")
+            console.lines(_plan_lines(loader, models))
+            console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")
+            return
+        loader.in_range(lambda own: _learn(own, options, target, models, asked))
+    console.line(f"As a candidate of a merge: models_to_merge: [{config.directories.output_directory}]")
+    end(console, config, models, config.directories.output_directory)
+
+
+def _learn(loader: ModelLoader, options: Options, target: OutputFolder, models: Models, asked: Asked) -> None:
+    """Learn in the loader's arithmetic, and put the result into its place."""
+    config, console = loader.config, loader.console
+    with (
+        unfinished_output(target, options.resume, options.restart) as unfinished,
+        fetching(console, models.jobs) as prefetcher,
+    ):
+        record = RunRecord(unfinished.journal, config, loader.compute.name)
+        prefetcher.wait(0)
+        record.source(0, models.base_where, models.base)
+        plan = _plan(loader, models)
+        placement = loader.placement(models, with_header=False)
+        wide = replace(loader, config=replace(config, neutral_tokens=ALL))
+        context = load_base(wide, models, plan.budget, ALONE, placement, record, asked, weighs=False)
+        lesson = Lesson(context, plan, record, unfinished.folder, asked)
+        recipe = lesson.recipe(lesson.learn(options.resume, options.table))
+        console.timed(f"Saving to {config.directories.output_directory}")
+        lesson.save(recipe, target.output.name)
+        with postponed(lambda: None):  # it takes a moment, in which Ctrl-C is not heard unless it comes twice
+            console.warnings(unfinished.commit(options.overwrite))
+
+
+def _plan(loader: ModelLoader, models: Models) -> LearnPlan:
+    device = resolve_device(loader.device)
+    return plan_learning(models.module, loader.config.learn.rank, loader.compute, device)
+
+
+class Lesson:
+    """Steps of learning carried out: journal, console, resumption, what is kept at the end."""
+
+    def __init__(self, context: Context, plan: LearnPlan, record: RunRecord, folder: Path, asked: Asked) -> None:
+        """context: with a search. folder: in which the output is written. Raises ConfigError if the base can't be
+        learned with, or drift counts and there is no text to measure it on."""
+        config, search = context.config, context.search
+        self.config, self.console, self.search = config, context.console, search
+        self.model, self.record, self.folder = context.model, record, folder
+        if any(tensor.is_meta for tensor in self.model.module.parameters()):
+            raise ConfigError("no gradient can be made of layers that lie in the CPU's memory beside the device")
+        self.evaluator = Evaluator(context)
+        self.samples = Samples(context, asked)
+        self.start = self._start()
+        kept = read_kept_texts(config.learn.texts) if config.learn.texts else {}
+        self.texts = _texts_of(context, kept, asked)
+        self.adapter = Adapter(self.model.module, config.learn.rank, config.random_seed)
+        weight = _drift_weight(config, scores(self.start, search.weights))
+        scorer, texts = search.scorer, self.texts if weight else []
+        places = places_in(self.model, context.tokenizer, kept, asked, config.pairs, config.held_out_pairs)
+        encoded = [*scorer.encoded, *(place.encoded for place in places)]
+        packed = encoded, _shared_weights(search.weights, places), scorer.layout, plan.budget
+        objective = LearningObjective(self.model, self.adapter, *packed, texts, weight)
+        self.learner = Learner(objective, config.learn, config.random_seed)
+        rows = {
+            "Taught": f"{len(config.pairs)} pairs{f' and {len(places)} places in kept texts' if kept else ''}",
+            "Adapter": f"rank {config.learn.rank}, {plan.parameters:,} numbers",
+            "Learning": f"{config.learn.steps} steps of {config.learn.pairs} pairs at {config.learn.learning_rate:g}",
+            "KL penalty": f"{weight:.5g} per nat on {' and '.join(text.name for text in texts)}" if texts else "none",
+        }
+        self.console.lines(report.learn_summary(config, self.model.describe(saving=False), scorer.describe(), rows))
+        self.console.warnings(search.warnings)
+
+    def _start(self) -> list[float]:
+        """Note how the base scores, or go on from what an earlier run has noted: its log-probabilities."""
+        search, record = self.search, self.record
+        packing = search.scorer.packing
+        start = record.line("start", 0) or record.note(
+            "start",
+            number=0,
+            log_probabilities=search.log_probabilities,
+            packing=packing,
+            weights=search.weights,
+            rounding=search.rounding,
+        )
+        search.log_probabilities, search.weights = list(start.log_probabilities), list(start.weights)
+        self.evaluator.take_noted_scores()
+        if record.lines("learned"):
+            self.console.warnings(record.warnings(packing))
+        return list(start.log_probabilities)
+
+    def learn(self, resume: bool, table: str) -> list[Sample]:
+        """Make the steps that are left, and show what they have led to; what base and adapter answer.
+
+        table: how much of the phrase tables is shown. resume: whether to go on with an earlier run was asked for.
+        """
+        console, steps = self.console, self.config.learn.steps
+        self._show_table(table)
+        state = read_state(self.folder) if self.record.lines("learned") else None
+        if state:
+            self.learner.go_to(state)
+            console.timed(f"Resuming after step {state.step} of {steps}")
+        elif resume:
+            console.timed("Nothing to resume: beginning at the beginning")
+        with console.progress(steps) as bar, postponed(console.on_interrupt) as end_if_asked:
+            bar.skip(self.learner.step)
+            self._steps(bar, end_if_asked)
+        self._hold_limit()
+        self.evaluator.evaluate("adapter")
+        samples = self.samples.compare(self.evaluator, "adapter")
+        self._show_table(table, self.start)
+        self._show_metrics()
+        console.lines(report.sample_lines(samples, "adapter"))
+        return samples
+
+    def _steps(self, bar: Progress, end_if_asked: Callable[[], None]) -> None:
+        """Make all steps. A state is kept, here and on the disk, once what it leads to is known to be a number."""
+        learner, kept = self.learner, self.learner.state
+        while True:
+            end_if_asked()
+            began = time.monotonic()
+            is_done = learner.step == self.config.learn.steps
+            gradient, loss = ([], None) if is_done else learner.gradient()
+            if not (self._is_sound() if is_done else _are_numbers(gradient, loss)):
+                self._undo(kept)
+                continue
+            kept = learner.state
+            save_state(self.folder, kept)
+            if is_done:
+                return
+            learner.move(gradient)
+            self._tell_of(loss, time.monotonic() - began)
+            bar.update(1)
+            bar.tell(f"step {learner.step}/{self.config.learn.steps}, {loss.loss:.5f}")
+
+    def _is_sound(self) -> bool:
+        """Whether the model as it is scores every phrase."""
+        self.search.measure()
+        return not any(map(math.isnan, self.search.log_probabilities))
+
+    def _undo(self, kept: LearnState) -> None:
+        """Go back to the step before the loss was no number. Raises as the base's own scores if it is the base's."""
+        if self.learner.step == 0:
+            raise self.model.no_numbers("its gradients")
+        self.learner.undo(kept)
+        rate = self.learner.rate
+        self.console.warning(f"the loss was no number after step {kept.step + 1}: undone, the rate is {rate:.3g} now")
+
+    def _tell_of(self, loss: Loss, seconds: float) -> None:
+        """Note and show what a step began with."""
+        step, metrics = self.learner.step, {"loss": loss.loss, "total": loss.total, **loss.drift}
+        if step > len(self.record.lines("learned")):  # else an earlier run has
+            self.record.note("learned", step=step, metrics=metrics, seconds=round(seconds, 3))
+        drift = "".join(f" - KL on {name} {value:.4f}" for name, value in loss.drift.items())
+        what = f"loss {loss.loss:.5f} - total {loss.total:.5f}{drift}"
+        self.console.timed(f"Step {step}/{self.config.learn.steps} - {what} - {seconds:.1f} s")
+
+    def _hold_limit(self) -> None:
+        """Scale the adapter until the drift on each text is within max_drift."""
+        limit, objective = self.config.max_drift, self.learner.objective
+        if limit is None:
+            return
+
+        def is_allowed(factor: float) -> bool:
+            self.adapter.scale(factor)
+            checked = [(text, spread(range(len(text.passages)), CHECKED)) for text in self.texts]
+            return all(objective.drift(text, numbers) <= limit for text, numbers in checked)
+
+        factor = largest_factor(is_allowed)
+        self.adapter.scale(factor)
+        if factor < 1:
+            self.console.timed(f"Scaled the adapter by {factor:.3f} to hold max_drift {limit:g}")
+            self.search.measure()
+
+    def _show_table(self, kind: str, start: Sequence[float] | None = None) -> None:
+        search = self.search
+        state = self.config.pairs, search.weights, search.log_probabilities, start
+        whole = report.phrase_table(*state, "full", search.rounding)
+        self.console.lines(report.phrase_table(*state, kind, search.rounding), whole)
+
+    def _show_metrics(self) -> None:
+        """How metrics have changed, and which phrases improved only where they were taught."""
+        phrases, before, now = self.evaluator.phrases, self.evaluator.start, self.evaluator.now
+        self.console.line(report.metrics_line(before.metrics, now.metrics))
+        if phrases.pairs:
+            taught = report.gains(self.config.pairs, self.search.weights, self.start, self.search.log_probabilities)
+            held_out = report.gains(phrases.pairs, phrases.weights, before.held_out, now.held_out)
+            self.console.lines(report.overfit_lines(taught, held_out))
+        limit = math.inf if self.config.max_drift is None else self.config.max_drift
+        for column in columns_of(now.metrics):
+            drift = now.metrics[column.name]
+            if column.name in (NEUTRAL_KL, OWN_KL) and drift > limit:
+                what = f"{column.label} is {drift:.4g} on texts that took no part in learning"
+                self.console.warning(f"{what}, above max_drift {limit:g}: lower max_drift")
+
+    def recipe(self, samples: Sequence[Sample]) -> Recipe:
+        """What there is to be told of the adapter."""
+        search, phrases, start, now = self.search, self.evaluator.phrases, self.evaluator.start, self.evaluator.now
+        return self.record.recipe(
+            self.config.pairs,
+            search.weights,
+            search.log_probabilities,
+            {},
+            {"base": start.metrics, "merge": now.metrics},
+            (phrases.pairs, phrases.weights, start.held_out, now.held_out),
+            samples,
+            self.model.dtypes(),
+            {},
+        )
+
+    def save(self, recipe: Recipe, output: str) -> None:
+        """Write the adapter, its card and its settings in place of the state. output: the name of its folder."""
+        where = recipe.sources[0].where
+        ids = repositories_in(where)
+        base, revision = ids[0] if ids else (where, None)
+        texts = " and ".join(text.name for text in self.learner.objective.texts)
+        files = {
+            CARD_FILE: adapter_card(recipe, output, texts),
+            SETTINGS_FILE: settings_file(recipe, output),
+        }
+        with naming(self.folder):
+            self.adapter.save(self.folder, base, revision)
+            for name, text in files.items():
+                (self.folder / name).write_text(text, encoding="utf-8", newline="\n")
+            (self.folder / STATE_FILE).unlink()
+
+
+def _shared_weights(weights: Sequence[float], places: Sequence[Place]) -> list[float]:
+    """The weights of pairs and places, made smaller so that together they weigh what the pairs did."""
+    every = [*weights, *(weights[place.pair] for place in places)]
+    factor = sum(map(abs, weights)) / max(sum(map(abs, every)), sys.float_info.min)
+    return [weight * factor for weight in every]
+
+
+def _texts_of(context: Context, kept: Texts, asked: Asked) -> list[DriftText]:
+    """On what the model is to stay near the base. kept: texts of it, in addition to its answers, except those to
+    prompts whose drift is shown. Raises ConfigError if drift counts and there is no text."""
+    shown = [answer.prompt for answer in context.answers.shown]
+    answers = answers_in(context.model, context.tokenizer, kept, asked, without=shown)
+    pairs = (*context.config.pairs, *context.config.held_out_pairs)
+    more = answer_passages(context.tokenizer, answers, pairs, context.model.max_tokens)
+    texts = {"neutral texts": context.texts.neutral_for_trials, "own answers": [*context.texts.own_for_trials, *more]}
+    found = [DriftText(name, passages) for name, passages in texts.items() if passages]
+    if context.config.is_guarded and not found:
+        raise ConfigError("neutral_texts: too little text to measure drift on; set drift_weight: 0 to learn without")
+    return found
+
+
+def _drift_weight(config: Config, base_scores: Sequence[float]) -> float:
+    """What a nat of drift adds to the loss."""
+    weight = config.weight_of_drift
+    return total([abs(score) for score in base_scores]) / NATS if weight == "auto" else weight
+
+
+def _are_numbers(gradient: Sequence[torch.Tensor], loss: Loss) -> bool:
+    return math.isfinite(loss.loss) and all(map(is_finite, gradient))
+
+
+def _plan_lines(loader: ModelLoader, models: Models) -> list[str]:
+    """What a run takes, for the person at the terminal."""
+    config, device, plan = loader.config, resolve_device(loader.device), _plan(loader, models)
+    base, learn, sizes = models.base, config.learn, sizes_of(models.module)
+    tokenizer = load_tokenizer(base.path, base.companions)
+    longest = getattr(models.module.config.get_text_config(), "max_position_embeddings", None)
+    encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
+    texts = len([one for one in (config.neutral_texts, config.own_texts) if one != ()])
+    tokens = tokens_of_a_step(encoded, learn.pairs, texts * learn.drift_tokens, plan.budget)
+    free = free_memory(device)
+    try:
+        each = seconds_of_a_layer(models.module, plan.budget.tokens, loader.compute.dtype, device) / plan.budget.tokens
+        seconds = each * tokens * sizes.layers * FORWARDS_OF_A_STEP
+        time_needed = f"about {duration(seconds)} a step, {duration(seconds * learn.steps)} to learn"
+    except NOT_TAKEN:
+        time_needed = "not known for this model"
+    parts = f"{in_memory(plan.base)} for the base, {in_memory(plan.adapter)} for the adapter"
+    rows = {
+        "Adapter": f"rank {learn.rank}, {plan.parameters:,} numbers",
+        "Learning": f"{learn.steps} steps of {min(learn.pairs, len(config.pairs))} of {len(config.pairs)} pairs, "
+        f"about {tokens:,} tokens each",
+        "Memory needed": f"{in_memory(plan.needed)} on {device} ({parts})"
+        + (f", {in_memory(free)} free" if free is not None else ""),
+        "Time (estimate)": time_needed,
+    }
+    return [f"{name:<16} : {value}" for name, value in rows.items()]

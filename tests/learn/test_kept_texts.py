@@ -1,0 +1,85 @@
+"""Kept texts that teach: which places of them do, what is held out, what the base has ended; bad files."""
+
+import json
+
+import pytest
+import tiny
+from transformers import AutoTokenizer
+
+from modules.checkpoints.checkpoint import open_checkpoint
+from modules.config.phrase_lists import Chat, Message, Pair
+from modules.learn.kept_texts import answers_in, places_in, read_kept_texts
+from modules.model.loading import load_model
+from modules.run.learn import _shared_weights
+from modules.runtime.errors import ConfigError
+from modules.scoring.chats import Asked
+
+ASKED = Asked(texts={"Q1": "Question: Q1 Answer: ", "Q2": "Question: Q2 Answer: "})
+TEXTS = {
+    "Q1": ["Her eyes were filled with determination. It sent shivers down her spine.", "The apple."],
+    "Q2": ["Determination, and no shivers down; predetermination."],
+}
+
+
+def chat_pair(phrase, prompt):
+    return Pair("BAD", phrase, "", chat=Chat((Message("user", prompt),)))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    tokenizer = tiny.bpe_tokenizer()
+    folder = tiny.make_model(tmp_path_factory.mktemp("m") / "base", tiny.llama_config(len(tokenizer)), tokenizer)
+    return load_model(open_checkpoint(folder, "base"), "cpu", "float32"), AutoTokenizer.from_pretrained(folder)
+
+
+def test_every_place_of_a_phrase_teaches_but_where_it_is_held_out(base):
+    model, tokenizer = base
+    pairs = [chat_pair("shivers", "Q0"), chat_pair("shivers down", "Q0"), chat_pair("determination", "Q0")]
+
+    def found(held_out):
+        places = places_in(model, tokenizer, TEXTS, ASKED, pairs, held_out)
+        return [(place.pair, tokenizer.decode(place.encoded.tokens[place.encoded.start :])) for place in places]
+
+    every = [(2, " determination"), (1, " shivers down"), (2, "Determination"), (1, " shivers down")]
+    assert [number for number, _ in found([])] == [number for number, _ in every]
+    assert [text.strip() for _, text in found([])] == [text.strip() for _, text in every]
+    # A phrase that is held out in answers to a prompt teaches in none of them; others do.
+    assert [number for number, _ in found([chat_pair("determination", "Q2")])] == [2, 1, 1]
+    (first, *_) = places_in(model, tokenizer, TEXTS, ASKED, pairs, [])
+    given = tokenizer.decode(first.encoded.tokens[: first.encoded.start])
+    assert given == "Question: Q1 Answer: Her eyes were filled with"
+
+
+def test_a_short_text_has_ended(base):
+    model, tokenizer = base
+    answers = answers_in(model, tokenizer, TEXTS, ASKED, without=["Q2"])
+    assert [answer.prompt for answer in answers] == ["Q1", "Q1"]
+    assert [answer.written.ended for answer in answers] == [False, True]
+    assert answers[1].written.tokens[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(answers[1].written.said) == "The apple."
+    assert tokenizer.decode(answers[0].given) == ASKED.texts["Q1"]
+
+
+def test_pairs_and_places_together_weigh_what_the_pairs_did(base):
+    model, tokenizer = base
+    pairs = [chat_pair("shivers down", "Q0"), chat_pair("determination", "Q0")]
+    places = places_in(model, tokenizer, TEXTS, ASKED, pairs, [])
+    weights = _shared_weights([2.0, -1.0], places)
+    assert sum(map(abs, weights)) == pytest.approx(3.0)
+    assert weights[2] == weights[1] < 0 < weights[0] == weights[3]
+    assert _shared_weights([2.0, -1.0], []) == [2.0, -1.0]
+
+
+def test_the_first_texts_of_a_prompt_count(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"Q1": ["a"], "Q2": ["b"]}\n{"Q1": ["c"]}\n')
+    assert read_kept_texts(str(file)) == {"Q1": ["a"], "Q2": ["b"]}
+
+
+@pytest.mark.parametrize("content", [None, b"{", b'{"Q1": "a"}\n', json.dumps([1]).encode(), b"\xff\n"])
+def test_another_file_is_refused_by_name(tmp_path, content):
+    file = tmp_path / "texts.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"learn.texts: {file}: "):
+        read_kept_texts(str(file))
