@@ -75,7 +75,7 @@ def start(options: argparse.Namespace) -> int:
 
 def run(config: Config, console: Console, options: argparse.Namespace, rank: Rank) -> int:
     """Merge or learn, and turn every failure into one message and an exit code."""
-    console.banner("THE MERGE MONSTER LEARNS" if options.learn else "THE MERGE MONSTER HUNGERS")
+    console.banner("Learning an adapter" if options.learn else "THE MERGE MONSTER HUNGERS")
     console.timed(LOADING)
     # Only now: torch and transformers take seconds to import, and a typo should not have to wait for them.
     with importing():

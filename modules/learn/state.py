@@ -35,4 +35,4 @@ def read_state(folder: Path) -> LearnState | None:
             numbers = {name: int(stored.metadata()[name]) for name in _NUMBERS}
             return LearnState(**numbers, tensors={name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
     except Exception as error:  # whatever a damaged file makes of its reader
-        raise ConfigError(f"{file}: can't be gone on from ({first_line(error)}); begin again with --restart") from None
+        raise ConfigError(f"{file}: can't be resumed ({first_line(error)}); start over with --restart") from None

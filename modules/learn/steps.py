@@ -103,7 +103,9 @@ class Learner:
         """Go back to a state, to go on from it by half the learning rate. Raises ConfigError if that has not helped."""
         halvings = self.halvings + 1
         if halvings > HALVINGS:
-            raise ConfigError(f"the loss is no number, though the learning rate was halved {HALVINGS} times")
+            raise ConfigError(
+                f"the loss is still NaN after halving learn.learning_rate {HALVINGS} times; set a lower one"
+            )
         self.go_to(replace(state, halvings=halvings))
 
 

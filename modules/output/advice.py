@@ -39,8 +39,9 @@ def beyond_limit(row: ResultRow, limits: Limits) -> list[str]:
     for column in columns_of(limits.maxima):
         value, most = row.metrics.get(column.shown_as, 0.0), limits.maxima[column.name]
         if value > most:
+            (shown,) = columns_of({column.shown_as: value})
             lines.append(
-                f"{row.name}: {column.shown_as} is {value:.4g} on held-out neutral text, above {column.limit_key} "
+                f"{row.name}: {shown.label} is {value:.4g} on held-out neutral text, above {column.limit_key} "
                 f"{most:g}; lower {column.limit_key} or raise neutral_tokens"
             )
     return lines

@@ -90,7 +90,7 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
         check_rank(linear_layers(models.module), config.learn.rank)
         begun = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
         if begun and begun.settings.learn != without_paths(config).learn:
-            raise ConfigError(f"learn has changed since {target.partial} was begun; begin again with --restart")
+            raise ConfigError(f"learn has changed since {target.partial} was started; start over with --restart")
         kept = read_kept_texts(config.learn.texts) if config.learn.texts else {}
         loader, asked = ask(loader, models, begun and begun.settings, also=tuple(kept))
         check_space(models.jobs)
@@ -98,7 +98,7 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
         loader = replace(loader, compute=Arithmetic.named(begun.computed)) if goes_on else loader.fitting(models)
         console.warnings(doubtful_phrases(loader.config.pairs))
         if options.dry_run:
-            console.timed("Measuring how fast this machine is")
+            console.timed("Measuring the speed of this machine")
             console.lines(_plan_lines(loader, models))
             console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")
             return
@@ -144,7 +144,7 @@ class Lesson:
         self.config, self.console, self.search = config, context.console, search
         self.model, self.record, self.folder = context.model, record, folder
         if any(tensor.is_meta for tensor in self.model.module.parameters()):
-            raise ConfigError("no gradient can be made of layers that lie in the CPU's memory beside the device")
+            raise ConfigError("--learn needs all layers on the device, but some are in CPU memory")
         self.evaluator = Evaluator(context)
         self.samples = Samples(context, asked)
         self.start = self._start()
@@ -160,7 +160,7 @@ class Lesson:
         self.learner = Learner(objective, config.learn, config.random_seed)
         rows = {
             "Taught": f"{len(config.pairs)} pairs{f' and {len(places)} places in kept texts' if kept else ''}",
-            "Adapter": f"rank {config.learn.rank}, {plan.parameters:,} numbers",
+            "Adapter": f"rank {config.learn.rank}, {plan.parameters:,} parameters",
             "Learning": f"{config.learn.steps} steps of {config.learn.pairs} pairs at {config.learn.learning_rate:g}",
             "KL penalty": f"{weight:.5g} per nat on {' and '.join(text.name for text in texts)}" if texts else "none",
         }
@@ -197,7 +197,7 @@ class Lesson:
             self.learner.go_to(state)
             console.timed(f"Resuming after step {state.step} of {steps}")
         elif resume:
-            console.timed("Nothing to resume: beginning at the beginning")
+            console.timed("Nothing to resume; starting a new run")
         with console.progress(steps) as bar, postponed(console.on_interrupt) as end_if_asked:
             bar.skip(self.learner.step)
             self._steps(bar, end_if_asked)
@@ -240,7 +240,9 @@ class Lesson:
             raise self.model.no_numbers("its gradients")
         self.learner.undo(kept)
         rate = self.learner.rate
-        self.console.warning(f"the loss was no number after step {kept.step + 1}: undone, the rate is {rate:.3g} now")
+        self.console.warning(
+            f"the loss was NaN after step {kept.step + 1}; undid it, the learning rate is now {rate:.3g}"
+        )
 
     def _tell_of(self, loss: Loss, seconds: float) -> None:
         """Note and show what a step began with."""
@@ -248,7 +250,7 @@ class Lesson:
         if step > len(self.record.lines("learned")):  # else an earlier run has
             self.record.note("learned", step=step, metrics=metrics, seconds=round(seconds, 3))
         drift = "".join(f" - KL on {name} {value:.4f}" for name, value in loss.drift.items())
-        what = f"loss {loss.loss:.5f} - total {loss.total:.5f}{drift}"
+        what = f"loss {loss.loss:.3f} - total {loss.total:.3f}{drift}"
         self.console.timed(f"Step {step}/{self.config.learn.steps} - {what} - {seconds:.1f} s")
 
     def _hold_limit(self) -> None:
@@ -287,7 +289,7 @@ class Lesson:
             drift = now.metrics[column.name]
             if column.name in (NEUTRAL_KL, OWN_KL) and drift > limit:
                 what = f"{column.label} is {drift:.4g} on texts that took no part in learning"
-                self.console.warning(f"{what}, above max_drift {limit:g}: lower max_drift")
+                self.console.warning(f"{what}, above max_drift {limit:g}; lower max_drift")
 
     def recipe(self, samples: Sequence[Sample]) -> Recipe:
         """What there is to be told of the adapter."""
@@ -365,12 +367,12 @@ def _plan_lines(loader: ModelLoader, models: Models) -> list[str]:
     try:
         each = seconds_of_a_layer(models.module, plan.budget.tokens, loader.compute.dtype, device) / plan.budget.tokens
         seconds = each * tokens * sizes.layers * FORWARDS_OF_A_STEP
-        time_needed = f"about {duration(seconds)} a step, {duration(seconds * learn.steps)} to learn"
+        time_needed = f"about {duration(seconds)} per step, {duration(seconds * learn.steps)} in total"
     except NOT_TAKEN:
-        time_needed = "not known for this model"
+        time_needed = "unknown for this model"
     parts = f"{in_memory(plan.base)} for the base, {in_memory(plan.adapter)} for the adapter"
     rows = {
-        "Adapter": f"rank {learn.rank}, {plan.parameters:,} numbers",
+        "Adapter": f"rank {learn.rank}, {plan.parameters:,} parameters",
         "Learning": f"{learn.steps} steps of {min(learn.pairs, len(config.pairs))} of {len(config.pairs)} pairs, "
         f"about {tokens:,} tokens each",
         "Memory needed": f"{in_memory(plan.needed)} on {device} ({parts})"

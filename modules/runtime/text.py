@@ -115,7 +115,7 @@ def percent(value: float, width: int = USED_WIDTH, signed: bool = False, roundin
 
 def brief_percent(value: float, rounding: float = 0.0) -> str:
     """A probability as a percentage with one decimal, or two digits of one below 0.1 %; none is below its rounding."""
-    if 0 < value < 0.001 and not rounding:
+    if 1e-6 <= value < 0.001 and not rounding:
         return f"{value * 100.0:.2g}%"
     return f"{value * 100.0:.{min(1, decimals(rounding))}f}%"
 

@@ -205,7 +205,7 @@ def test_a_loss_that_is_no_number_undoes_a_step(place, monkeypatch, base):
 
     monkeypatch.setattr(Learner, "move", broken)
     assert learned() == 0
-    assert "WARNING: the loss was no number after step 2: undone" in log_of(place)
+    assert "WARNING: the loss was NaN after step 2; undid it" in log_of(place)
     first = weights_of(place / "out")
     assert all(bool(tensor.isfinite().all()) for tensor in load_file(place / "out/adapter_model.safetensors").values())
     shutil.rmtree(place / "out")
@@ -252,7 +252,7 @@ def test_a_dry_run_says_what_it_takes(place, base):
     configure(place, base)
     assert learned("--dry-run") == 0
     log = log_of(place)
-    assert "Memory needed" in log and "a step" in log and not (place / "out").exists()
+    assert "Memory needed" in log and "per step" in log and not (place / "out").exists()
     assert not (place / "out.partial").exists()
 
 

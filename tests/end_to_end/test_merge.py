@@ -556,7 +556,7 @@ def test_a_picture_that_fails_costs_nothing_else(place, models, capsys, monkeypa
     monkeypatch.setattr(f"modules.run.steps.{broken}", failing)
     assert merge(place, models, merge_ratios=[0.5]) == 0
     file = {"write_card": "README.md"}.get(broken, f"{broken}.png")
-    assert f"WARNING: {file} could not be made ([Errno 28] No space left on device" in capsys.readouterr().out
+    assert f"WARNING: could not make {file} ([Errno 28] No space left on device" in capsys.readouterr().out
     others = {"merge_map.png", "phrase_chart.png", "README.md", "merge_monster_recipe.json"} - {file}
     names = {path.name for path in (place / "out").iterdir()}
     assert others <= names and file not in names

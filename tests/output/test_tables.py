@@ -247,3 +247,18 @@ def test_answers_end_at_a_sentence_or_in_an_ellipsis():
         *("Prompt:  Say", "  base:  A b. And the\u2026", "  merge: One.", f"{'':<9}Two\u2026"),
         *("Prompt:  ?", "  base:  (nothing)", "  merge: A."),
     ]
+
+
+@pytest.mark.parametrize(
+    "value, rounding, shown",
+    [
+        (0.5, 0.0, "50.0%"),
+        (0.00034, 0.0, "0.034%"),
+        (1e-9, 0.0, "0.0%"),
+        (0.0, 0.0, "0.0%"),
+        (0.00034, 0.0002, "0.0%"),
+        (0.25, 0.02, "25%"),
+    ],
+)
+def test_a_probability_outside_the_phrase_table_has_one_decimal(value, rounding, shown):
+    assert widths.brief_percent(value, rounding) == shown

@@ -120,12 +120,12 @@ def test_the_bar_shows_candidates_layers_and_what_was_accepted(place):
     path = tiny.write_config(place / "my.yaml", base, [one, two], place / "out")
     with on_terminal() as terminal:
         assert merge_monster.main(["--config", str(path)]) == 0
-    states = re.findall(r"to go, candidate (\d)/2, (layer \d|header), (\d+) accepted", terminal.getvalue())
-    parts = ["layer 0", "layer 1", "layer 2", "header"]
+    states = re.findall(r"to go, candidate (\d)/2, (layer \d|embedding \+ head), (\d+) accepted", terminal.getvalue())
+    parts = ["layer 0", "layer 1", "layer 2", "embedding + head"]
     assert list(dict.fromkeys((turn, part) for turn, part, _ in states)) == [(t, p) for t in "12" for p in parts]
     counts = [int(count) for *_, count in states]
     assert counts == sorted(counts) and counts[-1] == terminal.getvalue().count(" - CHANGED - ") > 0
-    assert re.search(r"100%\|[^|\r\n]*\| \S+ elapsed, 00:00 to go, candidate 2/2, header", terminal.getvalue())
+    assert re.search(r"100%\|[^|\r\n]*\| \S+ elapsed, 00:00 to go, candidate 2/2, embedding", terminal.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
