@@ -5,16 +5,19 @@
     python merge_monster.py --compare one-output another-output
     python merge_monster.py --config my.yaml --score one-model another-model
     python merge_monster.py --config my.yaml --learn my-adapter
+    python merge_monster.py --unslop my-base my-fine-tune --output my-merge
 
 Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't be used, 130 interrupted, 141 nobody
 reads the output any more.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     from modules.config.choices import DEVICES
@@ -49,15 +52,16 @@ def start(options: argparse.Namespace) -> int:
     try:
         from_recipe = options.replay or options.export_mergekit
         given = {"device": options.device, "output": options.output, "sets": options.set or ()}
-        alone = "--score" if options.score else "--learn"
-        if (options.score or options.learn) and rank.world_size > 1:
+        alone = "--score" if options.score else "--unslop" if options.unslop else "--learn"
+        if (options.score or options.learn or options.unslop) and rank.world_size > 1:
             raise ConfigError(f"{alone} runs in one process; start it with python, not with torchrun")
-        given |= {"scored": options.score or (), "learning": bool(options.learn)}
-        config = None if from_recipe else load_config(options.config, **given)
+        given |= {"scored": options.score, "learning": bool(options.learn)}
+        config = None if from_recipe else load_config(options.config, **(unslopping(options) or given))
         if config is not None and options.learn:
             config = to_learn(config, output_directory("--learn", options.learn))
         if config is not None:
-            check_apart([LOGS, *([options.json] if options.json else [])], [Path(options.config), *input_paths(config)])
+            files = [Path(options.config)] if options.config else []
+            check_apart([LOGS, *([options.json] if options.json else [])], [*files, *input_paths(config)])
     except ConfigError:
         if rank.is_main_process:
             raise
@@ -66,6 +70,8 @@ def start(options: argparse.Namespace) -> int:
     with Console(LOG, quiet=options.quiet) if rank.is_main_process else WorkerConsole(rank.number) as console:
         if options.score:
             return score(config, console, options)
+        if options.unslop:
+            return run_unslop(config, console, options)
         if config is not None:
             return run(config, console, options, rank)
         if not rank.is_main_process:
@@ -101,6 +107,36 @@ def run(config: Config, console: Console, options: argparse.Namespace, rank: Ran
 
     earlier = stamp(output)
     return exit_code(work, console, lambda: what_stands(output, earlier))
+
+
+def unslopping(options: argparse.Namespace) -> dict[str, Any]:
+    """How --unslop reads its configuration, whose file may be none; nothing for other ways to run."""
+    if not options.unslop:
+        return {}
+    base, *candidates = options.unslop
+    models = {"model": base, "model_option": "--unslop", "scored": candidates}
+    return {"device": options.device, "sets": [*(options.set or ()), "search=joint"], "discovering": True, **models}
+
+
+def run_unslop(config: Config, console: Console, options: argparse.Namespace) -> int:
+    """Go from a base to a merge, and turn every failure into one message and an exit code."""
+    console.banner("THE MERGE MONSTER HAS A TASTE FOR SLOP")
+    console.timed(LOADING)
+    output = output_directory("--output", options.output)
+
+    def load(phrase_files: Sequence[str]) -> Config:
+        given = unslopping(options)
+        sets = [*given["sets"], f"phrase_files={json.dumps(phrase_files)}"]
+        return load_config(options.config, **given | {"sets": sets})
+
+    def work() -> int:
+        with importing():
+            from modules.run.unslop import Asked, unslop
+
+        file = Path(options.config) if options.config else None
+        return unslop(config, console, Asked(file, output, load, options.overwrite, options.restart, options.dry_run))
+
+    return exit_code(work, console, lambda: f"What is done so far is in {output}.unslop: the same command goes on.")
 
 
 def replay(console: Console, options: argparse.Namespace) -> int:
@@ -177,19 +213,25 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     description = "Merge fine-tunes into a base model, keeping what makes unwanted phrases rarer."
     parser = Arguments(description)
     settings = parser.add_argument_group("settings, which default.yaml explains")
-    settings.add_argument("--config", metavar="FILE", default="default.yaml", help=CONFIG.format("default.yaml"))
+    settings.add_argument("--config", metavar="FILE", help=CONFIG.format("default.yaml"))
     settings.add_argument("--device", metavar="NAME", help=DEVICES)
     settings.add_argument("--output", metavar="DIR", help="where the merged model goes")
     settings.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
     run = parser.add_argument_group("a run")
+    unslop = {"metavar": ("BASE", "CANDIDATE"), "nargs": "+"}
+    run.add_argument("--unslop", **unslop, help="from a base to one with fewer cliches")
     run.add_argument("--dry-run", action="store_true", help="check all, say what it would take, stop")
     run.add_argument("--overwrite", action="store_true", help="replace an output, once the new one stands")
     unfinished = run.add_mutually_exclusive_group()
     unfinished.add_argument("--resume", action="store_true", help="go on with a run that did not finish")
     unfinished.add_argument("--restart", action="store_true", help="forget a run that did not finish")
+    run.add_argument(
+        "--table", metavar="KIND", choices=TABLES, default="full", help=f"phrase tables: {', '.join(TABLES)}"
+    )
+    run.add_argument("--quiet", action="store_true", help=QUIET)
     others = parser.add_argument_group("without a search")
     others.add_argument("--score", metavar="MODEL", nargs="+", help="how models do on the file's phrases")
-    others.add_argument("--learn", metavar="OUT", help="make an adapter for the base from the phrases alone")
+    others.add_argument("--learn", metavar="OUT", help="make an adapter from the phrases alone")
     others.add_argument("--json", metavar="FILE", type=Path, help="write what --score has found")
     finished = "finished outputs side by side"
     others.add_argument("--compare", metavar="OUTPUT", type=Path, nargs="+", help=finished)
@@ -199,14 +241,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     source = {"metavar": "DIR|NAME=PATH", "type": _place_of_source, "action": "append"}
     others.add_argument("--source", **source, help="where a recipe's models lie now")
     others.add_argument("--trust-remote-code", action="store_true", help="let a recipe's models run their code")
-    shown = parser.add_argument_group("what is shown")
-    shown.add_argument(
-        "--table", metavar="KIND", choices=TABLES, default="full", help=f"phrase tables: {', '.join(TABLES)}"
-    )
-    shown.add_argument("--quiet", action="store_true", help=QUIET)
-    shown.add_argument("--version", action="version", version=f"Merge Monster {VERSION}", help="print the version")
+    # As of --help: who reads it knows, and a screen has no line left.
+    parser.add_argument("--version", action="version", version=f"Merge Monster {VERSION}", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     check_together(parser, options)
+    options.config = options.config or (None if options.unslop else "default.yaml")
     return options
 
 
@@ -236,6 +275,13 @@ def check_together(parser: Arguments, options: argparse.Namespace) -> None:
     }
     if options.learn and not beside_learning.issuperset(given):
         parser.error("--learn goes with --config, --device, --set, --table, --quiet and the options of a run only")
+    beside_unslop = {"unslop", "output", "config", "device", "set", "dry_run", "overwrite", "restart", "quiet"}
+    if options.unslop and not beside_unslop.issuperset(given):
+        parser.error(
+            "--unslop goes with --output, --config, --device, --set, --dry-run, --overwrite, --restart, --quiet only"
+        )
+    if options.unslop and not options.output:
+        parser.error("--unslop needs --output, the directory for the model")
     if options.json and not options.score:
         parser.error("--json goes with --score")
     if options.score and options.overwrite and not options.json:

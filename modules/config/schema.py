@@ -97,8 +97,8 @@ class Learn(Section):
 
     rank: kinds.CountFromOne = 8
     """Rank of the adapter's matrices; more can learn more, and drift further."""
-    steps: kinds.CountFromOne = 40
-    """How many steps are made; each costs about three forwards of its pairs and texts."""
+    steps: kinds.Count = 40
+    """How many steps are made; each costs about three forwards of its pairs and texts. 0: --unslop learns nothing."""
     learning_rate: kinds.Limit = 1e-3
     """By how much a weight of the adapter moves at most in the first step; in the last it is a tenth of that."""
     pairs: kinds.CountFromOne = 16

@@ -65,12 +65,17 @@ NOBODY_ASKED = Asked()
 class Options:
     """What the command line says beside what is in the configuration."""
 
-    settings_file: Path  # which is read, and must not be written
+    settings_file: Path | None  # which is read, and must not be written
     overwrite: bool = False  # an output that is there already
     resume: bool = False
     restart: bool = False
     dry_run: bool = False  # check everything and say what it would take, and no more
     table: str = "full"  # one of TABLES: how much of the phrase table is shown
+    is_part: bool = False  # of a longer run, which says the last lines
+
+    def inputs(self, config: Config) -> list[Path]:
+        """What a run reads."""
+        return [*([self.settings_file] if self.settings_file else []), *input_paths(config)]
 
 
 def merge_models(config: Config, console: Console, options: Options, group: Group = ALONE) -> None:
@@ -81,7 +86,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     """
     prepare_libraries(config.random_seed)
     output = Path(config.directories.output_directory)
-    check_apart(written_paths(output), [options.settings_file, *input_paths(config)])
+    check_apart(written_paths(output), options.inputs(config))
     with locked_output(output, console, options.dry_run) as target:
         if options.resume and not options.dry_run and is_finished(config, output):
             console.final(f"This run has finished: its output is in {output}")
@@ -135,7 +140,8 @@ def _merge(
         clock.lap("save")
         recipe = recipe.model_copy(update={"seconds": {**clock.seconds, **recipe.seconds}})
         finish(console, unfinished, recipe, target.output, models.base, options.overwrite)
-    end(console, config, models, config.directories.output_directory)
+    if not options.is_part:
+        end(console, config, models, config.directories.output_directory)
 
 
 def _accepted(record: RunRecord, recipe: Recipe, models: Models) -> Iterator[tuple[Source, Candidate]]:

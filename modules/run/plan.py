@@ -33,6 +33,7 @@ from modules.runtime.text import duration, in_memory, on_disk, ranges
 from modules.scoring.budget import TOKENS, Budget, budget_of, layer_bytes, logits_bytes
 from modules.scoring.layout import NOT_TAKEN
 from modules.scoring.packing import build_packs
+from modules.scoring.samples import BATCH
 from modules.scoring.tokenization import doubled_tokens, encode_pairs, neutral_windows
 from modules.search.search import forwards_of_candidate
 
@@ -133,7 +134,7 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
     if placement:
         free = sum(free_on_accelerators().values()) + psutil.virtual_memory().available
 
-    output = _output_bytes(config, base)
+    output = output_bytes(config, base)
     disk_needed, disk_free = _disk(config, models, output)
     return Plan(
         config=config,
@@ -172,7 +173,7 @@ def _arriving(models: Models, dtype: torch.dtype) -> int:
     return largest
 
 
-def _output_bytes(config: Config, base: Checkpoint) -> int:
+def output_bytes(config: Config, base: Checkpoint) -> int:
     """Of weights, and of the base's files beside them."""
     total = sum(base.companions.published.values())
     index = index_file(local_files(base.path))
@@ -264,6 +265,15 @@ def seconds_of_a_layer(module: PreTrainedModel, tokens: int, dtype: torch.dtype,
     if device.type != "cpu":  # there, work has only been begun when the call returns
         torch.accelerator.synchronize(device)
     return (time.perf_counter() - begin) / len(layers)
+
+
+def seconds_to_write(plan: Plan, module: PreTrainedModel, texts: int, tokens: int) -> float | None:
+    """About how long the base takes to write so many texts of so many tokens; None if it can't be told."""
+    try:
+        seconds = seconds_of_a_layer(module, BATCH, plan.arithmetic.dtype, plan.device)
+    except NOT_TAKEN:
+        return None
+    return seconds * plan.sizes.layers * tokens * math.ceil(texts / BATCH)
 
 
 def plan_lines(plan: Plan, seconds: float | None) -> list[str]:

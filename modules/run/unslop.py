@@ -1,0 +1,314 @@
+"""--unslop: from a base to a merge that writes fewer cliches, by the other commands, one after another.
+
+Knows: the order of the commands, what each leaves for the next, where that lies. Refuses to know: how any of them does
+its work.
+
+What they leave is in OUT.unslop; the same command goes on with what is missing there:
+
+    found.yaml          the phrases, of --discover
+    samples/            all texts that models have written
+    adapter/            of --learn
+    merge-1 to merge-3  joint merges of adapter and candidates
+    front.json, .png    the models side by side
+
+The output is one of the merges, built again from its recipe.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from modules.checkpoints.downloads import fetch_now
+from modules.checkpoints.open_models import Models, candidate_sources, open_models
+from modules.config.inputs import LISTS, check_apart, read_prompts
+from modules.config.load import to_learn
+from modules.config.locations import names_folder, partial_of
+from modules.config.schema import VERSION, Config
+from modules.metrics.kl import NATS
+from modules.model.loading import ModelLoader, release_memory
+from modules.output.folder import check_output, holds_output, locked_output, written_paths
+from modules.output.front import Point, chosen, front_picture, front_table
+from modules.output.recipe import Recipe, read_recipe
+from modules.output.records import Source
+from modules.output.tables import sample_lines
+from modules.output.text_files import write_text
+from modules.run.learn import estimate_learning, learn_adapter
+from modules.run.merge import Options, merge_models
+from modules.run.plan import MARGIN_FLAT, estimate_seconds, make_plan, output_bytes, seconds_to_write
+from modules.run.replay import Replay, replay_recipe
+from modules.run.steps import ask, prepare_libraries
+from modules.runtime.console import Console
+from modules.runtime.errors import ConfigError, first_line
+from modules.runtime.text import duration, in_memory, on_disk, pluralize
+from modules.slop.discover import NOTHING, find_cliches
+from modules.slop.rate import count_written
+
+FACTORS = {"merge-1": 1.0, "merge-2": 0.25, "merge-3": 4.0}  # of drift_weight, by merge
+SETTINGS, LIST, ADAPTER, FRONT = "settings.json", "found.yaml", "adapter", "front"
+STAND_IN = LISTS / "fiction-cliches.yaml"  # phrases for an estimate before any are found
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for beside the configuration."""
+
+    settings_file: Path | None
+    output: Path
+    load: Callable[[Sequence[str]], Config]  # the configuration with these phrase files in place of its own
+    overwrite: bool = False
+    restart: bool = False
+    dry_run: bool = False
+
+    @property
+    def work(self) -> Path:
+        """The folder that keeps what the commands leave."""
+        return work_folder(self.output)
+
+    def part(self, folder: Path) -> Options:
+        """How a command is asked to write a folder of it."""
+        has_begun = folder.exists() or partial_of(folder).exists()
+        return Options(self.settings_file, overwrite=True, resume=has_begun, table="summary", is_part=True)
+
+
+def work_folder(output: Path) -> Path:
+    """Where lies what the commands leave for an output."""
+    return output.with_name(f"{output.name}.unslop")
+
+
+def unslop(config: Config, console: Console, asked: Asked) -> int:
+    """Find cliches, learn an adapter against them, merge it with the candidates, count, and save one of the merges.
+
+    config: with a base, perhaps candidates and phrases. Returns an exit code: NOTHING where no phrase was found. Raises
+    ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
+    """
+    prepare_libraries(config.random_seed)
+    check_apart([asked.work, *written_paths(asked.output)], Options(asked.settings_file).inputs(config))
+    with locked_output(asked.output, console, asked.dry_run) as target:
+        check_output(target, asked.overwrite)
+    config = _with_candidates(config, console)
+    models = ModelLoader(config, console).open()
+    if asked.dry_run:
+        _tell_plan(config, models, console, asked)
+        return 0
+    _check_room(config, models, asked)
+    _begin(config, asked)
+    if not config.bad_phrases:
+        if not _found(config, console, asked):
+            return NOTHING
+        config = _with_phrases(config, asked, asked.work / LIST)
+    if config.learn.steps:
+        config = replace(config, models_to_merge=(_learned(config, console, asked), *config.models_to_merge))
+    recipes = _merged(config, console, asked)
+    name = _choice(_counted(config, recipes, console, asked), console)
+    _save(config, recipes[name], console, asked, name)
+    return 0
+
+
+# -- before the first command ------------------------------------------------------------------------------------------
+
+
+def _with_candidates(config: Config, console: Console) -> Config:
+    """The configuration with all candidates by name that fit the base; of each other one a line says why it does not.
+    Raises ConfigError if the base can't be used, or there is nothing to merge."""
+    directories = replace(config.directories, model_directory=None)
+    fetch, alone = partial(fetch_now, console), replace(config, directories=directories, models_to_merge=())
+    open_models(alone, fetch)
+    fitting = []
+    for text in dict.fromkeys(source.text for source in candidate_sources(config)[0]):
+        try:
+            open_models(replace(alone, models_to_merge=(text,)), fetch)
+            fitting.append(text)
+        except ConfigError as error:
+            console.warning(f"goes on without {text}: {first_line(error)}")
+    if not fitting and not config.learn.steps:
+        raise ConfigError("nothing to merge: learn.steps is 0, and no candidate is named that fits the base")
+    return replace(alone, models_to_merge=tuple(fitting))
+
+
+def _check_room(config: Config, models: Models, asked: Asked) -> None:
+    """Raise ConfigError if the disk is too small for what is still to be written."""
+    needed, free = _disk(config, models, asked)
+    if needed > free:
+        raise ConfigError(
+            f"{asked.output}: {on_disk(needed)} are needed on its disk, for {len(FACTORS)} merges and the output, "
+            f"{on_disk(free)} are free; make room, or name a folder on a larger disk with --output"
+        )
+
+
+def _disk(config: Config, models: Models, asked: Asked) -> tuple[int, int]:
+    """Bytes that are still to be written, and those that are free."""
+    missing = [name for name in FACTORS if not holds_output(asked.work / name)]
+    needed = (len(missing) + 1) * (output_bytes(config, models.base) + MARGIN_FLAT)
+    return needed, shutil.disk_usage(next(path for path in asked.output.absolute().parents if path.exists())).free
+
+
+def _begin(config: Config, asked: Asked) -> None:
+    """Make the folder that keeps what commands leave, or go on with it. Raises ConfigError if it is another run's."""
+    file, settings = asked.work / SETTINGS, {"program": VERSION, **config.dumped()}
+    if asked.restart and file.is_file():
+        shutil.rmtree(asked.work)
+    if not file.is_file():
+        if asked.work.exists() and any(asked.work.glob("[!.]*")):
+            raise ConfigError(f"{asked.work} was not written by --unslop and is in its way; move it")
+        asked.work.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(f"{file}: can't be read; begin again with --restart") from None
+    changed = [key for key, value in settings.items() if before.get(key) != value]
+    if changed:
+        what = f"{', '.join(changed)} changed since {asked.work} was begun"
+        raise ConfigError(f"{what}; begin again with --restart, or name another --output")
+
+
+# -- one command after another -----------------------------------------------------------------------------------------
+
+
+def _found(config: Config, console: Console, asked: Asked) -> bool:
+    """Whether there is a list of what the base over-uses, be it of an earlier run."""
+    if (asked.work / LIST).is_file():
+        return True
+    console.timed("Step 1: what does the base say too often?")
+    found = find_cliches(config, console, None, asked.work / LIST)
+    release_memory()
+    return found
+
+
+def _with_phrases(config: Config, asked: Asked, file: Path) -> Config:
+    """The configuration with the phrases of one more file."""
+    read = asked.load([*config.phrase_files, str(file)])
+    return replace(read, directories=config.directories, models_to_merge=config.models_to_merge)
+
+
+def _learned(config: Config, console: Console, asked: Asked) -> str:
+    """The folder of the adapter that is learned from the phrases."""
+    folder = asked.work / ADAPTER
+    if not holds_output(folder):
+        console.timed("Step 2: an adapter is learned against it")
+        learn_adapter(to_learn(config, folder), console, asked.part(folder))
+        release_memory()
+    return str(folder)
+
+
+def _merged(config: Config, console: Console, asked: Asked) -> dict[str, Recipe]:
+    """The merges' recipes by name: with the weight on drift that is configured, and with less and more of it."""
+    recipes: dict[str, Recipe] = {}
+    weight = config.weight_of_drift
+    for name, factor in FACTORS.items():
+        console.timed(f"Step 3: {name} of {len(FACTORS)}, with {factor:g} times the weight on drift")
+        folder = asked.work / name
+        if recipes:
+            weight = factor * _weight(recipes["merge-1"])
+        directories = replace(config.directories, output_directory=str(folder))
+        merge_models(replace(config, directories=directories, drift_weight=weight), console, asked.part(folder))
+        release_memory()
+        recipes[name] = read_recipe(folder)
+    return recipes
+
+
+def _weight(recipe: Recipe) -> float:
+    """The drift_weight of a merge as a number."""
+    weight = recipe.settings.weight_of_drift
+    return math.fsum(abs(pair.before * pair.weight) for pair in recipe.phrases) / NATS if weight == "auto" else weight
+
+
+def _counted(config: Config, recipes: Mapping[str, Recipe], console: Console, asked: Asked) -> list[Point]:
+    """What base, best candidate, adapter and merges write to fresh prompts, shown and kept: the base first."""
+    console.timed("Step 4: all of them write, by another seed")
+    recipe, front = recipes["merge-1"], asked.work / FRONT
+    base, *sources = recipe.sources
+    alone = replace(config, models_to_merge=(), random_seed=config.random_seed + 1)
+    rated = count_written(alone, console, front)
+    prompts, counted = rated.prompts, [(base.name, rated.counts, recipe.metrics["base"])]
+    for source in _shown(recipe, sources, has_adapter=config.learn.steps > 0):
+        text = config.models_to_merge[source.number - 1]
+        counts = count_written(alone, console, front, prompts, candidate=text).counts
+        counted.append((source.name, counts, recipe.baselines.get(str(source.number), {})))
+    for name, one in recipes.items():
+        directories = replace(config.directories, model_path1=str(asked.work / name))
+        counts = count_written(replace(alone, directories=directories), console, front, prompts).counts
+        counted.append((name, counts, one.metrics["merge"]))
+    phrases = list(dict.fromkeys(pair.phrase for pair in config.bad_phrases))
+    points = []
+    for name, counts, metrics in counted:
+        words = counts.total / (len(prompts) * config.discover.samples)
+        points.append(Point(name, counts.rate(phrases), counts.interval(phrases), words, metrics, name in recipes))
+    console.lines(front_table(points))
+    console.line(f"drift_weight: {', '.join(f'{name} {_weight(one):.4g}' for name, one in recipes.items())}")
+    document = [asdict(point) for point in points]
+    write_text(front.with_suffix(".json"), json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    front_picture(points, front.with_suffix(".png"))
+    console.timed(f"Table and picture are in {front}.json and {front}.png")
+    return points
+
+
+def _shown(recipe: Recipe, sources: Sequence[Source], has_adapter: bool) -> list[Source]:
+    """The best of the candidates by what a search lowers, and the adapter, which is the first of the sources."""
+
+    def objective(source: Source) -> float:
+        metrics = recipe.baselines.get(str(source.number), {})
+        drifts = [metrics[name] for name in ("kl", "own_kl") if name in metrics]
+        return metrics.get("total", math.inf) + _weight(recipe) * math.fsum(drifts) / max(1, len(drifts))
+
+    candidates = sorted(sources[has_adapter:], key=objective)
+    return [*candidates[:1], *sources[:has_adapter]]
+
+
+def _choice(points: Sequence[Point], console: Console) -> str:
+    """Which merge is saved: the program's choice, unless the person at the terminal names another."""
+    best, why = chosen(points)
+    console.line(why)
+    names = [point.name for point in points if point.is_merge]
+    while True:
+        answer = console.ask(f"Which one is to be saved? {', '.join(names)}; Enter takes {best.name}:")
+        if answer in ("", *names):
+            return answer or best.name
+
+
+def _save(config: Config, recipe: Recipe, console: Console, asked: Asked, name: str) -> None:
+    """Build a merge again as the output, and show what it answers."""
+    console.timed(f"Step 5: {name} is saved")
+    console.lines(sample_lines(recipe.samples))
+    console.line(f"List, texts, adapter and all merges are in {asked.work}; delete it when you need none of them.")
+    texts = [config.directories.model_path1, *config.models_to_merge]
+    elsewhere = {one.name: texts[one.number] for one in recipe.sources if names_folder(one.where)}
+    choices = {"overwrite": asked.overwrite, "trust_remote_code": config.trust_remote_code}
+    replay_recipe(Replay(asked.work / name, asked.output, config.device, elsewhere, **choices), console)
+
+
+# -- --dry-run ---------------------------------------------------------------------------------------------------------
+
+
+def _tell_plan(config: Config, models: Models, console: Console, asked: Asked) -> None:
+    """What all of it takes."""
+    is_listed = bool(config.bad_phrases)
+    config = config if is_listed else _with_phrases(config, asked, STAND_IN)
+    loader, _ = ask(ModelLoader(config, console), models)
+    console.timed("Measuring how fast this machine is")
+    plan = make_plan(replace(loader.config, device=loader.device), models)
+    learning = estimate_learning(replace(loader, compute=plan.arithmetic), models)
+    settings = config.discover
+    prompts = read_prompts(settings.prompts and [settings.prompts], for_chats=True, key="discover.prompts")
+    writers = 1 + bool(models.candidates) + bool(config.learn.steps) + len(FACTORS) + (not is_listed)
+    texts = writers * len(prompts) * settings.samples
+    seconds = {
+        "to write texts": seconds_to_write(plan, models.module, texts, settings.tokens),
+        "to learn": learning.seconds and learning.seconds * config.learn.steps,
+        "to merge": (estimate_seconds(plan, models.module) or math.nan) * len(FACTORS),
+    }
+    parts = [f"{duration(value)} {what}" for what, value in seconds.items() if value and math.isfinite(value)]
+    needed, free = _disk(config, models, asked)
+    rows = {
+        "Phrases": pluralize(len(config.pairs), "pair") + ("" if is_listed else f" of {STAND_IN.name} for yours"),
+        "Texts": f"{texts:,} of up to {settings.tokens} tokens",
+        "Memory needed": f"{in_memory(max(plan.memory.reserved, learning.plan.needed))} on {plan.device}",
+        "Bytes to write": f"{on_disk(needed)} to {asked.work} and {asked.output}, {on_disk(free)} free",
+        "Time (estimate)": f"about {', '.join(parts)}" if parts else "not known for this model",
+    }
+    console.lines([f"{name:<16} : {value}" for name, value in rows.items()])
+    console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")
