@@ -4,15 +4,18 @@ Knows: the limits within which a merge is taken, columns, how the picture looks.
 measured, files of models.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from modules.metrics.registry import all_columns
+from modules.output.recipe import Recipe
 from modules.output.style import BASE_COLOUR, COLOURS, DARK, drawing, save_figure, short_name
+from modules.output.text_files import write_text
 from modules.runtime.text import table
 
 MOST_DRIFT = 0.02  # nats per token on the base's own answers
@@ -67,9 +70,22 @@ def _is_as_long(point: Point, base: Point) -> bool:
     return abs(point.words - base.words) <= MOST_LENGTH * base.words
 
 
-def front_picture(points: Sequence[Point], file: str | Path) -> None:
-    """Write the picture as a PNG file. Raises OSError if it can't be written."""
-    save_figure(front_figure(points), file)
+def best_candidate(recipe: Recipe, numbers: Sequence[int], weight: float) -> list[int]:
+    """The number of the candidate that scores best alone, of some; none of none. weight: of a nat of drift."""
+
+    def objective(number: int) -> float:
+        metrics = recipe.baselines.get(str(number), {})
+        drifts = [metrics[name] for name in ("kl", "own_kl") if name in metrics]
+        return metrics.get("total", math.inf) + weight * math.fsum(drifts) / max(1, len(drifts))
+
+    return sorted(numbers, key=objective)[:1]
+
+
+def write_front(points: Sequence[Point], file: Path) -> None:
+    """Write file.json, with all figures unrounded, and file.png. Raises OSError if they can't be written."""
+    document = [asdict(point) for point in points]
+    write_text(file.with_suffix(".json"), json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    save_figure(front_figure(points), file.with_suffix(".png"))
 
 
 @drawing()

@@ -19,7 +19,7 @@ from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
 from modules.checkpoints.downloads import bytes_needed, cache_folder
 from modules.checkpoints.open_models import Models
 from modules.checkpoints.weight_files import index_file, local_files
-from modules.config.inputs import read_neutral_texts, real_path
+from modules.config.inputs import read_neutral_texts, read_prompts, real_path
 from modules.config.locations import partial_of
 from modules.config.schema import Config
 from modules.merging.methods import ratios_for
@@ -267,13 +267,17 @@ def seconds_of_a_layer(module: PreTrainedModel, tokens: int, dtype: torch.dtype,
     return (time.perf_counter() - begin) / len(layers)
 
 
-def seconds_to_write(plan: Plan, module: PreTrainedModel, texts: int, tokens: int) -> float | None:
-    """About how long the base takes to write so many texts of so many tokens; None if it can't be told."""
+def texts_to_write(plan: Plan, module: PreTrainedModel, models: int) -> tuple[int, float | None]:
+    """How many texts so many models write for --discover or --rate; about how long that takes, None if it can't be
+    told. Raises ConfigError if their prompts can't be read."""
+    settings = plan.config.discover
+    prompts = read_prompts(settings.prompts and [settings.prompts], for_chats=True, key="discover.prompts")
+    texts = models * len(prompts) * settings.samples
     try:
         seconds = seconds_of_a_layer(module, BATCH, plan.arithmetic.dtype, plan.device)
     except NOT_TAKEN:
-        return None
-    return seconds * plan.sizes.layers * tokens * math.ceil(texts / BATCH)
+        return texts, None
+    return texts, seconds * plan.sizes.layers * settings.tokens * math.ceil(texts / BATCH)
 
 
 def plan_lines(plan: Plan, seconds: float | None) -> list[str]:

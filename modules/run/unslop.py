@@ -7,6 +7,7 @@ What they leave is in OUT.unslop; the same command goes on with what is missing 
 
     found.yaml          the phrases, of --discover
     samples/            all texts that models have written
+    base.json           of --score: how probable the phrases are
     adapter/            of --learn
     merge-1 to merge-3  joint merges of adapter and candidates
     front.json, .png    the models side by side
@@ -18,28 +19,28 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from modules.checkpoints.downloads import fetch_now
 from modules.checkpoints.open_models import Models, candidate_sources, open_models
-from modules.config.inputs import LISTS, check_apart, read_prompts
+from modules.config.inputs import LISTS, check_apart
 from modules.config.load import to_learn
 from modules.config.locations import names_folder, partial_of
 from modules.config.schema import VERSION, Config
 from modules.metrics.kl import NATS
 from modules.model.loading import ModelLoader, release_memory
 from modules.output.folder import check_output, holds_output, locked_output, written_paths
-from modules.output.front import Point, chosen, front_picture, front_table
+from modules.output.front import Point, best_candidate, chosen, front_table, write_front
 from modules.output.recipe import Recipe, read_recipe
-from modules.output.records import Source
 from modules.output.tables import sample_lines
 from modules.output.text_files import write_text
 from modules.run.learn import estimate_learning, learn_adapter
 from modules.run.merge import Options, merge_models
-from modules.run.plan import MARGIN_FLAT, estimate_seconds, make_plan, output_bytes, seconds_to_write
+from modules.run.plan import MARGIN_FLAT, estimate_seconds, make_plan, output_bytes, texts_to_write
 from modules.run.replay import Replay, replay_recipe
+from modules.run.score import score_models
 from modules.run.steps import ask, prepare_libraries
 from modules.runtime.console import Console
 from modules.runtime.errors import ConfigError, first_line
@@ -47,8 +48,8 @@ from modules.runtime.text import duration, in_memory, on_disk, pluralize
 from modules.slop.discover import NOTHING, find_cliches
 from modules.slop.rate import count_written
 
-FACTORS = {"merge-1": 1.0, "merge-2": 0.25, "merge-3": 4.0}  # of drift_weight, by merge
-SETTINGS, LIST, ADAPTER, FRONT = "settings.json", "found.yaml", "adapter", "front"
+FACTORS = {"merge-1": 0.25, "merge-2": 1.0, "merge-3": 4.0}  # of drift_weight
+SETTINGS, LIST, BASE, ADAPTER, FRONT = "settings.json", "found.yaml", "base.json", "adapter", "front"
 STAND_IN = LISTS / "fiction-cliches.yaml"  # phrases for an estimate before any are found
 
 
@@ -66,17 +67,12 @@ class Asked:
     @property
     def work(self) -> Path:
         """The folder that keeps what the commands leave."""
-        return work_folder(self.output)
+        return self.output.with_name(f"{self.output.name}.unslop")
 
     def part(self, folder: Path) -> Options:
         """How a command is asked to write a folder of it."""
         has_begun = folder.exists() or partial_of(folder).exists()
         return Options(self.settings_file, overwrite=True, resume=has_begun, table="summary", is_part=True)
-
-
-def work_folder(output: Path) -> Path:
-    """Where lies what the commands leave for an output."""
-    return output.with_name(f"{output.name}.unslop")
 
 
 def unslop(config: Config, console: Console, asked: Asked) -> int:
@@ -100,9 +96,12 @@ def unslop(config: Config, console: Console, asked: Asked) -> int:
         if not _found(config, console, asked):
             return NOTHING
         config = _with_phrases(config, asked, asked.work / LIST)
+    weights = _weights(config, console, asked)
     if config.learn.steps:
-        config = replace(config, models_to_merge=(_learned(config, console, asked), *config.models_to_merge))
-    recipes = _merged(config, console, asked)
+        # With the least weight: a merge can take less of an adapter than all, and not more.
+        adapter = _learned(replace(config, drift_weight=min(weights.values())), console, asked)
+        config = replace(config, models_to_merge=(adapter, *config.models_to_merge))
+    recipes = _merged(config, weights, console, asked)
     name = _choice(_counted(config, recipes, console, asked), console)
     _save(config, recipes[name], console, asked, name)
     return 0
@@ -133,10 +132,8 @@ def _check_room(config: Config, models: Models, asked: Asked) -> None:
     """Raise ConfigError if the disk is too small for what is still to be written."""
     needed, free = _disk(config, models, asked)
     if needed > free:
-        raise ConfigError(
-            f"{asked.output}: {on_disk(needed)} are needed on its disk, for {len(FACTORS)} merges and the output, "
-            f"{on_disk(free)} are free; make room, or name a folder on a larger disk with --output"
-        )
+        what = f"{len(FACTORS)} merges and the output need {on_disk(needed)}, {on_disk(free)} are free"
+        raise ConfigError(f"{asked.output}: {what}; make room, or name a folder on a larger disk with --output")
 
 
 def _disk(config: Config, models: Models, asked: Asked) -> tuple[int, int]:
@@ -185,25 +182,38 @@ def _with_phrases(config: Config, asked: Asked, file: Path) -> Config:
     return replace(read, directories=config.directories, models_to_merge=config.models_to_merge)
 
 
+def _weights(config: Config, console: Console, asked: Asked) -> dict[str, float]:
+    """The drift_weight of each merge: less than what is configured, as much, and more."""
+    weight = config.weight_of_drift
+    file = asked.work / BASE
+    if weight == "auto":
+        if not file.is_file():
+            console.timed("Step 2: how probable is it?")
+            score_models(replace(config, models_to_merge=()), console, file, overwrite=True, is_part=True)
+            release_memory()
+        scores = json.loads(file.read_text(encoding="utf-8"))
+        name = scores["models"][0]["name"]
+        searched = [phrase for phrase in scores["phrases"] if not phrase["held_out"]]
+        weight = math.fsum(phrase["weight"] * phrase["probabilities"][name] for phrase in searched) / NATS
+    return {name: float(f"{factor * weight:.4g}") for name, factor in FACTORS.items()}
+
+
 def _learned(config: Config, console: Console, asked: Asked) -> str:
     """The folder of the adapter that is learned from the phrases."""
     folder = asked.work / ADAPTER
     if not holds_output(folder):
-        console.timed("Step 2: an adapter is learned against it")
+        console.timed(f"Step 3: an adapter is learned against it, with drift_weight {config.drift_weight:g}")
         learn_adapter(to_learn(config, folder), console, asked.part(folder))
         release_memory()
     return str(folder)
 
 
-def _merged(config: Config, console: Console, asked: Asked) -> dict[str, Recipe]:
-    """The merges' recipes by name: with the weight on drift that is configured, and with less and more of it."""
+def _merged(config: Config, weights: Mapping[str, float], console: Console, asked: Asked) -> dict[str, Recipe]:
+    """The merges' recipes by name. weights: on drift."""
     recipes: dict[str, Recipe] = {}
-    weight = config.weight_of_drift
-    for name, factor in FACTORS.items():
-        console.timed(f"Step 3: {name} of {len(FACTORS)}, with {factor:g} times the weight on drift")
+    for name, weight in weights.items():
+        console.timed(f"Step 4: {name} of {len(weights)}, with drift_weight {weight:g}")
         folder = asked.work / name
-        if recipes:
-            weight = factor * _weight(recipes["merge-1"])
         directories = replace(config.directories, output_directory=str(folder))
         merge_models(replace(config, directories=directories, drift_weight=weight), console, asked.part(folder))
         release_memory()
@@ -211,52 +221,32 @@ def _merged(config: Config, console: Console, asked: Asked) -> dict[str, Recipe]
     return recipes
 
 
-def _weight(recipe: Recipe) -> float:
-    """The drift_weight of a merge as a number."""
-    weight = recipe.settings.weight_of_drift
-    return math.fsum(abs(pair.before * pair.weight) for pair in recipe.phrases) / NATS if weight == "auto" else weight
-
-
 def _counted(config: Config, recipes: Mapping[str, Recipe], console: Console, asked: Asked) -> list[Point]:
     """What base, best candidate, adapter and merges write to fresh prompts, shown and kept: the base first."""
-    console.timed("Step 4: all of them write, by another seed")
-    recipe, front = recipes["merge-1"], asked.work / FRONT
-    base, *sources = recipe.sources
+    console.timed("Step 5: all of them write, by another seed")
+    file, recipe = asked.work / FRONT, next(iter(recipes.values()))
     alone = replace(config, models_to_merge=(), random_seed=config.random_seed + 1)
-    rated = count_written(alone, console, front)
-    prompts, counted = rated.prompts, [(base.name, rated.counts, recipe.metrics["base"])]
-    for source in _shown(recipe, sources, has_adapter=config.learn.steps > 0):
-        text = config.models_to_merge[source.number - 1]
-        counts = count_written(alone, console, front, prompts, candidate=text).counts
-        counted.append((source.name, counts, recipe.baselines.get(str(source.number), {})))
-    for name, one in recipes.items():
+    rated = count_written(alone, console, file)
+    prompts, counted = rated.prompts, [(recipe.sources[0].name, rated.counts, recipe.metrics["base"])]
+    numbers = range(1, len(recipe.sources))
+    adapter = numbers[: config.learn.steps > 0]
+    best = best_candidate(recipe, numbers[len(adapter) :], recipe.settings.weight_of_drift)
+    for number in (*best, *adapter):
+        counts = count_written(alone, console, file, prompts, candidate=config.models_to_merge[number - 1]).counts
+        counted.append((recipe.sources[number].name, counts, recipe.baselines.get(str(number), {})))
+    for name, merge in recipes.items():
         directories = replace(config.directories, model_path1=str(asked.work / name))
-        counts = count_written(replace(alone, directories=directories), console, front, prompts).counts
-        counted.append((name, counts, one.metrics["merge"]))
+        counts = count_written(replace(alone, directories=directories), console, file, prompts).counts
+        counted.append((name, counts, merge.metrics["merge"]))
     phrases = list(dict.fromkeys(pair.phrase for pair in config.bad_phrases))
     points = []
     for name, counts, metrics in counted:
         words = counts.total / (len(prompts) * config.discover.samples)
         points.append(Point(name, counts.rate(phrases), counts.interval(phrases), words, metrics, name in recipes))
     console.lines(front_table(points))
-    console.line(f"drift_weight: {', '.join(f'{name} {_weight(one):.4g}' for name, one in recipes.items())}")
-    document = [asdict(point) for point in points]
-    write_text(front.with_suffix(".json"), json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-    front_picture(points, front.with_suffix(".png"))
-    console.timed(f"Table and picture are in {front}.json and {front}.png")
+    write_front(points, file)
+    console.timed(f"Table and picture are in {file}.json and {file}.png")
     return points
-
-
-def _shown(recipe: Recipe, sources: Sequence[Source], has_adapter: bool) -> list[Source]:
-    """The best of the candidates by what a search lowers, and the adapter, which is the first of the sources."""
-
-    def objective(source: Source) -> float:
-        metrics = recipe.baselines.get(str(source.number), {})
-        drifts = [metrics[name] for name in ("kl", "own_kl") if name in metrics]
-        return metrics.get("total", math.inf) + _weight(recipe) * math.fsum(drifts) / max(1, len(drifts))
-
-    candidates = sorted(sources[has_adapter:], key=objective)
-    return [*candidates[:1], *sources[:has_adapter]]
 
 
 def _choice(points: Sequence[Point], console: Console) -> str:
@@ -272,7 +262,7 @@ def _choice(points: Sequence[Point], console: Console) -> str:
 
 def _save(config: Config, recipe: Recipe, console: Console, asked: Asked, name: str) -> None:
     """Build a merge again as the output, and show what it answers."""
-    console.timed(f"Step 5: {name} is saved")
+    console.timed(f"Step 6: {name} is saved")
     console.lines(sample_lines(recipe.samples))
     console.line(f"List, texts, adapter and all merges are in {asked.work}; delete it when you need none of them.")
     texts = [config.directories.model_path1, *config.models_to_merge]
@@ -292,12 +282,10 @@ def _tell_plan(config: Config, models: Models, console: Console, asked: Asked) -
     console.timed("Measuring how fast this machine is")
     plan = make_plan(replace(loader.config, device=loader.device), models)
     learning = estimate_learning(replace(loader, compute=plan.arithmetic), models)
-    settings = config.discover
-    prompts = read_prompts(settings.prompts and [settings.prompts], for_chats=True, key="discover.prompts")
     writers = 1 + bool(models.candidates) + bool(config.learn.steps) + len(FACTORS) + (not is_listed)
-    texts = writers * len(prompts) * settings.samples
+    texts, writing = texts_to_write(plan, models.module, writers)
     seconds = {
-        "to write texts": seconds_to_write(plan, models.module, texts, settings.tokens),
+        "to write texts": writing,
         "to learn": learning.seconds and learning.seconds * config.learn.steps,
         "to merge": (estimate_seconds(plan, models.module) or math.nan) * len(FACTORS),
     }
@@ -305,7 +293,7 @@ def _tell_plan(config: Config, models: Models, console: Console, asked: Asked) -
     needed, free = _disk(config, models, asked)
     rows = {
         "Phrases": pluralize(len(config.pairs), "pair") + ("" if is_listed else f" of {STAND_IN.name} for yours"),
-        "Texts": f"{texts:,} of up to {settings.tokens} tokens",
+        "Texts": f"{texts:,} of up to {config.discover.tokens} tokens",
         "Memory needed": f"{in_memory(max(plan.memory.reserved, learning.plan.needed))} on {plan.device}",
         "Bytes to write": f"{on_disk(needed)} to {asked.work} and {asked.output}, {on_disk(free)} free",
         "Time (estimate)": f"about {', '.join(parts)}" if parts else "not known for this model",
