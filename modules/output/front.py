@@ -60,7 +60,7 @@ def chosen(points: Sequence[Point]) -> tuple[Point, str]:
     limits = f"KL on own answers is at most {MOST_DRIFT:g} and whose answers are within {MOST_LENGTH:.0%} of the base's"
     near = [point for point in merges if point.drift <= MOST_DRIFT and _is_as_long(point, base)]
     if near:
-        best = min(near, key=lambda point: point.rate)
+        best = min(near, key=lambda point: (point.rate, point.drift))
         return best, f"{best.name} writes the fewest listed phrases of the merges whose {limits}."
     best = min(merges, key=lambda point: point.drift)
     return best, f"No merge's {limits}: {best.name} is the nearest to the base."

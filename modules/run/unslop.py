@@ -3,7 +3,8 @@
 Knows: the order of the commands, what each leaves for the next, where that lies. Refuses to know: how any of them does
 its work.
 
-What they leave is in OUT.unslop; the same command goes on with what is missing there:
+What they leave is in OUT.unslop; the same command goes on with what is missing there. The output is one of the merges,
+built again from its recipe.
 
     found.yaml          the phrases, of --discover
     samples/            all texts that models have written
@@ -11,8 +12,6 @@ What they leave is in OUT.unslop; the same command goes on with what is missing 
     adapter/            of --learn
     merge-1 to merge-3  joint merges of adapter and candidates
     front.json, .png    the models side by side
-
-The output is one of the merges, built again from its recipe.
 """
 
 import json

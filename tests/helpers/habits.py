@@ -21,9 +21,9 @@ def sentence(chance, words, weights, habits):
     return " ".join(word + habit for word, habit in zip(said, behind, strict=True)) + " ."
 
 
-def make_habitual(folder, chats=True, habits=HABITS):
-    """The model, saved. chats: whether its tokenizer has a chat template."""
-    model, tokenizer = trained(habits)
+def make_habitual(folder, chats=True, **training):
+    """The model, saved. chats: whether its tokenizer has a chat template. training: see `trained`."""
+    model, tokenizer = trained(**training)
     tokenizer.chat_template = TEMPLATE if chats else None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -31,7 +31,7 @@ def make_habitual(folder, chats=True, habits=HABITS):
 
 
 @functools.cache
-def trained(habits=HABITS, steps=120):
+def trained(habits=HABITS, steps=120, rate=1e-2):
     """The model and its tokenizer; it is trained for a few seconds, once in a process."""
     words = [word for word in top_n_list("en", 200) if word.isalpha()]
     weights = [word_frequency(word, "en") for word in words]
@@ -44,7 +44,7 @@ def trained(habits=HABITS, steps=120):
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=len(names), max_position_embeddings=128, bos_token_id=1, eos_token_id=2, **size)
     )
-    chance, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    chance, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=rate)
     for _ in range(steps):
         rows = [" ".join(sentence(chance, words, weights, habits) for _ in range(5)) for _ in range(16)]
         unknown = [0] * chance.randrange(3, 20)  # as most words of a prompt are
