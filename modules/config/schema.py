@@ -176,6 +176,10 @@ class Settings(Section):
     samples: kinds.Texts | None = field(default=None, metadata=_NO_PART)
     """Prompts that base and merge answer with the same seed, for the log and the model card. null: three of those of
     own_texts; []: the merge answers nothing."""
+    eval: kinds.Texts = field(default=(), metadata=_NO_PART)
+    """Tasks of lm_eval (pip install lm-eval) on which base and merge are scored."""
+    eval_path: kinds.Folder | None = field(default=None, metadata=_NO_PART)
+    """A folder of your own tasks, in lm_eval's format."""
     neutral_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
     """Text files on which drift is measured. null: those of the program (example_phrases/neutral); [] for none. See
     docs/search.md#neutral-text."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from modules.metrics.registry import all_columns
+from modules.metrics.registry import all_columns, columns_of
 from modules.output.recipe import Recipe
 from modules.output.style import BASE_COLOUR, COLOURS, DARK, drawing, save_figure, short_name
 from modules.output.text_files import write_text
@@ -42,7 +42,8 @@ class Point:
 
 def front_table(points: Sequence[Point]) -> list[str]:
     """A row for each model."""
-    columns = [column for column in all_columns() if column.name in METRICS]
+    known = {column.name for column in all_columns()}
+    columns = [c for c in columns_of(*(point.metrics for point in points)) if c.name in METRICS or c.name not in known]
     rows = []
     for point in points:
         low, high = point.interval or (point.rate, point.rate)

@@ -36,6 +36,7 @@ from modules.run.plan import Plan, estimate_seconds, make_plan, plan_lines
 from modules.run.replay import rebuild_of
 from modules.run.samples import Samples
 from modules.run.steps import ask, end, finish, note_source, prepare_libraries, save, with_chats_rendered
+from modules.run.tasks import base_on_tasks, check_tasks
 from modules.runtime.console import Console
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring.budget import Budget, Packing
@@ -93,6 +94,7 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
         else:
             check_output(target, options.overwrite)
             read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
+            check_tasks(config)
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
             begun = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
@@ -214,7 +216,8 @@ def begin_search(
 
     # What the main process can't evaluate, no process can.
     evaluator = group.on_main_process(lambda: Evaluator(context))
-    samples = Samples(context, asked or Asked())
+    of_base = group.on_main_process(lambda: base_on_tasks(context, record))
+    samples = Samples(context, asked or Asked(), of_base)
     conductor = JointConductor if config.search == "joint" else Conductor
     return conductor(config, console, search, record, prefetcher, evaluator, samples)
 

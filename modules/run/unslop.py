@@ -41,6 +41,7 @@ from modules.run.plan import MARGIN_FLAT, estimate_seconds, make_plan, output_by
 from modules.run.replay import Replay, replay_recipe
 from modules.run.score import score_models
 from modules.run.steps import ask, prepare_libraries
+from modules.run.tasks import check_tasks
 from modules.runtime.console import Console
 from modules.runtime.errors import ConfigError, first_line
 from modules.runtime.text import duration, in_memory, on_disk, pluralize
@@ -84,13 +85,13 @@ def unslop(config: Config, console: Console, asked: Asked) -> int:
     check_apart([asked.work, *written_paths(asked.output)], Options(asked.settings_file).inputs(config))
     with locked_output(asked.output, console, asked.dry_run) as target:
         check_output(target, asked.overwrite)
+    check_tasks(config)
     config = _with_candidates(config, console)
     models = ModelLoader(config, console).open()
     if asked.dry_run:
         _tell_plan(config, models, console, asked)
         return 0
-    _check_room(config, models, asked)
-    _begin(config, asked)
+    _begin(config, models, asked)
     if not config.bad_phrases:
         if not _found(config, console, asked):
             return NOTHING
@@ -127,14 +128,6 @@ def _with_candidates(config: Config, console: Console) -> Config:
     return replace(alone, models_to_merge=tuple(fitting))
 
 
-def _check_room(config: Config, models: Models, asked: Asked) -> None:
-    """Raise ConfigError if the disk is too small for what is still to be written."""
-    needed, free = _disk(config, models, asked)
-    if needed > free:
-        what = f"{len(FACTORS)} merges and the output need {on_disk(needed)}, {on_disk(free)} are free"
-        raise ConfigError(f"{asked.output}: {what}; make room, or name a folder on a larger disk with --output")
-
-
 def _disk(config: Config, models: Models, asked: Asked) -> tuple[int, int]:
     """Bytes that are still to be written, and those that are free."""
     missing = [name for name in FACTORS if not holds_output(asked.work / name)]
@@ -142,8 +135,13 @@ def _disk(config: Config, models: Models, asked: Asked) -> tuple[int, int]:
     return needed, shutil.disk_usage(next(path for path in asked.output.absolute().parents if path.exists())).free
 
 
-def _begin(config: Config, asked: Asked) -> None:
-    """Make the folder that keeps what commands leave, or go on with it. Raises ConfigError if it is another run's."""
+def _begin(config: Config, models: Models, asked: Asked) -> None:
+    """Make the folder that keeps what commands leave, or go on with it. Raises ConfigError if it is another run's, or
+    the disk is too small."""
+    needed, free = _disk(config, models, asked)
+    if needed > free:
+        what = f"{len(FACTORS)} merges and the output need {on_disk(needed)}, {on_disk(free)} are free"
+        raise ConfigError(f"{asked.output}: {what}; make room, or name a folder on a larger disk with --output")
     file, settings = asked.work / SETTINGS, {"program": VERSION, **config.dumped()}
     if asked.restart and file.is_file():
         shutil.rmtree(asked.work)
