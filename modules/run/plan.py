@@ -267,12 +267,12 @@ def seconds_of_a_layer(module: PreTrainedModel, tokens: int, dtype: torch.dtype,
     return (time.perf_counter() - begin) / len(layers)
 
 
-def texts_to_write(plan: Plan, module: PreTrainedModel, models: int) -> tuple[int, float | None]:
+def texts_to_write(plan: Plan, module: PreTrainedModel, models: float) -> tuple[int, float | None]:
     """How many texts so many models write for --discover or --rate; about how long that takes, None if it can't be
-    told. Raises ConfigError if their prompts can't be read."""
+    told. models: a fraction is of one that writes fewer. Raises ConfigError if their prompts can't be read."""
     settings = plan.config.discover
     prompts = read_prompts(settings.prompts and [settings.prompts], for_chats=True, key="discover.prompts")
-    texts = models * len(prompts) * settings.samples
+    texts = round(models * len(prompts) * settings.samples)
     try:
         seconds = seconds_of_a_layer(module, BATCH, plan.arithmetic.dtype, plan.device)
     except NOT_TAKEN:

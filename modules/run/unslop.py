@@ -48,6 +48,7 @@ from modules.runtime.text import duration, in_memory, on_disk, pluralize
 from modules.slop.discover import NOTHING, find_cliches
 from modules.slop.rate import count_written
 
+FEWER = 4  # times the texts that models write to be counted than those in which phrases are found
 FACTORS = {"merge-1": 0.25, "merge-2": 1.0, "merge-3": 4.0}  # of drift_weight
 SETTINGS, LIST, BASE, ADAPTER, FRONT = "settings.json", "found.yaml", "base.json", "adapter", "front"
 STAND_IN = LISTS / "fiction-cliches.yaml"  # phrases for an estimate before any are found
@@ -186,12 +187,12 @@ def _weights(config: Config, console: Console, asked: Asked) -> dict[str, float]
     if weight == "auto":
         if not file.is_file():
             console.timed("Step 2: how probable is it?")
-            score_models(replace(config, models_to_merge=()), console, file, overwrite=True, is_part=True)
+            alone = replace(config, models_to_merge=(), held_out_pairs=(), neutral_texts=(), own_texts=())
+            score_models(alone, console, file, overwrite=True, is_part=True)
             release_memory()
         scores = json.loads(file.read_text(encoding="utf-8"))
         name = scores["models"][0]["name"]
-        searched = [phrase for phrase in scores["phrases"] if not phrase["held_out"]]
-        weight = math.fsum(phrase["weight"] * phrase["probabilities"][name] for phrase in searched) / NATS
+        weight = math.fsum(one["weight"] * one["probabilities"][name] for one in scores["phrases"]) / NATS
     return {name: float(f"{factor * weight:.4g}") for name, factor in FACTORS.items()}
 
 
@@ -222,24 +223,25 @@ def _counted(config: Config, recipes: Mapping[str, Recipe], console: Console, as
     """What base, best candidate, adapter and merges write to fresh prompts, shown and kept: the base first."""
     console.timed("Step 5: all of them write, by another seed")
     file, recipe = asked.work / FRONT, next(iter(recipes.values()))
-    alone = replace(config, models_to_merge=(), random_seed=config.random_seed + 1)
-    rated = count_written(alone, console, file)
-    prompts, counted = rated.prompts, [(recipe.sources[0].name, rated.counts, recipe.metrics["base"])]
+    discover = replace(config.discover, samples=max(1, config.discover.samples // FEWER))
+    alone = replace(config, models_to_merge=(), random_seed=config.random_seed + 1, discover=discover)
+    base = count_written(alone, console, file)
+    write = partial(count_written, console=console, beside=file, prompts=base.prompts)
+    counted = [(recipe.sources[0].name, base, recipe.metrics["base"])]
     numbers = range(1, len(recipe.sources))
     adapter = numbers[: config.learn.steps > 0]
     best = best_candidate(recipe, numbers[len(adapter) :], recipe.settings.weight_of_drift)
     for number in (*best, *adapter):
-        counts = count_written(alone, console, file, prompts, candidate=config.models_to_merge[number - 1]).counts
-        counted.append((recipe.sources[number].name, counts, recipe.baselines.get(str(number), {})))
+        rated = write(alone, candidate=config.models_to_merge[number - 1])
+        counted.append((recipe.sources[number].name, rated, recipe.baselines.get(str(number), {})))
     for name, merge in recipes.items():
         directories = replace(config.directories, model_path1=str(asked.work / name))
-        counts = count_written(replace(alone, directories=directories), console, file, prompts).counts
-        counted.append((name, counts, merge.metrics["merge"]))
+        counted.append((name, write(replace(alone, directories=directories)), merge.metrics["merge"]))
     phrases = list(dict.fromkeys(pair.phrase for pair in config.bad_phrases))
     points = []
-    for name, counts, metrics in counted:
-        words = counts.total / (len(prompts) * config.discover.samples)
-        points.append(Point(name, counts.rate(phrases), counts.interval(phrases), words, metrics, name in recipes))
+    for name, rated, metrics in counted:
+        rate, interval = rated.counts.rate(phrases), rated.counts.interval(phrases)
+        points.append(Point(name, rate, interval, rated.words, metrics, is_merge=name in recipes))
     console.lines(front_table(points))
     write_front(points, file)
     console.timed(f"Table and picture are in {file}.json and {file}.png")
@@ -279,7 +281,7 @@ def _tell_plan(config: Config, models: Models, console: Console, asked: Asked) -
     console.timed("Measuring how fast this machine is")
     plan = make_plan(replace(loader.config, device=loader.device), models)
     learning = estimate_learning(replace(loader, compute=plan.arithmetic), models)
-    writers = 1 + bool(models.candidates) + bool(config.learn.steps) + len(FACTORS) + (not is_listed)
+    writers = (1 + bool(models.candidates) + bool(config.learn.steps) + len(FACTORS)) / FEWER + (not is_listed)
     texts, writing = texts_to_write(plan, models.module, writers)
     seconds = {
         "to write texts": writing,

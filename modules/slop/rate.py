@@ -68,7 +68,8 @@ class Rated:
 
     prompts: tuple[str, ...]
     counts: "Counts"
-    example: str  # its first text
+    words: float  # of a text
+    example: str  # its first
 
 
 def count_written(
@@ -83,7 +84,9 @@ def count_written(
     pairs = (*config.pairs, *config.held_out_pairs)
     variants = {pair.phrase: pair.variants for pair in pairs if pair.variants}
     phrases = list(dict.fromkeys(pair.phrase for pair in pairs))
-    found = Rated(generator.prompts, counts(texts, phrases, variants), texts[0][0])
+    counted = counts(texts, phrases, variants)
+    words = counted.total / (len(texts) * config.discover.samples)
+    found = Rated(generator.prompts, counted, words, texts[0][0])
     del generator
     release_memory()  # one model at a time
     return found

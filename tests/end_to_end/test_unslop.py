@@ -26,7 +26,7 @@ SETTINGS = {
     "neutral_texts": ["plain.txt"],
     "own_texts": ["prompts.txt"],
     "neutral_tokens": 256,
-    "discover": {"samples": 2, "tokens": 40, "prompts": "prompts.txt"},
+    "discover": {"samples": 4, "tokens": 40, "prompts": "prompts.txt"},
     "learn": {"rank": 4, "steps": 50, "learning_rate": 0.02, "drift_tokens": 128},
     "search": "joint",
     "joint": {"steps": 3},
@@ -101,12 +101,8 @@ def test_the_figures_are_those_of_the_single_commands(whole, base, monkeypatch):
         )
     )
     merges = [f"out.unslop/{name}" for name in MERGES]
-    assert (
-        monster_mapper.main(
-            ["--config", "listed.yaml", "--rate", *merges, "--json", "rates.json", "--set", "random_seed=513"]
-        )
-        == 0
-    )
+    sets = ["--set", "random_seed=513", "--set", "discover.samples=1"]
+    assert monster_mapper.main(["--config", "listed.yaml", "--rate", *merges, "--json", "rates.json", *sets]) == 0
     assert (
         merge_monster.main(
             ["--config", "listed.yaml", "--score", "out.unslop/adapter", *merges, "--json", "scores.json"]
@@ -119,7 +115,7 @@ def test_the_figures_are_those_of_the_single_commands(whole, base, monkeypatch):
     for name, rate in rates.items():
         assert front[name]["rate"] == rate["all bad phrases"]["rate"]
         assert front[name]["interval"] == rate["all bad phrases"]["interval"]
-        assert front[name]["words"] == rate["words"] / (2 * len(PROMPTS))
+        assert front[name]["words"] == rate["words"] / len(PROMPTS)
     scores = {model["name"]: model["metrics"] for model in json.loads((whole / "scores.json").read_text())["models"]}
     assert list(scores) == list(front)
     for name, metrics in scores.items():
@@ -224,7 +220,7 @@ def test_a_dry_run_tells_of_the_whole(place, base):
     configure(place)
     assert run(base, "--dry-run") == 0
     log = log_of(place)
-    assert "180 of up to 40 tokens" in log and "to learn" in log and "to merge" in log and "Memory needed" in log
+    assert "135 of up to 40 tokens" in log and "to learn" in log and "to merge" in log and "Memory needed" in log
     assert sorted(path.name for path in place.iterdir()) == ["logs", "my.yaml", "plain.txt", "prompts.txt"]
 
 
@@ -257,8 +253,8 @@ def test_a_base_without_habits(place, base, capsys):
     (place / "prompts.txt").write_text("\n".join(PROMPTS[:4]), encoding="utf-8")
     refused(capsys, place, base, "Nothing found: ", code=1)
     assert (place / "out.unslop/samples").is_dir()
-    refused(capsys, place, base, "discover changed since out.unslop was begun", "--set", "discover.samples=2")
-    refused(capsys, place, base, "Nothing found: ", "--set", "discover.samples=2", "--restart", code=1)
+    refused(capsys, place, base, "discover changed since out.unslop was begun", "--set", "discover.samples=3")
+    refused(capsys, place, base, "Nothing found: ", "--set", "discover.samples=3", "--restart", code=1)
 
 
 @pytest.mark.parametrize("options", [["--resume"], ["--score", "one"], ["--table", "changed"]])
