@@ -157,8 +157,7 @@ def _begin(config: Config, models: Models, asked: Asked) -> None:
         raise ConfigError(f"{file}: can't be read; begin again with --restart") from None
     changed = [key for key, value in settings.items() if before.get(key) != value]
     if changed:
-        what = f"{', '.join(changed)} changed since {asked.work} was begun"
-        raise ConfigError(f"{what}; begin again with --restart, or name another --output")
+        raise ConfigError(f"{', '.join(changed)} changed since {asked.work} was begun; begin again with --restart")
 
 
 # -- one command after another -----------------------------------------------------------------------------------------
