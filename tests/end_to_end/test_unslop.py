@@ -43,10 +43,12 @@ def one_reading_of_the_word_list():
         yield
 
 
+TRAINING = {"habits": habits.MORE_HABITS, "steps": 240, "rate": 3e-3}
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    training = {"habits": habits.MORE_HABITS, "steps": 240, "rate": 3e-3}
-    return habits.make_habitual(tmp_path_factory.mktemp("models") / "base", **training)
+    return habits.make_habitual(tmp_path_factory.mktemp("models") / "base", **TRAINING)
 
 
 def configure(place, **more):
@@ -209,6 +211,15 @@ def test_a_list_and_candidates_in_place_of_what_is_found_and_learned(place, base
     assert recipe["settings"]["drift_weight"] == third["settings"]["drift_weight"]
     assert run(base, one, other, bad) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_base_without_a_chat_template(place, tmp_path_factory):
+    base = habits.make_habitual(tmp_path_factory.mktemp("models") / "base", chats=False, **TRAINING)
+    configure(place)
+    assert run(base, "--quiet") == 0
+    front = front_of(place)
+    assert all(front[name]["rate"] < 0.02 * front["base"]["rate"] for name in MERGES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
