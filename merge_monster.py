@@ -136,7 +136,11 @@ def run_unslop(config: Config, console: Console, options: argparse.Namespace) ->
         file = Path(options.config) if options.config else None
         return unslop(config, console, Asked(file, output, load, options.overwrite, options.restart, options.dry_run))
 
-    return exit_code(work, console, lambda: f"What is done so far is in {output}.unslop: the same command goes on.")
+    def left() -> str:
+        kept = f"{output}.unslop"
+        return f"What is done so far is in {kept}: the same command goes on." if os.path.isdir(kept) else ""
+
+    return exit_code(work, console, left)
 
 
 def replay(console: Console, options: argparse.Namespace) -> int:

@@ -266,7 +266,7 @@ def _save(config: Config, recipe: Recipe, console: Console, asked: Asked, name: 
     texts = [config.directories.model_path1, *config.models_to_merge]
     elsewhere = {one.name: texts[one.number] for one in recipe.sources if names_folder(one.where)}
     choices = {"overwrite": asked.overwrite, "trust_remote_code": config.trust_remote_code}
-    replay_recipe(Replay(asked.work / name, asked.output, config.device, elsewhere, **choices), console)
+    replay_recipe(Replay(asked.work / name, asked.output, recipe.device, elsewhere, **choices), console)
 
 
 # -- --dry-run ---------------------------------------------------------------------------------------------------------
