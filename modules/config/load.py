@@ -62,7 +62,7 @@ class _Problem:
 
 
 def load_config(
-    path: str | Path,
+    path: str | Path | None,
     device: str | None = None,
     output: str | None = None,
     model: str | None = None,
@@ -70,19 +70,20 @@ def load_config(
     discovering: bool = False,
     model_option: str = "--model",
     sets: Sequence[str] = (),
-    scored: Sequence[str] = (),
+    scored: Sequence[str] | None = None,
     learning: bool = False,
 ) -> Config:
     """Read and check a YAML file; `device`, `output` and `model`, the base, replace the file's own values.
 
     mapping: for the mapper, which needs neither candidates nor an output directory, and holds no phrase out;
     discovering: nor phrases. model_option: with which the command line names the model. sets: more that is replaced,
-    each KEY=VALUE. scored: models that take the place of the file's candidates, to be scored and not merged: that
-    needs no output directory either. learning: for --learn, which needs neither candidates nor that.
-    Raises ConfigError with one line for every error found.
+    each KEY=VALUE. scored: models that take the place of the file's candidates, if there are any, for --score and
+    --unslop: these need no output directory either. learning: for --learn, which needs neither candidates nor that.
+    path: None if there is no file. Raises ConfigError with one line for every error found.
     """
     problems: list[Any] = []
-    main = read_yaml(Path(path), "name a configuration file with --config")
+    file = path or "the command line"
+    main = read_yaml(Path(path), "name a configuration file with --config") if path else YamlFile({}, None)
     if isinstance(main.value, Mapping | None):
         main = replace(main, value={"directories": {}, **(main.value or {})})
         for text in sets:
@@ -94,12 +95,12 @@ def load_config(
             (("directories", "model_path1"), model, model_option),
             (("directories", "output_directory"), output, "--output"),
             (("device",), device, "--device"),
-            (("models_to_merge",), list(scored) or None, "--score"),
+            (("models_to_merge",), list(scored or ()) or None, model_option if model else "--score"),
         ):
             if value is not None:
                 with suppress(ConfigError):  # what is in the way of the value will be found
                     main = with_value(main, place, value, option)
-    settings = _checked(Settings, main, problems, MAP if mapping or learning else SCORE if scored else MERGE)
+    settings = _checked(Settings, main, problems, MAP if mapping or learning else MERGE if scored is None else SCORE)
     lists = _phrase_lists(main, "phrase_files", problems)
     held_out = _phrase_lists(main, "held_out_files", problems)
     if settings:
@@ -110,22 +111,24 @@ def load_config(
     if problems:
         more = [f"and {len(problems) - _MOST_ERRORS} more"] if len(problems) > _MOST_ERRORS else []
         lines = [f"  {line}" for line in [*problems[:_MOST_ERRORS], *more]]
-        raise ConfigError(f"{path} has {pluralize(len(problems), 'error')}:", *lines)
+        raise ConfigError(f"{file} has {pluralize(len(problems), 'error')}:", *lines)
     phrases = [phrase for part in (*searched, *held_out) for key in PHRASES for phrase in getattr(part, key)]
     count = sum(len(phrase.contexts) * len(phrase.phrase) for phrase in phrases)
     if count > MOST_PAIRS:
-        raise ConfigError(f"{path}: {count:,} pairs of a phrase and a context, more than the limit of {MOST_PAIRS:,}")
+        raise ConfigError(f"{file}: {count:,} pairs of a phrase and a context, more than the limit of {MOST_PAIRS:,}")
     config = _with_pairs(searched, held_out, mapping)
     if not config.pairs and not discovering:
-        raise ConfigError(f"{path}: all pairs are held out; leave some to search with")
+        raise ConfigError(f"{file}: all pairs are held out; leave some to search with")
     return config
 
 
 def to_learn(config: Config, output: Path) -> Config:
     """The settings of a run that learns an adapter of the base: no candidates, another output.
 
-    Raises ConfigError if it is to be held to the base on texts, and there are none.
+    Raises ConfigError if no step is to be made, or it is to be held to the base on texts and there are none.
     """
+    if not config.learn.steps:
+        raise ConfigError("learn.steps: 0, so --learn would learn nothing; set at least 1")
     directories = replace(config.directories, output_directory=str(output), model_directory=None)
     weight = "auto" if config.drift_weight is None else config.drift_weight
     config = replace(config, directories=directories, models_to_merge=(), drift_weight=weight)

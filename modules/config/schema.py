@@ -96,8 +96,8 @@ class Learn(Section):
 
     rank: kinds.CountFromOne = 8
     """Rank of the adapter."""
-    steps: kinds.CountFromOne = 40
-    """Number of steps; each takes about three forward passes over its pairs and texts."""
+    steps: kinds.Count = 40
+    """Number of steps; each takes about three forward passes over its pairs and texts. 0: --unslop learns nothing."""
     learning_rate: kinds.Limit = 1e-3
     """Adam's learning rate in the first step; it falls to a tenth of this in the last step."""
     pairs: kinds.CountFromOne = 16
@@ -152,8 +152,7 @@ class Settings(Section):
     phrase_files: kinds.Paths = field(default=(), metadata=_NO_PART)
     """YAML files with more bad_phrases and good_phrases."""
     held_out: kinds.number(ge=0, lt=1) = field(default=0.0, metadata=_NO_PART)
-    """Fraction of each phrase's contexts to hold out: scored but not searched, to show overfitting. Try 0.25 for long
-    lists."""
+    """Fraction of each phrase's contexts to hold out: scored, not searched. Try 0.25 for long lists."""
     held_out_files: kinds.Paths = field(default=(), metadata=_NO_PART)
     """Phrase files whose pairs are all held out."""
     min_gain: kinds.AutoOrWeight = "auto"
@@ -168,11 +167,14 @@ class Settings(Section):
     """Also score each candidate on its own, to compare it with the merge."""
     samples: kinds.Texts | None = field(default=None, metadata=_NO_PART)
     """Prompts that base and merge answer, with the same seed, to show. null: three of own_texts. []: none."""
+    eval: kinds.Texts = field(default=(), metadata=_NO_PART)
+    """Tasks of lm_eval (pip install lm-eval) on which base and merge are scored."""
+    eval_path: kinds.Folder | None = field(default=None, metadata=_NO_PART)
+    """Folder of your own tasks, in lm_eval's format."""
     neutral_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
     """Text files on which drift (KL from the base) is measured. null: example_phrases/neutral. []: none."""
     own_texts: kinds.Paths | None = field(default=None, metadata=_NO_PART)
-    """Files of prompts, one per line. The base's answers are text for drift too (docs/search.md). null: the
-    program's. []: none."""
+    """Files of prompts. The base's answers are text for drift too (docs/search.md). null: built-in ones. []: none."""
     device: kinds.Device = "auto"
     """Where to compute. auto: an accelerator if there is one, else cpu."""
     dtype: Literal[kinds.DTYPES] = "auto"

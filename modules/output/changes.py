@@ -55,6 +55,7 @@ def without_paths(config: Config) -> Config:
         tokenizer=config.tokenizer and _last_part(config.tokenizer),
         phrase_files=tuple(map(_last_part, config.phrase_files)),
         held_out_files=tuple(map(_last_part, config.held_out_files)),
+        eval_path=config.eval_path and _last_part(config.eval_path),
         neutral_texts=config.neutral_texts and tuple(map(_last_part, config.neutral_texts)),
         own_texts=config.own_texts and tuple(map(_last_part, config.own_texts)),
         learn=replace(config.learn, texts=config.learn.texts and _last_part(config.learn.texts)),

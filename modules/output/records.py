@@ -204,12 +204,19 @@ class Answered(Record):
     answers: Annotated[Answers, PlainValidator(_answers), PlainSerializer(asdict)]
 
 
+class OnTasks(Record):
+    """What the base scores on tasks of lm_eval."""
+
+    metrics: Metrics
+
+
 # The lines of a journal, by kind.
 LINES = {
     "run": Run,
     "source": Source,
     "answers": Answered,
     "start": Scored,
+    "tasks": OnTasks,
     "baseline": Scored,
     "joint": Mixed,
     "step": Step,

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from modules.checkpoints.checkpoint import load_tokenizer
 from modules.checkpoints.downloads import check_space, fetching
 from modules.checkpoints.open_models import Models
-from modules.config.inputs import check_apart, input_paths, read_neutral_texts
+from modules.config.inputs import check_apart, read_neutral_texts
 from modules.config.locations import repositories_in
 from modules.config.schema import Config
 from modules.learn.adapter import Adapter, check_rank, linear_layers
@@ -81,7 +81,7 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
     """
     prepare_libraries(config.random_seed)
     output = Path(config.directories.output_directory)
-    check_apart(written_paths(output), [options.settings_file, *input_paths(config)])
+    check_apart(written_paths(output), options.inputs(config))
     with locked_output(output, console, options.dry_run) as target:
         check_output(target, options.overwrite)
         read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
@@ -103,8 +103,9 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
             console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")
             return
         loader.in_range(lambda own: _learn(own, options, target, models, asked))
-    console.line(f"As a candidate of a merge: models_to_merge: [{config.directories.output_directory}]")
-    end(console, config, models, config.directories.output_directory)
+    if not options.is_part:
+        console.line(f"As a candidate of a merge: models_to_merge: [{config.directories.output_directory}]")
+        end(console, config, models, config.directories.output_directory)
 
 
 def _learn(loader: ModelLoader, options: Options, target: OutputFolder, models: Models, asked: Asked) -> None:
@@ -354,22 +355,39 @@ def _are_numbers(gradient: Sequence[torch.Tensor], loss: Loss) -> bool:
     return math.isfinite(loss.loss) and all(map(is_finite, gradient))
 
 
-def _plan_lines(loader: ModelLoader, models: Models) -> list[str]:
-    """What a run takes, for the person at the terminal."""
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes."""
+
+    plan: LearnPlan
+    tokens: int  # of a step
+    seconds: float | None  # of a step; None: not known
+
+
+def estimate_learning(loader: ModelLoader, models: Models) -> Estimate:
+    """Of a loader that knows what to compute in."""
     config, device, plan = loader.config, resolve_device(loader.device), _plan(loader, models)
-    base, learn, sizes = models.base, config.learn, sizes_of(models.module)
+    base, sizes = models.base, sizes_of(models.module)
     tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(models.module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     texts = len([one for one in (config.neutral_texts, config.own_texts) if one != ()])
-    tokens = tokens_of_a_step(encoded, learn.pairs, texts * learn.drift_tokens, plan.budget)
-    free = free_memory(device)
+    tokens = tokens_of_a_step(encoded, config.learn.pairs, texts * config.learn.drift_tokens, plan.budget)
     try:
         each = seconds_of_a_layer(models.module, plan.budget.tokens, loader.compute.dtype, device) / plan.budget.tokens
-        seconds = each * tokens * sizes.layers * FORWARDS_OF_A_STEP
-        time_needed = f"about {duration(seconds)} per step, {duration(seconds * learn.steps)} in total"
     except NOT_TAKEN:
-        time_needed = "unknown for this model"
+        return Estimate(plan, tokens, None)
+    return Estimate(plan, tokens, each * tokens * sizes.layers * FORWARDS_OF_A_STEP)
+
+
+def _plan_lines(loader: ModelLoader, models: Models) -> list[str]:
+    """What a run takes, for the person at the terminal."""
+    config, device, estimate = loader.config, resolve_device(loader.device), estimate_learning(loader, models)
+    learn, plan, tokens, seconds = config.learn, estimate.plan, estimate.tokens, estimate.seconds
+    free = free_memory(device)
+    time_needed = "unknown for this model"
+    if seconds is not None:
+        time_needed = f"about {duration(seconds)} per step, {duration(seconds * learn.steps)} in total"
     parts = f"{in_memory(plan.base)} for the base, {in_memory(plan.adapter)} for the adapter"
     rows = {
         "Adapter": f"rank {learn.rank}, {plan.parameters:,} parameters",

@@ -36,6 +36,7 @@ from modules.run.plan import Plan, estimate_seconds, make_plan, plan_lines
 from modules.run.replay import rebuild_of
 from modules.run.samples import Samples
 from modules.run.steps import ask, end, finish, note_source, prepare_libraries, save, with_chats_rendered
+from modules.run.tasks import base_on_tasks, check_tasks
 from modules.runtime.console import Console
 from modules.runtime.distributed import ALONE, Group
 from modules.scoring.budget import Budget, Packing
@@ -65,12 +66,17 @@ NOBODY_ASKED = Asked()
 class Options:
     """What the command line says beside what is in the configuration."""
 
-    settings_file: Path  # which is read, and must not be written
+    settings_file: Path | None  # which is read, and must not be written
     overwrite: bool = False  # an output that is there already
     resume: bool = False
     restart: bool = False
     dry_run: bool = False  # check everything and say what it would take, and no more
     table: str = "full"  # one of TABLES: how much of the phrase table is shown
+    is_part: bool = False  # of a longer run, which says the last lines
+
+    def inputs(self, config: Config) -> list[Path]:
+        """What a run reads."""
+        return [*([self.settings_file] if self.settings_file else []), *input_paths(config)]
 
 
 def merge_models(config: Config, console: Console, options: Options, group: Group = ALONE) -> None:
@@ -81,13 +87,14 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
     """
     prepare_libraries(config.random_seed)
     output = Path(config.directories.output_directory)
-    check_apart(written_paths(output), [options.settings_file, *input_paths(config)])
+    check_apart(written_paths(output), options.inputs(config))
     with locked_output(output, console, options.dry_run) as target:
         if options.resume and not options.dry_run and is_finished(config, output):
             console.final(f"This run is already finished; its output is in {output}")
         else:
             check_output(target, options.overwrite)
             read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
+            check_tasks(config)
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
             begun = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
@@ -135,7 +142,8 @@ def _merge(
         clock.lap("save")
         recipe = recipe.model_copy(update={"seconds": {**clock.seconds, **recipe.seconds}})
         finish(console, unfinished, recipe, target.output, models.base, options.overwrite)
-    end(console, config, models, config.directories.output_directory)
+    if not options.is_part:
+        end(console, config, models, config.directories.output_directory)
 
 
 def _accepted(record: RunRecord, recipe: Recipe, models: Models) -> Iterator[tuple[Source, Candidate]]:
@@ -210,7 +218,8 @@ def begin_search(
 
     # What the main process can't evaluate, no process can.
     evaluator = group.on_main_process(lambda: Evaluator(context))
-    samples = Samples(context, asked or Asked())
+    of_base = group.on_main_process(lambda: base_on_tasks(context, record))
+    samples = Samples(context, asked or Asked(), of_base)
     conductor = JointConductor if config.search == "joint" else Conductor
     return conductor(config, console, search, record, prefetcher, evaluator, samples)
 

@@ -19,7 +19,7 @@ from modules.checkpoints.checkpoint import Checkpoint, load_tokenizer
 from modules.checkpoints.downloads import bytes_needed, cache_folder
 from modules.checkpoints.open_models import Models
 from modules.checkpoints.weight_files import index_file, local_files
-from modules.config.inputs import read_neutral_texts, real_path
+from modules.config.inputs import read_neutral_texts, read_prompts, real_path
 from modules.config.locations import partial_of
 from modules.config.schema import Config
 from modules.merging.methods import ratios_for
@@ -33,6 +33,7 @@ from modules.runtime.text import duration, in_memory, on_disk, ranges
 from modules.scoring.budget import TOKENS, Budget, budget_of, layer_bytes, logits_bytes
 from modules.scoring.layout import NOT_TAKEN
 from modules.scoring.packing import Pack, build_packs
+from modules.scoring.samples import BATCH
 from modules.scoring.tokenization import doubled_tokens, encode_pairs, neutral_windows
 from modules.search.search import forwards_of_candidate
 
@@ -133,7 +134,7 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
     if placement:
         free = sum(free_on_accelerators().values()) + psutil.virtual_memory().available
 
-    output = _output_bytes(config, base)
+    output = output_bytes(config, base)
     disk_needed, disk_free = _disk(config, models, output)
     return Plan(
         config=config,
@@ -177,7 +178,7 @@ def _arriving(models: Models, dtype: torch.dtype) -> int:
     return largest
 
 
-def _output_bytes(config: Config, base: Checkpoint) -> int:
+def output_bytes(config: Config, base: Checkpoint) -> int:
     """Of weights, and of the base's files beside them."""
     total = sum(base.companions.published.values())
     index = index_file(local_files(base.path))
@@ -269,6 +270,19 @@ def seconds_of_a_layer(module: PreTrainedModel, tokens: int, dtype: torch.dtype,
     if device.type != "cpu":  # there, work has only been begun when the call returns
         torch.accelerator.synchronize(device)
     return (time.perf_counter() - begin) / len(layers)
+
+
+def texts_to_write(plan: Plan, module: PreTrainedModel, models: float) -> tuple[int, float | None]:
+    """How many texts so many models write for --discover or --rate; about how long that takes, None if it can't be
+    told. models: a fraction is of one that writes fewer. Raises ConfigError if their prompts can't be read."""
+    settings = plan.config.discover
+    prompts = read_prompts(settings.prompts and [settings.prompts], for_chats=True, key="discover.prompts")
+    texts = round(models * len(prompts) * settings.samples)
+    try:
+        seconds = seconds_of_a_layer(module, BATCH, plan.arithmetic.dtype, plan.device)
+    except NOT_TAKEN:
+        return texts, None
+    return texts, seconds * plan.sizes.layers * settings.tokens * math.ceil(texts / BATCH)
 
 
 def plan_lines(plan: Plan, seconds: float | None) -> list[str]:

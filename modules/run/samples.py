@@ -5,13 +5,14 @@ counted in it.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from modules.metrics.answers import count_answers, warnings
 from modules.metrics.evaluator import Evaluator
 from modules.metrics.metric import Context
 from modules.metrics.own_answers import MOST_SAMPLES, Answer, generate_answers, only_warned
 from modules.output.records import Sample
+from modules.run.tasks import score_on_tasks
 from modules.runtime.text import pluralize
 from modules.scoring.chats import Asked
 from modules.scoring.samples import DEFAULT, Written, empty_answers, visible
@@ -20,15 +21,18 @@ from modules.scoring.samples import DEFAULT, Written, empty_answers, visible
 class Samples:
     """Compares the base's answers with the merge's."""
 
-    def __init__(self, context: Context, asked: Asked) -> None:
-        """asked: the prompts as the base reads them."""
+    def __init__(self, context: Context, asked: Asked, on_tasks: Mapping[str, float] | None = None) -> None:
+        """asked: the prompts as the base reads them. on_tasks: what the base scores on the tasks of `eval`."""
         self._context = context
         self._asked = asked
+        self._on_tasks = dict(on_tasks or {})
         self.seconds = 0.0
 
     def compare(self, evaluator: Evaluator, what: str = "merge") -> list[Sample]:
-        """Answers of base and merge to show; how all answers differ is added to the evaluator's metrics. what: stands
-        in the place of the merge."""
+        """Answers of base and merge to show; how all answers differ, and what they score on tasks, is added to the
+        evaluator's metrics. what: stands in the place of the merge."""
+        if self._on_tasks:
+            evaluator.add(self._on_tasks, score_on_tasks(self._context, what))
         if self._context.config.samples == ():
             return []
         began = time.monotonic()

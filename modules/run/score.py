@@ -58,10 +58,11 @@ class Scored:
         return [probability(value) for value in (*self.found.searched, *self.found.held_out)]
 
 
-def score_models(config: Config, console: Console, file: Path | None, overwrite: bool) -> None:
+def score_models(config: Config, console: Console, file: Path | None, overwrite: bool, is_part: bool = False) -> None:
     """Print how the base and the configuration's candidates score, each taken whole; file: gets the same as JSON.
 
-    Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
+    is_part: of a longer run, which says the last line. Raises ConfigError for what can't be used, found before any
+    work; CheckpointError or OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
     if file:
@@ -83,7 +84,8 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
         document = _document([*config.pairs, *held_out], len(config.pairs), weights, scored)
         write_text(file, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
         console.timed(f"Wrote all scores to {file}")
-    end(console, config, models)
+    if not is_part:
+        end(console, config, models)
 
 
 def _document(

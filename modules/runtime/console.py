@@ -192,6 +192,18 @@ class Console:
         """The last line, with the time of day before it; it is seen in a quiet run too."""
         self._always(_timed(text))
 
+    def ask(self, question: str) -> str:
+        """What the person at the terminal types in answer; nothing if it is quiet, closed, or there is none."""
+        if self._quiet or not (sys.stdin.isatty() and sys.stdout.isatty()):
+            return ""
+        self._always(question)
+        try:
+            answer = input().strip()
+        except (EOFError, OSError):
+            answer = ""
+        self._record(visible(answer))
+        return answer
+
     def progress(self, steps: float) -> Progress:
         """One bar for the whole run, on a terminal only; `steps` are in any unit that is proportional to time."""
         return Progress(

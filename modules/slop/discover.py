@@ -39,6 +39,19 @@ def discover(config: Config, console: Console, json_file: Path | None, yaml_file
     Returns an exit code: NOTHING where no phrase was found, or none for the list that was asked for; but 0 where the
     report alone was asked for, which says so. Raises ConfigError for what can't be used, OSError if a file fails.
     """
+    if not find_cliches(config, console, json_file, yaml_file):
+        return 0 if json_file and not yaml_file else NOTHING
+    if yaml_file:
+        console.line(f"Review it, delete what you don't mind, and add to your config: phrase_files: [{yaml_file}]")
+        console.line("After the merge, count again: python monster_mapper.py --config MY.yaml --rate OUT")
+    else:
+        console.line("Add --yaml FILE to write a phrase list, each phrase in contexts of these texts.")
+    console.final(f"Done. The log is {console.log_path}")
+    return 0
+
+
+def find_cliches(config: Config, console: Console, json_file: Path | None, yaml_file: Path | None) -> bool:
+    """The same; whether something was found and, if there is a yaml_file, listed."""
     human = human_rates(config.discover.language)
     generator = load_generator(config, console)
     answers = generate(generator, config.random_seed, console, yaml_file or json_file)
@@ -54,19 +67,14 @@ def discover(config: Config, console: Console, json_file: Path | None, yaml_file
     if not findings.phrases or (yaml_file and not contexts):
         what = f"in {LEAST_PROMPTS} prompts, {LEAST_RATIO:g} times as often as in human text and probable there"
         console.error(f"Found no overused phrase ({what}). Raise discover.samples or discover.tokens, or add prompts.")
-        return 0 if json_file and not yaml_file else NOTHING
+        return False
     if yaml_file:
         write_text(yaml_file, _phrase_list(contexts, generator.name, config.system))
         count = sum(map(len, contexts.values()))
         console.line(
             f"Wrote {len(contexts)} phrases in {count} contexts to {yaml_file}; every second context is held out."
         )
-        console.line(f"Review it, delete what you don't mind, and add to your config: phrase_files: [{yaml_file}]")
-        console.line("After the merge, count again: python monster_mapper.py --config MY.yaml --rate OUT")
-    else:
-        console.line("Add --yaml FILE to write a phrase list with contexts from these texts.")
-    console.final(f"Done. The log is {console.log_path}")
-    return 0
+    return True
 
 
 def contexts_of(

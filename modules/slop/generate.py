@@ -11,13 +11,14 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from modules.checkpoints.checkpoint import load_tokenizer
+from modules.checkpoints.downloads import fetch_now
 from modules.config.inputs import read_prompts
 from modules.config.schema import Config
 from modules.model.base_model import ResidentModel
@@ -30,6 +31,7 @@ from modules.runtime.oom import is_out_of_memory
 from modules.runtime.text import pluralize
 from modules.scoring.chats import Asked, asked_of, chat_of, check_refusals, has_template, render
 from modules.scoring.samples import SamplingParams, batches, empty_answers, encoded, sample, visible
+from modules.search.mixing import Mix
 from modules.slop.matching import word_count
 
 FOLDER = "samples"  # beside the file that is written, or in the working directory
@@ -48,6 +50,7 @@ class Generator:
     tokenizer: Any
     prompts: tuple[str, ...]
     asked: Asked  # the prompts as the model reads them
+    fingerprint: Mapping[str, Any]  # of the files that it is made of
 
     @property
     def answers_begin(self) -> dict[str, str] | None:
@@ -61,15 +64,22 @@ class Generator:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def load_generator(config: Config, console: Console, prompts: Sequence[str] = ()) -> Generator:
-    """A config's base. prompts: if none are given, those of the config or of the program: questions for a model with a
-    chat template, openings of texts for another one. Raises as ModelLoader does, ConfigError for unusable prompts."""
+def load_generator(config: Config, console: Console, prompts: Sequence[str] = (), candidate: str = "") -> Generator:
+    """A config's base, or a candidate for it, with all its weights as a merge would take them.
+
+    prompts: if none are given, those of the config or of the program: questions for a model with a chat template,
+    openings of texts for another one. candidate: as models_to_merge names it. Raises as ModelLoader and Mix do,
+    ConfigError for unusable prompts.
+    """
     if config.discover.prompts and not prompts:
         prompts = read_prompts(
             [config.discover.prompts], for_chats=True, key="discover.prompts"
         )  # before anything is fetched
-    loader = ModelLoader(config, console)
-    models = loader.open_base()
+    loader = ModelLoader(replace(config, models_to_merge=(candidate,) if candidate else ()), console)
+    models = loader.open() if candidate else loader.open_base()
+    if candidate:
+        for job in models.jobs:
+            fetch_now(console, job)
     tokenizer = load_tokenizer(models.base.path, models.base.companions)
     prompts = tuple(prompts or read_prompts(None, has_template(tokenizer), "discover.prompts"))
     chats = [chat_of(prompt, config.system) for prompt in prompts] if has_template(tokenizer) else []
@@ -79,8 +89,14 @@ def load_generator(config: Config, console: Console, prompts: Sequence[str] = ()
     asked = asked_of(tokenizer, rendered, prompts, config.system)
 
     def load(loader: ModelLoader) -> Generator:
-        model, _ = loader.load(models, loader.placement(models, with_header=False))
-        return Generator(models.base.name, config, model, tokenizer, prompts, asked)
+        model, _ = loader.load(models, loader.placement(models, with_header=bool(candidate)))
+        source = models.base
+        if candidate:
+            mix = Mix(model, tokenizer, models.candidates)
+            mix.compose([(1.0,)] * mix.rows, exact=True)
+            source = models.candidates[0].checkpoint
+            source.release()
+        return Generator(source.name, config, model, tokenizer, prompts, asked, source.fingerprint())
 
     return loader.fitting(models).in_range(load)
 
@@ -93,7 +109,7 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
     settings, asked = generator.config.discover, generator.asked
     params = SamplingParams(settings.tokens, settings.temperature, settings.samples)
     depends_on = {
-        "model": generator.model.checkpoint.fingerprint(),
+        "model": generator.fingerprint,
         "dtype": generator.model.arithmetic.name,
         "chat_template": getattr(generator.tokenizer, "chat_template", None),
         "seed": seed,

@@ -87,7 +87,7 @@ def _installed(package: str) -> ModuleType:
     try:
         return import_module(package)
     except ImportError:
-        raise ConfigError(f"the package {package} is missing: pip install wordfreq wordsegment") from None
+        raise ConfigError(f"the package {package} is not installed: pip install -r requirements.txt") from None
 
 
 def _counts(file: str) -> dict[str, float]:

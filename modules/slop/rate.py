@@ -6,7 +6,6 @@ Intervals are those of a bootstrap over prompts (Efron 1979). All models are res
 A phrase that was never written has the interval up to 3 / words, the rule of three (Hanley and Lippman-Hand 1983).
 """
 
-import gc
 import itertools
 import json
 from collections import Counter
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from modules.config.locations import Location, Source, names_of, parse_location
 from modules.config.schema import Config
+from modules.model.loading import release_memory
 from modules.output.text_files import write_text
 from modules.runtime.console import Console
 from modules.runtime.text import ended, one_line, shortened
@@ -46,7 +46,6 @@ def rate(config: Config, others: Sequence[Config], console: Console, json_file: 
     for name, pairs in lists.items():
         if pairs:
             groups[name] = list(dict.fromkeys(pair.phrase for pair in pairs))
-    variants = {pair.phrase: pair.variants for pair in config.pairs if pair.variants}
     prompts: tuple[str, ...] = ()
     counted: dict[str, Counts] = {}
     examples: dict[str, str] = {}
@@ -54,13 +53,8 @@ def rate(config: Config, others: Sequence[Config], console: Console, json_file: 
     for name, model in zip(names_for(models), models, strict=True):
         if name in counted:
             continue
-        generator = load_generator(model, console, prompts)
-        prompts = generator.prompts
-        texts = generate(generator, model.random_seed, console, json_file)
-        counted[name] = counts(texts, _phrases(groups), variants)
-        examples[name] = texts[0][0]
-        del generator
-        gc.collect()  # one model at a time
+        rated = count_written(model, console, json_file, prompts)
+        prompts, counted[name], examples[name] = rated.prompts, rated.counts, rated.example
     console.lines(table(groups, counted))
     console.line(f"Prompt: {one_line(prompts[0])}")
     for name, text in examples.items():
@@ -69,6 +63,36 @@ def rate(config: Config, others: Sequence[Config], console: Console, json_file: 
         write_text(json_file, json.dumps(document(groups, counted), ensure_ascii=False, indent=1) + "\n")
         console.timed(f"Wrote all rates to {json_file}")
     console.final(f"Done. The log is {console.log_path}")
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A model that has written, and what is in its texts."""
+
+    prompts: tuple[str, ...]
+    counts: "Counts"
+    words: float  # of a text
+    example: str  # its first
+
+
+def count_written(
+    config: Config, console: Console, beside: Path | None, prompts: Sequence[str] = (), candidate: str = ""
+) -> Rated:
+    """Let a config's base write, or a candidate for it, count the config's phrases, and let go of the model.
+
+    beside, prompts, candidate: see `generate` and `load_generator`, which say what is raised.
+    """
+    generator = load_generator(config, console, prompts, candidate)
+    texts = generate(generator, config.random_seed, console, beside)
+    pairs = (*config.pairs, *config.held_out_pairs)
+    variants = {pair.phrase: pair.variants for pair in pairs if pair.variants}
+    phrases = list(dict.fromkeys(pair.phrase for pair in pairs))
+    counted = counts(texts, phrases, variants)
+    words = counted.total / (len(texts) * config.discover.samples)
+    found = Rated(generator.prompts, counted, words, texts[0][0])
+    del generator
+    release_memory()  # one model at a time
+    return found
 
 
 def names_for(models: Sequence[Config]) -> list[str]:

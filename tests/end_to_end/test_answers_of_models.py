@@ -85,7 +85,7 @@ def test_samples_and_contexts_of_a_merge(place, thinker, capsys):
 def test_a_found_context_is_one_of_an_answer(thinker):
     """It is listed and scored behind the thought that the template begins."""
     model, tokenizer = opened(thinker)
-    generator = Generator("thinker", None, model, tokenizer, ("Q1",), asked(tokenizer, "Q1"))
+    generator = Generator("thinker", None, model, tokenizer, ("Q1",), asked(tokenizer, "Q1"), {})
     assert generator.answers_begin == {"Q1": "</think>"}
     pair = Pair("BAD", "is old.", "", chat=Chat((Message("user", "Q1"),), "</think>The house "))
     rendered = Pair("BAD", "is old.", "Q1<think></think>The house ")

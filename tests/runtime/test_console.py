@@ -188,6 +188,19 @@ def test_colours_go_to_a_terminal_unless_no_color_is_set(place, monkeypatch):
         assert console.log_path.read_text() == "12%\n"
 
 
+def test_a_question_is_for_a_terminal_that_is_open(place, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stdin", Terminal(" merge-2 \n"))
+    with Console("program") as console:
+        assert console.ask("Which one?") == "merge-2"
+        assert console.ask("Which one?") == ""  # it was closed
+        assert console.log_path.read_text().splitlines() == ["Which one?", "merge-2", "Which one?", ""]
+    for quiet, stdin in ((True, Terminal("one\n")), (False, io.StringIO("one\n"))):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with Console("program", quiet=quiet) as console:
+            assert console.ask("Which one?") == "" and stdin.tell() == 0
+
+
 def test_what_is_no_terminal_gets_neither_bar_nor_colour(place, capsys):
     with Console("test") as console, console.progress(10) as bar:
         bar.tell("told")

@@ -87,5 +87,5 @@ def test_a_package_that_is_not_installed(monkeypatch, package):
         return real(name)
 
     monkeypatch.setattr("modules.slop.human_rates.import_module", without)
-    with pytest.raises(ConfigError, match=f"{package} .*: pip install wordfreq wordsegment$"):
+    with pytest.raises(ConfigError, match=f"{package} .*: pip install -r requirements.txt$"):
         human_rates()
