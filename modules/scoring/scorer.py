@@ -27,7 +27,7 @@ PACKS_EACH = 4  # at least so many for each of several processes, that none has 
 SAMPLE = 16  # packs of one pair each that are compared with plain forwards
 LENGTHS = 6  # of texts that are compared, in all packs together; at least the shortest and the longest of each
 
-WAYS = 4  # in which the same is scored, to see what rounding does
+COPIES = 2  # of each pack in a batch, to see what rounding does
 
 DEFAULT, ONLY = Budget(), Rank()
 Item = TypeVar("Item")
@@ -324,16 +324,15 @@ def of_variants(weights: Iterable[float], encoded: Sequence[Encoded]) -> list[fl
     return [weight for weight, each in zip(weights, groups, strict=True) for _ in each]
 
 
-def other_ways(scorer: Scorer, copies: int) -> list[Callable[[], list[float]]]:
-    """Three more ways to score the model as it stands, which differ by rounding alone: copies in a batch, and smaller
-    packs or, where all pairs are alone already, batches of other sizes.
+def other_ways(scorer: Scorer) -> list[Callable[[], list[float]]]:
+    """Two more ways to score the model as it stands, which differ by rounding alone: copies in a batch, and smaller
+    packs or, where all pairs are alone already, a batch of another size.
 
-    copies: how many there are in a batch, at least two. With several processes each has zeros for the others' pairs.
+    With several processes each has zeros for the others' pairs.
     """
     smaller = scorer.in_smaller_packs()
-    if smaller is None:
-        return [partial(scorer.score_copies, copies + more) for more in range(WAYS - 1)]
-    return [partial(scorer.score_copies, copies), smaller.score, partial(smaller.score_copies, copies)]
+    other = smaller.score if smaller else partial(scorer.score_copies, COPIES + 1)
+    return [partial(scorer.score_copies, COPIES), other]
 
 
 def spreads(ways: Sequence[Sequence[float]]) -> list[float]:

@@ -130,9 +130,8 @@ class Search:
 
     def _rounding(self) -> list[float]:
         """How far rounding alone moves each pair's probability: of the base, scored in equivalent ways."""
-        copies = len(self.config.merge_ratios) if self.scorer.stacks else 1
         found = [self.log_probabilities]
-        for way in other_ways(self.scorer, max(2, copies)):
+        for way in other_ways(self.scorer):
             (again,) = self._scored(lambda way=way: [way()])
             found.append(of_pairs(again, self.scorer.encoded))
         return spreads([[probability(value) for value in values] for values in found])
