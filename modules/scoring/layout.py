@@ -18,11 +18,13 @@ from modules.runtime.oom import is_out_of_memory, retry_on_oom
 from modules.scoring.budget import Budget
 from modules.scoring.exactness import Plain
 from modules.scoring.packing import LAYOUTS
-from modules.scoring.scorer import DEFAULT, ONLY, SAMPLE, Scorer, Trial, of_pairs
+from modules.scoring.scorer import DEFAULT, ONLY, Scorer, Trial, of_pairs
 from modules.scoring.tokenization import Encoded, spread
 
 # What architectures raise that do not take these inputs.
 NOT_TAKEN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)
+
+TRIED = 4  # pairs on which trials are compared with plain forwards: the shortest and the longest among them
 
 
 def build_scorer(
@@ -56,7 +58,7 @@ def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer
     Raises ConfigError if they are no numbers.
     """
     scorer = build_scorer(model, encoded, tails=False)
-    found = retry_on_oom(scorer.score, lambda: scorer.take_less_memory() is not None)
+    found = scorer.verified_scores
     if any(map(math.isnan, found)):
         raise model.no_numbers()
     return scorer, of_pairs(found, encoded)
@@ -64,21 +66,22 @@ def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer
 
 def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain, budget: Budget, rank: Rank) -> Scorer:
     """All packs, of all processes, in the first layout whose scores are those of plain forwards."""
-    by_length = sorted(encoded, key=lambda item: len(item.tokens))
-    longest = by_length[-1].tokens
-    sample = spread(by_length, SAMPLE)
-    check_numbers(model, sample, [float(plain.token_scores(item).sum()) for item in sample])
-    tokens = min(budget.tokens, sum(len(item.tokens) for item in encoded))  # more will not go through at a time
-    limit = plain.tolerance(longest, tokens, budget.logits)
+    longest = max(encoded, key=lambda item: len(item.tokens))
+    plain.measure_rounding(longest, budget)
     # A 4-D mask is used as given: it would lift the window.
-    for layout in LAYOUTS if attention_window(model) >= len(longest) else LAYOUTS[1:]:
+    for layout in LAYOUTS if attention_window(model) >= len(longest.tokens) else LAYOUTS[1:]:
         shared = budget if rank.world_size == 1 else Scorer(model, encoded, layout, budget, rank=rank).budget
-        scorer = Scorer(model, encoded, layout, shared, limit)
-        if is_taken(partial(scorer.agrees, plain)):
+        scorer = Scorer(model, encoded, layout, shared, plain.tolerance)
+        if is_taken(partial(_is_exact, scorer, plain)):
             return scorer
-    if not plain.is_finite:
-        raise model.no_numbers()
+    check_numbers(model, list(plain.known), [float(scores.sum()) for scores in plain.known.values()])
     raise ConfigError(f"{type(model.module).__name__}: scoring the same text twice gives different results")
+
+
+def _is_exact(scorer: Scorer, plain: Plain) -> bool:
+    scores = scorer.token_scores()
+    scorer.verified_scores = scores.sum(-1).tolist()
+    return scorer.agrees(plain, scores)
 
 
 def check_numbers(model: ResidentModel, encoded: Sequence[Encoded], log_probabilities: Sequence[float]) -> None:
@@ -95,11 +98,16 @@ def check_numbers(model: ResidentModel, encoded: Sequence[Encoded], log_probabil
 
 
 def _exact_trials(scorer: Scorer, plain: Plain, stacked: bool) -> tuple[bool, bool]:
-    """How a scorer may score trials, the first way that is exact, as (stacked, tails); whole forwards always are."""
+    """How a scorer may score trials, the first way that is exact, as (stacked, tails); whole forwards always are.
+
+    What reaches a layer is the same in packs of few pairs. They are among those whose plain forwards are known.
+    """
+    pairs = spread(scorer.compared(), TRIED)
+    few = Scorer(scorer.model, [scorer.encoded[pair] for pair in pairs], *scorer.settings)
     for stacks in (True, False) if stacked and scorer.stacks else (False,):
-        scorer._stacked = stacks
-        scorer.restart()
-        if is_taken(partial(_tails_agree, scorer, plain)):
+        few._stacked = stacks
+        few.restart()
+        if is_taken(partial(_tails_agree, few, plain)):
             return stacks, True
     return False, False
 

@@ -4,6 +4,7 @@ Knows: packs, the model's forward, what is read from its logits, ways to score t
 Refuses to know: merging, strategies.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,9 +24,10 @@ from modules.scoring.tails import TailForwards, Trial
 from modules.scoring.tokenization import Encoded, spread
 
 PACKS_EACH = 4  # at least so many for each of several processes, that none has much more to do than another
-SAMPLE = 16  # pairs of each pack that are compared with plain forwards
+SAMPLE = 16  # packs of one pair each that are compared with plain forwards
+LENGTHS = 6  # of texts that are compared, in all packs together; at least the shortest and the longest of each
 
-WAYS = 4  # in which the same is scored, to see what rounding does
+COPIES = 2  # of each pack in a batch, to see what rounding does
 
 DEFAULT, ONLY = Budget(), Rank()
 Item = TypeVar("Item")
@@ -64,10 +66,12 @@ class Scorer:
         while self.packs < PACKS_EACH * rank.world_size and rank.world_size > 1 and self.budget.tokens > FEWEST_TOKENS:
             self._pack(replace(self.budget, tokens=self.budget.tokens // 2))
         self._verified = True  # whether these packs are; whoever gives the layout has seen to it
+        # What the model scored when these packs were verified, for whoever asks next. None: not known.
+        self.verified_scores: list[float] | None = None
 
     def _pack(self, budget: Budget) -> None:
         """Pack the pairs and keep this process's share."""
-        self.budget, self._verified = budget, False
+        self.budget, self._verified, self.verified_scores = budget, False, None
         self.packs_here: list[Inputs] = []  # of this process
         self.packs = self.packed_tokens = self.columns = 0  # of all processes; columns: at which the head is read
         loads = [0] * self.rank.world_size
@@ -210,20 +214,37 @@ class Scorer:
 
     def agrees(self, plain: Plain, found: Tensor | None = None) -> bool:
         """Whether token scores, (pairs, longest phrase), those of whole forwards if none are given, are those of plain
-        forwards: every token of up to SAMPLE pairs of each pack, the shortest, the longest, the first and the last
-        among them."""
+        forwards, for every token of the compared pairs."""
         found = self.token_scores() if found is None else found
-        deviations = []
-        for pair in {pair for inputs in self.packs_here for pair in self._compared(inputs)}:
-            exact = plain.token_scores(self.encoded[pair])
-            deviations.append((found[pair, : len(exact)] - exact).abs().max())
+        pairs = self.compared()
+        exact = plain.token_scores([self.encoded[pair] for pair in pairs], self.budget)
+        deviations = [
+            (found[pair, : len(scores)] - scores).abs().max() for pair, scores in zip(pairs, exact, strict=True)
+        ]
         return bool(torch.stack(deviations).max() <= self.tolerance)  # NaN is not
 
-    def _compared(self, inputs: Inputs) -> list[int]:
-        """The pairs of a pack that are compared with plain forwards."""
+    def compared(self) -> list[int]:
+        """The pairs that are compared with plain forwards, by length.
+
+        Of each pack the first and the last pair. Of some lengths, the shortest and the longest among them, the first
+        pair and the last: pairs of one length differ in what stands before them in the pack.
+        """
+        # A pack of one pair is a plain forward but for what goes before it.
+        packs = spread(self.packs_here, SAMPLE) if self.layout == "single" else self.packs_here
+        lengths = max(2, LENGTHS // len(packs))
+        chosen = {pair for inputs in packs for pair in self._unlike(inputs, lengths)}
+        return sorted(chosen, key=lambda pair: (len(self.encoded[pair].tokens), pair))
+
+    def _unlike(self, inputs: Inputs, lengths: int) -> list[int]:
+        """Pairs of a pack that differ most in length and in place."""
         pairs = list(dict.fromkeys(inputs.targets.pairs.tolist()))
-        by_length = sorted(pairs, key=lambda pair: len(self.encoded[pair].tokens))
-        return [*spread(pairs, SAMPLE // 2), *spread(by_length, SAMPLE // 2)]
+        by_length = defaultdict[int, list[int]](list)
+        for pair in pairs:
+            by_length[len(self.encoded[pair].tokens)].append(pair)
+        chosen = [pairs[0], pairs[-1]]
+        for length in spread(sorted(by_length), lengths):
+            chosen += [by_length[length][0], by_length[length][-1]]
+        return chosen
 
     def _verify_new_packs(self) -> None:
         """Smaller packs hold other pairs together than those that were verified. Where they are not exact, the pairs of
@@ -231,7 +252,7 @@ class Scorer:
         if self._verified:
             return
         own = {pair for inputs in self.packs_here for pair in inputs.targets.pairs.tolist()}
-        if own and not self.agrees(Plain(self.model)):
+        if own and not self.agrees(Plain(self.model, self.tolerance)):
             packs = build_packs(self.encoded, "single", self.budget.tokens)
             mine = (pack for pack in packs if pack.targets[0].pair in own)
             self.packs_here = [Inputs.of(pack, self.model.device, self.model.dtype) for pack in mine]
@@ -304,16 +325,15 @@ def of_variants(weights: Iterable[float], encoded: Sequence[Encoded]) -> list[fl
     return [weight for weight, each in zip(weights, groups, strict=True) for _ in each]
 
 
-def other_ways(scorer: Scorer, copies: int) -> list[Callable[[], list[float]]]:
-    """Three more ways to score the model as it stands, which differ by rounding alone: copies in a batch, and smaller
-    packs or, where all pairs are alone already, batches of other sizes.
+def other_ways(scorer: Scorer) -> list[Callable[[], list[float]]]:
+    """Two more ways to score the model as it stands, which differ by rounding alone: copies in a batch, and smaller
+    packs or, where all pairs are alone already, a batch of another size.
 
-    copies: how many there are in a batch, at least two. With several processes each has zeros for the others' pairs.
+    With several processes each has zeros for the others' pairs.
     """
     smaller = scorer.in_smaller_packs()
-    if smaller is None:
-        return [partial(scorer.score_copies, copies + more) for more in range(WAYS - 1)]
-    return [partial(scorer.score_copies, copies), smaller.score, partial(smaller.score_copies, copies)]
+    other = smaller.score if smaller else partial(scorer.score_copies, COPIES + 1)
+    return [partial(scorer.score_copies, COPIES), other]
 
 
 def spreads(ways: Sequence[Sequence[float]]) -> list[float]:

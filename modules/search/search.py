@@ -98,7 +98,7 @@ class Search:
         self.outgrown: str | None = None  # what the model holds that does not fit what is computed in
         self.log_probabilities: list[float] = []
         self.metrics: dict[str, float] = {}
-        self.measure()
+        self.measure(scorer.verified_scores)
         check_numbers(model, [items[0] for items in by_pair(scorer.encoded, scorer.encoded)], self.log_probabilities)
         self.weights, self.warnings = signed_weights(config.pairs, config.auto_weights, self.log_probabilities)
         self.base_scores = scores(self.log_probabilities, self.weights)
@@ -130,9 +130,8 @@ class Search:
 
     def _rounding(self) -> list[float]:
         """How far rounding alone moves each pair's probability: of the base, scored in equivalent ways."""
-        copies = len(self.config.merge_ratios) if self.scorer.stacks else 1
         found = [list(map(probability, self.log_probabilities))]
-        for way in other_ways(self.scorer, max(2, copies)):
+        for way in other_ways(self.scorer):
             (again,) = self._scored(lambda way=way: [way()])
             found.append(list(map(probability, of_pairs(again, self.scorer.encoded))))
         return spreads(found)
@@ -202,12 +201,14 @@ class Search:
         self._space = self._space or part.space()
         return self._space
 
-    def measure(self) -> None:
+    def measure(self, found: list[float] | None = None) -> None:
         """Score by whole forwards: a candidate and a phrase table start from what a reader of the output would find.
 
-        Raises TooNarrow for merges that don't fit what is computed in, if another arithmetic may be taken.
+        found: what that gives, where it is known. Raises TooNarrow for merges that don't fit what is computed in, if
+        another arithmetic may be taken.
         """
-        (found,) = self._scored(lambda: [self.scorer.score()])
+        if found is None:
+            (found,) = self._scored(lambda: [self.scorer.score()])
         if self.model.may_widen and not all(map(math.isfinite, found)):
             raise self.model.too_narrow("the model overflows")
         self.log_probabilities = of_pairs(found, self.scorer.encoded)

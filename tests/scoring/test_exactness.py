@@ -346,6 +346,46 @@ def test_where_texts_of_a_batch_touch_each_other_trials_go_one_at_a_time(tmp_pat
     assert_exact(scorer.trial_token_scores([lambda: halved(model), nullcontext])[1], truths)
 
 
+@pytest.mark.parametrize("name, layout", [("gpt2", "forest"), ("bloom", "single")])
+def test_where_texts_of_a_batch_touch_each_other_each_goes_alone_to_be_compared(name, layout, tmp_path):
+    """Texts of one length: rows of them are what plain forwards would be, if those went together."""
+    model, _ = make(tmp_path, name, random.Random(1))
+    model.layers[-1].mlp.register_forward_hook(lambda _layer, _inputs, output: 2 * output - output.mean(0))
+    encoded = texts(10, 10, 10)
+    scorer = build_scorer(model, encoded)
+    assert scorer.layout == layout
+    assert_exact(scorer.token_scores(), [plain_scores(model.module, item) for item in encoded])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_forwards_together_are_those_alone(dtype, tmp_path):
+    make(tmp_path, "llama", random.Random(2))
+    model = load_model(open_checkpoint(tmp_path, "model"), "cpu", dtype)
+    encoded = texts(9, 14, 9, 14, 9, 12)
+    plain = Plain(model, 0.1)
+    forwards = []
+    model.module.register_forward_hook(lambda _model, _inputs, output: forwards.append(len(output.logits)))
+    for item, found in zip(encoded, plain.token_scores(encoded, Budget()), strict=True):
+        assert (found - plain_scores(model.module, item)).abs().max() < (1e-4 if dtype == "float32" else 0.1)
+    assert forwards[:4] == [3, 1, 1, 2]  # the second to see whether three at a time are exact
+    plain.token_scores(encoded, Budget())
+    assert len(forwards) == 4 + len(encoded)
+
+
+def test_pairs_that_are_compared_differ_in_length_and_place(tmp_path):
+    model, _ = make(tmp_path, "llama", random.Random(3))
+    alike = Scorer(model, texts(*[12] * 40), "forest")
+    assert len(alike.compared()) == 2
+    unlike = Scorer(model, texts(*range(10, 40), *range(10, 40)), "forest", Budget(tokens=1 << 20))
+    lengths = [len(unlike.encoded[pair].tokens) for pair in unlike.compared()]
+    assert len(lengths) <= 14 and lengths[0] == 11 and lengths[-1] == 40 and len(set(lengths)) >= 6
+    packs = Scorer(model, texts(*range(10, 40)), "rows", Budget(tokens=100))
+    compared = {packs.encoded[pair] for pair in packs.compared()}
+    for inputs in packs.packs_here:
+        pack = [packs.encoded[pair] for pair in inputs.targets.pairs.tolist()]
+        assert compared >= {max(pack, key=lambda item: len(item.tokens)), min(pack, key=lambda item: len(item.tokens))}
+
+
 def halved(model):
     """The first layer's weights, for a moment."""
     part = model.layer(0)
