@@ -64,6 +64,20 @@ def test_who_touches_what():
         assert name.startswith(HEARS_OF_TORCH_MODULES) or not re.search(r"\bnn\b|\.forward\b|state_dict", source), name
 
 
+def test_a_line_assigns_one_value():
+    for name, source in SOURCES.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+                several = isinstance(node.value, ast.Tuple) and len(node.value.elts) == len(node.targets[0].elts)
+                assert not several or _swaps(node), f"{name}, line {node.lineno}"
+
+
+def _swaps(node):
+    """Whether a value is made of what another target held before."""
+    targets = {ast.unparse(target) for target in node.targets[0].elts}
+    return any(ast.unparse(part) in targets for part in ast.walk(node.value) if isinstance(part, ast.Name))
+
+
 def test_no_comprehension_is_in_another():
     kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     for name, source in SOURCES.items():

@@ -75,7 +75,8 @@ def find_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def header_names(module: PreTrainedModel) -> tuple[str, str | None]:
     """The names of the weights of input embedding and output head, which a tied model has too; None without a head."""
-    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    embedding = module.get_input_embeddings()
+    head = module.get_output_embeddings()
     names = {id(child): f"{name}.weight" for name, child in module.named_modules()}
     return names[id(embedding)], names.get(id(head))
 
@@ -97,7 +98,8 @@ def makes_the_same(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:
     It is tried: both classes make a small model, which has the same random weights, and the same few tokens must lead
     to the same logits. What shows only in longer texts is not seen; settings tell of it.
     """
-    ours, theirs = config.get_text_config(), other.get_text_config()
+    ours = config.get_text_config()
+    theirs = other.get_text_config()
     try:
         settings = _small_settings(ours)
         with torch.random.fork_rng(devices=[]):

@@ -158,7 +158,8 @@ def _kind(config: PreTrainedConfig) -> str:
 def _misfits(conversion: Conversion, module: PreTrainedModel, unused: Leftovers, base: Checkpoint) -> list[str]:
     """In what the stored tensors of layers differ from the base's module: lacking, too many, of another form."""
     prefix = f"{find_layers(module)[0]}."
-    missing, problems = [], []
+    missing = []
+    problems = []
     for name, expected in module.state_dict().items():
         if not name.startswith(prefix) or not expected.is_floating_point():
             continue

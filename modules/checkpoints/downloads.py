@@ -76,7 +76,8 @@ class Prefetcher:
 
     def _finish(self) -> list[Future[None]]:
         """Wait for what is running, be it in vain."""
-        ended, self._running = self._running, []
+        ended = self._running
+        self._running = []
         futures.wait(ended)
         self._bars.close()
         return ended

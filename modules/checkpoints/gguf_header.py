@@ -21,7 +21,8 @@ from transformers.integrations.gguf import read_gguf_metadata
 from modules.checkpoints.sniff_format import sniff_format
 from modules.runtime.errors import ConfigError, first_line, reading
 
-TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+TOKENS = "tokenizer.ggml.tokens"
+MERGES = "tokenizer.ggml.merges"
 _MOST_KEYS = 2**16  # no real file comes near
 _MOST_TENSORS = 2**18
 

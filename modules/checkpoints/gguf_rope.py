@@ -28,7 +28,9 @@ ROPE_KEYS = frozenset(
 )
 _BASE = 10000.0  # where no key tells another
 _CLOSE = 1e-5  # of two factors, relative
-_LOW, _HIGH = 1.0, 4.0  # low_freq_factor and high_freq_factor of all models with Llama 3's scaling
+# low_freq_factor and high_freq_factor of all models with Llama 3's scaling
+_LOW = 1.0
+_HIGH = 4.0
 _OWN_KINDS = ("default", "linear", "yarn", "longrope", "llama3")  # not an architecture's special one
 
 

@@ -48,7 +48,8 @@ def placed(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTrainedConf
         changed = type(config).from_dict({**config.to_dict(), key: not getattr(config, key)})
         other = _fit(changed, header)
         if (len(other.unplaced), len(other.lacking)) < (len(fit.unplaced), len(fit.lacking)):
-            config, fit = changed, other
+            config = changed
+            fit = other
     refuse(header, config, sorted(fit.unplaced))
     for name, shape in fit.misshapen.items():
         found = header.tensors[name].shape

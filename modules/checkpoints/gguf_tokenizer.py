@@ -24,7 +24,9 @@ from modules.runtime.errors import ConfigError, first_line, without_panics
 from modules.runtime.text import pluralize, shortened
 
 _KEY = "tokenizer.ggml."
-_BYTE_LEVEL, _SENTENCEPIECE, _GEMMA_4 = "gpt2", "llama", "gemma4"
+_BYTE_LEVEL = "gpt2"
+_SENTENCEPIECE = "llama"
+_GEMMA_4 = "gemma4"
 _ALPHABET = frozenset(bytes_to_unicode().values())  # of byte-level tokens: a character for each byte
 _SPACE = "\u2581"  # in SentencePiece's tokens
 _ROLES = {

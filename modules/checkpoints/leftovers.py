@@ -57,7 +57,8 @@ def leftovers(checkpoint: Checkpoint, conversion: Conversion, module: PreTrained
         if _without_number(name) not in patterns or int(number_of(name)) < len(layers) + declared
     }
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
-    usual, others = [], []
+    usual = []
+    others = []
     for name in conversion.unused:
         is_further = (_before_number(name), number_of(name)) in further or _FURTHER.search(name)
         if is_further or _is_rotary(name) or _is_mask(name, checkpoint.tensors[name]):

@@ -302,7 +302,8 @@ def apply_adapter(
     """
     adapter, copies = _untied(adapter, conversion, [name for name in tied if name])
     infos = adapter.reader.tensors
-    whole, products = {}, {}
+    whole = {}
+    products = {}
     tensors = dict(checkpoint.tensors)
     tensors |= {name: tensors[stored] for name, stored in copies.items()}
     for name, brought in adapter.whole.items():
@@ -343,7 +344,8 @@ def _untied(adapter: Adapter, conversion: Conversion, tied: Sequence[str]) -> tu
     PEFT changes one half of such a pair and leaves the other as it was, unless ensure_weight_tying says otherwise.
     tied: names of embedding and head, or none. Raises ConfigError if the adapter ties what it does not have.
     """
-    whole, products = dict(adapter.whole), dict(adapter.products)
+    whole = dict(adapter.whole)
+    products = dict(adapter.products)
     if len(tied) < 2:
         for name in adapter.by_tying:
             products.pop(name)

@@ -151,7 +151,8 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
     entries = Path(config.directories.model_directory).iterdir()
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     output = Path(config.directories.output_directory).resolve()
-    sources, notes = [], []
+    sources = []
+    notes = []
     for path in sorted(folders, key=lambda entry: (entry.name.casefold(), entry.name)):
         names = local_files(path)
         if path.resolve() in (output, partial_of(output)):

@@ -26,7 +26,9 @@ READERS: dict[str, type[FilesReader]] = {
 LOOKED_FOR = tuple(name for single in READERS for name in (single, f"{single}.index.json"))
 
 Fingerprint = dict[str, int | str]  # "size" in bytes, "sha256"
-_BLOCKS, _BLOCK = 64, 1 << 16  # of a large file, how many blocks of how many bytes a fingerprint looks at
+# of a large file, how many blocks of how many bytes a fingerprint looks at
+_BLOCKS = 64
+_BLOCK = 1 << 16
 
 LARGEST_TEXT = 100_000_000  # bytes of a file that describes a model; tokenizers have some ten million
 LARGEST_SETTINGS = 10_000_000  # of config.json and adapter_config.json, which mostly have a few thousand

@@ -111,7 +111,8 @@ def _one_of(names: Collection[str], value: Any) -> str:
 
 def _method(value: Any) -> str:
     """A method's text, from its name or from a mapping of its name and its parameters."""
-    name, parameters = value, {}
+    name = value
+    parameters = {}
     if isinstance(value, Mapping):
         name = value.get("name")
         parameters = {str(key): item for key, item in value.items() if key != "name"}

@@ -15,7 +15,9 @@ from modules.runtime.errors import ConfigError, first_line
 from modules.runtime.input_files import open_input
 
 LISTS = Path(__file__).parents[2] / "example_phrases"
-SHIPPED, PROMPTS, OPENINGS = LISTS / "neutral", LISTS / "prompts.txt", LISTS / "openings.txt"
+SHIPPED = LISTS / "neutral"
+PROMPTS = LISTS / "prompts.txt"
+OPENINGS = LISTS / "openings.txt"
 MOST_CHARACTERS = 2_000_000  # of a file; the measure of drift needs some thousand tokens
 
 
@@ -24,7 +26,8 @@ def read_neutral_texts(files: Sequence[str] | None) -> list[str]:
 
     Raises ConfigError, naming every file that can't be read or holds no text.
     """
-    texts, problems = [], []
+    texts = []
+    problems = []
     for path in sorted(SHIPPED.glob("*.txt")) if files is None else map(Path, files):
         try:
             text = _beginning_of(path)
@@ -106,7 +109,8 @@ def check_apart(written: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 def _is_in(inner: Path, outer: Path) -> bool:
     """Whether a path is another one, or lies in it, however the two are spelt."""
-    inner, outer = real_path(inner), real_path(outer)
+    inner = real_path(inner)
+    outer = real_path(outer)
     return any(path == outer or _is_same(path, outer) for path in (inner, *inner.parents))
 
 

@@ -161,9 +161,11 @@ def pairs_of(kind: str, phrases: Sequence[Phrase], system: str | None) -> list[t
     for phrase in phrases:
         variants = phrase.phrase if len(phrase.phrase) > 1 else ()
         for context in phrase.contexts:
-            text, chat = context.context, None
+            text = context.context
+            chat = None
             if context.messages is not None:
-                text, chat = context.continue_, Chat(_with_system(context.messages, system), context.continue_)
+                text = context.continue_
+                chat = Chat(_with_system(context.messages, system), context.continue_)
             weight = phrase.weight if context.weight is None else context.weight
             pair = Pair(kind, " / ".join(phrase.phrase), text, weight, chat, variants)
             pairs.append((pair, context.held_out))

@@ -45,10 +45,12 @@ class YamlFile:
         line = ""
         for given, option in self.options.items():
             if place[: len(given)] == given:
-                name, place = option, place[len(given) :]
+                name = option
+                place = place[len(given) :]
                 break
         else:
-            name, nodes = self.name, self._nodes(place)
+            name = self.name
+            nodes = self._nodes(place)
             if nodes:  # of the place, or the nearest one around it that is there
                 line = f" (line {nodes[-1].start_mark.line + 1}{' of that file' if self.name else ''})"
         for part in place:
@@ -57,7 +59,8 @@ class YamlFile:
 
     def _nodes(self, place: Place) -> list[yaml.Node]:
         """Keys and items on the way to a place, as far as they are there."""
-        node, nodes = self.node, []
+        node = self.node
+        nodes = []
         for part in place:
             if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
                 node = node.value[part]

@@ -66,9 +66,14 @@ class LearningObjective:
     ) -> None:
         """encoded: all pairs, with all variants. weights: of the pairs, good phrases negative. layout: of packs.
         drift_weight: what a nat adds to the loss; every text has an equal part of it."""
-        self.model, self.adapter, self.layout, self.budget = model, adapter, layout, budget
-        self.pairs, self.weights = by_pair(encoded, encoded), list(weights)
-        self.texts, self.drift_weight = texts, drift_weight
+        self.model = model
+        self.adapter = adapter
+        self.layout = layout
+        self.budget = budget
+        self.pairs = by_pair(encoded, encoded)
+        self.weights = list(weights)
+        self.texts = texts
+        self.drift_weight = drift_weight
         self._dtype = torch.promote_types(torch.float32, model.dtype)  # of logits
         self._forwards = dict.fromkeys(range(len(model.layers)), _recomputed)
         self._before: dict[Passage, Tensor] = {}  # the base's last hidden states, on the host
@@ -94,7 +99,9 @@ class LearningObjective:
 
     def _add_pairs(self, sums: list[Tensor], numbers: Sequence[int]) -> float:
         """Add the gradient of the pairs' total; the total."""
-        encoded, weights, total = list[Encoded](), list[float](), 0.0
+        encoded = list[Encoded]()
+        weights = list[float]()
+        total = 0.0
         for number in numbers:
             encoded += self.pairs[number]
             weights += [self.weights[number] * len(self.pairs) / len(numbers)] * len(self.pairs[number])
@@ -106,7 +113,8 @@ class LearningObjective:
 
     def _scores(self, pack: Pack, weights: Sequence[float]) -> Tensor:
         """Weight * probability of all variants, (variants,), 0 of those that are not in the pack."""
-        said, targets = torch.cat(self._read(pack.arguments, pack.columns, partial(_said, pack))), pack.targets
+        said = torch.cat(self._read(pack.arguments, pack.columns, partial(_said, pack)))
+        targets = pack.targets
         # One place for every token, for a sum that is always in the same order.
         places = said.new_zeros(len(weights), int(targets.places.max()) + 1)
         places = places.index_put((targets.pairs, targets.places), said)
@@ -115,7 +123,8 @@ class LearningObjective:
 
     def _add_drift(self, sums: list[Tensor], text: DriftText, numbers: Sequence[int]) -> float:
         """Add the gradient of a text's part of the loss; mean KL(base, now) on these passages of it."""
-        passages, found = [text.passages[number] for number in numbers], 0.0
+        passages = [text.passages[number] for number in numbers]
+        found = 0.0
         positions = compared_tokens(passages)
         unit = self.drift_weight / len(self.texts) / positions
         for passage in passages:
@@ -138,7 +147,8 @@ class LearningObjective:
             part = columns[first : first + logits.shape[1]]
             with torch.no_grad():
                 was = self._logits(arguments, before, part).log_softmax(-1)
-            shares, now = was.exp(), logits.log_softmax(-1)
+            shares = was.exp()
+            now = logits.log_softmax(-1)
             # A token that neither can say has no share; its difference is no number.
             return torch.where(shares > 0, shares * (was - now), 0.0).sum()
 
@@ -146,7 +156,8 @@ class LearningObjective:
 
     def _read(self, arguments: Inputs, columns: Tensor, made: Made) -> list[Tensor]:
         """What is made of the logits at some columns of a text, a few columns at a time."""
-        hidden, found = last_states(self.model, arguments(), self._forwards), []
+        hidden = last_states(self.model, arguments(), self._forwards)
+        found = []
         size = max(1, self.budget.logits // (AT_ONCE * 4 * len(hidden) * self.model.vocabulary))
 
         def read(hidden: Tensor, first: int) -> Tensor:

@@ -42,7 +42,8 @@ class LearnPlan:
 
 def plan_learning(module: PreTrainedModel, rank: int, compute: Arithmetic, device: torch.device) -> LearnPlan:
     """The plan for a base, which may be without weights. It depends on nothing but the base and the kind of device."""
-    sizes, base = sizes_of(module), weights_of(module, compute.dtype, with_header=False).base
+    sizes = sizes_of(module)
+    base = weights_of(module, compute.dtype, with_header=False).base
     parameters = parameters_of(linear_layers(module), rank)
     adapter = 4 * COPIES * parameters
     for tokens in PACKS:

@@ -39,8 +39,11 @@ class Learner:
     """Makes steps on an adapter."""
 
     def __init__(self, objective: LearningObjective, settings: Learn, seed: int) -> None:
-        self.objective, self.settings, self.seed = objective, settings, seed
-        self.step, self.halvings = 0, 0
+        self.objective = objective
+        self.settings = settings
+        self.seed = seed
+        self.step = 0
+        self.halvings = 0
         self._weights = objective.adapter.weights
         self._adam = torch.optim.Adam(self._weights.values(), betas=BETAS, foreach=False)
         for weight in self._weights.values():
@@ -61,7 +64,8 @@ class Learner:
     @torch.no_grad()
     def go_to(self, state: LearnState) -> None:
         """Go on from a state."""
-        self.step, self.halvings = state.step, state.halvings
+        self.step = state.step
+        self.halvings = state.halvings
         self.objective.budget = replace(self.objective.budget, tokens=state.tokens, logits=state.logits)
         for name, weight in self._weights.items():
             weight.copy_(state.tensors[name])
@@ -71,7 +75,9 @@ class Learner:
 
     def gradient(self) -> tuple[list[Tensor], Loss]:
         """For the next step, with fewer pairs in a pack where memory is short."""
-        number, seed, objective = self.step, self.seed, self.objective
+        number = self.step
+        seed = self.seed
+        objective = self.objective
         pairs = drawn(len(objective.pairs), self.settings.pairs, number, f"{seed} pairs")
         passages = []
         for text in objective.texts:

@@ -75,7 +75,8 @@ def _likeliest_of_each(
     hypotheses: Sequence[Hypothesis], count: int | None
 ) -> tuple[list[Hypothesis], list[Hypothesis]]:
     """The likeliest hypotheses of each context, up to a number of them, and the others; of equals the lower tokens."""
-    likeliest, others = [], []
+    likeliest = []
+    others = []
     seen = Counter[int]()
     for hypothesis in sorted(hypotheses, key=lambda it: (it.context, -it.joint, it.path)):
         seen[hypothesis.context] += 1

@@ -63,13 +63,16 @@ class Detokenizer:
         Special tokens are shown by their names, others that add no text belong to the next piece. A character that
         stays unfinished is shown as U+FFFD.
         """
-        pieces, start, shown = [], 0, ""
+        pieces = []
+        start = 0
+        shown = ""
         for end in range(1, len(tokens) + 1):
             text = self.text(root, tokens[:end])
             waits = text.endswith(UNFINISHED) or (text == shown and self._is_text(tokens[end - 1]))
             if not waits or end == len(tokens) or end - start == LONGEST_PIECE:
                 pieces.append((end - start, text[len(shown) :] or self._name(tokens[end - 1])))
-                start, shown = end, text
+                start = end
+                shown = text
         return pieces
 
     def added(self, root: Root, tokens: Sequence[int], start: int) -> str:

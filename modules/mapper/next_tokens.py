@@ -104,7 +104,8 @@ class Predictor:
 
     def _keep_only(self, paths: Iterable[TokenPath]) -> None:
         """Drop all columns but those that lead to the paths."""
-        kept, columns = TokenTree(), {}
+        kept = TokenTree()
+        columns = {}
         for path in paths:
             known = self._tree.known(path[:-1])
             columns.update(zip(kept.add(path[: len(known)]), known, strict=True))

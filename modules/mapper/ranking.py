@@ -140,7 +140,8 @@ def _count_words(text: str) -> int:
 
 def _whole_words(pieces: Pieces, words: int, most: int) -> tuple[int, bool]:
     """The number of tokens, at most `most`, that spell this many whole words, and whether the last of them is whole."""
-    length, text = 0, ""
+    length = 0
+    text = ""
     for tokens, piece in pieces:
         inside_a_word = bool(re.search(r"\w$", text) and re.match(r"\w", piece))
         is_enough = _count_words(text) >= words and not inside_a_word

@@ -70,7 +70,8 @@ def _branch_lines(
     continuation = detokenizer.added(tree.root, branch.tokens, branch.length)
     if len(branch.nodes) - branch.length == settings.additional_length:  # broken off: it would go on
         continuation = ended(continuation)
-    trace, start = [], 0
+    trace = []
+    start = 0
     for count, text in pieces:
         share = probability(sum(node.log_probability for node in branch.nodes[start : start + count]))
         trace.append(coloured(f"{short_percent(share)} [{visible(text.strip(' ') or text)}]", share))
@@ -157,7 +158,8 @@ def document(
 
 def _tree_document(tree: CompletionTree, detokenizer: Detokenizer) -> dict[str, Any]:
     numbers: dict[tuple[int, ...], int] = {}  # of a node, by the tokens up to it
-    nodes, branches = [], []
+    nodes = []
+    branches = []
     for branch in tree.branches:
         tokens = branch.tokens
         for position, node in enumerate(branch.nodes):
@@ -211,7 +213,8 @@ def phrase_list(ranks: Sequence[PhraseRank], model: str) -> str:
     for rank in ranks:
         if rank.suggestion is None:
             continue
-        pair, better = rank.pair, rank.suggestion
+        pair = rank.pair
+        better = rank.suggestion
         key = (pair.kind, better.phrase, pair.weight)
         entry = entries.setdefault(key, {"phrase": better.phrase, "weight": pair.weight, "contexts": []})
         context = pair.as_context()

@@ -341,9 +341,11 @@ def _cosine(base: "Tensor", other: "Tensor") -> "Tensor":
 
     products = torch.zeros(3, dtype=torch.float32, device=base.device)  # a.b, a.a, b.b
     for a, b in zip(_row_blocks(base), _row_blocks(other), strict=True):
-        a, b = a.float().flatten(), b.float().flatten()
+        a = a.float().flatten()
+        b = b.float().flatten()
         products += torch.stack((a.dot(b), a.dot(a), b.dot(b)))
-    dot, norms = products[0], products[1:].sqrt()
+    dot = products[0]
+    norms = products[1:].sqrt()
     # A tensor of zeros has no direction; it is left as it is rather than divided by zero.
     return dot / torch.where(norms > 1e-8, norms, 1.0).prod()
 

@@ -35,7 +35,8 @@ class Evaluator:
 
     def __init__(self, context: Context) -> None:
         """Evaluate the base. context: with a search. Raises ConfigError for held-out pairs that don't fit the model."""
-        self._search, self._console = context.search, context.console
+        self._search = context.search
+        self._console = context.console
         self.seconds = 0.0
         with self._timed():
             self._console.timed("Evaluating the base")

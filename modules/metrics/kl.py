@@ -32,7 +32,9 @@ class Drifted(Measure):
     """How far the model is from the base on some text."""
 
     def __init__(self, meter: DriftMeter, values: Callable[[Drift], dict[str, float]]) -> None:
-        self._meter, self._values, self.inputs = meter, values, meter.inputs
+        self._meter = meter
+        self._values = values
+        self.inputs = meter.inputs
 
     def measure(self) -> dict[str, float]:
         """See `Measure`."""

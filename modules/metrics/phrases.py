@@ -21,7 +21,9 @@ class PhraseTotals(Measure):
 
     def __init__(self, context: Context) -> None:
         """Raises ConfigError for pairs that the model can't take."""
-        self._search, self._console, self._model = context.search, context.console, context.model
+        self._search = context.search
+        self._console = context.console
+        self._model = context.model
         self._auto_weights = context.config.auto_weights
         self.pairs = context.config.held_out_pairs
         self.weights: list[float] | None = None  # of the held-out pairs, signed; by the base, the first to be measured

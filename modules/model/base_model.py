@@ -55,7 +55,8 @@ class ResidentModel:
         """saved_dtype: the dtype of all saved weights; None keeps what the checkpoint stores, tensor by tensor.
         arithmetic: what to compute in; None: the module's own type. may_widen: whether FALLBACK is taken where that
         is too narrow."""
-        self.module, self.may_widen = module, may_widen
+        self.module = module
+        self.may_widen = may_widen
         self.arithmetic = arithmetic or Arithmetic(module.dtype)  # what the model computes in
         # The hook must not hold the model: it would stay in memory until the garbage is collected.
         module.get_input_embeddings().register_forward_hook(partial(_begin_stream, weakref.ref(self)))
@@ -198,7 +199,8 @@ class ResidentModel:
 
     def _generation(self) -> GenerationConfig:
         """The model's own generation settings; where it has no file of them, those in its configuration."""
-        name, path = "generation_config.json", self.checkpoint.path
+        name = "generation_config.json"
+        path = self.checkpoint.path
         if name not in self.checkpoint.companions.sizes:
             return GenerationConfig.from_pretrained(path, "config.json", _from_model_config=True, local_files_only=True)
         read_file(path / name)  # transformers takes it for missing if it can't
@@ -240,7 +242,8 @@ class ResidentModel:
         """Find out whether the forward can be told at which columns the head is read, and reads it there."""
         if not self._takes_columns:
             return
-        ids, column = torch.arange(3, device=self.device)[None], torch.tensor([1], device=self.device)
+        ids = torch.arange(3, device=self.device)[None]
+        column = torch.tensor([1], device=self.device)
         failures = (TypeError, ValueError, IndexError)
         try:
             everywhere = self._forward(input_ids=ids, use_cache=False).logits
@@ -305,8 +308,10 @@ class ResidentModel:
     @contextmanager
     def head_holding(self, rows: Mapping[str, Tensor]) -> Iterator[None]:
         """The head has other rows than its own for a moment, of any number; so has an embedding that is tied to it."""
-        own, embedding = self._head_tensors(), self.module.get_input_embeddings()
-        whole, padding = {name: tensor.data for name, tensor in own.items()}, getattr(embedding, "padding_idx", None)
+        own = self._head_tensors()
+        embedding = self.module.get_input_embeddings()
+        whole = {name: tensor.data for name, tensor in own.items()}
+        padding = getattr(embedding, "padding_idx", None)
         try:
             embedding.padding_idx = None  # it may be the number of a row that is not there
             for name, tensor in own.items():
@@ -328,7 +333,8 @@ class ResidentModel:
 
     def original_head(self) -> dict[str, Tensor]:
         """The head's tensors as the base's file has them, on the CPU in the model's dtype."""
-        own, names = self._head_tensors(), {name: self._stored_as[other] for name, other in self.head_names().items()}
+        own = self._head_tensors()
+        names = {name: self._stored_as[other] for name, other in self.head_names().items()}
         stored = self.conversion.load(set(names.values()), self.checkpoint.stream)
         return {name: stored[other].to(own[name].dtype) for name, other in names.items()}
 

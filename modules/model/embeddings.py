@@ -84,7 +84,8 @@ def matched_header(model: ResidentModel, tokenizer: Any, candidate: Candidate, p
         other = tokenizer if same else load_tokenizer(*candidate.checkpoint.tokenizer_files)
     except ConfigError as error:
         raise HeaderSkipped(f"{error}, so none of the {rows} rows can be matched") from None
-    ours, theirs = _tokens(tokenizer, rows), _tokens(other, their_rows)
+    ours = _tokens(tokenizer, rows)
+    theirs = _tokens(other, their_rows)
     # Where one token of the base plays both parts, as in GPT-2, it is matched as the one that ends a text.
     roles = {tokenizer.bos_token: other.bos_token, tokenizer.eos_token: other.eos_token}
     roles = {token: part_played for token, part_played in roles.items() if token and part_played}
@@ -105,7 +106,8 @@ def matched_header(model: ResidentModel, tokenizer: Any, candidate: Candidate, p
 
 def own_header(model: ResidentModel) -> HeaderRows:
     """The base's header as its files have it, whatever has been merged into the model."""
-    part, base = model.header(), model.as_candidate()
+    part = model.header()
+    base = model.as_candidate()
     rows = max(tensor.shape[0] for tensor in part.tensors.values())
     return HeaderRows(base, _sources(model, base, part), {row: row for row in range(rows)})
 
@@ -125,7 +127,8 @@ def aligned_header(
 def untied_header(model: ResidentModel, tokenizer: Any, candidate: Candidate) -> tuple[Tensors, Tensors]:
     """The candidate's header as `aligned_header` has it, to be held where the embedding is read, and where the head is:
     two where the candidate has a head of its own and the base has not. Raises as that."""
-    part, found = model.header(), matched_header(model, tokenizer, candidate)
+    part = model.header()
+    found = matched_header(model, tokenizer, candidate)
     header = found.adopted(part)
     if found.own_head is None:
         return header, header
@@ -161,7 +164,8 @@ def _description(
     by_role = [f"{a} with {b}" for a, b in roles.items() if a in ours and a not in theirs and b in theirs]
     moved = sum(row != other for row, other in matches.items())
     known = len(set(ours.values()))
-    lacking, nameless = known - len(matches), rows - known
+    lacking = known - len(matches)
+    nameless = rows - known
     added = len(set(theirs.values()) - set(matches.values()))
     text = f"{len(matches)} of {rows} rows matched by token"
     text += f", BOS or EOS by role ({', '.join(by_role)})" if by_role else ""
@@ -178,7 +182,8 @@ def _description(
 def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether the tokenizers of two models of one architecture are the same, file by file. Raises CheckpointError if a
     file can't be read."""
-    (here, ours), (there, theirs) = one.tokenizer_files, other.tokenizer_files
+    (here, ours) = one.tokenizer_files
+    (there, theirs) = other.tokenizer_files
     sizes = {name: size for name, size in ours.sizes.items() if name not in _NO_TOKENS}
     if sizes != {name: size for name, size in theirs.sizes.items() if name not in _NO_TOKENS}:
         return False
@@ -190,7 +195,8 @@ def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str
 
     A candidate whose head is tied to its embedding may store only one of the two, which then stands for both.
     """
-    embedding, head = model.embedding_name, model.head_name
+    embedding = model.embedding_name
+    head = model.head_name
     twins = {embedding: head, head: embedding} if ties_header(candidate.checkpoint.config) else {}
     sources = {}
     for name, ours in part.tensors.items():
@@ -207,7 +213,8 @@ def _sources(model: ResidentModel, candidate: Candidate, part: Part) -> dict[str
 def _about_tying(model: ResidentModel, candidate: Candidate, part: Part) -> tuple[str | None, str | None]:
     """What becomes of the candidate's head where one model has a head of its own and the other has not; and, if it is
     the base that has not, the name of that head."""
-    embedding, head = model.embedding_name, model.head_name
+    embedding = model.embedding_name
+    head = model.head_name
     if head is None:
         return None, None
     ours_is_own = head in part.tensors

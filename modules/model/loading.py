@@ -66,9 +66,11 @@ class ModelLoader:
     def fitting(self, models: Models, with_header: bool = False) -> "ModelLoader":
         """One that computes in what fits into memory with one layer at a time beside the base; if that is not what is
         best, a line has said so. with_header: see `weights_of`."""
-        device, config = resolve_device(self.device), self.config
+        device = resolve_device(self.device)
+        config = self.config
         best, *others = arithmetics(config.compute_dtype, config.dtype, models.base.main_dtype(), device)
-        needed, free = weights_of(models.module, best.dtype, with_header).held, free_memory(device)
+        needed = weights_of(models.module, best.dtype, with_header).held
+        free = free_memory(device)
         if not others or free is None or needed <= free:
             return replace(self, compute=best)
         self.console.warning(too_large_for(best, others[0], needed, free))
@@ -192,7 +194,8 @@ def _tie(module: PreTrainedModel, models: Models) -> None:
     first = dict[int, str]()
     for name, tensor in models.module.state_dict(keep_vars=True).items():
         twin = first.setdefault(id(tensor), name)
-        one, other = module.get_parameter_or_buffer(twin), module.get_parameter_or_buffer(name)
+        one = module.get_parameter_or_buffer(twin)
+        other = module.get_parameter_or_buffer(name)
         if one is not other:
             stored = Conversion(module, models.base.tensors).load([twin, name], models.base.stream)
             if torch.equal(stored[twin].to(one.dtype), stored[name].to(other.dtype)):

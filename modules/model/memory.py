@@ -56,7 +56,8 @@ class Memory:
 
 def sizes_of(module: PreTrainedModel) -> Sizes:
     """A model in numbers; it may be without weights."""
-    layers, text = find_layers(module)[1], module.config.get_text_config()
+    layers = find_layers(module)[1]
+    text = module.config.get_text_config()
     embedding = module.get_input_embeddings().weight
     return Sizes(
         layers=len(layers),
@@ -111,7 +112,8 @@ def placement_of(
     if not free or not leaves_choice(device):
         return None
     layers = [_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1]]
-    others, held = memory.base - sum(layers), memory.held - memory.base
+    others = memory.base - sum(layers)
+    held = memory.held - memory.base
     if place_layers(layers, others, held + least, free) is None:
         return None
     devices = place_layers(layers, others, held + memory.activations, free)

@@ -58,7 +58,8 @@ class Part:
         Raises BrokenWeights if one holds NaN or infinity, TooNarrow if a value does not fit the type that is computed
         in, CheckpointError if it does not fit the one that is saved.
         """
-        adopted, bounds = {}, {}
+        adopted = {}
+        bounds = {}
         for name, tensor in theirs:
             # On its way to the device while the next one is read.
             adopted[name], bounds[name] = self._adopted(name, tensor)
@@ -73,7 +74,8 @@ class Part:
             arrived = tensor.to(own.device, non_blocking=True)
             return arrived.to(dtype), torch.stack(arrived.aminmax())
         # A part at a time is there in its own dtype, which may be twice as wide.
-        adopted, bounds = torch.empty(tensor.shape, dtype=dtype, device=own.device), []
+        adopted = torch.empty(tensor.shape, dtype=dtype, device=own.device)
+        bounds = []
         rows = -(-len(tensor) // BLOCKS)
         for block, place in zip(tensor.split(rows), adopted.split(rows), strict=True):
             arrived = block.to(own.device, non_blocking=True)
@@ -89,7 +91,9 @@ class Part:
             low, high = found[name]
             if not (-torch.inf < low and high < torch.inf):
                 raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
-            largest, computed, saved = max(-low, high), self.dtypes[name], self.saved_dtypes[name]
+            largest = max(-low, high)
+            computed = self.dtypes[name]
+            saved = self.saved_dtypes[name]
             what = f"{source}: {name} reaches {largest:.4g}, too large for"
             if largest > torch.finfo(computed).max:
                 raise TooNarrow(f"{what} {dtype_name(computed)}", wider(computed))

@@ -61,7 +61,8 @@ def settings_of(model: ResidentModel, checkpoint: Checkpoint) -> Settings | None
         theirs = with_buffers(config, checkpoint.companions.trusted)
     except Exception:  # whatever an architecture makes of settings that it does not take
         return None
-    others, found = dict(theirs.named_modules(remove_duplicate=False)), Settings()
+    others = dict(theirs.named_modules(remove_duplicate=False))
+    found = Settings()
     ours = dict(model.module.named_modules(remove_duplicate=False))
     if ours.keys() != others.keys() or type(theirs) is not type(model.module):
         return None
@@ -100,6 +101,7 @@ def _note_values(found: Settings, ours: nn.Module, theirs: nn.Module) -> None:
         if name not in _OF_EVERY_MODULE:
             found.values.append((ours.__dict__, name, value))
     for name in theirs._non_persistent_buffers_set:  # rotary frequencies and the like, made of the configuration
-        own, value = ours._buffers.get(name), theirs._buffers[name]
+        own = ours._buffers.get(name)
+        value = theirs._buffers[name]
         if isinstance(own, torch.Tensor) and value is not None:
             found.values.append((ours._buffers, name, value.to(own.device, own.dtype)))

@@ -20,7 +20,8 @@ def advice(candidates: Sequence[ResultRow], merge: ResultRow, config: Config, li
     nothing if none is. layers: that the model has."""
     allowed = [row for row in candidates if limits.allow(row.metrics) and not beyond_limit(row, limits)]
     best = min(allowed, key=lambda row: _objective(row, limits), default=merge)
-    before, after = _objective(merge, limits), _objective(best, limits)
+    before = _objective(merge, limits)
+    after = _objective(best, limits)
     is_better = after < before - max(limits.min_gain, SHOWN * max(1.0, abs(before)))
     if not is_better:
         return []
@@ -37,7 +38,8 @@ def beyond_limit(row: ResultRow, limits: Limits) -> list[str]:
     others."""
     lines = []
     for column in columns_of(limits.maxima):
-        value, most = row.metrics.get(column.shown_as, 0.0), limits.maxima[column.name]
+        value = row.metrics.get(column.shown_as, 0.0)
+        most = limits.maxima[column.name]
         if value > most:
             (shown,) = columns_of({column.shown_as: value})
             lines.append(
@@ -69,7 +71,8 @@ def _causes(best: ResultRow, merge: ResultRow, config: Config, limits: Limits, l
         if config.strategy != "cumulative":
             causes.append(f"strategy {config.strategy} counts pairs; cumulative lowers the total.")
     for column in columns_of(limits.maxima):
-        most, used = limits.maxima[column.name], merge.metrics.get(column.name, 0.0)
+        most = limits.maxima[column.name]
+        used = merge.metrics.get(column.name, 0.0)
         if used and used + best.metrics.get(column.name, 0.0) > most:
             causes.append(f"{column.limit_key} is used up ({used:.4g} of {most:g}); raise it.")
     return causes

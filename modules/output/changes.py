@@ -85,7 +85,8 @@ def refuse_changes(begun: Run, now: Run, path: Path) -> None:
         raise ConfigError(f"{path} was started by Merge Monster {begun.program}, but this is {now.program}; {_HINT}")
     changes = []
     for key, (before, after) in changes_between(begun, now).items():
-        before, after = json.dumps(before, ensure_ascii=False), json.dumps(after, ensure_ascii=False)
+        before = json.dumps(before, ensure_ascii=False)
+        after = json.dumps(after, ensure_ascii=False)
         is_short = len(before) <= 60 and len(after) <= 60
         changes.append(f"{key} was {before}, is {after}" if is_short else f"{key} changed")
     if changes:
@@ -94,7 +95,8 @@ def refuse_changes(begun: Run, now: Run, path: Path) -> None:
 
 def changes_between(begun: Run, now: Run) -> dict[str, tuple[Any, Any]]:
     """The keys in which two runs' settings differ that have a part in what a search finds, with both values."""
-    before, after = begun.settings.dumped(), now.settings.dumped()
+    before = begun.settings.dumped()
+    after = now.settings.dumped()
     ignored = {*NO_PART}
     if begun.device == now.device:
         ignored.add("device")

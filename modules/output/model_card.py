@@ -95,7 +95,8 @@ def write_card(folder: Path, recipe: Recipe, name: str, pictures: tuple[str, str
 def model_card(recipe: Recipe, name: str, pictures: Sequence[str | None]) -> str:
     """The text of a model card. pictures: the names of the merge map's file and of the phrase chart's, beside the card;
     None for one that is not."""
-    settings, needed = recipe.settings, recipe.needed_sources
+    settings = recipe.settings
+    needed = recipe.needed_sources
     unused = [_link(source) for source in recipe.sources if source not in needed]
     merge_map, phrase_chart = pictures
     values = card_values(recipe, name) | {
@@ -160,7 +161,8 @@ def _composition(recipe: Recipe) -> str:
 
 
 def _metrics(recipe: Recipe) -> str:
-    base, merge = recipe.metrics["base"], recipe.metrics["merge"]
+    base = recipe.metrics["base"]
+    merge = recipe.metrics["merge"]
     rows = []
     for column in columns_of(base, merge):
         if not column.shown_as:  # else it is shown as measured again, on text that took no part in the search

@@ -51,7 +51,8 @@ _MOST_CHANGED = 30
 _CHART_WIDTH = 11.0  # inches
 _KINDS = {"BAD": "Bad phrases: lower is better", "GOOD": "Good phrases: higher is better"}
 # Probabilities that span more than this go on a logarithmic scale; what is smaller than the least is near zero there.
-_LINEAR_SPAN, _LEAST = 100.0, 1e-250
+_LINEAR_SPAN = 100.0
+_LEAST = 1e-250
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,8 @@ def _draw_pairs(axes: Axes, pairs: Sequence[Phrase]) -> None:
     for row, pair in enumerate(pairs):
         gain = _gain(pair)
         colours.append(BETTER if gain > 0 else WORSE if gain < 0 else SAME)
-        context, phrase = shortened(one_line(pair.shown), 36), shortened(one_line(pair.phrase), 28, "both")
+        context = shortened(one_line(pair.shown), 36)
+        phrase = shortened(one_line(pair.phrase), 28, "both")
         labels.append(f"{context} [{phrase}]".lstrip())
         figures = f"{brief_percent(pair.before)} → {brief_percent(pair.after)}"
         axes.text(1.02, row, figures, transform=axes.get_yaxis_transform(), va="center", fontsize=7)

@@ -51,7 +51,8 @@ class RunRecord:
 
     def _read(self, config: Config) -> None:
         """Take over what the journal has."""
-        records, path = self.journal.records, self.journal.path
+        records = self.journal.records
+        path = self.journal.path
         begun = begun_run(records)
         if begun is None:
             raise damaged(path, 1)
@@ -182,7 +183,9 @@ class RunRecord:
         metrics: of base and merge. held_out: the pairs that were, maybe none. model: device, compute and saved dtype.
         seconds: by phase; those of the search are in the journal. shares: of a joint search.
         """
-        begun, start, ends = self._lines["run"][0], self._lines["start"][0], self._lines["candidate"]
+        begun = self._lines["run"][0]
+        start = self._lines["start"][0]
+        ends = self._lines["candidate"]
         joint = None
         if shares:
             steps = [line.metrics | {"seconds": line.seconds} for line in self._lines["step"]]

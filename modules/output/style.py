@@ -19,7 +19,9 @@ from modules.runtime.text import one_line, shortened
 # Okabe and Ito's palette, which colour-blind readers can tell apart. The base is grey.
 BASE_COLOUR = "#BBBBBB"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
-BETTER, WORSE, SAME = "#0072B2", "#D55E00", "#888888"
+BETTER = "#0072B2"
+WORSE = "#D55E00"
+SAME = "#888888"
 DARK = "#444444"
 
 # Scripts that matplotlib's own font lacks; of these fonts, those that the machine has stand in.

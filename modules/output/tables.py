@@ -33,7 +33,9 @@ from modules.search.strategies import improved, probability, scores, total, tota
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
 CHANGED = 0.005  # percentage points of Used Prob: a pair that moved no more has not changed
 MOST_MODELS = 3  # of an output's composition, the largest shares
-OUTPUT_WIDTH, MODEL_WIDTH = 32, 16  # columns of a name in a comparison
+# columns of a name in a comparison
+OUTPUT_WIDTH = 32
+MODEL_WIDTH = 16
 NAME_WIDTH = 24  # the widest that a column gets for the sake of the model's name above it
 
 Values = Mapping[str, float]  # of metrics, by name
@@ -62,7 +64,8 @@ def summary(
     if config.layers:
         rows["Layers searched"] = f"{', '.join(ranges(config.layers))} (counted from 0)"
     if config.search == "joint":
-        first, last = config.joint.step_size, config.joint.step_size / 10
+        first = config.joint.step_size
+        last = config.joint.step_size / 10
         rows["Search"] = f"joint, {config.joint.steps} steps, step size {first:g} falling to {last:g}"
     else:
         rows["Merge ratios"] = list(config.merge_ratios)
@@ -178,7 +181,8 @@ def phrase_table(
             used_text = percent(raw * weight, rounding=least * weight)
             change_text = percent(change, signed=True, rounding=least * weight) if start is not None else "N/A"
             rows.append((pair.kind, pair.phrase, pair.shown, raw_text, used_text, change_text))
-    used_total, least = total(scores(now, weights)), total_rounding(weights, rounding)
+    used_total = total(scores(now, weights))
+    least = total_rounding(weights, rounding)
     change_text = "N/A"
     if start is not None:
         change_text = percent(used_total - total(scores(start, weights)), signed=True, rounding=least)
@@ -253,7 +257,8 @@ def probability_table(
     rows = []
     for pair, *values, least in zip([*searched, *held_out], *models.values(), roundings, strict=True):
         shown = [brief_percent(value, least) for value in values]
-        phrase, context = shortened(one_line(pair.phrase), PHRASE_WIDTH), shortened(one_line(pair.shown), CONTEXT_WIDTH)
+        phrase = shortened(one_line(pair.phrase), PHRASE_WIDTH)
+        context = shortened(one_line(pair.shown), CONTEXT_WIDTH)
         rows.append((pair.kind, phrase, context, *shown))
     header = ("Type", "Phrase", "Context", *(shortened(name, NAME_WIDTH) for name in models))
     last = f"; held out: the last {pluralize(len(held_out), 'row')}" if held_out else ""

@@ -44,8 +44,13 @@ class Conductor:
         samples: Samples | None = None,
     ) -> None:
         """evaluator, samples: of the main process; they have met the base."""
-        self.config, self.console, self.search, self.record = config, console, search, record
-        self.prefetcher, self.evaluator, self.samples = prefetcher, evaluator, samples
+        self.config = config
+        self.console = console
+        self.search = search
+        self.record = record
+        self.prefetcher = prefetcher
+        self.evaluator = evaluator
+        self.samples = samples
         self.layers = len(search.model.layers)
         self.shares: Rows = ()  # of a joint search, not of this one
         # The accepted merges of every layer and, last, of the header.
@@ -74,7 +79,8 @@ class Conductor:
 
     def _start(self, resume: bool, table: str) -> list[float]:
         """Show how the base stands, and note its scores or go on from those that an earlier run has noted; which."""
-        search, record = self.search, self.record
+        search = self.search
+        record = self.record
         self._show_notes()
         self._show_table(table, whole_in_log=True)
         measured = list(search.log_probabilities)
@@ -92,7 +98,8 @@ class Conductor:
         if not record.was_widened:
             search.rounding = list(start.rounding)
         search.base_scores = scores(search.log_probabilities, search.weights)
-        decisions, steps = record.lines("decision"), record.lines("step")
+        decisions = record.lines("decision")
+        steps = record.lines("step")
         if decisions or steps:
             self.console.warnings(record.warnings(packing))
             if measured != search.log_probabilities and start.packing == packing and not record.was_widened:
@@ -121,7 +128,9 @@ class Conductor:
         self._show_table(table, start, whole_in_log)
         if self.evaluator is None:
             return
-        phrases, before, now = self.evaluator.phrases, self.evaluator.start, self.evaluator.now
+        phrases = self.evaluator.phrases
+        before = self.evaluator.start
+        now = self.evaluator.now
         self.console.line(report.metrics_line(before.metrics, now.metrics))
         if phrases.pairs:
             searched = report.gains(self.config.pairs, self.search.weights, start, self.search.log_probabilities)
@@ -185,7 +194,8 @@ class Conductor:
         except CheckpointError as error:
             if self.config.on_error == "stop" or (isinstance(error, TooNarrow) and self.search.model.may_widen):
                 raise
-            failure, is_repeated = str(error), self.search.repeated >= behind
+            failure = str(error)
+            is_repeated = self.search.repeated >= behind
             check = partial(self._check_accepted, number, candidate, failure, is_repeated)
             self.search.group.on_all_ranks(check)
             self.search.measure()
@@ -228,7 +238,8 @@ class Conductor:
 
     def _search(self, number: int, candidate: Candidate) -> str | None:
         """Decide what is not decided yet; why an earlier run has given the candidate up, if it has."""
-        done, end = self.record.decisions(number), self.record.line("candidate", number)
+        done = self.record.decisions(number)
+        end = self.record.line("candidate", number)
         if end is not None:
             self.search.repeat(candidate, done)
             self.search.log_probabilities = list(end.log_probabilities)
@@ -243,7 +254,8 @@ class Conductor:
         with closing(self.search.candidate(candidate, done)) as decisions:
             for decision in decisions:
                 goes_on_in = FALLBACK.name if self.search.outgrown else None
-                seconds, packing = round(time.monotonic() - began, 3), self.search.scorer.packing
+                seconds = round(time.monotonic() - began, 3)
+                packing = self.search.scorer.packing
                 self.record.decided(number, decision, seconds=seconds, packing=packing, computed=goes_on_in)
                 self._count(decision, move_bar)
                 move_bar = self.bar.update
@@ -272,7 +284,9 @@ class Conductor:
 
 def show_results(conductor: Conductor, candidates: Sequence[Candidate]) -> None:
     """Base, candidates on their own and the merge, side by side, if any candidate was scored so; and what follows."""
-    evaluator, search, console = conductor.evaluator, conductor.search, conductor.console
+    evaluator = conductor.evaluator
+    search = conductor.search
+    console = conductor.console
     merge = ResultRow("the merge", evaluator.now.metrics)
     alone = []
     for number, candidate in enumerate(candidates, start=1):
@@ -297,7 +311,8 @@ class Clock:
     def lap(self, phase: str) -> None:
         """A phase is over, the next one begins."""
         now = time.monotonic()
-        self.seconds[phase], self._began = round(now - self._began, 1), now
+        self.seconds[phase] = round(now - self._began, 1)
+        self._began = now
 
 
 def show_decision(

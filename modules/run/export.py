@@ -39,7 +39,8 @@ def export_mergekit(asked: Replay, console: Console) -> None:
     check_apart([asked.output], [asked.recipe, *input_paths(config)])
     loader = ModelLoader(config, console, compute=Arithmetic.named(recipe.dtype))
     models = loader.open()
-    layout, saved = loader.layout(models), _saved(recipe, models)
+    layout = loader.layout(models)
+    saved = _saved(recipe, models)
     problems = [*_unfit_types(recipe, models, saved), *_unfit_models(recipe, models, layout)]
     if problems:
         raise ConfigError("mergekit can't reproduce this recipe exactly:", *problems)

@@ -57,7 +57,8 @@ class JointConductor(Conductor):
         """How much of each model the weights are; the base's share may be negative."""
         outside = self.shares[self.layers :] or [(0.0,) * len(self._candidates)]
         rows = [*self.shares[: self.layers], self._header_shares or outside[0], outside[0]]
-        base, names = self.search.model.checkpoint.name, [candidate.name for candidate in self._candidates]
+        base = self.search.model.checkpoint.name
+        names = [candidate.name for candidate in self._candidates]
         return self._composed_of([mixed_shares(base, names, row) for row in rows])
 
     @property
@@ -67,7 +68,8 @@ class JointConductor(Conductor):
 
     def _made_joint(self) -> Joint:
         """What makes the steps. The model is still the base."""
-        search, config = self.search, self.config
+        search = self.search
+        config = self.config
 
         def make() -> Joint:
             mixed = search.model, search.tokenizer, self._candidates, config.merge_headers, search.streams
@@ -84,7 +86,8 @@ class JointConductor(Conductor):
 
     def _begun(self) -> JointState:
         """The state from which the next step is made, and the model composed from it."""
-        steps, begun = self.record.lines("step"), self.record.lines("joint")
+        steps = self.record.lines("step")
+        begun = self.record.lines("joint")
         if steps:
             state = JointState.of(steps[-1].model_dump())
         else:
@@ -94,7 +97,8 @@ class JointConductor(Conductor):
 
     def _find_start(self) -> Rows:
         """Find and note where the steps begin, and how total and weighed metrics change there with every share."""
-        search, limits = self.search, self.search.limits
+        search = self.search
+        limits = self.search.limits
         self.console.timed("Comparing base and candidates")
         objectives = [limits.objective(search.state)]
         objectives += [self._composed(reached) for _, reached in self._reached()]
@@ -163,7 +167,8 @@ class JointConductor(Conductor):
 
     def _reached(self) -> list[tuple[str, Rows]]:
         """Each candidate's name and shares where it is taken as far as the search goes: whole, or in some layers."""
-        names, mix = [candidate.name for candidate in self._candidates], self._joint.mix
+        names = [candidate.name for candidate in self._candidates]
+        mix = self._joint.mix
         where = " in the searched layers" if mix.is_restricted else ""
         reached = []
         for number, name in enumerate(names):
@@ -179,7 +184,8 @@ class JointConductor(Conductor):
     def _composed(self, shares: Rows) -> float:
         """Make the model exactly what saving keeps of these shares; its objective, infinite if it is beyond a limit or
         no number."""
-        search, limits = self.search, self.search.limits
+        search = self.search
+        limits = self.search.limits
         search.in_memory(partial(self._joint.mix.compose, shares, exact=True))
         search.measure()
         self.shares = shares

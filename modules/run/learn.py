@@ -67,7 +67,9 @@ from modules.scoring.tokenization import doubtful_phrases, encode_pairs, spread
 from modules.search.joint import largest_factor
 from modules.search.strategies import scores, total
 
-NEUTRAL_KL, OWN_KL = "kl", "own_kl"  # metrics that max_drift limits
+# metrics that max_drift limits
+NEUTRAL_KL = "kl"
+OWN_KL = "own_kl"
 ALL = 1 << 20  # tokens to learn with: more than there are in half of the neutral texts and half of the answers
 CHECKED = 8  # passages of each text on which max_drift is held
 FORWARDS_OF_A_STEP = 3  # forward, once more for the gradient, backward: weights of the base need none
@@ -110,7 +112,8 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
 
 def _learn(loader: ModelLoader, options: Options, target: OutputFolder, models: Models, asked: Asked) -> None:
     """Learn in the loader's arithmetic, and put the result into its place."""
-    config, console = loader.config, loader.console
+    config = loader.config
+    console = loader.console
     with (
         unfinished_output(target, options.resume, options.restart) as unfinished,
         fetching(console, models.jobs) as prefetcher,
@@ -141,9 +144,14 @@ class Lesson:
     def __init__(self, context: Context, plan: LearnPlan, record: RunRecord, folder: Path, asked: Asked) -> None:
         """context: with a search. folder: in which the output is written. Raises ConfigError if the base can't be
         learned with, or drift counts and there is no text to measure it on."""
-        config, search = context.config, context.search
-        self.config, self.console, self.search = config, context.console, search
-        self.model, self.record, self.folder = context.model, record, folder
+        config = context.config
+        search = context.search
+        self.config = config
+        self.console = context.console
+        self.search = search
+        self.model = context.model
+        self.record = record
+        self.folder = folder
         if any(tensor.is_meta for tensor in self.model.module.parameters()):
             raise ConfigError("--learn needs all layers on the device, but some are in CPU memory")
         self.evaluator = Evaluator(context)
@@ -153,7 +161,8 @@ class Lesson:
         self.texts = _texts_of(context, kept, asked)
         self.adapter = Adapter(self.model.module, config.learn.rank, config.random_seed)
         weight = _drift_weight(config, scores(self.start, search.weights))
-        scorer, texts = search.scorer, self.texts if weight else []
+        scorer = search.scorer
+        texts = self.texts if weight else []
         places = places_in(self.model, context.tokenizer, kept, asked, config.pairs, config.held_out_pairs)
         encoded = [*scorer.encoded, *(place.encoded for place in places)]
         packed = encoded, _shared_weights(search.weights, places), scorer.layout, plan.budget
@@ -170,7 +179,8 @@ class Lesson:
 
     def _start(self) -> list[float]:
         """Note how the base scores, or go on from what an earlier run has noted: its log-probabilities."""
-        search, record = self.search, self.record
+        search = self.search
+        record = self.record
         packing = search.scorer.packing
         start = record.line("start", 0) or record.note(
             "start",
@@ -180,7 +190,8 @@ class Lesson:
             weights=search.weights,
             rounding=search.rounding,
         )
-        search.log_probabilities, search.weights = list(start.log_probabilities), list(start.weights)
+        search.log_probabilities = list(start.log_probabilities)
+        search.weights = list(start.weights)
         self.evaluator.take_noted_scores()
         if record.lines("learned"):
             self.console.warnings(record.warnings(packing))
@@ -191,7 +202,8 @@ class Lesson:
 
         table: how much of the phrase tables is shown. resume: whether to go on with an earlier run was asked for.
         """
-        console, steps = self.console, self.config.learn.steps
+        console = self.console
+        steps = self.config.learn.steps
         self._show_table(table)
         state = read_state(self.folder) if self.record.lines("learned") else None
         if state:
@@ -212,7 +224,8 @@ class Lesson:
 
     def _steps(self, bar: Progress, end_if_asked: Callable[[], None]) -> None:
         """Make all steps. A state is kept, here and on the disk, once what it leads to is known to be a number."""
-        learner, kept = self.learner, self.learner.state
+        learner = self.learner
+        kept = self.learner.state
         while True:
             end_if_asked()
             began = time.monotonic()
@@ -247,7 +260,8 @@ class Lesson:
 
     def _tell_of(self, loss: Loss, seconds: float) -> None:
         """Note and show what a step began with."""
-        step, metrics = self.learner.step, {"loss": loss.loss, "total": loss.total, **loss.drift}
+        step = self.learner.step
+        metrics = {"loss": loss.loss, "total": loss.total, **loss.drift}
         if step > len(self.record.lines("learned")):  # else an earlier run has
             self.record.note("learned", step=step, metrics=metrics, seconds=round(seconds, 3))
         drift = "".join(f" - KL on {name} {value:.4f}" for name, value in loss.drift.items())
@@ -256,7 +270,8 @@ class Lesson:
 
     def _hold_limit(self) -> None:
         """Scale the adapter until the drift on each text is within max_drift."""
-        limit, objective = self.config.max_drift, self.learner.objective
+        limit = self.config.max_drift
+        objective = self.learner.objective
         if limit is None:
             return
 
@@ -279,7 +294,9 @@ class Lesson:
 
     def _show_metrics(self) -> None:
         """How metrics have changed, and which phrases improved only where they were taught."""
-        phrases, before, now = self.evaluator.phrases, self.evaluator.start, self.evaluator.now
+        phrases = self.evaluator.phrases
+        before = self.evaluator.start
+        now = self.evaluator.now
         self.console.line(report.metrics_line(before.metrics, now.metrics))
         if phrases.pairs:
             taught = report.gains(self.config.pairs, self.search.weights, self.start, self.search.log_probabilities)
@@ -294,7 +311,10 @@ class Lesson:
 
     def recipe(self, samples: Sequence[Sample]) -> Recipe:
         """What there is to be told of the adapter."""
-        search, phrases, start, now = self.search, self.evaluator.phrases, self.evaluator.start, self.evaluator.now
+        search = self.search
+        phrases = self.evaluator.phrases
+        start = self.evaluator.start
+        now = self.evaluator.now
         return self.record.recipe(
             self.config.pairs,
             search.weights,
@@ -366,8 +386,11 @@ class Estimate:
 
 def estimate_learning(loader: ModelLoader, models: Models) -> Estimate:
     """Of a loader that knows what to compute in."""
-    config, device, plan = loader.config, resolve_device(loader.device), _plan(loader, models)
-    base, sizes = models.base, sizes_of(models.module)
+    config = loader.config
+    device = resolve_device(loader.device)
+    plan = _plan(loader, models)
+    base = models.base
+    sizes = sizes_of(models.module)
     tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(models.module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
@@ -382,8 +405,13 @@ def estimate_learning(loader: ModelLoader, models: Models) -> Estimate:
 
 def _plan_lines(loader: ModelLoader, models: Models) -> list[str]:
     """What a run takes, for the person at the terminal."""
-    config, device, estimate = loader.config, resolve_device(loader.device), estimate_learning(loader, models)
-    learn, plan, tokens, seconds = config.learn, estimate.plan, estimate.tokens, estimate.seconds
+    config = loader.config
+    device = resolve_device(loader.device)
+    estimate = estimate_learning(loader, models)
+    learn = config.learn
+    plan = estimate.plan
+    tokens = estimate.tokens
+    seconds = estimate.seconds
     free = free_memory(device)
     time_needed = "unknown for this model"
     if seconds is not None:

@@ -85,7 +85,8 @@ def explore(
     longest = max(len(root.tokens) for root in roots) + settings.max_depth + settings.additional_length
     predictor = build_predictor(model, detokenizer, scorer, [root.tokens for root in roots], longest)
     console.lines(mapping_report.summary(config, len(roots), model.describe(saving=False), predictor.way))
-    trees, ranks = [], []
+    trees = []
+    ranks = []
     with console.progress(len(roots)) as bar:
         search = BeamSearch(predictor, settings, detokenizer, model.end_tokens())
         for tree in search.trees(roots):

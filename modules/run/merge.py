@@ -117,7 +117,9 @@ def _merge(
     loader: ModelLoader, options: Options, group: Group, target: OutputFolder, models: Models, plan: Plan, asked: Asked
 ) -> None:
     """Search in the loader's arithmetic, and put the result into its place. asked: of the samples."""
-    clock, config, console = Clock(), loader.config, loader.console
+    clock = Clock()
+    config = loader.config
+    console = loader.console
     goes_on = loader.compute != plan.arithmetic  # with what was decided in the plan's, which was too narrow
     resume = options.resume or goes_on
     with (
@@ -158,7 +160,10 @@ def _accepted(record: RunRecord, recipe: Recipe, models: Models) -> Iterator[tup
 def _conclude(conductor: Conductor, models: Models) -> tuple[Recipe, dict[str, torch.device], Any]:
     """Report what a search has led to. The recipe, with the seconds of the search; what saving needs when the model is
     released: on which device each tensor was merged, and the tokenizer."""
-    console, config, search, evaluator = conductor.console, conductor.config, conductor.search, conductor.evaluator
+    console = conductor.console
+    config = conductor.config
+    search = conductor.search
+    evaluator = conductor.evaluator
     if conductor.is_base:
         console.warning(
             "no merge was accepted, so the output equals the base; monster_mapper.py shows how likely your phrases are"
@@ -171,7 +176,9 @@ def _conclude(conductor: Conductor, models: Models) -> tuple[Recipe, dict[str, t
     composition = conductor.composition
     console.line("Merge composition:")
     console.lines([*(f"{share * 100:6.2f}%  {model}" for model, share in composition.items()), ""])
-    phrases, start, now = evaluator.phrases, evaluator.start, evaluator.now
+    phrases = evaluator.phrases
+    start = evaluator.start
+    now = evaluator.now
     recipe = conductor.record.recipe(
         config.pairs,
         search.weights,
@@ -203,7 +210,8 @@ def begin_search(
     prefetcher: brings the base as number 0, then the candidates; each while the one before it is searched. asked: of
     the samples.
     """
-    config, console = loader.config, loader.console
+    config = loader.config
+    console = loader.console
     note_source(record, group, 0, models.base_where, models.base)
     context = load_base(loader, models, budget, group, placement, record, asked or Asked())
     search = context.search
@@ -212,7 +220,8 @@ def begin_search(
     for metric in search.weighed:
         weighed |= metric.describe(search.limits.weights.get(metric.name, 0.0))
     rounding = total_rounding(search.weights, search.rounding)
-    about_model, about_scorer = search.model.describe(), search.scorer.describe()
+    about_model = search.model.describe()
+    about_scorer = search.scorer.describe()
     console.lines(report.summary(config, about_model, about_scorer, names, weighed, rounding))
     console.warnings(search.warnings)
 

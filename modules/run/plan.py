@@ -38,7 +38,8 @@ from modules.scoring.tokenization import doubled_tokens, encode_pairs, neutral_w
 from modules.search.search import forwards_of_candidate
 
 # On a disk, beyond the tensors: headers of shards, rounding up to blocks; journal, recipe and pictures.
-MARGIN, MARGIN_FLAT = 0.01, 16 << 20
+MARGIN = 0.01
+MARGIN_FLAT = 16 << 20
 
 TIMED_LAYERS = 2
 # Forwards of a layer that one step of a joint search is worth: forward, once more for the gradient, twice backward.
@@ -77,7 +78,8 @@ class Plan:
     @property
     def forwards(self) -> int:
         """Forwards of one layer in the whole search."""
-        config, layers = self.config, self.sizes.layers
+        config = self.config
+        layers = self.sizes.layers
         if config.search == "joint":
             return (config.joint.steps + STEPS_BEFORE) * FORWARDS_OF_A_STEP * layers
         return len(self.candidates) * forwards_of_candidate(config, layers)
@@ -104,8 +106,12 @@ def make_plan(config: Config, models: Models, sharing: int = 1, begun: str | Non
 
 
 def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: int) -> Plan:
-    base, module, dtype, stream = models.base, models.module, arithmetic.dtype, arithmetic.stream
-    device, sizes = resolve_device(config.device), sizes_of(module)
+    base = models.base
+    module = models.module
+    dtype = arithmetic.dtype
+    stream = arithmetic.stream
+    device = resolve_device(config.device)
+    sizes = sizes_of(module)
     config.layers_in(sizes.layers)  # all are there
     tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
@@ -205,8 +211,12 @@ def _disk(config: Config, models: Models, output: int) -> tuple[int, int]:
 
 def check(plan: Plan) -> list[str]:
     """What might go wrong, a line each. Raises ConfigError, naming everything at once, for what surely would."""
-    config, memory, device, free = plan.config, plan.memory, plan.device, plan.free
-    problems, warnings = [], []
+    config = plan.config
+    memory = plan.memory
+    device = plan.device
+    free = plan.free
+    problems = []
+    warnings = []
     if plan.disk_needed > plan.disk_free:
         problems.append(
             f"{config.directories.output_directory}: {on_disk(plan.disk_needed)} of disk space needed, "
@@ -258,7 +268,8 @@ def estimate_seconds(plan: Plan, module: PreTrainedModel) -> float | None:
 def seconds_of_a_layer(module: PreTrainedModel, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
     """A forward of so many tokens through the first layers, for one of them. module: the base's, without weights."""
     module = copy.deepcopy(module)
-    layers, few = find_layers(module)[1], module.base_model
+    layers = find_layers(module)[1]
+    few = module.base_model
     del layers[TIMED_LAYERS:]
     few.to(dtype).to_empty(device=device)
     for tensor in (*few.parameters(), *few.buffers()):
@@ -287,7 +298,8 @@ def texts_to_write(plan: Plan, module: PreTrainedModel, models: float) -> tuple[
 
 def plan_lines(plan: Plan, seconds: float | None) -> list[str]:
     """The plan for the person at the terminal. seconds: that it takes, about; None: not known."""
-    config, memory = plan.config, plan.memory
+    config = plan.config
+    memory = plan.memory
     searched = f"layers {', '.join(ranges(config.layers))}" if config.layers else "all layers"
     searched += ", embedding and LM head" if config.merge_headers else ""
     if config.search == "joint":

@@ -90,7 +90,9 @@ def check_source(source: Source, checkpoint: Checkpoint) -> None:
 
 def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, target: OutputFolder, models: Models) -> None:
     """Merge what the recipe accepted, and put the result into its place."""
-    console, base, found = loader.console, models.base, candidates_of(recipe, models)
+    console = loader.console
+    base = models.base
+    found = candidates_of(recipe, models)
     with (
         unfinished_output(target, searching=False) as unfinished,
         fetching(console, models.jobs) as prefetcher,
@@ -140,7 +142,8 @@ def rebuild_of(
 
 def opened_with(asked: Replay, recipe: Recipe) -> Config:
     """What the models are opened with. Raises ConfigError for a source that the recipe does not have."""
-    sources, folders = recipe.needed_sources, folders_of(asked.recipe, asked.folders)
+    sources = recipe.needed_sources
+    folders = folders_of(asked.recipe, asked.folders)
     unknown = sorted(asked.elsewhere.keys() - {source.name for source in recipe.sources})
     if unknown:
         names = ", ".join(source.name for source in sources)
@@ -150,7 +153,8 @@ def opened_with(asked: Replay, recipe: Recipe) -> Config:
         # Folders near by are listed only if there is need: there may be very many.
         return find_source(where, folders) or find_source(where, [*folders, *folders_near(folders)])
 
-    texts, missing = [], []
+    texts = []
+    missing = []
     for source in sources:
         text = asked.elsewhere.get(source.name) or found(source.where)
         texts.append(text)

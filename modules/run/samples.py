@@ -36,11 +36,14 @@ class Samples:
         if self._context.config.samples == ():
             return []
         began = time.monotonic()
-        console, config = self._context.console, self._context.config
-        shown, samples = self._context.answers.shown, self._context.answers.samples
+        console = self._context.console
+        config = self._context.config
+        shown = self._context.answers.shown
+        samples = self._context.answers.samples
         given = {answer.prompt: answer.given for answer in (*shown, *samples)}
         console.timed(f"Generating the {what}'s answers to {pluralize(len(given), 'prompt')}")
-        model, tokenizer = self._context.model, self._context.tokenizer
+        model = self._context.model
+        tokenizer = self._context.tokenizer
         written: dict[str, Written] = {}
         if given:
             with only_warned(console):

@@ -111,13 +111,16 @@ def _document(
 
 def _scored(loader: ModelLoader, models: Models, asked: Asked) -> tuple[Search, Evaluator, list[Scored]]:
     """The base and what has scored it; all models' scores, the base's first."""
-    config, console = loader.config, loader.console
+    config = loader.config
+    console = loader.console
     with fetching(console, models.jobs) as prefetcher:
         prefetcher.wait(0)
         placement = loader.placement(models, with_header=True)
         context = load_base(loader, models, Budget(), placement=placement, asked=asked)
         search = context.search
-        model, tokenizer, scorer = search.model, search.tokenizer, search.scorer
+        model = search.model
+        tokenizer = search.tokenizer
+        scorer = search.scorer
         if not scorer.has_tails:
             raise ConfigError(
                 f"{models.base.path}: --score is not supported for this model, which can't be computed layer by layer"
@@ -126,7 +129,8 @@ def _scored(loader: ModelLoader, models: Models, asked: Asked) -> tuple[Search, 
         console.lines(score_summary(config, model.describe(saving=False), scorer.describe(), names))
         console.warnings([*doubled_tokens(tokenizer, config.pairs), *search.warnings])
         evaluator = Evaluator(context)
-        name, where = models.base.name, without_folders(models.base_where)
+        name = models.base.name
+        where = without_folders(models.base_where)
         scored = [Scored(name, f"{name} (base)", where, own_settings=True, found=evaluator.start)]
         for number, candidate in enumerate(models.candidates, start=1):
             try:

@@ -71,7 +71,9 @@ def ask(
     Raises ConfigError for a chat that can't be rendered. A prompt that can't be is no reason to lose a merge: it is
     told and left out.
     """
-    base, config, known = models.base, loader.config, rendered_in(begun) if begun else {}
+    base = models.base
+    config = loader.config
+    known = rendered_in(begun) if begun else {}
     new = [chat for chat in chats_of(config) if chat not in known]
     if not new and not with_prompts:
         return replace(loader, config=with_texts(config, known)), Asked()

@@ -47,7 +47,9 @@ def score_on_tasks(context: Context, what: str = "merge") -> dict[str, float]:
 
     Nothing, and a warning says why, where a task can't be run: that is no reason to lose a merge.
     """
-    config, console, model = context.config, context.console, context.model
+    config = context.config
+    console = context.console
+    model = context.model
     if not config.eval:
         return {}
     console.timed(f"Scoring the {what} on {', '.join(config.eval)}")

@@ -51,7 +51,11 @@ from modules.slop.rate import count_written
 
 FEWER = 4  # times the texts that models write to be counted than those in which phrases are found
 FACTORS = {"merge-1": 0.25, "merge-2": 1.0, "merge-3": 4.0}  # of drift_weight
-SETTINGS, LIST, BASE, ADAPTER, FRONT = "settings.json", "found.yaml", "base.json", "adapter", "front"
+SETTINGS = "settings.json"
+LIST = "found.yaml"
+BASE = "base.json"
+ADAPTER = "adapter"
+FRONT = "front"
 STAND_IN = LISTS / "fiction-cliches.yaml"  # phrases for an estimate before any are found
 
 
@@ -116,7 +120,8 @@ def _with_candidates(config: Config, console: Console) -> Config:
     """The configuration with all candidates by name that fit the base; of each other one a line says why it does not.
     Raises ConfigError if the base can't be used, or there is nothing to merge."""
     directories = replace(config.directories, model_directory=None)
-    fetch, alone = partial(fetch_now, console), replace(config, directories=directories, models_to_merge=())
+    fetch = partial(fetch_now, console)
+    alone = replace(config, directories=directories, models_to_merge=())
     open_models(alone, fetch)
     fitting = []
     for text in dict.fromkeys(source.text for source in candidate_sources(config)[0]):
@@ -144,7 +149,8 @@ def _begin(config: Config, models: Models, asked: Asked) -> None:
     if needed > free:
         what = f"{len(FACTORS)} merges and the output need {on_disk(needed)}, {on_disk(free)} are free"
         raise ConfigError(f"{asked.output}: {what}; make room, or name a folder on a larger disk with --output")
-    file, settings = asked.work / SETTINGS, {"program": VERSION, **config.dumped()}
+    file = asked.work / SETTINGS
+    settings = {"program": VERSION, **config.dumped()}
     if asked.restart and file.is_file():
         shutil.rmtree(asked.work)
     if not file.is_file():
@@ -225,7 +231,8 @@ def _merged(config: Config, weights: Mapping[str, float], console: Console, aske
 def _counted(config: Config, recipes: Mapping[str, Recipe], console: Console, asked: Asked) -> list[Point]:
     """What base, best candidate, adapter and merges write to fresh prompts, shown and kept: the base first."""
     console.timed("Step 5: all of them write, by another seed")
-    file, recipe = asked.work / FRONT, next(iter(recipes.values()))
+    file = asked.work / FRONT
+    recipe = next(iter(recipes.values()))
     discover = replace(config.discover, samples=max(1, config.discover.samples // FEWER))
     alone = replace(config, models_to_merge=(), random_seed=config.random_seed + 1, discover=discover)
     base = count_written(alone, console, file)
@@ -243,7 +250,8 @@ def _counted(config: Config, recipes: Mapping[str, Recipe], console: Console, as
     phrases = list(dict.fromkeys(pair.phrase for pair in config.bad_phrases))
     points = []
     for name, rated, metrics in counted:
-        rate, interval = rated.counts.rate(phrases), rated.counts.interval(phrases)
+        rate = rated.counts.rate(phrases)
+        interval = rated.counts.interval(phrases)
         points.append(Point(name, rate, interval, rated.words, metrics, is_merge=name in recipes))
     console.lines(front_table(points))
     write_front(points, file)

@@ -277,7 +277,9 @@ class WorkerConsole(Console):
     """Of a process that is not the main one: only its own errors are seen, and no log is written."""
 
     def __init__(self, number: int) -> None:
-        self._quiet, self._number, self._log = True, number, None
+        self._quiet = True
+        self._number = number
+        self._log = None
         self.log_path = Path(os.devnull)
 
     def error(self, *texts: str) -> None:
@@ -304,7 +306,9 @@ class Unlogged(Console):
 
     def __init__(self, name: str) -> None:
         """name: see Console."""
-        self._quiet, self._name, self._log = True, name, None
+        self._quiet = True
+        self._name = name
+        self._log = None
 
     def bug(self, summary: str, trace: Sequence[str]) -> None:
         """Print one line to standard error; a log that is made now has the traceback."""

@@ -76,7 +76,8 @@ class Group:
         if self.rank.world_size == 1:
             return work()
         try:
-            result, failure = work(), None
+            result = work()
+            failure = None
         except Exception as error:
             failure = error
         if not self.sum([[float(failure is not None)]])[0][0]:

@@ -63,7 +63,10 @@ def _ending(text: str, width: int) -> str:
     return end
 
 
-PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH = 24, 28, 10, 12
+PHRASE_WIDTH = 24
+CONTEXT_WIDTH = 28
+RAW_WIDTH = 10
+USED_WIDTH = 12
 
 
 def table(header: Sequence[str], *groups: Sequence[Sequence[str]], widths: Sequence[int] = ()) -> list[str]:
@@ -141,7 +144,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    minutes = round(seconds / 60)
+    hours = round(seconds / 3600)
     if minutes < 100:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60:02} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"

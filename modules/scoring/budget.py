@@ -11,11 +11,15 @@ import torch
 from modules.model.memory import Sizes
 
 # Enough tokens in one pack to fill a processor, few enough that attention within it stays cheap.
-TOKENS, FEWEST_TOKENS = 1024, 64
+TOKENS = 1024
+FEWEST_TOKENS = 64
 # Bytes of logits at a time: on a CPU what stays near its caches, elsewhere enough that the head is seldom read twice.
-LOGITS_ON_CPU, LOGITS_ELSEWHERE = 64 << 20, 512 << 20
+LOGITS_ON_CPU = 64 << 20
+LOGITS_ELSEWHERE = 512 << 20
 # Shares of the free memory; what is left over is for what these figures do not count.
-ACTIVATIONS_SHARE, LOGITS_SHARE, CACHE_SHARE = 1 / 2, 1 / 8, 1 / 4
+ACTIVATIONS_SHARE = 1 / 2
+LOGITS_SHARE = 1 / 8
+CACHE_SHARE = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def budget_of(sizes: Sizes, dtype: torch.dtype, device: torch.device, stack: int
     beside = 0 if on_cpu else int(psutil.virtual_memory().available * CACHE_SHARE)
     if free is None:
         return Budget(logits=most, cache_beside=beside)
-    tokens, free = TOKENS, max(0, free)
+    tokens = TOKENS
+    free = max(0, free)
     while tokens > FEWEST_TOKENS and layer_bytes(sizes, dtype, tokens, stack) > free * ACTIVATIONS_SHARE:
         tokens //= 2
     return Budget(tokens, max(1, min(most, int(free * LOGITS_SHARE))), int(free * CACHE_SHARE), beside)

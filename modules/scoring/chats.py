@@ -25,7 +25,9 @@ from modules.runtime.text import shortened
 from modules.scoring.thoughts import Thoughts, thoughts_of
 
 MOST_REFUSALS = 10  # that are told one by one
-SECONDS, SECONDS_OF_A_CHAT = 2.0, 0.02  # of the processor, for all chats together; most take a thousandth of a second
+# of the processor, for all chats together; most take a thousandth of a second
+SECONDS = 2.0
+SECONDS_OF_A_CHAT = 0.02
 STARTS_IN = 300.0  # seconds by the clock that the child has for its imports
 PATIENCE = 5  # how many times longer the clock may take than the processor
 CONTEXTS = "contexts"  # the key that a chat is of
@@ -92,9 +94,12 @@ def render(
         return Rendered()
     if not has_template(tokenizer):
         raise ConfigError(f"{name}: its tokenizer has no chat template, which the context '{next(iter(chats))}' needs")
-    settings, source, added = dict(template or {}), "", list[str]()
+    settings = dict(template or {})
+    source = ""
+    added = list[str]()
     if not _is_own_code(tokenizer):
-        source, added = _source(tokenizer, name, settings), list(tokenizer.get_added_vocab())
+        source = _source(tokenizer, name, settings)
+        added = list(tokenizer.get_added_vocab())
         settings = {**tokenizer.special_tokens_map, **settings}
     distinct = list(dict.fromkeys(chat.messages for chat in chats))
     conversations = []
@@ -102,7 +107,8 @@ def render(
         conversations.append([{"role": turn.role, "content": turn.content} for turn in messages])
     found = _outcomes(tokenizer, {"template": source, "settings": settings, "conversations": conversations})
     by_messages = dict(zip(distinct, found, strict=True))
-    texts, refusals = dict[Chat, str](), dict[Chat, str]()
+    texts = dict[Chat, str]()
+    refusals = dict[Chat, str]()
     for chat, key in chats.items():
         outcome = by_messages[chat.messages]
         shown = f"context '{chat}'" if key == CONTEXTS else f"prompt '{shortened(chat.messages[-1].content)}'"
@@ -148,7 +154,8 @@ def with_texts(config: Config, texts: Mapping[Chat, str]) -> Config:
 
 def _source(tokenizer: Any, name: str, settings: dict[str, Any]) -> str:
     """The template's text; its name is taken out of the settings. Raises ConfigError if it can't be told which one."""
-    chosen, named = settings.pop("chat_template", None), tokenizer.chat_template
+    chosen = settings.pop("chat_template", None)
+    named = tokenizer.chat_template
     names = list(named) if isinstance(named, Mapping) else []
     lacking = chosen not in names and "{" not in chosen if chosen else "default" not in names
     if names and lacking:
@@ -192,9 +199,13 @@ def in_child(request: Mapping[str, Any]) -> Sequence[Outcome]:
         ended = subprocess.run(
             command, input=json.dumps(request).encode(), cwd=root, capture_output=True, timeout=patience, check=False
         )
-        answer, errors, code = ended.stdout, ended.stderr.decode(errors="replace").strip(), ended.returncode
+        answer = ended.stdout
+        errors = ended.stderr.decode(errors="replace").strip()
+        code = ended.returncode
     except subprocess.TimeoutExpired as error:
-        answer, errors, code = error.stdout or b"", too_long, 1
+        answer = error.stdout or b""
+        errors = too_long
+        code = 1
     found = [json.loads(line) for line in answer.splitlines(keepends=True) if line.endswith(b"\n")]
     if code and not (found and "beyond" in found[-1]):
         words = errors.splitlines()[-1] if errors else f"crashed (exit code {code})"

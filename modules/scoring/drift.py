@@ -181,7 +181,8 @@ class DriftMeter:
 
     def _blocks(self, positions: int) -> Iterator[tuple[int, int]]:
         """Ranges of the head's rows whose logits at so many positions, of all models, fit into a block."""
-        rows, size = self.model.head_size, max(1, self._block // (4 * positions))
+        rows = self.model.head_size
+        size = max(1, self._block // (4 * positions))
         return ((first, min(first + size, rows)) for first in range(0, rows, size))
 
     def _logits(self, hidden: Tensor, first: int, end: int, rows: Tensors | None = None) -> Tensor:
@@ -237,8 +238,10 @@ class SoftmaxStats:
         value, place = logits.max(-1)
         self.likeliest = torch.where(value > self.top, place + first, self.likeliest)
         top = torch.maximum(self.top, value)
-        shares, shrunk = (logits - top.to(logits.dtype)[..., None]).exp_(), (self.top - top).exp()
-        self.top, self.weight = top, self.weight * shrunk + shares.sum(-1, dtype=top.dtype)
+        shares = (logits - top.to(logits.dtype)[..., None]).exp_()
+        shrunk = (self.top - top).exp()
+        self.top = top
+        self.weight = self.weight * shrunk + shares.sum(-1, dtype=top.dtype)
         place = self._next - first
         inside = (place >= 0) & (place < logits.shape[-1])
         chosen = logits.gather(-1, place.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]

@@ -89,7 +89,8 @@ class Plain:
         One text alone against itself, repeated in a batch, each copy's embeddings moved by less than their last bit:
         products of other sizes and other roundings, and nothing else that could be wrong.
         """
-        inputs, targets = item.tokens[:-1], item.tokens[-LOOKED_AT - 1 :][1:]
+        inputs = item.tokens[:-1]
+        targets = item.tokens[-LOOKED_AT - 1 :][1:]
         asked = range(len(inputs) - len(targets), len(inputs))
         most = max(2, budget.logits // (4 * len(targets) * self._model.vocabulary))
         copies = max(1, min(most, COPIES, -(-budget.tokens // len(inputs))))
@@ -103,7 +104,8 @@ class Plain:
     def _log_probabilities(self, rows: Sequence[Sequence[int]], columns: Sequence[int]) -> Tensor:
         """Of all tokens, at the given columns of texts of one length: (B, columns, V)."""
         device = self._model.device
-        ids, index = torch.tensor([list(row) for row in rows], device=device), torch.tensor(columns, device=device)
+        ids = torch.tensor([list(row) for row in rows], device=device)
+        index = torch.tensor(columns, device=device)
         return self._model.logits({"input_ids": ids, "use_cache": False}, index).float().log_softmax(-1)
 
 

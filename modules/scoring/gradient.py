@@ -55,7 +55,9 @@ class GradientPass:
 
     def __init__(self, objective: Objective, outside: bool = True) -> None:
         """outside: whether gradients on what is outside the layers are wanted."""
-        self._of, self._model, self._wants_outside = objective, objective.model, outside
+        self._of = objective
+        self._model = objective.model
+        self._wants_outside = outside
         tokens = sum(text.ids.numel() for text in objective.texts)
         self._hidden = ActivationCheckpoints(objective.budget, len(self._model.layers), tokens)
         self._shapes: list[torch.Size] = []  # of every text's hidden states
@@ -121,7 +123,8 @@ class GradientPass:
         learn: bool,
     ) -> None:
         """Of positions start..stop-1 and rows first..end-1: what they add to gradients and divergences."""
-        header, outside = self._model.header().tensors, self._model.outside().tensors
+        header = self._model.header().tensors
+        outside = self._model.outside().tensors
         own = {name: header[name] for name in self._model.head_names().values()} | outside
         own = own if self._wants_outside and learn else {}
         hidden = self._final[start:stop].detach().requires_grad_(learn)
@@ -142,10 +145,12 @@ class GradientPass:
         self, logits: Tensor, start: int, penalty: Penalty | None, first: int, base: Tensors | None
     ) -> Tensor:
         """d objective / d logits of positions from `start` on, (positions, rows); adds to the penalty's divergence."""
-        of, stop = self._of, start + len(logits)
+        of = self._of
+        stop = start + len(logits)
         if penalty is None:
             return self._asked.on_logits(logits, self._normaliser[start:stop], start, first)
-        now, place = logits - self._normaliser[start:stop, None], slice(start - of.asked, stop - of.asked)
+        now = logits - self._normaliser[start:stop, None]
+        place = slice(start - of.asked, stop - of.asked)
         held = nullcontext() if base is None else self._model.head_holding(base)
         with self._model.outside().holding(of.outside), held:
             was = of.logits(of.before[place].to(self._model.device)) - of.base_normaliser[place, None]
@@ -163,7 +168,8 @@ class GradientPass:
         wanted: if not, the layer is only gone through, and there are none.
         """
         self._take_to_texts()
-        own, sums = self._model.layer(layer).tensors if wanted else {}, dict[str, Tensor]()
+        own = self._model.layer(layer).tensors if wanted else {}
+        sums = dict[str, Tensor]()
         for number, text in enumerate(self._of.texts):
             hidden = self._entered(layer, number)
 
@@ -201,7 +207,8 @@ class GradientPass:
     def _run(self, number: int, end: int, start: int = 0, hidden: Tensor | None = None, keep: bool = False) -> Tensor:
         """The hidden states of a text that enter layer `end`, or leave the last one, (B, T, H). hidden: those that
         enter layer `start`, if it is not the text's beginning. keep: those that enter layers meanwhile."""
-        arguments, found = self._of.texts[number].arguments(), list[Tensor]()
+        arguments = self._of.texts[number].arguments()
+        found = list[Tensor]()
         if end == 0:
             return recorded(self._model, arguments, 0, entering)
 
@@ -222,8 +229,10 @@ class GradientPass:
 
     def front(self) -> Outside:
         """Gradients on what is outside the layers; the head's blocks are not among them."""
-        embedding, outside = self._model.module.get_input_embeddings(), self._model.outside().tensors
-        rows, sums = self._of.vocabulary, dict[str, Tensor]()
+        embedding = self._model.module.get_input_embeddings()
+        outside = self._model.outside().tensors
+        rows = self._of.vocabulary
+        sums = dict[str, Tensor]()
         with _only_rows(embedding, rows.to(self._model.device)), _learning([embedding.weight, *outside.values()]):
             own = {EMBEDDING: embedding.weight, **outside}
             for text, upstream in zip(self._of.texts, self._upstream, strict=True):
@@ -255,7 +264,9 @@ class ActivationCheckpoints:
 
     def __init__(self, budget: Budget, layers: int, tokens: int) -> None:
         """tokens: of all texts."""
-        self._budget, self._layers, self._tokens = budget, layers, tokens
+        self._budget = budget
+        self._layers = layers
+        self._tokens = tokens
         self._places: dict[int, torch.device] | None = None  # of the layers whose hidden states are kept
         self._kept: dict[tuple[int, int], Tensor] = {}  # by layer and text
 
@@ -300,14 +311,19 @@ def _learning(tensors: Iterable[Tensor]) -> Iterator[None]:
 @contextmanager
 def _only_rows(embedding: nn.Module, rows: Tensor) -> Iterator[None]:
     """An embedding has no rows but these, ascending, and finds them by their old numbers: its gradient is as small."""
-    whole, run = embedding.weight.data, embedding.forward
-    own, padding = embedding.__dict__.get("forward"), getattr(embedding, "padding_idx", None)
+    whole = embedding.weight.data
+    run = embedding.forward
+    own = embedding.__dict__.get("forward")
+    padding = getattr(embedding, "padding_idx", None)
     try:
-        embedding.weight.data, embedding.padding_idx = whole[rows], None  # the row that pads has a gradient as well
+        # the row that pads has a gradient as well
+        embedding.weight.data = whole[rows]
+        embedding.padding_idx = None
         embedding.forward = lambda ids: run(torch.searchsorted(rows, ids))
         yield
     finally:
-        embedding.weight.data, embedding.padding_idx = whole, padding
+        embedding.weight.data = whole
+        embedding.padding_idx = padding
         embedding.__dict__.pop("forward", None)
         embedding.__dict__.update({} if own is None else {"forward": own})
 

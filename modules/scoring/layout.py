@@ -35,7 +35,8 @@ def build_scorer(
     tails: whether it will score trials; rank: see Scorer. Raises ConfigError if the model's scores are not finite or
     don't repeat, torch.OutOfMemoryError if not even one pair fits.
     """
-    plain, stacked = Plain(model), True
+    plain = Plain(model)
+    stacked = True
 
     def build() -> Scorer:
         scorer = _exact_scorer(model, encoded, plain, budget, rank)
@@ -45,7 +46,8 @@ def build_scorer(
 
     def take_less() -> bool:
         nonlocal budget, stacked
-        left, stacked = stacked or budget.tokens > 1, budget.tokens > 1
+        left = stacked or budget.tokens > 1
+        stacked = budget.tokens > 1
         budget = budget.halved()
         return left
 

@@ -52,7 +52,8 @@ def _check_phrases(model: ResidentModel, scorer: Scorer) -> float:
         wide = scorer.token_scores()
         with model.embeddings_moved():
             moved = scorer.token_scores()
-    apart, limit = _size(scores - wide), MARGIN * max(_size(moved - wide), ROUNDING[FALLBACK.dtype])
+    apart = _size(scores - wide)
+    limit = MARGIN * max(_size(moved - wide), ROUNDING[FALLBACK.dtype])
     if not apart <= limit:
         raise model.too_narrow(f"phrase scores are off by {apart:.3g} nats per token")
     return apart

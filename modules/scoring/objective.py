@@ -99,7 +99,8 @@ class Objective:
             raise ConfigError(f"{kind}: search: joint is not supported, because it has no LM head") from None
         if any(tensor.is_meta for tensor in model.module.parameters()):
             raise ConfigError(f"{kind}: search: joint needs all layers on the device, but some are in CPU memory")
-        self.model, self.penalties = model, list(penalties)
+        self.model = model
+        self.penalties = list(penalties)
         self.weights = torch.tensor(of_variants(weights, scorer.encoded), dtype=torch.float64)
         self.dtype = torch.promote_types(torch.float32, model.dtype)  # that logits and sums are made in
         self.before = torch.zeros(0)  # last hidden states of the base on penalties' texts, (positions, H), on the host
@@ -125,7 +126,8 @@ class Objective:
     @torch.no_grad()
     def _add_penalties(self, scorer: Scorer) -> None:
         """This process's share of the penalties' texts."""
-        own, before = slice(scorer.rank.number, None, scorer.rank.world_size), list[Tensor]()
+        own = slice(scorer.rank.number, None, scorer.rank.world_size)
+        before = list[Tensor]()
         for penalty in self.penalties:
             batches = penalty.meter.batches[own]
             hidden = [
@@ -192,7 +194,8 @@ class Objective:
 
         read: sees the logits of each chunk, and the number of its first position.
         """
-        found, size = [], self.chunk(self.model.head_size)
+        found = []
+        size = self.chunk(self.model.head_size)
         for first in range(0, len(hidden), size):
             logits = self.logits(hidden[first : first + size].to(self.model.device))
             read(first, logits)
@@ -202,11 +205,13 @@ class Objective:
     def scored(self, hidden: Tensor) -> tuple[Tensor, list[float]]:
         """Of last hidden states at all positions, (positions, H), the normalisers, (positions,), and the joint
         log-probability of every pair."""
-        chosen, targets = [torch.zeros(0, dtype=self.dtype, device=self.model.device)], self.targets
+        chosen = [torch.zeros(0, dtype=self.dtype, device=self.model.device)]
+        targets = self.targets
 
         def read(first: int, logits: Tensor) -> None:
             inside = (targets.positions >= first) & (targets.positions < first + len(logits))
-            place, token = targets.positions[inside] - first, targets.tokens[inside]
+            place = targets.positions[inside] - first
+            token = targets.tokens[inside]
             chosen.append(logits[place.to(logits.device), token.to(logits.device)])
 
         normaliser = self.normaliser(hidden, read)
@@ -256,17 +261,22 @@ class Upstream:
 
     def on_logits(self, logits: Tensor, normaliser: Tensor, first: int, row: int) -> Tensor:
         """d objective / d logits at pairs' positions from `first` on, of rows from `row` on: (positions, rows)."""
-        end, rows = first + len(logits), logits.shape[1]
+        end = first + len(logits)
+        rows = logits.shape[1]
         found = (logits - normaliser[:, None]).exp_().mul_(-self.sums[first:end, None])
         inside = (self.positions >= first) & (self.positions < end) & (self.tokens >= row) & (self.tokens < row + rows)
-        place, token, each = self.positions[inside] - first, self.tokens[inside] - row, self.each[inside]
+        place = self.positions[inside] - first
+        token = self.tokens[inside] - row
+        each = self.each[inside]
         found[place.to(found.device), token.to(found.device)] += each.to(found.device, found.dtype)
         return found
 
 
 def _texts_of(scorer: Scorer) -> tuple[list[Text], Targets]:
     """A scorer's packs with the positions at which targets are read, each once."""
-    texts, found, offset = [], [], 0
+    texts = []
+    found = []
+    offset = 0
     for inputs in scorer.packs_here:
         where = torch.stack((inputs.targets.rows, inputs.columns[inputs.targets.columns]), 1).cpu()
         where, number = where.unique(dim=0, return_inverse=True)

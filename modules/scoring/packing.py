@@ -107,12 +107,14 @@ class TokenTree:
 
 def _forest_packs(ordered: Iterable[tuple[int, Encoded]], token_budget: int) -> Iterator[Pack]:
     """Sorted pairs keep shared prefixes together, so cutting at the budget repeats few of them."""
-    tree, targets = TokenTree(), list[Target]()
+    tree = TokenTree()
+    targets = list[Target]()
     for pair, item in ordered:
         inputs = item.tokens[:-1]
         if len(tree) and len(tree) + len(inputs) - len(tree.known(inputs)) > token_budget:
             yield _forest_pack(tree, targets)
-            tree, targets = TokenTree(), []
+            tree = TokenTree()
+            targets = []
         nodes = tree.add(inputs)
         for index in range(item.start, len(item.tokens)):
             targets.append(Target(0, nodes[index - 1], item.tokens[index], pair, index - item.start))
@@ -134,7 +136,8 @@ def _groups(by_length: Iterable[tuple[int, Encoded]], token_budget: int) -> list
 
 def _row_pack(group: Sequence[tuple[int, Encoded]]) -> Pack:
     width = max(len(item.tokens) for _, item in group) - 1
-    rows, targets = [], []
+    rows = []
+    targets = []
     for row, (pair, item) in enumerate(group):
         inputs = item.tokens[:-1]
         # The padding is never read, by causality; any valid token will do.
@@ -201,7 +204,8 @@ class Inputs:
 
     def targets_in(self, first: int, end: int) -> Targets:
         """The targets read at columns number first..end-1, their columns counted from `first`."""
-        t, cut = self.targets, slice(bisect_left(self.target_columns, first), bisect_left(self.target_columns, end))
+        t = self.targets
+        cut = slice(bisect_left(self.target_columns, first), bisect_left(self.target_columns, end))
         return Targets(t.rows[cut], t.columns[cut] - first, t.tokens[cut], t.pairs[cut], t.places[cut])
 
 
@@ -210,7 +214,8 @@ def _depths_and_subtree_ends(parents: Sequence[int]) -> tuple[list[int], list[in
 
     A pack's tree is in preorder, so the tokens that see one, itself and all behind it, stand side by side.
     """
-    depth, ends = [], list(range(1, len(parents) + 1))
+    depth = []
+    ends = list(range(1, len(parents) + 1))
     for parent in parents:
         depth.append(depth[parent] + 1 if parent >= 0 else 0)
     for column in reversed(range(len(parents))):

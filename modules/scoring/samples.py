@@ -163,7 +163,8 @@ def _generated(
     forced = dict(rules.pop("forced_decoder_ids", None) or ())
     settings = GenerationConfig(max_new_tokens=most, pad_token_id=given[0][0], **rules)
     # What a checkpoint's generation_config.json says would stand in for all that these settings leave open.
-    checkpoints_own, module.generation_config = module.generation_config, settings
+    checkpoints_own = module.generation_config
+    module.generation_config = settings
     try:
         beginnings = [tokens[:shortest] for tokens in given]
         ids = torch.tensor(beginnings, device=model.device).repeat_interleave(params.count, dim=0)

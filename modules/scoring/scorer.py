@@ -29,7 +29,8 @@ LENGTHS = 6  # of texts that are compared, in all packs together; at least the s
 
 COPIES = 2  # of each pack in a batch, to see what rounding does
 
-DEFAULT, ONLY = Budget(), Rank()
+DEFAULT = Budget()
+ONLY = Rank()
 Item = TypeVar("Item")
 
 
@@ -55,8 +56,12 @@ class Scorer:
         """tolerance: what rounding alone makes of a token's log-probability, as the layout was verified with. stacked:
         several trials at a time, where inputs allow it. tails: trials are scored from their layer on, not by whole
         forwards. rank: of several processes that share the packs; each has zeros for the pairs of the others."""
-        self.model, self.encoded, self.pairs = model, encoded, len(encoded)
-        self.layout, self.tolerance, self.rank = layout, tolerance, rank
+        self.model = model
+        self.encoded = encoded
+        self.pairs = len(encoded)
+        self.layout = layout
+        self.tolerance = tolerance
+        self.rank = rank
         self.has_tails = tails  # whether nothing reaches a layer of this model but hidden states
         self._stacked = stacked
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
@@ -71,7 +76,9 @@ class Scorer:
 
     def _pack(self, budget: Budget) -> None:
         """Pack the pairs and keep this process's share."""
-        self.budget, self._verified, self.verified_scores = budget, False, None
+        self.budget = budget
+        self._verified = False
+        self.verified_scores = None
         self.packs_here: list[Inputs] = []  # of this process
         self.packs = self.packed_tokens = self.columns = 0  # of all processes; columns: at which the head is read
         loads = [0] * self.rank.world_size
@@ -256,7 +263,8 @@ class Scorer:
             packs = build_packs(self.encoded, "single", self.budget.tokens)
             mine = (pack for pack in packs if pack.targets[0].pair in own)
             self.packs_here = [Inputs.of(pack, self.model.device, self.model.dtype) for pack in mine]
-            self._from_layer, self._stacked = TailForwards(self.model, self.inputs, self.budget), False
+            self._from_layer = TailForwards(self.model, self.inputs, self.budget)
+            self._stacked = False
             self._from_layer.at_layer(self._layer)
         self._verified = True
 
@@ -278,7 +286,8 @@ class Scorer:
         self, index: int, stack: int, forwards: dict[int, Forward], copied: bool = False
     ) -> Iterator[tuple[Tensor, Targets]]:
         """Float32 logits (stack, B, columns, V) of one pack and the targets in them, in chunks of bounded size."""
-        inputs, last = self.packs_here[index], len(self.model.layers) - 1
+        inputs = self.packs_here[index]
+        last = len(self.model.layers) - 1
         arguments = inputs.arguments()
         if copied:
             arguments = {name: torch.cat([tensor] * stack) for name, tensor in arguments.items()}

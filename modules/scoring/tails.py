@@ -42,14 +42,17 @@ class TailForwards:
     """Of fixed inputs, in a model whose layers are searched from the first to the last."""
 
     def __init__(self, model: ResidentModel, inputs: Sequence[Inputs], budget: Budget) -> None:
-        self._model, self._inputs, self._budget = model, inputs, budget
+        self._model = model
+        self._inputs = inputs
+        self._budget = budget
         self.layer = 0  # on which trials are made
         self._cache: Cache | None = None  # of all inputs the hidden states, (B, T, H)
 
     def restart(self) -> None:
         """Forget what is kept and go to layer 0. Needed after the embedding, or a layer before the present one,
         changed."""
-        self.layer, self._cache = 0, None
+        self.layer = 0
+        self._cache = None
 
     def at_layer(self, layer: int) -> None:
         """Go to a layer: weights are tried for it, and those before it are taken as they are then."""
@@ -65,7 +68,8 @@ class TailForwards:
 
         While they are moved they are nobody's: where memory ends halfway, some would enter another layer than others.
         """
-        cache, self._cache = self._cache, None
+        cache = self._cache
+        self._cache = None
         if cache is None or cache.layer > self.layer:
             cache = None  # the old one goes before there is a new one
             cache = Cache(self._budget, self._model.device)
@@ -86,7 +90,8 @@ class TailForwards:
     def trying(self, index: int, trials: Sequence[Trial]) -> dict[int, Forward]:
         """Layer forwards, of one input, that begin with the hidden states at the present layer, computed where they are
         not kept, and try each trial's weights on them."""
-        hidden, layer = self.fill()[index], self.layer
+        hidden = self.fill()[index]
+        layer = self.layer
         if hidden is None:
             hidden = recorded(self._model, self._inputs[index](), layer, entering, first=layer)
 

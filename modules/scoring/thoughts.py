@@ -56,14 +56,17 @@ class Thoughts:
 
         What stands before an end without a beginning is thought as well.
         """
-        kept, inside, last = list[str](), opened, 0
+        kept = list[str]()
+        inside = opened
+        last = 0
         changes = list(self._changes(text))
         for begins, first, end in changes:
             if begins and not inside:
                 kept.append(text[last:first])
             elif not begins and not inside:
                 kept.clear()
-            inside, last = begins, end
+            inside = begins
+            last = end
         if not inside:
             kept.append(text[last:])
         return "".join(kept) if opened or changes else None
@@ -106,7 +109,9 @@ def _pairs(tags: Collection[str]) -> list[tuple[str, str]]:
 
 def _closers(tag: str) -> list[str]:
     """How the tag may be called that closes what this one opens."""
-    first, name, last = tag[0], tag[1:-1], tag[-1]
+    first = tag[0]
+    name = tag[1:-1]
+    last = tag[-1]
     swapped = [f"{first}{name.replace(begin, end)}{last}" for begin, end in _ENDS if begin in name]
     if name.startswith("|") and name.endswith("|"):
         return [*swapped, f"{first}|/{name[1:]}{last}"]

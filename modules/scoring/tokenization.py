@@ -47,7 +47,9 @@ class Root:
 
 
 Window = tuple[int, ...]  # token ids of a piece of text
-WINDOW, MEASURED = 256, 4096  # tokens of a window, and of all that drift is measured on, at most
+# tokens of a window, and of all that drift is measured on, at most
+WINDOW = 256
+MEASURED = 4096
 MOST_DOUBTS = 10  # that are told one by one
 
 Item = TypeVar("Item")
@@ -94,7 +96,8 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], vocabulary: int, max_tok
 
     Raises ConfigError for a phrase without tokens of its own, and for a pair that the model can't take.
     """
-    frame, found = _frame(tokenizer), list[Encoded]()
+    frame = _frame(tokenizer)
+    found = list[Encoded]()
     for pair in pairs:
         for item in _encode_variants(tokenizer, pair, frame):
             length = len(item.tokens)
@@ -150,13 +153,17 @@ def encode_pair(tokenizer: Any, context: str, phrase: str, frame: Frame | None =
         tokens, start, end = _split_by_prefix(tokenizer, context, phrase, suffix, special)
     doubled = _doubled(tokens, prefix)
     if doubled:
-        tokens, start, end = _once(tokens, prefix), max(start - doubled, len(prefix)), end - doubled
+        tokens = _once(tokens, prefix)
+        start = max(start - doubled, len(prefix))
+        end = end - doubled
     if start >= end:
         raise ConfigError(f"{Pair('', phrase, context)} has no tokens in this model's vocabulary")
     if start == 0:
-        first, start = _first_token(tokenizer, phrase), 1
+        first = _first_token(tokenizer, phrase)
+        start = 1
         if tokens[0] != first or end == 1:  # it is not written out
-            tokens, end = [first, *tokens], end + 1
+            tokens = [first, *tokens]
+            end = end + 1
     return Encoded(tuple(tokens[:end]), start)
 
 
@@ -171,7 +178,8 @@ def neutral_windows(
     """
     prefix, _ = _frame(tokenizer)
     size = min(WINDOW, max_tokens or WINDOW) - len(prefix)
-    beginnings, others = list[Window](), list[Window]()
+    beginnings = list[Window]()
+    others = list[Window]()
     for text in texts:
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         end = min(-(-for_trials // len(texts)), len(tokens) // 2)
@@ -219,7 +227,8 @@ def encode_contexts(
 
     Raises ConfigError for a context with a token that the model's `vocabulary` rows lack.
     """
-    roots, frame = [], _frame(tokenizer)
+    roots = []
+    frame = _frame(tokenizer)
     for context, chat in zip(contexts, chats or [None] * len(contexts), strict=True):
         prefix, suffix = frame if chat is None else _NO_FRAME
         given, spaces = _given(tokenizer, context, suffix, special=chat is None)
@@ -236,7 +245,8 @@ def _tokens(tokenizer: Any, text: str, special: bool = True) -> list[int]:
 
 def _frame(tokenizer: Any) -> Frame:
     """What the tokenizer puts around every text."""
-    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], _tokens(tokenizer, "a")
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = _tokens(tokenizer, "a")
     for first in range(len(whole) - len(plain) + 1):
         if whole[first : first + len(plain)] == plain:
             return whole[:first], whole[first + len(plain) :]
@@ -257,9 +267,11 @@ def _once(tokens: Sequence[int], prefix: Sequence[int]) -> list[int]:
 
 def _split_by_offsets(tokenizer: Any, context: str, phrase: str, special: bool) -> tuple[list[int], int, int]:
     """Tokens of context and phrase, and the range of those that are the phrase's."""
-    text, boundary = context + phrase, len(context.rstrip(" "))
+    text = context + phrase
+    boundary = len(context.rstrip(" "))
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-    tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    tokens = encoding["input_ids"]
+    offsets = encoding["offset_mapping"]
     beyond = [i for i, (_, end) in enumerate(offsets) if end > boundary]
     if not beyond:
         return tokens, 0, 0
@@ -274,7 +286,8 @@ def _split_by_prefix(
     tokenizer: Any, context: str, phrase: str, suffix: Sequence[int], special: bool
 ) -> tuple[list[int], int, int]:
     """The same for tokenizers without offsets: the tokens after the longest prefix shared with the context alone."""
-    tokens, (given, _) = _tokens(tokenizer, context + phrase, special), _given(tokenizer, context, suffix, special)
+    tokens = _tokens(tokenizer, context + phrase, special)
+    (given, _) = _given(tokenizer, context, suffix, special)
     return tokens, _alike(tokens, given), len(_open(tokens, suffix))
 
 

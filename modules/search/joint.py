@@ -21,10 +21,16 @@ from modules.runtime.oom import is_out_of_memory
 from modules.scoring.objective import Objective, Value
 from modules.search.mixing import Mix, Row, Update
 
-BETAS, TINY = (0.8, 0.95), 1e-12  # of Adam; what keeps it from dividing by nothing
+# of Adam; what keeps it from dividing by nothing
+BETAS = (0.8, 0.95)
+TINY = 1e-12
 LAST_STEP = 0.1  # the size of the last step by that of the first; those between fall evenly
-AT_BASE, AT_CANDIDATE = 0.02, 0.98  # shares where the steps begin
-LEAST, DECIMALS = 0.01, 2  # a smaller share is dropped; what others are rounded to
+# shares where the steps begin
+AT_BASE = 0.02
+AT_CANDIDATE = 0.98
+# a smaller share is dropped; what others are rounded to
+LEAST = 0.01
+DECIMALS = 2
 
 # How far shares move to see whether the objective follows its gradient, and by which part of that it may fail to.
 _TRIED = {torch.float64: (1e-3, 0.01), torch.float32: (0.02, 0.05)}
@@ -61,7 +67,8 @@ class JointState:
 
 def first_shares(rows: int, objectives: Sequence[float]) -> Rows:
     """Where the steps begin. objectives: of the base, then of each candidate; the lowest is begun at."""
-    best, candidates = objectives.index(min(objectives)), len(objectives) - 1
+    best = objectives.index(min(objectives))
+    candidates = len(objectives) - 1
     row = (AT_BASE,) * candidates
     if best:
         row = tuple(AT_CANDIDATE * (number == best) for number in range(1, candidates + 1))
@@ -107,7 +114,8 @@ def largest_factor(is_allowed: Callable[[float], bool], halvings: int = 7) -> fl
     """
     if is_allowed(1.0):
         return 1.0
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     for _ in range(halvings):
         middle = (low + high) / 2
         low, high = (middle, high) if is_allowed(middle) else (low, middle)
@@ -122,7 +130,11 @@ class Joint:
     ) -> None:
         """steps, first_size: how many, and by how much a share moves at most in the first. objective: made, as the mix
         was, while the model was the base."""
-        self.mix, self.objective, self.steps, self.first_size, self.group = mix, objective, steps, first_size, group
+        self.mix = mix
+        self.objective = objective
+        self.steps = steps
+        self.first_size = first_size
+        self.group = group
 
     def go_to(self, state: JointState) -> None:
         """Compose the model that a state's next step starts from; `step` leaves it so."""
@@ -170,7 +182,9 @@ class Joint:
         less and less, until half of it gives the same slope or rounding is all that there would be to see.
         """
         self.mix.compose(shares)
-        value, gradient, chance = self.value(), self.gradient(shares), random.Random(0)
+        value = self.value()
+        gradient = self.gradient(shares)
+        chance = random.Random(0)
         everywhere = []
         for row in gradient:
             everywhere.append([math.copysign(chance.uniform(0.5, 1.5), slope) for slope in row])
@@ -181,8 +195,10 @@ class Joint:
         noise = ROUNDINGS * torch.finfo(dtype).eps * self.objective.size(value) / amount
         far, near = (self._slope(shares, direction, one) for one in (amount, amount / 2))
         while abs(far - near) > tolerance * abs(near) + noise and 2 * noise <= tolerance * abs(told):
-            amount, noise = amount / 2, 2 * noise
-            far, near = near, self._slope(shares, direction, amount / 2)
+            amount = amount / 2
+            noise = 2 * noise
+            far = near
+            near = self._slope(shares, direction, amount / 2)
         self.mix.compose(shares)
         found = (4 * near - far) / 3  # without what grows with the square of the amount
         if not abs(found - told) <= tolerance * abs(told) + abs(far - near) + noise:

@@ -54,11 +54,14 @@ class Mix:
 
         Raises BrokenWeights if a tensor is no number, CheckpointError if a file can't be read.
         """
-        self.model, self.candidates, self.mixes_outside = model, candidates, outside
+        self.model = model
+        self.candidates = candidates
+        self.mixes_outside = outside
         self.layers = tuple(range(len(model.layers))) if layers is None else tuple(layers)
         self.notes: list[str] = []  # about headers that are not simply matched row by row
         self._sources = [model.as_candidate(), *candidates]
-        self._streams, self.ahead = streams, ahead
+        self._streams = streams
+        self.ahead = ahead
         self._memories = two_memories(streams), two_memories(streams)  # of the base, and of candidates
         self._headers: list[HeaderRows | None] = []  # of the base and of each candidate; None: it can't be matched
         self._outside: list[Tensors] = []  # of the same, what is in neither layer nor header: it is small
@@ -138,7 +141,8 @@ class Mix:
                 if layer not in self.layers:
                     work.layer(layer, wanted=False)
                     continue
-                gradients, base = work.layer(layer), arriving.take_next(keep=True)
+                gradients = work.layer(layer)
+                base = arriving.take_next(keep=True)
                 found = [_inner(gradients, base, arriving.take_next()) for _ in self.candidates]
                 del gradients
                 shares = update(layer, self._on_the_host(found, work.scale))
@@ -167,7 +171,8 @@ class Mix:
             # Shares come between; by now, what was read lies in the system's memory.
             yield from self._theirs(layer, everyone)
         if self.mixes_outside:
-            rows, names = objective.vocabulary, [self.model.embedding_name]
+            rows = objective.vocabulary
+            names = [self.model.embedding_name]
             yield from (partial(self._read_rows, number, names, rows) for number in self._with_header)
             yield from self._header_jobs(everyone)
 
@@ -203,7 +208,9 @@ class Mix:
 
     def _read_rows(self, number: int, names: Sequence[str], rows: Tensor) -> Tensors:
         """Some rows of a source's header in the base's order, (rows, ...), on the device."""
-        part, header, base = self.model.header(), self._headers[number], self._headers[0]
+        part = self.model.header()
+        header = self._headers[number]
+        base = self._headers[0]
         part = replace(part, tensors={name: part.tensors[name] for name in names})
         read = ((name, header.read(name, rows, partial(base.read, name, rows))) for name in names)
         if not len(rows):
@@ -236,7 +243,8 @@ class Mix:
 
     def _add_front(self, work: GradientPass, arriving: Arriving, sums: list[Tensor]) -> None:
         """Add what the embedding, the final norm and position tables say of each candidate's share."""
-        found, base = work.front(), arriving.take_next(keep=True)
+        found = work.front()
+        base = arriving.take_next(keep=True)
         gradients = dict.fromkeys(base, found.values)
         for number in self._with_header[1:]:
             sums[number - 1] += _inner(gradients, base, arriving.take_next())
@@ -256,7 +264,8 @@ class Mix:
 
     def _compose_outside(self, arriving: Arriving, shares: Row, exact: bool, all_arrive: bool) -> None:
         """Mix what is outside the layers: small tensors, and the header by ranges of its rows."""
-        part, header = self.model.outside(), self.model.header()
+        part = self.model.outside()
+        header = self.model.header()
         self.model.has_base_header = not any(self.header_shares([shares]))
         mixed_into(part, self._outside[0], zip(shares, self._outside[1:], strict=True), exact)
         shares = [shares[number - 1] for number in self._with_header[1:]]

@@ -35,8 +35,10 @@ class ReadAhead(Generic[Key, Value]):
     ) -> None:
         """Begin with the first job. jobs: by name, in order; streams: on which the devices' work for them goes on
         beside theirs; ahead: if not, nothing is read before it is asked for."""
-        self._jobs, self._order = jobs, list(jobs)
-        self._streams, self._ahead = streams, ahead
+        self._jobs = jobs
+        self._order = list(jobs)
+        self._streams = streams
+        self._ahead = ahead
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._begun: dict[Key, Future[Value]] = {}  # what was taken or is kept, and what comes behind it
         self._taken = -1  # place of the last job that was taken

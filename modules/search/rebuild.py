@@ -47,8 +47,11 @@ class Rebuild:
     ) -> None:
         """layout: the base, without weights. devices: where each of its tensors is merged. tokenizer: loads the base's,
         if headers are to be matched."""
-        self._layout, self._devices, self._load_tokenizer = layout, devices, tokenizer
-        self._base, self._header = layout.as_candidate(), layout.header()
+        self._layout = layout
+        self._devices = devices
+        self._load_tokenizer = tokenizer
+        self._base = layout.as_candidate()
+        self._header = layout.header()
         self._steps: dict[int, list[tuple[Part, Step]]] = {}  # by tensor
 
     @cached_property
@@ -63,9 +66,11 @@ class Rebuild:
         try:
             for decision in decisions:
                 if decision.layer is None:
-                    part, theirs = self._header, self._theirs_of_header(candidate)
+                    part = self._header
+                    theirs = self._theirs_of_header(candidate)
                 else:
-                    part, theirs = self._layout.layer(decision.layer), partial(_as_whole, read_part, candidate)
+                    part = self._layout.layer(decision.layer)
+                    theirs = partial(_as_whole, read_part, candidate)
                 self._note(part, partial(_merged, decision.method, decision.ratio, theirs))
         except (HeaderSkipped, IndexError) as error:
             raise ConfigError(f"the merges of {candidate.name} can't be repeated: {error}") from None
@@ -162,7 +167,8 @@ class Rebuild:
         places = {
             name: torch.empty((), dtype=own.dtype, device=self._devices[name]) for name, own in part.tensors.items()
         }
-        arriving, (name, own) = replace(part, tensors=places), next(iter(part.tensors.items()))
+        arriving = replace(part, tensors=places)
+        (name, own) = next(iter(part.tensors.items()))
         in_header = any(own is one for one in self._header.tensors.values())
         if in_header and self._base.conversion.stored_alone(name):
             for first, end in row_ranges(own, ROOM):

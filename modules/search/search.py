@@ -85,11 +85,15 @@ class Search:
         each has the model and a share of the scorer's packs. weighed: metrics that trials are judged by.
         Raises ConfigError if its scores are not finite.
         """
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.repeated = 0  # decisions that were carried out again, of all candidates
         self.inexact = 0  # numbers of all merges so far that the type that is computed in does not have
         self._space: Tensors = {}  # where merges are made, one part's worth
-        self.scorer, self.config, self.group, self.weighed = scorer, config, group, weighed
+        self.scorer = scorer
+        self.config = config
+        self.group = group
+        self.weighed = weighed
         self.streams = side_streams(model.devices)  # on which candidates arrive
         self._reading: ReadAhead[int | None, Any] | None = None  # of the present candidate
         self.reads_ahead = True
@@ -117,7 +121,8 @@ class Search:
     @property
     def limits(self) -> Limits:
         """What a trial must be to be accepted."""
-        config, rounding = self.config, self.rounding
+        config = self.config
+        rounding = self.rounding
         weights = {metric.name: metric.weight(self.base_scores) for metric in self.weighed}
         automatic = 2.0 * total_rounding(self.weights, rounding)
         return Limits(
@@ -141,7 +146,8 @@ class Search:
 
         done: the first decisions, taken by an earlier run; they are carried out without scoring, and not yielded.
         """
-        past, count = deque(done), len(self.config.merge_method)
+        past = deque(done)
+        count = len(self.config.merge_method)
         parts = {index: self.model.layer(index) for index in self.layers}
         tries_header = self.config.merge_headers and len(past) <= count * len(parts)
         wanted = dict(list(parts.items())[len(past) // count :])
@@ -246,11 +252,14 @@ class Search:
         for metric in self.weighed:
             metric.tails.at_layer(index)
         try:
-            theirs, warning = self.in_memory(partial(self._reading.take, index)), None
+            theirs = self.in_memory(partial(self._reading.take, index))
+            warning = None
         except BrokenWeights as error:
-            theirs, warning = None, f"{error}; layer {index} is skipped"
+            theirs = None
+            warning = f"{error}; layer {index} is skipped"
         for method in methods:
-            before, ratio = self.total, None
+            before = self.total
+            ratio = None
             if theirs is not None:
                 ratios = ratios_for(method, self.config.merge_ratios)
                 ratio = self._decide(part, theirs, method, ratios, self._score_layer)
@@ -269,10 +278,13 @@ class Search:
 
     def _header(self, candidate: Candidate) -> Decision:
         """The input embedding and the output head together, always by lerp."""
-        part, before = self.model.header(), self.total
+        part = self.model.header()
+        before = self.total
         self._restart()  # whole forwards need no hidden states,
         self._space = {}  # and no layer is merged any more
-        ratio, warning, note = None, None, None
+        ratio = None
+        warning = None
+        note = None
         try:
             theirs, note = self.in_memory(partial(self._reading.take, None))
         except (BrokenWeights, HeaderSkipped) as error:
@@ -289,10 +301,12 @@ class Search:
         tries = [partial(trying, part, method, theirs, ratio, out) for ratio in ratios]
         found = self._scored(lambda: score_trials(tries))
         overflowing = self._score_wider(found, tries)
-        trials, tried = [], []
+        trials = []
+        tried = []
         for row in found:
             count = len(row) - len(self.weighed)
-            log_probabilities, metrics = of_pairs(row[:count], self.scorer.encoded), self._by_name(row[count:])
+            log_probabilities = of_pairs(row[:count], self.scorer.encoded)
+            metrics = self._by_name(row[count:])
             trials.append((log_probabilities, metrics))
             tried.append(State(scores(log_probabilities, self.weights), metrics))
         best = choose(self.config.strategy, self.state, tried, self.limits)
@@ -346,7 +360,8 @@ class Search:
         for metric in self.weighed:
             metric.tails.let_go()
         if done is None and self.reads_ahead:
-            self.reads_ahead, done = False, "continuing without reading layers ahead"
+            self.reads_ahead = False
+            done = "continuing without reading layers ahead"
             if self._reading:
                 self._reading.stop()
         if done:
@@ -377,7 +392,8 @@ def forwards_of(config: Config, layers: int, layer: int | None, method: str) -> 
 
 def forwards_of_candidate(config: Config, layers: int) -> int:
     """The same of all decisions on one candidate."""
-    searched, methods = config.layers_in(layers), config.merge_method
+    searched = config.layers_in(layers)
+    methods = config.merge_method
     forwards = sum(forwards_of(config, layers, layer, method) for layer in searched for method in methods)
     return forwards + (forwards_of(config, layers, None, "lerp") if config.merge_headers else 0)
 
@@ -390,7 +406,8 @@ def signed_weights(
     auto: 1 / the base's probability, so that every pair starts at 1 (or -1); a pair whose probability underflows keeps
     its configured weight.
     """
-    weights, warnings = [], []
+    weights = []
+    warnings = []
     for pair, log_probability in zip(pairs, log_probabilities, strict=True):
         weight = pair.weight
         if auto and probability(log_probability) < SMALLEST_PROBABILITY:

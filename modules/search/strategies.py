@@ -93,14 +93,16 @@ def choose(name: str, current: State, trials: Sequence[State], limits: Limits = 
     if name not in _RANKS:
         raise ValueError(f"unknown strategy '{name}'")
     rank = _RANKS[name]
-    best, best_rank = None, None
+    best = None
+    best_rank = None
     for index, trial in enumerate(trials):
         numbers = [*trial.scores, *trial.metrics.values()]
         if not all(map(math.isfinite, numbers)) or not limits.allow(trial.metrics):
             continue
         trial_rank = rank(current, trial, limits)
         if trial_rank is not None and (best_rank is None or trial_rank < best_rank):
-            best, best_rank = index, trial_rank
+            best = index
+            best_rank = trial_rank
     return best
 
 
@@ -126,7 +128,8 @@ def improved(current: Scores, trial: Scores) -> int:
 @strategy("cumulative")
 def cumulative(current: State, trial: State, limits: Limits) -> tuple | None:
     """The lowest objective."""
-    before, after = limits.objective(current), limits.objective(trial)
+    before = limits.objective(current)
+    after = limits.objective(trial)
     return (after,) if before - after > limits.min_gain else None
 
 

@@ -61,7 +61,8 @@ def score_whole(
     a head that is not its embedding though a tied base could not take over both. Raises BrokenWeights if a tensor is no
     number, CheckpointError if a file can't be read, torch.OutOfMemoryError if there is no room.
     """
-    outside, header = model.outside(), model.header()
+    outside = model.outside()
+    header = model.header()
     front = [(outside, read_outside(candidate, outside))]  # what is there while the layers run, and behind them
     end = front.copy()
     with suppress(HeaderSkipped):
@@ -92,7 +93,8 @@ def score_whole(
         for scorer in scorers:
             states = [next(hidden) for _ in scorer.inputs]
             scores.append(of_pairs(scorer.score_on(states), scorer.encoded))
-    same_header, values = len(end) == 1, []
+    same_header = len(end) == 1
+    values = []
     for measure in measures:
         states = [next(hidden) for _ in measure.inputs]
         values.append(measure.measure_on(states, partial(held, end), same_header))

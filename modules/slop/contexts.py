@@ -12,9 +12,13 @@ from typing import TypeVar
 from modules.config.phrase_lists import Chat, Message, Pair
 from modules.slop.finder import Finding, Text
 
-FEWEST_TOKENS, MOST_TOKENS = 10, 40  # of the text before a phrase, in its context
+# of the text before a phrase, in its context
+FEWEST_TOKENS = 10
+MOST_TOKENS = 40
 MOST_TRIED = 12  # places of a phrase whose probability is computed
-MOST_CONTEXTS, FEWEST_PROMPTS = 6, 3  # of a phrase that is listed
+# of a phrase that is listed
+MOST_CONTEXTS = 6
+FEWEST_PROMPTS = 3
 LEAST = 0.05  # a phrase's probability in a context that is listed
 
 _SENTENCE_END = re.compile(r"(?<=[.!?\u2026])[\"'\u201d\u2019)]*\s+|\n+\s*")
@@ -36,7 +40,8 @@ def candidate_contexts(
     """
     pairs = dict[Pair, int]()
     for number, start, end in in_turn(finding.places, lambda place: texts[place[0]].prompt):
-        text, prompt = texts[number].text, prompts[texts[number].prompt]
+        text = texts[number].text
+        prompt = prompts[texts[number].prompt]
         if text[start:end] != finding.phrase:
             continue
         if answers_begin is None:

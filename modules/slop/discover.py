@@ -27,7 +27,9 @@ from modules.slop.generate import Generator, generate, load_generator
 from modules.slop.human_rates import human_rates
 
 NOTHING = 1  # exit code where nothing was found
-SHOWN, SHOWN_NAMES = 30, 10  # findings of the table
+# findings of the table
+SHOWN = 30
+SHOWN_NAMES = 10
 
 _HEAD = ("", "Phrase", "Times", "Texts", "Prompts", "Per million", "Human", "Ratio", "Example")
 _WIDTHS = (3, 28, 6, 6, 8, 11, 9, 7, 45)  # columns
@@ -81,7 +83,8 @@ def contexts_of(
     findings: Sequence[Finding], texts: Sequence[Text], generator: Generator, console: Console
 ) -> dict[str, list[Pair]]:
     """Contexts of every phrase in which it is probable; phrases without them are left out, and named."""
-    begin, count = generator.answers_begin, generator.count_tokens
+    begin = generator.answers_begin
+    count = generator.count_tokens
     candidates = [candidate_contexts(finding, texts, generator.prompts, begin, count) for finding in findings]
     pairs = [pair for of_finding in candidates for pair in of_finding]
     console.timed(f"Scoring {len(findings)} phrases in {len(pairs)} contexts")
@@ -99,7 +102,8 @@ def probabilities(generator: Generator, pairs: Sequence[Pair]) -> list[float]:
     """How probable each pair is, as a merge would score it. Raises ConfigError as encoding does."""
     if not pairs:
         return []
-    model, prompts = generator.model, generator.asked.texts
+    model = generator.model
+    prompts = generator.asked.texts
     rendered = [
         replace(pair, context=prompts[pair.chat.messages[-1].content] + pair.chat.answer) if pair.chat else pair
         for pair in pairs
@@ -111,7 +115,8 @@ def probabilities(generator: Generator, pairs: Sequence[Pair]) -> list[float]:
 
 def _report(findings: Findings, texts: Sequence[Text]) -> list[str]:
     """The table of what a model over-uses, the names, and how much of its text the table is."""
-    shown, lines = findings.phrases[:SHOWN], list[str]()
+    shown = findings.phrases[:SHOWN]
+    lines = list[str]()
     if shown:
         rows = [_row(number, finding, texts[finding.places[0][0]].text) for number, finding in enumerate(shown, 1)]
         lines += table(_HEAD, rows, widths=_WIDTHS)

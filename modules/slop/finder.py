@@ -15,7 +15,8 @@ from modules.slop.human_rates import MILLION, HumanRates
 from modules.slop.words import Stems, Word, loops, words_of
 
 LONGEST = 5  # words of a phrase
-LEAST_PROMPTS, LEAST_PROMPTS_OF_A_NAME = 5, 4
+LEAST_PROMPTS = 5
+LEAST_PROMPTS_OF_A_NAME = 4
 LEAST_RATIO = 20.0
 SMOOTHING = 1.0  # per million, added to every human rate: none is known more exactly
 NEARLY_ALWAYS = 0.9  # the share of a name's occurrences with capital letters
@@ -81,7 +82,8 @@ def find(texts: Sequence[Text], prompts: Sequence[str], human: HumanRates) -> Fi
     # A text that repeats itself counts as an empty one: the others keep their numbers.
     texts = [Text(text.prompt, "") if loop else text for text, loop in zip(texts, looping, strict=True)]
     total = sum(len(text.words) for text in texts)
-    phrases, names = list[Finding](), list[Finding]()
+    phrases = list[Finding]()
+    names = list[Finding]()
     for phrase, places in count_phrases(texts, prompts, human.grammar, LEAST_PROMPTS_OF_A_NAME).items():
         occurrences = [(number, texts[number].words[first : first + len(phrase)]) for number, first in places]
         finding = _finding(phrase, occurrences, texts, total, human)
@@ -178,7 +180,8 @@ def _without_overlaps(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """The highest score first, then the longer; without findings that are a part of a better one, have one as a part,
     or stand mostly where better ones do."""
     kept = list[Finding]()
-    wholes, parts = set[Phrase](), set[Phrase]()
+    wholes = set[Phrase]()
+    parts = set[Phrase]()
     taken = set[Place]()  # characters, as (number of a text, position in it)
     for finding in sorted(findings, key=lambda finding: (-finding.score, -len(finding.words), finding.words)):
         own_parts = set(_parts(finding.words))

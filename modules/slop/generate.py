@@ -106,7 +106,8 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
 
     Raises ConfigError if the model can't generate or its texts can't be read, OSError if they can't be kept.
     """
-    settings, asked = generator.config.discover, generator.asked
+    settings = generator.config.discover
+    asked = generator.asked
     params = SamplingParams(settings.tokens, settings.temperature, settings.samples)
     depends_on = {
         "model": generator.fingerprint,

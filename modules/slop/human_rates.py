@@ -73,7 +73,8 @@ def human_rates(language: str = "en") -> HumanRates:
         return HumanRates(by_frequency(language, wordfreq.top_n_list(language, FUNCTION_WORDS)), rate)
     # Pairs on the web of 2006, cut below 100,000 occurrences. The package's own total counts punctuation and numbers.
     tables = _installed("wordsegment").Segmenter
-    words, pairs = _counts(tables.UNIGRAMS_FILENAME), _counts(tables.BIGRAMS_FILENAME)
+    words = _counts(tables.UNIGRAMS_FILENAME)
+    pairs = _counts(tables.BIGRAMS_FILENAME)
     millions = sum(words.values()) / MILLION
     return HumanRates(
         english(),

@@ -15,7 +15,8 @@ _UNSPACED = (
 )
 _SPACED = rf"[[\p{{L}}\p{{M}}\p{{N}}_]--{_UNSPACED}]"
 # Korean writes particles behind a word without a space.
-_NO_WORD_BEFORE, _NO_WORD_AFTER = rf"(?<!{_SPACED})", rf"(?![{_SPACED}--\p{{Hangul}}]|\p{{M}})"
+_NO_WORD_BEFORE = rf"(?<!{_SPACED})"
+_NO_WORD_AFTER = rf"(?![{_SPACED}--\p{{Hangul}}]|\p{{M}})"
 
 _BEGINS_WORD = regex.compile(rf"[{_SPACED}--\p{{M}}]", regex.V1)
 _ENDS_WORD = regex.compile(rf"[{_SPACED}--\p{{M}}]\p{{M}}*\Z", regex.V1)

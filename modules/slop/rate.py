@@ -30,7 +30,10 @@ from modules.slop.matching import finder, plain, word_count
 RESAMPLES = 10_000
 TAIL = (1 - 0.95) / 2  # the share of resamples on either side of an interval
 RULE_OF_THREE = 3  # hits: where so many are expected, none at all has a chance of 5 %
-PHRASE, RATE, EXAMPLE = 28, 24, 600  # columns of a phrase, of a rate with its interval, of a text that is shown
+# columns of a phrase, of a rate with its interval, of a text that is shown
+PHRASE = 28
+RATE = 24
+EXAMPLE = 600
 
 Interval = tuple[float, float]
 Groups = Mapping[str, Sequence[str]]  # phrases by what they are called together
@@ -54,7 +57,9 @@ def rate(config: Config, others: Sequence[Config], console: Console, json_file: 
         if name in counted:
             continue
         rated = count_written(model, console, json_file, prompts)
-        prompts, counted[name], examples[name] = rated.prompts, rated.counts, rated.example
+        prompts = rated.prompts
+        counted[name] = rated.counts
+        examples[name] = rated.example
     console.lines(table(groups, counted))
     console.line(f"Prompt: {one_line(prompts[0])}")
     for name, text in examples.items():
