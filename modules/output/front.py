@@ -59,13 +59,13 @@ def chosen(points: Sequence[Point]) -> tuple[Point, str]:
     """Which merge to take, and why, in a sentence. points: the base first, and at least one merge."""
     base, *others = points
     merges = [point for point in others if point.is_merge]
-    limits = f"KL on own answers is at most {MOST_DRIFT:g} and whose answers are within {MOST_LENGTH:.0%} of the base's"
+    limits = f"a KL of at most {MOST_DRIFT:g} on own answers and answers within {MOST_LENGTH:.0%} of the base's length"
     near = [point for point in merges if point.drift <= MOST_DRIFT and _is_as_long(point, base)]
     if near:
         best = min(near, key=lambda point: (point.rate, point.drift))
-        return best, f"{best.name} writes the fewest listed phrases of the merges whose {limits}."
+        return best, f"{best.name} writes the fewest listed phrases of the merges with {limits}."
     best = min(merges, key=lambda point: point.drift)
-    return best, f"No merge's {limits}: {best.name} is the nearest to the base."
+    return best, f"No merge has {limits}: {best.name} is the nearest to the base."
 
 
 def _is_as_long(point: Point, base: Point) -> bool:

@@ -239,7 +239,7 @@ def _counted(config: Config, recipes: Mapping[str, Recipe], console: Console, as
     write = partial(count_written, console=console, beside=file, prompts=base.prompts)
     counted = [(recipe.sources[0].name, base, recipe.metrics["base"])]
     numbers = range(1, len(recipe.sources))
-    adapter = numbers[: config.learn.steps > 0]
+    adapter = numbers[:1] if config.learn.steps else ()
     best = best_candidate(recipe, numbers[len(adapter) :], recipe.settings.weight_of_drift)
     for number in (*best, *adapter):
         rated = write(alone, candidate=config.models_to_merge[number - 1])
