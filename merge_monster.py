@@ -36,6 +36,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"ERROR: the package {error.name} is not installed: pip install -r requirements.txt")
 
 LOG = "merge-monster"
+# What --unslop sets without a file: three merges of an adapter need fewer steps than one of many candidates.
+UNSLOP = ("joint.steps=10", "joint.step_size=0.15")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,7 +117,8 @@ def unslopping(options: argparse.Namespace) -> dict[str, Any]:
         return {}
     base, *candidates = options.unslop
     models = {"model": base, "model_option": "--unslop", "scored": candidates}
-    return {"device": options.device, "sets": [*(options.set or ()), "search=joint"], "discovering": True, **models}
+    sets = [*(() if options.config else UNSLOP), *(options.set or ()), "search=joint"]
+    return {"device": options.device, "sets": sets, "discovering": True, **models}
 
 
 def run_unslop(config: Config, console: Console, options: argparse.Namespace) -> int:
