@@ -5,7 +5,7 @@ Knows: when they are measured, how long that takes. Refuses to know: what is mea
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +44,7 @@ class Evaluator:
             self._measures = [measure for _, measure in prepared if measure is not None]
             self._at_steps = [measure for metric, measure in prepared if measure is not None and metric.every_step]
             (self.phrases,) = [measure for measure in self._measures if isinstance(measure, PhraseTotals)]
-            self.start = self.now = self._evaluated()
+            self.start = self.now = self._evaluated([measure.measure_base() for measure in self._measures])
 
     def take_noted_scores(self) -> None:
         """The search goes on from scores of the base that an earlier run has noted."""
@@ -56,7 +56,7 @@ class Evaluator:
         """The model as it is now, `now` from here on. what: it is."""
         with self._timed():
             self._console.timed(f"Evaluating the {what}")
-            self.now = self._evaluated()
+            self.now = self._evaluated([measure.measure() for measure in self._measures])
         return self.now
 
     def add(self, of_base: dict[str, float], of_now: dict[str, float]) -> None:
@@ -99,10 +99,11 @@ class Evaluator:
             metrics |= _numbers(value)
         return Evaluation(metrics, tuple(searched), held_out)
 
-    def _evaluated(self) -> Evaluation:
+    def _evaluated(self, found: Sequence[dict[str, float]]) -> Evaluation:
+        """found: by each measure."""
         metrics: dict[str, float] = {}
-        for measure in self._measures:
-            metrics |= _numbers(measure.measure())
+        for values in found:
+            metrics |= _numbers(values)
         metrics |= self._search.metrics
         return Evaluation(metrics, tuple(self._search.log_probabilities), self.phrases.held_out)
 

@@ -40,6 +40,10 @@ class Drifted(Measure):
         """See `Measure`."""
         return self._values(self._meter.model.in_range(self._meter.measure, lambda drift: drift.is_finite))
 
+    def measure_base(self) -> dict[str, float]:
+        """See `Measure`."""
+        return self._values(self._meter.model.in_range(self._meter.measure_base, lambda drift: drift.is_finite))
+
     def measure_on(
         self, hidden: Sequence[Tensor], held: Callable[[], AbstractContextManager[None]], same_header: bool
     ) -> dict[str, float]:

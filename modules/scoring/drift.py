@@ -111,6 +111,15 @@ class DriftMeter:
         """The drift by now. Raises torch.OutOfMemoryError if not even one row of the head fits."""
         return retry_on_oom(self._measure, self._take_less_memory)
 
+    def measure_base(self) -> Drift:
+        """The same of what the model was when the meter was made, and still is."""
+
+        def measure() -> Drift:
+            hidden = [states.to(self.model.device) for states in self.before]
+            return self.measure_on(hidden, same_header=True)[0]
+
+        return retry_on_oom(measure, self._take_less_memory)
+
     def _take_less_memory(self) -> bool:
         self._block //= 2
         return self._block > 0

@@ -33,6 +33,10 @@ class Measure:
         """The values by now, by their columns' names. If one is no number, none of them counts."""
         raise NotImplementedError
 
+    def measure_base(self) -> dict[str, float]:
+        """The same, while the resident model is the base with which this was made."""
+        return self.measure()
+
     def measure_on(
         self, hidden: Sequence[Tensor], held: Callable[[], AbstractContextManager[None]], same_header: bool
     ) -> dict[str, float]:

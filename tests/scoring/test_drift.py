@@ -78,6 +78,7 @@ def test_drift_is_that_of_whole_logits(tmp_path, monkeypatch, name, header):
     nothing = meter.measure()
     check(nothing, reference.plain_drift(before, plain, windows))
     assert nothing.divergence < 1e-9 and nothing.agreement == 1 and nothing.tokens == 83
+    assert meter.measure_base() == nothing
     install()
     expected = reference.plain_drift(before, plain, windows)
     assert expected[0] > 1e-5
