@@ -86,7 +86,7 @@ def row(key: str, said: dict[str, Any]) -> str:
     default = f"`{value if isinstance(value, str) else json.dumps(value)}`"
     if said.get("required") or value == "":  # an output is required by most uses
         default = "required"
-    meaning = re.sub(r"docs/([\w-]+)\.md(#[\w-]+)?", link, described(key, said))
+    meaning = re.sub(r"docs/([\w-]+)\.md(#[\w-]+)?", link, text_of(key, said))
     return f"| `{key}` | {default} | {meaning} |\n"
 
 
