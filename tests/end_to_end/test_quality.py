@@ -31,7 +31,7 @@ import bench_quality
 import judge
 
 QUALITY = ROOT / "benchmarks/quality"
-NAMES = ("base", "plain", "reference", "careful", "overfit")
+NAMES = ("base", *bench_quality.SINGLE)
 SIZES = replace(bench_quality.QUICK, windows=3)
 MORE = (
     *tiny.PAIRS,
@@ -285,7 +285,7 @@ def run(place, real, *options):
 def test_a_small_run_judges_every_row_once(tmp_path, real):
     merge = "greedy, bfloat16"
     output, result, told = run(tmp_path, real, "--samples")
-    assert list(result["rows"]) == [*NAMES, merge] and told.count("judging: ") == 6
+    assert list(result["rows"]) == [*NAMES, merge] and told.count("judging: ") == len(NAMES) + 1
     for name, row in result["rows"].items():
         assert f"| {name} " in output and row["perplexity"] > 1 and row["words"] > 0
         assert (row["kl"] == 0) == (name == "base") and (row["seconds"] is not None) == (name == merge)
