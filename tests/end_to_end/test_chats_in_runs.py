@@ -106,7 +106,7 @@ def test_pairs_are_scored_as_texts_are_that_hold_the_same(whole, models, place, 
         assert one["before"] == pytest.approx(other["before"], rel=1e-4)
 
 
-@pytest.mark.parametrize("records", [5, 8])
+@pytest.mark.parametrize("records", [6, 9])
 def test_a_run_goes_on_on_another_day_with_what_it_has_rendered(whole, models, place, monkeypatch, records):
     break_off(place, whole / "out", records)
     on(monkeypatch, 26)
@@ -129,7 +129,7 @@ def test_a_joint_search_goes_on_on_another_day(models, place, tmp_path, monkeypa
     on(monkeypatch, 25)
     assert merge(tmp_path, models, **joint) == 0
     monkeypatch.chdir(place)
-    break_off(place, tmp_path / "out", 9)
+    break_off(place, tmp_path / "out", 10)
     assert journal(place / "out.partial")[-1]["kind"] == "step"
     on(monkeypatch, 26)
     assert merge(place, models, "--resume", **joint) == 0

@@ -78,7 +78,7 @@ def test_too_little_memory_is_told_and_decides_for_the_whole_run(place, models, 
     assert "; computing in bfloat16 instead" in log_of(place)
     whole = place / "whole"
     (place / "out").rename(whole)
-    break_off(place, whole, 5)
+    break_off(place, whole, 6)
     assert merge(place, models, "--resume") == 0  # where there is enough memory
     assert told_and_noted(place)[:2] == ("bfloat16, saved as bfloat16", "bfloat16")
     assert digest(whole)["model.safetensors"] == digest(place / "out")["model.safetensors"]
@@ -88,7 +88,7 @@ def test_a_run_goes_on_in_what_its_journal_says_and_not_by_the_rule_of_before(pl
     assert merge(place, models) == 0
     whole = place / "whole"
     (place / "out").rename(whole)
-    break_off(place, whole, 5)
+    break_off(place, whole, 6)
     assert merge(place, models, "--resume") == 0
     assert "recorded decisions" in log_of(place)
     assert told_and_noted(place) == ("float32, saved as bfloat16", "float32", None)

@@ -106,6 +106,7 @@ def test_the_habits_of_a_model_become_a_list_that_a_merge_takes(place, name, req
 
 
 def test_the_same_bytes_also_when_broken_off(place, chatting, monkeypatch):
+    monkeypatch.setattr("modules.scoring.samples.BATCH", 1)  # a prompt at a time
     write(place, chatting)
     assert mapped("--discover", "--yaml", "found.yaml") == 0
     found, samples = (place / "found.yaml").read_bytes(), digest(place / "samples")

@@ -86,7 +86,7 @@ def test_a_guarded_run_goes_on_to_the_same_bits(place, models, text):
         assert [one["metrics"] for one in again["decisions"]] == [d["metrics"] for d in recipe_of(whole)["decisions"]]
         assert digest(whole)["model.safetensors"] == digest(place / "out")["model.safetensors"]
         (place / "out").rename(place / f"out-{records}")
-    break_off(place, whole, 5)
+    break_off(place, whole, 6)
     assert merge(place, models, "--resume", **{**guarded, "drift_weight": 0.06}) == 2
     other = place / "other.txt"
     other.write_text(TEXT * 13, encoding="utf-8")

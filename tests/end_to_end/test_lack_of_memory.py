@@ -287,7 +287,7 @@ def test_packs_that_were_halved_stay_so_when_a_run_goes_on(place, folders, troub
     records = journal(troubled)
     packs = [record["packing"]["tokens"] for record in records if "packing" in record]
     assert packs[0] == packs[2] > packs[3] == packs[-1]
-    for count in (7, len(records) - 1):
+    for count in (8, len(records) - 1):
         assert records[count - 1]["packing"]["tokens"] == packs[-1]
         break_off(place, troubled, count)
         assert merge(place, folders, "--resume") == 0
@@ -308,14 +308,14 @@ def test_packs_that_were_halved_stay_so_when_a_run_goes_on(place, folders, troub
     ids=["another layout", "not enough memory"],
 )
 def test_packs_that_can_not_be_had_again_are_a_warning(place, folders, troubled, change, words):
-    break_off(place, troubled, 6)
+    break_off(place, troubled, 7)
     change_packing(place, change)
     assert merge(place, folders, "--resume") == 0
     assert f"WARNING: {words}" in log_of(place) and "the last digits may differ" in log_of(place)
 
 
 def test_packs_that_are_none_are_damage(place, folders, troubled, capsys):
-    break_off(place, troubled, 6)
+    break_off(place, troubled, 7)
     change_packing(place, lambda record: record["packing"].update(tokens="many"))
     assert merge(place, folders, "--resume") == 2
-    assert "line 3 is damaged" in capsys.readouterr().err
+    assert "line 4 is damaged" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_what_is_unlearnt_is_the_word_that_settles_the_cliche(phrase, before, af
 
 def test_each_fine_tune_has_its_own_data():
     assert [tune.name for tune in fine_tunes.FINE_TUNES] == [*make_real.MODELS[1:], "weaned"]
-    plain, _, _, overfit, _ = fine_tunes.FINE_TUNES
+    plain, _, _, overfit, *_ = fine_tunes.FINE_TUNES
     assert plain.data == overfit.data and overfit.rate == pytest.approx(10 * plain.rate)
     assert fine_tunes.texts("prose") == prose.paragraphs(fine_tunes.SEED, 400)
     assert any('The "if" statement' in text for text in fine_tunes.texts("reference"))
@@ -159,9 +159,8 @@ def test_a_merge_without_the_models_says_what_makes_them(tmp_path, monkeypatch, 
         shutil.copy(ROOT / name, tmp_path / name)
     assert merge_monster.main(["--config", "demo/real.yaml"]) == 2
     printed = capsys.readouterr().err
-    assert all(
-        f"demo/real/{name}': no such folder; run python demo/make_real.py" in printed for name in make_real.MODELS
-    )
+    for name in make_real.MODELS[:-1]:  # the last one is no candidate there
+        assert f"demo/real/{name}': no such folder; run python demo/make_real.py" in printed
 
 
 def test_what_is_there_is_kept_and_what_was_broken_off_is_made_again(monkeypatch, tmp_path):
@@ -189,7 +188,7 @@ def test_what_is_there_is_kept_and_what_was_broken_off_is_made_again(monkeypatch
     monkeypatch.setattr(make_real, "package_folder", lambda: pytest.fail("the base is to be made again"))
     (tmp_path / "base").mkdir()
     make_real.make_models()
-    assert made == ["reference", "careful", "overfit"]
+    assert made == ["reference", "careful", "overfit", "mute"]
 
 
 @pytest.fixture
