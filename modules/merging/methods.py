@@ -6,7 +6,7 @@ Every method keeps shape, dtype and device, computes in float32, and never chang
 feature: the last axis of a weight stored (output, input).
 
 To add a method, write a function below and decorate it: @merge_method if it merges two tensors, @column_method if it
-says which share of the other model each column gets. Its keyword-only parameters are those that the YAML may give:
+says how much of the other model each column gets. Its keyword-only parameters are those that the YAML may give:
 
     merge_method: {name: ties, density: 0.3}
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # base, other, ratio, where to write the result; then its parameters by keyword
 Combine = Callable[..., None]
-Shares = Callable[[int, float], "Tensor"]  # width, ratio -> (width,) float32
+Weights = Callable[[int, float], "Tensor"]  # width, ratio -> (width,) float32
 
 Density = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -52,7 +52,7 @@ class Method:
     summary: str  # as default.yaml prints it
     combine: Combine
     ratios: tuple[float, ...] | None = None  # that it tries whatever is configured
-    recorded_share: float | None = None  # in the composition, whatever the ratio
+    recorded_weight: float | None = None  # in the composition, whatever the ratio
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -65,24 +65,24 @@ METHODS: dict[str, Method] = {}
 
 
 def merge_method(
-    name: str, summary: str, ratios: tuple[float, ...] | None = None, recorded_share: float | None = None
+    name: str, summary: str, ratios: tuple[float, ...] | None = None, recorded_weight: float | None = None
 ) -> Callable[[Combine], Combine]:
     """Make a function the merge method of a name; see Method."""
 
     def register(combine: Combine) -> Combine:
-        METHODS[name] = Method(summary, combine, ratios, recorded_share)
+        METHODS[name] = Method(summary, combine, ratios, recorded_weight)
         return combine
 
     return register
 
 
 def column_method(
-    name: str, summary: str, ratios: tuple[float, ...] | None = None, recorded_share: float | None = None
-) -> Callable[[Shares], Shares]:
-    """Make a formula of column shares the merge method of a name. Tensors of one dimension stay the base's."""
-    as_method = merge_method(name, summary, ratios, recorded_share)
+    name: str, summary: str, ratios: tuple[float, ...] | None = None, recorded_weight: float | None = None
+) -> Callable[[Weights], Weights]:
+    """Make a formula of column weights the merge method of a name. Tensors of one dimension stay the base's."""
+    as_method = merge_method(name, summary, ratios, recorded_weight)
 
-    def register(shares: Shares) -> Shares:
+    def register(weights: Weights) -> Weights:
         @as_method
         def by_columns(base: "Tensor", other: "Tensor", ratio: float, out: "Tensor") -> None:
             if base.dim() < 2:
@@ -91,10 +91,10 @@ def column_method(
             import torch
 
             with base.device:  # made where they are used: to copy them there would wait for the device
-                weights = shares(base.shape[-1], ratio)
-            _in_float32(lambda a, b, o: torch.lerp(a, b, weights.expand_as(a), out=o), base, other, out)
+                columns = weights(base.shape[-1], ratio)
+            _in_float32(lambda a, b, o: torch.lerp(a, b, columns.expand_as(a), out=o), base, other, out)
 
-        return shares
+        return weights
 
     return register
 
@@ -155,9 +155,9 @@ def ratios_for(method: str, merge_ratios: Sequence[float]) -> tuple[float, ...]:
     return tuple(merge_ratios) if fixed is None else fixed
 
 
-def recorded_share(method: str, ratio: float) -> float:
-    """What a merge adds to the composition: the ratio, or the method's own share."""
-    fixed = METHODS[parsed(method)[0]].recorded_share
+def recorded_weight(method: str, ratio: float) -> float:
+    """What a merge adds to the composition: the ratio, or the method's own weight."""
+    fixed = METHODS[parsed(method)[0]].recorded_weight
     return ratio if fixed is None else fixed
 
 
@@ -233,16 +233,16 @@ def slerp(base: "Tensor", other: "Tensor", ratio: float, out: "Tensor") -> None:
     angle = torch.arccos(dot.clamp(-1.0, 1.0))
     linear = dot.abs() > SLERP_DOT_THRESHOLD
     # No branch on a value that lives on the device: that would stop it for every tensor.
-    share_base = torch.where(linear, 1.0 - ratio, torch.sin((1.0 - ratio) * angle) / torch.sin(angle))
-    share_other = torch.where(linear, ratio, torch.sin(ratio * angle) / torch.sin(angle))
-    _in_float32(lambda a, b, o: torch.mul(a, share_base, out=o).addcmul_(b, share_other), base, other, out)
+    weight_base = torch.where(linear, 1.0 - ratio, torch.sin((1.0 - ratio) * angle) / torch.sin(angle))
+    weight_other = torch.where(linear, ratio, torch.sin(ratio * angle) / torch.sin(angle))
+    _in_float32(lambda a, b, o: torch.mul(a, weight_base, out=o).addcmul_(b, weight_other), base, other, out)
 
 
 @column_method(
     "slice", "the base's columns, a short blend, then the candidate's columns; the ratio is the candidate's part"
 )
-def slice_shares(width: int, ratio: float) -> "Tensor":
-    """The other's share per column, (width,) float32: none, a blend of 2e columns around c, then all.
+def slice_weights(width: int, ratio: float) -> "Tensor":
+    """The other's weight per column, (width,) float32: none, a blend of 2e columns around c, then all.
 
     c = int(width*(1-ratio)), e = int(0.05*width); the blend's i-th column has i/2e. What falls outside is clipped.
     """
@@ -254,20 +254,20 @@ def slice_shares(width: int, ratio: float) -> "Tensor":
     "cyclic",
     "a band of the candidate's columns (15 %) at four fixed positions; merge_ratios is not used",
     ratios=(0.25, 0.45, 0.65, 0.85),
-    recorded_share=0.15,
+    recorded_weight=0.15,
 )
-def cyclic_shares(width: int, ratio: float) -> "Tensor":
-    """The other's share per column, (width,) float32: as slice, but back to the base after int(0.10*width) columns."""
+def cyclic_weights(width: int, ratio: float) -> "Tensor":
+    """The other's weight per column, (width,) float32: as slice, but back to the base after int(0.10*width) columns."""
     edge = int(0.05 * width)
     start = int(width * (1 - ratio)) - edge
     return _ramp(width, start, 2 * edge) - _ramp(width, start + 2 * edge + int(0.10 * width), 2 * edge)
 
 
 @column_method(
-    "gradient", "the candidate fades in to a peak at 1 - ratio and out again (45 % in all)", recorded_share=0.45
+    "gradient", "the candidate fades in to a peak at 1 - ratio and out again (45 % in all)", recorded_weight=0.45
 )
-def gradient_shares(width: int, ratio: float) -> "Tensor":
-    """The other's share per column, (width,) float32: up from 0 to 0.9 at c = int(width*(1-ratio)), then down again."""
+def gradient_weights(width: int, ratio: float) -> "Tensor":
+    """The other's weight per column, (width,) float32: up from 0 to 0.9 at c = int(width*(1-ratio)), then down."""
     import torch
 
     peak = int(width * (1 - ratio))

@@ -55,7 +55,7 @@ def mergekit_text(recipe: Recipe, names: Names) -> str:
 
 
 def _joint_step(recipe: Recipe, names: Names) -> Rows:
-    rows = recipe.needed_shares
+    rows = recipe.needed_weights
     outside = rows[names.layers] if len(rows) > names.layers else [0.0] * len(names.candidates)
     return [*rows[: names.layers], outside, outside]
 

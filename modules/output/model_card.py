@@ -156,7 +156,7 @@ def front_matter(recipe: Recipe, library: str, relation: str) -> str:
 
 def _composition(recipe: Recipe) -> str:
     models = {source.name: _link(source) for source in recipe.sources}
-    rows = [(models.get(name) or _escaped(name), f"{share:.1%}") for name, share in recipe.composition.items()]
+    rows = [(models.get(name) or _escaped(name), f"{weight:.1%}") for name, weight in recipe.composition.items()]
     return _table(("model", "weight"), rows)
 
 

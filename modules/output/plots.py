@@ -1,6 +1,6 @@
 """A recipe as two pictures: what every layer is made of, and what became of the phrases.
 
-Knows: a recipe's decisions, shares and phrases, sizes, colours, wording. Refuses to know: models, tensors, how a
+Knows: a recipe's decisions, weights and phrases, sizes, colours, wording. Refuses to know: models, tensors, how a
 decision was taken.
 """
 
@@ -33,15 +33,15 @@ from modules.output.style import (
     title_of,
 )
 from modules.runtime.text import brief_percent, one_line, shortened
-from modules.search.decision import shares_of
+from modules.search.decision import weights_of
 
 MERGE_MAP_FILE = "merge_map.png"
 PHRASE_CHART_FILE = "phrase_chart.png"
 
 _HEADER = "emb+head"  # the column of what is outside the layers
 
-# White is nothing. A base's share may be below that; a slope below it is for the better.
-_SHARES = LinearSegmentedColormap.from_list("shares", [COLOURS[5], "white", COLOURS[2]])
+# White is nothing. A base's weight may be below that; a slope below it is for the better.
+_WEIGHTS = LinearSegmentedColormap.from_list("weights", [COLOURS[5], "white", COLOURS[2]])
 _SLOPES = LinearSegmentedColormap.from_list("slopes", [BETTER, "white", WORSE])
 _MOST_NUMBERED = 48  # layers whose numbers are legible in the widest merge map
 _MOST_NAMED = 70  # layers whose names stay apart in it
@@ -78,8 +78,8 @@ def phrase_chart(recipe: Recipe, file: str | Path) -> None:
 
 @drawing()
 def merge_map_figure(recipe: Recipe) -> Figure:
-    """The share of each model in every layer. Below: of a greedy search the total after every decision; of a joint one
-    by how much the total and each weighed metric changed with each share where the steps began."""
+    """The weight of each model in every layer. Below: of a greedy search the total after every decision; of a joint one
+    by how much the total and each weighed metric changed with each weight where the steps began."""
     maps = _heat_maps(recipe)
     layers = _layer_names(recipe)
     width = min(max(3.5 + 0.42 * len(layers), 8.0), 20.0)  # inches, as below
@@ -101,7 +101,7 @@ def _layer_names(recipe: Recipe) -> list[str]:
     if recipe.joint is None:
         decided = [line.layer for line in recipe.decisions if line.layer is not None]
         return [*map(str, range(max(decided, default=-1) + 1)), _HEADER]
-    names = list(map(str, range(len(recipe.joint.shares))))
+    names = list(map(str, range(len(recipe.joint.weights))))
     return [*names[:-1], _HEADER] if recipe.settings.merge_headers else names
 
 
@@ -109,14 +109,14 @@ def _heat_maps(recipe: Recipe) -> list[HeatMap]:
     """What a merge map shows, from the top."""
     labels = []
     for number, source in enumerate(recipe.sources):
-        share = brief_percent(recipe.composition.get(source.name, 0))
-        labels.append(f"{number or 'base'}: {short_name(source.name)} ({share})")
+        weight = brief_percent(recipe.composition.get(source.name, 0))
+        labels.append(f"{number or 'base'}: {short_name(source.name)} ({weight})")
     if recipe.joint is None:
-        shares = _greedy_shares(recipe)
+        weights = _greedy_weights(recipe)
     else:
-        shares = [[1.0 - math.fsum(row), *row] for row in recipe.joint.shares]
-    limit = max(1.0, *(abs(share) for row in shares for share in row))
-    maps = [HeatMap("Weight of each model in each layer", shares, labels, _SHARES, limit)]
+        weights = [[1.0 - math.fsum(row), *row] for row in recipe.joint.weights]
+    limit = max(1.0, *(abs(weight) for row in weights for weight in row))
+    maps = [HeatMap("Weight of each model in each layer", weights, labels, _WEIGHTS, limit)]
     if recipe.joint and len(labels) > 1:
         for column in columns_of(recipe.joint.slopes):
             slopes = recipe.joint.slopes[column.name]
@@ -131,16 +131,16 @@ def _heat_maps(recipe: Recipe) -> list[HeatMap]:
     return maps
 
 
-def _greedy_shares(recipe: Recipe) -> list[list[float]]:
-    """The share of each source in every layer and, last, in the header."""
+def _greedy_weights(recipe: Recipe) -> list[list[float]]:
+    """The weight of each source in every layer and, last, in the header."""
     merges: dict[str, list[tuple[float, str]]] = {name: [(1.0, "0")] for name in _layer_names(recipe)}
     for line in recipe.decisions:
         if line.ratio is not None:
             layer = _HEADER if line.layer is None else str(line.layer)
-            merges[layer].append((line.decision.share, str(line.candidate)))
+            merges[layer].append((line.decision.weight, str(line.candidate)))
     rows = []
-    for shares in map(shares_of, merges.values()):
-        rows.append([shares.get(str(source.number), 0.0) for source in recipe.sources])
+    for weights in map(weights_of, merges.values()):
+        rows.append([weights.get(str(source.number), 0.0) for source in recipe.sources])
     return rows
 
 

@@ -76,7 +76,7 @@ class Recipe(Record):
             raise ValueError("metrics of base or merge are missing")
         if self.joint:
             rows = [self.joint.start, *self.joint.slopes.values()]
-            form = [len(row) for row in self.joint.shares]
+            form = [len(row) for row in self.joint.weights]
             if any(count != len(numbers) - 1 for count in form) or any([*map(len, row)] != form for row in rows):
                 raise ValueError("weights are on unknown sources, or slopes on unknown weights")
         return self
@@ -89,16 +89,16 @@ class Recipe(Record):
     def needed_sources(self) -> list[Source]:
         """The base and those candidates of which something was accepted."""
         taken = {line.candidate for line in self.decisions if line.ratio is not None}
-        for row in self.joint.shares if self.joint else ():
-            taken |= {source.number for source, share in zip(self.sources[1:], row, strict=True) if share}
+        for row in self.joint.weights if self.joint else ():
+            taken |= {source.number for source, weight in zip(self.sources[1:], row, strict=True) if weight}
         return [source for source in self.sources if source.number in (0, *taken)]
 
     @property
-    def needed_shares(self) -> list[list[float]]:
-        """Of a joint search, for each layer the shares of those candidates, in the same order."""
+    def needed_weights(self) -> list[list[float]]:
+        """Of a joint search, for each layer the weights of those candidates, in the same order."""
         needed = self.needed_sources
         is_needed = [source in needed for source in self.sources[1:]]
-        return [list(compress(row, is_needed)) for row in self.joint.shares]
+        return [list(compress(row, is_needed)) for row in self.joint.weights]
 
     @property
     def improved(self) -> int:

@@ -143,11 +143,11 @@ class Decided(Record):
 
 
 class Mixed(Record):
-    """A joint search: where its steps begin, how each metric changes there with each share; what it has kept."""
+    """A joint search: where its steps begin, how each metric changes there with each weight; what it has kept."""
 
     start: Rows
     slopes: dict[str, Rows]  # of the total and of the metrics that are weighed
-    shares: Rows = ()
+    weights: Rows = ()
     steps: list[Metrics] = []  # what each began with, and its seconds
 
 
@@ -155,7 +155,7 @@ class Step(Record):
     """A step of a joint search: the metrics that it began with, and what it has led to."""
 
     step: Count
-    shares: Rows
+    weights: Rows
     mean: Rows
     square: Rows
     metrics: Metrics

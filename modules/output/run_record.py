@@ -21,7 +21,7 @@ from modules.output.journal import Journal, Line, damaged
 from modules.output.recipe import Recipe
 from modules.output.records import LINES, Decided, Metrics, Phrase, Record, Rows, Run, Sample, Scored, Source
 from modules.scoring.budget import Packing
-from modules.search.decision import Decision, Shares
+from modules.search.decision import Decision, Weights
 from modules.search.strategies import probability, total_rounding
 
 # Pairs, their signed weights, joint log-probabilities before and after.
@@ -73,7 +73,7 @@ class RunRecord:
         the run would not be what it was."""
         if kind == "step":
             begun = [list(map(len, joint.start)) for joint in self._lines["joint"]]
-            forms = [list(map(len, rows)) for rows in (line.shares, line.mean, line.square)]
+            forms = [list(map(len, rows)) for rows in (line.weights, line.mean, line.square)]
             return line.step == len(self._lines["step"]) + 1 and forms == begun * 3
         if kind == "learned":
             return line.step == len(self._lines["learned"]) + 1
@@ -170,26 +170,26 @@ class RunRecord:
         pairs: Sequence[Pair],
         weights: Sequence[float],
         scores_now: Sequence[float],
-        composition: Shares,
+        composition: Weights,
         metrics: Mapping[str, Metrics],
         held_out: ScoredPairs,
         samples: Sequence[Sample],
         model: Mapping[str, str | None],
         seconds: Mapping[str, float],
-        shares: Rows = (),
+        mix: Rows = (),
     ) -> Recipe:
         """Everything that another person needs to build the same model and to see what it is; see docs/output.md.
 
         metrics: of base and merge. held_out: the pairs that were, maybe none. model: device, compute and saved dtype.
-        seconds: by phase; those of the search are in the journal. shares: of a joint search.
+        seconds: by phase; those of the search are in the journal. mix: the weights of a joint search.
         """
         begun = self._lines["run"][0]
         start = self._lines["start"][0]
         ends = self._lines["candidate"]
         joint = None
-        if shares:
+        if mix:
             steps = [line.metrics | {"seconds": line.seconds} for line in self._lines["step"]]
-            joint = self._lines["joint"][0].model_copy(update={"shares": shares, "steps": steps})
+            joint = self._lines["joint"][0].model_copy(update={"weights": mix, "steps": steps})
         lines = [*self._lines["decision"], *self._lines["step"]]
         return Recipe(
             format=begun.format,

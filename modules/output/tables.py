@@ -32,7 +32,7 @@ from modules.search.strategies import improved, probability, scores, total, tota
 
 WIDTHS = (4, PHRASE_WIDTH, CONTEXT_WIDTH, RAW_WIDTH, USED_WIDTH, USED_WIDTH)
 CHANGED = 0.005  # percentage points of Used Prob: a pair that moved no more has not changed
-MOST_MODELS = 3  # of an output's composition, the largest shares
+MOST_MODELS = 3  # of an output's composition, the largest weights
 # columns of a name in a comparison
 OUTPUT_WIDTH = 32
 MODEL_WIDTH = 16
@@ -114,7 +114,7 @@ def _pairs(config: Config) -> str:
 def decision_lines(decision: Decision, merges: Sequence[Merge], layers: int, name_method: bool) -> list[str]:
     """The composition of a layer or header so far, and what was decided about it (without the time of day).
 
-    merges: (share, model) of all accepted merges, the base first. name_method: add the method, where there are several.
+    merges: (weight, model) of all accepted merges, the base first. name_method: add the method, if there are several.
     The layout is the original's, which counts layers from 1.
     """
     part = "Header" if decision.layer is None else f"Layer {decision.layer + 1}/{layers}"
@@ -146,13 +146,13 @@ def step_line(step: int, steps: int, before: float, metrics: Values) -> str:
     return " - ".join([f"Step {step}/{steps}", f"{before:.3f} -> {metrics['total']:.3f}", *_labelled(others)])
 
 
-def share_lines(names: Sequence[str], shares: Sequence[Sequence[float]], layers: int) -> list[str]:
-    """A joint search's shares of each layer and, if it was mixed, of what is outside of them. names: base first."""
+def weight_lines(names: Sequence[str], weights: Sequence[Sequence[float]], layers: int) -> list[str]:
+    """A joint search's weights of each layer and, if it was mixed, of what is outside of them. names: base first."""
     lines = []
-    for number, row in enumerate(shares):
+    for number, row in enumerate(weights):
         part = f"Layer {number}" if number < layers else "Embedding + head"
         known = zip(names, (1 - math.fsum(row), *row), strict=True)
-        lines.append(f"{part:<16} : {', '.join(f'{share:.2f} {name}' for name, share in known if share)}")
+        lines.append(f"{part:<16} : {', '.join(f'{weight:.2f} {name}' for name, weight in known if weight)}")
     return lines
 
 
@@ -289,7 +289,7 @@ def comparison(recipes: Mapping[str, Recipe]) -> list[str]:
                 shortened(name, OUTPUT_WIDTH),
                 *(column.text(recipe.metrics["merge"].get(column.name)) for column in columns),
                 f"{recipe.improved} of {len(recipe.phrases)}",
-                ", ".join(f"{share:.1%} {shortened(model, MODEL_WIDTH)}" for model, share in largest),
+                ", ".join(f"{weight:.1%} {shortened(model, MODEL_WIDTH)}" for model, weight in largest),
                 ", ".join(recipe.settings.merge_method),
                 f"joint, {pluralize(len(recipe.joint.steps), 'step')}" if recipe.joint else strategy,
                 f"{recipe.seconds.get('search', 0):.1f} s",

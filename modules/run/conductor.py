@@ -22,7 +22,7 @@ from modules.run.steps import note_source
 from modules.runtime.console import Console
 from modules.runtime.errors import BrokenWeights, CheckpointError, TooNarrow
 from modules.runtime.program import postponed
-from modules.search.decision import Decision, Merge, Shares, composition_of, shares_of
+from modules.search.decision import Decision, Merge, Weights, composition_of, weights_of
 from modules.search.joint import Rows
 from modules.search.search import Search, forwards_of, forwards_of_candidate
 from modules.search.strategies import scores
@@ -52,7 +52,7 @@ class Conductor:
         self.evaluator = evaluator
         self.samples = samples
         self.layers = len(search.model.layers)
-        self.shares: Rows = ()  # of a joint search, not of this one
+        self.weights: Rows = ()  # of a joint search, not of this one
         # The accepted merges of every layer and, last, of the header.
         self.origins: list[list[Merge]] = [[(1.0, search.model.checkpoint.name)] for _ in range(self.layers + 1)]
 
@@ -173,15 +173,15 @@ class Conductor:
         )
 
     @property
-    def composition(self) -> Shares:
+    def composition(self) -> Weights:
         """How much of each model the weights are; what is neither layer nor header stays the base's."""
-        return self._composed_of([*map(shares_of, self.origins), {self.search.model.checkpoint.name: 1.0}])
+        return self._composed_of([*map(weights_of, self.origins), {self.search.model.checkpoint.name: 1.0}])
 
-    def _composed_of(self, shares: Sequence[Shares]) -> Shares:
-        """The composition from the shares in every layer, in the header and in what is neither."""
+    def _composed_of(self, weights: Sequence[Weights]) -> Weights:
+        """The composition from the weights in every layer, in the header and in what is neither."""
         model = self.search.model
         parts = [*map(model.layer, range(self.layers)), model.header(), model.outside()]
-        return composition_of((part.size, one) for part, one in zip(parts, shares, strict=True))
+        return composition_of((part.size, one) for part, one in zip(parts, weights, strict=True))
 
     # -- candidate by candidate ----------------------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ class Conductor:
 
     def _count(self, decision: Decision, move_bar: Callable[[float], object]) -> None:
         if decision.ratio is not None:
-            self.origins[self._place(decision)].append((decision.share, decision.model))
+            self.origins[self._place(decision)].append((decision.weight, decision.model))
         move_bar(forwards_of(self.config, self.layers, decision.layer, decision.method))
         accepted = sum(len(merges) - 1 for merges in self.origins)
         part = "embedding + head" if decision.layer is None else f"layer {decision.layer}"

@@ -108,4 +108,4 @@ def _takes_header(recipe: Recipe, number: int, layers: int) -> bool:
     if recipe.joint is None:
         return any(line.layer is None for line in recipe.accepted_of(number))
     column = [source.number for source in recipe.sources[1:]].index(number)
-    return any(row[column] for row in recipe.joint.shares[layers:])
+    return any(row[column] for row in recipe.joint.weights[layers:])

@@ -17,8 +17,8 @@ from modules.runtime.errors import BrokenWeights, CheckpointError
 from modules.runtime.oom import retry_on_oom
 from modules.runtime.program import postponed
 from modules.scoring.objective import Objective, Penalty, Value
-from modules.search.decision import Result, Shares, mixed_shares
-from modules.search.joint import Joint, JointState, Rows, first_shares, largest_factor, rounded
+from modules.search.decision import Result, Weights, mixed_weights
+from modules.search.joint import Joint, JointState, Rows, first_weights, largest_factor, rounded
 from modules.search.mixing import Mix, Row
 
 
@@ -27,7 +27,7 @@ class JointConductor(Conductor):
 
     scores_alone = True
     _candidates: Sequence[Candidate] = ()
-    _header_shares: Row = ()  # of the header, if it is mixed; a candidate's may be left out there
+    _header_weights: Row = ()  # of the header, if it is mixed; a candidate's may be left out there
 
     def conduct(self, candidates: Sequence[Candidate], resume: bool = False, table: str = "full") -> None:
         """Search, with a phrase table before the first step and after the last.
@@ -53,18 +53,18 @@ class JointConductor(Conductor):
         self._show_state(start, table, whole_in_log=True)
 
     @property
-    def composition(self) -> Shares:
-        """How much of each model the weights are; the base's share may be negative."""
-        outside = self.shares[self.layers :] or [(0.0,) * len(self._candidates)]
-        rows = [*self.shares[: self.layers], self._header_shares or outside[0], outside[0]]
+    def composition(self) -> Weights:
+        """How much of each model the weights are; the base's weight may be negative."""
+        outside = self.weights[self.layers :] or [(0.0,) * len(self._candidates)]
+        rows = [*self.weights[: self.layers], self._header_weights or outside[0], outside[0]]
         base = self.search.model.checkpoint.name
         names = [candidate.name for candidate in self._candidates]
-        return self._composed_of([mixed_shares(base, names, row) for row in rows])
+        return self._composed_of([mixed_weights(base, names, row) for row in rows])
 
     @property
     def is_base(self) -> bool:
         """Whether nothing was merged."""
-        return not any(map(any, self.shares))
+        return not any(map(any, self.weights))
 
     def _made_joint(self) -> Joint:
         """What makes the steps. The model is still the base."""
@@ -96,31 +96,31 @@ class JointConductor(Conductor):
         return state
 
     def _find_start(self) -> Rows:
-        """Find and note where the steps begin, and how total and weighed metrics change there with every share."""
+        """Find and note where the steps begin, and how total and weighed metrics change there with every weight."""
         search = self.search
         limits = self.search.limits
         self.console.timed("Comparing base and candidates")
         objectives = [limits.objective(search.state)]
         objectives += [self._composed(reached) for _, reached in self._reached()]
-        shares = self._joint.mix.limited(first_shares(self._joint.mix.rows, objectives))
+        weights = self._joint.mix.limited(first_weights(self._joint.mix.rows, objectives))
         names = [search.model.checkpoint.name, *(name for name, _ in self._reached())]
         begin = names[objectives.index(min(objectives))]
         self.console.timed(f"Starting from {begin}; checking the gradient")
-        error = self._in_memory(partial(self._joint.check, shares))
+        error = self._in_memory(partial(self._joint.check, weights))
         self.console.timed(f"The gradient is right (relative error {error:.2%})")
 
         self.console.timed("Measuring each layer's effect")
 
         def slopes_of(part: str | None) -> Rows:
-            return self._in_memory(lambda: self._joint.gradient(shares, self._joint.objective.part(part)))
+            return self._in_memory(lambda: self._joint.gradient(weights, self._joint.objective.part(part)))
 
         slopes = {"total": slopes_of(None)}
         for name, weight in limits.weights.items():
             slopes[name] = []
             for row in slopes_of(name):
                 slopes[name].append([slope / weight for slope in row])
-        self.record.note("joint", start=shares, slopes=slopes)
-        return shares
+        self.record.note("joint", start=weights, slopes=slopes)
+        return weights
 
     def _steps(self, state: JointState) -> JointState:
         """Make the steps that are left, and tell of each when it is known what it has led to."""
@@ -159,14 +159,14 @@ class JointConductor(Conductor):
             limits = ", ".join(f"{key} {most:g}" for key, most in named.items())
             self.console.timed(f"Scaled all weights by {factor:.3f} to hold {limits}")
         others = [*self._reached(), ("the base", ((0.0,) * len(self._candidates),) * self._joint.mix.rows)]
-        objectives = [self._composed(shares) for _, shares in others]
-        if self._composed(rounded(state.shares, factor)) > min(objectives):
-            name, shares = others[objectives.index(min(objectives))]
-            self._composed(shares)
+        objectives = [self._composed(weights) for _, weights in others]
+        if self._composed(rounded(state.weights, factor)) > min(objectives):
+            name, weights = others[objectives.index(min(objectives))]
+            self._composed(weights)
             self.console.timed(f"No step beat {name}; keeping {name}")
 
     def _reached(self) -> list[tuple[str, Rows]]:
-        """Each candidate's name and shares where it is taken as far as the search goes: whole, or in some layers."""
+        """Each candidate's name and weights where it is taken as far as the search goes: whole, or in some layers."""
         names = [candidate.name for candidate in self._candidates]
         mix = self._joint.mix
         where = " in the searched layers" if mix.is_restricted else ""
@@ -177,19 +177,19 @@ class JointConductor(Conductor):
         return reached
 
     def _is_allowed(self, state: JointState, factor: float) -> bool:
-        """Whether the metrics stay within their limits with all shares multiplied with a factor."""
-        self._composed(rounded(state.shares, factor))
+        """Whether the metrics stay within their limits with all weights multiplied with a factor."""
+        self._composed(rounded(state.weights, factor))
         return self.search.limits.allow(self.search.metrics)
 
-    def _composed(self, shares: Rows) -> float:
-        """Make the model exactly what saving keeps of these shares; its objective, infinite if it is beyond a limit or
+    def _composed(self, weights: Rows) -> float:
+        """Make the model exactly what saving keeps of these weights; its objective, infinite if it is beyond a limit or
         no number."""
         search = self.search
         limits = self.search.limits
-        search.in_memory(partial(self._joint.mix.compose, shares, exact=True))
+        search.in_memory(partial(self._joint.mix.compose, weights, exact=True))
         search.measure()
-        self.shares = shares
-        self._header_shares = self._joint.mix.header_shares(shares)
+        self.weights = weights
+        self._header_weights = self._joint.mix.header_weights(weights)
         objective = limits.objective(search.state)
         return objective if limits.allow(search.metrics) and math.isfinite(objective) else math.inf
 

@@ -172,10 +172,10 @@ def _conclude(conductor: Conductor, models: Models) -> tuple[Recipe, dict[str, t
     show_results(conductor, models.candidates)
     console.lines(report.sample_lines(samples))
     names = [models.base.name, *(candidate.name for candidate in models.candidates)]
-    console.lines(report.share_lines(names, conductor.shares, conductor.layers))
+    console.lines(report.weight_lines(names, conductor.weights, conductor.layers))
     composition = conductor.composition
     console.line("Merge composition:")
-    console.lines([*(f"{share * 100:6.2f}%  {model}" for model, share in composition.items()), ""])
+    console.lines([*(f"{weight * 100:6.2f}%  {model}" for model, weight in composition.items()), ""])
     phrases = evaluator.phrases
     start = evaluator.start
     now = evaluator.now
@@ -189,7 +189,7 @@ def _conclude(conductor: Conductor, models: Models) -> tuple[Recipe, dict[str, t
         samples,
         search.model.dtypes(),
         {"evaluation": round(evaluator.seconds + conductor.samples.seconds, 1)},
-        conductor.shares,
+        conductor.weights,
     )
     devices = {name: tensor.device for name, tensor in search.model.tensors.items()}
     return recipe, devices, search.tokenizer

@@ -136,7 +136,7 @@ def rebuild_of(
         for source, candidate in candidates:
             rebuild.repeat(candidate, [line.decision for line in recipe.accepted_of(source.number)])
         return rebuild
-    rebuild.mix([candidate for _, candidate in candidates], recipe.needed_shares)
+    rebuild.mix([candidate for _, candidate in candidates], recipe.needed_weights)
     return rebuild
 
 

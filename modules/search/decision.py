@@ -1,6 +1,6 @@
-"""What was decided of a layer or the header, and the shares of every source in it.
+"""What was decided of a layer or the header, and the weights of every source in it.
 
-Knows: decisions, shares. Refuses to know: tensors, how a decision is taken.
+Knows: decisions, weights. Refuses to know: tensors, how a decision is taken.
 """
 
 import math
@@ -8,38 +8,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from modules.merging.methods import recorded_share
+from modules.merging.methods import recorded_weight
 
-Merge = tuple[float, str]  # (share, model name); the first entry of a part is (1.0, base)
-Shares = dict[str, float]  # model name -> share; they sum to 1
-
-
-def shares_of(merges: Sequence[Merge]) -> Shares:
-    """Shares within one layer or header: a merge of share r scales the earlier ones by 1-r and adds r to its model."""
-    shares: Shares = {}
-    for share, model in merges:
-        shares = {name: earlier * (1.0 - share) for name, earlier in shares.items()}
-        shares[model] = shares.get(model, 0.0) + share
-    return shares
+Merge = tuple[float, str]  # (weight, model name); the first entry of a part is (1.0, base)
+Weights = dict[str, float]  # model name -> weight; they sum to 1
 
 
-def mixed_shares(base: str, candidates: Sequence[str], row: Sequence[float]) -> Shares:
-    """Shares within one part of a joint search: the base has what a row leaves of 1, which may be below 0."""
-    shares: Shares = {base: 1.0 - math.fsum(row)}
-    for model, share in zip(candidates, row, strict=True):
-        shares[model] = shares.get(model, 0.0) + share
-    return shares
+def weights_of(merges: Sequence[Merge]) -> Weights:
+    """Weights within a layer or header: a merge of weight r scales the earlier ones by 1-r and adds r to its model."""
+    weights: Weights = {}
+    for weight, model in merges:
+        weights = {name: earlier * (1.0 - weight) for name, earlier in weights.items()}
+        weights[model] = weights.get(model, 0.0) + weight
+    return weights
 
 
-def composition_of(parts: Iterable[tuple[int, Shares]]) -> Shares:
-    """Shares of the whole model by parameters, largest first. parts: how many weights each has, the shares in it."""
-    sums: Shares = {}
-    weights = 0
-    for size, shares in parts:
-        weights += size
-        for model, share in shares.items():
-            sums[model] = sums.get(model, 0.0) + size * share
-    return dict(sorted(((model, value / weights) for model, value in sums.items()), key=lambda item: -item[1]))
+def mixed_weights(base: str, candidates: Sequence[str], row: Sequence[float]) -> Weights:
+    """Weights within one part of a joint search: the base has what a row leaves of 1, which may be below 0."""
+    weights: Weights = {base: 1.0 - math.fsum(row)}
+    for model, weight in zip(candidates, row, strict=True):
+        weights[model] = weights.get(model, 0.0) + weight
+    return weights
+
+
+def composition_of(parts: Iterable[tuple[int, Weights]]) -> Weights:
+    """Weights in the whole model, largest first. parts: how many parameters each has, the weights in it."""
+    sums: Weights = {}
+    parameters = 0
+    for size, weights in parts:
+        parameters += size
+        for model, weight in weights.items():
+            sums[model] = sums.get(model, 0.0) + size * weight
+    return dict(sorted(((model, value / parameters) for model, value in sums.items()), key=lambda item: -item[1]))
 
 
 Result = TypeVar("Result")
@@ -61,6 +61,6 @@ class Decision:
     note: str | None = None  # how the header was matched, if its rows are not simply the base's
 
     @property
-    def share(self) -> float:
-        """What an accepted merge adds to the composition: the ratio, or the method's own fixed share."""
-        return 0.0 if self.ratio is None else recorded_share(self.method, self.ratio)
+    def weight(self) -> float:
+        """What an accepted merge adds to the composition: the ratio, or the method's own fixed weight."""
+        return 0.0 if self.ratio is None else recorded_weight(self.method, self.ratio)

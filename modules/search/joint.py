@@ -1,9 +1,9 @@
-"""All shares at once, by gradient: where the steps begin, how each is made, what is kept at the end.
+"""All weights at once, by gradient: where the steps begin, how each is made, what is kept at the end.
 
-Knows: rows of shares, Adam, what a step needs to be gone on from. Refuses to know: tensors, files, printing.
+Knows: rows of weights, Adam, what a step needs to be gone on from. Refuses to know: tensors, files, printing.
 
-Adam (Kingma and Ba 2014, https://arxiv.org/abs/1412.6980) works coordinate by coordinate, so each row of shares is
-moved as soon as its gradient is there. Shares stay within 0 and 1.
+Adam (Kingma and Ba 2014, https://arxiv.org/abs/1412.6980) works coordinate by coordinate, so each row of weights is
+moved as soon as its gradient is there. Weights stay within 0 and 1.
 """
 
 import math
@@ -25,19 +25,19 @@ from modules.search.mixing import Mix, Row, Update
 BETAS = (0.8, 0.95)
 TINY = 1e-12
 LAST_STEP = 0.1  # the size of the last step by that of the first; those between fall evenly
-# shares where the steps begin
+# weights where the steps begin
 AT_BASE = 0.02
 AT_CANDIDATE = 0.98
-# a smaller share is dropped; what others are rounded to
+# a smaller weight is dropped; what others are rounded to
 LEAST = 0.01
 DECIMALS = 2
 
-# How far shares move to see whether the objective follows its gradient, and by which part of that it may fail to.
+# How far weights move to see whether the objective follows its gradient, and by which part of that it may fail to.
 _TRIED = {torch.float64: (1e-3, 0.01), torch.float32: (0.02, 0.05)}
 _TRIED_IN_HALF = (0.25, 0.3)
 ROUNDINGS = 4  # by how many of its type's a probability may be off
 
-Rows = tuple[tuple[float, ...], ...]  # of each row of shares, a number for each candidate
+Rows = tuple[tuple[float, ...], ...]  # of each row of weights, a number for each candidate
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class JointState:
     """All that the next step depends on, beside the files: written as JSON and read again, it gives the same bits."""
 
     step: int  # how many have been made
-    shares: Rows
+    weights: Rows
     mean: Rows  # of Adam: the running mean of the gradient
     square: Rows  # and of its square
 
     @classmethod
-    def at(cls, shares: Sequence[Row]) -> "JointState":
+    def at(cls, weights: Sequence[Row]) -> "JointState":
         """Before the first step."""
-        zeros = tuple((0.0,) * len(row) for row in shares)
-        return cls(0, tuple(map(tuple, shares)), zeros, zeros)
+        zeros = tuple((0.0,) * len(row) for row in weights)
+        return cls(0, tuple(map(tuple, weights)), zeros, zeros)
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> "JointState":
@@ -62,10 +62,10 @@ class JointState:
         def rows(name: str) -> Rows:
             return tuple(tuple(map(float, row)) for row in stored[name])
 
-        return cls(int(stored["step"]), rows("shares"), rows("mean"), rows("square"))
+        return cls(int(stored["step"]), rows("weights"), rows("mean"), rows("square"))
 
 
-def first_shares(rows: int, objectives: Sequence[float]) -> Rows:
+def first_weights(rows: int, objectives: Sequence[float]) -> Rows:
     """Where the steps begin. objectives: of the base, then of each candidate; the lowest is begun at."""
     best = objectives.index(min(objectives))
     candidates = len(objectives) - 1
@@ -81,23 +81,25 @@ def step_size(step: int, steps: int, first: float) -> float:
 
 
 def moved(state: JointState, row: int, gradient: Row, size: float) -> tuple[Row, Row, Row]:
-    """A row's shares, mean and square behind the next step of Adam."""
+    """A row's weights, mean and square behind the next step of Adam."""
     found = []
-    for share, mean, square, slope in zip(state.shares[row], state.mean[row], state.square[row], gradient, strict=True):
+    for weight, mean, square, slope in zip(
+        state.weights[row], state.mean[row], state.square[row], gradient, strict=True
+    ):
         mean = BETAS[0] * mean + (1 - BETAS[0]) * slope
         square = BETAS[1] * square + (1 - BETAS[1]) * slope * slope
         unbiased, root = (1 - beta ** (state.step + 1) for beta in BETAS)
-        share -= size * (mean / unbiased) / (math.sqrt(square / root) + TINY)
-        found.append((min(1.0, max(0.0, share)), mean, square))
-    shares, means, squares = zip(*found, strict=True)
-    return shares, means, squares
+        weight -= size * (mean / unbiased) / (math.sqrt(square / root) + TINY)
+        found.append((min(1.0, max(0.0, weight)), mean, square))
+    weights, means, squares = zip(*found, strict=True)
+    return weights, means, squares
 
 
-def rounded(shares: Sequence[Row], factor: float = 1.0) -> Rows:
-    """The shares that are kept, multiplied with a factor: small ones are dropped, others have two decimals."""
+def rounded(weights: Sequence[Row], factor: float = 1.0) -> Rows:
+    """The weights that are kept, multiplied with a factor: small ones are dropped, others have two decimals."""
     kept = []
-    for row in shares:
-        kept.append(tuple(round(share, DECIMALS) if share >= LEAST else 0.0 for share in scaled(row, factor)))
+    for row in weights:
+        kept.append(tuple(round(weight, DECIMALS) if weight >= LEAST else 0.0 for weight in scaled(row, factor)))
     return tuple(kept)
 
 
@@ -107,9 +109,9 @@ def scaled(row: Row, factor: float) -> list[float]:
 
 
 def largest_factor(is_allowed: Callable[[float], bool], halvings: int = 7) -> float:
-    """The largest factor of all shares, up to 1, at which limits hold, by bisection: to within 2**-halvings.
+    """The largest factor of all weights, up to 1, at which limits hold, by bisection: to within 2**-halvings.
 
-    is_allowed: whether they hold with shares multiplied with a factor; at 0, which is the base, they do. The factor
+    is_allowed: whether they hold with weights multiplied with a factor; at 0, which is the base, they do. The factor
     that is returned has been tried, unless it is 0.
     """
     if is_allowed(1.0):
@@ -128,7 +130,7 @@ class Joint:
     def __init__(
         self, mix: Mix, objective: Objective, steps: int = 25, first_size: float = 0.08, group: Group = ALONE
     ) -> None:
-        """steps, first_size: how many, and by how much a share moves at most in the first. objective: made, as the mix
+        """steps, first_size: how many, and by how much a weight moves at most in the first. objective: made, as the mix
         was, while the model was the base."""
         self.mix = mix
         self.objective = objective
@@ -138,7 +140,7 @@ class Joint:
 
     def go_to(self, state: JointState) -> None:
         """Compose the model that a state's next step starts from; `step` leaves it so."""
-        self.group.on_all_ranks(lambda: self.mix.compose(state.shares))
+        self.group.on_all_ranks(lambda: self.mix.compose(state.weights))
 
     def step(self, state: JointState) -> tuple[JointState, Value]:
         """The state behind one more step, with the model composed from it; the objective before that step.
@@ -146,7 +148,7 @@ class Joint:
         Where it fails, the model is no state's; after `go_to` the step can be made again. What one process lacks memory
         for fails in all of them.
         """
-        rows = dict(enumerate(zip(state.shares, state.mean, state.square, strict=True)))
+        rows = dict(enumerate(zip(state.weights, state.mean, state.square, strict=True)))
         size = step_size(state.step + 1, self.steps, self.first_size)
 
         def update(row: int, gradient: Row) -> Row:
@@ -161,29 +163,29 @@ class Joint:
         """The objective of the model as it is."""
         return self._whole(self.group.on_all_ranks(lambda: self.mix.value(self.objective)))
 
-    def gradient(self, shares: Sequence[Row], objective: Objective | None = None) -> Rows:
-        """d objective / d share of each row and candidate, 0 where none moves. shares: those that the model is composed
-        from, and stays so. objective: another than the own, as `Objective.part` gives it."""
+    def gradient(self, weights: Sequence[Row], objective: Objective | None = None) -> Rows:
+        """d objective / d weight of each row and candidate, 0 where none moves. weights: those of the model, which
+        it keeps. objective: another than the own, as `Objective.part` gives it."""
         rows = dict(enumerate([[0.0] * len(self.mix.candidates)] * self.mix.rows))
 
         def update(row: int, gradient: Row) -> Row:
             rows[row] = self._sum(gradient)
-            return shares[row]
+            return weights[row]
 
         self._descend(objective or self.objective, update)
         return tuple(tuple(rows[row]) for row in range(self.mix.rows))
 
-    def check(self, shares: Sequence[Row]) -> float:
-        """Move all shares a little and see whether the objective follows its gradient; the model is then composed from
-        the shares. By how much it does not, as a share of the slope. Raises ConfigError if that is more than rounding:
+    def check(self, weights: Sequence[Row]) -> float:
+        """Move all weights a little and see whether the objective follows its gradient; the model is then composed from
+        the weights. By how much it does not, as a part of the slope. Raises ConfigError if that is more than rounding:
         such an architecture can't be searched by gradient.
 
-        Each share moves by another amount, in the direction in which the gradient says that the objective grows; by
+        Each weight moves by another amount, in the direction in which the gradient says that the objective grows; by
         less and less, until half of it gives the same slope or rounding is all that there would be to see.
         """
-        self.mix.compose(shares)
+        self.mix.compose(weights)
         value = self.value()
-        gradient = self.gradient(shares)
+        gradient = self.gradient(weights)
         chance = random.Random(0)
         everywhere = []
         for row in gradient:
@@ -193,13 +195,13 @@ class Joint:
         dtype = self.mix.model.dtype
         amount, tolerance = _TRIED.get(dtype, _TRIED_IN_HALF)
         noise = ROUNDINGS * torch.finfo(dtype).eps * self.objective.size(value) / amount
-        far, near = (self._slope(shares, direction, one) for one in (amount, amount / 2))
+        far, near = (self._slope(weights, direction, one) for one in (amount, amount / 2))
         while abs(far - near) > tolerance * abs(near) + noise and 2 * noise <= tolerance * abs(told):
             amount = amount / 2
             noise = 2 * noise
             far = near
-            near = self._slope(shares, direction, amount / 2)
-        self.mix.compose(shares)
+            near = self._slope(weights, direction, amount / 2)
+        self.mix.compose(weights)
         found = (4 * near - far) / 3  # without what grows with the square of the amount
         if not abs(found - told) <= tolerance * abs(told) + abs(far - near) + noise:
             kind = type(self.mix.model.module).__name__
@@ -209,13 +211,13 @@ class Joint:
             )
         return abs(found - told) / max(abs(told), sys.float_info.min)
 
-    def _slope(self, shares: Sequence[Row], direction: Sequence[Row], amount: float) -> float:
+    def _slope(self, weights: Sequence[Row], direction: Sequence[Row], amount: float) -> float:
         """By how much the objective grows along a direction, as two models say that lie on it."""
         found = []
         for side in (amount, -amount):
             moved_rows = []
-            for row, ways in zip(shares, direction, strict=True):
-                moved_rows.append([share + side * way for share, way in zip(row, ways, strict=True)])
+            for row, ways in zip(weights, direction, strict=True):
+                moved_rows.append([weight + side * way for weight, way in zip(row, ways, strict=True)])
             self.mix.compose(moved_rows)
             found.append(self.value().objective)
         return (found[0] - found[1]) / (2 * amount)

@@ -1,14 +1,14 @@
-"""A model mixed from the base and all candidates: made from shares, and what a gradient on its weights says of these.
+"""A model mixed from the base and all candidates: made from weights, and what a gradient on its weights says of these.
 
 Knows: the base's and the candidates' files, read side by side, a layer or a range of rows at a time. Refuses to know:
-how shares follow from gradients, scores.
+how weights follow from gradients, scores.
 
     W(a) = B + sum over j of a_j (C_j - B)      computed as (1 - sum a_j) B + sum a_j C_j
     d objective / d a_j = sum over tensors of <d objective / d W, C_j - B>
 
-The model on the device holds the mix; B comes from the base's files again. Every layer has a row of shares, one for
-each candidate, and another row is for all that is outside the layers. With a share of 1 a tensor is the candidate's to
-the last bit, with shares of 0 the base's.
+The model on the device holds the mix; B comes from the base's files again. Every layer has a row of weights, one for
+each candidate, and another row is for all that is outside the layers. With a weight of 1 a tensor is the candidate's to
+the last bit, with weights of 0 the base's.
 """
 
 import math
@@ -31,8 +31,8 @@ from modules.scoring.objective import Objective, Value
 from modules.search.prefetch import ReadAhead, two_memories
 from modules.search.trial import read_outside
 
-Row = Sequence[float]  # a share, or the gradient on it, for each candidate
-Update = Callable[[int, Row], Row]  # number of a row and the gradient on its shares -> its new shares
+Row = Sequence[float]  # a weight, or the gradient on it, for each candidate
+Update = Callable[[int, Row], Row]  # number of a row and the gradient on its weights -> its new weights
 Arriving = ReadAhead[int, Tensors]
 
 
@@ -71,12 +71,12 @@ class Mix:
 
     @property
     def rows(self) -> int:
-        """How many rows of shares there are: the layers', and perhaps that of all else."""
+        """How many rows of weights there are: the layers', and perhaps that of all else."""
         return len(self.model.layers) + int(self.mixes_outside)
 
     @property
     def moving(self) -> list[int]:
-        """The rows that are mixed; in the others, which are of layers that stay the base's, there are no shares."""
+        """The rows that are mixed; in the others, which are of layers that stay the base's, there are no weights."""
         return [*self.layers, *range(len(self.model.layers), self.rows)]
 
     @property
@@ -84,32 +84,32 @@ class Mix:
         """Whether there are parts that are not mixed."""
         return len(self.moving) < len(self.model.layers) + 1
 
-    def limited(self, shares: Sequence[Row]) -> tuple[tuple[float, ...], ...]:
-        """The shares of the rows that are mixed, and none in the others."""
-        return tuple(tuple(row) if number in self.moving else (0.0,) * len(row) for number, row in enumerate(shares))
+    def limited(self, weights: Sequence[Row]) -> tuple[tuple[float, ...], ...]:
+        """The weights of the rows that are mixed, and none in the others."""
+        return tuple(tuple(row) if number in self.moving else (0.0,) * len(row) for number, row in enumerate(weights))
 
-    def header_shares(self, shares: Sequence[Row]) -> Row:
+    def header_weights(self, weights: Sequence[Row]) -> Row:
         """What the header has of each candidate: nothing of one whose header can't be matched. Empty if it is not
         mixed."""
-        row = shares[-1] if self.mixes_outside else ()
-        return [share if number in self._with_header else 0.0 for number, share in enumerate(row, start=1)]
+        row = weights[-1] if self.mixes_outside else ()
+        return [weight if number in self._with_header else 0.0 for number, weight in enumerate(row, start=1)]
 
     @torch.no_grad()
-    def compose(self, shares: Sequence[Row], exact: bool = False) -> None:
-        """Make the model W(shares), whatever it was, in the type that it computes in.
+    def compose(self, weights: Sequence[Row], exact: bool = False) -> None:
+        """Make the model W(weights), whatever it was, in the type that it computes in.
 
-        shares: `rows` rows. exact: for good, with the values that saving will keep; what has no share is left as the
+        weights: `rows` rows. exact: for good, with the values that saving will keep; what has no weight is left as the
         base has it, and copied from the base's file when the model is saved. Raises as `Part.adopt` and reading do.
         """
         layers = self.layers
-        jobs = [job for layer in layers for job in (self._layer_job(0, layer), *self._theirs(layer, shares[layer]))]
-        jobs += self._header_jobs(shares[-1]) if self.mixes_outside else []
+        jobs = [job for layer in layers for job in (self._layer_job(0, layer), *self._theirs(layer, weights[layer]))]
+        jobs += self._header_jobs(weights[-1]) if self.mixes_outside else []
         with self._reading(jobs) as arriving:
             for layer in layers:
-                theirs = _in_turn(shares[layer], arriving, all_arrive=False)
+                theirs = _in_turn(weights[layer], arriving, all_arrive=False)
                 mixed_into(self.model.layer(layer), arriving.take_next(keep=True), theirs, exact)
             if self.mixes_outside:
-                self._compose_outside(arriving, shares[-1], exact, all_arrive=False)
+                self._compose_outside(arriving, weights[-1], exact, all_arrive=False)
 
     @torch.no_grad()
     def value(self, objective: Objective) -> Value:
@@ -126,7 +126,7 @@ class Mix:
 
     @torch.no_grad()
     def descend(self, objective: Objective, update: Update) -> Value:
-        """One pass over the model, of which the shares of each moving row are updated, and its weights composed from
+        """One pass over the model, of which the weights of each moving row are updated, and its weights composed from
         the new ones, as soon as the gradient on them is there: layers from the last to the first, then the rest.
 
         Returns the objective as it was before; of several processes this one's part, as `update` is given its part of
@@ -145,14 +145,14 @@ class Mix:
                 base = arriving.take_next(keep=True)
                 found = [_inner(gradients, base, arriving.take_next()) for _ in self.candidates]
                 del gradients
-                shares = update(layer, self._on_the_host(found, work.scale))
-                mixed_into(self.model.layer(layer), base, _in_turn(shares, arriving, all_arrive=True), exact=False)
+                weights = update(layer, self._on_the_host(found, work.scale))
+                mixed_into(self.model.layer(layer), base, _in_turn(weights, arriving, all_arrive=True), exact=False)
                 del base
                 arriving.release()
             if self.mixes_outside:
                 self._add_front(work, arriving, outside)
-                shares = update(len(self.model.layers), self._on_the_host(outside, work.scale))
-                self._compose_outside(arriving, shares, exact=False, all_arrive=True)
+                weights = update(len(self.model.layers), self._on_the_host(outside, work.scale))
+                self._compose_outside(arriving, weights, exact=False, all_arrive=True)
         return value
 
     # -- what is read, in this order ----------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class Mix:
         for layer in reversed(self.layers):
             yield self._layer_job(0, layer)
             yield from self._theirs(layer, everyone)
-            # Shares come between; by now, what was read lies in the system's memory.
+            # Weights come between; by now, what was read lies in the system's memory.
             yield from self._theirs(layer, everyone)
         if self.mixes_outside:
             rows = objective.vocabulary
@@ -181,10 +181,10 @@ class Mix:
         """The layer with which a pass ends: what is before the layers is reached through all of them."""
         return 0 if self.mixes_outside else self.layers[0]
 
-    def _header_jobs(self, shares: Row) -> Iterator[Callable[[], Any]]:
+    def _header_jobs(self, weights: Row) -> Iterator[Callable[[], Any]]:
         for name, own in self.model.header().tensors.items():
             for block in row_ranges(own):
-                numbers = [number for number in self._with_header if number == 0 or shares[number - 1]]
+                numbers = [number for number in self._with_header if number == 0 or weights[number - 1]]
                 yield from (self._rows_job(number, [name], *block) for number in numbers)
 
     @property
@@ -196,8 +196,8 @@ class Mix:
     def _head(self) -> list[str]:
         return list(self.model.head_names().values())
 
-    def _theirs(self, layer: int, shares: Row) -> list[Callable[[], Tensors]]:
-        return [self._layer_job(number, layer) for number, share in enumerate(shares, 1) if share]
+    def _theirs(self, layer: int, weights: Row) -> list[Callable[[], Tensors]]:
+        return [self._layer_job(number, layer) for number, weight in enumerate(weights, 1) if weight]
 
     def _layer_job(self, number: int, layer: int) -> Callable[[], Tensors]:
         memory = next(self._memories[min(number, 1)])
@@ -226,10 +226,10 @@ class Mix:
         self.notes += [found.note] if found.note else []
         return found
 
-    # -- gradients on shares ------------------------------------------------------------------------------------------
+    # -- gradients on weights ------------------------------------------------------------------------------------------
 
     def _head_gradient(self, work: GradientPass, objective: Objective, arriving: Arriving) -> list[Tensor]:
-        """Take the head's blocks through a pass; the gradient on each candidate's share by the head alone."""
+        """Take the head's blocks through a pass; the gradient on each candidate's weight by the head alone."""
         sums = [torch.zeros((), dtype=objective.dtype, device=self.model.device) for _ in self.candidates]
         for block in objective.blocks:
             base = arriving.take_next(keep=True) if self.mixes_outside else None
@@ -242,7 +242,7 @@ class Mix:
         return {own: rows[name] for own, name in self.model.head_names().items()}
 
     def _add_front(self, work: GradientPass, arriving: Arriving, sums: list[Tensor]) -> None:
-        """Add what the embedding, the final norm and position tables say of each candidate's share."""
+        """Add what the embedding, the final norm and position tables say of each candidate's weight."""
         found = work.front()
         base = arriving.take_next(keep=True)
         gradients = dict.fromkeys(base, found.values)
@@ -262,39 +262,39 @@ class Mix:
 
     # -- the mix ------------------------------------------------------------------------------------------------------
 
-    def _compose_outside(self, arriving: Arriving, shares: Row, exact: bool, all_arrive: bool) -> None:
+    def _compose_outside(self, arriving: Arriving, weights: Row, exact: bool, all_arrive: bool) -> None:
         """Mix what is outside the layers: small tensors, and the header by ranges of its rows."""
         part = self.model.outside()
         header = self.model.header()
-        self.model.has_base_header = not any(self.header_shares([shares]))
-        mixed_into(part, self._outside[0], zip(shares, self._outside[1:], strict=True), exact)
-        shares = [shares[number - 1] for number in self._with_header[1:]]
+        self.model.has_base_header = not any(self.header_weights([weights]))
+        mixed_into(part, self._outside[0], zip(weights, self._outside[1:], strict=True), exact)
+        weights = [weights[number - 1] for number in self._with_header[1:]]
         for name, own in header.tensors.items():
             for first, end in row_ranges(own):
                 rows = replace(header, tensors={name: own.data[first:end]})
-                mixed_into(rows, arriving.take_next(keep=True), _in_turn(shares, arriving, all_arrive), exact)
+                mixed_into(rows, arriving.take_next(keep=True), _in_turn(weights, arriving, all_arrive), exact)
 
 
-def _in_turn(shares: Row, arriving: Arriving, all_arrive: bool) -> Iterator[tuple[float, Tensors]]:
-    """Each candidate's share with its tensors. all_arrive: also of one without a share."""
-    return ((share, arriving.take_next()) for share in shares if share or all_arrive)
+def _in_turn(weights: Row, arriving: Arriving, all_arrive: bool) -> Iterator[tuple[float, Tensors]]:
+    """Each candidate's weight with its tensors. all_arrive: also of one without a weight."""
+    return ((weight, arriving.take_next()) for weight in weights if weight or all_arrive)
 
 
 def mixed_into(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> Tensor:
-    """Make a part's tensors the mix of the base's and others, each with its share: summed in float32 or wider, rounded
+    """Make a part's tensors the mix of the base's and others, each with its weight: summed in float32 or wider, rounded
     to what is saved, if exact, else to what is computed in. If exact, which of them are not the base's, boolean."""
     sums = {name: torch.zeros_like(tensor, dtype=_wide(tensor)) for name, tensor in base.items()}
-    shares = []
-    for share, tensors in theirs:
-        if share:
-            shares.append(share)
+    weights = []
+    for weight, tensors in theirs:
+        if weight:
+            weights.append(weight)
             for name, tensor in sums.items():
-                tensor.add_(tensors[name], alpha=share)
+                tensor.add_(tensors[name], alpha=weight)
     flags = []
     for name, own in part.tensors.items():
         mixed = base[name]
-        if shares:
-            mixed = sums[name].add_(base[name], alpha=1 - math.fsum(shares))
+        if weights:
+            mixed = sums[name].add_(base[name], alpha=1 - math.fsum(weights))
             mixed = mixed.to(part.saved_dtypes[name] if exact else own.dtype).to(own.dtype)
         if exact:
             differs = mixed != base[name]

@@ -75,29 +75,29 @@ class Rebuild:
         except (HeaderSkipped, IndexError) as error:
             raise ConfigError(f"the merges of {candidate.name} can't be repeated: {error}") from None
 
-    def mix(self, candidates: Sequence[Candidate], shares: Sequence[Sequence[float]]) -> None:
-        """Mix base and candidates. shares: a row for each layer and, perhaps, one for all else, with a share for each
+    def mix(self, candidates: Sequence[Candidate], weights: Sequence[Sequence[float]]) -> None:
+        """Mix base and candidates. weights: a row for each layer and, perhaps, one for all else, with a weight for each
         candidate. Raises as `repeat`."""
         layers = len(self._layout.layers)
-        if len(shares) not in (layers, layers + 1):
-            raise ConfigError(f"the recipe has weights for {len(shares)} layers, but the base has {layers}")
-        for number, row in enumerate(shares[:layers]):
+        if len(weights) not in (layers, layers + 1):
+            raise ConfigError(f"the recipe has weights for {len(weights)} layers, but the base has {layers}")
+        for number, row in enumerate(weights[:layers]):
             self._mix(self._layout.layer(number), row, [partial(_as_whole, read_part, one) for one in candidates])
-        for row in shares[layers:]:
+        for row in weights[layers:]:
             self._mix(self._layout.outside(), row, [partial(_as_whole, read_outside, one) for one in candidates])
             matched = list[tuple[float, Theirs]]()
-            for share, candidate in zip(row, candidates, strict=True):
-                if share:
+            for weight, candidate in zip(row, candidates, strict=True):
+                if weight:
                     with suppress(HeaderSkipped):
-                        matched.append((share, self._theirs_of_header(candidate)))
+                        matched.append((weight, self._theirs_of_header(candidate)))
             self._mix(self._header, *zip(*matched, strict=True))
 
     def _theirs_of_header(self, candidate: Candidate) -> Theirs:
         return matched_header(self._layout, self._tokenizer, candidate).adopted
 
     def _mix(self, part: Part, row: Sequence[float] = (), theirs: Sequence[Theirs] = ()) -> None:
-        """Mix a part with the shares of a row. Tensors that two layers have in common are what the last makes them."""
-        taken = [(share, one) for share, one in zip(row, theirs, strict=True) if share]
+        """Mix a part with the weights of a row. Tensors that two layers have in common are what the last makes them."""
+        taken = [(weight, one) for weight, one in zip(row, theirs, strict=True) if weight]
         for tensor in part.tensors.values():
             self._steps.pop(id(tensor), None)
         if taken:
@@ -197,7 +197,7 @@ def _merged(method: str, ratio: float, theirs: Theirs, part: Part, first: int) -
 
 def _mixed(taken: Sequence[tuple[float, Theirs]], part: Part, first: int) -> Tensor:
     """The step of a joint search."""
-    return mixed_into(part, dict(part.tensors), ((share, theirs(part, first)) for share, theirs in taken), exact=True)
+    return mixed_into(part, dict(part.tensors), ((weight, theirs(part, first)) for weight, theirs in taken), exact=True)
 
 
 def _as_whole(read: Callable[[Candidate, Part], Tensors], candidate: Candidate, part: Part, _first: int) -> Tensors:

@@ -259,8 +259,8 @@ def test_a_base_in_any_format_gives_the_same_decisions_and_bits(tmp_path, plain,
     one = run(tmp_path / "one", plain[family] / "base", candidate)
     other = run(tmp_path / "other", rewritten(tmp_path / "base", plain[family] / "base", write), candidate)
     assert one.code == other.code == 0, other.output
-    assert (one.decisions, one.shares, one.last_table) == (other.decisions, other.shares, other.last_table)
-    assert any(one.shares), "nothing was merged: the row would show nothing"
+    assert (one.decisions, one.weights, one.last_table) == (other.decisions, other.weights, other.last_table)
+    assert any(one.weights), "nothing was merged: the row would show nothing"
     expected = in_format(write, everything_in(one.folder / "out"))  # its names, and what it holds besides weights
     found = everything_in(other.folder / "out")
     assert set(found) == set(expected)
@@ -293,7 +293,7 @@ def test_the_dtypes_of_base_and_candidate_may_differ(tmp_path, plain, ours, thei
     more = {"auto_weights": True, "dtype": torch.float32, "saved_dtype": ours}  # a CPU computes in float32
     naive = reference.NaiveMerge(base, [candidate], tiny.PAIRS, whole.RATIOS, ["lerp"], **more).run()
     ratios = [
-        shares[-1] if changed else None for shares, (_, changed, _) in zip(one.shares, one.decisions, strict=True)
+        shares[-1] if changed else None for shares, (_, changed, _) in zip(one.weights, one.decisions, strict=True)
     ]
     assert ratios == [decision.ratio for decision in naive.decisions]
     totals = [total for _, _, total in one.decisions]

@@ -45,7 +45,7 @@ def test_the_run_decides_as_the_naive_merge(merged, name):
         assert changed == (expected.ratio is not None)
         assert total == pytest.approx(expected.after, rel=1e-4, abs=1e-4)
     ratios = [
-        shares[-1] if changed else None for shares, (_, changed, _) in zip(one.shares, one.decisions, strict=True)
+        shares[-1] if changed else None for shares, (_, changed, _) in zip(one.weights, one.decisions, strict=True)
     ]
     assert ratios == [decision.ratio for decision in naive.decisions]
     assert any(changed for _, changed, _ in one.decisions), "nothing was merged: the test shows nothing"

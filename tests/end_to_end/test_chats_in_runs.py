@@ -134,7 +134,7 @@ def test_a_joint_search_goes_on_on_another_day(models, place, tmp_path, monkeypa
     on(monkeypatch, 26)
     assert merge(place, models, "--resume", **joint) == 0
     one, other = recipe_of(tmp_path), recipe_of(place)
-    assert one["phrases"] == other["phrases"] and one["joint"]["shares"] == other["joint"]["shares"]
+    assert one["phrases"] == other["phrases"] and one["joint"]["weights"] == other["joint"]["weights"]
 
 
 def test_a_run_that_has_decided_nothing_renders_anew(whole, models, place, monkeypatch):

@@ -79,7 +79,7 @@ def test_it_finds_less_than_it_began_with_and_tells_of_every_step(whole):
 
 def test_the_output_is_the_mix_that_the_recipe_tells(models, whole):
     recipe = recipe_of(whole / "out")
-    shares = recipe["joint"]["shares"]
+    shares = recipe["joint"]["weights"]
     assert len(shares) == 4 and any(map(any, shares))
     assert all(
         share == round(share, 2) and 0 <= share <= 1 and (not share or share >= 0.01) for row in shares for share in row
@@ -117,7 +117,7 @@ def test_it_is_never_worse_than_the_base_or_a_candidate_whole(place, models, tex
         known = [recipe["metrics"]["base"]["total"], *(alone["total"] for alone in recipe["baselines"].values())]
         assert recipe["metrics"]["merge"]["total"] <= min(known) + 1e-6
     assert searched(place, models, text, "--overwrite", joint=joint, drift_weight=1000.0) == 0
-    assert set(map(tuple, recipe_of(place / "out")["joint"]["shares"])) == {(0.0, 0.0)}  # any drift is too much
+    assert set(map(tuple, recipe_of(place / "out")["joint"]["weights"])) == {(0.0, 0.0)}  # any drift is too much
     log = log_of(place)
     assert "No step beat the base; keeping the base" in log
     assert "no merge was accepted" in log
@@ -130,7 +130,7 @@ def test_the_best_candidate_whole_is_kept_where_no_step_comes_below_it(place, mo
     recipe = recipe_of(place / "out")
     assert recipe["joint"]["start"][0] == [0.0, 0.98]
     assert "No step beat two; keeping two" in log_of(place)
-    assert set(map(tuple, recipe["joint"]["shares"])) == {(0.0, 1.0)} and recipe["composition"]["two"] == 1.0
+    assert set(map(tuple, recipe["joint"]["weights"])) == {(0.0, 1.0)} and recipe["composition"]["two"] == 1.0
     assert recipe["metrics"]["merge"]["total"] == pytest.approx(recipe["baselines"]["2"]["total"], rel=0.02)
 
 
@@ -184,7 +184,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bytes(place, models, whole
         done = lines[:records].count("step")
         assert f"Resuming after step {done} of {STEPS}" in log_of(place)
         ours, theirs = recipe_of(place / "out"), recipe_of(whole / "out")
-        assert ours["joint"]["shares"] == theirs["joint"]["shares"]
+        assert ours["joint"]["weights"] == theirs["joint"]["weights"]
         assert [s["total"] for s in ours["joint"]["steps"]] == [s["total"] for s in theirs["joint"]["steps"]]
         files = [name for name in digest(whole / "out") if name.endswith(".safetensors")]
         assert files and all(digest(place / "out")[name] == digest(whole / "out")[name] for name in files)
@@ -204,7 +204,7 @@ def test_a_journal_without_a_step_begins_again(place, models, whole, text):
     lines = [json.loads(line)["kind"] for line in (whole / "out" / JOURNAL).read_text().splitlines()]
     break_off(place, whole / "out", lines.index("step"))
     assert searched(place, models, text, "--resume", held_out=0.3) == 0
-    assert recipe_of(place / "out")["joint"]["shares"] == recipe_of(whole / "out")["joint"]["shares"]
+    assert recipe_of(place / "out")["joint"]["weights"] == recipe_of(whole / "out")["joint"]["weights"]
 
 
 def test_a_killed_run_goes_on(place, models, whole, text):
@@ -226,7 +226,7 @@ def test_a_killed_run_goes_on(place, models, whole, text):
     os.kill(child, signal.SIGKILL)
     assert end(child) == -signal.SIGKILL
     assert searched(place, models, text, "--resume", held_out=0.3) == 0
-    assert recipe_of(place / "out")["joint"]["shares"] == recipe_of(whole / "out")["joint"]["shares"]
+    assert recipe_of(place / "out")["joint"]["weights"] == recipe_of(whole / "out")["joint"]["weights"]
 
 
 def test_a_recipe_builds_the_same_bits(place, models, whole):
@@ -244,12 +244,12 @@ def test_a_limit_scales_all_shares(place, models, text):
     held = recipe_of(place / "out")
     assert 0 < held["metrics"]["merge"]["kl"] < 1.5 * limit
     assert f" to hold max_drift {limit:g}\n" in log_of(place)
-    assert sum(map(sum, held["joint"]["shares"])) < sum(map(sum, free["joint"]["shares"]))
+    assert sum(map(sum, held["joint"]["weights"])) < sum(map(sum, free["joint"]["weights"]))
 
 
 def test_without_headers_there_is_no_row_for_what_is_outside(place, models, text):
     assert searched(place, models, text, merge_headers=False) == 0
-    assert len(recipe_of(place / "out")["joint"]["shares"]) == 3
+    assert len(recipe_of(place / "out")["joint"]["weights"]) == 3
     folders = models[0], place / "out"
     base, merged = ({k: v for f in one.glob("*.safetensors") for k, v in load_file(f).items()} for one in folders)
     outside = [name for name in base if ".layers." not in name]
@@ -289,7 +289,7 @@ def test_a_candidate_that_breaks_ends_the_run_and_loses_nothing(place, models, t
     monkeypatch.undo()
     os.chdir(place)
     assert searched(place, models, text, "--resume", held_out=0.3) == 0
-    assert recipe_of(place / "out")["joint"]["shares"] == recipe_of(whole / "out")["joint"]["shares"]
+    assert recipe_of(place / "out")["joint"]["weights"] == recipe_of(whole / "out")["joint"]["weights"]
 
 
 def test_downloads_and_dry_runs_and_damaged_journals(place, models, text, whole, capsys):
@@ -300,7 +300,7 @@ def test_downloads_and_dry_runs_and_damaged_journals(place, models, text, whole,
     lines = path.read_text().splitlines()
     step = next(number for number, line in enumerate(lines) if '"kind": "step"' in line)
     broken = json.loads(lines[step])
-    broken["shares"][0] = [0.5]
+    broken["weights"][0] = [0.5]
     path.write_text("\n".join([*lines[:step], json.dumps(broken), *lines[step + 1 :]]) + "\n")
     assert searched(place, models, text, "--resume", held_out=0.3) == 2
     assert f"line {step + 1} is damaged" in capsys.readouterr().err

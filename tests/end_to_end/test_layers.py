@@ -32,7 +32,7 @@ def by_weights(recipe, weights):
         place = 3 if decision["layer"] is None else decision["layer"]
         parts[place] = [share * (1 - decision["ratio"]) for share in parts[place]]
         parts[place][decision["candidate"]] += decision["ratio"]
-    for place, row in enumerate(recipe.get("joint", {}).get("shares", [])):
+    for place, row in enumerate(recipe.get("joint", {}).get("weights", [])):
         parts[place] = [1 - sum(row), *row]
         parts[4] = parts[3]
     shares = zip(("base", "one", "two"), np.average(parts, axis=0, weights=weights), strict=True)
@@ -46,7 +46,7 @@ def test_nothing_but_these_layers_changes(place, models, text, search, headers):
     recipe, own = recipe_of(place / "out"), load_file(models[0] / "model.safetensors")
     assert recipe["settings"]["layers"] == [0, 2]
     if search == "joint":
-        shares = recipe["joint"]["shares"]
+        shares = recipe["joint"]["weights"]
         assert len(shares) == 3 + headers and shares[1] == [0.0, 0.0] and any(map(any, shares))
         for rows in (recipe["joint"]["start"], recipe["joint"]["slopes"]["total"]):
             assert rows[1] == [0.0, 0.0] and any(rows[0]) and any(rows[2])

@@ -24,7 +24,7 @@ ONCE = [(1, 0, 0.3), (2, 2, 0.85), (1, None, 0.6)]
 AGAIN = [(1, 0, 0.3), (1, 0, 0.5), (1, 1, 1.0), (1, None, 0.2), (2, 0, 0.45), (2, 2, 0.7), (2, None, 0.35)]
 ON_LAYERS = [(1, 0, 0.3), (2, 0, 0.5), (2, 2, 0.7)]
 SHARES = [[0.3, 0.2], [0.9, 0.75], [0.0, 0.0], [0.45, 0.05]]  # in the second layer the base has less than nothing
-MERGES = {"once": ONCE, "again": AGAIN, "layers": ON_LAYERS, "shares": SHARES, "rows": SHARES[:3], "nothing": []}
+MERGES = {"once": ONCE, "again": AGAIN, "layers": ON_LAYERS, "weights": SHARES, "rows": SHARES[:3], "nothing": []}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def told(recipe, merges):
     """The recipe as if these had been the search's decisions, or the shares that it found."""
     one = recipe["decisions"][0]
     if any(isinstance(row, list) for row in merges):
-        joint = {"start": merges, "slopes": {"total": merges}, "shares": merges}
+        joint = {"start": merges, "slopes": {"total": merges}, "weights": merges}
         return recipe | {"decisions": [], "joint": joint}
     return recipe | {
         "decisions": [one | {"candidate": number, "layer": layer, "ratio": ratio} for number, layer, ratio in merges]
@@ -127,7 +127,7 @@ def test_the_file_says_what_was_merged(place, opened, dtype, tied, merges):
     assert len(documents) == {"again": 3, "layers": 2}.get(merges, 1)
     assert all(one["dtype"] == "float32" and one["out_dtype"] == dtype for one in documents)
     assert file.read_text().startswith("# mergekit-multi" if len(documents) > 1 else "# mergekit-yaml")
-    if merges == "shares":
+    if merges == "weights":
         assert documents[0]["slices"][1]["sources"][0]["parameters"]["weight"] == pytest.approx(-0.65)
 
 

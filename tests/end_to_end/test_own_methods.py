@@ -36,12 +36,12 @@ def test_a_method_and_a_strategy_of_ones_own(place, capsys, own_names):
     """They are configured by name, checked, merged with, recorded with their share, and replayed."""
     STRATEGIES["always"] = "the trial with the highest total, come what may"
 
-    @merge_method("average", "half of each, whatever is configured", ratios=(1.0,), recorded_share=0.5)
+    @merge_method("average", "half of each, whatever is configured", ratios=(1.0,), recorded_weight=0.5)
     def average(base, other, ratio, out):
         out.copy_((base.float() + other.float()) / 2)
 
     @column_method("odd", "every other column is the candidate's")
-    def odd_shares(width, ratio):
+    def odd_weights(width, ratio):
         return (torch.arange(width) % 2).float()
 
     @strategy("always")

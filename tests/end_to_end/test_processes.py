@@ -201,7 +201,7 @@ def test_several_processes_make_the_steps_of_one(tmp_path, models):
     assert result.returncode == 0, result.stderr
     recipes = [tmp_path / name / "out/merge_monster_recipe.json" for name in ("one", "two")]
     one, two = (json.loads(recipe.read_text())["joint"] for recipe in recipes)
-    assert one["shares"] == two["shares"] and any(map(any, one["shares"]))
+    assert one["weights"] == two["weights"] and any(map(any, one["weights"]))
     for before, after in zip(one["steps"], two["steps"], strict=True):
         assert after["total"] == pytest.approx(before["total"], rel=1e-5)
         assert after["trial_kl"] == pytest.approx(before["trial_kl"], rel=1e-3)

@@ -235,12 +235,12 @@ def naive_merge(method, a, b, t, tensor=""):
     if a.dim() == 1:
         return a.to(kind)
     result = a.clone()
-    for column, share in enumerate(naive_shares(method, a.shape[1], t)):
+    for column, share in enumerate(naive_weights(method, a.shape[1], t)):
         result[:, column] = (1 - share) * a[:, column] + share * b[:, column]
     return result.to(kind)
 
 
-def naive_shares(method, width, t):
+def naive_weights(method, width, t):
     """The other model's share of each column, written as the description is: piece by piece."""
     c, e = int(width * (1 - t)), int(0.05 * width)
     if method == "gradient":

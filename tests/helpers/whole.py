@@ -59,7 +59,7 @@ class Merged:
         return [(what, kind == "CHANGED", float(total)) for what, kind, total in re.findall(pattern, self.output)]
 
     @property
-    def shares(self):
+    def weights(self):
         """The composition behind every decision, as printed."""
         return [
             [float(share) for share in re.findall(r"\[([\d.]+), '", line)]

@@ -6,21 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import METHOD_TEXTS, naive_merge, naive_shares
+from reference import METHOD_TEXTS, naive_merge, naive_weights
 
 from modules.merging.methods import (
     METHODS,
-    cyclic_shares,
-    gradient_shares,
+    cyclic_weights,
+    gradient_weights,
     merge,
     parsed,
     ratios_for,
     seeded,
-    slice_shares,
+    slice_weights,
     spelled,
 )
 
-SHARES = {"slice": slice_shares, "cyclic": cyclic_shares, "gradient": gradient_shares}
+SHARES = {"slice": slice_weights, "cyclic": cyclic_weights, "gradient": gradient_weights}
 
 
 def tensors(shape, dtype=torch.float32, seed=0):
@@ -58,20 +58,20 @@ def test_equals_the_naive_twin(method, shape, ratio, seed):
 @pytest.mark.parametrize("width", [1, 3, 19, 20, 40, 64, 1000])
 def test_column_shares_are_the_closed_form(method, width):
     for ratio in (0.0, 0.2, 0.25, 0.4, 0.45, 0.65, 0.85, 1.0):
-        expected = torch.tensor(naive_shares(method, width, ratio), dtype=torch.float32)
+        expected = torch.tensor(naive_weights(method, width, ratio), dtype=torch.float32)
         torch.testing.assert_close(SHARES[method](width, ratio), expected, atol=1e-6, rtol=0)
 
 
 def test_slice_of_forty_columns_at_a_half_by_hand():
     # c = 20, e = 2: a in columns 0..17, shares 0, 1/4, 2/4, 3/4 in 18..21, b from 22 on.
-    assert slice_shares(40, 0.5).tolist() == [0.0] * 18 + [0.0, 0.25, 0.5, 0.75] + [1.0] * 18
+    assert slice_weights(40, 0.5).tolist() == [0.0] * 18 + [0.0, 0.25, 0.5, 0.75] + [1.0] * 18
 
 
 def test_cyclic_of_forty_columns_by_hand():
     # t = 0.65: c = 14, e = 2: blend 12..15, four columns of b 16..19, blend back 20..23.
     blend = [0.0, 0.25, 0.5, 0.75]
     back = [1.0, 0.75, 0.5, 0.25]
-    assert cyclic_shares(40, 0.65).tolist() == [0.0] * 12 + blend + [1.0] * 4 + back + [0.0] * 16
+    assert cyclic_weights(40, 0.65).tolist() == [0.0] * 12 + blend + [1.0] * 4 + back + [0.0] * 16
 
 
 def test_ends_give_the_models_themselves():

@@ -171,7 +171,7 @@ def test_a_joint_search_is_told_by_its_steps(recipe):
     joint = copy.deepcopy(recipe) | {"decisions": [], "composition": {"one": 1.35, "base": -0.35}}
     for steps in (1, 25):
         joint["joint"] = {
-            "shares": shares,
+            "weights": shares,
             "start": shares,
             "slopes": {"total": shares},
             "steps": [{"step": number, **step} for number in range(1, steps + 1)],

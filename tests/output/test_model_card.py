@@ -210,7 +210,7 @@ def as_joint(recipe, shares, steps=25, **settings):
     one, two = (sum(column) / len(shares) for column in zip(*shares, strict=True))
     composition = {"two": two, "one": one, "base": 1 - one - two}
     steps = [{"total": 1.0, "seconds": 0.1}] * steps
-    joint = {"start": shares, "slopes": {"total": shares}, "shares": shares, "steps": steps}
+    joint = {"start": shares, "slopes": {"total": shares}, "weights": shares, "steps": steps}
     settings = {**recipe["settings"], "search": "joint", **settings}
     return {**recipe, "decisions": [], "joint": joint, "composition": composition, "settings": settings}
 

@@ -26,7 +26,7 @@ from runs import sizes
 
 import merge_monster
 from modules.config.schema import Config, Directories
-from modules.merging.methods import cyclic_shares, gradient_shares, ratios_for, slice_shares
+from modules.merging.methods import cyclic_weights, gradient_weights, ratios_for, slice_weights
 from modules.output import plots
 from modules.output.recipe import Recipe, read_recipe
 from modules.output.style import BETTER, SAME, WORSE, drawing, save_figure
@@ -116,7 +116,7 @@ def joint(layers=4, candidates=2, headers=True, scale=0.01):
         "trial_kl": rows(lambda: rng.gauss(0, 1) * scale / 10),
     }
     settings = Config(Directories("base", ""), search="joint", merge_headers=headers)
-    return made_up(names, settings=settings, joint={"start": shares, "slopes": slopes, "shares": shares, "steps": []})
+    return made_up(names, settings=settings, joint={"start": shares, "slopes": slopes, "weights": shares, "steps": []})
 
 
 def make_pair(kind="BAD", phrase="a whisper", context="His voice was barely above", before=0.5, after=0.1):
@@ -153,7 +153,7 @@ def test_the_merge_map_of_a_greedy_search(layers, candidates):
     recipe = greedy(layers, candidates)
     figure = plots.merge_map_figure(recipe)
     shares, totals = figure.axes[:2]
-    expected = [shares_by_hand(recipe, layer) for layer in [*range(layers), None]]
+    expected = [weights_by_hand(recipe, layer) for layer in [*range(layers), None]]
     assert np.array(cells(shares)) == pytest.approx(np.array(expected))
     assert [label.partition(":")[0] for label in labels_of(shares.yaxis)] == [
         "base",
@@ -171,7 +171,7 @@ def test_the_merge_map_of_a_greedy_search(layers, candidates):
     assert_nothing_is_cut_off(figure)
 
 
-def shares_by_hand(recipe, layer):
+def weights_by_hand(recipe, layer):
     """The shares of all models in a layer, by the rule alone."""
     shares = [1.0] + [0.0] * (len(recipe.sources) - 1)
     for line in recipe.decisions:
@@ -187,7 +187,7 @@ def test_the_merge_map_of_a_joint_search(layers, candidates, headers):
     recipe = joint(layers, candidates, headers)
     figure = plots.merge_map_figure(recipe)
     shares, total, drift = figure.axes[:3]
-    expected = [[1 - math.fsum(row), *row] for row in recipe.joint.shares]
+    expected = [[1 - math.fsum(row), *row] for row in recipe.joint.weights]
     assert np.array(cells(shares)) == pytest.approx(np.array(expected))
     numbers = [text.get_text() for text in shares.texts]
     assert numbers == [f"{round(value, 2) + 0.0:.2f}" for model in zip(*expected, strict=True) for value in model]
@@ -409,7 +409,7 @@ def test_the_picture_of_a_path(make_images, method):
 
 
 @pytest.mark.parametrize(
-    "method, shares", [("slice", slice_shares), ("cyclic", cyclic_shares), ("gradient", gradient_shares)]
+    "method, shares", [("slice", slice_weights), ("cyclic", cyclic_weights), ("gradient", gradient_weights)]
 )
 def test_the_picture_of_columns(make_images, method, shares):
     figure = make_images.columns_figure(method)

@@ -97,8 +97,8 @@ def test_no_digit_of_a_probability_below_its_rounding_is_shown():
 
 @pytest.mark.parametrize("method, share", [("lerp", 0.3), ("slice", 0.3), ("cyclic", 0.15), ("gradient", 0.45)])
 def test_the_share_that_the_composition_records(method, share):
-    assert decision(method=method, ratio=0.3).share == share
-    assert decision(method=method, ratio=None).share == 0.0
+    assert decision(method=method, ratio=0.3).weight == share
+    assert decision(method=method, ratio=None).weight == 0.0
 
 
 def test_the_phrase_table_before_the_first_merge():

@@ -16,17 +16,17 @@ from modules.scoring.budget import Budget
 from modules.scoring.drift import DriftMeter, full_passage
 from modules.scoring.gradient import GradientPass
 from modules.scoring.objective import Objective, Penalty
-from modules.search.joint import Joint, JointState, first_shares, largest_factor, moved, rounded, step_size
+from modules.search.joint import Joint, JointState, first_weights, largest_factor, moved, rounded, step_size
 
 
 def walked(gradient, start, steps, size=0.08):
     """Shares behind so many steps along a gradient that is a function of all shares."""
     state = JointState.at(start)
     for step in range(1, steps + 1):
-        slopes = gradient(state.shares)
+        slopes = gradient(state.weights)
         rows = [moved(state, row, slopes[row], step_size(step, steps, size)) for row in range(len(start))]
         state = JointState(step, *zip(*rows, strict=True))
-    return state.shares
+    return state.weights
 
 
 @pytest.mark.parametrize("start", [0.02, 0.98])
@@ -62,8 +62,8 @@ def test_a_step_is_that_of_adam():
 
 
 def test_where_steps_begin():
-    assert first_shares(2, [1.0, 1.5, 1.0]) == ((0.02, 0.02),) * 2  # of equals the base
-    assert first_shares(3, [1.0, 1.5, 0.9]) == ((0.0, 0.98),) * 3
+    assert first_weights(2, [1.0, 1.5, 1.0]) == ((0.02, 0.02),) * 2  # of equals the base
+    assert first_weights(3, [1.0, 1.5, 0.9]) == ((0.0, 0.98),) * 3
     assert [round(step_size(step, 3, 0.08), 6) for step in (1, 2, 3)] == [0.08, 0.044, 0.008]
     assert step_size(1, 1, 0.08) == 0.08
 
@@ -105,7 +105,7 @@ def test_gone_on_with_after_any_step_it_gives_the_same_bits(llama, compute):
         before = json.dumps(asdict(state))
         state, value = joint.step(state)
         passed.append((before, state, value, bits(one)))
-    assert state.step == 4 and len({row for _, after, *_ in passed for row in after.shares}) > 4
+    assert state.step == 4 and len({row for _, after, *_ in passed for row in after.weights}) > 4
     for before, after, value, weights in passed:
         again = mixed(*llama, compute=compute, budget=Budget(tokens=20))
         other, stored = Joint(again.mix, again.objective, 4), JointState.of(json.loads(before))
@@ -125,7 +125,7 @@ def test_the_objective_falls(llama):
         values.append(value.objective)
     last = joint.value().objective
     assert last < min(values) and last < at_base and values[0] == pytest.approx(at_base, rel=0.1)
-    one.mix.compose(rounded(state.shares), exact=True)
+    one.mix.compose(rounded(state.weights), exact=True)
     value = joint.value()
     assert value.objective == pytest.approx(last, rel=0.02)
     assert value.log_probabilities == pytest.approx(one.scorer.score(), rel=1e-5)
@@ -207,7 +207,7 @@ def three_steps(one, group):
 def test_several_processes_find_what_one_finds(llama, processes):
     (state, value), found = in_processes(llama, processes, three_steps)
     assert all(one == found[0] for one in found)
-    for row, other in zip(found[0][0].shares, state.shares, strict=True):
+    for row, other in zip(found[0][0].weights, state.weights, strict=True):
         assert row == pytest.approx(other, abs=1e-6)
     assert found[0][1].log_probabilities == pytest.approx(value.log_probabilities, rel=1e-9)
     assert found[0][1].objective == pytest.approx(value.objective, rel=1e-9)
@@ -241,7 +241,7 @@ def test_what_fails_in_one_process_fails_in_all(llama, monkeypatch, failure, els
     (expected, _), found = in_processes(llama, 2, work)
     assert len(failures) == 1 and {kind for kind, _ in found} == {type(failure), elsewhere}
     for _, state in found:
-        for row, other in zip(state.shares, expected.shares, strict=True):
+        for row, other in zip(state.weights, expected.weights, strict=True):
             assert row == pytest.approx(other, abs=1e-6)
 
 

@@ -124,7 +124,7 @@ def test_a_header_that_cannot_be_matched_is_left_out(tmp_path):
     tiny.rewritten_tokenizer(tokenizer, None, names).save_pretrained(folders[0])
     one = mixed(base, folders)
     assert "shares only" in one.mix.notes[0]
-    assert one.mix.header_shares([[0.5, 0.5]]) == [0.0, 0.5]
+    assert one.mix.header_weights([[0.5, 0.5]]) == [0.0, 0.5]
     with mixes.InDouble():
         one.mix.compose([[1.0, 0.0]] * one.mix.rows)
     state, theirs, ours = (one.model.module.state_dict(), load_file(folders[0] / FILE), load_file(base / FILE))

@@ -68,7 +68,7 @@ class Both:
         part.changes_in(found)
         part.install(found)
 
-    def agree_on_shares(self, shares, name="ours"):
+    def agree_on_weights(self, shares, name="ours"):
         ours, whole = self.rebuild(), self.whole()
         outside = len(shares) > len(whole.layers)
         ours.mix(self.models.candidates, shares)
@@ -108,7 +108,7 @@ def test_every_architecture(tmp_path, name, compute):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_shares_in_every_architecture(tmp_path, name):
     made = mixes.make(tmp_path, configuration(name, len(tiny.bpe_tokenizer())))
-    assert Both(tmp_path, *made).agree_on_shares([[0.3, 0.2], [0.0, 0.7], [0.4, 0.05]])
+    assert Both(tmp_path, *made).agree_on_weights([[0.3, 0.2], [0.0, 0.7], [0.4, 0.05]])
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_header_by_ranges_of_few_rows(tmp_path, llamas, monkeypatch):
 def test_shares_of_a_header_by_ranges_of_few_rows(tmp_path, llamas, monkeypatch):
     monkeypatch.setattr(modules.search.rebuild, "ROOM", 4 * 32 * 30)
     monkeypatch.setattr(modules.model.part, "ROWS", 4 * 32 * 64)
-    changed = Both(tmp_path, *llamas).agree_on_shares([[0.0, 0.0], [0.5, 0.0], [0.0, 0.0], [0.2, 0.9]])
+    changed = Both(tmp_path, *llamas).agree_on_weights([[0.0, 0.0], [0.5, 0.0], [0.0, 0.0], [0.2, 0.9]])
     assert {name for name in changed if "layers" not in name} == {
         "lm_head.weight",
         "model.embed_tokens.weight",
@@ -145,7 +145,7 @@ def test_shares_of_a_header_by_ranges_of_few_rows(tmp_path, llamas, monkeypatch)
 
 
 def test_shares_without_a_row_for_all_else(tmp_path, llamas):
-    changed = Both(tmp_path, *llamas).agree_on_shares([[0.0, 0.1], [0.5, 0.0], [0.0, 0.0]])
+    changed = Both(tmp_path, *llamas).agree_on_weights([[0.0, 0.1], [0.5, 0.0], [0.0, 0.0]])
     assert {name.split(".")[2] for name in changed} == {"0", "1"}
 
 
@@ -154,7 +154,7 @@ def test_rows_at_other_places(tmp_path, monkeypatch):
     base, folders = mixes.with_rows_elsewhere(tmp_path)
     both = Both(tmp_path, base, folders)
     assert both.agree_on([(0, None, "lerp", 0.5), (1, None, "lerp", 0.4)])
-    assert both.agree_on_shares([[0.0, 0.0]] * 3 + [[0.3, 0.4]], "mixed")
+    assert both.agree_on_weights([[0.0, 0.0]] * 3 + [[0.3, 0.4]], "mixed")
 
 
 @pytest.mark.parametrize("twice, compute", [("once", "float32"), ("twice", "bfloat16"), ("differently", "bfloat16")])
@@ -200,7 +200,7 @@ def test_a_zero_keeps_its_sign_where_nothing_is_merged(tmp_path, monkeypatch):
     both = Both(tmp_path, base, folders)
     assert "model.embed_tokens.weight" in both.agree_on([(0, None, "lerp", 0.3)])
     assert load_file(tmp_path / "ours" / FILE)["model.embed_tokens.weight"][:95].signbit().all()
-    both.agree_on_shares([[0.0, 0.0]] * 3 + [[0.3, 0.4]], "mixed")
+    both.agree_on_weights([[0.0, 0.0]] * 3 + [[0.3, 0.4]], "mixed")
     assert load_file(tmp_path / "mixed" / FILE)["model.embed_tokens.weight"][:95].signbit().all()
 
 

@@ -19,7 +19,7 @@ from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config.choices import STRATEGIES
 from modules.config.load import load_config
 from modules.config.phrase_lists import Pair
-from modules.merging.methods import slice_shares
+from modules.merging.methods import slice_weights
 from modules.model.loading import load_model
 from modules.scoring.budget import Budget
 from modules.scoring.layout import build_scorer
@@ -190,7 +190,7 @@ def test_experts_stored_input_first_are_merged_along_their_inputs(tmp_path):
     theirs = {key: tensor + 1 for key, tensor in part.tensors.items()}
     merged = mix(part, "slice", theirs, 0.5, part.space())
     share = (merged[name] - part.tensors[name]).mean((0, 2))  # per input feature
-    torch.testing.assert_close(share, slice_shares(32, 0.5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(share, slice_weights(32, 0.5), atol=1e-5, rtol=0)
     bias = name + "_bias"
     assert torch.equal(merged[bias], part.tensors[bias])
 

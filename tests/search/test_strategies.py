@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from modules.search.decision import composition_of, mixed_shares, shares_of
+from modules.search.decision import composition_of, mixed_weights, weights_of
 from modules.search.strategies import Limits, State, choose, probability, scores, total
 
 NOW = [0.4, 0.3, -0.2]
@@ -73,20 +73,20 @@ def test_an_unknown_strategy_is_refused():
 
 
 def test_each_merge_scales_the_earlier_ones():
-    assert shares_of([(1.0, "base"), (0.5, "a"), (0.2, "b")]) == pytest.approx({"base": 0.4, "a": 0.4, "b": 0.2})
-    assert shares_of([(1.0, "base"), (0.5, "a"), (0.5, "a")]) == pytest.approx({"base": 0.25, "a": 0.75})
+    assert weights_of([(1.0, "base"), (0.5, "a"), (0.2, "b")]) == pytest.approx({"base": 0.4, "a": 0.4, "b": 0.2})
+    assert weights_of([(1.0, "base"), (0.5, "a"), (0.5, "a")]) == pytest.approx({"base": 0.25, "a": 0.75})
 
 
 def test_a_part_counts_in_the_composition_by_its_weights():
     parts = [(100, [(1.0, "base"), (0.6, "a")]), (100, [(1.0, "base")]), (800, [(1.0, "base"), (1.0, "b")])]
-    shares = composition_of((size, shares_of(merges)) for size, merges in parts)
+    shares = composition_of((size, weights_of(merges)) for size, merges in parts)
     assert shares == pytest.approx({"b": 0.8, "base": 0.14, "a": 0.06})
     assert list(shares) == ["b", "base", "a"]
 
 
 def test_what_the_candidates_leave_is_the_base_s():
-    assert mixed_shares("base", ["a", "b"], [0.9, 0.75]) == pytest.approx({"base": -0.65, "a": 0.9, "b": 0.75})
-    assert mixed_shares("base", ["a", "a"], [0.25, 0.75]) == {"base": 0.0, "a": 1.0}
+    assert mixed_weights("base", ["a", "b"], [0.9, 0.75]) == pytest.approx({"base": -0.65, "a": 0.9, "b": 0.75})
+    assert mixed_weights("base", ["a", "a"], [0.25, 0.75]) == {"base": 0.0, "a": 1.0}
 
 
 def test_a_total_too_large_for_a_number_never_wins():
