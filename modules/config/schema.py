@@ -103,10 +103,10 @@ class Learn(Section):
     pairs: kinds.CountFromOne = 16
     """Pairs of phrase and context per step."""
     texts: kinds.AnyPath | None = None
-    """A file that --discover keeps in samples: every place in it where a listed phrase stands teaches too, and drift is
-    measured on its texts."""
-    drift_tokens: kinds.CountFromOne = 512
-    """Tokens of neutral text, and of the base's own answers, on which a step compares the adapter with the base."""
+    """A file that --discover keeps in samples: more answers to learn from, and to stay near."""
+    drift_tokens: kinds.CountFromOne = 1024
+    """Tokens per step on which the adapter is compared with the base: a quarter neutral text, the rest its own answers.
+    Listed phrases in those answers teach, too."""
 
 
 @dataclass(frozen=True)

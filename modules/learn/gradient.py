@@ -2,15 +2,16 @@
 
 Knows: packs of phrases, passages of text, autograd. Refuses to know: which pairs come when, what a gradient is for.
 
-    loss = sum over pairs of weight * p  +  sum over texts of drift weight / texts * mean KL(base, now)
+    loss = sum over pairs and places of weight * p  +  sum over texts of drift weight / texts * mean KL(base, now)
 
 Packs and passages go through the model one at a time, and their gradients are summed. Of a layer nothing is kept but
 what enters it, and of logits nothing at all: the rest is computed again in the backward pass.
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,11 +35,27 @@ Made = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
+class Place:
+    """A listed phrase in a passage, which teaches as its pair does: one forward gives its probability and the drift."""
+
+    pair: int  # the number of the pair whose phrase it is
+    first: int  # of its tokens in the passage
+    end: int  # behind the last of them
+
+
+@dataclass(frozen=True)
 class DriftText:
-    """Text on which the model is to say what the base says."""
+    """Text on which the model is to say what the base says, but for some places in it."""
 
     name: str
     passages: Sequence[Passage]
+    places: Mapping[int, Sequence[Place]] = field(default_factory=dict)  # by number of the passage
+    part: float = 1.0  # of the tokens that a step compares
+
+    @property
+    def taught(self) -> int:
+        """How many places there are."""
+        return sum(map(len, self.places.values()))
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Loss:
     """A loss and what it is made of."""
 
     loss: float
-    total: float  # of all pairs, as those say that were looked at
+    total: float  # of all pairs and places, as those say that were looked at
     drift: Mapping[str, float]  # by text, mean KL(base, now) in nats per token
 
 
@@ -64,14 +81,16 @@ class LearningObjective:
         texts: Sequence[DriftText] = (),
         drift_weight: float = 0.0,
     ) -> None:
-        """encoded: all pairs, with all variants. weights: of the pairs, good phrases negative. layout: of packs.
-        drift_weight: what a nat adds to the loss; every text has an equal part of it."""
+        """encoded: all pairs, with all variants. weights: of the pairs, good phrases negative; pairs and places
+        together weigh as much as the pairs would alone. layout: of packs. drift_weight: what a nat adds to the loss;
+        every text has an equal part of it."""
         self.model = model
         self.adapter = adapter
         self.layout = layout
         self.budget = budget
         self.pairs = by_pair(encoded, encoded)
-        self.weights = list(weights)
+        factor = _factor(weights, texts)
+        self.weights = [factor * weight for weight in weights]
         self.texts = texts
         self.drift_weight = drift_weight
         self._dtype = torch.promote_types(torch.float32, model.dtype)  # of logits
@@ -87,7 +106,10 @@ class LearningObjective:
         sums = [torch.zeros_like(weight) for weight in self.adapter.weights.values()]
         total = self._add_pairs(sums, pairs)
         chosen = list(zip(self.texts, passages, strict=True))
-        drift = {text.name: self._add_drift(sums, text, numbers) for text, numbers in chosen}
+        drift: dict[str, float] = {}
+        for text, numbers in chosen:
+            of_places, drift[text.name] = self._add_text(sums, text, numbers)
+            total += of_places
         loss = total + self.drift_weight * math.fsum(drift.values()) / max(1, len(drift))
         return sums, Loss(loss, total, drift)
 
@@ -95,7 +117,7 @@ class LearningObjective:
     def drift(self, text: DriftText, numbers: Sequence[int]) -> float:
         """Mean KL(base, now) on some passages of a text, in nats per token."""
         passages = [text.passages[number] for number in numbers]
-        return math.fsum(float(self._divergence(passage)) for passage in passages) / compared_tokens(passages)
+        return math.fsum(float(self._measured(passage)[0]) for passage in passages) / compared_tokens(passages)
 
     def _add_pairs(self, sums: list[Tensor], numbers: Sequence[int]) -> float:
         """Add the gradient of the pairs' total; the total."""
@@ -121,38 +143,55 @@ class LearningObjective:
         present = said.new_zeros(len(weights)).index_fill(0, targets.pairs, 1.0)
         return present * said.new_tensor(weights) * places.sum(-1).exp()
 
-    def _add_drift(self, sums: list[Tensor], text: DriftText, numbers: Sequence[int]) -> float:
-        """Add the gradient of a text's part of the loss; mean KL(base, now) on these passages of it."""
-        passages = [text.passages[number] for number in numbers]
-        found = 0.0
-        positions = compared_tokens(passages)
+    def _add_text(self, sums: list[Tensor], text: DriftText, numbers: Sequence[int]) -> tuple[float, float]:
+        """Add the gradient of a text's part of the loss. The total of its places, as those in the passages of these
+        numbers say, and mean KL(base, now) on the passages."""
+        positions = compared_tokens([text.passages[number] for number in numbers])
         unit = self.drift_weight / len(self.texts) / positions
-        for passage in passages:
-            divergence = self._divergence(passage)
-            self._add(sums, unit * divergence, unit)
-            found += float(divergence.detach())
-        return found / positions
+        scale = len(text.passages) / len(numbers)
+        drift = 0.0
+        total = 0.0
+        for number in numbers:
+            places = text.places.get(number, ())
+            divergence, probabilities = self._measured(text.passages[number], places)
+            scores = probabilities * probabilities.new_tensor([scale * self.weights[place.pair] for place in places])
+            largest = float(scores.detach().abs().max()) if places else 0.0
+            self._add(sums, unit * divergence + scores.sum(), max(unit, largest))
+            drift += float(divergence.detach())
+            total += float(scores.detach().sum())
+        return total, drift / positions
 
-    def _divergence(self, passage: Passage) -> Tensor:
-        """KL(base, now), summed over the positions that are compared."""
+    def _measured(self, passage: Passage, places: Sequence[Place] = ()) -> tuple[Tensor, Tensor]:
+        """KL(base, now), summed over the positions that are compared, and the probability of each place's phrase,
+        (places,)."""
         ids = torch.tensor([passage.tokens], device=self.model.device)
-        columns = torch.tensor(passage.compared, device=self.model.device).nonzero()[:, 0]
+        compared = torch.tensor(passage.compared, device=self.model.device)
+        is_read = compared.clone()
+        for place in places:
+            is_read[place.first - 1 : place.end - 1] = True
+        columns = is_read.nonzero()[:, 0]
         arguments = partial(dict, input_ids=ids)
         if passage not in self._before:
             with torch.no_grad(), self.adapter.off():
                 self._before[passage] = last_states(self.model, arguments(), {}).cpu()
         before = self._before[passage].to(self.model.device)
+        following = ids[0].roll(-1)
 
-        def divergence(logits: Tensor, first: int) -> Tensor:
+        def measure(logits: Tensor, first: int) -> Tensor:
             part = columns[first : first + logits.shape[1]]
             with torch.no_grad():
                 was = self._logits(arguments, before, part).log_softmax(-1)
-            shares = was.exp()
+            expected = was.exp()
             now = logits.log_softmax(-1)
-            # A token that neither can say has no share; its difference is no number.
-            return torch.where(shares > 0, shares * (was - now), 0.0).sum()
+            # A token that neither can say has no probability; its difference is no number.
+            apart = torch.where(expected > 0, expected * (was - now), 0.0).sum(-1)
+            said = now.gather(-1, following[part][None, :, None])[..., 0]
+            return torch.cat([torch.where(compared[part], apart, 0.0), said])
 
-        return torch.stack(self._read(arguments, columns, divergence)).sum()
+        divergences, said = torch.cat(self._read(arguments, columns, measure), dim=1)
+        said = torch.zeros_like(ids[0], dtype=said.dtype).index_put((columns,), said)
+        phrases = [said[place.first - 1 : place.end - 1].sum().exp() for place in places]
+        return divergences.sum(), torch.stack(phrases) if phrases else said[:0]
 
     def _read(self, arguments: Inputs, columns: Tensor, made: Made) -> list[Tensor]:
         """What is made of the logits at some columns of a text, a few columns at a time."""
@@ -180,6 +219,16 @@ class LearningObjective:
         for own, gradient in zip(sums, torch.autograd.grad(power * loss, weights, allow_unused=True), strict=True):
             if gradient is not None:
                 own += gradient / power
+
+
+def _factor(weights: Sequence[float], texts: Sequence[DriftText]) -> float:
+    """Makes pairs and places together weigh what the pairs would alone."""
+    of_pairs = sum(map(abs, weights))
+    of_places = 0.0
+    for text in texts:
+        for places in text.places.values():
+            of_places += sum(abs(weights[place.pair]) for place in places)
+    return of_pairs / max(of_pairs + of_places, sys.float_info.min)
 
 
 def _recomputed(forward: Forward, *args: Any, **kwargs: Any) -> Any:

@@ -1,39 +1,34 @@
 """Texts that the base wrote to prompts and --discover keeps: more contexts to teach, and more text to stay near.
 
-Knows: the file's form, which places of a text may teach. Refuses to know: how texts are generated, how weights are
-learned.
+Knows: the file's form, where listed phrases stand in answers, which of them may teach. Refuses to know: how texts are
+generated, how weights are learned.
 """
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from modules.config.phrase_lists import Pair
+from modules.learn.gradient import DriftText, Place
 from modules.metrics.own_answers import Answer
+from modules.metrics.texts import answer_passages, decoded
 from modules.model.base_model import ResidentModel
 from modules.runtime.errors import ConfigError, first_line
 from modules.runtime.input_files import open_input
-from modules.runtime.text import shortened
 from modules.scoring.chats import Asked
+from modules.scoring.drift import Passage
 from modules.scoring.samples import Written
-from modules.scoring.tokenization import Encoded, encode_pair, encode_prompt
+from modules.scoring.tokenization import encode_prompt
 
 Texts = Mapping[str, Sequence[str]]  # by prompt
 _LINE = TypeAdapter(dict[str, list[str]])
 NEARLY_LONGEST = 0.9  # of the longest text's tokens: a shorter one has ended by itself
-
-
-@dataclass(frozen=True)
-class Place:
-    """A phrase in a text of the base, as a pair that teaches."""
-
-    pair: int  # whose phrase it is
-    encoded: Encoded
 
 
 def read_kept_texts(file: str) -> Texts:
@@ -76,44 +71,50 @@ def _with_end(tokenizer: Any, answer: Answer, longest: int) -> Answer:
     return replace(answer, written=Written((*tokens, tokenizer.eos_token_id), ended=True))
 
 
-def places_in(
-    model: ResidentModel,
+def taught_by(
     tokenizer: Any,
-    texts: Texts,
-    asked: Asked,
+    answers: Sequence[Answer],
     pairs: Sequence[Pair],
     held_out: Sequence[Pair],
-) -> list[Place]:
-    """Every place in the texts where a phrase of the pairs stands, but for answers to prompts in which that phrase is
-    held out."""
+    longest: int | None,
+) -> DriftText:
+    """The base's answers as text to stay near, and the places in them that teach. longest: what the model takes."""
+    passages: list[Passage] = []
+    places: dict[int, list[Place]] = {}
+    for answer, of_answer in zip(answers, places_in(tokenizer, answers, pairs, held_out), strict=True):
+        found = answer_passages(tokenizer, [answer], (*pairs, *held_out), longest)
+        if found and of_answer:
+            places[len(passages)] = of_answer
+        passages += found
+    return DriftText("own answers", passages, places)
+
+
+def places_in(
+    tokenizer: Any, answers: Sequence[Answer], pairs: Sequence[Pair], held_out: Sequence[Pair]
+) -> list[list[Place]]:
+    """Of each answer, the places in it where a phrase of the pairs stands; but not where that phrase is held out in
+    answers to the same prompt. Tokens are counted from the beginning of the prompt."""
     first_pair: dict[str, int] = {}
     for number, pair in enumerate(pairs):
         for variant in pair.each:
             first_pair.setdefault(variant.phrase.strip().lower(), number)
     excluded = {(pair.phrase, pair.chat.messages[-1].content) for pair in held_out if pair.chat}
     in_order = sorted(filter(None, first_pair), key=len, reverse=True)  # where several begin, the longest counts
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, in_order))})(?!\w)", re.IGNORECASE)
-    places = []
-    for prompt, of_prompt in texts.items():
-        begin = asked.texts.get(prompt, f"{prompt} ")
-        for text in of_prompt:
-            for match in pattern.finditer(text) if in_order else ():
-                number = first_pair[match[0].lower()]
-                if (pairs[number].phrase, prompt) in excluded:
-                    continue
-                context = begin + text[: match.start()]
-                encoded = encode_pair(tokenizer, context, match[0], special=prompt not in asked.texts)
-                if _is_taken(model, encoded):
-                    what = f"'{match[0]}' in an answer to '{shortened(prompt)}'"
-                    places.append(Place(number, replace(encoded, pair=what)))
-    return places
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, in_order)) or '(?!)'})(?!\w)", re.IGNORECASE)
+    found = []
+    for answer in answers:
+        text, ends = decoded(tokenizer, answer.written.tokens)
+        begin = len(answer.given)
+        places = []
+        for match in pattern.finditer(text):
+            pair = first_pair[match[0].lower()]
+            if (pairs[pair].phrase, answer.prompt) not in excluded:
+                first = bisect_right(ends, match.start())
+                end = bisect_left(ends, match.end()) + 1
+                places.append(Place(pair, begin + first, begin + end))
+        found.append(places)
+    return found
 
 
 def _given(model: ResidentModel, tokenizer: Any, prompt: str, asked: Asked) -> tuple[int, ...]:
     return tuple(encode_prompt(tokenizer, prompt, model.vocabulary, model.max_tokens, asked.texts.get(prompt)))
-
-
-def _is_taken(model: ResidentModel, encoded: Encoded) -> bool:
-    """Whether the model has a place for each of the tokens, and a row."""
-    fits = model.max_tokens is None or len(encoded.tokens) <= model.max_tokens
-    return fits and max(encoded.tokens) < model.vocabulary

@@ -81,7 +81,8 @@ class Learner:
         pairs = drawn(len(objective.pairs), self.settings.pairs, number, f"{seed} pairs")
         passages = []
         for text in objective.texts:
-            many = math.ceil(self.settings.drift_tokens * len(text.passages) / compared_tokens(text.passages))
+            tokens = text.part * self.settings.drift_tokens
+            many = math.ceil(tokens * len(text.passages) / compared_tokens(text.passages))
             passages.append(drawn(len(text.passages), many, number, f"{seed} {text.name}"))
         return retry_on_oom(lambda: objective.gradient(pairs, passages), self._take_less_memory)
 

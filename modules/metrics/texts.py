@@ -93,10 +93,16 @@ def _first(some: Sequence[Passage], tokens: int) -> list[Passage]:
     return taken
 
 
+def decoded(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, list[int]]:
+    """The text that tokens write, and where in it each of them ends."""
+    lengths = [len(_decoded(tokenizer, tokens[: end + 1])) for end in range(len(tokens))]
+    return _decoded(tokenizer, tokens), lengths
+
+
 def _in_phrases(tokenizer: Any, tokens: Sequence[int], listed: re.Pattern[str]) -> list[bool]:
     """Of each token, whether it writes a letter of a listed phrase."""
-    ends = [len(_decoded(tokenizer, tokens[: end + 1])) for end in range(len(tokens))]
-    matches = [match.span() for match in listed.finditer(_decoded(tokenizer, tokens))]
+    text, ends = decoded(tokenizer, tokens)
+    matches = [match.span() for match in listed.finditer(text)]
     inside = []
     begin = 0
     for end in ends:

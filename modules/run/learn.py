@@ -4,7 +4,6 @@ Knows: the order of the steps. Refuses to know: how any of them is done.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from modules.config.schema import Config
 from modules.learn.adapter import Adapter, check_rank, linear_layers
 from modules.learn.card import adapter_card
 from modules.learn.gradient import DriftText, LearningObjective, Loss
-from modules.learn.kept_texts import Place, Texts, answers_in, places_in, read_kept_texts
+from modules.learn.kept_texts import Texts, answers_in, read_kept_texts, taught_by
 from modules.learn.plan import LearnPlan, plan_learning, tokens_of_a_step
 from modules.learn.state import read_state, save_state
 from modules.learn.steps import Learner, LearnState
@@ -29,7 +28,6 @@ from modules.metrics.evaluator import Evaluator
 from modules.metrics.kl import NATS
 from modules.metrics.metric import Context
 from modules.metrics.registry import columns_of
-from modules.metrics.texts import answer_passages
 from modules.model.arithmetic import Arithmetic
 from modules.model.base_model import is_finite
 from modules.model.devices import free_memory, resolve_device
@@ -70,6 +68,7 @@ from modules.search.strategies import scores, total
 # metrics that max_drift limits
 NEUTRAL_KL = "kl"
 OWN_KL = "own_kl"
+NEUTRAL_PART = 0.25  # of learn.drift_tokens; answers are where a model that learns drifts
 ALL = 1 << 20  # tokens to learn with: more than there are in half of the neutral texts and half of the answers
 CHECKED = 8  # passages of each text on which max_drift is held
 FORWARDS_OF_A_STEP = 3  # forward, once more for the gradient, backward: weights of the base need none
@@ -162,14 +161,12 @@ class Lesson:
         self.adapter = Adapter(self.model.module, config.learn.rank, config.random_seed)
         weight = _drift_weight(config, scores(self.start, search.weights))
         scorer = search.scorer
-        texts = self.texts if weight else []
-        places = places_in(self.model, context.tokenizer, kept, asked, config.pairs, config.held_out_pairs)
-        encoded = [*scorer.encoded, *(place.encoded for place in places)]
-        packed = encoded, _shared_weights(search.weights, places), scorer.layout, plan.budget
+        texts = [text for text in self.texts if weight or text.places]
+        packed = scorer.encoded, search.weights, scorer.layout, plan.budget
         objective = LearningObjective(self.model, self.adapter, *packed, texts, weight)
         self.learner = Learner(objective, config.learn, config.random_seed)
         rows = {
-            "Taught": f"{len(config.pairs)} pairs{f' and {len(places)} places in kept texts' if kept else ''}",
+            "Taught": f"{len(config.pairs)} pairs and {sum(text.taught for text in texts)} places in answers",
             "Adapter": f"rank {config.learn.rank}, {plan.parameters:,} parameters",
             "Learning": f"{config.learn.steps} steps of {config.learn.pairs} pairs at {config.learn.learning_rate:g}",
             "KL penalty": f"{weight:.5g} per nat on {' and '.join(text.name for text in texts)}" if texts else "none",
@@ -344,23 +341,19 @@ class Lesson:
             (self.folder / STATE_FILE).unlink()
 
 
-def _shared_weights(weights: Sequence[float], places: Sequence[Place]) -> list[float]:
-    """The weights of pairs and places, made smaller so that together they weigh what the pairs did."""
-    every = [*weights, *(weights[place.pair] for place in places)]
-    factor = sum(map(abs, weights)) / max(sum(map(abs, every)), sys.float_info.min)
-    return [weight * factor for weight in every]
-
-
 def _texts_of(context: Context, kept: Texts, asked: Asked) -> list[DriftText]:
     """On what the model is to stay near the base. kept: texts of it, in addition to its answers, except those to
     prompts whose drift is shown. Raises ConfigError if drift counts and there is no text."""
+    config = context.config
     shown = [answer.prompt for answer in context.answers.shown]
-    answers = answers_in(context.model, context.tokenizer, kept, asked, without=shown)
-    pairs = (*context.config.pairs, *context.config.held_out_pairs)
-    more = answer_passages(context.tokenizer, answers, pairs, context.model.max_tokens)
-    texts = {"neutral texts": context.texts.neutral_for_trials, "own answers": [*context.texts.own_for_trials, *more]}
-    found = [DriftText(name, passages) for name, passages in texts.items() if passages]
-    if context.config.is_guarded and not found:
+    answers = [*context.answers.weighed, *answers_in(context.model, context.tokenizer, kept, asked, without=shown)]
+    own = taught_by(context.tokenizer, answers, config.pairs, config.held_out_pairs, context.model.max_tokens)
+    neutral = DriftText("neutral texts", context.texts.neutral_for_trials)
+    if neutral.passages and own.passages:
+        neutral = replace(neutral, part=NEUTRAL_PART)
+        own = replace(own, part=1 - NEUTRAL_PART)
+    found = [text for text in (neutral, own) if text.passages]
+    if config.is_guarded and not found:
         raise ConfigError("neutral_texts: too little text to measure drift on; set drift_weight: 0 to learn without")
     return found
 
@@ -394,8 +387,7 @@ def estimate_learning(loader: ModelLoader, models: Models) -> Estimate:
     tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(models.module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
-    texts = len([one for one in (config.neutral_texts, config.own_texts) if one != ()])
-    tokens = tokens_of_a_step(encoded, config.learn.pairs, texts * config.learn.drift_tokens, plan.budget)
+    tokens = tokens_of_a_step(encoded, config.learn.pairs, config.learn.drift_tokens, plan.budget)
     try:
         each = seconds_of_a_layer(models.module, plan.budget.tokens, loader.compute.dtype, device) / plan.budget.tokens
     except NOT_TAKEN:

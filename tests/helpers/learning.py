@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.learn.adapter import Adapter
-from modules.learn.gradient import DriftText, LearningObjective
+from modules.learn.gradient import DriftText, LearningObjective, Place
 from modules.model.arithmetic import Arithmetic
 from modules.model.base_model import ResidentModel
 from modules.model.loading import load_model
@@ -24,7 +24,12 @@ from modules.scoring.tokenization import encode_pairs
 RANK, DRIFT_WEIGHT = 2, 5.0
 OTHERS = (tuple(range(30, 50)), tuple(range(60, 75)))
 ANSWERS = [Passage(one, tuple(place > 8 and place % 3 != 0 for place in range(len(one)))) for one in OTHERS]
-TEXTS = (DriftText("neutral", [full_passage(window) for window in mixes.WINDOWS]), DriftText("answers", ANSWERS))
+# Of two tokens, the first of them compared; of one; the last of a passage.
+PLACES = {0: [Place(1, 9, 11), Place(2, 19, 20)], 1: [Place(0, 14, 15)]}
+TEXTS = (
+    DriftText("neutral", [full_passage(window) for window in mixes.WINDOWS]),
+    DriftText("answers", ANSWERS, PLACES),
+)
 
 
 @dataclass
@@ -51,7 +56,8 @@ def begun(folder, pairs_of=tiny.PAIRS, texts=TEXTS, budget=None, compute="float6
         for weight in adapter.weights.values():
             weight.copy_(torch.randn(weight.shape, generator=chance, dtype=weight.dtype) * 0.05)
     packed = encoded, weights, scorer.layout, budget or Budget()
-    return Begun(model, adapter, LearningObjective(model, adapter, *packed, texts, DRIFT_WEIGHT))
+    objective = LearningObjective(model, adapter, *packed, texts, DRIFT_WEIGHT)
+    return Begun(model, adapter, objective)
 
 
 def plain_gradient(folder, one, pairs, passages):
@@ -82,6 +88,13 @@ def plain_gradient(folder, one, pairs, passages):
             new = reference.said(base, passage.tokens, weights)
             kept = torch.tensor(passage.compared)
             found.append((old.exp() * (old - new)).sum(-1)[kept])
+        for number in numbers:
+            tokens = text.passages[number].tokens
+            table = reference.said(base, tokens, weights)
+            for place in text.places.get(number, ()):
+                said = sum(table[at - 1, tokens[at]] for at in range(place.first, place.end))
+                weight = objective.weights[place.pair] * len(text.passages) / len(numbers)
+                total = total + weight * said.exp()
         drift[text.name] = torch.cat(found).mean()
     loss = total + DRIFT_WEIGHT * sum(drift.values()) / max(1, len(drift))
     loss.backward()

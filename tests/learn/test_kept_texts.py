@@ -8,9 +8,8 @@ from transformers import AutoTokenizer
 
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config.phrase_lists import Chat, Message, Pair
-from modules.learn.kept_texts import answers_in, places_in, read_kept_texts
+from modules.learn.kept_texts import answers_in, places_in, read_kept_texts, taught_by
 from modules.model.loading import load_model
-from modules.run.learn import _shared_weights
 from modules.runtime.errors import ConfigError
 from modules.scoring.chats import Asked
 
@@ -35,19 +34,30 @@ def base(tmp_path_factory):
 def test_every_place_of_a_phrase_teaches_but_where_it_is_held_out(base):
     model, tokenizer = base
     pairs = [chat_pair("shivers", "Q0"), chat_pair("shivers down", "Q0"), chat_pair("determination", "Q0")]
+    answers = answers_in(model, tokenizer, TEXTS, ASKED)
 
     def found(held_out):
-        places = places_in(model, tokenizer, TEXTS, ASKED, pairs, held_out)
-        return [(place.pair, tokenizer.decode(place.encoded.tokens[place.encoded.start :])) for place in places]
+        every = []
+        for answer, places in zip(answers, places_in(tokenizer, answers, pairs, held_out), strict=True):
+            tokens = answer.given + answer.written.tokens
+            assert all(tokens[: place.first][: len(answer.given)] == answer.given for place in places)
+            every += [(place.pair, tokenizer.decode(tokens[place.first : place.end]).strip()) for place in places]
+        return every
 
-    every = [(2, " determination"), (1, " shivers down"), (2, "Determination"), (1, " shivers down")]
-    assert [number for number, _ in found([])] == [number for number, _ in every]
-    assert [text.strip() for _, text in found([])] == [text.strip() for _, text in every]
+    assert found([]) == [(2, "determination"), (1, "shivers down"), (2, "Determination"), (1, "shivers down")]
     # A phrase that is held out in answers to a prompt teaches in none of them; others do.
-    assert [number for number, _ in found([chat_pair("determination", "Q2")])] == [2, 1, 1]
-    (first, *_) = places_in(model, tokenizer, TEXTS, ASKED, pairs, [])
-    given = tokenizer.decode(first.encoded.tokens[: first.encoded.start])
-    assert given == "Question: Q1 Answer: Her eyes were filled with"
+    assert found([chat_pair("determination", "Q2")]) == [(2, "determination"), (1, "shivers down"), (1, "shivers down")]
+
+
+def test_where_a_phrase_teaches_drift_is_not_compared(base):
+    model, tokenizer = base
+    pairs = [chat_pair("shivers down", "Q0"), chat_pair("determination", "Q0")]
+    answers = answers_in(model, tokenizer, TEXTS, ASKED)
+    text = taught_by(tokenizer, answers, pairs, [], model.max_tokens)
+    assert text.taught == 4 and len(text.passages) == 3 and sorted(text.places) == [0, 2]
+    for number, places in text.places.items():
+        for place in places:
+            assert not any(text.passages[number].compared[place.first - 1 : place.end - 1])
 
 
 def test_a_short_text_has_ended(base):
@@ -58,16 +68,6 @@ def test_a_short_text_has_ended(base):
     assert answers[1].written.tokens[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(answers[1].written.said) == "The apple."
     assert tokenizer.decode(answers[0].given) == ASKED.texts["Q1"]
-
-
-def test_pairs_and_places_together_weigh_what_the_pairs_did(base):
-    model, tokenizer = base
-    pairs = [chat_pair("shivers down", "Q0"), chat_pair("determination", "Q0")]
-    places = places_in(model, tokenizer, TEXTS, ASKED, pairs, [])
-    weights = _shared_weights([2.0, -1.0], places)
-    assert sum(map(abs, weights)) == pytest.approx(3.0)
-    assert weights[2] == weights[1] < 0 < weights[0] == weights[3]
-    assert _shared_weights([2.0, -1.0], []) == [2.0, -1.0]
 
 
 def test_the_first_texts_of_a_prompt_count(tmp_path):

@@ -64,6 +64,15 @@ def test_without_texts(tmp_path):
     check(make_base(tmp_path), texts=())
 
 
+def test_pairs_and_places_together_weigh_what_the_pairs_did(tmp_path):
+    """Three places of the first three pairs, each of weight 1."""
+    one = learning.begun(make_base(tmp_path), pairs_of=tiny.PAIRS[:4])
+    alone = learning.begun(tmp_path / "base", pairs_of=tiny.PAIRS[:4], texts=())
+    before = alone.objective.weights
+    factor = sum(map(abs, before)) / sum(map(abs, [*before, *before[:3]]))
+    assert one.objective.weights == pytest.approx([factor * weight for weight in before])
+
+
 def test_half_types_keep_small_gradients(tmp_path):
     """Pairs so rare that float16 has no number for their gradients; most digits of them are there."""
     base, found = make_base(tmp_path), []
