@@ -18,7 +18,7 @@ import modules.config.fields as kinds
 from modules.config.phrase_lists import PHRASES, Context, Message, Pair, Phrase, Phrases, Section, System
 from modules.config.yaml_file import Place
 from modules.runtime.errors import ConfigError
-from modules.runtime.text import ranges
+from modules.runtime.text import pluralize, ranges
 
 VERSION = "1.0.0"  # of the program
 TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
@@ -81,6 +81,18 @@ class Discover(Section):
 
 
 @dataclass(frozen=True)
+class StartWeight(Section):
+    """The weight of a candidate where the steps of a joint search begin."""
+
+    candidate: kinds.CountFromOne
+    """The candidate's number in merge order."""
+    weight: kinds.number(ge=0, le=1)
+    """Its weight."""
+    layers: kinds.Layers | None = None
+    """The layers in which it has this weight. null: all, and embedding, LM head and final norm."""
+
+
+@dataclass(frozen=True)
 class Joint(Section):
     """The steps of a joint search, which does not use merge_ratios and min_gain."""
 
@@ -88,6 +100,8 @@ class Joint(Section):
     """Number of steps; each takes about four forward passes over all phrases."""
     step_size: kinds.number(gt=0, le=1) = 0.08
     """Largest change of a weight in the first step; it falls to a tenth of this in the last step."""
+    start: tuple[StartWeight, ...] = ()
+    """Weights to start from: [{candidate: 1, layers: 0-7, weight: 0.3}]; no layers: all. []: of the best model."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +192,7 @@ class Settings(Section):
     device: kinds.Device = "auto"
     """Where to compute. auto: an accelerator if there is one, else cpu."""
     dtype: Literal[kinds.DTYPES] = "auto"
-    """Data type of the saved model, and of the computation unless compute_dtype is set. auto: the base's own."""
+    """Dtype to save, and to compute in unless compute_dtype is set: auto (the base's), float16, bfloat16 or float32."""
     compute_dtype: Literal[kinds.COMPUTE_DTYPES] = "auto"
     """Data type of the computation. auto: float32 on a CPU, float16 on a GPU. See docs/hardware.md#data-types."""
     random_seed: kinds.Count = 512
@@ -207,6 +221,18 @@ class Settings(Section):
         if absent:
             raise ConfigError(f"layers: {', '.join(ranges(absent))}: the base has {count} layers, 0 to {count - 1}")
         return tuple(range(count)) if self.layers is None else self.layers
+
+    def start_in(self, layers: int, candidates: int) -> tuple[StartWeight, ...]:
+        """Where the steps of a joint search begin. layers: of the base. Raises ConfigError if a candidate or a layer is
+        not there."""
+        for number, entry in enumerate(self.joint.start):
+            key = f"joint.start[{number}]"
+            if entry.candidate > candidates:
+                count = pluralize(candidates, "candidate")
+                raise ConfigError(f"{key}.candidate: {entry.candidate}, but this run has {count}")
+            if entry.layers and entry.layers[-1] >= layers:
+                raise ConfigError(f"{key}.layers: {entry.layers[-1]}, but the base has layers 0 to {layers - 1}")
+        return self.joint.start
 
 
 @dataclass(frozen=True)
@@ -243,6 +269,7 @@ NO_PART = tuple(key.name for key in fields(Config) if key.metadata.get("no_part"
 _SECTIONS = {
     "directories": Directories,
     "joint": Joint,
+    "start": StartWeight,
     "mapper": Mapper,
     "discover": Discover,
     "learn": Learn,

@@ -18,8 +18,10 @@ from modules.runtime.oom import retry_on_oom
 from modules.runtime.program import postponed
 from modules.scoring.objective import Objective, Penalty, Value
 from modules.search.decision import Result, Weights, mixed_weights
-from modules.search.joint import Joint, JointState, Rows, first_weights, largest_factor, rounded
+from modules.search.joint import Joint, JointState, Rows, first_weights, given_weights, largest_factor, rounded
 from modules.search.mixing import Mix, Row
+
+GIVEN = "joint.start"  # what messages call the weights that the configuration gives
 
 
 class JointConductor(Conductor):
@@ -97,14 +99,11 @@ class JointConductor(Conductor):
 
     def _find_start(self) -> Rows:
         """Find and note where the steps begin, and how total and weighed metrics change there with every weight."""
-        search = self.search
         limits = self.search.limits
-        self.console.timed("Comparing base and candidates")
-        objectives = [limits.objective(search.state)]
-        objectives += [self._composed(reached) for _, reached in self._reached()]
-        weights = self._joint.mix.limited(first_weights(self._joint.mix.rows, objectives))
-        names = [search.model.checkpoint.name, *(name for name, _ in self._reached())]
-        begin = names[objectives.index(min(objectives))]
+        weights = self._given()
+        begin = GIVEN
+        if not weights:
+            begin, weights = self._best_start()
         self.console.timed(f"Starting from {begin}; checking the gradient")
         error = self._in_memory(partial(self._joint.check, weights))
         self.console.timed(f"The gradient is right (relative error {error:.2%})")
@@ -121,6 +120,22 @@ class JointConductor(Conductor):
                 slopes[name].append([slope / weight for slope in row])
         self.record.note("joint", start=weights, slopes=slopes)
         return weights
+
+    def _given(self) -> Rows:
+        """The weights that the configuration gives to begin with; empty if it gives none."""
+        start = self.config.joint.start
+        mix = self._joint.mix
+        return mix.limited(given_weights(start, mix.rows, len(self._candidates))) if start else ()
+
+    def _best_start(self) -> tuple[str, Rows]:
+        """The name of the best of base and candidates, and weights near it."""
+        self.console.timed("Comparing base and candidates")
+        reached = self._reached()
+        objectives = [self.search.limits.objective(self.search.state)]
+        objectives += [self._composed(weights) for _, weights in reached]
+        names = [self.search.model.checkpoint.name, *(name for name, _ in reached)]
+        mix = self._joint.mix
+        return names[objectives.index(min(objectives))], mix.limited(first_weights(mix.rows, objectives))
 
     def _steps(self, state: JointState) -> JointState:
         """Make the steps that are left, and tell of each when it is known what it has led to."""
@@ -159,6 +174,8 @@ class JointConductor(Conductor):
             limits = ", ".join(f"{key} {most:g}" for key, most in named.items())
             self.console.timed(f"Scaled all weights by {factor:.3f} to hold {limits}")
         others = [*self._reached(), ("the base", ((0.0,) * len(self._candidates),) * self._joint.mix.rows)]
+        given = self._given()
+        others += [(GIVEN, given)] if given else []
         objectives = [self._composed(weights) for _, weights in others]
         if self._composed(rounded(state.weights, factor)) > min(objectives):
             name, weights = others[objectives.index(min(objectives))]

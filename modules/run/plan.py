@@ -112,7 +112,9 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
     stream = arithmetic.stream
     device = resolve_device(config.device)
     sizes = sizes_of(module)
-    config.layers_in(sizes.layers)  # all are there
+    # All are there.
+    config.layers_in(sizes.layers)
+    config.start_in(sizes.layers, len(models.candidates))
     tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from modules.config.schema import StartWeight
 from modules.runtime.distributed import ALONE, Group
 from modules.runtime.errors import ConfigError, ProcessLost
 from modules.runtime.oom import is_out_of_memory
@@ -73,6 +74,16 @@ def first_weights(rows: int, objectives: Sequence[float]) -> Rows:
     if best:
         row = tuple(AT_CANDIDATE * (number == best) for number in range(1, candidates + 1))
     return (row,) * rows
+
+
+def given_weights(start: Sequence[StartWeight], rows: int, candidates: int) -> Rows:
+    """The weights that a configuration gives to begin with. Of entries for the same row the last one counts, a row
+    without any has none. start: entries whose layers and candidates are there."""
+    weights = [[0.0] * candidates for _ in range(rows)]
+    for entry in start:
+        for row in range(rows) if entry.layers is None else entry.layers:
+            weights[row][entry.candidate - 1] = entry.weight
+    return tuple(map(tuple, weights))
 
 
 def step_size(step: int, steps: int, first: float) -> float:

@@ -306,6 +306,52 @@ def test_downloads_and_dry_runs_and_damaged_journals(place, models, text, whole,
     assert f"line {step + 1} is damaged" in capsys.readouterr().err
 
 
+def test_it_begins_where_it_is_told_to(place, models, text):
+    """The weights of the last entry for a row, and none in a row without any; a break changes nothing."""
+    start = [{"candidate": 2, "weight": 0.4}, {"candidate": 1, "layers": "0-1", "weight": 0.7}]
+    start.append({"candidate": 2, "layers": 1, "weight": 0.0})
+    joint = {"steps": 2, "start": start}
+    assert searched(place, models, text, joint=joint) == 0
+    recipe = recipe_of(place / "out")
+    assert recipe["joint"]["start"] == [[0.7, 0.4], [0.7, 0.0], [0.0, 0.4], [0.0, 0.4]]
+    whole = (place / "out").rename(place / "whole")
+    lines = [json.loads(line)["kind"] for line in (whole / JOURNAL).read_text().splitlines()]
+    break_off(place, whole, lines.index("step") + 1)
+    assert searched(place, models, text, "--resume", joint=joint | {"start": start[:2]}) == 2
+    assert searched(place, models, text, "--resume", joint=joint) == 0
+    assert recipe_of(place / "out")["joint"]["weights"] == recipe["joint"]["weights"]
+
+
+def test_it_never_ends_above_where_it_is_told_to_begin(place, models, text):
+    """Of one far too large step nothing is kept, and any drift is too much for a candidate whole."""
+    start = [{"candidate": 1, "layers": 2, "weight": 0.01}]
+    joint = {"steps": 1, "step_size": 1.0, "start": start}
+    assert searched(place, models, text, joint=joint, merge_headers=False, layers="1-2") == 0
+    recipe = recipe_of(place / "out")
+    first = recipe["joint"]["steps"][0]
+    weight = sum(abs(p["weight"]) * p["before"] for p in recipe["phrases"]) / 0.05
+    ours = recipe["metrics"]["merge"]
+    assert recipe["joint"]["start"] == [[0.0, 0.0], [0.0, 0.0], [0.01, 0.0]]
+    assert ours["total"] + weight * ours["trial_kl"] <= (first["total"] + weight * first["trial_kl"]) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({"candidate": 3}, "joint.start[1].candidate: 3, but this run has 2 candidates"),
+        ({"layers": "1-3"}, "joint.start[1].layers: 3, but the base has layers 0 to 2"),
+        ({"weight": 1.5}, "joint.start[1].weight: 1.5: "),
+        ({"candidate": 0}, "joint.start[1].candidate: 0: "),
+        ({"model": "one"}, "joint.start[1].model: unknown key; known keys: candidate, weight, layers"),
+    ],
+    ids=str,
+)
+def test_beginnings_that_are_not_there(place, models, text, capsys, entry, words):
+    usual = {"candidate": 1, "weight": 0.5}
+    assert searched(place, models, text, joint={"start": [usual, usual | entry]}) == 2
+    assert words in capsys.readouterr().err and not (place / "out").exists()
+
+
 def test_settings_that_do_not_fit(place, models, text, capsys):
     path = tiny.write_config(
         place / "my.yaml", models[0], models[1:], place / "out", search="joint", joint={"steps": 0}
