@@ -51,6 +51,8 @@ def start(options: argparse.Namespace) -> int:
     rank = find_rank()
     if options.compare:
         return compare(options.compare) if rank.is_main_process else 0
+    if options.from_mergekit:
+        return from_mergekit(options) if rank.is_main_process else 0
     try:
         from_recipe = options.replay or options.export_mergekit
         given = {"device": options.device, "output": options.output, "sets": options.set or ()}
@@ -215,6 +217,16 @@ def compare(outputs: Sequence[Path]) -> int:
     return 0
 
 
+def from_mergekit(options: argparse.Namespace) -> int:
+    """Write a mergekit configuration as one of ours. Raises as `convert`."""
+    hint(LOADING)
+    with importing():
+        from modules.run.from_mergekit import convert
+
+    convert(options.from_mergekit, Path(options.output) if options.output else None, options.overwrite)
+    return 0
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with code 2 on a wrong one."""
     description = "Merge fine-tunes into a base model to make unwanted phrases less likely."
@@ -241,6 +253,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     others.add_argument("--replay", metavar="RECIPE", type=Path, help="rebuild a recipe's model into --output")
     export = {"metavar": ("FILE", "OUTPUT"), "type": Path, "nargs": 2}
     others.add_argument("--export-mergekit", **export, help="convert an output's recipe for mergekit")
+    start = "convert a mergekit YAML to a config"
+    others.add_argument("--from-mergekit", metavar="FILE", type=Path, help=start)
     source = {"metavar": "DIR|NAME=PATH", "type": _place_of_source, "action": "append"}
     others.add_argument("--source", **source, help="where a recipe's models are now")
     others.add_argument("--trust-remote-code", action="store_true", help="run Python code of a recipe's models")
@@ -267,6 +281,8 @@ def check_together(parser: Arguments, options: argparse.Namespace) -> None:
         parser.error(
             "--export-mergekit can only be combined with --source, --trust-remote-code, --overwrite and --quiet"
         )
+    if options.from_mergekit and not {"from_mergekit", "output", "overwrite"}.issuperset(given):
+        parser.error("--from-mergekit can only be combined with --output and --overwrite")
     beside_scores = {"score", "config", "device", "set", "json", "overwrite", "quiet"}
     if options.score and not beside_scores.issuperset(given):
         parser.error("--score can only be combined with --config, --device, --set, --json, --overwrite and --quiet")

@@ -1,9 +1,10 @@
-"""A recipe's merges as mergekit's configurations: linear, a slice for each layer, with a weight for every model.
+"""A recipe's merges as mergekit's configurations: linear, a slice for each layer, with a weight for every model; or
+task_arithmetic, which adds differences to the base, where a linear merge would need less than nothing of the base.
 
 Knows: mergekit's YAML, which decisions are weighted sums. Refuses to know: weights, how a decision was taken.
 
 Every accepted merge was rounded before the next one on its layer. So there is a configuration for the first merge of
-every layer, one for the second, and so on, each from what the one before has written. Shares are of one.
+every layer, one for the second, and so on, each from what the one before has written.
 """
 
 import math
@@ -16,6 +17,7 @@ import yaml
 from modules.output.recipe import Recipe
 from modules.runtime.errors import ConfigError
 
+EXACT = 1e-9  # by which a base's weight may be below 0, from rounding
 DIGITS = 12  # of a weight, behind the point: more than the largest type of a sum has, so that 1 - 0.7 is 0.3
 
 Row = Sequence[float]  # a weight for each needed candidate; the base has what is left of 1
@@ -77,6 +79,7 @@ def _greedy_steps(recipe: Recipe, names: Names) -> list[Rows]:
 def _document(names: Names, base: str, rows: Rows) -> dict[str, Any]:
     """One configuration: from a base, with those candidates of which it takes something."""
     weights = {base: [1.0 - math.fsum(row) for row in rows]}
+    is_linear = min(weights[base]) >= -EXACT
     for column, model in enumerate(names.candidates.values()):
         if any(row[column] for row in rows):
             weights[model] = [row[column] for row in rows]
@@ -84,11 +87,14 @@ def _document(names: Names, base: str, rows: Rows) -> dict[str, Any]:
     for layer in range(names.layers):
         sources = []
         for model, column in weights.items():
-            weight = _weight(names, layer, [round(value, DIGITS) for value in column])
-            sources.append({"model": model, "layer_range": [layer, layer + 1], "parameters": {"weight": weight}})
+            source = {"model": model, "layer_range": [layer, layer + 1]}
+            if is_linear or model != base:
+                weight = _weight(names, layer, [round(value, DIGITS) for value in column])
+                source["parameters"] = {"weight": weight}
+            sources.append(source)
         slices.append({"sources": sources})
     return {
-        "merge_method": "linear",
+        "merge_method": "linear" if is_linear else "task_arithmetic",
         "base_model": base,
         "dtype": "float32",
         "out_dtype": names.dtype,

@@ -24,7 +24,16 @@ ONCE = [(1, 0, 0.3), (2, 2, 0.85), (1, None, 0.6)]
 AGAIN = [(1, 0, 0.3), (1, 0, 0.5), (1, 1, 1.0), (1, None, 0.2), (2, 0, 0.45), (2, 2, 0.7), (2, None, 0.35)]
 ON_LAYERS = [(1, 0, 0.3), (2, 0, 0.5), (2, 2, 0.7)]
 SHARES = [[0.3, 0.2], [0.9, 0.75], [0.0, 0.0], [0.45, 0.05]]  # in the second layer the base has less than nothing
-MERGES = {"once": ONCE, "again": AGAIN, "layers": ON_LAYERS, "weights": SHARES, "rows": SHARES[:3], "nothing": []}
+WITHIN = [[0.3, 0.2], [0.1, 0.9], [0.0, 1.0], [0.45, 0.05]]  # in the second and the third the base has nothing
+MERGES = {
+    "within": WITHIN,
+    "once": ONCE,
+    "again": AGAIN,
+    "layers": ON_LAYERS,
+    "weights": SHARES,
+    "rows": SHARES[:3],
+    "nothing": [],
+}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +93,9 @@ def read_plainly(file):
     made = {}
     for document in yaml.safe_load_all(file.read_text()):
         slices = document["slices"]
-        assert document["merge_method"] == "linear" and document["parameters"] == {"normalize": False}
+        adds = document["merge_method"] == "task_arithmetic"  # differences to the base
+        assert adds or document["merge_method"] == "linear"
+        assert document["parameters"] == {"normalize": False}
         names = [source["model"] for source in slices[0]["sources"]]
         assert all([source["model"] for source in one["sources"]] == names for one in slices)
         assert [one["sources"][0]["layer_range"] for one in slices] == [[n, n + 1] for n in range(LAYERS)]
@@ -92,12 +103,15 @@ def read_plainly(file):
         found = {}
         for name, tensor in models[document["base_model"]].items():
             layer = int(name.split(".")[2]) if ".layers." in name else 0 if "embed" in name else LAYERS - 1
-            total = torch.zeros(tensor.shape)
+            total = tensor.float() if adds else torch.zeros(tensor.shape)
             for source in slices[layer]["sources"]:
+                if adds and source["model"] == document["base_model"]:
+                    assert "parameters" not in source
+                    continue
                 weight = source["parameters"]["weight"]
                 if isinstance(weight, list):
                     weight = next(one["value"] for one in weight if one.get("filter", "") in name)
-                total += weight * models[source["model"]][name].float()
+                total = total + weight * (models[source["model"]][name].float() - adds * tensor.float())
             found[name] = total.to(getattr(torch, document["out_dtype"]))
         made[document.get("name", "")] = found
     return made[""]
@@ -127,8 +141,8 @@ def test_the_file_says_what_was_merged(place, opened, dtype, tied, merges):
     assert len(documents) == {"again": 3, "layers": 2}.get(merges, 1)
     assert all(one["dtype"] == "float32" and one["out_dtype"] == dtype for one in documents)
     assert file.read_text().startswith("# mergekit-multi" if len(documents) > 1 else "# mergekit-yaml")
-    if merges == "weights":
-        assert documents[0]["slices"][1]["sources"][0]["parameters"]["weight"] == pytest.approx(-0.65)
+    below_nothing = merges in ("weights", "rows")
+    assert {one["merge_method"] for one in documents} == {"task_arithmetic" if below_nothing else "linear"}
 
 
 def weights_in(file):
