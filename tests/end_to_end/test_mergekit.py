@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import mergekits
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -143,6 +144,22 @@ def test_the_file_says_what_was_merged(place, opened, dtype, tied, merges):
     assert file.read_text().startswith("# mergekit-multi" if len(documents) > 1 else "# mergekit-yaml")
     below_nothing = merges in ("weights", "rows")
     assert {one["merge_method"] for one in documents} == {"task_arithmetic" if below_nothing else "linear"}
+
+
+@pytest.mark.parametrize("merges", ["within", "weights", "nothing"])
+def test_what_was_exported_is_where_another_search_begins(place, opened, merges):
+    """The way back: the same weights in every layer, and outside of them."""
+    file = exported(place, told(opened()[1], MERGES[merges] or [[0.0, 0.5]] * 4))
+    assert program("--from-mergekit", file, "--output", place / "start.yaml") == 0
+    settings = yaml.safe_load((place / "start.yaml").read_text())
+    numbers = {name: number for number, name in enumerate(settings["models_to_merge"])}
+    rows = MERGES[merges] or [[0.5]] * 4
+    assert [Path(name).name for name in numbers] == ["one", "two"][-len(rows[0]) :]
+    found = np.zeros_like(rows)
+    for entry in settings["joint"]["start"]:
+        first, _, last = str(entry.get("layers", "0-3")).partition("-")
+        found[int(first) : int(last or first) + 1, entry["candidate"] - 1] = entry["weight"]
+    assert found.tolist() == rows
 
 
 def weights_in(file):
