@@ -27,7 +27,7 @@ from modules.checkpoints.open_models import Models, candidate_sources, open_mode
 from modules.config.inputs import LISTS, check_apart
 from modules.config.load import to_learn
 from modules.config.locations import names_folder, partial_of
-from modules.config.schema import VERSION, Config
+from modules.config.schema import VERSION, Config, StartWeight
 from modules.metrics.kl import NATS
 from modules.model.loading import ModelLoader, release_memory
 from modules.output.folder import check_output, holds_output, locked_output, written_paths
@@ -216,16 +216,32 @@ def _learned(config: Config, console: Console, asked: Asked) -> str:
 
 
 def _merged(config: Config, weights: Mapping[str, float], console: Console, asked: Asked) -> dict[str, Recipe]:
-    """The merges' recipes by name. weights: on drift."""
+    """The merges' recipes by name. Each begins where the last one ended, so that all of them take the steps of one.
+    weights: on drift."""
     recipes: dict[str, Recipe] = {}
+    joint = replace(config.joint, steps=math.ceil(config.joint.steps / len(weights)))
     for name, weight in weights.items():
         console.timed(f"Step 4: {name} of {len(weights)}, with drift_weight {weight:g}")
         folder = asked.work / name
         directories = replace(config.directories, output_directory=str(folder))
-        merge_models(replace(config, directories=directories, drift_weight=weight), console, asked.part(folder))
+        own = replace(config, directories=directories, drift_weight=weight, joint=joint)
+        merge_models(own, console, asked.part(folder))
         release_memory()
         recipes[name] = read_recipe(folder)
+        joint = replace(joint, start=_end_of(recipes[name]))
     return recipes
+
+
+def _end_of(recipe: Recipe) -> tuple[StartWeight, ...]:
+    """The weights of a merge, for another to begin with."""
+    rows = recipe.joint.weights
+    layers = len(rows) - recipe.settings.merge_headers
+    entries = []
+    for number in range(1, len(recipe.sources)):
+        # The weight outside the layers stands for all rows first; those of the layers follow.
+        entries += [StartWeight(number, row[number - 1]) for row in rows[layers:]]
+        entries += [StartWeight(number, row[number - 1], (layer,)) for layer, row in enumerate(rows[:layers])]
+    return tuple(entries)
 
 
 def _counted(config: Config, recipes: Mapping[str, Recipe], console: Console, asked: Asked) -> list[Point]:

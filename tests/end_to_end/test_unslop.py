@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import json
 import random
 import shutil
@@ -93,6 +94,14 @@ def test_all_five_habits_are_found_and_gone(whole):
     weights = [recipe["settings"]["drift_weight"] for recipe in recipes]
     total = sum(phrase["before"] * phrase["weight"] for phrase in recipes[0]["phrases"])
     assert weights == pytest.approx([total / 0.05 * factor for factor in (0.25, 1, 4)], rel=1e-3)
+
+
+def test_each_merge_begins_where_the_last_one_ended(whole):
+    recipes = [json.loads((whole / f"out.unslop/{name}/merge_monster_recipe.json").read_text()) for name in MERGES]
+    assert [recipe["settings"]["joint"]["steps"] for recipe in recipes] == [1, 1, 1]
+    assert "start" not in recipes[0]["settings"]["joint"] or not recipes[0]["settings"]["joint"]["start"]
+    for earlier, later in itertools.pairwise(recipes):
+        assert later["joint"]["start"] == earlier["joint"]["weights"]
 
 
 def test_the_figures_are_those_of_the_single_commands(whole, base, monkeypatch):
