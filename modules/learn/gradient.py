@@ -4,8 +4,8 @@ Knows: packs of phrases, passages of text, autograd. Refuses to know: which pair
 
     loss = sum over pairs and places of weight * p  +  sum over texts of drift weight / texts * mean KL(base, now)
 
-Packs and passages go through the model one at a time, and their gradients are summed. Of a layer nothing is kept but
-what enters it, and of logits nothing at all: the rest is computed again in the backward pass.
+Packs and passages go through the model one at a time, and their gradients are summed. Where memory is short, nothing of
+a layer is kept but what enters it, and of logits nothing at all: the rest is computed again in the backward pass.
 """
 
 import math
@@ -80,10 +80,11 @@ class LearningObjective:
         budget: Budget,
         texts: Sequence[DriftText] = (),
         drift_weight: float = 0.0,
+        keeps_activations: bool = False,
     ) -> None:
         """encoded: all pairs, with all variants. weights: of the pairs, good phrases negative; pairs and places
         together weigh as much as the pairs would alone. layout: of packs. drift_weight: what a nat adds to the loss;
-        every text has an equal part of it."""
+        every text has an equal part of it. keeps_activations: of all layers, in place of computing them again."""
         self.model = model
         self.adapter = adapter
         self.layout = layout
@@ -94,7 +95,7 @@ class LearningObjective:
         self.texts = texts
         self.drift_weight = drift_weight
         self._dtype = torch.promote_types(torch.float32, model.dtype)  # of logits
-        self._forwards = dict.fromkeys(range(len(model.layers)), _recomputed)
+        self._forwards = {} if keeps_activations else dict.fromkeys(range(len(model.layers)), _recomputed)
         self._before: dict[Passage, Tensor] = {}  # the base's last hidden states, on the host
 
     def gradient(self, pairs: Sequence[int], passages: Sequence[Sequence[int]]) -> tuple[list[Tensor], Loss]:

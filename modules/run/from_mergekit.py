@@ -7,9 +7,8 @@ mergekit looks a parameter up in the source, its slice and the whole file, in th
 (https://github.com/arcee-ai/mergekit#parameter-specification). A list of numbers is a gradient over the slice's layers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,11 +22,13 @@ from modules.checkpoints.hub import find, local
 from modules.config.fields import is_number
 from modules.config.inputs import check_apart
 from modules.config.locations import missing_folder, parse_location
+from modules.config.schema import StartWeight
 from modules.config.yaml_file import read_yaml, shown
 from modules.output.text_files import check_file, write_text
 from modules.runtime.console import say, visible
 from modules.runtime.errors import ConfigError
-from modules.runtime.text import listed
+from modules.runtime.text import listed, ranges
+from modules.search.joint import start_of
 
 METHODS = {"linear": "lerp", "task_arithmetic": "lerp", "ties": "ties", "dare_linear": "dare", "dare_ties": "dare"}
 NORMALIZED = ("linear", "ties")  # methods that divide weights by their sum unless they are told otherwise
@@ -122,9 +123,7 @@ def converted(file: Path) -> tuple[str, list[str]]:
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
     notes += [*weights.notes, *_left_out(merge, slices)]
-    start = []
-    for number, column in enumerate(zip(*rows, strict=True), start=1):
-        start += _entries(number, column)
+    start = [_written(entry) for entry in start_of(rows, mixes_outside=True)]
     settings: dict[str, Any] = {
         "directories": {"model_path1": base, "output_directory": "merged"},
         "models_to_merge": candidates,
@@ -236,7 +235,7 @@ class _Weights:
                 self._notes[f"{candidate}: a layer has one weight, the mean of what filters say of its tensors."] = None
             if not 0 <= mean <= 1:
                 self._notes[f"{candidate}: a weight is between 0 and 1; others are cut off there."] = None
-            row.append(min(1.0, max(0.0, mean)))
+            row.append(round(min(1.0, max(0.0, mean)), DECIMALS))
         return row
 
     def densities(self, places: Sequence[Place]) -> list[float]:
@@ -302,18 +301,13 @@ def _gradient(name: str, value: Any, depth: float) -> float:
     return numbers[low] + (position - low) * (numbers[high] - numbers[low])
 
 
-def _entries(candidate: int, column: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """A candidate's weights as joint.start has them. column: of the layers and, last, of what is outside."""
-    *by_layer, outside = [round(weight, DECIMALS) for weight in column]
-    if outside:
-        yield {"candidate": candidate, "weight": outside}
-    first = 0
-    for weight, group in groupby(by_layer):
-        last = first + len(list(group)) - 1
-        if weight != outside:
-            layers = first if first == last else f"{first}-{last}"
-            yield {"candidate": candidate, "layers": layers, "weight": weight}
-        first = last + 1
+def _written(entry: StartWeight) -> dict[str, Any]:
+    """An entry of joint.start as YAML has it."""
+    written: dict[str, Any] = {"candidate": entry.candidate, "weight": entry.weight}
+    if entry.layers is not None:
+        parts = [int(part) if part.isdecimal() else part for part in ranges(entry.layers)]
+        written["layers"] = parts if len(parts) > 1 else parts[0]
+    return written
 
 
 def _left_out(merge: Merge, slices: Sequence[Slice]) -> list[str]:

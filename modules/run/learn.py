@@ -134,7 +134,7 @@ def _learn(loader: ModelLoader, options: Options, target: OutputFolder, models: 
 
 def _plan(loader: ModelLoader, models: Models) -> LearnPlan:
     device = resolve_device(loader.device)
-    return plan_learning(models.module, loader.config.learn.rank, loader.compute, device)
+    return plan_learning(models.module, loader.config.learn.rank, loader.compute, device, free_memory(device))
 
 
 class Lesson:
@@ -163,7 +163,7 @@ class Lesson:
         scorer = search.scorer
         texts = [text for text in self.texts if weight or text.places]
         packed = scorer.encoded, search.weights, scorer.layout, plan.budget
-        objective = LearningObjective(self.model, self.adapter, *packed, texts, weight)
+        objective = LearningObjective(self.model, self.adapter, *packed, texts, weight, plan.keeps_activations)
         self.learner = Learner(objective, config.learn, config.random_seed)
         rows = {
             "Taught": f"{len(config.pairs)} pairs and {sum(text.taught for text in texts)} places in answers",

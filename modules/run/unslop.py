@@ -27,7 +27,7 @@ from modules.checkpoints.open_models import Models, candidate_sources, open_mode
 from modules.config.inputs import LISTS, check_apart
 from modules.config.load import to_learn
 from modules.config.locations import names_folder, partial_of
-from modules.config.schema import VERSION, Config, StartWeight
+from modules.config.schema import VERSION, Config
 from modules.metrics.kl import NATS
 from modules.model.loading import ModelLoader, release_memory
 from modules.output.folder import check_output, holds_output, locked_output, written_paths
@@ -45,6 +45,7 @@ from modules.run.tasks import check_tasks
 from modules.runtime.console import Console
 from modules.runtime.errors import ConfigError, first_line
 from modules.runtime.text import duration, in_memory, on_disk, pluralize
+from modules.search.joint import start_of
 from modules.slop.discover import NOTHING, find_cliches
 from modules.slop.generate import FOLDER
 from modules.slop.rate import count_written
@@ -228,20 +229,8 @@ def _merged(config: Config, weights: Mapping[str, float], console: Console, aske
         merge_models(own, console, asked.part(folder))
         release_memory()
         recipes[name] = read_recipe(folder)
-        joint = replace(joint, start=_end_of(recipes[name]))
+        joint = replace(joint, start=start_of(recipes[name].joint.weights, config.merge_headers))
     return recipes
-
-
-def _end_of(recipe: Recipe) -> tuple[StartWeight, ...]:
-    """The weights of a merge, for another to begin with."""
-    rows = recipe.joint.weights
-    layers = len(rows) - recipe.settings.merge_headers
-    entries = []
-    for number in range(1, len(recipe.sources)):
-        # The weight outside the layers stands for all rows first; those of the layers follow.
-        entries += [StartWeight(number, row[number - 1]) for row in rows[layers:]]
-        entries += [StartWeight(number, row[number - 1], (layer,)) for layer, row in enumerate(rows[:layers])]
-    return tuple(entries)
 
 
 def _counted(config: Config, recipes: Mapping[str, Recipe], console: Console, asked: Asked) -> list[Point]:

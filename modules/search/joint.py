@@ -86,6 +86,21 @@ def given_weights(start: Sequence[StartWeight], rows: int, candidates: int) -> R
     return tuple(map(tuple, weights))
 
 
+def start_of(rows: Sequence[Row], mixes_outside: bool) -> tuple[StartWeight, ...]:
+    """Entries of which `given_weights` makes these rows. mixes_outside: whether the last row is of all else."""
+    entries = []
+    for candidate, column in enumerate(zip(*rows, strict=True), start=1):
+        layers = column[:-1] if mixes_outside else column
+        everywhere = column[-1] if mixes_outside else 0.0
+        if everywhere:
+            entries.append(StartWeight(candidate, everywhere))
+        for weight in dict.fromkeys(layers):
+            if weight != everywhere:
+                alike = tuple(layer for layer, other in enumerate(layers) if other == weight)
+                entries.append(StartWeight(candidate, weight, alike))
+    return tuple(entries)
+
+
 def step_size(step: int, steps: int, first: float) -> float:
     """Of step number `step` of so many, counted from 1."""
     return first * (1 - (1 - LAST_STEP) * (step - 1) / max(1, steps - 1))

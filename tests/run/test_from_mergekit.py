@@ -94,8 +94,13 @@ def composed_from(settings, models):
 
 
 def layers_of(entry):
-    first, _, last = str(entry.get("layers", "")).partition("-")
-    return {"layers": tuple(range(int(first), int(last or first) + 1))} if first else {}
+    if "layers" not in entry:
+        return {}
+    layers = []
+    for part in entry["layers"] if isinstance(entry["layers"], list) else [entry["layers"]]:
+        first, _, last = str(part).partition("-")
+        layers += range(int(first), int(last or first) + 1)
+    return {"layers": tuple(layers)}
 
 
 HEADER = [{"filter": "embed_tokens", "value": 0.25}, {"filter": "lm_head", "value": 0.25}]

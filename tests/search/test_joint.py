@@ -16,7 +16,17 @@ from modules.scoring.budget import Budget
 from modules.scoring.drift import DriftMeter, full_passage
 from modules.scoring.gradient import GradientPass
 from modules.scoring.objective import Objective, Penalty
-from modules.search.joint import Joint, JointState, first_weights, largest_factor, moved, rounded, step_size
+from modules.search.joint import (
+    Joint,
+    JointState,
+    first_weights,
+    given_weights,
+    largest_factor,
+    moved,
+    rounded,
+    start_of,
+    step_size,
+)
 
 
 def walked(gradient, start, steps, size=0.08):
@@ -66,6 +76,14 @@ def test_where_steps_begin():
     assert first_weights(3, [1.0, 1.5, 0.9]) == ((0.0, 0.98),) * 3
     assert [round(step_size(step, 3, 0.08), 6) for step in (1, 2, 3)] == [0.08, 0.044, 0.008]
     assert step_size(1, 1, 0.08) == 0.08
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_an_end_is_a_start_for_another(outside):
+    rows = ((0.3, 0.0), (0.3, 0.25), (0.0, 0.5), (0.3, 0.0))
+    start = start_of(rows, outside)
+    assert given_weights(start, 4, 2) == rows
+    assert len(start) == 5 - outside  # of the first, 0.3 nearly everywhere
 
 
 def test_what_is_kept_has_two_decimals():
