@@ -3,7 +3,7 @@
 Knows: what there is to say of an adapter and how it is loaded. Refuses to know: how it was learned, Markdown.
 """
 
-from modules.output.model_card import card_values, fenced, filled, front_matter
+from modules.output.model_card import card_values, filled, front_matter
 from modules.output.recipe import Recipe
 
 CARD = """\
@@ -15,6 +15,8 @@ ${front_matter}
 
 A LoRA adapter of rank $rank for $base, learned with Merge Monster $program from phrase lists alone, in $steps. \
 $improved of $phrases improved.
+
+$summary
 
 It was taught to make the bad phrases below less probable and the good ones more, and to say what the base says \
 elsewhere: $texts.
@@ -36,17 +38,29 @@ $samples
 
 ## Use
 
-With PEFT. BASE: where the base model lies. A model that is merged in a half type loses some of what was learned.
+With PEFT; BASE: where the base model lies, PATH: where this adapter lies. A model that is merged in a half type loses \
+some of what was learned.
 
-$code
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-With Merge Monster it is a candidate like any other; PATH: where this adapter lies:
+model = AutoModelForCausalLM.from_pretrained("BASE", dtype="float32")
+model = PeftModel.from_pretrained(model, "PATH")
+model = model.merge_and_unload()  # a model without adapters
+tokenizer = AutoTokenizer.from_pretrained("BASE")
+```
 
-$candidate
+With Merge Monster it is a candidate like any other:
+
+```yaml
+models_to_merge:
+- PATH
+```
 
 ## Licence
 
-Check the licence of the base model and add `license:` to this page.
+$licence
 
 ## Settings
 
@@ -55,26 +69,16 @@ Non-default settings; `merge_monster.yaml` beside this page has them with all ph
 $settings
 """
 
-CODE = """\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("BASE", dtype="float32")
-model = PeftModel.from_pretrained(model, "PATH")
-model = model.merge_and_unload()  # a model without adapters
-"""
-
-
-def adapter_card(recipe: Recipe, name: str, texts: str) -> str:
-    """The text of an adapter's card. name: the output's. texts: what was learned with beside the phrases."""
+def adapter_card(recipe: Recipe, name: str, texts: str, licence: str | None) -> str:
+    """The text of an adapter's card. name: the output's. texts: what was learned with beside the phrases. licence: that
+    the base states."""
     settings = recipe.settings.learn
     steps = f"{settings.steps} steps of {min(settings.pairs, len(recipe.phrases))} pairs each"
-    values = card_values(recipe, name, "adapter") | {
-        "front_matter": front_matter(recipe, "peft", "adapter"),
+    values = card_values(recipe, name, licence, "adapter") | {
+        "front_matter": front_matter(recipe, "peft", "adapter", licence),
         "rank": settings.rank,
         "steps": steps,
         "texts": texts,
-        "code": fenced("python", CODE),
-        "candidate": fenced("yaml", "models_to_merge:\n- PATH"),
     }
     return filled(CARD, values)

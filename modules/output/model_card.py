@@ -4,25 +4,29 @@ Knows: the hub's front matter, Markdown, what of a recipe is for everybody's eye
 be, which metrics there are, how pictures are drawn, the network.
 """
 
+import math
 import re
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from string import Template
 
 from huggingface_hub import ModelCardData
 
 from modules.config.locations import names_folder, repositories_in
+from modules.metrics.kl import NATS
 from modules.metrics.registry import columns_of
 from modules.output.card_settings import settings_yaml
+from modules.output.front import best_candidate
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.output.records import Phrase, Source
 from modules.output.tables import sample_lines
 from modules.runtime.console import visible
-from modules.runtime.text import brief_percent, pluralize, shortened
+from modules.runtime.text import brief_percent, pluralize, shortened, whole_sentences
+from modules.search.strategies import total
 
 CARD_FILE = "README.md"
+DRIFTS = ("kl", "own_kl")
 MOST_PHRASES = 60  # in the table
 MOST_COLUMNS = 160  # of a phrase or a context in the table; of a longer one the end is shown
 
@@ -35,6 +39,8 @@ ${front_matter}
 
 A merge of $taken of $candidates into $base, made with Merge Monster $program. $how $improved of $phrases improved.
 
+$summary
+
 ## Composition
 
 $composition
@@ -44,6 +50,8 @@ $unused
 $merge_map
 
 ## Metrics
+
+Totals are sums of probability times weight, bad phrases minus good ones. KL is in nats per token.
 
 $metrics
 
@@ -58,9 +66,22 @@ $phrase_chart
 
 $samples
 
+## Use
+
+PATH: this folder, or its id on the hub.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto", device_map="auto"$trusted)
+tokenizer = AutoTokenizer.from_pretrained("PATH"$trusted)
+inputs = tokenizer("It was a quiet evening, and", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```
+
 ## Licence
 
-Check the licences of all source models and add `license:` to this page. The base's licence files, if any, are included.
+$licence The base's licence files, if any, are included.
 
 ## Settings
 
@@ -73,34 +94,40 @@ $settings
 Merge Monster rebuilds this model from `$recipe_file` without a search. PATH: where the model is.
 
 $command
+
+$export
 """
+
+EXPORT = """\
+<details>
+<summary>The same merge for mergekit</summary>
+
+Replace the names of local models with their paths.
+
+$yaml
+
+</details>"""
 
 GREEDY = "Each layer's merge was kept only if it scored better (strategy: $strategy; merge method: $methods)."
 JOINT = (
     "Per-layer merge weights were optimised jointly by gradient to make unwanted phrases less likely and wanted ones "
     "more likely."
 )
+UNKNOWN_LICENCE = "Check the licences of all source models and add `license:` to this page."
 
 
-def write_card(folder: Path, recipe: Recipe, name: str, pictures: tuple[str, str]) -> None:
-    """Write the model card of an output, in the folder in which it is being written.
-
-    name: the output's. pictures: see `model_card`; one that could not be made is left out. Raises OSError if it can't
-    be written.
-    """
-    made = tuple(picture if (folder / picture).is_file() else None for picture in pictures)
-    (folder / CARD_FILE).write_text(model_card(recipe, name, made), encoding="utf-8", newline="\n")
-
-
-def model_card(recipe: Recipe, name: str, pictures: Sequence[str | None]) -> str:
-    """The text of a model card. pictures: the names of the merge map's file and of the phrase chart's, beside the card;
-    None for one that is not."""
+def model_card(
+    recipe: Recipe, name: str, pictures: Sequence[str | None], licence: str | None = None, export: str = ""
+) -> str:
+    """The text of a model card. name: the output's. pictures: the names of the merge map's file and of the phrase
+    chart's, beside the card; None for one that is not. licence: that all models state. export: the recipe as a file for
+    mergekit; empty if there is none."""
     settings = recipe.settings
     needed = recipe.needed_sources
     unused = [_link(source) for source in recipe.sources if source not in needed]
     merge_map, phrase_chart = pictures
-    values = card_values(recipe, name) | {
-        "front_matter": front_matter(recipe, "transformers", "merge"),
+    values = card_values(recipe, name, licence) | {
+        "front_matter": front_matter(recipe, "transformers", "merge", licence),
         "taken": len(needed) - 1,
         "candidates": pluralize(len(recipe.sources) - 1, "candidate"),
         "strategy": settings.strategy,
@@ -109,13 +136,15 @@ def model_card(recipe: Recipe, name: str, pictures: Sequence[str | None]) -> str
         "unused": f"Candidates not used: {', '.join(unused)}." if unused else "",
         "merge_map": f"![What each layer is made of]({merge_map})" if merge_map else "",
         "phrase_chart": f"![Every phrase before and after the merge]({phrase_chart})" if phrase_chart else "",
+        "trusted": ", trust_remote_code=True" if settings.trust_remote_code else "",
         "recipe_file": RECIPE_FILE,
         "command": fenced("sh", _command(recipe)),
+        "export": filled(EXPORT, {"yaml": fenced("yaml", export)}) if export else "",
     }
     return filled(CARD.replace("$how", JOINT if recipe.joint else GREEDY), values)
 
 
-def card_values(recipe: Recipe, name: str, who: str = "merge") -> dict[str, object]:
+def card_values(recipe: Recipe, name: str, licence: str | None, who: str = "merge") -> dict[str, object]:
     """What the cards of all outputs say, by its name in their templates. who: has answered the samples."""
     return {
         "name": _escaped(name),
@@ -123,10 +152,12 @@ def card_values(recipe: Recipe, name: str, who: str = "merge") -> dict[str, obje
         "program": _escaped(recipe.program),
         "improved": recipe.improved,
         "phrases": pluralize(len(recipe.phrases), "phrase"),
+        "summary": _summary(recipe),
         "metrics": _metrics(recipe),
         "most": MOST_PHRASES,
         "phrase_table": _phrases(recipe.phrases),
         "samples": _samples(recipe, who) if recipe.samples else "",
+        "licence": f"All source models state `{licence}`." if licence else UNKNOWN_LICENCE,
         "settings": fenced("yaml", settings_yaml(recipe, name)),
     }
 
@@ -137,10 +168,10 @@ def filled(template: str, values: Mapping[str, object]) -> str:
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def front_matter(recipe: Recipe, library: str, relation: str) -> str:
+def front_matter(recipe: Recipe, library: str, relation: str, licence: str | None) -> str:
     """For the hub, which takes nothing but its own ids as base models: folders are named in the text only.
 
-    library: that opens the output. relation: of the output to its base models.
+    library: that opens the output. relation: of the output to its base models. licence: the output's, if it is known.
     """
     repositories = [repo for source in recipe.needed_sources for repo, _ in repositories_in(source.where)]
     data = ModelCardData(
@@ -148,6 +179,7 @@ def front_matter(recipe: Recipe, library: str, relation: str) -> str:
         # With one base model the hub would take the output for a fine-tune.
         base_model_relation=relation if repositories else None,
         library_name=library,
+        license=licence,
         pipeline_tag="text-generation",
         tags=[relation, "mergemonster"],
     )
@@ -160,15 +192,42 @@ def _composition(recipe: Recipe) -> str:
     return _table(("model", "weight"), rows)
 
 
+def _summary(recipe: Recipe) -> str:
+    """How phrases and drift have changed, in a sentence; empty without any."""
+    parts = []
+    for what, kind in (("unwanted", "BAD"), ("wanted", "GOOD")):
+        for where, pairs in (("phrases", recipe.phrases), ("phrases held out", recipe.held_out)):
+            some = [pair for pair in pairs if pair.kind == kind]
+            if some:
+                before = abs(total([pair.before * pair.weight for pair in some]))
+                after = abs(total([pair.after * pair.weight for pair in some]))
+                change = f" ({after / before - 1:+.0%})" if 0 < before < math.inf else ""
+                (column,) = columns_of({"total": before})
+                parts.append(f"{what} {where} {column.text(before)} → {column.text(after)}{change}")
+    metrics = recipe.metrics["merge"]
+    for column in columns_of(metrics):
+        if column.name in DRIFTS:
+            parts.append(f"{column.label} {column.text(metrics[column.name])}")
+    text = ", ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if parts else ""
+
+
 def _metrics(recipe: Recipe) -> str:
-    base = recipe.metrics["base"]
-    merge = recipe.metrics["merge"]
+    """The base, the candidate that is best alone, if any was measured so, and the output."""
+    models = {"base": recipe.metrics["base"]}
+    weight = recipe.settings.weight_of_drift
+    if weight == "auto":
+        weight = total([abs(pair.before * pair.weight) for pair in recipe.phrases]) / NATS
+    alone = {source.number: source.name for source in recipe.sources if str(source.number) in recipe.baselines}
+    for number in best_candidate(recipe, [*alone], weight):
+        models[f"{_escaped(alone[number])} alone"] = recipe.baselines[str(number)]
+    models["this model"] = recipe.metrics["merge"]
     rows = []
-    for column in columns_of(base, merge):
+    for column in columns_of(models["base"], models["this model"]):
         if not column.shown_as:  # else it is shown as measured again, on text that took no part in the search
-            values = [column.text(metrics.get(column.name)) for metrics in (base, merge)]
+            values = [column.text(metrics.get(column.name)) for metrics in models.values()]
             rows.append((_escaped(column.label), *values))
-    return _table(("metric", "base", "this model"), rows)
+    return _table(("metric", *models), rows)
 
 
 def _phrases(phrases: Sequence[Phrase]) -> str:
@@ -184,7 +243,12 @@ def _phrases(phrases: Sequence[Phrase]) -> str:
 
 
 def _samples(recipe: Recipe, who: str) -> str:
-    lines = [textwrap.fill(line, 100, subsequent_indent=" " * 9) for line in sample_lines(recipe.samples, who)]
+    """In whole sentences: answers that were broken off end with the last one."""
+    samples = []
+    for sample in recipe.samples:
+        whole = {of: whole_sentences(getattr(sample, of)) for of in sample.broken_off}
+        samples.append(sample.model_copy(update=whole))
+    lines = [textwrap.fill(line, 100, subsequent_indent=" " * 9) for line in sample_lines(samples, who)]
     return "## Samples\n\n" + fenced("text", "\n".join(lines))
 
 

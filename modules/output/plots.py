@@ -87,7 +87,7 @@ def merge_map_figure(recipe: Recipe) -> Figure:
     if recipe.joint is None:
         heights.append(2.2)
     figure = Figure(figsize=(width, 0.5 + sum(heights)))
-    figure.suptitle(title_of("Merge map", [source.name for source in recipe.sources], width))
+    figure.suptitle(title_of("Merge map", [source.name for source in recipe.needed_sources], width))
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, heat_map in zip(panels, maps, strict=False):
         _draw_heat_map(figure, axes, heat_map, layers)
@@ -106,20 +106,24 @@ def _layer_names(recipe: Recipe) -> list[str]:
 
 
 def _heat_maps(recipe: Recipe) -> list[HeatMap]:
-    """What a merge map shows, from the top."""
-    labels = []
-    for number, source in enumerate(recipe.sources):
-        weight = brief_percent(recipe.composition.get(source.name, 0))
-        labels.append(f"{number or 'base'}: {short_name(source.name)} ({weight})")
+    """What a merge map shows, from the top: of the models that have a weight somewhere."""
     if recipe.joint is None:
         weights = _greedy_weights(recipe)
     else:
         weights = [[1.0 - math.fsum(row), *row] for row in recipe.joint.weights]
+    shown = [number for number, column in enumerate(zip(*weights, strict=True)) if any(column)]
+    weights = _columns(weights, shown)
+    labels = []
+    for number in shown:
+        name = recipe.sources[number].name
+        weight = brief_percent(recipe.composition.get(name, 0))
+        labels.append(f"{number or 'base'}: {short_name(name)} ({weight})")
     limit = max(1.0, *(abs(weight) for row in weights for weight in row))
     maps = [HeatMap("Weight of each model in each layer", weights, labels, _WEIGHTS, limit)]
-    if recipe.joint and len(labels) > 1:
+    candidates = [number for number in shown if number]
+    if recipe.joint and candidates:
         for column in columns_of(recipe.joint.slopes):
-            slopes = recipe.joint.slopes[column.name]
+            slopes = _columns(recipe.joint.slopes[column.name], [number - 1 for number in candidates])
             largest = max(abs(slope) for row in slopes for slope in row) or 1.0
             rows = []
             for row in slopes:
@@ -127,8 +131,16 @@ def _heat_maps(recipe: Recipe) -> list[HeatMap]:
             title = (
                 f"Effect of each weight on the {column.label} at the start (in units of {largest:.3g}; blue lowers it)"
             )
-            maps.append(HeatMap(title, rows, labels[1:], _SLOPES, 1.0))
+            maps.append(HeatMap(title, rows, labels[-len(candidates) :], _SLOPES, 1.0))
     return maps
+
+
+def _columns(rows: Sequence[Sequence[float]], numbers: Sequence[int]) -> list[list[float]]:
+    """Some numbers of each row."""
+    found = []
+    for row in rows:
+        found.append([row[number] for number in numbers])
+    return found
 
 
 def _greedy_weights(recipe: Recipe) -> list[list[float]]:
@@ -186,7 +198,7 @@ def phrase_chart_figure(recipe: Recipe) -> Figure:
     """The probability of every pair before and after, bad and good apart, the most improved first."""
     groups = {kind: group for kind in _KINDS if (group := _shown_pairs(recipe.phrases, kind))}
     shown = [pair for group in groups.values() for pair in group]
-    title = title_of("Phrases before and after", [source.name for source in recipe.sources], _CHART_WIDTH)
+    title = title_of("Phrases before and after", [source.name for source in recipe.needed_sources], _CHART_WIDTH)
     if len(shown) < len(recipe.phrases):
         title += f"\nthe {_MOST_CHANGED} pairs of each kind that changed the most, of {len(recipe.phrases)}"
     figure = Figure(figsize=(_CHART_WIDTH, 1.5 + 0.2 * len(shown) + 0.5 * len(groups)))

@@ -196,6 +196,7 @@ class Sample(Record):
     prompt: str
     base: str
     merge: str
+    broken_off: Annotated[tuple[Literal["base", "merge"], ...], Strict(False)] = ()  # answers that reached the limit
 
 
 class Answered(Record):

@@ -46,6 +46,7 @@ from modules.output.folder import (
     written_paths,
 )
 from modules.output.journal import JOURNAL_FILE, read_journal
+from modules.output.licence import common_licence
 from modules.output.model_card import CARD_FILE
 from modules.output.recipe import Recipe
 from modules.output.records import Sample
@@ -330,8 +331,9 @@ class Lesson:
         ids = repositories_in(where)
         base, revision = ids[0] if ids else (where, None)
         texts = " and ".join(text.name for text in self.learner.objective.texts)
+        licence = common_licence([self.model.checkpoint.repository.folder])
         files = {
-            CARD_FILE: adapter_card(recipe, output, texts),
+            CARD_FILE: adapter_card(recipe, output, texts, licence),
             SETTINGS_FILE: settings_file(recipe, output),
         }
         with naming(self.folder):

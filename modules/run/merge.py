@@ -139,11 +139,13 @@ def _merge(
         release_memory()  # that of the model: what is saved comes from the files
         record.source(0, models.base_where, models.base)
         accepted = _accepted(record, recipe, models)
-        rebuild = rebuild_of(recipe, loader.layout(models), devices, lambda: tokenizer, accepted)
+        layout = loader.layout(models)
+        rebuild = rebuild_of(recipe, layout, devices, lambda: tokenizer, accepted)
         save(console, rebuild, models.base, unfinished, config.directories.output_directory)
         clock.lap("save")
         recipe = recipe.model_copy(update={"seconds": {**clock.seconds, **recipe.seconds}})
-        finish(console, unfinished, recipe, target.output, models.base, options.overwrite)
+        needed = [(source, models.candidates[source.number - 1]) for source in recipe.needed_sources[1:]]
+        finish(console, unfinished, recipe, target.output, layout, needed, options.overwrite)
     if not options.is_part:
         end(console, config, models, config.directories.output_directory)
 

@@ -106,7 +106,7 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, target: OutputF
         devices = dict.fromkeys(layout.tensors, resolve_device(loader.device))
         rebuild = rebuild_of(recipe, layout, devices, tokenizer, _arriving(console, prefetcher, found))
         save(console, rebuild, base, unfinished, str(asked.output))
-        finish(console, unfinished, recipe, target.output, base, asked.overwrite)
+        finish(console, unfinished, recipe, target.output, layout, found, asked.overwrite)
 
 
 def _arriving(

@@ -65,7 +65,10 @@ class Samples:
         return count_answers(read, [text.ended for text in texts])
 
     def _sample(self, answer: Answer, written: Written) -> Sample:
-        return Sample(prompt=answer.prompt, base=self._read(answer, answer.written), merge=self._read(answer, written))
+        answers = {"base": answer.written, "merge": written}
+        texts = {who: self._read(answer, text) for who, text in answers.items()}
+        broken_off = tuple(who for who, text in answers.items() if not text.ended)
+        return Sample(prompt=answer.prompt, broken_off=broken_off, **texts)
 
     def _read(self, answer: Answer, text: Written) -> str:
         return visible(self._context.tokenizer, text, answer.prompt, self._asked)

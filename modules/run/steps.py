@@ -8,6 +8,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,17 +22,20 @@ from modules.checkpoints.open_models import Models
 from modules.config.phrase_lists import Chat
 from modules.config.schema import Config
 from modules.metrics.own_answers import prompts_of
+from modules.model.base_model import ResidentModel
 from modules.model.loading import ModelLoader
 from modules.output.card_settings import settings_file
 from modules.output.changes import compare_fingerprints, rendered_in
+from modules.output.export import Needed, exported
 from modules.output.folder import SETTINGS_FILE, Unfinished
-from modules.output.model_card import CARD_FILE, write_card
+from modules.output.licence import common_licence
+from modules.output.model_card import CARD_FILE, model_card
 from modules.output.plots import MERGE_MAP_FILE, PHRASE_CHART_FILE, merge_map, phrase_chart
 from modules.output.recipe import Recipe, write_recipe
 from modules.output.run_record import RunRecord
 from modules.runtime.console import Console
 from modules.runtime.distributed import Group
-from modules.runtime.errors import first_line, naming
+from modules.runtime.errors import ConfigError, first_line, naming
 from modules.runtime.program import postponed
 from modules.runtime.text import pluralize
 from modules.scoring.chats import (
@@ -114,9 +118,19 @@ def save(console: Console, rebuild: Rebuild, base: Checkpoint, unfinished: Unfin
 
 
 def finish(
-    console: Console, unfinished: Unfinished, recipe: Recipe, output: Path, base: Checkpoint, overwrite: bool
+    console: Console,
+    unfinished: Unfinished,
+    recipe: Recipe,
+    output: Path,
+    layout: ResidentModel,
+    needed: Needed,
+    overwrite: bool,
 ) -> None:
-    """Write the recipe, the settings as a file to run again, two pictures and a model card; make it all the output."""
+    """Write the recipe, the settings as a file to run again, two pictures and a model card; make it all the output.
+
+    layout: the base, without weights.
+    """
+    base = layout.checkpoint
     folder = unfinished.folder
     console.timed("Writing recipe, pictures and model card")
     write_recipe(folder, recipe)
@@ -125,7 +139,7 @@ def finish(
     drawn = {
         MERGE_MAP_FILE: lambda: merge_map(recipe, folder / MERGE_MAP_FILE),
         PHRASE_CHART_FILE: lambda: phrase_chart(recipe, folder / PHRASE_CHART_FILE),
-        CARD_FILE: lambda: write_card(folder, recipe, output.name, (MERGE_MAP_FILE, PHRASE_CHART_FILE)),
+        CARD_FILE: lambda: write_card(folder, recipe, output.name, layout, needed),
     }
     for file, write in drawn.items():
         try:
@@ -137,6 +151,22 @@ def finish(
     console.warnings(_paths_of_the_base(folder, base))
     with postponed(lambda: None):  # it takes a moment, in which Ctrl-C is not heard unless it comes twice
         console.warnings(unfinished.commit(overwrite))
+
+
+def write_card(folder: Path, recipe: Recipe, name: str, layout: ResidentModel, needed: Needed) -> None:
+    """Write the card of an output; pictures that could not be made are left out, and what mergekit can't reproduce."""
+    base = layout.checkpoint
+    repositories = [base.repository]
+    for _, candidate in needed:
+        repositories += candidate.repositories
+    licence = common_licence(repository.folder for repository in repositories)
+    names = {source.number: source.where for source in recipe.sources}
+    export = ""
+    with suppress(ConfigError):
+        export = exported(recipe, base, needed, layout, names) if needed else ""
+    pictures = [file if (folder / file).is_file() else None for file in (MERGE_MAP_FILE, PHRASE_CHART_FILE)]
+    text = model_card(recipe, name, pictures, licence, export)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8", newline="\n")
 
 
 def _paths_of_the_base(folder: Path, base: Checkpoint) -> list[str]:

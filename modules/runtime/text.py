@@ -4,6 +4,7 @@ Knows: characters, columns, bytes. Refuses to know: what a text is about, where 
 """
 
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from itertools import accumulate, takewhile
@@ -13,6 +14,9 @@ _CUT = "..."  # stands for what was left out
 # What ends a sentence, in the scripts that models write most, and what may close behind it.
 _ENDS = (*".!?\u2026\u203c\u2047\u2048\u2049\u3002\uff01\uff0e\uff1f\uff61\u061f\u06d4\u0964\u0965",)
 _CLOSING = "\"'*_`)]}\xbb\xab\u2019\u201c\u201d\u203a\u300b\u300d\u300f\u3011\uff09"
+_CLOSED = f"[{re.escape(_CLOSING)}]*"
+# Of a sentence; where words have spaces between them, one follows. The point behind a number may be that of a list.
+_SENTENCE_END = re.compile(rf"[\u3002\uff01\uff0e\uff1f\uff61]{_CLOSED}|(?<!\d)[{''.join(_ENDS)}]{_CLOSED}(?=\s|$)")
 
 
 def shortened(text: str, width: int = 40, keep: Literal["start", "end", "both"] = "end") -> str:
@@ -28,6 +32,14 @@ def ended(text: str) -> str:
     """A text that somebody broke off, with an ellipsis unless a sentence ends where it does."""
     text = text.rstrip()
     return text if not text or text.rstrip(_CLOSING).endswith(_ENDS) else text + "\u2026"
+
+
+def whole_sentences(text: str) -> str:
+    """A text that somebody broke off, up to the end of its last sentence or, without any, of its last whole word."""
+    text = text.rstrip()
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    words = text.rsplit(maxsplit=1)
+    return text[: ends[-1]] if ends else words[0] if words else ""
 
 
 def one_line(text: str) -> str:

@@ -1,6 +1,7 @@
 """Model cards: what the hub reads in them, and that no name and no phrase breaks them."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -11,11 +12,12 @@ import tiny
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.utils import validate_repo_id
-from runs import make_models
+from runs import make_models, merge
 
 import merge_monster
 from modules.output.card_settings import settings_file
-from modules.output.model_card import CARD_FILE, MOST_PHRASES, model_card, write_card
+from modules.output.licence import stated_licence
+from modules.output.model_card import CARD_FILE, MOST_PHRASES, model_card
 from modules.output.recipe import RECIPE_FILE, Recipe
 from modules.runtime.console import visible
 from modules.runtime.text import brief_percent
@@ -110,14 +112,9 @@ def on_hub(recipe, *wheres):
 
 
 def test_the_card_of_a_run(run, recipe):
-    partial = run / "merged.partial"
-    partial.mkdir(exist_ok=True)
-    for picture in PICTURES:
-        (partial / picture).touch()
-    write_card(partial, Recipe.model_validate(recipe), "merged", PICTURES)
-    text = (partial / CARD_FILE).read_bytes().decode()
-    assert "base_model" not in accepted(text) and metadata_load(partial / CARD_FILE)["tags"]
-    assert text.split("---\n")[2].startswith("\n# merged\n")
+    text = (run / "out" / CARD_FILE).read_bytes().decode()
+    assert "base_model" not in accepted(text) and metadata_load(run / "out" / CARD_FILE)["tags"]
+    assert text.split("---\n")[2].startswith("\n# out\n")
     prose = text.split("## Settings")[0]
     assert str(run) not in text
     composition, metrics, phrases = tables(prose)
@@ -227,6 +224,123 @@ def test_a_joint_search_is_told_as_what_it_was(recipe):
         assert all((word in one) == (one is card) for word in words for one in (greedy, text))
     assert "Candidates not used: [org/one]" in text and "A merge of 1 of 2 candidates" in text
     assert blocks(text)["drift_weight"] == 8
+
+
+def test_the_summary_has_the_figures(recipe):
+    """By hand: sums of weight times probability, of each kind, searched and held out; then the drift."""
+    pair = {"kind": "BAD", "phrase": "a", "context": "b", "weight": 2.0, "before": 0.5, "after": 0.25}
+    recipe["phrases"] = [pair, {**pair, "weight": 4.0}, {**pair, "kind": "GOOD", "weight": -2.0, "after": 0.75}]
+    recipe["held_out"] = [{**pair, "after": 0.625}, {**pair, "kind": "GOOD", "before": 0.0, "after": 0.5}]
+    recipe["metrics"]["merge"] |= {"kl": 0.0123, "own_kl": 0.5}
+    (line,) = [line for line in card_of(recipe).splitlines() if line.startswith("Unwanted")]
+    assert line == (
+        "Unwanted phrases 3.000 → 1.500 (-50%), unwanted phrases held out 1.000 → 1.250 (+25%), wanted phrases 1.000 → "
+        "1.500 (+50%), wanted phrases held out 0.000 → 1.000, KL to base 0.0123, KL on own answers 0.5000."
+    )
+    assert "\n\nUnwanted" not in card_of(recipe | {"phrases": [], "held_out": []})
+
+
+@pytest.mark.parametrize("weight, best", [(0, "one"), (1, "two"), ("auto", "two"), (None, "one")])
+def test_the_best_candidate_stands_beside_base_and_merge(recipe, weight, best):
+    """Judged as the search judges: by the total and drift_weight."""
+    recipe["settings"]["drift_weight"] = weight
+    recipe["baselines"] = {"1": {"total": 0.25, "kl": 0.5, "own|metric": 1.0}, "2": {"total": 0.5, "kl": 0.125}}
+    recipe["metrics"] = {"base": {"total": 1.0, "kl": 0.0}, "merge": {"total": 0.125, "kl": 0.0625, "words": 9.0}}
+    alone = {"one": ["0.250", "0.5000", "-"], "two": ["0.500", "0.1250", "-"]}[best]
+    head, _, *rows = tables(card_of(recipe))[1]
+    assert head == ["metric", "base", f"{best} alone", "this model"]
+    labels = ["Total", "KL to base", "Words per answer"]
+    expected = zip(labels, ["1.000", "0.0000", "-"], alone, ["0.125", "0.0625", "9.0"], strict=True)
+    assert rows == [list(row) for row in expected]
+
+
+def test_samples_are_whole_sentences(recipe):
+    text = 'He went. "Home is far." He lo'
+    sample = {"prompt": "Who?", "base": text, "merge": "A short answer"}
+    recipe["samples"] = [sample, {**sample, "broken_off": ["base", "merge"]}]
+    lines = fenced(card_of(recipe), "text").splitlines()
+    assert lines[2:4] == [f"  base:  {text}\u2026", "  merge: A short answer\u2026"]
+    assert lines[5:7] == ['  base:  He went. "Home is far."', "  merge: A short\u2026"]
+
+
+def test_the_output_opens_as_its_card_says(run, recipe, capsys):
+    code = fenced(card_of(recipe), "python")
+    exec(code.replace("PATH", str(run / "out")).replace('device_map="auto"', 'device_map="cpu"'), {})
+    assert capsys.readouterr().out.startswith("It was a quiet evening, and")
+    recipe["settings"]["trust_remote_code"] = True
+    assert fenced(card_of(recipe), "python").count(", trust_remote_code=True)") == 2
+
+
+def test_what_mergekit_is_to_be_told_is_folded(run, recipe):
+    """As it is exported, but for paths; nothing where it can't be exported."""
+    export = run / "kit.yaml"
+    sources = ["--source", str(run), "--overwrite"]
+    assert merge_monster.main(["--export-mergekit", str(export), str(run / "out"), *sources]) == 0
+    text = (run / "out" / CARD_FILE).read_text(encoding="utf-8")
+    folded = text.split("<details>\n<summary>")[1].split("</details>")[0]
+    assert yaml.safe_load_all(fenced(folded, "yaml")) and "</summary>\n\n" in folded
+    assert fenced(folded, "yaml") == export.read_text(encoding="utf-8").replace(f"{run}/", "").rstrip()
+    assert "<details>" not in card_of(recipe)
+
+
+# What a model's card states, and what is taken for it.
+STATED = {
+    "---\nlicense: apache-2.0\n---\n": "apache-2.0",
+    "---\r\ntags: [a]\r\nlicense: llama3.1\r\n---\r\n# Model": "llama3.1",
+    "\ufeff---\nlicense: mit\n---": "mit",
+    "---\nlicense: other\nlicense_name: mine\n---\n": None,
+    "---\nlicense: [mit]\n---\n": None,
+    "---\nlicense: 1.0\n---\n": None,
+    "---\nlicense: MIT and\n  more\n---\n": None,
+    '---\nlicense: "mit\\n# Free"\n---\n': None,
+    "---\nlicense: <b>mit</b>\n---\n": None,
+    f"---\nlicense: {'a' * 41}\n---\n": None,
+    f"---\nother: {'a' * 30_000}\nlicense: mit\n---\n": None,
+    "---\nlicense: mit\nlicense: apache-2.0\n---\n": None,
+    "---\nlicense: mit\n": None,
+    "---\nlicense: !!python/name:os.system\n---\n": None,
+    "---\n[license\n---\n": None,
+    "---\n- license: mit\n---\n": None,
+    "license: mit\n": None,
+    "# Model\n---\nlicense: mit\n---\n": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("text", STATED)
+def test_a_licence_that_a_card_states(place, text):
+    (place / "README.md").write_bytes(text.encode())
+    assert stated_licence(place) == STATED[text]
+
+
+def test_cards_that_are_none(place):
+    assert stated_licence(place) is None
+    (place / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
+    assert stated_licence(place) is None
+    (place / "README.md").unlink()
+    os.mkfifo(place / "README.md")
+    assert stated_licence(place) is None
+
+
+def test_a_licence_is_taken_over_where_all_sources_state_it(place, capsys):
+    """The candidate that is not needed has no say, and a replay says the same."""
+    models = make_models(place)
+    for model in models:
+        (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert merge(place, models, merge_method="lerp", merge_ratios=[0.5]) == 0
+    card = place / "out" / CARD_FILE
+    assert metadata_load(card)["license"] == "apache-2.0" and "state `apache-2.0`" in card.read_text()
+    (models[2] / "README.md").write_text("---\nlicense: mit\n---\n")
+    replay = ["--replay", str(place / "out"), "--output", str(place / "again"), "--source", str(place)]
+    assert merge_monster.main(replay) == 0
+    assert "license" not in metadata_load(place / "again" / CARD_FILE)
+    recipe = json.loads((place / "out" / RECIPE_FILE).read_text())
+    for decision in recipe["decisions"]:
+        decision["ratio"] = None if decision["candidate"] == 2 else decision["ratio"]
+    (place / "recipe.json").write_text(json.dumps(recipe))
+    replay = ["--replay", "recipe.json", "--output", str(place / "less"), "--source", str(place)]
+    assert merge_monster.main(replay) == 0
+    assert metadata_load(place / "less" / CARD_FILE)["license"] == "apache-2.0"
 
 
 def test_metrics_are_told_by_the_registry_s_labels(recipe):

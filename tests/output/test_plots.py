@@ -153,12 +153,12 @@ def test_the_merge_map_of_a_greedy_search(layers, candidates):
     recipe = greedy(layers, candidates)
     figure = plots.merge_map_figure(recipe)
     shares, totals = figure.axes[:2]
-    expected = [weights_by_hand(recipe, layer) for layer in [*range(layers), None]]
-    assert np.array(cells(shares)) == pytest.approx(np.array(expected))
-    assert [label.partition(":")[0] for label in labels_of(shares.yaxis)] == [
-        "base",
-        *map(str, range(1, candidates + 1)),
-    ]
+    expected = np.array([weights_by_hand(recipe, layer) for layer in [*range(layers), None]])
+    shown = expected.any(axis=0)
+    assert shown.all() == (layers > 0)
+    assert np.array(cells(shares)) == pytest.approx(expected[:, shown])
+    rows = np.array(["base", *map(str, range(1, candidates + 1))])
+    assert [label.partition(":")[0] for label in labels_of(shares.yaxis)] == rows[shown].tolist()
     *numbers, header = labels_of(shares.xaxis)
     assert header == "emb+head" and len(numbers) >= min(layers, 20)
     decisions = recipe.decisions
@@ -200,6 +200,28 @@ def test_the_merge_map_of_a_joint_search(layers, candidates, headers):
         assert np.abs(cells(axes)).max() == 1
     assert_no_labels_overlap(figure)
     assert_nothing_is_cut_off(figure)
+
+
+@pytest.mark.parametrize("make", [greedy, joint])
+def test_what_is_not_in_the_merge_is_in_no_picture(make):
+    """The second of three candidates has no weight in any layer."""
+    recipe = make(layers=4, candidates=3).written()
+    for line in recipe["decisions"]:
+        line["ratio"] = None if line["candidate"] == 2 else 0.5
+    if make is joint:
+        recipe["joint"]["weights"] = [[0.5, 0.0, 0.25]] * len(recipe["joint"]["weights"])
+    recipe["phrases"] = [make_pair()]
+    recipe = Recipe.model_validate(recipe)
+    figure = plots.merge_map_figure(recipe)
+    maps = [axes for axes in figure.axes if axes.images and axes.yaxis.get_ticklabels()[0].get_text()]
+    numbers = [[label.partition(":")[0] for label in labels_of(axes.yaxis)] for axes in maps]
+    rows = [rows for rows in numbers if {"1", "3"} <= {*rows}]
+    assert rows == [["base", "1", "3"], *([["1", "3"]] * 2 if make is joint else [])]
+    if make is joint:
+        slopes = np.array(recipe.joint.slopes["total"])
+        assert np.array(cells(maps[1])) == pytest.approx(slopes[:, [0, 2]] / np.abs(slopes[:, [0, 2]]).max())
+    for picture in (figure, plots.phrase_chart_figure(recipe)):
+        assert "fine-tune-1, fine-tune-3" in picture.get_suptitle() and "fine-tune-2" not in picture.get_suptitle()
 
 
 def test_numbers_are_left_out_where_they_are_not_legible():
@@ -333,7 +355,7 @@ def test_the_axis_of_probabilities(values, scale):
 @pytest.mark.parametrize("draw", [plots.merge_map_figure, plots.phrase_chart_figure])
 def test_names_and_phrases_of_any_kind(draw):
     phrases = [make_pair(phrase=name, context=name) for name in ODD_NAMES]
-    figure = draw(greedy(layers=3, names=ODD_NAMES, phrases=phrases))
+    figure = draw(greedy(layers=3, names=ODD_NAMES, phrases=phrases, accepted=1.0))
     shown = [shortened(one_line(name), 32, "both") for name in ODD_NAMES]
     assert shown[:3] == ["Ba$e_x^2", "_$\\frac{1}{2", "名前? 🙂"]
     assert all(name in figure.get_suptitle().replace("\n", " ") for name in shown)
