@@ -217,12 +217,7 @@ class _Weights:
         self.merge = merge
         self.base = base
         self.candidates = candidates
-        self._notes: dict[str, None] = {}
-
-    @property
-    def notes(self) -> list[str]:
-        """A line for each thing that was changed."""
-        return [*self._notes]
+        self.notes: dict[str, None] = {}  # a line for each thing that was changed
 
     def row(self, places: Sequence[Place]) -> list[float]:
         """One weight for each candidate: the mean of some tensors. Raises ValueError for a wrong parameter."""
@@ -232,9 +227,9 @@ class _Weights:
             weights = [one.get(candidate, 0.0) for one in found]
             mean = fmean(weights)
             if max(weights) - min(weights) > SAME:
-                self._notes[f"{candidate}: a layer has one weight, the mean of what filters say of its tensors."] = None
+                self.notes[f"{candidate}: a layer has one weight, the mean of what filters say of its tensors."] = None
             if not 0 <= mean <= 1:
-                self._notes[f"{candidate}: a weight is between 0 and 1; others are cut off there."] = None
+                self.notes[f"{candidate}: a weight is between 0 and 1; others are cut off there."] = None
             row.append(round(min(1.0, max(0.0, mean)), DECIMALS))
         return row
 
@@ -263,7 +258,7 @@ class _Weights:
         if self.merge.parameters.get("normalize", method in NORMALIZED) and abs(total) > SAME:
             factor = 1 / total
         if method == "linear" and abs(total * factor - 1) > SAME:
-            self._notes["weights don't add up to 1; the base gets the rest."] = None
+            self.notes["weights don't add up to 1; the base gets the rest."] = None
         if method != "linear":
             lambda_factor = self.parameter("lambda", place)
             factor *= 1.0 if lambda_factor is None else lambda_factor
