@@ -136,7 +136,7 @@ def converted(file: Path) -> tuple[str, list[str]]:
         density = min(1.0, max(0.01, round(fmean(densities), 2)))
         ratios = {round(fmean(column), DECIMALS) for column in zip(*rows, strict=True)}
         settings |= {"search": "greedy", "merge_method": {"name": method, "density": density}}
-        settings["merge_ratios"] = sorted(ratios)
+        settings["merge_ratios"] = sorted(ratios - {0.0}) or [0.0]
         notes.append(f"{merge.merge_method}: only greedy search has {method}; it merges one candidate after another.")
         if max(densities) - min(densities) > SAME:
             notes.append(f"density: {method} has one for all models and layers; {density:g} is the mean.")

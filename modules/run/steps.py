@@ -35,7 +35,7 @@ from modules.output.recipe import Recipe, write_recipe
 from modules.output.run_record import RunRecord
 from modules.runtime.console import Console
 from modules.runtime.distributed import Group
-from modules.runtime.errors import ConfigError, first_line, naming
+from modules.runtime.errors import CheckpointError, ConfigError, first_line, naming
 from modules.runtime.program import postponed
 from modules.runtime.text import pluralize
 from modules.scoring.chats import (
@@ -162,7 +162,7 @@ def write_card(folder: Path, recipe: Recipe, name: str, layout: ResidentModel, n
     licence = common_licence(repository.folder for repository in repositories)
     names = {source.number: source.where for source in recipe.sources}
     export = ""
-    with suppress(ConfigError):
+    with suppress(CheckpointError, ConfigError):
         export = exported(recipe, base, needed, layout, names) if needed else ""
     pictures = [file if (folder / file).is_file() else None for file in (MERGE_MAP_FILE, PHRASE_CHART_FILE)]
     text = model_card(recipe, name, pictures, licence, export)
