@@ -6,7 +6,7 @@ Nothing in a file is executed: a .bin file is a pickle, and one that would need 
 
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -20,20 +20,13 @@ _LARGEST_LISTING = 100_000_000  # bytes of what is said of the tensors in a file
 
 
 class BinReader(FilesReader):
-    """See `Reader`. Files from before PyTorch 1.6 can only be loaded whole; the last such file is kept."""
-
-    def __init__(self, folder: Path, files: Sequence[str], known: Mapping[str, Forms]) -> None:
-        super().__init__(folder, files, known)
-        self._kept: dict[Path, dict[str, Tensor]] = {}  # no more than one file
+    """See `Reader`. Files from before PyTorch 1.6, which can't be mapped into memory, are refused."""
 
     def forms(self, path: Path) -> Forms:
         """What one file holds."""
-        is_archive = _is_archive(path)
-        if is_archive:
-            with reading(path):
-                _check_archive(path)
-        # A file that can't be mapped is read, but on the meta device nothing of it stays in memory.
-        tensors = _load(path, "cpu" if is_archive else "meta")
+        with reading(path):
+            _check_archive(path)
+        tensors = _load(path)
         with reading(path):
             for name, tensor in tensors.items():
                 if tensor.numel() * tensor.element_size() > path.stat().st_size:  # one number in many places, say
@@ -42,33 +35,14 @@ class BinReader(FilesReader):
 
     def read_file(self, path: Path, names: Iterable[str], buffer: Buffer) -> Iterator[tuple[str, Tensor]]:
         """The named tensors of one file."""
-        tensors = self._tensors_of(path)
+        tensors = _load(path)
         # Copied: a tensor in a memory map changes with its file. Detached: it may be a module's parameter.
         for name in names:
             yield name, tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """See `Reader`."""
-        return self._tensors_of(self.folder / self.tensors[name].file)[name].detach()[rows]
-
-    def release(self) -> None:
-        """See `Reader`."""
-        self._kept.clear()
-
-    def _tensors_of(self, path: Path) -> dict[str, Tensor]:
-        if path in self._kept:
-            return self._kept[path]
-        if _is_archive(path):
-            return _load(path)
-        self._kept.clear()  # first, so that there are never two
-        self._kept[path] = _load(path)
-        return self._kept[path]
-
-
-def _is_archive(path: Path) -> bool:
-    """Whether a file is an archive, as since PyTorch 1.6, which can be mapped into memory."""
-    with reading(path), path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        return _load(self.folder / self.tensors[name].file)[name].detach()[rows]
 
 
 def _check_archive(path: Path) -> None:
@@ -76,7 +50,7 @@ def _check_archive(path: Path) -> None:
     size = path.stat().st_size
     with _ShortReads(path) as file:
         if not zipfile.is_zipfile(file):
-            raise ValueError("truncated: its end is missing; download it again")
+            raise ValueError("truncated, or saved before PyTorch 1.6; download it again, or save it as safetensors")
         entries = zipfile.ZipFile(file).infolist()
     for entry in entries:
         if entry.compress_type:
@@ -97,17 +71,16 @@ class _ShortReads(FileIO):
         return super().read(wanted)
 
 
-def _load(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """A file's tensors, in a memory map if it can be mapped; on the meta device they have no data."""
-    is_archive = _is_archive(path)
+def _load(path: Path) -> dict[str, Tensor]:
+    """A file's tensors, in a memory map."""
     with reading(path):
-        tensors = torch.load(path, map_location=device, mmap=is_archive, weights_only=True)
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     is_named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not is_named or not all(_is_plain(tensor, device) for tensor in tensors.values()):
+    if not is_named or not all(_is_plain(tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{path}: contains more than named tensors; convert it to safetensors")
     return dict(tensors)
 
 
-def _is_plain(tensor: object, device: str) -> bool:
-    """Whether something is a tensor, neither sparse, nor without data where there should be some."""
-    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == device
+def _is_plain(tensor: object) -> bool:
+    """Whether something is a tensor, neither sparse nor without data."""
+    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"

@@ -99,10 +99,6 @@ class Checkpoint:
         """Some rows of a tensor; see `Reader`."""
         return self.reader.rows(name, rows)
 
-    def release(self) -> None:
-        """Let go of what `stream` keeps in memory: nothing, or one file."""
-        self.reader.release()
-
     def main_dtype(self) -> torch.dtype:
         """The floating-point dtype that holds most of the weights."""
         sizes: Counter[torch.dtype] = Counter()

@@ -252,10 +252,6 @@ class LoraReader:
             return _sum(weight, lora[product.a][:, rows], lora[product.b], product)
         return _sum(weight, lora[product.a], lora[product.b][rows], product)
 
-    def release(self) -> None:
-        """See `Reader`."""
-        self._plain.release()
-
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:
     """W + s*B*A, computed in float32 and rounded once to the weight's dtype."""

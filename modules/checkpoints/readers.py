@@ -63,9 +63,6 @@ class Reader(Protocol):
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of a tensor: (rows, ...), on the CPU, in its stored dtype. rows: (rows,), int64, on the CPU."""
 
-    def release(self) -> None:
-        """Let go of what is kept in memory between calls."""
-
 
 class FilesReader(ABC):
     """A `Reader` of files of one format in one folder."""

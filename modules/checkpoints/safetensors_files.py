@@ -74,9 +74,6 @@ class SafetensorsReader(FilesReader):
                 _fill(file, memory.numpy()[row_size * start : row_size * stop])
             return memory.view(DTYPES[entry["dtype"]]).view(len(rows), *entry["shape"][1:])
 
-    def release(self) -> None:
-        """See `Reader`: nothing is kept."""
-
 
 def _read_header(file: BinaryIO | RawIOBase, size: int) -> bytes:
     """The header of a file of so many bytes, which is open at its beginning."""

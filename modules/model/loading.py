@@ -169,7 +169,6 @@ def load_model(
         if is_out_of_memory(error):
             raise
         raise ConfigError(f"{checkpoint.path} can't be used: {first_line(error)}") from None
-    checkpoint.release()
     return model
 
 

@@ -199,8 +199,6 @@ class Conductor:
             check = partial(self._check_accepted, number, candidate, failure, is_repeated)
             self.search.group.on_all_ranks(check)
             self.search.measure()
-        finally:
-            candidate.checkpoint.release()
         if self.search.inexact:
             name = self.search.model.arithmetic.name
             self.console.lines([], [f"{self.search.inexact:,} merged weights so far were rounded in {name}"])

@@ -46,9 +46,6 @@ class JointConductor(Conductor):
                 self._end(self._steps(self._begun()))
         except BrokenWeights as error:
             raise CheckpointError(f"{error}; search: joint needs every candidate") from None
-        finally:
-            for candidate in candidates:
-                candidate.checkpoint.release()
         self._show_notes()
         if self.evaluator:
             self.evaluator.evaluate()

@@ -166,8 +166,6 @@ def _score(console: Console, search: Search, evaluator: Evaluator, candidate: Ca
         if isinstance(error, TooNarrow) and search.model.may_widen:
             raise
         raise CheckpointError(f"{candidate.name} can't be scored: {error}") from None
-    finally:
-        candidate.checkpoint.release()
     if found is None:
         raise CheckpointError(f"{candidate.name} can't be scored: not enough memory")
     if any(map(math.isnan, (*found.searched, *found.held_out))):

@@ -95,7 +95,6 @@ def load_generator(config: Config, console: Console, prompts: Sequence[str] = ()
             mix = Mix(model, tokenizer, models.candidates)
             mix.compose([(1.0,)] * mix.rows, exact=True)
             source = models.candidates[0].checkpoint
-            source.release()
         return Generator(source.name, config, model, tokenizer, prompts, asked, source.fingerprint())
 
     return loader.fitting(models).in_range(load)

@@ -7,7 +7,6 @@ format against one with such files.
 import io
 import json
 import os
-import pickle
 import random
 import shutil
 import zipfile
@@ -40,12 +39,12 @@ def as_safetensors(folder, tensors):
     save_file(tensors, folder / ONE, metadata={"format": "pt"})
 
 
-def as_bin(folder, tensors, file=BIN, legacy=False):
-    torch.save(tensors, folder / file, _use_new_zipfile_serialization=not legacy)
+def as_bin(folder, tensors, file=BIN):
+    torch.save(tensors, folder / file)
 
 
 def as_legacy_bin(folder, tensors):
-    as_bin(folder, tensors, legacy=True)
+    torch.save(tensors, folder / BIN, _use_new_zipfile_serialization=False)
 
 
 def in_shards(folder, tensors, single, save):
@@ -65,10 +64,6 @@ def as_shards(folder, tensors):
 
 def as_bin_shards(folder, tensors):
     in_shards(folder, tensors, BIN, torch.save)
-
-
-def as_legacy_bin_shards(folder, tensors):
-    in_shards(folder, tensors, BIN, lambda s, path: torch.save(s, path, _use_new_zipfile_serialization=False))
 
 
 def as_safetensors_beside_another_bin(folder, tensors):
@@ -135,7 +130,6 @@ def with_shared_head(folder, tensors):
 
 EVERY_KIND = [
     as_bin,
-    as_legacy_bin,
     as_shards,
     as_bin_shards,
     as_safetensors_beside_another_bin,
@@ -309,7 +303,7 @@ def test_the_dtypes_of_base_and_candidate_may_differ(tmp_path, plain, ours, thei
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that can only be loaded whole
+# What is kept of a file
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -325,7 +319,7 @@ def delete(checkpoint, *files):
 
 
 @pytest.mark.parametrize("write", [as_safetensors, as_shards, as_bin, as_bin_shards])
-def test_nothing_else_is_loaded_whole_or_kept(tmp_path, plain, write):
+def test_nothing_is_kept(tmp_path, plain, write):
     checkpoint, (first, *_, last) = opened(tmp_path, plain, write)
     checkpoint.read([first, last])
     delete(checkpoint, *checkpoint.files)
@@ -333,7 +327,7 @@ def test_nothing_else_is_loaded_whole_or_kept(tmp_path, plain, write):
         checkpoint.read([first])
 
 
-@pytest.mark.parametrize("write", [as_safetensors, as_bin, as_legacy_bin])
+@pytest.mark.parametrize("write", [as_safetensors, as_bin])
 def test_what_was_read_does_not_change_with_its_file(tmp_path, plain, write):
     checkpoint, names = opened(tmp_path, plain, write)
     tensors, (file,) = checkpoint.read(names), checkpoint.files
@@ -341,28 +335,6 @@ def test_what_was_read_does_not_change_with_its_file(tmp_path, plain, write):
         stream.write(bytes((checkpoint.path / file).stat().st_size))
     expected = load_file(plain["whole"] / "candidate" / ONE)
     assert all(same_bits(tensor, expected[name]) for name, tensor in tensors.items())
-
-
-def test_a_file_that_must_be_loaded_whole_is_loaded_once(tmp_path, plain):
-    checkpoint, (first, *others) = opened(tmp_path, plain, as_legacy_bin)
-    checkpoint.read([first])
-    delete(checkpoint, BIN)
-    expected = load_file(plain["whole"] / "candidate" / ONE)
-    assert all(same_bits(tensor, expected[name]) for name, tensor in checkpoint.read(others).items())
-    checkpoint.release()
-    with pytest.raises(CheckpointError, match="can't be read"):
-        checkpoint.read([first])
-
-
-def test_only_one_such_file_is_in_memory_at_a_time(tmp_path, plain):
-    checkpoint, _ = opened(tmp_path, plain, as_legacy_bin_shards)
-    tensors = checkpoint.tensors
-    first, second, _ = ([name for name in tensors if tensors[name].file == file] for file in checkpoint.files)
-    checkpoint.read(first + second)
-    delete(checkpoint, *checkpoint.files)
-    assert set(checkpoint.read(second)) == set(second)
-    with pytest.raises(CheckpointError, match="can't be read"):
-        checkpoint.read(first)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,14 +361,6 @@ def with_code(folder, tensors):
     as_bin(folder, {**tensors, "code": Code(trace_of(folder))})
 
 
-def with_code_in_legacy_bin(folder, tensors):
-    as_legacy_bin(folder, {**tensors, "code": Code(trace_of(folder))})
-
-
-def with_code_alone(folder, tensors):
-    (folder / BIN).write_bytes(pickle.dumps(Code(trace_of(folder)), protocol=2))
-
-
 def with_code_in_a_shard(folder, tensors):
     as_bin_shards(folder, tensors)
     as_bin(folder, {"code": Code(trace_of(folder))}, "pytorch_model-00003-of-00003.bin")
@@ -411,15 +375,14 @@ def with_code_beside(folder, tensors):
 BESIDE = {BIN, "training_args.bin", "optimizer.pt"}
 
 
-@pytest.mark.parametrize("write", [with_code, with_code_in_legacy_bin, with_code_alone, with_code_in_a_shard])
+@pytest.mark.parametrize("write", [with_code, with_code_in_a_shard])
 def test_code_in_a_pickle_is_not_run(tmp_path, plain, write):
     folder = rewritten(tmp_path / "model", plain["whole"] / "candidate", write)
     with pytest.raises(ConfigError, match="would run code when opened"):
         open_checkpoint(folder, "model")
     assert not trace_of(folder).exists()
     # And code it is: a reader that trusts the file runs it.
-    reader = pickle.loads if write is with_code_alone else lambda file: torch.load(io.BytesIO(file), weights_only=False)
-    reader(max(folder.glob("*.bin")).read_bytes())
+    torch.load(max(folder.glob("*.bin")), weights_only=False)
     assert trace_of(folder).exists()
 
 
@@ -495,8 +458,8 @@ REFUSED = {
     "numbers as names": (holding(lambda tensors: dict(enumerate(tensors.values()))), SOMETHING_ELSE),
     "a sparse tensor": (with_one(MATRIX, torch.Tensor.to_sparse, as_bin), SOMETHING_ELSE),
     "a tensor without data": (with_one(MATRIX, to("meta"), as_bin), SOMETHING_ELSE),
-    "half a legacy bin": (truncated(as_legacy_bin, 0.5), f"{BIN}: can't be read"),
-    "the beginning of a legacy bin": (truncated(as_legacy_bin, 0.001), f"{BIN}: "),
+    "a bin from before PyTorch 1.6": (as_legacy_bin, f"{BIN}: can't be read (truncated, or saved before PyTorch 1.6"),
+    "half a bin": (truncated(as_bin, 0.5), f"{BIN}: can't be read (truncated"),
     "a compressed bin": (compressed, f"{BIN}: can't be read (the archive is compressed"),
     "an index that leads elsewhere": (leading_elsewhere, "'../pytorch_model-00001-of-00003.bin' is not a plain file"),
     "bitsandbytes without settings": (as_bitsandbytes, f"{MATRIX} is stored as torch.uint8, {UNMERGEABLE}"),
@@ -525,11 +488,10 @@ def test_a_vector_of_whole_numbers_is_refused(tmp_path, plain, role):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("save", [as_bin, as_legacy_bin])
-def test_a_damaged_pickle_is_an_error_in_our_words(tmp_path, plain, save):
+def test_a_damaged_pickle_is_an_error_in_our_words(tmp_path):
     """Whatever the reader makes of bytes that were changed at random."""
     folder = tmp_path
-    save(folder, {f"layers.{number}.weight": torch.ones(2, 2) for number in range(3)})
+    as_bin(folder, {f"layers.{number}.weight": torch.ones(2, 2) for number in range(3)})
     content, chance, outcomes = (folder / BIN).read_bytes(), random.Random(0), set()
     for _ in range(80):
         damaged = bytearray(content)
