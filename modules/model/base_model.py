@@ -37,7 +37,7 @@ SMALL_NUMBERS = 1e-3
 # transformers' names of the generation settings that forbid tokens, or force them.
 TOKEN_RULES = (
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
-    *("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids"),
+    *("forced_bos_token_id", "forced_eos_token_id"),
 )
 
 

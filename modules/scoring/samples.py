@@ -159,9 +159,7 @@ def _generated(
     most = max(map(len, given)) - shortest + params.tokens
     if model.max_tokens is not None:
         most = min(most, model.max_tokens - shortest)
-    rules = model.token_rules()
-    forced = dict(rules.pop("forced_decoder_ids", None) or ())
-    settings = GenerationConfig(max_new_tokens=most, pad_token_id=given[0][0], **rules)
+    settings = GenerationConfig(max_new_tokens=most, pad_token_id=given[0][0], **model.token_rules())
     # What a checkpoint's generation_config.json says would stand in for all that these settings leave open.
     checkpoints_own = module.generation_config
     module.generation_config = settings
@@ -170,7 +168,7 @@ def _generated(
         ids = torch.tensor(beginnings, device=model.device).repeat_interleave(params.count, dim=0)
 
         def generate() -> Tensor:
-            sampler = LogitsProcessorList([_Sampler(given, seeds, params, forced)])
+            sampler = LogitsProcessorList([_Sampler(given, seeds, params)])
             stop = StoppingCriteriaList([_Ends(given, ends, params)])
             everything = torch.ones_like(ids)
             with model.products():
@@ -201,21 +199,13 @@ class _Ends(StoppingCriteria):
 
 
 class _Sampler(LogitsProcessor):
-    """Leaves one token possible: the prompt's own where its end is not reached; else the one that is sampled or, where
-    a model's settings name one for a place (forced_decoder_ids, which transformers 5 does not know any more), that."""
+    """Leaves one token possible: the prompt's own where its end is not reached, else the one that is sampled."""
 
-    def __init__(
-        self,
-        given: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        params: SamplingParams,
-        forced: Mapping[int, int],
-    ) -> None:
-        """seeds: one for each prompt; forced: tokens by their places, counted from 0 at the beginning of the prompt."""
+    def __init__(self, given: Sequence[Sequence[int]], seeds: Sequence[int], params: SamplingParams) -> None:
+        """seeds: one for each prompt."""
         self._given = given
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._params = params
-        self._forced = forced
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V) of the next token behind ids (B, T). Raises ArithmeticError where they are no numbers.
@@ -224,19 +214,16 @@ class _Sampler(LogitsProcessor):
         transform sampling): one random number a text, not one for every token of the vocabulary.
         """
         count = self._params.count
-        place = ids.shape[1]
+        length = ids.shape[1]
         sums = (scores.cpu().double() / self._params.temperature).softmax(-1).cumsum(-1)
-        if place not in self._forced and not bool(sums[:, -1].isfinite().all()):
+        if not bool(sums[:, -1].isfinite().all()):
             raise ArithmeticError("the model's probabilities are NaN or infinite")
         tokens = []
         for number, (prompt, chance) in enumerate(zip(self._given, self._generators, strict=True)):
-            if place < len(prompt):
-                tokens.append(torch.full((count, 1), prompt[place]))
+            if length < len(prompt):
+                tokens.append(torch.full((count, 1), prompt[length]))
                 continue
             parts = torch.rand(count, 1, generator=chance, dtype=torch.double)
-            if place in self._forced:
-                tokens.append(torch.full((count, 1), self._forced[place]))
-                continue
             own = sums[number * count : (number + 1) * count]
             sampled = torch.searchsorted(own, parts * own[:, -1:], right=True)
             tokens.append(sampled.clamp(max=scores.shape[1] - 1))

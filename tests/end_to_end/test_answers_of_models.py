@@ -145,13 +145,6 @@ def test_rules_for_tokens_are_heeded_as_transformers_does(ruled, tmp_path, rules
     assert expected == text
 
 
-def test_a_token_that_is_forced_at_a_place_is_there(ruled, monkeypatch):
-    folder, rows = ruled
-    model, tokenizer = opened(folder)
-    monkeypatch.setattr(type(model), "token_rules", lambda self: {"forced_decoder_ids": [[2, rows["new "]]]})
-    assert texts_of(model, tokenizer, "Q1", SamplingParams(tokens=3)) == ["The new garden"]
-
-
 def test_texts_by_other_rules_are_drawn_anew(place, ruled):
     source, rows = ruled
     (folder := place / "model").mkdir()
