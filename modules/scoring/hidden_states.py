@@ -1,4 +1,4 @@
-"""Hidden states between two layers: kept, handed on, put in a layer's place.
+"""Hidden states between two layers: handed on, put in a layer's place.
 
 Knows: how a layer is called and what it returns. Refuses to know: packs, scores, which layers are passed over.
 """
@@ -12,48 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from modules.model.base_model import ResidentModel
-from modules.scoring.budget import Budget
 
 # A layer's forward while a tail forward runs: the layer's own forward, then the arguments it was called with.
 Forward = Callable[..., Any]
 
 # Makes what the model's forward takes. Made anew each time: masks of all packs would take more than everything else.
 Inputs = Callable[[], Mapping[str, Tensor]]
-
-
-class Cache:
-    """The hidden states of all packs that enter one layer: on the device, in the CPU's memory beside it or, where
-    neither has room, nowhere: such a pack's are computed anew."""
-
-    def __init__(self, budget: Budget, device: torch.device) -> None:
-        self._places = device, torch.device("cpu")
-        self._room = [budget.cache, budget.cache_beside]
-        self.layer = 0  # that they enter
-        self._tensors: list[Tensor | None] = []
-
-    def add(self, hidden: Tensor) -> None:
-        """The next pack's, where there is room."""
-        for number, place in enumerate(self._places):
-            if hidden.nbytes <= self._room[number]:
-                self._room[number] -= hidden.nbytes
-                self._tensors.append(hidden.to(place))
-                return
-        self._tensors.append(None)
-
-    def __getitem__(self, index: int) -> Tensor | None:
-        """A pack's, on the device; None if they were not kept."""
-        hidden = self._tensors[index]
-        return None if hidden is None else hidden.to(self._places[0])
-
-    def kept(self) -> list[int]:
-        """The packs whose hidden states are somewhere."""
-        return [index for index, hidden in enumerate(self._tensors) if hidden is not None]
-
-    def replace(self, index: int, hidden: Tensor) -> None:
-        """The same pack's, that enter another layer; kept where the old ones were."""
-        old = self._tensors[index]
-        assert old is not None, "only what is kept is replaced"
-        self._tensors[index] = hidden.to(old.device)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from torch import Tensor
 from modules.model.base_model import ResidentModel
 from modules.scoring.budget import Budget
 from modules.scoring.hidden_states import (
-    Cache,
     Forward,
     Inputs,
     call_on,
@@ -46,13 +45,15 @@ class TailForwards:
         self._inputs = inputs
         self._budget = budget
         self.layer = 0  # on which trials are made
-        self._cache: Cache | None = None  # of all inputs the hidden states, (B, T, H)
+        # Of all inputs the hidden states, (B, T, H), that enter a layer, None where they are not kept; and that layer.
+        self._kept: list[Tensor | None] | None = None
+        self._kept_layer = 0
 
     def restart(self) -> None:
         """Forget what is kept and go to layer 0. Needed after the embedding, or a layer before the present one,
         changed."""
         self.layer = 0
-        self._cache = None
+        self._kept = None
 
     def at_layer(self, layer: int) -> None:
         """Go to a layer: weights are tried for it, and those before it are taken as they are then."""
@@ -60,32 +61,41 @@ class TailForwards:
 
     def let_go(self) -> None:
         """Free what is kept; it is computed anew when it is needed."""
-        self._cache = None
+        self._kept = None
 
     @torch.no_grad()
-    def fill(self) -> Cache:
+    def fill(self) -> list[Tensor | None]:
         """The hidden states that enter the present layer: moved on from an earlier one or, without any, made anew.
 
         While they are moved they are nobody's: where memory ends halfway, some would enter another layer than others.
         """
-        cache = self._cache
-        self._cache = None
-        if cache is None or cache.layer > self.layer:
-            cache = None  # the old one goes before there is a new one
-            cache = Cache(self._budget, self._model.device)
-            for inputs in self._inputs:
-                cache.add(recorded(self._model, inputs(), 0, entering))
-        while cache.layer < self.layer:
-            self._advance(cache)
-        self._cache = cache
-        return cache
+        kept = self._kept
+        self._kept = None
+        if kept is None or self._kept_layer > self.layer:
+            kept = None  # the old ones go before there are new ones
+            kept = self._entering_first()
+            self._kept_layer = 0
+        for layer in range(self._kept_layer, self.layer):
+            for index, hidden in enumerate(kept):
+                if hidden is not None:
+                    run = run_on(hidden.to(self._model.device))
+                    kept[index] = recorded(self._model, self._inputs[index](), layer, run).to(hidden.device)
+        self._kept = kept
+        self._kept_layer = self.layer
+        return kept
 
-    def _advance(self, cache: Cache) -> None:
-        """Move hidden states over the layer that they enter, with the weights that it holds now."""
-        for index in cache.kept():
-            hidden = recorded(self._model, self._inputs[index](), cache.layer, run_on(cache[index]))
-            cache.replace(index, hidden)
-        cache.layer += 1
+    def _entering_first(self) -> list[Tensor | None]:
+        """What enters the first layer: on the device, in the CPU's memory beside it, or None where neither has room."""
+        kept = list[Tensor | None]()
+        room = [self._budget.cache, self._budget.cache_beside]
+        places = [self._model.device, torch.device("cpu")]
+        for inputs in self._inputs:
+            hidden = recorded(self._model, inputs(), 0, entering)
+            chosen = [number for number in range(len(places)) if hidden.nbytes <= room[number]]
+            if chosen:
+                room[chosen[0]] -= hidden.nbytes
+            kept.append(hidden.to(places[chosen[0]]) if chosen else None)
+        return kept
 
     def trying(self, index: int, trials: Sequence[Trial]) -> dict[int, Forward]:
         """Layer forwards, of one input, that begin with the hidden states at the present layer, computed where they are
@@ -94,6 +104,7 @@ class TailForwards:
         layer = self.layer
         if hidden is None:
             hidden = recorded(self._model, self._inputs[index](), layer, entering, first=layer)
+        hidden = hidden.to(self._model.device)
 
         def stacked(forward: Forward, *args: Any, **kwargs: Any) -> Any:
             outputs: list[Tensor] = []

@@ -118,7 +118,7 @@ part = model.layer(1)
 theirs = {name: tensor + 0.01 for name, tensor in part.tensors.items()}
 scores = scorer.score_trials([lambda: part.holding(theirs), lambda: part.holding(part.tensors)])
 print(json.dumps({"bytes": resident(1) - before, "tokens": scorer.packed_tokens, "packs": len(scorer.packs_here),
-    "layout": scorer.layout, "kept": len(scorer._from_layer._cache.kept()), "scores": scores}))
+    "layout": scorer.layout, "kept": sum(one is not None for one in scorer._from_layer._kept), "scores": scores}))
 """
 
 
