@@ -110,11 +110,11 @@ class Learn(Section):
 
     rank: kinds.CountFromOne = 8
     """Rank of the adapter."""
-    steps: kinds.Count = 40
+    steps: kinds.Count = 60
     """Number of steps; each takes about three forward passes over its pairs and texts. 0: --unslop learns nothing."""
     learning_rate: kinds.Limit = 1e-3
     """Adam's learning rate in the first step; it falls to a tenth of this in the last step."""
-    pairs: kinds.CountFromOne = 16
+    pairs: kinds.CountFromOne = 8
     """Pairs of phrase and context per step."""
     texts: kinds.AnyPath | None = None
     """A file that --discover keeps in samples: more answers to learn from, and to stay near."""

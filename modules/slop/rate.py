@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.checkpoints.companions import ADAPTER_SETTINGS
 from modules.config.locations import Location, Source, names_of, parse_location
 from modules.config.schema import Config
 from modules.model.loading import release_memory
@@ -41,6 +42,7 @@ Groups = Mapping[str, Sequence[str]]  # phrases by what they are called together
 
 def rate(config: Config, others: Sequence[Config], console: Console, json_file: Path | None) -> None:
     """Let the config's base generate texts, then the base of each of the others; print how often they have the phrases.
+    Another that is an adapter's folder is a candidate of the config's base.
 
     Raises ConfigError for what can't be used, OSError if a file fails.
     """
@@ -56,7 +58,9 @@ def rate(config: Config, others: Sequence[Config], console: Console, json_file: 
     for name, model in zip(names_for(models), models, strict=True):
         if name in counted:
             continue
-        rated = count_written(model, console, json_file, prompts)
+        where = model.directories.model_path1
+        candidate = where if (Path(where) / ADAPTER_SETTINGS).is_file() else ""
+        rated = count_written(config if candidate else model, console, json_file, prompts, candidate)
         prompts = rated.prompts
         counted[name] = rated.counts
         examples[name] = rated.example

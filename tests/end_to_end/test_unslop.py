@@ -111,18 +111,13 @@ def test_the_figures_are_those_of_the_single_commands(whole, base, monkeypatch):
             {**SETTINGS, "phrase_files": ["out.unslop/found.yaml"], "directories": {"model_path1": str(base)}}
         )
     )
-    merges = [f"out.unslop/{name}" for name in MERGES]
+    merges = [f"out.unslop/{name}" for name in ("adapter", *MERGES)]
     sets = ["--set", "random_seed=513", "--set", "discover.samples=1"]
     assert monster_mapper.main(["--config", "listed.yaml", "--rate", *merges, "--json", "rates.json", *sets]) == 0
-    assert (
-        merge_monster.main(
-            ["--config", "listed.yaml", "--score", "out.unslop/adapter", *merges, "--json", "scores.json"]
-        )
-        == 0
-    )
+    assert merge_monster.main(["--config", "listed.yaml", "--score", *merges, "--json", "scores.json"]) == 0
     front = front_of(whole)
     rates = json.loads((whole / "rates.json").read_text(encoding="utf-8"))
-    assert list(rates) == ["base", *MERGES]
+    assert list(rates) == ["base", "adapter", *MERGES]
     for name, rate in rates.items():
         assert front[name]["rate"] == rate["all bad phrases"]["rate"]
         assert front[name]["interval"] == rate["all bad phrases"]["interval"]
