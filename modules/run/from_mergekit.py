@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from modules.checkpoints.architecture import empty_module, find_layers, header_names
 from modules.checkpoints.checkpoint import read_configuration
 from modules.checkpoints.config_file import MOST_LAYERS
 from modules.checkpoints.hub import find, local
@@ -33,11 +34,6 @@ from modules.search.joint import start_of
 METHODS = {"linear": "lerp", "task_arithmetic": "lerp", "ties": "ties", "dare_linear": "dare", "dare_ties": "dare"}
 NORMALIZED = ("linear", "ties")  # methods that divide weights by their sum unless they are told otherwise
 TAKEN = ("weight", "density", "normalize", "lambda")  # parameters
-# Tensors on which filters are tried: the matrices of a layer, and of what is outside the layers.
-LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-         "mlp.down_proj")  # fmt: skip
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 DECIMALS = 4  # of a weight
 SAME = 1e-6  # weights that differ by less are the same
 PHRASES = "example_phrases/fiction-cliches.yaml"
@@ -82,6 +78,15 @@ class Place:
     depth: float
 
 
+@dataclass(frozen=True)
+class Names:
+    """Of a base's tensors; empty where no filter asks for them."""
+
+    layers: Sequence[Sequence[str]] = ()  # the matrices of each layer
+    embedding: str = ""
+    head: str = ""
+
+
 def convert(file: Path, output: Path | None, overwrite: bool = False) -> None:
     """Write a mergekit configuration as one of ours, to the output or, without one, to standard output.
 
@@ -113,13 +118,11 @@ def converted(file: Path) -> tuple[str, list[str]]:
     candidates = [model for model in models if model != base]
     if not candidates:
         raise ConfigError(f"{file}: no model beside the base {base}")
-    layers = _layers(file, merge, slices, base)
-    outside = [Place(EMBEDDING, slices[0], 0.0), Place(HEAD, slices[-1], 1.0)]
+    places = _places(file, merge, slices, base)
     try:
         weights = _Weights(merge, base, candidates)
-        rows = [weights.row(places) for places in [*layers, outside]]
-        places = [place for row in [*layers, outside] for place in row]
-        densities = weights.densities(places)
+        rows = [weights.row(row) for row in places]
+        densities = weights.densities([place for row in places for place in row])
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
     notes += [*weights.notes, *_left_out(merge, slices)]
@@ -174,40 +177,48 @@ def _base_of(file: Path, merge: Merge, slices: Sequence[Slice]) -> tuple[str, li
     return base, [f"base_model is missing; the first model, {base}, is the base."]
 
 
-def _layers(file: Path, merge: Merge, slices: Sequence[Slice], base: str) -> list[list[Place]]:
-    """Each layer's tensors; no layer where all weights are plain numbers, the same for all layers.
+def _places(file: Path, merge: Merge, slices: Sequence[Slice], base: str) -> list[list[Place]]:
+    """Each layer's tensors and, last, those outside the layers; no layer where one number holds for all.
 
     Raises ConfigError if the slices are not those of one model, layer by layer.
     """
     parts = [merge, *slices, *(source for one in slices for source in one.sources)]
     is_plain = all(is_number(part.parameters.get(key, 0)) for part in parts for key in TAKEN[:2])
-    spans = []
-    if merge.models:
-        spans = [range(0 if is_plain else _layers_of(file, base))]
+    names = Names() if is_plain else _names_of(file, base)
+    spans = [range(len(names.layers))] if merge.models else []
     for number, one in enumerate(merge.slices):
         begin = spans[-1].stop if spans else 0
         first, *others = [source.layer_range for source in one.sources]
-        if first is None or first[0] != begin or not begin < first[1] <= MOST_LAYERS or {*others} - {first}:
+        most = MOST_LAYERS if is_plain else len(names.layers)
+        if first is None or first[0] != begin or not begin < first[1] <= most or {*others} - {first}:
             raise ConfigError(
                 f"{file}: slices[{number}]: expected layer_range [{begin}, END] for all its sources, since the base's "
                 "layers keep their order"
             )
         spans.append(range(*first))
-    layers = []
+    places = []
     for one, span in zip(slices, spans, strict=True):
         for layer in span:
             depth = (layer - span.start) / (len(span) - 1) if len(span) > 1 else 1.0
-            layers.append([Place(f"model.layers.{layer}.{name}.weight", one, depth) for name in LAYER])
-    return layers
+            tensors = [""] if is_plain else names.layers[layer]
+            places.append([Place(name, one, depth) for name in tensors])
+    return [*places, [Place(names.embedding, slices[0], 0.0), Place(names.head, slices[-1], 1.0)]]
 
 
-def _layers_of(file: Path, base: str) -> int:
-    """How many layers the base has. Raises ConfigError or CheckpointError."""
+def _names_of(file: Path, base: str) -> Names:
+    """The base's tensors. Raises ConfigError or CheckpointError."""
     location = parse_location(base)
     if location is None:
-        raise ConfigError(f"{file}: {base}: {missing_folder(base)}; weights by layer need its number of layers")
+        raise ConfigError(f"{file}: {base}: {missing_folder(base)}; lists and filters need the base's layers")
     repository = find(location) if location.folder is None else local(location, location.folder)
-    return read_configuration(repository, trusted=False).get_text_config().num_hidden_layers
+    module = empty_module(read_configuration(repository, trusted=False))
+    prefix, layers = find_layers(module)
+    matrices = []
+    for number, layer in enumerate(layers):
+        inside = [name for name, parameter in layer.named_parameters() if parameter.ndim > 1]
+        matrices.append([f"{prefix}.{number}.{name}" for name in inside])
+    embedding, head = header_names(module)
+    return Names(matrices, embedding, head or embedding)
 
 
 class _Weights:

@@ -11,11 +11,21 @@ from runs import make_models
 import merge_monster
 from modules.config.schema import Settings, StartWeight
 from modules.config.yaml_file import read_yaml
-from modules.run.from_mergekit import EMBEDDING, HEAD, LAYER, METHODS, converted
+from modules.run.from_mergekit import METHODS, converted
 from modules.search.joint import given_weights
 
 LAYERS = 6
+# Of a Llama: the base of these files.
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+ATTENTION = [f"self_attn.{letter}_proj" for letter in "qkvo"]
+LAYER = [*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 RECIPE = "merge_monster_recipe.json"
+
+
+@pytest.fixture(autouse=True)
+def base(place):
+    tiny.llama_config(400, layers=LAYERS).save_pretrained(place / "base")
 
 
 def written(place, **document):
@@ -247,7 +257,7 @@ REFUSED = {
     "weight: true: expected a number": {"slices": slices((0, 2), one=True)},
     "weight: [0.5, 'a']: expected a number": {"slices": slices((0, 2), one=[0.5, "a"])},
     "weight: []: expected a number": {"slices": slices((0, 2), one=[])},
-    "base: no such folder": {"models": sources(one=[0.1, 0.5])},
+    "absent: no such folder": {"base_model": "absent", "models": sources(one=[0.1, 0.5])},
     "slices[0]: expected layer_range [0, END]": {"slices": slices((2, 4), one=1)},
     "slices[1]: expected layer_range [2, END]": {"slices": slices((0, 2), (3, 4), one=1)},
     "slices[0]: expected layer_range [0, END] for all": {"slices": slices((0, 10**9), one=1)},
