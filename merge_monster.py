@@ -36,8 +36,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"ERROR: the package {error.name} is not installed: pip install -r requirements.txt")
 
 LOG = "merge-monster"
-# What --unslop sets without a file: three merges of an adapter need fewer steps than one of many candidates.
-UNSLOP = ("joint.steps=10", "joint.step_size=0.15")
+# What --unslop sets without a file: of its three merges each begins where the last one ended, so few steps will do.
+UNSLOP = ("joint.steps=4", "joint.step_size=0.15")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,11 +234,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     settings = parser.add_argument_group("settings (see default.yaml)")
     settings.add_argument("--config", metavar="FILE", help=CONFIG.format("default.yaml"))
     settings.add_argument("--device", metavar="NAME", help=DEVICES)
-    settings.add_argument("--output", metavar="DIR", help="folder for the merged model")
+    settings.add_argument(
+        "--output", metavar="DIR", help="folder for the merged model; with --from-mergekit, the config file"
+    )
     settings.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
     run = parser.add_argument_group("merging")
     unslop = {"metavar": ("BASE", "CANDIDATE"), "nargs": "+"}
-    run.add_argument("--unslop", **unslop, help="from a base to one with fewer cliches")
+    run.add_argument("--unslop", **unslop, help="find a base's cliches and merge against them, into --output")
     run.add_argument("--dry-run", action="store_true", help="check and estimate only, merge nothing")
     run.add_argument("--overwrite", action="store_true", help="replace an existing output")
     unfinished = run.add_mutually_exclusive_group()

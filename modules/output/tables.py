@@ -66,7 +66,7 @@ def summary(
     if config.search == "joint":
         first = config.joint.step_size
         last = config.joint.step_size / 10
-        rows["Search"] = f"joint, {config.joint.steps} steps, step size {first:g} falling to {last:g}"
+        rows["Search"] = f"joint, {pluralize(config.joint.steps, 'step')}, step size {first:g} falling to {last:g}"
     else:
         rows["Merge ratios"] = list(config.merge_ratios)
         rows["Merge method"] = ", ".join(config.merge_method)
@@ -84,7 +84,9 @@ def score_summary(
     config: Config, model: Mapping[str, object], scorer: Mapping[str, object], names: Sequence[str]
 ) -> list[str]:
     """The same where models are scored and not merged."""
-    models = {"Base model": config.directories.model_path1, "Models to score": ", ".join(names)}
+    models = {"Base model": config.directories.model_path1}
+    if names:
+        models["Models to score"] = ", ".join(names)
     return _aligned({**model, **models, "Pairs": _pairs(config), **scorer, "Auto weights": _on(config.auto_weights)})
 
 

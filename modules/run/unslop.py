@@ -175,7 +175,7 @@ def _found(config: Config, console: Console, asked: Asked) -> bool:
     """Whether there is a list of what the base over-uses, be it of an earlier run."""
     if (asked.work / LIST).is_file():
         return True
-    console.timed("Step 1: what does the base say too often?")
+    console.timed("1 of 6: what does the base say too often?")
     found = find_cliches(config, console, None, asked.work / LIST)
     release_memory()
     return found
@@ -193,7 +193,7 @@ def _weights(config: Config, console: Console, asked: Asked) -> dict[str, float]
     file = asked.work / BASE
     if weight == "auto":
         if not file.is_file():
-            console.timed("Step 2: how probable is it?")
+            console.timed("2 of 6: how probable is it?")
             alone = replace(config, models_to_merge=(), held_out_pairs=(), neutral_texts=(), own_texts=())
             score_models(alone, console, file, overwrite=True, is_part=True)
             release_memory()
@@ -207,7 +207,7 @@ def _learned(config: Config, console: Console, asked: Asked) -> str:
     """The folder of the adapter that is learned from the phrases."""
     folder = asked.work / ADAPTER
     if not holds_output(folder):
-        console.timed(f"Step 3: an adapter is learned against it, with drift_weight {config.drift_weight:g}")
+        console.timed(f"3 of 6: learning an adapter against it, with drift_weight {config.drift_weight:g}")
         kept = sorted((asked.work / FOLDER).glob("*.jsonl"))
         if len(kept) == 1:  # the base's, in which the phrases were found: they teach too
             config = replace(config, learn=replace(config.learn, texts=str(kept[0])))
@@ -217,12 +217,11 @@ def _learned(config: Config, console: Console, asked: Asked) -> str:
 
 
 def _merged(config: Config, weights: Mapping[str, float], console: Console, asked: Asked) -> dict[str, Recipe]:
-    """The merges' recipes by name. Each begins where the last one ended, so that all of them take the steps of one.
-    weights: on drift."""
+    """The merges' recipes by name; each begins where the last one ended. weights: on drift."""
     recipes: dict[str, Recipe] = {}
-    joint = replace(config.joint, steps=math.ceil(config.joint.steps / len(weights)))
+    joint = config.joint
     for name, weight in weights.items():
-        console.timed(f"Step 4: {name} of {len(weights)}, with drift_weight {weight:g}")
+        console.timed(f"4 of 6: merging {name} of {len(weights)}, with drift_weight {weight:g}")
         folder = asked.work / name
         directories = replace(config.directories, output_directory=str(folder))
         own = replace(config, directories=directories, drift_weight=weight, joint=joint)
@@ -235,7 +234,7 @@ def _merged(config: Config, weights: Mapping[str, float], console: Console, aske
 
 def _counted(config: Config, recipes: Mapping[str, Recipe], console: Console, asked: Asked) -> list[Point]:
     """What base, best candidate, adapter and merges write to fresh prompts, shown and kept: the base first."""
-    console.timed("Step 5: all of them write, by another seed")
+    console.timed("5 of 6: all of them write, by another seed")
     file = asked.work / FRONT
     recipe = next(iter(recipes.values()))
     discover = replace(config.discover, samples=max(1, config.discover.samples // FEWER))
@@ -273,11 +272,12 @@ def _choice(points: Sequence[Point], console: Console) -> str:
         answer = console.ask(f"Which one is to be saved? {', '.join(names)}; Enter takes {best.name}:")
         if answer in ("", *names):
             return answer or best.name
+        console.line(f"'{answer}' is none of them")
 
 
 def _save(config: Config, recipe: Recipe, console: Console, asked: Asked, name: str) -> None:
     """Build a merge again as the output, and show what it answers."""
-    console.timed(f"Step 6: {name} is saved")
+    console.timed(f"6 of 6: saving {name}")
     console.lines(sample_lines(recipe.samples))
     console.line(f"List, texts, adapter and all merges are in {asked.work}; delete it when you need none of them.")
     texts = [config.directories.model_path1, *config.models_to_merge]
@@ -294,7 +294,7 @@ def _tell_plan(config: Config, models: Models, console: Console, asked: Asked) -
     is_listed = bool(config.bad_phrases)
     config = config if is_listed else _with_phrases(config, asked, STAND_IN)
     loader, _ = ask(ModelLoader(config, console), models)
-    console.timed("Measuring how fast this machine is")
+    console.timed("Measuring the speed of this machine")
     plan = make_plan(replace(loader.config, device=loader.device), models)
     learning = estimate_learning(replace(loader, compute=plan.arithmetic), models)
     writers = (1 + bool(models.candidates) + bool(config.learn.steps) + len(FACTORS)) / FEWER + (not is_listed)
@@ -307,7 +307,8 @@ def _tell_plan(config: Config, models: Models, console: Console, asked: Asked) -
     parts = [f"{duration(value)} {what}" for what, value in seconds.items() if value and math.isfinite(value)]
     needed, free = _disk(config, models, asked)
     rows = {
-        "Phrases": pluralize(len(config.pairs), "pair") + ("" if is_listed else f" of {STAND_IN.name} for yours"),
+        "Phrases": pluralize(len(config.pairs), "pair")
+        + ("" if is_listed else f" of {STAND_IN.name}; yours are not known yet"),
         "Texts": f"{texts:,} of up to {config.discover.tokens} tokens",
         "Memory needed": f"{in_memory(max(plan.memory.reserved, learning.plan.needed))} on {plan.device}",
         "Bytes to write": f"{on_disk(needed)} to {asked.work} and {asked.output}, {on_disk(free)} free",

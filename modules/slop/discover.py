@@ -45,7 +45,8 @@ def discover(config: Config, console: Console, json_file: Path | None, yaml_file
         return 0 if json_file and not yaml_file else NOTHING
     if yaml_file:
         console.line(f"Review it, delete what you don't mind, and add to your config: phrase_files: [{yaml_file}]")
-        console.line("After the merge, count again: python monster_mapper.py --config MY.yaml --rate OUT")
+        again = f"--config MY.yaml --rate OUT --set random_seed={config.random_seed + 1}"
+        console.line(f"After the merge, count again, by another seed: python monster_mapper.py {again}")
     else:
         console.line("Add --yaml FILE to write a phrase list, each phrase in contexts of these texts.")
     console.final(f"Done. The log is {console.log_path}")

@@ -98,7 +98,7 @@ def test_all_five_habits_are_found_and_gone(whole):
 
 def test_each_merge_begins_where_the_last_one_ended(whole):
     recipes = [json.loads((whole / f"out.unslop/{name}/merge_monster_recipe.json").read_text()) for name in MERGES]
-    assert [recipe["settings"]["joint"]["steps"] for recipe in recipes] == [1, 1, 1]
+    assert [recipe["settings"]["joint"]["steps"] for recipe in recipes] == [3, 3, 3]
     assert "start" not in recipes[0]["settings"]["joint"] or not recipes[0]["settings"]["joint"]["start"]
     for earlier, later in itertools.pairwise(recipes):
         assert later["joint"]["start"] == earlier["joint"]["weights"]
