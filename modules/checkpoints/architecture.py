@@ -16,7 +16,8 @@ from modules.checkpoints.checkpoint import Checkpoint
 from modules.checkpoints.config_file import parts_of
 from modules.runtime.errors import ConfigError, first_line
 
-_SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+_SMALL_LAYERS = 8  # at most: some architectures compute every fourth or sixth layer otherwise
 _TOKENS = 16
 _ROUNDING = 1e-4  # of two products in float32, relative
 
@@ -120,13 +121,15 @@ def _small_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """A configuration's settings for a small model; the heads keep their size."""
     count = config.num_hidden_layers
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = min(count, _SMALL_LAYERS)
     kept = {
-        key: value[: _SMALL["num_hidden_layers"]] if isinstance(value, list) and len(value) == count else value
+        key: value[:layers] if isinstance(value, list) and len(value) == count else value
         for key, value in config.to_dict().items()
         if key not in ("model_type", "architectures", "dtype", "quantization_config", "auto_map")
     }
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    names = {config.attribute_map.get(key, key): value for key, value in _SMALL.items()}
+    small = {**_SMALL, "num_hidden_layers": layers}
+    names = {config.attribute_map.get(key, key): value for key, value in small.items()}
     return {**kept, **tokens, **names, "head_dim": width}
 
 

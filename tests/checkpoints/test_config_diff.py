@@ -2,8 +2,10 @@
 
 import architectures
 import pytest
-from transformers import AutoConfig, PreTrainedConfig
+import transformers
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
+from modules.checkpoints.architecture import makes_the_same
 from modules.checkpoints.config_diff import clashes, differences
 
 LLAMA3 = {
@@ -169,3 +171,10 @@ def test_settings_of_each_layers_own_are_compared_layer_by_layer():
     assert differences(ours, same) == []
     said = differences(ours, AutoConfig.for_model("qwen3", **sizes))
     assert said == ["num_attention_heads is 4 (base: [4, 8, 4])"]
+
+
+@pytest.mark.parametrize("other, same", [("MistralConfig", True), ("SmolLM3Config", False)])
+def test_architectures_that_compute_the_same_are_found_by_trying(other, same):
+    """SmolLM3 leaves positions out in every fourth layer, so two layers would not tell it from a Llama."""
+    ours = LlamaConfig(num_hidden_layers=6, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    assert makes_the_same(ours, getattr(transformers, other)()) is same

@@ -233,3 +233,13 @@ def edit_checkpoint(folder, change=None, **settings):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, **settings}), encoding="utf-8")
+
+
+def bfloat16_depends_on_shape():
+    """Whether this processor's bfloat16 products of many rows differ in some digit from those of single rows. One
+    without instructions for bfloat16 computes both alike, and there is no rounding to be seen."""
+    chance = torch.Generator().manual_seed(0)
+    rows = torch.randn(96, 64, generator=chance).bfloat16()
+    weight = torch.randn(160, 64, generator=chance).bfloat16()
+    each = [torch.nn.functional.linear(row[None], weight) for row in rows]
+    return not torch.equal(torch.nn.functional.linear(rows, weight), torch.cat(each))

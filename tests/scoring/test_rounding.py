@@ -41,7 +41,7 @@ def test_in_a_half_type_they_differ_a_little(tmp_path, layout):
     ways = scored(tmp_path, tiny.llama_config(400), "bfloat16", layout)
     assert len(ways) == 3
     found = spreads(ways)
-    assert (0 if layout == "single" else 1e-6) <= max(found) < 0.3
+    assert (1e-6 if layout != "single" and tiny.bfloat16_depends_on_shape() else 0) <= max(found) < 0.3
     assert found == [max(column) - min(column) for column in torch.tensor(ways, dtype=torch.float64).T.tolist()]
 
 

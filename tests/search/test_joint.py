@@ -83,7 +83,7 @@ def test_an_end_is_a_start_for_another(outside):
     rows = ((0.3, 0.0), (0.3, 0.25), (0.0, 0.5), (0.3, 0.0))
     start = start_of(rows, outside)
     assert given_weights(start, 4, 2) == rows
-    assert len(start) == 5 - outside  # of the first, 0.3 nearly everywhere
+    assert len(start) == 3 + outside  # 0.3 everywhere and its exception, or 0.3 in some layers
 
 
 def test_what_is_kept_has_two_decimals():
