@@ -234,13 +234,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     settings = parser.add_argument_group("settings (see default.yaml)")
     settings.add_argument("--config", metavar="FILE", help=CONFIG.format("default.yaml"))
     settings.add_argument("--device", metavar="NAME", help=DEVICES)
-    settings.add_argument(
-        "--output", metavar="DIR", help="folder for the merged model; with --from-mergekit, the config file"
-    )
+    settings.add_argument("--output", metavar="DIR", help="result folder, or file for --from-mergekit")
     settings.add_argument("--set", metavar="KEY=VALUE", action="append", help=SET)
     run = parser.add_argument_group("merging")
     unslop = {"metavar": ("BASE", "CANDIDATE"), "nargs": "+"}
-    run.add_argument("--unslop", **unslop, help="find a base's cliches and merge against them, into --output")
+    run.add_argument("--unslop", **unslop, help="find a base's cliches, merge against them")
     run.add_argument("--dry-run", action="store_true", help="check and estimate only, merge nothing")
     run.add_argument("--overwrite", action="store_true", help="replace an existing output")
     unfinished = run.add_mutually_exclusive_group()
