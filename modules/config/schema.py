@@ -101,12 +101,12 @@ class Joint(Section):
     step_size: kinds.number(gt=0, le=1) = 0.08
     """Largest change of a weight in the first step; it falls to a tenth of this in the last step."""
     start: tuple[StartWeight, ...] = ()
-    """Weights to start from: [{candidate: 1, layers: 0-7, weight: 0.3}]; no layers: all. []: of the best model."""
+    """Weights to start from: [{candidate: 1, layers: 0-7, weight: 0.3}]; no layers: all. []: the best model's."""
 
 
 @dataclass(frozen=True)
 class Learn(Section):
-    """How --learn makes an adapter. Only --learn reads this."""
+    """How --learn and --unslop make an adapter. Keys: docs/use.md#all-keys."""
 
     rank: kinds.CountFromOne = 8
     """Rank of the adapter."""
@@ -174,7 +174,7 @@ class Settings(Section):
     drift_weight: kinds.AutoOrWeight | None = None
     """Penalty per nat of KL from the base. null: 0, or auto for joint. auto: 0.05 nats cost as much as all phrases."""
     max_drift: kinds.Limit | None = None
-    """Reject trials with a higher KL from the base, in nats per token; try 0.02. The search takes 2-3 times longer."""
+    """Limit on the KL from the base, in nats per token; try 0.02. A greedy search takes 2-3 times as long."""
     neutral_tokens: kinds.CountFromOne = 1024
     """Tokens on which each trial's KL is measured, half neutral text, half own answers; more are more precise."""
     baselines: kinds.Boolean = field(default=True, metadata=_NO_PART)
@@ -192,7 +192,7 @@ class Settings(Section):
     device: kinds.Device = "auto"
     """Where to compute. auto: an accelerator if there is one, else cpu."""
     dtype: Literal[kinds.DTYPES] = "auto"
-    """Dtype to save, and to compute in unless compute_dtype is set: auto (the base's), float16, bfloat16 or float32."""
+    """Dtype to save: auto (the base's), float16, bfloat16 or float32. Unless auto, compute_dtype auto takes it too."""
     compute_dtype: Literal[kinds.COMPUTE_DTYPES] = "auto"
     """Data type of the computation. auto: float32 on a CPU, float16 on a GPU. See docs/hardware.md#data-types."""
     random_seed: kinds.Count = 512
