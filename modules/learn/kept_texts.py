@@ -97,7 +97,7 @@ def places_in(
     first_pair: dict[str, int] = {}
     for number, pair in enumerate(pairs):
         for variant in pair.each:
-            first_pair.setdefault(variant.phrase.strip().lower(), number)
+            first_pair.setdefault(variant.phrase.strip().casefold(), number)
     excluded = {(pair.phrase, pair.chat.messages[-1].content) for pair in held_out if pair.chat}
     in_order = sorted(filter(None, first_pair), key=len, reverse=True)  # where several begin, the longest counts
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, in_order)) or '(?!)'})(?!\w)", re.IGNORECASE)
@@ -107,8 +107,8 @@ def places_in(
         begin = len(answer.given)
         places = []
         for match in pattern.finditer(text):
-            pair = first_pair[match[0].lower()]
-            if (pairs[pair].phrase, answer.prompt) not in excluded:
+            pair = first_pair.get(match[0].casefold())  # None for letters that only a pattern takes for the same
+            if pair is not None and (pairs[pair].phrase, answer.prompt) not in excluded:
                 first = bisect_right(ends, match.start())
                 end = bisect_left(ends, match.end()) + 1
                 places.append(Place(pair, begin + first, begin + end))

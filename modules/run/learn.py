@@ -389,7 +389,9 @@ def estimate_learning(loader: ModelLoader, models: Models) -> Estimate:
     tokenizer = load_tokenizer(base.path, base.companions)
     longest = getattr(models.module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
-    tokens = tokens_of_a_step(encoded, config.learn.pairs, config.learn.drift_tokens, plan.budget)
+    has_texts = (config.neutral_texts, config.own_texts) != ((), ())
+    of_texts = config.learn.drift_tokens if has_texts else 0
+    tokens = tokens_of_a_step(encoded, config.learn.pairs, of_texts, plan.budget)
     try:
         each = seconds_of_a_layer(models.module, plan.budget.tokens, loader.compute.dtype, device) / plan.budget.tokens
     except NOT_TAKEN:

@@ -49,6 +49,15 @@ def test_every_place_of_a_phrase_teaches_but_where_it_is_held_out(base):
     assert found([chat_pair("determination", "Q2")]) == [(2, "determination"), (1, "shivers down"), (1, "shivers down")]
 
 
+@pytest.mark.parametrize("text", ["Her \u017fhivers down", "Her \u0130nn"])
+def test_letters_of_other_cases_end_no_run(base, text):
+    """A long s is an s to a pattern that ignores cases, and not to lower(); a dotted I is one letter or two."""
+    model, tokenizer = base
+    answers = answers_in(model, tokenizer, {"Q1": [text]}, ASKED)
+    places = places_in(tokenizer, answers, [chat_pair("shivers", "Q0"), chat_pair("inn", "Q0")], [])
+    assert [len(one) for one in places] == [int("hivers" in text)]
+
+
 def test_where_a_phrase_teaches_drift_is_not_compared(base):
     model, tokenizer = base
     pairs = [chat_pair("shivers down", "Q0"), chat_pair("determination", "Q0")]
