@@ -58,6 +58,14 @@ def test_letters_of_other_cases_end_no_run(base, text):
     assert [len(one) for one in places] == [int("hivers" in text)]
 
 
+def test_a_token_that_ends_where_a_phrase_begins_is_not_of_it(base):
+    model, tokenizer = base
+    (answer,) = answers_in(model, tokenizer, {"Q1": ['She said "determination" again.']}, ASKED)
+    ((place,),) = places_in(tokenizer, [answer], [chat_pair("determination", "Q0")], [])
+    tokens = answer.given + answer.written.tokens
+    assert tokenizer.decode(tokens[place.first : place.end]) == "determination"
+
+
 def test_where_a_phrase_teaches_drift_is_not_compared(base):
     model, tokenizer = base
     pairs = [chat_pair("shivers down", "Q0"), chat_pair("determination", "Q0")]
