@@ -193,7 +193,7 @@ def test_the_last_lines_name_the_command(place, whole):
 
 def test_the_page_names_the_same_command():
     page = (ROOT / "docs/output.md").read_text(encoding="utf-8")
-    assert f"\n    {UPLOAD.format('demo/merged')}\n" in page
+    assert f"\n    {UPLOAD.format('my-merge')}\n" in page
 
 
 def test_the_command_is_one_of_the_hubs_client():
