@@ -18,7 +18,17 @@ from modules.runtime.oom import retry_on_oom
 from modules.runtime.program import postponed
 from modules.scoring.objective import Objective, Penalty, Value
 from modules.search.decision import Result, Weights, mixed_weights
-from modules.search.joint import Joint, JointState, Rows, first_weights, given_weights, largest_factor, rounded
+from modules.search.joint import (
+    Joint,
+    JointState,
+    Rows,
+    added,
+    first_weights,
+    given_weights,
+    largest_factor,
+    rounded,
+    scaled,
+)
 from modules.search.mixing import Mix, Row
 
 GIVEN = "joint.start"  # what messages call the weights that the configuration gives
@@ -95,28 +105,34 @@ class JointConductor(Conductor):
         return state
 
     def _find_start(self) -> Rows:
-        """Find and note where the steps begin, and how total and weighed metrics change there with every weight."""
+        """Find and note where the steps begin, and how total and weighed metrics change there with every weight.
+
+        The model is composed from there. Raises ConfigError if the objective doesn't follow the sum of these gradients.
+        """
         limits = self.search.limits
         weights = self._given()
         begin = GIVEN
         if not weights:
             begin, weights = self._best_start()
-        self.console.timed(f"Starting from {begin}; checking the gradient")
-        error = self._in_memory(partial(self._joint.check, weights))
+        self.console.timed(f"Starting from {begin}; measuring each layer's effect")
+        self._in_memory(partial(self._joint.go_to, JointState.at(weights)))
+        summands: dict[str | None, Rows] = {}
+        for name in (None, *limits.weights):
+            summands[name] = self._in_memory(partial(self._gradient, weights, name))
+
+        self.console.timed("Checking the gradient")
+        error = self._in_memory(partial(self._joint.check, weights, added(summands.values())))
         self.console.timed(f"The gradient is right (relative error {error:.2%})")
 
-        self.console.timed("Measuring each layer's effect")
-
-        def slopes_of(part: str | None) -> Rows:
-            return self._in_memory(lambda: self._joint.gradient(weights, self._joint.objective.part(part)))
-
-        slopes = {"total": slopes_of(None)}
+        slopes = {"total": summands[None]}
         for name, weight in limits.weights.items():
-            slopes[name] = []
-            for row in slopes_of(name):
-                slopes[name].append([slope / weight for slope in row])
+            slopes[name] = tuple(tuple(scaled(row, 1 / weight)) for row in summands[name])
         self.record.note("joint", start=weights, slopes=slopes)
         return weights
+
+    def _gradient(self, weights: Rows, name: str | None) -> Rows:
+        """By how much a summand of the objective changes with every weight; name: of a metric, or None: the total."""
+        return self._joint.gradient(weights, self._joint.objective.part(name))
 
     def _given(self) -> Rows:
         """The weights that the configuration gives to begin with; empty if it gives none."""

@@ -12,7 +12,7 @@ layers, whose weights they are, how a gradient goes on from the logits.
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -105,7 +105,7 @@ class Objective:
         self.dtype = torch.promote_types(torch.float32, model.dtype)  # that logits and sums are made in
         self.before = torch.zeros(0)  # last hidden states of the base on penalties' texts, (positions, H), on the host
         self._lengths: list[int] = []  # of each penalty, how many of these positions are its own
-        self._batches: list[Batch] = []  # of penalties' texts
+        self._batches: dict[str, list[Batch]] = {}  # of each penalty's text, by its name
         self._pack(scorer)
         if penalties:
             self._add_penalties(scorer)
@@ -113,15 +113,18 @@ class Objective:
     def _pack(self, scorer: Scorer) -> None:
         """Take over how a scorer packs the pairs, and how much memory it allows itself."""
         self.budget = scorer.budget
-        self.texts, self.targets = _texts_of(scorer)
-        self.asked = sum(len(text.rows) for text in self.texts)  # positions of pairs; those of penalties come behind
+        packs, self.targets = _texts_of(scorer)
+        self._texts: dict[str | None, list[Text]] = {None: packs}  # of pairs, then of each penalty, by its name
+        self.asked = sum(len(text.rows) for text in packs)  # positions of pairs; those of penalties come behind
         self.own = torch.zeros(len(self.weights), dtype=torch.bool)  # the pairs of this process
         self.own[self.targets.pairs] = True
-        for batch in self._batches:
-            size = max(1, self.budget.tokens // batch.ids.shape[1])
-            for ids, compared in zip(batch.ids.split(size), batch.compared.split(size), strict=True):
-                rows, columns = compared.nonzero().unbind(1)
-                self.texts.append(Text(partial(dict, input_ids=ids), ids, rows, columns))
+        for name, batches in self._batches.items():
+            self._texts[name] = []
+            for batch in batches:
+                size = max(1, self.budget.tokens // batch.ids.shape[1])
+                for ids, compared in zip(batch.ids.split(size), batch.compared.split(size), strict=True):
+                    rows, columns = compared.nonzero().unbind(1)
+                    self._texts[name].append(Text(partial(dict, input_ids=ids), ids, rows, columns))
 
     @torch.no_grad()
     def _add_penalties(self, scorer: Scorer) -> None:
@@ -133,7 +136,7 @@ class Objective:
             hidden = [
                 states[batch.compared.cpu()] for batch, states in zip(batches, penalty.meter.before[own], strict=True)
             ]
-            self._batches += batches
+            self._batches[penalty.name] = batches
             self._lengths.append(sum(map(len, hidden)))
             before += hidden
         self.before = torch.cat(before) if before else self.before
@@ -148,12 +151,29 @@ class Objective:
         return found
 
     def part(self, name: str | None) -> "Objective":
-        """One summand of the objective: the penalty of this name or, for None, the pairs' total."""
+        """One summand of the objective, which reads no text but its own: the penalty of this name or, for None, the
+        pairs' total."""
         found = copy(self)
-        found.penalties = [one if one.name == name else replace(one, weight=0.0) for one in self.penalties]
-        if name is not None:
-            found.weights = torch.zeros_like(self.weights)
+        found.penalties = [penalty for penalty in self.penalties if penalty.name == name]
+        found._texts = {name: self._texts[name]}
+        if name is None:
+            own = slice(0, 0)
+        else:
+            found.targets = Targets(*torch.zeros(3, 0, dtype=torch.long))
+            found.asked = 0
+            found.own = torch.zeros_like(self.own)
+            ((begin, end),) = ((begin, end) for begin, end, penalty in self.ranges if penalty in found.penalties)
+            own = slice(begin - self.asked, end - self.asked)
+        found.before = self.before[own]
+        found._lengths = [len(found.before)] * len(found.penalties)
+        if self.penalties:
+            found.base_normaliser = self.base_normaliser[own]
         return found
+
+    @property
+    def texts(self) -> list[Text]:
+        """All that goes through the model: the pairs' packs, then each penalty's text."""
+        return [text for texts in self._texts.values() for text in texts]
 
     @property
     def ranges(self) -> list[tuple[int, int, Penalty | None]]:

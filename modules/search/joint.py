@@ -9,7 +9,7 @@ moved as soon as its gradient is there. Weights stay within 0 and 1.
 import math
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,14 @@ def moved(state: JointState, row: int, gradient: Row, size: float) -> tuple[Row,
     return weights, means, squares
 
 
+def added(summands: Iterable[Rows]) -> Rows:
+    """The sum of rows of numbers, number by number."""
+    total = []
+    for rows in zip(*summands, strict=True):
+        total.append(tuple(map(math.fsum, zip(*rows, strict=True))))
+    return tuple(total)
+
+
 def rounded(weights: Sequence[Row], factor: float = 1.0) -> Rows:
     """The weights that are kept, multiplied with a factor: small ones are dropped, others have two decimals."""
     kept = []
@@ -187,7 +195,7 @@ class Joint:
 
     def value(self) -> Value:
         """The objective of the model as it is."""
-        return self._whole(self.group.on_all_ranks(lambda: self.mix.value(self.objective)))
+        return self._whole(self.objective, self.group.on_all_ranks(lambda: self.mix.value(self.objective)))
 
     def gradient(self, weights: Sequence[Row], objective: Objective | None = None) -> Rows:
         """d objective / d weight of each row and candidate, 0 where none moves. weights: those of the model, which
@@ -201,17 +209,16 @@ class Joint:
         self._descend(objective or self.objective, update)
         return tuple(tuple(rows[row]) for row in range(self.mix.rows))
 
-    def check(self, weights: Sequence[Row]) -> float:
+    def check(self, weights: Sequence[Row], gradient: Rows) -> float:
         """Move all weights a little and see whether the objective follows its gradient; the model is then composed from
         the weights. By how much it does not, as a part of the slope. Raises ConfigError if that is more than rounding:
-        such an architecture can't be searched by gradient.
+        such an architecture can't be searched by gradient. gradient: at these weights.
 
         Each weight moves by another amount, in the direction in which the gradient says that the objective grows; by
         less and less, until half of it gives the same slope or rounding is all that there would be to see.
         """
         self.mix.compose(weights)
         value = self.value()
-        gradient = self.gradient(weights)
         chance = random.Random(0)
         everywhere = []
         for row in gradient:
@@ -259,7 +266,7 @@ class Joint:
             self.group.sum([[0.0] * len(self.mix.candidates) + [1.0, float(not is_out_of_memory(error))]])
             raise
         self._sum([0.0] * len(self.mix.candidates))  # none has failed behind the last row
-        return self._whole(value)
+        return self._whole(objective, value)
 
     def _sum(self, row: Row) -> Row:
         """Over all processes. Raises _Elsewhere if one of them has failed."""
@@ -270,14 +277,14 @@ class Joint:
             raise self.mix.model.too_narrow("a gradient overflows")
         return found
 
-    def _whole(self, part: Value) -> Value:
-        """The value of all processes' parts together."""
+    def _whole(self, objective: Objective, part: Value) -> Value:
+        """An objective's value of all processes' parts together."""
         ((total, *values),) = self.group.sum([[part.total, *part.metrics.values()]])
         model = self.mix.model
         if model.may_widen and not all(map(math.isfinite, [total, *values])):
             raise model.too_narrow("a step overflows")
         (log_probabilities,) = self.group.sum([part.log_probabilities])
-        return self.objective.sum_of(log_probabilities, total, dict(zip(part.metrics, values, strict=True)))
+        return objective.sum_of(log_probabilities, total, dict(zip(part.metrics, values, strict=True)))
 
 
 class _Elsewhere(Exception):

@@ -267,7 +267,8 @@ def test_what_fails_in_one_process_fails_in_all(llama, monkeypatch, failure, els
 def test_a_right_backward_is_known(llama, compute):
     one = mixed(*llama, compute=compute)
     joint, shares = Joint(one.mix, one.objective), [[0.02, 0.02]] * one.mix.rows
-    joint.check(shares)
+    joint.go_to(JointState.at(shares))
+    joint.check(shares, joint.gradient(shares))
     weights = bits(one)
     joint.go_to(JointState.at(shares))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in bits(one).items())
@@ -282,5 +283,9 @@ def test_a_wrong_backward_is_refused(llama, monkeypatch, method, factor, compute
         return {key: factor * tensor for key, tensor in own(work, *arguments, **more).items()}
 
     monkeypatch.setattr(GradientPass, method, wrong)
+    joint = Joint(one.mix, one.objective)
+    shares = [[0.02, 0.02]] * one.mix.rows
+    joint.go_to(JointState.at(shares))
+    gradient = joint.gradient(shares)
     with pytest.raises(ConfigError, match="LlamaForCausalLM: search: joint is not supported"):
-        Joint(one.mix, one.objective).check([[0.02, 0.02]] * one.mix.rows)
+        joint.check(shares, gradient)
