@@ -4,33 +4,34 @@ Knows: packs of phrases, passages of text, autograd. Refuses to know: which pair
 
     loss = sum over pairs and places of weight * p  +  sum over texts of drift weight / texts * mean KL(base, now)
 
-Packs and passages go through the model one at a time, and their gradients are summed. Where memory is short, nothing of
-a layer is kept but what enters it, and of logits nothing at all: the rest is computed again in the backward pass.
+Packs and batches of passages go through the model one at a time, and their gradients are summed. Passages of a batch
+are padded at the end, which no token before it sees. Where memory is short, nothing of a layer is kept but what enters
+it, and of logits nothing at all: the rest is computed again in the backward pass.
 """
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from modules.learn.adapter import Adapter
 from modules.model.base_model import ResidentModel
 from modules.scoring.budget import Budget
 from modules.scoring.drift import Passage, compared_tokens
-from modules.scoring.hidden_states import Forward, Inputs, ending_in, last_states, logits_with
+from modules.scoring.hidden_states import Forward, last_states, logits_of
 from modules.scoring.objective import AT_ONCE
 from modules.scoring.packing import Inputs as Pack
 from modules.scoring.packing import build_packs
 from modules.scoring.scorer import by_pair
 from modules.scoring.tokenization import Encoded
 
-# Of logits, (B, columns, V), at some of the columns that are read, and the number of their first among these.
+# Of logits, (positions, V), at some of the positions that are read, and the number of their first among these.
 Made = Callable[[Tensor, int], Tensor]
 
 
@@ -84,7 +85,8 @@ class LearningObjective:
     ) -> None:
         """encoded: all pairs, with all variants. weights: of the pairs, good phrases negative; pairs and places
         together weigh as much as the pairs would alone. layout: of packs. drift_weight: what a nat adds to the loss;
-        every text has an equal part of it. keeps_activations: of all layers, in place of computing them again."""
+        every text has an equal part of it. keeps_activations: of all layers and of the head, in place of computing them
+        again."""
         self.model = model
         self.adapter = adapter
         self.layout = layout
@@ -95,8 +97,8 @@ class LearningObjective:
         self.texts = texts
         self.drift_weight = drift_weight
         self._dtype = torch.promote_types(torch.float32, model.dtype)  # of logits
+        self._run = _kept if keeps_activations else _recomputed
         self._forwards = {} if keeps_activations else dict.fromkeys(range(len(model.layers)), _recomputed)
-        self._before: dict[Passage, Tensor] = {}  # the base's last hidden states, on the host
 
     def gradient(self, pairs: Sequence[int], passages: Sequence[Sequence[int]]) -> tuple[list[Tensor], Loss]:
         """The gradient on each of the adapter's weights, and the loss.
@@ -117,8 +119,8 @@ class LearningObjective:
     @torch.no_grad()
     def drift(self, text: DriftText, numbers: Sequence[int]) -> float:
         """Mean KL(base, now) on some passages of a text, in nats per token."""
-        passages = [text.passages[number] for number in numbers]
-        return math.fsum(float(self._measured(passage)[0]) for passage in passages) / compared_tokens(passages)
+        divergences = [float(self._measured(text, batch)[0]) for batch in self._batches(text, numbers)]
+        return math.fsum(divergences) / compared_tokens([text.passages[number] for number in numbers])
 
     def _add_pairs(self, sums: list[Tensor], numbers: Sequence[int]) -> float:
         """Add the gradient of the pairs' total; the total."""
@@ -136,7 +138,16 @@ class LearningObjective:
 
     def _scores(self, pack: Pack, weights: Sequence[float]) -> Tensor:
         """Weight * probability of all variants, (variants,), 0 of those that are not in the pack."""
-        said = torch.cat(self._read(pack.arguments, pack.columns, partial(_said, pack)))
+        hidden = last_states(self.model, pack.arguments(), self._forwards)
+        rows = len(hidden)
+
+        def said_of(logits: Tensor, first: int) -> Tensor:
+            by_row = logits.unflatten(0, (-1, rows)).transpose(0, 1)
+            targets = pack.targets_in(first // rows, first // rows + by_row.shape[1])
+            return by_row.log_softmax(-1)[targets.rows, targets.columns, targets.tokens]
+
+        # Column by column, since targets are in the order of columns.
+        said = torch.cat(self._read(hidden[:, pack.columns].transpose(0, 1).flatten(0, 1), said_of, rows))
         targets = pack.targets
         # One place for every token, for a sum that is always in the same order.
         places = said.new_zeros(len(weights), int(targets.places.max()) + 1)
@@ -152,64 +163,74 @@ class LearningObjective:
         scale = len(text.passages) / len(numbers)
         drift = 0.0
         total = 0.0
-        for number in numbers:
-            places = text.places.get(number, ())
-            divergence, probabilities = self._measured(text.passages[number], places)
-            scores = probabilities * probabilities.new_tensor([scale * self.weights[place.pair] for place in places])
-            largest = float(scores.detach().abs().max()) if places else 0.0
+        for batch in self._batches(text, numbers):
+            divergence, probabilities = self._measured(text, batch)
+            weights = [scale * self.weights[place.pair] for _, place in _places_in(text, batch)]
+            scores = probabilities * probabilities.new_tensor(weights)
+            largest = float(scores.detach().abs().max()) if weights else 0.0
             self._add(sums, unit * divergence + scores.sum(), max(unit, largest))
             drift += float(divergence.detach())
             total += float(scores.detach().sum())
         return total, drift / positions
 
-    def _measured(self, passage: Passage, places: Sequence[Place] = ()) -> tuple[Tensor, Tensor]:
-        """KL(base, now), summed over the positions that are compared, and the probability of each place's phrase,
-        (places,)."""
-        ids = torch.tensor([passage.tokens], device=self.model.device)
-        compared = torch.tensor(passage.compared, device=self.model.device)
+    def _batches(self, text: DriftText, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Numbers of passages that go through the model together, of about one length: as many as fit into a pack."""
+        in_order = sorted(numbers, key=lambda number: len(text.passages[number].tokens))
+        longest = len(text.passages[in_order[-1]].tokens)
+        most = max(1, self.budget.tokens // longest)
+        count = -(-len(in_order) // most)
+        for batch in range(count):
+            yield in_order[batch * len(in_order) // count : (batch + 1) * len(in_order) // count]
+
+    def _measured(self, text: DriftText, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of a batch of passages, KL(base, now), summed over the positions that are compared, and the probability of
+        each place's phrase, (places,)."""
+        device = self.model.device
+        passages = [text.passages[number] for number in numbers]
+        places = _places_in(text, numbers)
+        ids = _padded([passage.tokens for passage in passages]).to(device)
+        compared = _padded([passage.compared for passage in passages]).to(device)
         is_read = compared.clone()
-        for place in places:
-            is_read[place.first - 1 : place.end - 1] = True
-        columns = is_read.nonzero()[:, 0]
-        arguments = partial(dict, input_ids=ids)
-        if passage not in self._before:
-            with torch.no_grad(), self.adapter.off():
-                self._before[passage] = last_states(self.model, arguments(), {}).cpu()
-        before = self._before[passage].to(self.model.device)
-        following = ids[0].roll(-1)
+        for row, place in places:
+            is_read[row, place.first - 1 : place.end - 1] = True
+        end = 1 + int(is_read.any(0).nonzero().max())  # behind it nothing is read
+        arguments = {"input_ids": ids[:, :end]}
+        # The base's, in the same batch: what was computed in another would differ in its last digits.
+        with torch.no_grad(), self.adapter.off():
+            before = last_states(self.model, arguments, {})[is_read[:, :end]]
+        hidden = last_states(self.model, arguments, self._forwards)[is_read[:, :end]]
+        following = ids.roll(-1, 1)[is_read]
+        counts = compared[is_read]
 
         def measure(logits: Tensor, first: int) -> Tensor:
-            part = columns[first : first + logits.shape[1]]
+            part = slice(first, first + len(logits))
             with torch.no_grad():
-                was = self._logits(arguments, before, part).log_softmax(-1)
+                was = logits_of(self.model, before[part]).to(self._dtype).log_softmax(-1)
             expected = was.exp()
             now = logits.log_softmax(-1)
             # A token that neither can say has no probability; its difference is no number.
             apart = torch.where(expected > 0, expected * (was - now), 0.0).sum(-1)
-            said = now.gather(-1, following[part][None, :, None])[..., 0]
-            return torch.cat([torch.where(compared[part], apart, 0.0), said])
+            said = now.gather(-1, following[part, None])[:, 0]
+            return torch.stack([torch.where(counts[part], apart, 0.0), said])
 
-        divergences, said = torch.cat(self._read(arguments, columns, measure), dim=1)
-        said = torch.zeros_like(ids[0], dtype=said.dtype).index_put((columns,), said)
-        phrases = [said[place.first - 1 : place.end - 1].sum().exp() for place in places]
+        divergences, said = torch.cat(self._read(hidden, measure), dim=1)
+        at = torch.zeros(ids.shape, dtype=said.dtype, device=device).index_put(is_read.nonzero(as_tuple=True), said)
+        phrases = [at[row, place.first - 1 : place.end - 1].sum().exp() for row, place in places]
         return divergences.sum(), torch.stack(phrases) if phrases else said[:0]
 
-    def _read(self, arguments: Inputs, columns: Tensor, made: Made) -> list[Tensor]:
-        """What is made of the logits at some columns of a text, a few columns at a time."""
-        hidden = last_states(self.model, arguments(), self._forwards)
+    def _read(self, hidden: Tensor, made: Made, together: int = 1) -> list[Tensor]:
+        """What is made of the logits of last hidden states, (positions, H), some positions at a time. together: how
+        many are never parted."""
         found = []
-        size = max(1, self.budget.logits // (AT_ONCE * 4 * len(hidden) * self.model.vocabulary))
+        fitting = self.budget.logits // (AT_ONCE * 4 * together * self.model.vocabulary)
+        size = together * max(1, fitting)
 
         def read(hidden: Tensor, first: int) -> Tensor:
-            return made(self._logits(arguments, hidden, columns[first : first + size]), first)
+            return made(logits_of(self.model, hidden).to(self._dtype), first)
 
-        for first in range(0, len(columns), size):
-            found.append(_recomputed(read, hidden, first))
+        for first in range(0, len(hidden), size):
+            found.append(self._run(read, hidden[first : first + size], first))
         return found
-
-    def _logits(self, arguments: Inputs, hidden: Tensor, columns: Tensor) -> Tensor:
-        """What the model's own forward makes of last hidden states, (B, T, H), at some columns: (B, columns, V)."""
-        return logits_with(self.model, arguments(), ending_in(self.model, hidden), columns).to(self._dtype)
 
     def _add(self, sums: list[Tensor], loss: Tensor, unit: float) -> None:
         """Add the gradient of a loss. unit: its size by that of what it is made of."""
@@ -232,13 +253,24 @@ def _factor(weights: Sequence[float], texts: Sequence[DriftText]) -> float:
     return of_pairs / max(of_pairs + of_places, sys.float_info.min)
 
 
+def _kept(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """What a forward gives, of which all is kept that its gradient needs."""
+    return forward(*args, **kwargs)
+
+
 def _recomputed(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """What a forward gives, of which nothing is kept but what enters it."""
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _said(pack: Pack, logits: Tensor, first: int) -> Tensor:
-    """Log-probabilities of a pack's targets at some of its columns, (targets,)."""
-    targets = pack.targets_in(first, first + logits.shape[1])
-    said = logits.log_softmax(-1)
-    return said[targets.rows, targets.columns, targets.tokens]
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of numbers, of which shorter ones end in zeros: (rows, longest)."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
+def _places_in(text: DriftText, numbers: Sequence[int]) -> list[tuple[int, Place]]:
+    """The places in some passages, each with its row among these."""
+    found = []
+    for row, number in enumerate(numbers):
+        found += [(row, place) for place in text.places.get(number, ())]
+    return found

@@ -24,7 +24,7 @@ from modules.checkpoints.conversion import Tensors
 from modules.model.base_model import ResidentModel
 from modules.model.devices import widest_float
 from modules.runtime.oom import retry_on_oom
-from modules.scoring.hidden_states import ending_in, last_states, logits_with
+from modules.scoring.hidden_states import last_states, logits_of, logits_with
 from modules.scoring.tokenization import Window
 
 BLOCK = 32 << 20  # bytes of logits, in float32, of all models together, at a time
@@ -195,14 +195,10 @@ class DriftMeter:
         return ((first, min(first + size, rows)) for first in range(0, rows, size))
 
     def _logits(self, hidden: Tensor, first: int, end: int, rows: Tensors | None = None) -> Tensor:
-        """What the model's own forward makes of last hidden states (R, positions, H) with some rows of its head, or of
-        `rows`: (R, positions, rows). Each position is a text of its own, so that no table of positions is too short."""
-        states = hidden.flatten(0, 1)[:, None]
-        # Any tokens that every block has a row for; nothing comes of them.
-        ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
+        """The logits of last hidden states (R, positions, H) by some rows of the head, or of `rows`: (R, positions,
+        rows)."""
         with self.model.head_rows(first, end, rows):
-            logits = logits_with(self.model, {"input_ids": ids}, ending_in(self.model, states), ids[0])
-        logits = logits[:, 0].unflatten(0, hidden.shape[:2])
+            logits = logits_of(self.model, hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _hidden(self, batch: Batch) -> Tensor:

@@ -96,6 +96,15 @@ def logits_with(
         return model.logits({**arguments, "use_cache": False}, columns)
 
 
+def logits_of(model: ResidentModel, hidden: Tensor) -> Tensor:
+    """What the model's own forward makes of last hidden states, (positions, H), with the rows that its head holds:
+    (positions, rows). Each is a text of its own, so that no table of positions is too short."""
+    states = hidden[:, None]
+    # Any tokens that every block of the head has a row for; nothing comes of them.
+    ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
+    return logits_with(model, {"input_ids": ids}, ending_in(model, states), ids[0])[:, 0]
+
+
 def last_states(model: ResidentModel, arguments: Mapping[str, Tensor], forwards: Mapping[int, Forward]) -> Tensor:
     """The last layer's hidden states, with some layers' forwards replaced: (B, T, H), or of a stack (R * B, T, H)."""
     last = len(model.layers) - 1

@@ -23,7 +23,7 @@ from modules.model.base_model import ResidentModel
 from modules.model.part import row_ranges
 from modules.runtime.errors import ConfigError
 from modules.scoring.drift import Batch, DriftMeter
-from modules.scoring.hidden_states import ending_in, logits_with
+from modules.scoring.hidden_states import logits_of
 from modules.scoring.scorer import Scorer, of_variants
 
 AT_ONCE = 4  # tensors of the logits' size at a time: theirs, the base's, its shares, the gradient
@@ -202,11 +202,8 @@ class Objective:
         return max(1, self.budget.logits // (AT_ONCE * 4 * rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the model's own forward makes of last hidden states, (positions, H), with the rows that its head holds:
-        (positions, rows). Each is a text of its own, so that no table of positions is too short."""
-        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.model.device)
-        found = logits_with(self.model, {"input_ids": ids}, ending_in(self.model, hidden[:, None]), ids[0])
-        return found[:, 0].to(self.dtype)
+        """The logits of last hidden states, (positions, H), by the rows that the head holds: (positions, rows)."""
+        return logits_of(self.model, hidden).to(self.dtype)
 
     @torch.no_grad()
     def normaliser(self, hidden: Tensor, read: Callable[[int, Tensor], None] = lambda first, logits: None) -> Tensor:
