@@ -8,7 +8,6 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from modules.runtime.errors import ConfigError, first_line
 from modules.runtime.input_files import open_input
 from modules.scoring.chats import Asked
 from modules.scoring.drift import Passage
-from modules.scoring.samples import Written
+from modules.scoring.samples import DEFAULT, Written
 from modules.scoring.tokenization import encode_prompt
 
 Texts = Mapping[str, Sequence[str]]  # by prompt
@@ -44,31 +43,26 @@ def read_kept_texts(file: str) -> Texts:
     return texts
 
 
-def answers_in(
-    model: ResidentModel, tokenizer: Any, texts: Texts, asked: Asked, without: Sequence[str] = ()
-) -> list[Answer]:
-    """The texts as answers of the base. without: prompts that are left out. Raises ConfigError for a prompt that the
-    model can't take."""
-    answers = []
+def answers_in(model: ResidentModel, tokenizer: Any, texts: Texts, asked: Asked) -> list[Answer]:
+    """The texts as answers of the base, as far as answers go whose drift is measured: there a model drifts most. Raises
+    ConfigError for a prompt that the model can't take."""
+    written = []
     for prompt, of_prompt in texts.items():
-        if prompt in without:
-            continue
-        given = _given(model, tokenizer, prompt, asked)
+        tokens = encode_prompt(tokenizer, prompt, model.vocabulary, model.max_tokens, asked.texts.get(prompt))
+        given = tuple(tokens)
+        room = DEFAULT.tokens if model.max_tokens is None else min(DEFAULT.tokens, model.max_tokens - len(given))
         for text in of_prompt:
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-            room = len(tokens) if model.max_tokens is None else model.max_tokens - len(given)
             if tokens and max(tokens) < model.vocabulary:
-                answers.append(Answer(prompt, given, Written(tuple(tokens[:room]), ended=False)))
-    longest = max((len(answer.written.tokens) for answer in answers), default=0)
-    return [_with_end(tokenizer, answer, longest) for answer in answers]
-
-
-def _with_end(tokenizer: Any, answer: Answer, longest: int) -> Answer:
-    """The answer with the end token, if it is so short that the base has ended it."""
-    tokens = answer.written.tokens
-    if tokenizer.eos_token_id is None or len(tokens) > NEARLY_LONGEST * longest:
-        return answer
-    return replace(answer, written=Written((*tokens, tokenizer.eos_token_id), ended=True))
+                written.append((prompt, given, tokens, room))
+    longest = max((len(tokens) for _, _, tokens, _ in written), default=0)
+    answers = []
+    for prompt, given, tokens, room in written:
+        has_ended = tokenizer.eos_token_id is not None and len(tokens) <= NEARLY_LONGEST * longest
+        whole = [*tokens, tokenizer.eos_token_id] if has_ended else tokens
+        is_whole = len(whole) <= room
+        answers.append(Answer(prompt, given, Written(tuple(whole[:room]), ended=has_ended and is_whole)))
+    return answers
 
 
 def taught_by(
@@ -114,7 +108,3 @@ def places_in(
                 places.append(Place(pair, begin + first, begin + end))
         found.append(places)
     return found
-
-
-def _given(model: ResidentModel, tokenizer: Any, prompt: str, asked: Asked) -> tuple[int, ...]:
-    return tuple(encode_prompt(tokenizer, prompt, model.vocabulary, model.max_tokens, asked.texts.get(prompt)))

@@ -344,11 +344,10 @@ class Lesson:
 
 
 def _texts_of(context: Context, kept: Texts, asked: Asked) -> list[DriftText]:
-    """On what the model is to stay near the base. kept: texts of it, in addition to its answers, except those to
-    prompts whose drift is shown. Raises ConfigError if drift counts and there is no text."""
+    """On what the model is to stay near the base. kept: texts of it, in addition to its answers. Raises ConfigError if
+    drift counts and there is no text."""
     config = context.config
-    shown = [answer.prompt for answer in context.answers.shown]
-    answers = [*context.answers.weighed, *answers_in(context.model, context.tokenizer, kept, asked, without=shown)]
+    answers = [*context.answers.weighed, *answers_in(context.model, context.tokenizer, kept, asked)]
     own = taught_by(context.tokenizer, answers, config.pairs, config.held_out_pairs, context.model.max_tokens)
     neutral = DriftText("neutral texts", context.texts.neutral_for_trials)
     if neutral.passages and own.passages:

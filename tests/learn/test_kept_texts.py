@@ -12,6 +12,7 @@ from modules.learn.kept_texts import answers_in, places_in, read_kept_texts, tau
 from modules.model.loading import load_model
 from modules.runtime.errors import ConfigError
 from modules.scoring.chats import Asked
+from modules.scoring.samples import DEFAULT
 
 ASKED = Asked(texts={"Q1": "Question: Q1 Answer: ", "Q2": "Question: Q2 Answer: "})
 TEXTS = {
@@ -79,12 +80,22 @@ def test_where_a_phrase_teaches_drift_is_not_compared(base):
 
 def test_a_short_text_has_ended(base):
     model, tokenizer = base
-    answers = answers_in(model, tokenizer, TEXTS, ASKED, without=["Q2"])
+    answers = answers_in(model, tokenizer, {"Q1": TEXTS["Q1"]}, ASKED)
     assert [answer.prompt for answer in answers] == ["Q1", "Q1"]
     assert [answer.written.ended for answer in answers] == [False, True]
     assert answers[1].written.tokens[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(answers[1].written.said) == "The apple."
     assert tokenizer.decode(answers[0].given) == ASKED.texts["Q1"]
+
+
+def test_a_long_text_teaches_as_far_as_answers_are_measured(base):
+    """It has not ended there, though it is shorter than another one."""
+    model, tokenizer = base
+    texts = {"Q1": ["It sent shivers down. " * 40, "It sent shivers down. " * 20, "The apple."]}
+    long, short, ended = answers_in(model, tokenizer, texts, ASKED)
+    room = min(DEFAULT.tokens, model.max_tokens - len(long.given))
+    assert [len(long.written.tokens), len(short.written.tokens)] == [room, room]
+    assert (long.written.ended, short.written.ended, ended.written.ended) == (False, False, True)
 
 
 def test_the_first_texts_of_a_prompt_count(tmp_path):
