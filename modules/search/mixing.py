@@ -66,7 +66,7 @@ class Mix:
         self._headers: list[HeaderRows | None] = []  # of the base and of each candidate; None: it can't be matched
         self._outside: list[Tensors] = []  # of the same, what is in neither layer nor header: it is small
         if outside:
-            self._headers = [own_header(model), *(self._matched(tokenizer, one) for one in candidates)]
+            self._headers = [own_header(model), *(self._header_of(tokenizer, candidate) for candidate in candidates)]
             self._outside = [read_outside(source, model.outside()) for source in self._sources]
 
     @property
@@ -102,27 +102,29 @@ class Mix:
         base has it, and copied from the base's file when the model is saved. Raises as `Part.adopt` and reading do.
         """
         layers = self.layers
-        jobs = [job for layer in layers for job in (self._layer_job(0, layer), *self._theirs(layer, weights[layer]))]
+        jobs = [
+            job for layer in layers for job in (self._layer_job(0, layer), *self._candidate_jobs(layer, weights[layer]))
+        ]
         jobs += self._header_jobs(weights[-1]) if self.mixes_outside else []
         with self._reading(jobs) as arriving:
             for layer in layers:
-                theirs = _in_turn(weights[layer], arriving, all_arrive=False)
-                mixed_into(self.model.layer(layer), arriving.take_next(keep=True), theirs, exact)
+                weighted_tensors = _weighted_arrivals(weights[layer], arriving, all_arrive=False)
+                mixed_into(self.model.layer(layer), arriving.take_next(keep=True), weighted_tensors, exact)
             if self.mixes_outside:
                 self._compose_outside(arriving, weights[-1], exact, all_arrive=False)
 
     @torch.no_grad()
     def value(self, objective: Objective) -> Value:
         """The objective of the model as it is; of several processes, this one's part."""
-        work = GradientPass(objective, outside=False)
-        work.begin()
-        other_base = self.mixes_outside and len(objective.before) > 0  # whose head is not the model's
-        jobs = [self._rows_job(0, self._head, *block) for block in objective.blocks if other_base]
+        gradient_pass = GradientPass(objective, outside=False)
+        gradient_pass.begin()
+        reads_base_head = self.mixes_outside and len(objective.before) > 0  # whose head is not the model's
+        jobs = [self._rows_job(0, self._head, *block) for block in objective.blocks if reads_base_head]
         with self._reading(jobs) as arriving:
             for block in objective.blocks:
-                base = self._by_own_names(arriving.take_next()) if other_base else None
-                work.head_block(*block, base, learn=False)
-        return work.value()
+                base_rows = self._by_head_names(arriving.take_next()) if reads_base_head else None
+                gradient_pass.head_block(*block, base_rows, learn=False)
+        return gradient_pass.value()
 
     @torch.no_grad()
     def descend(self, objective: Objective, update: Update) -> Value:
@@ -132,26 +134,33 @@ class Mix:
         Returns the objective as it was before; of several processes this one's part, as `update` is given its part of
         gradients. Raises as `compose`, and BrokenWeights if a gradient is no number.
         """
-        work = GradientPass(objective, self.mixes_outside)
-        work.begin()
+        gradient_pass = GradientPass(objective, self.mixes_outside)
+        gradient_pass.begin()
         with self._reading(self._descent_jobs(objective)) as arriving:
-            outside = self._head_gradient(work, objective, arriving)
-            value = work.value()
+            outside = self._head_gradient(gradient_pass, objective, arriving)
+            value = gradient_pass.value()
             for layer in reversed(range(self._lowest, len(self.model.layers))):
                 if layer not in self.layers:
-                    work.layer(layer, wanted=False)
+                    gradient_pass.layer(layer, wanted=False)
                     continue
-                gradients = work.layer(layer)
-                base = arriving.take_next(keep=True)
-                found = [_inner(gradients, base, arriving.take_next()) for _ in self.candidates]
+                gradients = gradient_pass.layer(layer)
+                base_tensors = arriving.take_next(keep=True)
+                inner_products = [
+                    _inner_product(gradients, base_tensors, arriving.take_next()) for _ in self.candidates
+                ]
                 del gradients
-                weights = update(layer, self._on_the_host(found, work.scale))
-                mixed_into(self.model.layer(layer), base, _in_turn(weights, arriving, all_arrive=True), exact=False)
-                del base
+                weights = update(layer, self._fetched_gradients(inner_products, gradient_pass.scale))
+                mixed_into(
+                    self.model.layer(layer),
+                    base_tensors,
+                    _weighted_arrivals(weights, arriving, all_arrive=True),
+                    exact=False,
+                )
+                del base_tensors
                 arriving.release()
             if self.mixes_outside:
-                self._add_front(work, arriving, outside)
-                weights = update(len(self.model.layers), self._on_the_host(outside, work.scale))
+                self._add_front(gradient_pass, arriving, outside)
+                weights = update(len(self.model.layers), self._fetched_gradients(outside, gradient_pass.scale))
                 self._compose_outside(arriving, weights, exact=False, all_arrive=True)
         return value
 
@@ -161,20 +170,20 @@ class Mix:
         return ReadAhead(dict(enumerate(jobs)), self._streams, self.ahead)
 
     def _descent_jobs(self, objective: Objective) -> Iterator[Callable[[], Any]]:
-        everyone = [1.0] * len(self.candidates)
+        all_weights = [1.0] * len(self.candidates)
         if self.mixes_outside:
             for block in objective.blocks:
                 yield from (self._rows_job(number, self._head, *block) for number in self._with_header)
         for layer in reversed(self.layers):
             yield self._layer_job(0, layer)
-            yield from self._theirs(layer, everyone)
+            yield from self._candidate_jobs(layer, all_weights)
             # Weights come between; by now, what was read lies in the system's memory.
-            yield from self._theirs(layer, everyone)
+            yield from self._candidate_jobs(layer, all_weights)
         if self.mixes_outside:
             rows = objective.vocabulary
             names = [self.model.embedding_name]
             yield from (partial(self._read_rows, number, names, rows) for number in self._with_header)
-            yield from self._header_jobs(everyone)
+            yield from self._header_jobs(all_weights)
 
     @property
     def _lowest(self) -> int:
@@ -182,8 +191,8 @@ class Mix:
         return 0 if self.mixes_outside else self.layers[0]
 
     def _header_jobs(self, weights: Row) -> Iterator[Callable[[], Any]]:
-        for name, own in self.model.header().tensors.items():
-            for block in row_ranges(own):
+        for name, tensor in self.model.header().tensors.items():
+            for block in row_ranges(tensor):
                 numbers = [number for number in self._with_header if number == 0 or weights[number - 1]]
                 yield from (self._rows_job(number, [name], *block) for number in numbers)
 
@@ -196,7 +205,7 @@ class Mix:
     def _head(self) -> list[str]:
         return list(self.model.head_names().values())
 
-    def _theirs(self, layer: int, weights: Row) -> list[Callable[[], Tensors]]:
+    def _candidate_jobs(self, layer: int, weights: Row) -> list[Callable[[], Tensors]]:
         return [self._layer_job(number, layer) for number, weight in enumerate(weights, 1) if weight]
 
     def _layer_job(self, number: int, layer: int) -> Callable[[], Tensors]:
@@ -217,48 +226,48 @@ class Mix:
             return {name: part.tensors[name][:0] for name in names}
         return part.adopt(read, self._sources[number].name)
 
-    def _matched(self, tokenizer: Any, candidate: Candidate) -> HeaderRows | None:
+    def _header_of(self, tokenizer: Any, candidate: Candidate) -> HeaderRows | None:
         try:
-            found = matched_header(self.model, tokenizer, candidate)
+            header = matched_header(self.model, tokenizer, candidate)
         except HeaderSkipped as error:
             self.notes.append(f"{error}; its embedding and LM head are not merged")
             return None
-        self.notes += [found.note] if found.note else []
-        return found
+        self.notes += [header.note] if header.note else []
+        return header
 
     # -- gradients on weights ------------------------------------------------------------------------------------------
 
-    def _head_gradient(self, work: GradientPass, objective: Objective, arriving: Arriving) -> list[Tensor]:
+    def _head_gradient(self, gradient_pass: GradientPass, objective: Objective, arriving: Arriving) -> list[Tensor]:
         """Take the head's blocks through a pass; the gradient on each candidate's weight by the head alone."""
         sums = [torch.zeros((), dtype=objective.dtype, device=self.model.device) for _ in self.candidates]
         for block in objective.blocks:
-            base = arriving.take_next(keep=True) if self.mixes_outside else None
-            gradients = work.head_block(*block, None if base is None else self._by_own_names(base))
+            base_rows = arriving.take_next(keep=True) if self.mixes_outside else None
+            gradients = gradient_pass.head_block(*block, None if base_rows is None else self._by_head_names(base_rows))
             for number in self._with_header[1:]:
-                sums[number - 1] += _inner(gradients, base, arriving.take_next())
+                sums[number - 1] += _inner_product(gradients, base_rows, arriving.take_next())
         return sums
 
-    def _by_own_names(self, rows: Tensors) -> Tensors:
-        return {own: rows[name] for own, name in self.model.head_names().items()}
+    def _by_head_names(self, rows: Tensors) -> Tensors:
+        return {short_name: rows[full_name] for short_name, full_name in self.model.head_names().items()}
 
-    def _add_front(self, work: GradientPass, arriving: Arriving, sums: list[Tensor]) -> None:
+    def _add_front(self, gradient_pass: GradientPass, arriving: Arriving, sums: list[Tensor]) -> None:
         """Add what the embedding, the final norm and position tables say of each candidate's weight."""
-        found = work.front()
-        base = arriving.take_next(keep=True)
-        gradients = dict.fromkeys(base, found.values)
+        front_gradients = gradient_pass.front()
+        base_rows = arriving.take_next(keep=True)
+        gradients = dict.fromkeys(base_rows, front_gradients.values)
         for number in self._with_header[1:]:
-            sums[number - 1] += _inner(gradients, base, arriving.take_next())
-        for number, theirs in enumerate(self._outside[1:]):
-            sums[number] += _inner(found.dense, self._outside[0], theirs)
+            sums[number - 1] += _inner_product(gradients, base_rows, arriving.take_next())
+        for number, candidate_tensors in enumerate(self._outside[1:]):
+            sums[number] += _inner_product(front_gradients.dense, self._outside[0], candidate_tensors)
 
-    def _on_the_host(self, sums: Sequence[Tensor], scale: float) -> list[float]:
+    def _fetched_gradients(self, sums: Sequence[Tensor], scale: float) -> list[float]:
         """A row of gradients: the one wait for the device."""
-        found = [value / scale for value in torch.stack(list(sums)).tolist()]
-        for candidate, value in zip(self.candidates, found, strict=True):
+        gradients = [value / scale for value in torch.stack(list(sums)).tolist()]
+        for candidate, value in zip(self.candidates, gradients, strict=True):
             # Where another type may be taken, the sum over all processes tells it in all of them.
             if not math.isfinite(value) and not self.model.may_widen:
                 raise BrokenWeights(f"{candidate.name}: the gradient of its weight is NaN or infinite")
-        return found
+        return gradients
 
     # -- the mix ------------------------------------------------------------------------------------------------------
 
@@ -269,52 +278,56 @@ class Mix:
         self.model.has_base_header = not any(self.header_weights([weights]))
         mixed_into(part, self._outside[0], zip(weights, self._outside[1:], strict=True), exact)
         weights = [weights[number - 1] for number in self._with_header[1:]]
-        for name, own in header.tensors.items():
-            for first, end in row_ranges(own):
-                rows = replace(header, tensors={name: own.data[first:end]})
-                mixed_into(rows, arriving.take_next(keep=True), _in_turn(weights, arriving, all_arrive), exact)
+        for name, tensor in header.tensors.items():
+            for first, end in row_ranges(tensor):
+                rows = replace(header, tensors={name: tensor.data[first:end]})
+                mixed_into(
+                    rows, arriving.take_next(keep=True), _weighted_arrivals(weights, arriving, all_arrive), exact
+                )
 
 
-def _in_turn(weights: Row, arriving: Arriving, all_arrive: bool) -> Iterator[tuple[float, Tensors]]:
+def _weighted_arrivals(weights: Row, arriving: Arriving, all_arrive: bool) -> Iterator[tuple[float, Tensors]]:
     """Each candidate's weight with its tensors. all_arrive: also of one without a weight."""
     return ((weight, arriving.take_next()) for weight in weights if weight or all_arrive)
 
 
-def mixed_into(part: Part, base: Tensors, theirs: Iterator[tuple[float, Tensors]], exact: bool) -> Tensor:
+def mixed_into(part: Part, base: Tensors, weighted_tensors: Iterator[tuple[float, Tensors]], exact: bool) -> Tensor:
     """Make a part's tensors the mix of the base's and others, each with its weight: summed in float32 or wider, rounded
     to what is saved, if exact, else to what is computed in. If exact, which of them are not the base's, boolean."""
-    sums = {name: torch.zeros_like(tensor, dtype=_wide(tensor)) for name, tensor in base.items()}
+    sums = {name: torch.zeros_like(tensor, dtype=_sum_dtype(tensor)) for name, tensor in base.items()}
     weights = []
-    for weight, tensors in theirs:
+    for weight, tensors in weighted_tensors:
         if weight:
             weights.append(weight)
             for name, tensor in sums.items():
                 tensor.add_(tensors[name], alpha=weight)
     flags = []
-    for name, own in part.tensors.items():
+    for name, model_tensor in part.tensors.items():
         mixed = base[name]
         if weights:
             mixed = sums[name].add_(base[name], alpha=1 - math.fsum(weights))
-            mixed = mixed.to(part.saved_dtypes[name] if exact else own.dtype).to(own.dtype)
+            mixed = mixed.to(part.saved_dtypes[name] if exact else model_tensor.dtype).to(model_tensor.dtype)
         if exact:
             differs = mixed != base[name]
             flags.append(differs.any())
             mixed = torch.where(differs, mixed, base[name])  # what is equal is the base's: a zero may have another sign
-        own.data.copy_(mixed)
+        model_tensor.data.copy_(mixed)
     return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.bool)
 
 
-def _inner(gradients: Tensors, base: Tensors, theirs: Tensors) -> Tensor:
+def _inner_product(gradients: Tensors, base_tensors: Tensors, candidate_tensors: Tensors) -> Tensor:
     """Sum of <gradient, theirs - base> over the tensors that have a gradient, in float32 or wider."""
-    any_one = next(iter(base.values()))
-    found = torch.zeros((), dtype=_wide(any_one), device=any_one.device)
+    sample = next(iter(base_tensors.values()))
+    product = torch.zeros((), dtype=_sum_dtype(sample), device=sample.device)
     for name, gradient in gradients.items():
-        tensors = [tensor.view(-1, *tensor.shape[1:]) for tensor in (theirs[name], base[name], gradient)]
+        tensors = [
+            tensor.view(-1, *tensor.shape[1:]) for tensor in (candidate_tensors[name], base_tensors[name], gradient)
+        ]
         for first, end in row_ranges(tensors[0]):
-            one, other, step = (tensor[first:end].to(found.dtype) for tensor in tensors)
-            found = found + torch.dot((one - other).flatten(), step.flatten())
-    return found
+            candidate_rows, base_rows, gradient_rows = (tensor[first:end].to(product.dtype) for tensor in tensors)
+            product = product + torch.dot((candidate_rows - base_rows).flatten(), gradient_rows.flatten())
+    return product
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(torch.float32, tensor.dtype)
