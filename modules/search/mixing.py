@@ -1,4 +1,4 @@
-"""A model mixed from the base and all candidates: made from weights, and what a gradient on its weights says of these.
+"""A model mixed from the base and all candidates by weights, and the gradient on these weights.
 
 Knows: the base's and the candidates' files, read side by side, a layer or a range of rows at a time. Refuses to know:
 how weights follow from gradients, scores.
@@ -31,13 +31,13 @@ from modules.scoring.objective import Objective, Value
 from modules.search.prefetch import ReadAhead, two_memories
 from modules.search.trial import read_outside
 
-Row = Sequence[float]  # a weight, or the gradient on it, for each candidate
-Update = Callable[[int, Row], Row]  # number of a row and the gradient on its weights -> its new weights
+Row = Sequence[float]  # for each candidate its weight, or the gradient on that
+Update = Callable[[int, Row], Row]  # row number, gradient on the row's weights -> its new weights
 Arriving = ReadAhead[int, Tensors]
 
 
 class Mix:
-    """The resident model, and the base and the candidates that it is mixed from. To be made while it is the base."""
+    """The resident model, with the base and the candidates that it is mixed from. Made while the model is the base."""
 
     def __init__(
         self,
@@ -49,10 +49,11 @@ class Mix:
         ahead: bool = True,
         layers: Sequence[int] | None = None,
     ) -> None:
-        """tokenizer: the base's. outside: whether what is outside the layers is mixed, too. streams: on which tensors
-        arrive; ahead: whether a thread reads what is needed next. layers: that are mixed, if not all are.
+        """tokenizer: the base's. outside: whether tensors outside the layers are mixed, too. streams: for the copies
+        to the devices. ahead: whether a thread reads the next tensors in advance. layers: those that are mixed; None:
+        all.
 
-        Raises BrokenWeights if a tensor is no number, CheckpointError if a file can't be read.
+        Raises BrokenWeights if a tensor holds NaN or infinity, CheckpointError if a file can't be read.
         """
         self.model = model
         self.candidates = candidates
@@ -62,21 +63,21 @@ class Mix:
         self._sources = [model.as_candidate(), *candidates]
         self._streams = streams
         self.ahead = ahead
-        self._memories = two_memories(streams), two_memories(streams)  # of the base, and of candidates
+        self._memories = two_memories(streams), two_memories(streams)  # for the base, and for candidates
         self._headers: list[HeaderRows | None] = []  # of the base and of each candidate; None: it can't be matched
-        self._outside: list[Tensors] = []  # of the same, what is in neither layer nor header: it is small
+        self._outside: list[Tensors] = []  # of the same, the small tensors in neither layer nor header
         if outside:
             self._headers = [own_header(model), *(self._header_of(tokenizer, candidate) for candidate in candidates)]
             self._outside = [read_outside(source, model.outside()) for source in self._sources]
 
     @property
     def rows(self) -> int:
-        """How many rows of weights there are: the layers', and perhaps that of all else."""
+        """Number of rows of weights: one for each layer and, if it is mixed, one for all else."""
         return len(self.model.layers) + int(self.mixes_outside)
 
     @property
     def moving(self) -> list[int]:
-        """The rows that are mixed; in the others, which are of layers that stay the base's, there are no weights."""
+        """Numbers of the rows that are mixed. The others belong to layers that stay the base's; their weights are 0."""
         return [*self.layers, *range(len(self.model.layers), self.rows)]
 
     @property
@@ -85,21 +86,21 @@ class Mix:
         return len(self.moving) < len(self.model.layers) + 1
 
     def limited(self, weights: Sequence[Row]) -> tuple[tuple[float, ...], ...]:
-        """The weights of the rows that are mixed, and none in the others."""
+        """The weights with those of rows that are not mixed set to 0."""
         return tuple(tuple(row) if number in self.moving else (0.0,) * len(row) for number, row in enumerate(weights))
 
     def header_weights(self, weights: Sequence[Row]) -> Row:
-        """What the header has of each candidate: nothing of one whose header can't be matched. Empty if it is not
-        mixed."""
+        """The header's weight for each candidate: 0 if its header can't be matched. Empty if no header is mixed."""
         row = weights[-1] if self.mixes_outside else ()
         return [weight if number in self._with_header else 0.0 for number, weight in enumerate(row, start=1)]
 
     @torch.no_grad()
     def compose(self, weights: Sequence[Row], exact: bool = False) -> None:
-        """Make the model W(weights), whatever it was, in the type that it computes in.
+        """Make the model W(weights), whatever it was, in the compute type.
 
-        weights: `rows` rows. exact: for good, with the values that saving will keep; what has no weight is left as the
-        base has it, and copied from the base's file when the model is saved. Raises as `Part.adopt` and reading do.
+        weights: `rows` rows. exact: for good, with the values that saving will keep; a tensor without a weight is left
+        as the base has it, and copied from the base's file when the model is saved. Raises as `Part.adopt` and reading
+        do.
         """
         layers = self.layers
         jobs = [
@@ -115,10 +116,10 @@ class Mix:
 
     @torch.no_grad()
     def value(self, objective: Objective) -> Value:
-        """The objective of the model as it is; of several processes, this one's part."""
+        """The objective of the model as it is; with several processes, this one's part."""
         gradient_pass = GradientPass(objective, outside=False)
         gradient_pass.begin()
-        reads_base_head = self.mixes_outside and len(objective.before) > 0  # whose head is not the model's
+        reads_base_head = self.mixes_outside and len(objective.before) > 0  # its head is not the model's
         jobs = [self._rows_job(0, self._head, *block) for block in objective.blocks if reads_base_head]
         with self._reading(jobs) as arriving:
             for block in objective.blocks:
@@ -128,11 +129,11 @@ class Mix:
 
     @torch.no_grad()
     def descend(self, objective: Objective, update: Update) -> Value:
-        """One pass over the model, of which the weights of each moving row are updated, and its weights composed from
-        the new ones, as soon as the gradient on them is there: layers from the last to the first, then the rest.
+        """One pass over the model that updates the weights of every moving row: layers from last to first, then the
+        rest. As soon as a row's gradient is there, `update` gives its new weights and its tensors are composed.
 
-        Returns the objective as it was before; of several processes this one's part, as `update` is given its part of
-        gradients. Raises as `compose`, and BrokenWeights if a gradient is no number.
+        Returns the objective before the pass; with several processes this one's part. `update` is given this process's
+        part of the gradient, too. Raises as `compose`, and BrokenWeights if a gradient is NaN or infinite.
         """
         gradient_pass = GradientPass(objective, self.mixes_outside)
         gradient_pass.begin()
@@ -164,7 +165,7 @@ class Mix:
                 self._compose_outside(arriving, weights, exact=False, all_arrive=True)
         return value
 
-    # -- what is read, in this order ----------------------------------------------------------------------------------
+    # -- reading, in the order of use ---------------------------------------------------------------------------------
 
     def _reading(self, jobs: Iterable[Callable[[], Tensors]]) -> Arriving:
         return ReadAhead(dict(enumerate(jobs)), self._streams, self.ahead)
@@ -177,7 +178,7 @@ class Mix:
         for layer in reversed(self.layers):
             yield self._layer_job(0, layer)
             yield from self._candidate_jobs(layer, all_weights)
-            # Weights come between; by now, what was read lies in the system's memory.
+            # Read twice: the new weights are known only in between. The system's memory still holds the files' pages.
             yield from self._candidate_jobs(layer, all_weights)
         if self.mixes_outside:
             rows = objective.vocabulary
@@ -187,7 +188,7 @@ class Mix:
 
     @property
     def _lowest(self) -> int:
-        """The layer with which a pass ends: what is before the layers is reached through all of them."""
+        """The layer with which a pass ends. The gradient reaches what comes before the layers through all of them."""
         return 0 if self.mixes_outside else self.layers[0]
 
     def _header_jobs(self, weights: Row) -> Iterator[Callable[[], Any]]:
@@ -198,7 +199,7 @@ class Mix:
 
     @property
     def _with_header(self) -> list[int]:
-        """The sources whose header can be read."""
+        """Numbers of the sources whose header can be read; the base is 0."""
         return [number for number, header in enumerate(self._headers) if header is not None]
 
     @property
@@ -216,7 +217,7 @@ class Mix:
         return partial(self._read_rows, number, names, torch.arange(first, end))
 
     def _read_rows(self, number: int, names: Sequence[str], rows: Tensor) -> Tensors:
-        """Some rows of a source's header in the base's order, (rows, ...), on the device."""
+        """Some rows of a source's header in the base's order, (rows, ...) for each name, on the device."""
         part = self.model.header()
         header = self._headers[number]
         base = self._headers[0]
@@ -238,7 +239,7 @@ class Mix:
     # -- gradients on weights ------------------------------------------------------------------------------------------
 
     def _head_gradient(self, gradient_pass: GradientPass, objective: Objective, arriving: Arriving) -> list[Tensor]:
-        """Take the head's blocks through a pass; the gradient on each candidate's weight by the head alone."""
+        """Take the head's blocks through a pass; returns the head's part of the gradient on each candidate's weight."""
         sums = [torch.zeros((), dtype=objective.dtype, device=self.model.device) for _ in self.candidates]
         for block in objective.blocks:
             base_rows = arriving.take_next(keep=True) if self.mixes_outside else None
@@ -251,7 +252,7 @@ class Mix:
         return {short_name: rows[full_name] for short_name, full_name in self.model.head_names().items()}
 
     def _add_front(self, gradient_pass: GradientPass, arriving: Arriving, sums: list[Tensor]) -> None:
-        """Add what the embedding, the final norm and position tables say of each candidate's weight."""
+        """Add the gradient on each candidate's weight by the embedding, the final norm and position tables."""
         front_gradients = gradient_pass.front()
         base_rows = arriving.take_next(keep=True)
         gradients = dict.fromkeys(base_rows, front_gradients.values)
@@ -261,10 +262,10 @@ class Mix:
             sums[number] += _inner_product(front_gradients.dense, self._outside[0], candidate_tensors)
 
     def _fetched_gradients(self, sums: Sequence[Tensor], scale: float) -> list[float]:
-        """A row of gradients: the one wait for the device."""
+        """A row of gradients on the host. This is the only wait for the device."""
         gradients = [value / scale for value in torch.stack(list(sums)).tolist()]
         for candidate, value in zip(self.candidates, gradients, strict=True):
-            # Where another type may be taken, the sum over all processes tells it in all of them.
+            # Where another type may be taken, every process sees the overflow in the sum over all processes.
             if not math.isfinite(value) and not self.model.may_widen:
                 raise BrokenWeights(f"{candidate.name}: the gradient of its weight is NaN or infinite")
         return gradients
@@ -272,7 +273,7 @@ class Mix:
     # -- the mix ------------------------------------------------------------------------------------------------------
 
     def _compose_outside(self, arriving: Arriving, weights: Row, exact: bool, all_arrive: bool) -> None:
-        """Mix what is outside the layers: small tensors, and the header by ranges of its rows."""
+        """Mix the tensors outside the layers: small ones whole, the header by ranges of its rows."""
         part = self.model.outside()
         header = self.model.header()
         self.model.has_base_header = not any(self.header_weights([weights]))
@@ -287,13 +288,17 @@ class Mix:
 
 
 def _weighted_arrivals(weights: Row, arriving: Arriving, all_arrive: bool) -> Iterator[tuple[float, Tensors]]:
-    """Each candidate's weight with its tensors. all_arrive: also of one without a weight."""
+    """Each candidate's weight and tensors, for those with a weight. all_arrive: every candidate's tensors are read, if
+    its weight is 0, too."""
     return ((weight, arriving.take_next()) for weight in weights if weight or all_arrive)
 
 
 def mixed_into(part: Part, base: Tensors, weighted_tensors: Iterator[tuple[float, Tensors]], exact: bool) -> Tensor:
-    """Make a part's tensors the mix of the base's and others, each with its weight: summed in float32 or wider, rounded
-    to what is saved, if exact, else to what is computed in. If exact, which of them are not the base's, boolean."""
+    """Make a part's tensors the mix of the base's and the candidates', each with its weight.
+
+    Sums are in float32 or wider; they are rounded to the saved type if exact, else to the compute type. Returns, if
+    exact, which tensors are not the base's: (tensors,), boolean; else nothing, (0,).
+    """
     sums = {name: torch.zeros_like(tensor, dtype=_sum_dtype(tensor)) for name, tensor in base.items()}
     weights = []
     for weight, tensors in weighted_tensors:
@@ -310,13 +315,13 @@ def mixed_into(part: Part, base: Tensors, weighted_tensors: Iterator[tuple[float
         if exact:
             differs = mixed != base[name]
             flags.append(differs.any())
-            mixed = torch.where(differs, mixed, base[name])  # what is equal is the base's: a zero may have another sign
+            mixed = torch.where(differs, mixed, base[name])  # equal elements take the base's sign of zero
         model_tensor.data.copy_(mixed)
     return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.bool)
 
 
 def _inner_product(gradients: Tensors, base_tensors: Tensors, candidate_tensors: Tensors) -> Tensor:
-    """Sum of <gradient, theirs - base> over the tensors that have a gradient, in float32 or wider."""
+    """Sum of <gradient, candidate - base> over the tensors that have a gradient, in float32 or wider."""
     sample = next(iter(base_tensors.values()))
     product = torch.zeros((), dtype=_sum_dtype(sample), device=sample.device)
     for name, gradient in gradients.items():
