@@ -1,6 +1,6 @@
-"""All weights at once, by gradient: where the steps begin, how each is made, what is kept at the end.
+"""All weights at once, by gradient: the first weights, the steps of Adam, the rounding of the last weights.
 
-Knows: rows of weights, Adam, what a step needs to be gone on from. Refuses to know: tensors, files, printing.
+Knows: rows of weights, Adam, the state that a step starts from. Refuses to know: tensors, files, printing.
 
 Adam (Kingma and Ba 2014, https://arxiv.org/abs/1412.6980) works coordinate by coordinate, so each row of weights is
 moved as soon as its gradient is there. Weights stay within 0 and 1.
@@ -22,43 +22,41 @@ from modules.runtime.oom import is_out_of_memory
 from modules.scoring.objective import Objective, Value
 from modules.search.mixing import Mix, Row, Update
 
-# of Adam; what keeps it from dividing by nothing
-BETAS = (0.8, 0.95)
-TINY = 1e-12
-LAST_STEP = 0.1  # the size of the last step by that of the first; those between fall evenly
-# weights where the steps begin
+BETAS = (0.8, 0.95)  # Adam's decay rates of mean and square
+TINY = 1e-12  # Adam's epsilon, against division by 0
+LAST_STEP = 0.1  # size of the last step relative to the first; sizes fall linearly in between
+# first weights, where the best model is the base, and where it is a candidate
 AT_BASE = 0.02
 AT_CANDIDATE = 0.98
-# a smaller weight is dropped; what others are rounded to
-LEAST = 0.01
-DECIMALS = 2
+LEAST = 0.01  # smaller weights are dropped at the end
+DECIMALS = 2  # of the others
 
-# How far weights move to see whether the objective follows its gradient, and by which part of that it may fail to.
-_TRIED = {torch.float64: (1e-3, 0.01), torch.float32: (0.02, 0.05)}
-_TRIED_IN_HALF = (0.25, 0.3)
-ROUNDINGS = 4  # by how many of its type's a probability may be off
+# The check of the gradient: how far weights move, and the relative error of the slope that is tolerated.
+_PROBES = {torch.float64: (1e-3, 0.01), torch.float32: (0.02, 0.05)}
+_PROBES_IN_HALF = (0.25, 0.3)
+ROUNDINGS = 4  # how many machine epsilons of its type a probability may be off
 
-Rows = tuple[tuple[float, ...], ...]  # of each row of weights, a number for each candidate
+Rows = tuple[tuple[float, ...], ...]  # for each row of weights, a number for each candidate
 
 
 @dataclass(frozen=True)
 class JointState:
-    """All that the next step depends on, beside the files: written as JSON and read again, it gives the same bits."""
+    """All that the next step depends on, beside the files. As JSON, it comes back the same to the bit."""
 
-    step: int  # how many have been made
+    step: int  # number of steps made so far
     weights: Rows
-    mean: Rows  # of Adam: the running mean of the gradient
-    square: Rows  # and of its square
+    mean: Rows  # Adam's running mean of the gradient
+    square: Rows  # Adam's running mean of its square
 
     @classmethod
     def at(cls, weights: Sequence[Row]) -> "JointState":
-        """Before the first step."""
+        """The state before the first step."""
         zeros = tuple((0.0,) * len(row) for row in weights)
         return cls(0, tuple(map(tuple, weights)), zeros, zeros)
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> "JointState":
-        """From its fields, with lists where it has tuples."""
+        """The state from its stored fields, which have lists instead of tuples."""
 
         def rows(name: str) -> Rows:
             return tuple(tuple(map(float, row)) for row in stored[name])
@@ -67,7 +65,10 @@ class JointState:
 
 
 def first_weights(rows: int, objectives: Sequence[float]) -> Rows:
-    """Where the steps begin. objectives: of the base, then of each candidate; the lowest is begun at."""
+    """The weights before the first step: near the model with the lowest objective.
+
+    objectives: the base's, then each candidate's.
+    """
     best = objectives.index(min(objectives))
     candidates = len(objectives) - 1
     row = (AT_BASE,) * candidates
@@ -77,8 +78,11 @@ def first_weights(rows: int, objectives: Sequence[float]) -> Rows:
 
 
 def given_weights(start: Sequence[StartWeight], rows: int, candidates: int) -> Rows:
-    """The weights that a configuration gives to begin with. Of entries for the same row the last one counts, a row
-    without any has none. start: entries whose layers and candidates are there."""
+    """The weights before the first step as a configuration gives them.
+
+    start: entries; their layers and candidates must exist. Of several for the same weight the last counts; a weight
+    without an entry is 0.
+    """
     weights = [[0.0] * candidates for _ in range(rows)]
     for entry in start:
         for row in range(rows) if entry.layers is None else entry.layers:
@@ -87,28 +91,29 @@ def given_weights(start: Sequence[StartWeight], rows: int, candidates: int) -> R
 
 
 def start_of(rows: Sequence[Row], mixes_outside: bool) -> tuple[StartWeight, ...]:
-    """Entries of which `given_weights` makes these rows. mixes_outside: whether the last row is of all else."""
+    """Entries from which `given_weights` makes these rows. mixes_outside: whether the last row is for tensors outside
+    the layers."""
     entries = []
     for candidate, column in enumerate(zip(*rows, strict=True), start=1):
         layers = column[:-1] if mixes_outside else column
-        everywhere = column[-1] if mixes_outside else 0.0
-        if everywhere:
-            entries.append(StartWeight(candidate, everywhere))
+        common_weight = column[-1] if mixes_outside else 0.0
+        if common_weight:
+            entries.append(StartWeight(candidate, common_weight))
         for weight in dict.fromkeys(layers):
-            if weight != everywhere:
-                alike = tuple(layer for layer, other in enumerate(layers) if other == weight)
-                entries.append(StartWeight(candidate, weight, alike))
+            if weight != common_weight:
+                layers_alike = tuple(layer for layer, layer_weight in enumerate(layers) if layer_weight == weight)
+                entries.append(StartWeight(candidate, weight, layers_alike))
     return tuple(entries)
 
 
 def step_size(step: int, steps: int, first: float) -> float:
-    """Of step number `step` of so many, counted from 1."""
+    """The size of a step, by its number counted from 1. steps: how many there are. first: size of the first."""
     return first * (1 - (1 - LAST_STEP) * (step - 1) / max(1, steps - 1))
 
 
 def moved(state: JointState, row: int, gradient: Row, size: float) -> tuple[Row, Row, Row]:
-    """A row's weights, mean and square behind the next step of Adam."""
-    found = []
+    """A row's weights, mean and square after the next step of Adam."""
+    moved_numbers = []
     for weight, mean, square, slope in zip(
         state.weights[row], state.mean[row], state.square[row], gradient, strict=True
     ):
@@ -116,8 +121,8 @@ def moved(state: JointState, row: int, gradient: Row, size: float) -> tuple[Row,
         square = BETAS[1] * square + (1 - BETAS[1]) * slope * slope
         unbiased, root = (1 - beta ** (state.step + 1) for beta in BETAS)
         weight -= size * (mean / unbiased) / (math.sqrt(square / root) + TINY)
-        found.append((min(1.0, max(0.0, weight)), mean, square))
-    weights, means, squares = zip(*found, strict=True)
+        moved_numbers.append((min(1.0, max(0.0, weight)), mean, square))
+    weights, means, squares = zip(*moved_numbers, strict=True)
     return weights, means, squares
 
 
@@ -130,23 +135,23 @@ def added(summands: Iterable[Rows]) -> Rows:
 
 
 def rounded(weights: Sequence[Row], factor: float = 1.0) -> Rows:
-    """The weights that are kept, multiplied with a factor: small ones are dropped, others have two decimals."""
-    kept = []
+    """The final weights, multiplied by a factor: small ones are dropped, others rounded to two decimals."""
+    kept_rows = []
     for row in weights:
-        kept.append(tuple(round(weight, DECIMALS) if weight >= LEAST else 0.0 for weight in scaled(row, factor)))
-    return tuple(kept)
+        kept_rows.append(tuple(round(weight, DECIMALS) if weight >= LEAST else 0.0 for weight in scaled(row, factor)))
+    return tuple(kept_rows)
 
 
 def scaled(row: Row, factor: float) -> list[float]:
-    """A row multiplied with a factor."""
+    """A row multiplied by a factor."""
     return [number * factor for number in row]
 
 
 def largest_factor(is_allowed: Callable[[float], bool], halvings: int = 7) -> float:
-    """The largest factor of all weights, up to 1, at which limits hold, by bisection: to within 2**-halvings.
+    """The largest factor of all weights, up to 1, at which limits hold; found by bisection to within 2**-halvings.
 
-    is_allowed: whether they hold with weights multiplied with a factor; at 0, which is the base, they do. The factor
-    that is returned has been tried, unless it is 0.
+    is_allowed: whether limits hold with weights multiplied by a factor; at 0, the base, they always do. The returned
+    factor has been tried, unless it is 0.
     """
     if is_allowed(1.0):
         return 1.0
@@ -164,8 +169,8 @@ class Joint:
     def __init__(
         self, mix: Mix, objective: Objective, steps: int = 25, first_size: float = 0.08, group: Group = ALONE
     ) -> None:
-        """steps, first_size: how many, and by how much a weight moves at most in the first. objective: made, as the mix
-        was, while the model was the base."""
+        """steps: how many. first_size: how far the first moves a weight at most. objective: made, like the mix,
+        while the model was the base."""
         self.mix = mix
         self.objective = objective
         self.steps = steps
@@ -173,14 +178,14 @@ class Joint:
         self.group = group
 
     def go_to(self, state: JointState) -> None:
-        """Compose the model that a state's next step starts from; `step` leaves it so."""
+        """Compose the model of a state, from which its next step starts. `step` leaves the model composed so."""
         self.group.on_all_ranks(lambda: self.mix.compose(state.weights))
 
     def step(self, state: JointState) -> tuple[JointState, Value]:
-        """The state behind one more step, with the model composed from it; the objective before that step.
+        """Make one more step; returns the new state, from which the model is composed, and the objective before.
 
-        Where it fails, the model is no state's; after `go_to` the step can be made again. What one process lacks memory
-        for fails in all of them.
+        After a failure the model belongs to no state; after `go_to` the step can be made again. If one process lacks
+        memory, the step fails in all of them.
         """
         rows = dict(enumerate(zip(state.weights, state.mean, state.square, strict=True)))
         size = step_size(state.step + 1, self.steps, self.first_size)
@@ -198,8 +203,8 @@ class Joint:
         return self._whole(self.objective, self.group.on_all_ranks(lambda: self.mix.value(self.objective)))
 
     def gradient(self, weights: Sequence[Row], objective: Objective | None = None) -> Rows:
-        """d objective / d weight of each row and candidate, 0 where none moves. weights: those of the model, which
-        it keeps. objective: another than the own, as `Objective.part` gives it."""
+        """d objective / d weight of each row and candidate, 0 in rows that are not mixed. weights: the model's, which
+        stay. objective: one to use instead of `self.objective`, as `Objective.part` gives it."""
         rows = dict(enumerate([[0.0] * len(self.mix.candidates)] * self.mix.rows))
 
         def update(row: int, gradient: Row) -> Row:
@@ -210,75 +215,80 @@ class Joint:
         return tuple(tuple(rows[row]) for row in range(self.mix.rows))
 
     def check(self, weights: Sequence[Row], gradient: Rows) -> float:
-        """Move all weights a little and see whether the objective follows its gradient; the model is then composed from
-        the weights. By how much it does not, as a part of the slope. Raises ConfigError if that is more than rounding:
-        such an architecture can't be searched by gradient. gradient: at these weights.
+        """Move all weights a little and compare the objective's change with its gradient; returns the relative error.
 
-        Each weight moves by another amount, in the direction in which the gradient says that the objective grows; by
-        less and less, until half of it gives the same slope or rounding is all that there would be to see.
+        gradient: at these weights. Afterwards the model is composed from the weights again. Raises ConfigError if the
+        error is more than rounding explains: such an architecture can't be searched by gradient.
+
+        Each weight moves by another amount, in the direction in which, by the gradient, the objective grows. Moves are
+        halved until half a move gives the same slope, or until rounding would hide the change.
         """
         self.mix.compose(weights)
         value = self.value()
         chance = random.Random(0)
-        everywhere = []
+        signed_amounts = []
         for row in gradient:
-            everywhere.append([math.copysign(chance.uniform(0.5, 1.5), slope) for slope in row])
-        direction = self.mix.limited(everywhere)
-        told = sum(a * b for row, way in zip(gradient, direction, strict=True) for a, b in zip(row, way, strict=True))
+            signed_amounts.append([math.copysign(chance.uniform(0.5, 1.5), slope) for slope in row])
+        direction = self.mix.limited(signed_amounts)
+        expected = sum(
+            slope * step
+            for slopes, steps in zip(gradient, direction, strict=True)
+            for slope, step in zip(slopes, steps, strict=True)
+        )
         dtype = self.mix.model.dtype
-        amount, tolerance = _TRIED.get(dtype, _TRIED_IN_HALF)
+        amount, tolerance = _PROBES.get(dtype, _PROBES_IN_HALF)
         noise = ROUNDINGS * torch.finfo(dtype).eps * self.objective.size(value) / amount
-        far, near = (self._slope(weights, direction, one) for one in (amount, amount / 2))
-        while abs(far - near) > tolerance * abs(near) + noise and 2 * noise <= tolerance * abs(told):
+        far, near = (self._slope(weights, direction, probe) for probe in (amount, amount / 2))
+        while abs(far - near) > tolerance * abs(near) + noise and 2 * noise <= tolerance * abs(expected):
             amount = amount / 2
             noise = 2 * noise
             far = near
             near = self._slope(weights, direction, amount / 2)
         self.mix.compose(weights)
-        found = (4 * near - far) / 3  # without what grows with the square of the amount
-        if not abs(found - told) <= tolerance * abs(told) + abs(far - near) + noise:
+        measured = (4 * near - far) / 3  # extrapolated: without the error that grows with the amount squared
+        if not abs(measured - expected) <= tolerance * abs(expected) + abs(far - near) + noise:
             kind = type(self.mix.model.module).__name__
             raise ConfigError(
-                f"{kind}: search: joint is not supported, because the gradient says {told:.4g} where the objective "
-                f"changes by {found:.4g}"
+                f"{kind}: search: joint is not supported, because the gradient says {expected:.4g} where the objective "
+                f"changes by {measured:.4g}"
             )
-        return abs(found - told) / max(abs(told), sys.float_info.min)
+        return abs(measured - expected) / max(abs(expected), sys.float_info.min)
 
     def _slope(self, weights: Sequence[Row], direction: Sequence[Row], amount: float) -> float:
-        """By how much the objective grows along a direction, as two models say that lie on it."""
-        found = []
-        for side in (amount, -amount):
+        """The objective's slope along a direction: the central difference of two models on it."""
+        objectives = []
+        for offset in (amount, -amount):
             moved_rows = []
-            for row, ways in zip(weights, direction, strict=True):
-                moved_rows.append([weight + side * way for weight, way in zip(row, ways, strict=True)])
+            for row, steps in zip(weights, direction, strict=True):
+                moved_rows.append([weight + offset * step for weight, step in zip(row, steps, strict=True)])
             self.mix.compose(moved_rows)
-            found.append(self.value().objective)
-        return (found[0] - found[1]) / (2 * amount)
+            objectives.append(self.value().objective)
+        return (objectives[0] - objectives[1]) / (2 * amount)
 
     def _descend(self, objective: Objective, update: Update) -> Value:
-        """`Mix.descend` in all processes. One that fails says so in the place of its next part of a sum."""
+        """`Mix.descend` in all processes. One that fails says so in place of its part of the next sum."""
         try:
             value = self.mix.descend(objective, update)
-        except _Elsewhere as failure:
+        except _FailedElsewhere as failure:
             kind = torch.OutOfMemoryError if failure.lacks_memory else ProcessLost
             raise kind("another process of this run has failed") from None
         except Exception as error:
             self.group.sum([[0.0] * len(self.mix.candidates) + [1.0, float(not is_out_of_memory(error))]])
             raise
-        self._sum([0.0] * len(self.mix.candidates))  # none has failed behind the last row
+        self._sum([0.0] * len(self.mix.candidates))  # no process has failed after the last row
         return self._whole(objective, value)
 
     def _sum(self, row: Row) -> Row:
-        """Over all processes. Raises _Elsewhere if one of them has failed."""
-        ((*found, failed, otherwise),) = self.group.sum([[*row, 0.0, 0.0]])
+        """The sum of a row over all processes. Raises _FailedElsewhere if one of them has failed."""
+        ((*sums, failed, other_failures),) = self.group.sum([[*row, 0.0, 0.0]])
         if failed:
-            raise _Elsewhere(lacks_memory=not otherwise)
-        if self.mix.model.may_widen and not all(map(math.isfinite, found)):
+            raise _FailedElsewhere(lacks_memory=not other_failures)
+        if self.mix.model.may_widen and not all(map(math.isfinite, sums)):
             raise self.mix.model.too_narrow("a gradient overflows")
-        return found
+        return sums
 
     def _whole(self, objective: Objective, part: Value) -> Value:
-        """An objective's value of all processes' parts together."""
+        """An objective's value from the parts of all processes."""
         ((total, *values),) = self.group.sum([[part.total, *part.metrics.values()]])
         model = self.mix.model
         if model.may_widen and not all(map(math.isfinite, [total, *values])):
@@ -287,7 +297,7 @@ class Joint:
         return objective.sum_of(log_probabilities, total, dict(zip(part.metrics, values, strict=True)))
 
 
-class _Elsewhere(Exception):
+class _FailedElsewhere(Exception):
     """Another process has failed."""
 
     def __init__(self, lacks_memory: bool) -> None:

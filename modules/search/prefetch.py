@@ -27,134 +27,136 @@ Value = TypeVar("Value")
 
 
 class ReadAhead(Generic[Key, Value]):
-    """What jobs read, one after another; while one result is used, a thread reads the next. Results are asked for by
-    name, so that asking again, whatever has failed meanwhile, gives the same."""
+    """The results of reading jobs, one after another; while one is used, a thread reads the next. They are asked for by
+    name, so that after any failure the same result can be asked for again."""
 
     def __init__(
         self, jobs: Mapping[Key, Callable[[], Value]], streams: Sequence[torch.Stream] = (), ahead: bool = True
     ) -> None:
-        """Begin with the first job. jobs: by name, in order; streams: on which the devices' work for them goes on
-        beside theirs; ahead: if not, nothing is read before it is asked for."""
+        """Begin with the first job. jobs: by name, in order; streams: for the devices' work of the jobs, beside their
+        other work; ahead: if false, nothing is read before it is asked for."""
         self._jobs = jobs
         self._order = list(jobs)
         self._streams = streams
         self._ahead = ahead
         self._thread = ThreadPoolExecutor(1, "read-ahead")
-        self._begun: dict[Key, Future[Value]] = {}  # what was taken or is kept, and what comes behind it
-        self._taken = -1  # place of the last job that was taken
-        self._kept: set[Key] = set()
+        self._futures: dict[Key, Future[Value]] = {}  # of the job that was taken, of kept ones and of the next
+        self._last_taken = -1  # index of the last job that was taken
+        self._kept_names: set[Key] = set()
         self._begin_next()
 
     def take(self, name: Key, keep: bool = False) -> Value:
-        """A result. The one that was taken before it must not be used any more, nor the one that was to be kept once
-        there is another such.
+        """A job's result. The result taken before must not be used any more, unless it was kept. keep: keep this
+        one until another one is kept.
 
-        Raises what the job raises; what lacked memory is read anew when it is taken again.
+        Raises what the job raises; a job that lacked memory is run again when its result is taken again.
         """
-        self._taken = self._order.index(name)
+        self._last_taken = self._order.index(name)
         if keep:
-            self._kept = {name}
-        self._let_go_but(name, *self._behind)  # before more is read
+            self._kept_names = {name}
+        self._drop_all_but(name, *self._next_names)  # before the next is read
         if self._lacks_memory(name):
-            self._let_go_but()  # what it had to share the memory with
-            self._begun.pop(name, None)  # it is read anew
+            self._drop_all_but()  # frees what it shared the memory with
+            self._futures.pop(name, None)  # it is read again
         if not self._lacks_memory(name):
             self._begin_next()
-        return self._begun[name].result()
+        return self._futures[name].result()
 
     def take_next(self, keep: bool = False) -> Value:
-        """The result behind the one that was taken last."""
-        return self.take(self._order[self._taken + 1], keep)
+        """The result of the job after the one that was taken last."""
+        return self.take(self._order[self._last_taken + 1], keep)
 
     def release(self) -> None:
-        """What has been taken is not used any more."""
-        self._kept = set()
-        self._let_go_but(*self._behind)
+        """Free the results that were taken or kept: they are not used any more."""
+        self._kept_names = set()
+        self._drop_all_but(*self._next_names)
 
     def stop(self) -> None:
-        """Read nothing ahead any more, and let go of what has been."""
+        """Stop reading ahead, and free what was read ahead."""
         self._ahead = False
-        self._let_go_but(*self._order[: self._taken + 1][-1:])
-        self._thread.submit(int).result()  # by then the thread has ended what it was at, and dropped it
+        self._drop_all_but(*self._order[: self._last_taken + 1][-1:])
+        self._thread.submit(int).result()  # waits until the thread has ended and dropped its job
 
     @property
-    def _behind(self) -> list[Key]:
-        """What is read ahead: the next one, if any."""
-        return self._order[self._taken + 1 :][: int(self._ahead)]
+    def _next_names(self) -> list[Key]:
+        """The name of the job that is read ahead, if any."""
+        return self._order[self._last_taken + 1 :][: int(self._ahead)]
 
     def _lacks_memory(self, name: Key) -> bool:
-        """Whether reading failed for lack of memory, once it has ended."""
+        """Whether a job failed for lack of memory; waits for its end."""
         failure = self._begin(name).exception()
         return failure is not None and is_out_of_memory(failure)
 
     def _begin_next(self) -> None:
-        for name in self._behind:
+        for name in self._next_names:
             self._begin(name)
 
     def _begin(self, name: Key) -> "Future[Value]":
-        """Read, if it is not read already."""
-        if name not in self._begun:
-            job = partial(_made, self._jobs[name], self._streams)
-            # A try that lacks memory lets go of what has arrived at once, not when it is asked for.
-            self._begun[name] = self._thread.submit(retry_on_oom, job)
-        return self._begun[name]
+        """Begin a job, if it was not begun before."""
+        if name not in self._futures:
+            job = partial(_run_job, self._jobs[name], self._streams)
+            # A job that lacks memory frees its tensors at once, not when its result is asked for.
+            self._futures[name] = self._thread.submit(retry_on_oom, job)
+        return self._futures[name]
 
-    def _let_go_but(self, *names: Key) -> None:
-        """Of all but these and what is kept. Their memory is used again by what arrives next, which waits for what uses
-        it now."""
+    def _drop_all_but(self, *names: Key) -> None:
+        """Free all results but these and the kept ones. The next job uses their memory again, once the devices' work on
+        them is done."""
         follow(self._streams)
-        self._begun = {name: one for name, one in self._begun.items() if name in names or name in self._kept}
+        self._futures = {
+            name: future for name, future in self._futures.items() if name in names or name in self._kept_names
+        }
 
     def __enter__(self) -> "ReadAhead[Key, Value]":
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._thread.shutdown(cancel_futures=True)
-        self._kept = set()
-        self._let_go_but()
+        self._kept_names = set()
+        self._drop_all_but()
 
 
-def _made(job: Callable[[], Value], streams: Sequence[torch.Stream]) -> Value:
-    """What a job makes, once it is there."""
+def _run_job(job: Callable[[], Value], streams: Sequence[torch.Stream]) -> Value:
+    """A job's result, once the devices have finished it."""
     with torch.no_grad(), beside(streams):
-        made = job()
+        result = job()
     for stream in streams:
         stream.synchronize()
-    return made
+    return result
 
 
 class Memory:
-    """Memory of the CPU, page-locked if the device is to copy from it by itself, that is used again and again:
-    reading into new memory takes several times as long."""
+    """Memory of the CPU that is used for one part after another: reading into new memory takes several times as long.
+    It is page-locked if the device is to copy from it by itself."""
 
     def __init__(self, page_locked: bool) -> None:
         self._page_locked = page_locked
         self._blocks: list[Tensor] = []
-        self._used = 0
+        self._used_blocks = 0
 
     def read(self, candidate: Candidate, part: Part) -> Tensors:
-        """`read_part`; what was read before is not needed any more."""
-        self._used = 0
+        """`read_part` into this memory, over the part that was read before."""
+        self._used_blocks = 0
         return read_part(candidate, part, self._buffer)
 
     def _buffer(self, size: int) -> Tensor:
-        """So many bytes. Parts are alike: block number n is nearly always as large as it was for the part before."""
-        if self._used == len(self._blocks):
+        """A block of `size` bytes. Parts are alike: block n is nearly always as large as it was for the last part."""
+        if self._used_blocks == len(self._blocks):
             self._blocks.append(torch.empty(0, dtype=torch.uint8))
-        if len(self._blocks[self._used]) < size:
-            self._blocks[self._used] = torch.empty(size, dtype=torch.uint8, pin_memory=self._page_locked)
-        self._used += 1
-        return self._blocks[self._used - 1][:size]
+        if len(self._blocks[self._used_blocks]) < size:
+            self._blocks[self._used_blocks] = torch.empty(size, dtype=torch.uint8, pin_memory=self._page_locked)
+        self._used_blocks += 1
+        return self._blocks[self._used_blocks - 1][:size]
 
 
 def two_memories(streams: Sequence[torch.Stream]) -> Iterator[Memory]:
-    """Two, in turn without end: on a CPU the tensors that are used are the memory that they were read into."""
+    """Two memories in turn, without end: on a CPU, the tensors in use lie in the memory that they were read into."""
     return cycle((Memory(bool(streams)), Memory(bool(streams))))
 
 
 def layer_jobs(
     candidate: Candidate, parts: Mapping[int, Part], streams: Sequence[torch.Stream]
 ) -> dict[int, Callable[[], Tensors]]:
-    """What reads some layers of a candidate, one after another. parts: the base's layers by number."""
+    """Jobs that read some layers of a candidate, in order. parts: the base's layers by number."""
     memories = two_memories(streams)
     return {layer: partial(next(memories).read, candidate, part) for layer, part in parts.items()}

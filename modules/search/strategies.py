@@ -19,7 +19,7 @@ Scores = Sequence[float]  # one per pair
 
 @dataclass(frozen=True)
 class State:
-    """What a model scores, as it is or under a trial."""
+    """The scores and metrics of a model, as it is or under a trial."""
 
     scores: Scores
     metrics: Mapping[str, float] = field(default_factory=dict)  # those that are weighed or limited, lower is better
@@ -27,44 +27,44 @@ class State:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a trial must be to be accepted, beside better."""
+    """What a trial must meet to be accepted, besides being better."""
 
     threshold: float = 0.6  # the share of the pairs that must improve; quantitive only
-    min_gain: float = 0.0  # that the objective must exceed; cumulative only
-    rounding: Scores = ()  # that a pair's score must exceed for the pair to have changed; empty: any change counts
+    min_gain: float = 0.0  # the objective must fall by more than this; cumulative only
+    rounding: Scores = ()  # a pair has changed if its score moves by more than this; empty: any change counts
     weights: Mapping[str, float] = field(default_factory=dict)  # by metric: what 1 of it adds to the total
     maxima: Mapping[str, float] = field(default_factory=dict)  # by metric: a trial with more is not taken
 
     def objective(self, state: State) -> float:
-        """What goes down: the total and the weighted metrics."""
+        """The number to be minimized: the total plus the weighted metrics."""
         return self.weighed(total(state.scores), state.metrics)
 
     def weighed(self, total: float, metrics: Mapping[str, float]) -> float:
-        """The objective of a model with this total. Raises KeyError if a metric that is weighed is missing."""
+        """The objective of a model with this total. Raises KeyError if a weighed metric is missing."""
         for name, weight in self.weights.items():
             total += weight * metrics[name]
         return total
 
     def allow(self, metrics: Mapping[str, float]) -> bool:
-        """Whether no metric is above its limit, or missing or no number where it has one."""
-        return all(metrics.get(name, math.inf) <= most for name, most in self.maxima.items())
+        """Whether every metric that has a limit is known and not above it. NaN is not allowed."""
+        return all(metrics.get(name, math.inf) <= maximum for name, maximum in self.maxima.items())
 
     def changes(self, current: State, trial: State) -> tuple[int, int]:
         """How many pairs score better under a trial, and how many worse."""
         roundings = self.rounding or [0] * len(current.scores)
         rows = list(zip(current.scores, trial.scores, roundings, strict=True))
-        return sum(new < old - least for old, new, least in rows), sum(new > old + least for old, new, least in rows)
+        return sum(new < old - noise for old, new, noise in rows), sum(new > old + noise for old, new, noise in rows)
 
 
-# How good a trial is. Of the present state, the trial's and the limits it makes None where the trial is rejected, else
-# a tuple; the smallest wins.
+# How good a trial is: (present state, the trial's state, limits) -> None if the trial is rejected, else a tuple; the
+# smallest wins.
 Rank = Callable[[State, State, Limits], tuple | None]
 
 _RANKS: dict[str, Rank] = {}
 
 
 def strategy(name: str) -> Callable[[Rank], Rank]:
-    """Make a rank the strategy of a name. Raises KeyError if no configuration can name it."""
+    """Register a rank as the strategy of this name. Raises KeyError if no configuration can name it."""
     _ = STRATEGIES[name]
 
     def register(rank: Rank) -> Rank:
@@ -107,7 +107,7 @@ def choose(name: str, current: State, trials: Sequence[State], limits: Limits = 
 
 
 def total(values: Scores) -> float:
-    """The sum of all scores, exact to the last digit whatever their order; infinite if it is too large for a number."""
+    """The sum of all scores, exact to the last digit whatever their order; infinite if it overflows."""
     try:
         return math.fsum(values)
     except OverflowError:
@@ -115,9 +115,9 @@ def total(values: Scores) -> float:
 
 
 def total_rounding(weights: Scores, rounding: Scores) -> float:
-    """How far rounding alone moves the total if it moves each probability, independently, by so much; 0 if that is not
-    known."""
-    return math.hypot(*(weight * least for weight, least in zip(weights, rounding, strict=bool(rounding))))
+    """How far rounding alone moves the total; 0 if `rounding` is empty. rounding: how far it moves each probability,
+    independently of the others."""
+    return math.hypot(*(weight * change for weight, change in zip(weights, rounding, strict=bool(rounding))))
 
 
 def improved(current: Scores, trial: Scores) -> int:
@@ -128,14 +128,14 @@ def improved(current: Scores, trial: Scores) -> int:
 @strategy("cumulative")
 def cumulative(current: State, trial: State, limits: Limits) -> tuple | None:
     """The lowest objective."""
-    before = limits.objective(current)
-    after = limits.objective(trial)
-    return (after,) if before - after > limits.min_gain else None
+    current_objective = limits.objective(current)
+    trial_objective = limits.objective(trial)
+    return (trial_objective,) if current_objective - trial_objective > limits.min_gain else None
 
 
 @strategy("all_phrases")
 def all_phrases(current: State, trial: State, limits: Limits) -> tuple | None:
-    """The lowest objective of those that cost no pair anything."""
+    """The lowest objective of the trials under which no pair scores worse and one scores better."""
     better, worse = limits.changes(current, trial)
     return (limits.objective(trial),) if better and not worse else None
 
@@ -145,5 +145,5 @@ def quantitive(current: State, trial: State, limits: Limits) -> tuple | None:
     """The most pairs improved; of equals the lowest objective."""
     better, _ = limits.changes(current, trial)
     # 0.55 x 20 is 11.000000000000002 in binary: compare with a hair's breadth to spare.
-    enough = better >= limits.threshold * len(trial.scores) - 1e-9
-    return (-better, limits.objective(trial)) if enough else None
+    is_enough = better >= limits.threshold * len(trial.scores) - 1e-9
+    return (-better, limits.objective(trial)) if is_enough else None

@@ -1,4 +1,4 @@
-"""A candidate taken whole, scored though only a layer of it is in memory at a time.
+"""A whole candidate scored, with only a layer of it in memory at a time.
 
 Knows: which tensors make a candidate, how they are read. Refuses to know: what the scores are compared with.
 """
@@ -24,17 +24,17 @@ from modules.search.trial import read_outside
 
 
 class Measure:
-    """Measures the resident model, and models that are read one layer at a time."""
+    """A measure of the resident model, and of models that are read one layer at a time."""
 
-    # What goes through the layers of a model that is read one at a time; none: no value of it is known.
+    # Inputs that are run through a model read one layer at a time; empty: such a model can't be measured.
     inputs: Sequence[Inputs] = ()
 
     def measure(self) -> dict[str, float]:
-        """The values by now, by their columns' names. If one is no number, none of them counts."""
+        """The present values by their columns' names. If one is NaN or infinite, none of them counts."""
         raise NotImplementedError
 
     def measure_base(self) -> dict[str, float]:
-        """The same, while the resident model is the base with which this was made."""
+        """The same while the resident model is the base that this was made with."""
         return self.measure()
 
     def measure_on(
@@ -42,8 +42,8 @@ class Measure:
     ) -> dict[str, float]:
         """The values of a candidate.
 
-        hidden: the last hidden states of each input, (B, T, H). held: within it, the resident model has the candidate's
-        norm and head. same_header: whether these are the resident ones anyway.
+        hidden: the last hidden states of each input, (B, T, H). held: makes a context within which the resident model
+        has the candidate's norm and head. same_header: whether the head is the resident one anyway.
         """
         raise NotImplementedError
 
@@ -56,35 +56,38 @@ def score_whole(
     scorers: Sequence[Scorer],
     measures: Sequence[Measure],
     streams: Sequence[torch.Stream] = (),
-    own: Settings | None = None,
+    settings: Settings | None = None,
 ) -> tuple[list[list[float]], list[Any]]:
-    """Joint log-probabilities by each scorer, and what each measure finds, of a model with every tensor that the
-    candidate has: its header with its rows in the base's order, or the resident one where they can't be matched.
+    """Joint log-probabilities by each scorer, and the values of each measure, of a model with all the candidate's
+    tensors. Its header has its rows in the base's order; where they can't be matched the resident header is used.
 
-    tokenizer: the base's. own: if it is scored as it is, not as a merge takes it: the settings that it computes by, and
-    a head that is not its embedding though a tied base could not take over both. Raises BrokenWeights if a tensor is no
-    number, CheckpointError if a file can't be read, torch.OutOfMemoryError if there is no room.
+    tokenizer: the base's. settings: None scores the candidate as a merge takes it; else it is scored as it is, by these
+    settings and with its own head, even if a tied base could not take over both embedding and head. Raises
+    BrokenWeights if a tensor holds NaN or infinity, CheckpointError if a file can't be read, torch.OutOfMemoryError if
+    there is no room.
     """
     outside = model.outside()
     header = model.header()
-    front = [(outside, read_outside(candidate, outside))]  # what is there while the layers run, and behind them
+    front = [
+        (outside, read_outside(candidate, outside))
+    ]  # tensors that are held while the layers run; `end`: after them
     end = front.copy()
     with suppress(HeaderSkipped):
         embedding, head = untied_header(model, tokenizer, candidate)
         front.append((header, embedding))
-        end.append((header, embedding if own is None else head))
+        end.append((header, embedding if settings is None else head))
 
     @contextmanager
     def held(parts: Sequence[tuple[Part, Tensors]]) -> Iterator[None]:
         with ExitStack() as stack:
-            if own:
-                stack.enter_context(own.taken())
+            if settings:
+                stack.enter_context(settings.taken())
             for part, tensors in parts:
                 stack.enter_context(part.holding(tensors))
             yield
 
     parts = {layer: model.layer(layer) for layer in range(len(model.layers))}
-    inputs = [inputs for one in (*scorers, *measures) for inputs in one.inputs]
+    inputs = [inputs for source in (*scorers, *measures) for inputs in source.inputs]
     with ReadAhead(layer_jobs(candidate, parts, streams), streams) as ahead:
 
         def layers() -> Iterator[AbstractContextManager[None]]:

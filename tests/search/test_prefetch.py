@@ -40,9 +40,9 @@ def test_jobs_are_done_in_turn_one_ahead():
             gate.release()
             assert ahead.take_next(keep=number == 1) == number
             assert [one for one, *_ in done] == list(range(number + 1))  # the next waits for the gate
-            assert list(ahead._begun) == [[0, 1], [1, 2], [1, 2, 3], [1, 3]][number]
+            assert list(ahead._futures) == [[0, 1], [1, 2], [1, 2, 3], [1, 3]][number]
         ahead.release()
-        assert not ahead._begun
+        assert not ahead._futures
     assert threading.active_count() == before
     assert all(thread is not threading.main_thread() and not grad for _, thread, grad in done)
 
@@ -62,7 +62,7 @@ def test_nothing_is_read_ahead_where_that_is_not_wanted():
     with ReadAhead(noted(done)) as ahead:
         kept = ahead.take(0)
         ahead.stop()
-        assert list(ahead._begun) == [0] and ahead.take(0) is kept  # what is in use stays
+        assert list(ahead._futures) == [0] and ahead.take(0) is kept  # what is in use stays
         ahead.take(1)
         ahead.take(2)
         assert done == [0, 1, 1, 2]
@@ -70,7 +70,7 @@ def test_nothing_is_read_ahead_where_that_is_not_wanted():
     with ReadAhead(noted(done), ahead=False) as ahead:
         assert done == []
         ahead.take(0)
-        assert list(ahead._begun) == done == [0]
+        assert list(ahead._futures) == done == [0]
 
 
 def test_leaving_ends_the_thread():
@@ -99,7 +99,7 @@ def test_what_lacked_memory_is_read_anew(keep):
     failures, held = [torch.OutOfMemoryError("none left")], []
 
     def job():
-        held.append(sorted(ahead._begun.keys() - {1}))
+        held.append(sorted(ahead._futures.keys() - {1}))
         if failures:
             raise failures.pop()
         return "read"
@@ -107,7 +107,7 @@ def test_what_lacked_memory_is_read_anew(keep):
     with ReadAhead({0: lambda: "first", 1: job, 2: lambda: "last"}) as ahead:
         assert ahead.take(0, keep=True) == "first"
         assert ahead.take(1, keep) == "read" and held[1] == ([] if keep else [0])
-        assert ahead.take(2) == "last" and list(ahead._begun) == ([1, 2] if keep else [0, 2])
+        assert ahead.take(2) == "last" and list(ahead._futures) == ([1, 2] if keep else [0, 2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_what_had_arrived_is_gone_as_soon_as_memory_runs_out(folders):
     try:
         with ReadAhead(layer_jobs(SimpleNamespace(name="other", stream=stream), parts, ())) as ahead:
             ahead.take(0)
-            ahead._begun[1].exception()
+            ahead._futures[1].exception()
             assert len(arrived) == 3 and [one() for one in arrived] == [None] * 3
             with pytest.raises(torch.OutOfMemoryError):
                 ahead.take(1)

@@ -40,7 +40,7 @@ def whole(base, other, pairs=tiny.PAIRS, budget=None, as_it_is=False, by_own=Fal
         scorers = [scorer.singly() for scorer in scorers]
     state = {name: dict(vars(child)) for name, child in model.module.named_modules()}
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
-    scores, ((drift,),) = score_whole(model, tokenizer, candidate, scorers, [meter], own=own)
+    scores, ((drift,),) = score_whole(model, tokenizer, candidate, scorers, [meter], settings=own)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.module.state_dict().items())
     for name, child in model.module.named_modules():
         assert vars(child).keys() == state[name].keys()
