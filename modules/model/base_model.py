@@ -78,11 +78,11 @@ class ResidentModel:
 
     def describe(self, saving: bool = True) -> dict[str, object]:
         """Device, or how many layers are on each of several, and dtype, for the summary."""
-        places = [next(iter(self.layer(index).devices)) for index in range(len(self.layers))]
-        counts = {place: places.count(place) for place in dict.fromkeys([self.device, *places])}
+        layer_devices = [next(iter(self.layer(index).devices)) for index in range(len(self.layers))]
+        counts = {device: layer_devices.count(device) for device in dict.fromkeys([self.device, *layer_devices])}
         device = str(self.device)
         if len(counts) > 1:
-            device = ", ".join(f"{place} ({count} layers)" for place, count in counts.items())
+            device = ", ".join(f"{layer_device} ({count} layers)" for layer_device, count in counts.items())
         saved = f", saved as {dtype_name(self.saved_dtype or self.checkpoint.main_dtype())}" if saving else ""
         return {"Device": device, "Dtype": self.arithmetic.name + saved}
 
@@ -109,12 +109,12 @@ class ResidentModel:
     @contextmanager
     def computing_in(self, arithmetic: Arithmetic) -> Iterator[None]:
         """Compute in another arithmetic for a moment. Weights stay as they are, and are cast where they are used."""
-        before = self.arithmetic
+        previous = self.arithmetic
         try:
             self.arithmetic = arithmetic
             yield
         finally:
-            self.arithmetic = before
+            self.arithmetic = previous
 
     def in_range(
         self,
@@ -127,9 +127,9 @@ class ResidentModel:
         is_sound: whether what it gives is a number; overflows: what it raises if it meets none.
         """
         try:
-            found = work()
-            if not self.may_widen or is_sound is None or is_sound(found):
-                return found
+            result = work()
+            if not self.may_widen or is_sound is None or is_sound(result):
+                return result
         except overflows:
             if not self.may_widen:
                 raise
@@ -142,8 +142,9 @@ class ResidentModel:
         if not self.arithmetic.float32_stream:
             yield
             return
-        narrow = [one for one in self._vectors.values() if one.dtype != torch.float32]  # within `computing_in` alone
-        data = [vector.data for vector in narrow]
+        # There are any only within `computing_in`.
+        narrow = [vector for vector in self._vectors.values() if vector.dtype != torch.float32]
+        original_data = [vector.data for vector in narrow]
         try:
             for vector in narrow:
                 vector.data = vector.data.float()
@@ -151,14 +152,14 @@ class ResidentModel:
             with torch.autocast(self.device.type, self.dtype, cache_enabled=False):
                 yield
         finally:
-            for vector, own in zip(narrow, data, strict=True):
-                vector.data = own
+            for vector, tensor in zip(narrow, original_data, strict=True):
+                vector.data = tensor
 
     @cached_property
     def _vectors(self) -> dict[str, Tensor]:
         """All tensors of at most one dimension, each once."""
-        once = {id(tensor): name for name, tensor in self.tensors.items()}
-        floats = ((name, self.tensors[name]) for name in once.values())
+        unique_names = {id(tensor): name for name, tensor in self.tensors.items()}
+        floats = ((name, self.tensors[name]) for name in unique_names.values())
         return {name: tensor for name, tensor in floats if tensor.is_floating_point() and tensor.dim() < 2}
 
     def _hold_float32_vectors(self) -> None:
@@ -186,16 +187,16 @@ class ResidentModel:
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text, by the model's configuration and its generation settings."""
         configs = [self.module.config.get_text_config(), self.module.config, self._generation()]
-        found = [getattr(config, "eos_token_id", None) for config in configs]
-        lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
+        end_ids = [getattr(config, "eos_token_id", None) for config in configs]
+        lists = [ids if isinstance(ids, list) else [ids] for ids in end_ids if ids is not None]
         return frozenset(token for ids in lists for token in ids)
 
     def token_rules(self) -> dict[str, Any]:
         """Which tokens the model never writes, or must, by its generation settings: those of TOKEN_RULES that are set.
         Others, such as top_k, are of how a text is drawn, which is not the checkpoint's to say."""
         settings = self._generation()
-        found = {name: getattr(settings, name, None) for name in TOKEN_RULES}
-        return {name: value for name, value in found.items() if value not in (None, [])}
+        rules = {name: getattr(settings, name, None) for name in TOKEN_RULES}
+        return {name: value for name, value in rules.items() if value not in (None, [])}
 
     def _generation(self) -> GenerationConfig:
         """The model's own generation settings; where it has no file of them, those in its configuration."""
@@ -250,11 +251,11 @@ class ResidentModel:
         except failures:
             return  # it can only be told
         try:
-            there = self._forward(input_ids=ids, use_cache=False, logits_to_keep=column).logits
+            at_column = self._forward(input_ids=ids, use_cache=False, logits_to_keep=column).logits
         except failures:
-            there = torch.empty(0)
-        same_shape = there.shape == everywhere[:, column].shape
-        self._takes_columns = same_shape and int((everywhere - there).abs().amax(-1).argmin()) == 1
+            at_column = torch.empty(0)
+        same_shape = at_column.shape == everywhere[:, column].shape
+        self._takes_columns = same_shape and int((everywhere - at_column).abs().amax(-1).argmin()) == 1
 
     def logits(self, arguments: Mapping[str, Any], columns: Tensor) -> Tensor:
         """The model's own forward, read at the given columns: (B, columns, V)."""
@@ -288,7 +289,7 @@ class ResidentModel:
         header = {id(tensor) for tensor in self.header().tensors.values()}
         inside = f"{self.layers_name}."
         return self.part_of(
-            [name for name, one in self.tensors.items() if not name.startswith(inside) and id(one) not in header]
+            [name for name, tensor in self.tensors.items() if not name.startswith(inside) and id(tensor) not in header]
         )
 
     # -- the head, some of its rows at a time --------------------------------------------------------------------------
@@ -301,26 +302,26 @@ class ResidentModel:
     @contextmanager
     def head_rows(self, first: int, end: int, rows: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """The head has only these of its rows for a moment, or of others that are laid out alike."""
-        whole = rows or {name: tensor.data for name, tensor in self._head_tensors().items()}
-        with self.head_holding({name: tensor[first:end].to(self.device) for name, tensor in whole.items()}):
+        head_tensors = rows or {name: tensor.data for name, tensor in self._head_tensors().items()}
+        with self.head_holding({name: tensor[first:end].to(self.device) for name, tensor in head_tensors.items()}):
             yield
 
     @contextmanager
     def head_holding(self, rows: Mapping[str, Tensor]) -> Iterator[None]:
         """The head has other rows than its own for a moment, of any number; so has an embedding that is tied to it."""
-        own = self._head_tensors()
+        head_tensors = self._head_tensors()
         embedding = self.module.get_input_embeddings()
-        whole = {name: tensor.data for name, tensor in own.items()}
+        originals = {name: tensor.data for name, tensor in head_tensors.items()}
         padding = getattr(embedding, "padding_idx", None)
         try:
             embedding.padding_idx = None  # it may be the number of a row that is not there
-            for name, tensor in own.items():
+            for name, tensor in head_tensors.items():
                 tensor.data = rows[name]
             yield
         finally:
             embedding.padding_idx = padding
-            for name, tensor in own.items():
-                tensor.data = whole[name]
+            for name, tensor in head_tensors.items():
+                tensor.data = originals[name]
 
     def head_names(self) -> dict[str, str]:
         """The head's own tensors, weight and perhaps bias -> their names in the header's part."""
@@ -333,17 +334,17 @@ class ResidentModel:
 
     def original_head(self) -> dict[str, Tensor]:
         """The head's tensors as the base's file has them, on the CPU in the model's dtype."""
-        own = self._head_tensors()
-        names = {name: self._stored_as[other] for name, other in self.head_names().items()}
+        head_tensors = self._head_tensors()
+        names = {name: self._stored_as[stored_name] for name, stored_name in self.head_names().items()}
         stored = self.conversion.load(set(names.values()), self.checkpoint.stream)
-        return {name: stored[other].to(own[name].dtype) for name, other in names.items()}
+        return {name: stored[stored_name].to(head_tensors[name].dtype) for name, stored_name in names.items()}
 
     def _head_tensors(self) -> dict[str, Tensor]:
         head = self.module.get_output_embeddings()
-        found = dict(head.named_parameters(recurse=False)) if head is not None else {}
-        if "weight" not in found:
+        tensors = dict(head.named_parameters(recurse=False)) if head is not None else {}
+        if "weight" not in tensors:
             raise ValueError("the model has no LM head with a row for each token")
-        return found
+        return tensors
 
     def part_of(self, names: list[str]) -> Part:
         """Some tensors, of which those that are no floating-point numbers are left out."""
@@ -358,19 +359,21 @@ class ResidentModel:
     def _find_stored_names(self) -> dict[str, str]:
         """Parameter name -> the name under which the base stores it: another one only if it is tied to that."""
         stored = {id(tensor): name for name, tensor in self.tensors.items() if name in self.conversion}
-        found = {name: name if name in self.conversion else stored.get(id(self.tensors[name])) for name in self.tensors}
-        missing = [name for name, other in found.items() if other is None]
+        stored_names = {
+            name: name if name in self.conversion else stored.get(id(self.tensors[name])) for name in self.tensors
+        }
+        missing = [name for name, stored_name in stored_names.items() if stored_name is None]
         if missing:
             raise ConfigError(f"{self.checkpoint.path}: missing weights {', '.join(missing[:3])}")
         for name, tensor in self.tensors.items():
-            dtype = self.conversion.dtype(found[name])
+            dtype = self.conversion.dtype(stored_names[name])
             if tensor.is_floating_point() and not dtype.is_floating_point:
                 raise ConfigError(f"{self.checkpoint.path}: {name} is stored as {dtype}, not as a floating-point type")
         mixed = [name for name in self.conversion if len(self.conversion.dtypes(name)) > 1]
         if mixed and self.saved_dtype is None:
             kinds = " and ".join(sorted(dtype_name(dtype) for dtype in self.conversion.dtypes(mixed[0])))
             raise ConfigError(f"{self.checkpoint.path}: {mixed[0]} is stored as {kinds}; set dtype to one of them")
-        return {name: other for name, other in found.items() if other is not None}
+        return {name: stored_name for name, stored_name in stored_names.items() if stored_name is not None}
 
     def check_weights(self) -> None:
         """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless. Raise
@@ -390,10 +393,10 @@ class ResidentModel:
         if size > SMALL_NUMBERS * math.sqrt(tensor.numel()):
             return
         stored = self._stored(name).to(tensor.device, torch.float32)
-        lost = torch.linalg.vector_norm(stored - tensor)
-        if lost > torch.finfo(torch.float16).eps / 2 * torch.linalg.vector_norm(stored):
-            gone = int(((tensor == 0) & (stored != 0)).sum())
-            raise self.too_narrow(f"{name} underflows ({gone:,} of {tensor.numel():,} values become 0)")
+        error_size = torch.linalg.vector_norm(stored - tensor)
+        if error_size > torch.finfo(torch.float16).eps / 2 * torch.linalg.vector_norm(stored):
+            zeroed = int(((tensor == 0) & (stored != 0)).sum())
+            raise self.too_narrow(f"{name} underflows ({zeroed:,} of {tensor.numel():,} values become 0)")
 
     def _stored(self, name: str) -> Tensor:
         """A tensor as the base's files have it, on the CPU."""
@@ -434,8 +437,8 @@ def _tensors_of(module: PreTrainedModel) -> dict[str, Tensor]:
     tensors = module.state_dict(keep_vars=True)
     for prefix, child in module.named_modules():
         hook = getattr(child, "_hf_hook", None)
-        for one in getattr(hook, "hooks", [hook]):  # accelerate's SequentialHook has several
+        for child_hook in getattr(hook, "hooks", [hook]):  # accelerate's SequentialHook has several
             for name, tensor in child.named_parameters(recurse=False):
-                if tensor.is_meta and getattr(one, "weights_map", None) is not None:
-                    tensors[f"{prefix}.{name}"] = one.weights_map[name]
+                if tensor.is_meta and getattr(child_hook, "weights_map", None) is not None:
+                    tensors[f"{prefix}.{name}"] = child_hook.weights_map[name]
     return tensors

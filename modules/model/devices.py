@@ -17,10 +17,10 @@ from modules.runtime.text import pluralize
 
 def accelerators() -> list[torch.device]:
     """The devices of this machine beside the CPU, all of one kind."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None or found.type not in ACCELERATORS:
+    current = torch.accelerator.current_accelerator(check_available=True)
+    if current is None or current.type not in ACCELERATORS:
         return []
-    return [torch.device(found.type, index) for index in range(torch.accelerator.device_count())]
+    return [torch.device(current.type, index) for index in range(torch.accelerator.device_count())]
 
 
 def present_devices() -> list[str]:
@@ -31,7 +31,7 @@ def present_devices() -> list[str]:
 def resolve_device(name: str) -> torch.device:
     """The torch device of a configured name. Raises ConfigError, naming those that are there, if it is absent."""
     present = present_devices()
-    first = next((other for other in present if other != "cpu"), "cpu")
+    first = next((device for device in present if device != "cpu"), "cpu")
     if name == "auto" or name == first.partition(":")[0]:
         name = first
     if name not in present:
@@ -69,18 +69,19 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 def wider(dtype: torch.dtype, key: str = "compute_dtype") -> str:
     """What to do about values that are too large for a dtype; key: of the settings, which decides on it."""
-    others = {torch.float16: "bfloat16+float32 or float32", torch.bfloat16: "float32"}  # bfloat16 ends before float32
+    # bfloat16 ends before float32
+    wider_names = {torch.float16: "bfloat16+float32 or float32", torch.bfloat16: "float32"}
     if key == "dtype":
-        others[torch.float16] = "bfloat16 or float32"
-    return f"set {key}: {others[dtype]}" if dtype in others else "no dtype can hold such values"
+        wider_names[torch.float16] = "bfloat16 or float32"
+    return f"set {key}: {wider_names[dtype]}" if dtype in wider_names else "no dtype can hold such values"
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device; None if it can't be asked."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
-    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return ask(device)[0] if ask else None
+    mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return mem_get_info(device)[0] if mem_get_info else None
 
 
 def side_streams(devices: Iterable[torch.device]) -> list[torch.Stream]:
@@ -88,8 +89,8 @@ def side_streams(devices: Iterable[torch.device]) -> list[torch.Stream]:
 
     To be made once: PyTorch keeps the memory that is freed on a stream for that stream.
     """
-    several = (device for device in devices if hasattr(torch.get_device_module(device), "Stream"))
-    return [torch.Stream(device) for device in several if device.type != "cpu"]
+    stream_devices = (device for device in devices if hasattr(torch.get_device_module(device), "Stream"))
+    return [torch.Stream(device) for device in stream_devices if device.type != "cpu"]
 
 
 @contextmanager

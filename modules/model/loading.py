@@ -51,8 +51,9 @@ class ModelLoader:
     def open(self) -> Models:
         """The base and the candidates, opened and checked against each other."""
         models = open_models(self.config, partial(fetch_now, self.console), self.console.lines)
-        places = {models.base.name: models.base_where, **{one.name: one.where for one in models.candidates}}
-        self.console.lines([], [f"{name} is {where}" for name, where in places.items()])  # which the output won't say
+        sources = {models.base.name: models.base_where, **{source.name: source.where for source in models.candidates}}
+        # The output does not state these.
+        self.console.lines([], [f"{name} is {where}" for name, where in sources.items()])
         self.console.lines(models.notes)
         self.console.warnings(models.warnings)
         return models
@@ -68,13 +69,13 @@ class ModelLoader:
         best, a line has said so. with_header: see `weights_of`."""
         device = resolve_device(self.device)
         config = self.config
-        best, *others = arithmetics(config.compute_dtype, config.dtype, models.base.main_dtype(), device)
+        best, *fallbacks = arithmetics(config.compute_dtype, config.dtype, models.base.main_dtype(), device)
         needed = weights_of(models.module, best.dtype, with_header).held
         free = free_memory(device)
-        if not others or free is None or needed <= free:
+        if not fallbacks or free is None or needed <= free:
             return replace(self, compute=best)
-        self.console.warning(too_large_for(best, others[0], needed, free))
-        return replace(self, compute=others[0])
+        self.console.warning(too_large_for(best, fallbacks[0], needed, free))
+        return replace(self, compute=fallbacks[0])
 
     def placement(self, models: Models, with_header: bool) -> list[torch.device] | None:
         """Where each of the base's layers goes, if not all of them to the device. with_header: see `weights_of`."""
@@ -190,16 +191,16 @@ def load_layout(models: Models, dtype: str, compute: Arithmetic) -> ResidentMode
 def _tie(module: PreTrainedModel, models: Models) -> None:
     """Tie what the base's configuration ties and its files hold twice, if it is the same, as transformers does where
     there are weights to be compared."""
-    first = dict[int, str]()
+    first_names = dict[int, str]()
     for name, tensor in models.module.state_dict(keep_vars=True).items():
-        twin = first.setdefault(id(tensor), name)
-        one = module.get_parameter_or_buffer(twin)
-        other = module.get_parameter_or_buffer(name)
-        if one is not other:
-            stored = Conversion(module, models.base.tensors).load([twin, name], models.base.stream)
-            if torch.equal(stored[twin].to(one.dtype), stored[name].to(other.dtype)):
-                parent, _, own = name.rpartition(".")
-                setattr(module.get_submodule(parent), own, one)
+        first_name = first_names.setdefault(id(tensor), name)
+        first_tensor = module.get_parameter_or_buffer(first_name)
+        tensor_copy = module.get_parameter_or_buffer(name)
+        if first_tensor is not tensor_copy:
+            stored = Conversion(module, models.base.tensors).load([first_name, name], models.base.stream)
+            if torch.equal(stored[first_name].to(first_tensor.dtype), stored[name].to(tensor_copy.dtype)):
+                parent, _, child_name = name.rpartition(".")
+                setattr(module.get_submodule(parent), child_name, first_tensor)
 
 
 def _check_complete(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
@@ -253,13 +254,16 @@ def device_map_of(
 ) -> dict[str, torch.device]:
     """Accelerate's map from parts of a model to devices: its layers as placed, everything else on one device."""
     layers_name, layers = find_layers(module)
-    found = {f"{layers_name}.{index}": place for index, place in zip(range(len(layers)), placement, strict=True)}
+    device_map = {
+        f"{layers_name}.{index}": layer_device
+        for index, layer_device in zip(range(len(layers)), placement, strict=True)
+    }
     for name, child in module.named_modules():
         if name == layers_name or name.startswith(f"{layers_name}."):
             continue
         if not any(child.children()):
-            found[name] = device
+            device_map[name] = device
         else:
-            own = (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False))
-            found.update({f"{name}.{tensor}".lstrip("."): device for tensor, _ in own})
-    return found
+            tensors = (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False))
+            device_map.update({f"{name}.{tensor}".lstrip("."): device for tensor, _ in tensors})
+    return device_map

@@ -112,13 +112,13 @@ def placement_of(
     if not free or not leaves_choice(device):
         return None
     layers = [_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1]]
-    others = memory.base - sum(layers)
-    held = memory.held - memory.base
-    if place_layers(layers, others, held + least, free) is None:
+    other_bytes = memory.base - sum(layers)
+    reserve = memory.held - memory.base
+    if place_layers(layers, other_bytes, reserve + least, free) is None:
         return None
-    devices = place_layers(layers, others, held + memory.activations, free)
+    devices = place_layers(layers, other_bytes, reserve + memory.activations, free)
     if devices and torch.device("cpu") in devices:  # to be copied to their device, one at a time
-        devices = place_layers(layers, others, held + memory.activations + memory.layer, free)
+        devices = place_layers(layers, other_bytes, reserve + memory.activations + memory.layer, free)
     return devices
 
 

@@ -1,4 +1,4 @@
-"""A part of the resident model: named tensors that are tried, installed and taken back, all alike.
+"""A part of the resident model: named tensors that are tried, installed and restored.
 
 Knows: the tensors and their places in the module. Refuses to know: how candidates are mixed, scores.
 """
@@ -16,7 +16,7 @@ from modules.checkpoints.readers import dtype_name
 from modules.model.devices import wider
 from modules.runtime.errors import BrokenWeights, CheckpointError, TooNarrow
 
-BLOCKS = 8  # in which a tensor is cast
+BLOCKS = 8  # number of blocks that a tensor is cast in
 ROWS = 64 << 20  # bytes of a range of rows, in float32
 
 
@@ -25,22 +25,22 @@ class Part:
     """The mergeable tensors of one layer, or of the header, by their full names in the model."""
 
     tensors: Tensors  # the model's own parameters and buffers, live
-    dtypes: Mapping[str, torch.dtype]  # what each is computed in; a live one may be in another type for a moment
-    saved_dtypes: Mapping[str, torch.dtype]  # what each is stored as when the model is saved
-    input_axes: Mapping[str, int]  # which axis holds the input features, see methods.merge
+    dtypes: Mapping[str, torch.dtype]  # each tensor's compute type; a live one may have another type for a moment
+    saved_dtypes: Mapping[str, torch.dtype]  # the type that each has in the saved model
+    input_axes: Mapping[str, int]  # the axis of the input features, see methods.merge
 
     def still(self) -> "Part":
-        """The same for a thread that reads beside those who make the model hold other tensors for a moment."""
+        """A copy of this part with the present data, for a reading thread: `holding` elsewhere does not affect it."""
         return replace(self, tensors={name: tensor.data for name, tensor in self.tensors.items()})
 
     @property
     def devices(self) -> set[torch.device]:
-        """Where its tensors are; mostly it is one device."""
+        """The devices of its tensors, mostly one."""
         return {tensor.device for tensor in self.tensors.values()}
 
     @property
     def size(self) -> int:
-        """How many weights it has."""
+        """Number of weights."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     def space(self) -> Tensors:
@@ -48,78 +48,79 @@ class Part:
         return {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
 
     def fitting(self, space: Tensors) -> Tensors:
-        """Another part's space under this part's names, if it serves; else nothing."""
-        fits = _forms(space) == _forms(self.tensors)
+        """Another part's space under this part's names, if shapes, types and devices agree; else an empty dict."""
+        fits = _layouts(space) == _layouts(self.tensors)
         return dict(zip(self.tensors, space.values(), strict=True)) if fits else {}
 
-    def adopt(self, theirs: Iterable[tuple[str, Tensor]], source: str) -> Tensors:
-        """A candidate's tensors, which may just be arriving, on the model's device in its dtype, all of them there.
+    def adopt(self, candidate_tensors: Iterable[tuple[str, Tensor]], source: str) -> Tensors:
+        """A candidate's tensors, one for each of the part's, on the model's devices in its dtypes.
 
-        Raises BrokenWeights if one holds NaN or infinity, TooNarrow if a value does not fit the type that is computed
-        in, CheckpointError if it does not fit the one that is saved.
+        candidate_tensors: may be read while they are iterated over. source: the candidate's name. Raises BrokenWeights
+        if one holds NaN or infinity, TooNarrow if a value does not fit the compute type, CheckpointError if it does not
+        fit the saved type.
         """
         adopted = {}
         bounds = {}
-        for name, tensor in theirs:
-            # On its way to the device while the next one is read.
-            adopted[name], bounds[name] = self._adopted(name, tensor)
+        for name, tensor in candidate_tensors:
+            # The copy to the device goes on while the next tensor is read.
+            adopted[name], bounds[name] = self._adopted_tensor(name, tensor)
         self._check(bounds, source)
         return {name: adopted[name] for name in self.tensors}
 
-    def _adopted(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """A candidate's tensor on its device in the model's dtype, and its least and greatest value, (2,)."""
-        own = self.tensors[name]
+    def _adopted_tensor(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """A candidate's tensor on the device in the model's dtype, and its least and greatest value, (2,)."""
+        base_tensor = self.tensors[name]
         dtype = self.dtypes[name]
         if tensor.dtype == dtype or tensor.dim() == 0:
-            arrived = tensor.to(own.device, non_blocking=True)
+            arrived = tensor.to(base_tensor.device, non_blocking=True)
             return arrived.to(dtype), torch.stack(arrived.aminmax())
-        # A part at a time is there in its own dtype, which may be twice as wide.
-        adopted = torch.empty(tensor.shape, dtype=dtype, device=own.device)
+        # Only a block at a time is on the device in its own dtype, which may be twice as wide.
+        adopted = torch.empty(tensor.shape, dtype=dtype, device=base_tensor.device)
         bounds = []
         rows = -(-len(tensor) // BLOCKS)
-        for block, place in zip(tensor.split(rows), adopted.split(rows), strict=True):
-            arrived = block.to(own.device, non_blocking=True)
+        for source_block, target_block in zip(tensor.split(rows), adopted.split(rows), strict=True):
+            arrived = source_block.to(base_tensor.device, non_blocking=True)
             bounds.append(torch.stack(arrived.aminmax()))
-            place.copy_(arrived)
+            target_block.copy_(arrived)
         low, high = torch.stack(bounds).T
         return adopted, torch.stack((low.amin(), high.amax()))
 
     def _check(self, bounds: Tensors, source: str) -> None:
-        """Least and greatest values of a candidate's tensors, (2,) each. Raises as `adopt`."""
-        found = _on_the_host(bounds)
+        """Check a candidate's values. bounds: least and greatest of each tensor, (2,) each. Raises as `adopt`."""
+        extremes = _fetched(bounds)
         for name in self.tensors:
-            low, high = found[name]
+            low, high = extremes[name]
             if not (-torch.inf < low and high < torch.inf):
                 raise BrokenWeights(f"{source}: {name} holds NaN or infinite values")
             largest = max(-low, high)
-            computed = self.dtypes[name]
-            saved = self.saved_dtypes[name]
-            what = f"{source}: {name} reaches {largest:.4g}, too large for"
-            if largest > torch.finfo(computed).max:
-                raise TooNarrow(f"{what} {dtype_name(computed)}", wider(computed))
-            if largest > torch.finfo(saved).max:
-                raise CheckpointError(f"{what} {dtype_name(saved)}; {wider(saved, 'dtype')}")
+            compute_dtype = self.dtypes[name]
+            saved_dtype = self.saved_dtypes[name]
+            reason = f"{source}: {name} reaches {largest:.4g}, too large for"
+            if largest > torch.finfo(compute_dtype).max:
+                raise TooNarrow(f"{reason} {dtype_name(compute_dtype)}", wider(compute_dtype))
+            if largest > torch.finfo(saved_dtype).max:
+                raise CheckpointError(f"{reason} {dtype_name(saved_dtype)}; {wider(saved_dtype, 'dtype')}")
 
     @contextmanager
     def holding(self, tensors: Tensors) -> Iterator[None]:
-        """The model works with other tensors in this part for a moment; they are not copied."""
-        own = {name: tensor.data for name, tensor in self.tensors.items()}
+        """Within it, the model has other tensors in this part; they are not copied."""
+        originals = {name: tensor.data for name, tensor in self.tensors.items()}
         try:
             for name, tensor in self.tensors.items():
                 tensor.data = tensors[name]
             yield
         finally:
             for name, tensor in self.tensors.items():
-                tensor.data = own[name]
+                tensor.data = originals[name]
 
     def install(self, tensors: Tensors) -> None:
-        """Take tensors over for good."""
+        """Copy tensors into the model for good."""
         for name, tensor in tensors.items():
             self.tensors[name].data.copy_(tensor)
 
     def changes_in(self, tensors: Tensors) -> Tensor:
-        """Which tensors are not equal to the model's own, in their order: (tensors,), boolean, on the device. Nobody
-        waits for it. An element that is equal becomes the model's own: a zero may have another sign."""
+        """Which tensors differ from the model's own, in their order: (tensors,), boolean, on the device, not waited
+        for. Equal elements are overwritten with the model's own, as a zero may have another sign."""
         flags = []
         for name, tensor in tensors.items():
             differs = tensor != self.tensors[name]
@@ -129,23 +130,23 @@ class Part:
 
 
 def row_ranges(tensor: Tensor, room: int | None = None) -> Iterator[tuple[int, int]]:
-    """First and end of ranges of a tensor's rows that fit into so many bytes (ROWS): what is done by them takes
-    little memory, however large the tensor is."""
+    """(first, end) of ranges of a tensor's rows, each of at most `room` bytes in float32 (default ROWS) or one row:
+    work done by ranges takes little memory, however large the tensor is."""
     room = room or ROWS
     rows, size = (len(tensor), max(1, room // (4 * max(1, tensor[:1].numel())))) if tensor.dim() else (1, 1)
     return ((first, min(first + size, rows)) for first in range(0, rows, size))
 
 
-def _on_the_host(tensors: Tensors) -> dict[str, list[float]]:
-    """Small tensors of one shape, fetched all together: one wait for each device that they are on."""
-    found: dict[str, list[float]] = {}
+def _fetched(tensors: Tensors) -> dict[str, list[float]]:
+    """The values of small tensors of one shape, (n,), by name; one wait for each device that they are on."""
+    values: dict[str, list[float]] = {}
     for device in {tensor.device for tensor in tensors.values()}:
-        there = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
-        widest = reduce(torch.promote_types, (tensor.dtype for tensor in there.values()))
-        rows = torch.stack([tensor.to(widest) for tensor in there.values()]).tolist()
-        found.update(zip(there, rows, strict=True))
-    return found
+        device_tensors = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+        widest = reduce(torch.promote_types, (tensor.dtype for tensor in device_tensors.values()))
+        rows = torch.stack([tensor.to(widest) for tensor in device_tensors.values()]).tolist()
+        values.update(zip(device_tensors, rows, strict=True))
+    return values
 
 
-def _forms(tensors: Tensors) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+def _layouts(tensors: Tensors) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
     return [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors.values()]

@@ -18,7 +18,7 @@ from modules.checkpoints.checkpoint import Checkpoint
 from modules.model.base_model import ResidentModel
 from modules.runtime.oom import is_out_of_memory
 
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)  # weights, children, hooks: they stay
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # weights, children, hooks: they stay
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Settings:
     @contextmanager
     def taken(self) -> Iterator[None]:
         """The module computes by these."""
-        before = [(place, name, name in place, place.get(name)) for place, name, _ in self.values]
+        previous = [(namespace, name, name in namespace, namespace.get(name)) for namespace, name, _ in self.values]
         try:
-            for place, name, value in self.values:
-                place[name] = value
+            for namespace, name, value in self.values:
+                namespace[name] = value
             yield
         finally:
-            for place, name, was_there, value in before:
-                if was_there:
-                    place[name] = value
+            for namespace, name, was_present, value in previous:
+                if was_present:
+                    namespace[name] = value
                 else:
-                    del place[name]
+                    del namespace[name]
 
 
 def settings_of(model: ResidentModel, checkpoint: Checkpoint) -> Settings | None:
@@ -48,41 +48,43 @@ def settings_of(model: ResidentModel, checkpoint: Checkpoint) -> Settings | None
 
     The checkpoint's module is built without weights, and what it holds beside them stands in the resident one's place.
     """
-    own = model.module.config
+    base_config = model.module.config
     config = deepcopy(checkpoint.config)
-    if type(config) is not type(own):
+    if type(config) is not type(base_config):
         config = config.get_text_config()
-    if type(config) is not type(own):
+    if type(config) is not type(base_config):
         return None
-    config._attn_implementation = own._attn_implementation  # which is no matter of what is computed
-    config._experts_implementation = own._experts_implementation
+    config._attn_implementation = base_config._attn_implementation  # which is no matter of what is computed
+    config._experts_implementation = base_config._experts_implementation
     config.return_dict = True
     try:
-        theirs = with_buffers(config, checkpoint.companions.trusted)
+        candidate_module = with_buffers(config, checkpoint.companions.trusted)
     except Exception:  # whatever an architecture makes of settings that it does not take
         return None
-    others = dict(theirs.named_modules(remove_duplicate=False))
-    found = Settings()
-    ours = dict(model.module.named_modules(remove_duplicate=False))
-    if ours.keys() != others.keys() or type(theirs) is not type(model.module):
+    candidate_modules = dict(candidate_module.named_modules(remove_duplicate=False))
+    settings = Settings()
+    base_modules = dict(model.module.named_modules(remove_duplicate=False))
+    if base_modules.keys() != candidate_modules.keys() or type(candidate_module) is not type(model.module):
         return None
     replaced: list[str] = []
-    for name, module in ours.items():
+    for name, module in base_modules.items():
         if any(name.startswith(f"{prefix}.") for prefix in replaced):
             continue
-        if type(module) is type(others[name]):
-            _note_values(found, module, others[name])
-        elif others[name].state_dict():
+        if type(module) is type(candidate_modules[name]):
+            _add_values(settings, module, candidate_modules[name])
+        elif candidate_modules[name].state_dict():
             return None
         else:  # another activation, another kind of rotary embedding
             parent, _, child = name.rpartition(".")
-            found.values.append((ours[parent].__dict__["_modules"], child, others[name].to(model.device)))
+            settings.values.append(
+                (base_modules[parent].__dict__["_modules"], child, candidate_modules[name].to(model.device))
+            )
             replaced.append(name)
-    return found if _is_taken(model, found) else None
+    return settings if _computes_by(model, settings) else None
 
 
 @torch.no_grad()
-def _is_taken(model: ResidentModel, settings: Settings) -> bool:
+def _computes_by(model: ResidentModel, settings: Settings) -> bool:
     """Whether the module still computes by these: something that they put there may know its own module's weights."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     try:
@@ -95,13 +97,14 @@ def _is_taken(model: ResidentModel, settings: Settings) -> bool:
     return True
 
 
-def _note_values(found: Settings, ours: nn.Module, theirs: nn.Module) -> None:
+def _add_values(settings: Settings, base_module: nn.Module, candidate_module: nn.Module) -> None:
     """Note what a module of the same class holds beside weights, children and hooks, in the place of ours."""
-    for name, value in vars(theirs).items():
-        if name not in _OF_EVERY_MODULE:
-            found.values.append((ours.__dict__, name, value))
-    for name in theirs._non_persistent_buffers_set:  # rotary frequencies and the like, made of the configuration
-        own = ours._buffers.get(name)
-        value = theirs._buffers[name]
-        if isinstance(own, torch.Tensor) and value is not None:
-            found.values.append((ours._buffers, name, value.to(own.device, own.dtype)))
+    for name, value in vars(candidate_module).items():
+        if name not in _MODULE_ATTRIBUTES:
+            settings.values.append((base_module.__dict__, name, value))
+    # Rotary frequencies and the like, which are made from the configuration.
+    for name in candidate_module._non_persistent_buffers_set:
+        buffer = base_module._buffers.get(name)
+        value = candidate_module._buffers[name]
+        if isinstance(buffer, torch.Tensor) and value is not None:
+            settings.values.append((base_module._buffers, name, value.to(buffer.device, buffer.dtype)))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modules.checkpoints.candidate import open_candidate
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.model.loading import load_model
-from modules.model.settings import Settings, _is_taken, settings_of
+from modules.model.settings import Settings, _computes_by, settings_of
 from modules.scoring.budget import Budget
 from modules.scoring.drift import DriftMeter, full_passage
 from modules.scoring.layout import build_scorer
@@ -137,4 +137,4 @@ def test_settings_by_which_a_module_is_built_otherwise_are_not_taken(tmp_path):
     tiny.edit_checkpoint(other, use_parallel_residual=False, hidden_act="relu")
     settings = settings_of(model, open_checkpoint(other, "other"))
     settings.values.append((vars(model.module), "forward", None))  # what fails when it is used
-    assert settings is not None and not _is_taken(model, settings)
+    assert settings is not None and not _computes_by(model, settings)
