@@ -1,8 +1,8 @@
-"""The base model, resident on its device: its layers and header, what it computes in, its head a few rows at a time.
+"""The base model, resident on its device: its layers and header, its arithmetic, its head a few rows at a time.
 
 Knows: torch modules, devices, dtypes. Refuses to know: phrases, scores, strategies.
 
-Layers and header are handed out as Parts: named tensors that can be merged, tried and installed, all alike.
+Layers and header are handed out as Parts: named tensors that can be merged, tried and installed.
 """
 
 import inspect
@@ -30,11 +30,11 @@ from modules.runtime.errors import ConfigError, TooNarrow
 
 Result = TypeVar("Result")
 
-# Root mean square of a float16 tensor below which its smallest numbers may matter: numbers up to 6e-5 have lost bits,
-# of a normal tensor's they are the smallest by far.
+# Root mean square of a float16 tensor below which the bits lost by its smallest numbers may matter. Numbers up to 6e-5
+# have lost some; in a normal tensor these are by far the smallest.
 SMALL_NUMBERS = 1e-3
 
-# transformers' names of the generation settings that forbid tokens, or force them.
+# transformers' names of the generation settings that forbid or force tokens.
 TOKEN_RULES = (
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
     *("forced_bos_token_id", "forced_eos_token_id"),
@@ -42,7 +42,7 @@ TOKEN_RULES = (
 
 
 class ResidentModel:
-    """The base model in device memory, or without weights: how its tensors are called, tied and stored."""
+    """The base model in device memory; or without weights, as a layout: its tensors' names, ties and stored types."""
 
     def __init__(
         self,
@@ -53,12 +53,13 @@ class ResidentModel:
         may_widen: bool = False,
     ) -> None:
         """saved_dtype: the dtype of all saved weights; None keeps what the checkpoint stores, tensor by tensor.
-        arithmetic: what to compute in; None: the module's own type. may_widen: whether FALLBACK is taken where that
+        arithmetic: the one to compute in; None: the module's own type. may_widen: whether FALLBACK may be taken if that
         is too narrow."""
         self.module = module
         self.may_widen = may_widen
-        self.arithmetic = arithmetic or Arithmetic(module.dtype)  # what the model computes in
-        # The hook must not hold the model: it would stay in memory until the garbage is collected.
+        self.arithmetic = arithmetic or Arithmetic(
+            module.dtype
+        )  # The hook must not hold the model, or that would stay in memory until the garbage is collected.
         module.get_input_embeddings().register_forward_hook(partial(_begin_stream, weakref.ref(self)))
         self.checkpoint = checkpoint
         self.saved_dtype = saved_dtype
@@ -71,13 +72,13 @@ class ResidentModel:
         self.conversion = Conversion(module, checkpoint.tensors)
         self.conversion.check_reversible()
         self._stored_as = self._find_stored_names()
-        self.has_base_header = True  # for those to say who merge into it
+        self.has_base_header = True  # kept up to date by whoever merges into it
         if self.arithmetic.float32_stream:
             self._hold_float32_vectors()
         self._dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
 
     def describe(self, saving: bool = True) -> dict[str, object]:
-        """Device, or how many layers are on each of several, and dtype, for the summary."""
+        """The summary's lines on the device, or the number of layers on each of several, and on the dtype."""
         layer_devices = [next(iter(self.layer(index).devices)) for index in range(len(self.layers))]
         counts = {device: layer_devices.count(device) for device in dict.fromkeys([self.device, *layer_devices])}
         device = str(self.device)
@@ -87,28 +88,28 @@ class ResidentModel:
         return {"Device": device, "Dtype": self.arithmetic.name + saved}
 
     def dtypes(self) -> dict[str, str | None]:
-        """The same for the recipe; saved_dtype None: what the checkpoint stores, tensor by tensor."""
+        """Device and dtypes for the recipe. saved_dtype None: as the checkpoint stores it, tensor by tensor."""
         saved = None if self.saved_dtype is None else dtype_name(self.saved_dtype)
         return {"device": str(self.device), "dtype": self.arithmetic.name, "saved_dtype": saved}
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives; of a model that is spread over several devices, where its embedding and head are."""
+        """The device of the model; if it is spread over several, the device of its embedding and head."""
         return self.module.device
 
     @property
     def devices(self) -> set[torch.device]:
-        """Where its tensors are."""
+        """The devices of its tensors."""
         return {tensor.device for tensor in self.tensors.values()}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of products, and of weights of more than one dimension."""
+        """The type of products, and of weights with more than one dimension."""
         return self.arithmetic.dtype
 
     @contextmanager
     def computing_in(self, arithmetic: Arithmetic) -> Iterator[None]:
-        """Compute in another arithmetic for a moment. Weights stay as they are, and are cast where they are used."""
+        """Within it, the model computes in another arithmetic. Weights keep their type, and are cast where used."""
         previous = self.arithmetic
         try:
             self.arithmetic = arithmetic
@@ -122,9 +123,10 @@ class ResidentModel:
         is_sound: Callable[[Result], bool] | None = None,
         overflows: type[Exception] = TooNarrow,
     ) -> Result:
-        """What work gives or, where that is no number and FALLBACK may be taken, what it gives in that.
+        """The result of work; if that overflows and FALLBACK may be taken, its result when done again in FALLBACK.
 
-        is_sound: whether what it gives is a number; overflows: what it raises if it meets none.
+        is_sound: whether a result is free of NaN and infinity. overflows: the error that work raises where it meets
+        one.
         """
         try:
             result = work()
@@ -138,7 +140,7 @@ class ResidentModel:
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """Forwards of the module are made within this."""
+        """The context for forwards of the module. With a float32 residual stream, products alone are in half type."""
         if not self.arithmetic.float32_stream:
             yield
             return
@@ -148,7 +150,7 @@ class ResidentModel:
         try:
             for vector in narrow:
                 vector.data = vector.data.float()
-            # Weights are swapped within a forward: no cast of one may be kept for another.
+            # Weights are swapped within a forward, so casts must not be cached.
             with torch.autocast(self.device.type, self.dtype, cache_enabled=False):
                 yield
         finally:
@@ -157,21 +159,21 @@ class ResidentModel:
 
     @cached_property
     def _vectors(self) -> dict[str, Tensor]:
-        """All tensors of at most one dimension, each once."""
+        """All floating-point tensors of at most one dimension, each once, by name."""
         unique_names = {id(tensor): name for name, tensor in self.tensors.items()}
         floats = ((name, self.tensors[name]) for name in unique_names.values())
         return {name: tensor for name, tensor in floats if tensor.is_floating_point() and tensor.dim() < 2}
 
     def _hold_float32_vectors(self) -> None:
-        """A float32 norm multiplies with float32 weights; what was rounded to a half type when it was loaded comes from
-        the file again."""
-        # Of a layer that is copied to its device for every forward, the copy has the type of what is replaced.
+        """Hold vectors in float32, as float32 norms multiply with them. Loading has rounded them to a half type, so
+        they are read from the file again."""
+        # If a layer is copied to its device for every forward, the copies take the type of these meta parameters.
         for parameter in self.module.parameters():
             if parameter.is_meta and parameter.dim() < 2:
                 parameter.data = parameter.data.float()
         for name, tensor in self._vectors.items():
             if tensor.dtype != torch.float32:
-                wide = tensor.float() if tensor.is_meta else self._stored(name).to(tensor.device, torch.float32)
+                wide = tensor.float() if tensor.is_meta else self._stored_tensor(name).to(tensor.device, torch.float32)
                 tensor.data = wide.data
 
     @property
@@ -181,7 +183,7 @@ class ResidentModel:
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest text the model takes, in tokens; None if its configuration sets no limit."""
+        """The length of the longest text that the model takes, in tokens; None if its configuration sets no limit."""
         return getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
 
     def end_tokens(self) -> frozenset[int]:
@@ -192,24 +194,26 @@ class ResidentModel:
         return frozenset(token for ids in lists for token in ids)
 
     def token_rules(self) -> dict[str, Any]:
-        """Which tokens the model never writes, or must, by its generation settings: those of TOKEN_RULES that are set.
-        Others, such as top_k, are of how a text is drawn, which is not the checkpoint's to say."""
+        """The model's generation settings of TOKEN_RULES that are set: tokens that it must not or has to write.
+
+        Other settings, such as top_k, are ignored: the checkpoint does not decide how a text is sampled.
+        """
         settings = self._generation()
         rules = {name: getattr(settings, name, None) for name in TOKEN_RULES}
         return {name: value for name, value in rules.items() if value not in (None, [])}
 
     def _generation(self) -> GenerationConfig:
-        """The model's own generation settings; where it has no file of them, those in its configuration."""
+        """The model's own generation settings; if it has no file of them, those in its configuration."""
         name = "generation_config.json"
         path = self.checkpoint.path
         if name not in self.checkpoint.companions.sizes:
             return GenerationConfig.from_pretrained(path, "config.json", _from_model_config=True, local_files_only=True)
-        read_file(path / name)  # transformers takes it for missing if it can't
+        read_file(path / name)  # raises if it can't be read; transformers would take it for missing
         return GenerationConfig.from_pretrained(path, local_files_only=True)
 
     @cached_property
     def tuples_returned(self) -> dict[int, tuple[None, ...]]:
-        """The layers that return a tuple, and what stands behind the hidden states in it: nothing that we need."""
+        """Number of each layer that returns a tuple -> None for each entry after the hidden states; none is needed."""
         forms: dict[int, tuple[None, ...]] = {}
 
         def note(number: int, _layer: nn.Module, _inputs: Any, output: Any) -> None:
@@ -225,7 +229,8 @@ class ResidentModel:
 
     @contextmanager
     def embeddings_moved(self) -> Iterator[None]:
-        """What the input embedding gives is moved at random, by up to half of its last bit: always alike."""
+        """Within it, the input embedding's output is moved at random by up to half of its last bit; the random numbers
+        are always the same."""
         chance = torch.Generator().manual_seed(0)
 
         def move(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -240,7 +245,7 @@ class ResidentModel:
 
     @torch.no_grad()
     def try_columns(self) -> None:
-        """Find out whether the forward can be told at which columns the head is read, and reads it there."""
+        """Find out whether the forward takes `logits_to_keep` and gives the logits of exactly these columns."""
         if not self._takes_columns:
             return
         ids = torch.arange(3, device=self.device)[None]
@@ -249,7 +254,7 @@ class ResidentModel:
         try:
             everywhere = self._forward(input_ids=ids, use_cache=False).logits
         except failures:
-            return  # it can only be told
+            return  # the forward works only with `logits_to_keep`
         try:
             at_column = self._forward(input_ids=ids, use_cache=False, logits_to_keep=column).logits
         except failures:
@@ -258,7 +263,7 @@ class ResidentModel:
         self._takes_columns = same_shape and int((everywhere - at_column).abs().amax(-1).argmin()) == 1
 
     def logits(self, arguments: Mapping[str, Any], columns: Tensor) -> Tensor:
-        """The model's own forward, read at the given columns: (B, columns, V)."""
+        """The logits of the model's own forward at the given columns: (B, columns, V)."""
         if self._takes_columns:
             return self._forward(**arguments, logits_to_keep=columns).logits
         return self._forward(**arguments).logits[:, columns]
@@ -268,24 +273,24 @@ class ResidentModel:
             return self.module(**arguments)
 
     def layer(self, index: int) -> Part:
-        """The floating-point parameters and persistent buffers of one decoder layer. Raises IndexError if there is none
-        of this number."""
+        """The floating-point parameters and persistent buffers of one decoder layer. Raises IndexError if there is no
+        layer of this number."""
         if index >= len(self.layers):
             raise IndexError(f"the base has layers 0 to {len(self.layers) - 1}, and no layer {index}")
         prefix = f"{self.layers_name}.{index}."
         return self.part_of([name for name in self.tensors if name.startswith(prefix)])
 
     def header(self) -> Part:
-        """The input embedding and the output head; one weight for both where they are tied."""
+        """The input embedding and the output head; one weight for both if they are tied."""
         both = self.module.get_input_embeddings(), self.module.get_output_embeddings()
         modules = [module for module in both if module is not None]
         owned = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
-        # A tied head is the same tensor under a second name: it is taken once, under the first.
+        # A tied head is the embedding under a second name; the tensor is taken once, under the first.
         names = {id(tensor): name for name, tensor in reversed(self.tensors.items()) if id(tensor) in owned}
         return self.part_of(sorted(names.values()))
 
     def outside(self) -> Part:
-        """What is neither in a layer nor in the header: the final norm, position tables."""
+        """The tensors that are neither in a layer nor in the header: final norm, position tables."""
         header = {id(tensor) for tensor in self.header().tensors.values()}
         inside = f"{self.layers_name}."
         return self.part_of(
@@ -296,25 +301,26 @@ class ResidentModel:
 
     @property
     def head_size(self) -> int:
-        """Number of rows of the output head. Raises ValueError if the model has none that can be found."""
+        """Number of rows of the output head. Raises ValueError if no head can be found."""
         return self._head_tensors()["weight"].shape[0]
 
     @contextmanager
     def head_rows(self, first: int, end: int, rows: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """The head has only these of its rows for a moment, or of others that are laid out alike."""
+        """Within it, the head has only its rows from first to end. rows: a whole head of the same layout to take them
+        from instead."""
         head_tensors = rows or {name: tensor.data for name, tensor in self._head_tensors().items()}
         with self.head_holding({name: tensor[first:end].to(self.device) for name, tensor in head_tensors.items()}):
             yield
 
     @contextmanager
     def head_holding(self, rows: Mapping[str, Tensor]) -> Iterator[None]:
-        """The head has other rows than its own for a moment, of any number; so has an embedding that is tied to it."""
+        """Within it, the head has these rows, any number of them, instead of its own; so has a tied embedding."""
         head_tensors = self._head_tensors()
         embedding = self.module.get_input_embeddings()
         originals = {name: tensor.data for name, tensor in head_tensors.items()}
         padding = getattr(embedding, "padding_idx", None)
         try:
-            embedding.padding_idx = None  # it may be the number of a row that is not there
+            embedding.padding_idx = None  # there may be no row of this number
             for name, tensor in head_tensors.items():
                 tensor.data = rows[name]
             yield
@@ -329,7 +335,7 @@ class ResidentModel:
         return {name: header[id(tensor)] for name, tensor in self._head_tensors().items()}
 
     def as_candidate(self) -> Candidate:
-        """The base as its files have it, whatever has been merged into the model, to be read as a candidate is."""
+        """The base as its files have it, whatever has been merged into the model; it is read like a candidate."""
         return Candidate(self.checkpoint, self.conversion)
 
     def original_head(self) -> dict[str, Tensor]:
@@ -347,7 +353,7 @@ class ResidentModel:
         return tensors
 
     def part_of(self, names: list[str]) -> Part:
-        """Some tensors, of which those that are no floating-point numbers are left out."""
+        """The floating-point tensors among the named ones, as a part."""
         names = [name for name in names if self.tensors[name].is_floating_point()]
         return Part(
             tensors={name: self.tensors[name] for name in names},
@@ -357,7 +363,10 @@ class ResidentModel:
         )
 
     def _find_stored_names(self) -> dict[str, str]:
-        """Parameter name -> the name under which the base stores it: another one only if it is tied to that."""
+        """Parameter name -> the name that the base stores it under, which differs only for tied tensors.
+
+        Raises ConfigError for missing weights and for stored types that can't be merged or kept.
+        """
         stored = {id(tensor): name for name, tensor in self.tensors.items() if name in self.conversion}
         stored_names = {
             name: name if name in self.conversion else stored.get(id(self.tensors[name])) for name in self.tensors
@@ -376,41 +385,41 @@ class ResidentModel:
         return {name: stored_name for name, stored_name in stored_names.items() if stored_name is not None}
 
     def check_weights(self) -> None:
-        """Raise ConfigError if the model holds NaN or infinite values: every score would be meaningless. Raise
-        TooNarrow or ConfigError, as `too_narrow` says, if its weights don't fit the type that is computed in."""
+        """Raise ConfigError if the files hold NaN or infinite values: every score would be meaningless. Raise TooNarrow
+        or ConfigError, as `too_narrow` gives it, if the weights don't fit the compute type."""
         for name, tensor in self.tensors.items():
             if not is_finite(tensor.detach()):
-                if is_finite(self._stored(name)):
+                if is_finite(self._stored_tensor(name)):
                     raise self.too_narrow(f"{name} overflows")
                 raise ConfigError(f"{self.checkpoint.path}: {name} holds NaN or infinite values; it can't be merged")
             if self.may_widen and tensor.dtype == torch.float16:
                 self._check_small_numbers(name, tensor.detach())
 
     def _check_small_numbers(self, name: str, tensor: Tensor) -> None:
-        """Raise as `too_narrow` says if what a float16 tensor has lost of its smallest numbers is more than float16's
-        own rounding. Which tensors may have lost something is told by their norms alone; only these are read again."""
+        """Raise what `too_narrow` gives if a float16 tensor's smallest numbers have lost more than float16's own
+        rounding. Only tensors of small root mean square can have, so only these are read again."""
         size = torch.linalg.vector_norm(tensor, dtype=torch.float32)
         if size > SMALL_NUMBERS * math.sqrt(tensor.numel()):
             return
-        stored = self._stored(name).to(tensor.device, torch.float32)
+        stored = self._stored_tensor(name).to(tensor.device, torch.float32)
         error_size = torch.linalg.vector_norm(stored - tensor)
         if error_size > torch.finfo(torch.float16).eps / 2 * torch.linalg.vector_norm(stored):
             zeroed = int(((tensor == 0) & (stored != 0)).sum())
             raise self.too_narrow(f"{name} underflows ({zeroed:,} of {tensor.numel():,} values become 0)")
 
-    def _stored(self, name: str) -> Tensor:
+    def _stored_tensor(self, name: str) -> Tensor:
         """A tensor as the base's files have it, on the CPU."""
         return self.conversion.load([self._stored_as[name]], self.checkpoint.stream).popitem()[1]
 
     def too_narrow(self, what: str) -> TooNarrow | ConfigError:
-        """What is raised where a number does not fit the type that is computed in: TooNarrow if another one may be
-        taken, else ConfigError with advice."""
+        """The error for a number that does not fit the compute type: TooNarrow if another type may be taken, else
+        ConfigError with advice. what: the message's subject and verb."""
         message = f"{self.checkpoint.path}: {what} in {self.arithmetic.name}"
         return TooNarrow(message) if self.may_widen else ConfigError(f"{message}; {wider(self.dtype)}")
 
     def no_numbers(self, what: str = "its activations") -> TooNarrow | ConfigError:
-        """What there is to say if the base's answers are NaN or infinite although its weights are not. what: answers
-        so."""
+        """The error if the base's outputs are NaN or infinite although its weights are not. what: the outputs that
+        are, for the message."""
         if self.dtype == torch.float16:
             return self.too_narrow(f"{what} overflow")
         return ConfigError(
@@ -420,7 +429,7 @@ class ResidentModel:
 
 
 def _begin_stream(model: "weakref.ref[ResidentModel]", _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-    """What the input embedding gives, in the type of the residual stream."""
+    """A forward hook: the input embedding's output in the type of the residual stream."""
     return output.float() if model().arithmetic.float32_stream else output
 
 
@@ -433,7 +442,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _tensors_of(module: PreTrainedModel) -> dict[str, Tensor]:
     """A model's own parameters and buffers, by name. A layer that accelerate copies to its device for every forward has
-    no data itself; of such a one, they are the tensors that are copied."""
+    no data of its own; its tensors here are those that are copied."""
     tensors = module.state_dict(keep_vars=True)
     for prefix, child in module.named_modules():
         hook = getattr(child, "_hf_hook", None)

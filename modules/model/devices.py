@@ -1,4 +1,4 @@
-"""Which device and type a model is computed on, and what a device can do.
+"""The devices of this machine: their names, types, free memory and streams.
 
 Knows: what is present on this machine. Refuses to know: models, what is computed.
 """
@@ -29,7 +29,7 @@ def present_devices() -> list[str]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of a configured name. Raises ConfigError, naming those that are there, if it is absent."""
+    """The torch device of a configured name. If it is absent, raises ConfigError, which names the present ones."""
     present = present_devices()
     first = next((device for device in present if device != "cpu"), "cpu")
     if name == "auto" or name == first.partition(":")[0]:
@@ -40,12 +40,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 def leaves_choice(name: str) -> bool:
-    """Whether a configured name leaves open which of several devices it means."""
+    """Whether a configured name may mean any of several devices."""
     return name == "auto" or name in ACCELERATORS
 
 
 def own_device(name: str, rank: Rank) -> str:
-    """The configured name of a device or, where several processes are to have one each, that of this process's.
+    """The configured name of the device; if several processes have a GPU each, the name of this process's.
 
     Raises ConfigError if there are fewer GPUs than processes.
     """
@@ -60,7 +60,7 @@ def own_device(name: str, rank: Rank) -> str:
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """What sums are best made in on a device: float64, where it has that."""
+    """The widest type for sums on a device: float64, or float32 if it has no float64."""
     try:
         return torch.zeros((), dtype=torch.float64, device=device).dtype
     except (TypeError, RuntimeError):
@@ -68,7 +68,7 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def wider(dtype: torch.dtype, key: str = "compute_dtype") -> str:
-    """What to do about values that are too large for a dtype; key: of the settings, which decides on it."""
+    """Advice on values that are too large for a dtype. key: the setting that chooses the dtype."""
     # bfloat16 ends before float32
     wider_names = {torch.float16: "bfloat16+float32 or float32", torch.bfloat16: "float32"}
     if key == "dtype":
@@ -77,7 +77,7 @@ def wider(dtype: torch.dtype, key: str = "compute_dtype") -> str:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None if it can't be asked."""
+    """Free bytes of a device; None if it can't be asked."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
     mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
@@ -85,9 +85,9 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def side_streams(devices: Iterable[torch.device]) -> list[torch.Stream]:
-    """A stream on each device that has several, on which work goes on beside what the device does otherwise.
+    """A stream on each device that can have several, for work beside the device's other work.
 
-    To be made once: PyTorch keeps the memory that is freed on a stream for that stream.
+    To be made once: PyTorch keeps memory that is freed on a stream for that stream.
     """
     stream_devices = (device for device in devices if hasattr(torch.get_device_module(device), "Stream"))
     return [torch.Stream(device) for device in stream_devices if device.type != "cpu"]
@@ -95,8 +95,8 @@ def side_streams(devices: Iterable[torch.device]) -> list[torch.Stream]:
 
 @contextmanager
 def beside(streams: Sequence[torch.Stream]) -> Iterator[None]:
-    """What is begun within the block goes to these streams. If it fails, they are waited for: what they copy from is
-    then free. Otherwise it is for the block to see that its results are there."""
+    """Work that is begun within the block goes to these streams. If the block fails, they are waited for, so that the
+    memory they copy from can be used again. Otherwise the block must see to it that its results are there."""
     with ExitStack() as stack:
         for stream in streams:
             stack.enter_context(stream)
@@ -109,6 +109,6 @@ def beside(streams: Sequence[torch.Stream]) -> Iterator[None]:
 
 
 def follow(streams: Iterable[torch.Stream]) -> None:
-    """Let streams wait, without the host, for what their devices have been given so far on the present stream."""
+    """Let streams wait for the work given to their devices' present streams so far. The host does not wait."""
     for stream in streams:
         stream.wait_stream(torch.accelerator.current_stream(stream.device))

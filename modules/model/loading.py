@@ -1,4 +1,4 @@
-"""A run's models opened, and the base loaded onto its device or devices, in its type.
+"""Opening a run's models, and loading the base onto its device or devices, in its type.
 
 Knows: which settings decide this, transformers' loading, placements. Refuses to know: phrases, layers' contents.
 """
@@ -33,26 +33,27 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ModelLoader:
-    """How a run gets its models: made once, from its settings.
+    """Opens and loads a run's models. Made once, from the run's settings.
 
-    All methods raise ConfigError for what can't be used, CheckpointError if a file can't be read or fetched.
+    All methods raise ConfigError for models or settings that can't be used, CheckpointError if a file can't be read or
+    fetched.
     """
 
     config: Config
-    console: Console  # on which is said what there is to say, and shown what is fetched
+    console: Console  # for messages, and the progress of downloads
     rank: Rank = field(default_factory=Rank)
-    compute: Arithmetic | None = None  # what to compute in; None: not known yet
+    compute: Arithmetic | None = None  # the one to compute in; None: not known yet
 
     @property
     def device(self) -> str:
-        """The configured name or, where several processes are to have a device each, that of this process's."""
+        """The configured name of the device; if several processes have a device each, the name of this process's."""
         return own_device(self.config.device, self.rank)
 
     def open(self) -> Models:
         """The base and the candidates, opened and checked against each other."""
         models = open_models(self.config, partial(fetch_now, self.console), self.console.lines)
         sources = {models.base.name: models.base_where, **{source.name: source.where for source in models.candidates}}
-        # The output does not state these.
+        # For the log alone.
         self.console.lines([], [f"{name} is {where}" for name, where in sources.items()])
         self.console.lines(models.notes)
         self.console.warnings(models.warnings)
@@ -65,8 +66,8 @@ class ModelLoader:
         return models
 
     def fitting(self, models: Models, with_header: bool = False) -> "ModelLoader":
-        """One that computes in what fits into memory with one layer at a time beside the base; if that is not what is
-        best, a line has said so. with_header: see `weights_of`."""
+        """A loader with the best arithmetic if the base, and one layer at a time beside it, fit into memory in that;
+        else with the next one, after a warning. with_header: see `weights_of`."""
         device = resolve_device(self.device)
         config = self.config
         best, *fallbacks = arithmetics(config.compute_dtype, config.dtype, models.base.main_dtype(), device)
@@ -78,13 +79,13 @@ class ModelLoader:
         return replace(self, compute=fallbacks[0])
 
     def placement(self, models: Models, with_header: bool) -> list[torch.device] | None:
-        """Where each of the base's layers goes, if not all of them to the device. with_header: see `weights_of`."""
+        """The device of each of the base's layers; None if all go to one. with_header: see `weights_of`."""
         assert self.compute is not None, "to be chosen before"
         weights = weights_of(models.module, self.compute.dtype, with_header)
         return placement_of(self.device, models.module, self.compute.dtype, weights)
 
     def layout(self, models: Models) -> ResidentModel:
-        """The base without weights: how its tensors are called, tied and stored, and their types as they would be in
+        """The base without weights: its tensors' names, ties and stored types, and the types they would have in
         memory."""
         assert self.compute is not None, "to be chosen before"
         return load_layout(models, self.config.dtype, self.compute)
@@ -98,34 +99,34 @@ class ModelLoader:
 
     @property
     def may_widen(self) -> bool:
-        """Whether FALLBACK may be taken where float16 is too narrow: where nobody asked for float16."""
+        """Whether FALLBACK may be taken if float16 is too narrow: only if the settings did not ask for float16."""
         nobody_asked = self.config.compute_dtype == self.config.dtype == "auto"
         return nobody_asked and self.compute == Arithmetic(torch.float16)
 
     def in_range(self, work: Callable[["ModelLoader"], Result]) -> Result:
-        """Do work that loads models with this loader or, where float16 turns out too narrow for them and FALLBACK may
-        be taken, all of it again in that."""
+        """Do work that loads models with this loader. If float16 is too narrow for them and FALLBACK may be taken, do
+        all of it again in FALLBACK."""
         try:
             return work(self)
         except TooNarrow as error:
             if not self.may_widen:
                 raise
             reason = error.args[0]
-        # Not within the handler: there, the error still holds the model.
+        # Not within the handler, where the error still holds the model.
         release_memory()
         self.console.warning(f"{reason}; computing in {FALLBACK.name} instead")
         return work(replace(self, compute=FALLBACK))
 
 
 def release_memory() -> None:
-    """Give back what a model that is not referred to any more has held: there is no room for two."""
+    """Free the memory of a model that is not referred to any more: there is no room for two."""
     gc.collect()
     for device in accelerators()[:1]:
         torch.get_device_module(device).empty_cache()
 
 
 def too_large_for(best: Arithmetic, other: Arithmetic, needed: int, free: int) -> str:
-    """What there is to say where memory decides what is computed in, and so the result. needed, free: bytes."""
+    """The warning that memory decides the compute type, and so the result. needed, free: bytes."""
     return (
         f"{best.name} needs {in_memory(needed)}, but {in_memory(free)} are free; computing in {other.name} instead "
         f"(set compute_dtype: {other.name} for the same result on every machine)"
@@ -142,11 +143,11 @@ def load_model(
 ) -> ResidentModel:
     """Load a checkpoint's causal language model onto a device, ready to be searched.
 
-    device, dtype: as in a configuration; compute: what to compute in, if it is not what is best for dtype; placement:
-    where each layer goes, if not all of them to the device; those that go to the CPU are computed on the device all the
-    same, to which accelerate then copies them; may_widen: see `ResidentModel`.
+    device, dtype: as in a configuration; compute: None for the best for dtype; placement: the device of each layer,
+    None if all go to `device`; accelerate copies layers placed on the CPU to `device` for every forward; may_widen: see
+    `ResidentModel`.
     Raises ConfigError if the device is absent or the checkpoint is no complete causal language model, TooNarrow if it
-    does not fit what is computed in and may be widened.
+    does not fit the compute type and may be widened.
     """
     target = resolve_device(device)
     computed = compute or arithmetics("auto", dtype, checkpoint.main_dtype(), target)[0]
@@ -154,19 +155,19 @@ def load_model(
         module, info = _load_module(checkpoint, target, computed.dtype, placement)
     except ConfigError:
         raise
-    except Exception as error:  # whatever an architecture makes of a wrong configuration
+    except Exception as error:  # an architecture may raise anything for a wrong configuration
         if is_out_of_memory(error):
             raise ConfigError(f"{checkpoint.path} does not fit into the memory of {target}") from None
         raise ConfigError(f"{checkpoint.path} can't be loaded: {first_line(error)}") from None
     _check_complete(checkpoint, info)
     module.eval().requires_grad_(False)
-    module.config.return_dict = True  # its outputs are read by name, whatever its configuration says
-    model = ResidentModel(module, checkpoint, _saved(dtype), computed, may_widen)
+    module.config.return_dict = True  # outputs are read by name
+    model = ResidentModel(module, checkpoint, _saved_dtype(dtype), computed, may_widen)
     model.check_weights()
     try:
-        _ = model.tuples_returned  # a first token
+        _ = model.tuples_returned  # runs a first token
         model.try_columns()
-    except Exception as error:  # a setting that only matters once the model is used
+    except Exception as error:  # a wrong setting may only fail in a forward
         if is_out_of_memory(error):
             raise
         raise ConfigError(f"{checkpoint.path} can't be used: {first_line(error)}") from None
@@ -174,23 +175,24 @@ def load_model(
 
 
 def load_layout(models: Models, dtype: str, compute: Arithmetic) -> ResidentModel:
-    """The base as `load_model` makes it, without weights: on the meta device. Raises as that, for what can be seen."""
+    """The base as `load_model` makes it, but on the meta device, without weights. Raises as `load_model` for errors
+    that show without them."""
     checkpoint = models.base
     empty = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in checkpoint.tensors.items()
     }
     module, info = type(models.module).from_pretrained(
-        None, state_dict=empty, device_map={"": "meta"}, **_how(checkpoint, compute.dtype)
+        None, state_dict=empty, device_map={"": "meta"}, **_loading_arguments(checkpoint, compute.dtype)
     )
     _check_complete(checkpoint, info)
     module.requires_grad_(False)
     _tie(module, models)
-    return ResidentModel(module, checkpoint, _saved(dtype), compute)
+    return ResidentModel(module, checkpoint, _saved_dtype(dtype), compute)
 
 
 def _tie(module: PreTrainedModel, models: Models) -> None:
-    """Tie what the base's configuration ties and its files hold twice, if it is the same, as transformers does where
-    there are weights to be compared."""
+    """Tie tensors that the configuration ties and the files hold twice, if both are equal. transformers does so if it
+    has weights to compare."""
     first_names = dict[int, str]()
     for name, tensor in models.module.state_dict(keep_vars=True).items():
         first_name = first_names.setdefault(id(tensor), name)
@@ -204,7 +206,7 @@ def _tie(module: PreTrainedModel, models: Models) -> None:
 
 
 def _check_complete(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
-    """Raise ConfigError if, by transformers' account of loading it, a checkpoint is no complete model."""
+    """Raise ConfigError if a checkpoint is no complete model. info: transformers' account of loading it."""
     if info["mismatched_keys"]:
         name, stored, expected = sorted(info["mismatched_keys"])[0]
         shapes = f"has shape {tuple(stored)}, but config.json says {tuple(expected)}"
@@ -213,12 +215,12 @@ def _check_complete(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
         raise ConfigError(f"{checkpoint.path}: missing weights {', '.join(sorted(info['missing_keys'])[:3])}")
 
 
-def _saved(dtype: str) -> torch.dtype | None:
+def _saved_dtype(dtype: str) -> torch.dtype | None:
     return None if dtype == "auto" else getattr(torch, dtype)
 
 
-def _how(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
-    """What is said to transformers wherever it loads a module."""
+def _loading_arguments(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of every `from_pretrained`."""
     return {
         "config": checkpoint.config,
         "dtype": dtype,
@@ -230,11 +232,11 @@ def _how(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
 def _load_module(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, placement: Sequence[torch.device] | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The module with its weights, and what transformers has to say about loading them."""
-    common = _how(checkpoint, dtype)
+    """The module with its weights, and transformers' account of loading them."""
+    common = _loading_arguments(checkpoint, dtype)
     if device.type == "cpu" and dtype == checkpoint.main_dtype():
         # transformers would map the files into memory. Weights that are changed must own their memory (a first write
-        # to a mapped page is slow), and a file that changes during a long run must not pull it down.
+        # to a mapped page is slow), and a file that changes during a long run must not crash it.
         architecture = type(without_weights(checkpoint))
         return architecture.from_pretrained(None, state_dict=checkpoint.read(checkpoint.tensors), **common)
     device_map: dict[str, torch.device] | None = None if device.type == "cpu" else {"": device}

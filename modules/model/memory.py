@@ -1,4 +1,4 @@
-"""What a model takes in memory, and where its layers go.
+"""How much memory a model takes, and on which devices its layers go.
 
 Knows: a model's shapes, devices, what is free on them. Refuses to know: phrases, files, what weights hold.
 """
@@ -17,71 +17,72 @@ from modules.model.devices import accelerators, free_memory, leaves_choice
 
 @dataclass(frozen=True)
 class Sizes:
-    """A base model in numbers."""
+    """The sizes of a base model."""
 
     layers: int
     hidden: int  # features of a hidden state
-    widest: int  # the longest side of any matrix in a layer: mostly the MLP's
-    heads: int  # of attention in a layer, the most; 0 if there are none
+    widest: int  # the longest side of any matrix in a layer, mostly in the MLP
+    heads: int  # the most attention heads of any layer; 0 if there are none
     vocabulary: int  # rows of the input embedding
-    keeps_attention: bool = False  # whether a layer's whole attention matrices are in memory ("eager")
+    keeps_attention: bool = False  # whether a layer's whole attention matrices are held in memory ("eager")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a run holds on its device, in bytes."""
+    """The memory of a run on its device, in bytes."""
 
     base: int  # the whole base model
-    layer: int  # the largest
+    layer: int  # the largest layer
     header: int  # input embedding and output head; 0 if they are not tried
-    arriving: int = 0  # the most of a candidate that is there in its own dtype, before it is cast
-    activations: int = 0  # hidden states, mask and logits; about, and at their most
+    arriving: int = 0  # the most of a candidate that is held in its own dtype, before the cast
+    activations: int = 0  # hidden states, mask and logits at their peak, estimated
 
     @property
     def held(self) -> int:
-        """The least that weights take: the candidate's layer or header, and one that is merged into."""
+        """The least memory for weights: the base, the candidate's layer or header, and one to merge into."""
         return self.base + 2 * max(self.layer, self.header) + self.arriving
 
     @property
     def searched(self) -> int:
-        """What PyTorch keeps for the candidate's weights: memory into which they arrive, the next layer's too, and
-        memory in which merges are made."""
+        """The memory that PyTorch keeps for the candidate's weights: for the present and the next layer, and for
+        merges."""
         return self.layer + 2 * max(self.layer, self.header) + self.arriving
 
     @property
     def reserved(self) -> int:
-        """All that PyTorch keeps for the run, which is what other programs lack."""
+        """All memory that PyTorch keeps for the run; other programs can't use it."""
         return self.base + self.searched + self.activations
 
 
 def sizes_of(module: PreTrainedModel) -> Sizes:
-    """A model in numbers; it may be without weights."""
+    """A model's sizes. module: may be without weights."""
     layers = find_layers(module)[1]
     text = module.config.get_text_config()
     embedding = module.get_input_embeddings().weight
     return Sizes(
         layers=len(layers),
-        hidden=_most(text, "hidden_size") or embedding.shape[1],
+        hidden=_largest_setting(text, "hidden_size") or embedding.shape[1],
         widest=max(max(weight.shape[-2:], default=1) for layer in layers for weight in layer.parameters()),
-        heads=_most(text, "num_attention_heads"),
+        heads=_largest_setting(text, "num_attention_heads"),
         vocabulary=embedding.shape[0],
         keeps_attention=getattr(text, "_attn_implementation", None) == "eager",
     )
 
 
-def _most(config: PreTrainedConfig, key: str) -> int:
+def _largest_setting(config: PreTrainedConfig, key: str) -> int:
     """The largest value of a setting in any layer; 0 if none has it."""
     return max((value for value in layer_settings(config, key) if isinstance(value, int)), default=0)
 
 
 def header_weights(module: PreTrainedModel) -> list[Tensor]:
-    """The weights of input embedding and output head; where they are tied there is one."""
+    """The weights of input embedding and output head; a single one if they are tied."""
     parts = [part for part in (module.get_input_embeddings(), module.get_output_embeddings()) if part is not None]
     return list({id(weight): weight for part in parts for weight in part.parameters()}.values())
 
 
 def weights_of(module: PreTrainedModel, dtype: torch.dtype, with_header: bool, arriving: int = 0) -> Memory:
-    """The weights that are held while layers and, if it is tried, the header are searched in this dtype."""
+    """The memory of weights while layers are searched in this dtype. with_header: whether the header is searched, too;
+    arriving: see `Memory`."""
     return Memory(
         base=_bytes(module.parameters(), dtype) + sum(buffer.nbytes for buffer in module.buffers()),
         layer=max(_bytes(layer.parameters(), dtype) for layer in find_layers(module)[1]),
@@ -102,11 +103,11 @@ def placement_of(
     least: int = 0,
     free: Mapping[torch.device, int] | None = None,
 ) -> list[torch.device] | None:
-    """Where each layer goes if `device`, as it is configured, leaves the choice and they don't fit on one GPU; None if
-    they do, or it leaves no choice.
+    """The device of each layer if they don't fit on one GPU; None if they do, or if `device`, as configured, leaves no
+    choice.
 
-    module: may be without weights. least: bytes of activations with which a search can do, though it is slower: it is
-    far slower yet if layers are copied for every forward. free: bytes on each GPU; asked for where not given.
+    module: may be without weights. least: bytes of activations with which a search still works, but slower; copying
+    layers for every forward would be slower yet. free: free bytes of each GPU; None: ask the devices.
     """
     free = free_on_accelerators() if free is None else free
     if not free or not leaves_choice(device):
@@ -125,18 +126,18 @@ def placement_of(
 def place_layers(
     layers: Sequence[int], others: int, reserve: int, free: Mapping[torch.device, int]
 ) -> list[torch.device] | None:
-    """Where each layer goes if they don't all fit on the first device: the devices are filled in order, what is left
-    over stays in the CPU's memory. None if all fit.
+    """The device of each layer if they don't all fit on the first one, else None. Devices are filled in order; layers
+    left over stay in the CPU's memory.
 
-    layers: bytes of each; others: bytes of everything else, which is on the first device; reserve: bytes to be kept
-    free on each; free: bytes that are free on each.
+    layers: bytes of each; others: bytes of everything else, which is on the first device; reserve: bytes to keep free
+    on each device; free: bytes that are free on each.
     """
     first = next(iter(free))
     room = {device: size - reserve for device, size in free.items()}
     room[first] -= others
     chosen = []
     for size in layers:
-        # In order: once a device is full it stays so, and hidden states move from device to device only once.
+        # A full device is not tried again: so hidden states move from each device to the next only once.
         while room and next(iter(room.values())) < size:
             del room[next(iter(room))]
         device = next(iter(room), torch.device("cpu"))
@@ -147,6 +148,6 @@ def place_layers(
 
 
 def free_on_accelerators() -> dict[torch.device, int]:
-    """Bytes that are free on each device beside the CPU that can be asked."""
-    asked = {device: free_memory(device) for device in accelerators()}
-    return {device: free for device, free in asked.items() if free is not None}
+    """Free bytes of each device beside the CPU, as far as they can be asked."""
+    free_bytes = {device: free_memory(device) for device in accelerators()}
+    return {device: free for device, free in free_bytes.items() if free is not None}

@@ -1,4 +1,4 @@
-"""The resident module, made to compute by another configuration of its architecture while its weights stay.
+"""Another configuration's settings for the resident module, which keeps its weights.
 
 Knows: what a module holds beside its weights: numbers, functions, rotary frequencies. Refuses to know: which keys of a
 configuration matter, whose weights are in the module, scores.
@@ -18,18 +18,18 @@ from modules.checkpoints.checkpoint import Checkpoint
 from modules.model.base_model import ResidentModel
 from modules.runtime.oom import is_out_of_memory
 
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # weights, children, hooks: they stay
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # weights, children, hooks: they are kept
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is put into the resident module for a moment: (where it is put, its name there, what is put there)."""
+    """Values to set in the resident module for a moment: (an attribute dict in it, key, value)."""
 
     values: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """The module computes by these."""
+        """Within it, the module computes by these settings."""
         previous = [(namespace, name, name in namespace, namespace.get(name)) for namespace, name, _ in self.values]
         try:
             for namespace, name, value in self.values:
@@ -44,9 +44,9 @@ class Settings:
 
 
 def settings_of(model: ResidentModel, checkpoint: Checkpoint) -> Settings | None:
-    """A checkpoint's own settings; None if the resident module can't compute by them: it is built in another way.
+    """A checkpoint's own settings; None if the resident module can't compute by them because its structure differs.
 
-    The checkpoint's module is built without weights, and what it holds beside them stands in the resident one's place.
+    The checkpoint's module is built without weights; all that it holds beside them becomes a setting.
     """
     base_config = model.module.config
     config = deepcopy(checkpoint.config)
@@ -54,12 +54,12 @@ def settings_of(model: ResidentModel, checkpoint: Checkpoint) -> Settings | None
         config = config.get_text_config()
     if type(config) is not type(base_config):
         return None
-    config._attn_implementation = base_config._attn_implementation  # which is no matter of what is computed
+    config._attn_implementation = base_config._attn_implementation  # this is how, not what, is computed
     config._experts_implementation = base_config._experts_implementation
     config.return_dict = True
     try:
         candidate_module = with_buffers(config, checkpoint.companions.trusted)
-    except Exception:  # whatever an architecture makes of settings that it does not take
+    except Exception:  # an architecture may raise anything for settings that it does not take
         return None
     candidate_modules = dict(candidate_module.named_modules(remove_duplicate=False))
     settings = Settings()
@@ -85,12 +85,13 @@ def settings_of(model: ResidentModel, checkpoint: Checkpoint) -> Settings | None
 
 @torch.no_grad()
 def _computes_by(model: ResidentModel, settings: Settings) -> bool:
-    """Whether the module still computes by these: something that they put there may know its own module's weights."""
+    """Whether the module still computes with these settings: a value among them may depend on the weights of the module
+    that it comes from."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     try:
         with settings.taken(), model.products():
             model.module(input_ids=ids, use_cache=False)
-    except Exception as error:  # whatever an architecture makes of it
+    except Exception as error:  # an architecture may raise anything
         if is_out_of_memory(error):
             raise
         return False
@@ -98,7 +99,8 @@ def _computes_by(model: ResidentModel, settings: Settings) -> bool:
 
 
 def _add_values(settings: Settings, base_module: nn.Module, candidate_module: nn.Module) -> None:
-    """Note what a module of the same class holds beside weights, children and hooks, in the place of ours."""
+    """Add to the settings all that a candidate's module holds beside weights, children and hooks, as values of the
+    base's module of the same class."""
     for name, value in vars(candidate_module).items():
         if name not in _MODULE_ATTRIBUTES:
             settings.values.append((base_module.__dict__, name, value))
