@@ -252,15 +252,15 @@ class ResidentModel:
         column = torch.tensor([1], device=self.device)
         failures = (TypeError, ValueError, IndexError)
         try:
-            everywhere = self._forward(input_ids=ids, use_cache=False).logits
+            all_columns = self._forward(input_ids=ids, use_cache=False).logits
         except failures:
             return  # the forward works only with `logits_to_keep`
         try:
             at_column = self._forward(input_ids=ids, use_cache=False, logits_to_keep=column).logits
         except failures:
             at_column = torch.empty(0)
-        same_shape = at_column.shape == everywhere[:, column].shape
-        self._takes_columns = same_shape and int((everywhere - at_column).abs().amax(-1).argmin()) == 1
+        same_shape = at_column.shape == all_columns[:, column].shape
+        self._takes_columns = same_shape and int((all_columns - at_column).abs().amax(-1).argmin()) == 1
 
     def logits(self, arguments: Mapping[str, Any], columns: Tensor) -> Tensor:
         """The logits of the model's own forward at the given columns: (B, columns, V)."""
@@ -282,8 +282,8 @@ class ResidentModel:
 
     def header(self) -> Part:
         """The input embedding and the output head; one weight for both if they are tied."""
-        both = self.module.get_input_embeddings(), self.module.get_output_embeddings()
-        modules = [module for module in both if module is not None]
+        embeddings = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        modules = [module for module in embeddings if module is not None]
         owned = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
         # A tied head is the embedding under a second name; the tensor is taken once, under the first.
         names = {id(tensor): name for name, tensor in reversed(self.tensors.items()) if id(tensor) in owned}

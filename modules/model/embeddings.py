@@ -179,14 +179,14 @@ def _description(
     moved = sum(row != candidate_row for row, candidate_row in matches.items())
     token_count = len(set(base_tokens.values()))
     lacking = token_count - len(matches)
-    nameless = rows - token_count
+    tokenless = rows - token_count
     added = len(set(candidate_tokens.values()) - set(matches.values()))
     text = f"{len(matches)} of {rows} rows matched by token"
     text += f", BOS or EOS by role ({', '.join(by_role)})" if by_role else ""
     text += f", {moved} of them at a different index" if moved else ""
-    kept = [f"{lacking} ({name} lacks their tokens)"] if lacking else []
-    kept += [f"{nameless} (without a token)"] if nameless else []
-    text += f"; the base's rows stay: {' and '.join(kept)}" if kept else ""
+    kept_counts = [f"{lacking} ({name} lacks their tokens)"] if lacking else []
+    kept_counts += [f"{tokenless} (without a token)"] if tokenless else []
+    text += f"; the base's rows stay: {' and '.join(kept_counts)}" if kept_counts else ""
     if added or candidate_rows != rows:
         text += f"; {name} has {candidate_rows} rows"
         text += f", {added} of them for tokens that the base lacks" if added else ""

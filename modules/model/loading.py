@@ -125,11 +125,11 @@ def release_memory() -> None:
         torch.get_device_module(device).empty_cache()
 
 
-def too_large_for(best: Arithmetic, other: Arithmetic, needed: int, free: int) -> str:
+def too_large_for(best: Arithmetic, fallback: Arithmetic, needed: int, free: int) -> str:
     """The warning that memory decides the compute type, and so the result. needed, free: bytes."""
     return (
-        f"{best.name} needs {in_memory(needed)}, but {in_memory(free)} are free; computing in {other.name} instead "
-        f"(set compute_dtype: {other.name} for the same result on every machine)"
+        f"{best.name} needs {in_memory(needed)}, but {in_memory(free)} are free; computing in {fallback.name} instead "
+        f"(set compute_dtype: {fallback.name} for the same result on every machine)"
     )
 
 

@@ -124,17 +124,17 @@ def placement_of(
 
 
 def place_layers(
-    layers: Sequence[int], others: int, reserve: int, free: Mapping[torch.device, int]
+    layers: Sequence[int], other_bytes: int, reserve: int, free: Mapping[torch.device, int]
 ) -> list[torch.device] | None:
     """The device of each layer if they don't all fit on the first one, else None. Devices are filled in order; layers
     left over stay in the CPU's memory.
 
-    layers: bytes of each; others: bytes of everything else, which is on the first device; reserve: bytes to keep free
-    on each device; free: bytes that are free on each.
+    layers: bytes of each; other_bytes: those of all else, which is on the first device; reserve: bytes to keep free on
+    each device; free: bytes that are free on each.
     """
-    first = next(iter(free))
+    first_device = next(iter(free))
     room = {device: size - reserve for device, size in free.items()}
-    room[first] -= others
+    room[first_device] -= other_bytes
     chosen = []
     for size in layers:
         # A full device is not tried again: so hidden states move from each device to the next only once.
@@ -144,7 +144,7 @@ def place_layers(
         chosen.append(device)
         if room:
             room[device] -= size
-    return None if set(chosen) == {first} else chosen
+    return None if set(chosen) == {first_device} else chosen
 
 
 def free_on_accelerators() -> dict[torch.device, int]:

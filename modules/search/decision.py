@@ -1,4 +1,4 @@
-"""What was decided of a layer or the header, and the weights of every source in it.
+"""The decision on a layer or the header, and the weights of every source in it.
 
 Knows: decisions, weights. Refuses to know: tensors, how a decision is taken.
 """
@@ -24,7 +24,7 @@ def weights_of(merges: Sequence[Merge]) -> Weights:
 
 
 def mixed_weights(base: str, candidates: Sequence[str], row: Sequence[float]) -> Weights:
-    """Weights within one part of a joint search: the base has what a row leaves of 1, which may be below 0."""
+    """Weights within one part of a joint search. The base's is 1 minus the row's sum, which may be below 0."""
     weights: Weights = {base: 1.0 - math.fsum(row)}
     for model, weight in zip(candidates, row, strict=True):
         weights[model] = weights.get(model, 0.0) + weight
@@ -32,7 +32,7 @@ def mixed_weights(base: str, candidates: Sequence[str], row: Sequence[float]) ->
 
 
 def composition_of(parts: Iterable[tuple[int, Weights]]) -> Weights:
-    """Weights in the whole model, largest first. parts: how many parameters each has, the weights in it."""
+    """Weights in the whole model, largest first. parts: (number of parameters, weights) of each."""
     sums: Weights = {}
     parameters = 0
     for size, weights in parts:
@@ -47,14 +47,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one layer (or the header) under one method, after all its ratios were tried."""
+    """The outcome for one layer (or the header) under one method, after all its ratios were tried."""
 
     model: str  # the candidate's name
     layer: int | None  # None is the header
     method: str
     ratio: float | None  # the ratio that won; None if the base's tensors were retained
-    before: float  # total score
-    after: float
+    before: float  # total score before the decision
+    after: float  # and after it
     log_probabilities: tuple[float, ...]  # joint, of every pair, afterwards
     metrics: Mapping[str, float] = field(default_factory=dict)  # those that are weighed or limited, afterwards
     warning: str | None = None  # why nothing could be tried

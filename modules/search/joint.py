@@ -200,7 +200,7 @@ class Joint:
 
     def value(self) -> Value:
         """The objective of the model as it is."""
-        return self._whole(self.objective, self.group.on_all_ranks(lambda: self.mix.value(self.objective)))
+        return self._value_of_parts(self.objective, self.group.on_all_ranks(lambda: self.mix.value(self.objective)))
 
     def gradient(self, weights: Sequence[Row], objective: Objective | None = None) -> Rows:
         """d objective / d weight of each row and candidate, 0 in rows that are not mixed. weights: the model's, which
@@ -238,15 +238,15 @@ class Joint:
         dtype = self.mix.model.dtype
         amount, tolerance = _PROBES.get(dtype, _PROBES_IN_HALF)
         noise = ROUNDINGS * torch.finfo(dtype).eps * self.objective.size(value) / amount
-        far, near = (self._slope(weights, direction, probe) for probe in (amount, amount / 2))
-        while abs(far - near) > tolerance * abs(near) + noise and 2 * noise <= tolerance * abs(expected):
+        coarse, fine = (self._slope(weights, direction, probe) for probe in (amount, amount / 2))
+        while abs(coarse - fine) > tolerance * abs(fine) + noise and 2 * noise <= tolerance * abs(expected):
             amount = amount / 2
             noise = 2 * noise
-            far = near
-            near = self._slope(weights, direction, amount / 2)
+            coarse = fine
+            fine = self._slope(weights, direction, amount / 2)
         self.mix.compose(weights)
-        measured = (4 * near - far) / 3  # extrapolated: without the error that grows with the amount squared
-        if not abs(measured - expected) <= tolerance * abs(expected) + abs(far - near) + noise:
+        measured = (4 * fine - coarse) / 3  # extrapolated: without the error that grows with the amount squared
+        if not abs(measured - expected) <= tolerance * abs(expected) + abs(coarse - fine) + noise:
             kind = type(self.mix.model.module).__name__
             raise ConfigError(
                 f"{kind}: search: joint is not supported, because the gradient says {expected:.4g} where the objective "
@@ -276,7 +276,7 @@ class Joint:
             self.group.sum([[0.0] * len(self.mix.candidates) + [1.0, float(not is_out_of_memory(error))]])
             raise
         self._sum([0.0] * len(self.mix.candidates))  # no process has failed after the last row
-        return self._whole(objective, value)
+        return self._value_of_parts(objective, value)
 
     def _sum(self, row: Row) -> Row:
         """The sum of a row over all processes. Raises _FailedElsewhere if one of them has failed."""
@@ -287,7 +287,7 @@ class Joint:
             raise self.mix.model.too_narrow("a gradient overflows")
         return sums
 
-    def _whole(self, objective: Objective, part: Value) -> Value:
+    def _value_of_parts(self, objective: Objective, part: Value) -> Value:
         """An objective's value from the parts of all processes."""
         ((total, *values),) = self.group.sum([[part.total, *part.metrics.values()]])
         model = self.mix.model

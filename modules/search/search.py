@@ -136,8 +136,8 @@ class Search:
     def _rounding(self) -> list[float]:
         """How far rounding alone moves each pair's probability. The base is scored in equivalent ways to find out."""
         probabilities = [list(map(probability, self.log_probabilities))]
-        for way in other_ways(self.scorer):
-            (log_probabilities,) = self._scored(lambda way=way: [way()])
+        for score_again in other_ways(self.scorer):
+            (log_probabilities,) = self._scored(lambda score_again=score_again: [score_again()])
             probabilities.append(list(map(probability, of_pairs(log_probabilities, self.scorer.encoded))))
         return spreads(probabilities)
 
@@ -337,8 +337,8 @@ class Search:
                     raise self.model.too_narrow("a trial overflows")
                 rows[number] = row
             name = self.model.arithmetic.name
-            what = f"{len(overflowing)} of {pluralize(len(trials), 'ratio')} overflow {name}"
-            self.notes.append(f"{what}; scored in {FALLBACK.name} instead")
+            share = f"{len(overflowing)} of {pluralize(len(trials), 'ratio')} overflow {name}"
+            self.notes.append(f"{share}; scored in {FALLBACK.name} instead")
         return overflowing
 
     def _check_range(self) -> None:
