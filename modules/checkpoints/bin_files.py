@@ -1,7 +1,7 @@
 """Weights in .bin files: read as plain tensors, or refused.
 
 Knows: pickles and the archives they come in. Refuses to know: indexes of shards, what a tensor is for.
-Nothing in a file is executed: a .bin file is a pickle, and one that would need more than tensors is refused.
+No code in a file is executed: a .bin file is a pickle, and one that holds more than tensors is refused.
 """
 
 import os
@@ -16,20 +16,20 @@ from torch import Tensor
 from modules.checkpoints.readers import Buffer, FilesReader, Forms
 from modules.runtime.errors import CheckpointError, reading
 
-_LARGEST_LISTING = 100_000_000  # bytes of what is said of the tensors in a file; a hundred or two for each
+_LARGEST_LISTING = 100_000_000  # bytes of a file's list of tensors, which has one or two hundred for each
 
 
 class BinReader(FilesReader):
     """See `Reader`. Files from before PyTorch 1.6, which can't be mapped into memory, are refused."""
 
     def forms(self, path: Path) -> Forms:
-        """What one file holds."""
+        """Dtypes and shapes of one file's tensors, by name."""
         with reading(path):
             _check_archive(path)
         tensors = _load(path)
         with reading(path):
             for name, tensor in tensors.items():
-                if tensor.numel() * tensor.element_size() > path.stat().st_size:  # one number in many places, say
+                if tensor.numel() * tensor.element_size() > path.stat().st_size:  # strides of 0, say
                     raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} is larger than the file")
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
@@ -46,7 +46,7 @@ class BinReader(FilesReader):
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError if an archive can't be mapped, or says that it holds more than it can."""
+    """Raise ValueError if an archive can't be mapped, or claims more bytes than the file has."""
     size = path.stat().st_size
     with _ShortReads(path) as file:
         if not zipfile.is_zipfile(file):
@@ -61,14 +61,14 @@ def _check_archive(path: Path) -> None:
 
 
 class _ShortReads(FileIO):
-    """A file of which only little is read at a time: an archive says itself how long the list of its contents is."""
+    """A file with a limit on each read: the length of an archive's table of contents comes from the file itself."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As of any file. Raises ValueError if that is too much."""
-        wanted = os.fstat(self.fileno()).st_size - self.tell() if size is None or size < 0 else size
-        if wanted > _LARGEST_LISTING:
-            raise ValueError(f"its table of contents claims {wanted:,} bytes, which is too large")
-        return super().read(wanted)
+        """See FileIO. Raises ValueError if the read exceeds the limit."""
+        byte_count = os.fstat(self.fileno()).st_size - self.tell() if size is None or size < 0 else size
+        if byte_count > _LARGEST_LISTING:
+            raise ValueError(f"its table of contents claims {byte_count:,} bytes, which is too large")
+        return super().read(byte_count)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -29,26 +29,26 @@ class Candidate:
     checkpoint: Checkpoint
     conversion: Conversion
     notes: Sequence[str] = ()  # lines for the person at the terminal
-    warnings: Sequence[str] = ()  # the same, of what may spoil the merge
-    otherwise: Sequence[str] = ()  # in what it computes by other settings than the base; a line for each
-    repositories: Sequence[Repository] = ()  # from which its files come
-    text: str = ""  # what the configuration calls it
+    warnings: Sequence[str] = ()  # lines about what may spoil the merge
+    otherwise: Sequence[str] = ()  # a line for each setting of its forward that differs from the base's
+    repositories: Sequence[Repository] = ()  # those of its files; two for a model with an adapter
+    text: str = ""  # its name in the configuration
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Its name in reports."""
         return self.checkpoint.name
 
     @property
     def where(self) -> str:
-        """Absolute paths, ids of the hub with their commit."""
+        """Its absolute paths, or ids on the hub with their commits."""
         return "+".join(repository.where for repository in self.repositories)
 
     def stream(self, names: Collection[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors on the CPU, in their stored dtype, each as soon as it is read; those that it lacks are
-        absent. buffer: what they are read into. Raises CheckpointError if a file can't be read."""
-        present = [name for name in names if name in self.conversion]
-        return self.conversion.stream(present, partial(self.checkpoint.stream, buffer=buffer))
+        """The named tensors on the CPU, in their stored dtype, each as soon as it is read. Names that it lacks are left
+        out. buffer: gives the memory for each tensor. Raises CheckpointError if a file can't be read."""
+        stored_names = [name for name in names if name in self.conversion]
+        return self.conversion.stream(stored_names, partial(self.checkpoint.stream, buffer=buffer))
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of a tensor, in the order of their numbers: (rows, ...), on the CPU, in its stored dtype.
@@ -59,14 +59,14 @@ class Candidate:
         return self.read([name])[name][rows] if stored is None else self.checkpoint.rows(stored, rows)
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        """The same as `stream`, all together and in the order of the names."""
+        """The tensors of `stream` as a dictionary, in the order of the names."""
         return self.conversion.load([name for name in names if name in self.conversion], self.checkpoint.stream)
 
 
 def open_candidate(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedModel) -> Candidate:
-    """A checkpoint as a candidate for the base, whose module may be without weights.
+    """A checkpoint as a candidate for the base. module: the base's, which may be without weights.
 
-    Raises ConfigError, naming both values, if it does not fit.
+    Raises ConfigError, naming both values, if the checkpoint does not fit.
     """
     conversion = _conversion(checkpoint, base, module)
     other_meaning = differences(base.config, checkpoint.config)
@@ -99,9 +99,9 @@ def open_candidate(checkpoint: Checkpoint, base: Checkpoint, module: PreTrainedM
 
 
 def check_base(checkpoint: Checkpoint, module: PreTrainedModel) -> list[str]:
-    """Lines about what a base stores beside its weights.
+    """Lines about tensors of a base that its module does not use. module: may be without weights.
 
-    Raises ConfigError if its tensors are not those of its own module, which may be without weights.
+    Raises ConfigError if the base's tensors are not those of the module.
     """
     try:
         conversion = Conversion(module, checkpoint.tensors)
@@ -156,7 +156,7 @@ def _kind(config: PreTrainedConfig) -> str:
 
 
 def _misfits(conversion: Conversion, module: PreTrainedModel, unused: Leftovers, base: Checkpoint) -> list[str]:
-    """In what the stored tensors of layers differ from the base's module: lacking, too many, of another form."""
+    """How the stored tensors of layers differ from the base's module: missing, unexpected, of other shape or dtype."""
     prefix = f"{find_layers(module)[0]}."
     missing = []
     problems = []

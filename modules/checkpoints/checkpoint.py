@@ -1,4 +1,4 @@
-"""Model folders: checked from their headers, read, and what lies beside their weights copied.
+"""Model folders: checks their headers, reads their tensors, copies the files beside their weights.
 
 Knows: config.json, tokenizers, which files a model needs. Refuses to know: modules, devices, scores.
 """
@@ -45,11 +45,11 @@ _DECISIVE = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "
 class Checkpoint:
     """A model folder: its configuration and its tensors."""
 
-    repository: Repository  # where its files are, or come from
+    repository: Repository  # its files, in a folder or on the hub
     name: str  # what reports call it
     config: PreTrainedConfig
     reader: Reader
-    companions: Companions  # as they were when it was opened
+    companions: Companions  # the files beside its weights when it was opened
 
     @property
     def path(self) -> Path:
@@ -58,12 +58,12 @@ class Checkpoint:
 
     @property
     def text(self) -> str:
-        """What messages call it: as the configuration does."""
+        """Its name in messages: that of the configuration."""
         return self.repository.text
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """What it stores, by name, in file order."""
+        """File, shape and dtype of its tensors, by name, in file order."""
         return self.reader.tensors
 
     @property
@@ -73,26 +73,26 @@ class Checkpoint:
 
     @property
     def job(self) -> Job:
-        """The files that must be there before it can be read."""
+        """The download of the files that it is read from."""
         return Job(self.name, self.repository, self.files)
 
     @property
     def tokenizer_files(self) -> tuple[Path, Companions]:
-        """The folder that has its tokenizer, if it has any, and the files that are read there."""
+        """The folder of its tokenizer, if it has any, and the files that are read there."""
         return self.path, self.companions
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """By which it is known again: of every file that decides what a merge makes of it, its size and a hash."""
+        """Size and hash of every file that changes a merge's result, by name. A later run knows the model by them."""
         described = [file for file in _DECISIVE if file in self.companions.sizes]
         return {file: fingerprint(self.path / file) for file in (*described, *self.files)}
 
     def stream(self, names: Iterable[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors, on the CPU, in their stored dtype, each as soon as it is read. buffer: what they are read
-        into. Raises CheckpointError if a file can't be read."""
+        """The named tensors, on the CPU, in their stored dtype, each as soon as it is read. buffer: gives the memory
+        for each. Raises CheckpointError if a file can't be read."""
         return self.reader.read(names, buffer)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The same, all together."""
+        """The same tensors as a dictionary."""
         return dict(self.stream(names))
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
@@ -111,17 +111,17 @@ class Checkpoint:
 def open_checkpoint(where: Path | Repository, name: str, trusted: bool = False) -> Checkpoint:
     """Read a model's configuration and the headers of its weight files; no weights. name: what reports call it.
 
-    trusted: whether code that it brings along may be run. Raises ConfigError if it is no usable model, CheckpointError
-    if a file that describes it can't be read.
+    trusted: whether the model's own code may run. Raises ConfigError if the model can't be used, CheckpointError if a
+    file that describes it can't be read.
     """
     repository = where if isinstance(where, Repository) else local(Location(str(where), where), where)
     path = repository.folder
     check_pointers(path, small_files(dict.fromkeys(repository.sizes, 0)))
     config = read_configuration(repository, trusted)
     files = weight_files(path, repository.sizes)
-    known = repository.headers(repository.absent(files))
+    headers = repository.headers(repository.absent(files))
     try:
-        reader = open_reader(path, files, known)
+        reader = open_reader(path, files, headers)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     if not any(info.dtype.is_floating_point for info in reader.tensors.values()):
@@ -130,23 +130,24 @@ def open_checkpoint(where: Path | Repository, name: str, trusted: bool = False) 
 
 
 def read_configuration(repository: Repository, trusted: bool) -> PreTrainedConfig:
-    """A model's configuration. Raises ConfigError if it is that of no usable model, CheckpointError if it can't be
-    read."""
+    """A model's configuration. Raises ConfigError if it can't be used, CheckpointError if it can't be read."""
     path = repository.folder
     if "config.json" not in repository.sizes:
         instead = found_instead(repository.sizes)
         raise ConfigError(f"{repository.text}: not a model folder: config.json is missing{instead}")
     try:
-        stated = json.loads(read_file(path / "config.json", LARGEST_SETTINGS).decode("utf-8"))
-        check_stated(stated, trusted)
-        quantised = quantised_by(stated)
+        settings = json.loads(read_file(path / "config.json", LARGEST_SETTINGS).decode("utf-8"))
+        check_stated(settings, trusted)
+        quantised = quantised_by(settings)
         if quantised is not None:
             raise ConfigError(
                 f"{path}: this model is quantized ({quantised} in config.json); merge the original weights, or remove "
                 "that key if the weights were converted back"
             )
-        beside = find_companions(path, trusted).sizes
-        with _copied(path, [name for name in beside if name == "config.json" or name.endswith(".py")]) as copies:
+        companion_sizes = find_companions(path, trusted).sizes
+        with _copied_files(
+            path, [name for name in companion_sizes if name == "config.json" or name.endswith(".py")]
+        ) as copies:
             config = AutoConfig.from_pretrained(copies, trust_remote_code=trusted, local_files_only=True)
         if not trusted:
             check_implementations(config)
@@ -155,18 +156,18 @@ def read_configuration(repository: Repository, trusted: bool) -> PreTrainedConfi
         raise
     except Exception as error:  # whatever a configuration class makes of a wrong value
         _raise_if_unread(path, "its configuration", error)
-        what = sniff_format(path / "config.json") or f"can't be used: {first_line(error)}"
-        raise ConfigError(f"{repository.text}: config.json {what}") from None
+        problem = sniff_format(path / "config.json") or f"can't be used: {first_line(error)}"
+        raise ConfigError(f"{repository.text}: config.json {problem}") from None
     return config
 
 
 def load_tokenizer(path: Path, companions: Companions | None = None) -> Any:
-    """A model folder's tokenizer. companions: the folder's, if they are known; each of them must then be there.
+    """A model folder's tokenizer. companions: the folder's, if they are known; all of these files must exist.
 
     Raises ConfigError if it has none that can be used, CheckpointError if a file can't be read.
     """
     companions = companions or find_companions(path, trusted=False)
-    with _copied(path, companions.sizes) as copies:
+    with _copied_files(path, companions.sizes) as copies:
         try:
             with without_panics():
                 tokenizer = AutoTokenizer.from_pretrained(
@@ -185,11 +186,13 @@ def load_tokenizer(path: Path, companions: Companions | None = None) -> Any:
 
 
 @contextmanager
-def _copied(path: Path, names: Iterable[str]) -> Iterator[Path]:
-    """A folder with copies of some of a model's files, for transformers: it goes on without a file that it can't read,
-    and makes something else of the rest. Raises CheckpointError if one can't be read."""
-    with TemporaryDirectory(prefix="merge-monster-", ignore_cleanup_errors=True) as place:
-        copies = Path(place) / (path.resolve().name or "model")  # code is kept under its folder's name
+def _copied_files(path: Path, names: Iterable[str]) -> Iterator[Path]:
+    """A temporary folder with copies of these files of a model. Raises CheckpointError if one can't be read.
+
+    transformers skips a file that it can't read, and makes another model or tokenizer of the others.
+    """
+    with TemporaryDirectory(prefix="merge-monster-", ignore_cleanup_errors=True) as temporary:
+        copies = Path(temporary) / (path.resolve().name or "model")  # code is kept under its folder's name
         copies.mkdir()
         for name in names:
             _copy(path / name, copies / name)
@@ -197,7 +200,7 @@ def _copied(path: Path, names: Iterable[str]) -> Iterator[Path]:
 
 
 def _plain_cause(path: Path, companions: Companions) -> str | None:
-    """What keeps a tokenizer from being read, where transformers tells of something else."""
+    """Why a tokenizer can't be read, if its files show it; the error of transformers names another cause."""
     for name in companions.sizes:
         problem = sniff_format(path / name)
         if problem:
@@ -207,16 +210,16 @@ def _plain_cause(path: Path, companions: Companions) -> str | None:
     return None
 
 
-def _raise_if_unread(path: Path, what: str, error: BaseException) -> None:
-    """Raise CheckpointError if an error of a library began as one of the operating system, or a lack of memory: that
-    says nothing about what is in the files."""
+def _raise_if_unread(path: Path, subject: str, error: BaseException) -> None:
+    """Raise CheckpointError if a library's error was caused by the operating system or by a lack of memory: such an
+    error says nothing about what is in the files. subject: what the library was reading."""
     cause: BaseException | None = error
     while cause is not None:
         of_the_system = isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)
         # As the tokenizer library, which is written in Rust, words it.
         in_words = re.search(rf"\(os error (?!{errno.ENOENT}\))", str(cause))
         if of_the_system or in_words or isinstance(cause, MemoryError):
-            raise CheckpointError(f"{path}: {what} can't be read ({first_line(cause)})") from None
+            raise CheckpointError(f"{path}: {subject} can't be read ({first_line(cause)})") from None
         cause = cause.__cause__ or cause.__context__
 
 

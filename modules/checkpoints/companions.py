@@ -2,8 +2,8 @@
 
 Knows: the names that transformers and the hub give such files, links. Refuses to know: what becomes of the files.
 
-What is not known by its name is somebody's notes or keys: it is neither read nor copied. A link is read wherever it
-leads, since whoever names a folder may read it; published is only what lies in the folder or in the hub's cache.
+A file without a known name may be private notes or keys: it is neither read nor copied. A link is read wherever it
+leads, since whoever names a folder may read it. Only files in the folder or in the hub's cache are published.
 """
 
 import json
@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from modules.checkpoints.weight_files import LARGEST_TEXT, index_file, is_there, local_files, read_file
 from modules.runtime.text import listed
 
-ADAPTER_SETTINGS = "adapter_config.json"  # what makes a folder an adapter
+ADAPTER_SETTINGS = "adapter_config.json"  # a folder with this file is an adapter
 
 _SETTINGS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json",
@@ -45,7 +45,7 @@ _LICENCE = re.compile(
 )
 _TEXTS = ("", ".txt", ".md", ".rst", ".html", ".pdf", ".lesser")
 
-# What is fetched of a model of the hub beside that: code may read files of any name.
+# Further files that are downloaded of a model of the hub: its code may read files of any name.
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
 _NOT_SMALL = ("model.", "pytorch_model", "merge_monster", "readme", "adapter_", "trainer_")
 
@@ -56,24 +56,24 @@ _MOST_NAMED = 20  # in a line of the log
 class Companions:
     """The files beside a model's weights, by their names in its folder, and their sizes in bytes."""
 
-    sizes: Mapping[str, int] = field(default_factory=dict)  # of those that describe and open the model
-    external_links: Sequence[str] = ()  # of these, links to somewhere else: they are read, and never copied
-    others: Sequence[str] = ()  # what belongs to no model, as far as its name tells, or is too large
-    trusted: bool = False  # whether code may be run that is among them
+    sizes: Mapping[str, int] = field(default_factory=dict)  # of the files that describe the model or load it
+    external_links: Sequence[str] = ()  # those of `sizes` that are links out of the folder: read, never copied
+    others: Sequence[str] = ()  # files that are no part of a model by their name, or too large
+    trusted: bool = False  # whether the model's own code may run
 
     @property
     def published(self) -> dict[str, int]:
-        """Those that are copied beside weights that are written, and their sizes."""
+        """The files that are copied beside written weights, and their sizes."""
         return {name: size for name, size in self.sizes.items() if name not in self.external_links}
 
     @property
     def lacking(self) -> list[str]:
-        """Those without which what is written could not be opened, and which are not copied."""
+        """Files that are not copied although the written model can't be loaded without them."""
         return [name for name in self.external_links if name == "config.json" or _fits(name, _TOKENIZERS)]
 
     @property
     def notes(self) -> list[str]:
-        """A line about what is not copied though it belongs to the model."""
+        """A line about the model's files that are not copied, if any."""
         words = "Not copied (links out of the base's folder)"
         return [f"{words}: {listed(self.external_links, _MOST_NAMED)}"] if self.external_links else []
 
@@ -86,16 +86,16 @@ class Companions:
 
 
 def small_files(sizes: Mapping[str, int]) -> list[str]:
-    """Of all files of a model, those that are needed before its weights: what describes and opens it.
+    """The names of a model's files that are needed before its weights: they describe it and are needed to load it.
 
-    sizes: in bytes, by name. What calls itself text or JSON but is large is somebody's data.
+    sizes: of all its files in bytes, by name. A large text or JSON file is data, and left out.
     """
-    needed = {"config.json", ADAPTER_SETTINGS, index_file(sizes)}
-    return [name for name, size in sizes.items() if (name in needed or is_small(name)) and size <= LARGEST_TEXT]
+    required = {"config.json", ADAPTER_SETTINGS, index_file(sizes)}
+    return [name for name, size in sizes.items() if (name in required or is_small(name)) and size <= LARGEST_TEXT]
 
 
 def licence_files(sizes: Mapping[str, int]) -> list[str]:
-    """Of all files of a model, those that go with it wherever it goes, and that no program needs."""
+    """The names of a model's licences and notices, which must go with every copy. sizes: in bytes, by name."""
     return [name for name, size in sizes.items() if is_licence(name) and size <= LARGEST_TEXT]
 
 
@@ -105,38 +105,38 @@ def is_licence(name: str) -> bool:
 
 
 def belongs(name: str) -> bool:
-    """Whether a file of this name describes a model, or opens it. Code is not among them: see `find_companions`."""
+    """Whether a file of this name describes a model or is needed to load it. Not code: see `find_companions`."""
     return _fits(name, (*_SETTINGS, *_TOKENIZERS, *_CHAT)) or is_licence(name)
 
 
 def is_small(name: str) -> bool:
-    """Whether a file of this name, at the hub, may be needed to open a model."""
+    """Whether a file of this name on the hub may be needed to load a model."""
     fits = _fits(name, _SMALL) and "/" not in name and not name.lower().startswith(_NOT_SMALL)
     return (fits or belongs(name)) and not is_licence(name)
 
 
 def find_companions(folder: Path, trusted: bool) -> Companions:
-    """Look through a model's folder. Raises CheckpointError if a file can't be looked at.
+    """The files beside the weights in a model's folder. Raises CheckpointError if a file can't be read.
 
-    trusted: whether Python files are among them, those that the model's settings name, with what these need.
+    trusted: whether to include the Python files that the model's settings name, and the files that these need.
     """
-    present = local_files(folder)
+    names = local_files(folder)
     templates = folder / _TEMPLATES
     if is_there(templates, stat.S_ISDIR):
-        present += [f"{_TEMPLATES}/{name}" for name in local_files(templates)]
-    sizes = {name: (folder / name).stat().st_size for name in present if not Path(name).name.startswith(".")}
-    found = [name for name in sizes if belongs(name)]
+        names += [f"{_TEMPLATES}/{name}" for name in local_files(templates)]
+    sizes = {name: (folder / name).stat().st_size for name in names if not Path(name).name.startswith(".")}
+    companions = [name for name in sizes if belongs(name)]
     if trusted:
-        found += _code(folder, found, sizes)
-    found = [name for name in dict.fromkeys(found) if sizes[name] <= LARGEST_TEXT]
-    external_links = [name for name in found if _leads_out(folder, name)]
-    others = [name for name in sizes if name not in found and (is_small(name) or belongs(name))]
-    return Companions({name: sizes[name] for name in found}, external_links, others, trusted)
+        companions += _code_files(folder, companions, sizes)
+    companions = [name for name in dict.fromkeys(companions) if sizes[name] <= LARGEST_TEXT]
+    external_links = [name for name in companions if _leads_out(folder, name)]
+    unrelated = [name for name in sizes if name not in companions and (is_small(name) or belongs(name))]
+    return Companions({name: sizes[name] for name in companions}, external_links, unrelated, trusted)
 
 
 def _leads_out(folder: Path, name: str) -> bool:
-    """Whether a file lies, once its links are followed, neither in the folder nor among the blobs of the hub's cache,
-    or of another one that the folder lies in.
+    """Whether a file, with links resolved, lies neither in the folder nor among the blobs of the hub's cache, or of
+    another cache that contains the folder.
 
     The cache has models--org--name/blobs/HASH and models--org--name/snapshots/COMMIT, a model's folder.
     """
@@ -152,21 +152,21 @@ def _leads_out(folder: Path, name: str) -> bool:
     return not (blobs.name == "blobs" and model.name.startswith("models--") and is_cache)
 
 
-def _code(folder: Path, described: Collection[str], present: Collection[str]) -> list[str]:
-    """The Python files that a model's settings name, those that they import, and other files that they name."""
-    waiting = [module for name in described if name in _SETTINGS for module in _auto_map(folder / name)]
-    found: dict[str, str] = {}
+def _code_files(folder: Path, settings_files: Collection[str], present: Collection[str]) -> list[str]:
+    """The Python files that a model's settings name, those that they import, and other files named in their code."""
+    waiting = [module for name in settings_files if name in _SETTINGS for module in _auto_map(folder / name)]
+    code_by_file: dict[str, str] = {}
     while waiting:
         file = f"{waiting.pop()}.py"
-        if file in present and file not in found:
-            found[file] = read_file(folder / file).decode("utf-8", "replace")
-            waiting += re.findall(r"^\s*(?:from|import)\s+\.(\w+)", found[file], re.MULTILINE)
-    quoted = {text for code in found.values() for text in re.findall(r"""["']([\w.-]+)["']""", code)}
-    return [*found, *(name for name in present if name in quoted)]
+        if file in present and file not in code_by_file:
+            code_by_file[file] = read_file(folder / file).decode("utf-8", "replace")
+            waiting += re.findall(r"^\s*(?:from|import)\s+\.(\w+)", code_by_file[file], re.MULTILINE)
+    quoted = {text for code in code_by_file.values() for text in re.findall(r"""["']([\w.-]+)["']""", code)}
+    return [*code_by_file, *(name for name in present if name in quoted)]
 
 
 def _auto_map(file: Path) -> Iterator[str]:
-    """The modules in which a model's own classes are, as its settings name them; not those of other models."""
+    """The modules of a model's own classes, from auto_map in its settings; not those of other repositories."""
     try:
         settings = json.loads(read_file(file).decode("utf-8"))
     except (ValueError, RecursionError):  # whoever uses it says so
@@ -180,5 +180,5 @@ def _auto_map(file: Path) -> Iterator[str]:
 
 
 def _fits(name: str, patterns: Collection[str]) -> bool:
-    """A star stands for no slash."""
+    """Whether a name fits one of the patterns; a star does not match a slash."""
     return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)

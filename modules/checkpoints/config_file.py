@@ -1,7 +1,7 @@
-"""What a config.json asks for: read before transformers sees it, since some of its keys have code or files fetched.
+"""Checks of a config.json before transformers reads it: some keys make transformers download code or files.
 
-Knows: the keys of config.json that fetch, or say how weights are quantised. Refuses to know: weights, modules, what the
-other keys mean.
+Knows: the keys of config.json that cause downloads or say how weights are quantised. Refuses to know: weights,
+modules, what the other keys mean.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig
 
 from modules.runtime.text import shortened
 
-MOST_LAYERS = 2000  # more than any model has; each one takes time and memory before its weights are looked for
+MOST_LAYERS = 2000  # more than any model has; each takes time and memory even before weights are read
 _QUANTISED = ("quantization_config", "compression_config")
 
-# What comes with transformers or an installed package. Any other name may be one of native code at the hub, which
-# transformers fetches and loads where the package `kernels` is installed.
+# Implementations of transformers or an installed package. Any other name may be one of native code on the hub, which
+# transformers downloads and loads if the package `kernels` is installed.
 _ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 _EXPERTS = ("eager", "batched_mm", "grouped_mm")
 _IMPLEMENTATIONS = {
@@ -29,21 +29,21 @@ _OTHER_MODELS = ("backbone", "architecture")  # of an image encoder: a name, unl
 
 
 def check_stated(stated: Any, trusted: bool) -> None:
-    """Raise ValueError, naming the key, if a config.json is none of a model, or asks for more than is there.
+    """Raise ValueError, naming the key, if a config.json claims too many layers or would cause a download.
 
-    trusted: whether code that the model brings along may be run.
+    stated: the parsed file. trusted: whether the model's own code may run.
     """
     if _layers(stated) > MOST_LAYERS:
         raise ValueError(f"it claims {_layers(stated):.4g} layers")
     for key, value in _keys(stated):
-        problem = _fetches(key.rpartition(".")[2], value, trusted)
+        problem = _fetch_problem(key.rpartition(".")[2], value, trusted)
         if problem:
             raise ValueError(f"{key} is '{shortened(str(value), 80, keep='start')}', {problem}; remove that key")
 
 
 def check_implementations(config: PreTrainedConfig) -> None:
-    """Raise ValueError if a configuration, read from a file that passed `check_stated`, asks for an implementation all
-    the same, under a name that the file itself has made up for it."""
+    """Raise ValueError if a configuration asks for an implementation although its file passed `check_stated`: the file
+    can define another name for the key (attribute_map)."""
     for part in parts_of(config):
         for key in ("_attn_implementation", "_experts_implementation"):
             value = getattr(part, key, None)
@@ -52,7 +52,7 @@ def check_implementations(config: PreTrainedConfig) -> None:
 
 
 def parts_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those of its parts, as of a text model in one that sees."""
+    """A configuration and those of its parts, such as the text model in a multimodal one."""
     yield config
     for key in config.sub_configs:
         inner = getattr(config, key, None)
@@ -61,15 +61,15 @@ def parts_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def quantised_by(stated: Any) -> str | None:
-    """The key that says how a model is quantised, with those above it; None if none does."""
+    """The full dotted key that says how a model is quantised; None if there is none."""
     for key, value in _keys(stated):
         if key.rpartition(".")[2] in _QUANTISED and value:
             return key
     return None
 
 
-def _fetches(key: str, value: Any, trusted: bool) -> str | None:
-    """What is wrong with a key's value if it would have something fetched."""
+def _fetch_problem(key: str, value: Any, trusted: bool) -> str | None:
+    """Why a key's value is refused, if it would cause a download; else None."""
     allowed = _IMPLEMENTATIONS.get(key)
     if allowed and any(name is not None and name not in allowed for name in _leaves(value)):
         return f"which may load code from the hub (allowed: {', '.join(allowed)})"
@@ -83,7 +83,7 @@ def _fetches(key: str, value: Any, trusted: bool) -> str | None:
 
 
 def _keys(stated: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """All keys of a JSON document with their values, also those within others, with dots between."""
+    """All keys of a JSON document with their values; nested keys are joined with dots."""
     if isinstance(stated, Mapping):
         for key, value in stated.items():
             yield f"{above}{key}", value
@@ -94,13 +94,13 @@ def _keys(stated: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What stands in a value, however it is nested."""
+    """The innermost values of a nested value."""
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
     if inner is None:
         yield value
     else:
-        for one in inner:
-            yield from _leaves(one)
+        for item in inner:
+            yield from _leaves(item)
 
 
 def _layers(stated: Any) -> float:

@@ -1,4 +1,4 @@
-"""When files of the hub are fetched and removed during a run.
+"""Downloads files of the hub ahead of their use during a run, and removes them.
 
 Knows: which files a run needs next, the bar, the disk. Refuses to know: HTTP, what is in the files.
 """
@@ -30,17 +30,17 @@ class Job:
 
     @property
     def absent(self) -> list[str]:
-        """What is still to be fetched."""
+        """The files that are still to be downloaded."""
         return self.repository.absent(self.files)
 
     @property
     def sizes(self) -> dict[tuple[Path, str], int]:
-        """The same with its sizes in bytes, by folder and name."""
+        """Sizes of these files in bytes, by folder and name."""
         return {(self.repository.folder, file): self.repository.sizes.get(file, 0) for file in self.absent}
 
 
 class Prefetcher:
-    """Does jobs in their order in the background, never more than one ahead of the one that is in use."""
+    """Downloads jobs in order in the background, at most one ahead of the job in use."""
 
     def __init__(self, jobs: Sequence[Job], begin: Callable[[Job], tqdm]) -> None:
         """begin: is called, in the caller's thread, when a job's download begins; returns a bar for its progress."""
@@ -52,16 +52,16 @@ class Prefetcher:
         self._is_over = False
 
     def wait(self, number: int) -> None:
-        """Return when a job is done, the next one begun. Raises CheckpointError if a file can't be had."""
+        """Return when a job is done and the next one has begun. Raises CheckpointError if a download fails."""
         self._finish()
-        self._start(number)  # once more, if it has failed when it was not needed yet
+        self._start(number)  # again, if it failed while it was not needed yet
         for download in self._finish():
             download.result()
         if number + 1 < len(self._jobs):
             self._start(number + 1)
 
     def _start(self, number: int) -> None:
-        """Begin a job, if it has anything to do."""
+        """Begin a job, unless all its files are there."""
         job = self._jobs[number]
         if not job.absent:
             return
@@ -75,7 +75,7 @@ class Prefetcher:
         self._running.append(self._pool.submit(job.repository.fetch, job.files, report))
 
     def _finish(self) -> list[Future[None]]:
-        """Wait for what is running, be it in vain."""
+        """Wait until the running download has ended, successfully or not; returns it."""
         ended = self._running
         self._running = []
         futures.wait(ended)
@@ -87,21 +87,21 @@ class Prefetcher:
 
     def __exit__(self, *_: object) -> None:
         self._is_over = True
-        futures.wait(self._running, 1.0)  # time to remove what is half done
+        futures.wait(self._running, 1.0)  # time to remove unfinished files
         self._pool.shutdown(wait=False)
         self._bars.close()
 
 
 def fetch_now(console: Console, job: Job) -> None:
-    """Fetch a job's files from the hub, if any are missing, and return when they are here. Raises ConfigError if the
-    disk is too small, CheckpointError if they can't be had."""
+    """Download a job's missing files and return when all are there. Raises ConfigError if the disk is too small,
+    CheckpointError if a download fails."""
     check_space([job])
     with fetching(console, [job]) as prefetcher:
         prefetcher.wait(0)
 
 
 def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
-    """Jobs that are fetched one after another, each said and shown when it begins."""
+    """A prefetcher of jobs that prints a line and shows a bar when each download begins."""
 
     def begin(job: Job) -> tqdm:
         size = sum(job.sizes.values())
@@ -112,26 +112,26 @@ def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
 
 
 def remove_downloads(console: Console, repositories: Iterable[Repository], needed: Iterable[Repository] = ()) -> None:
-    """Remove these models from the hub's cache, but for those that were there before this run, or are needed still."""
-    new = [repository for repository in repositories if repository.fetched and not repository.was_cached]
-    ours = {(repository.location.repo, repository.commit) for repository in new}
-    if not ours:
+    """Remove these models from the hub's cache, but for those that were there before this run or are still needed."""
+    downloaded = [repository for repository in repositories if repository.fetched and not repository.was_cached]
+    downloaded_commits = {(repository.location.repo, repository.commit) for repository in downloaded}
+    if not downloaded_commits:
         return
-    kept = {repository.commit for repository in needed}
+    kept_commits = {repository.commit for repository in needed}
     removable = set()
     cache = scan_cache_dir(constants.HF_HUB_CACHE)
     for repo in cache.repos:
         for revision in repo.revisions:
-            is_ours = (repo.repo_id, revision.commit_hash) in ours
-            (removable if is_ours else kept).add(revision.commit_hash)
+            is_ours = (repo.repo_id, revision.commit_hash) in downloaded_commits
+            (removable if is_ours else kept_commits).add(revision.commit_hash)
     try:
-        cache.delete_revisions(*(removable - kept)).execute()
+        cache.delete_revisions(*(removable - kept_commits)).execute()
     except OSError as error:  # no reason to lose a merge
         console.warning(f"could not remove the downloads from {constants.HF_HUB_CACHE} ({error.strerror})")
 
 
 def bytes_needed(jobs: Iterable[Job]) -> int:
-    """What the jobs put on the cache's disk together; a file that several need counts once."""
+    """Bytes that all jobs together write to the cache's disk; a file of several jobs counts once."""
     sizes: dict[tuple[Path, str], int] = {}
     for job in jobs:
         sizes |= job.sizes
@@ -139,12 +139,12 @@ def bytes_needed(jobs: Iterable[Job]) -> int:
 
 
 def cache_folder() -> Path:
-    """Where the hub's files are kept, or the nearest folder above it that is there already."""
+    """The folder of the hub's cache, or the nearest existing folder above it."""
     return nearest_folder(Path(constants.HF_HUB_CACHE).expanduser().resolve())
 
 
 def nearest_folder(folder: Path) -> Path:
-    """A folder, or the nearest one above it that is there."""
+    """A folder, or the nearest existing one above it."""
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
@@ -153,9 +153,9 @@ def check_space(jobs: Iterable[Job]) -> None:
     check_room(bytes_needed(jobs), Path(constants.HF_HUB_CACHE).expanduser().resolve(), "the downloads need")
 
 
-def check_room(needed: int, folder: Path, what: str) -> None:
-    """Raise ConfigError if the disk of a folder is too small for so many bytes. what: takes them, in words."""
+def check_room(needed: int, folder: Path, purpose: str) -> None:
+    """Raise ConfigError if the disk of a folder is too small. needed: in bytes. purpose: how the message begins."""
     free = shutil.disk_usage(nearest_folder(folder)).free
     if needed > free:
-        sizes = f"{what} {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free"
+        sizes = f"{purpose} {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free"
         raise ConfigError(f"{sizes}; free some space, or set HF_HOME to a folder on a larger disk")

@@ -1,10 +1,10 @@
-"""GGUF files, as llama.cpp reads them: each becomes, once, an ordinary model folder in the cache.
+"""GGUF files, as llama.cpp reads them: each is converted once to an ordinary model folder in the cache.
 
-Knows: where such a file's folder lies, how it is made. Refuses to know: architectures and the numbers' packing, which
-are transformers'; what the model is for.
+Knows: where such a file's folder lies, how it is made. Refuses to know: architectures and quantised formats, which
+transformers reads; what the model is for.
 
-The folder's name is that of the file and a hash of it, and of the folder from which the tokenizer was taken. It is made
-under another name, which it keeps until it is complete.
+The folder's name is that of the file and a hash of the file and of the folder from which the tokenizer was taken. The
+folder has another name until it is complete.
 """
 
 import hashlib
@@ -39,33 +39,33 @@ from modules.runtime.errors import ConfigError, first_line, reading, without_pan
 from modules.runtime.text import one_line
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_OF_QUANTISED = torch.bfloat16
+_QUANTISED_DTYPE = torch.bfloat16
 _LONGEST = 80  # characters of the file's name in the folder's
-_BEGINNING = 2**25  # bytes of a file, in which is what stands before its numbers, the tokenizer too
-_NOTES = "merge_monster_gguf.json"  # in the folder: how the file stores most of its numbers, warnings
-_MAKING = 3  # counts the ways in which folders were made: one of an earlier way is not used
+_BEGINNING = 2**25  # bytes of a file that are hashed: they hold its keys, with the tokenizer, but few weights
+_NOTES = "merge_monster_gguf.json"  # in the folder: how the file stores most of its weights, warnings
+_MAKING = 3  # version of the conversion: folders of an earlier one are not used
 
 Tell = Callable[[Sequence[str]], None]
 
 
 def open_gguf(location: Location, tokenizer: str | None, tell: Tell) -> Repository:
-    """The files of the model folder that a GGUF file becomes. Arguments, errors: see `as_folder`."""
+    """The files of the model folder made from a GGUF file. Arguments, errors: see `as_folder`."""
     folder, is_new = as_folder(location.folder, tokenizer, tell)
-    made = read_notes(folder)
-    kind = made["kind"]
+    notes = read_notes(folder)
+    kind = notes["kind"]
     rounding = "" if kind in _PLAIN else " (quantization loss is permanent)"
     rebuilt = "rebuilt from the file (set tokenizer to use another)"
     chosen = f"taken from {tokenizer}" if tokenizer else rebuilt
-    what = f"a GGUF file in {kind}{rounding}, read as {dtype_name(_dtype_of(kind))}; its tokenizer is {chosen}"
-    warnings = [f"{location.text}: {line}" for line in made["warnings"]]
-    return local(location, folder, is_new=is_new, notes=[f"{location.text} is {what}"], warnings=warnings)
+    description = f"a GGUF file in {kind}{rounding}, read as {dtype_name(_dtype_of(kind))}; its tokenizer is {chosen}"
+    warnings = [f"{location.text}: {line}" for line in notes["warnings"]]
+    return local(location, folder, is_new=is_new, notes=[f"{location.text} is {description}"], warnings=warnings)
 
 
 def as_folder(file: Path, tokenizer: str | None = None, tell: Tell = lambda lines: None) -> tuple[Path, bool]:
-    """The model folder that a GGUF file becomes, and whether it was made now.
+    """The model folder made from a GGUF file, and whether this call has made it.
 
-    tokenizer: a folder from which the tokenizer is taken; else it is rebuilt from the file. tell: is given a line if
-    the folder has still to be made. Raises ConfigError if it can't be, CheckpointError if the file can't be read.
+    tokenizer: a folder from which the tokenizer is taken; else it is rebuilt from the file. tell: prints a line before
+    the folder is made. Raises ConfigError if it can't be made, CheckpointError if the file can't be read.
     """
     name = f"{file.stem[:_LONGEST]}-{_hash_of(file, tokenizer)}"
     folder = Path(constants.HF_ASSETS_CACHE).expanduser().resolve() / "merge-monster" / "gguf" / name
@@ -85,35 +85,35 @@ def as_folder(file: Path, tokenizer: str | None = None, tell: Tell = lambda line
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
-    """Of a folder that was made: kind, how the file stores most numbers; warnings, what of its meaning may be lost.
-    Raises CheckpointError if they can't be read."""
+    """The notes in a converted folder. kind: how the file stores most weights. warnings: what of its meaning may be
+    lost. Raises CheckpointError if they can't be read."""
     return json.loads(read_file(folder / _NOTES))
 
 
 def _dtype_of(kind: str) -> torch.dtype:
-    """What numbers are stored in once they are plain ones."""
-    return _PLAIN.get(kind, _OF_QUANTISED)
+    """The dtype of the converted weights."""
+    return _PLAIN.get(kind, _QUANTISED_DTYPE)
 
 
 def _hash_of(file: Path, tokenizer: str | None) -> str:
-    """What the folder depends on, in a few letters. Raises ConfigError if the tokenizer's folder is not there,
-    CheckpointError if a file can't be read."""
+    """A hash of all that the folder depends on, 16 hex digits. Raises ConfigError if the tokenizer's folder does not
+    exist, CheckpointError if a file can't be read."""
     with reading(file), file.open("rb") as opened:
         beginning = hashlib.sha256(opened.read(_BEGINNING)).hexdigest()
-    known: list[Any] = [_MAKING, fingerprint(file), beginning]
+    dependencies: list[Any] = [_MAKING, fingerprint(file), beginning]
     if tokenizer is not None:
         folder = Path(tokenizer)
         if not folder.is_dir():
             raise ConfigError(f"tokenizer: {tokenizer}: no such folder")
-        known.append({name: fingerprint(folder / name) for name in find_companions(folder, trusted=False).sizes})
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+        dependencies.append({name: fingerprint(folder / name) for name in find_companions(folder, trusted=False).sizes})
+    return hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _make(header: GgufHeader, folder: Path, tokenizer: str | None) -> None:
     """Write the folder, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".unfinished-", dir=folder.parent, ignore_cleanup_errors=True) as place:
-        unfinished = Path(place) / "model"
+    with TemporaryDirectory(prefix=".unfinished-", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+        unfinished = Path(temporary) / "model"
         unfinished.mkdir()
         warnings = _write(header, unfinished, tokenizer)
         notes = {"kind": header.kind, "warnings": [one_line(warning) for warning in warnings]}
@@ -126,19 +126,19 @@ def _make(header: GgufHeader, folder: Path, tokenizer: str | None) -> None:
 
 
 def _write(header: GgufHeader, folder: Path, tokenizer: str | None) -> list[str]:
-    """Write model and tokenizer into an empty folder; warnings about what may be lost.
+    """Write model and tokenizer into an empty folder. Returns warnings about what may be lost.
 
-    Raises ConfigError if transformers can't read the file, or would make another model of it.
+    Raises ConfigError if transformers can't read the file, or would build another model from it.
     """
     file = header.file
     rebuilt = rebuild_tokenizer(file) if tokenizer is None else None
     chosen = load_tokenizer(Path(tokenizer)) if rebuilt is None else rebuilt.tokenizer
-    source = {"gguf_file": str(file.resolve()), "local_files_only": True}  # nothing that lies beside it is read
+    source = {"gguf_file": str(file.resolve()), "local_files_only": True}  # no file beside it is read
     try:
-        # A bar is shown that no setting keeps away.
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), without_panics():
-            config, zeros, warnings = _understood(AutoConfig.from_pretrained(folder, **source), header)
-            model, found = AutoModelForCausalLM.from_pretrained(
+        # transformers shows a progress bar that no setting turns off.
+        with open(os.devnull, "w") as devnull, redirect_stderr(devnull), without_panics():
+            config, zeros, warnings = _settled_config(AutoConfig.from_pretrained(folder, **source), header)
+            model, loading_info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 quantization_config=GgufConfig(dequantize=True),
@@ -148,13 +148,13 @@ def _write(header: GgufHeader, folder: Path, tokenizer: str | None) -> list[str]
             )
     except ConfigError:
         raise
-    except Exception as error:  # whatever transformers makes of a type or an architecture that it doesn't know
+    except Exception as error:  # of transformers, for an unknown type or architecture
         raise ConfigError(f"{file}: transformers can't dequantize it ({first_line(error)})") from None
-    missing = sorted(found["missing_keys"] - zeros)
+    missing = sorted(loading_info["missing_keys"] - zeros)
     if missing:
         hint = "if the file was split, join its parts with llama-gguf-split"
         raise ConfigError(f"{file}: {len(missing)} of the model's tensors are missing, such as {missing[0]}; {hint}")
-    refuse(header, config, sorted(found["unexpected_keys"]))
+    refuse(header, config, sorted(loading_info["unexpected_keys"]))
     for name in zeros:
         model.get_parameter(name).data.zero_()
     if rebuilt is not None:
@@ -167,10 +167,10 @@ def _write(header: GgufHeader, folder: Path, tokenizer: str | None) -> list[str]
     return [*warnings, *rebuilt.doubts]
 
 
-def _understood(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTrainedConfig, frozenset[str], list[str]]:
-    """The configuration that says all that the file says; biases that are zeros; warnings.
+def _settled_config(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTrainedConfig, frozenset[str], list[str]]:
+    """The configuration with all that the file says; the names of biases to fill with zeros; warnings.
 
-    Raises ConfigError, naming the key or tensor, if there is none.
+    Raises ConfigError, naming the key or tensor, if no configuration can say it.
     """
     factors = {}
     for name in FACTORS:

@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself, read by gguf's and transformers' readers once it is safe to.
+"""The keys and tensors of a GGUF file, read by gguf's and transformers' readers after checks.
 
 Knows: that every number in a file may be wrong, and what these readers do not check. Refuses to know: what a key means,
 models.
@@ -23,7 +23,7 @@ from modules.runtime.errors import ConfigError, first_line, reading
 
 TOKENS = "tokenizer.ggml.tokens"
 MERGES = "tokenizer.ggml.merges"
-_MOST_KEYS = 2**16  # no real file comes near
+_MOST_KEYS = 2**16  # far more than in any real file
 _MOST_TENSORS = 2**18
 
 
@@ -46,7 +46,7 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """As llama.cpp calls it."""
+        """llama.cpp's name of it."""
         return str(self.keys.get("general.architecture", ""))
 
     def setting(self, name: str, default: Any = None) -> Any:
@@ -55,35 +55,36 @@ class GgufHeader:
 
     @property
     def kind(self) -> str:
-        """How most numbers are stored."""
+        """The storage type of most weights."""
         count: Counter[str] = Counter()
         for tensor in self.tensors.values():
             count[tensor.kind] += prod(tensor.shape)
         return count.most_common(1)[0][0]
 
     def refusal(self, problem: str) -> ConfigError:
-        """An error about what the file says and transformers can't."""
+        """An error about something in the file that transformers can't represent."""
         return ConfigError(f"{self.file}: {problem}; merge the original model instead")
 
 
 def read_header(file: Path) -> GgufHeader:
-    """Read and check a file's keys and where its tensors lie; none of its numbers.
+    """Read and check a file's keys and the layout of its tensors; no weights.
 
-    Raises ConfigError if it is no GGUF file, or damaged, CheckpointError if it can't be opened.
+    Raises ConfigError if it is no GGUF file or damaged, CheckpointError if it can't be opened.
     """
     with reading(file), file.open("rb") as opened:
         start = opened.read(24)
     try:
         keys = _keys(file, start)
         tensors = _tensors(file)
-    except Exception as error:  # whatever a damaged file leads to
-        what = sniff_format(file) or f"can't be read as GGUF ({first_line(error)}); download it again"
-        raise ConfigError(f"{file}: {what}") from None
+    except Exception as error:  # of any kind, for a damaged file
+        problem = sniff_format(file) or f"can't be read as GGUF ({first_line(error)}); download it again"
+        raise ConfigError(f"{file}: {problem}") from None
     return GgufHeader(file, keys, tensors)
 
 
 def _keys(file: Path, start: bytes) -> dict[str, Any]:
-    """The file's keys. This reader fails where a length leads out of the file; it takes any count, and a key twice."""
+    """The file's keys. transformers' reader fails if a length exceeds the file; counts and repeated keys are checked
+    here."""
     magic, _, tensor_count, key_count = struct.unpack("<4sIQQ", start)
     if magic == b"GGUF" and (key_count > _MOST_KEYS or tensor_count > _MOST_TENSORS):
         raise ValueError(f"it claims {key_count} keys and {tensor_count} tensors")
@@ -94,8 +95,8 @@ def _keys(file: Path, start: bytes) -> dict[str, Any]:
 
 
 def _tensors(file: Path) -> dict[str, GgufTensor]:
-    """The file's tensors. This reader sees to kinds, shapes and the file's end, and takes tensors that overlap. It goes
-    through a whole array without looking where the file ends, so the keys must have been read before."""
+    """The file's tensors. gguf's reader checks kinds, shapes and the file's end; overlaps are checked here. It reads a
+    whole array without checking the file's end, so `_keys` must have succeeded before."""
     end = 0
     tensors = {}
     for tensor in sorted(GGUFReader(file).tensors, key=lambda tensor: tensor.data_offset):

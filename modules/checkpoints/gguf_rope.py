@@ -1,7 +1,6 @@
 """The rotary embedding of a GGUF file, as transformers' rope_parameters.
 
-Knows: which keys and tensors llama.cpp takes it from, and what it takes where they are missing. Refuses to know: files,
-modules.
+Knows: the keys and tensors from which llama.cpp reads it, and llama.cpp's defaults. Refuses to know: files, modules.
 
 Sources: llama.cpp's src/llama-model.cpp (load_hparams), src/llama-context.cpp (the attention factor of YaRN) and
 convert_hf_to_gguf.py (the factors of Llama 3 and LongRoPE, which are tensors).
@@ -26,7 +25,7 @@ ROPE_KEYS = frozenset(
         *("scaling.yarn_beta_fast", "scaling.yarn_beta_slow"),
     )
 )
-_BASE = 10000.0  # where no key tells another
+_BASE = 10000.0  # of rotary frequencies, unless a key sets it
 _CLOSE = 1e-5  # of two factors, relative
 # low_freq_factor and high_freq_factor of all models with Llama 3's scaling
 _LOW = 1.0
@@ -35,30 +34,36 @@ _OWN_KINDS = ("default", "linear", "yarn", "longrope", "llama3")  # not an archi
 
 
 def rope_parameters(config: PreTrainedConfig, header: GgufHeader, factors: Mapping[str, list[float]]) -> Any:
-    """The configuration's rope_parameters with what the file says; they may be nested by the layers' kinds.
+    """The configuration's rope_parameters changed to agree with the file; they may be nested by kind of layer.
 
-    factors: the values of those of FACTORS that the file has. Raises ConfigError, naming the key or tensor, if
-    transformers has no word for what the file says.
+    factors: values of the tensors named in FACTORS, as far as the file has them. Raises ConfigError, naming the key or
+    tensor, if transformers can't represent it.
     """
-    present = config.rope_parameters
-    kinds = config.nested_rope_parameter_keys(present)
+    current = config.rope_parameters
+    kinds = config.nested_rope_parameter_keys(current)
     width = head_width(config)
     if not kinds:
         for name in ("rope.freq_base", "rope.dimension_count"):
             local = header.setting(f"{name}_swa")
             if local not in (None, 0, header.setting(name)):
                 _refuse(header, f"{name}_swa")
-        return _with(present, _global(header, factors, width), width, header.setting("rope.dimension_count"))
-    new = dict(present)
+        return _merged_parameters(
+            current, _global_parameters(header, factors, width), width, header.setting("rope.dimension_count")
+        )
+    parameters = dict(current)
     for kind in kinds:
         if "sliding" in kind:
             stated = {"rope_type": "default", "rope_theta": header.setting("rope.freq_base_swa", _BASE)}
-            new[kind] = _with(present[kind], stated, width, header.setting("rope.dimension_count_swa"))
+            parameters[kind] = _merged_parameters(
+                current[kind], stated, width, header.setting("rope.dimension_count_swa")
+            )
         else:
             own_width = getattr(config, "global_head_dim", None) or width
-            stated = _global(header, factors, own_width)
-            new[kind] = _with(present[kind], stated, own_width, header.setting("rope.dimension_count"))
-    return new
+            stated = _global_parameters(header, factors, own_width)
+            parameters[kind] = _merged_parameters(
+                current[kind], stated, own_width, header.setting("rope.dimension_count")
+            )
+    return parameters
 
 
 def head_width(config: PreTrainedConfig) -> int:
@@ -66,36 +71,38 @@ def head_width(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _with(present: Mapping[str, Any], stated: Mapping[str, Any], width: int, turned: int | None) -> dict[str, Any]:
-    """The parameters as the file has them, beside those of which it knows nothing (mrope_section).
+def _merged_parameters(
+    current: Mapping[str, Any], stated: Mapping[str, Any], width: int, rotary_dimensions: int | None
+) -> dict[str, Any]:
+    """The current parameters, replaced by those that the file states; others (mrope_section) are kept.
 
-    turned: of a head's dimensions, if the file says how many.
+    rotary_dimensions: of a head, if the file says how many.
     """
-    if present.get("rope_type", "default") not in _OWN_KINDS:
-        return {**present, "rope_theta": stated["rope_theta"]}
-    ours = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
-    extra = {key: value for key, value in present.items() if key not in ours}
-    share = (turned or width) / width
-    if share != 1 or "partial_rotary_factor" in present:
-        extra["partial_rotary_factor"] = share
+    if current.get("rope_type", "default") not in _OWN_KINDS:
+        return {**current, "rope_theta": stated["rope_theta"]}
+    stated_keys = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+    extra = {key: value for key, value in current.items() if key not in stated_keys}
+    fraction = (rotary_dimensions or width) / width
+    if fraction != 1 or "partial_rotary_factor" in current:
+        extra["partial_rotary_factor"] = fraction
     return {**extra, **stated}
 
 
-def _global(header: GgufHeader, factors: Mapping[str, list[float]], width: int) -> dict[str, Any]:
-    """What the file says of all layers, or of those without a window of their own."""
+def _global_parameters(header: GgufHeader, factors: Mapping[str, list[float]], width: int) -> dict[str, Any]:
+    """The parameters that the file states for all layers, or for those without a window."""
     theta = header.setting("rope.freq_base", _BASE)
     factor = header.setting("rope.scaling.factor", 0.0) or header.setting("rope.scale_linear", 0.0) or 1.0
     kind = header.setting("rope.scaling.type", "linear")
     attention = header.setting("rope.scaling.attn_factor", 1.0)
-    turned = header.setting("rope.dimension_count") or width
+    rotary_dimensions = header.setting("rope.dimension_count") or width
     if factors:
         if kind != "longrope" and factor != 1 and kind != "none":
             raise header.refusal(
                 f"{header.architecture}.rope.scaling.type is {kind}, but the file has {next(iter(factors))}"
             )
-        return {"rope_theta": theta, **_by_factors(header, factors, theta, turned, attention)}
+        return {"rope_theta": theta, **_factor_parameters(header, factors, theta, rotary_dimensions, attention)}
     if kind == "yarn":
-        return {"rope_theta": theta, **_yarn(header, factor, attention)}
+        return {"rope_theta": theta, **_yarn_parameters(header, factor, attention)}
     if kind not in ("none", "linear"):
         _refuse(header, "rope.scaling.type")
     if attention != 1:
@@ -105,9 +112,9 @@ def _global(header: GgufHeader, factors: Mapping[str, list[float]], width: int) 
     return {"rope_theta": theta, "rope_type": "linear", "factor": factor}
 
 
-def _yarn(header: GgufHeader, factor: float, attention: float) -> dict[str, Any]:
+def _yarn_parameters(header: GgufHeader, factor: float, attention: float) -> dict[str, Any]:
     context = header.setting("context_length")
-    found = {
+    parameters = {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": header.setting("rope.scaling.original_context_length", context),
@@ -120,35 +127,38 @@ def _yarn(header: GgufHeader, factor: float, attention: float) -> dict[str, Any]
         _refuse(header, "rope.scaling.yarn_log_multiplier")
     attention *= header.setting("rope.scaling.yarn_attn_factor", 1.0)
     if attention != 1:
-        found["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
-    return found
+        parameters["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
+    return parameters
 
 
-def _by_factors(
-    header: GgufHeader, factors: Mapping[str, list[float]], theta: float, turned: int, attention: float
+def _factor_parameters(
+    header: GgufHeader, factors: Mapping[str, list[float]], theta: float, rotary_dimensions: int, attention: float
 ) -> dict[str, Any]:
-    """Scaling whose factors are tensors: Llama 3's, if they are its own, else LongRoPE, which takes any."""
+    """The parameters of a scaling whose factors are tensors: Llama 3's if it makes these factors, else LongRoPE's,
+    which takes any."""
     for name, values in factors.items():
-        if len(values) != turned // 2:
-            raise ConfigError(f"{header.file}: {name} has {len(values)} values for {turned} rotary dimensions")
-    everywhere = factors.get(FACTORS[0])
+        if len(values) != rotary_dimensions // 2:
+            raise ConfigError(
+                f"{header.file}: {name} has {len(values)} values for {rotary_dimensions} rotary dimensions"
+            )
+    all_factors = factors.get(FACTORS[0])
     original = header.setting("rope.scaling.original_context_length")
-    if everywhere is not None:
-        if attention == 1 and all(value == 1 for value in everywhere):
+    if all_factors is not None:
+        if attention == 1 and all(value == 1 for value in all_factors):
             return {"rope_type": "default"}
-        llama3 = scaling_of_llama_3(everywhere, theta, turned) if attention == 1 else None
+        llama3 = scaling_of_llama_3(all_factors, theta, rotary_dimensions) if attention == 1 else None
         if llama3 is not None:
             return llama3
-    short = everywhere or factors.get(FACTORS[1])
-    long = everywhere or factors.get(FACTORS[2])
+    short = all_factors or factors.get(FACTORS[1])
+    long = all_factors or factors.get(FACTORS[2])
     if short is None or long is None:
         raise ConfigError(f"{header.file}: only one of {FACTORS[1]} and {FACTORS[2]} is present; download it again")
     context = header.setting("context_length")
-    found: dict[str, Any] = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
-    found["original_max_position_embeddings"] = original or context
+    parameters: dict[str, Any] = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    parameters["original_max_position_embeddings"] = original or context
     if not math.isclose(attention, _usual_attention(context, original or context), rel_tol=_CLOSE):
-        found["attention_factor"] = attention
-    return found
+        parameters["attention_factor"] = attention
+    return parameters
 
 
 def _usual_attention(context: int, original: int) -> float:
@@ -157,7 +167,7 @@ def _usual_attention(context: int, original: int) -> float:
 
 
 def scaling_of_llama_3(values: list[float], theta: float, turned: int) -> dict[str, Any] | None:
-    """Llama 3's scaling, if it makes these factors: its file has no key that says how it was set.
+    """Llama 3's scaling if it makes these factors, else None: a GGUF file has no key with its settings.
 
     values: one for each pair of rotary dimensions. theta: the base. turned: the number of rotary dimensions. A factor
     between 1 and the largest tells the original length: 1 / value = (1 - s) / factor + s with
@@ -169,10 +179,12 @@ def scaling_of_llama_3(values: list[float], theta: float, turned: int) -> dict[s
     if not between:
         return None
     wave, value = between[0]
-    share = (1 / value - 1 / factor) / (1 - 1 / factor)
-    original = round(wave * (share * (_HIGH - _LOW) + _LOW))
+    blend = (1 / value - 1 / factor) / (1 - 1 / factor)
+    original = round(wave * (blend * (_HIGH - _LOW) + _LOW))
     expected = [_llama3_factor(wave, factor, original) for wave in waves]
-    if not all(math.isclose(one, other, rel_tol=_CLOSE) for one, other in zip(values, expected, strict=True)):
+    if not all(
+        math.isclose(stated, computed, rel_tol=_CLOSE) for stated, computed in zip(values, expected, strict=True)
+    ):
         return None
     return {
         "rope_type": "llama3",
@@ -188,8 +200,8 @@ def _llama3_factor(wave: float, factor: float, original: int) -> float:
         return 1.0
     if wave > original / _LOW:
         return factor
-    share = (original / wave - _LOW) / (_HIGH - _LOW)
-    return 1 / ((1 - share) / factor + share)
+    blend = (original / wave - _LOW) / (_HIGH - _LOW)
+    return 1 / ((1 - blend) / factor + blend)
 
 
 def _refuse(header: GgufHeader, name: str) -> None:

@@ -1,11 +1,11 @@
-"""A GGUF file's keys against the configuration that transformers makes of them.
+"""Compares a GGUF file's keys with the configuration that transformers makes from them.
 
-Knows: what llama.cpp's keys are called in configurations, and which of them mean nothing to a forward.
+Knows: the names of llama.cpp's keys in configurations, and which keys do not change a forward.
 Refuses to know: tensors, modules; the keys of the tokenizer.
 
-transformers takes some keys of each architecture and leaves the others, so what it makes may be another model. Each key
-is looked at here: the configuration says the same, or is made to say it, or the file is refused by the key's name. A
-key that neither side knows is a warning.
+transformers reads some keys of each architecture and ignores the others, so it may build another model. Here each key
+is compared: the configuration agrees, or is changed to agree, or the file is refused with the key's name. A key that
+neither side knows is a warning.
 """
 
 import math
@@ -22,7 +22,7 @@ from modules.checkpoints.gguf_rope import ROPE_KEYS, head_width, rope_parameters
 from modules.runtime.errors import ConfigError
 from modules.runtime.text import listed, shortened
 
-# An architecture's keys, and what configurations call them: the first that the configuration's class knows is meant.
+# An architecture's keys and their names in configurations: the first name that the configuration's class knows counts.
 _NAMES = {
     "context_length": ("max_position_embeddings", "n_positions"),
     "embedding_length": ("hidden_size",),
@@ -69,7 +69,7 @@ _NAMES = {
 
 _EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 
-# What a model is made by, and no tensor of it can be smaller than.
+# Sizes that a model is built with; none can exceed the largest axis of the file's tensors.
 _SIZES = (
     *("embedding_length", "block_count", "feed_forward_length", "expert_feed_forward_length", "vocab_size"),
     *("expert_shared_feed_forward_length", "expert_count", "expert_used_count", "expert_shared_count"),
@@ -77,7 +77,7 @@ _SIZES = (
     *("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count", "rope.dimension_count_swa"),
 )
 
-# Values that change nothing where a configuration's class has no such setting; zeros, of everything, are others.
+# Values that change nothing where a configuration's class has no such setting; zero is another, for every key.
 _NEUTRAL = {
     "attention.causal": True,
     "logit_scale": 1,
@@ -86,7 +86,7 @@ _NEUTRAL = {
     "expert_weights_scale": 1,
     "expert_gating_func": 1,  # softmax
 }
-_NOT_NEEDED = ("context_length", "attention.head_count_kv")  # by a class that has no such setting
+_NOT_NEEDED = ("context_length", "attention.head_count_kv")  # if the class has no such setting
 _GATES = {1: "softmax", 2: "sigmoid"}  # expert_gating_func
 
 _DIVISOR = "query_pre_attn_scalar"
@@ -94,72 +94,74 @@ _DIVISOR = "query_pre_attn_scalar"
 # A setting that modules read even if their configuration's class does not know it; if one did not, no shape would fit.
 _ALWAYS_READ = "head_dim"
 
-# Of no meaning to a forward, or told by the shapes of tensors too, which transformers compares.
+# Without effect on a forward, or implied by shapes of tensors, which transformers compares.
 _NOT_COMPARED = ("tensor_data_layout", "pooling_type", "nextn_predict_layers", "ssm.*", "decoder_start_token_id")
 _OF_NO_ARCHITECTURE = ("general", "tokenizer", "split", "quantize", "imatrix")  # first parts of keys
 
-# llama.cpp knows only by their number of layers which models divide by the root of hidden size by heads in attention,
-# not by that of a head's size (src/llama-model.cpp: LLM_TYPE_27B).
+# Models whose attention divides by the root of hidden size / heads, not of the head's size; llama.cpp knows them only
+# by their number of layers (src/llama-model.cpp: LLM_TYPE_27B).
 _SCALED_BY_WIDTH = (("gemma2", 46), ("gemma3", 62))
 
 
 def check_sizes(header: GgufHeader) -> None:
-    """Raise ConfigError if the file announces more layers than it has tensors, or anything larger than they are: a
-    model is made by these numbers before its tensors are looked at."""
+    """Raise ConfigError if a key claims more layers than the file has tensors, or a size larger than any tensor's: a
+    model is built with these numbers before its tensors are read."""
     largest = max(max(tensor.shape) for tensor in header.tensors.values())
     for key in _SIZES:
         value = header.setting(key)
-        most = min(len(header.tensors), MOST_LAYERS) if key == "block_count" else largest
+        limit = min(len(header.tensors), MOST_LAYERS) if key == "block_count" else largest
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not 0 <= number <= most:
+            if isinstance(number, int | float) and not 0 <= number <= limit:
                 raise ConfigError(
-                    f"{header.file}: {header.architecture}.{key} is {number}, but its tensors allow at most {most}"
+                    f"{header.file}: {header.architecture}.{key} is {number}, but its tensors allow at most {limit}"
                 )
 
 
 def settle(
     config: PreTrainedConfig, header: GgufHeader, factors: Mapping[str, list[float]]
 ) -> tuple[PreTrainedConfig, list[str]]:
-    """The configuration made to say what the file says, and a warning for each key of which nothing is known.
+    """The configuration changed to agree with the file; warnings about unknown keys and guessed values.
 
-    factors: see `rope_parameters`. Raises ConfigError, naming the key, if a class can't say it.
+    factors: see `rope_parameters`. Raises ConfigError, naming the key, if the class can't represent its value.
     """
-    config = _of_its_architecture(config, header)
-    new = _changed(config, _changes(config, header))
-    if getattr(new, "rope_parameters", None):
-        new = _with_rotation(new, rope_parameters(new, header, factors), header)
-    unsaid = _unsaid(new, header, factors)
-    if unsaid:
-        raise header.refusal(f"{', '.join(unsaid[:3])}, which transformers' {type(new).__name__} can't represent")
-    return new, [*_unknown(header), *_guesses(config, new, header)]
+    config = _for_architecture(config, header)
+    settled = _changed(config, _changes(config, header))
+    if getattr(settled, "rope_parameters", None):
+        settled = _with_rotation(settled, rope_parameters(settled, header, factors), header)
+    unrepresented = _unrepresented(settled, header, factors)
+    if unrepresented:
+        raise header.refusal(
+            f"{', '.join(unrepresented[:3])}, which transformers' {type(settled).__name__} can't represent"
+        )
+    return settled, [*_unknown(header), *_guesses(config, settled, header)]
 
 
-def _of_its_architecture(config: PreTrainedConfig, header: GgufHeader) -> PreTrainedConfig:
-    """The configuration, of the file's architecture: transformers takes that of a model named "mistral" from its name,
-    and then finds no place for its tensors."""
+def _for_architecture(config: PreTrainedConfig, header: GgufHeader) -> PreTrainedConfig:
+    """The configuration in the class of the file's architecture: of a model named "mistral", transformers takes the
+    architecture from the name, and then can't place its tensors."""
     if config.model_type == header.architecture or config.model_type != header.keys.get("general.name"):
         return config
     kind = CONFIG_MAPPING[header.architecture]
-    known = known_keys(kind) - {"model_type", "architectures"}
-    return kind.from_dict({key: value for key, value in config.to_dict().items() if key in known})
+    known_names = known_keys(kind) - {"model_type", "architectures"}
+    return kind.from_dict({key: value for key, value in config.to_dict().items() if key in known_names})
 
 
 def _changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
-    """A configuration with changes, what follows from them derived anew."""
+    """A new configuration with these changes; derived settings are computed again."""
     return type(config).from_dict({**config.to_dict(), **changes}) if changes else config
 
 
 def _with_rotation(config: PreTrainedConfig, parameters: Mapping[str, Any], header: GgufHeader) -> PreTrainedConfig:
-    """The configuration with these rope_parameters. Raises ConfigError if its class does not take them as they are."""
+    """The configuration with these rope_parameters. Raises ConfigError if its class changes or refuses them."""
     changes: dict[str, Any] = {"rope_parameters": dict(parameters)}
     original = "original_max_position_embeddings"
     if parameters.get(original) and original in known_keys(type(config)):
         changes[original] = parameters[original]
     try:
-        new = _changed(config, changes)
-        if _same(parameters, new.rope_parameters):
-            return new
-    except Exception:  # whatever a class makes of a scaling that it does not know
+        changed = _changed(config, changes)
+        if _equal(parameters, changed.rope_parameters):
+            return changed
+    except Exception:  # of a class that does not know the scaling
         pass
     raise header.refusal(
         f"transformers' {type(config).__name__} does not support its rotary scaling "
@@ -168,41 +170,41 @@ def _with_rotation(config: PreTrainedConfig, parameters: Mapping[str, Any], head
 
 
 def _changes(config: PreTrainedConfig, header: GgufHeader) -> dict[str, Any]:
-    """What the file says otherwise than the configuration, in the configuration's own keys."""
-    found: dict[str, Any] = {}
-    settled = set()  # names that an earlier key has set: a later one is compared with it in the end
+    """The settings that differ in the file, by the configuration's own keys."""
+    changes: dict[str, Any] = {}
+    settled = set()  # names that an earlier key has set; `_unrepresented` compares the later keys
     for key in _NAMES:
-        name = _name(config, key)
-        value = _stated(config, header, key)
+        name = _config_name(config, key)
+        value = _file_value(config, header, key)
         if name is None or name in settled or value is None:
             continue
         settled.add(name)
         if not _is_implied(config, key, value):
-            found[config.attribute_map.get(name, name)] = value
+            changes[config.attribute_map.get(name, name)] = value
     if _DIVISOR in known_keys(type(config)):
-        found[_DIVISOR] = _attention_divisor(config, header)
+        changes[_DIVISOR] = _attention_divisor(config, header)
     if (getattr(config, "pad_token_id", None) or 0) >= header.setting("vocab_size", math.inf):
-        found["pad_token_id"] = None  # that of the class, of which the file says nothing
+        changes["pad_token_id"] = None  # the class's default, which the file does not set
     layer_types = _layer_types(config, header)
     if layer_types is not None:
-        found["layer_types"] = layer_types
-    return {key: value for key, value in found.items() if not _same(value, getattr(config, key, None))}
+        changes["layer_types"] = layer_types
+    return {key: value for key, value in changes.items() if not _equal(value, getattr(config, key, None))}
 
 
-def _name(config: PreTrainedConfig, key: str) -> str | None:
-    """What a configuration calls a key, if its class has such a setting."""
-    known = {*known_keys(type(config)), *config.attribute_map, _ALWAYS_READ}
-    return next((name for name in _NAMES[key] if name in known), None)
+def _config_name(config: PreTrainedConfig, key: str) -> str | None:
+    """A key's name in a configuration, if its class has such a setting."""
+    known_names = {*known_keys(type(config)), *config.attribute_map, _ALWAYS_READ}
+    return next((name for name in _NAMES[key] if name in known_names), None)
 
 
-def _stated(config: PreTrainedConfig, header: GgufHeader, key: str) -> Any:
-    """A key's value as a configuration has it; None if the file does not have it, nor llama.cpp something for it."""
+def _file_value(config: PreTrainedConfig, header: GgufHeader, key: str) -> Any:
+    """A key's value as a configuration would have it; None if neither the file nor llama.cpp's defaults give one."""
     value = header.setting(key)
-    if isinstance(value, list):  # one for each layer; none for a layer without
-        some = {entry for entry in value if entry}
-        value = some.pop() if len(some) == 1 else value
+    if isinstance(value, list):  # one for each layer; 0 for a layer without
+        values = {entry for entry in value if entry}
+        value = values.pop() if len(values) == 1 else value
     if key == "attention.key_length" and value is None:
-        # The size of a head is then that of the first tensor that has all heads, if there is one.
+        # The size of a head then follows from the first layer's query weight, if there is one.
         heads = header.setting("attention.head_count")
         query = header.tensors.get("blk.0.attn_q.weight")
         if isinstance(heads, int) and heads:
@@ -215,7 +217,7 @@ def _stated(config: PreTrainedConfig, header: GgufHeader, key: str) -> Any:
 
 
 def _attention_divisor(config: PreTrainedConfig, header: GgufHeader) -> float:
-    """By the root of what attention's products are divided."""
+    """The number whose root divides attention's scores."""
     scale = header.setting("attention.scale")
     if scale:
         return round(scale**-2) if math.isclose(scale**-2, round(scale**-2), rel_tol=1e-6) else scale**-2
@@ -225,19 +227,19 @@ def _attention_divisor(config: PreTrainedConfig, header: GgufHeader) -> float:
 
 
 def _layer_types(config: PreTrainedConfig, header: GgufHeader) -> list[str] | None:
-    """Each layer's kind, if the file says which have a window; a number says that every so many-th has none."""
+    """Each layer's kind, if the file says which have a window. A number n there means that every n-th has none."""
     pattern = header.setting("attention.sliding_window_pattern")
-    present = getattr(config, "layer_types", None)
-    if pattern is None or not present or set(present) - {"sliding_attention", "full_attention"}:
+    current_types = getattr(config, "layer_types", None)
+    if pattern is None or not current_types or set(current_types) - {"sliding_attention", "full_attention"}:
         return None
     if not isinstance(pattern, list):
-        pattern = [not pattern or number % pattern < pattern - 1 for number in range(len(present))]
+        pattern = [not pattern or number % pattern < pattern - 1 for number in range(len(current_types))]
     return ["sliding_attention" if local else "full_attention" for local in pattern]
 
 
 def _is_implied(config: PreTrainedConfig, key: str, value: Any) -> bool:
-    """Whether a value is the one that a configuration means by not setting it."""
-    name = _name(config, key)
+    """Whether a value is the one that holds where a configuration does not set it."""
+    name = _config_name(config, key)
     if name is not None and getattr(config, name, None) is not None:
         return False
     if (not value and key != "attention.causal") or (name is None and key in _NOT_NEEDED):
@@ -250,68 +252,69 @@ def _is_implied(config: PreTrainedConfig, key: str, value: Any) -> bool:
         "attention.scale": width**-0.5,
         **_NEUTRAL,
     }
-    return key in implied and _same(value, implied[key])
+    return key in implied and _equal(value, implied[key])
 
 
-def _unsaid(config: PreTrainedConfig, header: GgufHeader, factors: Mapping[str, list[float]]) -> list[str]:
-    """What the file says and the settled configuration does not: keys with their values, tensors."""
-    unsaid = []
+def _unrepresented(config: PreTrainedConfig, header: GgufHeader, factors: Mapping[str, list[float]]) -> list[str]:
+    """Keys of the file, with their values, that the settled configuration does not represent; names of rope tensors."""
+    unrepresented = []
     for key in _NAMES:
-        name = _name(config, key)
-        value = _stated(config, header, key)
+        name = _config_name(config, key)
+        value = _file_value(config, header, key)
         if value is None or header.setting(key) is None or _is_implied(config, key, value):
             continue
         if key == "attention.scale" and _DIVISOR in known_keys(type(config)):
             continue
-        if name is None or not _same(value, getattr(config, name, None)):
-            unsaid.append(key)
+        if name is None or not _equal(value, getattr(config, name, None)):
+            unrepresented.append(key)
     rope = getattr(config, "rope_parameters", None)
     if not rope:
-        unsaid += [key for key in ROPE_KEYS if header.setting(key) and key != "rope.dimension_count"]
+        unrepresented += [key for key in ROPE_KEYS if header.setting(key) and key != "rope.dimension_count"]
     sections = [part for part in header.setting("rope.dimension_sections") or () if part]
     if sections and (rope or {}).get("mrope_section") != sections:
-        unsaid.append("rope.dimension_sections")
+        unrepresented.append("rope.dimension_sections")
     pattern = "attention.sliding_window_pattern"
     if header.setting(pattern) and _layer_types(config, header) != getattr(config, "layer_types", None):
-        unsaid.append(pattern)
+        unrepresented.append(pattern)
     named = [
-        f"{header.architecture}.{key} is {shortened(str(header.setting(key)), 40, keep='start')}" for key in unsaid
+        f"{header.architecture}.{key} is {shortened(str(header.setting(key)), 40, keep='start')}"
+        for key in unrepresented
     ]
     return named if rope else [*named, *factors]
 
 
 def _unknown(header: GgufHeader) -> list[str]:
-    """A line about the keys of which nothing is known."""
+    """A line about the keys that are unknown here, if any."""
     handled = (*_NAMES, *ROPE_KEYS, "attention.sliding_window_pattern", *_NOT_COMPARED)
-    found = []
+    unknown_keys = []
     for key in header.keys:
-        first, _, rest = key.partition(".")
-        is_known = any(fnmatch(rest, pattern) for pattern in handled) if first == header.architecture else False
-        if not is_known and first not in _OF_NO_ARCHITECTURE:
-            found.append(key)
-    if not found:
+        section, _, name = key.partition(".")
+        is_known = any(fnmatch(name, pattern) for pattern in handled) if section == header.architecture else False
+        if not is_known and section not in _OF_NO_ARCHITECTURE:
+            unknown_keys.append(key)
+    if not unknown_keys:
         return []
-    return [f"ignoring unknown keys ({listed(found, 5)}); if they matter, the model computes something else"]
+    return [f"ignoring unknown keys ({listed(unknown_keys, 5)}); if they matter, the model computes something else"]
 
 
-def _guesses(before: PreTrainedConfig, after: PreTrainedConfig, header: GgufHeader) -> list[str]:
-    """Lines about what the file does not say, where a configuration has to say something."""
+def _guesses(original: PreTrainedConfig, settled: PreTrainedConfig, header: GgufHeader) -> list[str]:
+    """Lines about settings that the file leaves open and that had to be guessed."""
     guessed = []
-    divisor = getattr(after, _DIVISOR, None)
-    if not header.setting("attention.scale") and divisor != getattr(before, _DIVISOR, None):
+    divisor = getattr(settled, _DIVISOR, None)
+    if not header.setting("attention.scale") and divisor != getattr(original, _DIVISOR, None):
         guessed.append(f"{_DIVISOR}; using {divisor}, as llama.cpp does")
-    names = [name for key in _EPSILONS if (name := _name(after, key))]
+    names = [name for key in _EPSILONS if (name := _config_name(settled, key))]
     if names and not any(header.setting(key) for key in _EPSILONS):
-        guessed.append(f"{names[0]}; using {getattr(after, names[0])}, as transformers does")
+        guessed.append(f"{names[0]}; using {getattr(settled, names[0])}, as transformers does")
     return [f"the file does not set {guess}, which may be wrong" for guess in guessed]
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two settings are equal; numbers may have been in float32 once."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return all(_same(one.get(key), other.get(key)) for key in {*one, *other})
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, int | float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=1e-6)
-    return one == other or (not one and not other)
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two settings are equal; numbers may have been rounded to float32."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return all(_equal(a.get(key), b.get(key)) for key in {*a, *b})
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return a == b or (not a and not b)

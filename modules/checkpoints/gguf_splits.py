@@ -1,10 +1,9 @@
-"""How a GGUF file's byte-level tokenizer cuts text into words before it merges bytes: by the name that the file gives.
+"""How a GGUF file's byte-level tokenizer cuts text into words before it merges bytes, by the rule's name in the file.
 
-Knows: the names in tokenizer.ggml.pre, and the rule that each stands for. Refuses to know: vocabularies, files.
+Knows: the names in tokenizer.ggml.pre, and the rule of each. Refuses to know: vocabularies, files.
 
-A GGUF file has only the name. What it stands for is written down in llama.cpp's src/llama-vocab.cpp, and in the
-tokenizer.json of the models that had the rule first; transformers has some of the names, and takes GPT-2's rule for
-all others.
+A GGUF file has only the name. The rules are defined in llama.cpp's src/llama-vocab.cpp, and in the tokenizer.json of
+the models that had them first. transformers knows some of the names, and uses GPT-2's rule for all others.
 """
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -21,7 +20,7 @@ _DEEPSEEK_3 = (
 
 
 def _cut(*patterns: str) -> pre_tokenizers.PreTokenizer:
-    """Cut at what matches the first pattern, the rest at what matches the next, and so on."""
+    """A rule that cuts at matches of the first pattern, then cuts the pieces at matches of the next, and so on."""
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
@@ -61,7 +60,7 @@ _BY_NAME |= {name: rule for rule, names in _RULES for name in names.split()}
 
 _NOT_SAID = (None, "", "default")
 
-# Names that stand for more than where text is cut, unless the file says otherwise.
+# Names that also imply other settings, unless the file sets them.
 _LIKE_LLAMA_3 = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"}
 _LIKE_LLAMA_3 |= {"jina-v5-nano", "tekken"}
 BEGINS_WITH_BOS = frozenset(_LIKE_LLAMA_3 | {"chameleon"})
@@ -69,7 +68,7 @@ TAKES_WHOLE_WORDS = frozenset(_LIKE_LLAMA_3 | {"minicpm5", "youtu", "granite-emb
 
 
 def settle_split(backend: Tokenizer, name: str | None) -> list[str]:
-    """Have a byte-level tokenizer cut text as the name says; a line if that can't be known."""
+    """Set a byte-level tokenizer's cutting rule by its name; returns a line if the name is missing or unknown."""
     rule = _BY_NAME.get(name or "")
     if rule is not None:
         backend.pre_tokenizer = rule

@@ -1,6 +1,6 @@
-"""Which tensors of a GGUF file have a place in the model that a configuration makes.
+"""Matches the tensors of a GGUF file with those of the model that a configuration makes.
 
-Knows: transformers' own map of names, settings that give a model biases. Refuses to know: numbers, other settings.
+Knows: transformers' map of names, settings that give a model biases. Refuses to know: weights, other settings.
 """
 
 from collections.abc import Sequence
@@ -18,53 +18,53 @@ from modules.checkpoints.gguf_rope import FACTORS
 from modules.runtime.errors import ConfigError, first_line
 from modules.runtime.text import listed
 
-# What old converters left in files, and no program reads: rotary frequencies, which follow from the settings.
+# Rotary frequencies, which old converters left in files and no program reads: they follow from the settings.
 _LEFT_BEHIND = ("*.attn_rot_embd", "*.attn_rot_embd.*", "*.rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """Where a file and a model differ."""
+    """The differences between a file's tensors and a model's."""
 
-    unplaced: frozenset[str]  # tensors of the file
-    lacking: frozenset[str]  # the model's biases
-    misshapen: dict[str, tuple[int, ...]]  # by the file's tensor, the model's shape
+    unplaced: frozenset[str]  # tensors of the file that the model lacks
+    lacking: frozenset[str]  # biases of the model that the file lacks
+    misshapen: dict[str, tuple[int, ...]]  # tensor of the file -> its shape in the model
 
 
 def placed(config: PreTrainedConfig, header: GgufHeader) -> tuple[PreTrainedConfig, frozenset[str]]:
-    """The configuration with those biases that the file has, as far as its class has settings for them; and the biases
-    that came along and the file lacks: nothing is added there, so they are zeros.
+    """The configuration with the biases that the file has, as far as its class has settings for them. Also the biases
+    that these settings add and the file lacks: they are to be zeros.
 
-    Raises ConfigError if the model has no place for tensors of the file, or one of another shape.
+    Raises ConfigError if the model lacks tensors of the file, or has another shape for one.
     """
-    if header.architecture in GGUF_ARCHS:  # transformers reads biases off the names, and sees to the rest
+    if header.architecture in GGUF_ARCHS:  # transformers finds biases by names, and checks the rest
         return config, frozenset()
     fit = _fit(config, header)
-    before = fit.lacking
+    absent_biases = fit.lacking
     flags = [key for key, value in config.to_dict().items() if "bias" in key and isinstance(value, bool)]
     for key in flags:
         if not (fit.unplaced or fit.lacking):
             break
         changed = type(config).from_dict({**config.to_dict(), key: not getattr(config, key)})
-        other = _fit(changed, header)
-        if (len(other.unplaced), len(other.lacking)) < (len(fit.unplaced), len(fit.lacking)):
+        changed_fit = _fit(changed, header)
+        if (len(changed_fit.unplaced), len(changed_fit.lacking)) < (len(fit.unplaced), len(fit.lacking)):
             config = changed
-            fit = other
+            fit = changed_fit
     refuse(header, config, sorted(fit.unplaced))
     for name, shape in fit.misshapen.items():
-        found = header.tensors[name].shape
-        raise ConfigError(f"{header.file}: {name} has shape {found}, but the file's keys imply {shape}")
-    return config, fit.lacking - before
+        file_shape = header.tensors[name].shape
+        raise ConfigError(f"{header.file}: {name} has shape {file_shape}, but the file's keys imply {shape}")
+    return config, fit.lacking - absent_biases
 
 
 def refuse(header: GgufHeader, config: PreTrainedConfig, names: Sequence[str]) -> None:
-    """Raise ConfigError if there are tensors without a place."""
+    """Raise ConfigError if there are tensors that the model lacks. names: theirs."""
     if names:
         raise header.refusal(f"transformers' {type(config).__name__} has no tensors named {listed(names)}")
 
 
 def check_rotary_width(config: PreTrainedConfig, header: GgufHeader) -> None:
-    """Raise ConfigError if the model would turn another number of dimensions than the file says."""
+    """Raise ConfigError if the model would rotate another number of dimensions than the file says."""
     for name, buffer in _empty(config, header).named_buffers():
         key = f"rope.dimension_count{'_swa' if 'sliding' in name else ''}"
         stated = header.setting(key)
@@ -85,21 +85,21 @@ def _empty(config: PreTrainedConfig, header: GgufHeader) -> Any:
 def _fit(config: PreTrainedConfig, header: GgufHeader) -> _Fit:
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config.to_dict())
     module = _empty(config, header)
-    places = get_gguf_hf_weights_map(module, processor)
+    weight_map = get_gguf_hf_weights_map(module, processor)
     stored = set(header.tensors) | {name.removesuffix(".weight") for name in header.tensors}
-    known = set(places) | {f"{name}.weight" for name in places} | set(FACTORS)
+    known_names = set(weight_map) | {f"{name}.weight" for name in weight_map} | set(FACTORS)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    shapes = {place: tuple(parameters[name].shape) for place, name in places.items() if name in parameters}
+    shapes = {gguf_name: tuple(parameters[name].shape) for gguf_name, name in weight_map.items() if name in parameters}
     return _Fit(
-        frozenset(name for name in header.tensors if name not in known and not _is_left_behind(name)),
-        frozenset(name for place, name in places.items() if place not in stored and name.endswith(".bias")),
+        frozenset(name for name in header.tensors if name not in known_names and not _is_left_behind(name)),
+        frozenset(name for gguf_name, name in weight_map.items() if gguf_name not in stored and name.endswith(".bias")),
         {name: shapes[name] for name, tensor in header.tensors.items() if _differ(tensor.shape, shapes.get(name))},
     )
 
 
-def _differ(shape: tuple[int, ...], other: tuple[int, ...] | None) -> bool:
-    """Whether two shapes are not of one tensor, be it transposed or without dimensions of one."""
-    return other is not None and sorted(set(shape) - {1}) != sorted(set(other) - {1})
+def _differ(shape: tuple[int, ...], other_shape: tuple[int, ...] | None) -> bool:
+    """Whether two shapes can't be the same tensor's: transposition and dimensions of size 1 are ignored."""
+    return other_shape is not None and sorted(set(shape) - {1}) != sorted(set(other_shape) - {1})
 
 
 def _is_left_behind(name: str) -> bool:

@@ -1,6 +1,6 @@
-"""The tokenizer of a GGUF file: built by transformers, compared with the file's own lists, mended where they differ.
+"""The tokenizer of a GGUF file: built by transformers, compared with the file's lists, corrected where they differ.
 
-Knows: what the keys tokenizer.ggml.* mean to llama.cpp (its src/llama-vocab.cpp), which tokens are taken whole.
+Knows: what the keys tokenizer.ggml.* mean to llama.cpp (its src/llama-vocab.cpp), which tokens are never split.
 Refuses to know: tensors, configurations, where the tokenizer is kept.
 """
 
@@ -42,13 +42,13 @@ _HINT = "set the key tokenizer to the original model's folder"
 
 @dataclass(frozen=True)
 class Lists:
-    """What a file says of its tokenizer."""
+    """The file's lists and settings of its tokenizer."""
 
     tokens: Sequence[str]  # by their ids
-    whole: Mapping[int, bool]  # those that are taken whole wherever they stand, and whether each is a special one
+    whole: Mapping[int, bool]  # id of a token that is never split -> whether it is special
     roles: Mapping[str, str | None]  # bos_token, ... -> the token
     adds_bos: bool  # before every text
-    adds_eos: bool  # behind every text
+    adds_eos: bool  # after every text
 
 
 @dataclass(frozen=True)
@@ -57,31 +57,33 @@ class Rebuilt:
 
     tokenizer: PreTrainedTokenizerFast
     lists: Lists
-    doubts: list[str]  # a line about each thing that the file leaves open
+    doubts: list[str]  # a line about each setting that the file leaves open
 
 
 def rebuild_tokenizer(file: Path) -> Rebuilt:
-    """The tokenizer that a GGUF file describes. Raises ConfigError if its lists contradict each other, or make none."""
+    """The tokenizer that a GGUF file describes. Raises ConfigError if its lists are inconsistent or unusable."""
     try:
         keys, _ = read_gguf_metadata(str(file), (TOKENS, MERGES))
-        own = {key.removeprefix(_KEY): value for key, value in keys.items() if key.startswith(_KEY)}
-        contradiction = _contradiction(own)
-    except Exception as error:  # whatever a damaged file, or a value of another type, makes of its reader
+        tokenizer_keys = {key.removeprefix(_KEY): value for key, value in keys.items() if key.startswith(_KEY)}
+        contradiction = _contradiction(tokenizer_keys)
+    except Exception as error:  # of the reader, for a damaged file or a value of another type
         raise _refusal(file, f"can't be read ({first_line(error)})") from None
     if contradiction:
         raise _refusal(file, f"can't be rebuilt: {contradiction}")
     names = GGUF_TOKENIZER_MAPPING["tokenizer"]
-    values = {ours: keys[f"tokenizer.{theirs}"] for theirs, ours in names.items() if f"tokenizer.{theirs}" in keys}
+    values = {
+        field: keys[f"tokenizer.{gguf_name}"] for gguf_name, field in names.items() if f"tokenizer.{gguf_name}" in keys
+    }
     template = keys.get("tokenizer.chat_template") or ""
     try:
         with without_panics():
             state = json.loads(convert_gguf_tokenizer(keys["general.architecture"], values)[0].to_str())
             merged = set(map("".join, state["model"].get("merges", ())))
-            lists = _lists(own, merged, template)
-            backend = _mended(state, own, lists)
-        doubts = [] if own.get("token_type") is not None else [_UNTYPED]
-        if own.get("model") == _BYTE_LEVEL:
-            doubts += settle_split(backend, own.get("pre"))
+            lists = _lists(tokenizer_keys, merged, template)
+            backend = _mended_tokenizer(state, tokenizer_keys, lists)
+        doubts = [] if tokenizer_keys.get("token_type") is not None else [_UNTYPED]
+        if tokenizer_keys.get("model") == _BYTE_LEVEL:
+            doubts += settle_split(backend, tokenizer_keys.get("pre"))
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             add_bos_token=lists.adds_bos,
@@ -95,8 +97,8 @@ def rebuild_tokenizer(file: Path) -> Rebuilt:
 
 
 def check_rebuilt(file: Path, tokenizer: Any, lists: Lists) -> None:
-    """Compare a tokenizer with a file's lists: every token, and texts with those that are taken whole. Raises
-    ConfigError, with the first difference."""
+    """Compare a tokenizer with a file's lists: every token, and texts with the tokens that are never split. Raises
+    ConfigError with the first difference."""
     difference = _difference(tokenizer, lists)
     if difference:
         raise _refusal(file, f"can't be rebuilt: {difference}")
@@ -107,7 +109,7 @@ def _refusal(file: Path, trouble: str) -> ConfigError:
 
 
 def _contradiction(keys: Mapping[str, Any]) -> str | None:
-    """What makes it impossible to know a file's tokens."""
+    """Why a file's tokens can't be known, if its keys are inconsistent or incomplete; else None."""
     tokens = keys.get("tokens") or ()
     size = len(tokens)
     if not size:
@@ -127,14 +129,14 @@ def _contradiction(keys: Mapping[str, Any]) -> str | None:
 
 
 def _lists(keys: Mapping[str, Any], merged: Collection[str], template: str) -> Lists:
-    """What the keys say. merged: the tokens that merges make; template: the chat template."""
+    """The file's lists. merged: the tokens that merges make; template: the chat template."""
     model = keys.get("model")
     tokens = keys["tokens"]
     types = keys.get("token_type")
     named = {keys.get(name) for name in _NAMED}
     whole = {}
     for number, token in enumerate(tokens):
-        is_ordinary = len(token) == 1 or token in merged  # it comes about in the middle of a text
+        is_ordinary = len(token) == 1 or token in merged  # a text can be tokenized to it
         if types is not None:
             kind = types[number]
         elif is_ordinary or re.fullmatch("<0x[0-9A-F]{2}>", token):
@@ -142,7 +144,7 @@ def _lists(keys: Mapping[str, Any], merged: Collection[str], template: str) -> L
         else:
             kind = TokenType.CONTROL
         if kind == TokenType.NORMAL and not is_ordinary:
-            # The type may be wrong: it can come about in no other way.
+            # The type may be wrong: no text is tokenized to it unless it is taken whole.
             is_beyond_bytes = model == _BYTE_LEVEL and not _ALPHABET.issuperset(token)
             kind = TokenType.CONTROL if is_beyond_bytes or number in named or token in template else kind
         if token and kind in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED):
@@ -150,7 +152,7 @@ def _lists(keys: Mapping[str, Any], merged: Collection[str], template: str) -> L
     roles: dict[str, str | None] = dict.fromkeys(_ROLES)
     for role, name in _ROLES.items():
         number = keys.get(name)
-        # To pad and to be unknown is no part for an ordinary token: it would be cut out of every word.
+        # An ordinary token must not be padding or unknown: as a special token it would be cut out of every word.
         if number is not None and (number in whole or role in ("bos_token", "eos_token")):
             roles[role] = tokens[number]
     adds_bos = model == _SENTENCEPIECE or (model == _BYTE_LEVEL and keys.get("pre") in BEGINS_WITH_BOS)
@@ -165,9 +167,9 @@ def _lists(keys: Mapping[str, Any], merged: Collection[str], template: str) -> L
     )
 
 
-def _mended(state: dict[str, Any], keys: Mapping[str, Any], lists: Lists) -> Tokenizer:
-    """What transformers has built, with the file's own tokens: those that are taken whole, and no others, are. state:
-    the tokenizer as JSON, which is changed."""
+def _mended_tokenizer(state: dict[str, Any], keys: Mapping[str, Any], lists: Lists) -> Tokenizer:
+    """The tokenizer that transformers has built, with the file's tokens: exactly those listed as whole are never split.
+    state: the tokenizer as JSON, which is changed."""
     model = state["model"]
     if model["type"] != "BPE":
         return Tokenizer.from_str(json.dumps(state))
@@ -188,8 +190,8 @@ def _mended(state: dict[str, Any], keys: Mapping[str, Any], lists: Lists) -> Tok
 
 
 def _settle_spaces(state: dict[str, Any], prefixed: bool) -> None:
-    """Have every stretch of text between whole tokens begin with a space, or none, as SentencePiece does it: also where
-    it begins with one already. state: a tokenizer as JSON, which is changed."""
+    """Put a space before every stretch of text between whole tokens if `prefixed`, else none, as SentencePiece does:
+    even if the text begins with a space. state: a tokenizer as JSON, which is changed."""
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prepended = [{"type": "Prepend", "prepend": _SPACE}] if prefixed else []
     stripped = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
@@ -200,11 +202,11 @@ def _settle_spaces(state: dict[str, Any], prefixed: bool) -> None:
 
 
 def _difference(tokenizer: Any, lists: Lists) -> str | None:
-    """The first thing that a tokenizer has otherwise than a file's lists."""
+    """The first difference between a tokenizer and a file's lists; None if there is none."""
     names = tokenizer.convert_ids_to_tokens(list(range(len(lists.tokens))))
-    for number, (ours, theirs) in enumerate(zip(names, lists.tokens, strict=True)):
-        if ours != theirs and (ours or "").replace(_SPACE, " ") != theirs:
-            return f"token {number} is {theirs!r} in the file, but would be {ours!r}"
+    for number, (rebuilt_token, listed_token) in enumerate(zip(names, lists.tokens, strict=True)):
+        if rebuilt_token != listed_token and (rebuilt_token or "").replace(_SPACE, " ") != listed_token:
+            return f"token {number} is {listed_token!r} in the file, but would be {rebuilt_token!r}"
     beyond = max(tokenizer.get_vocab().values()) + 1 - len(lists.tokens)
     if beyond > 0:
         return f"it would have {pluralize(beyond, 'token')} more than the file"
@@ -212,9 +214,9 @@ def _difference(tokenizer: Any, lists: Lists) -> str | None:
         if getattr(tokenizer, name) != lists.roles[name]:
             return f"{name} is {lists.roles[name]!r} in the file, but would be {getattr(tokenizer, name)!r}"
     framed = tokenizer("a")["input_ids"]
-    first = [tokenizer.bos_token_id] if lists.adds_bos else []
-    last = [tokenizer.eos_token_id] if lists.adds_eos else []
-    if framed != [*first, *tokenizer("a", add_special_tokens=False)["input_ids"], *last]:
+    prefix = [tokenizer.bos_token_id] if lists.adds_bos else []
+    suffix = [tokenizer.eos_token_id] if lists.adds_eos else []
+    if framed != [*prefix, *tokenizer("a", add_special_tokens=False)["input_ids"], *suffix]:
         return f"a text would be tokenized as {tokenizer.convert_ids_to_tokens(framed)}"
     vocabulary = tokenizer.get_vocab()
     for number in lists.whole:

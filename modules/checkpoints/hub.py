@@ -1,4 +1,4 @@
-"""A model's files, in a folder of this machine or in the hub's cache: small ones first, weights when they are needed.
+"""A model's files, in a local folder or in the hub's cache: small ones first, weights when they are needed.
 
 Knows: huggingface_hub, its cache, what can go wrong on the way. Refuses to know: what is in the files, when to fetch.
 
@@ -36,9 +36,9 @@ PAUSES = (2.0, 10.0, 30.0, 120.0)  # seconds before a file whose download failed
 PARALLEL = 4  # files that are fetched at a time
 TIMEOUT = 30.0  # seconds for the hub to say what a model consists of
 
-Report = Callable[[int], Any]  # is told how many bytes have come
+Report = Callable[[int], Any]  # is called with the number of bytes that were downloaded
 
-# Asking again changes nothing about these.
+# Errors that a retry does not mend.
 _FINAL = (
     errors.RepositoryNotFoundError,
     errors.RevisionNotFoundError,
@@ -49,23 +49,23 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 
 class Cancelled(Exception):
-    """Raised by a report: the run is over, and what is still being fetched is not needed."""
+    """Raised by a report when the run is over: ends a download that is no longer needed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Repository:
-    """A model's files: in a folder of this machine, or at one commit of the hub, its folder then being the cache's."""
+    """A model's files: in a local folder, or at one commit of the hub, in the folder of the cache."""
 
     location: Location
     folder: Path
-    sizes: Mapping[str, int]  # of all files that can be had, in bytes
+    sizes: Mapping[str, int]  # of all files, also those to be downloaded, in bytes
     commit: str = ""  # of the hub's
-    trouble: str = ""  # why the hub can't be asked for more than is in the folder
+    trouble: str = ""  # why the hub can't be reached
     was_cached: bool = True  # whether the folder held files before this run
-    fetched: set[str] = field(default_factory=set)  # what this run has put there
-    is_new: bool = False  # whether the folder was made of a GGUF file on this occasion
+    fetched: set[str] = field(default_factory=set)  # files that this run has downloaded
+    is_new: bool = False  # whether this run has made the folder from a GGUF file
     notes: Sequence[str] = ()  # lines for the person at the terminal
-    warnings: Sequence[str] = ()  # the same, of what may be wrong with the files
+    warnings: Sequence[str] = ()  # lines about what may be wrong with the files
 
     @property
     def text(self) -> str:
@@ -74,14 +74,14 @@ class Repository:
 
     @property
     def where(self) -> str:
-        """Where exactly these files are, from wherever one looks."""
+        """The id on the hub with its commit, or the absolute path."""
         if self.commit:
             return f"{self.location.repo}@{self.commit}"
         return str((self.location.folder or self.folder).resolve())
 
     @property
     def written(self) -> list[str]:
-        """What this run has put on the disk."""
+        """A line about the files that this run has written to the disk, if any."""
         if self.is_new:
             return [f"{self.folder}, converted from GGUF"]
         return [f"{pluralize(len(self.fetched), 'file')} of {self.text} in the hub's cache"] if self.fetched else []
@@ -97,11 +97,12 @@ class Repository:
         return [file for file in files if not is_there(self.folder / file)] if self.commit else []
 
     def headers(self, files: Sequence[str]) -> dict[str, Forms]:
-        """What is in safetensors files, of which only the headers are fetched. Raises ConfigError if they can't be."""
+        """The tensors' dtypes and shapes by file: downloads only headers of safetensors files. Raises ConfigError on
+        failure."""
 
         def header(file: str) -> Forms:
-            found = HfApi().parse_safetensors_file_metadata(self.location.repo, file, revision=self.commit)
-            return {name: (info.dtype, info.shape) for name, info in found.tensors.items()}
+            metadata = HfApi().parse_safetensors_file_metadata(self.location.repo, file, revision=self.commit)
+            return {name: (info.dtype, info.shape) for name, info in metadata.tensors.items()}
 
         try:
             with ThreadPoolExecutor(PARALLEL) as pool:
@@ -110,37 +111,39 @@ class Repository:
             raise ConfigError(f"{self.text}: {reason(self.location, error)}") from None
 
     def fetch(self, files: Iterable[str], report: Report) -> None:
-        """Put files into the folder, several at a time; those that are there already are left alone.
+        """Download files into the folder, several at a time, but for those that are there already.
 
-        What can't be had is asked for again after a while. Raises CheckpointError if that does not help.
+        A failed download is tried again after a pause. Raises CheckpointError if it keeps failing.
         """
-        wanted = self.absent(files)
-        self.fetched.update(wanted)
+        absent_files = self.absent(files)
+        self.fetched.update(absent_files)
         for pause in (*PAUSES, None):
             try:
-                _snapshot(self.location.repo, self.commit, wanted, max_workers=PARALLEL, tqdm_class=reporting(report))
+                _snapshot(
+                    self.location.repo, self.commit, absent_files, max_workers=PARALLEL, tqdm_class=reporting(report)
+                )
                 return
             except Cancelled:
                 raise
             except Exception as error:  # whatever the network library raises
                 if pause is None or isinstance(error, _FINAL) or _is_of_the_disk(error):
-                    missing = (self.absent(wanted) or wanted)[0]
+                    missing = (self.absent(absent_files) or absent_files)[0]
                     raise CheckpointError(
                         f"{self.text}: can't download {missing}: {reason(self.location, error)}"
                     ) from None
                 time.sleep(pause)
 
 
-def local(location: Location, folder: Path, **more: Any) -> Repository:
-    """The files of a folder of this machine. more: see `Repository`. Raises CheckpointError if it can't be read."""
+def local(location: Location, folder: Path, **fields: Any) -> Repository:
+    """The files of a local folder. fields: see `Repository`. Raises CheckpointError if it can't be read."""
     sizes = {name: (folder / name).stat().st_size for name in local_files(folder)}
-    return Repository(location, folder, sizes, **more)
+    return Repository(location, folder, sizes, **fields)
 
 
 def find(location: Location) -> Repository:
-    """A model of the hub, its small files fetched.
+    """A model of the hub; downloads its small files.
 
-    What the cache has is taken where the hub can't be asked. Raises ConfigError if the cache has nothing either.
+    If the hub can't be reached, takes the model from the cache. Raises ConfigError if the cache lacks it too.
     """
     try:
         return _from_hub(location)
@@ -155,16 +158,16 @@ def _from_hub(location: Location) -> Repository:
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     cached = {name for name in sizes if isinstance(try_to_load_from_cache(repo, name, revision=info.sha), str)}
     names = small_files(sizes) + licence_files(sizes)
-    folder = _snapshot(repo, location.revision, names)  # by this name it is found again where the hub can't be asked
+    folder = _snapshot(repo, location.revision, names)  # the revision's name finds it again without the hub
     note = f"{location.text} is at commit {folder.name}"
-    new = set(names) - cached
-    return Repository(location, folder, sizes, folder.name, was_cached=bool(cached), fetched=new, notes=[note])
+    downloaded = set(names) - cached
+    return Repository(location, folder, sizes, folder.name, was_cached=bool(cached), fetched=downloaded, notes=[note])
 
 
 def _from_cache(location: Location, trouble: str) -> Repository:
-    """What the cache has of a model, since the hub can't be asked. trouble: why not."""
+    """A model's files in the cache, since the hub can't be reached. trouble: why not."""
     try:
-        # Of an older cache nobody knows what is missing; of this one, it is an error if the first file is.
+        # Older caches do not list a repository's files; a newer one raises if the first file is missing.
         folder = _snapshot(location.repo, location.revision, ["config.json"], local_files_only=True)
         sizes = _cached_sizes(location.repo, folder)
     except Exception:  # not in the cache
@@ -185,7 +188,7 @@ def _snapshot(repo: str, revision: str | None, names: Iterable[str], **settings:
 
 
 def _cached_sizes(repo: str, folder: Path) -> dict[str, int]:
-    """All files of a repository as the cache remembers them or, if it does not, those that it has."""
+    """Sizes of all files of a repository, if the cache has their list, else of those that it holds."""
     try:
         return {file.path: file.size for file in get_cached_repo_tree(repo, revision=folder.name)}
     except errors.CachedRepoTreeNotFoundError:
@@ -194,7 +197,7 @@ def _cached_sizes(repo: str, folder: Path) -> dict[str, int]:
 
 
 def reason(location: Location, error: BaseException) -> str:
-    """Why a file of the hub can't be had, and what can be done about it."""
+    """Why a file of the hub can't be downloaded, and what the user can do about it."""
     page = f"{constants.ENDPOINT}/{location.repo}"
     log_in = "set HF_TOKEN or run 'hf auth login'"
     if isinstance(error, errors.GatedRepoError):
@@ -219,15 +222,15 @@ def _is_of_the_disk(error: BaseException) -> bool:
 
 
 def reporting(report: Report) -> type[HubBar]:
-    """A class for the bars of a snapshot's download, none of which is shown: the one for bytes on the disk reports."""
+    """A class for the progress bars of snapshot_download. None is shown; the one that counts bytes calls report."""
 
     class Reporting(HubBar):
         def __init__(self, *args: Any, **settings: Any) -> None:
-            self._counts = settings.get("name") == "huggingface_hub.snapshot_download"
+            self._counts_bytes = settings.get("name") == "huggingface_hub.snapshot_download"
             super().__init__(*args, **{**settings, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
-            if self._counts:
+            if self._counts_bytes:
                 report(int(n or 0))
 
     return Reporting

@@ -1,4 +1,4 @@
-"""Stored tensors that a module has no use for: which of them older versions and training code leave beside weights.
+"""Stored tensors that a module does not use: which of them are usual leftovers of older versions and training code.
 
 Knows: names and shapes of such tensors. Refuses to know: candidates, merging, devices.
 """
@@ -15,20 +15,20 @@ from modules.checkpoints.conversion import Conversion
 from modules.checkpoints.readers import TensorInfo
 from modules.runtime.text import listed
 
-_ROTARY = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")  # made of config.json
+_ROTARY = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")  # computed from config.json
 _FURTHER = re.compile(r"(^|[._])mtp([._\d]|$)")  # multi-token prediction, in parts of names
 
 
 @dataclass(frozen=True)
 class Leftovers:
-    """The names of stored tensors that a module has no use for."""
+    """The names of stored tensors that a module does not use."""
 
-    usual: Sequence[str]  # rotary frequencies, attention masks, layers behind the last that predict further tokens
+    usual: Sequence[str]  # rotary frequencies, masks, layers after the last for multi-token prediction
     others: Sequence[str]
-    surplus: Sequence[str]  # of the others, those of layers like any other behind the last
+    surplus: Sequence[str]  # those of the others that are ordinary layers after the last
 
     def notes(self, name: str) -> list[str]:
-        """A line about what is left out. name: of the checkpoint."""
+        """A line about the usual leftovers, if any. name: of the checkpoint."""
         return [f"{name}: ignoring {listed(self.usual, 1)}, which a merge does not need"] if self.usual else []
 
 
@@ -38,7 +38,7 @@ def number_of(name: str) -> str:
 
 
 def leftovers(checkpoint: Checkpoint, conversion: Conversion, module: PreTrainedModel) -> Leftovers:
-    """What a checkpoint stores and the module, which may be without weights, has no use for. conversion: of both."""
+    """The tensors of a checkpoint that the module does not use. conversion: of the two. module: may lack weights."""
     layers_name, layers = find_layers(module)
     layer_tensors = {name for name in conversion if name.startswith(f"{layers_name}.")}
     of_layers = [name for name in checkpoint.tensors if layer_tensors.intersection(conversion.module_names(name))]
@@ -47,13 +47,13 @@ def leftovers(checkpoint: Checkpoint, conversion: Conversion, module: PreTrained
     configs = [checkpoint.config.get_text_config(), module.config.get_text_config()]
     declared = max(getattr(config, "num_nextn_predict_layers", None) or 0 for config in configs)
 
-    # Layers behind the last that predict further tokens: as many as a configuration says, and those with tensors of
-    # which no other layer has any.
-    behind = [name for name in conversion.unused if _before_number(name) in starts and not _is_rotary(name)]
-    behind = [name for name in behind if int(number_of(name)) >= len(layers)]
+    # Layers after the last for multi-token prediction: as many as a configuration declares, and those with tensors
+    # that no other layer has.
+    trailing = [name for name in conversion.unused if _before_number(name) in starts and not _is_rotary(name)]
+    trailing = [name for name in trailing if int(number_of(name)) >= len(layers)]
     further = {
         (_before_number(name), number_of(name))
-        for name in behind
+        for name in trailing
         if _without_number(name) not in patterns or int(number_of(name)) < len(layers) + declared
     }
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -73,7 +73,7 @@ def _is_rotary(name: str) -> bool:
 
 
 def _is_mask(name: str, info: TensorInfo) -> bool:
-    """Whether a tensor is a mask by its name and form: the number that masks with, or a square of tokens."""
+    """Whether a tensor is a mask by its name and shape: the masking value, or a square of tokens."""
     is_square = len(info.shape) > 1 and info.shape[-1] == info.shape[-2]
     return name.endswith("masked_bias") or (name.endswith(".bias") and is_square)
 
@@ -84,5 +84,5 @@ def _without_number(name: str) -> str:
 
 
 def _before_number(name: str) -> str:
-    """What stands before a name's first number; empty if it has none."""
+    """The part of a name before its first number; empty without a number."""
     return name.partition(f".{number_of(name)}.")[0] if number_of(name) else ""

@@ -1,10 +1,10 @@
-"""LoRA adapters: the tensors of a model with an adapter applied while they are read.
+"""LoRA adapters: applied to a model's tensors while these are read.
 
-Knows: PEFT's files, which kinds of adapters are nothing but sums. Refuses to know: layers, devices, scores.
+Knows: PEFT's files, which adapters only add a product to a weight. Refuses to know: layers, devices, scores.
 
 Plain LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) adds s*B*A to a weight, with A (r, input), B (output, r)
-and s = alpha/r. Rank-stabilised LoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732) has s = alpha/sqrt(r). What
-an adapter may hold besides are whole tensors that take the place of the model's (modules_to_save, biases).
+and s = alpha/r. Rank-stabilised LoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732) has s = alpha/sqrt(r). An
+adapter may also hold whole tensors that replace the model's (modules_to_save, biases).
 """
 
 import json
@@ -37,15 +37,15 @@ from modules.runtime.errors import CheckpointError, ConfigError, first_line
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # safetensors win
 
-# Settings of PEFT under which an adapter is no sum of a weight and a product, or not of this model's weights.
+# Settings of PEFT that make an adapter more than weight plus product, or change which weights it is added to.
 _REFUSED = (
     *("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
     *("monteclora_config", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias"),
 )
-# How A and B began; under any other name (PiSSA, OLoRA, CorDA, LoftQ, ...) the model's own weights were changed too.
-_HARMLESS_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+# How A and B were initialised; the other ways (PiSSA, OLoRA, CorDA, LoftQ, ...) change the model's weights too.
+_HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
-_SECONDS = 5.0  # to match all patterns of alpha_pattern
+_MATCH_SECONDS = 5.0  # to match all patterns of alpha_pattern
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
@@ -64,21 +64,21 @@ class Product:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's files, by what they do to a model's weights; names are those that PEFT gives the model's modules."""
+    """An adapter's files and what they change. Names of weights are PEFT's names of the model's modules."""
 
     path: Path
     name: str  # of the candidate
     trained_on: str  # as PEFT noted it
     reader: FilesReader
-    whole: Mapping[str, str]  # the model's tensor -> the adapter's that takes its place
-    products: Mapping[str, Product]  # the model's weight -> what is added to it
-    companions: Companions  # as they were when it was opened
-    ties: bool = False  # what it does to a tied model's embedding, it does to the head: ensure_weight_tying
-    by_tying: Collection[str] = ()  # weights that it changes for that alone, and not of a model without ties
+    whole: Mapping[str, str]  # the model's tensor -> the adapter's tensor that replaces it
+    products: Mapping[str, Product]  # the model's weight -> the product that is added to it
+    companions: Companions  # the files beside its weights when it was opened
+    ties: bool = False  # ensure_weight_tying: a change of a tied model's embedding is one of its head too
+    by_tying: Collection[str] = ()  # weights that it changes only because of the tie
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """An adapter's settings. Raises ConfigError if they are none, or those of a kind that can't be applied,
+    """An adapter's settings. Raises ConfigError if they are invalid, or if this kind of adapter can't be applied;
     CheckpointError if they can't be read."""
     content = read_file(path / ADAPTER_SETTINGS, LARGEST_SETTINGS)
     try:
@@ -88,12 +88,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, AttributeError, TypeError, RecursionError):
         valid = False
     if not valid:
-        what = sniff_format(path / ADAPTER_SETTINGS) or "not a PEFT adapter configuration"
-        raise ConfigError(f"{path / ADAPTER_SETTINGS}: {what}")
+        problem = sniff_format(path / ADAPTER_SETTINGS) or "not a PEFT adapter configuration"
+        raise ConfigError(f"{path / ADAPTER_SETTINGS}: {problem}")
     refused = [key for key in _REFUSED if settings.get(key)]
     if settings.get("peft_type") != "LORA":
         refused = ["peft_type"]
-    elif settings.get("init_lora_weights") not in _HARMLESS_BEGINNINGS:  # the model's own weights were changed then
+    elif (
+        settings.get("init_lora_weights") not in _HARMLESS_INITIALISATIONS
+    ):  # the model's own weights were changed then
         refused.append("init_lora_weights")
     if refused:
         key = refused[0]
@@ -105,7 +107,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
-    """Read an adapter's settings and its file's header. Raises ConfigError if it is none that can be applied,
+    """Read an adapter's settings and its file's header. Raises ConfigError if the adapter can't be applied,
     CheckpointError if its settings can't be read."""
     settings = read_settings(path)
     file = next((file for file in WEIGHTS if is_there(path / file)), None)
@@ -119,9 +121,9 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
     if not whole and not sides:
         raise ConfigError(f"{path / file}: the adapter contains no tensors")
     try:
-        own_alphas = settings.get("alpha_pattern") or {}
-        alphas = match_alphas(own_alphas, settings.get("lora_alpha", 8), [module for module, _ in sides])
-    except Exception as error:  # what two libraries make of a pattern that is none
+        alpha_patterns = settings.get("alpha_pattern") or {}
+        alphas = match_alphas(alpha_patterns, settings.get("lora_alpha", 8), [module for module, _ in sides])
+    except Exception as error:  # of re or regex, for an invalid pattern
         problem = f"alpha_pattern has a pattern that can't be used ({first_line(error)}); use plain module names"
         raise ConfigError(f"{path / ADAPTER_SETTINGS}: {problem}") from None
     products = {}
@@ -151,7 +153,7 @@ def open_adapter(path: Path, name: str, trusted: bool = False) -> Adapter:
 
 
 def _is_target(settings: Mapping[str, Any], module: str) -> bool:
-    """Whether an adapter's settings list a module among those that it changes; a pattern is taken to mean all."""
+    """Whether target_modules lists a module; a pattern there counts as all modules."""
     targets = settings.get("target_modules")
     return not isinstance(targets, list) or any(f".{module}".endswith(f".{target}") for target in targets)
 
@@ -159,8 +161,8 @@ def _is_target(settings: Mapping[str, Any], module: str) -> bool:
 def _whole_and_low_rank(
     path: Path, names: Iterable[str]
 ) -> tuple[dict[str, str], dict[tuple[str, bool], dict[str, str]]]:
-    """An adapter's tensors: those in the place of the model's, by the model's name; and of every module, and whether it
-    is an embedding, the names of A and B. Raises ConfigError for any other."""
+    """An adapter's tensors: the whole ones, by the name of the model's tensor that they replace; and the names of A and
+    B, by module and whether it is an embedding. Raises ConfigError for any other tensor."""
     whole: dict[str, str] = {}
     sides: dict[tuple[str, bool], dict[str, str]] = {}
     for stored in names:
@@ -172,26 +174,26 @@ def _whole_and_low_rank(
             raise ConfigError(
                 f"{path}: {stored} is not part of a plain LoRA adapter; merge the adapter with PEFT first"
             )
-        elif ".original_module." not in stored:  # what a whole tensor took the place of
+        elif ".original_module." not in stored:  # that is the tensor that was replaced
             whole[_WHOLE.sub("", name)] = stored
     return whole, sides
 
 
 def match_alphas(patterns: Mapping[str, float], usual: float, modules: Sequence[str]) -> dict[str, float]:
-    """Every module's alpha, as PEFT's get_pattern_key chooses it: that of the first pattern which a whole name, or what
-    stands behind a dot, fits, else the usual one.
+    """Every module's alpha, as PEFT's get_pattern_key chooses it: that of the first pattern that matches the whole name
+    or the part behind a dot, else the usual one.
 
-    patterns: alphas by pattern. The patterns are a stranger's: raises ValueError for one that may need all memory,
-    TimeoutError if matching takes too long, and what `re` raises for no pattern at all.
+    patterns: alphas by pattern. The patterns are untrusted: raises ValueError for one that may need all memory,
+    TimeoutError if matching takes too long, and the error of `re` for an invalid pattern.
     """
-    deadline = time.monotonic() + _SECONDS
+    deadline = time.monotonic() + _MATCH_SECONDS
     alphas: dict[str, float] = {}
     for pattern, alpha in patterns.items():
         if "{" in pattern:
             raise ValueError(f"{pattern} has a repeat count")  # nested ones are expanded, which nothing limits
-        whole = rf"(.*\.)?({pattern})$"
-        re.compile(whole)  # what it refuses, PEFT refuses
-        compiled = regex.compile(whole)  # unlike those of re, its matches can be stopped
+        full_pattern = rf"(.*\.)?({pattern})$"
+        re.compile(full_pattern)  # what it refuses, PEFT refuses
+        compiled = regex.compile(full_pattern)  # unlike those of re, its matches can be stopped
         for module in modules:
             if module not in alphas and compiled.match(module, timeout=max(deadline - time.monotonic(), 0.001)):
                 alphas[module] = alpha
@@ -209,7 +211,7 @@ class LoraReader:
     def __init__(
         self, plain: Reader, adapter: Adapter, tensors: Mapping[str, TensorInfo], copies: Mapping[str, str]
     ) -> None:
-        """adapter: by the names of `plain`. copies: the half of a tied pair that is not stored -> the other."""
+        """adapter: by the names of `plain`. copies: the name of a tied pair that is not stored -> the stored one."""
         self._plain = plain
         self._adapter = adapter
         self._copies = copies
@@ -219,21 +221,21 @@ class LoraReader:
         """See `Reader`."""
         adapter = self._adapter
         names = list(names)
-        needed = {adapter.whole[name] for name in names if name in adapter.whole}
+        adapter_names = {adapter.whole[name] for name in names if name in adapter.whole}
         for product in (adapter.products[name] for name in names if name in adapter.products):
-            needed |= {product.a, product.b}
-        lora = dict(adapter.reader.read(needed))
-        made_of: dict[str, list[str]] = {}  # a stored tensor -> those that are made of it
+            adapter_names |= {product.a, product.b}
+        lora = dict(adapter.reader.read(adapter_names))
+        derived_names: dict[str, list[str]] = {}  # a stored tensor -> the tensors made from it
         for name in names:
             if name in adapter.whole:
-                yield name, self._changed(name, lora[adapter.whole[name]], lora)
+                yield name, self._with_adapter(name, lora[adapter.whole[name]], lora)
             else:
-                made_of.setdefault(self._copies.get(name, name), []).append(name)
-        for stored, weight in self._plain.read(made_of, buffer):
-            for name in made_of[stored]:
-                yield name, self._changed(name, weight, lora)
+                derived_names.setdefault(self._copies.get(name, name), []).append(name)
+        for stored, weight in self._plain.read(derived_names, buffer):
+            for name in derived_names[stored]:
+                yield name, self._with_adapter(name, weight, lora)
 
-    def _changed(self, name: str, weight: Tensor, lora: Mapping[str, Tensor]) -> Tensor:
+    def _with_adapter(self, name: str, weight: Tensor, lora: Mapping[str, Tensor]) -> Tensor:
         product = self._adapter.products.get(name)
         return weight if product is None else _sum(weight, lora[product.a], lora[product.b], product)
 
@@ -255,8 +257,8 @@ class LoraReader:
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:
     """W + s*B*A, computed in float32 and rounded once to the weight's dtype."""
-    added = product.scale * (b.float() @ a.float())
-    return (weight.float() + (added.T if product.transposed else added)).to(weight.dtype)
+    update = product.scale * (b.float() @ a.float())
+    return (weight.float() + (update.T if product.transposed else update)).to(weight.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,18 +269,18 @@ class Adapted(Checkpoint):
 
     @property
     def tokenizer_files(self) -> tuple[Path, Companions]:
-        """The adapter's own tokenizer counts where it brings whole tensors along, which may be the vocabulary's."""
+        """See `Checkpoint`. The adapter's tokenizer if it has one and whole tensors, maybe the vocabulary's."""
         brings_tokenizer = self.adapter.whole and "tokenizer_config.json" in self.adapter.companions.sizes
         return (self.adapter.path, self.adapter.companions) if brings_tokenizer else super().tokenizer_files
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The names of the model's weight files; the adapter's own is no part of them."""
+        """The names of the model's weight files, without the adapter's."""
         stored = (info.file for name, info in self.tensors.items() if name not in self.adapter.whole)
         return tuple(dict.fromkeys(stored))
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """By which model and adapter are known again."""
+        """See `Checkpoint`; with the adapter's files."""
         files = {ADAPTER_SETTINGS, *(info.file for info in self.adapter.reader.tensors.values())}
         return super().fingerprint() | {file: fingerprint(self.adapter.path / file) for file in sorted(files)}
 
@@ -293,8 +295,8 @@ def apply_adapter(
     """The checkpoint with the adapter applied.
 
     conversion: the checkpoint's. input_first: stored names of weights (input, output). tied: names of embedding and
-    head, if the checkpoint's configuration ties them. Raises ConfigError if the adapter changes what the checkpoint
-    lacks, or what has another shape there.
+    head, if the checkpoint's configuration ties them. Raises ConfigError if the adapter changes a tensor that the
+    checkpoint lacks or that has another shape there.
     """
     adapter, copies = _untied(adapter, conversion, [name for name in tied if name])
     infos = adapter.reader.tensors
@@ -302,24 +304,24 @@ def apply_adapter(
     products = {}
     tensors = dict(checkpoint.tensors)
     tensors |= {name: tensors[stored] for name, stored in copies.items()}
-    for name, brought in adapter.whole.items():
-        # A tensor that the model knows and does not store is the adapter's own.
+    for name, adapter_name in adapter.whole.items():
+        # A tensor that the module has but the model does not store is taken from the adapter.
         stored = conversion.stored_name(name) or (name if conversion.knows(name) else None)
         if stored is None:
             raise ConfigError(f"{adapter.path}: the adapter contains {name}, which {checkpoint.name} does not have")
-        if stored in tensors and tensors[stored].shape != infos[brought].shape:
-            shapes = f"has shape {infos[brought].shape}, but {tensors[stored].shape} in {checkpoint.name}"
+        if stored in tensors and tensors[stored].shape != infos[adapter_name].shape:
+            shapes = f"has shape {infos[adapter_name].shape}, but {tensors[stored].shape} in {checkpoint.name}"
             raise ConfigError(f"{adapter.path}: {name} {shapes}; merge the adapter into its model with PEFT first")
-        whole[stored] = brought
-        tensors[stored] = infos[brought]
+        whole[stored] = adapter_name
+        tensors[stored] = infos[adapter_name]
     for name, product in adapter.products.items():
         stored = name if name in copies else conversion.stored_name(name)
         if stored is None:
             raise ConfigError(f"{adapter.path}: the adapter changes {name}, which {checkpoint.name} does not store")
         product = replace(product, transposed=product.transposed or stored in input_first)
-        added = infos[product.b].shape[:1] + infos[product.a].shape[1:]
-        if tensors[stored].shape != (added[::-1] if product.transposed else added):
-            shapes = f"{added} to {name}, which has shape {tensors[stored].shape} in {checkpoint.name}"
+        update_shape = infos[product.b].shape[:1] + infos[product.a].shape[1:]
+        if tensors[stored].shape != (update_shape[::-1] if product.transposed else update_shape):
+            shapes = f"{update_shape} to {name}, which has shape {tensors[stored].shape} in {checkpoint.name}"
             raise ConfigError(f"{adapter.path}: the adapter adds a matrix {shapes}")
         products[stored] = product
     adapter = replace(adapter, whole=whole, products=products)
@@ -334,11 +336,11 @@ def apply_adapter(
 
 
 def _untied(adapter: Adapter, conversion: Conversion, tied: Sequence[str]) -> tuple[Adapter, dict[str, str]]:
-    """What an adapter does to embedding and head of a model that ties them, to each by itself, and which of the two is
-    to be read from the other's stored tensor.
+    """The adapter with separate changes for a tied model's embedding and head, and which of the two names is read from
+    the other's stored tensor.
 
-    PEFT changes one half of such a pair and leaves the other as it was, unless ensure_weight_tying says otherwise.
-    tied: names of embedding and head, or none. Raises ConfigError if the adapter ties what it does not have.
+    PEFT changes one of the two and leaves the other unchanged, unless ensure_weight_tying is set. tied: names of
+    embedding and head, or none. Raises ConfigError if ensure_weight_tying is set and the adapter has no embedding.
     """
     whole = dict(adapter.whole)
     products = dict(adapter.products)
@@ -351,10 +353,10 @@ def _untied(adapter: Adapter, conversion: Conversion, tied: Sequence[str]) -> tu
         return adapter, {}
     embedding, head = tied
     stored = {name: conversion.stored_name(name) for name in tied}
-    present = next((found for found in stored.values() if found), None)
-    copies = {name: present for name, found in stored.items() if present and not found}
+    source = next((stored_name for stored_name in stored.values() if stored_name), None)
+    copies = {name: source for name, stored_name in stored.items() if source and not stored_name}
     bases = [whole[name] for name in tied if ".base_layer." in whole.get(name, "")]
-    if copies and bases:  # PEFT loads what it saved beside its own tensors into the one that both halves are
+    if copies and bases:  # PEFT loads a saved base_layer into the one tensor that is both
         whole = {**dict.fromkeys(tied, bases[0]), **whole}
     if adapter.ties:
         if embedding not in whole and embedding not in products:

@@ -1,6 +1,6 @@
-"""The models of a run, found and opened: all that can be checked without their weights is.
+"""The models of a run: found, opened, and checked as far as this needs no weights.
 
-Knows: which models a configuration names, where they come from, that they must fit. Refuses to know: devices, scores,
+Knows: which models a configuration names, where their files are, that they must fit. Refuses to know: devices, scores,
 printing.
 """
 
@@ -25,8 +25,8 @@ from modules.config.locations import Location, Source, names_of, parse_location,
 from modules.config.schema import Config
 from modules.runtime.errors import ConfigError
 
-Fetch = Callable[[Job], None]  # returns when a job's files are there
-Tell = Callable[[Sequence[str]], None]  # gives the person at the terminal some lines while models are opened
+Fetch = Callable[[Job], None]  # returns when a job's files are downloaded
+Tell = Callable[[Sequence[str]], None]  # prints lines while models are opened
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Models:
     module: PreTrainedModel  # the base's, without weights
     candidates: list[Candidate]
     notes: list[str]  # lines for the person at the terminal
-    warnings: list[str]  # the same, of what may spoil the merge
+    warnings: list[str]  # lines about what may spoil the merge
 
     @property
     def base_where(self) -> str:
@@ -46,7 +46,7 @@ class Models:
 
     @property
     def written(self) -> list[str]:
-        """What opening them has put on the disk."""
+        """A line for each model about the files that opening it has written to the disk."""
         repositories = [self.base.repository]
         for candidate in self.candidates:
             repositories += candidate.repositories
@@ -54,19 +54,19 @@ class Models:
 
     @property
     def jobs(self) -> list[Job]:
-        """What must be fetched before the base can be loaded, then before each candidate can be searched."""
+        """The downloads: the base's first, then each candidate's, in merge order."""
         return [self.base.job, *(candidate.checkpoint.job for candidate in self.candidates)]
 
 
 def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -> Models:
     """The base and the candidates of a configuration, opened and checked against each other.
 
-    Raises ConfigError, for all models that can't be used together.
+    Raises ConfigError with all models that can't be used.
     """
     sources, notes = candidate_sources(config)
-    names_some = config.models_to_merge or config.directories.model_directory
+    asks_for_candidates = config.models_to_merge or config.directories.model_directory
     base_location = _base_location(config)
-    locations = list(dict.fromkeys([base_location, *(place for source in sources for place in source.places)]))
+    locations = list(dict.fromkeys([base_location, *(location for source in sources for location in source.places)]))
     _tell_of_the_hub(locations, tell)
     repositories = _find_all(locations, config, tell)
     for repository in repositories.values():
@@ -76,7 +76,7 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
         if source.adapter is None and repositories[source.model].same_as(base_repository):
             sources.remove(source)
             notes.append(f"{source.text} is the base model; skipped")
-    if names_some and not sources:
+    if asks_for_candidates and not sources:
         raise ConfigError(
             "no candidates to merge: " + ("; ".join(notes) or "directories.model_directory has no sub-folders")
         )
@@ -92,9 +92,9 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
     candidates: list[Candidate] = []
     problems: list[str] = []
     for name, source in zip(names, sources, strict=True):
-        places = [repositories[location] for location in source.places]
+        source_repositories = [repositories[location] for location in source.places]
         try:
-            candidates.append(_open_candidate(name, source, places, opened, config, fetch))
+            candidates.append(_open_candidate(name, source, source_repositories, opened, config, fetch))
         except ConfigError as error:
             problems += error.args
     if problems:
@@ -110,7 +110,10 @@ def open_models(config: Config, fetch: Fetch, tell: Tell = lambda lines: None) -
 
 
 def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
-    """The base alone, its weights fetched, to be read and not to be copied. Raises ConfigError if it can't be used."""
+    """The base without candidates, its weights downloaded; for runs that write no model.
+
+    Raises ConfigError if it can't be used.
+    """
     location = _base_location(config)
     _tell_of_the_hub([location], tell)
     repository = _find(location, config, tell)
@@ -121,7 +124,7 @@ def open_base(config: Config, fetch: Fetch, tell: Tell) -> Models:
 
 
 def _open_base(repository: Repository, name: str, config: Config, fetch: Fetch) -> Models:
-    """A model as the base, its weights not read, without candidates. Raises ConfigError if it can't be one."""
+    """A model as the base, without candidates; its weights are not read. Raises ConfigError if it can't be a base."""
     if ADAPTER_SETTINGS in repository.sizes:
         if holds_weights(repository.sizes):
             advice = f"contains both a model and an adapter; move {ADAPTER_SETTINGS} away"
@@ -135,7 +138,7 @@ def _open_base(repository: Repository, name: str, config: Config, fetch: Fetch) 
 
 
 def _tell_of_the_hub(locations: Iterable[Location], tell: Tell) -> None:
-    """A line for each location that could be meant as a folder, and will be looked for on the hub."""
+    """Print a line for each location that may be meant as a folder, but is looked up on the hub."""
     meant = [location.text for location in locations if location.folder is None and location.revision is None]
     tell([f"{text} is not a local folder; looking on the hub" for text in meant])
 
@@ -143,8 +146,8 @@ def _tell_of_the_hub(locations: Iterable[Location], tell: Tell) -> None:
 def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
     """The candidates in merge order, and a line about each folder that is left out.
 
-    models_to_merge overrides model_directory, whose visible sub-folders are taken alphabetically; the output directory
-    is left out by resolved path. A configuration that names neither asks for none.
+    models_to_merge overrides model_directory. The visible sub-folders of model_directory are taken in alphabetical
+    order; the output directory is left out by resolved path. If neither is set, there are no candidates.
     """
     if config.models_to_merge or config.directories.model_directory is None:
         return [source for source in map(parse_source, config.models_to_merge) if source], []
@@ -167,7 +170,7 @@ def candidate_sources(config: Config) -> tuple[list[Source], list[str]]:
 
 
 def _base_location(config: Config) -> Location:
-    """Where the base model lies. Raises ConfigError if its folder has gone."""
+    """The base model's location. Raises ConfigError if its folder no longer exists."""
     location = parse_location(config.directories.model_path1)
     if location is None:
         raise ConfigError(f"{config.directories.model_path1}: no such folder")
@@ -175,8 +178,8 @@ def _base_location(config: Config) -> Location:
 
 
 def _find_all(locations: Sequence[Location], config: Config, tell: Tell) -> dict[Location, Repository]:
-    """The files of each location. Raises ConfigError, for all that can't be found."""
-    found: dict[Location, Repository] = {}
+    """The files of each location. Raises ConfigError with all locations that can't be found."""
+    repositories: dict[Location, Repository] = {}
     by_folder: dict[Path, Repository] = {}
     problems: list[str] = []
     for location in locations:
@@ -185,16 +188,18 @@ def _find_all(locations: Sequence[Location], config: Config, tell: Tell) -> dict
         except ConfigError as error:
             problems += error.args
             continue
-        # Two locations may be one commit of the hub: what was fetched of it is known to both.
-        same = by_folder.setdefault(repository.folder, repository)
-        found[location] = replace(repository, was_cached=same.was_cached, fetched=same.fetched)
+        # Two locations may be one commit of the hub: they share the record of what was fetched.
+        first_repository = by_folder.setdefault(repository.folder, repository)
+        repositories[location] = replace(
+            repository, was_cached=first_repository.was_cached, fetched=first_repository.fetched
+        )
     if problems:
         raise ConfigError(*problems)
-    return found
+    return repositories
 
 
 def _find(location: Location, config: Config, tell: Tell) -> Repository:
-    """The files of a location; of the hub's models, the small ones are fetched; of a GGUF file, a folder is made.
+    """The files of a location. Downloads the small files of a hub model; converts a GGUF file to a folder.
 
     Raises ConfigError.
     """
@@ -213,8 +218,8 @@ def _find(location: Location, config: Config, tell: Tell) -> Repository:
 def _open_model(
     repository: Repository, name: str, trusted: bool, fetch: Fetch, base: Checkpoint | None = None
 ) -> Checkpoint:
-    """A model, that of a candidate if there is a base. The shapes in .bin files of the hub can't be seen from afar:
-    those are fetched here, once the configuration fits."""
+    """A model; a candidate's if a base is given. The hub does not tell the shapes in .bin files: such files are
+    downloaded here, once the configuration fits."""
     try:
         if repository.commit and holds_weights(repository.sizes):
             configuration = read_configuration(repository, trusted)
@@ -235,17 +240,17 @@ def _open_candidate(
 ) -> Candidate:
     """A model, an adapter for the base, or a model with its adapter. Raises ConfigError if it does not fit.
 
-    repositories: one, or a model's and its adapter's.
+    repositories: one, or the model's and the adapter's.
     """
-    last = repositories[-1]
-    brings_adapter = ADAPTER_SETTINGS in last.sizes
+    repository = repositories[-1]
+    brings_adapter = ADAPTER_SETTINGS in repository.sizes
     notes: list[str] = []
-    if source.adapter is None and (holds_weights(last.sizes) or not brings_adapter):
-        checkpoint = _open_model(last, name, config.trust_remote_code, fetch, base.base)
+    if source.adapter is None and (holds_weights(repository.sizes) or not brings_adapter):
+        checkpoint = _open_model(repository, name, config.trust_remote_code, fetch, base.base)
         if brings_adapter:
             notes = [f"{source.text} also contains an adapter, which is not applied; write model+adapter to apply it"]
     elif not brings_adapter:
-        raise ConfigError(f"{last.text}: not an adapter: {ADAPTER_SETTINGS} is missing")
+        raise ConfigError(f"{repository.text}: not an adapter: {ADAPTER_SETTINGS} is missing")
     else:
         checkpoint, notes = _with_adapter(name, repositories, base, config, fetch)
     candidate = open_candidate(checkpoint, base.base, base.module)
@@ -255,10 +260,10 @@ def _open_candidate(
 def _with_adapter(
     name: str, repositories: Sequence[Repository], base: Models, config: Config, fetch: Fetch
 ) -> tuple[Checkpoint, list[str]]:
-    """A model with an adapter applied, and a line if the adapter was trained on another one, as far as names tell."""
+    """A model with an adapter applied; a line if, judging by names, the adapter was trained on another model."""
     trusted = config.trust_remote_code
     *models, repository = repositories
-    read_settings(repository.folder)  # before anything is fetched in vain
+    read_settings(repository.folder)  # fails before anything is downloaded
     weights = [file for file in ADAPTER_WEIGHTS if file in repository.sizes]
     fetch(Job(name, repository, weights[:1]))
     adapter = open_adapter(repository.folder, name, trusted)

@@ -1,4 +1,4 @@
-"""What every format of weight files offers: its tensors by name, read whole or by rows.
+"""The interface of all formats of weight files: tensors by name, read whole or by rows.
 
 Knows: names, shapes, dtypes, which file holds what. Refuses to know: how a format stores them, models, devices.
 """
@@ -30,22 +30,22 @@ DTYPES = {
 }
 
 Forms = Mapping[str, tuple[Any, Sequence[int]]]  # tensor name -> dtype, as torch or safetensors call it, and shape
-Buffer = Callable[[int], Tensor]  # so many bytes of CPU memory, as a tensor of uint8
+Buffer = Callable[[int], Tensor]  # number of bytes -> CPU memory, (bytes,), uint8
 
 
 def new_buffer(size: int) -> Tensor:
-    """Memory that nobody else uses."""
+    """New memory, (size,), uint8."""
     return torch.empty(size, dtype=torch.uint8)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """float16 and so on, as settings and messages have it."""
+    """A dtype's name in settings and messages, such as float16."""
     return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Which file holds a tensor, and what it looks like."""
+    """A tensor's file, shape and dtype."""
 
     file: str
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Reader(Protocol):
     tensors: Mapping[str, TensorInfo]  # in file order
 
     def read(self, names: Iterable[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors on the CPU, in their stored dtype, each as soon as it is read. buffer: where to."""
+        """The named tensors on the CPU, in their stored dtype, each as soon as it is read. buffer: gives the memory."""
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of a tensor: (rows, ...), on the CPU, in its stored dtype. rows: (rows,), int64, on the CPU."""
@@ -67,33 +67,33 @@ class Reader(Protocol):
 class FilesReader(ABC):
     """A `Reader` of files of one format in one folder."""
 
-    def __init__(self, folder: Path, files: Sequence[str], known: Mapping[str, Forms]) -> None:
-        """Read what the files hold, but no weights. known: the same of files that are still to be fetched.
+    def __init__(self, folder: Path, files: Sequence[str], known_forms: Mapping[str, Forms]) -> None:
+        """Read the files' headers, no weights. known_forms: the tensors of files that are not downloaded yet.
 
-        Raises ConfigError for a dtype that can't be merged, and for weights that are no floating-point numbers: what
-        quantised models are made of. Raises CheckpointError if a file can't be read.
+        Raises ConfigError for a dtype that can't be merged, and for weights that are no floating-point numbers, as in
+        quantised models. Raises CheckpointError if a file can't be read.
         """
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
-            problem = None if file in known else sniff_format(folder / file)
+            problem = None if file in known_forms else sniff_format(folder / file)
             if problem:
                 raise CheckpointError(f"{folder / file}: can't be read (it {problem})")
-            forms = known[file] if file in known else self.forms(folder / file)
-            for name, (stored, shape) in forms.items():  # of a tensor that two shards hold, the last counts
+            forms = known_forms[file] if file in known_forms else self.forms(folder / file)
+            for name, (stored, shape) in forms.items():  # if two shards hold a tensor, the last counts
                 self.tensors[name] = TensorInfo(file, tuple(shape), _dtype(folder / file, name, stored))
 
     def read(self, names: Iterable[str], buffer: Buffer = new_buffer) -> Iterator[tuple[str, Tensor]]:
-        """See `Reader`. One file after another is read."""
+        """See `Reader`. The files are read one after another."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
-        for file, wanted in by_file.items():
-            yield from self.read_file(self.folder / file, wanted, buffer)
+        for file, file_tensors in by_file.items():
+            yield from self.read_file(self.folder / file, file_tensors, buffer)
 
     @abstractmethod
     def forms(self, path: Path) -> Forms:
-        """What one file holds."""
+        """Dtypes and shapes of one file's tensors, by name."""
 
     @abstractmethod
     def read_file(self, path: Path, names: Iterable[str], buffer: Buffer) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Weights in safetensors files.
 
-Knows: their header, which says where each tensor lies. Refuses to know: indexes of shards, what a tensor is for.
+Knows: their header, which gives each tensor's offsets. Refuses to know: indexes of shards, what a tensor is for.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -25,7 +25,7 @@ class SafetensorsReader(FilesReader):
     """See `Reader`."""
 
     def forms(self, path: Path) -> Forms:
-        """What one file holds, after its header was checked against the file."""
+        """Dtypes and shapes of one file's tensors, by name; the header is checked against the file."""
         with reading(path):
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -43,40 +43,40 @@ class SafetensorsReader(FilesReader):
     def read_file(self, path: Path, names: Iterable[str], buffer: Buffer) -> Iterator[tuple[str, Tensor]]:
         """The named tensors of one file.
 
-        There is no memory map: a file that shrinks or a mount that vanishes is then an error, not a crash. And it is
-        read here, since reading into memory that is used again goes several times faster than into new memory.
+        Without a memory map, a file that shrinks or a mount that vanishes is an error, not a crash. Reading into memory
+        that is used again is several times faster than into new memory.
         """
         with reading(path), path.open("rb") as file:
             entries = _entries(_read_header(file, path.stat().st_size))
             start = file.tell()
             for name in names:
-                first, end = entries[name]["data_offsets"]
-                memory = buffer(end - first)
-                file.seek(start + first)
-                if file.readinto(memory.numpy()) < end - first:
+                begin, end = entries[name]["data_offsets"]
+                memory = buffer(end - begin)
+                file.seek(start + begin)
+                if file.readinto(memory.numpy()) < end - begin:
                     raise ValueError("the file ends too early")
                 yield name, memory.view(DTYPES[entries[name]["dtype"]]).view(entries[name]["shape"])
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
-        """See `Reader`. Rows that stand side by side are read at once, and no others."""
+        """See `Reader`. Only these rows are read; neighbouring ones together."""
         path = self.folder / self.tensors[name].file
         with reading(path), path.open("rb", buffering=0) as file:
             entry = _entries(_read_header(file, path.stat().st_size))[name]
-            first, end = entry["data_offsets"]
-            first += file.tell()
+            begin, end = entry["data_offsets"]
+            begin += file.tell()
             end += file.tell()
-            row_size = (end - first) // max(1, entry["shape"][0])  # in bytes
+            row_size = (end - begin) // max(1, entry["shape"][0])  # in bytes
             memory = new_buffer(row_size * len(rows))
             gaps = (rows.diff() != 1).nonzero().flatten() + 1
             starts = [0, *gaps.tolist()] if len(rows) else []
             for start, stop in zip(starts, [*starts[1:], len(rows)], strict=False):
-                file.seek(first + row_size * int(rows[start]))
+                file.seek(begin + row_size * int(rows[start]))
                 _fill(file, memory.numpy()[row_size * start : row_size * stop])
             return memory.view(DTYPES[entry["dtype"]]).view(len(rows), *entry["shape"][1:])
 
 
 def _read_header(file: BinaryIO | RawIOBase, size: int) -> bytes:
-    """The header of a file of so many bytes, which is open at its beginning."""
+    """The header of a file that is open at its beginning. size: of the file, in bytes."""
     length = int.from_bytes(file.read(8), "little")
     if length > LONGEST_HEADER:
         raise ValueError(f"its header claims {length:,} bytes, more than the limit of {LONGEST_HEADER:,}")
@@ -87,7 +87,7 @@ def _read_header(file: BinaryIO | RawIOBase, size: int) -> bytes:
 
 @lru_cache(maxsize=16)
 def _entries(header: bytes) -> Mapping[str, Any]:
-    """What a header says. To parse it takes as long as to read a tensor."""
+    """A header's entries by tensor name. Cached, since parsing takes as long as reading a tensor."""
     return json.loads(header)
 
 

@@ -1,6 +1,6 @@
-"""Why a file or folder is not the model that it was named as: what is there instead.
+"""Why a file or folder is not the model that the user named: what it is instead.
 
-Knows: how files begin, what other formats call theirs. Refuses to know: configurations, tensors, what a model needs.
+Knows: how files begin, file names of other formats. Refuses to know: configurations, tensors, what a model needs.
 """
 
 from collections.abc import Collection, Iterable
@@ -17,7 +17,7 @@ _OTHER_WEIGHTS = ("*.gguf", "consolidated*", "adapter_model*", "*.safetensors", 
 
 
 def sniff_format(path: Path) -> str | None:
-    """What a file is, judging by its beginning, if a download has left something else under its name; with advice."""
+    """What a file is, with advice, if its beginning shows that a download has left something else under its name."""
     start = _beginning(path)
     if start is None:
         return None
@@ -35,7 +35,7 @@ def _beginning(path: Path) -> bytes | None:
         with open_input(path) as file:
             return file.read(512)
     except OSError:
-        return None  # for its reader to complain about
+        return None  # its reader will raise
 
 
 def check_pointers(folder: Path, names: Iterable[str]) -> None:
@@ -46,9 +46,9 @@ def check_pointers(folder: Path, names: Iterable[str]) -> None:
 
 
 def found_instead(names: Collection[str]) -> str:
-    """What of these files may be weights in another format, to be put behind a message; empty if none is."""
+    """The end of a message: the first of these files that may be weights in another format; empty if none is."""
     for pattern in _OTHER_WEIGHTS:
-        found = sorted(name for name in names if fnmatch(name, pattern))
-        if found:
-            return f"; found {found[0]}"
+        matches = sorted(name for name in names if fnmatch(name, pattern))
+        if matches:
+            return f"; found {matches[0]}"
     return ""

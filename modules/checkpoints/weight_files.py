@@ -1,4 +1,4 @@
-"""Files of a model folder: small ones read whole, which of them hold weights, and the reader of each format.
+"""Files of a model folder: reads small ones, finds those with weights, and opens the reader of their format.
 
 Knows: names of weight files, indexes of shards, limits. Refuses to know: how a format stores tensors, models, devices.
 """
@@ -18,7 +18,7 @@ from modules.checkpoints.sniff_format import found_instead, sniff_format
 from modules.runtime.errors import CheckpointError, ConfigError
 from modules.runtime.input_files import open_input
 
-# A format of weight files is a line here. In this order: where a folder holds several, the first one counts.
+# The formats of weight files, one a line. If a folder holds several, the first one counts.
 READERS: dict[str, type[FilesReader]] = {
     "model.safetensors": SafetensorsReader,
     "pytorch_model.bin": BinReader,
@@ -26,7 +26,7 @@ READERS: dict[str, type[FilesReader]] = {
 LOOKED_FOR = tuple(name for single in READERS for name in (single, f"{single}.index.json"))
 
 Fingerprint = dict[str, int | str]  # "size" in bytes, "sha256"
-# of a large file, how many blocks of how many bytes a fingerprint looks at
+# number and size in bytes of the blocks of a large file that a fingerprint hashes
 _BLOCKS = 64
 _BLOCK = 1 << 16
 
@@ -44,8 +44,8 @@ def local_files(folder: Path) -> list[str]:
 
 
 def is_there(path: Path, kind: Callable[[int], bool] = stat.S_ISREG) -> bool:
-    """Whether there is a file or, by another `kind`, a folder of this name. Raises CheckpointError if the system can't
-    tell: what can't be read is not missing."""
+    """Whether a file exists, or a folder if `kind` is S_ISDIR. Raises CheckpointError if the system can't tell: a path
+    that can't be read is not missing."""
     try:
         return kind(path.stat().st_mode)
     except OSError as error:
@@ -59,7 +59,7 @@ def _unread(path: Path, error: OSError) -> CheckpointError:
 
 
 def read_file(path: Path, largest: int = LARGEST_TEXT) -> bytes:
-    """All of a small file. Raises ConfigError if it has more bytes than `largest`, CheckpointError if it can't be
+    """A small file's content. Raises ConfigError if it has more bytes than `largest`, CheckpointError if it can't be
     read."""
     try:
         with open_input(path) as file:
@@ -78,15 +78,15 @@ def holds_weights(names: Collection[str]) -> bool:
 
 def index_file(names: Collection[str]) -> str | None:
     """Of files of these names, the index of a model's shards; None if there are no shards."""
-    first = next((name for name in LOOKED_FOR if name in names), None)
-    return None if first in READERS else first
+    main_file = next((name for name in LOOKED_FOR if name in names), None)
+    return None if main_file in READERS else main_file
 
 
 def weight_files(folder: Path, names: Collection[str]) -> list[str]:
     """The names of a model's weight files, of one format.
 
-    names: of all the model's files; an index among them must be in the folder, shards need not. Raises ConfigError if
-    there are no weights, or an index names files that are not among the names; CheckpointError if it can't be read.
+    names: of all the model's files; an index must be in the folder, shards may still be on the hub. Raises ConfigError
+    if there are no weights, or an index names files that are not among the names; CheckpointError if it can't be read.
     """
     for single in READERS:
         if single in names:
@@ -97,14 +97,14 @@ def weight_files(folder: Path, names: Collection[str]) -> list[str]:
 
 
 def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> list[str]:
-    """The shards that an index names. suffix: of every one of them; under any other, a shard could take the
-    place of another file when the model is written again."""
+    """The shards that an index names. suffix: that of each shard; with another one, a shard could overwrite another
+    file when the model is written again."""
     try:
         weight_map = json.loads(read_file(folder / index).decode("utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        what = sniff_format(folder / index) or "not a valid shard index"
-        raise ConfigError(f"{folder / index}: {what}") from None
+        problem = sniff_format(folder / index) or "not a valid shard index"
+        raise ConfigError(f"{folder / index}: {problem}") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise ConfigError(f"{folder / index}: '{file}' is not a plain file name")
@@ -115,15 +115,15 @@ def _indexed(folder: Path, index: str, names: Collection[str], suffix: str) -> l
     return files
 
 
-def open_reader(folder: Path, files: Sequence[str], known: Mapping[str, Forms] | None = None) -> FilesReader:
-    """The reader of weight files of one format, by the end of their names. known, errors: see `FilesReader`."""
+def open_reader(folder: Path, files: Sequence[str], known_forms: Mapping[str, Forms] | None = None) -> FilesReader:
+    """The reader of weight files of one format, by the end of their names. known_forms, errors: see `FilesReader`."""
     by_suffix = {Path(single).suffix: reader for single, reader in READERS.items()}
-    return by_suffix[Path(files[0]).suffix](folder, files, known or {})
+    return by_suffix[Path(files[0]).suffix](folder, files, known_forms or {})
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """By which a file is known again without being read through: its size, and a hash of its header and of blocks from
-    all over it, since the headers of two fine-tunes are the same. Small files are hashed whole.
+    """Identifies a file without reading all of it: its size, and a hash of its header and of blocks from all over it,
+    since the headers of two fine-tunes are the same. Small files are hashed whole.
 
     Raises CheckpointError if it can't be read.
     """

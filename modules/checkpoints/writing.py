@@ -1,4 +1,4 @@
-"""New weight files: each tensor goes to its place as soon as it is there, and is read back.
+"""New weight files: each tensor is written to its offset as soon as it arrives, and is read back.
 
 Knows: the layout of safetensors, indexes of shards. Refuses to know: where tensors come from, the output folder's name.
 """
@@ -17,39 +17,39 @@ from modules.runtime.errors import CheckpointError, first_line
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
-_AT_ONCE = 1 << 20  # bytes that are compared with what was written
+_AT_ONCE = 1 << 20  # bytes that are read back and compared at a time
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")  # of a file's tensors, as safetensors'
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")  # of a file's tensors, in safetensors
 
 
 def written_name(file: str) -> str:
-    """What a weight file is called when its tensors are written again: .bin files become safetensors."""
+    """The name of the file to which a weight file's tensors are written: .bin files become safetensors."""
     return file.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"
 
 
 class NewWeights:
-    """Weight files in a folder, of known tensors that come in any order, whole or some rows at a time.
+    """New weight files in a folder. Tensors are announced, then written in any order, whole or some rows at a time.
 
     Every file is, byte for byte, the one that safetensors would write. All methods raise CheckpointError if a file
-    can't be written, or reads otherwise than it was written.
+    can't be written, or if its content differs when it is read back.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
-        """Make the files, and their index if there is more than one. tensors: all that will be in them."""
+        """Create the files, and their index if there is more than one. tensors: all that will be written."""
         self._folder = folder
         self._tensors = tensors
-        self._offsets: dict[str, int] = {}  # where each begins in its file
-        self._lacking = {name: _size(info) for name, info in tensors.items()}  # bytes that have not come yet
+        self._offsets: dict[str, int] = {}  # of each tensor in its file, in bytes
+        self._bytes_missing = {name: _size(info) for name, info in tensors.items()}  # not yet written, by tensor
         files = dict.fromkeys(info.file for info in tensors.values())
         for file in files:
             self._begin(file)
         if set(files) != {_SINGLE_FILE}:
             weight_map = {name: info.file for name, info in sorted(tensors.items())}
-            index = {"metadata": {"total_size": sum(self._lacking.values())}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(self._bytes_missing.values())}, "weight_map": weight_map}
             self._put(_INDEX_FILE, json.dumps(index, indent=2).encode() + b"\n")
 
     def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
-        """Put a tensor, or its rows from the first on, where it belongs, and compare what is then in the file."""
+        """Write a tensor, or its rows from number `first` on, to its file; read it back and compare."""
         info = self._tensors[name]
         content = tensor.contiguous().reshape(-1).view(torch.uint8)
         assert tensor.dtype == info.dtype and tensor.shape[1:] == info.shape[1:], f"{name} is not what was announced"
@@ -61,16 +61,16 @@ class NewWeights:
                 file.seek(offset)
                 file.write(content.numpy())
                 file.seek(offset)
-                same = all(_reads(file, block) for block in content.split(_AT_ONCE))
+                matches = all(_reads(file, block) for block in content.split(_AT_ONCE))
         except OSError as error:
             raise self._refusal(info.file, error) from None
-        if not same:
+        if not matches:
             raise CheckpointError(f"{path}: {name} reads back differently from what was written; check the disk")
-        self._lacking[name] -= len(content)
+        self._bytes_missing[name] -= len(content)
 
     def finish(self) -> None:
-        """All tensors have come."""
-        assert all(count <= 0 for count in self._lacking.values()), "not all that was announced has been written"
+        """Check that all tensors were written."""
+        assert all(count <= 0 for count in self._bytes_missing.values()), "not all that was announced has been written"
 
     def _begin(self, file: str) -> None:
         """Write a file's header."""
@@ -104,10 +104,10 @@ def _size(info: TensorInfo) -> int:
 
 
 def _reads(file: BinaryIO, expected: Tensor) -> bool:
-    """Whether the next bytes of a file are these, (bytes,)."""
-    found = torch.empty_like(expected)
-    if file.readinto(found.numpy()) < len(expected):
+    """Whether the next bytes of a file are the expected ones. expected: (bytes,), uint8."""
+    stored = torch.empty_like(expected)
+    if file.readinto(stored.numpy()) < len(expected):
         return False
     eights = len(expected) // 8 * 8  # compared as numbers of eight bytes, which goes several times faster
-    same = torch.equal(found[:eights].view(torch.int64), expected[:eights].view(torch.int64))
-    return same and torch.equal(found[eights:], expected[eights:])
+    are_equal = torch.equal(stored[:eights].view(torch.int64), expected[:eights].view(torch.int64))
+    return are_equal and torch.equal(stored[eights:], expected[eights:])

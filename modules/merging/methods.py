@@ -11,9 +11,10 @@ says how much of the other model each column gets. Its keyword-only parameters a
     merge_method: {name: ties, density: 0.3}
 
 In records and in the search a method is one text with all of its parameters: `lerp`, `ties(density=0.3)`. A parameter
-`seed` is the run's random_seed unless it is given; what chance there is differs from tensor to tensor all the same.
+`seed` is the run's random_seed unless it is given; random draws still differ from tensor to tensor.
 
-PyTorch is imported where it is used: the configuration reads names and parameters here, and a typo should not wait.
+PyTorch is imported where it is used: the configuration reads names and parameters here, and a typo should be reported
+at once.
 """
 
 import ast
@@ -47,18 +48,22 @@ _BLOCK_ELSEWHERE = 1 << 25
 
 @dataclass(frozen=True)
 class Method:
-    """A way to merge two tensors of one shape, and what the search must know of it."""
+    """A way to merge two tensors of one shape, and its facts that the search needs."""
 
     summary: str  # as default.yaml prints it
     combine: Combine
-    ratios: tuple[float, ...] | None = None  # that it tries whatever is configured
-    recorded_weight: float | None = None  # in the composition, whatever the ratio
+    ratios: tuple[float, ...] | None = None  # fixed ones, instead of the configured merge_ratios
+    recorded_weight: float | None = None  # fixed weight in the composition, instead of the ratio
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """Its own parameters, by name."""
-        given = inspect.signature(self.combine).parameters
-        return {name: each for name, each in given.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
+        all_parameters = inspect.signature(self.combine).parameters
+        return {
+            name: parameter
+            for name, parameter in all_parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
 
 
 METHODS: dict[str, Method] = {}
@@ -90,7 +95,7 @@ def column_method(
                 return
             import torch
 
-            with base.device:  # made where they are used: to copy them there would wait for the device
+            with base.device:  # created on the device: a copy to it would make the CPU wait
                 columns = weights(base.shape[-1], ratio)
             _in_float32(lambda a, b, o: torch.lerp(a, b, columns.expand_as(a), out=o), base, other, out)
 
@@ -105,19 +110,18 @@ def column_method(
 
 
 def spelled(name: str, parameters: Mapping[str, Any]) -> str:
-    """A method as one text, with all of its parameters but a seed that is not given.
+    """A method as one text, with all of its parameters except a seed that is not given.
 
-    Raises ValueError, naming what is wrong, for a method or a parameter that does not exist and for a value that the
-    parameter can't have.
+    Raises ValueError, naming the mistake, for an unknown method or parameter and for an invalid value.
     """
     if name not in METHODS:
         raise ValueError(f"unknown merge method '{name}'; known: {', '.join(METHODS)}")
-    known = METHODS[name].parameters
+    known_parameters = METHODS[name].parameters
     for key in parameters:
-        if key not in known:
-            raise ValueError(f"{name} has no parameter '{key}'; it has {', '.join(known) or 'none'}")
+        if key not in known_parameters:
+            raise ValueError(f"{name} has no parameter '{key}'; it has {', '.join(known_parameters) or 'none'}")
     texts = []
-    for key, parameter in known.items():
+    for key, parameter in known_parameters.items():
         value = parameters.get(key, parameter.default)
         if value is inspect.Parameter.empty:
             continue
@@ -131,7 +135,7 @@ def spelled(name: str, parameters: Mapping[str, Any]) -> str:
 
 @functools.cache
 def parsed(method: str) -> tuple[str, dict[str, Any]]:
-    """The name and the parameters of a method's text. Raises ValueError if it is none."""
+    """The name and the parameters of a method's text. Raises ValueError if the text is no method."""
     try:
         tree = ast.parse(method, mode="eval").body
         if isinstance(tree, ast.Name):
@@ -144,7 +148,7 @@ def parsed(method: str) -> tuple[str, dict[str, Any]]:
 
 
 def seeded(method: str, seed: int) -> str:
-    """A method's text with a run's seed, if it takes one and has none."""
+    """A method's text with a run's seed added, if the method takes a seed and the text has none."""
     name, parameters = parsed(method)
     return spelled(name, {"seed": seed, **parameters}) if "seed" in METHODS[name].parameters else method
 
@@ -156,7 +160,7 @@ def ratios_for(method: str, merge_ratios: Sequence[float]) -> tuple[float, ...]:
 
 
 def recorded_weight(method: str, ratio: float) -> float:
-    """What a merge adds to the composition: the ratio, or the method's own weight."""
+    """The candidate's weight in the composition: the ratio, or the method's fixed weight."""
     fixed = METHODS[parsed(method)[0]].recorded_weight
     return ratio if fixed is None else fixed
 
@@ -179,9 +183,9 @@ def merge(
     """Merge `other` into `base` by a method's text.
 
     base, other: tensors of the same shape, dtype and device: (features,), (output, input) or (experts, output, input).
-    name: of the tensor in the model; what is drawn by chance differs from name to name.
+    name: of the tensor in the model; random draws differ from name to name.
     input_axis: -1, or -2 for weights stored (input, output), as GPT-2's Conv1D does.
-    out: where to write the result; may be neither input. It may be of another half type than these.
+    out: where to write the result; must not be an input. Its half type may differ from the inputs'.
     Raises ValueError for an unknown method or tensors that do not match.
     """
     import torch
@@ -232,7 +236,7 @@ def slerp(base: "Tensor", other: "Tensor", ratio: float, out: "Tensor") -> None:
     dot = _cosine(base, other)
     angle = torch.arccos(dot.clamp(-1.0, 1.0))
     linear = dot.abs() > SLERP_DOT_THRESHOLD
-    # No branch on a value that lives on the device: that would stop it for every tensor.
+    # No branch on a value on the device: each would make the CPU wait for the device.
     weight_base = torch.where(linear, 1.0 - ratio, torch.sin((1.0 - ratio) * angle) / torch.sin(angle))
     weight_other = torch.where(linear, ratio, torch.sin(ratio * angle) / torch.sin(angle))
     _in_float32(lambda a, b, o: torch.mul(a, weight_base, out=o).addcmul_(b, weight_other), base, other, out)
@@ -292,8 +296,8 @@ def ties(base: "Tensor", other: "Tensor", ratio: float, out: "Tensor", *, densit
         return
     difference = other.float() - base.float()
     sizes = difference.abs().flatten()
-    kept = max(1, int(density * sizes.numel()))
-    smallest_kept = sizes.kthvalue(sizes.numel() - kept + 1).values
+    kept_count = max(1, int(density * sizes.numel()))
+    smallest_kept = sizes.kthvalue(sizes.numel() - kept_count + 1).values
     trimmed = difference.where(difference.abs() >= smallest_kept, 0.0)
     out.copy_(base.float() + ratio * trimmed)
 

@@ -323,7 +323,7 @@ def test_a_pattern_of_alphas_means_what_it_means_to_peft(patterns):
 
 @pytest.mark.parametrize("pattern", [r"(\w|.|[a-z])+\d", "((((a{100}){100}){100}){100})", "(", "(?R)"])
 def test_a_hostile_or_broken_pattern_is_refused_soon(tmp_path, monkeypatch, pattern):
-    monkeypatch.setattr(lora, "_SECONDS", 0.2)
+    monkeypatch.setattr(lora, "_MATCH_SECONDS", 0.2)
     make_bench(tmp_path)
     write_adapter(tmp_path / "hostile", tmp_path / "base", alpha_pattern={pattern: 3})
     began = time.monotonic()
