@@ -1,6 +1,6 @@
 """The card of an adapter: its README.md, which the hub shows.
 
-Knows: what there is to say of an adapter and how it is loaded. Refuses to know: how it was learned, Markdown.
+Knows: an adapter's facts, how it is loaded. Refuses to know: how it was learned, Markdown.
 """
 
 from modules.output.model_card import card_values, filled, front_matter
@@ -71,8 +71,8 @@ $settings
 
 
 def adapter_card(recipe: Recipe, name: str, texts: str, licence: str | None) -> str:
-    """The text of an adapter's card. name: the output's. texts: what was learned with beside the phrases. licence: that
-    the base states."""
+    """The text of an adapter's card. name: the output's. texts: describes the text that was learned from beside the
+    phrases. licence: the base's."""
     settings = recipe.settings.learn
     steps = f"{settings.steps} steps of {min(settings.pairs, len(recipe.phrases))} pairs each"
     values = card_values(recipe, name, licence, "adapter") | {

@@ -1,12 +1,12 @@
-"""What learning makes small, and its gradient on the adapter's weights.
+"""What learning minimises, and its gradient on the adapter's weights.
 
 Knows: packs of phrases, passages of text, autograd. Refuses to know: which pairs come when, what a gradient is for.
 
     loss = sum over pairs and places of weight * p  +  sum over texts of drift weight / texts * mean KL(base, now)
 
 Packs and batches of passages go through the model one at a time, and their gradients are summed. Passages of a batch
-are padded at the end, which no token before it sees. Where memory is short, nothing of a layer is kept but what enters
-it, and of logits nothing at all: the rest is computed again in the backward pass.
+are padded at the end, which no earlier token sees. If memory is short, a layer's inputs alone are kept, and no logits:
+the backward pass computes the rest again.
 """
 
 import math
@@ -31,40 +31,40 @@ from modules.scoring.packing import build_packs
 from modules.scoring.scorer import by_pair
 from modules.scoring.tokenization import Encoded
 
-# Of logits, (positions, V), at some of the positions that are read, and the number of their first among these.
-Made = Callable[[Tensor, int], Tensor]
+# Takes the logits, (positions, V), at consecutive ones of the positions that are read, and the number of the first.
+LogitsReader = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Place:
-    """A listed phrase in a passage, which teaches as its pair does: one forward gives its probability and the drift."""
+    """A listed phrase in a passage. It is learned like its pair; one forward gives its probability and the drift."""
 
     pair: int  # the number of the pair whose phrase it is
-    first: int  # of its tokens in the passage
-    end: int  # behind the last of them
+    first: int  # position of its first token in the passage
+    end: int  # position behind its last token
 
 
 @dataclass(frozen=True)
 class DriftText:
-    """Text on which the model is to say what the base says, but for some places in it."""
+    """Text on which the model is to keep the base's distributions, except at some places."""
 
     name: str
     passages: Sequence[Passage]
     places: Mapping[int, Sequence[Place]] = field(default_factory=dict)  # by number of the passage
-    part: float = 1.0  # of the tokens that a step compares
+    part: float = 1.0  # share of the tokens that a step compares
 
     @property
     def taught(self) -> int:
-        """How many places there are."""
+        """The number of places."""
         return sum(map(len, self.places.values()))
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what it is made of."""
+    """A loss and its summands."""
 
     loss: float
-    total: float  # of all pairs and places, as those say that were looked at
+    total: float  # of all pairs and places, estimated by those in the step
     drift: Mapping[str, float]  # by text, mean KL(base, now) in nats per token
 
 
@@ -83,10 +83,10 @@ class LearningObjective:
         drift_weight: float = 0.0,
         keeps_activations: bool = False,
     ) -> None:
-        """encoded: all pairs, with all variants. weights: of the pairs, good phrases negative; pairs and places
-        together weigh as much as the pairs would alone. layout: of packs. drift_weight: what a nat adds to the loss;
-        every text has an equal part of it. keeps_activations: of all layers and of the head, in place of computing them
-        again."""
+        """encoded: all pairs, with all variants. weights: of the pairs, negative for good phrases; they are scaled so
+        that pairs and places together weigh as much as the pairs alone. layout: of packs. drift_weight: what a nat adds
+        to the loss; every text has an equal part of it. keeps_activations: those of all layers and of the head are
+        kept, not computed again."""
         self.model = model
         self.adapter = adapter
         self.layout = layout
@@ -97,22 +97,21 @@ class LearningObjective:
         self.texts = texts
         self.drift_weight = drift_weight
         self._dtype = torch.promote_types(torch.float32, model.dtype)  # of logits
-        self._run = _kept if keeps_activations else _recomputed
-        self._forwards = {} if keeps_activations else dict.fromkeys(range(len(model.layers)), _recomputed)
+        self._run = _keeping_activations if keeps_activations else _recomputing
+        self._forwards = {} if keeps_activations else dict.fromkeys(range(len(model.layers)), _recomputing)
 
     def gradient(self, pairs: Sequence[int], passages: Sequence[Sequence[int]]) -> tuple[list[Tensor], Loss]:
         """The gradient on each of the adapter's weights, and the loss.
 
-        pairs: their numbers; the total of all is taken to be as theirs. passages: of each text, their
-        numbers.
+        pairs: their numbers; the total of all pairs is estimated by them. passages: for each text, their numbers.
         """
         sums = [torch.zeros_like(weight) for weight in self.adapter.weights.values()]
         total = self._add_pairs(sums, pairs)
         chosen = list(zip(self.texts, passages, strict=True))
         drift: dict[str, float] = {}
-        for text, numbers in chosen:
-            of_places, drift[text.name] = self._add_text(sums, text, numbers)
-            total += of_places
+        for text, passage_numbers in chosen:
+            places_total, drift[text.name] = self._add_text(sums, text, passage_numbers)
+            total += places_total
         loss = total + self.drift_weight * math.fsum(drift.values()) / max(1, len(drift))
         return sums, Loss(loss, total, drift)
 
@@ -123,7 +122,7 @@ class LearningObjective:
         return math.fsum(divergences) / compared_tokens([text.passages[number] for number in numbers])
 
     def _add_pairs(self, sums: list[Tensor], numbers: Sequence[int]) -> float:
-        """Add the gradient of the pairs' total; the total."""
+        """Add the gradient of the pairs' total to the sums; return the total."""
         encoded = list[Encoded]()
         weights = list[float]()
         total = 0.0
@@ -137,27 +136,32 @@ class LearningObjective:
         return total
 
     def _scores(self, pack: Pack, weights: Sequence[float]) -> Tensor:
-        """Weight * probability of all variants, (variants,), 0 of those that are not in the pack."""
+        """Weight * probability of all variants, (variants,), 0 for those that are not in the pack."""
         hidden = last_states(self.model, pack.arguments(), self._forwards)
         rows = len(hidden)
 
-        def said_of(logits: Tensor, first: int) -> Tensor:
+        def target_log_probabilities(logits: Tensor, first: int) -> Tensor:
             by_row = logits.unflatten(0, (-1, rows)).transpose(0, 1)
             targets = pack.targets_in(first // rows, first // rows + by_row.shape[1])
             return by_row.log_softmax(-1)[targets.rows, targets.columns, targets.tokens]
 
-        # Column by column, since targets are in the order of columns.
-        said = torch.cat(self._read(hidden[:, pack.columns].transpose(0, 1).flatten(0, 1), said_of, rows))
+        # Ordered by column, as the targets are.
+        log_probabilities = torch.cat(
+            self._read(hidden[:, pack.columns].transpose(0, 1).flatten(0, 1), target_log_probabilities, rows)
+        )
         targets = pack.targets
-        # One place for every token, for a sum that is always in the same order.
-        places = said.new_zeros(len(weights), int(targets.places.max()) + 1)
-        places = places.index_put((targets.pairs, targets.places), said)
-        present = said.new_zeros(len(weights)).index_fill(0, targets.pairs, 1.0)
-        return present * said.new_tensor(weights) * places.sum(-1).exp()
+        # One entry for each token, so that sums always have the same order.
+        token_table = log_probabilities.new_zeros(len(weights), int(targets.indices.max()) + 1)
+        token_table = token_table.index_put((targets.pairs, targets.indices), log_probabilities)
+        present = log_probabilities.new_zeros(len(weights)).index_fill(0, targets.pairs, 1.0)
+        return present * log_probabilities.new_tensor(weights) * token_table.sum(-1).exp()
 
     def _add_text(self, sums: list[Tensor], text: DriftText, numbers: Sequence[int]) -> tuple[float, float]:
-        """Add the gradient of a text's part of the loss. The total of its places, as those in the passages of these
-        numbers say, and mean KL(base, now) on the passages."""
+        """Add the gradient of a text's part of the loss to the sums.
+
+        Returns the total of the text's places, estimated by those in the passages of these numbers, and mean
+        KL(base, now) on these passages.
+        """
         positions = compared_tokens([text.passages[number] for number in numbers])
         unit = self.drift_weight / len(self.texts) / positions
         scale = len(text.passages) / len(numbers)
@@ -174,7 +178,7 @@ class LearningObjective:
         return total, drift / positions
 
     def _batches(self, text: DriftText, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Numbers of passages that go through the model together, of about one length: as many as fit into a pack."""
+        """Batches of passages' numbers, of similar length, as many as fit into a pack."""
         in_order = sorted(numbers, key=lambda number: len(text.passages[number].tokens))
         longest = len(text.passages[in_order[-1]].tokens)
         most = max(1, self.budget.tokens // longest)
@@ -183,8 +187,8 @@ class LearningObjective:
             yield in_order[batch * len(in_order) // count : (batch + 1) * len(in_order) // count]
 
     def _measured(self, text: DriftText, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of a batch of passages, KL(base, now), summed over the positions that are compared, and the probability of
-        each place's phrase, (places,)."""
+        """KL(base, now) of a batch of passages, summed over the compared positions, and the probability of each place's
+        phrase, (places,)."""
         device = self.model.device
         passages = [text.passages[number] for number in numbers]
         places = _places_in(text, numbers)
@@ -195,56 +199,64 @@ class LearningObjective:
             is_read[row, place.first - 1 : place.end - 1] = True
         end = 1 + int(is_read.any(0).nonzero().max())  # behind it nothing is read
         arguments = {"input_ids": ids[:, :end]}
-        # The base's, in the same batch: what was computed in another would differ in its last digits.
+        # The base runs on the same batch: in another one, its hidden states would differ in their last digits.
         with torch.no_grad(), self.adapter.off():
-            before = last_states(self.model, arguments, {})[is_read[:, :end]]
+            base_states = last_states(self.model, arguments, {})[is_read[:, :end]]
         hidden = last_states(self.model, arguments, self._forwards)[is_read[:, :end]]
         following = ids.roll(-1, 1)[is_read]
         counts = compared[is_read]
 
-        def measure(logits: Tensor, first: int) -> Tensor:
-            part = slice(first, first + len(logits))
+        def compare(logits: Tensor, first: int) -> Tensor:
+            chunk = slice(first, first + len(logits))
             with torch.no_grad():
-                was = logits_of(self.model, before[part]).to(self._dtype).log_softmax(-1)
-            expected = was.exp()
-            now = logits.log_softmax(-1)
-            # A token that neither can say has no probability; its difference is no number.
-            apart = torch.where(expected > 0, expected * (was - now), 0.0).sum(-1)
-            said = now.gather(-1, following[part, None])[:, 0]
-            return torch.stack([torch.where(counts[part], apart, 0.0), said])
+                base_log_probabilities = logits_of(self.model, base_states[chunk]).to(self._dtype).log_softmax(-1)
+            base_probabilities = base_log_probabilities.exp()
+            log_probabilities = logits.log_softmax(-1)
+            # A token of probability 0 in both adds nothing; its difference would be NaN.
+            divergence = torch.where(
+                base_probabilities > 0, base_probabilities * (base_log_probabilities - log_probabilities), 0.0
+            ).sum(-1)
+            next_log_probabilities = log_probabilities.gather(-1, following[chunk, None])[:, 0]
+            return torch.stack([torch.where(counts[chunk], divergence, 0.0), next_log_probabilities])
 
-        divergences, said = torch.cat(self._read(hidden, measure), dim=1)
-        at = torch.zeros(ids.shape, dtype=said.dtype, device=device).index_put(is_read.nonzero(as_tuple=True), said)
-        phrases = [at[row, place.first - 1 : place.end - 1].sum().exp() for row, place in places]
-        return divergences.sum(), torch.stack(phrases) if phrases else said[:0]
+        divergences, next_log_probabilities = torch.cat(self._read(hidden, compare), dim=1)
+        by_position = torch.zeros(ids.shape, dtype=next_log_probabilities.dtype, device=device).index_put(
+            is_read.nonzero(as_tuple=True), next_log_probabilities
+        )
+        phrases = [by_position[row, place.first - 1 : place.end - 1].sum().exp() for row, place in places]
+        return divergences.sum(), torch.stack(phrases) if phrases else next_log_probabilities[:0]
 
-    def _read(self, hidden: Tensor, made: Made, together: int = 1) -> list[Tensor]:
-        """What is made of the logits of last hidden states, (positions, H), some positions at a time. together: how
-        many are never parted."""
-        found = []
-        fitting = self.budget.logits // (AT_ONCE * 4 * together * self.model.vocabulary)
-        size = together * max(1, fitting)
+    def _read(self, hidden: Tensor, reader: LogitsReader, group: int = 1) -> list[Tensor]:
+        """The reader's results on the logits of last hidden states, (positions, H), some positions at a time.
+
+        group: the number of positions that stay together.
+        """
+        results = []
+        fitting = self.budget.logits // (AT_ONCE * 4 * group * self.model.vocabulary)
+        size = group * max(1, fitting)
 
         def read(hidden: Tensor, first: int) -> Tensor:
-            return made(logits_of(self.model, hidden).to(self._dtype), first)
+            return reader(logits_of(self.model, hidden).to(self._dtype), first)
 
         for first in range(0, len(hidden), size):
-            found.append(self._run(read, hidden[first : first + size], first))
-        return found
+            results.append(self._run(read, hidden[first : first + size], first))
+        return results
 
     def _add(self, sums: list[Tensor], loss: Tensor, unit: float) -> None:
-        """Add the gradient of a loss. unit: its size by that of what it is made of."""
-        if not 0 < unit < math.inf:  # nothing depends on it, or it is no number
+        """Add the gradient of a loss to the sums. unit: the size of the loss's largest summand."""
+        if not 0 < unit < math.inf:  # the gradient is 0, or NaN
             return
-        power = 2.0 ** -math.floor(math.log2(unit))  # by which no type loses what is small
+        power = 2.0 ** -math.floor(math.log2(unit))  # keeps small values from underflowing in any type
         weights = list(self.adapter.weights.values())
-        for own, gradient in zip(sums, torch.autograd.grad(power * loss, weights, allow_unused=True), strict=True):
+        for gradient_sum, gradient in zip(
+            sums, torch.autograd.grad(power * loss, weights, allow_unused=True), strict=True
+        ):
             if gradient is not None:
-                own += gradient / power
+                gradient_sum += gradient / power
 
 
 def _factor(weights: Sequence[float], texts: Sequence[DriftText]) -> float:
-    """Makes pairs and places together weigh what the pairs would alone."""
+    """The factor by which pairs and places together weigh as much as the pairs alone."""
     of_pairs = sum(map(abs, weights))
     of_places = 0.0
     for text in texts:
@@ -253,24 +265,24 @@ def _factor(weights: Sequence[float], texts: Sequence[DriftText]) -> float:
     return of_pairs / max(of_pairs + of_places, sys.float_info.min)
 
 
-def _kept(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    """What a forward gives, of which all is kept that its gradient needs."""
+def _keeping_activations(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Run a forward and keep all that its gradient needs."""
     return forward(*args, **kwargs)
 
 
-def _recomputed(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    """What a forward gives, of which nothing is kept but what enters it."""
+def _recomputing(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Run a forward and keep its inputs alone; the rest is computed again for its gradient."""
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of numbers, of which shorter ones end in zeros: (rows, longest)."""
+    """Rows of numbers, padded with zeros at the end: (rows, longest)."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def _places_in(text: DriftText, numbers: Sequence[int]) -> list[tuple[int, Place]]:
-    """The places in some passages, each with its row among these."""
-    found = []
+    """The places in the passages of these numbers, each with its passage's row."""
+    places = []
     for row, number in enumerate(numbers):
-        found += [(row, place) for place in text.places.get(number, ())]
-    return found
+        places += [(row, place) for place in text.places.get(number, ())]
+    return places

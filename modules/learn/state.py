@@ -1,6 +1,6 @@
-"""The state of learning on the disk: a run that was broken off goes on from it.
+"""The state of learning on the disk: an interrupted run resumes from it.
 
-Knows: the file's name and form. Refuses to know: what a state is good for.
+Knows: the file's name and form. Refuses to know: what a state is used for.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ _NUMBERS = ("step", "halvings", "tokens", "logits")
 
 
 def save_state(folder: Path, state: LearnState) -> None:
-    """Write a state in the place of an earlier one; one of the two is there at any time. Raises OSError."""
+    """Replace an earlier state by this one; one of the two exists at any time. Raises OSError."""
     partial = folder / f"{STATE_FILE}.partial"
     save_file(dict(state.tensors), partial, metadata={name: str(getattr(state, name)) for name in _NUMBERS})
     sync(partial)
@@ -26,7 +26,7 @@ def save_state(folder: Path, state: LearnState) -> None:
 
 
 def read_state(folder: Path) -> LearnState | None:
-    """The state that was written last; None if none was. Raises ConfigError for a file that can't be used."""
+    """The state that was written last; None if there is none. Raises ConfigError for a file that can't be used."""
     file = folder / STATE_FILE
     if not file.exists():
         return None
@@ -34,5 +34,5 @@ def read_state(folder: Path) -> LearnState | None:
         with safe_open(file, "pt") as stored:
             numbers = {name: int(stored.metadata()[name]) for name in _NUMBERS}
             return LearnState(**numbers, tensors={name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-    except Exception as error:  # whatever a damaged file makes of its reader
+    except Exception as error:  # whatever safetensors raises for a damaged file
         raise ConfigError(f"{file}: can't be resumed ({first_line(error)}); start over with --restart") from None

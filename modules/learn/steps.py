@@ -1,6 +1,6 @@
-"""Steps of learning: which pairs and passages each looks at, Adam, what a step needs to be gone on from.
+"""Steps of learning: the pairs and passages of each step, Adam, and the state from which learning continues.
 
-Knows: the order that a seed settles, the size of a step. Refuses to know: how a gradient is computed, files, printing.
+Knows: the order that a seed gives, the size of a step. Refuses to know: how a gradient is computed, files, printing.
 
 Adam (Kingma and Ba 2014, https://arxiv.org/abs/1412.6980) is torch's own; its rate falls evenly to a tenth.
 """
@@ -28,9 +28,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # what torch calls Adam's running means of
 class LearnState:
     """All that the next step depends on, beside base and settings. Tensors are copies on the host."""
 
-    step: int  # how many have been made
+    step: int  # number of steps made
     halvings: int  # how often the learning rate was halved
-    tokens: int  # in a pack: what sums are rounded to depends on it
+    tokens: int  # in a pack: the rounding of sums depends on it
     logits: int  # bytes at a time
     tensors: Mapping[str, Tensor]  # weights of the adapter, and Adam's means of each
 
@@ -52,7 +52,7 @@ class Learner:
 
     @property
     def state(self) -> LearnState:
-        """Of the steps that have been made."""
+        """The state after the steps made so far."""
         tensors = {}
         for name, weight in self._weights.items():
             tensors[name] = weight.detach().to("cpu", copy=True)
@@ -63,7 +63,7 @@ class Learner:
 
     @torch.no_grad()
     def go_to(self, state: LearnState) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.step = state.step
         self.halvings = state.halvings
         self.objective.budget = replace(self.objective.budget, tokens=state.tokens, logits=state.logits)
@@ -74,7 +74,7 @@ class Learner:
                 self._adam.state[weight][moment].copy_(state.tensors[f"{name}.{moment}"])
 
     def gradient(self) -> tuple[list[Tensor], Loss]:
-        """For the next step, with fewer pairs in a pack where memory is short."""
+        """The gradient and loss of the next step, with fewer pairs in a pack if memory is short."""
         number = self.step
         seed = self.seed
         objective = self.objective
@@ -82,8 +82,8 @@ class Learner:
         passages = []
         for text in objective.texts:
             tokens = text.part * self.settings.drift_tokens
-            many = math.ceil(tokens * len(text.passages) / compared_tokens(text.passages))
-            passages.append(drawn(len(text.passages), many, number, f"{seed} {text.name}"))
+            passage_count = math.ceil(tokens * len(text.passages) / compared_tokens(text.passages))
+            passages.append(drawn(len(text.passages), passage_count, number, f"{seed} {text.name}"))
         return retry_on_oom(lambda: objective.gradient(pairs, passages), self._take_less_memory)
 
     def _take_less_memory(self) -> bool:
@@ -93,8 +93,8 @@ class Learner:
 
     def move(self, gradient: Sequence[Tensor]) -> None:
         """Make a step."""
-        for weight, own in zip(self._weights.values(), gradient, strict=True):
-            weight.grad = own
+        for weight, weight_gradient in zip(self._weights.values(), gradient, strict=True):
+            weight.grad = weight_gradient
         for group in self._adam.param_groups:
             group["lr"] = self.rate
         self._adam.step()
@@ -107,7 +107,7 @@ class Learner:
         return step_size(self.step + 1, self.settings.steps, self.settings.learning_rate) / 2**self.halvings
 
     def undo(self, state: LearnState) -> None:
-        """Go back to a state, to go on from it by half the learning rate. Raises ConfigError if that has not helped."""
+        """Go back to a state and continue with half the learning rate. Raises ConfigError after too many halvings."""
         halvings = self.halvings + 1
         if halvings > HALVINGS:
             raise ConfigError(
@@ -116,17 +116,17 @@ class Learner:
         self.go_to(replace(state, halvings=halvings))
 
 
-def drawn(count: int, many: int, step: int, seed: str) -> list[int]:
-    """Which of `count` items a step looks at, `many` or all: each comes once before any comes again.
+def drawn(count: int, size: int, step: int, seed: str) -> list[int]:
+    """The indices of the items, `size` of `count` or all, that a step uses: each comes once before any comes again.
 
-    step: counted from 0. seed: settles the order.
+    step: counted from 0. seed: of the order.
     """
-    if many >= count:
+    if size >= count:
         return list(range(count))
-    places = range(step * many, (step + 1) * many)
-    turns = {place // count for place in places}
+    positions = range(step * size, (step + 1) * size)
+    turns = {position // count for position in positions}
     orders = {turn: _shuffled(count, f"{seed} {turn}") for turn in turns}
-    return [orders[place // count][place % count] for place in places]
+    return [orders[position // count][position % count] for position in positions]
 
 
 def _shuffled(count: int, seed: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Evaluates models by all metrics: the base at the beginning, the merge from time to time, candidates on their own.
+"""Evaluates models by all metrics: the base at the beginning, the merge at intervals, candidates on their own.
 
 Knows: when they are measured, how long that takes. Refuses to know: what is measured, what is decided.
 """
@@ -18,20 +18,20 @@ from modules.model.settings import Settings
 from modules.runtime.oom import is_out_of_memory, retry_on_oom
 from modules.search.whole import score_whole
 
-Scores = tuple[list[list[float]], list[dict[str, Any]]]  # by scorer and pair; by measure and name
+Scores = tuple[list[list[float]], list[dict[str, Any]]]  # scores by scorer and pair; values by measure and name
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of one model."""
+    """The metrics and scores of one model."""
 
-    metrics: dict[str, float]  # by name; what can't be measured, or is no number, is missing
+    metrics: dict[str, float]  # by name; without those that can't be measured, or are NaN or infinite
     searched: tuple[float, ...]  # joint log-probabilities of the searched pairs
-    held_out: tuple[float, ...]  # and of those that are held out
+    held_out: tuple[float, ...]  # joint log-probabilities of the held-out pairs
 
 
 class Evaluator:
-    """Measures all metrics. No decision depends on any of its values."""
+    """Measures all metrics. No decision depends on their values."""
 
     def __init__(self, context: Context) -> None:
         """Evaluate the base. context: with a search. Raises ConfigError for held-out pairs that don't fit the model."""
@@ -42,38 +42,38 @@ class Evaluator:
             self._console.timed("Evaluating the base")
             prepared = [(metric, metric.prepare(context)) for metric in METRICS if metric.prepare]
             self._measures = [measure for _, measure in prepared if measure is not None]
-            self._at_steps = [measure for metric, measure in prepared if measure is not None and metric.every_step]
+            self._step_measures = [measure for metric, measure in prepared if measure is not None and metric.every_step]
             (self.phrases,) = [measure for measure in self._measures if isinstance(measure, PhraseTotals)]
             self.start = self.now = self._evaluated([measure.measure_base() for measure in self._measures])
 
     def take_noted_scores(self) -> None:
-        """The search goes on from scores of the base that an earlier run has noted."""
+        """Take the base's scores from the search, which continues from those of an earlier run."""
         searched = tuple(self._search.log_probabilities)
         totals = self.phrases.totals(searched, self.start.held_out)
         self.start = replace(self.start, searched=searched, metrics=self.start.metrics | _numbers(totals))
 
     def evaluate(self, what: str = "merge") -> Evaluation:
-        """The model as it is now, `now` from here on. what: it is."""
+        """Evaluate the present model; the result is `now` from here on. what: the model's name in messages."""
         with self._timed():
             self._console.timed(f"Evaluating the {what}")
             self.now = self._evaluated([measure.measure() for measure in self._measures])
         return self.now
 
-    def add(self, of_base: dict[str, float], of_now: dict[str, float]) -> None:
-        """Add what was measured elsewhere of the base, and of the model as it is now."""
-        self.start = replace(self.start, metrics=self.start.metrics | of_base)
-        self.now = replace(self.now, metrics=self.now.metrics | of_now)
+    def add(self, base_metrics: dict[str, float], present_metrics: dict[str, float]) -> None:
+        """Add metrics of the base, and of the present model, that were measured elsewhere."""
+        self.start = replace(self.start, metrics=self.start.metrics | base_metrics)
+        self.now = replace(self.now, metrics=self.now.metrics | present_metrics)
 
     def evaluate_step(self) -> dict[str, float]:
         """The metrics that are measured before every step of a joint search."""
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         with self._timed():
-            for measure in self._at_steps:
-                found |= _numbers(measure.measure())
-        return found
+            for measure in self._step_measures:
+                metrics |= _numbers(measure.measure())
+        return metrics
 
-    def evaluate_alone(self, candidate: Candidate, own: Settings | None = None) -> Evaluation | None:
-        """A candidate on its own; None if memory is too short. own: see `score_whole`.
+    def evaluate_alone(self, candidate: Candidate, own_settings: Settings | None = None) -> Evaluation | None:
+        """Evaluate a candidate on its own; None if memory is too short. own_settings: see `score_whole`.
 
         Raises BrokenWeights and CheckpointError as reading does.
         """
@@ -82,27 +82,29 @@ class Evaluator:
         measures = [measure for measure in (*self._measures, *weighed) if measure.inputs]
 
         def score() -> Scores:
-            scorers = self.phrases.scorers(singly=bool(own and own.values))
-            return score_whole(search.model, search.tokenizer, candidate, scorers, measures, search.streams, own)
+            scorers = self.phrases.scorers(singly=bool(own_settings and own_settings.values))
+            return score_whole(
+                search.model, search.tokenizer, candidate, scorers, measures, search.streams, own_settings
+            )
 
         try:
             with self._timed():
-                found = retry_on_oom(lambda: search.model.in_range(score, _are_numbers))
+                scores_and_values = retry_on_oom(lambda: search.model.in_range(score, _are_numbers))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             return None
-        (searched, *others), values = found
-        held_out = tuple(others[0]) if others else ()
+        (searched, *other_scores), values = scores_and_values
+        held_out = tuple(other_scores[0]) if other_scores else ()
         metrics = _numbers(self.phrases.totals(searched, held_out))
         for value in values:
             metrics |= _numbers(value)
         return Evaluation(metrics, tuple(searched), held_out)
 
-    def _evaluated(self, found: Sequence[dict[str, float]]) -> Evaluation:
-        """found: by each measure."""
+    def _evaluated(self, measured: Sequence[dict[str, float]]) -> Evaluation:
+        """The evaluation of the present model. measured: the values of each measure."""
         metrics: dict[str, float] = {}
-        for values in found:
+        for values in measured:
             metrics |= _numbers(values)
         metrics |= self._search.metrics
         return Evaluation(metrics, tuple(self._search.log_probabilities), self.phrases.held_out)
@@ -117,13 +119,13 @@ class Evaluator:
 
 
 def _numbers(values: dict[str, float]) -> dict[str, float]:
-    """The values of a measure, or none if one of them is no number: no journal holds such a one."""
+    """The values of a measure, or none if any is NaN or infinite: journals can't hold these."""
     return values if all(map(math.isfinite, values.values())) else {}
 
 
-def _are_numbers(found: Scores) -> bool:
-    """Whether scores and values of a model could be computed."""
-    scores, values = found
+def _are_numbers(scores_and_values: Scores) -> bool:
+    """Whether all scores and values of a model are finite."""
+    scores, values = scores_and_values
     numbers = [number for row in scores for number in row]
     numbers += [number for row in values for number in row.values()]
     return all(map(math.isfinite, numbers))

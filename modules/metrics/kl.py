@@ -1,6 +1,6 @@
-"""KL to the base, top-1 agreement and perplexity on neutral text: how much all else has changed. On text that takes no
-part in the search, to be shown; on other text under every trial, if drift_weight or max_drift judge by it. What is
-said of drift in trials holds for any text.
+"""KL to the base, top-1 agreement and perplexity on neutral text: how much everything else has changed. They are shown
+on text that takes no part in the search. If drift_weight or max_drift is set, every trial is also measured, on other
+text; the classes for drift in trials work on any text.
 
 Knows: which figures of a drift are shown, tail forwards, several processes, the keys. Refuses to know: how a divergence
 is computed, what is decided.
@@ -25,11 +25,11 @@ from modules.search.strategies import total
 from modules.search.whole import Measure
 
 NAME = "trial_kl"
-NATS = 0.05  # of KL that count as much as all phrases, if its weight is automatic
+NATS = 0.05  # nats of KL that count as much as all phrases, if the weight is automatic
 
 
 class Drifted(Measure):
-    """How far the model is from the base on some text."""
+    """Measures how far the model is from the base on some text."""
 
     def __init__(self, meter: DriftMeter, values: Callable[[Drift], dict[str, float]]) -> None:
         self._meter = meter
@@ -63,7 +63,7 @@ def prepare(context: Context) -> Drifted | None:
 
 
 def meter_or_warning(context: Context, passages: Sequence[Passage], label: str) -> DriftMeter | None:
-    """What measures drift on passages; None without any, or with a warning if this model's can't be measured."""
+    """A meter of drift on passages; None without any, or with a warning if this model's drift can't be measured."""
     if not passages:
         return None
     try:
@@ -76,7 +76,10 @@ def meter_or_warning(context: Context, passages: Sequence[Passage], label: str) 
 
 
 def weigh(context: Context) -> "TrialKL | None":
-    """None if neither key is set. Raises ConfigError if it can't be measured on this model, or on these texts."""
+    """The metric for trials on neutral text; None if neither key is set, or without such text if there is other text.
+
+    Raises ConfigError if drift can't be measured on this model, or on these texts.
+    """
     if not context.config.is_guarded:
         return None
     if not context.texts.neutral_for_trials:
@@ -93,9 +96,9 @@ def weigh(context: Context) -> "TrialKL | None":
 
 
 class TrialKL:
-    """Mean KL(base, model) on some text as the model is and as it would be under trials; see `search.WeighedMetric`.
+    """Mean KL(base, model) on some text, of the present model and under trials; see `search.WeighedMetric`.
 
-    Where there are several texts, each has the same part in what a nat costs, and each must keep within the limit.
+    With several texts, each has an equal share of the weight per nat, and each must keep within the limit.
     """
 
     def __init__(self, context: Context, name: str, passages: Sequence[Passage]) -> None:
@@ -107,9 +110,9 @@ class TrialKL:
         self._config = config
         self._texts = context.texts.for_trials
         self.limit = math.inf if config.max_drift is None else config.max_drift
-        own = passages[rank.number :: rank.world_size]
-        self._meter = DriftMeter(context.model, own, keeps_head=True) if own else None
-        self._share = compared_tokens(own) / max(1, compared_tokens(passages))
+        local_passages = passages[rank.number :: rank.world_size]
+        self._meter = DriftMeter(context.model, local_passages, keeps_head=True) if local_passages else None
+        self._share = compared_tokens(local_passages) / max(1, compared_tokens(passages))
         self._inputs = self._meter.inputs if self._meter else []
         self.tails = TailForwards(context.model, self._inputs, context.budget)
         is_joint = config.search == "joint"
@@ -120,27 +123,28 @@ class TrialKL:
         self.whole = Drifted(self.meter, self._in_trials) if self.meter else None  # of candidates on their own
 
     def weight(self, base_scores: Sequence[float]) -> float:
-        """What a nat adds to the total."""
+        """What a nat on this text adds to the total."""
         weight = self._config.weight_of_drift
-        whole = total([abs(value) for value in base_scores]) / NATS if weight == "auto" else weight
-        return whole / len(self._texts)
+        total_weight = total([abs(value) for value in base_scores]) / NATS if weight == "auto" else weight
+        return total_weight / len(self._texts)
 
     def describe(self, weight: float) -> dict[str, str]:
-        """What the summary of a run says of it."""
+        """The lines about drift in a run's summary."""
         tokens = f"checked on {sum(map(compared_tokens, self._texts))} tokens in every trial"
-        how = " (auto)" if self._config.weight_of_drift == "auto" else ""
-        lines = {"KL penalty": f"{weight * len(self._texts):.5g} per nat{how}, {tokens}"} if weight else {}
+        source = " (auto)" if self._config.weight_of_drift == "auto" else ""
+        lines = {"KL penalty": f"{weight * len(self._texts):.5g} per nat{source}, {tokens}"} if weight else {}
         return lines | ({"KL limit": f"{self.limit:g} nats per token, {tokens}"} if self.limit < math.inf else {})
 
     def value(self) -> float:
-        """Of the model as it is, by whole forwards: this process's part."""
+        """This process's part of the present model's drift, by whole forwards."""
         return self._share * self._meter.measure().divergence if self._meter else 0.0
 
     @torch.no_grad()
     def under_trials(self, trials: Sequence[Trial], by_tails: bool) -> list[float]:
-        """Under each trial's weights for the present layer. by_tails: by tail forwards, else by whole ones.
+        """This process's part of the drift under each trial's weights for the present layer.
 
-        One trial at a time: masks of several windows do not fit several trials' worth of them.
+        by_tails: by tail forwards, otherwise by whole ones.
+        Trials run one at a time: the masks of a batch of windows do not fit a stack of trials.
         """
         if self._meter is None:
             return [0.0] * len(trials)
@@ -154,23 +158,23 @@ class TrialKL:
                     with trial():
                         states.append(last_states(self._model, inputs(), {}))
             hidden.append(torch.cat(states))
-        found = self._meter.measure_on(hidden, same_header=True, stack=len(trials))
-        return [self._share * drift.divergence for drift in found]
+        drifts = self._meter.measure_on(hidden, same_header=True, stack=len(trials))
+        return [self._share * drift.divergence for drift in drifts]
 
     def _in_trials(self, drift: Drift) -> dict[str, float]:
         return {self.name: drift.divergence}
 
     @torch.no_grad()
     def under_header_trials(self, trials: Sequence[Trial]) -> list[float]:
-        """Under each trial's weights for the header, by whole forwards."""
+        """This process's part of the drift under each trial's weights for the header, by whole forwards."""
         if self._meter is None:
             return [0.0] * len(trials)
-        found = []
+        drifts = []
         for trial in trials:
             with trial():
                 hidden = [last_states(self._model, inputs(), {}) for inputs in self._inputs]
-            found += self._meter.measure_on(hidden, trial, same_header=True)
-        return [self._share * drift.divergence for drift in found]
+            drifts += self._meter.measure_on(hidden, trial, same_header=True)
+        return [self._share * drift.divergence for drift in drifts]
 
 
 METRIC = Metric(

@@ -27,11 +27,13 @@ class Column:
     name: str  # in journal, recipe and JSON
     label: str
     format: str = ".4f"
-    shown_as: str = ""  # of one that trials are judged by: the metric that it is on texts with no part in the search
-    limit_key: str = ""  # and the configuration's key of its limit
+    # For a metric that trials are judged by: the same metric on texts without a part in the search, and the
+    # configuration's key of its limit.
+    shown_as: str = ""
+    limit_key: str = ""
 
     def text(self, value: float | None) -> str:
-        """A value in a table; a huge one with few digits."""
+        """A value as a table shows it; a huge one with few digits."""
         if value is None:
             return "-"
         text = format(value, self.format)
@@ -40,7 +42,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Context:
-    """What metrics are measured with. While they are prepared, the model is the base."""
+    """What metrics need for their measurements. While they are prepared, the model is the base."""
 
     config: Config
     console: Console
@@ -50,16 +52,16 @@ class Context:
     rank: Rank
     texts: Texts
     answers: Answers = NO_ANSWERS  # of the base
-    search: Search | None = None  # not there yet for what it is to weigh
+    search: Search | None = None  # None while the metrics that it weighs are prepared
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured together, in one pass."""
+    """Values that are measured together, in one pass."""
 
     columns: tuple[Column, ...]
-    # It gives None if the metric is not wanted, or can't be measured on this model. None: whoever asks the models
-    # measures it.
+    # It returns None if the metric is not wanted, or can't be measured on this model. If it is None itself, the metric
+    # is measured where models answer prompts.
     prepare: Callable[[Context], Measure | None] | None = None
-    every_step: bool = False  # whether it is measured before every step of a joint search as well
-    weigh: Callable[[Context], WeighedMetric | None] | None = None  # what trials are judged by, if it is configured
+    every_step: bool = False  # whether it is also measured before every step of a joint search
+    weigh: Callable[[Context], WeighedMetric | None] | None = None  # makes the metric that judges trials, if configured

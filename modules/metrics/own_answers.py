@@ -1,8 +1,8 @@
-"""What the base answers to prompts, once, at the start of a run: the text on which drift is measured where a model is
-used, and what the merge's answers are compared with.
+"""The base's answers to prompts, written once, at the start of a run: text for drift as in the model's use, and the
+reference for the merge's answers.
 
-Knows: which prompts count in a search and which are only shown, where answers are kept. Refuses to know: how a text is
-sampled, how drift is measured on it.
+Knows: which prompts count in a search and which are only shown, where answers are cached. Refuses to know: how a text
+is sampled, how drift is measured on it.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from modules.runtime.text import pluralize
 from modules.scoring.chats import Asked, has_template
 from modules.scoring.samples import DEFAULT, Written, batches, encoded, sample
 
-MOST_SAMPLES = 3  # answers that are shown beside the merge's, unless the key samples asks for others
+MOST_SAMPLES = 3  # answers that are shown beside the merge's, unless the key samples is set
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt as the model reads it, and what it has written."""
+    """A prompt as the model reads it, and the model's answer."""
 
     prompt: str
     given: tuple[int, ...]  # token ids
@@ -41,10 +41,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model answers."""
+    """The answers of one model."""
 
-    shown: tuple[Answer, ...] = ()  # their drift takes no part in a search
-    weighed: tuple[Answer, ...] = ()  # trials are judged by their drift
+    shown: tuple[Answer, ...] = ()  # for drift that takes no part in a search
+    weighed: tuple[Answer, ...] = ()  # for drift that trials are judged by
     samples: tuple[Answer, ...] = ()  # to the prompts of the key samples
 
     @property
@@ -67,18 +67,18 @@ class Prompts:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Each once."""
+        """All distinct prompts."""
         return tuple(dict.fromkeys((*self.shown, *self.weighed, *self.samples)))
 
 
 def prompts_of(config: Config, for_chats: bool) -> Prompts:
-    """Half of the prompts for what is shown; of the other half as many as a search needs that weighs drift.
+    """The prompts: one half for shown drift; of the other half, as many as a search needs that weighs drift.
 
     for_chats: whether the base has a chat template. Raises ConfigError for files without prompts.
     """
     wanted = config.own_texts != ()
     prompts = read_prompts(config.own_texts, for_chats, "own_texts") if wanted else ()
-    # Twice as many as are needed if every answer is as long as it may be.
+    # Twice as many as needed if every answer had the longest length.
     count = -(-config.neutral_tokens // DEFAULT.tokens) if config.is_guarded else 0
     return Prompts(prompts[::2], prompts[1::2][:count], config.samples or ())
 
@@ -86,15 +86,15 @@ def prompts_of(config: Config, for_chats: bool) -> Prompts:
 def base_answers(
     model: ResidentModel, tokenizer: Any, config: Config, asked: Asked, console: Console, noted: Answers = NO_ANSWERS
 ) -> Answers:
-    """What the base answers, from the cache if it has answered before. asked: the prompts as it reads them. noted: what
-    it has answered to some of them in this run.
+    """The base's answers, from the cache if it has answered before. asked: the prompts as it reads them. noted: its
+    earlier answers in this run.
 
-    Where it can't answer, a warning says so; that is no reason to lose a merge.
+    If it can't answer, there is a warning; that is no reason to lose a merge.
     """
     prompts = prompts_of(config, has_template(tokenizer))
     answered = {answer.prompt: answer for answer in noted.all}
-    new = [prompt for prompt in prompts.all if prompt not in answered]
-    readable = [prompt for prompt in new if prompt in asked.texts or not has_template(tokenizer)]
+    unanswered = [prompt for prompt in prompts.all if prompt not in answered]
+    readable = [prompt for prompt in unanswered if prompt in asked.texts or not has_template(tokenizer)]
     given, problems = encoded(model, tokenizer, readable, asked)
     console.warnings(problems)
     written: dict[str, Written] = {}
@@ -107,7 +107,7 @@ def base_answers(
         return tuple(answered[name] for name in names if name in answered)
 
     answers = Answers(part(prompts.shown), part(prompts.weighed), part(prompts.samples))
-    if answers.shown and not any(answer.written.said for answer in (*answers.shown, *answers.weighed)):
+    if answers.shown and not any(answer.written.without_end for answer in (*answers.shown, *answers.weighed)):
         console.warning("own_texts: the base answers nothing, so drift is measured on neutral text alone")
         return Answers(samples=answers.samples)
     return answers
@@ -116,20 +116,20 @@ def base_answers(
 def _answered(
     model: ResidentModel, tokenizer: Any, given: Mapping[str, Sequence[int]], seed: int, console: Console
 ) -> dict[str, Written]:
-    """What the base answers, from the cache or generated and kept there."""
+    """The base's answers, read from the cache, or generated and written to it."""
     file = _cache_file(model, tokenizer, given, seed)
-    written = _kept(file, given, model.vocabulary)
+    written = _read_cache(file, given, model.vocabulary)
     if written is None:
         console.timed(f"Generating the base's answers to {pluralize(len(given), 'prompt')}")
         written = generate_answers(model, tokenizer, given, seed, console)
-        _keep(file, written)
+        _write_cache(file, written)
     return written
 
 
 def generate_answers(
     model: ResidentModel, tokenizer: Any, given: Mapping[str, Sequence[int]], seed: int, console: Console
 ) -> dict[str, Written]:
-    """What the model as it is answers to each prompt. given: token ids by prompt. Raises as `sample` does."""
+    """The present model's answer to each prompt. given: token ids by prompt. Raises as `sample` does."""
     written: dict[str, Written] = {}
 
     def generate() -> None:
@@ -145,7 +145,7 @@ def generate_answers(
 
 @contextmanager
 def only_warned(console: Console) -> Iterator[None]:
-    """A model that can't answer is no reason to lose a merge: a warning says why."""
+    """Turn any error in the block into a warning: a model that can't answer is no reason to lose a merge."""
     try:
         with without_panics():
             yield
@@ -155,11 +155,11 @@ def only_warned(console: Console) -> Iterator[None]:
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
-_KEPT = TypeAdapter(dict[str, Written])
+_CACHED = TypeAdapter(dict[str, Written])
 
 
 def _cache_file(model: ResidentModel, tokenizer: Any, given: Mapping[str, Sequence[int]], seed: int) -> Path:
-    """Another file for everything that answers depend on."""
+    """The cache's file for these answers, named by a digest of everything that they depend on."""
     depends_on = {
         "model": model.checkpoint.fingerprint(),
         "arithmetic": model.arithmetic.name,
@@ -175,18 +175,18 @@ def _cache_file(model: ResidentModel, tokenizer: Any, given: Mapping[str, Sequen
     return Path(constants.HF_ASSETS_CACHE).expanduser() / "merge-monster" / "answers" / f"{digest[:24]}.json"
 
 
-def _kept(file: Path, given: Mapping[str, Sequence[int]], vocabulary: int) -> dict[str, Written] | None:
-    """The answers in a file; None if they are not all there, or are not what such a file holds."""
+def _read_cache(file: Path, given: Mapping[str, Sequence[int]], vocabulary: int) -> dict[str, Written] | None:
+    """The answers in a file; None if the file can't be read, has other prompts or has invalid tokens."""
     try:
-        written = _KEPT.validate_json(file.read_bytes())
+        written = _CACHED.validate_json(file.read_bytes())
     except (OSError, ValueError):
         return None
-    known = all(0 <= token < vocabulary for text in written.values() for token in text.tokens)
-    return written if known and written.keys() == given.keys() else None
+    are_valid = all(0 <= token < vocabulary for text in written.values() for token in text.tokens)
+    return written if are_valid and written.keys() == given.keys() else None
 
 
-def _keep(file: Path, written: Mapping[str, Written]) -> None:
-    """Keep answers for the next run; where that can't be, they are generated anew."""
+def _write_cache(file: Path, written: Mapping[str, Written]) -> None:
+    """Write answers for the next run. If they can't be written, the next run generates them anew."""
     partial = file.with_suffix(f".{os.getpid()}")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""KL to the base on the base's own answers: how much the model has changed where it is used.
+"""KL to the base on the base's own answers: how much the model has changed in use.
 
 Knows: that these answers are one of two texts on which drift is measured. Refuses to know: how answers are sampled, how
 a divergence is computed.

@@ -1,6 +1,6 @@
-"""The totals of the pairs that are searched and of those that are held out.
+"""The totals of the searched pairs and of the held-out pairs.
 
-Knows: how pairs that are held out are scored and weighed. Refuses to know: how the search scores its own.
+Knows: how held-out pairs are scored and weighed. Refuses to know: how the search scores its pairs.
 """
 
 import math
@@ -17,7 +17,7 @@ from modules.search.whole import Measure
 
 
 class PhraseTotals(Measure):
-    """Totals of the searched pairs, as the search knows them, and of the held-out ones, which are scored here."""
+    """Totals of the searched pairs, by the search's scores, and of the held-out ones, which are scored here."""
 
     def __init__(self, context: Context) -> None:
         """Raises ConfigError for pairs that the model can't take."""
@@ -26,7 +26,9 @@ class PhraseTotals(Measure):
         self._model = context.model
         self._auto_weights = context.config.auto_weights
         self.pairs = context.config.held_out_pairs
-        self.weights: list[float] | None = None  # of the held-out pairs, signed; by the base, the first to be measured
+        self.weights: list[float] | None = (
+            None  # of the held-out pairs, signed; set by the first model measured, the base
+        )
         self.held_out: tuple[float, ...] = ()  # their joint log-probabilities, by the last measurement
         self._scorer: Scorer | None = None
         if self.pairs:
@@ -37,25 +39,25 @@ class PhraseTotals(Measure):
     def measure(self) -> dict[str, float]:
         """See `Measure`."""
         if self._scorer:
-            found = self._model.in_range(self._score, lambda values: all(map(math.isfinite, values)))
-            self.held_out = tuple(of_pairs(found, self._scorer.encoded))
+            log_probabilities = self._model.in_range(self._score, lambda values: all(map(math.isfinite, values)))
+            self.held_out = tuple(of_pairs(log_probabilities, self._scorer.encoded))
         if self.weights is None:
             self.weights, warnings = signed_weights(self.pairs, self._auto_weights, self.held_out)
             self._console.warnings(warnings)
         return self.totals(self._search.log_probabilities, self.held_out)
 
     def totals(self, searched: Sequence[float], held_out: Sequence[float]) -> dict[str, float]:
-        """Both totals of a model, from joint log-probabilities."""
-        found = {"total": total(scores(searched, self._search.weights))}
+        """A model's totals from joint log-probabilities."""
+        values = {"total": total(scores(searched, self._search.weights))}
         if self.pairs:
-            found["held_out"] = total(scores(held_out, self.weights))
-        return found
+            values["held_out"] = total(scores(held_out, self.weights))
+        return values
 
     def scorers(self, singly: bool = False) -> list[Scorer]:
-        """What scores the searched pairs and, if there are any, the held-out ones, in this process alone. singly: one
-        pair at a time, as is exact by whatever settings a model computes."""
-        found = [self._search.scorer.alone(), *([self._scorer] if self._scorer else [])]
-        return [scorer.singly() for scorer in found] if singly else found
+        """The scorers of the searched pairs and, if there are any, of the held-out ones, in this process alone. singly:
+        one pair at a time, which is exact with any settings of a model."""
+        all_scorers = [self._search.scorer.alone(), *([self._scorer] if self._scorer else [])]
+        return [scorer.singly() for scorer in all_scorers] if singly else all_scorers
 
     def _score(self) -> list[float]:
         return retry_on_oom(self._scorer.score, lambda: self._scorer.take_less_memory() is not None)

@@ -15,16 +15,17 @@ METRICS: list[Metric] = [PHRASES, KL, OWN_KL, ANSWERS]
 
 
 def all_columns() -> list[Column]:
-    """Of all metrics, in the order of tables."""
+    """The columns of all metrics, in the order of tables."""
     return [column for metric in METRICS for column in metric.columns]
 
 
 def columns_of(*values: Mapping[str, object]) -> list[Column]:
-    """The columns of these values, by name, in the order of tables; of an unknown one, its name and plain digits."""
-    names = dict.fromkeys(name for some in values for name in some)
+    """The columns of these values, by name, in the order of tables; an unknown one is shown by its name in plain
+    digits."""
+    names = dict.fromkeys(name for mapping in values for name in mapping)
     known = all_columns()
-    others = names.keys() - {column.name for column in known}
+    unknown = names.keys() - {column.name for column in known}
     return [
         *(column for column in known if column.name in names),
-        *(Column(name, name) for name in names if name in others),
+        *(Column(name, name) for name in names if name in unknown),
     ]

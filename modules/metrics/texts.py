@@ -1,5 +1,5 @@
-"""The texts on which drift is measured: neutral text and the base's own answers; of each a part for what is shown and
-another for what trials are judged by.
+"""The texts on which drift is measured: neutral text and the base's own answers. One part of each is for the drift that
+is shown, another for the drift that trials are judged by.
 
 Knows: how many tokens each has, which positions are compared. Refuses to know: how drift is measured.
 """
@@ -17,8 +17,8 @@ from modules.model.base_model import ResidentModel
 from modules.scoring.drift import Passage, full_passage
 from modules.scoring.tokenization import neutral_windows
 
-# Passages are filled up to a multiple of so many tokens, so that several have one length and pass through the model
-# together. What stands behind a token changes nothing of what a decoder says before it.
+# Passages are padded to a multiple of so many tokens, so that several have one length and pass through the model
+# together. Later tokens do not change a decoder's outputs at earlier ones.
 FILLED_TO = 32
 
 
@@ -38,71 +38,71 @@ class Texts:
 
     @property
     def for_trials(self) -> list[Sequence[Passage]]:
-        """The texts that trials are judged by; each counts as much as another."""
+        """The texts that trials are judged by; all count the same."""
         return [text for text in (self.neutral_for_trials, self.own_for_trials) if text]
 
 
 def drift_texts(config: Config, model: ResidentModel, tokenizer: Any, answers: Answers) -> Texts:
-    """The texts of a run. answers: of the base."""
+    """The texts of a run. answers: the base's."""
     neutral = read_neutral_texts(config.neutral_texts)
-    each = config.neutral_tokens if config.is_guarded else 0
+    trial_tokens = config.neutral_tokens if config.is_guarded else 0
     if answers.weighed and neutral:
-        each //= 2
+        trial_tokens //= 2
     pairs = (*config.pairs, *config.held_out_pairs)
-    shown, for_trials = neutral_windows(tokenizer, neutral, model.vocabulary, model.max_tokens, each)
+    shown, for_trials = neutral_windows(tokenizer, neutral, model.vocabulary, model.max_tokens, trial_tokens)
     weighed = answer_passages(tokenizer, answers.weighed, pairs, model.max_tokens)
     return Texts(
         neutral=[full_passage(window) for window in shown],
         neutral_for_trials=[full_passage(window) for window in for_trials],
         own=answer_passages(tokenizer, answers.shown, pairs, model.max_tokens),
-        own_for_trials=_first(weighed, each),
+        own_for_trials=_first_passages(weighed, trial_tokens),
     )
 
 
 def answer_passages(
     tokenizer: Any, answers: Sequence[Answer], pairs: Sequence[Pair], longest: int | None
 ) -> list[Passage]:
-    """Prompts with their answers, compared where the model predicts a token of the answer, its end included; but not
-    where that is a token of a listed phrase: there the model is meant to change.
+    """Prompts with their answers as passages. Compared are the positions that predict a token of the answer, its end
+    token included, but no token of a listed phrase: there the model is meant to change.
 
-    longest: tokens that the model takes.
+    longest: the most tokens that the model takes.
     """
     phrases = {variant.phrase.strip() for pair in pairs for variant in pair.each}
-    listed = re.compile("|".join(map(re.escape, sorted(filter(None, phrases)))) or r"(?!)", re.IGNORECASE)
-    made = []
+    phrase_pattern = re.compile("|".join(map(re.escape, sorted(filter(None, phrases)))) or r"(?!)", re.IGNORECASE)
+    passages = []
     for answer in answers:
         first = len(answer.given) - 1
-        in_phrase = _in_phrases(tokenizer, answer.written.tokens, listed)
+        in_phrase = _in_phrases(tokenizer, answer.written.tokens, phrase_pattern)
         tokens = answer.given + answer.written.tokens
         size = -(-len(tokens) // FILLED_TO) * FILLED_TO
         filling = max(0, min(size, longest or size) - len(tokens))
         compared = [False] * first + [not inside for inside in in_phrase] + [False] * (1 + filling)
         if any(compared):
-            made.append(Passage(tokens + tokens[-1:] * filling, tuple(compared)))
-    return made
+            passages.append(Passage(tokens + tokens[-1:] * filling, tuple(compared)))
+    return passages
 
 
-def _first(some: Sequence[Passage], tokens: int) -> list[Passage]:
-    """As many of the first passages as compare so many tokens together, if there are as many."""
-    taken = []
-    counted = 0
-    for passage in some:
-        if counted < tokens:
-            taken.append(passage)
-            counted += sum(passage.compared)
-    return taken
+def _first_passages(passages: Sequence[Passage], tokens: int) -> list[Passage]:
+    """The fewest of the first passages that compare so many tokens together; all if they compare fewer."""
+    first_passages = []
+    compared_count = 0
+    for passage in passages:
+        if compared_count < tokens:
+            first_passages.append(passage)
+            compared_count += sum(passage.compared)
+    return first_passages
 
 
 def decoded(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, list[int]]:
-    """The text that tokens write, and where in it each of them ends."""
+    """The text of some tokens, and where in it each of them ends."""
     lengths = [len(_decoded(tokenizer, tokens[: end + 1])) for end in range(len(tokens))]
     return _decoded(tokenizer, tokens), lengths
 
 
-def _in_phrases(tokenizer: Any, tokens: Sequence[int], listed: re.Pattern[str]) -> list[bool]:
-    """Of each token, whether it writes a letter of a listed phrase."""
+def _in_phrases(tokenizer: Any, tokens: Sequence[int], phrase_pattern: re.Pattern[str]) -> list[bool]:
+    """For each token, whether its text overlaps a listed phrase."""
     text, ends = decoded(tokenizer, tokens)
-    matches = [match.span() for match in listed.finditer(text)]
+    matches = [match.span() for match in phrase_pattern.finditer(text)]
     inside = []
     begin = 0
     for end in ends:

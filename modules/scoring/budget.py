@@ -1,4 +1,4 @@
-"""How much memory scoring allows itself: tokens in a pack, logits at a time, hidden states kept.
+"""The memory budget of scoring: tokens in a pack, logits at a time, hidden states kept.
 
 Knows: a model's sizes and what is free. Refuses to know: phrases, how a forward is made.
 """
@@ -10,13 +10,13 @@ import torch
 
 from modules.model.memory import Sizes
 
-# Enough tokens in one pack to fill a processor, few enough that attention within it stays cheap.
+# Enough tokens in one pack to keep a processor busy, few enough that attention within it stays cheap.
 TOKENS = 1024
 FEWEST_TOKENS = 64
-# Bytes of logits at a time: on a CPU what stays near its caches, elsewhere enough that the head is seldom read twice.
+# Bytes of logits at a time: on a CPU, few for its caches; elsewhere, enough that the head is seldom read twice.
 LOGITS_ON_CPU = 64 << 20
 LOGITS_ELSEWHERE = 512 << 20
-# Shares of the free memory; what is left over is for what these figures do not count.
+# Shares of the free memory; the rest is for what these figures do not count.
 ACTIVATIONS_SHARE = 1 / 2
 LOGITS_SHARE = 1 / 8
 CACHE_SHARE = 1 / 4
@@ -29,7 +29,7 @@ class Budget:
     tokens: int = TOKENS  # in one pack, unless a single pair is longer
     logits: int = LOGITS_ON_CPU  # bytes of them, in float32
     cache: int = 1 << 30  # bytes of hidden states that are kept on the device
-    cache_beside: int = 0  # bytes of those that are kept in the CPU's memory, if the device is another
+    cache_beside: int = 0  # bytes of hidden states that are kept in CPU memory, if the device is another
 
     def halved(self) -> "Budget":
         """Half of everything on the device."""
@@ -40,7 +40,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Packing:
-    """What the last digits of scores depend on, beside the weights: sizes and order of what is computed together."""
+    """What the last digits of scores depend on, beside the weights: sizes and order of joint computations."""
 
     layout: str
     tokens: int  # in one pack
@@ -57,10 +57,10 @@ class Packing:
 
 
 def layer_bytes(sizes: Sizes, dtype: torch.dtype, tokens: int, stack: int) -> int:
-    """Bytes of the activations of a layer at work on a pack of so many tokens, for `stack` ratios at once.
+    """Bytes of a layer's activations on a pack of so many tokens, for `stack` ratios at once.
 
-    Hidden states before and after the norm, and then either an MLP's three wide tensors or queries, keys and values
-    with what turns them by their positions; the mask.
+    These are: hidden states before and after the norm; then either an MLP's three wide tensors, or queries, keys and
+    values with the tensors of their rotation; and the mask.
     """
     features = tokens * (2 * sizes.hidden + max(4 * sizes.hidden, 3 * sizes.widest))
     attention = sizes.heads * tokens**2 if sizes.keeps_attention else 0
@@ -68,24 +68,24 @@ def layer_bytes(sizes: Sizes, dtype: torch.dtype, tokens: int, stack: int) -> in
 
 
 def logits_bytes(sizes: Sizes, stack: int, columns: int, budget: Budget) -> int:
-    """Bytes of float32 logits at a time, for `stack` ratios, where the head is read at so many columns."""
+    """Bytes of float32 logits at a time, for `stack` ratios, if the head is read at so many columns."""
     row = 4 * stack * sizes.vocabulary
     return max(row, min(budget.logits, row * columns))
 
 
 def budget_of(sizes: Sizes, dtype: torch.dtype, device: torch.device, stack: int, free: int | None) -> Budget:
-    """What scoring may hold if so many bytes are free on the device beside all weights; None: not known.
+    """The budget if so many bytes are free on the device beside all weights; None: not known.
 
-    stack: the most ratios at once. Packs have a power of two of tokens, so that a few bytes more or less that are free
-    don't change the last digits of a score.
+    stack: the most ratios at once. The tokens of a pack are a power of two, so that small changes of free memory don't
+    change the last digits of a score.
     """
     on_cpu = device.type == "cpu"
-    most = LOGITS_ON_CPU if on_cpu else LOGITS_ELSEWHERE
+    most_logits = LOGITS_ON_CPU if on_cpu else LOGITS_ELSEWHERE
     beside = 0 if on_cpu else int(psutil.virtual_memory().available * CACHE_SHARE)
     if free is None:
-        return Budget(logits=most, cache_beside=beside)
+        return Budget(logits=most_logits, cache_beside=beside)
     tokens = TOKENS
     free = max(0, free)
     while tokens > FEWEST_TOKENS and layer_bytes(sizes, dtype, tokens, stack) > free * ACTIVATIONS_SHARE:
         tokens //= 2
-    return Budget(tokens, max(1, min(most, int(free * LOGITS_SHARE))), int(free * CACHE_SHARE), beside)
+    return Budget(tokens, max(1, min(most_logits, int(free * LOGITS_SHARE))), int(free * CACHE_SHARE), beside)

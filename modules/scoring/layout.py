@@ -1,6 +1,6 @@
 """The fastest layout whose scores are those of plain forwards.
 
-Knows: layouts, tolerances, how exactness is tried. Refuses to know: search, phrases' weights.
+Knows: layouts, tolerances, how exactness is tested. Refuses to know: search, phrases' weights.
 """
 
 import math
@@ -21,7 +21,7 @@ from modules.scoring.packing import LAYOUTS
 from modules.scoring.scorer import DEFAULT, ONLY, Scorer, Trial, of_pairs
 from modules.scoring.tokenization import Encoded, spread
 
-# What architectures raise that do not take these inputs.
+# What an architecture raises if it does not support these inputs.
 NOT_TAKEN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)
 
 TRIED = 4  # pairs on which trials are compared with plain forwards: the shortest and the longest among them
@@ -30,7 +30,7 @@ TRIED = 4  # pairs on which trials are compared with plain forwards: the shortes
 def build_scorer(
     model: ResidentModel, encoded: Sequence[Encoded], budget: Budget = DEFAULT, tails: bool = True, rank: Rank = ONLY
 ) -> Scorer:
-    """A scorer in the fastest layout that is exact for this model, with what fits into memory of the budget.
+    """A scorer in the fastest layout that is exact for this model, with a budget halved until it fits into memory.
 
     tails: whether it will score trials; rank: see Scorer. Raises ConfigError if the model's scores are not finite or
     don't repeat, torch.OutOfMemoryError if not even one pair fits.
@@ -46,31 +46,31 @@ def build_scorer(
 
     def take_less() -> bool:
         nonlocal budget, stacked
-        left = stacked or budget.tokens > 1
+        can_shrink = stacked or budget.tokens > 1
         stacked = budget.tokens > 1
         budget = budget.halved()
-        return left
+        return can_shrink
 
     return retry_on_oom(build, take_less)
 
 
 def score_once(model: ResidentModel, encoded: Sequence[Encoded]) -> tuple[Scorer, list[float]]:
-    """Joint log-probabilities of pairs under a model that stays as it is, and what has found them.
+    """The joint log-probabilities of pairs under a model that does not change, and the scorer.
 
-    Raises ConfigError if they are no numbers.
+    Raises ConfigError if any is NaN.
     """
     scorer = build_scorer(model, encoded, tails=False)
-    found = scorer.verified_scores
-    if any(map(math.isnan, found)):
+    log_probabilities = scorer.verified_scores
+    if any(map(math.isnan, log_probabilities)):
         raise model.no_numbers()
-    return scorer, of_pairs(found, encoded)
+    return scorer, of_pairs(log_probabilities, encoded)
 
 
 def _exact_scorer(model: ResidentModel, encoded: Sequence[Encoded], plain: Plain, budget: Budget, rank: Rank) -> Scorer:
-    """All packs, of all processes, in the first layout whose scores are those of plain forwards."""
+    """A scorer of all packs, of all processes, in the first layout whose scores are those of plain forwards."""
     longest = max(encoded, key=lambda item: len(item.tokens))
     plain.measure_rounding(longest, budget)
-    # A 4-D mask is used as given: it would lift the window.
+    # A 4-D mask is used as given: a forest would ignore the attention window.
     for layout in LAYOUTS if attention_window(model) >= len(longest.tokens) else LAYOUTS[1:]:
         shared = budget if rank.world_size == 1 else Scorer(model, encoded, layout, budget, rank=rank).budget
         scorer = Scorer(model, encoded, layout, shared, plain.tolerance)
@@ -87,7 +87,7 @@ def _is_exact(scorer: Scorer, plain: Plain) -> bool:
 
 
 def check_numbers(model: ResidentModel, encoded: Sequence[Encoded], log_probabilities: Sequence[float]) -> None:
-    """Raise what `no_numbers` says, naming the phrase, if the base's scores of these pairs are not finite."""
+    """Raise `no_numbers`'s error, with the phrase, if the base's scores of these pairs are not finite."""
     wrong = [(item, value) for item, value in zip(encoded, log_probabilities, strict=True) if not math.isfinite(value)]
     for item, value in wrong:
         if value != -math.inf or model.dtype == torch.float16:
@@ -100,25 +100,25 @@ def check_numbers(model: ResidentModel, encoded: Sequence[Encoded], log_probabil
 
 
 def _exact_trials(scorer: Scorer, plain: Plain, stacked: bool) -> tuple[bool, bool]:
-    """How a scorer may score trials, the first way that is exact, as (stacked, tails); whole forwards always are.
+    """The first exact way to score trials, as (stacked, tails); whole forwards always are exact.
 
-    What reaches a layer is the same in packs of few pairs. They are among those whose plain forwards are known.
+    It is tested on packs of few pairs, where layers take the same inputs. These pairs' plain scores are already known.
     """
     pairs = spread(scorer.compared(), TRIED)
-    few = Scorer(scorer.model, [scorer.encoded[pair] for pair in pairs], *scorer.settings)
+    sample_scorer = Scorer(scorer.model, [scorer.encoded[pair] for pair in pairs], *scorer.settings)
     for stacks in (True, False) if stacked and scorer.stacks else (False,):
-        few._stacked = stacks
-        few.restart()
-        if is_taken(partial(_tails_agree, few, plain)):
+        sample_scorer._stacked = stacks
+        sample_scorer.restart()
+        if is_taken(partial(_tails_agree, sample_scorer, plain)):
             return stacks, True
     return False, False
 
 
 def _tails_agree(scorer: Scorer, plain: Plain) -> bool:
-    """Whether a trial that leaves the model as it is scores as plain forwards do, beside one that alters it.
+    """Whether a trial without changes scores as plain forwards do, beside a trial that alters a layer.
 
-    From the first layer, all others run on several trials at once. Moving the cache, each layer has run alone; from the
-    last layer it shows whether that is the same: then nothing reaches a layer but the hidden states.
+    With trials at the first layer, all others run on several trials at once. With trials at the last layer, each
+    layer before it has run alone, to move the cache: the scores agree if layers take hidden states alone from others.
     """
     if not scorer.agrees(plain, scorer.trial_token_scores([_altered(scorer), nullcontext])[1]):
         return False
@@ -127,7 +127,7 @@ def _tails_agree(scorer: Scorer, plain: Plain) -> bool:
 
 
 def is_taken(agrees: Callable[[], bool]) -> bool:
-    """Whether a way to score is exact; one that the architecture does not take is not."""
+    """Whether a way to score is exact; False if the architecture does not support it."""
     try:
         return agrees()
     except NOT_TAKEN as error:
@@ -137,13 +137,13 @@ def is_taken(agrees: Callable[[], bool]) -> bool:
 
 
 def _altered(scorer: Scorer) -> Trial:
-    """A trial of the cache's layer with other weights."""
+    """A trial of the scorer's present layer with other weights."""
     part = scorer.model.layer(scorer._layer)
     tensors = {name: tensor / 2 for name, tensor in part.tensors.items()}
     return lambda: part.holding(tensors)
 
 
 def attention_window(model: ResidentModel) -> float:
-    """How far back attention reaches in this model, in tokens."""
+    """The number of tokens that attention reaches back in this model."""
     windows = layer_settings(model.module.config, "sliding_window")
     return min((window for window in windows if window), default=float("inf"))

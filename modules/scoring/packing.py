@@ -1,6 +1,6 @@
-"""Token ids to packs, the rows that a model is asked about; and packs to tensors on the device.
+"""Token ids to packs, the model's input rows; and packs to tensors on the device.
 
-Knows: token ids, common beginnings, which position answers for which token, attention masks.
+Knows: token ids, common prefixes, which position answers for which token, attention masks.
 Refuses to know: tokenizers, models, probabilities.
 
 Which position answers for which token (phrase "a b" in context "x y"):
@@ -21,18 +21,18 @@ from modules.scoring.tokenization import Encoded
 
 @dataclass(frozen=True)
 class Target:
-    """At `column` of row `row` the model is asked for the probability of `token`, the phrase's token number `place`."""
+    """A token of a phrase to score: its probability is read from the logits at `column` of row `row`."""
 
     row: int
     column: int
     token: int
     pair: int  # number of the pair whose phrase it is
-    place: int
+    index: int  # of the token within its phrase
 
 
 @dataclass(frozen=True)
 class Pack:
-    """What goes through the model at once: B rows of T input tokens each, and the targets that are read from them.
+    """The input of one forward: B rows of T input tokens each, and the targets that are read from its logits.
 
     A forest pack has one row (B = 1) that holds a token tree in preorder: `parents[i]` is the column of token i's
     predecessor, -1 for a root, and a token sees its ancestors only. Otherwise `parents` is None and rows are plain
@@ -55,7 +55,7 @@ LAYOUTS = ("forest", "rows", "single")
 def build_packs(encoded: Sequence[Encoded], layout: str, token_budget: int) -> Iterator[Pack]:
     """Pack all pairs; a pack holds at most `token_budget` tokens unless a single pair is longer.
 
-    One pack after another is made: all together, they would take more memory than the phrases themselves.
+    Packs are made one at a time: all together, they would take more memory than the phrases themselves.
 
     forest: all pairs share one row, each distinct token prefix computed once.
     rows:   one row a pair, sorted by length, padded on the right.
@@ -70,7 +70,7 @@ def build_packs(encoded: Sequence[Encoded], layout: str, token_budget: int) -> I
 
 
 class TokenTree:
-    """Token paths that share their beginnings: one node per distinct prefix, parents before children."""
+    """Token paths that share their prefixes: one node per distinct prefix, parents before children."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -81,7 +81,7 @@ class TokenTree:
         return len(self.tokens)
 
     def known(self, path: Sequence[int]) -> list[int]:
-        """The nodes of the path's longest beginning that is in the tree."""
+        """The nodes of the path's longest prefix that is in the tree."""
         nodes: list[int] = []
         for token in path:
             node = self._children.get((nodes[-1] if nodes else -1, token))
@@ -91,14 +91,14 @@ class TokenTree:
         return nodes
 
     def add(self, path: Sequence[int]) -> list[int]:
-        """All nodes of the path; those that are missing are made."""
+        """All nodes of the path; missing ones are added."""
         nodes = self.known(path)
         for token in path[len(nodes) :]:
             nodes.append(self.new_node(nodes[-1] if nodes else -1, token))
         return nodes
 
     def new_node(self, parent: int, token: int) -> int:
-        """Another node behind a parent; a path that leads over this token leads over this node from now on."""
+        """Add a node behind a parent and return its number. From now on, paths with this token go through this node."""
         self._children[parent, token] = len(self.tokens)
         self.tokens.append(token)
         self.parents.append(parent)
@@ -106,7 +106,7 @@ class TokenTree:
 
 
 def _forest_packs(ordered: Iterable[tuple[int, Encoded]], token_budget: int) -> Iterator[Pack]:
-    """Sorted pairs keep shared prefixes together, so cutting at the budget repeats few of them."""
+    """Forest packs of sorted pairs: sorting keeps shared prefixes together, so cutting at the budget repeats few."""
     tree = TokenTree()
     targets = list[Target]()
     for pair, item in ordered:
@@ -150,13 +150,13 @@ def _row_pack(group: Sequence[tuple[int, Encoded]]) -> Pack:
 
 @dataclass(frozen=True)
 class Targets:
-    """Index tensors of one length: where in (B, columns, V) a target is read and where in (pairs, places) it goes."""
+    """Index tensors of one length: where in (B, columns, V) a target is read, and its entry in (pairs, indices)."""
 
     rows: Tensor
     columns: Tensor
     tokens: Tensor
     pairs: Tensor
-    places: Tensor  # number of the token within its phrase
+    indices: Tensor  # of the token within its phrase
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,12 @@ class Inputs:
     """One pack on the device."""
 
     ids: Tensor  # input tokens, (B, T)
-    positions: Tensor | None  # (1, T); None where they are simply counted
-    subtree_end: Tensor | None  # of a forest: how far the tokens reach that see each token, (T,)
+    positions: Tensor | None  # position ids, (1, T); None for 0, 1, 2, ...
+    subtree_end: Tensor | None  # of a forest: the column behind the last token that sees each token, (T,)
     dtype: torch.dtype  # that the model computes in
     columns: Tensor  # the columns at which some row is read, ascending
-    targets: Targets  # columns: numbers into `columns`, ascending
-    target_columns: Sequence[int]  # the same numbers on the host
+    targets: Targets  # their columns are indices into `columns`, ascending
+    target_columns: Sequence[int]  # the same indices on the host
 
     @classmethod
     def of(cls, pack: Pack, device: torch.device, dtype: torch.dtype) -> "Inputs":
@@ -182,7 +182,7 @@ class Inputs:
         columns = sorted({target.column for target in pack.targets})
         number = {column: i for i, column in enumerate(columns)}
         targets = sorted(pack.targets, key=lambda target: target.column)
-        table = [(t.row, number[t.column], t.token, t.pair, t.place) for t in targets]
+        table = [(t.row, number[t.column], t.token, t.pair, t.index) for t in targets]
         return cls(
             torch.tensor(pack.rows, device=device),
             positions if positions is None else positions[None],
@@ -194,8 +194,8 @@ class Inputs:
         )
 
     def arguments(self) -> dict[str, Tensor]:
-        """What the model's forward takes. The mask is made anew each time: kept for all packs it would take more
-        memory than everything else."""
+        """The arguments of the model's forward. The mask is made anew each time: kept for all packs, masks would take
+        more memory than everything else."""
         if self.subtree_end is None:
             return {"input_ids": self.ids}
         number = torch.arange(len(self.subtree_end), device=self.subtree_end.device)
@@ -203,16 +203,22 @@ class Inputs:
         return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": tree_mask(seen, self.dtype)}
 
     def targets_in(self, first: int, end: int) -> Targets:
-        """The targets read at columns number first..end-1, their columns counted from `first`."""
-        t = self.targets
+        """The targets at indices first..end-1 of `columns`, with their columns counted from `first`."""
+        targets = self.targets
         cut = slice(bisect_left(self.target_columns, first), bisect_left(self.target_columns, end))
-        return Targets(t.rows[cut], t.columns[cut] - first, t.tokens[cut], t.pairs[cut], t.places[cut])
+        return Targets(
+            targets.rows[cut],
+            targets.columns[cut] - first,
+            targets.tokens[cut],
+            targets.pairs[cut],
+            targets.indices[cut],
+        )
 
 
 def _depths_and_subtree_ends(parents: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Of each token of a pack its position, and the column behind the last token that sees it.
+    """For each token of a pack, its position and the column behind the last token that sees it.
 
-    A pack's tree is in preorder, so the tokens that see one, itself and all behind it, stand side by side.
+    A pack's tree is in preorder, so the tokens that see a token, itself and its descendants, stand side by side.
     """
     depth = []
     ends = list(range(1, len(parents) + 1))
@@ -224,32 +230,32 @@ def _depths_and_subtree_ends(parents: Sequence[int]) -> tuple[list[int], list[in
     return depth, ends
 
 
-def attention_mask(parents: Sequence[int], before: Tensor | None = None) -> Tensor:
+def attention_mask(parents: Sequence[int], earlier_mask: Tensor | None = None) -> Tensor:
     """Which tokens of a token tree each token sees, itself and its ancestors: (T, T), boolean.
 
-    parents: the column of each token's predecessor, -1 for a root; parents come before their children. before: the
-    mask (S, S) of tokens that are there already; the result is then that of the new ones, (T, S + T).
+    parents: the column of each token's predecessor, -1 for a root; parents come before their children. earlier_mask:
+    the mask (S, S) of earlier tokens; the result is then the mask of the new ones, (T, S + T).
     """
-    first = 0 if before is None else before.shape[0]
+    first = 0 if earlier_mask is None else earlier_mask.shape[0]
     seen = torch.zeros(len(parents), first + len(parents), dtype=torch.bool)
     for row, parent in enumerate(parents):
         if parent >= first:
             seen[row] = seen[parent - first]
-        elif parent >= 0 and before is not None:
-            seen[row, :first] = before[parent]
+        elif parent >= 0 and earlier_mask is not None:
+            seen[row, :first] = earlier_mask[parent]
         seen[row, first + row] = True
     return seen
 
 
 def tree_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the attention scores of tokens with this mask, 0 where a token is seen: (1, 1, T, S + T).
+    """The mask that is added to attention scores, 0 where a token is seen: (1, 1, T, S + T).
 
-    A boolean mask would be added as 0 and 1 by eager attention.
+    Eager attention would add a boolean mask as 0 and 1.
     """
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
     return mask[None, None]
 
 
 def depths(seen: Tensor) -> Tensor:
-    """The positions of tokens with this mask, (1, T): a token's distance from its root."""
+    """The positions of tokens with this mask, (1, T): each token's distance from its root."""
     return seen.sum(-1)[None] - 1

@@ -3,9 +3,9 @@
 Knows: prompts as token ids, the model's generation, chance. Refuses to know: phrases, files, chat templates, who is
 compared.
 
-transformers generates, since architectures differ in what they keep of the tokens before. The next token is sampled
-here, on the CPU: the seed of everything else is not touched, and a probability that is no number is an error here; on a
-device it would be the end of the device, and of the merge that is on it.
+transformers generates, since architectures differ in what they cache of earlier tokens. The next token is sampled here,
+on the CPU: this leaves every other random state alone, and a NaN probability raises an error. On a device, it would
+make the device unusable and lose the merge on it.
 """
 
 import random
@@ -37,11 +37,11 @@ class SamplingParams:
 
     tokens: int = 96  # of a text, at most
     temperature: float = 0.8
-    count: int = 1  # texts for a prompt
+    count: int = 1  # texts for each prompt
 
 
 DEFAULT = SamplingParams()
-BATCH = 64  # texts that are sampled at once: twice as many words a second as with 32, on two processor cores
+BATCH = 64  # texts that are sampled at once: on two processor cores, twice as many words a second as with 32
 
 
 @dataclass(frozen=True)
@@ -49,46 +49,46 @@ class Written:
     """A text that a model has written."""
 
     tokens: tuple[int, ...]  # with the end token, if it ended
-    ended: bool  # whether the model ended it, and not the limit on its length
+    ended: bool  # whether the model ended it, rather than the limit on its length
 
     @property
-    def said(self) -> tuple[int, ...]:
+    def without_end(self) -> tuple[int, ...]:
         """The tokens without the end token."""
         return self.tokens[:-1] if self.ended else self.tokens
 
 
 def empty_answers(texts: Sequence[Sequence[str]], asked: Asked, tokens: int) -> list[str]:
-    """A line if some texts of a model that thinks are empty: their tokens were all spent on thoughts."""
+    """A line if some texts of a model that thinks are empty, because thoughts took all their tokens."""
     empty = sum(not text for of_prompt in texts for text in of_prompt)
     if not empty or not asked.thoughts.marks:
         return []
     switch = asked.thoughts.switch
-    without = f"; set template: {{{switch}: false}} to turn thinking off" if switch else ""
-    what = f"{empty} of {pluralize(sum(map(len, texts)), 'text')} without an answer"
-    return [f"{what}, because thinking took all {tokens} tokens{without}"]
+    hint = f"; set template: {{{switch}: false}} to turn thinking off" if switch else ""
+    problem = f"{empty} of {pluralize(sum(map(len, texts)), 'text')} without an answer"
+    return [f"{problem}, because thinking took all {tokens} tokens{hint}"]
 
 
 def batches(model: ResidentModel, prompts: Mapping[str, Sequence[int]], count: int = 1) -> list[list[str]]:
-    """Prompts that are answered together: at most BATCH texts, prompts of nearly one length.
+    """Batches of prompts that are answered together: at most BATCH texts, prompts of similar length.
 
-    Together is faster, since a model's weights are read once for all. Of a model with rules for the first tokens of a
-    text, prompts have one length. prompts: with their token ids. count: texts for each.
+    A batch is faster, since the model's weights are read once for all. If the model has rules for the first tokens of a
+    text, all prompts of a batch have one length. prompts: with their token ids. count: texts for each.
     """
     in_order = sorted(prompts, key=lambda prompt: len(prompts[prompt]))
     groups = [in_order]
     if model.token_rules():
-        groups = [list(alike) for _, alike in groupby(in_order, key=lambda prompt: len(prompts[prompt]))]
+        groups = [list(group) for _, group in groupby(in_order, key=lambda prompt: len(prompts[prompt]))]
     size = max(1, BATCH // count)
-    found = []
+    prompt_batches = []
     for group in groups:
-        found += [group[first : first + size] for first in range(0, len(group), size)]
-    return found
+        prompt_batches += [group[first : first + size] for first in range(0, len(group), size)]
+    return prompt_batches
 
 
 def encoded(
     model: ResidentModel, tokenizer: Any, prompts: Sequence[str], asked: Asked
 ) -> tuple[dict[str, list[int]], list[str]]:
-    """Token ids of the prompts that the model can take; a line on each of the others."""
+    """Token ids of the prompts that the model can take, and a line about each of the others."""
     tokens: dict[str, list[int]] = {}
     problems = []
     for prompt in prompts:
@@ -107,10 +107,10 @@ def sample(
     seed: int,
     params: SamplingParams = DEFAULT,
 ) -> list[list[Written]]:
-    """Texts that the model writes to each of some prompts, see `batches`. What is sampled for a prompt depends on the
-    seed and on that prompt; but for rounding, which may depend on how many there are.
+    """Texts that the model writes to each prompt of a batch, see `batches`. They depend on seed and prompt, but for
+    rounding, which may depend on the batch.
 
-    prompts: with their token ids. Raises whatever an architecture that can't generate raises.
+    prompts: with their token ids. Raises whatever an architecture raises that can't generate.
     """
     given = list(prompts.values())
     ends = model.end_tokens() | {token for token in [tokenizer.eos_token_id] if token is not None}
@@ -124,22 +124,22 @@ def sample(
 
 
 def _ended(row: Sequence[int], ends: Collection[int]) -> Written:
-    """A text up to its end; what follows fills the row up, since others were longer."""
-    said = list(takewhile(lambda token: token not in ends, row))
-    ended = len(said) < len(row)
-    return Written(tuple(row[: len(said) + ended]), ended)
+    """A text up to its end token; behind it, the row is filled up to the length of longer texts."""
+    content = list(takewhile(lambda token: token not in ends, row))
+    ended = len(content) < len(row)
+    return Written(tuple(row[: len(content) + ended]), ended)
 
 
 def visible(tokenizer: Any, text: Written, prompt: str, asked: Asked) -> str:
-    """What a reader sees of a text: no special tokens, and no thoughts."""
-    if asked.thoughts.marks:  # their marks may be special tokens
+    """A text as a reader sees it: without special tokens and thoughts."""
+    if asked.thoughts.marks:  # these may be special tokens
         opened = asked.thoughts.opened_by(asked.texts.get(prompt, prompt)) is not None
-        answer = asked.thoughts.answer(tokenizer.decode(text.said, skip_special_tokens=False), opened)
+        answer = asked.thoughts.answer(tokenizer.decode(text.without_end, skip_special_tokens=False), opened)
         if answer is not None:
             for name in tokenizer.all_special_tokens:
                 answer = answer.replace(name, "")
             return answer.strip()
-    return tokenizer.decode(text.said, skip_special_tokens=True).strip()
+    return tokenizer.decode(text.without_end, skip_special_tokens=True).strip()
 
 
 def _generated(
@@ -149,19 +149,19 @@ def _generated(
     seeds: Sequence[int],
     params: SamplingParams,
 ) -> Tensor:
-    """The prompts and what follows them, (prompts * count, T): up to the params' tokens, or what the model takes.
+    """The prompts with the generated tokens, (prompts * count, T): up to the params' limit, or the model's.
 
-    All begin with as many tokens as the shortest prompt has. The others' remaining tokens are given one at a time, not
-    sampled: so nothing needs padding, which architectures treat differently.
+    Generation starts behind as many tokens as the shortest prompt has. The remaining tokens of longer prompts are given
+    one at a time instead of being sampled: so nothing needs padding, which architectures treat differently.
     """
     module = model.module
     shortest = min(map(len, given))
-    most = max(map(len, given)) - shortest + params.tokens
+    new_tokens = max(map(len, given)) - shortest + params.tokens
     if model.max_tokens is not None:
-        most = min(most, model.max_tokens - shortest)
-    settings = GenerationConfig(max_new_tokens=most, pad_token_id=given[0][0], **model.token_rules())
-    # What a checkpoint's generation_config.json says would stand in for all that these settings leave open.
-    checkpoints_own = module.generation_config
+        new_tokens = min(new_tokens, model.max_tokens - shortest)
+    settings = GenerationConfig(max_new_tokens=new_tokens, pad_token_id=given[0][0], **model.token_rules())
+    # Otherwise, the checkpoint's generation_config.json would fill in all that these settings leave open.
+    checkpoint_config = module.generation_config
     module.generation_config = settings
     try:
         beginnings = [tokens[:shortest] for tokens in given]
@@ -170,36 +170,36 @@ def _generated(
         def generate() -> Tensor:
             sampler = LogitsProcessorList([_Sampler(given, seeds, params)])
             stop = StoppingCriteriaList([_Ends(given, ends, params)])
-            everything = torch.ones_like(ids)
+            mask = torch.ones_like(ids)
             with model.products():
                 return module.generate(
-                    ids, settings, attention_mask=everything, logits_processor=sampler, stopping_criteria=stop
+                    ids, settings, attention_mask=mask, logits_processor=sampler, stopping_criteria=stop
                 )
 
         return model.in_range(generate, overflows=ArithmeticError)
     finally:
-        module.generation_config = checkpoints_own
+        module.generation_config = checkpoint_config
 
 
 class _Ends(StoppingCriteria):
-    """Says which texts have ended: an end token inside a prompt, as chat templates write them, ends none."""
+    """Tells which texts have ended. An end token inside a prompt, as chat templates write them, does not count."""
 
     def __init__(self, given: Sequence[Sequence[int]], ends: Sequence[int], params: SamplingParams) -> None:
         starts = [len(tokens) for tokens in given for _ in range(params.count)]
         self._starts = torch.tensor(starts)[:, None]
         self._ends = torch.tensor(ends, dtype=torch.long)
-        self._most = params.tokens
+        self._max_tokens = params.tokens
 
-    def __call__(self, ids: Tensor, scores: Tensor, **more: Any) -> Tensor:
-        """Of texts (B, T), whether each has ended: (B,)."""
+    def __call__(self, ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Whether each of the texts (B, T) has ended: (B,)."""
         starts = self._starts.to(ids.device)
-        places = torch.arange(ids.shape[1], device=ids.device)
-        is_end = torch.isin(ids, self._ends.to(ids.device)) & (places >= starts)
-        return is_end.any(-1) | (ids.shape[1] - starts[:, 0] >= self._most)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        is_end = torch.isin(ids, self._ends.to(ids.device)) & (columns >= starts)
+        return is_end.any(-1) | (ids.shape[1] - starts[:, 0] >= self._max_tokens)
 
 
 class _Sampler(LogitsProcessor):
-    """Leaves one token possible: the prompt's own where its end is not reached, else the one that is sampled."""
+    """Leaves one token possible: the prompt's next one up to its end, and then the one that is sampled."""
 
     def __init__(self, given: Sequence[Sequence[int]], seeds: Sequence[int], params: SamplingParams) -> None:
         """seeds: one for each prompt."""
@@ -208,7 +208,7 @@ class _Sampler(LogitsProcessor):
         self._params = params
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) of the next token behind ids (B, T). Raises ArithmeticError where they are no numbers.
+        """Scores (B, V) of the next token behind ids (B, T). Raises ArithmeticError if they are NaN or infinite.
 
         The token is the first one up to which the probabilities add up to more than a number from 0 to 1 (inverse
         transform sampling): one random number a text, not one for every token of the vocabulary.
@@ -219,12 +219,12 @@ class _Sampler(LogitsProcessor):
         if not bool(sums[:, -1].isfinite().all()):
             raise ArithmeticError("the model's probabilities are NaN or infinite")
         tokens = []
-        for number, (prompt, chance) in enumerate(zip(self._given, self._generators, strict=True)):
+        for number, (prompt, generator) in enumerate(zip(self._given, self._generators, strict=True)):
             if length < len(prompt):
                 tokens.append(torch.full((count, 1), prompt[length]))
                 continue
-            parts = torch.rand(count, 1, generator=chance, dtype=torch.double)
-            own = sums[number * count : (number + 1) * count]
-            sampled = torch.searchsorted(own, parts * own[:, -1:], right=True)
+            fractions = torch.rand(count, 1, generator=generator, dtype=torch.double)
+            row_sums = sums[number * count : (number + 1) * count]
+            sampled = torch.searchsorted(row_sums, fractions * row_sums[:, -1:], right=True)
             tokens.append(sampled.clamp(max=scores.shape[1] - 1))
         return torch.full_like(scores, -torch.inf).scatter_(1, torch.cat(tokens).to(scores.device), 0.0)

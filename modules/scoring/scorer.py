@@ -1,4 +1,4 @@
-"""How probable the model finds each pair: whole forwards, and tail forwards for the search.
+"""The log-probability of each pair under the model: by whole forwards, and by tail forwards for the search.
 
 Knows: packs, the model's forward, what is read from its logits, ways to score that differ by rounding alone.
 Refuses to know: merging, strategies.
@@ -23,11 +23,11 @@ from modules.scoring.packing import Inputs, Targets, build_packs
 from modules.scoring.tails import TailForwards, Trial
 from modules.scoring.tokenization import Encoded, spread
 
-PACKS_EACH = 4  # at least so many for each of several processes, that none has much more to do than another
+PACKS_EACH = 4  # packs for each of several processes, at least, so that they share the work evenly
 SAMPLE = 16  # packs of one pair each that are compared with plain forwards
 LENGTHS = 6  # of texts that are compared, in all packs together; at least the shortest and the longest of each
 
-COPIES = 2  # of each pack in a batch, to see what rounding does
+COPIES = 2  # of each pack in a batch, to measure rounding
 
 DEFAULT = Budget()
 ONLY = Rank()
@@ -38,8 +38,8 @@ class Scorer:
     """Scores a fixed list of pairs under a model whose weights change.
 
     Deterministic: the same weights give the same bits. All results are joint log-probabilities of the phrases given
-    their contexts, one per pair, in the order of the pairs. A phrase's variants are pairs of their own here: `of_pairs`
-    makes one of them, of the results of all processes.
+    their contexts, one per pair, in the order of the pairs. Here, each variant of a phrase is a pair of its own:
+    `of_pairs` combines them, once the results of all processes are added up.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Scorer:
         tails: bool = True,
         rank: Rank = ONLY,
     ) -> None:
-        """tolerance: what rounding alone makes of a token's log-probability, as the layout was verified with. stacked:
+        """tolerance: how far rounding may change a token's log-probability, as the layout was verified with. stacked:
         several trials at a time, where inputs allow it. tails: trials are scored from their layer on, not by whole
         forwards. rank: of several processes that share the packs; each has zeros for the pairs of the others."""
         self.model = model
@@ -62,7 +62,7 @@ class Scorer:
         self.layout = layout
         self.tolerance = tolerance
         self.rank = rank
-        self.has_tails = tails  # whether nothing reaches a layer of this model but hidden states
+        self.has_tails = tails  # whether layers take hidden states alone from other layers
         self._stacked = stacked
         self._longest_phrase = max(len(item.tokens) - item.start for item in encoded)
         self._layer = 0  # on which trials are scored
@@ -70,16 +70,16 @@ class Scorer:
         # Smaller packs where there are too few to share them evenly.
         while self.packs < PACKS_EACH * rank.world_size and rank.world_size > 1 and self.budget.tokens > FEWEST_TOKENS:
             self._pack(replace(self.budget, tokens=self.budget.tokens // 2))
-        self._verified = True  # whether these packs are; whoever gives the layout has seen to it
-        # What the model scored when these packs were verified, for whoever asks next. None: not known.
+        self._verified = True  # whether these packs are exact; the caller has verified the layout
+        # The model's scores when these packs were verified; None if not known.
         self.verified_scores: list[float] | None = None
 
     def _pack(self, budget: Budget) -> None:
-        """Pack the pairs and keep this process's share."""
+        """Build the packs of all pairs and keep this process's share."""
         self.budget = budget
         self._verified = False
         self.verified_scores = None
-        self.packs_here: list[Inputs] = []  # of this process
+        self.packs_here: list[Inputs] = []  # this process's packs
         self.packs = self.packed_tokens = self.columns = 0  # of all processes; columns: at which the head is read
         loads = [0] * self.rank.world_size
         for pack in build_packs(self.encoded, self.layout, budget.tokens):
@@ -94,26 +94,26 @@ class Scorer:
         self._from_layer.at_layer(self._layer)
 
     def describe(self) -> dict[str, object]:
-        """How the pairs go through the model, for the summary."""
+        """How the pairs are scored, for a run's summary."""
         packs = pluralize(self.packs, "pack")
         packs += f" on {self.rank.world_size} processes" if self.rank.world_size > 1 else ""
         unpacked = sum(len(item.tokens) for item in self.encoded)
-        whole = "" if self.has_tails else "; each ratio takes a full forward pass"
+        note = "" if self.has_tails else "; each ratio takes a full forward pass"
         tokens = f"{self.packed_tokens:,} tokens per pass ({unpacked:,} without shared prefixes)"
-        return {"Scoring": f"{tokens}, {packs}, layout {self.layout}{whole}"}
+        return {"Scoring": f"{tokens}, {packs}, layout {self.layout}{note}"}
 
     @property
     def settings(self) -> tuple[str, Budget, float, bool, bool]:
-        """With which another process builds the same scorer: layout, budget, tolerance, stacked, tails."""
+        """What another process needs to build the same scorer: layout, budget, tolerance, stacked, tails."""
         return self.layout, self.budget, self.tolerance, self._stacked, self.has_tails
 
     @property
     def packing(self) -> Packing:
-        """What the last digits of the scores depend on, beside the weights."""
+        """The sizes that the last digits of the scores depend on, beside the weights."""
         return Packing(self.layout, self.budget.tokens, self.budget.logits, self._stacked)
 
     def pack_as(self, packing: Packing) -> None:
-        """Score with the last digits of another scorer of the same layout, whatever share of the packs it had."""
+        """Pack as another scorer of the same layout, whatever its share of the packs: scores have its last digits."""
         self._from_layer.let_go()
         self._stacked = self._stacked and packing.stacked
         self._pack(packing.applied_to(self.budget))
@@ -126,41 +126,41 @@ class Scorer:
 
     @torch.no_grad()
     def token_scores(self) -> Tensor:
-        """The same by the phrases' tokens, zeros behind shorter phrases: (pairs, longest phrase)."""
+        """The log-probability of each phrase's tokens, zeros behind shorter phrases: (pairs, longest phrase)."""
         return self._collect(1, lambda index: {})[0]
 
     @torch.no_grad()
     def score_copies(self, count: int) -> list[float]:
-        """The same as `score`, but for rounding: so many copies of each pack go through the model together."""
+        """The same as `score` but for rounding: `count` copies of each pack go through the model together."""
         return self._collect(count, lambda index: {}, copied=True)[-1].sum(-1).tolist()
 
     def in_smaller_packs(self) -> "Scorer | None":
-        """One whose scores are the same but for rounding, in smaller packs; None where all pairs are alone already."""
+        """A scorer with smaller packs, the same but for rounding; None if each pack has a single pair already."""
         budget = self.budget
         while budget.tokens > 1:
             budget = budget.halved()
-            other = Scorer(self.model, self.encoded, self.layout, budget, *self.settings[2:], self.rank)
-            if other.packs > self.packs:
-                return other
+            smaller = Scorer(self.model, self.encoded, self.layout, budget, *self.settings[2:], self.rank)
+            if smaller.packs > self.packs:
+                return smaller
         return None
 
     def alone(self) -> "Scorer":
-        """One that has all packs in this process."""
+        """A scorer that has all packs in this process."""
         return self if self.rank.world_size == 1 else Scorer(self.model, self.encoded, *self.settings)
 
     def singly(self) -> "Scorer":
-        """One that scores one pair at a time, as is exact by whatever settings the model computes."""
+        """A scorer of one pair at a time, which is exact with any settings of the model."""
         return Scorer(self.model, self.encoded, "single", *self.settings[1:])
 
     @property
     def inputs(self) -> list[Callable[[], dict[str, Tensor]]]:
-        """For each pack, what makes that which the model's forward takes."""
+        """For each pack, a function that makes the arguments of the model's forward."""
         return [inputs.arguments for inputs in self.packs_here]
 
     @torch.no_grad()
     def score_on(self, hidden: Sequence[Tensor]) -> list[float]:
-        """Joint log-probabilities by a model with these last hidden states, pack by pack, whose norm and head the
-        resident model holds."""
+        """Joint log-probabilities from another model's last hidden states, one tensor a pack, while the resident model
+        holds that model's norm and head."""
         return self._collect(1, lambda index: ending_in(self.model, hidden[index]))[0].sum(-1).tolist()
 
     def restart(self) -> None:
@@ -170,14 +170,14 @@ class Scorer:
         self._from_layer.restart()
 
     def at_layer(self, layer: int) -> None:
-        """Go to a layer: `score_trials` tries weights for it, and takes those before it as they are then."""
+        """Go to a layer: `score_trials` tries weights for it, with the layers before it as they are at that time."""
         self._layer = layer
         self._from_layer.at_layer(layer)
 
     def take_less_memory(self) -> str | None:
-        """Halve the packs or, when no pack can be halved, try one trial at a time.
+        """Halve the packs or, if no pack can be halved, score one trial at a time.
 
-        Returns what was done, None if there is nothing left to be done.
+        Returns a message that says what was done, None if memory can't be reduced further.
         """
         self._from_layer.let_go()
         packs = self.packs
@@ -197,14 +197,14 @@ class Scorer:
 
     @torch.no_grad()
     def trial_token_scores(self, trials: Sequence[Trial]) -> Tensor:
-        """The same by the phrases' tokens: (trials, pairs, longest phrase)."""
+        """The log-probabilities of the phrases' tokens under each trial: (trials, pairs, longest phrase)."""
         self._verify_new_packs()
         if not self.has_tails:
-            found = []
+            scores = []
             for trial in trials:
                 with trial():
-                    found.append(self.token_scores())
-            return torch.stack(found)
+                    scores.append(self.token_scores())
+            return torch.stack(scores)
         self._from_layer.fill()
         groups = [trials] if self.stacks else [[trial] for trial in trials]
         return torch.cat(
@@ -213,37 +213,39 @@ class Scorer:
 
     @property
     def stacks(self) -> bool:
-        """Whether several trials go through the model at a time, along the batch: masks and position embeddings of
+        """Whether several trials go through the model at a time, along the batch. Masks and position embeddings of
         batch 1 broadcast."""
         return self.has_tails and self._stacked and all(len(inputs.ids) == 1 for inputs in self.packs_here)
 
     # -- whether packs are exact --------------------------------------------------------------------------------------
 
-    def agrees(self, plain: Plain, found: Tensor | None = None) -> bool:
-        """Whether token scores, (pairs, longest phrase), those of whole forwards if none are given, are those of plain
-        forwards, for every token of the compared pairs."""
-        found = self.token_scores() if found is None else found
+    def agrees(self, plain: Plain, token_scores: Tensor | None = None) -> bool:
+        """Whether token scores are those of plain forwards, within the tolerance, at every token of the compared pairs.
+
+        token_scores: (pairs, longest phrase); None: by whole forwards.
+        """
+        token_scores = self.token_scores() if token_scores is None else token_scores
         pairs = self.compared()
         exact = plain.token_scores([self.encoded[pair] for pair in pairs], self.budget)
         deviations = [
-            (found[pair, : len(scores)] - scores).abs().max() for pair, scores in zip(pairs, exact, strict=True)
+            (token_scores[pair, : len(scores)] - scores).abs().max() for pair, scores in zip(pairs, exact, strict=True)
         ]
         return bool(torch.stack(deviations).max() <= self.tolerance)  # NaN is not
 
     def compared(self) -> list[int]:
         """The pairs that are compared with plain forwards, by length.
 
-        Of each pack the first and the last pair. Of some lengths, the shortest and the longest among them, the first
-        pair and the last: pairs of one length differ in what stands before them in the pack.
+        Of each pack, the first and the last pair; and of some lengths, the shortest and the longest among them, the
+        first pair and the last: pairs of one length differ in what stands before them in the pack.
         """
-        # A pack of one pair is a plain forward but for what goes before it.
+        # A pack of one pair differs from a plain forward in its preparation alone.
         packs = spread(self.packs_here, SAMPLE) if self.layout == "single" else self.packs_here
         lengths = max(2, LENGTHS // len(packs))
         chosen = {pair for inputs in packs for pair in self._unlike(inputs, lengths)}
         return sorted(chosen, key=lambda pair: (len(self.encoded[pair].tokens), pair))
 
     def _unlike(self, inputs: Inputs, lengths: int) -> list[int]:
-        """Pairs of a pack that differ most in length and in place."""
+        """Pairs of a pack that differ most in length and in position."""
         pairs = list(dict.fromkeys(inputs.targets.pairs.tolist()))
         by_length = defaultdict[int, list[int]](list)
         for pair in pairs:
@@ -254,15 +256,15 @@ class Scorer:
         return chosen
 
     def _verify_new_packs(self) -> None:
-        """Smaller packs hold other pairs together than those that were verified. Where they are not exact, the pairs of
-        this process go one at a time."""
+        """Verify packs that were made since the last verification, which hold other pairs together. If they are not
+        exact, this process scores its pairs one at a time."""
         if self._verified:
             return
-        own = {pair for inputs in self.packs_here for pair in inputs.targets.pairs.tolist()}
-        if own and not self.agrees(Plain(self.model, self.tolerance)):
+        local_pairs = {pair for inputs in self.packs_here for pair in inputs.targets.pairs.tolist()}
+        if local_pairs and not self.agrees(Plain(self.model, self.tolerance)):
             packs = build_packs(self.encoded, "single", self.budget.tokens)
-            mine = (pack for pack in packs if pack.targets[0].pair in own)
-            self.packs_here = [Inputs.of(pack, self.model.device, self.model.dtype) for pack in mine]
+            local_packs = (pack for pack in packs if pack.targets[0].pair in local_pairs)
+            self.packs_here = [Inputs.of(pack, self.model.device, self.model.dtype) for pack in local_packs]
             self._from_layer = TailForwards(self.model, self.inputs, self.budget)
             self._stacked = False
             self._from_layer.at_layer(self._layer)
@@ -271,21 +273,25 @@ class Scorer:
     # -- the model's forward and what is read from it -----------------------------------------------------------------
 
     def _collect(self, stack: int, forwards_for: Callable[[int], dict[int, Forward]], copied: bool = False) -> Tensor:
-        """Run all packs; the phrases' token log-probabilities, (stack, pairs, longest phrase). copied: a stack of
-        copies goes into the model, where otherwise a layer makes it."""
-        # One place per token of each phrase, for a sum: unlike scattered additions, always in the same order.
-        places = torch.zeros(stack, self.pairs, self._longest_phrase, device=self.model.device)
+        """Run all packs and return the phrases' token log-probabilities, (stack, pairs, longest phrase).
+
+        copied: the model's input is a stack of copies; otherwise, a layer makes the stack.
+        """
+        # One entry for each token of each phrase: a sum over them, unlike scattered additions, has always one order.
+        log_probabilities = torch.zeros(stack, self.pairs, self._longest_phrase, device=self.model.device)
         for index in range(len(self.packs_here)):
             for logits, targets in self._logits(index, stack, forwards_for(index), copied):
                 normaliser = logits.logsumexp(-1)  # (stack, B, columns)
-                chosen = logits[:, targets.rows, targets.columns, targets.tokens]
-                places[:, targets.pairs, targets.places] = chosen - normaliser[:, targets.rows, targets.columns]
-        return places
+                chosen_logits = logits[:, targets.rows, targets.columns, targets.tokens]
+                log_probabilities[:, targets.pairs, targets.indices] = (
+                    chosen_logits - normaliser[:, targets.rows, targets.columns]
+                )
+        return log_probabilities
 
     def _logits(
         self, index: int, stack: int, forwards: dict[int, Forward], copied: bool = False
     ) -> Iterator[tuple[Tensor, Targets]]:
-        """Float32 logits (stack, B, columns, V) of one pack and the targets in them, in chunks of bounded size."""
+        """Float32 logits (stack, B, columns, V) of one pack with the targets in them, in chunks of bounded size."""
         inputs = self.packs_here[index]
         last = len(self.model.layers) - 1
         arguments = inputs.arguments()
@@ -307,44 +313,44 @@ class Scorer:
 
 
 def by_pair(items: Iterable[Item], encoded: Sequence[Encoded]) -> list[list[Item]]:
-    """One item for each encoded variant of a phrase, as one list for each pair."""
-    found: list[list[Item]] = []
+    """Group items, one for each encoded variant, into one list for each pair."""
+    groups: list[list[Item]] = []
     for item, variant in zip(items, encoded, strict=True):
         if variant.another:
-            found[-1].append(item)
+            groups[-1].append(item)
         else:
-            found.append([item])
-    return found
+            groups.append([item])
+    return groups
 
 
 def of_pairs(log_probabilities: Iterable[float], encoded: Sequence[Encoded]) -> list[float]:
-    """Log-probabilities of pairs, that one of their variants follows, from those of all variants.
+    """The log-probability of each pair, that any of its variants follows, from those of all variants.
 
-    Variants exclude each other, so probabilities add up. A pair without variants keeps its own to the last bit.
+    Variants exclude each other, so probabilities add up. A pair without variants keeps its value to the last bit.
     """
     return [
-        each[0] if len(each) == 1 else float(torch.tensor(each, dtype=torch.float64).logsumexp(0))
-        for each in by_pair(log_probabilities, encoded)
+        variants[0] if len(variants) == 1 else float(torch.tensor(variants, dtype=torch.float64).logsumexp(0))
+        for variants in by_pair(log_probabilities, encoded)
     ]
 
 
 def of_variants(weights: Iterable[float], encoded: Sequence[Encoded]) -> list[float]:
-    """The pairs' weights, each as often as its pair has variants."""
+    """The pairs' weights, each repeated for every variant of its pair."""
     groups = by_pair(encoded, encoded)
-    return [weight for weight, each in zip(weights, groups, strict=True) for _ in each]
+    return [weight for weight, variants in zip(weights, groups, strict=True) for _ in variants]
 
 
 def other_ways(scorer: Scorer) -> list[Callable[[], list[float]]]:
     """Two more ways to score the model as it stands, which differ by rounding alone: copies in a batch, and smaller
-    packs or, where all pairs are alone already, a batch of another size.
+    packs or, if each pack has a single pair already, a batch of another size.
 
-    With several processes each has zeros for the others' pairs.
+    With several processes, each has zeros for the others' pairs.
     """
     smaller = scorer.in_smaller_packs()
-    other = smaller.score if smaller else partial(scorer.score_copies, COPIES + 1)
-    return [partial(scorer.score_copies, COPIES), other]
+    second_way = smaller.score if smaller else partial(scorer.score_copies, COPIES + 1)
+    return [partial(scorer.score_copies, COPIES), second_way]
 
 
 def spreads(ways: Sequence[Sequence[float]]) -> list[float]:
-    """How far apart the values of each pair are: (ways, pairs) to one of each pair."""
+    """The range of each pair's values over several ways to score: (ways, pairs) to (pairs)."""
     return [max(values) - min(values) for values in zip(*ways, strict=True)]

@@ -1,4 +1,4 @@
-"""Tail forwards: a model's forwards that begin at one of its layers, with weights that are tried on it.
+"""Tail forwards: forwards that begin at one of a model's layers and try weights for it.
 
 Knows: hidden states that are kept for that layer, in which order layers are searched. Refuses to know: what is read
 from the last layer's hidden states.
@@ -34,18 +34,18 @@ from modules.scoring.hidden_states import (
     run_on,
 )
 
-Trial = Callable[[], AbstractContextManager[None]]  # while it is entered, the model holds the trial's weights
+Trial = Callable[[], AbstractContextManager[None]]  # a context in which the model holds the trial's weights
 
 
 class TailForwards:
-    """Of fixed inputs, in a model whose layers are searched from the first to the last."""
+    """Tail forwards of fixed inputs, in a model whose layers are searched from the first to the last."""
 
     def __init__(self, model: ResidentModel, inputs: Sequence[Inputs], budget: Budget) -> None:
         self._model = model
         self._inputs = inputs
         self._budget = budget
-        self.layer = 0  # on which trials are made
-        # Of all inputs the hidden states, (B, T, H), that enter a layer, None where they are not kept; and that layer.
+        self.layer = 0  # for which trials are made
+        # For each input, the hidden states, (B, T, H), that enter a layer, None if not kept; and that layer.
         self._kept: list[Tensor | None] | None = None
         self._kept_layer = 0
 
@@ -56,23 +56,23 @@ class TailForwards:
         self._kept = None
 
     def at_layer(self, layer: int) -> None:
-        """Go to a layer: weights are tried for it, and those before it are taken as they are then."""
+        """Go to a layer: weights are tried for it, with the layers before it as they are at that time."""
         self.layer = layer
 
     def let_go(self) -> None:
-        """Free what is kept; it is computed anew when it is needed."""
+        """Free the kept hidden states; they are computed anew when needed."""
         self._kept = None
 
     @torch.no_grad()
     def fill(self) -> list[Tensor | None]:
-        """The hidden states that enter the present layer: moved on from an earlier one or, without any, made anew.
+        """The hidden states that enter the present layer: run on from an earlier layer or, if none are kept, made anew.
 
-        While they are moved they are nobody's: where memory ends halfway, some would enter another layer than others.
+        Meanwhile nothing is kept: if memory ran out halfway, some of them would enter another layer than the rest.
         """
         kept = self._kept
         self._kept = None
         if kept is None or self._kept_layer > self.layer:
-            kept = None  # the old ones go before there are new ones
+            kept = None  # frees the old ones before new ones are made
             kept = self._entering_first()
             self._kept_layer = 0
         for layer in range(self._kept_layer, self.layer):
@@ -85,21 +85,21 @@ class TailForwards:
         return kept
 
     def _entering_first(self) -> list[Tensor | None]:
-        """What enters the first layer: on the device, in the CPU's memory beside it, or None where neither has room."""
+        """The hidden states that enter the first layer: on the device, in CPU memory, or None if neither has room."""
         kept = list[Tensor | None]()
-        room = [self._budget.cache, self._budget.cache_beside]
-        places = [self._model.device, torch.device("cpu")]
+        free_bytes = [self._budget.cache, self._budget.cache_beside]
+        devices = [self._model.device, torch.device("cpu")]
         for inputs in self._inputs:
             hidden = recorded(self._model, inputs(), 0, entering)
-            chosen = [number for number in range(len(places)) if hidden.nbytes <= room[number]]
-            if chosen:
-                room[chosen[0]] -= hidden.nbytes
-            kept.append(hidden.to(places[chosen[0]]) if chosen else None)
+            fitting = [number for number in range(len(devices)) if hidden.nbytes <= free_bytes[number]]
+            if fitting:
+                free_bytes[fitting[0]] -= hidden.nbytes
+            kept.append(hidden.to(devices[fitting[0]]) if fitting else None)
         return kept
 
     def trying(self, index: int, trials: Sequence[Trial]) -> dict[int, Forward]:
-        """Layer forwards, of one input, that begin with the hidden states at the present layer, computed where they are
-        not kept, and try each trial's weights on them."""
+        """Layer forwards for one input that begin with the hidden states at the present layer and try each trial's
+        weights on them. Hidden states that are not kept are computed."""
         hidden = self.fill()[index]
         layer = self.layer
         if hidden is None:

@@ -1,4 +1,4 @@
-"""A stranger's chat template, rendered in a process of its own that has little time and little memory.
+"""Renders an untrusted chat template in a process of its own, with limits on time and memory.
 
 Knows: transformers' renderer, what a process may take. Refuses to know: torch, tokenizers, what the texts are for.
 
@@ -18,7 +18,7 @@ from modules.runtime.errors import first_line
 
 try:
     import resource
-except ImportError:  # Windows: whoever has started this waits no longer than it should take
+except ImportError:  # Windows: the parent process's timeout is the only limit
     resource = None
 
 LONGEST = 10_000_000  # characters of a text
@@ -26,15 +26,15 @@ MEMORY = 2**30  # bytes that rendering may add
 
 
 def outcomes(request: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """What becomes of each of a request's `conversations`, lists of messages, up to the first that takes too much.
+    """The outcome of each of a request's `conversations`, lists of messages, up to the first that exceeds the limits.
 
-    A request has a `template` and its `settings` as well. An outcome is a `text`, to the beginning of the answer; or a
-    `refusal`, the template's words; or what is `beyond` the limits.
+    A request has a `template` and its `settings` as well. An outcome is a `text`, up to the beginning of the answer; or
+    a `refusal`, the template's words; or which limit was exceeded (`beyond`).
     """
     for messages in request["conversations"]:
-        found = _outcome(request["template"], request["settings"], messages)
-        yield found
-        if "beyond" in found:
+        outcome = _outcome(request["template"], request["settings"], messages)
+        yield outcome
+        if "beyond" in outcome:
             return
 
 
@@ -54,28 +54,28 @@ def _outcome(template: str, settings: Mapping[str, Any], messages: Sequence[Mapp
 
 
 def _limit(seconds: float) -> None:
-    """From now on, this process may take so many seconds of the processor, and MEMORY beside what it has."""
+    """Limit this process to so many more seconds of processor time and MEMORY more bytes."""
     if resource is None:
         return
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    allowed = {
-        "RLIMIT_CPU": math.ceil(used.ru_utime + used.ru_stime + seconds),
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limits = {
+        "RLIMIT_CPU": math.ceil(usage.ru_utime + usage.ru_stime + seconds),
         "RLIMIT_AS": psutil.Process().memory_info().vms + MEMORY,
         "RLIMIT_CORE": 0,
     }
-    for name, most in allowed.items():
+    for name, limit in limits.items():
         kind = getattr(resource, name)
-        _, hard = resource.getrlimit(kind)
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, hard))  # beyond the hard one, a process ends without a word of the reason
+        _, hard_limit = resource.getrlimit(kind)
+        limit = limit if hard_limit == resource.RLIM_INFINITY else min(limit, hard_limit)
+        resource.setrlimit(kind, (limit, hard_limit))  # beyond the hard limit, a process is killed without a reason
 
 
 def main() -> None:
     """Answer the request that standard input brings."""
     request = json.loads(sys.stdin.buffer.read())
     _limit(request["seconds"])
-    for found in outcomes(request):
-        print(json.dumps(found), flush=True)
+    for outcome in outcomes(request):
+        print(json.dumps(outcome), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What of a model's text is thought, and not the answer: by its chat template and the tokens of its tokenizer.
+"""Which parts of a model's text are thoughts rather than the answer: by its chat template and its tokenizer's tokens.
 
 Knows: tags of thoughts, settings that switch thoughts off. Refuses to know: models, token ids, how a chat is rendered.
 
-Nothing marks thoughts in the same way everywhere: a pair of tags with a telling name counts (<think> and </think>,
-[THINK] and [/THINK], <|START_THINKING|> and <|END_THINKING|>), and a channel with one (<|channel|>analysis).
+Models mark thoughts in different ways. Counted are a pair of tags with a telling name (<think> and </think>, [THINK]
+and [/THINK], <|START_THINKING|> and <|END_THINKING|>), and a channel with one (<|channel|>analysis).
 """
 
 import re
@@ -22,7 +22,7 @@ _SWITCHES = "enable_thinking", "thinking"  # settings that templates take
 
 @dataclass(frozen=True)
 class Mark:
-    """How a block of thoughts begins and ends, as patterns; and the text that closes it, where that is known."""
+    """How a block of thoughts begins and ends, as patterns; and the text that closes it, if known."""
 
     opens: str
     closes: str
@@ -31,17 +31,17 @@ class Mark:
 
 @dataclass(frozen=True)
 class Thoughts:
-    """What marks the thoughts of a model."""
+    """How a model's text marks its thoughts."""
 
     marks: tuple[Mark, ...] = ()
-    switch: str | None = None  # the setting of the template that, if false, does without them
+    switch: str | None = None  # the template's setting that turns them off if false
 
     def opened_by(self, given: str) -> Mark | None:
-        """By which block a text that is given leaves off in the middle of a thought, at its very beginning."""
+        """The mark that opens a block of thoughts at the very end of a given text, None if there is none."""
         return next((mark for mark in self.marks if re.search(rf"(?:{mark.opens})\s*\Z", given)), None)
 
     def closing(self, given: str) -> str:
-        """What a text that is given needs behind it for the answer to begin; nothing if no thought is open."""
+        """The text to append to a given text so that the answer begins; empty if no thought is open."""
         mark = self.opened_by(given)
         if mark is None or mark.closing is None:
             return ""
@@ -52,35 +52,35 @@ class Thoughts:
         return any(re.search(mark.closes, text) for mark in self.marks)
 
     def answer(self, text: str, opened: bool) -> str | None:
-        """A text without its thoughts; None if it has none. opened: whether it begins in the middle of one.
+        """A text without its thoughts; None if it has none. opened: whether the text begins inside a thought.
 
-        What stands before an end without a beginning is thought as well.
+        Text before an end without a beginning is a thought as well.
         """
-        kept = list[str]()
+        answer_parts = list[str]()
         inside = opened
         last = 0
         changes = list(self._changes(text))
         for begins, first, end in changes:
             if begins and not inside:
-                kept.append(text[last:first])
+                answer_parts.append(text[last:first])
             elif not begins and not inside:
-                kept.clear()
+                answer_parts.clear()
             inside = begins
             last = end
         if not inside:
-            kept.append(text[last:])
-        return "".join(kept) if opened or changes else None
+            answer_parts.append(text[last:])
+        return "".join(answer_parts) if opened or changes else None
 
     def _changes(self, text: str) -> Iterator[tuple[bool, int, int]]:
-        """Where a block begins (True) or ends, and the first and last character of what marks it."""
+        """The marks in a text: whether a block begins (True) or ends there, and the mark's start and end."""
         patterns = [f"(?P<open{number}>{mark.opens})|(?:{mark.closes})" for number, mark in enumerate(self.marks)]
-        for found in re.finditer("|".join(patterns), text) if patterns else ():
-            yield bool(found.lastgroup), found.start(), found.end()
+        for match in re.finditer("|".join(patterns), text) if patterns else ():
+            yield bool(match.lastgroup), match.start(), match.end()
 
 
 def thoughts_of(template: str, added: Collection[str], settings: Mapping[str, Any]) -> Thoughts:
-    """What marks a model's thoughts. template: its text; added: the names of its tokenizer's added tokens; settings: of
-    the template."""
+    """How a model marks its thoughts. template: its text; added: the names of its tokenizer's added tokens; settings:
+    of the template."""
     tags = {*_TAG.findall(template), *(name for name in added if _TAG.fullmatch(name))}
     channels = {*_CHANNEL.findall(" ".join(added)), *re.findall(rf"({_CONTROL})(?={_TELLING})", template)}
     marks = [*map(_channel, sorted(channels)), *(_tags(*pair) for pair in _pairs(tags))]
@@ -92,23 +92,23 @@ def thoughts_of(template: str, added: Collection[str], settings: Mapping[str, An
 
 
 def _pairs(tags: Collection[str]) -> list[tuple[str, str]]:
-    """What opens and closes thoughts. Many a template only has one of the two: a prompt ends with the first, or what
-    stands before the second is taken away from earlier turns."""
+    """The pairs of tags that open and close thoughts. Many templates contain only one of the two: their prompt ends
+    with the first, or they cut earlier turns at the second."""
     pairs = []
     for tag in sorted(tags):
         telling = re.search(_TELLING, tag) is not None
         if telling and tag[1] == "/":
             pairs.append((tag.replace("/", "", 1), tag))
         elif telling or "channel" in tag:
-            known = [closer for closer in _closers(tag) if closer in tags]
-            if telling and not known and tag[1] != "|":
-                known = [f"{tag[0]}/{tag[1:]}"]
-            pairs += [(tag, closer) for closer in known]
+            closers = [closer for closer in _closers(tag) if closer in tags]
+            if telling and not closers and tag[1] != "|":
+                closers = [f"{tag[0]}/{tag[1:]}"]
+            pairs += [(tag, closer) for closer in closers]
     return list(dict.fromkeys(pairs))
 
 
 def _closers(tag: str) -> list[str]:
-    """How the tag may be called that closes what this one opens."""
+    """The possible names of the tag that closes this one."""
     first = tag[0]
     name = tag[1:-1]
     last = tag[-1]
@@ -125,7 +125,8 @@ def _tags(opener: str, closer: str) -> Mark:
 
 
 def _channel(control: str) -> Mark:
-    """Text behind a control token and a telling name is thought, up to the same token and another name."""
+    """The mark of a channel: thoughts stand behind a control token and a telling name, up to the same token with
+    another name."""
     begin = re.escape(control)
     return Mark(
         rf"{begin}\s*{_TELLING}\w*[^<]{{0,40}}?(?:{_CONTROL}|\n|\Z)",

@@ -119,7 +119,7 @@ class Mix:
         """The objective of the model as it is; with several processes, this one's part."""
         gradient_pass = GradientPass(objective, outside=False)
         gradient_pass.begin()
-        reads_base_head = self.mixes_outside and len(objective.before) > 0  # its head is not the model's
+        reads_base_head = self.mixes_outside and len(objective.base_states) > 0  # its head is not the model's
         jobs = [self._rows_job(0, self._head, *block) for block in objective.blocks if reads_base_head]
         with self._reading(jobs) as arriving:
             for block in objective.blocks:

@@ -62,7 +62,9 @@ def given_to(model, tokenizer, prompts):
 def texts_of(model, tokenizer, prompts, seed=512, params=DEFAULT):
     """The texts to each of some prompts of one length."""
     written = sample(model, tokenizer, given_to(model, tokenizer, prompts), seed, params)
-    return [[tokenizer.decode(text.said, skip_special_tokens=True).strip() for text in texts] for texts in written]
+    return [
+        [tokenizer.decode(text.without_end, skip_special_tokens=True).strip() for text in texts] for texts in written
+    ]
 
 
 def next_token(logits, chance, texts=1):

@@ -84,7 +84,7 @@ def test_a_short_text_has_ended(base):
     assert [answer.prompt for answer in answers] == ["Q1", "Q1"]
     assert [answer.written.ended for answer in answers] == [False, True]
     assert answers[1].written.tokens[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(answers[1].written.said) == "The apple."
+    assert tokenizer.decode(answers[1].written.without_end) == "The apple."
     assert tokenizer.decode(answers[0].given) == ASKED.texts["Q1"]
 
 

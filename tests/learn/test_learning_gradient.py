@@ -51,7 +51,7 @@ def test_it_is_that_of_plain_forwards(tmp_path, name):
     objective = learning.begun(base, compute="float32").objective
     found = objective.gradient((1, 2), ((0,), (1,)))
     objective._forwards = {}
-    objective._run = gradient._kept
+    objective._run = gradient._keeping_activations
     kept = objective.gradient((1, 2), ((0,), (1,)))
     assert found[1] == kept[1] and all(map(torch.equal, found[0], kept[0]))
 

@@ -306,8 +306,8 @@ def answers(packs):
             seen = (
                 path_to(pack, target.column) if pack.parents is not None else pack.rows[target.row][: target.column + 1]
             )
-            assert (target.pair, target.place) not in found
-            found[target.pair, target.place] = (seen, target.token)
+            assert (target.pair, target.index) not in found
+            found[target.pair, target.index] = (seen, target.token)
     return found
 
 

@@ -241,7 +241,8 @@ def test_what_fails_in_one_process_fails_in_all(llama, monkeypatch, failure, els
     own, failures = GradientPass.layer, []
 
     def layer(work, number):
-        if work._of.own.sum() < len(tiny.PAIRS) and number == 1 and not failures and work._of.own[0]:
+        local = work._objective.local_pairs
+        if local.sum() < len(tiny.PAIRS) and number == 1 and not failures and local[0]:
             failures.append(failure)
             raise failure
         return own(work, number)
