@@ -136,10 +136,10 @@ def run_unslop(config: Config, console: Console, options: argparse.Namespace) ->
 
     def work() -> int:
         with importing():
-            from modules.run.unslop import Asked, unslop
+            from modules.run.unslop import Request, unslop
 
         file = Path(options.config) if options.config else None
-        return unslop(config, console, Asked(file, output, load, options.overwrite, options.restart, options.dry_run))
+        return unslop(config, console, Request(file, output, load, options.overwrite, options.restart, options.dry_run))
 
     def left() -> str:
         kept = f"{output}.unslop"

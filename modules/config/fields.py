@@ -2,8 +2,8 @@
 
 Knows: types with their limits, what can be a path, a model's name, an output. Refuses to know: which keys there are.
 
-The context of a validation is a set of what must be there: MERGE, SCORE or MAP. Without one nothing is looked for: a
-configuration that was dumped may name folders of another machine.
+The context of a validation is a set of what must exist: MERGE, SCORE or MAP. Without a context nothing is checked on
+the disk: a dumped configuration may name folders of another machine.
 """
 
 import json
@@ -37,7 +37,7 @@ MERGE = SCORE | {"folders", "output"}
 
 # By folder, the script that makes the models in it.
 MADE_BY = {"demo/models": "demo/make_models.py", "demo/real": "demo/make_real.py"}
-_BESIDE = 40  # characters that are added, at most, to an output's name while it is made
+_BESIDE = 40  # the most characters that are added to an output's name while it is written
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers, names, texts
@@ -45,7 +45,7 @@ _BESIDE = 40  # characters that are added, at most, to an output's name while it
 
 
 def _with_exponent(value: Any) -> Any:
-    """YAML 1.1 takes 1e-3 for text, since it has no point, and 1.5e3, since the exponent has no sign."""
+    """Convert a number with an exponent. YAML 1.1 reads 1e-3 (no point) and 1.5e3 (no sign) as text."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,3}", value, re.ASCII):
         return float(value)
     return value
@@ -79,14 +79,14 @@ def one_or_more(kind: Any) -> Any:
 
 
 def not_empty(values: tuple) -> tuple:
-    """Raise ValueError if there is none."""
+    """Raise ValueError if there is no value."""
     if not values:
         raise ValueError("expected at least one value")
     return values
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from YAML or JSON is a finite number that a float can hold; true and false are none."""
+    """Whether a value from YAML or JSON is a finite number that a float can hold. true and false are no numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -103,7 +103,7 @@ COMPUTE_DTYPES = (*DTYPES, "float16+float32", "bfloat16+float32")
 
 
 def _one_of(names: Collection[str], value: Any) -> str:
-    """One of some names, which may still grow."""
+    """Check that a value is one of some names, which may still grow."""
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"expected one of {', '.join(names)}")
     return value
@@ -122,7 +122,7 @@ def _method(value: Any) -> str:
 
 
 def _method_schema() -> dict[str, Any]:
-    """What an editor takes: a name, or a mapping with a name."""
+    """The schema of a method for editors: a name, or a mapping with a name."""
     name = {"enum": list(METHODS), "type": "string"}
     mapping = {"type": "object", "properties": {"name": name}, "required": ["name"]}
     return {"anyOf": [name, mapping]}
@@ -195,7 +195,7 @@ Template = Annotated[dict[str, Any], PlainValidator(_template, json_schema_input
 
 
 def unusable(path: Path) -> str | None:
-    """Why nothing can be at this path, such as too long a name; None if something is, or could be."""
+    """Why a path can't exist, such as a name that is too long; None if it exists or could."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -205,8 +205,8 @@ def unusable(path: Path) -> str | None:
     return None
 
 
-def _needs(info: ValidationInfo, what: str) -> bool:
-    return what in (info.context or ())
+def _needs(info: ValidationInfo, requirement: str) -> bool:
+    return requirement in (info.context or ())
 
 
 def _expanded(text: str) -> str:
@@ -220,11 +220,11 @@ def _folder(text: str, info: ValidationInfo) -> str:
     return folder
 
 
-def _known(what: str, parse: Callable[[str], Any]) -> AfterValidator:
-    """Checks that a text names a model, if such a one must be there."""
+def _existing_model(requirement: str, parse: Callable[[str], Any]) -> AfterValidator:
+    """Check that a text names an existing model, if the validation's context requires one."""
 
     def checked(text: str, info: ValidationInfo) -> str:
-        if _needs(info, what) and parse(text) is None:
+        if _needs(info, requirement) and parse(text) is None:
             raise ValueError(_no_model(text))
         return text
 
@@ -250,26 +250,26 @@ def _output(text: str, info: ValidationInfo) -> str:
         return text
     try:
         path = Path(text).expanduser()
-        whole = path.resolve()
+        full_path = path.resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a null character, no such user, the current folder is gone
         raise ValueError(f"invalid path ({error})") from None
-    if not whole.name:
+    if not full_path.name:
         raise ValueError("the root of a file system can't be the output; use a folder in it")
-    trouble = unusable(whole.with_name(whole.name + "-" * _BESIDE))
-    if trouble:
-        raise ValueError(f"invalid path ({trouble})")
-    return str(whole if path.name in ("", "..") else path)
+    problem = unusable(full_path.with_name(full_path.name + "-" * _BESIDE))
+    if problem:
+        raise ValueError(f"invalid path ({problem})")
+    return str(full_path if path.name in ("", "..") else path)
 
 
 def _named(kind: str) -> Any:
-    """For a text: what it names, as the table of keys says it."""
+    """The kind of thing that a text names, for the table of keys."""
     return Field(json_schema_extra={"format": kind})
 
 
 AnyPath = Annotated[Text, AfterValidator(_expanded), _named("file")]
 Paths = tuple[AnyPath, ...]
 Folder = Annotated[Text, AfterValidator(_folder), _named("folder")]
-Model = Annotated[Text, _known("base", parse_location), _named("model")]
-Candidate = Annotated[Text, _known("candidates", parse_source), _named("model")]
+Model = Annotated[Text, _existing_model("base", parse_location), _named("model")]
+Candidate = Annotated[Text, _existing_model("candidates", parse_source), _named("model")]
 Candidates = Annotated[tuple[Candidate, ...], AfterValidator(_candidates)]
 Output = Annotated[EmptyOrText, AfterValidator(_output), _named("folder")]

@@ -1,6 +1,6 @@
-"""What a run reads beside models: text files; and that nothing of all that it reads is what it writes.
+"""Reads the text files of a run, and checks that a run does not overwrite its inputs.
 
-Knows: which folders and files a configuration names, how texts and prompts are read, where those of the program lie.
+Knows: which folders and files a configuration names, how texts and prompts are read, where the program's own are.
 Refuses to know: tokenizers, chat templates, what is in a model's folder, which names an output takes.
 """
 
@@ -22,9 +22,9 @@ MOST_CHARACTERS = 2_000_000  # of a file; the measure of drift needs some thousa
 
 
 def read_neutral_texts(files: Sequence[str] | None) -> list[str]:
-    """Ordinary texts on which a merged model should say what the base says; of None those of the program.
+    """Ordinary texts on which a merged model should predict what the base predicts. files: None: the program's own.
 
-    Raises ConfigError, naming every file that can't be read or holds no text.
+    Raises ConfigError, naming every file that can't be read or is empty.
     """
     texts = []
     problems = []
@@ -42,10 +42,10 @@ def read_neutral_texts(files: Sequence[str] | None) -> list[str]:
 
 
 def read_prompts(files: Sequence[str] | None, for_chats: bool, key: str) -> tuple[str, ...]:
-    """A prompt for each line of the files that is not empty and does not begin with a #, each once.
+    """The prompts of some files, each once: the lines that are not empty and do not begin with a #.
 
-    None: those of the program, questions for chats, else openings of texts. key: that names the files. Raises
-    ConfigError if a file can't be read or holds no prompt.
+    files: None: the program's own, questions for chats, else openings of texts. key: the one that names the files.
+    Raises ConfigError if a file can't be read or has no prompt.
     """
     shipped = PROMPTS if for_chats else OPENINGS
     prompts: dict[str, None] = {}
@@ -81,48 +81,56 @@ def input_paths(config: Config) -> list[Path]:
         for path in Path(directories.model_directory).iterdir():
             if path.is_dir() and not path.name.startswith(".") and real_path(path) not in (output, partial_of(output)):
                 paths.append(path)
-    named = [*config.phrase_files, *config.held_out_files, *(config.neutral_texts or ()), *(config.own_texts or ())]
-    named += filter(None, [config.tokenizer, config.learn.texts])
-    return paths + [Path(name) for name in named]
+    file_names = [
+        *config.phrase_files,
+        *config.held_out_files,
+        *(config.neutral_texts or ()),
+        *(config.own_texts or ()),
+    ]
+    file_names += filter(None, [config.tokenizer, config.learn.texts])
+    return paths + [Path(name) for name in file_names]
 
 
-def check_apart(written: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Raise ConfigError if something that may be made, replaced or deleted is an input, holds one, or lies in one.
+def check_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise ConfigError if a path that may be made, replaced or deleted is an input, contains one, or lies in one.
 
-    A model's files may be links: what they lead to is an input too.
+    A model's files may be links: their targets are inputs, too.
     """
-    read = []
+    input_files = []
     for path in inputs:
-        read.append(path)
-        with suppress(OSError):  # no folder, or none that can be read: whoever opens it says so
-            read += [file for file in path.iterdir() if file.is_symlink()]
-    for ours in written:
-        for theirs in read:
-            if _is_in(theirs, ours):
-                what = "is" if _is_in(ours, theirs) else "contains"
-            elif _is_in(ours, theirs):
-                what = "lies in"
+        input_files.append(path)
+        with suppress(OSError):  # no folder, or an unreadable one: opening it reports that
+            input_files += [file for file in path.iterdir() if file.is_symlink()]
+    for output in outputs:
+        for input_file in input_files:
+            if _is_in(input_file, output):
+                relation = "is" if _is_in(output, input_file) else "contains"
+            elif _is_in(output, input_file):
+                relation = "lies in"
             else:
                 continue
-            raise ConfigError(f"this run would write {ours}, which {what} the input {theirs}; choose another path")
+            raise ConfigError(
+                f"this run would write {output}, which {relation} the input {input_file}; choose another path"
+            )
 
 
 def _is_in(inner: Path, outer: Path) -> bool:
-    """Whether a path is another one, or lies in it, however the two are spelt."""
+    """Whether a path is the same as another one, or lies in it, however the two are spelt."""
     inner = real_path(inner)
     outer = real_path(outer)
     return any(path == outer or _is_same(path, outer) for path in (inner, *inner.parents))
 
 
-def _is_same(path: Path, other: Path) -> bool:
+def _is_same(first: Path, second: Path) -> bool:
     try:
-        return os.path.samefile(path, other)
-    except OSError:  # one of them is not there
+        return os.path.samefile(first, second)
+    except OSError:  # one of them does not exist
         return False
 
 
 def real_path(path: Path) -> Path:
-    """Unlike Path.resolve, this raises no error where links lead round in a circle."""
+    """The path without links. Unlike Path.resolve, this raises no error for links in a circle. Raises ConfigError if
+    the current folder is gone."""
     try:
         return Path(os.path.realpath(path))
     except OSError:

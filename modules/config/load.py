@@ -1,6 +1,6 @@
-"""A YAML file to a configuration, or to all that is wrong with it.
+"""Loads a configuration from a YAML file, or reports all its errors.
 
-Knows: which phrase files a file names, what must be there together, the words for what pydantic finds.
+Knows: which phrase files a file names, which keys need or exclude each other, messages for pydantic's errors.
 Refuses to know: what a single value may be.
 """
 
@@ -18,15 +18,15 @@ from pydantic import TypeAdapter, ValidationError
 from modules.config.fields import MAP, MERGE, SCORE, Output
 from modules.config.phrase_lists import MOST_PAIRS, PHRASES, Pair, PhraseLists, pairs_of, set_aside
 from modules.config.schema import CONFIG_KEYS, Config, Settings, known_keys
-from modules.config.yaml_file import Place, YamlFile, parse_yaml, read_yaml, shown, with_value
+from modules.config.yaml_file import KeyPath, YamlFile, parse_yaml, read_yaml, shown, with_value
 from modules.merging.methods import seeded
 from modules.runtime.errors import ConfigError
 from modules.runtime.text import pluralize
 
-_NO_PHRASES = {*CONFIG_KEYS} - {*PHRASES, "system"}  # are passed over in a phrase file
-_MOST_ERRORS = 50  # of a file that are told one by one
+_NO_PHRASES = {*CONFIG_KEYS} - {*PHRASES, "system"}  # keys that are ignored in a phrase file
+_MOST_ERRORS = 50  # of a file that are listed
 
-# In place of pydantic's own words.
+# Messages that replace pydantic's, by the type of error.
 _WORDS = {
     "missing": "missing",
     "dataclass_type": "expected a mapping of keys to values",
@@ -39,23 +39,23 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class _Problem:
-    """Something wrong at a place of a file. Its words are made when it is told: a file can have very many."""
+    """An error at a key of a file. Its message is made only when it is printed: a file can have very many errors."""
 
     file: YamlFile
-    place: Place
+    key_path: KeyPath
     problem: str
-    kind: str = "absent"  # pydantic's type of error; of this there is no value to show
+    kind: str = "absent"  # pydantic's type of error; "absent" has no value to show
     value: Any = None
 
     def __str__(self) -> str:
-        name, line = self.file.where(self.place)
+        name, line = self.file.where(self.key_path)
         return f"{name}: {self._words()}{line}"
 
     def _words(self) -> str:
         words = _WORDS.get(self.kind, self.problem)
         if self.kind == "unexpected_keyword_argument":
-            known = known_keys(self.place[:-1])
-            guess = difflib.get_close_matches(str(self.place[-1]), known, 1)
+            known = known_keys(self.key_path[:-1])
+            guess = difflib.get_close_matches(str(self.key_path[-1]), known, 1)
             hint = f"did you mean '{guess[0]}'?" if guess else f"known keys: {', '.join(known)}"
             return f"unknown key; {hint}"
         return words if self.kind in ("absent", "missing") else f"{shown(self.value)}: {words}"
@@ -73,13 +73,13 @@ def load_config(
     scored: Sequence[str] | None = None,
     learning: bool = False,
 ) -> Config:
-    """Read and check a YAML file; `device`, `output` and `model`, the base, replace the file's own values.
+    """Read and check a YAML file. `device`, `output` and `model` (the base) replace the file's values.
 
-    mapping: for the mapper, which needs neither candidates nor an output directory, and holds no phrase out;
-    discovering: nor phrases. model_option: with which the command line names the model. sets: more that is replaced,
-    each KEY=VALUE. scored: models that take the place of the file's candidates, if there are any, for --score and
-    --unslop: these need no output directory either. learning: for --learn, which needs neither candidates nor that.
-    path: None if there is no file. Raises ConfigError with one line for every error found.
+    path: None if there is no file. mapping: for the mapper, which needs neither candidates nor an output directory, and
+    holds no phrase out. discovering: it needs no phrases either. model_option: the option that names the model. sets:
+    further replacements, each KEY=VALUE. scored: models that replace the file's candidates, if there are any, for
+    --score and --unslop, which need no output directory. learning: for --learn, which needs neither candidates nor an
+    output directory. Raises ConfigError with a line for every error.
     """
     problems: list[Any] = []
     file = path or "the command line"
@@ -91,15 +91,15 @@ def load_config(
                 main = with_value(main, *_parsed_set(text))
             except ConfigError as error:
                 problems.append(f"--set {text.partition('=')[0]}: {error}")
-        for place, value, option in (
+        for key_path, value, option in (
             (("directories", "model_path1"), model, model_option),
             (("directories", "output_directory"), output, "--output"),
             (("device",), device, "--device"),
             (("models_to_merge",), list(scored or ()) or None, model_option if model else "--score"),
         ):
             if value is not None:
-                with suppress(ConfigError):  # what is in the way of the value will be found
-                    main = with_value(main, place, value, option)
+                with suppress(ConfigError):  # the validation reports what is in the way of the value
+                    main = with_value(main, key_path, value, option)
     settings = _checked(Settings, main, problems, MAP if mapping or learning else MERGE if scored is None else SCORE)
     lists = _phrase_lists(main, "phrase_files", problems)
     held_out = _phrase_lists(main, "held_out_files", problems)
@@ -109,8 +109,8 @@ def load_config(
     if not problems and not discovering and not any(part.bad_phrases or part.good_phrases for part in searched):
         problems.append(_Problem(main, ("bad_phrases, good_phrases",), "both are empty; there is nothing to score"))
     if problems:
-        more = [f"and {len(problems) - _MOST_ERRORS} more"] if len(problems) > _MOST_ERRORS else []
-        lines = [f"  {line}" for line in [*problems[:_MOST_ERRORS], *more]]
+        remark = [f"and {len(problems) - _MOST_ERRORS} more"] if len(problems) > _MOST_ERRORS else []
+        lines = [f"  {line}" for line in [*problems[:_MOST_ERRORS], *remark]]
         raise ConfigError(f"{file} has {pluralize(len(problems), 'error')}:", *lines)
     phrases = [phrase for part in (*searched, *held_out) for key in PHRASES for phrase in getattr(part, key)]
     count = sum(len(phrase.contexts) * len(phrase.phrase) for phrase in phrases)
@@ -125,7 +125,7 @@ def load_config(
 def to_learn(config: Config, output: Path) -> Config:
     """The settings of a run that learns an adapter of the base: no candidates, another output.
 
-    Raises ConfigError if no step is to be made, or it is to be held to the base on texts and there are none.
+    Raises ConfigError if there are no steps, or if drift counts and there are no texts to measure it on.
     """
     if not config.learn.steps:
         raise ConfigError("learn.steps: 0, so --learn would learn nothing; set at least 1")
@@ -137,18 +137,19 @@ def to_learn(config: Config, output: Path) -> Config:
     return config
 
 
-def _parsed_set(text: str) -> tuple[Place, Any, str]:
-    """What --set KEY=VALUE gives, the key with dots, the value in YAML: its place, the value, what messages call it.
+def _parsed_set(text: str) -> tuple[KeyPath, Any, str]:
+    """Parse --set KEY=VALUE (the key with dots, the value in YAML): key path, value, and the option for messages.
     Raises ConfigError."""
     key, equals, value = text.partition("=")
-    place = tuple(part.strip() for part in key.split("."))
-    if not equals or not all(place):
+    key_path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(key_path):
         raise ConfigError("expected KEY=VALUE, such as drift_weight=2 or directories.output_directory=merged")
-    return place, parse_yaml(value)[0], f"--set {'.'.join(place)}"
+    return key_path, parse_yaml(value)[0], f"--set {'.'.join(key_path)}"
 
 
-def _with_pairs(searched: Sequence[Any], aside: Sequence[PhraseLists], mapping: bool) -> Config:
-    """The configuration with the pairs of all files. searched: the settings, then lists; aside: those held out."""
+def _with_pairs(searched: Sequence[Any], held_out_lists: Sequence[PhraseLists], mapping: bool) -> Config:
+    """The configuration with the pairs of all files. searched: the settings, then phrase lists. held_out_lists: lists
+    that are held out."""
     settings = searched[0]
     values = dict(vars(settings))
     values["merge_method"] = tuple(seeded(method, settings.random_seed) for method in settings.merge_method)
@@ -158,11 +159,11 @@ def _with_pairs(searched: Sequence[Any], aside: Sequence[PhraseLists], mapping: 
         if mapping:
             values[key] = tuple(pair for pair, _ in pairs)
             continue
-        kept, drawn = set_aside(pairs, settings.held_out, settings.random_seed)
-        values[key] = tuple(kept)
-        held_out += drawn
+        searched_pairs, drawn_pairs = set_aside(pairs, settings.held_out, settings.random_seed)
+        values[key] = tuple(searched_pairs)
+        held_out += drawn_pairs
     for key in () if mapping else PHRASES:
-        held_out += [pair for pair, _ in _pairs(key, aside)]
+        held_out += [pair for pair, _ in _pairs(key, held_out_lists)]
     return Config(**values, held_out_pairs=tuple(held_out))
 
 
@@ -172,18 +173,18 @@ def _pairs(key: str, parts: Iterable[Settings | PhraseLists]) -> list[tuple[Pair
 
 
 def _phrase_lists(main: YamlFile, key: str, problems: list) -> list[PhraseLists]:
-    """The phrase files that a key names; what is wrong with them is added to the problems."""
-    named = main.value.get(key) if isinstance(main.value, Mapping) else None
+    """The phrase lists in the files that a key names. Their errors are added to the problems."""
+    file_names = main.value.get(key) if isinstance(main.value, Mapping) else None
     lists = []
-    for number, item in enumerate(named if isinstance(named, list) else []):
-        place = (key, number)
+    for number, item in enumerate(file_names if isinstance(file_names, list) else []):
+        key_path = (key, number)
         try:
             hint = "relative paths start in the current folder"
-            file = read_yaml(Path(os.path.expanduser(item)), hint, f"{main.where(place)[0]} ({item})")
-        except TypeError:  # no text: found where the key itself is checked
+            file = read_yaml(Path(os.path.expanduser(item)), hint, f"{main.where(key_path)[0]} ({item})")
+        except TypeError:  # the item is no text: the check of the key reports that
             continue
         except ConfigError as error:
-            problems.append(_Problem(main, place, str(error)))
+            problems.append(_Problem(main, key_path, str(error)))
             continue
         if isinstance(file.value, Mapping) and file.value.get("phrase_files"):
             problem = "a phrase file can't include others; list them all in the main file"
@@ -197,7 +198,7 @@ def _phrase_lists(main: YamlFile, key: str, problems: list) -> list[PhraseLists]
 
 
 def _checked(kind: type, file: YamlFile, problems: list, needs: Collection[str] = ()) -> Any:
-    """A file's values as a dataclass; None, and what is wrong is added to the problems, if they are none."""
+    """A file's values as a dataclass. If they are invalid: None, and the errors are added to the problems."""
     try:
         return _adapter(kind).validate_python(file.value, context=needs)
     except ValidationError as error:
@@ -219,7 +220,7 @@ def _problems_in(error: ValidationError, file: YamlFile) -> list[_Problem]:
 
 
 def _exclude_each_other(settings: Settings, main: YamlFile) -> list[_Problem]:
-    """Settings of which each alone is right."""
+    """Errors of settings that are valid alone, but not together."""
     problems = []
     if settings.is_guarded and settings.neutral_texts == () and settings.own_texts == ():
         joint = " (search: joint sets drift_weight unless it is 0)" if settings.drift_weight is None else ""
@@ -232,7 +233,7 @@ def _exclude_each_other(settings: Settings, main: YamlFile) -> list[_Problem]:
 
 
 def output_directory(name: str, value: str) -> Path:
-    """An output as an option called `name` gives it. Raises ConfigError if none can be written there."""
+    """The output that the option `name` gives. Raises ConfigError if none can be written there."""
     try:
         return Path(TypeAdapter(Output).validate_python(value, context=MERGE))
     except ValidationError as error:

@@ -1,6 +1,6 @@
-"""What a model is called in the YAML file: a folder, a GGUF file, an id of the hub; or one and an adapter.
+"""How the YAML file names a model: as a folder, a GGUF file or an id of the hub; or as one of these and an adapter.
 
-Knows: how names are spelt, which folders and files are there. Refuses to know: the network, what is in a folder.
+Knows: how names are spelt, which folders and files exist. Refuses to know: the network, what is in a folder.
 """
 
 import os
@@ -8,36 +8,36 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-GGUF = ".gguf"  # how the names of such files end
+GGUF = ".gguf"  # the suffix of such files
 
 # Letters, digits, "_", "-" and "."; neither "-" nor "." at an end, neither doubled: the hub's own rules.
 _NAME = r"\w(?:(?!--|\.\.)[\w.-])*(?<![.-])"
 _HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
 
-# As a recipe writes down where a model of the hub is: to the commit.
+# How a recipe names a model on the hub: with its commit.
 _EXACT = re.compile(rf"(?:^|\+)(?P<repo>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}})(?=\+|\Z)", re.ASCII)
 
-# Where one begins behind another: at a plus before what is no more of a folder's name.
+# The plus between two models: what follows it can't be a part of a folder's name.
 _NEXT = re.compile(rf"\+(?=\.\./|~/|/|[A-Za-z]:[\\/]|{_NAME}/{_NAME}@[0-9a-f]{{40}}(?:\+|\Z))", re.ASCII)
 
 
 def partial_of(output: Path) -> Path:
-    """Where an output that can be renamed is written until it is complete."""
+    """The folder in which an output is written until it is complete."""
     return output.with_name(output.name + ".partial")
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model lies: in a folder or, if that is None, on the hub."""
+    """The location of a model: a folder or, if that is None, a repository of the hub."""
 
     text: str  # as it was written
-    folder: Path | None  # or a GGUF file, of which a folder is made when it is opened
+    folder: Path | None  # or a GGUF file, which is converted to a folder when it is opened
     repo: str = ""
     revision: str | None = None  # a branch, a tag or a commit; None is the hub's main branch
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """From the widest to the narrowest, what tells this location from another one."""
+        """The parts of the location that distinguish it from others, from the widest to the narrowest."""
         if self.folder is not None:
             return self.folder.resolve().parts
         owner, name = self.repo.split("/")
@@ -45,7 +45,7 @@ class Location:
 
     @property
     def name(self) -> str:
-        """What it is called without where it lies: a folder's or a file's own name, an id of the hub."""
+        """Its name without a path: the name of the folder or file, or the id of the hub."""
         return self.text if self.folder is None else self.folder.resolve().name or "model"
 
     @property
@@ -56,22 +56,22 @@ class Location:
 
 @dataclass(frozen=True)
 class Source:
-    """What a candidate is made of: a model, or an adapter alone, or a model and an adapter for it."""
+    """The parts of a candidate: a model, or an adapter alone, or a model and an adapter for it."""
 
     text: str  # as it was written
     model: Location
-    adapter: Location | None = None  # only where the text names both
+    adapter: Location | None = None  # only if the text names both
 
     @property
     def places(self) -> list[Location]:
-        """Of one or of both."""
+        """The locations of model and adapter."""
         return [self.model, self.adapter] if self.adapter else [self.model]
 
 
 def parse_location(text: str) -> Location | None:
-    """A folder or a GGUF file that is there or, failing that, a text with the form of an id of the hub; else None.
+    """An existing folder or GGUF file; else a text with the form of an id of the hub; else None.
 
-    models/one means a folder, and not the hub's, where there is a folder models; models/one@main means the hub's.
+    If there is a folder models, models/one means a folder, not a model of the hub; models/one@main means the hub's.
     """
     path = os.path.expanduser(text)
     if os.path.isdir(path) or (path.lower().endswith(GGUF) and os.path.isfile(path)):
@@ -83,16 +83,16 @@ def parse_location(text: str) -> Location | None:
 
 
 def missing_folder(text: str) -> str:
-    """What to say of a text that is no model."""
+    """The message for a text that is no model."""
     nothing = "no such file" if text.lower().endswith(GGUF) else "no such folder"
     return f"{nothing}; write a hub model as org/name@main"
 
 
 def parse_source(text: str) -> Source | None:
     """`location` or `location+location`; None if it is neither. A folder with a plus in its name is a folder."""
-    whole = parse_location(text)
-    if whole is not None:
-        return Source(text, whole)
+    location = parse_location(text)
+    if location is not None:
+        return Source(text, location)
     for plus in re.finditer(r"\+", text):
         model = parse_location(text[: plus.start()].strip())
         adapter = parse_location(text[plus.end() :].strip())
@@ -102,12 +102,12 @@ def parse_source(text: str) -> Source | None:
 
 
 def names_of(sources: list[Source]) -> list[str]:
-    """What reports call the sources: their last parts, or as many more as tell different locations apart."""
-    found = {location.parts for source in sources for location in source.places}
+    """The sources' names in reports: their last parts, as many as distinguish different locations."""
+    all_parts = {location.parts for source in sources for location in source.places}
 
     def name(location: Location) -> str:
         count = 1
-        while any(other[-count:] == location.parts[-count:] for other in found if other != location.parts):
+        while any(parts[-count:] == location.parts[-count:] for parts in all_parts if parts != location.parts):
             count += 1
         return "/".join(location.parts[-count:])
 
@@ -115,22 +115,22 @@ def names_of(sources: list[Source]) -> list[str]:
 
 
 def parts_of(where: str) -> list[str]:
-    """The places that a recipe's `where` names: one, or a model's and an adapter's. A folder may have a plus in it."""
+    """The locations in a recipe's `where`: one, or a model's and an adapter's. A folder's name may contain a plus."""
     return _NEXT.split(where)
 
 
 def without_folders(where: str) -> str:
-    """What a recipe's `where` names, of a folder no more than its name."""
+    """A recipe's `where` with names instead of paths of folders."""
     return "+".join(
         part if repositories_in(part) else os.path.basename(os.path.normpath(part)) for part in parts_of(where)
     )
 
 
 def repositories_in(where: str) -> list[tuple[str, str]]:
-    """The hub's repositories, each with its commit, among the places that a recipe's `where` names."""
-    return [(place["repo"], place["commit"]) for place in _EXACT.finditer(where)]
+    """The repositories of the hub in a recipe's `where`, each with its commit."""
+    return [(match["repo"], match["commit"]) for match in _EXACT.finditer(where)]
 
 
 def names_folder(where: str) -> bool:
-    """Whether a recipe's `where` names a folder, be it beside a repository of the hub."""
+    """Whether a recipe's `where` names a folder, perhaps beside a repository of the hub."""
     return bool(_EXACT.sub("", where))

@@ -1,4 +1,4 @@
-"""Phrase lists: how the file writes them, the pairs that they stand for, and which of those are held out.
+"""Phrase lists: their form in a file, the pairs that they mean, and which pairs are held out.
 
 Knows: their keys, which weight a context has, what a chat is, how variants of a phrase are shown.
 Refuses to know: all other keys, tokenizers and their chat templates.
@@ -55,34 +55,34 @@ class Pair(Section):
 
     kind: Literal["BAD", "GOOD"]
     phrase: str
-    context: str  # of a chat, once it is rendered, all that stands before the phrase, special tokens included
+    context: str  # of a chat that is rendered: all text before the phrase, special tokens included
     weight: Weight = 1.0
     chat: Chat | None = None
-    variants: tuple[str, ...] = ()  # of an any-of phrase the texts of which one must follow; `phrase` shows them all
+    variants: tuple[str, ...] = ()  # of an any-of phrase: the texts of which one must follow; `phrase` shows them all
 
     def __str__(self) -> str:
-        """The pair in a message; of a long context its end is shown."""
+        """The pair for a message; a long context is cut to its end."""
         return f"the phrase '{self.phrase}' after '{shortened(self.shown)}'"
 
     @property
     def shown(self) -> str:
-        """The context as people read it."""
+        """The context for display."""
         return self.context if self.chat is None else str(self.chat)
 
     @property
     def each(self) -> tuple["Pair", ...]:
-        """The pair with each of its variants as its only phrase."""
+        """A pair for each variant, with that as its only phrase."""
         return tuple(replace(self, phrase=text, variants=()) for text in self.variants) or (self,)
 
     def as_context(self, **settings: Any) -> Any:
-        """The pair's context as a phrase list has it. settings: what is said of it there, such as held_out: true."""
+        """The pair's context in the form of a phrase list. settings: its further keys, such as held_out: true."""
         if self.chat is None:
             return {"context": self.context, **settings} if settings else self.context
         answer = {"continue": self.chat.answer} if self.chat.answer else {}
         return {"messages": [asdict(turn) for turn in self.chat.messages], **answer, **settings}
 
     def written(self) -> dict[str, Any]:
-        """The pair as journal and recipe have it: most contexts are no chats, most phrases have no variants."""
+        """The pair for journal and recipe. Empty `chat` and `variants` are left out: most pairs have none."""
         return {key: value for key, value in asdict(self).items() if key not in ("chat", "variants") or value}
 
 
@@ -102,7 +102,7 @@ class Context(Section):
     """Score the phrase here, but do not search with it."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError if it is not one of the two."""
+        """Raise ValueError if it is not either a text or a chat."""
         if (self.context is None) == (self.messages is None):
             raise ValueError("needs either context (for a text) or messages (for a chat)")
         if self.continue_ and self.messages is None:
@@ -114,11 +114,11 @@ def _context(value: Any) -> Any:
 
 
 def _distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
-    seen = set()
+    distinct = set()
     for text in texts:
-        if text in seen:
+        if text in distinct:
             raise ValueError(f"{shown(text)} is listed twice")
-        seen.add(text)
+        distinct.add(text)
     return texts
 
 
@@ -156,7 +156,7 @@ class PhraseLists(Section):
 
 
 def pairs_of(kind: str, phrases: Sequence[Phrase], system: str | None) -> list[tuple[Pair, bool]]:
-    """Each phrase in each of its contexts, and whether that is marked to be held out."""
+    """Each phrase in each of its contexts, and whether the context is marked as held out."""
     pairs = []
     for phrase in phrases:
         variants = phrase.phrase if len(phrase.phrase) > 1 else ()
@@ -181,8 +181,8 @@ def _with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Mes
 def set_aside(pairs: Sequence[tuple[Pair, bool]], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """The pairs that are searched, and those that are held out, both in their order.
 
-    pairs: each with whether it is held out in any case. Of each phrase's other contexts the share is drawn, at least
-    one where there are FEWEST, and never all.
+    pairs: each with whether it is marked as held out. Of each phrase's other contexts, this share is drawn: at least
+    one if there are FEWEST, and never all.
     """
     phrases: dict[tuple[str, str], list[int]] = {}
     for number, (pair, is_marked) in enumerate(pairs):
@@ -191,8 +191,8 @@ def set_aside(pairs: Sequence[tuple[Pair, bool]], share: float, seed: int) -> tu
     searched = {number for numbers in phrases.values() for number in numbers}
     for (kind, phrase), numbers in phrases.items() if share else ():
         count = max(round(share * len(numbers)), int(len(numbers) >= FEWEST))
-        # Drawn for each phrase by itself: another phrase in the list changes nothing.
-        drawn = random.Random(f"{seed} {kind} {phrase}").sample(numbers, min(count, len(numbers) - 1))
-        searched.difference_update(drawn)
-    kept = [pair for number, (pair, _) in enumerate(pairs) if number in searched]
-    return kept, [pair for number, (pair, _) in enumerate(pairs) if number not in searched]
+        # Each phrase has its own draw: a change of another phrase in the list does not affect it.
+        drawn_numbers = random.Random(f"{seed} {kind} {phrase}").sample(numbers, min(count, len(numbers) - 1))
+        searched.difference_update(drawn_numbers)
+    searched_pairs = [pair for number, (pair, _) in enumerate(pairs) if number in searched]
+    return searched_pairs, [pair for number, (pair, _) in enumerate(pairs) if number not in searched]

@@ -16,19 +16,19 @@ from pydantic import Field, TypeAdapter
 
 import modules.config.fields as kinds
 from modules.config.phrase_lists import PHRASES, Context, Message, Pair, Phrase, Phrases, Section, System
-from modules.config.yaml_file import Place
+from modules.config.yaml_file import KeyPath
 from modules.runtime.errors import ConfigError
 from modules.runtime.text import pluralize, ranges
 
 VERSION = "1.0.0"  # of the program
 TABLES = ("full", "changed", "summary")  # of the command line: how much of the phrase table is shown
-# What the programs' help says of options that both have, on one line of a screen.
+# Help texts of options that both programs have, on one line of a screen.
 CONFIG = "configuration file (default: {})"
 SET = "override a setting (repeatable)"
 QUIET = "show only warnings, errors and the last line"
 
 _EVEN_IF_ABSENT = Field(validate_default=True)  # of a key that some uses need
-# Of a key that has no part in what a search finds: a run goes on that was begun with another value.
+# Marks a key that does not affect what a search finds: a run can be resumed with another value of it.
 _NO_PART = {"no_part": True}
 
 
@@ -205,26 +205,26 @@ class Settings(Section):
 
     @property
     def weight_of_drift(self) -> float | str:
-        """What a nat of drift adds to the total, or auto."""
+        """The penalty that a nat of drift adds to the total, or auto."""
         if self.drift_weight is None:
             return "auto" if self.search == "joint" else 0.0
         return self.drift_weight
 
     @property
     def is_guarded(self) -> bool:
-        """Whether drift counts in what is judged by."""
+        """Whether drift counts in the objective or has a limit."""
         return self.weight_of_drift != 0 or self.max_drift is not None
 
     def layers_in(self, count: int) -> tuple[int, ...]:
-        """Which layers are searched of a base that has so many. Raises ConfigError if one of them is not there."""
+        """The layers to search. count: the base's layers. Raises ConfigError if a layer does not exist."""
         absent = [layer for layer in self.layers or () if layer >= count]
         if absent:
             raise ConfigError(f"layers: {', '.join(ranges(absent))}: the base has {count} layers, 0 to {count - 1}")
         return tuple(range(count)) if self.layers is None else self.layers
 
     def start_in(self, layers: int, candidates: int) -> tuple[StartWeight, ...]:
-        """Where the steps of a joint search begin. layers: of the base. Raises ConfigError if a candidate or a layer is
-        not there."""
+        """The weights where a joint search begins. layers, candidates: their numbers. Raises ConfigError if a candidate
+        or a layer does not exist."""
         for number, entry in enumerate(self.joint.start):
             key = f"joint.start[{number}]"
             if entry.candidate > candidates:
@@ -245,11 +245,11 @@ class Config(Settings):
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """All pairs that are searched with, the bad ones first."""
+        """All searched pairs, the bad ones first."""
         return self.bad_phrases + self.good_phrases
 
     def dumped(self) -> dict[str, Any]:
-        """All keys as JSON has them, pairs with their rendered chats in place of phrase lists."""
+        """All keys as JSON values, with pairs and their rendered chats instead of phrase lists."""
         pairs = {}
         for key in (*PHRASES, "held_out_pairs"):
             pairs[key] = [pair.written() for pair in getattr(self, key)]
@@ -257,13 +257,13 @@ class Config(Settings):
 
     @classmethod
     def loaded(cls, values: Mapping[str, Any]) -> Self:
-        """The configuration that was dumped; nothing is looked for on the disk. Raises ValueError if it is none."""
+        """The configuration from a dump. Nothing is checked on the disk. Raises ValueError if it is no dump."""
         return TypeAdapter(cls).validate_python(values)
 
 
 CONFIG_KEYS = tuple(key.name for key in fields(Settings))
-# What phrase_files name is in bad_phrases and good_phrases, and `system` is in their chats. All keys that are not here
-# have a part in the result, those of `directories` as far as they name models.
+# The phrases of phrase_files are in bad_phrases and good_phrases, and `system` is in their chats. All keys that are not
+# here affect the result; of `directories`, only those that name models.
 NO_PART = tuple(key.name for key in fields(Config) if key.metadata.get("no_part"))
 
 _SECTIONS = {
@@ -280,9 +280,9 @@ _SECTIONS = {
 }
 
 
-def known_keys(place: Place) -> tuple[str, ...]:
-    """The keys that the mapping at a place of a file can have."""
-    names = [part for part in place if isinstance(part, str)]
+def known_keys(key_path: KeyPath) -> tuple[str, ...]:
+    """The keys that the mapping at a key path can have."""
+    names = [part for part in key_path if isinstance(part, str)]
     section = _SECTIONS[names[-1]] if names else Settings
-    # One that is a word of Python's is a field with an underscore behind it.
+    # A key that is a keyword of Python is a field with an underscore after it.
     return tuple(key.name.removesuffix("_") for key in fields(section))

@@ -1,7 +1,7 @@
-"""One YAML file: its text, its values, the line of each of them, and what the command line gives in their place.
+"""One YAML file: its text, its values, the line of each value, and values of the command line that replace them.
 
-Knows: how large a file may be and what its aliases may stand for; that no key stands twice; how a key with dots is
-walked along. Refuses to know: what the keys mean.
+Knows: how large a file and its expanded aliases may be; that no key is repeated; how a key path leads to a value.
+Refuses to know: what the keys mean.
 """
 
 import re
@@ -17,56 +17,56 @@ from modules.runtime.errors import ConfigError, first_line
 from modules.runtime.input_files import open_input
 from modules.runtime.text import shortened
 
-_LARGEST = 100_000_000  # bytes of a YAML file; what has more is none, and may have no end (/dev/zero)
-_MOST_VALUES = 2_000_000  # in a YAML file: many times as many lists can stand in a short one that refers to itself
+_LARGEST = 100_000_000  # bytes of a YAML file; a larger one is no configuration, and may be endless (/dev/zero)
+_MOST_VALUES = 2_000_000  # in a YAML file, aliases expanded: a short one with nested aliases can mean far more
 _HALF = re.compile("[\ud800-\udfff]")  # of a character: a lone surrogate, which an escape can make
 _MERGE_KEY = "tag:yaml.org,2002:merge"
 
-# The beginning of what `repr` would write, in a time that does not grow with the value: the aliases of a short file can
-# stand for more than there is memory for.
+# The beginning of a value's `repr`, in a time that does not grow with the value: the expanded aliases of a short file
+# can exceed the memory.
 _EXCERPT = reprlib.Repr()
 _EXCERPT.maxlevel = 3
 _EXCERPT.maxstring = 100
 
-Place = tuple[str | int, ...]  # keys and numbers of items, from the whole file to a value
+KeyPath = tuple[str | int, ...]  # keys and numbers of items, from the whole file to a value
 
 
 @dataclass(frozen=True)
 class YamlFile:
-    """A file that was read. Its values are plain ones: mappings, lists, text, numbers."""
+    """The content of a file. Its values are plain: mappings, lists, text, numbers."""
 
     value: Any
-    node: yaml.Node | None  # what the value was made of; None in an empty file
+    node: yaml.Node | None  # from which the value was made; None in an empty file
     name: str = ""  # with which messages begin; that of the main file is empty
-    options: Mapping[Place, str] = field(default_factory=dict)  # of the command line, by the place of what they give
+    options: Mapping[KeyPath, str] = field(default_factory=dict)  # of the command line, by the key path of their value
 
-    def where(self, place: Place) -> tuple[str, str]:
-        """What messages call a place, bad_phrases[0].contexts, say, and " (line 7)" if it is one of the file."""
+    def where(self, key_path: KeyPath) -> tuple[str, str]:
+        """The name of a key path in messages, such as bad_phrases[0].contexts; and " (line 7)" if it is in the file."""
         line = ""
-        for given, option in self.options.items():
-            if place[: len(given)] == given:
+        for option_path, option in self.options.items():
+            if key_path[: len(option_path)] == option_path:
                 name = option
-                place = place[len(given) :]
+                key_path = key_path[len(option_path) :]
                 break
         else:
             name = self.name
-            nodes = self._nodes(place)
-            if nodes:  # of the place, or the nearest one around it that is there
+            nodes = self._nodes(key_path)
+            if nodes:  # those of the key path, as far as they exist
                 line = f" (line {nodes[-1].start_mark.line + 1}{' of that file' if self.name else ''})"
-        for part in place:
+        for part in key_path:
             name += f"[{part}]" if isinstance(part, int) else f".{part}"
         return name.removeprefix(".") or "the file", line
 
-    def _nodes(self, place: Place) -> list[yaml.Node]:
-        """Keys and items on the way to a place, as far as they are there."""
+    def _nodes(self, key_path: KeyPath) -> list[yaml.Node]:
+        """The keys and items along a key path, as far as they exist."""
         node = self.node
         nodes = []
-        for part in place:
+        for part in key_path:
             if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
                 node = node.value[part]
                 nodes.append(node)
             elif isinstance(node, yaml.MappingNode) and any(key.value == part for key, _ in node.value):
-                # Of a key that was merged (<<) and is there itself, its own comes last.
+                # If a key is merged (<<) and also given, the given one comes last.
                 key, node = [pair for pair in node.value if pair[0].value == part][-1]
                 nodes.append(key)
             else:
@@ -75,7 +75,7 @@ class YamlFile:
 
 
 def read_yaml(path: Path, if_absent: str, name: str = "") -> YamlFile:
-    """Read a file. Raises ConfigError if that can't be done; if_absent: what to do where there is no such file."""
+    """Read a file. if_absent: the advice if there is no such file. Raises ConfigError if it can't be read."""
     try:
         with open_input(path) as file:
             content = file.read(_LARGEST + 1)
@@ -95,7 +95,7 @@ def read_yaml(path: Path, if_absent: str, name: str = "") -> YamlFile:
 
 
 def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """The values of a text, and what they were made of. Raises ConfigError, saying where, if it is no YAML."""
+    """The values of a text, and their nodes. Raises ConfigError, with the position, if it is no YAML."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -111,24 +111,24 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
         raise ConfigError(f"not valid YAML: {first_line(error)}") from None
 
 
-def with_value(file: YamlFile, place: Place, value: Any, option: str) -> YamlFile:
-    """A file, whose value is a mapping, with a value that an option of the command line gives. Raises ConfigError if
-    something else is on the way to its place."""
+def with_value(file: YamlFile, key_path: KeyPath, value: Any, option: str) -> YamlFile:
+    """A file with a value that an option of the command line gives. file: its value is a mapping. Raises ConfigError if
+    a key along the key path has no mapping."""
     values = section = dict(file.value)
-    for key in place[:-1]:
+    for key in key_path[:-1]:
         if not isinstance(section.get(key), Mapping | None):
             raise ConfigError(f"{key} is not a mapping of keys to values")
         section[key] = dict(section.get(key) or {})
         section = section[key]
-    if value is None:  # what holds nothing is as good as absent
-        section.pop(place[-1], None)
+    if value is None:  # an empty key counts as absent
+        section.pop(key_path[-1], None)
     else:
-        section[place[-1]] = value
-    return replace(file, value=values, options={**file.options, place: option})
+        section[key_path[-1]] = value
+    return replace(file, value=values, options={**file.options, key_path: option})
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but keys are text, and one that holds nothing is as good as absent."""
+    """The safe loader, but keys are text, and an empty key counts as absent."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         """A mapping's values."""
@@ -137,10 +137,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """How many values a node stands for, aliases of aliases included; sizes: those known by the nodes' ids.
+    """The number of values in a node, with all aliases expanded. sizes: the known ones by the nodes' ids.
 
-    Raises MarkedYAMLError if there are too many, if a key stands twice, since the first would be lost silently, or if a
-    text can't be written.
+    Raises MarkedYAMLError if there are too many, if a key is repeated (the first would be lost silently), or if a text
+    can't be encoded.
     """
     if id(node) in sizes:
         return sizes[id(node)]
@@ -150,13 +150,13 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     if isinstance(node, yaml.SequenceNode):
         size += sum(_size(item, sizes) for item in node.value)
     elif isinstance(node, yaml.MappingNode):
-        seen = set()
+        keys = set()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_KEY:
-                if key.value in seen:
+                if key.value in keys:
                     problem = f"the key '{key.value}' is listed twice"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                seen.add(key.value)
+                keys.add(key.value)
             size += _size(key, sizes) + _size(value, sizes)
     if size > _MOST_VALUES:
         problem = f"this expands to more than {_MOST_VALUES:,} values"
@@ -166,7 +166,7 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
 
 
 def shown(value: Any) -> str:
-    """A value as the YAML file would write it, short enough for one line."""
+    """A value as in the YAML file, short enough for one line."""
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:

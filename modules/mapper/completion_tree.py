@@ -1,4 +1,4 @@
-"""The completion tree of every context, found by a beam search.
+"""Builds the completion tree of every context by a beam search.
 
 Knows: branching, probabilities. Refuses to know: torch, the model's forward, phrases, output formats.
 """
@@ -28,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Branch:
-    """A completion: the nodes that were explored, and those by which it was greedily continued."""
+    """A completion: the explored nodes, then those of its greedy continuation."""
 
     nodes: tuple[Node, ...]
     length: int  # number of explored nodes; 0 if not even the first token was probable enough
@@ -50,7 +50,7 @@ class CompletionTree:
 
     root: Root
     branches: tuple[Branch, ...]
-    cut: int = 0  # branches that max_branches has left out, at least; all less likely than those that are kept
+    cut: int = 0  # the least number of branches that max_branches left out; all are less likely than the kept ones
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Hypothesis:
 
     context: int  # number of its context
     path: tuple[int, ...]  # all token ids, the context's included
-    spaces: str  # what is left to be written of the spaces at the context's end
+    spaces: str  # the spaces at the context's end that are not written yet
     nodes: tuple[Node, ...] = ()
     length: int | None = None  # number of explored nodes; None while it still branches
     finished: bool = False
@@ -74,24 +74,26 @@ class Hypothesis:
 def _likeliest_of_each(
     hypotheses: Sequence[Hypothesis], count: int | None
 ) -> tuple[list[Hypothesis], list[Hypothesis]]:
-    """The likeliest hypotheses of each context, up to a number of them, and the others; of equals the lower tokens."""
+    """The `count` likeliest hypotheses of each context (of equals those with lower tokens), and the others."""
     likeliest = []
-    others = []
-    seen = Counter[int]()
-    for hypothesis in sorted(hypotheses, key=lambda it: (it.context, -it.joint, it.path)):
-        seen[hypothesis.context] += 1
-        if count is None or seen[hypothesis.context] <= count:
+    unlikelier = []
+    counts = Counter[int]()
+    for hypothesis in sorted(
+        hypotheses, key=lambda hypothesis: (hypothesis.context, -hypothesis.joint, hypothesis.path)
+    ):
+        counts[hypothesis.context] += 1
+        if count is None or counts[hypothesis.context] <= count:
             likeliest.append(hypothesis)
         else:
-            others.append(hypothesis)
-    return likeliest, others
+            unlikelier.append(hypothesis)
+    return likeliest, unlikelier
 
 
 @dataclass(frozen=True)
 class BeamSearch:
     """Follows the likeliest next tokens from many contexts at once, level by level.
 
-    Where more hypotheses are open than the predictor's budget allows, some of them go first. The result does not
+    If more hypotheses are open than the predictor's budget allows, they are processed in groups. The result does not
     depend on the budget.
     """
 
@@ -107,29 +109,36 @@ class BeamSearch:
         while waiting:
             group = self._fitting(waiting, settings.max_depth + settings.additional_length)
             waiting = waiting[len(group) :]
-            kept, cut = self._explored(group)
-            finished = self._in_groups(kept, settings.additional_length, self._continued)
+            explored, cut_hypotheses = self._explore(group)
+            finished = self._in_groups(explored, settings.additional_length, self._continue)
             for context in (hypothesis.context for hypothesis in group):
-                branches = [Branch(it.nodes, it.length or 0) for it in finished if it.context == context]
+                branches = [
+                    Branch(hypothesis.nodes, hypothesis.length or 0)
+                    for hypothesis in finished
+                    if hypothesis.context == context
+                ]
                 branches.sort(key=lambda branch: (-branch.joint, branch.tokens))
-                yield CompletionTree(roots[context], tuple(branches), sum(it.context == context for it in cut))
+                yield CompletionTree(
+                    roots[context], tuple(branches), sum(hypothesis.context == context for hypothesis in cut_hypotheses)
+                )
 
-    def _explored(self, hypotheses: list[Hypothesis]) -> tuple[list[Hypothesis], list[Hypothesis]]:
-        """Of each context the likeliest branches, up to max_branches, not continued yet; and what was cut.
+    def _explore(self, hypotheses: list[Hypothesis]) -> tuple[list[Hypothesis], list[Hypothesis]]:
+        """The likeliest branches of each context, up to max_branches, not continued yet; and the hypotheses that were
+        cut.
 
-        Best first: only what is among the likeliest so far is asked about. Nothing that follows on a hypothesis is
-        likelier than itself, so that the likeliest are found when none of them branches any more.
+        Best first: only the likeliest hypotheses so far are followed. A successor is never likelier than its
+        hypothesis, so the likeliest are found when none of them branches any more.
         """
         while True:
-            likeliest, others = _likeliest_of_each(hypotheses, self.settings.max_branches)
+            likeliest, unlikelier = _likeliest_of_each(hypotheses, self.settings.max_branches)
             branching = [hypothesis for hypothesis in likeliest if hypothesis.length is None]
             if not branching:
-                return likeliest, others
+                return likeliest, unlikelier
             ended = [hypothesis for hypothesis in likeliest if hypothesis.length is not None]
-            hypotheses = ended + others + self._in_groups(branching, 1, self._step)
+            hypotheses = ended + unlikelier + self._in_groups(branching, 1, self._step)
 
-    def _continued(self, hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
-        """The same hypotheses, continued greedily to their ends."""
+    def _continue(self, hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+        """Continue hypotheses greedily to their ends."""
         finished = []
         while hypotheses:
             finished += [hypothesis for hypothesis in hypotheses if hypothesis.finished]
@@ -139,7 +148,7 @@ class BeamSearch:
     def _in_groups(
         self, hypotheses: list[Hypothesis], steps: int, work: Callable[[Sequence[Hypothesis]], list[Hypothesis]]
     ) -> list[Hypothesis]:
-        """What work of so many steps makes of hypotheses, as many at once as fit into memory."""
+        """Do `work`, which takes `steps` steps, on all hypotheses, in groups that fit into memory."""
 
         def next_group() -> tuple[int, list[Hypothesis]]:
             group = self._fitting(hypotheses, steps)
@@ -147,13 +156,13 @@ class BeamSearch:
 
         results = []
         while hypotheses:
-            count, found = retry_on_oom(next_group, self.predictor.take_less_memory)
-            results += found
+            count, grown = retry_on_oom(next_group, self.predictor.take_less_memory)
+            results += grown
             hypotheses = hypotheses[count:]
         return results
 
     def _fitting(self, hypotheses: list[Hypothesis], steps: int) -> list[Hypothesis]:
-        """As many hypotheses, at least one, as can take so many steps within the budget if they do not branch."""
+        """The first hypotheses, at least one, that can take `steps` steps within the budget if they don't branch."""
         tree = TokenTree()
         for number, hypothesis in enumerate(hypotheses):
             tree.add(hypothesis.path)
@@ -163,7 +172,7 @@ class BeamSearch:
         return hypotheses
 
     def _step(self, hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
-        """The hypotheses that follow on these, one token longer."""
+        """The successors of these hypotheses, one token longer."""
         if not hypotheses:
             return []
         paths = [hypothesis.path for hypothesis in hypotheses]
@@ -175,25 +184,25 @@ class BeamSearch:
         settings = self.settings
         if hypothesis.length is None:
             probable = [guess for guess in guesses if math.exp(guess[1]) * 100 >= settings.prob_min]
-            least = settings.min_joint or 0.0
-            likely = [guess for guess in probable if math.exp(hypothesis.joint + guess[1]) * 100 >= least]
+            min_joint = settings.min_joint or 0.0
+            likely = [guess for guess in probable if math.exp(hypothesis.joint + guess[1]) * 100 >= min_joint]
             if likely:
-                return [self._longer(hypothesis, *guess) for guess in likely]
+                return [self._extended(hypothesis, *guess) for guess in likely]
             hypothesis = replace(hypothesis, length=len(hypothesis.nodes))
         if not guesses or settings.additional_length == 0:
             return [replace(hypothesis, finished=True)]
-        return [self._longer(hypothesis, *guesses[0])]
+        return [self._extended(hypothesis, *guesses[0])]
 
-    def _longer(self, hypothesis: Hypothesis, token: int, log_probability: float) -> Hypothesis:
+    def _extended(self, hypothesis: Hypothesis, token: int, log_probability: float) -> Hypothesis:
         """The hypothesis with one more token."""
-        before = hypothesis.nodes[-1].joint if hypothesis.nodes else 0.0
-        nodes = (*hypothesis.nodes, Node(token, log_probability, before + log_probability))
+        joint = hypothesis.nodes[-1].joint if hypothesis.nodes else 0.0
+        nodes = (*hypothesis.nodes, Node(token, log_probability, joint + log_probability))
         path = (*hypothesis.path, token)
         is_full = self.predictor.max_tokens is not None and len(path) > self.predictor.max_tokens
         ends = is_full or token in self.end_tokens
         length = hypothesis.length
         if length is None and (ends or len(nodes) == self.settings.max_depth):
             length = len(nodes)
-        continued = length is not None and len(nodes) - length == self.settings.additional_length
+        is_continued = length is not None and len(nodes) - length == self.settings.additional_length
         spaces = self.detokenizer.spaces_after(hypothesis.spaces, token)
-        return Hypothesis(hypothesis.context, path, spaces, nodes, length, finished=ends or continued)
+        return Hypothesis(hypothesis.context, path, spaces, nodes, length, finished=ends or is_continued)

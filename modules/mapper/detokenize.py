@@ -1,4 +1,4 @@
-"""Token ids back to text: the pieces of a completion, and the phrase that a person would have to write for it.
+"""Converts token ids to text: the pieces of a completion, and the phrase that a user would write for it.
 
 Knows: tokenizers, characters of several tokens. Refuses to know: models, probabilities.
 """
@@ -10,38 +10,38 @@ from typing import Any
 from modules.runtime.errors import ConfigError
 from modules.scoring.tokenization import Root, encode_pair
 
-UNFINISHED = "\ufffd"  # how tokenizers show a character of which some bytes are missing
-LONGEST_PIECE = 5  # tokens: a character's bytes are four at most, and a space before them may have no text of its own
-ANCHOR = 8  # tokens before a completion that are decoded along with it: what a token spells depends on its left
+UNFINISHED = "\ufffd"  # what tokenizers show for a character with missing bytes
+LONGEST_PIECE = 5  # tokens: a character has at most four bytes, and a space before them may have no text of its own
+ANCHOR = 8  # tokens before a completion that are decoded with it: a token's text depends on the tokens before it
 
 Pieces = list[tuple[int, str]]  # number of tokens, and the text that they spell together
 
 
 class Detokenizer:
-    """How one tokenizer writes."""
+    """Decodes with one tokenizer."""
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
-        """vocabulary: the model's number of tokens; those that the tokenizer lacks are spelt as their number."""
+        """vocabulary: the model's number of tokens; one that the tokenizer lacks is shown as its number."""
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._special = set(tokenizer.all_special_ids)
 
     @cached_property
     def texts(self) -> list[str]:
-        """What every token spells in the middle of a text; nothing for special tokens and unknown numbers."""
+        """The text of every token in the middle of a text; empty for special tokens and unknown numbers."""
         anchor = self._tokenizer("a", add_special_tokens=False)["input_ids"]
-        before = self._decode(anchor)
-        known = [token for token in range(self._vocabulary) if self._is_text(token)]
+        anchor_text = self._decode(anchor)
+        text_tokens = [token for token in range(self._vocabulary) if self._is_text(token)]
         decoded = self._tokenizer.batch_decode(
-            [[*anchor, token] for token in known], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [[*anchor, token] for token in text_tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         texts = [""] * self._vocabulary
-        for token, text in zip(known, decoded, strict=True):
-            texts[token] = text[len(before) :]
+        for token, text in zip(text_tokens, decoded, strict=True):
+            texts[token] = text[len(anchor_text) :]
         return texts
 
     def beginning_with(self, spaces: str) -> list[int]:
-        """The tokens with which a text can begin that begins with these spaces."""
+        """The tokens that can come first in a text that begins with these spaces."""
         return [
             token
             for token, text in enumerate(self.texts)
@@ -49,19 +49,19 @@ class Detokenizer:
         ]
 
     def spaces_after(self, spaces: str, token: int) -> str:
-        """What is left of the spaces when this token has been written."""
+        """The rest of the spaces after this token is written."""
         return spaces[len(self.texts[token]) :] if spaces else ""
 
     def text(self, root: Root, tokens: Sequence[int]) -> str:
-        """What the tokens spell after a context, the spaces at its end included."""
+        """The tokens' text after a context, including the spaces at its end."""
         anchor = list(root.tokens[-ANCHOR:])
         return self._decode([*anchor, *tokens])[len(self._decode(anchor)) :]
 
     def pieces(self, root: Root, tokens: Sequence[int]) -> Pieces:
         """The completion as readable pieces, each with its number of tokens: one, or those of one character.
 
-        Special tokens are shown by their names, others that add no text belong to the next piece. A character that
-        stays unfinished is shown as U+FFFD.
+        Special tokens are shown by their names; others without text belong to the next piece. A character that stays
+        incomplete is shown as U+FFFD.
         """
         pieces = []
         start = 0
@@ -76,14 +76,16 @@ class Detokenizer:
         return pieces
 
     def added(self, root: Root, tokens: Sequence[int], start: int) -> str:
-        """What the tokens from number `start` on add to the text of those before them, special ones by their names."""
-        before = "".join(text for _, text in self.pieces(root, tokens[:start]))
-        whole = "".join(text for _, text in self.pieces(root, tokens))
-        same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
-        return whole[same:]
+        """The text that the tokens from number `start` on add to the earlier ones'; special ones by their names."""
+        earlier_text = "".join(text for _, text in self.pieces(root, tokens[:start]))
+        full_text = "".join(text for _, text in self.pieces(root, tokens))
+        common = next(
+            (i for i, (a, b) in enumerate(zip(earlier_text, full_text, strict=False)) if a != b), len(earlier_text)
+        )
+        return full_text[common:]
 
     def phrase(self, root: Root, tokens: Sequence[int]) -> str | None:
-        """The phrase that, written after the context, is encoded as exactly these tokens; None if there is none."""
+        """The phrase that, after the context, is encoded as exactly these tokens; None if there is none."""
         text = self.text(root, tokens)
         if not text.startswith(root.spaces) or UNFINISHED in text or self._special.intersection(tokens):
             return None
@@ -94,8 +96,8 @@ class Detokenizer:
             encoded = encode_pair(self._tokenizer, root.context, phrase, special=root.chat is None)
         except ConfigError:
             return None
-        same = encoded.tokens == (*root.tokens, *tokens) and encoded.start == len(root.tokens)
-        return phrase if same else None
+        is_same = encoded.tokens == (*root.tokens, *tokens) and encoded.start == len(root.tokens)
+        return phrase if is_same else None
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -104,6 +106,6 @@ class Detokenizer:
         return token < len(self._tokenizer) and token not in self._special
 
     def _name(self, token: int) -> str:
-        """What stands for a token without text of its own."""
-        known = token < len(self._tokenizer)
-        return self._tokenizer.convert_ids_to_tokens(token) if known else f"<{token}>"
+        """The name that is shown for a token without text."""
+        is_known = token < len(self._tokenizer)
+        return self._tokenizer.convert_ids_to_tokens(token) if is_known else f"<{token}>"

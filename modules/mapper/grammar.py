@@ -1,13 +1,13 @@
-"""With which words a phrase neither begins nor ends.
+"""The words with which a phrase does not begin or end.
 
-Knows: the function words of English; for other languages, that the most frequent words are mostly such.
+Knows: the function words of English; for other languages, that the most frequent words are mostly function words.
 Refuses to know: texts, rates.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-FUNCTION_WORDS = 100  # of a language other than English: so many of its most frequent words are taken for such
+FUNCTION_WORDS = 100  # the number of most frequent words that count as function words, in languages except English
 
 
 def _words(text: str) -> frozenset[str]:
@@ -29,7 +29,9 @@ _NEVER_FIRST = _words(  # prepositions, auxiliaries
     am is are was were be been being have has had having do does did doing will would shall should can could may might
     must ought there"""
 )
-ADVERBS = _words("not just only even also too very still then more most")  # begin phrases, and say nothing alone
+ADVERBS = _words(
+    "not just only even also too very still then more most"
+)  # may begin phrases, but have no content alone
 _CONTRACTIONS = frozenset(
     f"{pronoun}'{end}"
     for pronoun in (*_PERSONAL, "that", "there", "who", "what", "where", "how")
@@ -39,11 +41,11 @@ _CONTRACTIONS = frozenset(
 
 @dataclass(frozen=True)
 class Grammar:
-    """Which words may stand first and last in a phrase."""
+    """Which words may be first and last in a phrase."""
 
-    never_first: frozenset[str]  # but at the beginning of a sentence, where any may
+    never_first: frozenset[str]  # except at the beginning of a sentence
     never_last: frozenset[str]
-    possessive: str | None = None  # how a word ends that never stands last either
+    possessive: str | None = None  # an ending; words with it are never last either
     names_by_capitals: bool = True  # whether only names have a capital letter within a sentence
 
     def begins(self, word: str) -> bool:
@@ -56,14 +58,14 @@ class Grammar:
 
 
 def english() -> Grammar:
-    """No phrase ends in an article, a determiner (a possessive is one), a pronoun or a conjunction; none begins with
-    these, a preposition or an auxiliary. Negations ("couldn't") are taken for content."""
-    last = _NEVER_LAST | _CONTRACTIONS
-    return Grammar(last | _NEVER_FIRST, last, possessive="'s")
+    """The grammar of English. A phrase does not end in an article, a determiner (possessives included), a pronoun or a
+    conjunction; nor does it begin with these, a preposition or an auxiliary. Negations ("couldn't") are content."""
+    never_last = _NEVER_LAST | _CONTRACTIONS
+    return Grammar(never_last | _NEVER_FIRST, never_last, possessive="'s")
 
 
 def by_frequency(language: str, most_frequent: Iterable[str]) -> Grammar:
-    """Of a language of which nothing else is known: its most frequent words stand neither first nor last, the few
-    nouns and verbs among them included. German writes every noun with a capital letter."""
+    """The grammar of another language: its most frequent words are neither first nor last, including the few nouns and
+    verbs among them. German writes every noun with a capital letter."""
     frequent = frozenset(most_frequent)
     return Grammar(frequent, frequent, names_by_capitals=language != "de")

@@ -1,9 +1,9 @@
-"""What the model would say next: probabilities of all tokens behind any number of token paths at once.
+"""Predicts next tokens: the probabilities of all tokens after any number of token paths at once.
 
-Knows: the model's forward, keys and values, memory. Refuses to know: what the paths mean, which of them are worth it.
+Knows: the model's forward, keys and values, memory. Refuses to know: what the paths mean, which paths to follow.
 
     Predictor        a token tree that grows: each token goes through the model once; its keys and values are kept
-    PlainPredictor   every path from its beginning, one at a time: for models of which the first is not exact
+    PlainPredictor   every path from its beginning, one at a time: for models for which Predictor is not exact
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ from modules.scoring.packing import TokenTree, attention_mask, depths, tree_mask
 from modules.scoring.scorer import Scorer
 from modules.scoring.tokenization import spread
 
-TOKEN_BUDGET = 2048  # tokens whose keys and values are kept: 1 GiB for a Llama 2 7B, a quarter for a Llama 3 8B
+TOKEN_BUDGET = 2048  # tokens whose keys and values are kept: 1 GiB for a Llama 2 7B, a quarter of it for a Llama 3 8B
 VERIFIED = 8  # paths on which the kept keys and values are verified
 COMPARED = 32  # likeliest next tokens that are compared
 
@@ -35,15 +35,15 @@ Guess = tuple[int, float]  # a next token and its log-probability
 class Predictor:
     """Predicts next tokens under a model that does not change meanwhile. Deterministic: the same bits every time.
 
-    Keeps the keys and values of a token tree; what is asked for next is mostly one token behind what is there.
+    Keeps the keys and values of a token tree; the next request is mostly one token longer than a kept path.
     """
 
     way = "token tree with a KV cache"
 
     def __init__(self, model: ResidentModel, detokenizer: Detokenizer, token_budget: int = TOKEN_BUDGET) -> None:
-        self.token_budget = token_budget  # distinct tokens that should be asked about at once; one path may be longer
+        self.token_budget = token_budget  # distinct tokens of the paths of one request; a single path may be longer
         self.max_tokens = model.max_tokens  # longest path; None if the model sets no limit
-        self.max_paths = max(1, LOGITS_ON_CPU // (4 * model.vocabulary))  # at once, for the size of the answer
+        self.max_paths = max(1, LOGITS_ON_CPU // (4 * model.vocabulary))  # of one request, because of its logits' size
         self._model = model
         self._detokenizer = detokenizer
         self._allowed: dict[str, Tensor] = {}  # by spaces: (V,), whether a completion can begin with the token
@@ -51,21 +51,21 @@ class Predictor:
 
     @torch.no_grad()
     def next_tokens(self, paths: Sequence[TokenPath], spaces: Sequence[str], count: int) -> list[list[Guess]]:
-        """The `count` likeliest next tokens behind each path, the likeliest first; of equals, the lower id.
+        """The `count` likeliest next tokens after each path, the likeliest first; of equals, the lower id first.
 
-        spaces: what must be spelt next, per path; tokens that do not begin with it, or with a part of it, are left
-        out, and the probabilities of the others stay as they are. Raises ConfigError if the model answers NaN.
+        spaces: the spaces that must come next, per path. Tokens that don't begin with them, or with a part of them, are
+        left out; the probabilities of the others don't change. Raises ConfigError if the model's output is NaN.
         """
         log_probabilities = self.log_probabilities(paths)
         if torch.isnan(log_probabilities).any():
             raise self._model.no_numbers()
-        for row, needed in enumerate(spaces):
-            if needed:
-                log_probabilities[row, ~self._beginning_with(needed)] = -torch.inf
+        for row, required in enumerate(spaces):
+            if required:
+                log_probabilities[row, ~self._beginning_with(required)] = -torch.inf
         return _best(log_probabilities, count)
 
     def take_less_memory(self) -> bool:
-        """Be asked about half as much at once; whether that was possible."""
+        """Halve the size of a request. Returns whether that was possible."""
         can_take_less = self.token_budget > 1 or self.max_paths > 1
         self.token_budget = max(1, self.token_budget // 2)
         self.max_paths = max(1, self.max_paths // 2)
@@ -81,59 +81,59 @@ class Predictor:
     def forget(self) -> None:
         """Drop all keys and values."""
         self._tree = TokenTree()  # one column of the cache for each node
-        self._mask = torch.zeros(0, 0, dtype=torch.bool)  # (T, T), which token sees which
+        self._mask = torch.zeros(0, 0, dtype=torch.bool)  # (T, T), which token attends to which
         self._cache = DynamicCache()
 
     def log_probabilities(self, paths: Sequence[TokenPath]) -> Tensor:
-        """Of all tokens behind each path: (paths, V), float32. Only tokens that are new go through the model."""
+        """Log-probabilities of all tokens after each path: (paths, V), float32. Only new tokens are computed."""
         try:
             missing = sum(len(path) - len(self._tree.known(path[:-1])) for path in paths)  # new columns, at most
             if len(self._tree) + missing > self.token_budget:
                 self._keep_only(paths)
-            first = len(self._tree)
+            first_new = len(self._tree)
             ends: dict[TokenPath, int] = {}
             for path in paths:
                 if path not in ends:
                     nodes = self._tree.add(path[:-1])
-                    # New even where it is known: it is here that the model is asked, and only new tokens go through it.
+                    # A new node even for a known token: its logits are needed, and only new tokens have logits.
                     ends[path] = self._tree.new_node(nodes[-1] if nodes else -1, path[-1])
-            return self._append(first, [ends[path] for path in paths])
+            return self._append(first_new, [ends[path] for path in paths])
         except BaseException:
             self.forget()  # the tree and the cache may no longer agree
             raise
 
     def _keep_only(self, paths: Iterable[TokenPath]) -> None:
-        """Drop all columns but those that lead to the paths."""
-        kept = TokenTree()
+        """Drop all columns except those of the paths."""
+        kept_tree = TokenTree()
         columns = {}
         for path in paths:
-            known = self._tree.known(path[:-1])
-            columns.update(zip(kept.add(path[: len(known)]), known, strict=True))
+            known_nodes = self._tree.known(path[:-1])
+            columns.update(zip(kept_tree.add(path[: len(known_nodes)]), known_nodes, strict=True))
         if not columns:
             self.forget()
             return
-        index = torch.tensor([columns[node] for node in range(len(kept))])
-        self._tree = kept
+        index = torch.tensor([columns[node] for node in range(len(kept_tree))])
+        self._tree = kept_tree
         self._mask = self._mask[index][:, index]
         for layer in self._cache.layers:
             layer.keys = layer.keys[:, :, index.to(layer.keys.device)]  # (1, heads, columns, head size)
             layer.values = layer.values[:, :, index.to(layer.values.device)]
 
-    def _append(self, first: int, read: list[int]) -> Tensor:
-        """Send the tree's nodes from `first` on through the model; log-probabilities behind the nodes in `read`."""
+    def _append(self, first_new: int, read_nodes: list[int]) -> Tensor:
+        """Send the tree's nodes from `first_new` on through the model; the log-probabilities after `read_nodes`."""
         model = self._model
-        new = attention_mask(self._tree.parents[first:], self._mask)  # (T, first + T)
-        unseen = torch.zeros(first, len(new), dtype=torch.bool)
-        self._mask = torch.cat([torch.cat([self._mask, unseen], dim=1), new])
+        new_mask = attention_mask(self._tree.parents[first_new:], self._mask)  # (T, first_new + T)
+        unseen = torch.zeros(first_new, len(new_mask), dtype=torch.bool)
+        self._mask = torch.cat([torch.cat([self._mask, unseen], dim=1), new_mask])
         logits = model.logits(
             {
-                "input_ids": torch.tensor([self._tree.tokens[first:]], device=model.device),
-                "attention_mask": tree_mask(new, model.dtype).to(model.device),
-                "position_ids": depths(new).to(model.device),
+                "input_ids": torch.tensor([self._tree.tokens[first_new:]], device=model.device),
+                "attention_mask": tree_mask(new_mask, model.dtype).to(model.device),
+                "position_ids": depths(new_mask).to(model.device),
                 "past_key_values": self._cache,
                 "use_cache": True,
             },
-            torch.tensor([column - first for column in read], device=model.device),
+            torch.tensor([column - first_new for column in read_nodes], device=model.device),
         )
         if self._cache.get_seq_length() != len(self._tree):
             raise ValueError("the model did not use the cache")
@@ -141,12 +141,12 @@ class Predictor:
 
 
 class PlainPredictor(Predictor):
-    """Keeps nothing: every path goes through the model from its beginning, alone."""
+    """Keeps no keys and values: every path goes through the model alone, from its beginning."""
 
     way = "recomputed one by one, without a KV cache"
 
     def log_probabilities(self, paths: Sequence[TokenPath]) -> Tensor:
-        """Of all tokens behind each path: (paths, V), float32."""
+        """Log-probabilities of all tokens after each path: (paths, V), float32."""
         plain = Plain(self._model)
         return torch.stack([plain.next_tokens(path) for path in paths])
 
@@ -154,10 +154,10 @@ class PlainPredictor(Predictor):
 def build_predictor(
     model: ResidentModel, detokenizer: Detokenizer, scorer: Scorer, paths: Sequence[TokenPath], longest: int
 ) -> Predictor:
-    """The fastest way to continue `paths`, up to `longest` tokens, that is exact for this model.
+    """The fastest predictor that is exact for this model. paths: to be continued, up to `longest` tokens.
 
     Kept keys and values are compared, token by token, with plain forwards of some paths, the shortest and the longest
-    among them: as they are, and as they grow.
+    among them: at their present length and while they grow.
     """
     sample = spread(sorted(set(paths), key=len), VERIFIED)
     stages = _growing(sample, longest - max(map(len, paths)), model.max_tokens)
@@ -176,8 +176,8 @@ def build_predictor(
 def _agrees(
     predictor: Predictor, plain: PlainPredictor, stages: Sequence[Sequence[TokenPath]], tolerance: float
 ) -> bool:
-    """Whether a predictor gives, at each stage, the log-probabilities of plain forwards, for the likeliest tokens.
-    Raises what the architecture does."""
+    """Whether a predictor's log-probabilities of the likeliest tokens equal those of plain forwards, at each stage.
+    Raises as the architecture's forward does."""
     for stage in stages:
         exact = plain.log_probabilities(stage)
         values, tokens = exact.topk(min(COMPARED, exact.shape[-1]))
@@ -188,20 +188,21 @@ def _agrees(
 
 
 def _growing(paths: Sequence[TokenPath], steps: int, max_tokens: int | None) -> list[list[TokenPath]]:
-    """Paths as they are, one token longer, then one step from their full length, then there; with their own tokens."""
-    most = max_tokens or max(map(len, paths)) + steps
+    """The paths in four stages: as they are, one token longer, one short of full length, at full length. Their own
+    tokens are repeated."""
+    longest = max_tokens or max(map(len, paths)) + steps
     lengths = sorted({0, min(1, steps), max(0, steps - 1), steps})
     grown = []
-    for more in lengths:
-        grown.append([tuple(islice(cycle(path), min(len(path) + more, most))) for path in paths])
+    for added in lengths:
+        grown.append([tuple(islice(cycle(path), min(len(path) + added, longest))) for path in paths])
     return grown
 
 
 def _best(log_probabilities: Tensor, count: int) -> list[list[Guess]]:
-    """The `count` largest of each row, of equals the lowest ids: torch.topk leaves open which of them it takes."""
+    """The `count` largest of each row; of equals those with the lowest ids, which torch.topk does not guarantee."""
     count = min(count, log_probabilities.shape[-1])
-    least = log_probabilities.topk(count).values[:, -1:]
-    rows, tokens = ((log_probabilities >= least) & (log_probabilities > -torch.inf)).nonzero(as_tuple=True)
+    threshold = log_probabilities.topk(count).values[:, -1:]
+    rows, tokens = ((log_probabilities >= threshold) & (log_probabilities > -torch.inf)).nonzero(as_tuple=True)
     guesses: list[list[Guess]] = [[] for _ in range(len(log_probabilities))]
     for row, token, value in zip(rows.tolist(), tokens.tolist(), log_probabilities[rows, tokens].tolist(), strict=True):
         guesses[row].append((token, value))

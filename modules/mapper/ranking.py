@@ -1,6 +1,6 @@
-"""How the configured phrases compare with what the model would say.
+"""Ranks the configured phrases among the model's completions.
 
-Knows: completion trees, pairs, which completions say something. Refuses to know: torch, models, output formats.
+Knows: completion trees, pairs, which completions have content words. Refuses to know: torch, models, output formats.
 """
 
 import math
@@ -28,19 +28,19 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class PhraseRank:
-    """How a configured phrase stands among the branches of its context."""
+    """The rank of a configured phrase among the branches of its context."""
 
     pair: Pair
     log_probability: float
     rank: int  # among the completions of its length, the phrase included; 1 is the most probable
-    ranked: int  # how many such completions there are
+    ranked: int  # the number of such completions
     too_rare: bool  # less probable than prob_min
     suggestion: Suggestion | None
 
 
 @dataclass(frozen=True)
 class _Rival:
-    """A branch that goes another way than the phrase, up to the phrase's length."""
+    """A branch that differs from the phrase, cut to the phrase's length."""
 
     nodes: tuple[Node, ...]
     is_whole: bool  # whether its last word ends with it
@@ -56,16 +56,17 @@ def rank_phrases(
     settings: Mapper,
     detokenizer: Detokenizer,
 ) -> list[PhraseRank]:
-    """Compare phrases, each with its variants' tokens and its log-probability, with the branches that go another way.
+    """Rank phrases among the branches that differ from them. phrases: each with its variants' tokens and its
+    log-probability.
 
-    A branch is taken up to as many words as the phrase has, or the longest of its variants: "spine. The wind" stands
-    for "spine" beside "skin". A branch that is shorter is taken whole, or, where it is the beginning of the phrase,
-    with its continuation. Branches that are then alike count once.
+    A branch is cut to as many words as the phrase, or its longest variant, has: beside "skin", "spine. The wind" counts
+    as "spine". A shorter branch is taken whole or, if it is the beginning of the phrase, with its continuation.
+    Branches that are equal after the cut count once.
     """
-    spelt = [(branch, detokenizer.pieces(tree.root, branch.tokens)) for branch in tree.branches]
+    spelled_branches = [(branch, detokenizer.pieces(tree.root, branch.tokens)) for branch in tree.branches]
     ranks = []
     for pair, variants, log_probability in phrases:
-        rivals = _rivals(tree.root, spelt, pair, variants)
+        rivals = _rivals(tree.root, spelled_branches, pair, variants)
         likelier = [rival for rival in rivals if rival.joint > log_probability]
         ranks.append(
             PhraseRank(
@@ -81,40 +82,40 @@ def rank_phrases(
 
 
 def _rivals(
-    root: Root, spelt: Sequence[tuple[Branch, Pieces]], pair: Pair, variants: Sequence[Encoded]
+    root: Root, spelled_branches: Sequence[tuple[Branch, Pieces]], pair: Pair, variants: Sequence[Encoded]
 ) -> list[_Rival]:
-    """All branches that go another way than the phrase, each taken up to the phrase's length."""
+    """All branches that differ from the phrase, each cut to the phrase's length."""
     rivals = {}
     words = max(_count_words(variant.phrase) for variant in pair.each)
-    listed = [variant.tokens for variant in variants]
-    for branch, pieces in spelt:
+    phrase_tokens = [variant.tokens for variant in variants]
+    for branch, pieces in spelled_branches:
         path = (*root.tokens, *branch.tokens)
-        if any(path[: len(phrase)] == phrase for phrase in listed):
+        if any(path[: len(phrase)] == phrase for phrase in phrase_tokens):
             continue  # the phrase itself
         explored = path[: len(root.tokens) + branch.length]
-        begins_a_phrase = any(phrase[: len(explored)] == explored for phrase in listed)
-        most = len(branch.nodes) if begins_a_phrase else branch.length
-        length, is_whole = _whole_words(pieces, words, most)
+        begins_a_phrase = any(phrase[: len(explored)] == explored for phrase in phrase_tokens)
+        limit = len(branch.nodes) if begins_a_phrase else branch.length
+        length, is_whole = _whole_words(pieces, words, limit)
         if length:
             rivals[branch.tokens[:length]] = _Rival(branch.nodes[:length], is_whole)
     return list(rivals.values())
 
 
 def _suggestion(likelier: Sequence[_Rival], phrase: str, root: Root, detokenizer: Detokenizer) -> Suggestion | None:
-    """The most probable of the rivals that say something new and can be written as a phrase."""
+    """The most probable rival that has a new content word and can be written as a phrase."""
     meaningful = {_up_to_last_content_word(rival, phrase, root, detokenizer): None for rival in likelier}
     for nodes in sorted((nodes for nodes in meaningful if nodes), key=lambda nodes: -nodes[-1].joint):
-        written = detokenizer.phrase(root, [node.token for node in nodes])
-        if written is not None:
-            return Suggestion(written, nodes[-1].joint)
+        suggested = detokenizer.phrase(root, [node.token for node in nodes])
+        if suggested is not None:
+            return Suggestion(suggested, nodes[-1].joint)
     return None
 
 
 def _up_to_last_content_word(
     rival: _Rival, phrase: str, root: Root, detokenizer: Detokenizer
 ) -> tuple[Node, ...] | None:
-    """A completion up to its last word that is no function word: it is likelier than with what follows. None if all
-    such words are the phrase's own: then the completion only goes on where the phrase does."""
+    """A completion up to its last content word: cut there, it is more probable. None if the phrase has all its content
+    words: then it only continues the phrase."""
     tokens = [node.token for node in rival.nodes]
     words = _word_ends(detokenizer.text(root, tokens))
     if not rival.is_whole:
@@ -130,7 +131,7 @@ def _up_to_last_content_word(
 
 
 def _word_ends(text: str) -> list[tuple[str, int]]:
-    """Every word, in lower case and with straight apostrophes, and where it ends."""
+    """Every word, in lower case and with straight apostrophes, and its end in the text."""
     return [(match[0].lower().replace("’", "'"), match.end()) for match in re.finditer(r"\w+(?:['’]\w+)*", text)]
 
 
@@ -138,15 +139,15 @@ def _count_words(text: str) -> int:
     return len(re.findall(r"\w+", text))
 
 
-def _whole_words(pieces: Pieces, words: int, most: int) -> tuple[int, bool]:
-    """The number of tokens, at most `most`, that spell this many whole words, and whether the last of them is whole."""
+def _whole_words(pieces: Pieces, words: int, limit: int) -> tuple[int, bool]:
+    """The number of tokens, at most `limit`, that spell this many words, and whether the last word is whole."""
     length = 0
     text = ""
     for tokens, piece in pieces:
         inside_a_word = bool(re.search(r"\w$", text) and re.match(r"\w", piece))
         is_enough = _count_words(text) >= words and not inside_a_word
-        if length and (length + tokens > most or is_enough):
-            return min(length, most), not inside_a_word
+        if length and (length + tokens > limit or is_enough):
+            return min(length, limit), not inside_a_word
         length += tokens
         text += piece
-    return min(length, most), True
+    return min(length, limit), True

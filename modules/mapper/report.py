@@ -1,6 +1,6 @@
 """Completion trees as text, as JSON and as phrase lists.
 
-Knows: widths, digits, wording, file formats. Refuses to know: how anything was measured, where the text goes.
+Knows: widths, digits, wording, file formats. Refuses to know: how values were measured, where the text goes.
 """
 
 import math
@@ -30,15 +30,15 @@ from modules.search.strategies import probability
 INDENT = "     "
 
 
-def summary(config: Config, contexts: int, model: Mapping[str, object], way: str) -> list[str]:
-    """The settings of a run, one line each; `model` adds what it says of itself, `way` how it is continued."""
+def summary(config: Config, contexts: int, model: Mapping[str, object], method: str) -> list[str]:
+    """The settings of a run, one line each. model: its own lines, by label. method: how completions are computed."""
     settings = config.mapper
     rows = {
         **model,
         "Model": config.directories.model_path1,
         "Pairs": f"{len(config.pairs)} ({len(config.bad_phrases)} bad, {len(config.good_phrases)} good)",
         "Contexts": contexts,
-        "Completions": way,
+        "Completions": method,
         "prob_min": f"{settings.prob_min:g}%",
         "top_k": settings.top_k,
         "max_depth": settings.max_depth,
@@ -54,7 +54,7 @@ def summary(config: Config, contexts: int, model: Mapping[str, object], way: str
 def tree_lines(
     number: str, tree: CompletionTree, ranks: Sequence[PhraseRank], settings: Mapper, detokenizer: Detokenizer
 ) -> list[str]:
-    """One context, number "1/8" or so: its branches, then its phrases."""
+    """The lines of one context: its branches, then its phrases. number: such as "1/8"."""
     lines = ["-" * 80, f"CONTEXT {number}: {folded(tree.root.shown) or '(empty)'}", ""]
     for position, branch in enumerate(tree.branches, start=1):
         lines += _branch_lines(position, tree, branch, settings, detokenizer)
@@ -68,7 +68,7 @@ def _branch_lines(
     pieces = detokenizer.pieces(tree.root, branch.tokens[: branch.length])
     explored = "".join(text for _, text in pieces)
     continuation = detokenizer.added(tree.root, branch.tokens, branch.length)
-    if len(branch.nodes) - branch.length == settings.additional_length:  # broken off: it would go on
+    if len(branch.nodes) - branch.length == settings.additional_length:  # cut at the limit, not ended
         continuation = ended(continuation)
     trace = []
     start = 0
@@ -96,10 +96,10 @@ def _rank_line(rank: PhraseRank, settings: Mapper) -> str:
 
 def cut_lines(trees: Sequence[CompletionTree]) -> list[str]:
     """A line if max_branches has left out branches."""
-    cut = [tree.cut for tree in trees if tree.cut]
-    if not cut:
+    cut_counts = [tree.cut for tree in trees if tree.cut]
+    if not cut_counts:
         return []
-    return [f"Cut by max_branches: at least {sum(cut)} branches in {len(cut)} of {len(trees)} contexts"]
+    return [f"Cut by max_branches: at least {sum(cut_counts)} branches in {len(cut_counts)} of {len(trees)} contexts"]
 
 
 def phrase_table(ranks: Sequence[PhraseRank], settings: Mapper) -> list[str]:
@@ -127,7 +127,7 @@ def phrase_table(ranks: Sequence[PhraseRank], settings: Mapper) -> list[str]:
 
 
 def suggestion(rank: PhraseRank) -> str:
-    """What the model rather says, ready to paste, and how probable it is; empty if there is nothing."""
+    """The phrase that the model is more likely to say, ready to paste, and its probability; empty if there is none."""
     if rank.suggestion is None:
         return ""
     return f"{quoted(rank.suggestion.phrase)} ({brief_percent(probability(rank.suggestion.log_probability))})"
@@ -140,9 +140,9 @@ def document(
     ranks: Sequence[Sequence[PhraseRank]],
     detokenizer: Detokenizer,
 ) -> dict[str, Any]:
-    """Everything that was found, for JSON. Nodes are a flat list per context; `parent` is a number in it, or null."""
+    """All results, for JSON. Nodes are a flat list per context; `parent` is an index in it, or null."""
     contexts = []
-    for tree, of_tree in zip(trees, ranks, strict=True):
+    for tree, tree_ranks in zip(trees, ranks, strict=True):
         context: dict[str, Any] = {"context": tree.root.context}
         if tree.root.chat is not None:
             context["chat"] = asdict(tree.root.chat)
@@ -150,10 +150,10 @@ def document(
         context |= _tree_document(tree, detokenizer)
         if tree.cut:
             context["cut"] = tree.cut
-        context["phrases"] = [_rank_document(rank) for rank in of_tree]
+        context["phrases"] = [_rank_document(rank) for rank in tree_ranks]
         contexts.append(context)
-    given = {key: value for key, value in asdict(settings).items() if value is not None}
-    return {"model": model, "mapper": given, "contexts": contexts}
+    mapper_settings = {key: value for key, value in asdict(settings).items() if value is not None}
+    return {"model": model, "mapper": mapper_settings, "contexts": contexts}
 
 
 def _tree_document(tree: CompletionTree, detokenizer: Detokenizer) -> dict[str, Any]:
@@ -206,8 +206,8 @@ def _rank_document(rank: PhraseRank) -> dict[str, Any]:
 
 
 def phrase_list(ranks: Sequence[PhraseRank], model: str) -> str:
-    """The suggestions as a YAML phrase list, each in the place of its phrase, with its type, weight and context. First
-    those that count most in the total: by their probabilities in all their contexts together, times the weight."""
+    """The suggestions as a YAML phrase list, each instead of its phrase, with its type, weight and context. First come
+    those with the largest part in the total: their probabilities in all their contexts, summed, times the weight."""
     entries: dict[tuple[str, str, float], dict[str, Any]] = {}  # by kind, phrase and weight
     shares: dict[tuple[str, str, float], float] = {}  # of the total
     for rank in ranks:
@@ -234,7 +234,7 @@ def phrase_list(ranks: Sequence[PhraseRank], model: str) -> str:
 
 
 def short_percent(value: float) -> str:
-    """A share as a percentage with two digits, or, of a tiny one, three significant ones."""
+    """A fraction as a percentage with two decimals; a tiny one with three significant digits."""
     return f"{value * 100:.2f}%" if value >= 0.0001 or value == 0 else f"{value * 100:.2e}%"
 
 
@@ -244,5 +244,5 @@ def folded(text: str) -> str:
 
 
 def quoted(phrase: str) -> str:
-    """A phrase as a YAML file takes it, in double quotes on one line."""
+    """A phrase as YAML, in double quotes on one line."""
     return visible(yaml.safe_dump(phrase, default_style='"', allow_unicode=True, width=math.inf).strip())

@@ -1,6 +1,6 @@
 """A recipe's settings as a YAML file that others can use: models by their ids or names, phrases in place of files.
 
-Knows: which keys are for everybody, how phrases are written as lists. Refuses to know: Markdown.
+Knows: which keys are useful to others, how phrases are written as lists. Refuses to know: Markdown.
 """
 
 from itertools import groupby
@@ -44,12 +44,12 @@ def settings_file(recipe: Recipe, output: str) -> str:
 
 
 def _model(source: Source) -> str:
-    """What a file calls a model: its name, unless all of it is on the hub."""
+    """A model's name in a file: its ids if all of it is on the hub, else its name."""
     return source.name if names_folder(source.where) else source.where
 
 
 def _phrases_yaml(recipe: Recipe) -> str:
-    """All phrases as lists, in the recipe's order; those that are held out are marked as such."""
+    """All phrases as lists, in the recipe's order. Held-out ones are marked."""
     has_weights = not recipe.settings.auto_weights
 
     def head(phrase: Phrase) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What may not change where a run goes on, or is carried out again: its version, its settings, the files of its models.
+"""Checks what must not change when a run is resumed or repeated: the version, the settings, the models' files.
 
-Knows: which settings can change a result, how they are said without a path. Refuses to know: how a run goes on.
+Knows: which settings can change a result, how they are recorded without paths. Refuses to know: how a run is resumed.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _HINT = "go back to that, or start over with --restart"
 
 
 def run_of(config: Config, computed: str) -> Run:
-    """What a journal says of a run that begins here and now. computed: what it computes in."""
+    """The journal's first line of a run that begins now. computed: the name of its arithmetic."""
     digest = None
     if config.is_guarded:
         prompts = [] if config.own_texts == () else read_prompts(config.own_texts, True, "own_texts")
@@ -46,7 +46,7 @@ def run_of(config: Config, computed: str) -> Run:
 
 
 def without_paths(config: Config) -> Config:
-    """The settings as records have them: of files and folders no more than their names, each candidate by its own."""
+    """The settings for a record: files and folders without their paths, candidates by their names."""
     sources, _ = candidate_sources(config)
     return replace(
         config,
@@ -65,7 +65,7 @@ def without_paths(config: Config) -> Config:
 
 def _model_name(text: str) -> str:
     source = parse_source(text)
-    return "+".join(place.name for place in source.places) if source else _last_part(text)
+    return "+".join(location.name for location in source.places) if source else _last_part(text)
 
 
 def _last_part(path: str) -> str:
@@ -73,56 +73,60 @@ def _last_part(path: str) -> str:
 
 
 def rendered_in(settings: Config) -> dict[Chat, str]:
-    """The chats among the contexts of a run, and what they were rendered as."""
+    """The chats among the contexts of a run, and their rendered texts."""
     pairs = (*settings.pairs, *settings.held_out_pairs)
     return {pair.chat: pair.context for pair in pairs if pair.chat}
 
 
-def refuse_changes(begun: Run, now: Run, path: Path) -> None:
-    """Raise ConfigError, naming what can change the result and is another one than when a run began: the version, or
-    settings."""
-    if begun.program != now.program:
-        raise ConfigError(f"{path} was started by Merge Monster {begun.program}, but this is {now.program}; {_HINT}")
+def refuse_changes(earlier_run: Run, current_run: Run, path: Path) -> None:
+    """Raise ConfigError, naming what differs, if the version, or a setting that can change the result, is not the same
+    as when the run began."""
+    if earlier_run.program != current_run.program:
+        raise ConfigError(
+            f"{path} was started by Merge Monster {earlier_run.program}, but this is {current_run.program}; {_HINT}"
+        )
     changes = []
-    for key, (before, after) in changes_between(begun, now).items():
-        before = json.dumps(before, ensure_ascii=False)
-        after = json.dumps(after, ensure_ascii=False)
-        is_short = len(before) <= 60 and len(after) <= 60
-        changes.append(f"{key} was {before}, is {after}" if is_short else f"{key} changed")
+    for key, (earlier_value, current_value) in changes_between(earlier_run, current_run).items():
+        earlier_value = json.dumps(earlier_value, ensure_ascii=False)
+        current_value = json.dumps(current_value, ensure_ascii=False)
+        is_short = len(earlier_value) <= 60 and len(current_value) <= 60
+        changes.append(f"{key} was {earlier_value}, is {current_value}" if is_short else f"{key} changed")
     if changes:
         raise ConfigError(f"the configuration has changed since {path} was started: {'; '.join(changes)}; {_HINT}")
 
 
-def changes_between(begun: Run, now: Run) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two runs' settings differ that have a part in what a search finds, with both values."""
-    before = begun.settings.dumped()
-    after = now.settings.dumped()
+def changes_between(earlier_run: Run, current_run: Run) -> dict[str, tuple[Any, Any]]:
+    """The settings that can change a search's result and differ between two runs: both values, by key."""
+    earlier_settings = earlier_run.settings.dumped()
+    current_settings = current_run.settings.dumped()
     ignored = {*NO_PART}
-    if begun.device == now.device:
+    if earlier_run.device == current_run.device:
         ignored.add("device")
-    if begun.computed == now.computed:
+    if earlier_run.computed == current_run.computed:
         ignored.add("compute_dtype")
-    changes = {key: (before[key], after[key]) for key in sorted(before) if key not in ignored}
-    if begun.neutral and now.neutral:
-        changes["neutral_texts, own_texts"] = begun.neutral, now.neutral
+    changes = {
+        key: (earlier_settings[key], current_settings[key]) for key in sorted(earlier_settings) if key not in ignored
+    }
+    if earlier_run.neutral and current_run.neutral:
+        changes["neutral_texts, own_texts"] = earlier_run.neutral, current_run.neutral
     return {key: values for key, values in changes.items() if values[0] != values[1]}
 
 
-def compare_fingerprints(noted: Source, checkpoint: Checkpoint, trouble: str) -> None:
-    """Raise ConfigError, naming the first file that differs, if a source is not what was noted.
+def compare_fingerprints(noted: Source, checkpoint: Checkpoint, complaint: str) -> None:
+    """Raise ConfigError, naming the first file that differs, if a source is not the noted one.
 
-    trouble: what that means, to be said of the file.
+    complaint: the rest of the message, after the file's name.
     """
-    now = checkpoint.fingerprint()
-    for file in sorted(now.keys() | noted.fingerprint.keys()):
-        if now.get(file) != noted.fingerprint.get(file):
-            raise ConfigError(f"{checkpoint.path}: {file} {trouble}")
+    fingerprint = checkpoint.fingerprint()
+    for file in sorted(fingerprint.keys() | noted.fingerprint.keys()):
+        if fingerprint.get(file) != noted.fingerprint.get(file):
+            raise ConfigError(f"{checkpoint.path}: {file} {complaint}")
 
 
 def named(text: str, folders: Iterable[tuple[str, str]]) -> str:
-    """A text in which folders go by their names. folders: each as it may be spelt, and its name."""
-    here = [(os.path.expanduser("~"), "~"), (os.getcwd(), ".")]
-    for folder, name in sorted([*folders, *here], key=lambda pair: -len(pair[0])):
+    """Replace the paths of folders in a text by their names. folders: each path as it may be spelt, and its name."""
+    machine_folders = [(os.path.expanduser("~"), "~"), (os.getcwd(), ".")]
+    for folder, name in sorted([*folders, *machine_folders], key=lambda pair: -len(pair[0])):
         if os.sep in folder and folder != os.sep:  # no name alone
             text = text.replace(folder, name)
     return text

@@ -1,6 +1,6 @@
-"""What file systems can and can't do: locks, mounts, making sure of what is written.
+"""Functions of file systems: locks, mount points, syncing.
 
-Knows: files, folders, what a system says of them. Refuses to know: what any of them is for.
+Knows: files, folders, the system's error codes. Refuses to know: the purpose of any file.
 """
 
 import errno
@@ -13,18 +13,18 @@ import psutil
 
 from modules.runtime.errors import naming
 
-# What a system says of something that a file system does not have, rather than of something that failed.
+# Error codes that mean "this file system does not have that", not "that failed".
 _NOT_SUPPORTED = (
     *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY),
     *(errno.EPERM, errno.EACCES, errno.EISDIR, errno.EBADF),
 )
 _LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
-Stamp = tuple[int, int, int] | None  # by which a file is known from another one; None if there is none
+Stamp = tuple[int, int, int] | None  # identifies a file: device, inode, time of change; None if there is no file
 
 
 def stamp_of(file: Path) -> Stamp:
-    """What tells the file that stands here from any other one."""
+    """The stamp of the file at a path; None if there is none."""
     try:
         status = file.stat()
     except OSError:
@@ -33,9 +33,9 @@ def stamp_of(file: Path) -> Stamp:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's list of files, on the disk, where the file system has such a thing.
+    """Write a file's content, or a folder's list of files, to the disk, if the file system can do that.
 
-    Raises OSError, which names it, if that fails.
+    Raises OSError, naming the path, if that fails.
     """
     if os.name == "nt" and path.is_dir():
         return  # Windows has no such thing for folders
@@ -52,16 +52,16 @@ def sync(path: Path) -> None:
 
 
 def is_mount_point(path: Path) -> bool:
-    """Whether nothing else can take a path's place: a volume, or a single file or folder that a container was given."""
+    """Whether a path can't be replaced: a volume, or a single file or folder that is mounted into a container."""
     if os.path.ismount(path):
         return True
-    with suppress(OSError):  # the system does not tell
+    with suppress(OSError):  # the system does not list its mounts
         return any(mount.mountpoint == str(path) for mount in psutil.disk_partitions(all=True))
     return False
 
 
 class Lock:
-    """A locked file that is there as long as the lock is held; a process that ends, however it ends, lets go of it."""
+    """A locked file that exists as long as the lock is held. The end of the process, even a kill, releases the lock."""
 
     def __init__(self, path: Path) -> None:
         """Raises BlockingIOError if another process has the lock, OSError if the file can't be made."""
@@ -75,10 +75,10 @@ class Lock:
                 raise
             if os.name == "nt" or _is_open_file(path, self._file):
                 return
-            self._file.close()  # whoever had it locked has removed it meanwhile
+            self._file.close()  # the earlier holder of the lock has removed the file meanwhile
 
     def release(self) -> None:
-        """Let go, and remove the file."""
+        """Release the lock, and remove the file."""
         if os.name == "nt":  # where an open file can't be removed
             self._file.close()
         with suppress(OSError):

@@ -1,10 +1,10 @@
-"""The output folder: written aside, put into its place by renames, made whole again after a kill at any time.
+"""The output folder: written under another name, moved into place by renames, recovered after a kill at any time.
 
-Knows: when an output may be written or replaced, the names beside it, what to say of it. Refuses to know: models, what
-is in its files.
+Knows: when an output may be written or replaced, the names beside it, messages about its state. Refuses to know:
+models, the contents of its files.
 
-What is being written lies in OUT.partial, which has an UNFINISHED file. It takes its place by two renames, and what
-stood there before goes last. The names that are there tell in which state a run was killed; `recover` goes on from it:
+An output is written in OUT.partial, which has an UNFINISHED file. Two renames move it into place; the earlier output is
+deleted last. The names that exist show in which state a run was killed; `recover` goes on from it:
 
     commit                            then there is              recover
       1  output -> before             before, partial            before -> output
@@ -30,8 +30,8 @@ from modules.runtime.errors import CheckpointError, ConfigError, naming
 from modules.runtime.text import pluralize
 
 SETTINGS_FILE = "merge_monster.yaml"  # in every output: the configuration that made it
-STATE_FILE = "merge_monster_state.safetensors"  # in one that is learned
-UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is no output yet
+STATE_FILE = "merge_monster_state.safetensors"  # in the folder of a learning run that is unfinished
+UNFINISHED = "merge_monster_unfinished.txt"  # in a folder that is not an output yet
 _ABOUT_UNFINISHED = (
     "Merge Monster has not finished this output. Run the same command with --resume to continue, or with --restart to\n"
     "start over.\n"
@@ -46,7 +46,7 @@ class OutputFolder:
         self.output = real_path(output)
         self.parent = self.output.parent
         self.partial = partial_of(self.output)  # where the output is written until it is complete
-        self.before = self._hidden("before")  # what stood there, while the new output takes its place
+        self.before = self._hidden("before")  # the earlier output, while the new one is moved into place
         self.lock_file = self._hidden("lock")
 
     def _hidden(self, name: str) -> Path:
@@ -58,8 +58,8 @@ class OutputFolder:
 
     @contextmanager
     def locked(self) -> Iterator[Lock]:
-        """Nobody else writes to this output within the block. Raises ConfigError if another run does, or nothing can be
-        written here."""
+        """Lock the output: no other run writes to it within the block. Raises ConfigError if another run has the lock,
+        or nothing can be written here."""
         missing = [folder for folder in (self.parent, *self.parent.parents) if not folder.exists()]
         try:
             self.parent.mkdir(parents=True, exist_ok=True)
@@ -75,17 +75,17 @@ class OutputFolder:
         finally:
             lock.release()
             for folder in missing:
-                with suppress(OSError):  # there is something in it now
+                with suppress(OSError):  # it is not empty now
                     folder.rmdir()
 
     def recover(self) -> None:
-        """Finish, or take back, a commit that was broken off. Nothing is deleted but what is empty.
+        """Finish or undo an interrupted commit. Deletes only empty folders and the UNFINISHED file.
 
-        Raises ConfigError if something else has come to be in the output's place; OSError.
+        Raises ConfigError if the output's path now contains something else; OSError.
         """
         if self.before.is_dir():
             if self.output.is_dir() and not _has_content(self.output):
-                self.output.rmdir()  # made since by somebody who missed it
+                self.output.rmdir()  # somebody has made it since
             if not self.output.exists():
                 self.before.rename(self.output)
                 sync(self.parent)
@@ -94,7 +94,7 @@ class OutputFolder:
                     f"{self.before} holds the earlier output, but {self.output} now contains something else; move that "
                     "away and run this command again to restore the output"
                 )
-        with suppress(OSError):  # it does no harm in an output
+        with suppress(OSError):  # the file is harmless in an output
             (self.output / UNFINISHED).unlink()
 
     def check_renames(self) -> None:
@@ -109,15 +109,15 @@ class OutputFolder:
             raise self._not_writable(error) from None
 
     def mark(self) -> None:
-        """Mark the folder in which the output is written as such. Raises OSError."""
+        """Mark the partial folder as unfinished. Raises OSError."""
         file = self.partial / UNFINISHED
         with naming(file):
             file.write_text(_ABOUT_UNFINISHED, encoding="utf-8")
 
     def commit(self) -> None:
-        """Make what is in `partial` the output. What stood there is in `before` then.
+        """Move `partial` to the output, and the earlier output to `before`.
 
-        Raises OSError; everything is then as it was, or `what_stands` tells where it is.
+        Raises OSError; then either nothing has changed, or `what_stands` says where the output is.
         """
         try:
             if self.output.exists():
@@ -128,12 +128,12 @@ class OutputFolder:
             self.recover()
 
     def cleanup(self) -> list[str]:
-        """Delete what stood there before, and what killed runs have left of that; a line for what can't be deleted."""
+        """Delete the earlier output and those that killed runs left. Returns a warning if some can't be deleted."""
         old = [self.before]
         pattern = re.compile(re.escape(f".{self.output.name}.old-") + r"\w+" + _SUFFIX)
         try:
             if self.before.is_dir():
-                # Under another name first: half deleted, it must never be put back as an output.
+                # Renamed first: `recover` must never restore a half-deleted output.
                 self.before.rename(self._scratch() / "output")
             old = sorted(path for path in self.parent.iterdir() if pattern.fullmatch(path.name))
             for folder in old:
@@ -151,13 +151,13 @@ class OutputFolder:
 
 
 def written_paths(output: Path) -> list[Path]:
-    """What a run may make, replace or delete for an output."""
+    """The paths that a run may make, replace or delete for an output."""
     target = OutputFolder(output)
     return [output, target.partial, target.before, target.lock_file]
 
 
 def holds_output(folder: Path) -> bool:
-    """Whether a folder is an output of ours."""
+    """Whether a folder is an output of this program."""
     return (folder / SETTINGS_FILE).is_file()
 
 
@@ -167,9 +167,9 @@ def _has_content(folder: Path) -> bool:
 
 @contextmanager
 def locked_output(output: Path, console: Console, dry_run: bool = False) -> Iterator[OutputFolder]:
-    """The folder of an output, locked, and made whole where an earlier run was killed in its commit.
+    """Lock an output's folder, and recover it if an earlier run was killed in its commit.
 
-    dry_run: nothing is deleted. Raises ConfigError if the output can't be written, or another run writes there.
+    dry_run: delete nothing. Raises ConfigError if the output can't be written, or another run writes there.
     """
     target = OutputFolder(output)
     if is_mount_point(target.output):
@@ -187,7 +187,7 @@ def locked_output(output: Path, console: Console, dry_run: bool = False) -> Iter
 
 
 def check_output(target: OutputFolder, overwrite: bool) -> None:
-    """Raise ConfigError if writing the output would destroy anything that is already there."""
+    """Raise ConfigError if writing the output would destroy existing files without permission."""
     output = target.output
     if output.exists() and not output.is_dir():
         raise ConfigError(f"the output directory {output} is a file")
@@ -206,20 +206,19 @@ def check_output(target: OutputFolder, overwrite: bool) -> None:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """An output that is being written, and the run's journal beside what is written."""
+    """An output that is being written, and the run's journal in the same folder."""
 
     target: OutputFolder
     journal: Journal
 
     @property
     def folder(self) -> Path:
-        """In which it is written."""
+        """The folder in which the output is written."""
         return self.target.partial
 
     def commit(self, overwrite: bool) -> list[str]:
-        """Make this the output; an older one goes only after this one stands. Lines about what could not be removed.
-
-        Raises CheckpointError or OSError.
+        """Move this to the output; an earlier one is deleted only afterwards. Returns warnings about what could not be
+        deleted. Raises CheckpointError or OSError.
         """
         for path in [*self.folder.rglob("*"), self.folder]:
             sync(path)
@@ -237,12 +236,12 @@ class Unfinished:
 def unfinished_output(
     target: OutputFolder, resume: bool = False, restart: bool = False, searching: bool = True
 ) -> Iterator[Unfinished]:
-    """The folder in which an output is written, with its journal; the place is locked.
+    """Open the folder in which an output is written, and its journal. The output is locked.
 
-    What an earlier run has decided is there, if `resume`, or has been removed, if `restart`. searching: whether these
-    options can be given. If the block, or what precedes it, ends with an error, the folder stays as soon as it has a
-    decision; without one it is removed. Raises ConfigError if an earlier run did not finish and neither option was
-    given, or the folder can't be made.
+    resume: keep the decisions of an earlier run. restart: remove them. searching: whether the command has these
+    options. If the block, or what precedes it, ends with an error, the folder is kept if it has a decision, else
+    removed. Raises ConfigError if an earlier run did not finish and neither option was given, or the folder can't be
+    made.
     """
     folder = target.partial
     if folder.exists() and not _is_unfinished(folder):
@@ -260,9 +259,9 @@ def unfinished_output(
             if not journal.decisions:
                 journal.clear()
             target.mark()
-            kept = (JOURNAL_FILE, UNFINISHED, *([STATE_FILE] if journal.decisions else []))
+            kept_names = (JOURNAL_FILE, UNFINISHED, *([STATE_FILE] if journal.decisions else []))
             for path in folder.iterdir():
-                if path.name not in kept:  # left of an earlier attempt at saving
+                if path.name not in kept_names:  # left by an earlier attempt to save
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             yield Unfinished(target, journal)
         except BaseException:
@@ -272,7 +271,7 @@ def unfinished_output(
 
 
 def _is_unfinished(folder: Path) -> bool:
-    """Whether a folder with a partial output's name is one; a finished output may be called so too."""
+    """Whether a folder with a partial output's name is one; a finished output may have such a name, too."""
     if not folder.is_dir():
         return False
     unmarked = (folder / JOURNAL_FILE).is_file() and not holds_output(folder)  # killed before it was marked
@@ -280,15 +279,15 @@ def _is_unfinished(folder: Path) -> bool:
 
 
 def stamp(output: Path) -> Stamp:
-    """What tells the output that stands here, or is aside for the moment, from any other one."""
+    """The stamp that distinguishes the output here, or in `before`, from any other one."""
     target = OutputFolder(output)
     return stamp_of(target.output / SETTINGS_FILE) or stamp_of(target.before / SETTINGS_FILE)
 
 
 def what_stands(output: Path, earlier: Stamp, searching: bool = True) -> str:
-    """What there is of an output after a run has broken off, and how to go on. It is looked up.
+    """Sentences on the state of an output after an interrupted run, and how to continue. It looks at the files.
 
-    earlier: the output's stamp before the run. searching: whether the run could go on with what was decided.
+    earlier: the output's stamp before the run. searching: whether a run could continue from the decisions.
     """
     target = OutputFolder(output)
     if target.before.is_dir() and not holds_output(output):

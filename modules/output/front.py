@@ -1,6 +1,6 @@
-"""Several models by what they write and how far they are from the base: a table, a picture, which merge to take.
+"""Compares models by their rate of cliches and their drift from the base: a table, a picture, the merge to take.
 
-Knows: the limits within which a merge is taken, columns, how the picture looks. Refuses to know: how anything was
+Knows: the limits within which a merge is taken, columns, the look of the picture. Refuses to know: how values were
 measured, files of models.
 """
 
@@ -19,13 +19,13 @@ from modules.output.text_files import write_text
 from modules.runtime.text import table
 
 MOST_DRIFT = 0.02  # nats per token on the base's own answers
-MOST_LENGTH = 0.1  # by which answers may be longer or shorter than the base's, as a share of its
+MOST_LENGTH = 0.1  # by which answers may be longer or shorter than the base's, as a part of their length
 METRICS = ("total", "held_out", "kl", "own_kl", "perplexity")
 
 
 @dataclass(frozen=True)
 class Point:
-    """What is known of a model."""
+    """A model's measurements."""
 
     name: str
     rate: float  # listed phrases in 1,000 words
@@ -36,15 +36,15 @@ class Point:
 
     @property
     def drift(self) -> float:
-        """KL to the base on its own answers; on neutral text where it has none."""
+        """KL to the base on the base's own answers or, if not measured, on neutral text."""
         return self.metrics.get("own_kl", self.metrics.get("kl", math.inf))
 
 
 def front_table(points: Sequence[Point]) -> list[str]:
     """A row for each model."""
-    known = {column.name for column in all_columns()}
+    common_names = {column.name for column in all_columns()}
     measured = columns_of(*(point.metrics for point in points))
-    columns = [column for column in measured if column.name in METRICS or column.name not in known]
+    columns = [column for column in measured if column.name in METRICS or column.name not in common_names]
     rows = []
     for point in points:
         low, high = point.interval or (point.rate, point.rate)
@@ -56,13 +56,13 @@ def front_table(points: Sequence[Point]) -> list[str]:
 
 
 def chosen(points: Sequence[Point]) -> tuple[Point, str]:
-    """Which merge to take, and why, in a sentence. points: the base first, and at least one merge."""
-    base, *others = points
-    merges = [point for point in others if point.is_merge]
+    """Choose the merge to take. Returns it and a sentence that says why. points: the base first, at least one merge."""
+    base, *rest_points = points
+    merges = [point for point in rest_points if point.is_merge]
     limits = f"a KL of at most {MOST_DRIFT:g} on own answers and answers within {MOST_LENGTH:.0%} of the base's length"
-    near = [point for point in merges if point.drift <= MOST_DRIFT and _is_as_long(point, base)]
-    if near:
-        best = min(near, key=lambda point: (point.rate, point.drift))
+    acceptable = [point for point in merges if point.drift <= MOST_DRIFT and _is_as_long(point, base)]
+    if acceptable:
+        best = min(acceptable, key=lambda point: (point.rate, point.drift))
         return best, f"{best.name} writes the fewest listed phrases of the merges with {limits}."
     best = min(merges, key=lambda point: point.drift)
     return best, f"No merge has {limits}: {best.name} is the nearest to the base."
@@ -73,7 +73,7 @@ def _is_as_long(point: Point, base: Point) -> bool:
 
 
 def best_candidate(recipe: Recipe, numbers: Sequence[int], weight: float) -> list[int]:
-    """The number of the candidate that scores best alone, of some; none of none. weight: of a nat of drift."""
+    """The number of the candidate that scores best alone, in a list; empty if none. weight: of a nat of drift."""
 
     def objective(number: int) -> float:
         metrics = recipe.baselines.get(str(number), {})

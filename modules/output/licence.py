@@ -1,8 +1,8 @@
-"""The licence that models state, each in the card of its own folder.
+"""The licence that models state in the cards of their folders.
 
-Knows: the hub's front matter, what may be the name of a licence. Refuses to know: all else in a card, the hub.
+Knows: the hub's front matter, the form of a licence's name. Refuses to know: the rest of a card, the hub.
 
-A card is a stranger's: of a long or odd one nothing is believed.
+A card comes from a stranger: a long or odd one is ignored.
 """
 
 import re
@@ -16,7 +16,7 @@ from modules.runtime.input_files import open_input
 LARGEST_FRONT = 20_000  # bytes of a card in which its front matter must end
 FRONT = re.compile(r"---\r?\n(.*?\r?\n)---\s*?(?:\n|$)", re.DOTALL)
 NAME = re.compile(r"[a-z0-9][a-z0-9.+-]{0,39}")
-NO_NAMES = ("other", "unknown")  # say that the card's text has more, which may differ from model to model
+NO_NAMES = ("other", "unknown")  # the card's text then states the licence, which may differ between models
 
 
 def common_licence(folders: Iterable[Path]) -> str | None:

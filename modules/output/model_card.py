@@ -1,7 +1,7 @@
-"""The model card: an output's README.md, which the hub shows and reads its front matter.
+"""The model card: an output's README.md. The hub shows it and reads its front matter.
 
-Knows: the hub's front matter, Markdown, what of a recipe is for everybody's eyes. Refuses to know: how a recipe came to
-be, which metrics there are, how pictures are drawn, the network.
+Knows: the hub's front matter, Markdown, which parts of a recipe are public. Refuses to know: how a recipe was made,
+which metrics exist, how pictures are drawn, the network.
 """
 
 import math
@@ -28,7 +28,7 @@ from modules.search.strategies import total
 CARD_FILE = "README.md"
 DRIFTS = ("kl", "own_kl")
 MOST_PHRASES = 60  # in the table
-MOST_COLUMNS = 160  # of a phrase or a context in the table; of a longer one the end is shown
+MOST_COLUMNS = 160  # of a phrase or a context in the table; a longer one is cut to its end
 
 CARD = """\
 ---
@@ -119,9 +119,9 @@ UNKNOWN_LICENCE = "Check the licences of all source models and add `license:` to
 def model_card(
     recipe: Recipe, name: str, pictures: Sequence[str | None], licence: str | None = None, export: str = ""
 ) -> str:
-    """The text of a model card. name: the output's. pictures: the names of the merge map's file and of the phrase
-    chart's, beside the card; None for one that is not. licence: that all models state. export: the recipe as a file for
-    mergekit; empty if there is none."""
+    """The text of a model card. name: the output's. pictures: the names of the files of merge map and phrase chart;
+    None for a missing one. licence: the one that all models state. export: the recipe as a file for mergekit; empty if
+    there is none."""
     settings = recipe.settings
     needed = recipe.needed_sources
     unused = [_link(source) for source in recipe.sources if source not in needed]
@@ -144,8 +144,9 @@ def model_card(
     return filled(CARD.replace("$how", JOINT if recipe.joint else GREEDY), values)
 
 
-def card_values(recipe: Recipe, name: str, licence: str | None, who: str = "merge") -> dict[str, object]:
-    """What the cards of all outputs say, by its name in their templates. who: has answered the samples."""
+def card_values(recipe: Recipe, name: str, licence: str | None, answerer: str = "merge") -> dict[str, object]:
+    """The values that the cards of all outputs contain, by their names in the templates. answerer: the name of the
+    model that answered the samples beside the base."""
     return {
         "name": _escaped(name),
         "base": _link(recipe.sources[0]),
@@ -156,22 +157,22 @@ def card_values(recipe: Recipe, name: str, licence: str | None, who: str = "merg
         "metrics": _metrics(recipe),
         "most": MOST_PHRASES,
         "phrase_table": _phrases(recipe.phrases),
-        "samples": _samples(recipe, who) if recipe.samples else "",
+        "samples": _samples(recipe, answerer) if recipe.samples else "",
         "licence": f"All source models state `{licence}`." if licence else UNKNOWN_LICENCE,
         "settings": fenced("yaml", settings_yaml(recipe, name)),
     }
 
 
 def filled(template: str, values: Mapping[str, object]) -> str:
-    """A card from its template. A paragraph of which nothing is left is left out."""
+    """A card from its template. Empty paragraphs are left out."""
     paragraphs = [Template(paragraph).substitute(values) for paragraph in template.split("\n\n")]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
 def front_matter(recipe: Recipe, library: str, relation: str, licence: str | None) -> str:
-    """For the hub, which takes nothing but its own ids as base models: folders are named in the text only.
+    """The front matter. The hub accepts only its own ids as base models: folders are named in the text only.
 
-    library: that opens the output. relation: of the output to its base models. licence: the output's, if it is known.
+    library: the one that opens the output. relation: of the output to its base models. licence: the output's, if known.
     """
     repositories = [repo for source in recipe.needed_sources for repo, _ in repositories_in(source.where)]
     data = ModelCardData(
@@ -193,17 +194,17 @@ def _composition(recipe: Recipe) -> str:
 
 
 def _summary(recipe: Recipe) -> str:
-    """How phrases and drift have changed, in a sentence; empty without any."""
+    """A sentence on how phrases and drift changed; empty without any."""
     parts = []
-    for what, kind in (("unwanted", "BAD"), ("wanted", "GOOD")):
-        for where, pairs in (("phrases", recipe.phrases), ("phrases held out", recipe.held_out)):
-            some = [pair for pair in pairs if pair.kind == kind]
-            if some:
-                before = abs(total([pair.before * pair.weight for pair in some]))
-                after = abs(total([pair.after * pair.weight for pair in some]))
-                change = f" ({after / before - 1:+.0%})" if 0 < before < math.inf else ""
-                (column,) = columns_of({"total": before})
-                parts.append(f"{what} {where} {column.text(before)} → {column.text(after)}{change}")
+    for adjective, kind in (("unwanted", "BAD"), ("wanted", "GOOD")):
+        for noun, pairs in (("phrases", recipe.phrases), ("phrases held out", recipe.held_out)):
+            phrases = [pair for pair in pairs if pair.kind == kind]
+            if phrases:
+                base_total = abs(total([pair.before * pair.weight for pair in phrases]))
+                merge_total = abs(total([pair.after * pair.weight for pair in phrases]))
+                change = f" ({merge_total / base_total - 1:+.0%})" if 0 < base_total < math.inf else ""
+                (column,) = columns_of({"total": base_total})
+                parts.append(f"{adjective} {noun} {column.text(base_total)} → {column.text(merge_total)}{change}")
     metrics = recipe.metrics["merge"]
     for column in columns_of(metrics):
         if column.name in DRIFTS:
@@ -213,25 +214,25 @@ def _summary(recipe: Recipe) -> str:
 
 
 def _metrics(recipe: Recipe) -> str:
-    """The base, the candidate that is best alone, if any was measured so, and the output."""
+    """The metrics of the base, of the candidate that is best alone (if any was scored alone) and of the output."""
     models = {"base": recipe.metrics["base"]}
     weight = recipe.settings.weight_of_drift
     if weight == "auto":
         weight = total([abs(pair.before * pair.weight) for pair in recipe.phrases]) / NATS
-    alone = {source.number: source.name for source in recipe.sources if str(source.number) in recipe.baselines}
-    for number in best_candidate(recipe, [*alone], weight):
-        models[f"{_escaped(alone[number])} alone"] = recipe.baselines[str(number)]
+    baseline_names = {source.number: source.name for source in recipe.sources if str(source.number) in recipe.baselines}
+    for number in best_candidate(recipe, [*baseline_names], weight):
+        models[f"{_escaped(baseline_names[number])} alone"] = recipe.baselines[str(number)]
     models["this model"] = recipe.metrics["merge"]
     rows = []
     for column in columns_of(models["base"], models["this model"]):
-        if not column.shown_as:  # else it is shown as measured again, on text that took no part in the search
+        if not column.shown_as:  # else another column shows the same metric on held-out text
             values = [column.text(metrics.get(column.name)) for metrics in models.values()]
             rows.append((_escaped(column.label), *values))
     return _table(("metric", *models), rows)
 
 
 def _phrases(phrases: Sequence[Phrase]) -> str:
-    """Those whose weighted probability moved furthest, in their own order."""
+    """The table of the phrases whose weighted probability changed most, in their order."""
     changes = [abs((phrase.after - phrase.before) * phrase.weight) for phrase in phrases]
     changed_most = sorted(range(len(phrases)), key=changes.__getitem__, reverse=True)[:MOST_PHRASES]
     rows = []
@@ -242,13 +243,13 @@ def _phrases(phrases: Sequence[Phrase]) -> str:
     return _table(("", "phrase", "context", "weight", "before", "after"), rows)
 
 
-def _samples(recipe: Recipe, who: str) -> str:
-    """In whole sentences: answers that were broken off end with the last one."""
+def _samples(recipe: Recipe, answerer: str) -> str:
+    """The section with the samples. Answers that were broken off end with their last whole sentence."""
     samples = []
     for sample in recipe.samples:
-        whole = {of: whole_sentences(getattr(sample, of)) for of in sample.broken_off}
-        samples.append(sample.model_copy(update=whole))
-    lines = [textwrap.fill(line, 100, subsequent_indent=" " * 9) for line in sample_lines(samples, who)]
+        cut_answers = {model: whole_sentences(getattr(sample, model)) for model in sample.broken_off}
+        samples.append(sample.model_copy(update=cut_answers))
+    lines = [textwrap.fill(line, 100, subsequent_indent=" " * 9) for line in sample_lines(samples, answerer)]
     return "## Samples\n\n" + fenced("text", "\n".join(lines))
 
 
@@ -263,7 +264,7 @@ def _command(recipe: Recipe) -> str:
 
 
 def _link(source: Source) -> str:
-    """A model within a sentence: links, if all of it is on the hub."""
+    """A model's name in a sentence, as links if all of it is on the hub."""
     if names_folder(source.where):
         return _escaped(source.name)
     repositories = [repo for repo, _ in repositories_in(source.where)]
@@ -271,21 +272,21 @@ def _link(source: Source) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are Markdown already."""
+    """A table in Markdown. rows: their cells are Markdown already."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def fenced(language: str, text: str) -> str:
-    """A block of text to the letter, whatever fences are in it; what can't be seen is escaped."""
+    """A fenced block that shows a text verbatim, even if it has fences; invisible characters are escaped."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([f"{fence}{language}", *map(visible, text.rstrip().split("\n")), fence])
 
 
-# What means something in Markdown. A backslash, where it escapes itself, may begin a formula on the hub.
+# Characters with a meaning in Markdown. An escaped backslash may begin a formula on the hub, so it is an entity.
 _MARKS = str.maketrans({"\\": "&#92;", **{mark: f"\\{mark}" for mark in "`*_[]<>|~&$#"}})
 
 
 def _escaped(text: str) -> str:
-    """Markdown that shows a text on one line and within one cell of a table; what can't be seen is escaped."""
+    """Markdown that shows a text on one line, in one cell of a table; invisible characters are escaped."""
     return visible(text).strip().translate(_MARKS)

@@ -1,4 +1,4 @@
-"""A recipe as two pictures: what every layer is made of, and what became of the phrases.
+"""Draws a recipe as two pictures: the composition of every layer, and the change of the phrases.
 
 Knows: a recipe's decisions, weights and phrases, sizes, colours, wording. Refuses to know: models, tensors, how a
 decision was taken.
@@ -40,24 +40,24 @@ PHRASE_CHART_FILE = "phrase_chart.png"
 
 _HEADER = "emb+head"  # the column of what is outside the layers
 
-# White is nothing. A base's weight may be below that; a slope below it is for the better.
+# White is zero. A base's weight may be negative; a negative slope is an improvement.
 _WEIGHTS = LinearSegmentedColormap.from_list("weights", [COLOURS[5], "white", COLOURS[2]])
 _SLOPES = LinearSegmentedColormap.from_list("slopes", [BETTER, "white", WORSE])
 _MOST_NUMBERED = 48  # layers whose numbers are legible in the widest merge map
-_MOST_NAMED = 70  # layers whose names stay apart in it
+_MOST_NAMED = 70  # layers whose names don't overlap in it
 
-_MOST_PAIRS = 60  # all are shown up to here; beyond, so many of each kind:
+_MOST_PAIRS = 60  # up to here all are shown; of more, this many of each kind:
 _MOST_CHANGED = 30
 _CHART_WIDTH = 11.0  # inches
 _KINDS = {"BAD": "Bad phrases: lower is better", "GOOD": "Good phrases: higher is better"}
-# Probabilities that span more than this go on a logarithmic scale; what is smaller than the least is near zero there.
+# Probabilities that span a larger factor get a logarithmic scale; those below _LEAST are drawn near zero there.
 _LINEAR_SPAN = 100.0
 _LEAST = 1e-250
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Numbers by layer, the last of all that is outside the layers, and by model."""
+    """Numbers by layer and by model; the last row is for all that is outside the layers."""
 
     title: str
     rows: Sequence[Sequence[float]]  # of each layer, a number for each model
@@ -78,8 +78,8 @@ def phrase_chart(recipe: Recipe, file: str | Path) -> None:
 
 @drawing()
 def merge_map_figure(recipe: Recipe) -> Figure:
-    """The weight of each model in every layer. Below: of a greedy search the total after every decision; of a joint one
-    by how much the total and each weighed metric changed with each weight where the steps began."""
+    """The weight of each model in every layer. Below, for a greedy search, the total after every decision; for a joint
+    one, the gradients of the total and of each weighed metric at the first weights."""
     maps = _heat_maps(recipe)
     layers = _layer_names(recipe)
     width = min(max(3.5 + 0.42 * len(layers), 8.0), 20.0)  # inches, as below
@@ -97,7 +97,7 @@ def merge_map_figure(recipe: Recipe) -> Figure:
 
 
 def _layer_names(recipe: Recipe) -> list[str]:
-    """The numbers of the layers that something was decided on and, last, what is outside them."""
+    """The numbers of the layers up to the last decided one and, last, the name of what is outside them."""
     if recipe.joint is None:
         decided = [line.layer for line in recipe.decisions if line.layer is not None]
         return [*map(str, range(max(decided, default=-1) + 1)), _HEADER]
@@ -106,7 +106,7 @@ def _layer_names(recipe: Recipe) -> list[str]:
 
 
 def _heat_maps(recipe: Recipe) -> list[HeatMap]:
-    """What a merge map shows, from the top: of the models that have a weight somewhere."""
+    """The heat maps of a merge map, from the top. They show the models that have a weight somewhere."""
     if recipe.joint is None:
         weights = _greedy_weights(recipe)
     else:
@@ -136,11 +136,11 @@ def _heat_maps(recipe: Recipe) -> list[HeatMap]:
 
 
 def _columns(rows: Sequence[Sequence[float]], numbers: Sequence[int]) -> list[list[float]]:
-    """Some numbers of each row."""
-    found = []
+    """The selected columns of each row. numbers: of the columns."""
+    selected_rows = []
     for row in rows:
-        found.append([row[number] for number in numbers])
-    return found
+        selected_rows.append([row[number] for number in numbers])
+    return selected_rows
 
 
 def _greedy_weights(recipe: Recipe) -> list[list[float]]:
@@ -157,7 +157,7 @@ def _greedy_weights(recipe: Recipe) -> list[list[float]]:
 
 
 def _draw_heat_map(figure: Figure, axes: Axes, heat_map: HeatMap, layers: Sequence[str]) -> None:
-    """A row for each model and a column for each layer, with numbers if there is room for them."""
+    """Draw a row for each model and a column for each layer, with numbers if there is room for them."""
     values = np.array(heat_map.rows).T  # (models, layers)
     limit = heat_map.limit
     image = axes.imshow(values, cmap=heat_map.colours, vmin=-limit, vmax=limit, aspect="auto")
@@ -176,7 +176,7 @@ def _draw_heat_map(figure: Figure, axes: Axes, heat_map: HeatMap, layers: Sequen
 
 
 def _draw_totals(axes: Axes, recipe: Recipe) -> None:
-    """The total after every decision; the accepted ones are dots, the candidates are set apart."""
+    """Draw the total after every decision. Accepted decisions are dots; dotted lines separate the candidates."""
     decisions = recipe.decisions
     totals = [line.before for line in decisions[:1]] + [line.after for line in decisions]
     axes.plot(range(len(totals)), totals, color=DARK, linewidth=0.8)
@@ -220,7 +220,7 @@ def phrase_chart_figure(recipe: Recipe) -> Figure:
 
 
 def _shown_pairs(pairs: Sequence[Phrase], kind: str) -> list[Phrase]:
-    """A kind's pairs that a phrase chart shows, the most improved first; of many, those that changed the most."""
+    """The pairs of a kind that a phrase chart shows, the most improved first; of many, those that changed most."""
     shown = [pair for pair in pairs if pair.kind == kind]
     if len(pairs) > _MOST_PAIRS:
         shown = sorted(shown, key=lambda pair: -abs(_gain(pair)))[:_MOST_CHANGED]
@@ -228,15 +228,15 @@ def _shown_pairs(pairs: Sequence[Phrase], kind: str) -> list[Phrase]:
 
 
 def _gain(pair: Phrase) -> float:
-    """How far a pair moved in the direction it should."""
+    """The improvement of a pair's probability; negative if it got worse."""
     return (pair.after - pair.before) * (1 if pair.kind == "GOOD" else -1)
 
 
 def _draw_pairs(axes: Axes, pairs: Sequence[Phrase]) -> None:
-    """A row for every pair: a ring before, a dot after, a line between them, both figures beside it."""
+    """Draw a row for every pair: a ring before, a dot after, a line between them, both figures beside it."""
     rows = range(len(pairs))
-    before = [pair.before for pair in pairs]
-    after = [pair.after for pair in pairs]
+    base_probabilities = [pair.before for pair in pairs]
+    merge_probabilities = [pair.after for pair in pairs]
     colours = []
     labels = []
     for row, pair in enumerate(pairs):
@@ -247,9 +247,9 @@ def _draw_pairs(axes: Axes, pairs: Sequence[Phrase]) -> None:
         labels.append(f"{context} [{phrase}]".lstrip())
         figures = f"{brief_percent(pair.before)} → {brief_percent(pair.after)}"
         axes.text(1.02, row, figures, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
-    axes.hlines(rows, before, after, colours, linewidth=1.5, zorder=2)
-    axes.scatter(before, rows, s=25, color="white", edgecolors=DARK, zorder=3, clip_on=False)
-    axes.scatter(after, rows, s=25, color=colours, zorder=4, clip_on=False)
+    axes.hlines(rows, base_probabilities, merge_probabilities, colours, linewidth=1.5, zorder=2)
+    axes.scatter(base_probabilities, rows, s=25, color="white", edgecolors=DARK, zorder=3, clip_on=False)
+    axes.scatter(merge_probabilities, rows, s=25, color=colours, zorder=4, clip_on=False)
     axes.set_yticks(rows, labels, fontsize=8)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -258,7 +258,8 @@ def _draw_pairs(axes: Axes, pairs: Sequence[Phrase]) -> None:
 
 
 def _scale_probabilities(axes: Axes, values: Sequence[float]) -> None:
-    """Fit the axis of probabilities to the values, from zero on: linear or, beyond the smallest, logarithmic."""
+    """Fit the axis of probabilities to the values. It begins at zero; it is linear or, above the smallest value,
+    logarithmic."""
     positive = [value for value in values if value >= _LEAST]
     axes.set_xlabel("Probability")
     if positive and max(positive) > _LINEAR_SPAN * min(positive):

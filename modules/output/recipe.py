@@ -1,7 +1,6 @@
-"""The recipe: all that is needed to build a model again, in one file beside it.
+"""The recipe: all data that building a model again needs, in one file beside it.
 
-Knows: what the recipe holds, how it is read back, where its sources are looked for. Refuses to know: how a model is
-built.
+Knows: the recipe's fields, how it is read, where its sources are searched. Refuses to know: how a model is built.
 """
 
 import json
@@ -41,7 +40,7 @@ RECIPE_FILE = "merge_monster_recipe.json"
 
 
 class Recipe(Record):
-    """What docs/output.md explains, key by key."""
+    """A recipe. docs/output.md explains each key."""
 
     format: Literal[FORMAT]
     program: str
@@ -66,7 +65,7 @@ class Recipe(Record):
 
     @model_validator(mode="after")
     def _is_sound(self) -> Self:
-        # A number is missing where a candidate was given up before it could be opened.
+        # A number is missing if a candidate was given up before it could be opened.
         numbers = [source.number for source in self.sources]
         if numbers[:1] != [0] or numbers != sorted(set(numbers)):
             raise ValueError("its sources are not numbered from 0")
@@ -82,20 +81,20 @@ class Recipe(Record):
         return self
 
     def accepted_of(self, number: int) -> list[Decided]:
-        """The decisions that merged something of a candidate."""
+        """A candidate's accepted decisions."""
         return [line for line in self.decisions if line.candidate == number and line.ratio is not None]
 
     @property
     def needed_sources(self) -> list[Source]:
-        """The base and those candidates of which something was accepted."""
-        taken = {line.candidate for line in self.decisions if line.ratio is not None}
+        """The base and the candidates with accepted merges or weights."""
+        used_numbers = {line.candidate for line in self.decisions if line.ratio is not None}
         for row in self.joint.weights if self.joint else ():
-            taken |= {source.number for source, weight in zip(self.sources[1:], row, strict=True) if weight}
-        return [source for source in self.sources if source.number in (0, *taken)]
+            used_numbers |= {source.number for source, weight in zip(self.sources[1:], row, strict=True) if weight}
+        return [source for source in self.sources if source.number in (0, *used_numbers)]
 
     @property
     def needed_weights(self) -> list[list[float]]:
-        """Of a joint search, for each layer the weights of those candidates, in the same order."""
+        """The weights of a joint search, for each layer those of the needed candidates, in their order."""
         needed = self.needed_sources
         is_needed = [source in needed for source in self.sources[1:]]
         return [list(compress(row, is_needed)) for row in self.joint.weights]
@@ -114,7 +113,8 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe of this version, named itself or as the output that holds it. Raises ConfigError if it is none."""
+    """Read a recipe of this format. path: the recipe, or the output that contains it. Raises ConfigError if it is
+    none."""
     path = path / RECIPE_FILE if os.path.isdir(path) else path
     try:
         with naming(path), open_input(path, "utf-8") as file:
@@ -127,35 +127,35 @@ def read_recipe(path: Path) -> Recipe:
     except (ValueError, RecursionError) as error:
         reason = first_line(error)
         if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        what = f"not a recipe of format {FORMAT} ({reason})"
-        raise ConfigError(f"{path}: {what}; use the {RECIPE_FILE} of an output") from None
+            first_error = error.errors()[0]
+            reason = f"{'.'.join(map(str, first_error['loc']))}: {first_error['msg']}"
+        finding = f"not a recipe of format {FORMAT} ({reason})"
+        raise ConfigError(f"{path}: {finding}; use the {RECIPE_FILE} of an output") from None
     return recipe
 
 
 def folders_of(path: Path, folders: Sequence[Path] = ()) -> list[Path]:
-    """Where a recipe's local sources are looked for: in the given folders, in and beside the recipe's own, and here.
+    """The folders in which a recipe's local sources are searched: the given ones, its own and its parent, the current.
 
-    path: of the recipe, or of the output that holds it.
+    path: of the recipe, or of the output that contains it.
     """
     output = Path(os.path.abspath(path if os.path.isdir(path) else path.parent))
     return [*folders, output, output.parent, Path(os.path.abspath(""))]
 
 
 def folders_near(folders: Sequence[Path]) -> list[Path]:
-    """The folders in these and beside them: models often lie together in one of their own."""
-    near: list[Path] = []
+    """The folders inside and beside these folders: models are often kept together in one."""
+    nearby: list[Path] = []
     for folder in dict.fromkeys(folders):
-        for around in (folder, folder.parent):
-            with suppress(OSError):  # one that may not be read has no models to offer
-                near += sorted(path for path in around.iterdir() if path.is_dir())
-    return near
+        for parent in (folder, folder.parent):
+            with suppress(OSError):  # an unreadable folder offers no models
+                nearby += sorted(path for path in parent.iterdir() if path.is_dir())
+    return nearby
 
 
 def find_source(where: str, folders: Sequence[Path]) -> str | None:
-    """A recipe's source as a configuration names it: an id of the hub, or what has its name in one of the folders; both
-    for an adapter behind a plus. None if it is not there."""
+    """A recipe's source as a configuration names it: an id of the hub, or a path with its name in one of the folders.
+    An adapter is the two parts around a plus. None if it is not found."""
     splits = [[where]]
     for plus in re.finditer(r"\+", where):
         splits.append([where[: plus.start()], where[plus.end() :]])
@@ -174,21 +174,21 @@ def _find(name: str, folders: Sequence[Path]) -> str | None:
 
 
 def is_finished(config: Config, output: Path) -> bool:
-    """Whether an output is what a run of this configuration has written."""
+    """Whether a run of this configuration has written the output."""
     try:
         recipe = read_recipe(output / RECIPE_FILE)
-        now = run_of(with_texts(config, rendered_in(recipe.settings)), recipe.dtype)
+        current_run = run_of(with_texts(config, rendered_in(recipe.settings)), recipe.dtype)
     except (ConfigError, ValueError):
         return False
-    # What auto would compute in is not known before the models are opened.
-    begun = {"settings": recipe.settings, "device": recipe.device.partition(":")[0], "computed": None}
-    return not changes_between(now.model_copy(update=begun), now)
+    # The arithmetic that auto chooses is not known before the models are opened.
+    recorded_fields = {"settings": recipe.settings, "device": recipe.device.partition(":")[0], "computed": None}
+    return not changes_between(current_run.model_copy(update=recorded_fields), current_run)
 
 
 def read_outputs(outputs: Iterable[Path]) -> dict[str, Recipe]:
-    """The recipes of finished outputs by the outputs' names; each is given as its folder or as its recipe.
+    """Read the recipes of finished outputs, by the outputs' names. outputs: folders or recipes.
 
-    Raises ConfigError for the first that is none.
+    Raises ConfigError for the first that is no output.
     """
     recipes = {}
     for output in outputs:

@@ -1,8 +1,8 @@
-"""What the lines of a journal and the parts of a recipe are: types whose fields are checked when they are read.
+"""The lines of a journal and the parts of a recipe, as types whose fields are checked when they are read.
 
-Knows: names, types, limits. Refuses to know: files, in which order a run writes them.
+Knows: names, types, limits. Refuses to know: files, the order in which a run writes them.
 
-What was read is not always what was written: a disk or an editor may have changed it. No record holds a path.
+They are checked because a disk or an editor may have changed them. No record contains a path.
 """
 
 import math
@@ -40,7 +40,7 @@ Numbers = Annotated[tuple[Number, ...], Strict(False)]
 Rows = Annotated[tuple[Numbers, ...], Strict(False)]  # one for each layer, with a number for each candidate
 Metrics = dict[str, Number]  # by name
 ComputeDtype = Literal[COMPUTE_DTYPES[1:]]
-# JSON has no infinity: a probability of zero, whose logarithm that is, is written as null.
+# JSON has no infinity: minus infinity, the logarithm of a probability of zero, is written as null.
 LogProbability = Annotated[
     float,
     Field(lt=math.inf),
@@ -71,21 +71,21 @@ def _answers(value: Any) -> Answers:
 
 
 Settings = Annotated[Config, PlainValidator(_settings), PlainSerializer(Config.dumped)]
-Packed = Annotated[Packing, PlainValidator(_packing), PlainSerializer(asdict)]  # how phrases were packed for scores
+Packed = Annotated[Packing, PlainValidator(_packing), PlainSerializer(asdict)]  # how phrases were packed for scoring
 
 
 class Record(BaseModel):
-    """A mapping of a journal or a recipe; its fields are in the order in which they are written. Others are kept."""
+    """A mapping in a journal or a recipe. Its fields are in the order of writing. Unknown fields are kept."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     def written(self, *without: str) -> dict[str, Any]:
-        """The mapping as JSON has it; what has its default is left out."""
+        """The mapping as JSON values. Fields with default values are left out."""
         return self.model_dump(exclude=set(without), exclude_defaults=True)
 
 
 class Run(Record):
-    """How a run began, or in what it computes from here on."""
+    """How a run began, or the arithmetic in which it continues."""
 
     format: Literal[FORMAT]
     program: str
@@ -93,7 +93,7 @@ class Run(Record):
     settings: Settings
     device: str  # its type
     computed: ComputeDtype
-    neutral: str | None = None  # a digest of the texts, where trials are judged by their drift
+    neutral: str | None = None  # a digest of the texts, if trials are judged by their drift
 
 
 class Source(Record):
@@ -101,19 +101,19 @@ class Source(Record):
 
     number: Count
     name: str
-    where: str  # an id of the hub with its commit, or a folder's name; an adapter's behind a plus
+    where: str  # an id of the hub with its commit, or a folder's name; an adapter follows after a plus
     fingerprint: dict[str, Any]
 
 
 class Scored(Record):
-    """What was measured of a model: of the base, of a candidate taken whole, or of the merge after its turn."""
+    """The scores of a model: the base, a candidate taken whole, or the merge after a candidate."""
 
     number: Count  # of the source
     log_probabilities: LogProbabilities
     packing: Packed
     metrics: Metrics = {}
     weights: Numbers = ()  # signed; of the base
-    rounding: Numbers = ()  # how far it moves the probabilities; of the base, in half types
+    rounding: Numbers = ()  # by how much it changes the probabilities; of the base, in half types
     failure: str | None = None  # why the candidate was given up
 
 
@@ -133,26 +133,26 @@ class Decided(Record):
     note: str | None
     packing: Packed | None = None
     seconds: Number
-    computed: ComputeDtype | None = None  # what the run goes on in, if not in what it was taken in
+    computed: ComputeDtype | None = None  # the run's next arithmetic, if it is not that of the decision
 
     @property
     def decision(self) -> Decision:
-        """The decision as it was before it was written down."""
+        """The decision that this line records."""
         numbers = self.before, self.after, self.log_probabilities, self.metrics
         return Decision(self.model, self.layer, self.method, self.ratio, *numbers, self.warning, self.note)
 
 
 class Mixed(Record):
-    """A joint search: where its steps begin, how each metric changes there with each weight; what it has kept."""
+    """A joint search: its first weights, the gradient of each metric there, and its result."""
 
     start: Rows
     slopes: dict[str, Rows]  # of the total and of the metrics that are weighed
     weights: Rows = ()
-    steps: list[Metrics] = []  # what each began with, and its seconds
+    steps: list[Metrics] = []  # those before each step, and its seconds
 
 
 class Step(Record):
-    """A step of a joint search: the metrics that it began with, and what it has led to."""
+    """A step of a joint search: the metrics before it, and the state after it."""
 
     step: Count
     weights: Rows
@@ -164,7 +164,7 @@ class Step(Record):
 
 
 class Learned(Record):
-    """A step of learning: the metrics that it began with."""
+    """A step of learning: the metrics before it."""
 
     step: Count
     metrics: Metrics  # loss, total and, by text, drift
@@ -180,18 +180,18 @@ class Phrase(Record):
     weight: Number
     before: Number
     after: Number
-    rounding: Number = 0  # of the probabilities; only where a half type was computed in
+    rounding: Number = 0  # of the probabilities; only if the arithmetic is a half type
     chat: Chat | None = None
-    variants: Annotated[tuple[str, ...], Strict(False)] = ()  # of an any-of phrase, which shows them all
+    variants: Annotated[tuple[str, ...], Strict(False)] = ()  # of an any-of phrase; `phrase` shows them all
 
     @property
     def shown(self) -> str:
-        """The context as people read it."""
+        """The context for display."""
         return self.context if self.chat is None else str(self.chat)
 
 
 class Sample(Record):
-    """A prompt, and what the base and the merge have answered."""
+    """A prompt, and the answers of base and merge."""
 
     prompt: str
     base: str
@@ -200,13 +200,13 @@ class Sample(Record):
 
 
 class Answered(Record):
-    """What the base has answered to prompts."""
+    """The base's answers to prompts."""
 
     answers: Annotated[Answers, PlainValidator(_answers), PlainSerializer(asdict)]
 
 
 class OnTasks(Record):
-    """What the base scores on tasks of lm_eval."""
+    """The base's scores on tasks of lm_eval."""
 
     metrics: Metrics
 

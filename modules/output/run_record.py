@@ -1,8 +1,8 @@
-"""What a run writes down and reads back: settings, sources, decisions, scores; the journal while it works, the recipe
-when it is done.
+"""Records a run: settings, sources, decisions, scores. It keeps the journal during the run, and makes the recipe at its
+end.
 
-Knows: what each line holds, which line may follow which. Refuses to know: how a decision is taken or carried out, files
-other than its own.
+Knows: the fields of each line, which line may follow which. Refuses to know: how a decision is taken or carried out,
+files other than its own.
 """
 
 import os
@@ -29,34 +29,33 @@ ScoredPairs = tuple[Sequence[Pair], Sequence[float], Sequence[float], Sequence[f
 
 
 class RunRecord:
-    """A run's journal, in terms of what happens in a run. Candidates are numbered from 1; the base is number 0."""
+    """A run's journal, in the terms of a run. Candidates are numbered from 1; the base is number 0."""
 
-    packing: Packing | None = None  # how the phrases were packed for the last scores that are noted
-    computed: str | None = None  # what is computed in by now
+    packing: Packing | None = None  # of the phrases, for the last noted scores
+    computed: str | None = None  # the name of the present arithmetic
 
     def __init__(self, journal: Journal, config: Config, computed: str) -> None:
-        """Begin a journal, or go on with one. Raises ConfigError, saying what has changed, if it is another run's, or
-        naming the line that no run can have written.
+        """Begin a journal, or continue one. computed: the name of the arithmetic.
 
-        computed: what is computed in.
+        Raises ConfigError if the journal is another run's (it says what has changed), or if a line is damaged.
         """
         self.journal = journal
-        self._now = run_of(config, computed)
+        self._current_run = run_of(config, computed)
         self._lines: dict[str, list[Any]] = {kind: [] for kind in LINES}
         self._folders: list[tuple[str, str]] = []  # of the sources, and their names
         if journal.records:
-            self._read(config)
+            self._load(config)
         if self.computed != computed:
-            self.note("run", **dict(self._now))
+            self.note("run", **dict(self._current_run))
 
-    def _read(self, config: Config) -> None:
-        """Take over what the journal has."""
+    def _load(self, config: Config) -> None:
+        """Load the journal's lines. Raises ConfigError."""
         records = self.journal.records
         path = self.journal.path
-        begun = begun_run(records)
-        if begun is None:
+        earlier_run = begun_run(records)
+        if earlier_run is None:
             raise damaged(path, 1)
-        refuse_changes(begun, self._now, path)
+        refuse_changes(earlier_run, self._current_run, path)
         for number, record in enumerate(records, start=1):
             kind = record["kind"]
             fields = {key: value for key, value in record.items() if key != "kind"}
@@ -69,12 +68,12 @@ class RunRecord:
             self._add(kind, line)
 
     def _may_follow(self, kind: str, line: Record, config: Config) -> bool:
-        """Whether a run of this configuration can have written a line behind those that are known. If not, the rest of
-        the run would not be what it was."""
+        """Whether a run of this configuration can have written a line after the lines so far. If not, resuming would
+        give another result than the run."""
         if kind == "step":
-            begun = [list(map(len, joint.start)) for joint in self._lines["joint"]]
+            start_form = [list(map(len, joint.start)) for joint in self._lines["joint"]]
             forms = [list(map(len, rows)) for rows in (line.weights, line.mean, line.square)]
-            return line.step == len(self._lines["step"]) + 1 and forms == begun * 3
+            return line.step == len(self._lines["step"]) + 1 and forms == start_form * 3
         if kind == "learned":
             return line.step == len(self._lines["learned"]) + 1
         if isinstance(line, Scored | Decided) and len(line.log_probabilities) != len(config.pairs):
@@ -83,12 +82,12 @@ class RunRecord:
             is_of_pairs = len(line.weights) == len(config.pairs) and len(line.rounding) in (0, len(config.pairs))
             return is_of_pairs and bool(self._lines["answers"])
         if isinstance(line, Decided):
-            earlier = sum(other.candidate == line.candidate for other in self._lines["decision"])
-            turn, method = divmod(earlier, len(config.merge_method))
+            earlier_count = sum(decision.candidate == line.candidate for decision in self._lines["decision"])
+            turn, method = divmod(earlier_count, len(config.merge_method))
             layers = dict(enumerate(config.layers)) if config.layers else {turn: turn}
             expected = [(layers.get(turn, -1), config.merge_method[method]), (None, "lerp")]
-            begun = self.line("source", line.candidate) and self._lines["start"]
-            return bool(begun) and (line.layer, line.method) in expected
+            is_begun = self.line("source", line.candidate) and self._lines["start"]
+            return bool(is_begun) and (line.layer, line.method) in expected
         return True
 
     def _add(self, kind: str, line: Record) -> None:
@@ -97,7 +96,7 @@ class RunRecord:
         self.computed = getattr(line, "computed", None) or self.computed
 
     def note(self, kind: str, **fields: Any) -> Any:
-        """Write down a line; it is on the disk when this returns. What it tells of folders, it tells by their names.
+        """Write a line; it is on the disk when this returns. Its messages contain names of folders, not their paths.
 
         kind, fields: see LINES. Returns the line. Raises OSError if it can't be written.
         """
@@ -114,48 +113,48 @@ class RunRecord:
         return self._lines[kind]
 
     def line(self, kind: str, number: int) -> Any | None:
-        """The line of a kind that is about a source; None if there is none yet."""
+        """A source's line of a kind; None if there is none yet."""
         return next((line for line in self._lines[kind] if line.number == number), None)
 
     def decisions(self, number: int) -> list[Decision]:
-        """What was decided on a candidate."""
+        """The decisions on a candidate."""
         return [line.decision for line in self._lines["decision"] if line.candidate == number]
 
     def decided(self, number: int, decision: Decision, **fields: Any) -> None:
-        """Note a decision on a candidate; fields: what else there is to say of it."""
+        """Note a decision on a candidate. fields: further fields of the line."""
         self.note("decision", candidate=number, **asdict(decision), **fields)
 
     @property
     def was_widened(self) -> bool:
-        """Whether the run began in a type that was too narrow."""
+        """Whether the run began in an arithmetic that was too narrow."""
         return self.computed != self._lines["run"][0].computed
 
     def warnings(self, packing: Packing) -> list[str]:
-        """What may keep the rest of the run from being what it would have been without the break.
+        """Warnings about changes since the run began that may change the last digits of its result.
 
-        packing: that it goes on with.
+        packing: with which the run continues.
         """
-        begun = self._lines["run"][0]
-        before = {**begun.libraries, "device": begun.device}
+        first_run = self._lines["run"][0]
+        earlier_versions = {**first_run.libraries, "device": first_run.device}
         changes = []
-        for name, value in {**self._now.libraries, "device": self._now.device}.items():
-            if before.get(name) != value:
-                changes.append(f"the run started with {name} {before.get(name)}, but this is {value}")
+        for name, value in {**self._current_run.libraries, "device": self._current_run.device}.items():
+            if earlier_versions.get(name) != value:
+                changes.append(f"the run started with {name} {earlier_versions.get(name)}, but this is {value}")
         if self.packing != packing:
             changes.append(f"phrases were scored as {self.packing} before, but now as {packing}")
         return [f"{change}; the last digits may differ" for change in changes]
 
     def source(self, number: int, where: str, checkpoint: Checkpoint) -> Source:
-        """Note a model, or compare it with what was noted; where: whole paths, ids of the hub.
+        """Note a model, or compare it with the noted one. where: full paths, ids of the hub.
 
-        Returns what is noted. Raises ConfigError if it is another one.
+        Returns the noted source. Raises ConfigError if the model is another one.
         """
         for folder in (*parts_of(where), str(checkpoint.path), os.path.realpath(checkpoint.path)):
             self._folders.append((folder, checkpoint.name))
         noted = self.line("source", number)
         if noted:
-            trouble = f"has changed since {self.journal.path} was started; start over with --restart"
-            compare_fingerprints(noted, checkpoint, trouble)
+            complaint = f"has changed since {self.journal.path} was started; start over with --restart"
+            compare_fingerprints(noted, checkpoint, complaint)
             return noted
         return self.note(
             "source",
@@ -169,7 +168,7 @@ class RunRecord:
         self,
         pairs: Sequence[Pair],
         weights: Sequence[float],
-        scores_now: Sequence[float],
+        final_scores: Sequence[float],
         composition: Weights,
         metrics: Mapping[str, Metrics],
         held_out: ScoredPairs,
@@ -178,32 +177,32 @@ class RunRecord:
         seconds: Mapping[str, float],
         mix: Rows = (),
     ) -> Recipe:
-        """Everything that another person needs to build the same model and to see what it is; see docs/output.md.
+        """Make the recipe: all that others need to build the same model and to judge it; see docs/output.md.
 
-        metrics: of base and merge. held_out: the pairs that were, maybe none. model: device, compute and saved dtype.
+        metrics: of base and merge. held_out: the held-out pairs, maybe none. model: device, compute and saved dtype.
         seconds: by phase; those of the search are in the journal. mix: the weights of a joint search.
         """
-        begun = self._lines["run"][0]
+        first_run = self._lines["run"][0]
         start = self._lines["start"][0]
-        ends = self._lines["candidate"]
+        candidate_lines = self._lines["candidate"]
         joint = None
         if mix:
             steps = [line.metrics | {"seconds": line.seconds} for line in self._lines["step"]]
             joint = self._lines["joint"][0].model_copy(update={"weights": mix, "steps": steps})
         lines = [*self._lines["decision"], *self._lines["step"]]
         return Recipe(
-            format=begun.format,
-            program=begun.program,
-            libraries=begun.libraries,
-            settings=begun.settings,
+            format=first_run.format,
+            program=first_run.program,
+            libraries=first_run.libraries,
+            settings=first_run.settings,
             **model,
             sources=self._lines["source"],
             decisions=[line.written("packing", "computed") for line in self._lines["decision"]],
-            failures={str(line.number): line.failure for line in ends if line.failure},
-            phrases=_phrases(pairs, weights, start.log_probabilities, scores_now, start.rounding),
+            failures={str(line.number): line.failure for line in candidate_lines if line.failure},
+            phrases=_phrases(pairs, weights, start.log_probabilities, final_scores, start.rounding),
             held_out=_phrases(*held_out),
             metrics=dict(metrics),
-            metrics_after={str(line.number): line.metrics for line in ends if line.metrics},
+            metrics_after={str(line.number): line.metrics for line in candidate_lines if line.metrics},
             baselines={str(line.number): line.metrics for line in self._lines["baseline"]},
             rounding=total_rounding(weights, start.rounding) if start.rounding else 0.0,
             joint=joint,
@@ -214,9 +213,9 @@ class RunRecord:
 
 
 def begun_run(records: Sequence[Line]) -> Run | None:
-    """How the run began that goes on from these lines of a journal, with what it computes in by now.
+    """The first line of a run, from the lines of its journal, but with its present arithmetic.
 
-    None if that can't be told: whoever reads them says why.
+    None if the lines are damaged: the code that reads them says why.
     """
     computed = [record["computed"] for record in records if record.get("computed")]
     try:
@@ -228,15 +227,17 @@ def begun_run(records: Sequence[Line]) -> Run | None:
 def _phrases(
     pairs: Sequence[Pair],
     weights: Sequence[float],
-    start: Sequence[float],
-    now: Sequence[float],
+    initial: Sequence[float],
+    final: Sequence[float],
     rounding: Sequence[float] = (),
 ) -> list[Phrase]:
-    """Pairs with their signed weights and probabilities, from log-probabilities before and after, and their rounding,
-    if it is known."""
+    """The pairs with signed weights and probabilities. initial, final: joint log-probabilities. rounding: of the
+    probabilities, if it is known."""
     phrases = []
     roundings = rounding or [0.0] * len(pairs)
-    for pair, weight, before, after, least in zip(pairs, weights, start, now, roundings, strict=True):
-        fields = pair.written() | {"weight": weight, "rounding": least}
-        phrases.append(Phrase(**fields, before=probability(before), after=probability(after)))
+    for pair, weight, initial_value, final_value, pair_rounding in zip(
+        pairs, weights, initial, final, roundings, strict=True
+    ):
+        fields = pair.written() | {"weight": weight, "rounding": pair_rounding}
+        phrases.append(Phrase(**fields, before=probability(initial_value), after=probability(final_value)))
     return phrases

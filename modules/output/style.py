@@ -1,4 +1,4 @@
-"""What all pictures have in common: fonts, colours, how models are named, how a file is written.
+"""The common style of all pictures: fonts, colours, models' names, writing the file.
 
 Knows: looks and wording. Refuses to know: what a picture shows.
 """
@@ -24,7 +24,7 @@ WORSE = "#D55E00"
 SAME = "#888888"
 DARK = "#444444"
 
-# Scripts that matplotlib's own font lacks; of these fonts, those that the machine has stand in.
+# Fonts for scripts that matplotlib's own font lacks; those that the machine has are used.
 _MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "Hiragino Sans", "Arial Unicode MS")
 
 # Pictures look the same whatever the user's matplotlibrc says, and a $ in a model's name is a $.
@@ -46,13 +46,13 @@ STYLE: list[str | dict[str, Any]] = [
     },
 ]
 
-_LETTERS = 7  # of a title that fit into an inch, however wide they are
+_LETTERS = 7  # of a title per inch, even of the widest
 _MOST_NAMES = 8  # candidates that a title names
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The style of all pictures, while one is made or written."""
+    """Apply the style of all pictures while one is drawn or written."""
     with style.context(STYLE), warnings.catch_warnings():
         # A character that no font has is drawn as a box, which says enough.
         warnings.filterwarnings("ignore", "Glyph .* missing")
@@ -66,19 +66,19 @@ def save_figure(figure: Figure, file: str | Path) -> None:
 
 
 def percent(value: float, _: Any = None) -> str:
-    """A share as a percentage of up to three digits."""
+    """A fraction as a percentage with up to three digits."""
     return f"{value * 100:.3g}%"
 
 
 def short_name(model: str) -> str:
-    """A model's name on one line, its middle left out if it is long."""
+    """A model's name on one line; a long one is shortened in its middle."""
     return shortened(one_line(model), 32, "both")
 
 
-def title_of(what: str, models: Sequence[str], width: float) -> str:
-    """What a picture of so many inches shows, and of which models."""
+def title_of(subject: str, models: Sequence[str], width: float) -> str:
+    """A picture's title: its subject and the models. width: of the picture, in inches."""
     base, *candidates = models
     names = [short_name(model) for model in candidates[:_MOST_NAMES]]
     names += [f"{len(candidates) - len(names)} more"] if len(names) < len(candidates) else []
-    text = f"{what}: {short_name(base)}" + (f" + {', '.join(names)}" if names else "")
+    text = f"{subject}: {short_name(base)}" + (f" + {', '.join(names)}" if names else "")
     return textwrap.fill(text, int(width * _LETTERS), break_on_hyphens=False)

@@ -1,4 +1,4 @@
-"""Text files that somebody asked for by name: refused where something else stands, and written whole or not at all.
+"""Text files that the user names: refused if they would replace something, and written completely or not at all.
 
 Knows: paths, links. Refuses to know: what is in the files.
 """
@@ -14,15 +14,15 @@ from modules.runtime.input_files import check_is_file, no_file
 
 
 def check_file(option: str, path: Path, overwrite: bool) -> None:
-    """Raise ConfigError, naming the option, if a file can't be written, or something stands there that may not be
-    replaced. Of a link, what it leads to is the file."""
-    trouble = unusable(path) or unusable(_partial(path)) or _trouble(real_path(path), overwrite)
-    if trouble:
-        raise ConfigError(f"{option} {path}: can't be written ({trouble})")
+    """Raise ConfigError, naming the option, if a file can't be written, or would replace something without
+    permission. Links are followed."""
+    problem = unusable(path) or unusable(_partial(path)) or _problem(real_path(path), overwrite)
+    if problem:
+        raise ConfigError(f"{option} {path}: can't be written ({problem})")
 
 
-def _trouble(file: Path, overwrite: bool) -> str | None:
-    """Why a file can't be written, if it can't."""
+def _problem(file: Path, overwrite: bool) -> str | None:
+    """Why a file can't be written; None if it can."""
     kind = no_file(file)
     if kind or file.is_dir():
         return f"it is {kind or 'a folder'}"
@@ -39,22 +39,22 @@ def _trouble(file: Path, overwrite: bool) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, or what a link leads to. It is there, and on the disk, as a whole or, if writing fails, as it was
-    before. Raises OSError, naming the path, if it can't be written."""
+    """Write a file; links are followed. When this returns, the file is complete and on the disk. If writing fails, the
+    old file is unchanged. Raises OSError, naming the path, if it can't be written."""
     file = real_path(path)
     partial = _partial(file)
     try:
-        check_is_file(file)  # it may have become something else since it was checked
+        check_is_file(file)  # it may have been replaced by something else since the check
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         sync(partial)
         partial.replace(file)
         sync(file.parent)
-    except OSError as error:  # by the name that the person knows
+    except OSError as error:  # with the path that the user gave
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _partial(path: Path) -> Path:
-    """Where a file is written until it is complete. What a killed run leaves there is written over."""
+    """The path of a file until it is complete. What a killed run left there is overwritten."""
     return path.with_name(f".{path.name}.partial-merge-monster") if path.name else path

@@ -1,6 +1,6 @@
-"""A recipe written as a file for mergekit, on demand.
+"""Writes a recipe as a file for mergekit, on demand.
 
-Knows: the order of the steps. Refuses to know: what mergekit can't be told, its YAML.
+Knows: the order of the steps. Refuses to know: what mergekit can't express, its YAML.
 """
 
 from modules.checkpoints.checkpoint import Checkpoint
@@ -16,17 +16,17 @@ from modules.run.steps import prepare_libraries
 from modules.runtime.console import Console
 
 
-def export_mergekit(asked: Replay, console: Console) -> None:
-    """Write what a recipe did as a file for mergekit. asked: its output is the file.
+def export_mergekit(request: Replay, console: Console) -> None:
+    """Write a recipe's merge as a file for mergekit. request: its output is the file.
 
-    Raises ConfigError for what mergekit can't be told, or would make something else of.
+    Raises ConfigError for what mergekit can't express, or would compute differently.
     """
-    recipe = recipe_of(asked)
-    check_file("--export-mergekit", asked.output, asked.overwrite)
+    recipe = recipe_of(request)
+    check_file("--export-mergekit", request.output, request.overwrite)
     check_sums(recipe)
-    config = opened_with(asked, recipe)
+    config = opened_with(request, recipe)
     prepare_libraries(config.random_seed)
-    check_apart([asked.output], [asked.recipe, *input_paths(config)])
+    check_apart([request.output], [request.recipe, *input_paths(config)])
     loader = ModelLoader(config, console, compute=Arithmetic.named(recipe.dtype))
     models = loader.open()
     needed = candidates_of(recipe, models)
@@ -35,10 +35,10 @@ def export_mergekit(asked: Replay, console: Console) -> None:
     for source, candidate in needed:
         check_source(source, candidate.checkpoint)
         names[source.number] = _readable(candidate.where, candidate.checkpoint)
-    write_text(asked.output, exported(recipe, models.base, needed, loader.layout(models), names))
-    console.final(f"Wrote {asked.output}; its first line is the mergekit command")
+    write_text(request.output, exported(recipe, models.base, needed, loader.layout(models), names))
+    console.final(f"Wrote {request.output}; its first line is the mergekit command")
 
 
 def _readable(where: str, checkpoint: Checkpoint) -> str:
-    """Where mergekit finds a model: a GGUF file, as the folder that was made of it."""
+    """Where mergekit finds a model. For a GGUF file this is the folder it was converted to."""
     return str(checkpoint.path) if where.lower().endswith(GGUF) else where

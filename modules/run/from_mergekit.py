@@ -1,6 +1,6 @@
-"""A mergekit configuration as a configuration of ours: its models, and its weights, from which joint search starts.
+"""Converts a mergekit configuration to one of ours: its models, and its weights, from which joint search starts.
 
-Knows: what mergekit's YAML says of linear, task_arithmetic, ties and dare merges, where it looks a parameter up.
+Knows: mergekit's YAML for linear, task_arithmetic, ties and dare merges, where mergekit looks a parameter up.
 Refuses to know: tensors, how a search goes on.
 
 mergekit looks a parameter up in the source, its slice and the whole file, in this order, for each tensor by its name
@@ -32,15 +32,15 @@ from modules.runtime.text import listed, ranges
 from modules.search.joint import start_of
 
 METHODS = {"linear": "lerp", "task_arithmetic": "lerp", "ties": "ties", "dare_linear": "dare", "dare_ties": "dare"}
-NORMALIZED = ("linear", "ties")  # methods that divide weights by their sum unless they are told otherwise
-TAKEN = ("weight", "density", "normalize", "lambda")  # parameters
+NORMALIZED = ("linear", "ties")  # methods that divide weights by their sum unless normalize is false
+TAKEN = ("weight", "density", "normalize", "lambda")  # parameters that are taken over
 DECIMALS = 4  # of a weight
 SAME = 1e-6  # weights that differ by less are the same
 PHRASES = "example_phrases/fiction-cliches.yaml"
 
 
 class Part(BaseModel):
-    """What has parameters in mergekit's YAML."""
+    """A part of mergekit's YAML that has parameters."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     parameters: dict[str, Any] = {}
@@ -70,8 +70,8 @@ class Merge(Part):
 
 
 @dataclass(frozen=True)
-class Place:
-    """A tensor, the slice that it is in, and how far its layer is from the slice's first, 0, to its last, 1."""
+class Position:
+    """A tensor, its slice, and the depth of its layer within the slice: 0 is the first layer, 1 the last."""
 
     tensor: str
     slice: Slice
@@ -80,7 +80,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Names:
-    """Of a base's tensors; empty where no filter asks for them."""
+    """Names of a base's tensors; empty where no list or filter needs them."""
 
     layers: Sequence[Sequence[str]] = ()  # the matrices of each layer
     embedding: str = ""
@@ -88,10 +88,10 @@ class Names:
 
 
 def convert(file: Path, output: Path | None, overwrite: bool = False) -> None:
-    """Write a mergekit configuration as one of ours, to the output or, without one, to standard output.
+    """Write a mergekit configuration as one of ours, to the output or, if that is None, to standard output.
 
-    Raises ConfigError for what is no such configuration, or can't be taken over; CheckpointError if the base, whose
-    number of layers may be needed, can't be read.
+    Raises ConfigError for a file that is no mergekit configuration or can't be taken over; CheckpointError if the
+    base can't be read (its number of layers may be needed).
     """
     if output:
         check_file("--output", output, overwrite)
@@ -110,23 +110,23 @@ def convert(file: Path, output: Path | None, overwrite: bool = False) -> None:
 
 
 def converted(file: Path) -> tuple[str, list[str]]:
-    """The configuration as YAML, and a line for each thing that could not be taken over as it is."""
-    merge = _read(file)
+    """The configuration as YAML, and a note for each setting that was changed or ignored."""
+    merge = _read_merge(file)
     slices = merge.slices or [Slice(sources=merge.models)]
     base, notes = _base_of(file, merge, slices)
-    models = dict.fromkeys(source.model for one in slices for source in one.sources)
+    models = dict.fromkeys(source.model for layer_slice in slices for source in layer_slice.sources)
     candidates = [model for model in models if model != base]
     if not candidates:
         raise ConfigError(f"{file}: no model beside the base {base}")
-    places = _places(file, merge, slices, base)
+    layer_positions = _positions(file, merge, slices, base)
     try:
         weights = _Weights(merge, base, candidates)
-        rows = [weights.row(row) for row in places]
-        densities = weights.densities([place for row in places for place in row])
+        rows = [weights.row(row) for row in layer_positions]
+        densities = weights.densities([position for row in layer_positions for position in row])
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
-    notes += [*weights.notes, *_left_out(merge, slices)]
-    start = [_written(entry) for entry in start_of(rows, mixes_outside=True)]
+    notes += [*weights.notes, *_note_of_ignored_keys(merge, slices)]
+    start = [_yaml_entry(entry) for entry in start_of(rows, mixes_outside=True)]
     settings: dict[str, Any] = {
         "directories": {"model_path1": base, "output_directory": "merged"},
         "models_to_merge": candidates,
@@ -146,7 +146,7 @@ def converted(file: Path) -> tuple[str, list[str]]:
     return yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=110), notes
 
 
-def _read(file: Path) -> Merge:
+def _read_merge(file: Path) -> Merge:
     """Raises ConfigError."""
     document = read_yaml(file, "name a mergekit configuration").value
     if not isinstance(document, Mapping) or "merge_method" not in document:
@@ -157,16 +157,16 @@ def _read(file: Path) -> Merge:
     try:
         merge = Merge.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        first_error = error.errors()[0]
+        raise ConfigError(f"{file}: {'.'.join(map(str, first_error['loc']))}: {first_error['msg']}") from None
     if bool(merge.models) == bool(merge.slices):
         raise ConfigError(f"{file}: expected either models or slices")
     return merge
 
 
 def _base_of(file: Path, merge: Merge, slices: Sequence[Slice]) -> tuple[str, list[str]]:
-    """The base and, if the file does not name it, a line about that. Raises ConfigError."""
-    bases = {merge.base_model, *(one.base_model for one in slices)} - {None}
+    """The base, and a note if the file does not name it. Raises ConfigError."""
+    bases = {merge.base_model, *(layer_slice.base_model for layer_slice in slices)} - {None}
     if len(bases) > 1:
         raise ConfigError(f"{file}: more than one base model: {', '.join(sorted(bases))}")
     if bases:
@@ -177,32 +177,37 @@ def _base_of(file: Path, merge: Merge, slices: Sequence[Slice]) -> tuple[str, li
     return base, [f"base_model is missing; the first model, {base}, is the base."]
 
 
-def _places(file: Path, merge: Merge, slices: Sequence[Slice], base: str) -> list[list[Place]]:
-    """Each layer's tensors and, last, those outside the layers; no layer where one number holds for all.
+def _positions(file: Path, merge: Merge, slices: Sequence[Slice], base: str) -> list[list[Position]]:
+    """The positions of each layer's tensors and, last, of those outside; no layer if one number holds for all.
 
-    Raises ConfigError if the slices are not those of one model, layer by layer.
+    Raises ConfigError if the slices are not the base's layers in order.
     """
-    parts = [merge, *slices, *(source for one in slices for source in one.sources)]
+    parts = [merge, *slices, *(source for layer_slice in slices for source in layer_slice.sources)]
     is_plain = all(is_number(part.parameters.get(key, 0)) for part in parts for key in TAKEN[:2])
     names = Names() if is_plain else _names_of(file, base)
     spans = [range(len(names.layers))] if merge.models else []
-    for number, one in enumerate(merge.slices):
+    for number, layer_slice in enumerate(merge.slices):
         begin = spans[-1].stop if spans else 0
-        first, *others = [source.layer_range for source in one.sources]
-        most = MOST_LAYERS if is_plain else len(names.layers)
-        if first is None or first[0] != begin or not begin < first[1] <= most or {*others} - {first}:
+        first_range, *other_ranges = [source.layer_range for source in layer_slice.sources]
+        layer_limit = MOST_LAYERS if is_plain else len(names.layers)
+        if (
+            first_range is None
+            or first_range[0] != begin
+            or not begin < first_range[1] <= layer_limit
+            or {*other_ranges} - {first_range}
+        ):
             raise ConfigError(
                 f"{file}: slices[{number}]: expected layer_range [{begin}, END] for all its sources, since the base's "
                 "layers keep their order"
             )
-        spans.append(range(*first))
-    places = []
-    for one, span in zip(slices, spans, strict=True):
+        spans.append(range(*first_range))
+    positions = []
+    for layer_slice, span in zip(slices, spans, strict=True):
         for layer in span:
             depth = (layer - span.start) / (len(span) - 1) if len(span) > 1 else 1.0
             tensors = [""] if is_plain else names.layers[layer]
-            places.append([Place(name, one, depth) for name in tensors])
-    return [*places, [Place(names.embedding, slices[0], 0.0), Place(names.head, slices[-1], 1.0)]]
+            positions.append([Position(name, layer_slice, depth) for name in tensors])
+    return [*positions, [Position(names.embedding, slices[0], 0.0), Position(names.head, slices[-1], 1.0)]]
 
 
 def _names_of(file: Path, base: str) -> Names:
@@ -215,14 +220,14 @@ def _names_of(file: Path, base: str) -> Names:
     prefix, layers = find_layers(module)
     matrices = []
     for number, layer in enumerate(layers):
-        inside = [name for name, parameter in layer.named_parameters() if parameter.ndim > 1]
-        matrices.append([f"{prefix}.{number}.{name}" for name in inside])
+        matrix_names = [name for name, parameter in layer.named_parameters() if parameter.ndim > 1]
+        matrices.append([f"{prefix}.{number}.{name}" for name in matrix_names])
     embedding, head = header_names(module)
     return Names(matrices, embedding, head or embedding)
 
 
 class _Weights:
-    """The candidates' weights, tensor by tensor; what joint search can't have is noted."""
+    """The candidates' weights, tensor by tensor. `notes` names what joint search can't express."""
 
     def __init__(self, merge: Merge, base: str, candidates: Sequence[str]) -> None:
         self.merge = merge
@@ -230,12 +235,12 @@ class _Weights:
         self.candidates = candidates
         self.notes: dict[str, None] = {}  # a line for each thing that was changed
 
-    def row(self, places: Sequence[Place]) -> list[float]:
-        """One weight for each candidate: the mean of some tensors. Raises ValueError for a wrong parameter."""
+    def row(self, positions: Sequence[Position]) -> list[float]:
+        """One weight for each candidate: its mean over these tensors. Raises ValueError for a wrong parameter."""
         row = []
-        found = [self._at(place) for place in places]
+        tensor_weights = [self._weights_at(position) for position in positions]
         for candidate in self.candidates:
-            weights = [one.get(candidate, 0.0) for one in found]
+            weights = [model_weights.get(candidate, 0.0) for model_weights in tensor_weights]
             mean = fmean(weights)
             if max(weights) - min(weights) > SAME:
                 self.notes[f"{candidate}: a layer has one weight, the mean of what filters say of its tensors."] = None
@@ -244,23 +249,23 @@ class _Weights:
             row.append(round(min(1.0, max(0.0, mean)), DECIMALS))
         return row
 
-    def densities(self, places: Sequence[Place]) -> list[float]:
-        """Of each tensor and each model beside the base. Raises ValueError for a wrong parameter."""
-        found = []
-        for place in places:
-            for source in place.slice.sources:
-                density = self.parameter("density", place, source)
-                found += [] if source.model == self.base else [1.0 if density is None else density]
-        return found or [1.0]
+    def densities(self, positions: Sequence[Position]) -> list[float]:
+        """The density of each tensor in each model but the base. Raises ValueError for a wrong parameter."""
+        all_densities = []
+        for position in positions:
+            for source in position.slice.sources:
+                density = self.parameter("density", position, source)
+                all_densities += [] if source.model == self.base else [1.0 if density is None else density]
+        return all_densities or [1.0]
 
-    def _at(self, place: Place) -> dict[str, float]:
-        """What a tensor has of each model, by the method's rule."""
+    def _weights_at(self, position: Position) -> dict[str, float]:
+        """Each model's weight in a tensor, by the method's rule."""
         method = self.merge.merge_method
         weights: dict[str, float] = {}
-        for source in place.slice.sources:
+        for source in position.slice.sources:
             if source.model == self.base and method != "linear":
                 continue
-            weight = self.parameter("weight", place, source)
+            weight = self.parameter("weight", position, source)
             if weight is None and source.model != self.base:
                 raise ValueError(f"weight of {source.model}: missing")
             weights[source.model] = weights.get(source.model, 0.0) + (weight or 0.0)
@@ -271,33 +276,33 @@ class _Weights:
         if method == "linear" and abs(total * factor - 1) > SAME:
             self.notes["weights don't add up to 1; the base gets the rest."] = None
         if method != "linear":
-            lambda_factor = self.parameter("lambda", place)
+            lambda_factor = self.parameter("lambda", position)
             factor *= 1.0 if lambda_factor is None else lambda_factor
         return {model: weight * factor for model, weight in weights.items()}
 
-    def parameter(self, name: str, place: Place, source: Source | None = None) -> float | None:
-        """What the file says of a tensor; None if nothing. Raises ValueError for what is no number."""
-        for part in filter(None, (source, place.slice, self.merge)):
-            value = _value(name, part.parameters.get(name), place)
+    def parameter(self, name: str, position: Position, source: Source | None = None) -> float | None:
+        """A tensor's value of a parameter; None if the file gives none. Raises ValueError if it is no number."""
+        for part in filter(None, (source, position.slice, self.merge)):
+            value = _value(name, part.parameters.get(name), position)
             if value is not None:
                 return value
         return None
 
 
-def _value(name: str, setting: Any, place: Place) -> float | None:
-    """A parameter's value for a tensor: a number, a gradient, or what the first filter says that fits its name."""
+def _value(name: str, setting: Any, position: Position) -> float | None:
+    """A parameter's value for a tensor: a number, a gradient, or the value of the first filter that fits its name."""
     conditions = setting if isinstance(setting, list) else [setting]
-    if isinstance(setting, Mapping) or any(isinstance(one, Mapping) for one in conditions):
-        for one in conditions:
-            text = one.get("filter", "*") if isinstance(one, Mapping) else None
-            if text == "*" or (isinstance(text, str) and text in place.tensor):
-                return _gradient(name, one.get("value"), place.depth)
+    if isinstance(setting, Mapping) or any(isinstance(condition, Mapping) for condition in conditions):
+        for condition in conditions:
+            text = condition.get("filter", "*") if isinstance(condition, Mapping) else None
+            if text == "*" or (isinstance(text, str) and text in position.tensor):
+                return _gradient(name, condition.get("value"), position.depth)
         return None
-    return None if setting is None else _gradient(name, setting, place.depth)
+    return None if setting is None else _gradient(name, setting, position.depth)
 
 
 def _gradient(name: str, value: Any, depth: float) -> float:
-    """A number, or what lies at a depth between the numbers of a list. Raises ValueError if it is neither."""
+    """A number as it is, or a list's value interpolated at a depth. Raises ValueError if it is neither."""
     numbers = value if isinstance(value, list) else [value]
     if not numbers or not all(map(is_number, numbers)):
         raise ValueError(f"{name}: {shown(value)}: expected a number, a list of numbers, or filters with such values")
@@ -307,18 +312,18 @@ def _gradient(name: str, value: Any, depth: float) -> float:
     return numbers[low] + (position - low) * (numbers[high] - numbers[low])
 
 
-def _written(entry: StartWeight) -> dict[str, Any]:
-    """An entry of joint.start as YAML has it."""
-    written: dict[str, Any] = {"candidate": entry.candidate, "weight": entry.weight}
+def _yaml_entry(entry: StartWeight) -> dict[str, Any]:
+    """An entry of joint.start as plain values for YAML."""
+    fields: dict[str, Any] = {"candidate": entry.candidate, "weight": entry.weight}
     if entry.layers is not None:
         parts = [int(part) if part.isdecimal() else part for part in ranges(entry.layers)]
-        written["layers"] = parts if len(parts) > 1 else parts[0]
-    return written
+        fields["layers"] = parts if len(parts) > 1 else parts[0]
+    return fields
 
 
-def _left_out(merge: Merge, slices: Sequence[Slice]) -> list[str]:
-    """A line that names the keys that are not taken over, if the file has any."""
-    parts = [merge, *slices, *(source for one in slices for source in one.sources)]
+def _note_of_ignored_keys(merge: Merge, slices: Sequence[Slice]) -> list[str]:
+    """A note that names the keys that are not taken over, if the file has any."""
+    parts = [merge, *slices, *(source for layer_slice in slices for source in layer_slice.sources)]
     names: dict[str, None] = {}
     for part in parts:
         names |= dict.fromkeys([*(part.model_extra or {}), *(key for key in part.parameters if key not in TAKEN)])

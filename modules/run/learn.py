@@ -1,4 +1,4 @@
-"""An adapter learned for the base, from the configuration to PEFT's files.
+"""Learns an adapter for the base, from the configuration to PEFT's files.
 
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
@@ -76,7 +76,7 @@ FORWARDS_OF_A_STEP = 3  # forward, once more for the gradient, backward: weights
 
 
 def learn_adapter(config: Config, console: Console, options: Options) -> None:
-    """Learn an adapter for the base and write it. Nothing is at the output directory before all is well.
+    """Learn an adapter for the base and write it. The output directory appears only when everything succeeded.
 
     config: see `to_learn`. Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError
     if a file fails.
@@ -86,31 +86,31 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
     check_apart(written_paths(output), options.inputs(config))
     with locked_output(output, console, options.dry_run) as target:
         check_output(target, options.overwrite)
-        read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
+        read_neutral_texts(config.neutral_texts)  # reports their errors before any work
         loader = ModelLoader(config, console)
         models = loader.open()
         check_rank(linear_layers(models.module), config.learn.rank)
-        begun = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
-        if begun and begun.settings.learn != without_paths(config).learn:
+        earlier_run = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
+        if earlier_run and earlier_run.settings.learn != without_paths(config).learn:
             raise ConfigError(f"learn has changed since {target.partial} was started; start over with --restart")
-        kept = read_kept_texts(config.learn.texts) if config.learn.texts else {}
-        loader, asked = ask(loader, models, begun and begun.settings, also=tuple(kept))
+        kept_texts = read_kept_texts(config.learn.texts) if config.learn.texts else {}
+        loader, prompts = ask(loader, models, earlier_run and earlier_run.settings, extra_prompts=tuple(kept_texts))
         check_space(models.jobs)
-        goes_on = begun and config.compute_dtype == config.dtype == "auto"
-        loader = replace(loader, compute=Arithmetic.named(begun.computed)) if goes_on else loader.fitting(models)
+        goes_on = earlier_run and config.compute_dtype == config.dtype == "auto"
+        loader = replace(loader, compute=Arithmetic.named(earlier_run.computed)) if goes_on else loader.fitting(models)
         console.warnings(doubtful_phrases(loader.config.pairs))
         if options.dry_run:
             console.timed("Measuring the speed of this machine")
             console.lines(_plan_lines(loader, models))
             console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")
             return
-        loader.in_range(lambda own: _learn(own, options, target, models, asked))
+        loader.in_range(lambda ranged_loader: _learn(ranged_loader, options, target, models, prompts))
     if not options.is_part:
         console.line(f"As a candidate of a merge: models_to_merge: [{config.directories.output_directory}]")
         end(console, config, models, config.directories.output_directory)
 
 
-def _learn(loader: ModelLoader, options: Options, target: OutputFolder, models: Models, asked: Asked) -> None:
+def _learn(loader: ModelLoader, options: Options, target: OutputFolder, models: Models, prompts: Asked) -> None:
     """Learn in the loader's arithmetic, and put the result into its place."""
     config = loader.config
     console = loader.console
@@ -123,9 +123,9 @@ def _learn(loader: ModelLoader, options: Options, target: OutputFolder, models: 
         record.source(0, models.base_where, models.base)
         plan = _plan(loader, models)
         placement = loader.placement(models, with_header=False)
-        wide = replace(loader, config=replace(config, neutral_tokens=ALL))
-        context = load_base(wide, models, plan.budget, ALONE, placement, record, asked, weighs=False)
-        lesson = Lesson(context, plan, record, unfinished.folder, asked)
+        wide_loader = replace(loader, config=replace(config, neutral_tokens=ALL))
+        context = load_base(wide_loader, models, plan.budget, ALONE, placement, record, prompts, weighs=False)
+        lesson = Lesson(context, plan, record, unfinished.folder, prompts)
         recipe = lesson.recipe(lesson.learn(options.resume, options.table))
         console.timed(f"Saving to {config.directories.output_directory}")
         lesson.save(recipe, target.output.name)
@@ -139,11 +139,11 @@ def _plan(loader: ModelLoader, models: Models) -> LearnPlan:
 
 
 class Lesson:
-    """Steps of learning carried out: journal, console, resumption, what is kept at the end."""
+    """Carries out the steps of learning: journal, console, resumption, the files at the end."""
 
-    def __init__(self, context: Context, plan: LearnPlan, record: RunRecord, folder: Path, asked: Asked) -> None:
-        """context: with a search. folder: in which the output is written. Raises ConfigError if the base can't be
-        learned with, or drift counts and there is no text to measure it on."""
+    def __init__(self, context: Context, plan: LearnPlan, record: RunRecord, folder: Path, prompts: Asked) -> None:
+        """context: with a search. folder: where the output is written. Raises ConfigError if not all layers of the base
+        are on the device, or if drift counts and there is no text to measure it on."""
         config = context.config
         search = context.search
         self.config = config
@@ -155,10 +155,10 @@ class Lesson:
         if any(tensor.is_meta for tensor in self.model.module.parameters()):
             raise ConfigError("--learn needs all layers on the device, but some are in CPU memory")
         self.evaluator = Evaluator(context)
-        self.samples = Samples(context, asked)
+        self.samples = Samples(context, prompts)
         self.start = self._start()
-        kept = read_kept_texts(config.learn.texts) if config.learn.texts else {}
-        self.texts = _texts_of(context, kept, asked)
+        kept_texts = read_kept_texts(config.learn.texts) if config.learn.texts else {}
+        self.texts = _texts_of(context, kept_texts, prompts)
         self.adapter = Adapter(self.model.module, config.learn.rank, config.random_seed)
         weight = _drift_weight(config, scores(self.start, search.weights))
         scorer = search.scorer
@@ -176,7 +176,7 @@ class Lesson:
         self.console.warnings(search.warnings)
 
     def _start(self) -> list[float]:
-        """Note how the base scores, or go on from what an earlier run has noted: its log-probabilities."""
+        """Note the base's scores, or take those that an earlier run noted. Returns the log-probabilities."""
         search = self.search
         record = self.record
         packing = search.scorer.packing
@@ -196,9 +196,9 @@ class Lesson:
         return list(start.log_probabilities)
 
     def learn(self, resume: bool, table: str) -> list[Sample]:
-        """Make the steps that are left, and show what they have led to; what base and adapter answer.
+        """Make the remaining steps and show the result. Returns the answers of base and adapter.
 
-        table: how much of the phrase tables is shown. resume: whether to go on with an earlier run was asked for.
+        table: how much of the phrase tables is shown. resume: whether the user asked to go on with an earlier run.
         """
         console = self.console
         steps = self.config.learn.steps
@@ -221,50 +221,50 @@ class Lesson:
         return samples
 
     def _steps(self, bar: Progress, end_if_asked: Callable[[], None]) -> None:
-        """Make all steps. A state is kept, here and on the disk, once what it leads to is known to be a number."""
+        """Make all steps. A state is kept, in memory and on disk, once its loss and gradient are numbers."""
         learner = self.learner
-        kept = self.learner.state
+        sound_state = self.learner.state
         while True:
             end_if_asked()
             began = time.monotonic()
             is_done = learner.step == self.config.learn.steps
             gradient, loss = ([], None) if is_done else learner.gradient()
             if not (self._is_sound() if is_done else _are_numbers(gradient, loss)):
-                self._undo(kept)
+                self._undo(sound_state)
                 continue
-            kept = learner.state
-            save_state(self.folder, kept)
+            sound_state = learner.state
+            save_state(self.folder, sound_state)
             if is_done:
                 return
             learner.move(gradient)
-            self._tell_of(loss, time.monotonic() - began)
+            self._report_step(loss, time.monotonic() - began)
             bar.update(1)
             bar.tell(f"step {learner.step}/{self.config.learn.steps}, {loss.loss:.5f}")
 
     def _is_sound(self) -> bool:
-        """Whether the model as it is scores every phrase."""
+        """Whether the present model's score of every phrase is a number."""
         self.search.measure()
         return not any(map(math.isnan, self.search.log_probabilities))
 
-    def _undo(self, kept: LearnState) -> None:
-        """Go back to the step before the loss was no number. Raises as the base's own scores if it is the base's."""
+    def _undo(self, sound_state: LearnState) -> None:
+        """Undo the step after which the loss was no number. Before the first step, raises as for the base's scores."""
         if self.learner.step == 0:
             raise self.model.no_numbers("its gradients")
-        self.learner.undo(kept)
+        self.learner.undo(sound_state)
         rate = self.learner.rate
         self.console.warning(
-            f"the loss was NaN after step {kept.step + 1}; undid it, the learning rate is now {rate:.3g}"
+            f"the loss was NaN after step {sound_state.step + 1}; undid it, the learning rate is now {rate:.3g}"
         )
 
-    def _tell_of(self, loss: Loss, seconds: float) -> None:
-        """Note and show what a step began with."""
+    def _report_step(self, loss: Loss, seconds: float) -> None:
+        """Note and show the loss with which a step began."""
         step = self.learner.step
         metrics = {"loss": loss.loss, "total": loss.total, **loss.drift}
         if step > len(self.record.lines("learned")):  # else an earlier run has
             self.record.note("learned", step=step, metrics=metrics, seconds=round(seconds, 3))
         drift = "".join(f" - KL on {name} {value:.4f}" for name, value in loss.drift.items())
-        what = f"loss {loss.loss:.3f} - total {loss.total:.3f}{drift}"
-        self.console.timed(f"Step {step}/{self.config.learn.steps} - {what} - {seconds:.1f} s")
+        summary = f"loss {loss.loss:.3f} - total {loss.total:.3f}{drift}"
+        self.console.timed(f"Step {step}/{self.config.learn.steps} - {summary} - {seconds:.1f} s")
 
     def _hold_limit(self) -> None:
         """Scale the adapter until the drift on each text is within max_drift."""
@@ -287,46 +287,46 @@ class Lesson:
     def _show_table(self, kind: str, start: Sequence[float] | None = None) -> None:
         search = self.search
         state = self.config.pairs, search.weights, search.log_probabilities, start
-        whole = report.phrase_table(*state, "full", search.rounding)
-        self.console.lines(report.phrase_table(*state, kind, search.rounding), whole)
+        full_table = report.phrase_table(*state, "full", search.rounding)
+        self.console.lines(report.phrase_table(*state, kind, search.rounding), full_table)
 
     def _show_metrics(self) -> None:
-        """How metrics have changed, and which phrases improved only where they were taught."""
+        """Show how metrics changed, and which phrases improved only on the taught contexts."""
         phrases = self.evaluator.phrases
-        before = self.evaluator.start
-        now = self.evaluator.now
-        self.console.line(report.metrics_line(before.metrics, now.metrics))
+        base = self.evaluator.start
+        current = self.evaluator.now
+        self.console.line(report.metrics_line(base.metrics, current.metrics))
         if phrases.pairs:
             taught = report.gains(self.config.pairs, self.search.weights, self.start, self.search.log_probabilities)
-            held_out = report.gains(phrases.pairs, phrases.weights, before.held_out, now.held_out)
+            held_out = report.gains(phrases.pairs, phrases.weights, base.held_out, current.held_out)
             self.console.lines(report.overfit_lines(taught, held_out))
         limit = math.inf if self.config.max_drift is None else self.config.max_drift
-        for column in columns_of(now.metrics):
-            drift = now.metrics[column.name]
+        for column in columns_of(current.metrics):
+            drift = current.metrics[column.name]
             if column.name in (NEUTRAL_KL, OWN_KL) and drift > limit:
-                what = f"{column.label} is {drift:.4g} on texts that took no part in learning"
-                self.console.warning(f"{what}, above max_drift {limit:g}; lower max_drift")
+                finding = f"{column.label} is {drift:.4g} on texts that took no part in learning"
+                self.console.warning(f"{finding}, above max_drift {limit:g}; lower max_drift")
 
     def recipe(self, samples: Sequence[Sample]) -> Recipe:
-        """What there is to be told of the adapter."""
+        """The adapter's recipe, from which its card and its settings are written."""
         search = self.search
         phrases = self.evaluator.phrases
         start = self.evaluator.start
-        now = self.evaluator.now
+        current = self.evaluator.now
         return self.record.recipe(
             self.config.pairs,
             search.weights,
             search.log_probabilities,
             {},
-            {"base": start.metrics, "merge": now.metrics},
-            (phrases.pairs, phrases.weights, start.held_out, now.held_out),
+            {"base": start.metrics, "merge": current.metrics},
+            (phrases.pairs, phrases.weights, start.held_out, current.held_out),
             samples,
             self.model.dtypes(),
             {},
         )
 
     def save(self, recipe: Recipe, output: str) -> None:
-        """Write the adapter, its card and its settings in place of the state. output: the name of its folder."""
+        """Write the adapter, its card and its settings; remove the state. output: the name of its folder."""
         where = recipe.sources[0].where
         ids = repositories_in(where)
         base, revision = ids[0] if ids else (where, None)
@@ -343,24 +343,26 @@ class Lesson:
             (self.folder / STATE_FILE).unlink()
 
 
-def _texts_of(context: Context, kept: Texts, asked: Asked) -> list[DriftText]:
-    """On what the model is to stay near the base. kept: texts of it, in addition to its answers. Raises ConfigError if
-    drift counts and there is no text."""
+def _texts_of(context: Context, kept_texts: Texts, prompts: Asked) -> list[DriftText]:
+    """The texts on which the model is to stay near the base.
+
+    kept_texts: further texts of the base, beside its answers. Raises ConfigError if drift counts and there is no text.
+    """
     config = context.config
-    answers = [*context.answers.weighed, *answers_in(context.model, context.tokenizer, kept, asked)]
-    own = taught_by(context.tokenizer, answers, config.pairs, config.held_out_pairs, context.model.max_tokens)
+    answers = [*context.answers.weighed, *answers_in(context.model, context.tokenizer, kept_texts, prompts)]
+    answer_text = taught_by(context.tokenizer, answers, config.pairs, config.held_out_pairs, context.model.max_tokens)
     neutral = DriftText("neutral texts", context.texts.neutral_for_trials)
-    if neutral.passages and own.passages:
+    if neutral.passages and answer_text.passages:
         neutral = replace(neutral, part=NEUTRAL_PART)
-        own = replace(own, part=1 - NEUTRAL_PART)
-    found = [text for text in (neutral, own) if text.passages]
-    if config.is_guarded and not found:
+        answer_text = replace(answer_text, part=1 - NEUTRAL_PART)
+    texts = [text for text in (neutral, answer_text) if text.passages]
+    if config.is_guarded and not texts:
         raise ConfigError("neutral_texts: too little text to measure drift on; set drift_weight: 0 to learn without")
-    return found
+    return texts
 
 
 def _drift_weight(config: Config, base_scores: Sequence[float]) -> float:
-    """What a nat of drift adds to the loss."""
+    """The loss that one nat of drift adds."""
     weight = config.weight_of_drift
     return total([abs(score) for score in base_scores]) / NATS if weight == "auto" else weight
 
@@ -371,7 +373,7 @@ def _are_numbers(gradient: Sequence[torch.Tensor], loss: Loss) -> bool:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes."""
+    """What a run needs of memory and time."""
 
     plan: LearnPlan
     tokens: int  # of a step
@@ -379,7 +381,7 @@ class Estimate:
 
 
 def estimate_learning(loader: ModelLoader, models: Models) -> Estimate:
-    """Of a loader that knows what to compute in."""
+    """The estimate of a run. loader: its `compute` is set."""
     config = loader.config
     device = resolve_device(loader.device)
     plan = _plan(loader, models)
@@ -389,17 +391,19 @@ def estimate_learning(loader: ModelLoader, models: Models) -> Estimate:
     longest = getattr(models.module.config.get_text_config(), "max_position_embeddings", None)
     encoded = encode_pairs(tokenizer, config.pairs, sizes.vocabulary, longest)
     has_texts = (config.neutral_texts, config.own_texts) != ((), ())
-    of_texts = config.learn.drift_tokens if has_texts else 0
-    tokens = tokens_of_a_step(encoded, config.learn.pairs, of_texts, plan.budget)
+    drift_tokens = config.learn.drift_tokens if has_texts else 0
+    tokens = tokens_of_a_step(encoded, config.learn.pairs, drift_tokens, plan.budget)
     try:
-        each = seconds_of_a_layer(models.module, plan.budget.tokens, loader.compute.dtype, device) / plan.budget.tokens
+        seconds_per_token = (
+            seconds_of_a_layer(models.module, plan.budget.tokens, loader.compute.dtype, device) / plan.budget.tokens
+        )
     except NOT_TAKEN:
         return Estimate(plan, tokens, None)
-    return Estimate(plan, tokens, each * tokens * sizes.layers * FORWARDS_OF_A_STEP)
+    return Estimate(plan, tokens, seconds_per_token * tokens * sizes.layers * FORWARDS_OF_A_STEP)
 
 
 def _plan_lines(loader: ModelLoader, models: Models) -> list[str]:
-    """What a run takes, for the person at the terminal."""
+    """The lines that tell the user what a run needs."""
     config = loader.config
     device = resolve_device(loader.device)
     estimate = estimate_learning(loader, models)

@@ -1,4 +1,4 @@
-"""One whole mapping, from the configuration to the printed trees and the files that were asked for.
+"""Carries out a whole mapping, from the configuration to the printed trees and the requested files.
 
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
@@ -30,14 +30,14 @@ from modules.scoring.tokenization import Encoded, doubled_tokens, doubtful_phras
 
 @dataclass(frozen=True)
 class Exports:
-    """Files that are written beside the log; None for those that nobody asked for."""
+    """Files that are written beside the log; None: not requested."""
 
     json: Path | None
     yaml: Path | None
 
 
 def map_model(config: Config, console: Console, exports: Exports) -> None:
-    """Explore every context of a config under its base model, print what was found, write what was asked for.
+    """Explore every context of a config under its base model, print the trees, write the requested files.
 
     Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
     """
@@ -48,7 +48,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
     config = loader.config
     console.warnings(doubtful_phrases(config.pairs))
     trees, ranks, detokenizer = loader.in_range(lambda wide: _explored(wide, models))
-    all_ranks = [rank for of_context in ranks for rank in of_context]
+    all_ranks = [rank for context_ranks in ranks for rank in context_ranks]
     console.lines(mapping_report.phrase_table(all_ranks, config.mapper))
     console.lines(mapping_report.cut_lines(trees))
     if exports.json:
@@ -62,7 +62,7 @@ def map_model(config: Config, console: Console, exports: Exports) -> None:
 
 
 def _explored(loader: ModelLoader, models: Models) -> tuple[list[CompletionTree], list[list[PhraseRank]], Detokenizer]:
-    """What `explore` gives, of the base in the loader's arithmetic."""
+    """Load the base in the loader's arithmetic and `explore`. Returns its results and the detokenizer."""
     model, tokenizer = loader.load(models, loader.placement(models, with_header=False))
     detokenizer = Detokenizer(tokenizer, model.vocabulary)
     return *explore(loader.config, loader.console, model, tokenizer, detokenizer), detokenizer
@@ -71,7 +71,7 @@ def _explored(loader: ModelLoader, models: Models) -> tuple[list[CompletionTree]
 def explore(
     config: Config, console: Console, model: ResidentModel, tokenizer: Any, detokenizer: Detokenizer
 ) -> tuple[list[CompletionTree], list[list[PhraseRank]]]:
-    """The tree of every distinct context and the ranks of its phrases, printed one context after another."""
+    """Find and print the tree of every distinct context and the ranks of its phrases."""
     settings = config.mapper
     console.warnings(doubled_tokens(tokenizer, config.pairs))
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
@@ -90,17 +90,17 @@ def explore(
     with console.progress(len(roots)) as bar:
         search = BeamSearch(predictor, settings, detokenizer, model.end_tokens())
         for tree in search.trees(roots):
-            of_tree = rank_phrases(tree, phrases[tree.root.context, tree.root.chat], settings, detokenizer)
+            tree_ranks = rank_phrases(tree, phrases[tree.root.context, tree.root.chat], settings, detokenizer)
             number = f"{len(trees) + 1}/{len(roots)}"
-            console.coloured_lines(mapping_report.tree_lines(number, tree, of_tree, settings, detokenizer))
+            console.coloured_lines(mapping_report.tree_lines(number, tree, tree_ranks, settings, detokenizer))
             bar.update(1)
             trees.append(tree)
-            ranks.append(of_tree)
+            ranks.append(tree_ranks)
     return trees, ranks
 
 
 def check_exports(exports: Exports, overwrite: bool) -> None:
-    """Raise ConfigError if a file can't be written, or another one stands there."""
+    """Raise ConfigError if a file can't be written, or exists already and `overwrite` is not set."""
     for option, path in (("--json", exports.json), ("--yaml", exports.yaml)):
         if path is not None:
             check_file(option, path, overwrite)

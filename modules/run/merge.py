@@ -1,4 +1,4 @@
-"""One whole merge, from the configuration to the saved model.
+"""Carries out a whole merge, from the configuration to the saved model.
 
 Knows: the order of the steps. Refuses to know: how any of them is done.
 """
@@ -51,7 +51,7 @@ from modules.search.strategies import total_rounding
 
 @dataclass(frozen=True)
 class Start:
-    """What the main process tells the others, for them to begin the search: all that is not in the YAML file."""
+    """What the main process sends the others at the start of a search: all that is not in the YAML file."""
 
     journal: list[Line]  # its lines
     compute: Arithmetic
@@ -64,26 +64,26 @@ NOBODY_ASKED = Asked()
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says beside what is in the configuration."""
+    """Options of the command line that are not in the configuration."""
 
-    settings_file: Path | None  # which is read, and must not be written
-    overwrite: bool = False  # an output that is there already
+    settings_file: Path | None  # is read, and must not be overwritten
+    overwrite: bool = False  # replace an output that exists
     resume: bool = False
     restart: bool = False
-    dry_run: bool = False  # check everything and say what it would take, and no more
+    dry_run: bool = False  # only check everything and say what the run would need
     table: str = "full"  # one of TABLES: how much of the phrase table is shown
-    is_part: bool = False  # of a longer run, which says the last lines
+    is_part: bool = False  # of a longer run, which prints the last lines
 
     def inputs(self, config: Config) -> list[Path]:
-        """What a run reads."""
+        """The files and folders that a run reads."""
         return [*([self.settings_file] if self.settings_file else []), *input_paths(config)]
 
 
 def merge_models(config: Config, console: Console, options: Options, group: Group = ALONE) -> None:
-    """Search, merge and save as configured. Nothing is at the output directory before all is well.
+    """Search, merge and save as configured. The output directory appears only when everything succeeded.
 
-    group: of which this is the main process. Raises ConfigError for what can't be used, found before any
-    work; CheckpointError or OSError if a file fails.
+    group: this is its main process. Raises ConfigError for what can't be used, found before any work; CheckpointError
+    or OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
     output = Path(config.directories.output_directory)
@@ -93,19 +93,21 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
             console.final(f"This run is already finished; its output is in {output}")
         else:
             check_output(target, options.overwrite)
-            read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
+            read_neutral_texts(config.neutral_texts)  # reports their errors before any work
             check_tasks(config)
             loader = ModelLoader(config, console, group.rank)
             models = loader.open()
-            begun = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
-            loader, asked = ask(loader, models, begun and begun.settings)
+            earlier_run = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
+            loader, prompts = ask(loader, models, earlier_run and earlier_run.settings)
             check_space(models.jobs)
             config = replace(loader.config, device=loader.device)
-            plan = make_plan(config, models, loader.rank.local_world_size, begun and begun.computed)
+            plan = make_plan(config, models, loader.rank.local_world_size, earlier_run and earlier_run.computed)
             console.warnings([*doubtful_phrases(config.pairs), *plan.warnings])
             loader = replace(loader, compute=plan.arithmetic)
             if not options.dry_run:
-                loader.in_range(lambda own: _merge(own, options, group, target, models, plan, asked))
+                loader.in_range(
+                    lambda ranged_loader: _merge(ranged_loader, options, group, target, models, plan, prompts)
+                )
                 return
             console.timed("Measuring the speed of this machine")
             console.lines(plan_lines(plan, estimate_seconds(plan, models.module)))
@@ -114,13 +116,19 @@ def merge_models(config: Config, console: Console, options: Options, group: Grou
 
 
 def _merge(
-    loader: ModelLoader, options: Options, group: Group, target: OutputFolder, models: Models, plan: Plan, asked: Asked
+    loader: ModelLoader,
+    options: Options,
+    group: Group,
+    target: OutputFolder,
+    models: Models,
+    plan: Plan,
+    prompts: Asked,
 ) -> None:
-    """Search in the loader's arithmetic, and put the result into its place. asked: of the samples."""
+    """Search in the loader's arithmetic, and move the result to the output. prompts: those of the samples."""
     clock = Clock()
     config = loader.config
     console = loader.console
-    goes_on = loader.compute != plan.arithmetic  # with what was decided in the plan's, which was too narrow
+    goes_on = loader.compute != plan.arithmetic  # with the decisions in the plan's arithmetic, which was too narrow
     resume = options.resume or goes_on
     with (
         unfinished_output(target, resume, options.restart and not goes_on) as unfinished,
@@ -130,13 +138,13 @@ def _merge(
         prefetcher.wait(0)
         clock.lap("download")
         group.broadcast(Start(record.journal.records, loader.compute, plan.budget))
-        conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement, asked)
+        conductor = begin_search(loader, models, record, prefetcher, plan.budget, group, plan.placement, prompts)
         clock.lap("load")
         conductor.conduct(models.candidates, resume, options.table)
         recipe, devices, tokenizer = _conclude(conductor, models)
         clock.lap("search")
         del conductor
-        release_memory()  # that of the model: what is saved comes from the files
+        release_memory()  # the model's: saving reads the files again
         record.source(0, models.base_where, models.base)
         accepted = _accepted(record, recipe, models)
         layout = loader.layout(models)
@@ -151,7 +159,7 @@ def _merge(
 
 
 def _accepted(record: RunRecord, recipe: Recipe, models: Models) -> Iterator[tuple[Source, Candidate]]:
-    """The candidates of which something was accepted. Raises ConfigError if a file has changed since."""
+    """The candidates with accepted merges, and their sources. Raises ConfigError if a file has changed since."""
     for source in recipe.needed_sources[1:]:
         candidate = models.candidates[source.number - 1]
         if str(source.number) not in recipe.failures:  # of one that was given up, not every file can be read
@@ -160,8 +168,8 @@ def _accepted(record: RunRecord, recipe: Recipe, models: Models) -> Iterator[tup
 
 
 def _conclude(conductor: Conductor, models: Models) -> tuple[Recipe, dict[str, torch.device], Any]:
-    """Report what a search has led to. The recipe, with the seconds of the search; what saving needs when the model is
-    released: on which device each tensor was merged, and the tokenizer."""
+    """Report the result of a search. Returns the recipe, with the seconds of the search, and what saving needs once the
+    model is released: the device on which each tensor was merged, and the tokenizer."""
     console = conductor.console
     config = conductor.config
     search = conductor.search
@@ -180,14 +188,14 @@ def _conclude(conductor: Conductor, models: Models) -> tuple[Recipe, dict[str, t
     console.lines([*(f"{weight * 100:6.2f}%  {model}" for model, weight in composition.items()), ""])
     phrases = evaluator.phrases
     start = evaluator.start
-    now = evaluator.now
+    current = evaluator.now
     recipe = conductor.record.recipe(
         config.pairs,
         search.weights,
         search.log_probabilities,
         composition,
-        {"base": start.metrics, "merge": now.metrics},
-        (phrases.pairs, phrases.weights, start.held_out, now.held_out),
+        {"base": start.metrics, "merge": current.metrics},
+        (phrases.pairs, phrases.weights, start.held_out, current.held_out),
         samples,
         search.model.dtypes(),
         {"evaluation": round(evaluator.seconds + conductor.samples.seconds, 1)},
@@ -205,17 +213,17 @@ def begin_search(
     budget: Budget,
     group: Group,
     placement: Sequence[torch.device] | None = None,
-    asked: Asked | None = None,
+    prompts: Asked | None = None,
 ) -> Conductor:
-    """Load the base and score it, print the summary; what conducts the search from there.
+    """Load the base, score it and print the summary. Returns the conductor of the search.
 
-    prefetcher: brings the base as number 0, then the candidates; each while the one before it is searched. asked: of
-    the samples.
+    prefetcher: fetches the base as number 0, then the candidates, each while the previous one is searched. prompts:
+    those of the samples.
     """
     config = loader.config
     console = loader.console
     note_source(record, group, 0, models.base_where, models.base)
-    context = load_base(loader, models, budget, group, placement, record, asked or Asked())
+    context = load_base(loader, models, budget, group, placement, record, prompts or Asked())
     search = context.search
     names = [candidate.name for candidate in models.candidates]
     weighed: dict[str, str] = {}
@@ -227,10 +235,10 @@ def begin_search(
     console.lines(report.summary(config, about_model, about_scorer, names, weighed, rounding))
     console.warnings(search.warnings)
 
-    # What the main process can't evaluate, no process can.
+    # If the main process fails here, all processes raise.
     evaluator = group.on_main_process(lambda: Evaluator(context))
-    of_base = group.on_main_process(lambda: base_on_tasks(context, record))
-    samples = Samples(context, asked or Asked(), of_base)
+    task_scores = group.on_main_process(lambda: base_on_tasks(context, record))
+    samples = Samples(context, prompts or Asked(), task_scores)
     conductor = JointConductor if config.search == "joint" else Conductor
     return conductor(config, console, search, record, prefetcher, evaluator, samples)
 
@@ -242,17 +250,17 @@ def load_base(
     group: Group = ALONE,
     placement: Sequence[torch.device] | None = None,
     record: RunRecord | None = None,
-    asked: Asked = NOBODY_ASKED,
+    prompts: Asked = NOBODY_ASKED,
     weighs: bool = True,
 ) -> Context:
-    """The base loaded and scored, and what metrics are measured with.
+    """Load and score the base. Returns what metrics are measured with.
 
-    record: of the run; None if there will be no trials. asked: prompts as the base reads them; of the main process.
-    weighs: whether there are trials, which metrics may judge.
+    record: of the run; None if there will be no trials. prompts: as the base reads them; only in the main process.
+    weighs: whether there are trials that metrics may judge.
     """
     config = loader.config
     model, tokenizer = loader.load(models, placement)
-    answers = shared_answers(model, tokenizer, loader, asked, group, record)
+    answers = shared_answers(model, tokenizer, loader, prompts, group, record)
     encoded = encode_pairs(tokenizer, config.pairs, model.vocabulary, model.max_tokens)
     loader.console.timed("Scoring the base")
     scorer = build_shared_scorer(model, encoded, budget, record and record.packing, group)
@@ -272,14 +280,14 @@ def shared_answers(
     model: ResidentModel,
     tokenizer: Any,
     loader: ModelLoader,
-    asked: Asked,
+    prompts: Asked,
     group: Group,
     record: RunRecord | None,
 ) -> Answers:
-    """What the base answers: what an earlier run has noted, and what the main process generates."""
+    """The base's answers: those that an earlier run noted, and those that the main process generates."""
     lines = record.lines("answers") if record else []
     noted = lines[-1].answers if lines else NO_ANSWERS
-    generate = partial(base_answers, model, tokenizer, loader.config, asked, loader.console, noted)
+    generate = partial(base_answers, model, tokenizer, loader.config, prompts, loader.console, noted)
     answers = group.broadcast(group.on_main_process(generate))
     if record and (not lines or answers != noted):
         record.note("answers", answers=answers)
@@ -287,28 +295,32 @@ def shared_answers(
 
 
 def build_shared_scorer(
-    model: ResidentModel, encoded: Sequence[Encoded], budget: Budget, before: Packing | None, group: Group
+    model: ResidentModel, encoded: Sequence[Encoded], budget: Budget, earlier_packing: Packing | None, group: Group
 ) -> Scorer:
-    """The same scorer in all processes, with a share of the packs in each.
+    """Build the same scorer in all processes, with a part of the packs in each.
 
-    before: the packing with which an earlier run has scored; it is kept if the model still takes its layout and, on a
-    CPU, where too little memory is the end, if the budget has room for it.
+    earlier_packing: with which an earlier run scored. It is kept if the model still takes its layout and, on a CPU
+    (where too little memory ends the process), if the budget has room for it.
     """
-    if before is not None and (model.device.type != "cpu" or before.tokens <= budget.tokens):
-        budget = before.applied_to(budget)
-    # How to score is measured once: another machine's rounding must not make another choice.
+    if earlier_packing is not None and (model.device.type != "cpu" or earlier_packing.tokens <= budget.tokens):
+        budget = earlier_packing.applied_to(budget)
+    # Only the main process chooses how to score: rounding on another machine must not lead to another choice.
     scorer = group.on_main_process(lambda: build_scorer(model, encoded, budget, rank=group.rank))
     settings = group.broadcast(scorer and scorer.settings)
     scorer = group.on_all_ranks(lambda: scorer or Scorer(model, encoded, *settings, group.rank))
-    if before is not None and before.layout == scorer.layout and before.applied_to(budget) == budget:
-        group.on_all_ranks(lambda: scorer.pack_as(before))
+    if (
+        earlier_packing is not None
+        and earlier_packing.layout == scorer.layout
+        and earlier_packing.applied_to(budget) == budget
+    ):
+        group.on_all_ranks(lambda: scorer.pack_as(earlier_packing))
     return scorer
 
 
 def merge_as_worker(config: Config, console: Console, options: Options, group: Group) -> None:
-    """Another process's part: to search along from when the main process begins, until all candidates are searched.
+    """Search along in another process than the main one, from its start until all candidates are searched.
 
-    Raises as `merge_models` does, and ProcessLost when another process ends before its time.
+    Raises as `merge_models` does, and ProcessLost when another process ends too early.
     """
     prepare_libraries(config.random_seed)
     start = group.broadcast()
@@ -317,13 +329,15 @@ def merge_as_worker(config: Config, console: Console, options: Options, group: G
     loader = ModelLoader(config, console, group.rank, start.compute)
     models = loader.open()
 
-    def search_along(own: ModelLoader) -> None:
-        # Where the main process begins again in another arithmetic, it says so anew.
-        now: Start = start if own is loader else group.broadcast()
+    def search_along(ranged_loader: ModelLoader) -> None:
+        # When the main process begins again in another arithmetic, it broadcasts a new start.
+        current_start: Start = start if ranged_loader is loader else group.broadcast()
         with fetching(console, models.jobs) as prefetcher:
             prefetcher.wait(0)
-            own = with_chats_rendered(own, models, begun_run(now.journal).settings)
-            record = RunRecord(Journal(now.journal), own.config, now.compute.name)
-            begin_search(own, models, record, prefetcher, now.budget, group).conduct(models.candidates)
+            ranged_loader = with_chats_rendered(ranged_loader, models, begun_run(current_start.journal).settings)
+            record = RunRecord(Journal(current_start.journal), ranged_loader.config, current_start.compute.name)
+            begin_search(ranged_loader, models, record, prefetcher, current_start.budget, group).conduct(
+                models.candidates
+            )
 
     loader.in_range(search_along)

@@ -1,4 +1,4 @@
-"""Before a run: what it will do, what that takes of memory, disk and time, and whether there is as much.
+"""Plans a run: what it will do, what it needs of memory, disk and time, and whether that is available.
 
 Knows: headers, shapes, what is free on this machine, layers with made-up weights. Refuses to know: weights, scores.
 """
@@ -44,12 +44,12 @@ MARGIN_FLAT = 16 << 20
 TIMED_LAYERS = 2
 # Forwards of a layer that one step of a joint search is worth: forward, once more for the gradient, twice backward.
 FORWARDS_OF_A_STEP = 4
-STEPS_BEFORE = 6  # that a joint search takes to find where it begins, and to check its gradient
+STEPS_BEFORE = 6  # the cost, in steps, of finding where a joint search begins and of checking its gradient
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, and what that takes. Phrases are taken to be packed as a forest, which most models allow."""
+    """What a run will do, and what it needs. It assumes that phrases are packed as a forest; most models allow that."""
 
     config: Config
     candidates: tuple[str, ...]
@@ -64,14 +64,14 @@ class Plan:
     budget: Budget  # of scoring
     placement: tuple[torch.device, ...] | None  # where each layer goes, if not all of them to the device
     output: int  # bytes that are written
-    disk_needed: int  # bytes: the output, a margin, and downloads that come to the same disk
+    disk_needed: int  # bytes: the output, a margin, and downloads to the same disk
     disk_free: int  # bytes
     downloads: int  # bytes that are still to be fetched from the hub
     warnings: tuple[str, ...] = ()
 
     @property
     def decisions(self) -> int:
-        """How often one candidate is decided about: every layer under every method, and the header."""
+        """The number of decisions per candidate: every layer under every method, and the header."""
         layers = self.config.layers_in(self.sizes.layers)
         return len(layers) * len(self.config.merge_method) + self.config.merge_headers
 
@@ -85,17 +85,17 @@ class Plan:
         return len(self.candidates) * forwards_of_candidate(config, layers)
 
 
-def make_plan(config: Config, models: Models, sharing: int = 1, begun: str | None = None) -> Plan:
-    """The plan of a run whose models are open; no weight is read. It computes in what fits into memory.
+def make_plan(config: Config, models: Models, sharing: int = 1, earlier_arithmetic: str | None = None) -> Plan:
+    """Plan a run whose models are open; no weight is read. The plan chooses the arithmetic that fits into memory.
 
-    sharing: how many processes on this machine do the same; on a CPU each has its share of the memory. begun: in what
-    the run computes that goes on. Raises ConfigError if the device is absent, the base can't take a phrase, or memory
-    or disk surely don't suffice; what may not suffice is a warning.
+    sharing: how many processes on this machine do the same; on a CPU each gets an equal part of the memory.
+    earlier_arithmetic: the name of that in which a resumed run computes. Raises ConfigError if the device is absent,
+    the base can't take a phrase, or memory or disk surely don't suffice; what may not suffice is a warning.
     """
     device = resolve_device(config.device)
     choices = arithmetics(config.compute_dtype, config.dtype, models.base.main_dtype(), device)
-    if begun and config.compute_dtype == config.dtype == "auto":
-        choices = (Arithmetic.named(begun),)
+    if earlier_arithmetic and config.compute_dtype == config.dtype == "auto":
+        choices = (Arithmetic.named(earlier_arithmetic),)
     plan = _plan_in(choices[0], config, models, sharing)
     needed = plan.memory.reserved
     if len(choices) > 1 and plan.free is not None and needed > plan.free:
@@ -112,7 +112,7 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
     stream = arithmetic.stream
     device = resolve_device(config.device)
     sizes = sizes_of(module)
-    # All are there.
+    # Raise if a layer or a candidate does not exist.
     config.layers_in(sizes.layers)
     config.start_in(sizes.layers, len(models.candidates))
     tokenizer = load_tokenizer(base.path, base.companions)
@@ -123,19 +123,21 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
     is_joint = config.search == "joint"
     stack = 1 if is_joint else max(len(ratios_for(method, config.merge_ratios)) for method in config.merge_method)
 
-    weights = weights_of(module, dtype, config.merge_headers, _arriving(models, dtype))
+    weights = weights_of(module, dtype, config.merge_headers, _largest_cast(models, dtype))
     lengths = [len(item.tokens) for item in encoded]
-    most = layer_bytes(sizes, stream, min(TOKENS, sum(lengths)), stack)
-    least = layer_bytes(sizes, stream, max(lengths), 1)  # one pair and one ratio at a time
-    placement = placement_of(config.device, module, dtype, replace(weights, activations=most), least)
+    most_activations = layer_bytes(sizes, stream, min(TOKENS, sum(lengths)), stack)
+    least_activations = layer_bytes(sizes, stream, max(lengths), 1)  # one pair and one ratio at a time
+    placement = placement_of(
+        config.device, module, dtype, replace(weights, activations=most_activations), least_activations
+    )
     free = _free_on(device, sharing)
-    kept = weights.searched if placement else weights.reserved
-    budget = budget_of(sizes, stream, device, stack, None if free is None else free - kept)
+    weight_bytes = weights.searched if placement else weights.reserved
+    budget = budget_of(sizes, stream, device, stack, None if free is None else free - weight_bytes)
 
     packs = list(build_packs(encoded, "forest", budget.tokens))
     tokens = tuple(pack.tokens for pack in packs)
     columns = max(map(_columns, packs))
-    kept_layers = sizes.layers if is_joint else 1  # of whose hidden states there are at a time
+    kept_layers = sizes.layers if is_joint else 1  # layers whose hidden states are kept at the same time
     hidden_states = min(budget.cache, kept_layers * sum(tokens) * sizes.hidden * stream.itemsize)
     logits = 2 * logits_bytes(sizes, stack, columns, budget)  # as the model has them, then in float32
     activations = hidden_states + layer_bytes(sizes, stream, max(tokens), stack) + logits
@@ -166,7 +168,7 @@ def _plan_in(arithmetic: Arithmetic, config: Config, models: Models, sharing: in
 
 
 def _columns(pack: Pack) -> int:
-    """At how many of a pack's tokens the head is read."""
+    """The number of a pack's tokens at which the head is read."""
     return len({target.column for target in pack.targets})
 
 
@@ -175,7 +177,7 @@ def _free_on(device: torch.device, sharing: int) -> int | None:
     return free // sharing if free is not None and device.type == "cpu" else free
 
 
-def _arriving(models: Models, dtype: torch.dtype) -> int:
+def _largest_cast(models: Models, dtype: torch.dtype) -> int:
     """Bytes of the largest block of a candidate that is cast to the base's dtype once it is on the device."""
     largest = 0
     for candidate in models.candidates:
@@ -187,7 +189,7 @@ def _arriving(models: Models, dtype: torch.dtype) -> int:
 
 
 def output_bytes(config: Config, base: Checkpoint) -> int:
-    """Of weights, and of the base's files beside them."""
+    """The bytes of an output: its weights, and the base's files beside them."""
     total = sum(base.companions.published.values())
     index = index_file(local_files(base.path))
     if index:
@@ -207,12 +209,12 @@ def _disk(config: Config, models: Models, output: int) -> tuple[int, int]:
     unfinished = sum(file.stat().st_size for file in partial_of(folder).rglob("*") if file.is_file())
     disk = next(path for path in folder.parents if path.exists())
     if disk.stat().st_dev == cache_folder().stat().st_dev:
-        needed += bytes_needed(models.jobs)  # the output is made from all sources: they are there until the end
+        needed += bytes_needed(models.jobs)  # all sources are kept until the output is made of them
     return needed, shutil.disk_usage(disk).free + unfinished
 
 
 def check(plan: Plan) -> list[str]:
-    """What might go wrong, a line each. Raises ConfigError, naming everything at once, for what surely would."""
+    """A warning for each thing that might go wrong. Raises ConfigError for all that surely would, in one error."""
     config = plan.config
     memory = plan.memory
     device = plan.device
@@ -225,7 +227,7 @@ def check(plan: Plan) -> list[str]:
             f"{on_disk(plan.disk_free)} free; free some space, or choose a larger disk with --output"
         )
     on_cpu = device.type == "cpu"
-    # What can't be avoided: the weights that are held at a time. On a CPU there is no doing with less than is reserved.
+    # The least that the weights need at a time. On a CPU the reserved memory can't be reduced.
     required = memory.base + memory.searched if on_cpu else memory.held
     if free is not None and required > free:
         problems.append(
@@ -249,7 +251,7 @@ def check(plan: Plan) -> list[str]:
 
 
 def estimate_seconds(plan: Plan, module: PreTrainedModel) -> float | None:
-    """About how long the forwards of a search take, without downloads, reading and saving. None if it can't be told.
+    """Estimate the seconds of a search's forwards, without downloads, reading and saving. None: not measurable.
 
     module: the base's, without weights.
     """
@@ -268,26 +270,30 @@ def estimate_seconds(plan: Plan, module: PreTrainedModel) -> float | None:
 
 @torch.no_grad()
 def seconds_of_a_layer(module: PreTrainedModel, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """A forward of so many tokens through the first layers, for one of them. module: the base's, without weights."""
+    """Measure the seconds of a forward of `tokens` tokens through one layer, as the mean of the first layers.
+
+    module: the base's, without weights.
+    """
     module = copy.deepcopy(module)
     layers = find_layers(module)[1]
-    few = module.base_model
+    short_model = module.base_model
     del layers[TIMED_LAYERS:]
-    few.to(dtype).to_empty(device=device)
-    for tensor in (*few.parameters(), *few.buffers()):
+    short_model.to(dtype).to_empty(device=device)
+    for tensor in (*short_model.parameters(), *short_model.buffers()):
         tensor.fill_(0.01 if tensor.is_floating_point() else 0)
     inputs = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    few(inputs[:, :1], use_cache=False)  # what is only done the first time is not timed
+    short_model(inputs[:, :1], use_cache=False)  # the first call also initializes, so it is not timed
     begin = time.perf_counter()
-    few(inputs, use_cache=False)
+    short_model(inputs, use_cache=False)
     if device.type != "cpu":  # there, work has only been begun when the call returns
         torch.accelerator.synchronize(device)
     return (time.perf_counter() - begin) / len(layers)
 
 
 def texts_to_write(plan: Plan, module: PreTrainedModel, models: float) -> tuple[int, float | None]:
-    """How many texts so many models write for --discover or --rate; about how long that takes, None if it can't be
-    told. models: a fraction is of one that writes fewer. Raises ConfigError if their prompts can't be read."""
+    """The number of texts that `models` models write for --discover or --rate, and the seconds they take (about; None:
+    not measurable). models: may be fractional; a fraction stands for a model that writes fewer texts. Raises
+    ConfigError if the prompts can't be read."""
     settings = plan.config.discover
     prompts = read_prompts(settings.prompts and [settings.prompts], for_chats=True, key="discover.prompts")
     texts = round(models * len(prompts) * settings.samples)
@@ -299,7 +305,7 @@ def texts_to_write(plan: Plan, module: PreTrainedModel, models: float) -> tuple[
 
 
 def plan_lines(plan: Plan, seconds: float | None) -> list[str]:
-    """The plan for the person at the terminal. seconds: that it takes, about; None: not known."""
+    """The lines that show the user a plan. seconds: about how long it takes; None: not known."""
     config = plan.config
     memory = plan.memory
     searched = f"layers {', '.join(ranges(config.layers))}" if config.layers else "all layers"

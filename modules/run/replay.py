@@ -1,4 +1,4 @@
-"""A model built again from a recipe: the sources, the decisions, and no search.
+"""Builds a model again from a recipe: the sources, the decisions, and no search.
 
 Knows: the order of the steps. Refuses to know: phrases, scores, how a decision was taken.
 """
@@ -34,48 +34,48 @@ from modules.search.rebuild import Rebuild
 
 @dataclass(frozen=True)
 class Replay:
-    """What the command line asks for."""
+    """What the command line requests."""
 
     recipe: Path
     output: Path
-    device: str | None  # the recipe's own, if None and if it is there
-    elsewhere: Mapping[str, str]  # a source's name in the recipe -> where it lies now
-    folders: Sequence[Path] = ()  # in which sources lie under their own names
+    device: str | None  # None: the recipe's, if this machine has it
+    elsewhere: Mapping[str, str]  # a source's name in the recipe -> its present location
+    folders: Sequence[Path] = ()  # that contain sources under their own names
     overwrite: bool = False
-    trust_remote_code: bool = False  # whether a recipe may have code run that its models bring along
+    trust_remote_code: bool = False  # whether code that comes with the recipe's models may run
 
 
-def replay_recipe(asked: Replay, console: Console) -> None:
+def replay_recipe(request: Replay, console: Console) -> None:
     """Carry out a recipe's decisions on its sources and save the result.
 
     Raises ConfigError for what can't be used, found before any work; CheckpointError or OSError if a file fails.
     """
-    recipe = recipe_of(asked)
-    config = opened_with(asked, recipe)
+    recipe = recipe_of(request)
+    config = opened_with(request, recipe)
     prepare_libraries(config.random_seed)
-    check_apart(written_paths(asked.output), [asked.recipe, *input_paths(config)])
-    with locked_output(asked.output, console) as target:
-        check_output(target, asked.overwrite)
+    check_apart(written_paths(request.output), [request.recipe, *input_paths(config)])
+    with locked_output(request.output, console) as target:
+        check_output(target, request.overwrite)
         loader = ModelLoader(config, console, compute=Arithmetic.named(recipe.dtype))
         models = loader.open()
         check_space(models.jobs)
-        _rebuild(asked, recipe, loader, target, models)
-    end(console, config, models, str(asked.output))
+        _rebuild(request, recipe, loader, target, models)
+    end(console, config, models, str(request.output))
 
 
-def recipe_of(asked: Replay) -> Recipe:
-    """The recipe. Raises ConfigError if it is none, or would have code run that nobody said is trusted."""
-    recipe = read_recipe(asked.recipe)
-    if recipe.settings.trust_remote_code and not asked.trust_remote_code:
+def recipe_of(request: Replay) -> Recipe:
+    """Read the recipe. Raises ConfigError if it is none, or if it runs code and the request does not trust it."""
+    recipe = read_recipe(request.recipe)
+    if recipe.settings.trust_remote_code and not request.trust_remote_code:
         raise ConfigError(
-            f"{asked.recipe}: this recipe runs Python code that comes with its models; add --trust-remote-code if you "
-            "trust it"
+            f"{request.recipe}: this recipe runs Python code that comes with its models; add --trust-remote-code if "
+            "you trust it"
         )
     return recipe
 
 
 def candidates_of(recipe: Recipe, models: Models) -> list[tuple[Source, Candidate]]:
-    """The candidates of which something was accepted. Raises ConfigError if they are not all there."""
+    """The candidates with accepted merges, and their sources. Raises ConfigError if not all were found."""
     _, *sources = recipe.needed_sources
     if len(models.candidates) != len(sources):
         raise ConfigError(f"the recipe needs {len(sources)} candidates, but {len(models.candidates)} were found")
@@ -83,16 +83,16 @@ def candidates_of(recipe: Recipe, models: Models) -> list[tuple[Source, Candidat
 
 
 def check_source(source: Source, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError if a model, as far as it is here, is not what the recipe was made of."""
+    """Raise ConfigError if a model's files, once they are all here, are not those that the recipe was made of."""
     if not checkpoint.job.absent:
         compare_fingerprints(source, checkpoint, "has changed since the recipe was written")
 
 
-def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, target: OutputFolder, models: Models) -> None:
-    """Merge what the recipe accepted, and put the result into its place."""
+def _rebuild(request: Replay, recipe: Recipe, loader: ModelLoader, target: OutputFolder, models: Models) -> None:
+    """Merge what the recipe accepted, and move the result to the output."""
     console = loader.console
     base = models.base
-    found = candidates_of(recipe, models)
+    candidates = candidates_of(recipe, models)
     with (
         unfinished_output(target, searching=False) as unfinished,
         fetching(console, models.jobs) as prefetcher,
@@ -104,19 +104,19 @@ def _rebuild(asked: Replay, recipe: Recipe, loader: ModelLoader, target: OutputF
         tokenizer = partial(load_tokenizer, base.path, base.companions)
         layout = loader.layout(models)
         devices = dict.fromkeys(layout.tensors, resolve_device(loader.device))
-        rebuild = rebuild_of(recipe, layout, devices, tokenizer, _arriving(console, prefetcher, found))
-        save(console, rebuild, base, unfinished, str(asked.output))
-        finish(console, unfinished, recipe, target.output, layout, found, asked.overwrite)
+        rebuild = rebuild_of(recipe, layout, devices, tokenizer, _fetched(console, prefetcher, candidates))
+        save(console, rebuild, base, unfinished, str(request.output))
+        finish(console, unfinished, recipe, target.output, layout, candidates, request.overwrite)
 
 
-def _arriving(
-    console: Console, prefetcher: Prefetcher, found: Sequence[tuple[Source, Candidate]]
+def _fetched(
+    console: Console, prefetcher: Prefetcher, candidates: Sequence[tuple[Source, Candidate]]
 ) -> Iterator[tuple[Source, Candidate]]:
-    """Each candidate, with its source, once it is here. Raises ConfigError if it is not what the recipe was made of."""
-    for number, (source, candidate) in enumerate(found, start=1):
+    """Yield each candidate and its source once it is fetched. Raises ConfigError if it is not the recipe's."""
+    for number, (source, candidate) in enumerate(candidates, start=1):
         prefetcher.wait(number)
         check_source(source, candidate.checkpoint)
-        console.timed(f"Candidate {number}/{len(found)}: {source.name}")
+        console.timed(f"Candidate {number}/{len(candidates)}: {source.name}")
         yield source, candidate
 
 
@@ -127,7 +127,7 @@ def rebuild_of(
     tokenizer: Callable[[], Any],
     candidates: Iterable[tuple[Source, Candidate]],
 ) -> Rebuild:
-    """What writes a recipe's model. candidates: those of which something was accepted; the others: see `Rebuild`.
+    """Build the object that writes a recipe's model. candidates: those with accepted merges; the others: see `Rebuild`.
 
     Raises as `Rebuild.repeat`.
     """
@@ -140,36 +140,36 @@ def rebuild_of(
     return rebuild
 
 
-def opened_with(asked: Replay, recipe: Recipe) -> Config:
-    """What the models are opened with. Raises ConfigError for a source that the recipe does not have."""
+def opened_with(request: Replay, recipe: Recipe) -> Config:
+    """The configuration to open the models with. Raises ConfigError for a source that the recipe does not have."""
     sources = recipe.needed_sources
-    folders = folders_of(asked.recipe, asked.folders)
-    unknown = sorted(asked.elsewhere.keys() - {source.name for source in recipe.sources})
+    folders = folders_of(request.recipe, request.folders)
+    unknown = sorted(request.elsewhere.keys() - {source.name for source in recipe.sources})
     if unknown:
         names = ", ".join(source.name for source in sources)
         raise ConfigError(f"--source {unknown[0]}: the recipe has no such model; it has {names}")
 
-    def found(where: str) -> str | None:
-        # Folders near by are listed only if there is need: there may be very many.
+    def find_folder(where: str) -> str | None:
+        # Nearby folders are listed only if needed: there may be very many.
         return find_source(where, folders) or find_source(where, [*folders, *folders_near(folders)])
 
     texts = []
     missing = []
     for source in sources:
-        text = asked.elsewhere.get(source.name) or found(source.where)
+        text = request.elsewhere.get(source.name) or find_folder(source.where)
         texts.append(text)
         if text is None or parse_source(text) is None:
             missing.append(f"{source.name} ({text})" if text else source.name)
-    tokenizer = recipe.settings.tokenizer and found(recipe.settings.tokenizer)
+    tokenizer = recipe.settings.tokenizer and find_folder(recipe.settings.tokenizer)
     if recipe.settings.tokenizer and not tokenizer:
         missing.append(f"the tokenizer {recipe.settings.tokenizer}")
     if missing:
-        places = ", ".join(map(str, dict.fromkeys(folders)))
-        ways = "add --source DIR for a folder that contains them, or --source NAME=PATH for each"
-        raise ConfigError(f"not found in or near {places}: {', '.join(missing)}; {ways}")
-    device = asked.device or (recipe.device if recipe.device in present_devices() else "auto")
+        searched_folders = ", ".join(map(str, dict.fromkeys(folders)))
+        remedies = "add --source DIR for a folder that contains them, or --source NAME=PATH for each"
+        raise ConfigError(f"not found in or near {searched_folders}: {', '.join(missing)}; {remedies}")
+    device = request.device or (recipe.device if recipe.device in present_devices() else "auto")
     return Config(
-        directories=Directories(texts[0], str(asked.output)),
+        directories=Directories(texts[0], str(request.output)),
         models_to_merge=tuple(texts[1:]),
         tokenizer=tokenizer,
         device=device,

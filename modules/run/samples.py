@@ -1,6 +1,6 @@
-"""What the merge answers to the prompts that the base has answered at the start.
+"""Compares the merge's answers with the base's, which were generated at the start.
 
-Knows: which prompts the merge is asked, which answers are shown. Refuses to know: how an answer is generated, what is
+Knows: which prompts the merge answers, which answers are shown. Refuses to know: how an answer is generated, what is
 counted in it.
 """
 
@@ -21,18 +21,18 @@ from modules.scoring.samples import DEFAULT, Written, empty_answers, visible
 class Samples:
     """Compares the base's answers with the merge's."""
 
-    def __init__(self, context: Context, asked: Asked, on_tasks: Mapping[str, float] | None = None) -> None:
-        """asked: the prompts as the base reads them. on_tasks: what the base scores on the tasks of `eval`."""
+    def __init__(self, context: Context, prompts: Asked, on_tasks: Mapping[str, float] | None = None) -> None:
+        """prompts: as the base reads them. on_tasks: the base's scores on the tasks of `eval`."""
         self._context = context
-        self._asked = asked
+        self._prompts = prompts
         self._on_tasks = dict(on_tasks or {})
         self.seconds = 0.0
 
-    def compare(self, evaluator: Evaluator, what: str = "merge") -> list[Sample]:
-        """Answers of base and merge to show; how all answers differ, and what they score on tasks, is added to the
-        evaluator's metrics. what: stands in the place of the merge."""
+    def compare(self, evaluator: Evaluator, name: str = "merge") -> list[Sample]:
+        """Generate the merge's answers; returns those to show, with the base's. How all answers differ, and the scores
+        on tasks, are added to the evaluator's metrics. name: what messages call the merge."""
         if self._on_tasks:
-            evaluator.add(self._on_tasks, score_on_tasks(self._context, what))
+            evaluator.add(self._on_tasks, score_on_tasks(self._context, name))
         if self._context.config.samples == ():
             return []
         began = time.monotonic()
@@ -40,35 +40,37 @@ class Samples:
         config = self._context.config
         shown = self._context.answers.shown
         samples = self._context.answers.samples
-        given = {answer.prompt: answer.given for answer in (*shown, *samples)}
-        console.timed(f"Generating the {what}'s answers to {pluralize(len(given), 'prompt')}")
+        inputs = {answer.prompt: answer.given for answer in (*shown, *samples)}
+        console.timed(f"Generating the {name}'s answers to {pluralize(len(inputs), 'prompt')}")
         model = self._context.model
         tokenizer = self._context.tokenizer
-        written: dict[str, Written] = {}
-        if given:
+        merge_answers: dict[str, Written] = {}
+        if inputs:
             with only_warned(console):
-                written = generate_answers(model, tokenizer, given, config.random_seed, console)
-        compared = [answer for answer in shown if answer.prompt in written]
-        of_base = self._counted(compared, [answer.written for answer in compared])
-        of_merge = self._counted(compared, [written[answer.prompt] for answer in compared])
-        evaluator.add(of_base, of_merge)
-        console.warnings(warnings(of_base, of_merge, what))
-        chosen = samples or shown[:MOST_SAMPLES]
-        found = [self._sample(answer, written[answer.prompt]) for answer in chosen if answer.prompt in written]
-        texts = [[sample.base, sample.merge] for sample in found]
-        console.warnings(empty_answers(texts, self._asked, DEFAULT.tokens))
+                merge_answers = generate_answers(model, tokenizer, inputs, config.random_seed, console)
+        compared = [answer for answer in shown if answer.prompt in merge_answers]
+        base_counts = self._count(compared, [answer.written for answer in compared])
+        merge_counts = self._count(compared, [merge_answers[answer.prompt] for answer in compared])
+        evaluator.add(base_counts, merge_counts)
+        console.warnings(warnings(base_counts, merge_counts, name))
+        displayed = samples or shown[:MOST_SAMPLES]
+        comparisons = [
+            self._sample(answer, merge_answers[answer.prompt]) for answer in displayed if answer.prompt in merge_answers
+        ]
+        texts = [[sample.base, sample.merge] for sample in comparisons]
+        console.warnings(empty_answers(texts, self._prompts, DEFAULT.tokens))
         self.seconds = time.monotonic() - began
-        return found
+        return comparisons
 
-    def _counted(self, answers: Sequence[Answer], texts: Sequence[Written]) -> dict[str, float]:
-        read = [self._read(answer, text) for answer, text in zip(answers, texts, strict=True)]
-        return count_answers(read, [text.ended for text in texts])
+    def _count(self, answers: Sequence[Answer], texts: Sequence[Written]) -> dict[str, float]:
+        visible_texts = [self._visible_text(answer, text) for answer, text in zip(answers, texts, strict=True)]
+        return count_answers(visible_texts, [text.ended for text in texts])
 
-    def _sample(self, answer: Answer, written: Written) -> Sample:
-        answers = {"base": answer.written, "merge": written}
-        texts = {who: self._read(answer, text) for who, text in answers.items()}
-        broken_off = tuple(who for who, text in answers.items() if not text.ended)
+    def _sample(self, answer: Answer, merge_answer: Written) -> Sample:
+        answers = {"base": answer.written, "merge": merge_answer}
+        texts = {model: self._visible_text(answer, text) for model, text in answers.items()}
+        broken_off = tuple(model for model, text in answers.items() if not text.ended)
         return Sample(prompt=answer.prompt, broken_off=broken_off, **texts)
 
-    def _read(self, answer: Answer, text: Written) -> str:
-        return visible(self._context.tokenizer, text, answer.prompt, self._asked)
+    def _visible_text(self, answer: Answer, text: Written) -> str:
+        return visible(self._context.tokenizer, text, answer.prompt, self._prompts)

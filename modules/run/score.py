@@ -1,8 +1,8 @@
-"""Models scored by a configuration's phrases, the base among them: no merge, no output.
+"""Scores the base and other models by a configuration's phrases: no merge, no output.
 
 Knows: the order of the steps. Refuses to know: how any of them is done.
 
-The base is in memory, every other model is read one layer at a time, as a candidate taken whole is in a merge.
+The base is in memory. Every other model is read one layer at a time, as a merge reads a candidate taken whole.
 """
 
 import json
@@ -44,39 +44,39 @@ from modules.search.strategies import probability
 
 @dataclass(frozen=True)
 class Scored:
-    """A model and what it scored."""
+    """A model and its scores."""
 
     name: str
-    label: str  # with what is to be said of it in a table
+    label: str  # its name in a table, with a remark
     where: str  # a commit of the hub, or a folder's name
-    own_settings: bool  # whether it was computed by its own
-    found: Evaluation
+    own_settings: bool  # whether it was computed with its own settings, not the base's
+    evaluation: Evaluation
 
     @property
     def probabilities(self) -> list[float]:
-        """Of all pairs, the searched ones first."""
-        return [probability(value) for value in (*self.found.searched, *self.found.held_out)]
+        """The probability of each pair, the searched ones first."""
+        return [probability(value) for value in (*self.evaluation.searched, *self.evaluation.held_out)]
 
 
 def score_models(config: Config, console: Console, file: Path | None, overwrite: bool, is_part: bool = False) -> None:
-    """Print how the base and the configuration's candidates score, each taken whole; file: gets the same as JSON.
+    """Print the scores of the base and of each candidate taken whole. file: gets the same as JSON.
 
-    is_part: of a longer run, which says the last line. Raises ConfigError for what can't be used, found before any
+    is_part: of a longer run, which prints the last line. Raises ConfigError for what can't be used, found before any
     work; CheckpointError or OSError if a file fails.
     """
     prepare_libraries(config.random_seed)
     if file:
         check_file("--json", file, overwrite)
-    read_neutral_texts(config.neutral_texts)  # what is wrong with them is told before any work
+    read_neutral_texts(config.neutral_texts)  # reports their errors before any work
     loader = ModelLoader(replace(config, samples=()), console)  # no model but the base answers
     models = loader.open()
     check_space(models.jobs)
-    loader, asked = ask(loader.fitting(models, with_header=True), models)
+    loader, prompts = ask(loader.fitting(models, with_header=True), models)
     config = loader.config
     console.warnings(doubtful_phrases(config.pairs))
-    search, evaluator, scored = loader.in_range(lambda wide: _scored(wide, models, asked))
+    search, evaluator, scored = loader.in_range(lambda wide: _score_all(wide, models, prompts))
     held_out = evaluator.phrases.pairs
-    console.lines(results_table([ResultRow(model.label, model.found.metrics) for model in scored]))
+    console.lines(results_table([ResultRow(model.label, model.evaluation.metrics) for model in scored]))
     probabilities = {model.name: model.probabilities for model in scored}
     console.lines(probability_table(config.pairs, held_out, probabilities, search.rounding))
     if file:
@@ -91,32 +91,33 @@ def score_models(config: Config, console: Console, file: Path | None, overwrite:
 def _document(
     pairs: Sequence[Pair], searched: int, weights: Sequence[float], scored: Sequence[Scored]
 ) -> dict[str, Any]:
-    """All scores for JSON, the base's first. searched: how many pairs are; the others are held out. weights: signed."""
+    """All scores for JSON, the base's first. searched: the number of searched pairs, which come first; the others are
+    held out. weights: signed."""
     models = [
         {
             "name": model.name,
             "where": model.where,
             "settings": "own" if model.own_settings else "base",
-            "metrics": model.found.metrics,
+            "metrics": model.evaluation.metrics,
         }
         for model in scored
     ]
     phrases = []
     for number, (pair, weight) in enumerate(zip(pairs, weights, strict=True)):
         probabilities = {model.name: model.probabilities[number] for model in scored}
-        more = {"weight": abs(weight), "held_out": number >= searched, "probabilities": probabilities}
-        phrases.append({**pair.written(), **more})
+        fields = {"weight": abs(weight), "held_out": number >= searched, "probabilities": probabilities}
+        phrases.append({**pair.written(), **fields})
     return {"models": models, "phrases": phrases}
 
 
-def _scored(loader: ModelLoader, models: Models, asked: Asked) -> tuple[Search, Evaluator, list[Scored]]:
-    """The base and what has scored it; all models' scores, the base's first."""
+def _score_all(loader: ModelLoader, models: Models, prompts: Asked) -> tuple[Search, Evaluator, list[Scored]]:
+    """Score all models. Returns the base's search and evaluator, and the scores, the base's first."""
     config = loader.config
     console = loader.console
     with fetching(console, models.jobs) as prefetcher:
         prefetcher.wait(0)
         placement = loader.placement(models, with_header=True)
-        context = load_base(loader, models, Budget(), placement=placement, asked=asked)
+        context = load_base(loader, models, Budget(), placement=placement, prompts=prompts)
         search = context.search
         model = search.model
         tokenizer = search.tokenizer
@@ -131,7 +132,7 @@ def _scored(loader: ModelLoader, models: Models, asked: Asked) -> tuple[Search, 
         evaluator = Evaluator(context)
         name = models.base.name
         where = without_folders(models.base_where)
-        scored = [Scored(name, f"{name} (base)", where, own_settings=True, found=evaluator.start)]
+        scored = [Scored(name, f"{name} (base)", where, own_settings=True, evaluation=evaluator.start)]
         for number, candidate in enumerate(models.candidates, start=1):
             try:
                 prefetcher.wait(number)
@@ -142,33 +143,37 @@ def _scored(loader: ModelLoader, models: Models, asked: Asked) -> tuple[Search, 
                     raise
                 console.warning(f"{error}; it is left out")
             if not config.keep_downloads:
-                later = [repository for one in models.candidates[number:] for repository in one.repositories]
-                remove_downloads(console, candidate.repositories, [models.base.repository, *later])
+                later_repositories = [
+                    repository
+                    for later_candidate in models.candidates[number:]
+                    for repository in later_candidate.repositories
+                ]
+                remove_downloads(console, candidate.repositories, [models.base.repository, *later_repositories])
     console.lines(search.notes)
     return search, evaluator, scored
 
 
 def _score(console: Console, search: Search, evaluator: Evaluator, candidate: Candidate) -> Scored:
-    """One model beside the base. Raises CheckpointError if it can't be scored."""
+    """Score one model beside the base. Raises CheckpointError if it can't be scored."""
     try:
         try:
             note = matched_header(search.model, search.tokenizer, candidate).note_of_scores
             console.lines([note] if note else [])
         except HeaderSkipped as error:
             console.warning(f"{error}; scoring it with the base's embedding and LM head")
-        own = settings_of(search.model, candidate.checkpoint) if candidate.otherwise else Settings()
-        if own is None:
+        own_settings = settings_of(search.model, candidate.checkpoint) if candidate.otherwise else Settings()
+        if own_settings is None:
             console.warning(f"{candidate.name} can't be scored with its own settings; using the base's")
-        found = evaluator.evaluate_alone(candidate, own or Settings())
-        while found is None and search.take_less_memory():
-            found = evaluator.evaluate_alone(candidate, own or Settings())
+        evaluation = evaluator.evaluate_alone(candidate, own_settings or Settings())
+        while evaluation is None and search.take_less_memory():
+            evaluation = evaluator.evaluate_alone(candidate, own_settings or Settings())
     except (BrokenWeights, CheckpointError) as error:
         if isinstance(error, TooNarrow) and search.model.may_widen:
             raise
         raise CheckpointError(f"{candidate.name} can't be scored: {error}") from None
-    if found is None:
+    if evaluation is None:
         raise CheckpointError(f"{candidate.name} can't be scored: not enough memory")
-    if any(map(math.isnan, (*found.searched, *found.held_out))):
+    if any(map(math.isnan, (*evaluation.searched, *evaluation.held_out))):
         raise CheckpointError(f"{candidate.name} can't be scored: its scores are NaN")
-    name = candidate.name if own else by_other_settings(candidate.name)
-    return Scored(candidate.name, name, without_folders(candidate.where), own is not None, found)
+    name = candidate.name if own_settings else by_other_settings(candidate.name)
+    return Scored(candidate.name, name, without_folders(candidate.where), own_settings is not None, evaluation)

@@ -1,6 +1,6 @@
 """Steps that runs have in common.
 
-Knows: libraries, saving, what lies beside the weights. Refuses to know: searching.
+Knows: libraries, saving, the files beside the weights. Refuses to know: searching.
 """
 
 import os
@@ -53,64 +53,65 @@ from modules.scoring.chats import (
 )
 from modules.search.rebuild import Rebuild
 
-LARGEST_LOOKED_AT = 1_000_000  # bytes; vocabularies have more, and no paths
+LARGEST_LOOKED_AT = 1_000_000  # bytes of a file searched for paths; vocabularies are larger, and have none
 
 
-def with_chats_rendered(loader: ModelLoader, models: Models, begun: Config | None = None) -> ModelLoader:
-    """A loader whose configuration has chats as the base's tokenizer writes them. Otherwise as `ask`."""
-    return ask(loader, models, begun, with_prompts=False)[0]
+def with_chats_rendered(loader: ModelLoader, models: Models, earlier_config: Config | None = None) -> ModelLoader:
+    """A loader whose configuration has the chats as the base's template renders them. Otherwise as `ask`."""
+    return ask(loader, models, earlier_config, with_prompts=False)[0]
 
 
 def ask(
     loader: ModelLoader,
     models: Models,
-    begun: Config | None = None,
+    earlier_config: Config | None = None,
     with_prompts: bool = True,
-    also: Sequence[str] = (),
+    extra_prompts: Sequence[str] = (),
 ) -> tuple[ModelLoader, Asked]:
-    """A loader whose configuration has chats as the base's tokenizer writes them; and prompts as the base reads them.
+    """A loader whose configuration has the chats as the base's template renders them; the prompts as it reads them.
 
-    begun: of the run that goes on. What it has rendered is taken from there: a template may print today's date. also:
-    more prompts.
-    Raises ConfigError for a chat that can't be rendered. A prompt that can't be is no reason to lose a merge: it is
-    told and left out.
+    earlier_config: that of a resumed run. Chats that it rendered are kept: a template may print today's date.
+    extra_prompts: in addition to the configuration's. Raises ConfigError for a chat that can't be rendered. A prompt
+    that can't be rendered is no reason to lose a merge: a warning names it, and it is left out.
     """
     base = models.base
     config = loader.config
-    known = rendered_in(begun) if begun else {}
-    new = [chat for chat in chats_of(config) if chat not in known]
-    if not new and not with_prompts:
-        return replace(loader, config=with_texts(config, known)), Asked()
+    earlier_texts = rendered_in(earlier_config) if earlier_config else {}
+    new_chats = [chat for chat in chats_of(config) if chat not in earlier_texts]
+    if not new_chats and not with_prompts:
+        return replace(loader, config=with_texts(config, earlier_texts)), Asked()
     tokenizer = load_tokenizer(base.path, base.companions)
-    prompts = dict.fromkeys([*(prompts_of(config, has_template(tokenizer)).all if with_prompts else ()), *also])
-    chats = dict.fromkeys(new, CONTEXTS)
+    prompts = dict.fromkeys(
+        [*(prompts_of(config, has_template(tokenizer)).all if with_prompts else ()), *extra_prompts]
+    )
+    chats = dict.fromkeys(new_chats, CONTEXTS)
     for prompt in prompts if has_template(tokenizer) else ():
         chats[chat_of(prompt)] = "samples" if prompt in (config.samples or ()) else "own_texts"
     rendered = render(tokenizer, config.directories.model_path1, chats, config.template, config.system)
-    check_refusals([rendered.refusals[chat] for chat in new if chat in rendered.refusals], "contexts")
-    for refusal in list(rendered.refusals.values())[:1]:  # of others the reason is mostly the same
+    check_refusals([rendered.refusals[chat] for chat in new_chats if chat in rendered.refusals], "contexts")
+    for refusal in list(rendered.refusals.values())[:1]:  # the others mostly have the same reason
         count = pluralize(len(rendered.refusals), "prompt")
         loader.console.warning(f"{count} can't be asked: {refusal}")
-    loader.console.warnings(_scored_in_thoughts(rendered, new))
-    texts = known | {chat: rendered.texts[chat] for chat in new}
+    loader.console.warnings(_scored_in_thoughts(rendered, new_chats))
+    texts = earlier_texts | {chat: rendered.texts[chat] for chat in new_chats}
     return replace(loader, config=with_texts(config, texts)), asked_of(tokenizer, rendered, prompts)
 
 
 def _scored_in_thoughts(rendered: Rendered, contexts: Sequence[Chat]) -> list[str]:
-    """A line if the template begins a thought in whose middle phrases are scored."""
-    within = [chat for chat in within_thoughts(rendered) if chat in contexts]
-    if not within:
+    """A warning if the template opens a thought, so that phrases are scored inside it."""
+    chats_within = [chat for chat in within_thoughts(rendered) if chat in contexts]
+    if not chats_within:
         return []
     switch = rendered.thoughts.switch
-    closing = rendered.thoughts.closing(rendered.texts[within[0]].removesuffix(within[0].answer)).strip()
-    ways = [f"template: {{{switch}: false}}"] * bool(switch) + [f"continue: {closing}..."] * bool(closing)
-    instead = f"; to score them in the answer, set {' or '.join(ways)}" if ways else ""
-    where = pluralize(len(within), "chat context")
-    return [f"the chat template opens a thought, so the phrases of {where} are scored inside it{instead}"]
+    closing = rendered.thoughts.closing(rendered.texts[chats_within[0]].removesuffix(chats_within[0].answer)).strip()
+    remedies = [f"template: {{{switch}: false}}"] * bool(switch) + [f"continue: {closing}..."] * bool(closing)
+    instead = f"; to score them in the answer, set {' or '.join(remedies)}" if remedies else ""
+    count = pluralize(len(chats_within), "chat context")
+    return [f"the chat template opens a thought, so the phrases of {count} are scored inside it{instead}"]
 
 
 def save(console: Console, rebuild: Rebuild, base: Checkpoint, unfinished: Unfinished, output: str) -> None:
-    """Write a model; `output` is where it will be in the end."""
+    """Write a model. output: its final folder."""
     console.timed(f"Saving to {output}")
     with naming(unfinished.folder):
         rebuild.save(unfinished.folder)
@@ -126,7 +127,7 @@ def finish(
     needed: Needed,
     overwrite: bool,
 ) -> None:
-    """Write the recipe, the settings as a file to run again, two pictures and a model card; make it all the output.
+    """Write the recipe, the settings as a file to run again, two pictures and a model card; then commit the output.
 
     layout: the base, without weights.
     """
@@ -136,12 +137,12 @@ def finish(
     write_recipe(folder, recipe)
     with naming(folder / SETTINGS_FILE):
         (folder / SETTINGS_FILE).write_text(settings_file(recipe, output.name), encoding="utf-8", newline="\n")
-    drawn = {
+    writers = {
         MERGE_MAP_FILE: lambda: merge_map(recipe, folder / MERGE_MAP_FILE),
         PHRASE_CHART_FILE: lambda: phrase_chart(recipe, folder / PHRASE_CHART_FILE),
         CARD_FILE: lambda: write_card(folder, recipe, output.name, layout, needed),
     }
-    for file, write in drawn.items():
+    for file, write in writers.items():
         try:
             with naming(folder / file):
                 write()
@@ -154,7 +155,8 @@ def finish(
 
 
 def write_card(folder: Path, recipe: Recipe, name: str, layout: ResidentModel, needed: Needed) -> None:
-    """Write the card of an output; pictures that could not be made are left out, and what mergekit can't reproduce."""
+    """Write the card of an output. It omits pictures that could not be made, and mergekit's file if mergekit can't
+    reproduce the merge."""
     base = layout.checkpoint
     repositories = [base.repository]
     for _, candidate in needed:
@@ -170,9 +172,9 @@ def write_card(folder: Path, recipe: Recipe, name: str, layout: ResidentModel, n
 
 
 def _paths_of_the_base(folder: Path, base: Checkpoint) -> list[str]:
-    """A line for each of the base's files that was copied to a folder and names a path of this machine."""
-    known = {os.path.expanduser("~"), os.getcwd(), str(base.path.resolve().parent)} - {os.sep}
-    pattern = rf"(?<![\w.~/-])(?:{'|'.join(map(re.escape, known))})(?![\w-])[^\s\"',;:]*"
+    """A warning for each copied file of the base that contains a path of this machine."""
+    machine_paths = {os.path.expanduser("~"), os.getcwd(), str(base.path.resolve().parent)} - {os.sep}
+    pattern = rf"(?<![\w.~/-])(?:{'|'.join(map(re.escape, machine_paths))})(?![\w-])[^\s\"',;:]*"
     lines = []
     for name in (name for name, size in base.companions.published.items() if size <= LARGEST_LOOKED_AT):
         with naming(folder / name):
@@ -185,7 +187,7 @@ def _paths_of_the_base(folder: Path, base: Checkpoint) -> list[str]:
 
 
 def end(console: Console, config: Config, models: Models, output: str = "") -> None:
-    """Leave no download that is not to be kept, and say that all is done. output: what there is to be published."""
+    """Remove the downloads that are not to be kept, and print the last lines. output: a folder to publish."""
     if not config.keep_downloads:
         candidates = [repository for candidate in models.candidates for repository in candidate.repositories]
         remove_downloads(console, [models.base.repository, *candidates])
@@ -195,11 +197,11 @@ def end(console: Console, config: Config, models: Models, output: str = "") -> N
 
 
 def prepare_libraries(seed: int) -> None:
-    """Same bits from the same config, and no chatter from the libraries between our lines."""
+    """Make results reproducible, and silence the libraries."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, about later versions of theirs
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from the libraries, about their later versions
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.disable_progress_bars()
@@ -207,12 +209,12 @@ def prepare_libraries(seed: int) -> None:
 
 
 def note_source(record: RunRecord, group: Group, number: int, where: str, checkpoint: Checkpoint) -> None:
-    """Note which model a number is. Raises ConfigError if it is not what an earlier run, or another process, has."""
+    """Note a model's source by its number. Raises ConfigError if an earlier run or another process has another one."""
     noted = group.broadcast(group.on_all_ranks(lambda: record.source(number, where, checkpoint)))
-    here = f"differs between process {group.rank.number} and process 0"
+    difference = f"differs between process {group.rank.number} and process 0"
 
     def compare() -> None:
         if not group.rank.is_main_process:
-            compare_fingerprints(noted, checkpoint, here)
+            compare_fingerprints(noted, checkpoint, difference)
 
     group.on_all_ranks(compare)

@@ -1,6 +1,6 @@
-"""A command line: its help on one screen, its errors with what was typed as it is.
+"""A command line: its help on one screen, its errors with escaped input.
 
-Knows: argparse, how wide and how high a screen is. Refuses to know: which options there are.
+Knows: argparse, the size of a screen. Refuses to know: which options exist.
 """
 
 import argparse
@@ -10,11 +10,11 @@ from typing import IO, NoReturn
 
 from modules.runtime.console import say, visible
 
-_COLUMN = 33  # in which what is said of an option begins: behind the longest one
+_COLUMN = 33  # where the help of an option begins: after the longest option
 
 
 class Arguments(argparse.ArgumentParser):
-    """A command line in groups of options, each of which its help tells of on one line of 80 columns."""
+    """A command line with groups of options. Its help has one line of 80 columns for each option."""
 
     def __init__(self, description: str) -> None:
         super().__init__(
@@ -23,14 +23,14 @@ class Arguments(argparse.ArgumentParser):
             formatter_class=_OneScreen,
             add_help=False,
         )
-        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # who reads it knows
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # whoever reads the help knows it
 
     def error(self, message: str) -> NoReturn:
         """Print usage and error, and exit with code 2."""
         super().error(visible(message))
 
     def _print_message(self, message: str, file: IO[str] | None = None) -> None:
-        """argparse would not notice that the reader is gone."""
+        """Print with `say`: argparse itself would not notice that the reader is gone."""
         if file is sys.stdout:
             say(message.removesuffix("\n"))
         else:
@@ -38,7 +38,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 class _OneScreen(argparse.HelpFormatter):
-    """No empty lines: a screen has 24."""
+    """A help without empty lines: a screen has 24 lines."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=_COLUMN)

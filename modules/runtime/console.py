@@ -1,9 +1,9 @@
-"""What the person at the terminal sees, and the log file that keeps it.
+"""The output on the terminal, and the log file that keeps it.
 
 Knows: lines, the log, colours, one progress bar, what a quiet run shows. Refuses to know: what the lines mean.
 
-Each text that is handed over here is one line. It may hold names that strangers have chosen: whatever could move the
-cursor, end the line or turn the reading direction is shown escaped.
+Each text is one line. It may contain names that strangers chose: characters that could move the cursor, end the line or
+change the reading direction are escaped.
 """
 
 import os
@@ -37,18 +37,18 @@ _RED_TO_GREEN = (196, 202, 208, 214, 220, 226, 190, 154, 118, 82, 46)  # of the 
 
 
 def coloured(text: str, share: float) -> str:
-    """Text that a terminal shows in red (share 0) to green (share 1); the log has it plain."""
+    """Text in a colour from red (share 0) to green (share 1) on a terminal; plain in the log."""
     colour = _RED_TO_GREEN[round(min(max(share, 0.0), 1.0) * (len(_RED_TO_GREEN) - 1))]
     return f"\x1b[38;5;{colour}m{text}\x1b[0m"
 
 
-# Invisible, but part of the spelling between two letters of many scripts, and of emoji.
+# Invisible, but part of the spelling between letters of many scripts, and of emoji.
 _JOINER = re.compile("(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f])")
 
 
 def visible(text: str) -> str:
-    """Text on one line that shows what is in it: control characters, line ends, invisible marks and odd spaces are
-    escaped, as in \\x1b, \\n or \\u202e."""
+    """Text on one line, with control characters, line ends, invisible marks and odd spaces escaped, as in \\x1b, \\n or
+    \\u202e."""
     if text.isprintable():
         return text
     joiners = {match.start() for match in _JOINER.finditer(text)}
@@ -60,10 +60,10 @@ def visible(text: str) -> str:
 
 
 def open_streams() -> None:
-    """Make writing to the terminal harmless: a stream that was closed (>&-) goes nowhere, and where it can't show a
-    character there is a "?"."""
+    """Make writing to the terminal safe: a closed stream (>&-) goes nowhere, and a character that a stream can't show
+    becomes a "?"."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # the file that is opened now gets the number that was free, 0 to 2
+        if getattr(sys, name) is None:  # the file that is opened now gets the free descriptor, 0 to 2
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -71,14 +71,14 @@ def open_streams() -> None:
 
 
 def show(text: str | None, stream: TextIO) -> OSError | ValueError | None:
-    """Print a line above the progress bar, or, if None, what waits to be shown. Where that is not possible, nothing
-    more will be shown, and the error is returned."""
+    """Print a line above the progress bar; None: only flush the stream. If that fails, the stream shows nothing more,
+    and the error is returned."""
     try:
         if text is not None:
             tqdm.write(text, file=stream)
         stream.flush()
     except (OSError, ValueError) as error:  # its reader has ended, its disk is full, it is closed
-        with suppress(OSError, ValueError):  # or what it holds would be tried again when the program ends
+        with suppress(OSError, ValueError):  # else the program's end would try to write its buffer again
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
@@ -87,7 +87,7 @@ def show(text: str | None, stream: TextIO) -> OSError | ValueError | None:
 
 
 def say(text: str) -> OSError | ValueError | None:
-    """`show` on standard output. Raises ReaderGone if whoever read it has ended."""
+    """`show` on standard output. Raises ReaderGone if its reader has ended."""
     error = show(text, sys.stdout)
     if isinstance(error, BrokenPipeError):
         raise ReaderGone
@@ -95,27 +95,27 @@ def say(text: str) -> OSError | ValueError | None:
 
 
 def hint(text: str) -> None:
-    """Tell whoever waits at a terminal what is being done, beside what is printed."""
+    """Show on a terminal what the program is doing; not part of its output."""
     if sys.stderr.isatty():
         show(text, sys.stderr)
 
 
 class Progress(tqdm):
-    """How far a run is, and about how long the rest will take: as long as its steps take at the speed so far."""
+    """A progress bar with an estimate of the remaining time, at the average speed so far."""
 
     def skip(self, steps: float) -> None:
-        """Before any others: so many steps that say nothing of the speed to come. The clock begins after them."""
+        """Count steps that must not affect the speed. They come before all others; the clock starts after them."""
         self.initial = self.n = self.n + steps
         self.unpause()
         self.refresh()
 
     def left(self, steps: float) -> None:
-        """So many steps are left, whatever was expected."""
+        """Set the number of remaining steps."""
         self.total = self.n + steps
         self.refresh()
 
     def tell(self, state: str) -> None:
-        """What is shown beside the bar from now on."""
+        """Set the text beside the bar."""
         self.set_postfix_str(state)
 
 
@@ -125,7 +125,7 @@ class Console:
     def __init__(self, name: str, quiet: bool = False) -> None:
         """Open logs/<name>-YYYYmmdd_HHMMSS.txt. Raises ConfigError if it can't be written.
 
-        quiet: only warnings, errors and the last line are seen; the log has everything all the same.
+        quiet: show only warnings, errors and the last line; the log has everything.
         """
         self._quiet = quiet
         # https://no-color.org: any value but an empty one
@@ -143,7 +143,7 @@ class Console:
         self.lines([text])
 
     def lines(self, texts: Sequence[str], logged: Sequence[str] | None = None) -> None:
-        """Print several lines. logged: what the log gets in their place."""
+        """Print several lines. logged: the lines for the log, if they differ."""
         if not self._quiet:
             for text in texts:
                 self._show(visible(text))
@@ -151,7 +151,7 @@ class Console:
             self._record(visible(text))
 
     def coloured_lines(self, texts: Sequence[str]) -> None:
-        """Print lines that hold what `coloured` has made; in colour on a terminal, unless NO_COLOR is set."""
+        """Print lines with texts from `coloured`: in colour on a terminal, unless NO_COLOR is set."""
         for text in texts:
             parts = [part if number % 2 else visible(part) for number, part in enumerate(_COLOUR.split(text))]
             if not self._quiet:
@@ -159,11 +159,11 @@ class Console:
             self._record("".join(parts[::2]))
 
     def warning(self, text: str) -> None:
-        """A line that is seen in a quiet run too."""
+        """Print a warning, also in a quiet run."""
         self._always(f"WARNING: {text}")
 
     def warnings(self, texts: Iterable[str]) -> None:
-        """Several of them."""
+        """Print several warnings."""
         for text in texts:
             self.warning(text)
 
@@ -180,20 +180,20 @@ class Console:
         self.error(f"{summary}; the traceback is in {self.log_path}, please report it")
 
     def banner(self, text: str) -> None:
-        """The first line of a program that merges, below its picture."""
+        """Print the picture and the first line of a program that merges."""
         self.lines(BANNER.split("\n"))
         self.timed(text)
 
     def timed(self, text: str) -> None:
-        """A line with the time of day before it."""
+        """Print a line with the time of day before it."""
         self.line(_timed(text))
 
     def final(self, text: str) -> None:
-        """The last line, with the time of day before it; it is seen in a quiet run too."""
+        """Print the last line, with the time of day before it, also in a quiet run."""
         self._always(_timed(text))
 
     def ask(self, question: str) -> str:
-        """What the person at the terminal types in answer; nothing if it is quiet, closed, or there is none."""
+        """The user's answer to a question; empty if the run is quiet, or input or output is no terminal or closed."""
         if self._quiet or not (sys.stdin.isatty() and sys.stdout.isatty()):
             return ""
         self._always(question)
@@ -205,18 +205,18 @@ class Console:
         return answer
 
     def progress(self, steps: float) -> Progress:
-        """One bar for the whole run, on a terminal only; `steps` are in any unit that is proportional to time."""
+        """The bar of the whole run, only on a terminal. steps: in any unit that is proportional to time."""
         return Progress(
             total=steps,
             bar_format="{percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go{postfix}",
             dynamic_ncols=True,
             disable=self._no_bars,
-            smoothing=0,  # the speed is that of all steps: that of the last ones alone jumps with every candidate
+            smoothing=0,  # the speed of all steps: that of the last ones would jump with every candidate
             miniters=0,
         )
 
     def download(self, name: str, size: int) -> tqdm:
-        """A bar for what comes from the hub meanwhile, `size` bytes; on a terminal only."""
+        """The bar of a download of `size` bytes, only on a terminal."""
         layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} to go]"
         return tqdm(
             total=size,
@@ -230,17 +230,17 @@ class Console:
         )
 
     def ending(self, *texts: str) -> None:
-        """Why a run ends that is not at fault itself: it was told to, or another process has ended."""
+        """Print why a run ends without an error of its own: an interrupt, or another process has ended."""
         self.error(*texts)
 
     def on_interrupt(self) -> None:
-        """Answer the first Ctrl-C. It may come in the middle of a line: this goes past everything that is buffered."""
-        with suppress(OSError):  # the terminal may be gone, and that be the reason
+        """Answer the first Ctrl-C. It may come in the middle of a line, so this bypasses all buffers."""
+        with suppress(OSError):  # the terminal may be gone, which may be the reason
             os.write(2, b"\nStopping after this step; press Ctrl-C again to stop now.\n")
 
     @property
     def _no_bars(self) -> bool | None:
-        return True if self._quiet else None  # None leaves it to tqdm: none but on a terminal
+        return True if self._quiet else None  # None: tqdm shows bars only on a terminal
 
     def _always(self, text: str) -> None:
         self._show(visible(text))
@@ -259,7 +259,7 @@ class Console:
             self._log.write(text + "\n")
             self._log.flush()
         except OSError as error:
-            with suppress(OSError):  # what could not be written is tried again
+            with suppress(OSError):  # closing tries to write the failed line again
                 self._log.close()
             self._log = None
             self._show(f"WARNING: can't write to {self.log_path} ({error.strerror}); the log ends here")
@@ -269,12 +269,12 @@ class Console:
 
     def __exit__(self, *_: object) -> None:
         if self._log is not None:
-            with suppress(OSError):  # every line was written when it came
+            with suppress(OSError):  # every line is written already
                 self._log.close()
 
 
 class WorkerConsole(Console):
-    """Of a process that is not the main one: only its own errors are seen, and no log is written."""
+    """The console of a process that is not the main one: it shows only its own errors, and writes no log."""
 
     def __init__(self, number: int) -> None:
         self._quiet = True
@@ -288,7 +288,7 @@ class WorkerConsole(Console):
             show(visible(f"[process {self._number}] {text}"), sys.stderr)
 
     def bug(self, summary: str, trace: Sequence[str]) -> None:
-        """Print to standard error where it happened; there is no log for the traceback."""
+        """Print the error's origin to standard error; there is no log for the traceback."""
         self.error(f"{summary} ({trace[-2].strip()})" if len(trace) > 1 else summary)
 
     def ending(self, *texts: str) -> None:
@@ -302,7 +302,7 @@ class WorkerConsole(Console):
 
 
 class Unlogged(Console):
-    """Before there is a log: only errors are seen; one that nobody has foreseen gets a log for its traceback."""
+    """The console before there is a log: it shows only errors. An internal error gets a log for its traceback."""
 
     def __init__(self, name: str) -> None:
         """name: see Console."""
@@ -311,7 +311,7 @@ class Unlogged(Console):
         self._log = None
 
     def bug(self, summary: str, trace: Sequence[str]) -> None:
-        """Print one line to standard error; a log that is made now has the traceback."""
+        """Print one line to standard error; make a log with the traceback."""
         try:
             with Console(self._name) as console:
                 console.bug(summary, trace)
@@ -324,7 +324,7 @@ def _timed(text: str) -> str:
 
 
 def _new_log(stem: str) -> tuple[Path, TextIO]:
-    """A file that did not exist before, open: several runs may start in one second. Raises OSError."""
+    """Open a new file: several runs may start in one second. Raises OSError."""
     for number in count(1):
         path = LOGS / (f"{stem}.txt" if number == 1 else f"{stem}-{number}.txt")
         with suppress(FileExistsError):

@@ -1,10 +1,10 @@
-"""The processes of a run: which one this is, and what they do together.
+"""The processes of a run: the rank of this one, and their common operations.
 
-Knows: what torchrun sets, torch.distributed. Refuses to know: what is exchanged.
+Knows: torchrun's environment variables, torch.distributed. Refuses to know: what is exchanged.
 
-All exchange is of a few kilobytes that are on the host anyway, so it goes over gloo, whatever the devices are; a
-process that dies is noticed by the others at once. torch is imported only where there are several processes: a typo
-in a configuration must not wait for it.
+The processes exchange only a few kilobytes, which are on the host anyway, so they use gloo on all devices; they notice
+at once if one of them dies. torch is imported only if there are several processes: a typo in a configuration must not
+wait for it.
 """
 
 import os
@@ -21,16 +21,16 @@ from modules.runtime.errors import ConfigError, ProcessLost, first_line
 Value = TypeVar("Value")
 
 TIMEOUT = timedelta(days=1)  # one process may wait for another that is downloading a model
-_MAIN_REPORTS = 10  # seconds that the main process may take to say why nothing can be done
+_MAIN_REPORTS = 10  # seconds that the main process has to report an error
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Which process this is."""
+    """The rank of this process."""
 
     number: int = 0
     world_size: int = 1
-    local_rank: int = 0  # the same among those on this machine
+    local_rank: int = 0  # among the processes on this machine
     local_world_size: int = 1
 
     @property
@@ -40,9 +40,9 @@ class Rank:
 
 
 def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
-    """This process's, from what torchrun sets; the only one, if it was not started by torchrun.
+    """This process's rank, from torchrun's environment variables; that of a single process without torchrun.
 
-    Raises ConfigError if what stands there is no rank.
+    Raises ConfigError if the variables are inconsistent.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if any(name not in environment for name in names):
@@ -57,21 +57,21 @@ def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
 
 
 def wait_for_main_process() -> None:
-    """Leave the main process time to say what is wrong: torchrun ends all processes with the first that ends."""
+    """Give the main process time to report an error: torchrun ends all processes when the first one ends."""
     with suppress(KeyboardInterrupt):
         time.sleep(_MAIN_REPORTS)
 
 
 class Group:
-    """The processes of a run; it may be only one."""
+    """The processes of a run, perhaps only one."""
 
     def __init__(self, rank: Rank) -> None:
         self.rank = rank
 
     def on_all_ranks(self, work: Callable[[], Value]) -> Value:
-        """Do this process's part of some work, and raise what it raises in any of them, in all of them.
+        """Do this process's part of some work. If it fails in one process, its error is raised in all.
 
-        So all are always at the same place. Raises ProcessLost if one of them is gone.
+        So all processes stay in step. Raises ProcessLost if one of them is gone.
         """
         if self.rank.world_size == 1:
             return work()
@@ -90,11 +90,11 @@ class Group:
         raise next(failure for failure in failures if failure is not None)
 
     def on_main_process(self, work: Callable[[], Value]) -> Value | None:
-        """Work that only the main process does; what it raises is raised in all. None in the others."""
+        """Do work in the main process only; its error is raised in all. Returns None in the others."""
         return self.on_all_ranks(lambda: work() if self.rank.is_main_process else None)
 
     def sum(self, rows: Sequence[Sequence[float]]) -> list[list[float]]:
-        """The element-wise sums of what all have; where all but one have zeros, exactly what that one has."""
+        """The element-wise sums over all processes; if all but one have zeros, exactly that one's values."""
         if self.rank.world_size == 1:
             return [list(row) for row in rows]
         import torch
@@ -105,7 +105,7 @@ class Group:
         return values.tolist()
 
     def broadcast(self, value: Value | None = None) -> Value:
-        """What the main process has; the others' own is not looked at."""
+        """The main process's value; the others' values are ignored."""
         if self.rank.world_size == 1:
             return value
         from torch import distributed
@@ -121,7 +121,7 @@ ALONE = Group(Rank())
 
 @contextmanager
 def joined(rank: Rank) -> Iterator[Group]:
-    """The group of this process, left when the block ends. Raises ProcessLost if it does not come together."""
+    """The group of this process, which leaves it when the block ends. Raises ProcessLost if a process is missing."""
     if rank.world_size == 1:
         yield ALONE
         return
@@ -136,10 +136,10 @@ def joined(rank: Rank) -> Iterator[Group]:
 
 
 def _sendable(failure: Exception) -> Exception:
-    """The same failure or, if it is of a kind that can't be sent, one with the same message."""
+    """The failure or, if it can't be pickled, one with the same message."""
     try:
         return pickle.loads(pickle.dumps(failure))
-    except Exception:  # whatever its class makes of it
+    except Exception:  # the class may raise anything
         return RuntimeError(f"{type(failure).__name__}: {failure}")
 
 
@@ -148,5 +148,5 @@ def _checked_connection() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo raises when a connection closes
-        reason = first_line(error).split("] ", 1)[-1]  # without the place in its own source
+        reason = first_line(error).split("] ", 1)[-1]  # without the position in gloo's source
         raise ProcessLost(f"another process of this run has ended or can't be reached ({reason})") from None

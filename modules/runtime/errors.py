@@ -1,6 +1,6 @@
-"""What can go wrong in words that a person at the terminal understands.
+"""Errors with messages for the user.
 
-Knows: kinds of errors and their causes. Refuses to know: exit codes, the console, who raises them.
+Knows: kinds of errors and their causes. Refuses to know: exit codes, the console, where they are raised.
 """
 
 import pickle
@@ -12,7 +12,7 @@ from pathlib import Path
 class ConfigError(Exception):
     """The configuration, the arguments or the models they name can't be used.
 
-    The message is for the user. Each argument is a line of it: names in it may have line ends of their own.
+    The message is for the user. Each argument is a line of it, because names in it may contain line ends.
     """
 
     def __str__(self) -> str:
@@ -24,15 +24,15 @@ class CheckpointError(Exception):
 
 
 class TooNarrow(CheckpointError):
-    """A number does not fit the type that is computed in. Its arguments: which number and which type; and perhaps what
-    to do if no other type may be taken."""
+    """A number does not fit the dtype of the computation. Arguments: which number and which dtype; and perhaps what to
+    do if no other dtype may be used."""
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.args))
 
 
 class BrokenWeights(Exception):
-    """Weights hold NaN or infinite values; the message names the tensor."""
+    """Weights contain NaN or infinite values; the message names the tensor."""
 
 
 class ProcessLost(Exception):
@@ -40,24 +40,24 @@ class ProcessLost(Exception):
 
 
 class ReaderGone(BaseException):
-    """Whoever read standard output has ended, as in `| head`. It ends a program as Ctrl-C does, whatever is being done:
-    other command-line programs are ended by SIGPIPE then."""
+    """The reader of standard output has ended, as in `| head`. This ends the program at any point, as Ctrl-C does;
+    SIGPIPE ends other command-line programs then."""
 
 
 @contextmanager
 def without_panics() -> Iterator[None]:
-    """Make the panic of a library in Rust, which is none of Python's Exceptions, a RuntimeError with its words."""
+    """Convert the panic of a Rust library, which is no Exception in Python, to a RuntimeError with its message."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # every such library has a class of its own, under this name
+        if type(error).__name__ != "PanicException":  # every such library has its own class with this name
             raise
         raise RuntimeError(f"its library failed: {first_line(error)}") from None
 
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Whatever goes wrong with a file of weights in this block is a CheckpointError that names it."""
+    """Convert every error in this block to a CheckpointError that names the file of weights."""
     try:
         with without_panics():
             yield
@@ -65,13 +65,13 @@ def reading(file: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{file}: damaged, or a pickle that would run code when opened; convert it to safetensors if you trust it"
         ) from None
-    except Exception as error:  # whatever a damaged file makes of its reader
+    except Exception as error:  # a damaged file may cause any error
         raise CheckpointError(f"{file}: can't be read ({first_line(error)})") from None
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError that comes from this file or folder its name, which those of an open file lack."""
+    """Add the path to an OSError in this block: errors of an open file lack it."""
     try:
         yield
     except OSError as error:
@@ -81,6 +81,6 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error of a library on one line, with its kind where the words alone would say little."""
+    """A library's error on one line, with its type if the message has fewer than two words."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines and len(lines[0].split()) > 1 else ": ".join([type(error).__name__, *lines])

@@ -1,7 +1,7 @@
-"""How a program begins and ends: its imports, the signals that end it, every failure as one message and an exit code.
+"""The start and end of a program: its imports, the signals that end it, a message and an exit code for each failure.
 
-Knows: which exceptions and signals a program may end in. Refuses to know: what it was doing; torch, which takes seconds
-to import.
+Knows: the exceptions and signals that may end a program. Refuses to know: what the program does; torch, which takes
+seconds to import.
 
 Ctrl-C, SIGTERM and SIGHUP, which comes when a terminal is closed, all raise KeyboardInterrupt. A signal that was
 ignored when the program began, as under nohup or in a script's background, stays ignored.
@@ -22,7 +22,7 @@ from modules.runtime.console import Console, show
 from modules.runtime.errors import CheckpointError, ConfigError, ProcessLost, ReaderGone, first_line
 from modules.runtime.oom import is_out_of_memory
 
-LOADING = "Loading PyTorch"  # said before it is imported
+LOADING = "Loading PyTorch"  # shown before it is imported
 
 _TERMINATION = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _SIGNALS = [signal.SIGINT, *_TERMINATION]
@@ -30,7 +30,7 @@ _SIGNALS = [signal.SIGINT, *_TERMINATION]
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """What is imported within the block stays, so nobody looks for garbage in it, now or later: that would take a sixth
+    """Exclude what is imported in the block from garbage collection, now and later: the collection would take a sixth
     of the time."""
     gc.disable()
     try:
@@ -40,49 +40,49 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-def exit_code(work: Callable[[], int | None], console: Console, left: Callable[[], str] = lambda: "") -> int:
-    """Run `work`: its own code or 0, 1 failed, 2 it can't be done as asked, 130 interrupted by Ctrl-C or a signal, 141
-    nobody reads what is shown any more.
+def exit_code(work: Callable[[], int | None], console: Console, describe_state: Callable[[], str] = lambda: "") -> int:
+    """Run `work` and return an exit code: its own or 0; 1: failed; 2: the request can't be fulfilled; 130: interrupted
+    by Ctrl-C or a signal; 141: the reader of the output is gone.
 
-    left: is asked, after a failure, what there is and how to go on, in one line; an empty one is not shown.
+    describe_state: after a failure, a line on the state of the output and how to continue; an empty one is not shown.
     """
     try:
         with _handling(_TERMINATION, _interrupt):
             return work() or 0
     except ConfigError as error:
-        first, *more = error.args or ("",)
-        console.error(f"ERROR: {first}", *map(str, more))
+        headline, *details = error.args or ("",)
+        console.error(f"ERROR: {headline}", *map(str, details))
         return 2
     except ProcessLost as error:
-        console.ending(f"ERROR: {error}", *_asked(left))
+        console.ending(f"ERROR: {error}", *_state_lines(describe_state))
         return 1
     except KeyboardInterrupt:
-        console.ending(" ".join(["Interrupted.", *_asked(left)]))
+        console.ending(" ".join(["Interrupted.", *_state_lines(describe_state)]))
         return 130
-    except ReaderGone:  # who has left hears nothing more
-        console.lines([], [" ".join(["Stopped: standard output was closed.", *_asked(left)])])
-        return 141  # what a shell says of a program that SIGPIPE has ended
+    except ReaderGone:  # nothing can be shown any more
+        console.lines([], [" ".join(["Stopped: standard output was closed.", *_state_lines(describe_state)])])
+        return 141  # a shell's code for a program that SIGPIPE ended
     except (GeneratorExit, SystemExit):
         raise
-    except BaseException as error:  # a library in Rust that panics raises none that is an Exception
+    except BaseException as error:  # the panic of a Rust library is no Exception
         message = _message_of(error)
         if message is None:
             console.bug(f"ERROR: internal error: {_named(error)}", traceback.format_exc().splitlines())
-            console.error(*_asked(left))
+            console.error(*_state_lines(describe_state))
         else:
-            console.error(f"ERROR: {message}", *_asked(left))
+            console.error(f"ERROR: {message}", *_state_lines(describe_state))
         return 1
 
 
-def _asked(left: Callable[[], str]) -> list[str]:
-    """What is left, if that can be told: whatever has failed before may fail here again."""
+def _state_lines(describe_state: Callable[[], str]) -> list[str]:
+    """The description of the state, if it can be made: the cause of the failure may affect it, too."""
     with suppress(Exception):
-        return [text for text in [left()] if text]
+        return [text for text in [describe_state()] if text]
     return []
 
 
 def _message_of(error: BaseException) -> str | None:
-    """What to say of an error that has its cause outside the program; None for one that has not."""
+    """The message for an error with a cause outside the program; None for an internal error."""
     if isinstance(error, CheckpointError):
         return str(error)
     if isinstance(error, OSError):
@@ -101,21 +101,21 @@ def _named(error: BaseException) -> str:
 
 
 def leave(code: int) -> NoReturn:
-    """End the program. A reader that is gone, or a Ctrl-C that comes now, is no failure any more."""
+    """End the program. A reader that is gone, or a Ctrl-C from now on, does not count as a failure."""
     for number in _not_ignored(_SIGNALS):
         signal.signal(number, lambda *_: os._exit(code))
     for stream in (sys.stdout, sys.stderr):
         show(None, stream)
     if code:
-        os._exit(code)  # a download that has stalled has threads for which Python would wait
+        os._exit(code)  # Python would wait for the threads of a stalled download
     sys.exit(code)
 
 
 @contextmanager
 def postponed(tell: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Within the block, the first of these signals only tells that it was heard; the next one interrupts.
+    """Within the block, the first signal only calls `tell`; the next one interrupts.
 
-    Yields a function that raises KeyboardInterrupt if one was heard: it is called where it does no harm to end.
+    Yields a function that raises KeyboardInterrupt if a signal came: it is called where the program can end safely.
     """
     heard = False
 
@@ -143,14 +143,15 @@ def _handling(signals: Sequence[signal.Signals], handler: Callable[[int, FrameTy
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may, and only it is interrupted
         return
-    before = {number: signal.signal(number, handler) for number in _not_ignored(signals)}
+    earlier_handlers = {number: signal.signal(number, handler) for number in _not_ignored(signals)}
     try:
         yield
     finally:
-        for number, former in before.items():
-            signal.signal(number, former)
+        for number, earlier_handler in earlier_handlers.items():
+            signal.signal(number, earlier_handler)
 
 
 def _not_ignored(signals: Sequence[signal.Signals]) -> list[signal.Signals]:
-    """Those that are not ignored; None stands for a handler that is not Python's, which could not be put back."""
+    """The signals that are not ignored and have a handler of Python's; None means another one, which Python could not
+    restore."""
     return [number for number in signals if signal.getsignal(number) not in (signal.SIG_IGN, None)]

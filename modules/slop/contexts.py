@@ -1,7 +1,7 @@
-"""Contexts for what a model over-uses, cut from its own texts: where it wrote a phrase, it may write it again.
+"""Contexts for phrases that a model over-uses, cut from its own texts: after the same text it may write them again.
 
-Knows: texts and their prompts, which beginnings make a context, how many a phrase gets. Refuses to know: models,
-tokenizers (it is told how many tokens a text has), files.
+Knows: texts and their prompts, which part of a text is a context, how many a phrase gets. Refuses to know: models,
+tokenizers (a function counts tokens), files.
 """
 
 import re
@@ -15,7 +15,7 @@ from modules.slop.finder import Finding, Text
 # of the text before a phrase, in its context
 FEWEST_TOKENS = 10
 MOST_TOKENS = 40
-MOST_TRIED = 12  # places of a phrase whose probability is computed
+MOST_TRIED = 12  # occurrences of a phrase whose probability is computed
 # of a phrase that is listed
 MOST_CONTEXTS = 6
 FEWEST_PROMPTS = 3
@@ -35,11 +35,11 @@ def candidate_contexts(
     answers_begin: Mapping[str, str] | None,
     count: CountTokens,
 ) -> dict[Pair, int]:
-    """Pairs for places where the phrase is spelled as it is listed, at most MOST_TRIED, taken in turn from each prompt;
-    and the number of each pair's prompt. answers_begin: as a Generator has it.
+    """Pairs for the phrase's occurrences, each with the number of its prompt. At most MOST_TRIED, taken in turn from
+    each prompt; only those that are spelled as the phrase is listed. answers_begin: see `Generator`.
     """
     pairs = dict[Pair, int]()
-    for number, start, end in in_turn(finding.places, lambda place: texts[place[0]].prompt):
+    for number, start, end in in_turn(finding.places, lambda occurrence: texts[occurrence[0]].prompt):
         text = texts[number].text
         prompt = prompts[texts[number].prompt]
         if text[start:end] != finding.phrase:
@@ -55,28 +55,28 @@ def candidate_contexts(
     return pairs
 
 
-def last_sentences(before: str, count: CountTokens) -> str:
-    """The last sentences of a text, as few as have FEWEST_TOKENS; of more than MOST_TOKENS the last words."""
-    for start in reversed(_sentence_starts(before)):
-        if count(before[start:]) >= FEWEST_TOKENS:
+def last_sentences(text: str, count: CountTokens) -> str:
+    """The fewest last sentences of a text with FEWEST_TOKENS tokens; its last words if they exceed MOST_TOKENS."""
+    for start in reversed(_sentence_starts(text)):
+        if count(text[start:]) >= FEWEST_TOKENS:
             break
-    if count(before[start:]) <= MOST_TOKENS:
-        return before[start:]
-    words = (before[match.start() :] for match in _WORD_START.finditer(before))
-    return next((rest for rest in words if count(rest) <= MOST_TOKENS), "")
+    if count(text[start:]) <= MOST_TOKENS:
+        return text[start:]
+    words = (text[match.start() :] for match in _WORD_START.finditer(text))
+    return next((ending for ending in words if count(ending) <= MOST_TOKENS), "")
 
 
 def _sentence_starts(text: str) -> list[int]:
     return [0, *(match.end() for match in _SENTENCE_END.finditer(text))]
 
 
-def last_sentence(before: str) -> str:
+def last_sentence(text: str) -> str:
     """The last sentence of a text, as an example."""
-    return before[_sentence_starts(before)[-1] :]
+    return text[_sentence_starts(text)[-1] :]
 
 
 def joined(opening: str, text: str) -> str:
-    """A text behind the opening that it continues; the space between them is in neither."""
+    """An opening and the text that continues it, joined by a space where one is needed; neither contains it."""
     return opening + ("" if re.match(r"[\s.,;:!?'\u2019)]|$", text) else " ") + text
 
 
@@ -92,7 +92,7 @@ def in_turn(items: Sequence[Item], owner: Callable[[Item], int]) -> list[Item]:
 
 
 def listed_contexts(candidates: Mapping[Pair, int], probabilities: Sequence[float]) -> list[Pair]:
-    """The contexts that a phrase list gets: those in which the phrase is probable, the best of every prompt first.
+    """The contexts for a phrase list: those in which the phrase is probable, the best of every prompt first.
 
     Empty if fewer than FEWEST_PROMPTS prompts have one: a phrase of one story is no habit.
     """

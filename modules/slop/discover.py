@@ -1,4 +1,4 @@
-"""--discover: a model generates texts; what it over-uses in them is found, and becomes a phrase list with contexts.
+"""--discover: a model generates texts; the phrases that it over-uses become a phrase list with contexts.
 
 Knows: the order of the steps, the files that are written. Refuses to know: how texts are generated and searched.
 """
@@ -36,17 +36,17 @@ _WIDTHS = (3, 28, 6, 6, 8, 11, 9, 7, 45)  # columns
 
 
 def discover(config: Config, console: Console, json_file: Path | None, yaml_file: Path | None) -> int:
-    """Let the config's base generate texts, print what it over-uses, write the files that are asked for.
+    """Let the config's base generate texts, print what it over-uses, write the requested files.
 
-    Returns an exit code: NOTHING where no phrase was found, or none for the list that was asked for; but 0 where the
-    report alone was asked for, which says so. Raises ConfigError for what can't be used, OSError if a file fails.
+    Returns an exit code: NOTHING if no phrase was found, or none for the requested list; but 0 if only the JSON file
+    was requested. Raises ConfigError for what can't be used, OSError if a file fails.
     """
     if not find_cliches(config, console, json_file, yaml_file):
         return 0 if json_file and not yaml_file else NOTHING
     if yaml_file:
         console.line(f"Review it, delete what you don't mind, and add to your config: phrase_files: [{yaml_file}]")
-        again = f"--config MY.yaml --rate OUT --set random_seed={config.random_seed + 1}"
-        console.line(f"After the merge, count again, by another seed: python monster_mapper.py {again}")
+        options = f"--config MY.yaml --rate OUT --set random_seed={config.random_seed + 1}"
+        console.line(f"After the merge, count again, by another seed: python monster_mapper.py {options}")
     else:
         console.line("Add --yaml FILE to write a phrase list, each phrase in contexts of these texts.")
     console.final(f"Done. The log is {console.log_path}")
@@ -54,11 +54,11 @@ def discover(config: Config, console: Console, json_file: Path | None, yaml_file
 
 
 def find_cliches(config: Config, console: Console, json_file: Path | None, yaml_file: Path | None) -> bool:
-    """The same; whether something was found and, if there is a yaml_file, listed."""
+    """As `discover`, without its last lines. Returns whether phrases were found and, if wanted, listed."""
     human = human_rates(config.discover.language)
     generator = load_generator(config, console)
     answers = generate(generator, config.random_seed, console, yaml_file or json_file)
-    texts = [Text(number, text) for number, of_prompt in enumerate(answers) for text in of_prompt]
+    texts = [Text(number, text) for number, prompt_texts in enumerate(answers) for text in prompt_texts]
     findings = find(texts, generator.prompts, human)
     console.lines(_report(findings, texts))
     if json_file:
@@ -68,8 +68,10 @@ def find_cliches(config: Config, console: Console, json_file: Path | None, yaml_
     if findings.phrases and yaml_file:
         contexts = contexts_of(findings.phrases[: config.discover.phrases], texts, generator, console)
     if not findings.phrases or (yaml_file and not contexts):
-        what = f"in {LEAST_PROMPTS} prompts, {LEAST_RATIO:g} times as often as in human text and probable there"
-        console.error(f"Found no overused phrase ({what}). Raise discover.samples or discover.tokens, or add prompts.")
+        criteria = f"in {LEAST_PROMPTS} prompts, {LEAST_RATIO:g} times as often as in human text and probable there"
+        console.error(
+            f"Found no overused phrase ({criteria}). Raise discover.samples or discover.tokens, or add prompts."
+        )
         return False
     if yaml_file:
         write_text(yaml_file, _phrase_list(contexts, generator.name, config.system))
@@ -83,16 +85,17 @@ def find_cliches(config: Config, console: Console, json_file: Path | None, yaml_
 def contexts_of(
     findings: Sequence[Finding], texts: Sequence[Text], generator: Generator, console: Console
 ) -> dict[str, list[Pair]]:
-    """Contexts of every phrase in which it is probable; phrases without them are left out, and named."""
+    """The contexts in which each phrase is probable. Phrases without such contexts are left out, and a line names
+    them."""
     begin = generator.answers_begin
     count = generator.count_tokens
     candidates = [candidate_contexts(finding, texts, generator.prompts, begin, count) for finding in findings]
-    pairs = [pair for of_finding in candidates for pair in of_finding]
+    pairs = [pair for finding_pairs in candidates for pair in finding_pairs]
     console.timed(f"Scoring {len(findings)} phrases in {len(pairs)} contexts")
     values = iter(probabilities(generator, pairs))
     listed = {}
-    for finding, of_finding in zip(findings, candidates, strict=True):
-        listed[finding.phrase] = listed_contexts(of_finding, list(islice(values, len(of_finding))))
+    for finding, finding_pairs in zip(findings, candidates, strict=True):
+        listed[finding.phrase] = listed_contexts(finding_pairs, list(islice(values, len(finding_pairs))))
     rare = [phrase for phrase, contexts in listed.items() if not contexts]
     if rare:
         console.line(f"Dropped, because too few contexts reproduce them: {', '.join(rare)}")
@@ -100,7 +103,7 @@ def contexts_of(
 
 
 def probabilities(generator: Generator, pairs: Sequence[Pair]) -> list[float]:
-    """How probable each pair is, as a merge would score it. Raises ConfigError as encoding does."""
+    """The probability of each pair, computed as in a merge. Raises ConfigError as encoding does."""
     if not pairs:
         return []
     model = generator.model
@@ -115,7 +118,7 @@ def probabilities(generator: Generator, pairs: Sequence[Pair]) -> list[float]:
 
 
 def _report(findings: Findings, texts: Sequence[Text]) -> list[str]:
-    """The table of what a model over-uses, the names, and how much of its text the table is."""
+    """The table of over-used phrases, its part of all words, and the over-used names."""
     shown = findings.phrases[:SHOWN]
     lines = list[str]()
     if shown:
@@ -132,13 +135,13 @@ def _report(findings: Findings, texts: Sequence[Text]) -> list[str]:
 
 
 def _row(number: int, finding: Finding, text: str) -> list[str]:
-    """text: of its first place."""
+    """A row of the table. text: that of the first occurrence."""
     _, start, end = finding.places[0]
-    before = shortened(one_line(last_sentence(text[:start])), _WIDTHS[-1] - columns(finding.phrase) - 3)
+    excerpt = shortened(one_line(last_sentence(text[:start])), _WIDTHS[-1] - columns(finding.phrase) - 3)
     return [
         *(str(number), finding.phrase, str(finding.times), str(finding.texts), str(finding.prompts)),
         *(f"{finding.per_million:,.0f}", f"{finding.human:,.2f}", f"{finding.ratio:,.0f}"),
-        f"{before} {text[start:end]}\u2026".strip(),
+        f"{excerpt} {text[start:end]}\u2026".strip(),
     ]
 
 
@@ -159,7 +162,7 @@ def _document(findings: Findings, model: str) -> dict[str, Any]:
 
 
 def _phrase_list(contexts: Mapping[str, Sequence[Pair]], model: str, system: str | None) -> str:
-    """A YAML phrase list. Each second context of a phrase is held out, to show whether a merge's gain holds there."""
+    """A YAML phrase list. Every second context of a phrase is held out, to test whether a merge's gain generalizes."""
     lists: dict[str, Any] = {} if system is None else {"system": system}
     lists["bad_phrases"] = []
     for phrase, pairs in contexts.items():

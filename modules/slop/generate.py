@@ -1,9 +1,9 @@
-"""A model's texts for many prompts: those that are kept in a file, and the missing ones, generated and kept.
+"""A model's texts for many prompts: read from a file if it has them, else generated and added to it.
 
-Knows: the settings that texts depend on, the file. Refuses to know: how a text is sampled, what is looked for in it.
+Knows: the settings that texts depend on, the file. Refuses to know: how a text is sampled, what is searched in it.
 
-The texts of a batch of prompts are a JSON line. What a killed run has kept is not generated again, several programs may
-add lines to one file, and a damaged line is as good as none.
+The texts of a batch of prompts are a JSON line. Texts that a killed run kept are not generated again, several programs
+may add lines to one file, and a damaged line is ignored.
 """
 
 import hashlib
@@ -44,32 +44,32 @@ _TEXTS = TypeAdapter(Texts)
 class Generator:
     """A model that generates texts."""
 
-    name: str  # without the folders that it is in
+    name: str  # without its folders
     config: Config
     model: ResidentModel
     tokenizer: Any
     prompts: tuple[str, ...]
     asked: Asked  # the prompts as the model reads them
-    fingerprint: Mapping[str, Any]  # of the files that it is made of
+    fingerprint: Mapping[str, Any]  # of its files
 
     @property
     def answers_begin(self) -> dict[str, str] | None:
-        """By prompt, what ends the thoughts that the chat template begins; None without a chat template."""
+        """By prompt, the text that ends the thoughts which the chat template opens; None without a chat template."""
         if not has_template(self.tokenizer):
             return None
         return {prompt: self.asked.thoughts.closing(text) for prompt, text in self.asked.texts.items()}
 
     def count_tokens(self, text: str) -> int:
-        """How many tokens a text has."""
+        """The number of a text's tokens."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def load_generator(config: Config, console: Console, prompts: Sequence[str] = (), candidate: str = "") -> Generator:
-    """A config's base, or a candidate for it, with all its weights as a merge would take them.
+    """Load a config's base, or a candidate for it, with all its weights as a merge would take them.
 
-    prompts: if none are given, those of the config or of the program: questions for a model with a chat template,
-    openings of texts for another one. candidate: as models_to_merge names it. Raises as ModelLoader and Mix do,
-    ConfigError for unusable prompts.
+    prompts: if empty, those of the config or of the program: questions for a model with a chat template, openings of
+    texts for another one. candidate: as models_to_merge names it. Raises as ModelLoader and Mix do, ConfigError for
+    unusable prompts.
     """
     if config.discover.prompts and not prompts:
         prompts = read_prompts(
@@ -86,7 +86,7 @@ def load_generator(config: Config, console: Console, prompts: Sequence[str] = ()
     name = config.directories.model_path1
     rendered = render(tokenizer, name, dict.fromkeys(chats, "discover.prompts"), config.template, config.system)
     check_refusals(rendered.refusals.values(), "prompts")
-    asked = asked_of(tokenizer, rendered, prompts, config.system)
+    model_prompts = asked_of(tokenizer, rendered, prompts, config.system)
 
     def load(loader: ModelLoader) -> Generator:
         model, _ = loader.load(models, loader.placement(models, with_header=bool(candidate)))
@@ -95,18 +95,18 @@ def load_generator(config: Config, console: Console, prompts: Sequence[str] = ()
             mix = Mix(model, tokenizer, models.candidates)
             mix.compose([(1.0,)] * mix.rows, exact=True)
             source = models.candidates[0].checkpoint
-        return Generator(source.name, config, model, tokenizer, prompts, asked, source.fingerprint())
+        return Generator(source.name, config, model, tokenizer, prompts, model_prompts, source.fingerprint())
 
     return loader.fitting(models).in_range(load)
 
 
 def generate(generator: Generator, seed: int, console: Console, beside: Path | None) -> list[list[str]]:
-    """Texts for each prompt, as many as the config says. beside: the file in whose folder they are kept.
-
-    Raises ConfigError if the model can't generate or its texts can't be read, OSError if they can't be kept.
+    """Texts for each prompt, as many as the config says. They are kept in FOLDER beside the file `beside`, or in the
+    working directory. Raises ConfigError if the model can't generate or its texts can't be read, OSError if they can't
+    be kept.
     """
     settings = generator.config.discover
-    asked = generator.asked
+    model_prompts = generator.asked
     params = SamplingParams(settings.tokens, settings.temperature, settings.samples)
     depends_on = {
         "model": generator.fingerprint,
@@ -118,7 +118,7 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
         "count": params.count,
         "template": generator.config.template,
         "system": generator.config.system,
-        "thoughts": [[mark.opens, mark.closes] for mark in asked.thoughts.marks],
+        "thoughts": [[mark.opens, mark.closes] for mark in model_prompts.thoughts.marks],
         "token_rules": generator.model.token_rules(),
     }
     file = sample_file((beside.parent if beside else Path()) / FOLDER, generator.name, depends_on)
@@ -129,21 +129,22 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
     began = time.monotonic()
     words = 0
     with console.progress(len(missing)) as bar:
-        given, problems = encoded(generator.model, generator.tokenizer, missing, asked)
+        inputs, problems = encoded(generator.model, generator.tokenizer, missing, model_prompts)
         if problems:
             raise ConfigError(*problems)
-        for batch in batches(generator.model, given, params.count):
-            new = _sample(generator, {prompt: given[prompt] for prompt in batch}, seed, params)
-            keep_texts(file, new)
-            texts |= new
-            words += sum(word_count(text) for of_prompt in new.values() for text in of_prompt)
+        for batch in batches(generator.model, inputs, params.count):
+            new_texts = _sample(generator, {prompt: inputs[prompt] for prompt in batch}, seed, params)
+            keep_texts(file, new_texts)
+            texts |= new_texts
+            words += sum(word_count(text) for prompt_texts in new_texts.values() for text in prompt_texts)
             bar.update(len(batch))
             bar.tell(f"{words / (time.monotonic() - began):.0f} words/s")
     if missing:
         console.line(f"{words:,} words in {time.monotonic() - began:.0f} s")
     answers = [texts[prompt] for prompt in generator.prompts]
     console.warnings(
-        f"{generator.name}: {line}; raise discover.tokens" for line in empty_answers(answers, asked, params.tokens)
+        f"{generator.name}: {line}; raise discover.tokens"
+        for line in empty_answers(answers, model_prompts, params.tokens)
     )
     return answers
 
@@ -152,26 +153,26 @@ def _sample(generator: Generator, prompts: Mapping[str, Sequence[int]], seed: in
     texts: Texts = {}
     try:
         with without_panics():
-            written = sample(generator.model, generator.tokenizer, prompts, seed, params)
-            for prompt, of_prompt in zip(prompts, written, strict=True):
-                texts[prompt] = [visible(generator.tokenizer, text, prompt, generator.asked) for text in of_prompt]
+            answers = sample(generator.model, generator.tokenizer, prompts, seed, params)
+            for prompt, prompt_answers in zip(prompts, answers, strict=True):
+                texts[prompt] = [visible(generator.tokenizer, text, prompt, generator.asked) for text in prompt_answers]
             return texts
-    except Exception as error:  # of an architecture, of a chat template, of probabilities that are no numbers
+    except Exception as error:  # from an architecture, a chat template, probabilities that are no numbers
         if is_out_of_memory(error):
             raise
         raise ConfigError(f"{generator.name} can't generate texts: {first_line(error)}") from None
 
 
 def sample_file(folder: Path, model: str, depends_on: Mapping[str, Any]) -> Path:
-    """The file for the texts of a model, another one for other settings."""
+    """The file for the texts of a model under some settings. Other settings give another file."""
     letters = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in model)
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return folder / f"{letters.strip('-.')[-60:] or 'model'}-{digest[:12]}.jsonl"
 
 
 def read_texts(file: Path, count: int) -> Texts:
-    """All texts in a file, whose folder is made if it is missing; of several for one prompt the first ones count.
-    Damaged lines are removed from the file.
+    """All texts in a file. Its folder is made if it is missing. The first line with a prompt counts. Damaged lines are
+    removed from the file.
 
     count: texts of each prompt. Raises ConfigError if they can't be read.
     """
@@ -179,35 +180,35 @@ def read_texts(file: Path, count: int) -> Texts:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_bytes().split(b"\n") if file.exists() else []
         entries = [_texts_in(line, count) for line in lines]
-        ended = lines[:-1]  # behind the last line end another program may be writing
-        whole = [line for line, texts in zip(ended, entries, strict=False) if texts]
-        if len(whole) < len(list(filter(None, ended))):
-            write_text(file, b"".join(line + b"\n" for line in whole).decode())
+        complete_lines = lines[:-1]  # after the last line end another program may be writing
+        sound_lines = [line for line, texts in zip(complete_lines, entries, strict=False) if texts]
+        if len(sound_lines) < len(list(filter(None, complete_lines))):
+            write_text(file, b"".join(line + b"\n" for line in sound_lines).decode())
     except OSError as error:
         raise ConfigError(f"{error.filename or file}: can't be used ({error.strerror})") from None
-    kept: Texts = {}
+    merged_texts: Texts = {}
     for texts in entries:
-        kept = texts | kept
-    return kept
+        merged_texts = texts | merged_texts
+    return merged_texts
 
 
 def _texts_in(line: bytes, count: int) -> Texts:
-    """Those of a line; none if it is damaged."""
+    """The texts of a line; empty if it is damaged."""
     try:
         texts = _TEXTS.validate_python(json.loads(line.decode()))
     except (ValueError, RecursionError):
         return {}
-    return texts if all(len(of_prompt) == count for of_prompt in texts.values()) else {}
+    return texts if all(len(prompt_texts) == count for prompt_texts in texts.values()) else {}
 
 
 def keep_texts(file: Path, texts: Texts) -> None:
-    """Add the texts of a batch of prompts: they are on the disk when this returns. Raises OSError."""
+    """Add the texts of a batch of prompts to a file. They are on the disk when this returns. Raises OSError."""
     line = json.dumps(texts, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
     with naming(file), file.open("a+b", buffering=0) as opened:  # unbuffered: a line is written at once
         if opened.seek(0, os.SEEK_END):
             opened.seek(-1, os.SEEK_END)
-            torn = opened.read(1) != b"\n"  # a run was killed while it wrote
-            line = b"\n" + line if torn else line
+            is_torn = opened.read(1) != b"\n"  # a run was killed while it wrote
+            line = b"\n" + line if is_torn else line
         opened.write(line)
     sync(file)
     sync(file.parent)

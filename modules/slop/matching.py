@@ -1,7 +1,7 @@
-"""Where a phrase stands in a text, and how many words a text has, whatever script it is written in.
+"""Finds phrases in a text, and counts its words, in any script.
 
-Knows: Unicode: scripts, letters and marks, the forms in which one text may be written. Refuses to know: rates, models,
-how the texts came about.
+Knows: Unicode: scripts, letters and marks, equivalent forms of a text. Refuses to know: rates, models, how the texts
+were made.
 """
 
 import unicodedata
@@ -9,12 +9,12 @@ from collections.abc import Iterable
 
 import regex
 
-# Scripts that put no space between words. A character of theirs counts as a word, as in word processors.
+# Scripts without spaces between words. Each of their characters counts as a word, as in word processors.
 _UNSPACED = (
     r"[[\p{L}\p{M}\p{N}]&&[\p{Ideographic}\p{scx=Hiragana}\p{scx=Katakana}\p{Line_Break=Complex_Context}\p{Tibetan}]]"
 )
 _SPACED = rf"[[\p{{L}}\p{{M}}\p{{N}}_]--{_UNSPACED}]"
-# Korean writes particles behind a word without a space.
+# Korean writes particles after a word without a space.
 _NO_WORD_BEFORE = rf"(?<!{_SPACED})"
 _NO_WORD_AFTER = rf"(?![{_SPACED}--\p{{Hangul}}]|\p{{M}})"
 
@@ -38,30 +38,30 @@ _ALIKE = str.maketrans(
 
 
 def plain(text: str) -> str:
-    """Text as it is compared: in lower case, in one form where there are several, without invisible characters."""
+    """Text for comparison: in lower case, in one of its equivalent forms, without invisible characters."""
     text = _PRESENTATION_FORMS.sub(lambda match: unicodedata.normalize("NFKC", match[0]), _INVISIBLE.sub("", text))
     return " ".join(unicodedata.normalize("NFC", text.translate(_ALIKE).casefold()).split())
 
 
 def finder(phrases: Iterable[str]) -> regex.Pattern[str]:
-    """Finds phrases in a text, both as `plain` writes them; where several begin, the longest.
+    """A pattern that finds phrases in a text, both in the form of `plain`; of several at one position, the longest.
 
-    Where a phrase begins or ends in a letter or a digit, it is a whole word there, in scripts that separate words by
-    spaces; a sign, and a character of any other script, counts wherever it stands.
+    A phrase that begins or ends in a letter or a digit must begin or end at a word boundary there, in scripts that
+    separate words by spaces. Signs, and characters of other scripts, match anywhere.
     """
     longest_first = sorted({phrase for phrase in phrases if phrase}, key=lambda phrase: (-len(phrase), phrase))
     return regex.compile("|".join(map(_bounded, longest_first)) or r"(?!)", regex.V1)
 
 
 def _bounded(phrase: str) -> str:
-    before = _NO_WORD_BEFORE if _BEGINS_WORD.match(phrase) else ""
-    after = r"(?!\p{M})" if _ENDS_LETTER.search(phrase) else ""
-    after = _NO_WORD_AFTER if _ENDS_WORD.search(phrase) else after
-    return f"{before}{regex.escape(phrase, special_only=True)}{after}"
+    lookbehind = _NO_WORD_BEFORE if _BEGINS_WORD.match(phrase) else ""
+    lookahead = r"(?!\p{M})" if _ENDS_LETTER.search(phrase) else ""
+    lookahead = _NO_WORD_AFTER if _ENDS_WORD.search(phrase) else lookahead
+    return f"{lookbehind}{regex.escape(phrase, special_only=True)}{lookahead}"
 
 
 def word_count(text: str) -> int:
-    """Words are what stands between spaces; of scripts without spaces each character is one."""
+    """The number of words: parts between spaces; in scripts without spaces each character is one."""
     words = 0
     for piece in text.split():
         characters = len(_CHARACTER.findall(piece))

@@ -1,4 +1,4 @@
-"""--rate: how often models write the phrases of a list, the base and others, for the same prompts and seeds.
+"""--rate: how often the base and other models write the phrases of a list, for the same prompts and seeds.
 
 Knows: counts, resampling, the table. Refuses to know: how texts are generated, what makes a word.
 
@@ -30,19 +30,20 @@ from modules.slop.matching import finder, plain, word_count
 
 RESAMPLES = 10_000
 TAIL = (1 - 0.95) / 2  # the share of resamples on either side of an interval
-RULE_OF_THREE = 3  # hits: where so many are expected, none at all has a chance of 5 %
+RULE_OF_THREE = 3  # hits: if so many are expected, the probability of none is 5 %
 # columns of a phrase, of a rate with its interval, of a text that is shown
 PHRASE = 28
 RATE = 24
 EXAMPLE = 600
 
 Interval = tuple[float, float]
-Groups = Mapping[str, Sequence[str]]  # phrases by what they are called together
+Groups = Mapping[str, Sequence[str]]  # phrases by the name of their group
 
 
-def rate(config: Config, others: Sequence[Config], console: Console, json_file: Path | None) -> None:
-    """Let the config's base generate texts, then the base of each of the others; print how often they have the phrases.
-    Another that is an adapter's folder is a candidate of the config's base.
+def rate(config: Config, other_models: Sequence[Config], console: Console, json_file: Path | None) -> None:
+    """Let the bases of the config and of the other configs generate texts; print how often these have the phrases.
+
+    other_models: configs; one whose base is an adapter's folder means the config's base with this adapter.
 
     Raises ConfigError for what can't be used, OSError if a file fails.
     """
@@ -54,12 +55,12 @@ def rate(config: Config, others: Sequence[Config], console: Console, json_file: 
     prompts: tuple[str, ...] = ()
     counted: dict[str, Counts] = {}
     examples: dict[str, str] = {}
-    models = [config, *others]
+    models = [config, *other_models]
     for name, model in zip(names_for(models), models, strict=True):
         if name in counted:
             continue
-        where = model.directories.model_path1
-        candidate = where if (Path(where) / ADAPTER_SETTINGS).is_file() else ""
+        folder = model.directories.model_path1
+        candidate = folder if (Path(folder) / ADAPTER_SETTINGS).is_file() else ""
         rated = count_written(config if candidate else model, console, json_file, prompts, candidate)
         prompts = rated.prompts
         counted[name] = rated.counts
@@ -76,7 +77,7 @@ def rate(config: Config, others: Sequence[Config], console: Console, json_file: 
 
 @dataclass(frozen=True)
 class Rated:
-    """A model that has written, and what is in its texts."""
+    """A model's texts, counted."""
 
     prompts: tuple[str, ...]
     counts: "Counts"
@@ -87,9 +88,9 @@ class Rated:
 def count_written(
     config: Config, console: Console, beside: Path | None, prompts: Sequence[str] = (), candidate: str = ""
 ) -> Rated:
-    """Let a config's base write, or a candidate for it, count the config's phrases, and let go of the model.
+    """Let a config's base, or a candidate for it, write texts; count the config's phrases; release the model.
 
-    beside, prompts, candidate: see `generate` and `load_generator`, which say what is raised.
+    beside, prompts, candidate: see `generate` and `load_generator`. Raises as they do.
     """
     generator = load_generator(config, console, prompts, candidate)
     texts = generate(generator, config.random_seed, console, beside)
@@ -98,18 +99,18 @@ def count_written(
     phrases = list(dict.fromkeys(pair.phrase for pair in pairs))
     counted = counts(texts, phrases, variants)
     words = counted.total / (len(texts) * config.discover.samples)
-    found = Rated(generator.prompts, counted, words, texts[0][0])
+    rated = Rated(generator.prompts, counted, words, texts[0][0])
     del generator
     release_memory()  # one model at a time
-    return found
+    return rated
 
 
 def names_for(models: Sequence[Config]) -> list[str]:
-    """What reports call the bases: ids of the hub, folders by their names or as much more as tells them apart."""
+    """The bases' names in reports: ids of the hub, names of folders, with parent folders where names are equal."""
     sources = []
     for model in models:
         text = model.directories.model_path1
-        # A folder that is gone by now is reported by whoever opens it.
+        # A folder that no longer exists is reported when it is opened.
         sources.append(Source(text, parse_location(text) or Location(text, Path(text))))
     return names_of(sources)
 
@@ -120,7 +121,7 @@ def _phrases(groups: Groups) -> list[str]:
 
 @dataclass(frozen=True)
 class Counts:
-    """What one model wrote: for each prompt the words, and of each phrase how often it stands there."""
+    """The counts of one model's texts: for each prompt the words, and the occurrences of each phrase."""
 
     words: tuple[int, ...]
     hits: tuple[Counter[str], ...]
@@ -131,34 +132,34 @@ class Counts:
         return sum(self.words)
 
     def times(self, phrases: Sequence[str]) -> int:
-        """How often the phrases stand in all texts."""
+        """The occurrences of the phrases in all texts."""
         return sum(hits[phrase] for hits in self.hits for phrase in phrases)
 
     def rate(self, phrases: Sequence[str]) -> float:
-        """How often the phrases stand in 1,000 words."""
+        """The occurrences of the phrases per 1,000 words."""
         return 1000 * self.times(phrases) / max(self.total, 1)
 
     def interval(self, phrases: Sequence[str]) -> Interval | None:
-        """Of the rate; None if there is one prompt, and so nothing to resample."""
+        """The interval of the rate; None if there is only one prompt, and so nothing to resample."""
         if not self.times(phrases):
             return 0.0, self._upper_bound_of_none()
         return _interval(self._resampled(phrases)) if len(self.words) > 1 else None
 
     def change(self, base: "Counts", phrases: Sequence[str]) -> tuple[float, Interval | None] | None:
-        """The change of the rate, as a share of the base's, and the interval; None where a resample of the base has no
+        """The change of the rate, relative to the base's, and its interval; None if a resample of the base has no
         hit."""
-        before = base._resampled(phrases)
-        if bool((before == 0).any()):
+        base_rates = base._resampled(phrases)
+        if bool((base_rates == 0).any()):
             return None
         share = self.rate(phrases) / base.rate(phrases) - 1
         if len(self.words) < 2:
             return share, None
         if not self.times(phrases):
-            return share, (share, self._upper_bound_of_none() / _interval(before)[0] - 1)
-        return share, _interval(self._resampled(phrases) / before - 1)
+            return share, (share, self._upper_bound_of_none() / _interval(base_rates)[0] - 1)
+        return share, _interval(self._resampled(phrases) / base_rates - 1)
 
     def _upper_bound_of_none(self) -> float:
-        """The highest rate, per 1,000 words, that goes with no hit at all."""
+        """The upper bound of the rate, per 1,000 words, if there is no hit."""
         return 1000 * RULE_OF_THREE / max(self.total, 1)
 
     def _resampled(self, phrases: Sequence[str]) -> Tensor:
@@ -174,18 +175,18 @@ class Counts:
 def counts(
     texts: Sequence[Sequence[str]], phrases: Sequence[str], variants: Mapping[str, Sequence[str]] | None = None
 ) -> Counts:
-    """Count phrases in texts, a list of them for each prompt. Where several phrases begin, the longest one counts; a
-    text that several have as a variant counts for the first."""
+    """Count phrases in texts. texts: a list for each prompt. Of several phrases at one position the longest counts. A
+    variant that several phrases have counts for the first."""
     owners = dict[str, str]()
     for phrase in phrases:
         for text in (variants or {}).get(phrase, (phrase,)):
             owners.setdefault(plain(text), phrase)
     pattern = finder(owners)
     hits = []
-    for of_prompt in texts:
-        found = [owners[match] for text in of_prompt for match in pattern.findall(plain(text))]
-        hits.append(Counter(found))
-    return Counts(tuple(word_count("\n".join(of_prompt)) for of_prompt in texts), tuple(hits))
+    for prompt_texts in texts:
+        prompt_hits = [owners[match] for text in prompt_texts for match in pattern.findall(plain(text))]
+        hits.append(Counter(prompt_hits))
+    return Counts(tuple(word_count("\n".join(prompt_texts)) for prompt_texts in texts), tuple(hits))
 
 
 def _interval(values: Tensor) -> Interval:
@@ -194,9 +195,9 @@ def _interval(values: Tensor) -> Interval:
 
 
 def table(groups: Groups, counted: Mapping[str, Counts]) -> list[str]:
-    """How often each model writes each phrase, the base's most frequent ones first, and those of every group together,
-    with the change against the base, which is the first model."""
-    base, *others = counted.values()
+    """The table of rates: each model and phrase, the base's most frequent first; then each group as a whole, with the
+    change against the base, which is the first model."""
+    base, *other_counts = counted.values()
     phrases = sorted(_phrases(groups), key=lambda phrase: -base.rate([phrase]))
     unwritten = []
     for phrase in phrases:
@@ -207,8 +208,8 @@ def table(groups: Groups, counted: Mapping[str, Counts]) -> list[str]:
     sums = []
     for name, group in groups.items():
         sums.append((name, *_rates(group, counted)))
-        if others:
-            sums.append(("", "change vs base:", *(_change(model, base, group) for model in others)))
+        if other_counts:
+            sums.append(("", "change vs base:", *(_change(model, base, group) for model in other_counts)))
     sums.append(("words", *(f"{model.total:,}" for model in counted.values())))
     header = ("Hits per 1,000 words [95% CI]", *counted)
     lines = text_table(header, rows, sums, widths=(PHRASE, *[RATE] * len(counted)))
@@ -231,7 +232,7 @@ def _with_interval(value: float, interval: Interval | None, form: str) -> str:
 
 
 def document(groups: Groups, counted: Mapping[str, Counts]) -> dict[str, Any]:
-    """The same for JSON: rates per 1,000 words with their intervals, changes as shares of the base's rate."""
+    """The table for JSON: rates per 1,000 words with their intervals, changes relative to the base's rate."""
     base = next(iter(counted.values()))
 
     def entry(model: Counts, phrases: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The words of a text: where they stand, and which of them are forms of one word.
+"""The words of a text: their positions, and which of them are forms of one word.
 
-Knows: what separates words and sentences, word stems. Refuses to know: languages, how frequent a word is.
+Knows: the separators of words and sentences, word stems. Refuses to know: languages, how frequent a word is.
 """
 
 import unicodedata
@@ -11,10 +11,10 @@ from typing import NamedTuple
 import regex
 
 LOOPING = 0.4  # the smallest share of distinct words in a text that does not repeat itself
-STRETCH = 200  # words that are looked at together: the longer a text, the more of its words come again anyway
+STRETCH = 200  # words that are examined together: in a longer text more words recur anyway
 
-# An article or pronoun that is short of its vowel, as in the French "l'homme", is a word of its own. An apostrophe or a
-# hyphen within any other word belongs to it. What contains a digit is no word.
+# An elided article or pronoun, as in the French "l'homme", is a word of its own. An apostrophe or a hyphen within any
+# other word belongs to it. What contains a digit is no word.
 _WORD = regex.compile(
     r"(?<![\p{L}\p{M}\p{N}])(?:\p{L}{1,2}['’](?=[aeiouyhàâéèêëîïôœùûáíóúò])"
     r"|[\p{L}\p{M}]+(?:['’-][\p{L}\p{M}]+)*(?![\p{L}\p{M}\p{N}]))",
@@ -24,14 +24,14 @@ _OPENING = regex.compile(r'[\n:…"“«„]|\p{Sentence_Terminal}')
 
 
 class Word(NamedTuple):
-    """A word and where it stands."""
+    """A word and its position."""
 
     text: str  # in lower case, with composed letters and straight apostrophes
     start: int  # first character in the text
     end: int
     capital: bool
     opens: bool  # a sentence, a line or direct speech
-    follows: bool  # the word before it, with nothing but spaces between them
+    follows: bool  # the previous word, with only spaces between them
 
 
 def words_of(text: str) -> list[Word]:
@@ -52,27 +52,27 @@ def words_of(text: str) -> list[Word]:
 def loops(words: Sequence[Word]) -> bool:
     """Whether a text repeats itself: too few of its words are distinct, counted in stretches."""
     texts = [word.text for word in words]
-    distinct = sum(len(set(texts[first : first + STRETCH])) for first in range(0, len(texts), STRETCH))
+    distinct = sum(len(set(texts[start : start + STRETCH])) for start in range(0, len(texts), STRETCH))
     return distinct < LOOPING * len(texts)
 
 
 def share_stem(first: str, second: str) -> bool:
-    """Whether two words are taken for forms of one: they begin with the same three letters or more, behind which one
-    has at most one letter, the other at most four (smile and smiling, story and stories, run and running).
+    """Whether two words count as forms of one: they begin with the same letters, at least three; after these, one has
+    at most one letter, the other at most four (smile and smiling, story and stories, run and running).
 
     A rule of thumb: stop and store count as forms of one word, smiling and smiled do not.
     """
-    alike = 0
-    for letter, other in zip(first, second, strict=False):
-        if letter != other:
+    shared = 0
+    for letter, other_letter in zip(first, second, strict=False):
+        if letter != other_letter:
             break
-        alike += 1
+        shared += 1
     shorter, longer = sorted((len(first), len(second)))
-    return first == second or (alike >= 3 and shorter - alike <= 1 and longer - alike <= 4)
+    return first == second or (shared >= 3 and shorter - shared <= 1 and longer - shared <= 4)
 
 
 class Stems:
-    """The stems of some words: a word is in them if it, or a part of it between hyphens, shares one."""
+    """The stems of some words. `in` tests whether a word, or a part of it between hyphens, shares one."""
 
     def __init__(self, words: Iterable[str]) -> None:
         self._words = defaultdict[str, set[str]](set)  # by their first three letters
@@ -82,6 +82,6 @@ class Stems:
 
     def __contains__(self, word: str) -> bool:
         for part in (word, *word.split("-")):
-            if any(share_stem(part, other) for other in self._words.get(part[:3], ())):
+            if any(share_stem(part, known_word) for known_word in self._words.get(part[:3], ())):
                 return True
         return False
