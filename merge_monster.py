@@ -143,7 +143,7 @@ def run_unslop(config: Config, console: Console, options: argparse.Namespace) ->
 
     def left() -> str:
         kept = f"{output}.unslop"
-        return f"What is done so far is in {kept}: the same command goes on." if os.path.isdir(kept) else ""
+        return f"The progress is saved in {kept}; run the same command to continue." if os.path.isdir(kept) else ""
 
     return exit_code(work, console, left)
 
@@ -289,7 +289,10 @@ def check_together(parser: Arguments, options: argparse.Namespace) -> None:
     beside_learning = {"learn", "config", "device", "set", "table", "quiet"}
     beside_learning |= {"dry_run", "overwrite", "resume", "restart"}
     if options.learn and not beside_learning.issuperset(given):
-        parser.error("--learn can only be combined with --config, --device, --set, --table, --quiet and run options")
+        parser.error(
+            "--learn can only be combined with --config, --device, --set, --table, --quiet, --dry-run, --overwrite, "
+            "--resume and --restart"
+        )
     beside_unslop = {"unslop", "output", "config", "device", "set", "dry_run", "overwrite", "restart", "quiet"}
     if options.unslop and not beside_unslop.issuperset(given):
         parser.error(
@@ -313,7 +316,7 @@ def check_together(parser: Arguments, options: argparse.Namespace) -> None:
             "--trust-remote-code needs --replay or --export-mergekit; for a merge, set trust_remote_code in the config"
         )
     if options.replay and (options.resume or options.restart or options.dry_run):
-        parser.error("--replay can't be combined with --resume, --restart and --dry-run")
+        parser.error("--replay can't be combined with --resume, --restart or --dry-run")
 
 
 def _place_of_source(text: str) -> tuple[str, str]:

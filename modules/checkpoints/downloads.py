@@ -17,7 +17,7 @@ from tqdm import tqdm
 from modules.checkpoints.hub import Cancelled, Repository
 from modules.runtime.console import Console
 from modules.runtime.errors import ConfigError
-from modules.runtime.text import pluralize
+from modules.runtime.text import on_disk, pluralize
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def fetching(console: Console, jobs: Sequence[Job]) -> Prefetcher:
 
     def begin(job: Job) -> tqdm:
         size = sum(job.sizes.values())
-        console.timed(f"Downloading {job.name} ({pluralize(len(job.absent), 'file')}, {size / 1e9:.2f} GB)")
+        console.timed(f"Downloading {job.name} ({pluralize(len(job.absent), 'file')}, {on_disk(size)})")
         return console.download(job.name, size)
 
     return Prefetcher(jobs, begin)
@@ -157,5 +157,5 @@ def check_room(needed: int, folder: Path, purpose: str) -> None:
     """Raise ConfigError if the disk of a folder is too small. needed: in bytes. purpose: how the message begins."""
     free = shutil.disk_usage(nearest_folder(folder)).free
     if needed > free:
-        sizes = f"{purpose} {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free"
+        sizes = f"{purpose} {on_disk(needed)}, but {folder} has {on_disk(free)} free"
         raise ConfigError(f"{sizes}; free some space, or set HF_HOME to a folder on a larger disk")

@@ -36,7 +36,7 @@ from modules.checkpoints.readers import dtype_name
 from modules.checkpoints.weight_files import fingerprint, read_file
 from modules.config.locations import Location
 from modules.runtime.errors import ConfigError, first_line, reading, without_panics
-from modules.runtime.text import one_line
+from modules.runtime.text import on_disk, one_line
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTISED_DTYPE = torch.bfloat16
@@ -77,7 +77,7 @@ def as_folder(file: Path, tokenizer: str | None = None, tell: Tell = lambda line
         numbers = sum(prod(tensor.shape) for tensor in header.tensors.values())
         size = numbers * _dtype_of(header.kind).itemsize
         check_room(size, folder.parent, f"{file}: the dequantized weights need")
-        tell([f"Dequantizing {file} once ({header.kind}; {size / 1e9:.2f} GB) to {folder}"])
+        tell([f"Dequantizing {file} once ({header.kind}; {on_disk(size)}) to {folder}"])
         _make(header, folder, tokenizer)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{file}: can't write the converted model to {folder} ({first_line(error)})") from None

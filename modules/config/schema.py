@@ -94,14 +94,14 @@ class StartWeight(Section):
 
 @dataclass(frozen=True)
 class Joint(Section):
-    """The steps of a joint search, which does not use merge_ratios and min_gain."""
+    """The steps of a joint search, which ignores merge_ratios and min_gain."""
 
     steps: kinds.CountFromOne = 25
     """Number of steps; each takes about four forward passes over all phrases."""
     step_size: kinds.number(gt=0, le=1) = 0.08
     """Largest change of a weight in the first step; it falls to a tenth of this in the last step."""
     start: tuple[StartWeight, ...] = ()
-    """Weights to start from: [{candidate: 1, layers: 0-7, weight: 0.3}]; no layers: all. []: the best model's."""
+    """Weights to start from: [{candidate: 1, layers: 0-7, weight: 0.3}]; without layers: all. []: the best model."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ class Learn(Section):
     pairs: kinds.CountFromOne = 8
     """Pairs of phrase and context per step."""
     texts: kinds.AnyPath | None = None
-    """A file that --discover keeps in samples: more answers to learn from, and to stay near."""
+    """A file that --discover keeps in samples: more answers to train on and to stay close to."""
     drift_tokens: kinds.CountFromOne = 1024
     """Tokens per step on which the adapter is compared with the base: a quarter neutral text, the rest its own answers.
-    Listed phrases in those answers teach, too."""
+    Listed phrases in those answers are trained on, too."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Settings(Section):
     baselines: kinds.Boolean = field(default=True, metadata=_NO_PART)
     """Also score each candidate on its own, to compare it with the merge."""
     samples: kinds.Texts | None = field(default=None, metadata=_NO_PART)
-    """Prompts that base and merge answer, with the same seed, to show. null: three of own_texts. []: none."""
+    """Prompts to show the answers of base and merge to, with the same seed. null: three of own_texts. []: none."""
     eval: kinds.Texts = field(default=(), metadata=_NO_PART)
     """Tasks of lm_eval (pip install lm-eval) on which base and merge are scored."""
     eval_path: kinds.Folder | None = field(default=None, metadata=_NO_PART)

@@ -18,18 +18,18 @@ $improved of $phrases improved.
 
 $summary
 
-It was taught to make the bad phrases below less probable and the good ones more, and to say what the base says \
-elsewhere: $texts.
+It was trained to make the bad phrases below less likely and the good ones more likely, and to stay close to the base \
+on $texts.
 
 ## Metrics
 
-KL, agreement and perplexity are of texts that took no part in learning; held-out phrases took none either.
+KL, agreement and perplexity are measured on text not used in training; held-out phrases were not used either.
 
 $metrics
 
 ## Phrases
 
-How probable the phrase is after the context, in the base and with this adapter. Of more than $most phrases, those \
+Probability of each phrase after its context, in the base and with this adapter. Of more than $most pairs, those \
 that changed most.
 
 $phrase_table
@@ -38,8 +38,8 @@ $samples
 
 ## Use
 
-With PEFT; BASE: where the base model lies, PATH: where this adapter lies. A model that is merged in a half type loses \
-some of what was learned.
+With PEFT. BASE: the base model's folder or id; PATH: this adapter's. Merging it in half precision loses some of what \
+was learned.
 
 ```python
 from peft import PeftModel

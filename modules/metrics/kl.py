@@ -130,7 +130,7 @@ class TrialKL:
 
     def describe(self, weight: float) -> dict[str, str]:
         """The lines about drift in a run's summary."""
-        tokens = f"checked on {sum(map(compared_tokens, self._texts))} tokens in every trial"
+        tokens = f"checked on {sum(map(compared_tokens, self._texts)):,} tokens in every trial"
         source = " (auto)" if self._config.weight_of_drift == "auto" else ""
         lines = {"KL penalty": f"{weight * len(self._texts):.5g} per nat{source}, {tokens}"} if weight else {}
         return lines | ({"KL limit": f"{self.limit:g} nats per token, {tokens}"} if self.limit < math.inf else {})

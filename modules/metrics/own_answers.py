@@ -108,7 +108,7 @@ def base_answers(
 
     answers = Answers(part(prompts.shown), part(prompts.weighed), part(prompts.samples))
     if answers.shown and not any(answer.written.without_end for answer in (*answers.shown, *answers.weighed)):
-        console.warning("own_texts: the base answers nothing, so drift is measured on neutral text alone")
+        console.warning("own_texts: the base's answers are all empty, so drift is measured on neutral text only")
         return Answers(samples=answers.samples)
     return answers
 
@@ -150,7 +150,7 @@ def only_warned(console: Console) -> Iterator[None]:
         with without_panics():
             yield
     except Exception as error:  # of an architecture, of its settings, of a device
-        console.warning(f"no prompt can be answered: {first_line(error)}")
+        console.warning(f"can't generate answers: {first_line(error)}")
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def beyond_limit(row: ResultRow, limits: Limits) -> list[str]:
         if value > limit:
             (shown,) = columns_of({column.shown_as: value})
             lines.append(
-                f"{row.name}: {shown.label} is {value:.4g} on held-out neutral text, above {column.limit_key} "
+                f"{row.name}: {shown.label} is {value:.4g} on held-out text, above {column.limit_key} "
                 f"{limit:g}; lower {column.limit_key} or raise neutral_tokens"
             )
     return lines

@@ -24,7 +24,7 @@ from modules.model.devices import resolve_device
 from modules.output.records import FORMAT, Run, Source
 from modules.runtime.errors import ConfigError
 
-_HINT = "go back to that, or start over with --restart"
+_HINT = "undo the change, or start over with --restart"
 
 
 def run_of(config: Config, computed: str) -> Run:

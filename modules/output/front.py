@@ -51,7 +51,7 @@ def front_table(points: Sequence[Point]) -> list[str]:
         rate = f"{point.rate:.2f} [{low:.2f}, {high:.2f}]"
         metrics = [column.text(point.metrics.get(column.name)) for column in columns]
         rows.append((point.name, rate, f"{point.words:.1f}", *metrics))
-    head = ("Model", "Per 1,000 words [95 % CI]", "Words per answer", *(column.label for column in columns))
+    head = ("Model", "Hits per 1,000 words [95% CI]", "Words per answer", *(column.label for column in columns))
     return table(head, rows)
 
 
@@ -65,7 +65,7 @@ def chosen(points: Sequence[Point]) -> tuple[Point, str]:
         best = min(acceptable, key=lambda point: (point.rate, point.drift))
         return best, f"{best.name} writes the fewest listed phrases of the merges with {limits}."
     best = min(merges, key=lambda point: point.drift)
-    return best, f"No merge has {limits}: {best.name} is the nearest to the base."
+    return best, f"No merge has {limits}; {best.name} is closest to the base."
 
 
 def _is_as_long(point: Point, base: Point) -> bool:

@@ -110,7 +110,7 @@ $yaml
 
 GREEDY = "Each layer's merge was kept only if it scored better (strategy: $strategy; merge method: $methods)."
 JOINT = (
-    "Per-layer merge weights were optimised jointly by gradient to make unwanted phrases less likely and wanted ones "
+    "Per-layer merge weights were optimized jointly by gradient to make unwanted phrases less likely and wanted ones "
     "more likely."
 )
 UNKNOWN_LICENCE = "Check the licences of all source models and add `license:` to this page."
@@ -152,7 +152,7 @@ def card_values(recipe: Recipe, name: str, licence: str | None, answerer: str = 
         "base": _link(recipe.sources[0]),
         "program": _escaped(recipe.program),
         "improved": recipe.improved,
-        "phrases": pluralize(len(recipe.phrases), "phrase"),
+        "phrases": pluralize(len(recipe.phrases), "pair"),
         "summary": _summary(recipe),
         "metrics": _metrics(recipe),
         "most": MOST_PHRASES,
@@ -197,7 +197,7 @@ def _summary(recipe: Recipe) -> str:
     """A sentence on how phrases and drift changed; empty without any."""
     parts = []
     for adjective, kind in (("unwanted", "BAD"), ("wanted", "GOOD")):
-        for noun, pairs in (("phrases", recipe.phrases), ("phrases held out", recipe.held_out)):
+        for noun, pairs in (("phrases", recipe.phrases), ("held-out phrases", recipe.held_out)):
             phrases = [pair for pair in pairs if pair.kind == kind]
             if phrases:
                 base_total = abs(total([pair.before * pair.weight for pair in phrases]))

@@ -148,7 +148,7 @@ def step_line(step: int, steps: int, total_before: float, metrics: Values) -> st
     """The result of a step of a joint search: total and other metrics (without the time)."""
     other_metrics = {name: value for name, value in metrics.items() if name != "total"}
     return " - ".join(
-        [f"Step {step}/{steps}", f"{total_before:.3f} -> {metrics['total']:.3f}", *_labelled(other_metrics)]
+        [f"Step {step}/{steps}", f"total {total_before:.3f} -> {metrics['total']:.3f}", *_labelled(other_metrics)]
     )
 
 

@@ -117,7 +117,7 @@ def converted(file: Path) -> tuple[str, list[str]]:
     models = dict.fromkeys(source.model for layer_slice in slices for source in layer_slice.sources)
     candidates = [model for model in models if model != base]
     if not candidates:
-        raise ConfigError(f"{file}: no model beside the base {base}")
+        raise ConfigError(f"{file}: no model besides the base {base}")
     layer_positions = _positions(file, merge, slices, base)
     try:
         weights = _Weights(merge, base, candidates)
@@ -140,9 +140,9 @@ def converted(file: Path) -> tuple[str, list[str]]:
         ratios = {round(fmean(column), DECIMALS) for column in zip(*rows, strict=True)}
         settings |= {"search": "greedy", "merge_method": {"name": method, "density": density}}
         settings["merge_ratios"] = sorted(ratios - {0.0}) or [0.0]
-        notes.append(f"{merge.merge_method}: only greedy search has {method}; it merges one candidate after another.")
+        notes.append(f"{merge.merge_method}: only a greedy search supports {method}; it merges candidates in turn.")
         if max(densities) - min(densities) > SAME:
-            notes.append(f"density: {method} has one for all models and layers; {density:g} is the mean.")
+            notes.append(f"density: {method} has one for all models and layers; using the mean, {density:g}.")
     return yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=110), notes
 
 
@@ -153,7 +153,7 @@ def _read_merge(file: Path) -> Merge:
         raise ConfigError(f"{file}: not a mergekit configuration (merge_method is missing)")
     if document["merge_method"] not in [*METHODS]:
         method = shown(document["merge_method"])
-        raise ConfigError(f"{file}: merge_method {method} can't be taken over; supported: {', '.join(METHODS)}")
+        raise ConfigError(f"{file}: merge_method {method} is not supported; use one of {', '.join(METHODS)}")
     try:
         merge = Merge.model_validate(document)
     except ValidationError as error:
@@ -174,7 +174,7 @@ def _base_of(file: Path, merge: Merge, slices: Sequence[Slice]) -> tuple[str, li
     if merge.merge_method != "linear":
         raise ConfigError(f"{file}: base_model is missing, which {merge.merge_method} needs")
     base = slices[0].sources[0].model
-    return base, [f"base_model is missing; the first model, {base}, is the base."]
+    return base, [f"base_model is missing; using the first model, {base}."]
 
 
 def _positions(file: Path, merge: Merge, slices: Sequence[Slice], base: str) -> list[list[Position]]:
@@ -197,8 +197,8 @@ def _positions(file: Path, merge: Merge, slices: Sequence[Slice], base: str) -> 
             or {*other_ranges} - {first_range}
         ):
             raise ConfigError(
-                f"{file}: slices[{number}]: expected layer_range [{begin}, END] for all its sources, since the base's "
-                "layers keep their order"
+                f"{file}: slices[{number}]: expected layer_range [{begin}, END] for all its sources; layers "
+                "can't be reordered or repeated"
             )
         spans.append(range(*first_range))
     positions = []
@@ -243,9 +243,9 @@ class _Weights:
             weights = [model_weights.get(candidate, 0.0) for model_weights in tensor_weights]
             mean = fmean(weights)
             if max(weights) - min(weights) > SAME:
-                self.notes[f"{candidate}: a layer has one weight, the mean of what filters say of its tensors."] = None
+                self.notes[f"{candidate}: a layer has one weight, so filters within a layer became their mean."] = None
             if not 0 <= mean <= 1:
-                self.notes[f"{candidate}: a weight is between 0 and 1; others are cut off there."] = None
+                self.notes[f"{candidate}: weights below 0 or above 1 were clipped."] = None
             row.append(round(min(1.0, max(0.0, mean)), DECIMALS))
         return row
 
@@ -327,4 +327,4 @@ def _note_of_ignored_keys(merge: Merge, slices: Sequence[Slice]) -> list[str]:
     names: dict[str, None] = {}
     for part in parts:
         names |= dict.fromkeys([*(part.model_extra or {}), *(key for key in part.parameters if key not in TAKEN)])
-    return [f"Not taken over: {listed([*names], 20)}."] if names else []
+    return [f"Ignored: {listed([*names], 20)}."] if names else []

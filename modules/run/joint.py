@@ -167,7 +167,7 @@ class JointConductor(Conductor):
                 self._show_notes()
                 self._report_step(state.step - 1, metrics)
                 bar.update(1)
-                bar.tell(f"step {state.step}/{self._joint.steps}, {value.objective:.3f}")
+                bar.tell(f"step {state.step}/{self._joint.steps}, objective {value.objective:.3f}")
             value: Value = self._in_memory(self._joint.value, state)
             self._report_step(state.step, {**self._step_metrics(), "total": value.total, **value.metrics})
         return state

@@ -92,7 +92,9 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
         check_rank(linear_layers(models.module), config.learn.rank)
         earlier_run = begun_run(read_journal(target.partial / JOURNAL_FILE)) if options.resume else None
         if earlier_run and earlier_run.settings.learn != without_paths(config).learn:
-            raise ConfigError(f"learn has changed since {target.partial} was started; start over with --restart")
+            raise ConfigError(
+                f"keys of learn have changed since {target.partial} was started; start over with --restart"
+            )
         kept_texts = read_kept_texts(config.learn.texts) if config.learn.texts else {}
         loader, prompts = ask(loader, models, earlier_run and earlier_run.settings, extra_prompts=tuple(kept_texts))
         check_space(models.jobs)
@@ -106,7 +108,7 @@ def learn_adapter(config: Config, console: Console, options: Options) -> None:
             return
         loader.in_range(lambda ranged_loader: _learn(ranged_loader, options, target, models, prompts))
     if not options.is_part:
-        console.line(f"As a candidate of a merge: models_to_merge: [{config.directories.output_directory}]")
+        console.line(f"To merge it, add to your config: models_to_merge: [{config.directories.output_directory}]")
         end(console, config, models, config.directories.output_directory)
 
 
@@ -166,10 +168,11 @@ class Lesson:
         packed = scorer.encoded, search.weights, scorer.layout, plan.budget
         objective = LearningObjective(self.model, self.adapter, *packed, texts, weight, plan.keeps_activations)
         self.learner = Learner(objective, config.learn, config.random_seed)
+        learn = config.learn
         rows = {
-            "Taught": f"{len(config.pairs)} pairs and {sum(text.taught for text in texts)} places in answers",
-            "Adapter": f"rank {config.learn.rank}, {plan.parameters:,} parameters",
-            "Learning": f"{config.learn.steps} steps of {config.learn.pairs} pairs at {config.learn.learning_rate:g}",
+            "Trained on": f"{len(config.pairs)} pairs and {sum(text.taught for text in texts)} phrases in answers",
+            "Adapter": f"rank {learn.rank}, {plan.parameters:,} parameters",
+            "Learning": f"{learn.steps} steps of {learn.pairs} pairs, learning rate {learn.learning_rate:g}",
             "KL penalty": f"{weight:.5g} per nat on {' and '.join(text.name for text in texts)}" if texts else "none",
         }
         self.console.lines(report.learn_summary(config, self.model.describe(saving=False), scorer.describe(), rows))
@@ -239,7 +242,7 @@ class Lesson:
             learner.move(gradient)
             self._report_step(loss, time.monotonic() - began)
             bar.update(1)
-            bar.tell(f"step {learner.step}/{self.config.learn.steps}, {loss.loss:.5f}")
+            bar.tell(f"step {learner.step}/{self.config.learn.steps}, loss {loss.loss:.3f}")
 
     def _is_sound(self) -> bool:
         """Whether the present model's score of every phrase is a number."""
@@ -304,7 +307,7 @@ class Lesson:
         for column in columns_of(current.metrics):
             drift = current.metrics[column.name]
             if column.name in (NEUTRAL_KL, OWN_KL) and drift > limit:
-                finding = f"{column.label} is {drift:.4g} on texts that took no part in learning"
+                finding = f"{column.label} is {drift:.4g} on held-out text"
                 self.console.warning(f"{finding}, above max_drift {limit:g}; lower max_drift")
 
     def recipe(self, samples: Sequence[Sample]) -> Recipe:
@@ -357,7 +360,7 @@ def _texts_of(context: Context, kept_texts: Texts, prompts: Asked) -> list[Drift
         answer_text = replace(answer_text, part=1 - NEUTRAL_PART)
     texts = [text for text in (neutral, answer_text) if text.passages]
     if config.is_guarded and not texts:
-        raise ConfigError("neutral_texts: too little text to measure drift on; set drift_weight: 0 to learn without")
+        raise ConfigError("neutral_texts: too little text to measure drift; add more, or set drift_weight: 0")
     return texts
 
 

@@ -237,7 +237,7 @@ def check(plan: Plan) -> list[str]:
     elif free is not None and memory.reserved > free:
         warnings.append(
             f"may run out of memory: about {in_memory(memory.reserved)} needed on {device}, {in_memory(free)} free; "
-            f"{in_memory(memory.activations)} are for activations, which fewer merge_ratios reduce"
+            f"fewer merge_ratios reduce the {in_memory(memory.activations)} for activations"
         )
     if problems:
         raise ConfigError(*problems)

@@ -91,7 +91,7 @@ def ask(
     check_refusals([rendered.refusals[chat] for chat in new_chats if chat in rendered.refusals], "contexts")
     for refusal in list(rendered.refusals.values())[:1]:  # the others mostly have the same reason
         count = pluralize(len(rendered.refusals), "prompt")
-        loader.console.warning(f"{count} can't be asked: {refusal}")
+        loader.console.warning(f"skipping {count}: {refusal}")
     loader.console.warnings(_scored_in_thoughts(rendered, new_chats))
     texts = earlier_texts | {chat: rendered.texts[chat] for chat in new_chats}
     return replace(loader, config=with_texts(config, texts)), asked_of(tokenizer, rendered, prompts)
@@ -107,7 +107,7 @@ def _scored_in_thoughts(rendered: Rendered, contexts: Sequence[Chat]) -> list[st
     remedies = [f"template: {{{switch}: false}}"] * bool(switch) + [f"continue: {closing}..."] * bool(closing)
     instead = f"; to score them in the answer, set {' or '.join(remedies)}" if remedies else ""
     count = pluralize(len(chats_within), "chat context")
-    return [f"the chat template opens a thought, so the phrases of {count} are scored inside it{instead}"]
+    return [f"the chat template opens a thinking block, so the phrases of {count} are scored inside it{instead}"]
 
 
 def save(console: Console, rebuild: Rebuild, base: Checkpoint, unfinished: Unfinished, output: str) -> None:

@@ -28,7 +28,9 @@ def check_tasks(config: Config) -> None:
     manager = _manager(config)
     unknown = [name for name in config.eval if not manager.match_tasks([name])]
     if unknown:
-        hint = f", nor is it in {config.eval_path}" if config.eval_path else "; set eval_path to the folder of your own"
+        hint = "; for your own tasks, set eval_path to their folder"
+        if config.eval_path:
+            hint = f", nor has {config.eval_path}"
         raise ConfigError(f"eval: lm_eval has no task {', '.join(unknown)}{hint}")
 
 

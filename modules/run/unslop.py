@@ -44,7 +44,7 @@ from modules.run.steps import ask, prepare_libraries
 from modules.run.tasks import check_tasks
 from modules.runtime.console import Console
 from modules.runtime.errors import ConfigError, first_line
-from modules.runtime.text import duration, in_memory, on_disk, pluralize
+from modules.runtime.text import duration, in_memory, on_disk
 from modules.search.joint import start_of
 from modules.slop.discover import NOTHING, find_cliches
 from modules.slop.generate import FOLDER
@@ -130,9 +130,9 @@ def _with_candidates(config: Config, console: Console) -> Config:
             open_models(replace(base_config, models_to_merge=(text,)), fetch)
             fitting.append(text)
         except ConfigError as error:
-            console.warning(f"goes on without {text}: {first_line(error)}")
+            console.warning(f"skipping {text}: {first_line(error)}")
     if not fitting and not config.learn.steps:
-        raise ConfigError("nothing to merge: learn.steps is 0, and no candidate is named that fits the base")
+        raise ConfigError("nothing to merge: learn.steps is 0 and no candidate fits the base; name another candidate")
     return replace(base_config, models_to_merge=tuple(fitting))
 
 
@@ -148,24 +148,24 @@ def _begin(config: Config, models: Models, request: Request) -> None:
     another run, or the disk is too small."""
     needed, free = _disk(config, models, request)
     if needed > free:
-        shortage = f"{len(FACTORS)} merges and the output need {on_disk(needed)}, {on_disk(free)} are free"
-        raise ConfigError(f"{request.output}: {shortage}; make room, or name a folder on a larger disk with --output")
+        shortage = f"{len(FACTORS)} merges and the output need {on_disk(needed)} of disk space, {on_disk(free)} free"
+        raise ConfigError(f"{request.output}: {shortage}; free some space, or choose a larger disk with --output")
     file = request.work / SETTINGS
     settings = {"program": VERSION, **config.dumped()}
     if request.restart and file.is_file():
         shutil.rmtree(request.work)
     if not file.is_file():
         if request.work.exists() and any(request.work.glob("[!.]*")):
-            raise ConfigError(f"{request.work} was not written by --unslop and is in its way; move it")
+            raise ConfigError(f"{request.work} was not written by --unslop, but is in the way; move it away")
         request.work.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
     try:
         begun_settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ConfigError(f"{file}: can't be read; begin again with --restart") from None
+        raise ConfigError(f"{file}: can't be read; start over with --restart") from None
     changed = [key for key, value in settings.items() if begun_settings.get(key) != value]
     if changed:
-        raise ConfigError(f"{', '.join(changed)} changed since {request.work} was begun; begin again with --restart")
+        raise ConfigError(f"{', '.join(changed)} changed since {request.work} was started; start over with --restart")
 
 
 # -- one command after another -----------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def _find_phrases(config: Config, console: Console, request: Request) -> bool:
     """Find the phrases that the base over-uses, unless an earlier run did. Returns whether there is a list."""
     if (request.work / LIST).is_file():
         return True
-    console.timed("1 of 6: what does the base say too often?")
+    console.timed("Step 1/6: finding phrases that the base overuses")
     has_phrases = find_cliches(config, console, None, request.work / LIST)
     release_memory()
     return has_phrases
@@ -193,7 +193,7 @@ def _weights(config: Config, console: Console, request: Request) -> dict[str, fl
     file = request.work / BASE
     if weight == "auto":
         if not file.is_file():
-            console.timed("2 of 6: how probable is it?")
+            console.timed("Step 2/6: scoring the phrases in the base")
             base_config = replace(config, models_to_merge=(), held_out_pairs=(), neutral_texts=(), own_texts=())
             score_models(base_config, console, file, overwrite=True, is_part=True)
             release_memory()
@@ -207,7 +207,7 @@ def _learn(config: Config, console: Console, request: Request) -> str:
     """Learn an adapter from the phrases, unless it exists. Returns its folder."""
     folder = request.work / ADAPTER
     if not holds_output(folder):
-        console.timed(f"3 of 6: learning an adapter against it, with drift_weight {config.drift_weight:g}")
+        console.timed(f"Step 3/6: learning an adapter against the phrases, drift_weight {config.drift_weight:g}")
         text_files = sorted((request.work / FOLDER).glob("*.jsonl"))
         if len(text_files) == 1:  # the base's texts, in which the phrases were found, teach too
             config = replace(config, learn=replace(config.learn, texts=str(text_files[0])))
@@ -222,7 +222,7 @@ def _merge(config: Config, weights: Mapping[str, float], console: Console, reque
     recipes: dict[str, Recipe] = {}
     joint = config.joint
     for name, weight in weights.items():
-        console.timed(f"4 of 6: merging {name} of {len(weights)}, with drift_weight {weight:g}")
+        console.timed(f"Step 4/6: merging {name} (of {len(weights)}), drift_weight {weight:g}")
         folder = request.work / name
         directories = replace(config.directories, output_directory=str(folder))
         merge_config = replace(config, directories=directories, drift_weight=weight, joint=joint)
@@ -236,7 +236,7 @@ def _merge(config: Config, weights: Mapping[str, float], console: Console, reque
 def _count(config: Config, recipes: Mapping[str, Recipe], console: Console, request: Request) -> list[Point]:
     """Count cliches in what base, best candidate, adapter and merges write to fresh prompts; show and keep the points,
     the base's first."""
-    console.timed("5 of 6: all of them write, by another seed")
+    console.timed("Step 5/6: generating fresh texts with base, candidates and merges")
     file = request.work / FRONT
     recipe = next(iter(recipes.values()))
     discover = replace(config.discover, samples=max(1, config.discover.samples // FEWER))
@@ -271,17 +271,17 @@ def _choice(points: Sequence[Point], console: Console) -> str:
     console.line(reason)
     names = [point.name for point in points if point.is_merge]
     while True:
-        answer = console.ask(f"Which one is to be saved? {', '.join(names)}; Enter takes {best.name}:")
+        answer = console.ask(f"Which merge do you want to save: {', '.join(names)}? [{best.name}]")
         if answer in ("", *names):
             return answer or best.name
-        console.line(f"'{answer}' is none of them")
+        console.line(f"'{answer}' is not one of {', '.join(names)}")
 
 
 def _save(config: Config, recipe: Recipe, console: Console, request: Request, name: str) -> None:
     """Build a merge again as the output, and show its answers."""
-    console.timed(f"6 of 6: saving {name}")
+    console.timed(f"Step 6/6: saving {name}")
     console.lines(sample_lines(recipe.samples))
-    console.line(f"List, texts, adapter and all merges are in {request.work}; delete it when you need none of them.")
+    console.line(f"All steps are kept in {request.work}; delete it when you no longer need it.")
     texts = [config.directories.model_path1, *config.models_to_merge]
     elsewhere = {source.name: texts[source.number] for source in recipe.sources if names_folder(source.where)}
     choices = {"overwrite": request.overwrite, "trust_remote_code": config.trust_remote_code}
@@ -309,12 +309,12 @@ def _print_plan(config: Config, models: Models, console: Console, request: Reque
     parts = [f"{duration(value)} {purpose}" for purpose, value in seconds.items() if value and math.isfinite(value)]
     needed, free = _disk(config, models, request)
     rows = {
-        "Phrases": pluralize(len(config.pairs), "pair")
-        + ("" if is_listed else f" of {STAND_IN.name}; yours are not known yet"),
+        "Pairs": f"{len(config.pairs):,}"
+        + ("" if is_listed else f" (estimate from {STAND_IN.name}; yours are not found yet)"),
         "Texts": f"{texts:,} of up to {config.discover.tokens} tokens",
         "Memory needed": f"{in_memory(max(plan.memory.reserved, learning.plan.needed))} on {plan.device}",
-        "Bytes to write": f"{on_disk(needed)} to {request.work} and {request.output}, {on_disk(free)} free",
-        "Time (estimate)": f"about {', '.join(parts)}" if parts else "not known for this model",
+        "Disk needed": f"{on_disk(needed)} for {request.work} and {request.output}, {on_disk(free)} free",
+        "Time (estimate)": f"about {', '.join(parts)}" if parts else "unknown for this model",
     }
     console.lines([f"{name:<16} : {value}" for name, value in rows.items()])
     console.final(f"Dry run: wrote only {', '.join([f'the log {console.log_path}', *models.written])}")

@@ -91,12 +91,15 @@ class Objective:
         kind = type(model.module).__name__
         if not scorer.has_tails:
             raise ConfigError(
-                f"{kind}: search: joint is not supported, because its layers need more than hidden states"
+                f"{kind}: search: joint is not supported, because its layers need more than hidden states; "
+                "use search: greedy"
             )
         try:
             model.head_names()
         except (ValueError, KeyError):
-            raise ConfigError(f"{kind}: search: joint is not supported, because it has no LM head") from None
+            raise ConfigError(
+                f"{kind}: search: joint is not supported, because it has no LM head; use search: greedy"
+            ) from None
         if any(tensor.is_meta for tensor in model.module.parameters()):
             raise ConfigError(f"{kind}: search: joint needs all layers on the device, but some are in CPU memory")
         self.model = model

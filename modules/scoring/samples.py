@@ -64,7 +64,7 @@ def empty_answers(texts: Sequence[Sequence[str]], asked: Asked, tokens: int) -> 
         return []
     switch = asked.thoughts.switch
     hint = f"; set template: {{{switch}: false}} to turn thinking off" if switch else ""
-    problem = f"{empty} of {pluralize(sum(map(len, texts)), 'text')} without an answer"
+    problem = f"{empty} of {pluralize(sum(map(len, texts)), 'answer')} are empty"
     return [f"{problem}, because thinking took all {tokens} tokens{hint}"]
 
 

@@ -249,8 +249,8 @@ class Joint:
         if not abs(measured - expected) <= tolerance * abs(expected) + abs(coarse - fine) + noise:
             kind = type(self.mix.model.module).__name__
             raise ConfigError(
-                f"{kind}: search: joint is not supported, because the gradient says {expected:.4g} where the objective "
-                f"changes by {measured:.4g}"
+                f"{kind}: search: joint is not supported, because its gradient check failed (gradient {expected:.4g}, "
+                f"measured {measured:.4g}); use search: greedy"
             )
         return abs(measured - expected) / max(abs(expected), sys.float_info.min)
 

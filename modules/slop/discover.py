@@ -46,7 +46,7 @@ def discover(config: Config, console: Console, json_file: Path | None, yaml_file
     if yaml_file:
         console.line(f"Review it, delete what you don't mind, and add to your config: phrase_files: [{yaml_file}]")
         options = f"--config MY.yaml --rate OUT --set random_seed={config.random_seed + 1}"
-        console.line(f"After the merge, count again, by another seed: python monster_mapper.py {options}")
+        console.line(f"After the merge, count again with another seed: python monster_mapper.py {options}")
     else:
         console.line("Add --yaml FILE to write a phrase list, each phrase in contexts of these texts.")
     console.final(f"Done. The log is {console.log_path}")
@@ -68,7 +68,7 @@ def find_cliches(config: Config, console: Console, json_file: Path | None, yaml_
     if findings.phrases and yaml_file:
         contexts = contexts_of(findings.phrases[: config.discover.phrases], texts, generator, console)
     if not findings.phrases or (yaml_file and not contexts):
-        criteria = f"in {LEAST_PROMPTS} prompts, {LEAST_RATIO:g} times as often as in human text and probable there"
+        criteria = f"in {LEAST_PROMPTS} prompts or more, {LEAST_RATIO:g} times as often as in human text, and probable"
         console.error(
             f"Found no overused phrase ({criteria}). Raise discover.samples or discover.tokens, or add prompts."
         )
@@ -130,7 +130,7 @@ def _report(findings: Findings, texts: Sequence[Text]) -> list[str]:
         names = [f"{name.phrase} ({name.times})" for name in findings.names[:SHOWN_NAMES]]
         lines.append(f"Overused names: {', '.join(names)}")
     if findings.looping:
-        lines.append(f"Ignored {findings.looping} of {len(texts)} texts, which repeat themselves")
+        lines.append(f"Ignored {findings.looping} of {len(texts)} texts, because they loop")
     return lines
 
 

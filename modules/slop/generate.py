@@ -125,7 +125,10 @@ def generate(generator: Generator, seed: int, console: Console, beside: Path | N
     texts = read_texts(file, params.count)
     missing = [prompt for prompt in generator.prompts if prompt not in texts]
     count = pluralize(params.count * len(missing), "text")
-    console.timed(f"Generating {count} with {generator.name} (kept in {file})")
+    if missing:
+        console.timed(f"Generating {count} with {generator.name} (kept in {file})")
+    else:
+        console.timed(f"Using the texts of {generator.name} in {file}")
     began = time.monotonic()
     words = 0
     with console.progress(len(missing)) as bar:
