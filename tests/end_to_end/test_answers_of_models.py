@@ -67,7 +67,7 @@ def test_a_rate_is_of_answers(place, thinker):
 
 def test_a_text_that_is_all_thought_is_told(place, thinker, capsys):
     assert mapper(place, thinker, "--rate", thinker, "--quiet", tokens=2) == 0
-    assert capsys.readouterr().out.count("2 of 2 texts without an answer") == 1  # the model is counted once
+    assert capsys.readouterr().out.count("2 of 2 answers are empty") == 1  # the model is counted once
 
 
 def test_samples_and_contexts_of_a_merge(place, thinker, capsys):
@@ -78,7 +78,7 @@ def test_samples_and_contexts_of_a_merge(place, thinker, capsys):
     assert merge_monster.main(["--config", str(path)]) == 0
     (sample,) = json.loads((place / "out" / RECIPE).read_text())["samples"]
     assert sample["base"] == sample["merge"] == "The house is old."
-    (line,) = [line for line in log_of(place).splitlines() if "opens a thought" in line]
+    (line,) = [line for line in log_of(place).splitlines() if "opens a thinking block" in line]
     assert "1 chat context" in line and "continue: </think>" in line
 
 

@@ -258,7 +258,7 @@ def test_a_model_that_can_not_generate_is_merged_all_the_same(place, models, mon
     monkeypatch.setattr(LlamaForCausalLM, "generate", failing)
     assert merge(place, models, samples=PROMPTS[:1]) == 0
     assert recipe_of(place / "out")["samples"] == [] and len(turns) == turn
-    assert log_of(place).count("WARNING: no prompt can be answered: ") == 1
+    assert log_of(place).count("WARNING: can't generate answers: ") == 1
     assert (place / "out/model.safetensors").is_file()
 
 
@@ -274,14 +274,14 @@ def test_answers_that_are_no_numbers(place, models, monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", broken)
     assert merge(place, models, samples=PROMPTS) == 0
-    warning = "WARNING: no prompt can be answered: the model's probabilities are NaN or infinite"
+    warning = "WARNING: can't generate answers: the model's probabilities are NaN or infinite"
     assert log_of(place).count(warning) == 1
 
 
 def test_a_template_that_raises(place, tmp_path):
     models = models_in(tmp_path, "bpe", "{{ raise_exception('only systems here') }}")
     assert merge(place, models, samples=PROMPTS) == 0
-    (line,) = [line for line in log_of(place).splitlines() if "2 prompts can't be asked" in line]
+    (line,) = [line for line in log_of(place).splitlines() if "skipping 2 prompts: " in line]
     assert f"{models[0]}: " in line and "only systems here" in line
 
 

@@ -207,7 +207,7 @@ def test_a_list_and_candidates_in_place_of_what_is_found_and_learned(place, base
     monkeypatch.setattr(Console, "ask", lambda self, question: answers.pop(0))
     monkeypatch.setattr(unslop, "find_cliches", None)
     assert run(base, one, other, bad) == 0
-    assert f"goes on without {other}: {other} does not fit the base" in log_of(place)
+    assert f"skipping {other}: {other} does not fit the base" in log_of(place)
     assert list(front_of(place)) == ["base", "one", *MERGES] and not answers
     recipe = json.loads((place / "out/merge_monster_recipe.json").read_text(encoding="utf-8"))
     assert [source["name"] for source in recipe["sources"]] == ["base", "one", "two"]
@@ -255,11 +255,11 @@ def test_what_can_not_be_used(place, base, capsys, monkeypatch):
     refused(capsys, place, base, "--unslop[0]: 'nowhere': no such folder", "nowhere")
     with monkeypatch.context() as patch:
         patch.setattr(unslop.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
-        refused(capsys, place, base, "make room")
+        refused(capsys, place, base, "free some space")
     assert not (place / "out.unslop").exists()
     (place / "out.unslop").mkdir()
     (place / "out.unslop/mine").write_text("")
-    refused(capsys, place, base, "is in its way", "--restart")
+    refused(capsys, place, base, "is in the way", "--restart")
 
 
 def test_a_base_without_habits(place, base, capsys):
@@ -268,7 +268,7 @@ def test_a_base_without_habits(place, base, capsys):
     (place / "prompts.txt").write_text("\n".join(PROMPTS[:4]), encoding="utf-8")
     refused(capsys, place, base, "Found no overused phrase", code=1)
     assert (place / "out.unslop/samples").is_dir()
-    refused(capsys, place, base, "discover changed since out.unslop was begun", "--set", "discover.samples=3")
+    refused(capsys, place, base, "discover changed since out.unslop was started", "--set", "discover.samples=3")
     refused(capsys, place, base, "Found no overused phrase", "--set", "discover.samples=3", "--restart", code=1)
 
 

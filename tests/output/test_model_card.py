@@ -234,8 +234,8 @@ def test_the_summary_has_the_figures(recipe):
     recipe["metrics"]["merge"] |= {"kl": 0.0123, "own_kl": 0.5}
     (line,) = [line for line in card_of(recipe).splitlines() if line.startswith("Unwanted")]
     assert line == (
-        "Unwanted phrases 3.000 → 1.500 (-50%), unwanted phrases held out 1.000 → 1.250 (+25%), wanted phrases 1.000 → "
-        "1.500 (+50%), wanted phrases held out 0.000 → 1.000, KL to base 0.0123, KL on own answers 0.5000."
+        "Unwanted phrases 3.000 → 1.500 (-50%), unwanted held-out phrases 1.000 → 1.250 (+25%), wanted phrases 1.000 → "
+        "1.500 (+50%), wanted held-out phrases 0.000 → 1.000, KL to base 0.0123, KL on own answers 0.5000."
     )
     assert "\n\nUnwanted" not in card_of(recipe | {"phrases": [], "held_out": []})
 
