@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from modules.learn.adapter import Adapter
@@ -193,7 +192,7 @@ class LearningObjective:
         passages = [text.passages[number] for number in numbers]
         places = _places_in(text, numbers)
         ids = _padded([passage.tokens for passage in passages]).to(device)
-        compared = _padded([passage.compared for passage in passages]).to(device)
+        compared = _padded([passage.compared for passage in passages]).to(device, torch.bool)
         is_read = compared.clone()
         for row, place in places:
             is_read[row, place.first - 1 : place.end - 1] = True
@@ -277,7 +276,8 @@ def _recomputing(forward: Forward, *args: Any, **kwargs: Any) -> Any:
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
     """Rows of numbers, padded with zeros at the end: (rows, longest)."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
 
 
 def _places_in(text: DriftText, numbers: Sequence[int]) -> list[tuple[int, Place]]:

@@ -71,9 +71,9 @@ def test_it_finds_less_than_it_began_with_and_tells_of_every_step(whole):
     objectives = [line["total"] + weight * line["trial_kl"] for line in steps]
     assert objectives[-1] < objectives[0]
     for number, (before, after) in enumerate(itertools.pairwise(steps), start=1):
-        line = f"Step {number}/{STEPS} - {before['total']:.3f} -> {after['total']:.3f} - Held out "
+        line = f"Step {number}/{STEPS} - total {before['total']:.3f} -> {after['total']:.3f} - Held out "
         assert f"{line}{after['held_out']:.3f} - KL in trials {after['trial_kl']:.4f}\n" in log
-    assert f"Step {STEPS}/{STEPS} - {steps[-1]['total']:.3f} -> " in log
+    assert f"Step {STEPS}/{STEPS} - total {steps[-1]['total']:.3f} -> " in log
     assert recipe["decisions"] == [] and recipe["metrics"]["base"]["held_out"] > 0
 
 

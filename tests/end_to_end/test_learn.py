@@ -95,7 +95,7 @@ def test_peft_score_and_table_agree(place, make):
     first, *_, last = tables(log)
     assert first[-1][4] != last[-1][4]
     shown = [float(row[3].removesuffix("%")) / 100 for row in last[:-1]]
-    assert "on texts that took no part in learning, above max_drift 0.0005" in log
+    assert "on held-out text, above max_drift 0.0005" in log
     assert merge_monster.main(["--config", "my.yaml", "--score", "out", "--json", "scores.json"]) == 0
     phrases = json.loads((place / "scores.json").read_text())["phrases"]
     rounding = 0.01 if make is half else 1e-4  # a candidate is read in the type that its model is stored in

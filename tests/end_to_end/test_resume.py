@@ -712,7 +712,7 @@ def test_a_recipe_does_not_overwrite(place, models, whole, capsys):
         (["--replay", "x"], "--replay needs --output"),
         (["--source", "a=b"], "--source needs --replay"),
         (["--replay", "x", "--output", "y", "--resume"], "can't be combined with --resume"),
-        (["--replay", "x", "--output", "y", "--dry-run"], "and --dry-run"),
+        (["--replay", "x", "--output", "y", "--dry-run"], "or --dry-run"),
         (["--trust-remote-code"], "--trust-remote-code needs --replay"),
         (["--replay", "x", "--output", "y", "--source", "a"], "expected NAME=PATH"),
         (["--resume", "--restart"], "not allowed with argument"),

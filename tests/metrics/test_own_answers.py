@@ -134,7 +134,7 @@ def test_a_model_that_answers_nothing(tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     assert base_answers(model, tokenizer, config_of(tmp_path, ["Q1", "Q2"]), Asked(), console) == Answers()
     (line,) = console.heard
-    assert "own_texts" in line and "neutral text alone" in line
+    assert "own_texts" in line and "neutral text only" in line
 
 
 def test_a_prompt_that_is_too_long_is_named_and_left_out(base, tmp_path):

@@ -42,7 +42,7 @@ def test_the_table_has_a_row_for_each_and_no_metric_of_trials():
     lines = front_table(points)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     assert cells[0] == [
-        *("Model", "Per 1,000 words [95 % CI]", "Words per answer", "Total", "KL to base", "Perplexity"),
+        *("Model", "Hits per 1,000 words [95% CI]", "Words per answer", "Total", "KL to base", "Perplexity"),
         *("KL on own answers", "arc acc"),
     ]
     assert cells[1:] == [

@@ -77,7 +77,7 @@ def test_metrics_are_shown_by_name():
         "Metrics: Total 1.000 -> 0.500, Top-1 agreement 25.0% -> 25.0%, Perplexity 1e+15 -> 1e+15"
     )
     assert report.step_line(7, 25, 1.5, values) == (
-        "Step 7/25 - 1.500 -> 0.500 - Top-1 agreement 25.0% - Perplexity 1e+15"
+        "Step 7/25 - total 1.500 -> 0.500 - Top-1 agreement 25.0% - Perplexity 1e+15"
     )
 
 

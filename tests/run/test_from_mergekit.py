@@ -179,18 +179,21 @@ def test_adjacent_layers_of_one_weight_are_one_entry(place):
 @pytest.mark.parametrize(
     "document, words",
     [
-        ({"models": sources(one=1.5)}, "one: a weight is between 0 and 1"),
-        ({"models": sources(one=-0.5)}, "one: a weight is between 0 and 1"),
+        ({"models": sources(one=1.5)}, "one: weights below 0 or above 1 were clipped"),
+        ({"models": sources(one=-0.5)}, "one: weights below 0 or above 1 were clipped"),
         ({"models": sources(one=0.5), "dtype": "bfloat16", "parameters": {"int8_mask": True}}, "dtype, int8_mask"),
         (
             {"slices": slices((0, 2), one=[{"filter": "mlp", "value": 1}, {"value": 0}])},
-            "one: a layer has one weight, the mean",
+            "one: a layer has one weight, so filters",
         ),
         (
             {"models": sources(one=0.5, base=0.2), "merge_method": "linear", "parameters": {"normalize": False}},
             "weights don't add up to 1",
         ),
-        ({"models": sources(one=0.5, two=0.5), "merge_method": "linear", "base_model": None}, "one, is the base"),
+        (
+            {"models": sources(one=0.5, two=0.5), "merge_method": "linear", "base_model": None},
+            "using the first model, one.",
+        ),
     ],
 )
 def test_what_is_changed_is_named(place, document, words):
