@@ -3,7 +3,8 @@
 #             mapped and merged (about twenty minutes on two cores, 3 GB; the second time it is only merged)
 # make real-discover  what that model says too often, a merge against it, and how often it says so afterwards (forty
 #             minutes on two cores)
-# make unslop  that model's clichés found, an adapter learned against them, merged and counted, in one command
+# make unslop  that model's clichés found, an adapter learned against them, merged and counted, in one command (about
+#             eighty minutes on two cores)
 # make test   the same environment, then style checks and all tests
 # make bench  the figures of docs/results.md (about half an hour)
 # make quality  the figures of docs/results.md, on the models of make real (two to three hours, later minutes)

@@ -67,14 +67,22 @@ def test_the_first_pages_figures_are_those_of_the_benchmarks():
         assert sum(bool(re.match(r"\d", figure)) for figure in figures) >= 3
 
 
-def test_the_first_pages_figures_of_a_merge_are_those_of_the_results():
-    lines = PAGES["docs/results.md"].splitlines()
-    names = ("base", "greedy, float32", "joint, drift_weight 2")
-    results = [next(line for line in lines if line.startswith(f"| {name} ")) for name in names]
-    shown = rows(section("README.md", "What it does to a real model"), "measured")
-    assert len(shown) == 6
+def test_the_first_pages_figures_of_a_merge_are_those_that_the_command_printed():
+    """They stand in the output of the command, on the page that explains it; of merges, on that of all rows."""
+    printed = PAGES["docs/phrases.md"].splitlines()
+    results = [next(line for line in printed if line.startswith(f"| {name} ")) for name in ("base", "merge-1")]
+    whole = section("README.md", "What it does to a real model")
+    shown = rows(whole, "measured")
+    assert len(shown) == 7
     for _, *figures in shown:
         assert all(figure in result for figure, result in zip(figures, results, strict=True))
+    lines = PAGES["docs/results.md"].splitlines()
+    for name in ("greedy, float32", "joint, drift_weight 2"):
+        line = next(line for line in lines if line.startswith(f"| {name} "))
+        change, low, high = re.search(r"-(\d+)% \(-(\d+) to -(\d+)\)", line).groups()
+        drift = line.split("|")[4].strip()
+        assert drift in whole and f"{change} %" in whole
+        assert f"({high} to {low})" in re.sub(r"\s+", " ", whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
