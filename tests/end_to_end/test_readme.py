@@ -82,7 +82,7 @@ def test_the_first_pages_figures_of_a_merge_are_those_that_the_command_printed()
         change, low, high = re.search(r"-(\d+)% \(-(\d+) to -(\d+)\)", line).groups()
         drift = line.split("|")[4].strip()
         assert drift in whole and f"{change} %" in whole
-        assert f"({high} to {low})" in re.sub(r"\s+", " ", whole)
+        assert f"{high} to {low})" in re.sub(r"\s+", " ", whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
