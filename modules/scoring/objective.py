@@ -108,7 +108,7 @@ class Objective:
         self.dtype = torch.promote_types(torch.float32, model.dtype)  # of logits and sums
         # Last hidden states of the base on the penalties' texts, (positions, H), on the host.
         self.base_states = torch.zeros(0)
-        self._lengths: list[int] = []  # number of these positions for each penalty
+        self.base_normaliser = torch.zeros(0)  # of these states, (positions,)
         self._batches: dict[str, list[Batch]] = {}  # of each penalty's text, by its name
         self._pack(scorer)
         if penalties:
@@ -119,7 +119,6 @@ class Objective:
         self.budget = scorer.budget
         packs, self.targets = _texts_of(scorer)
         self._texts: dict[str | None, list[Text]] = {None: packs}  # of pairs, then of each penalty, by its name
-        self.pair_positions = sum(len(text.rows) for text in packs)  # how many; the penalties' positions follow
         self.local_pairs = torch.zeros(len(self.weights), dtype=torch.bool)  # mask of this process's pairs
         self.local_pairs[self.targets.pairs] = True
         for name, batches in self._batches.items():
@@ -142,7 +141,6 @@ class Objective:
                 for batch, states in zip(batches, penalty.meter.base_states[share], strict=True)
             ]
             self._batches[penalty.name] = batches
-            self._lengths.append(sum(map(len, hidden)))
             base_states += hidden
         self.base_states = torch.cat(base_states) if base_states else self.base_states
         self.outside = {name: tensor.clone() for name, tensor in self.model.outside().tensors.items()}
@@ -165,14 +163,11 @@ class Objective:
             positions = slice(0, 0)
         else:
             summand.targets = Targets(*torch.zeros(3, 0, dtype=torch.long))
-            summand.pair_positions = 0
             summand.local_pairs = torch.zeros_like(self.local_pairs)
             ((begin, end),) = ((begin, end) for begin, end, penalty in self.ranges if penalty in summand.penalties)
             positions = slice(begin - self.pair_positions, end - self.pair_positions)
         summand.base_states = self.base_states[positions]
-        summand._lengths = [len(summand.base_states)] * len(summand.penalties)
-        if self.penalties:
-            summand.base_normaliser = self.base_normaliser[positions]
+        summand.base_normaliser = self.base_normaliser[positions]
         return summand
 
     @property
@@ -181,9 +176,15 @@ class Objective:
         return [text for texts in self._texts.values() for text in texts]
 
     @property
+    def pair_positions(self) -> int:
+        """The number of positions of pairs; those of penalties follow."""
+        return _positions_in(self._texts.get(None, ()))
+
+    @property
     def ranges(self) -> list[tuple[int, int, Penalty | None]]:
         """First and last position, exclusive, of the pairs (None) and of each penalty."""
-        ends = list(accumulate(self._lengths, initial=self.pair_positions))
+        lengths = [_positions_in(self._texts[penalty.name]) for penalty in self.penalties]
+        ends = list(accumulate(lengths, initial=self.pair_positions))
         return [(0, self.pair_positions, None), *zip(ends, ends[1:], self.penalties, strict=False)]
 
     @property
@@ -310,6 +311,10 @@ class Upstream:
             gradient.device, gradient.dtype
         )
         return gradient
+
+
+def _positions_in(texts: Sequence[Text]) -> int:
+    return sum(len(text.rows) for text in texts)
 
 
 def _texts_of(scorer: Scorer) -> tuple[list[Text], Targets]:
