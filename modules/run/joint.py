@@ -116,13 +116,14 @@ class JointConductor(Conductor):
         if not weights:
             begin, weights = self._best_start()
         self.console.timed(f"Starting from {begin}; measuring each layer's effect")
-        self._in_memory(partial(self._joint.go_to, JointState.at(weights)))
+        state = JointState.at(weights)
+        self._in_memory(partial(self._joint.go_to, state))
         summands: dict[str | None, Rows] = {}
         for name in (None, *limits.weights):
-            summands[name] = self._in_memory(partial(self._gradient, weights, name))
+            summands[name] = self._in_memory(partial(self._gradient, weights, name), state)
 
         self.console.timed("Checking the gradient")
-        error = self._in_memory(partial(self._joint.check, weights, added(summands.values())))
+        error = self._in_memory(partial(self._joint.check, weights, added(summands.values())), state)
         self.console.timed(f"The gradient is right (relative error {error:.2%})")
 
         slopes = {"total": summands[None]}

@@ -217,13 +217,12 @@ class Joint:
     def check(self, weights: Sequence[Row], gradient: Rows) -> float:
         """Move all weights a little and compare the objective's change with its gradient; returns the relative error.
 
-        gradient: at these weights. Afterwards the model is composed from the weights again. Raises ConfigError if the
-        error is more than rounding explains: such an architecture can't be searched by gradient.
+        weights: the model's, from which it is composed again afterwards. gradient: at these weights. Raises ConfigError
+        if the error is more than rounding explains: such an architecture can't be searched by gradient.
 
         Each weight moves by another amount, in the direction in which, by the gradient, the objective grows. Moves are
         halved until half a move gives the same slope, or until rounding would hide the change.
         """
-        self.mix.compose(weights)
         value = self.value()
         chance = random.Random(0)
         signed_amounts = []
