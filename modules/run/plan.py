@@ -44,7 +44,7 @@ MARGIN_FLAT = 16 << 20
 TIMED_LAYERS = 2
 # Forwards of a layer that one step of a joint search is worth: forward, once more for the gradient, twice backward.
 FORWARDS_OF_A_STEP = 4
-STEPS_BEFORE = 6  # the cost, in steps, of finding where a joint search begins and of checking its gradient
+STEPS_BEFORE = 3  # the cost, in steps, of finding where a joint search begins and of checking its gradient
 
 
 @dataclass(frozen=True)
