@@ -2,7 +2,7 @@
 
 Knows: packs of phrases, passages of text, autograd. Refuses to know: which pairs come when, what a gradient is for.
 
-    loss = sum over pairs and places of weight * p  +  sum over texts of drift weight / texts * mean KL(base, now)
+    loss = sum over pairs and occurrences of weight * p  +  sum over texts of drift weight / texts * mean KL(base, now)
 
 Packs and batches of passages go through the model one at a time, and their gradients are summed. Passages of a batch
 are padded at the end, which no earlier token sees. If memory is short, a layer's inputs alone are kept, and no logits:
@@ -35,7 +35,7 @@ LogitsReader = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
+class Occurrence:
     """A listed phrase in a passage. It is learned like its pair; one forward gives its probability and the drift."""
 
     pair: int  # the number of the pair whose phrase it is
@@ -45,17 +45,17 @@ class Place:
 
 @dataclass(frozen=True)
 class DriftText:
-    """Text on which the model is to keep the base's distributions, except at some places."""
+    """Text on which the model is to keep the base's distributions, except where listed phrases occur."""
 
     name: str
     passages: Sequence[Passage]
-    places: Mapping[int, Sequence[Place]] = field(default_factory=dict)  # by number of the passage
+    occurrences: Mapping[int, Sequence[Occurrence]] = field(default_factory=dict)  # by number of the passage
     part: float = 1.0  # share of the tokens that a step compares
 
     @property
     def taught(self) -> int:
-        """The number of places."""
-        return sum(map(len, self.places.values()))
+        """The number of occurrences."""
+        return sum(map(len, self.occurrences.values()))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Loss:
     """A loss and its summands."""
 
     loss: float
-    total: float  # of all pairs and places, estimated by those in the step
+    total: float  # of all pairs and occurrences, estimated by those in the step
     drift: Mapping[str, float]  # by text, mean KL(base, now) in nats per token
 
 
@@ -83,8 +83,8 @@ class LearningObjective:
         keeps_activations: bool = False,
     ) -> None:
         """encoded: all pairs, with all variants. weights: of the pairs, negative for good phrases; they are scaled so
-        that pairs and places together weigh as much as the pairs alone. layout: of packs. drift_weight: what a nat adds
-        to the loss; every text has an equal part of it. keeps_activations: those of all layers and of the head are
+        that pairs and occurrences together weigh as much as the pairs alone. layout: of packs. drift_weight: what a nat
+        adds to the loss; every text has an equal part of it. keeps_activations: those of all layers and of the head are
         kept, not computed again."""
         self.model = model
         self.adapter = adapter
@@ -106,19 +106,22 @@ class LearningObjective:
         """
         sums = [torch.zeros_like(weight) for weight in self.adapter.weights.values()]
         total = self._add_pairs(sums, pairs)
-        chosen = list(zip(self.texts, passages, strict=True))
         drift: dict[str, float] = {}
-        for text, passage_numbers in chosen:
-            places_total, drift[text.name] = self._add_text(sums, text, passage_numbers)
-            total += places_total
+        for text, passage_numbers in zip(self.texts, passages, strict=True):
+            occurrences_total, drift[text.name] = self._add_text(sums, text, passage_numbers)
+            total += occurrences_total
         loss = total + self.drift_weight * math.fsum(drift.values()) / max(1, len(drift))
         return sums, Loss(loss, total, drift)
 
     @torch.no_grad()
     def drift(self, text: DriftText, numbers: Sequence[int]) -> float:
         """Mean KL(base, now) on some passages of a text, in nats per token."""
-        divergences = [float(self._measured(text, batch)[0]) for batch in self._batches(text, numbers)]
-        return math.fsum(divergences) / compared_tokens([text.passages[number] for number in numbers])
+        passages = [text.passages[number] for number in numbers]
+        divergences = []
+        for batch in self._batches(passages):
+            divergence, _ = self._measured([passages[number] for number in batch])
+            divergences.append(float(divergence))
+        return math.fsum(divergences) / compared_tokens(passages)
 
     def _add_pairs(self, sums: list[Tensor], numbers: Sequence[int]) -> float:
         """Add the gradient of the pairs' total to the sums; return the total."""
@@ -158,17 +161,21 @@ class LearningObjective:
     def _add_text(self, sums: list[Tensor], text: DriftText, numbers: Sequence[int]) -> tuple[float, float]:
         """Add the gradient of a text's part of the loss to the sums.
 
-        Returns the total of the text's places, estimated by those in the passages of these numbers, and mean
+        Returns the total of the text's occurrences, estimated by those in the passages of these numbers, and mean
         KL(base, now) on these passages.
         """
-        positions = compared_tokens([text.passages[number] for number in numbers])
+        passages = [text.passages[number] for number in numbers]
+        positions = compared_tokens(passages)
         unit = self.drift_weight / len(self.texts) / positions
         scale = len(text.passages) / len(numbers)
         drift = 0.0
         total = 0.0
-        for batch in self._batches(text, numbers):
-            divergence, probabilities = self._measured(text, batch)
-            weights = [scale * self.weights[place.pair] for _, place in _places_in(text, batch)]
+        for batch in self._batches(passages):
+            occurrences = list[tuple[int, Occurrence]]()
+            for row, number in enumerate(batch):
+                occurrences += [(row, occurrence) for occurrence in text.occurrences.get(numbers[number], ())]
+            divergence, probabilities = self._measured([passages[number] for number in batch], occurrences)
+            weights = [scale * self.weights[occurrence.pair] for _, occurrence in occurrences]
             scores = probabilities * probabilities.new_tensor(weights)
             largest = float(scores.detach().abs().max()) if weights else 0.0
             self._add(sums, unit * divergence + scores.sum(), max(unit, largest))
@@ -176,26 +183,26 @@ class LearningObjective:
             total += float(scores.detach().sum())
         return total, drift / positions
 
-    def _batches(self, text: DriftText, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Batches of passages' numbers, of similar length, as many as fit into a pack."""
-        in_order = sorted(numbers, key=lambda number: len(text.passages[number].tokens))
-        longest = len(text.passages[in_order[-1]].tokens)
+    def _batches(self, passages: Sequence[Passage]) -> Iterator[Sequence[int]]:
+        """Batches of passages of similar length, as many as fit into a pack: their numbers."""
+        in_order = sorted(range(len(passages)), key=lambda number: len(passages[number].tokens))
+        longest = len(passages[in_order[-1]].tokens)
         most = max(1, self.budget.tokens // longest)
         count = -(-len(in_order) // most)
         for batch in range(count):
             yield in_order[batch * len(in_order) // count : (batch + 1) * len(in_order) // count]
 
-    def _measured(self, text: DriftText, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """KL(base, now) of a batch of passages, summed over the compared positions, and the probability of each place's
-        phrase, (places,)."""
+    def _measured(
+        self, passages: Sequence[Passage], occurrences: Sequence[tuple[int, Occurrence]] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """KL(base, now) of a batch of passages, summed over the compared positions, and the probability of each listed
+        phrase, (occurrences,). occurrences: each with its passage's row."""
         device = self.model.device
-        passages = [text.passages[number] for number in numbers]
-        places = _places_in(text, numbers)
         ids = _padded([passage.tokens for passage in passages]).to(device)
         compared = _padded([passage.compared for passage in passages]).to(device, torch.bool)
         is_read = compared.clone()
-        for row, place in places:
-            is_read[row, place.first - 1 : place.end - 1] = True
+        for row, occurrence in occurrences:
+            is_read[row, occurrence.first - 1 : occurrence.end - 1] = True
         end = 1 + int(is_read.any(0).nonzero().max())  # behind it nothing is read
         arguments = {"input_ids": ids[:, :end]}
         # The base runs on the same batch: in another one, its hidden states would differ in their last digits.
@@ -222,7 +229,9 @@ class LearningObjective:
         by_position = torch.zeros(ids.shape, dtype=next_log_probabilities.dtype, device=device).index_put(
             is_read.nonzero(as_tuple=True), next_log_probabilities
         )
-        phrases = [by_position[row, place.first - 1 : place.end - 1].sum().exp() for row, place in places]
+        phrases = []
+        for row, occurrence in occurrences:
+            phrases.append(by_position[row, occurrence.first - 1 : occurrence.end - 1].sum().exp())
         return divergences.sum(), torch.stack(phrases) if phrases else next_log_probabilities[:0]
 
     def _read(self, hidden: Tensor, reader: LogitsReader, group: int = 1) -> list[Tensor]:
@@ -255,13 +264,13 @@ class LearningObjective:
 
 
 def _factor(weights: Sequence[float], texts: Sequence[DriftText]) -> float:
-    """The factor by which pairs and places together weigh as much as the pairs alone."""
+    """The factor by which pairs and occurrences together weigh as much as the pairs alone."""
     of_pairs = sum(map(abs, weights))
-    of_places = 0.0
+    of_occurrences = 0.0
     for text in texts:
-        for places in text.places.values():
-            of_places += sum(abs(weights[place.pair]) for place in places)
-    return of_pairs / max(of_pairs + of_places, sys.float_info.min)
+        for occurrences in text.occurrences.values():
+            of_occurrences += sum(abs(weights[occurrence.pair]) for occurrence in occurrences)
+    return of_pairs / max(of_pairs + of_occurrences, sys.float_info.min)
 
 
 def _keeping_activations(forward: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -278,11 +287,3 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
     """Rows of numbers, padded with zeros at the end: (rows, longest)."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-
-
-def _places_in(text: DriftText, numbers: Sequence[int]) -> list[tuple[int, Place]]:
-    """The places in the passages of these numbers, each with its passage's row."""
-    places = []
-    for row, number in enumerate(numbers):
-        places += [(row, place) for place in text.places.get(number, ())]
-    return places

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from modules.config.phrase_lists import Pair
-from modules.learn.gradient import DriftText, Place
+from modules.learn.gradient import DriftText, Occurrence
 from modules.metrics.own_answers import Answer
 from modules.metrics.texts import answer_passages, decoded
 from modules.model.base_model import ResidentModel
@@ -73,22 +73,25 @@ def taught_by(
     held_out: Sequence[Pair],
     longest: int | None,
 ) -> DriftText:
-    """The base's answers as text for drift, with the places that are learned. longest: tokens that the model takes."""
+    """The base's answers as text for drift, with the listed phrases in it that are learned.
+
+    longest: tokens that the model takes.
+    """
     passages: list[Passage] = []
-    places: dict[int, list[Place]] = {}
-    for answer, answer_places in zip(answers, places_in(tokenizer, answers, pairs, held_out), strict=True):
+    occurrences: dict[int, list[Occurrence]] = {}
+    for answer, answer_occurrences in zip(answers, occurrences_in(tokenizer, answers, pairs, held_out), strict=True):
         new_passages = answer_passages(tokenizer, [answer], (*pairs, *held_out), longest)
-        if new_passages and answer_places:
-            places[len(passages)] = answer_places
+        if new_passages and answer_occurrences:
+            occurrences[len(passages)] = answer_occurrences
         passages += new_passages
-    return DriftText("own answers", passages, places)
+    return DriftText("own answers", passages, occurrences)
 
 
-def places_in(
+def occurrences_in(
     tokenizer: Any, answers: Sequence[Answer], pairs: Sequence[Pair], held_out: Sequence[Pair]
-) -> list[list[Place]]:
-    """For each answer, the places where a phrase of the pairs stands, without phrases that are held out for the same
-    prompt. Tokens are counted from the beginning of the prompt."""
+) -> list[list[Occurrence]]:
+    """For each answer, the occurrences of the pairs' phrases, without phrases that are held out for the same prompt.
+    Tokens are counted from the beginning of the prompt."""
     first_pair: dict[str, int] = {}
     for number, pair in enumerate(pairs):
         for variant in pair.each:
@@ -96,16 +99,16 @@ def places_in(
     excluded = {(pair.phrase, pair.chat.messages[-1].content) for pair in held_out if pair.chat}
     in_order = sorted(filter(None, first_pair), key=len, reverse=True)  # of several at one position, the longest counts
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, in_order)) or '(?!)'})(?!\w)", re.IGNORECASE)
-    places_by_answer = []
+    occurrences_by_answer = []
     for answer in answers:
         text, ends = decoded(tokenizer, answer.written.tokens)
         prompt_length = len(answer.given)
-        places = []
+        occurrences = []
         for match in pattern.finditer(text):
             pair = first_pair.get(match[0].casefold())  # None for letters that are equal for the pattern alone
             if pair is not None and (pairs[pair].phrase, answer.prompt) not in excluded:
                 first = bisect_right(ends, match.start())
                 end = bisect_left(ends, match.end()) + 1
-                places.append(Place(pair, prompt_length + first, prompt_length + end))
-        places_by_answer.append(places)
-    return places_by_answer
+                occurrences.append(Occurrence(pair, prompt_length + first, prompt_length + end))
+        occurrences_by_answer.append(occurrences)
+    return occurrences_by_answer

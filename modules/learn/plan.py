@@ -35,7 +35,7 @@ class LearnPlan:
     activations: int
     budget: Budget
     parameters: int  # of the adapter
-    keeps_activations: bool = False  # of all layers, for the backward pass; otherwise they are computed again
+    keeps_activations: bool = False  # of layers and head, for the backward pass; otherwise they are computed again
 
     @property
     def needed(self) -> int:

@@ -18,7 +18,7 @@ def _shown(drift: Drift) -> dict[str, float]:
 
 def prepare(context: Context) -> Drifted | None:
     """None without answers, or if this model's drift can't be measured."""
-    meter = meter_or_warning(context, context.texts.own, "Own answers")
+    meter = meter_or_warning(context, context.texts.own_answers, "Own answers")
     return Drifted(meter, _shown) if meter else None
 
 

@@ -28,13 +28,13 @@ class Texts:
 
     neutral: Sequence[Passage] = ()  # takes no part in the search
     neutral_for_trials: Sequence[Passage] = ()
-    own: Sequence[Passage] = ()
+    own_answers: Sequence[Passage] = ()
     own_for_trials: Sequence[Passage] = ()
 
     @property
     def all(self) -> list[Passage]:
         """All passages."""
-        return [*self.neutral, *self.neutral_for_trials, *self.own, *self.own_for_trials]
+        return [*self.neutral, *self.neutral_for_trials, *self.own_answers, *self.own_for_trials]
 
     @property
     def for_trials(self) -> list[Sequence[Passage]]:
@@ -54,7 +54,7 @@ def drift_texts(config: Config, model: ResidentModel, tokenizer: Any, answers: A
     return Texts(
         neutral=[full_passage(window) for window in shown],
         neutral_for_trials=[full_passage(window) for window in for_trials],
-        own=answer_passages(tokenizer, answers.shown, pairs, model.max_tokens),
+        own_answers=answer_passages(tokenizer, answers.shown, pairs, model.max_tokens),
         own_for_trials=_first_passages(weighed, trial_tokens),
     )
 

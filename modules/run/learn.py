@@ -164,7 +164,7 @@ class Lesson:
         self.adapter = Adapter(self.model.module, config.learn.rank, config.random_seed)
         weight = _drift_weight(config, scores(self.start, search.weights))
         scorer = search.scorer
-        texts = [text for text in self.texts if weight or text.places]
+        texts = [text for text in self.texts if weight or text.occurrences]
         packed = scorer.encoded, search.weights, scorer.layout, plan.budget
         objective = LearningObjective(self.model, self.adapter, *packed, texts, weight, plan.keeps_activations)
         self.learner = Learner(objective, config.learn, config.random_seed)

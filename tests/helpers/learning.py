@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.learn.adapter import Adapter
-from modules.learn.gradient import DriftText, LearningObjective, Place
+from modules.learn.gradient import DriftText, LearningObjective, Occurrence
 from modules.model.arithmetic import Arithmetic
 from modules.model.base_model import ResidentModel
 from modules.model.loading import load_model
@@ -25,7 +25,7 @@ RANK, DRIFT_WEIGHT = 2, 5.0
 OTHERS = (tuple(range(30, 50)), tuple(range(60, 75)))
 ANSWERS = [Passage(one, tuple(place > 8 and place % 3 != 0 for place in range(len(one)))) for one in OTHERS]
 # Of two tokens, the first of them compared; of one; the last of a passage.
-PLACES = {0: [Place(1, 9, 11), Place(2, 19, 20)], 1: [Place(0, 14, 15)]}
+PLACES = {0: [Occurrence(1, 9, 11), Occurrence(2, 19, 20)], 1: [Occurrence(0, 14, 15)]}
 TEXTS = (
     DriftText("neutral", [full_passage(window) for window in mixes.WINDOWS]),
     DriftText("answers", ANSWERS, PLACES),
@@ -91,7 +91,7 @@ def plain_gradient(folder, one, pairs, passages):
         for number in numbers:
             tokens = text.passages[number].tokens
             table = reference.said(base, tokens, weights)
-            for place in text.places.get(number, ()):
+            for place in text.occurrences.get(number, ()):
                 said = sum(table[at - 1, tokens[at]] for at in range(place.first, place.end))
                 weight = objective.weights[place.pair] * len(text.passages) / len(numbers)
                 total = total + weight * said.exp()

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from modules.checkpoints.checkpoint import open_checkpoint
 from modules.config.phrase_lists import Chat, Message, Pair
-from modules.learn.kept_texts import answers_in, places_in, read_kept_texts, taught_by
+from modules.learn.kept_texts import answers_in, occurrences_in, read_kept_texts, taught_by
 from modules.model.loading import load_model
 from modules.runtime.errors import ConfigError
 from modules.scoring.chats import Asked
@@ -39,7 +39,7 @@ def test_every_place_of_a_phrase_teaches_but_where_it_is_held_out(base):
 
     def found(held_out):
         every = []
-        for answer, places in zip(answers, places_in(tokenizer, answers, pairs, held_out), strict=True):
+        for answer, places in zip(answers, occurrences_in(tokenizer, answers, pairs, held_out), strict=True):
             tokens = answer.given + answer.written.tokens
             assert all(tokens[: place.first][: len(answer.given)] == answer.given for place in places)
             every += [(place.pair, tokenizer.decode(tokens[place.first : place.end]).strip()) for place in places]
@@ -55,14 +55,14 @@ def test_letters_of_other_cases_end_no_run(base, text):
     """A long s is an s to a pattern that ignores cases, and not to lower(); a dotted I is one letter or two."""
     model, tokenizer = base
     answers = answers_in(model, tokenizer, {"Q1": [text]}, ASKED)
-    places = places_in(tokenizer, answers, [chat_pair("shivers", "Q0"), chat_pair("inn", "Q0")], [])
+    places = occurrences_in(tokenizer, answers, [chat_pair("shivers", "Q0"), chat_pair("inn", "Q0")], [])
     assert [len(one) for one in places] == [int("hivers" in text)]
 
 
 def test_a_token_that_ends_where_a_phrase_begins_is_not_of_it(base):
     model, tokenizer = base
     (answer,) = answers_in(model, tokenizer, {"Q1": ['She said "determination" again.']}, ASKED)
-    ((place,),) = places_in(tokenizer, [answer], [chat_pair("determination", "Q0")], [])
+    ((place,),) = occurrences_in(tokenizer, [answer], [chat_pair("determination", "Q0")], [])
     tokens = answer.given + answer.written.tokens
     assert tokenizer.decode(tokens[place.first : place.end]) == "determination"
 
@@ -72,8 +72,8 @@ def test_where_a_phrase_teaches_drift_is_not_compared(base):
     pairs = [chat_pair("shivers down", "Q0"), chat_pair("determination", "Q0")]
     answers = answers_in(model, tokenizer, TEXTS, ASKED)
     text = taught_by(tokenizer, answers, pairs, [], model.max_tokens)
-    assert text.taught == 4 and len(text.passages) == 3 and sorted(text.places) == [0, 2]
-    for number, places in text.places.items():
+    assert text.taught == 4 and len(text.passages) == 3 and sorted(text.occurrences) == [0, 2]
+    for number, places in text.occurrences.items():
         for place in places:
             assert not any(text.passages[number].compared[place.first - 1 : place.end - 1])
 

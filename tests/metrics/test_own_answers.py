@@ -78,7 +78,7 @@ def test_positions_that_predict_a_listed_phrase_are_left_out(base):
         Pair("GOOD", "voice", "His ", 1.0, variants=("voice", "spine")),
     )
     config = Config(Directories("base", "out"), neutral_texts=(), bad_phrases=pairs)
-    (passage,) = drift_texts(config, model, tokenizer, Answers(shown=(answer,))).own
+    (passage,) = drift_texts(config, model, tokenizer, Answers(shown=(answer,))).own_answers
     assert passage.tokens[: len(given) + len(tokens)] == given + tokens
     assert len(passage.tokens) == len(passage.compared) and len(passage.tokens) % FILLED_TO == 0
     left_out = ""
