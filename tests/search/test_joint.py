@@ -164,10 +164,12 @@ def test_slopes_of_pairs_and_of_penalties_make_the_gradient(llama):
         joint = Joint(one.mix, objective)
         one.mix.compose(shares)
         value, whole = joint.value(), joint.gradient(shares)
-        parts = [joint.gradient(shares, objective.part(name)) for name in (None, "a", "b")]
+        summands = [objective.part(name) for name in (None, "a", "b")]
+        parts = [joint.gradient(shares, summand) for summand in summands]
         one.mix.compose(shares, exact=True)
         divergences = [meter.measure().divergence for meter in meters]
     assert list(value.metrics.values()) == pytest.approx(divergences, rel=1e-9) and min(divergences) > 1e-3
+    assert [text for summand in summands for text in summand.texts] == objective.texts  # none is read twice
     assert value.objective == pytest.approx(value.total + 3 * divergences[0] + 5 * divergences[1], rel=1e-9)
     for row, *summands in zip(whole, *parts, strict=True):
         assert [sum(slopes) for slopes in zip(*summands, strict=True)] == pytest.approx(row, rel=1e-9)
